@@ -1,0 +1,115 @@
+"""What a queue must do for the worker. Every adapter is a noun in a file of its own and keeps this contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from datetime import datetime
+
+
+class QueueError(Exception):
+    """The queue cannot be used: unreachable, missing, or not permitted. The text says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a delivery goes back to the queue or to the dead letters. Holds no personal data."""
+
+    reason: str  # one sentence for an operator
+    stage: str  # parse, enrich, transform, send; queue when the queue itself gave up
+    error: str  # class name of the error
+
+
+class Delivery(Protocol):
+    """One message as the queue handed it over. `id` is for logs only: a replay changes it."""
+
+    @property
+    def id(self) -> str:
+        """The queue's own name for this message."""
+
+    @property
+    def body(self) -> bytes:
+        """The message as it was published."""
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        """What the publisher or the queue attached."""
+
+    @property
+    def attempt(self) -> int | None:
+        """1 for the first delivery; None where the queue does not count."""
+
+    @property
+    def published_at(self) -> datetime | None:
+        """When the queue took the message; None where it does not tell."""
+
+
+class QueueAdapter(Protocol):
+    """A queue that leases messages, at least once, to any number of workers.
+
+    All methods may be called from several threads. Settling (`ack`, `nack`, `dead_letter`) and
+    `extend` never raise for a lost lease: the message will come again, which is no error.
+    """
+
+    @property
+    def lease(self) -> float | None:
+        """Seconds a delivery stays ours without `extend`; None where the client keeps it by itself."""
+
+    def receive(self, max_messages: int, wait: float) -> Sequence[Delivery]:
+        """Return up to `max_messages`, waiting at most `wait` seconds for the first; [] when idle.
+
+        Raises QueueError when the queue can no longer be read.
+        """
+
+    def ack(self, deliveries: Sequence[Delivery]) -> None:
+        """Remove the messages for good."""
+
+    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
+        """Return the messages, to be redelivered no sooner than `delay` seconds from now.
+
+        `delay` is a hint that a queue clamps to what it can. `failure` is kept with the message where
+        the queue can, so that a message the queue's own policy gives up on says why.
+        """
+
+    def dead_letter(self, delivery: Delivery, failure: Failure) -> None:
+        """Move the message to the dead letters with its reason; where a queue cannot, nack it."""
+
+    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
+        """Keep the leases for `seconds` from now; nothing to do where the client leases by itself."""
+
+    def backlog(self) -> int | None:
+        """Count the messages not yet settled: ready, delayed and leased. None: this queue cannot tell."""
+
+    def check(self) -> None:
+        """Raise QueueError unless this process may consume."""
+
+    def close(self) -> None:
+        """Stop pulling and return what `receive` never handed out. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message given up on."""
+
+    delivery: Delivery
+    failure: Failure
+    dead_lettered_at: datetime
+
+
+@runtime_checkable
+class Publisher(Protocol):
+    """A queue that `klaviyo-worker publish` can fill."""
+
+    def publish(self, bodies: Iterable[bytes]) -> int:
+        """Store the messages durably and return how many; all of them or, on an error, none."""
+
+
+@runtime_checkable
+class DeadLetters(Protocol):
+    """A queue whose dead letters `klaviyo-worker dlq` can read."""
+
+    def dead_letters(self) -> Iterator[DeadLetter]:
+        """Yield the dead letters, oldest first."""

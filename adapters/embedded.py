@@ -1,0 +1,234 @@
+"""The embedded queue: SQLite in WAL mode. Durable, leased, for any number of processes on one machine.
+
+A row's `visible_at` is both the lease and the delay: a message is ready when that time has passed. A
+lease token makes a late ack harmless. Why not a library: docs/decisions/0003-embedded-queue.md.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+import uuid
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from adapters.base import DeadLetter, Failure, QueueError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from adapters.base import Delivery
+
+POLL_SECONDS = 0.05
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS messages (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL, published_at REAL NOT NULL,
+    visible_at REAL NOT NULL, attempts INTEGER NOT NULL DEFAULT 0, lease TEXT,
+    reason TEXT, stage TEXT, error TEXT);
+CREATE INDEX IF NOT EXISTS messages_ready ON messages (visible_at, id);
+CREATE TABLE IF NOT EXISTS dead_letters (
+    id INTEGER PRIMARY KEY, body BLOB NOT NULL, published_at REAL NOT NULL, attempts INTEGER NOT NULL,
+    reason TEXT NOT NULL, stage TEXT NOT NULL, error TEXT NOT NULL, dead_lettered_at REAL NOT NULL);
+"""
+_LEASE = """
+UPDATE messages SET lease = ?, visible_at = ?, attempts = attempts + 1
+WHERE id IN (SELECT id FROM messages WHERE visible_at <= ? ORDER BY visible_at, id LIMIT ?)
+RETURNING id, body, published_at, attempts, lease, reason, stage, error
+"""
+_BURY = """
+INSERT INTO dead_letters SELECT id, body, published_at, attempts, ?, ?, ?, ?
+FROM messages WHERE id = ? AND lease = ?
+"""
+_OVERDUE = Failure("was delivered as often as allowed and never settled", "queue", "LeaseExpired")
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedDelivery:
+    """A leased row."""
+
+    id: str
+    body: bytes = field(repr=False)
+    attempt: int
+    published_at: datetime
+    lease: str
+    last_failure: Failure | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_url(url: str) -> EmbeddedQueue:
+    """Open `embedded:///path/queue.db[?lease=SECONDS&max_attempts=N]`, creating it when missing."""
+    parts = urlsplit(url)
+    path = unquote(parts.netloc + parts.path)
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    try:
+        lease = float(options.pop("lease", EmbeddedQueue.LEASE_SECONDS))
+        max_attempts = int(options.pop("max_attempts", EmbeddedQueue.MAX_ATTEMPTS))
+    except ValueError as error:
+        raise QueueError(f"QUEUE_URL: lease and max_attempts are numbers: {error}") from None
+    if options or not path.strip("/") or lease <= 0 or max_attempts < 1:
+        raise QueueError("QUEUE_URL: expected embedded:///path/queue.db[?lease=SECONDS&max_attempts=N]")
+    return EmbeddedQueue(Path(path).expanduser(), lease=lease, max_attempts=max_attempts)
+
+
+class EmbeddedQueue:
+    """A queue in one SQLite file. Implements QueueAdapter, Publisher and DeadLetters."""
+
+    LEASE_SECONDS = 60.0
+    MAX_ATTEMPTS = 10
+
+    def __init__(self, path: Path, *, lease: float = LEASE_SECONDS, max_attempts: int = MAX_ATTEMPTS) -> None:
+        self._path = path
+        self._lease = lease
+        self._max_attempts = max_attempts
+        self._lock = RLock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.executescript(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise QueueError(f"QUEUE_URL: cannot open {path}: {error}") from error
+
+    @property
+    def lease(self) -> float:
+        """Seconds a message stays invisible to others once received."""
+        return self._lease
+
+    def publish(self, bodies: Iterable[bytes]) -> int:
+        """Store the messages in one transaction that survives a power loss; return how many."""
+        now = time.time()
+        with self._transaction("FULL"):
+            cursor = self._db.executemany(
+                "INSERT INTO messages (body, published_at, visible_at) VALUES (?, ?, ?)",
+                ((body, now, now) for body in bodies),
+            )
+            return max(cursor.rowcount, 0)
+
+    def receive(self, max_messages: int, wait: float) -> Sequence[EmbeddedDelivery]:
+        """Lease what is ready, oldest first; messages past their attempts go to the dead letters."""
+        deadline = time.monotonic() + wait
+        while True:
+            ready = self._lease_ready(max_messages) if self._anything_ready() else []
+            remaining = deadline - time.monotonic()
+            if ready or remaining <= 0:
+                return ready
+            time.sleep(min(POLL_SECONDS, remaining))
+
+    def ack(self, deliveries: Sequence[Delivery]) -> None:
+        """Delete what is still leased to us."""
+        with self._transaction():
+            self._db.executemany("DELETE FROM messages WHERE id = ? AND lease = ?", _keys(deliveries))
+
+    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
+        """Make the messages ready again after `delay`, or bury those that used up their attempts."""
+        spent = [d for d in deliveries if (d.attempt or 0) >= self._max_attempts]
+        again = [d for d in deliveries if d not in spent]
+        reason = (failure.reason, failure.stage, failure.error) if failure else (None, None, None)
+        with self._transaction():
+            self._db.executemany(
+                "UPDATE messages SET lease = NULL, visible_at = ?, reason = ?, stage = ?, error = ?"
+                " WHERE id = ? AND lease = ?",
+                ((time.time() + max(delay, 0.0), *reason, *key) for key in _keys(again)),
+            )
+        for delivery in spent:
+            self.dead_letter(delivery, self._given_up(delivery, failure))
+
+    def dead_letter(self, delivery: Delivery, failure: Failure) -> None:
+        """Move the row to the dead letters, in one transaction."""
+        (key,) = _keys([delivery])
+        with self._transaction():
+            self._db.execute(_BURY, (failure.reason, failure.stage, failure.error, time.time(), *key))
+            self._db.execute("DELETE FROM messages WHERE id = ? AND lease = ?", key)
+
+    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
+        """Push the end of the leases to `seconds` from now."""
+        until = time.time() + seconds
+        with self._transaction():
+            self._db.executemany(
+                "UPDATE messages SET visible_at = ? WHERE id = ? AND lease = ?",
+                ((until, *key) for key in _keys(deliveries)),
+            )
+
+    def backlog(self) -> int:
+        """Count ready, delayed and leased messages."""
+        with self._lock:
+            return int(self._db.execute("SELECT count(*) FROM messages").fetchone()[0])
+
+    def check(self) -> None:
+        """Raise QueueError unless the file can be written."""
+        with self._transaction():
+            pass
+
+    def close(self) -> None:
+        """Close the file; `receive` hands out all it leases, so nothing is left to return."""
+        with self._lock:
+            self._db.close()
+
+    def dead_letters(self) -> Iterator[DeadLetter]:
+        """Yield the dead letters, oldest first."""
+        with self._lock:
+            rows = self._db.execute("SELECT * FROM dead_letters ORDER BY dead_lettered_at, id").fetchall()
+        for row_id, body, published_at, attempts, reason, stage, error, at in rows:
+            delivery = EmbeddedDelivery(str(row_id), body, attempts, _time(published_at), lease="")
+            yield DeadLetter(delivery, Failure(reason, stage, error), _time(at))
+
+    def _anything_ready(self) -> bool:
+        """Probe without a write lock, so that idle workers do not hinder the others."""
+        with self._guard():
+            query = "SELECT 1 FROM messages WHERE visible_at <= ? LIMIT 1"
+            return self._db.execute(query, (time.time(),)).fetchone() is not None
+
+    def _lease_ready(self, max_messages: int) -> list[EmbeddedDelivery]:
+        token, now = uuid.uuid4().hex, time.time()
+        with self._transaction():
+            rows = self._db.execute(_LEASE, (token, now + self._lease, now, max_messages)).fetchall()
+        leased = [_delivery(row) for row in sorted(rows)]  # RETURNING promises no order
+        for delivery in leased:
+            if delivery.attempt > self._max_attempts:
+                self.dead_letter(delivery, self._given_up(delivery, delivery.last_failure))
+        return [delivery for delivery in leased if delivery.attempt <= self._max_attempts]
+
+    def _given_up(self, delivery: Delivery, last: Failure | None) -> Failure:
+        last = last or _OVERDUE
+        tries = min(delivery.attempt or 0, self._max_attempts)
+        return Failure(f"gave up after {tries} attempts: {last.reason}", last.stage, last.error)
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise QueueError(f"QUEUE_URL: {self._path}: {error}") from error
+
+    @contextmanager
+    def _transaction(self, synchronous: str = "NORMAL") -> Iterator[None]:
+        """Run a write transaction. NORMAL may lose it in a power cut, which costs a redelivery at worst."""
+        with self._guard():
+            self._db.execute(f"PRAGMA synchronous = {synchronous}")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+
+def _keys(deliveries: Sequence[Delivery]) -> list[tuple[int, str]]:
+    return [(int(d.id), d.lease) for d in deliveries if isinstance(d, EmbeddedDelivery)]
+
+
+def _delivery(row: tuple[int, bytes, float, int, str, str | None, str | None, str | None]) -> EmbeddedDelivery:
+    row_id, body, published_at, attempts, lease, reason, stage, error = row
+    last = Failure(reason, stage or "", error or "") if reason else None
+    return EmbeddedDelivery(str(row_id), body, attempts, _time(published_at), lease, last)
+
+
+def _time(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

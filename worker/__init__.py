@@ -1,0 +1,1 @@
+"""Keep Klaviyo in step with commercetools: parse, enrich, transform, send."""

@@ -1,0 +1,232 @@
+"""The command line: parses options, calls one function, maps errors to exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+import orjson
+
+from adapters import DeadLetters, Publisher, QueueAdapter, QueueError, open_queue
+from worker.errors import Ignored, Misconfigured, SettingsError, WorkerError
+from worker.settings import MappingSettings, QueueSettings, Settings, load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pydantic_settings import BaseSettings
+
+    from adapters.base import DeadLetter
+
+OK, UNEXPECTED, USAGE, QUEUE, COMMERCETOOLS, KLAVIYO, SHUTDOWN_TIMED_OUT = range(7)
+_EXIT_CODES = """
+\b
+Exit codes: 0 ok · 1 unexpected · 2 usage or configuration · 3 queue ·
+4 commercetools credentials · 5 Klaviyo credentials · 6 shutdown timed out
+"""
+_SECRET = {"ct_api_client", "klaviyo_auth_key"}
+
+
+class Failed(click.ClickException):
+    """One line on stderr and an exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turn the errors an operator can act on into one line and an exit code."""
+    try:
+        yield
+    except SettingsError as error:
+        raise Failed(str(error), USAGE) from None
+    except QueueError as error:
+        raise Failed(str(error), QUEUE) from None
+    except Misconfigured as error:
+        raise Failed(str(error), error.exit_code) from None
+
+
+def settings_options(kind: type[BaseSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a flag for every setting of `kind` that is no secret; its value stays a text, checked by `load`."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        for name, info in reversed(kind.model_fields.items()):
+            if name not in _SECRET:
+                default = info.get_default()
+                shown = "" if default in (None, "") or info.is_required() else f"  [default: {default}]"
+                text = f"{info.description}{shown}  [env: {info.validation_alias}]"
+                flag = "--" + name.replace("_", "-")
+                function = click.option(flag, name, default=None, help=text, metavar="TEXT")(function)
+        return function
+
+    return decorate
+
+
+@click.group(epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="klaviyo-worker")
+def main() -> None:
+    """Keep Klaviyo in step with commercetools: nothing lost, nothing doubled."""
+
+
+@main.command()
+@click.option("--once", is_flag=True, help="Handle what is in the queue, then exit.")
+@click.option("--max-wait", type=float, default=600.0, show_default=True, help="Seconds --once waits for redeliveries.")
+@click.option("--dry-run", is_flag=True, help="Print what would be sent; settle nothing. Implies --once.")
+@settings_options(Settings)
+def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
+    """Read the queue and keep Klaviyo in step, until SIGTERM or SIGINT.
+
+    The first signal finishes what is in flight, the second does not wait for it.
+    Secrets come from CT_API_CLIENT and KLAVIYO_AUTH_KEY, or files named by CT_API_CLIENT_FILE
+    and KLAVIYO_AUTH_KEY_FILE.
+    """
+    from worker.runner import ShutdownTimeoutError  # noqa: PLC0415 - keeps --help and publish fast
+    from worker.service import Service  # noqa: PLC0415
+
+    with _exit_codes():
+        service = Service(load(Settings, flags), dry_run=dry_run)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: service.stop())
+        try:
+            service.run(once=once or dry_run, max_wait=max_wait)
+        except ShutdownTimeoutError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.stdout.flush()
+            os._exit(SHUTDOWN_TIMED_OUT)  # lanes may hang in calls that no thread can interrupt
+
+
+@main.command()
+@click.argument("file", type=click.File("rb"))
+@settings_options(QueueSettings)
+def publish(*, file: BinaryIO, **flags: Any) -> None:
+    """Put every line of FILE (- for stdin) into the queue as one message, and print how many."""
+    with _exit_codes(), _open(load(QueueSettings, flags)) as queue:
+        if not isinstance(queue, Publisher):
+            raise QueueError("QUEUE_URL: this queue cannot be published to from here")
+        click.echo(queue.publish(line.removesuffix(b"\n") for line in file))
+
+
+@main.command()
+@click.argument("file", type=click.File("rb"))
+@click.option(
+    "--enriched",
+    type=click.File("rb"),
+    help='What commercetools holds: JSON {"orders": […], "customers": […], "product-projections": […], …}.',
+)
+@settings_options(MappingSettings)
+def transform(*, file: BinaryIO, enriched: BinaryIO | None, **flags: Any) -> None:
+    """Print the Klaviyo requests for the notifications in FILE (- for stdin), without any network.
+
+    FILE holds one JSON document or one per line, in any envelope. Output: a JSON line per operation.
+    """
+    from worker.offline import documents, transform_offline  # noqa: PLC0415
+
+    failed = False
+    with _exit_codes():
+        mapping = load(MappingSettings, flags).mapping()
+        snapshot = _snapshot(enriched)
+        for body in documents(file.read()):
+            try:
+                for line in transform_offline(body, snapshot, mapping):
+                    click.echo(line)
+            except Ignored as reason:
+                click.echo(f"ignored: {reason}", err=True)
+            except WorkerError as error:
+                failed = True
+                click.echo(f"error: {error}", err=True)
+    if failed:
+        sys.exit(UNEXPECTED)
+
+
+def _snapshot(file: BinaryIO | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        document = orjson.loads(file.read())
+    except orjson.JSONDecodeError as error:
+        raise SettingsError(f"--enriched: not JSON: {error.msg} at {error.pos}") from None
+    if not isinstance(document, dict) or not all(isinstance(entry, list) for entry in document.values()):
+        raise SettingsError('--enriched: expected JSON like {"orders": […], "customers": […]}')
+    return document
+
+
+@main.command()
+def handlers() -> None:
+    """List the notifications that have an effect, and which."""
+    from worker.transform import HANDLERS  # noqa: PLC0415
+
+    rows = [("RESOURCE", "NOTIFICATION", "KLAVIYO")]
+    rows += [(handler.resource_type, handler.type, handler.sends) for handler in HANDLERS.values()]
+    widths = [max(len(row[column]) for row in rows) + 2 for column in (0, 1)]
+    for resource, kind, sends in rows:
+        click.echo(f"{resource:<{widths[0]}}{kind:<{widths[1]}}{sends}")
+
+
+@main.group()
+def dlq() -> None:
+    """Look at the messages that were given up on."""
+
+
+@dlq.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line per dead letter.")
+@settings_options(QueueSettings)
+def dlq_list(*, as_json: bool, **flags: Any) -> None:
+    """List the dead letters, oldest first."""
+    with _exit_codes(), _open(load(QueueSettings, flags)) as queue:
+        if not isinstance(queue, DeadLetters):
+            raise QueueError("QUEUE_URL: the dead letters of this queue cannot be read from here")
+        letters = [_dead_letter(letter) for letter in queue.dead_letters()]
+    for letter in letters:
+        click.echo(orjson.dumps(letter) if as_json else _readable(letter))
+    if not letters and not as_json:
+        click.echo("no dead letters", err=True)
+
+
+def _dead_letter(letter: DeadLetter) -> dict[str, Any]:
+    from worker.parse import parse  # noqa: PLC0415
+
+    try:
+        notification = parse(letter.delivery.body)
+    except (WorkerError, Ignored):
+        notification = None
+    return {
+        "message_id": letter.delivery.id,
+        "message_type": notification and notification.type,
+        "resource_type": notification and notification.resource_type,
+        "resource_id": notification and notification.resource_id,
+        "reason": letter.failure.reason,
+        "stage": letter.failure.stage,
+        "attempts": letter.delivery.attempt,
+        "dead_lettered_at": letter.dead_lettered_at.isoformat(),
+    }
+
+
+def _readable(letter: dict[str, Any]) -> str:
+    about = f"{letter['message_type'] or 'unreadable'} {letter['resource_type'] or ''} {letter['resource_id'] or ''}"
+    when = letter["dead_lettered_at"][:19]
+    return f"{when}  {letter['message_id']:>6}  {about.strip()}  [{letter['stage']}] {letter['reason']}"
+
+
+@main.command()
+@click.option("--keep", type=click.Path(path_type=Path), help="Directory to keep the demo's queue and log in.")
+def demo(*, keep: Path | None) -> None:
+    """Show the worker at work: a sample shop, a stand-in for Klaviyo, no account needed."""
+    from worker.demo import run_demo  # noqa: PLC0415
+
+    sys.exit(run_demo(keep))
+
+
+@contextmanager
+def _open(settings: QueueSettings) -> Iterator[QueueAdapter]:
+    queue = open_queue(settings.queue_url)
+    try:
+        yield queue
+    finally:
+        queue.close()

@@ -1,0 +1,266 @@
+"""The commercetools client: token, timeouts, retries, raw JSON, chunked `id in (...)` queries.
+
+The SDK gets the token; its typed models cost an order of magnitude more CPU and break on values newer
+than they are, so reads are raw JSON: docs/decisions/0002-raw-json-over-sdk-models.md.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
+
+import requests
+import urllib3
+from commercetools.base_client import RefreshingOAuth2Session
+from oauthlib.oauth2 import BackendApplicationClient, OAuth2Error
+
+from worker import http
+from worker.errors import CommercetoolsMisconfigured, Rejected, Transient, WorkerError
+from worker.transform.fields import as_dict, as_dicts, as_text, pick_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+    from threading import Event
+
+    from worker.model import Json
+    from worker.settings import Settings
+
+PAGE = 500  # commercetools' largest
+MAX_WHERE_BYTES = 6_000  # percent-encoded; keeps the URI under the 8 KB its load balancers take
+TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
+
+Found = dict[str, "list[Json] | WorkerError"]
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A way to find many resources by many values at once.
+
+    `predicate` takes the comma-separated quoted values; `values` tells which of them a resource answers.
+    `remember` names the fields worth keeping for later batches; none: always read anew.
+    """
+
+    path: str
+    predicate: str
+    values: Callable[[Json], list[str]]
+    expand: tuple[str, ...] = ()
+    remember: tuple[str, ...] = ()
+
+
+def _id(resource: Json) -> list[str]:
+    return [as_text(resource.get("id"))]
+
+
+def _sku(resource: Json) -> list[str]:
+    return [as_text(resource.get("sku"))]
+
+
+def _payments(order: Json) -> list[str]:
+    return pick_ids(as_dict(order.get("paymentInfo")).get("payments"))
+
+
+def _ancestors(category: Json) -> list[str]:
+    return pick_ids(category.get("ancestors"))
+
+
+def _skus(product: Json) -> list[str]:
+    variants = [as_dict(product.get("masterVariant")), *as_dicts(product.get("variants"))]
+    return [sku for variant in variants for sku in _sku(variant)]
+
+
+ORDERS = Query("orders", "id in ({})", _id)
+ORDERS_BY_PAYMENT = Query("orders", "paymentInfo(payments(id in ({})))", _payments)
+PAYMENTS = Query("payments", "id in ({})", _id)
+CUSTOMERS = Query("customers", "id in ({})", _id, expand=("customerGroup",))
+CATEGORIES = Query("categories", "id in ({})", _id)
+CATEGORY_NAMES = replace(CATEGORIES, remember=("id", "name", "ancestors"))
+DESCENDANTS = Query("categories", "ancestors(id in ({}))", _ancestors)
+PRODUCTS = Query("product-projections", "id in ({})", _id)
+PRODUCT_CATEGORIES = replace(PRODUCTS, remember=("id", "categories"))
+PRODUCTS_BY_SKU = Query("product-projections", "masterVariant(sku in ({0})) or variants(sku in ({0}))", _skus)
+INVENTORY = Query("inventory", "id in ({})", _id)
+INVENTORY_BY_SKU = Query("inventory", "sku in ({})", _sku)
+DISCOUNT_CODES = Query("discount-codes", "id in ({})", _id)
+
+
+class Reader(Protocol):
+    """What enrich asks. The answer has every value: its resources ([]: none), or why they cannot be had."""
+
+    def find(self, query: Query, values: Collection[str]) -> Found:
+        """Find the resources for all values at once. Never raises for a single value."""
+
+
+class Snapshot:
+    """A Reader over resources at hand: `transform --enriched`, golden tests. No network."""
+
+    def __init__(self, resources: dict[str, list[Json]]) -> None:
+        self._resources = resources
+
+    def find(self, query: Query, values: Collection[str]) -> Found:
+        """Find among the resources at hand."""
+        return _sorted_out(query, values, as_dicts(self._resources.get(query.path)))
+
+
+class Commercetools:
+    """A Reader over commercetools' HTTP API. Safe for many threads."""
+
+    def __init__(self, settings: Settings, stopping: Event) -> None:
+        self._token = _Token(settings)
+        self._url = f"{settings.ct_api_url}/{quote(settings.ct_project_id, safe='')}"
+        self._timeout = urllib3.Timeout(connect=settings.connect_timeout, read=settings.read_timeout)
+        self._retrying = http.retrying(settings.retry_seconds, stopping)
+        self._pool = http.pool(self._url, settings.lanes)
+
+    def find(self, query: Query, values: Collection[str]) -> Found:
+        """Find by chunked queries; a chunk that fails fails only its own values."""
+        found: Found = {}
+        for chunk in _chunks(sorted(values), query):
+            found |= self._find_chunk(query, chunk)
+        return found
+
+    def _find_chunk(self, query: Query, chunk: list[str]) -> Found:
+        """Query one chunk. A value commercetools refuses (400) must not hurt the others: halve until found."""
+        try:
+            return _sorted_out(query, chunk, self._pages(query, chunk))
+        except Rejected as error:
+            if len(chunk) == 1:
+                return {chunk[0]: error}
+            middle = len(chunk) // 2
+            return self._find_chunk(query, chunk[:middle]) | self._find_chunk(query, chunk[middle:])
+        except WorkerError as error:
+            return dict.fromkeys(chunk, error)
+
+    def _pages(self, query: Query, chunk: list[str]) -> list[Json]:
+        """Read all pages by id: offsets are limited and skip rows while others write."""
+        results: list[Json] = []
+        after = ""
+        while True:
+            where = _where(query, chunk) if not after else f'({_where(query, chunk)}) and id > "{after}"'
+            page = self._retrying(self._get, query, where)
+            results += page
+            if len(page) < PAGE:
+                return results
+            after = as_text(page[-1].get("id"))
+
+    def _get(self, query: Query, where: str) -> list[Json]:
+        parameters = f"where={quote(where)}&limit={PAGE}&sort=id%20asc&withTotal=false"
+        parameters += "".join(f"&expand={quote(path)}" for path in query.expand)
+        url = f"{self._url}/{query.path}?{parameters}"
+        token = self._token.get()
+        response = self._request(url, token)
+        if response.status == requests.codes.unauthorized:  # revoked before its time
+            response = self._request(url, self._token.renew(token))
+        return as_dicts(as_dict(_checked(response, query.path)).get("results"))
+
+    def _request(self, url: str, token: str) -> http.Response:
+        headers = {"Authorization": f"Bearer {token}", "Accept-Encoding": "gzip", "User-Agent": "klaviyo-worker"}
+        return http.request(self._pool, "GET", url, headers=headers, timeout=self._timeout)
+
+
+def _checked(response: http.Response, path: str) -> Any:
+    """Return the decoded body of a 200. Raises what any other status means."""
+    if response.status == requests.codes.ok:
+        return response.json()
+    error = next(iter(as_dicts(as_dict(response.json()).get("errors"))), {})
+    what = f"commercetools answered {response.status} {as_text(error.get('code'))[:64]} for {path}"
+    if response.status in {401, 403, 404}:
+        raise CommercetoolsMisconfigured(f"{what}: check CT_PROJECT_ID, CT_API_CLIENT and its scopes")
+    raise Rejected(what, response.status)
+
+
+def _sorted_out(query: Query, values: Collection[str], resources: list[Json]) -> Found:
+    by_value: dict[str, list[Json]] = defaultdict(list)
+    for resource in resources:
+        for value in query.values(resource):
+            by_value[value].append(resource)
+    return {value: by_value.get(value, []) for value in values}
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _where(query: Query, values: list[str]) -> str:
+    # not str.format: a value may hold braces
+    joined = ",".join(map(_quoted, values))
+    return query.predicate.replace("{0}", "{}").replace("{}", joined)
+
+
+def _chunks(values: list[str], query: Query) -> Iterator[list[str]]:
+    """Cut values so that each query's encoded predicate stays below MAX_WHERE_BYTES."""
+    repeats = query.predicate.count("{")
+    chunk: list[str] = []
+    size = 0
+    for value in values:
+        cost = repeats * len(quote(f",{_quoted(value)}"))
+        if chunk and size + cost > MAX_WHERE_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(value)
+        size += cost
+    if chunk:
+        yield chunk
+
+
+class _Token:
+    """An access token, fetched by one thread at a time while the others wait for it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = Lock()
+        self._value = ""
+        self._expires_at = 0.0
+        # oauthlib refuses http:// and narrowed scopes unless told so by environment. Settings allow http://
+        # for loopback only; commercetools may grant fewer scopes than asked for.
+        os.environ["OAUTHLIB_RELAX_TOKEN_SCOPE"] = "1"  # noqa: S105 - a switch
+        if settings.ct_token_url.startswith("http://"):
+            os.environ["OAUTHLIB_INSECURE_TRANSPORT"] = "1"
+
+    def get(self) -> str:
+        with self._lock:
+            if time.monotonic() >= self._expires_at:
+                self._fetch()
+            return self._value
+
+    def renew(self, refused: str) -> str:
+        """Return another token than `refused`, which another thread may have fetched already."""
+        with self._lock:
+            if self._value == refused:
+                self._fetch()
+            return self._value
+
+    def _fetch(self) -> None:
+        scope = self._settings.ct_scope.split() or None  # None: all that the API client has
+        client = self._settings.ct_api_client
+        identity = BackendApplicationClient(client_id=client.client_id, scope=scope)
+        try:
+            with RefreshingOAuth2Session(client=identity, scope=scope) as session:
+                session.register_compliance_hook("access_token_response", _only_verdicts)
+                token = session.fetch_token(
+                    self._settings.ct_token_url,
+                    client_id=client.client_id,
+                    client_secret=client.secret.get_secret_value(),
+                    timeout=(self._settings.connect_timeout, self._settings.read_timeout),
+                )
+        except requests.RequestException as error:
+            raise Transient(f"no token from commercetools: {type(error).__name__}") from None
+        except OAuth2Error as error:
+            raise CommercetoolsMisconfigured(
+                f"commercetools refuses a token ({error.error}): check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
+            ) from None
+        lifetime = float(token.get("expires_in", 0))
+        self._value = token["access_token"]
+        self._expires_at = time.monotonic() + max(lifetime - TOKEN_MARGIN, lifetime / 2)
+
+
+def _only_verdicts(response: requests.Response) -> requests.Response:
+    """Let oauthlib judge what the authorization server decided, not that it was down."""
+    if response.status_code in http.RETRYABLE:
+        raise Transient(f"no token from commercetools: {response.status_code}", http.retry_after(response.headers))
+    return response

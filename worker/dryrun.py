@@ -1,0 +1,88 @@
+"""`run --dry-run`: everything but the writes, to Klaviyo and to the queue."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import click
+import orjson
+
+from worker.send import request_for
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapters.base import Delivery, Failure, QueueAdapter
+    from worker.errors import WorkerError
+    from worker.model import Operation
+
+
+def operation_line(operation: Operation) -> str:
+    """Return an operation as the JSON line that `transform` and `--dry-run` print."""
+    request = request_for(operation)
+    line = {
+        "operation": operation.kind.value,
+        "method": request.method,
+        "path": request.path,
+        "body": request.body,
+    }
+    return orjson.dumps(line).decode()
+
+
+def print_instead(operations: Sequence[Operation]) -> Sequence[WorkerError | None]:
+    """Print what would be sent: the send stage of a dry run."""
+    for operation in operations:
+        click.echo(operation_line(operation))
+    return [None] * len(operations)
+
+
+class Peek:
+    """A queue whose messages are looked at once and then all returned. Costs each a delivery attempt."""
+
+    def __init__(self, queue: QueueAdapter, at_most: int) -> None:
+        self._queue = queue
+        self._left = at_most
+        self._seen: list[Delivery] = []
+
+    @property
+    def lease(self) -> float | None:
+        """The queue's own."""
+        return self._queue.lease
+
+    def receive(self, max_messages: int, wait: float) -> Sequence[Delivery]:
+        """Receive what was not seen yet."""
+        if not self._left:
+            time.sleep(wait)
+            return ()
+        deliveries = self._queue.receive(min(max_messages, self._left), wait)
+        self._left = self._left - len(deliveries) if deliveries else 0
+        self._seen += deliveries
+        return deliveries
+
+    def ack(self, deliveries: Sequence[Delivery]) -> None:
+        """Keep the messages leased until `close`."""
+
+    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
+        """Keep the messages leased until `close`."""
+
+    def dead_letter(self, delivery: Delivery, failure: Failure) -> None:
+        """Keep the message leased until `close`."""
+
+    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
+        """Extend all that was seen, whatever is still in work."""
+        del deliveries
+        self._queue.extend(self._seen, seconds)
+
+    def backlog(self) -> int | None:
+        """Count what will still be looked at: nothing, once the queue had no more."""
+        return self._left
+
+    def check(self) -> None:
+        """Check the queue."""
+        self._queue.check()
+
+    def close(self) -> None:
+        """Return everything."""
+        self._queue.nack(self._seen)
+        self._queue.close()

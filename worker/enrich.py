@@ -1,0 +1,294 @@
+"""[Notification] -> [Enriched]. The only stage that reads commercetools; one query per resource type per batch.
+
+Each resource type has a plan: a generator that reads as if for one message and yields what it must know
+next. All plans of a batch run in step, and what they ask for in a step is fetched together, so a hundred
+messages cost as many queries as one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import cachetools
+
+from worker import commercetools as ct
+from worker.errors import Misconfigured, Rejected, Transient, WorkerError
+from worker.model import Enriched, Json, Notification
+from worker.transform.fields import as_dict, as_dicts, as_text, parse_time, pick_ids, unique
+
+if TYPE_CHECKING:
+    from worker.mapping import Mapping
+
+READ_LAG = 10.0  # seconds in which a new resource may not be readable yet
+_CATALOG_ENTRIES = 20_000
+
+Ask = tuple[ct.Query, Iterable[str]]
+Plan = Generator[Sequence[Ask], None, Enriched]
+Result = Enriched | WorkerError
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Enricher:
+    """Adds commercetools data to notifications, a batch at a time."""
+
+    def __init__(
+        self,
+        reader: ct.Reader,
+        mapping: Mapping,
+        *,
+        catalog_ttl: float = 0.0,
+        now: Callable[[], datetime] = _utc_now,
+    ) -> None:
+        self._reader = reader
+        self._mapping = mapping
+        self._now = now
+        self._catalog: cachetools.TTLCache[tuple[ct.Query, str], Json]
+        self._catalog = cachetools.TTLCache(_CATALOG_ENTRIES, catalog_ttl)
+        self._lock = Lock()
+
+    def enrich(self, notifications: Sequence[Notification]) -> list[Result]:
+        """Return every notification with its data, or with why it cannot be had, in their order."""
+        known = _Known(self._mapping)
+        now = self._now()
+        plans = [PLANS[n.resource_type](Enriched(n, now), known) for n in notifications]
+        results: list[Result | None] = [None] * len(plans)
+        while pending := [index for index, result in enumerate(results) if result is None]:
+            asks: dict[ct.Query, set[str]] = defaultdict(set)
+            for index in pending:
+                results[index] = _advance(plans[index], asks)
+            self._answer(asks, known)
+        return [result for result in results if result is not None]
+
+    def _answer(self, asks: dict[ct.Query, set[str]], known: _Known) -> None:
+        for query, values in asks.items():
+            known.learn(query, self._recall(query, known.missing(query, values)))
+            missing = known.missing(query, values)
+            if missing:
+                found = self._reader.find(query, missing)
+                known.learn(query, found)
+                self._remember(query, found)
+
+    def _recall(self, query: ct.Query, values: set[str]) -> ct.Found:
+        if not query.remember:
+            return {}
+        with self._lock:
+            remembered = {value: self._catalog.get((query, value)) for value in values}
+        return {value: [resource] for value, resource in remembered.items() if resource is not None}
+
+    def _remember(self, query: ct.Query, found: ct.Found) -> None:
+        """Keep what may be reused; a fresh reading of the same resources renews it."""
+        for kept in (ct.PRODUCT_CATEGORIES, ct.CATEGORY_NAMES):
+            if query in {kept, replace(kept, remember=())}:
+                resources = {v: r[0] for v, r in found.items() if not isinstance(r, WorkerError) and r}
+                slim = {(kept, v): {name: r.get(name) for name in kept.remember} for v, r in resources.items()}
+                with self._lock:
+                    self._catalog.update(slim)
+
+
+def _advance(plan: Plan, asks: dict[ct.Query, set[str]]) -> Result | None:
+    """Run a plan to its next question, or to its end."""
+    try:
+        for query, values in next(plan):
+            asks[query].update(value for value in values if value)
+    except StopIteration as end:
+        enriched: Enriched = end.value
+        return enriched
+    except WorkerError as error:
+        return error
+    return None
+
+
+class _Known:
+    """What a batch has read so far."""
+
+    def __init__(self, mapping: Mapping) -> None:
+        self.mapping = mapping
+        self._found: dict[ct.Query, ct.Found] = defaultdict(dict)
+
+    def missing(self, query: ct.Query, values: set[str]) -> set[str]:
+        return values - self._found[query].keys()
+
+    def learn(self, query: ct.Query, found: ct.Found) -> None:
+        self._found[query] |= found
+
+    def all(self, query: ct.Query, value: str) -> list[Json]:
+        """Return the resources for a value. Raises why they cannot be had."""
+        found = self._found[query].get(value, [])
+        if isinstance(found, WorkerError):
+            raise found
+        return found
+
+    def one(self, query: ct.Query, value: str) -> Json | None:
+        """Return the resource for a value, or None. Raises why it cannot be had."""
+        return next(iter(self.all(query, value)), None)
+
+    def maybe(self, query: ct.Query, value: str) -> Json | None:
+        """Return an adornment that no message shall fail for: a refused id is as good as a missing one."""
+        try:
+            return self.one(query, value)
+        except Rejected:
+            return None
+
+
+def _order(enriched: Enriched, known: _Known) -> Plan:
+    notification = enriched.notification
+    order = notification.payload.get("order")
+    if not isinstance(order, dict):
+        yield [(ct.ORDERS, [notification.resource_id])]
+        order = _existing(ct.ORDERS, enriched, known)
+    return (yield from _with_order_data(replace(enriched, order=order), known))
+
+
+def _payment(enriched: Enriched, known: _Known) -> Plan:
+    notification = enriched.notification
+    payment_id = notification.resource_id
+    yield [(ct.PAYMENTS, [payment_id]), (ct.ORDERS_BY_PAYMENT, [payment_id])]
+    payment = _existing(ct.PAYMENTS, enriched, known)
+    orders = sorted(known.all(ct.ORDERS_BY_PAYMENT, payment_id), key=lambda order: as_text(order.get("createdAt")))
+    order = orders[0] if orders else None
+    customer_id = "" if order else as_text(as_dict(as_dict(payment).get("customer")).get("id"))
+    yield [(ct.CUSTOMERS, [customer_id])]
+    customer = known.maybe(ct.CUSTOMERS, customer_id)
+    enriched = replace(enriched, payment=payment, order=order, customer=customer)
+    return (yield from _with_order_data(enriched, known))
+
+
+def _with_order_data(enriched: Enriched, known: _Known) -> Plan:
+    """Add what every order event tells: categories of the lines, discount codes, the customer behind it."""
+    order = as_dict(enriched.order)
+    products = unique(as_text(line.get("productId")) for line in as_dicts(order.get("lineItems")))
+    references = [as_dict(info.get("discountCode")) for info in as_dicts(order.get("discountCodes"))]
+    codes = pick_ids(references)
+    nameless = "" if as_text(order.get("customerEmail")) else as_text(order.get("customerId"))
+    yield [(ct.PRODUCT_CATEGORIES, products), (ct.DISCOUNT_CODES, codes), (ct.CUSTOMERS, [nameless])]
+    product_categories = {
+        product: pick_ids(as_dict(known.maybe(ct.PRODUCT_CATEGORIES, product)).get("categories"))
+        for product in products
+    }
+    categories = yield from _categories(ct.CATEGORY_NAMES, product_categories.values(), known)
+    return replace(
+        enriched,
+        product_categories=product_categories,
+        categories=categories,
+        discount_codes={code: _code(code, known) for code in codes},
+        customer=enriched.customer or known.maybe(ct.CUSTOMERS, nameless),
+    )
+
+
+def _customer(enriched: Enriched, known: _Known) -> Plan:
+    notification = enriched.notification
+    yield [(ct.CUSTOMERS, [notification.resource_id])]
+    return replace(enriched, customer=_existing(ct.CUSTOMERS, enriched, known))
+
+
+def _category(enriched: Enriched, known: _Known) -> Plan:
+    notification = enriched.notification
+    asks: list[Ask] = [(ct.CATEGORIES, [notification.resource_id])]
+    if notification.type == "ResourceUpdated" and known.mapping.category.descendants:
+        asks.append((ct.DESCENDANTS, [notification.resource_id]))
+    yield asks
+    category = _existing(ct.CATEGORIES, enriched, known)
+    descendants = known.all(ct.DESCENDANTS, notification.resource_id)[: known.mapping.category.descendants]
+    ancestors = [pick_ids(entry.get("ancestors")) for entry in (as_dict(category), *descendants)]
+    categories = yield from _categories(ct.CATEGORIES, ancestors, known)
+    return replace(enriched, category=category, descendants=descendants, categories=categories)
+
+
+def _product(enriched: Enriched, known: _Known) -> Plan:
+    notification = enriched.notification
+    yield [(ct.PRODUCTS, [notification.resource_id])]
+    product = _existing(ct.PRODUCTS, enriched, known)
+    return (yield from _with_product_data(replace(enriched, product=product), known))
+
+
+def _inventory_entry(enriched: Enriched, known: _Known) -> Plan:
+    notification = enriched.notification
+    yield [(ct.INVENTORY, [notification.resource_id])]
+    entry = _existing(ct.INVENTORY, enriched, known)
+    sku = as_text(as_dict(entry).get("sku"))
+    yield [(ct.PRODUCTS_BY_SKU, [sku])]
+    product = known.maybe(ct.PRODUCTS_BY_SKU, sku)
+    enriched = replace(enriched, inventory_entry=entry, product=product)
+    return (yield from _with_product_data(enriched, known))
+
+
+def _with_product_data(enriched: Enriched, known: _Known) -> Plan:
+    """Add what a catalog item tells: its categories, and the stock of its variants."""
+    if enriched.product is None:
+        return enriched
+    product = enriched.product
+    variants = [as_dict(product.get("masterVariant")), *as_dicts(product.get("variants"))]
+    skus = unique(as_text(variant.get("sku")) for variant in variants)
+    yield [(ct.INVENTORY_BY_SKU, skus)]
+    own = pick_ids(product.get("categories"))
+    categories = yield from _categories(ct.CATEGORY_NAMES, [own], known)
+    return replace(
+        enriched,
+        product_categories={as_text(product.get("id")): own},
+        categories=categories,
+        inventory={sku: known.all(ct.INVENTORY_BY_SKU, sku) for sku in skus},
+    )
+
+
+def _nothing(enriched: Enriched, known: _Known) -> Plan:
+    """Return a notification that says all by itself."""
+    yield []
+    del known
+    return enriched
+
+
+PLANS: dict[str, Callable[[Enriched, _Known], Plan]] = defaultdict(
+    lambda: _nothing,
+    {
+        "order": _order,
+        "payment": _payment,
+        "customer": _customer,
+        "category": _category,
+        "product": _product,
+        "inventory-entry": _inventory_entry,
+    },
+)
+
+
+def _existing(query: ct.Query, enriched: Enriched, known: _Known) -> Json | None:
+    """Return the notification's resource, or None when commercetools has none.
+
+    Right after its creation a resource may not be readable: then the message waits until that cannot be.
+    """
+    notification = enriched.notification
+    resource = known.one(query, notification.resource_id)
+    if resource is None and notification.type.endswith(("Created", "Imported")):
+        moment = parse_time(notification.time)
+        age = (enriched.as_of - moment).total_seconds() if moment else READ_LAG
+        if age < READ_LAG:
+            raise Transient(f"commercetools does not show the new {notification.resource_type} yet", READ_LAG)
+    return resource
+
+
+def _categories(
+    query: ct.Query, groups: Iterable[Sequence[str]], known: _Known
+) -> Generator[Sequence[Ask], None, dict[str, Json]]:
+    """Return the categories by id, with all their ancestors."""
+    ids = unique(category for group in groups for category in group)
+    yield [(query, ids)]
+    found = {category: known.maybe(query, category) for category in ids}
+    ancestors = unique(ancestor for entry in found.values() for ancestor in pick_ids(as_dict(entry).get("ancestors")))
+    yield [(query, ancestors)]
+    found |= {category: known.maybe(query, category) for category in ancestors}
+    return {category: entry for category, entry in found.items() if entry is not None}
+
+
+def _code(code_id: str, known: _Known) -> str:
+    """Return a discount code's text. A client without the scope for codes still sends the order."""
+    try:
+        return as_text(as_dict(known.maybe(ct.DISCOUNT_CODES, code_id)).get("code"))
+    except Misconfigured:
+        return ""

@@ -1,0 +1,74 @@
+"""Every error the worker raises, and what becomes of the message it befalls.
+
+WorkerError
+├── Transient        nack       could not be done now
+├── Rejected         dead letter  can never succeed
+└── Misconfigured    park       nobody's message is at fault: credentials, scopes, project
+    ├── CommercetoolsMisconfigured   exit code 4
+    └── KlaviyoMisconfigured         exit code 5
+Ignored              ack        nothing to do: a result, not an error
+SettingsError        exit code 2
+
+Texts are for operators and go to logs and dead letters: no personal data, no secrets.
+"""
+
+from __future__ import annotations
+
+from worker.model import Disposition
+
+
+class WorkerError(Exception):
+    """A message could not be handled; `disposition` says what becomes of it."""
+
+    disposition = Disposition.NACK
+
+
+class Transient(WorkerError):
+    """Could not be done now: outage, throttling, timeout. `retry_after`: seconds, when the other side said."""
+
+    disposition = Disposition.NACK
+
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class Rejected(WorkerError):
+    """Can never succeed: unreadable, or refused for what this record holds.
+
+    `status` is the HTTP status of a refusal; `duplicate_id` the profile Klaviyo names in a 409.
+    """
+
+    disposition = Disposition.DEAD_LETTER
+
+    def __init__(self, reason: str, status: int | None = None, duplicate_id: str = "") -> None:
+        super().__init__(reason)
+        self.status = status
+        self.duplicate_id = duplicate_id
+
+
+class Misconfigured(WorkerError):
+    """The worker itself is not allowed or not able: no message is at fault."""
+
+    disposition = Disposition.PARK
+    exit_code = 1
+
+
+class CommercetoolsMisconfigured(Misconfigured):
+    """commercetools refuses the credentials, the scope or the project."""
+
+    exit_code = 4
+
+
+class KlaviyoMisconfigured(Misconfigured):
+    """Klaviyo refuses the key or its scopes."""
+
+    exit_code = 5
+
+
+class Ignored(Exception):
+    """There is nothing to do for this message; the text says why."""
+
+
+class SettingsError(Exception):
+    """Settings are missing or malformed: one line per variable."""

@@ -1,0 +1,119 @@
+"""One HTTP request, and the retries both clients share. Network faults and retryable statuses become Transient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import orjson
+import tenacity
+import urllib3
+from requests.utils import get_environ_proxies
+
+from worker.errors import Transient
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from threading import Event
+
+# 408 and 425 ask for another try; 524 is Cloudflare's timeout in front of Klaviyo.
+RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504, 524})
+MAX_RETRY_AFTER = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """An answer, whatever its status."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """Return the decoded body; None when it is no JSON."""
+        try:
+            return orjson.loads(self.body)
+        except orjson.JSONDecodeError:
+            return None
+
+
+def pool(url: str, size: int) -> urllib3.PoolManager:
+    """Return a connection pool for `size` threads that verifies TLS and goes through the environment's proxy."""
+    proxy = proxy_for(url)
+    if proxy:
+        return urllib3.ProxyManager(proxy, maxsize=size, cert_reqs="CERT_REQUIRED")
+    return urllib3.PoolManager(maxsize=size, cert_reqs="CERT_REQUIRED")
+
+
+def proxy_for(url: str) -> str | None:
+    """Return the proxy that HTTPS_PROXY and NO_PROXY ask for, or None."""
+    proxies: dict[str, str] = get_environ_proxies(url)
+    return proxies.get(urlsplit(url).scheme)
+
+
+def request(
+    pool: urllib3.PoolManager,
+    method: str,
+    url: str,
+    *,
+    headers: Mapping[str, str],
+    timeout: urllib3.Timeout,
+    body: bytes | None = None,
+) -> Response:
+    """Send one request and read the whole answer. Raises Transient when that fails or should be tried again.
+
+    Texts name host and path only: a query may hold what belongs to a person.
+    """
+    target = urlsplit(url)
+    what = f"{method} {target.netloc}{target.path}"
+    try:
+        answer = pool.request(
+            method, url, body=body, headers=dict(headers), timeout=timeout, retries=False, redirect=False
+        )
+    except urllib3.exceptions.HTTPError as error:
+        raise Transient(f"no answer to {what}: {type(error).__name__}") from None
+    response = Response(answer.status, answer.headers, answer.data)
+    if response.status in RETRYABLE:
+        raise Transient(f"{response.status} to {what}", retry_after(response.headers))
+    return response
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the Retry-After header in seconds (a number or an HTTP date), or None."""
+    value = headers.get("Retry-After", "")
+    try:
+        seconds = float(value) if not value.endswith("GMT") else _until(value)
+    except ValueError:
+        return None
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
+
+
+def _until(http_date: str) -> float:
+    return (parsedate_to_datetime(http_date) - datetime.now(UTC)).total_seconds()
+
+
+def retrying(seconds: float, stopping: Event) -> tenacity.Retrying:
+    """Return a policy that tries again on Transient for about `seconds`, and no longer once `stopping`.
+
+    Waits grow from 0.2 s with full jitter; Retry-After is obeyed, and when it reaches beyond `seconds`
+    the error is raised at once, for the queue to wait instead.
+    """
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(Transient),
+        stop=tenacity.stop_before_delay(seconds) | tenacity.stop_when_event_set(stopping),
+        wait=_wait,
+        sleep=tenacity.sleep_using_event(stopping),
+        reraise=True,
+    )
+
+
+_backoff = tenacity.wait_random_exponential(multiplier=0.2, max=5)
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.retry_after if isinstance(error, Transient) else None
+    return max(asked or 0.0, _backoff(state))

@@ -1,0 +1,92 @@
+"""The Klaviyo client: klaviyo-api's host, authentication and connection pool; our bytes, timeouts and verdicts.
+
+Its model round trip costs a hundred times the CPU on bulk calls and drops attributes it does not know:
+docs/decisions/0002-raw-json-over-sdk-models.md.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import urllib3
+from klaviyo_api import KlaviyoAPI
+from openapi_client.rest import RESTClientObject
+
+from worker import http
+from worker.errors import KlaviyoMisconfigured, Rejected, Transient
+from worker.transform.fields import as_dict, as_dicts, as_text
+
+if TYPE_CHECKING:
+    from threading import Event
+
+    from worker.model import Json
+    from worker.settings import Settings
+
+REVISION = "2026-07-15"  # what our bodies are written for; the SDK's own is newer and moves with it
+MEDIA_TYPE = "application/vnd.api+json"
+
+
+class Klaviyo:
+    """Klaviyo's HTTP API. Safe for many threads."""
+
+    def __init__(self, settings: Settings, stopping: Event) -> None:
+        key = settings.klaviyo_auth_key.get_secret_value()
+        sdk = KlaviyoAPI(key, max_retries=1, test_host=settings.klaviyo_api_url)
+        configuration = sdk.api_client.configuration
+        configuration.connection_pool_maxsize = settings.concurrency + settings.lanes
+        configuration.proxy = http.proxy_for(settings.klaviyo_api_url)
+        self._pool: urllib3.PoolManager = RESTClientObject(configuration).pool_manager
+        self._host: str = configuration.host
+        self._headers = {
+            "User-Agent": "klaviyo-worker",
+            "Accept": MEDIA_TYPE,
+            "Content-Type": MEDIA_TYPE,
+            "revision": REVISION,
+            "Authorization": configuration.auth_settings()["Klaviyo-API-Key"]["value"],
+        }
+        self._timeout = urllib3.Timeout(connect=settings.connect_timeout, read=settings.read_timeout)
+        self._retrying = http.retrying(settings.retry_seconds, stopping)
+
+    def call(self, method: str, path: str, body: Json | None = None) -> Json:
+        """Call an endpoint, trying again for a while when it cannot answer now; return the decoded answer.
+
+        Raises Transient, Rejected (with the status) or KlaviyoMisconfigured.
+        """
+        content = None if body is None else orjson.dumps(body)
+        return as_dict(self._retrying(self._call, method, path, content).json())
+
+    def _call(self, method: str, path: str, content: bytes | None) -> http.Response:
+        response = http.request(
+            self._pool, method, self._host + path, headers=self._headers, timeout=self._timeout, body=content
+        )
+        if response.status >= HTTPStatus.MULTIPLE_CHOICES:
+            raise _verdict(method, path, response)
+        return response
+
+
+def _verdict(method: str, path: str, response: http.Response) -> Exception:
+    """Return what a refusal means. Klaviyo's `detail` may quote the record, so it is left out."""
+    document = response.json()
+    error = next(iter(as_dicts(as_dict(document).get("errors"))), {})
+    endpoint = path.partition("?")[0].partition("/$custom")[0]
+    what = f"Klaviyo answered {response.status} to {method} {endpoint}"
+    status = response.status
+    if status == HTTPStatus.FORBIDDEN and document is None:
+        return Transient(f"{what} with a challenge page")
+    if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+        return KlaviyoMisconfigured(f"{what}: check KLAVIYO_AUTH_KEY and its scopes")
+    if _is_elsewhere(method, status, error):
+        return KlaviyoMisconfigured(f"{what}: check KLAVIYO_API_URL")
+    reason = " ".join(filter(None, (as_text(error.get(name))[:100] for name in ("code", "title"))))
+    pointer = as_text(as_dict(error.get("source")).get("pointer"))[:200]
+    duplicate = as_text(as_dict(error.get("meta")).get("duplicate_profile_id"))
+    return Rejected(f"{what}: {reason or 'no reason given'} {pointer}".strip(), status, duplicate)
+
+
+def _is_elsewhere(method: str, status: int, error: dict[str, Any]) -> bool:
+    """Tell answers that judge no record: redirects, a retired revision, something that is not Klaviyo."""
+    if status < HTTPStatus.BAD_REQUEST or status in {HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.GONE}:
+        return True
+    return status == HTTPStatus.NOT_FOUND and method == "POST" and not error

@@ -1,0 +1,124 @@
+"""The data that travels through the stages: Delivery -> Notification -> Enriched -> Operation -> Outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from datetime import datetime
+
+    from adapters.base import Delivery
+
+Json = dict[str, Any]
+
+
+class Disposition(Enum):
+    """The four endings of a delivery."""
+
+    ACK = "ack"
+    NACK = "nack"
+    DEAD_LETTER = "dead_letter"
+    PARK = "park"
+
+
+@dataclass(frozen=True, slots=True)
+class Notification:
+    """A commercetools notification, freed from its envelope.
+
+    `type` is the message type (`OrderCreated`, also when the payload was not included) or the change
+    (`ResourceUpdated`). `payload` is the whole notification; message fields stand at its top level.
+    """
+
+    type: str
+    resource_type: str
+    resource_id: str
+    time: str | None  # RFC 3339, when it happened
+    payload: Json = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Enriched:
+    """A notification with the commercetools data its handler needs; None: commercetools has no such thing."""
+
+    notification: Notification
+    as_of: datetime  # when commercetools was read; prices are judged by it
+    order: Json | None = field(default=None, repr=False)
+    payment: Json | None = field(default=None, repr=False)
+    customer: Json | None = field(default=None, repr=False)
+    category: Json | None = field(default=None, repr=False)
+    descendants: Sequence[Json] = field(default=(), repr=False)
+    product: Json | None = field(default=None, repr=False)  # current projection
+    inventory_entry: Json | None = field(default=None, repr=False)
+    inventory: Mapping[str, Sequence[Json]] = field(default_factory=dict, repr=False)  # sku -> entries
+    product_categories: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)  # product -> ids
+    categories: Mapping[str, Json] = field(default_factory=dict, repr=False)  # id -> category, ancestors too
+    discount_codes: Mapping[str, str] = field(default_factory=dict, repr=False)  # id -> code
+
+
+class Kind(Enum):
+    """What can be asked of Klaviyo. The value is the name in logs and in `klaviyo-worker transform`."""
+
+    CREATE_EVENT = "create_event"
+    UPSERT_PROFILE = "upsert_profile"
+    DELETE_PROFILE = "delete_profile"
+    UPSERT_CATEGORY = "upsert_category"
+    ENSURE_CATEGORY = "ensure_category"
+    DELETE_CATEGORY = "delete_category"
+    UPSERT_ITEM = "upsert_item"
+    DELETE_ITEM = "delete_item"
+    UPSERT_VARIANT = "upsert_variant"
+    UPDATE_INVENTORY = "update_inventory"
+    DELETE_STALE_VARIANTS = "delete_stale_variants"
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One wish to Klaviyo: idempotent, and complete in itself.
+
+    Two operations of a kind with the same `key` in one batch are one: the last state counts. `resource`
+    is the JSON:API object (`type`, `id`, `attributes`, `relationships`); None where the key says all.
+    `keep` are the variants DELETE_STALE_VARIANTS leaves alone; `otherwise` gives what to do instead
+    when Klaviyo does not have what is to be updated.
+    """
+
+    kind: Kind
+    key: str
+    resource: Json | None = field(default=None, repr=False)
+    keep: frozenset[str] = frozenset()
+    otherwise: Callable[[], Iterable[Operation]] | None = field(default=None, repr=False)
+    cut: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a delivery ends, in which stage, and what caused it (None: its effect is in Klaviyo)."""
+
+    disposition: Disposition
+    stage: str
+    cause: Exception | None = None
+    delay: float = 0.0  # seconds, for NACK
+
+    @property
+    def reason(self) -> str:
+        """Return one sentence for an operator, without personal data; "" for an effect."""
+        return "" if self.cause is None else str(self.cause)
+
+    @property
+    def error(self) -> str:
+        """Return the class of the cause."""
+        return "" if self.cause is None else type(self.cause).__name__
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One delivery's way through the pipeline; the only thing here that changes."""
+
+    delivery: Delivery
+    received_at: float  # monotonic seconds
+    notification: Notification | None = None
+    enriched: Enriched | None = None
+    operations: Sequence[Operation] = ()
+    outcome: Outcome | None = None

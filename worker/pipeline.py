@@ -1,0 +1,175 @@
+"""The journey of a message: parse -> enrich -> transform -> send, then settle.
+
+A delivery is acked only when its effect is in Klaviyo or there is nothing to do. Every other ending is an
+error that says which (worker/errors.py): nack, dead letter, or park. Stages see only jobs still without an
+ending, so one bad message never stops its neighbours.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from adapters.base import Failure
+from worker.errors import Ignored, Rejected, Transient, WorkerError
+from worker.model import Disposition, Job, Outcome
+from worker.parse import parse
+from worker.telemetry import log
+from worker.transform import handler_for, transform
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from adapters.base import Delivery, QueueAdapter
+    from worker.mapping import Mapping
+    from worker.model import Enriched, Notification, Operation
+    from worker.telemetry import Telemetry
+
+FIRST_DELAY, LONGEST_DELAY = 2.0, 600.0  # seconds before a nacked message comes again
+_SEVERITY = (Disposition.PARK, Disposition.NACK, Disposition.DEAD_LETTER)
+
+
+class Enrich(Protocol):
+    """The enrich stage."""
+
+    def __call__(self, notifications: Sequence[Notification]) -> Sequence[Enriched | WorkerError]:
+        """Return every notification with its data, or why it cannot be had, in their order."""
+
+
+class Send(Protocol):
+    """The send stage."""
+
+    def __call__(self, operations: Sequence[Operation]) -> Sequence[WorkerError | None]:
+        """Carry out the operations; return None or an error for each, in their order."""
+
+
+class Pipeline:
+    """Takes deliveries through the stages. Safe for many threads; keeps nothing between batches."""
+
+    def __init__(self, queue: QueueAdapter, enrich: Enrich, send: Send, mapping: Mapping, telemetry: Telemetry) -> None:
+        self._queue = queue
+        self._enrich_all = enrich
+        self._send_all = send
+        self._mapping = mapping
+        self._telemetry = telemetry
+
+    def accept(self, delivery: Delivery) -> Job:
+        """Parse a delivery. Done before lanes are chosen, as the lane depends on the resource."""
+        job = Job(delivery, received_at=time.monotonic())
+        self._parse(job)
+        return job
+
+    def process(self, jobs: Sequence[Job]) -> list[Job]:
+        """Take a batch to its endings and settle it; return the parked jobs, to be processed again."""
+        for job in jobs:
+            if _is_parked(job):
+                job.outcome, job.operations = None, ()
+        for stage in (self._enrich, self._transform, self._send):
+            stage([job for job in jobs if job.outcome is None])
+        parked = [job for job in jobs if _is_parked(job)]
+        self._settle([job for job in jobs if not _is_parked(job)])
+        return parked
+
+    def _parse(self, job: Job) -> None:
+        def parse_and_route() -> None:
+            job.notification = parse(job.delivery.body)
+            handler_for(job.notification, self._mapping)  # fetch nothing for what is ignored
+
+        _guarded(job, "parse", parse_and_route)
+
+    def _enrich(self, jobs: Sequence[Job]) -> None:
+        notifications = [job.notification for job in jobs if job.notification is not None]
+        try:
+            results = self._enrich_all(notifications)
+        except Exception as defect:  # noqa: BLE001 - a defect of ours must not lose the batch
+            results = [_defect("enrich", defect)] * len(jobs)
+        for job, result in zip(jobs, results, strict=True):
+            if isinstance(result, WorkerError):
+                job.outcome = _failed(job, "enrich", result)
+            else:
+                job.enriched = result
+
+    def _transform(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if job.enriched is not None:
+                _guarded(job, "transform", lambda job=job: _transform(job, self._mapping))  # type: ignore[misc]
+
+    def _send(self, jobs: Sequence[Job]) -> None:
+        operations = [operation for job in jobs for operation in job.operations]
+        try:
+            results = iter(self._send_all(operations))
+        except Exception as defect:  # noqa: BLE001 - a defect of ours must not lose the batch
+            results = iter([_defect("send", defect)] * len(operations))
+        for job in jobs:
+            errors = [result for _ in job.operations if (result := next(results)) is not None]
+            worst = min(errors, key=lambda error: _SEVERITY.index(error.disposition), default=None)
+            job.outcome = Outcome(Disposition.ACK, "send") if worst is None else _failed(job, "send", worst)
+
+    def _settle(self, jobs: Sequence[Job]) -> None:
+        """Tell the queue. Acks come last: what must come again is safe before what is done is forgotten."""
+        retried: dict[tuple[float, Failure], list[Delivery]] = defaultdict(list)
+        acked: list[Delivery] = []
+        for job in jobs:
+            assert job.outcome is not None
+            failure = Failure(job.outcome.reason, job.outcome.stage, job.outcome.error)
+            match job.outcome.disposition:
+                case Disposition.ACK:
+                    acked.append(job.delivery)
+                case Disposition.NACK:
+                    retried[job.outcome.delay, failure].append(job.delivery)
+                case Disposition.DEAD_LETTER:
+                    self._queue.dead_letter(job.delivery, failure)
+        for (delay, failure), deliveries in retried.items():
+            self._queue.nack(deliveries, delay, failure)
+        if acked:
+            self._queue.ack(acked)
+        self._telemetry.settled(jobs)
+
+
+def _transform(job: Job, mapping: Mapping) -> None:
+    assert job.enriched is not None
+    job.operations = transform(job.enriched, mapping)
+
+
+def _is_parked(job: Job) -> bool:
+    return job.outcome is not None and job.outcome.disposition is Disposition.PARK
+
+
+def _guarded(job: Job, stage: str, work: Callable[[], None]) -> None:
+    """Run a pure stage for one job. What it raises is about this message: repeating cannot help."""
+    try:
+        work()
+    except Ignored as reason:
+        job.outcome = Outcome(Disposition.ACK, stage, reason)
+    except WorkerError as error:
+        job.outcome = _failed(job, stage, error)
+    except Exception as error:  # noqa: BLE001 - hostile data must not stop the worker
+        job.outcome = _failed(job, stage, Rejected(_where(error)))
+
+
+def _failed(job: Job, stage: str, error: WorkerError) -> Outcome:
+    delay = _delay(job, error) if error.disposition is Disposition.NACK else 0.0
+    return Outcome(error.disposition, stage, error, delay)
+
+
+def _delay(job: Job, error: WorkerError) -> float:
+    """Return how long to wait: as the other side asked, else doubling with every attempt."""
+    if isinstance(error, Transient) and error.retry_after is not None:
+        return error.retry_after
+    return min(FIRST_DELAY * 2.0 ** min((job.delivery.attempt or 1) - 1, 16), LONGEST_DELAY)
+
+
+def _defect(stage: str, error: Exception) -> WorkerError:
+    where = _where(error)
+    log.error("defect", extra={"stage": stage, "reason": where})
+    return Transient(where)
+
+
+def _where(error: Exception) -> str:
+    """Describe an error of ours by class and place: its text may quote what belongs to a person."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
+    return f"unexpected {type(error).__name__} at {places}; please report it"

@@ -1,0 +1,277 @@
+"""The worker's settings: flag > environment (or its _FILE twin) > default. One field is one setting, everywhere.
+
+Adding a field adds the variable, the flag (unless it is a secret), the check and the line in
+docs/configuration.md, which a test compares with this file.
+"""
+
+from __future__ import annotations
+
+import os
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from urllib.parse import urlsplit
+
+import orjson
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from worker.errors import SettingsError
+from worker.mapping import Mapping, load_mapping
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping as ReadOnly
+
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails
+
+
+def _http_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme == "https" and parts.netloc:
+        return value.rstrip("/")
+    if parts.scheme == "http" and _is_loopback(parts.hostname or ""):
+        return value.rstrip("/")
+    raise ValueError("expected an https:// URL (http:// for this machine only)")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _filled(value: str) -> str:
+    if not value.strip() or not value.isprintable():
+        raise ValueError("expected a text that is not empty")
+    return value.strip()
+
+
+def _credentials(value: Any) -> Any:
+    """Decode the JSON here, so that no decoder's message can quote the secret."""
+    if not isinstance(value, str):
+        return value
+    try:
+        document = orjson.loads(value)
+        client, secret = document["clientId"], document["secret"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        raise ValueError('expected JSON like {"clientId": "…", "secret": "…"}') from None
+    if not isinstance(client, str) or not isinstance(secret, str) or not client or not secret:
+        raise ValueError("expected clientId and secret to be texts that are not empty")
+    return {"client_id": client, "secret": secret}
+
+
+class ApiClient(BaseModel):
+    """A commercetools API client."""
+
+    client_id: str
+    secret: SecretStr
+
+
+def _key(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if not text or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("expected a private API key, like pk_…, without spaces")
+    return value
+
+
+S = TypeVar("S", bound=BaseSettings)
+Url = Annotated[str, AfterValidator(_http_url)]
+Text = Annotated[str, AfterValidator(_filled)]
+
+
+class _FileTwins(PydanticBaseSettingsSource):
+    """Read `NAME_FILE` where `NAME` is not set, for secrets mounted as files."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Return the file's content, if its variable names one."""
+        name = str(field.validation_alias or field_name)
+        path = os.environ.get(f"{name}_FILE")
+        if not path or os.environ.get(name):
+            return None, name, False
+        try:
+            return Path(path).read_text(encoding="utf-8").strip(), name, False
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{name}_FILE: cannot read {path}: {type(error).__name__}") from None
+
+    def __call__(self) -> dict[str, Any]:
+        """Return the values of all `_FILE` variables that are set."""
+        found = (self.get_field_value(info, name) for name, info in self.settings_cls.model_fields.items())
+        return {name: value for value, name, _ in found if value is not None}
+
+
+class QueueSettings(BaseSettings):
+    """What every command needs that touches the queue."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    queue_url: Text = Field(
+        "embedded://~/.local/state/klaviyo-worker/queue.db",
+        validation_alias="QUEUE_URL",
+        description="The queue: embedded:///path/queue.db",
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources: flags, environment, files named by the environment."""
+        return init_settings, env_settings, _FileTwins(settings_cls)
+
+
+class MappingSettings(BaseSettings):
+    """Where the mapping comes from; the three names are those of the existing plugin."""
+
+    model_config = QueueSettings.model_config
+
+    config: Path | None = Field(
+        None, validation_alias="KLAVIYO_WORKER_CONFIG", description="Mapping file (TOML); docs/mapping.md"
+    )
+    preferred_locale: str = Field(
+        "", validation_alias="PREFERRED_LOCALE", description="Preferred locale of texts [mapping: en-US]"
+    )
+    preferred_currency: str = Field(
+        "", validation_alias="PREFERRED_CURRENCY", description="Preferred currency of prices [mapping: any]"
+    )
+    product_url_template: str = Field(
+        "",
+        validation_alias="PRODUCT_URL_TEMPLATE",
+        description="Product page, like https://shop.example/p/{{productSlug}}",
+    )
+
+    def mapping(self) -> Mapping:
+        """Load the mapping. Raises SettingsError."""
+        return load_mapping(
+            self.config,
+            locale=self.preferred_locale,
+            currency=self.preferred_currency,
+            product_url_template=self.product_url_template,
+        )
+
+
+class Settings(QueueSettings, MappingSettings):
+    """Everything `klaviyo-worker run` needs."""
+
+    ct_api_url: Url = Field(
+        validation_alias="CT_API_URL",
+        description="commercetools API, like https://api.europe-west1.gcp.commercetools.com",
+    )
+    ct_auth_url: Url = Field(
+        validation_alias="CT_AUTH_URL",
+        description="commercetools authorization, like https://auth.europe-west1.gcp.commercetools.com",
+    )
+    ct_project_id: Text = Field(validation_alias="CT_PROJECT_ID", description="commercetools project key")
+    ct_scope: str = Field(
+        "",
+        validation_alias="CT_SCOPE",
+        description="Scopes to ask for, separated by spaces [default: all the API client has]",
+    )
+    ct_api_client: Annotated[ApiClient, NoDecode, BeforeValidator(_credentials)] = Field(
+        validation_alias="CT_API_CLIENT",
+        description='commercetools API client, JSON {"clientId": "…", "secret": "…"}',
+    )
+    klaviyo_auth_key: Annotated[SecretStr, AfterValidator(_key)] = Field(
+        validation_alias="KLAVIYO_AUTH_KEY", description="Klaviyo private API key, pk_…"
+    )
+    klaviyo_api_url: Url = Field("https://a.klaviyo.com", validation_alias="KLAVIYO_API_URL", description="Klaviyo API")
+    lanes: int = Field(
+        4, ge=1, le=64, validation_alias="KLAVIYO_WORKER_LANES", description="Batches handled side by side"
+    )
+    max_batch: int = Field(
+        100, ge=1, le=10_000, validation_alias="KLAVIYO_WORKER_MAX_BATCH", description="Messages in a batch"
+    )
+    concurrency: int = Field(
+        16,
+        ge=1,
+        le=256,
+        validation_alias="KLAVIYO_WORKER_CONCURRENCY",
+        description="Klaviyo requests under way at once",
+    )
+    max_in_flight: int = Field(
+        500,
+        ge=1,
+        le=100_000,
+        validation_alias="KLAVIYO_WORKER_MAX_IN_FLIGHT",
+        description="Messages held at once",
+    )
+    max_in_flight_bytes: int = Field(
+        64_000_000,
+        ge=1,
+        validation_alias="KLAVIYO_WORKER_MAX_IN_FLIGHT_BYTES",
+        description="Bytes of messages held at once",
+    )
+    connect_timeout: float = Field(
+        5.0, gt=0, validation_alias="KLAVIYO_WORKER_CONNECT_TIMEOUT", description="Seconds to connect"
+    )
+    read_timeout: float = Field(
+        30.0, gt=0, validation_alias="KLAVIYO_WORKER_READ_TIMEOUT", description="Seconds without an answer"
+    )
+    retry_seconds: float = Field(
+        10.0,
+        ge=0,
+        validation_alias="KLAVIYO_WORKER_RETRY_SECONDS",
+        description="Seconds a request is tried again before its message goes back to the queue",
+    )
+    catalog_ttl: float = Field(
+        300.0,
+        ge=0,
+        validation_alias="KLAVIYO_WORKER_CATALOG_TTL",
+        description="Seconds that categories and products are remembered for order events",
+    )
+    park_seconds: float = Field(
+        30.0,
+        gt=0,
+        validation_alias="KLAVIYO_WORKER_PARK_SECONDS",
+        description="Seconds between tries while credentials are refused",
+    )
+    grace_period: float = Field(
+        25.0,
+        ge=0,
+        validation_alias="KLAVIYO_WORKER_GRACE_PERIOD",
+        description="Seconds to finish what is in flight after SIGTERM",
+    )
+    log_level: str = Field(
+        "INFO",
+        pattern="^(DEBUG|INFO|WARNING|ERROR)$",
+        validation_alias="KLAVIYO_WORKER_LOG_LEVEL",
+        description="DEBUG, INFO, WARNING or ERROR",
+    )
+    log_format: str = Field(
+        "auto",
+        pattern="^(auto|json|text)$",
+        validation_alias="KLAVIYO_WORKER_LOG_FORMAT",
+        description="json, text, or auto: text on a terminal",
+    )
+
+    @property
+    def ct_token_url(self) -> str:
+        """Return the token endpoint; CT_AUTH_URL may name the host or the endpoint itself."""
+        suffix = "/oauth/token"
+        return self.ct_auth_url if self.ct_auth_url.endswith(suffix) else self.ct_auth_url + suffix
+
+
+def load(kind: type[S], flags: ReadOnly[str, Any]) -> S:
+    """Read settings; `flags` are command-line values by field name, which win.
+
+    Raises SettingsError with one line per variable: its name, what was expected, what to do.
+    """
+    aliases = {name: str(info.validation_alias) for name, info in kind.model_fields.items()}
+    given = {aliases[name]: value for name, value in flags.items() if value is not None}
+    try:
+        return kind(**given)
+    except ValidationError as errors:
+        raise SettingsError("\n".join(_line(kind, error) for error in errors.errors())) from None
+
+
+def _line(kind: type[BaseSettings], error: ErrorDetails) -> str:
+    name = str(error["loc"][0])
+    info = next(info for info in kind.model_fields.values() if info.validation_alias == name)
+    if error["type"] == "missing":
+        return f"{name} is missing: set it (or {name}_FILE) to the {info.description}"
+    return f"{name} is malformed: {error['msg'].removeprefix('Value error, ')} — {info.description}"

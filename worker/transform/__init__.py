@@ -1,0 +1,47 @@
+"""Enriched -> Operations. Pure: no I/O, no clock. One handler per kind of notification, one file per resource.
+
+A new message type is one function with `@handles` in the file of its resource, and a golden folder.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from worker.errors import Ignored
+from worker.transform.registry import HANDLERS, Handler, handles
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from worker.mapping import Mapping
+    from worker.model import Enriched, Notification, Operation
+
+__all__ = ["HANDLERS", "Handler", "handler_for", "handles", "transform"]
+
+for _module in ("orders", "payments", "customers", "categories", "products", "inventory"):
+    import_module(f"worker.transform.{_module}")  # fills HANDLERS
+
+
+def handler_for(notification: Notification, mapping: Mapping) -> Handler:
+    """Return the handler of a notification worth fetching data for.
+
+    Raises Ignored: no handler, disabled, or the notification itself shows that there is nothing to do.
+    """
+    handler = HANDLERS.get((notification.resource_type, notification.type))
+    if handler is None:
+        raise Ignored("no handler for this type")
+    if notification.type in mapping.disabled:
+        raise Ignored("disabled in the mapping")
+    if handler.precheck:
+        handler.precheck(notification, mapping)
+    return handler
+
+
+def transform(enriched: Enriched, mapping: Mapping) -> Sequence[Operation]:
+    """Return what Klaviyo is to do. Raises Ignored (nothing) or Rejected (can never be done)."""
+    handler = handler_for(enriched.notification, mapping)
+    operations = tuple(handler.function(enriched, mapping))
+    if not operations:
+        raise Ignored("nothing to send")
+    return operations

@@ -1,0 +1,34 @@
+"""Category messages -> catalog categories named by their breadcrumb."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from worker.model import Kind, Operation
+from worker.transform.catalog import category_operation
+from worker.transform.registry import handles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from worker.mapping import Mapping
+    from worker.model import Enriched
+
+
+@handles(
+    "CategoryCreated",
+    "ResourceCreated",
+    "ResourceUpdated",
+    "ResourceDeleted",
+    resource="category",
+    sends="catalog category upsert (descendants too), or delete",
+)
+def category_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+    """Mirror the category as commercetools holds it now; its name is part of its descendants' names."""
+    category = enriched.category
+    if category is None:
+        yield Operation(Kind.DELETE_CATEGORY, enriched.notification.resource_id)
+        return
+    yield category_operation(Kind.UPSERT_CATEGORY, category, enriched.categories, mapping)
+    for descendant in enriched.descendants[: mapping.category.descendants]:
+        yield category_operation(Kind.UPSERT_CATEGORY, descendant, enriched.categories, mapping)

@@ -1,0 +1,103 @@
+"""Customer messages -> profile upsert, and deletion when commercetools erases personal data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from worker.errors import Ignored
+from worker.model import Json, Kind, Operation
+from worker.transform import fields
+from worker.transform.fields import as_dict, as_dicts, as_text
+from worker.transform.limits import PROFILE_BYTES, fit
+from worker.transform.registry import handles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from worker.mapping import Mapping
+    from worker.model import Enriched, Notification
+
+
+@handles("CustomerCreated", "ResourceCreated", "ResourceUpdated", resource="customer", sends="profile upsert")
+def customer_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+    """Upsert the profile with what commercetools holds now, so that the order of messages does not matter."""
+    customer = enriched.customer or _created(enriched, mapping)
+    if customer is None:
+        raise Ignored("commercetools no longer has the customer")
+    properties, cut = fit(_properties(customer, mapping), PROFILE_BYTES)
+    attributes = _attributes(customer) | ({"properties": properties} if properties else {})
+    if not {"email", "phone_number"} & attributes.keys():
+        raise Ignored("the customer has neither an email address nor a valid phone number")
+    key = as_text(customer.get("id")) or enriched.notification.resource_id
+    yield Operation(Kind.UPSERT_PROFILE, key, {"type": "profile", "attributes": attributes}, cut=cut)
+
+
+def _created(enriched: Enriched, mapping: Mapping) -> Json | None:
+    """Return the customer of a CustomerCreated that commercetools does not show.
+
+    Never where erasure is on: there, a message that comes late must not bring an erased person back.
+    """
+    payload = enriched.notification.payload.get("customer")
+    return payload if isinstance(payload, dict) and not mapping.customer.erasure else None
+
+
+def _attributes(customer: Json) -> Json:
+    address = _address(customer)
+    return fields.compact(
+        {
+            "email": as_text(customer.get("email")),
+            "external_id": as_text(customer.get("id")),
+            "first_name": as_text(customer.get("firstName")),
+            "last_name": as_text(customer.get("lastName")),
+            "title": as_text(customer.get("title")),
+            "organization": as_text(customer.get("companyName")),
+            "phone_number": fields.phone(address),
+            "location": fields.location(address),
+        }
+    )
+
+
+def _properties(customer: Json, mapping: Mapping) -> Json:
+    ours = {
+        "customerNumber": as_text(customer.get("customerNumber")),
+        "customerGroup": _group(customer),
+        "locale": as_text(customer.get("locale")),
+        "dateOfBirth": as_text(customer.get("dateOfBirth")),
+        "isEmailVerified": customer.get("isEmailVerified"),
+    }
+    custom = fields.filtered(as_dict(customer.get("custom")).get("fields"), mapping.customer.custom_fields)
+    return custom | fields.compact(ours)
+
+
+def _group(customer: Json) -> str:
+    """Return the group's key; the reference is expanded when the customer is fetched."""
+    group = as_dict(customer.get("customerGroup"))
+    return fields.first(as_text(as_dict(group.get("obj")).get("key")), as_text(group.get("key")))
+
+
+def _address(customer: Json) -> Json:
+    """Return the default billing address, else the first billing address, else the first address."""
+    addresses = as_dicts(customer.get("addresses"))
+    by_id = {as_text(address.get("id")): address for address in addresses}
+    billing = customer.get("billingAddressIds")
+    ids = [customer.get("defaultBillingAddressId"), *(billing if isinstance(billing, list) else [])]
+    found = (by_id[key] for key in map(as_text, ids) if key and key in by_id)
+    return next(found, addresses[0] if addresses else {})
+
+
+def _is_erasure(notification: Notification, mapping: Mapping) -> None:
+    if notification.payload.get("dataErasure") is not True:
+        raise Ignored("deleted without dataErasure: the profile stays")
+    if not mapping.customer.erasure:
+        raise Ignored("customer.erasure is off in the mapping")
+
+
+@handles(
+    "ResourceDeleted",
+    resource="customer",
+    sends="data-privacy deletion, with dataErasure (off by default)",
+    precheck=_is_erasure,
+)
+def customer_erased(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:  # noqa: ARG001
+    """Request the deletion of the profile; it is found by its external_id, as commercetools tells no more."""
+    yield Operation(Kind.DELETE_PROFILE, enriched.notification.resource_id)

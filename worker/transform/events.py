@@ -1,0 +1,173 @@
+"""What all order events share: the profile, the properties, the operation."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from worker.errors import Rejected
+from worker.model import Json, Kind, Operation
+from worker.transform import fields
+from worker.transform.fields import as_dict, as_dicts, as_int, as_text
+from worker.transform.limits import fit
+
+if TYPE_CHECKING:
+    from worker.mapping import Mapping
+    from worker.model import Enriched
+
+
+def event(*, metric: str, unique_id: str, time: str, value: Any, profile: Json, properties: Json) -> Operation:
+    """Return the operation that records one event. `value` is a commercetools money.
+
+    `unique_id` makes a repeated event harmless: Klaviyo keeps the first per profile and metric.
+    """
+    fitted, cut = fit(properties)
+    attributes = fields.compact(
+        {
+            "time": time,
+            "value": fields.money(value),
+            "value_currency": fields.currency(value),
+            "unique_id": unique_id,
+            "metric": {"data": {"type": "metric", "attributes": {"name": metric}}},
+            "profile": {"data": {"type": "profile", "attributes": profile}},
+        }
+    )
+    resource = {"type": "event", "attributes": {"properties": fitted, **attributes}}
+    key = "\0".join((metric, unique_id, *(str(profile.get(name)) for name in ("email", "external_id"))))
+    return Operation(Kind.CREATE_EVENT, key, resource, cut=cut)
+
+
+def identifiers(order: Json, enriched: Enriched) -> Json:
+    """Return whose event it is. Raises Rejected when the order names nobody."""
+    customer = as_dict(enriched.customer)
+    known = fields.compact(
+        {
+            "email": fields.first(as_text(order.get("customerEmail")), as_text(customer.get("email"))),
+            "external_id": fields.first(as_text(order.get("customerId")), as_text(customer.get("id"))),
+        }
+    )
+    if not known:
+        raise Rejected("the order has neither customerEmail nor customerId: Klaviyo cannot tell whose event it is")
+    return known
+
+
+def order_properties(order: Json, enriched: Enriched, mapping: Mapping) -> Json:
+    """Return the properties of every order event, as Klaviyo's flows and templates name them."""
+    lines = [line_properties(line, enriched, mapping) for line in as_dicts(order.get("lineItems"))]
+    lines += [custom_line_properties(line, mapping) for line in as_dicts(order.get("customLineItems"))]
+    ours = {
+        "OrderId": as_text(order.get("id")),
+        "OrderNumber": as_text(order.get("orderNumber")),
+        "ItemNames": fields.unique(line.get("ProductName", "") for line in lines),
+        "Categories": fields.unique(name for line in lines for name in line.get("Categories", ())),
+        "Brands": fields.unique(line.get("Brand", "") for line in lines),
+        "DiscountCode": ", ".join(_discount_codes(order, enriched)),
+        "DiscountValue": fields.number(_discount_value(order)),
+        "Items": lines,
+        "BillingAddress": fields.address_properties(order.get("billingAddress")),
+        "ShippingAddress": fields.address_properties(order.get("shippingAddress")),
+        "ShippingCosts": fields.number(_shipping_costs(order)),
+        "TaxTotal": fields.money(as_dict(order.get("taxedPrice")).get("totalTax")),
+        "Currency": fields.currency(order.get("totalPrice")),
+    }
+    custom = fields.filtered(as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields)
+    raw = fields.filtered(order, mapping.order.properties) if mapping.order.properties.include else {}
+    return fields.compact(raw | custom | fields.compact(ours))
+
+
+def line_properties(line: Json, enriched: Enriched, mapping: Mapping) -> Json:
+    """Return a line item as an entry of `Items`."""
+    variant = as_dict(line.get("variant"))
+    product_id = as_text(line.get("productId"))
+    brand = fields.attribute(variant, mapping.order.brand_attribute)
+    return fields.compact(
+        {
+            "ProductID": product_id,
+            "SKU": as_text(variant.get("sku")),
+            "VariantID": as_int(variant.get("id")),
+            "ProductName": fields.localized(line.get("name"), mapping.locale),
+            "Quantity": as_int(line.get("quantity")),
+            "ItemPrice": _item_price(line),
+            "RowTotal": fields.money(line.get("totalPrice")),
+            "ProductURL": product_url(line.get("productSlug"), product_id, variant, mapping),
+            "ImageURL": fields.image_url(variant),
+            "Categories": _category_names(product_id, enriched, mapping),
+            "Brand": fields.attribute_text(brand, mapping.locale),
+        }
+    )
+
+
+def custom_line_properties(line: Json, mapping: Mapping) -> Json:
+    """Return a custom line item (gift wrapping, a fee) as an entry of `Items`."""
+    return fields.compact(
+        {
+            "ProductID": as_text(line.get("slug")),
+            "SKU": as_text(line.get("slug")),
+            "ProductName": fields.localized(line.get("name"), mapping.locale),
+            "Quantity": as_int(line.get("quantity")),
+            "ItemPrice": fields.money(line.get("money")),
+            "RowTotal": fields.money(line.get("totalPrice")),
+        }
+    )
+
+
+def product_url(slug: Any, product_id: str, variant: Json, mapping: Mapping) -> str:
+    """Fill the product page template, or return "" when there is none."""
+    values = {
+        "productSlug": fields.localized(slug, mapping.locale),
+        "productId": product_id,
+        "sku": as_text(variant.get("sku")),
+        "locale": mapping.locale,
+    }
+    url = mapping.product_url_template
+    for name, value in values.items():
+        url = url.replace("{{" + name + "}}", value)
+    return url
+
+
+def _item_price(line: Json) -> float | None:
+    price = as_dict(line.get("price"))
+    discounted = fields.money(as_dict(price.get("discounted")).get("value"))
+    return fields.money(price.get("value")) if discounted is None else discounted
+
+
+def _category_names(product_id: str, enriched: Enriched, mapping: Mapping) -> list[str]:
+    """Return the breadcrumbs of the product's categories and of each of their ancestors."""
+    names: list[str] = []
+    for category_id in enriched.product_categories.get(product_id, ()):
+        category = enriched.categories.get(category_id)
+        if category is not None:
+            path = [*fields.pick_ids(category.get("ancestors")), category_id]
+            members = (enriched.categories[entry] for entry in path if entry in enriched.categories)
+            names += [fields.breadcrumb(member, enriched.categories, mapping.locale) for member in members]
+    return fields.unique(names)
+
+
+def _discount_codes(order: Json, enriched: Enriched) -> list[str]:
+    references = [as_dict(info.get("discountCode")) for info in as_dicts(order.get("discountCodes"))]
+    return fields.unique(enriched.discount_codes.get(as_text(ref.get("id")), "") for ref in references)
+
+
+def _discount_value(order: Json) -> Decimal | None:
+    """Add up what cart discounts took off the lines, times quantity, and off the total."""
+    lines = [*as_dicts(order.get("lineItems")), *as_dicts(order.get("customLineItems"))]
+    parts = [
+        discount * (as_int(part.get("quantity")) or 0)
+        for line in lines
+        for part in as_dicts(line.get("discountedPricePerQuantity"))
+        for included in as_dicts(as_dict(part.get("discountedPrice")).get("includedDiscounts"))
+        if (discount := fields.amount(included.get("discountedAmount"))) is not None
+    ]
+    on_total = fields.amount(as_dict(order.get("discountOnTotalPrice")).get("discountedAmount"))
+    parts += [] if on_total is None else [on_total]
+    return sum(parts, Decimal(0)) if parts else None
+
+
+def _shipping_costs(order: Json) -> Decimal | None:
+    """Return what shipping costs after discounts, over all shipping methods."""
+    infos = [order.get("shippingInfo"), *(entry.get("shippingInfo") for entry in as_dicts(order.get("shipping")))]
+    prices = []
+    for info in map(as_dict, infos):
+        discounted = as_dict(info.get("discountedPrice")).get("value")
+        prices.append(discounted if fields.amount(discounted) is not None else info.get("price"))
+    return fields.total(prices)

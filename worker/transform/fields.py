@@ -1,0 +1,241 @@
+"""Pieces of commercetools JSON as Klaviyo wants them. Total functions: odd data gives None or "", never an error."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import phonenumbers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from worker.mapping import Properties
+    from worker.model import Json
+
+MAX_FRACTION_DIGITS = 20  # commercetools' limit for high precision money
+MAX_MINOR_UNITS = 2**63
+
+
+def as_dict(value: Any) -> Json:
+    """Return `value` when it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_dicts(value: Any) -> list[Json]:
+    """Return the objects in `value` when it is an array, else none."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def as_text(value: Any) -> str:
+    """Return `value` without outer white space when it is a text, else ""."""
+    return value.strip() if isinstance(value, str) else ""
+
+
+def as_int(value: Any) -> int | None:
+    """Return `value` when it is a whole number (a bool is none), else None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def first(*values: str) -> str:
+    """Return the first text that is not empty, or ""."""
+    return next((value for value in values if value), "")
+
+
+def unique(values: Iterable[str]) -> list[str]:
+    """Return the texts that are not empty, once each, in order."""
+    return list(dict.fromkeys(value for value in values if value))
+
+
+def compact(values: Json) -> Json:
+    """Leave out what is empty; 0 and false are values."""
+    return {name: value for name, value in values.items() if not _empty(value)}
+
+
+def _empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def amount(money: Any) -> Decimal | None:
+    """Return the exact amount of a centPrecision or highPrecision money, in major units.
+
+    https://docs.commercetools.com/api/types#typedmoney
+    """
+    money = as_dict(money)
+    units = as_int(money.get("preciseAmount"))
+    units = as_int(money.get("centAmount")) if units is None else units
+    digits = as_int(money.get("fractionDigits", 2))
+    if units is None or abs(units) >= MAX_MINOR_UNITS or digits is None or not 0 <= digits <= MAX_FRACTION_DIGITS:
+        return None
+    return Decimal(units).scaleb(-digits)
+
+
+def number(value: Decimal | None) -> float | None:
+    """Return the JSON number for an exact amount."""
+    return None if value is None else float(value)
+
+
+def money(value: Any) -> float | None:
+    """Return a money as a JSON number in major units, or None."""
+    return number(amount(value))
+
+
+def total(values: Iterable[Any]) -> Decimal | None:
+    """Add up moneys exactly; None when there is none."""
+    amounts = [part for part in map(amount, values) if part is not None]
+    return sum(amounts, Decimal(0)) if amounts else None
+
+
+def currency(money: Any) -> str:
+    """Return the ISO 4217 code of a money, or ""."""
+    return as_text(as_dict(money).get("currencyCode"))
+
+
+def localized(value: Any, locale: str) -> str:
+    """Pick from a LocalizedString: the locale, its language, a regional variant of that language, the first.
+
+    A plain text is taken as it is: attributes may be either.
+    """
+    if isinstance(value, str):
+        return value.strip()
+    texts = {key: text for key, text in as_dict(value).items() if as_text(text)}
+    language = locale.partition("-")[0]
+    regional = (key for key in texts if key.partition("-")[0] == language)
+    key = next((key for key in (locale, language, *regional, *texts) if key in texts), None)
+    return "" if key is None else as_text(texts[key])
+
+
+def attribute_text(value: Any, locale: str) -> str:
+    """Return a product attribute as text: text, localized text, enum `{key, label}`, or the first of a set."""
+    if isinstance(value, list):
+        return next(filter(None, (attribute_text(entry, locale) for entry in value)), "")
+    if isinstance(value, dict) and "label" in value:
+        return first(localized(value["label"], locale), as_text(value.get("key")))
+    return localized(value, locale)
+
+
+def attribute(variant: Json, name: str) -> Any:
+    """Return the value of a variant's attribute, or None."""
+    found = (entry.get("value") for entry in as_dicts(variant.get("attributes")) if entry.get("name") == name)
+    return next(found, None)
+
+
+def image_url(variant: Any) -> str:
+    """Return the variant's first image, or ""."""
+    images = as_dicts(as_dict(variant).get("images"))
+    return as_text(images[0].get("url")) if images else ""
+
+
+def _joined(address: Json, *names: str) -> str:
+    return ", ".join(filter(None, (as_text(address.get(name)) for name in names)))
+
+
+def _street(address: Json) -> str:
+    return _joined(address, "apartment", "building", "streetNumber", "streetName")
+
+
+def _more_street(address: Json) -> str:
+    return _joined(address, "additionalStreetInfo", "additionalAddressInfo")
+
+
+def _region(address: Json) -> str:
+    return first(as_text(address.get("region")), as_text(address.get("state")))
+
+
+def location(address: Any) -> Json:
+    """Return a profile's `location`, or {}."""
+    address = as_dict(address)
+    return compact(
+        {
+            "address1": _street(address),
+            "address2": _more_street(address),
+            "city": as_text(address.get("city")),
+            "country": as_text(address.get("country")),
+            "region": _region(address),
+            "zip": as_text(address.get("postalCode")),
+        }
+    )
+
+
+def address_properties(address: Any) -> Json:
+    """Return an address as Klaviyo's templates expect it in `BillingAddress` and `ShippingAddress`, or {}."""
+    address = as_dict(address)
+    country = as_text(address.get("country"))
+    return compact(
+        {
+            "FirstName": as_text(address.get("firstName")),
+            "LastName": as_text(address.get("lastName")),
+            "Company": as_text(address.get("company")),
+            "Address1": _street(address),
+            "Address2": _more_street(address),
+            "City": as_text(address.get("city")),
+            "Region": _region(address),
+            "RegionCode": as_text(address.get("state")),
+            "Country": country,
+            "CountryCode": country,
+            "Zip": as_text(address.get("postalCode")),
+            "Phone": first(as_text(address.get("mobile")), as_text(address.get("phone"))),
+        }
+    )
+
+
+def phone(address: Any) -> str:
+    """Return the address' mobile, else phone, in E.164, or "" when neither is a valid number.
+
+    Klaviyo refuses the whole profile for a number libphonenumber does not accept.
+    """
+    address = as_dict(address)
+    country = as_text(address.get("country")) or None
+    candidates = (as_text(address.get("mobile")), as_text(address.get("phone")))
+    return next(filter(None, (_e164(text, country) for text in candidates)), "")
+
+
+def _e164(text: str, country: str | None) -> str:
+    try:
+        parsed = phonenumbers.parse(text, country)
+    except phonenumbers.NumberParseException:
+        return ""
+    if not phonenumbers.is_valid_number(parsed):
+        return ""
+    return phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.E164)
+
+
+def breadcrumb(category: Json, categories: dict[str, Json] | Any, locale: str) -> str:
+    """Return the names from the root to the category: `Women > Pants > Jeans`."""
+    ids = [as_text(ancestor.get("id")) for ancestor in as_dicts(category.get("ancestors"))]
+    path = [*(categories[ancestor] for ancestor in ids if ancestor in categories), category]
+    return " > ".join(filter(None, (localized(entry.get("name"), locale) for entry in path)))
+
+
+def filtered(values: Any, rules: Properties) -> Json:
+    """Apply include, exclude and rename to properties, leaving out the empty ones."""
+    chosen = {
+        rules.map.get(name, name): value
+        for name, value in as_dict(values).items()
+        if (not rules.include or "*" in rules.include or name in rules.include) and name not in rules.exclude
+    }
+    return compact(chosen)
+
+
+def parse_time(value: Any) -> datetime | None:
+    """Return an RFC 3339 time, or None."""
+    try:
+        moment = datetime.fromisoformat(as_text(value))
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def later(value: Any, seconds: int) -> str:
+    """Return an RFC 3339 time moved by `seconds`, or "" when it is none."""
+    moment = parse_time(value)
+    try:
+        return "" if moment is None else (moment + timedelta(seconds=seconds)).isoformat()
+    except OverflowError:
+        return ""
+
+
+def pick_ids(references: Sequence[Any] | Any) -> list[str]:
+    """Return the ids of commercetools references, once each."""
+    return unique(as_text(reference.get("id")) for reference in as_dicts(references))

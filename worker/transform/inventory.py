@@ -1,0 +1,35 @@
+"""Inventory messages -> the variant's stock, which also sets off Klaviyo's back-in-stock flows."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from worker.errors import Ignored
+from worker.model import Kind, Operation
+from worker.transform.catalog import catalog_id
+from worker.transform.fields import as_text
+from worker.transform.products import product_operations, quantity
+from worker.transform.registry import handles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from worker.mapping import Mapping
+    from worker.model import Enriched
+
+
+@handles("ResourceCreated", "ResourceUpdated", resource="inventory-entry", sends="variant inventory_quantity")
+def inventory_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+    """Set the variant's stock; where Klaviyo lacks the variant, write the whole product instead."""
+    entry = enriched.inventory_entry
+    if entry is None:
+        raise Ignored("commercetools no longer has the inventory entry")
+    sku = as_text(entry.get("sku"))
+    stock = quantity([entry], mapping.inventory.channel)
+    if stock is None or not sku:
+        raise Ignored("the entry belongs to another supply channel, or names no sku or quantity")
+    attributes = {"inventory_quantity": stock, "inventory_policy": 1}
+    variant = {"type": "catalog-variant", "id": catalog_id(sku), "attributes": attributes}
+    whole = partial(product_operations, enriched, mapping) if enriched.product else None
+    yield Operation(Kind.UPDATE_INVENTORY, sku, variant, otherwise=whole)

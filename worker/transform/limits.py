@@ -1,0 +1,70 @@
+"""Cut event properties to what Klaviyo takes: predictably, last items first, and say what was cut.
+
+The numbers are Klaviyo's: https://developers.klaviyo.com/en/reference/create_event
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+if TYPE_CHECKING:
+    from worker.model import Json
+
+MAX_PROPERTIES = 400
+MAX_ARRAY = 4_000
+MAX_DEPTH = 10
+MAX_TEXT_BYTES = 100_000
+EVENT_BYTES = 4_500_000  # of 5 MB, leaving room for the profile around the properties
+PROFILE_BYTES = 80_000  # of 100 KB, leaving room for the other attributes
+
+
+def fit(properties: Json, max_bytes: int = EVENT_BYTES) -> tuple[Json, list[str]]:
+    """Return properties within every limit, and the paths of what had to be cut."""
+    cut: list[str] = []
+    fitted = _clamp(properties, MAX_DEPTH, "", cut)
+    if len(fitted) > MAX_PROPERTIES:
+        cut.append("*")
+        fitted = dict(islice(fitted.items(), MAX_PROPERTIES))
+    return _shrink(fitted, max_bytes, cut), cut
+
+
+def _clamp(value: Any, depth: int, path: str, cut: list[str]) -> Any:
+    if isinstance(value, str):
+        return _clamp_text(value, path, cut)
+    if not isinstance(value, dict | list):
+        return value
+    if depth == 0:
+        cut.append(path)
+        return None
+    if isinstance(value, dict):
+        return {key: _clamp(entry, depth - 1, f"{path}.{key}".lstrip("."), cut) for key, entry in value.items()}
+    if len(value) > MAX_ARRAY:
+        cut.append(path)
+    return [_clamp(entry, depth - 1, f"{path}[]", cut) for entry in value[:MAX_ARRAY]]
+
+
+def _clamp_text(text: str, path: str, cut: list[str]) -> str:
+    if len(text) * 4 <= MAX_TEXT_BYTES or len(raw := text.encode()) <= MAX_TEXT_BYTES:
+        return text
+    cut.append(path)
+    return raw[:MAX_TEXT_BYTES].decode(errors="ignore")
+
+
+def _shrink(properties: Json, max_bytes: int, cut: list[str]) -> Json:
+    """Halve the largest property until the whole fits; arrays lose their last items, others go."""
+    sizes = {name: len(orjson.dumps(value)) for name, value in properties.items()}
+    while sum(sizes.values()) > max_bytes:
+        largest = max(sizes, key=lambda name: sizes[name])
+        cut.append(largest)
+        value = properties[largest]
+        if isinstance(value, list) and len(value) > 1:
+            value = value[: len(value) // 2]
+            properties = properties | {largest: value}
+            sizes[largest] = len(orjson.dumps(value))
+        else:
+            properties = {name: entry for name, entry in properties.items() if name != largest}
+            del sizes[largest]
+    return properties

@@ -1,0 +1,151 @@
+"""Order messages -> order events."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from worker.errors import Ignored
+from worker.transform import fields
+from worker.transform.events import (
+    custom_line_properties,
+    event,
+    identifiers,
+    line_properties,
+    order_properties,
+)
+from worker.transform.fields import as_dict, as_dicts, as_text
+from worker.transform.registry import handles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from worker.mapping import Mapping
+    from worker.model import Enriched, Json, Notification, Operation
+
+
+@handles(
+    "OrderCreated",
+    "OrderImported",
+    "OrderCustomerSet",
+    "OrderCreatedFromRecurringOrder",
+    resource="order",
+    sends="Placed Order; Ordered Product per line",
+)
+def order_placed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+    """Placed Order, and an Ordered Product a second later for every line."""
+    order = _order(enriched)
+    profile = identifiers(order, enriched)
+    time = _created_at(order, enriched)
+    yield event(
+        metric=mapping.metrics.placed_order,
+        unique_id=_id(order, enriched),
+        time=time,
+        value=order.get("totalPrice"),
+        profile=profile | _buyer(order),
+        properties=order_properties(order, enriched, mapping),
+    )
+    for line, properties in _lines(order, enriched, mapping):
+        order_fields = {"OrderId": as_text(order.get("id")), "OrderNumber": as_text(order.get("orderNumber"))}
+        raw = line if mapping.order.raw_line_item else {}
+        yield event(
+            metric=mapping.metrics.ordered_product,
+            unique_id=as_text(line.get("id")) or f"{_id(order, enriched)}:{properties.get('SKU', '')}",
+            time=fields.later(time, 1),
+            value=line.get("totalPrice"),
+            profile=profile,
+            properties=raw | properties | fields.compact(order_fields),
+        )
+
+
+def _state_counts(notification: Notification, mapping: Mapping) -> None:
+    state = notification.payload.get("orderState")
+    wanted = {*mapping.order.fulfilled_order, *mapping.order.cancelled_order}
+    if isinstance(state, str) and state not in wanted:
+        raise Ignored(f"no event for order state {_known(state)}")
+
+
+@handles(
+    "OrderStateChanged",
+    resource="order",
+    sends="Fulfilled Order or Cancelled Order, by state",
+    precheck=_state_counts,
+)
+def order_state_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+    """Fulfilled Order or Cancelled Order; a payload that was not included leaves the order's own state."""
+    order = _order(enriched)
+    state = fields.first(as_text(enriched.notification.payload.get("orderState")), as_text(order.get("orderState")))
+    if state in mapping.order.fulfilled_order:
+        yield _progress(mapping.metrics.fulfilled_order, order, enriched, mapping)
+    if state in mapping.order.cancelled_order:
+        yield _progress(mapping.metrics.cancelled_order, order, enriched, mapping)
+
+
+def _shipment_counts(notification: Notification, mapping: Mapping) -> None:
+    state = notification.payload.get("shipmentState")
+    if isinstance(state, str) and state not in mapping.order.fulfilled_shipment:
+        raise Ignored(f"no event for shipment state {_known(state)}")
+
+
+@handles(
+    "OrderShipmentStateChanged",
+    resource="order",
+    sends="Fulfilled Order, when shipped",
+    precheck=_shipment_counts,
+)
+def order_shipment_state_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+    """Fulfilled Order once the shipment is under way."""
+    order = _order(enriched)
+    payload = enriched.notification.payload
+    state = fields.first(as_text(payload.get("shipmentState")), as_text(order.get("shipmentState")))
+    if state in mapping.order.fulfilled_shipment:
+        yield _progress(mapping.metrics.fulfilled_order, order, enriched, mapping)
+
+
+def _progress(metric: str, order: Json, enriched: Enriched, mapping: Mapping) -> Operation:
+    return event(
+        metric=metric,
+        unique_id=_id(order, enriched),
+        time=enriched.notification.time or _created_at(order, enriched),
+        value=order.get("totalPrice"),
+        profile=identifiers(order, enriched),
+        properties=order_properties(order, enriched, mapping),
+    )
+
+
+def _order(enriched: Enriched) -> Json:
+    if enriched.order is None:
+        raise Ignored("commercetools no longer has the order")
+    return enriched.order
+
+
+def _id(order: Json, enriched: Enriched) -> str:
+    return as_text(order.get("id")) or enriched.notification.resource_id
+
+
+def _created_at(order: Json, enriched: Enriched) -> str:
+    return as_text(order.get("createdAt")) or enriched.notification.time or ""
+
+
+def _buyer(order: Json) -> Json:
+    """Return what the billing address tells of the buyer."""
+    billing = as_dict(order.get("billingAddress"))
+    return fields.compact(
+        {
+            "first_name": as_text(billing.get("firstName")),
+            "last_name": as_text(billing.get("lastName")),
+            "phone_number": fields.phone(billing),
+            "location": fields.location(billing),
+        }
+    )
+
+
+def _lines(order: Json, enriched: Enriched, mapping: Mapping) -> Iterator[tuple[Json, Json]]:
+    for line in as_dicts(order.get("lineItems")):
+        yield line, line_properties(line, enriched, mapping)
+    for line in as_dicts(order.get("customLineItems")):
+        yield line, custom_line_properties(line, mapping)
+
+
+def _known(state: Any) -> str:
+    """Return a state for a log line: only what looks like commercetools' own vocabulary."""
+    return state if str(state).isalpha() and len(state) <= 32 else "unknown to commercetools"  # noqa: PLR2004

@@ -1,0 +1,88 @@
+"""Payment messages -> Refunded Order, one event per refund transaction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from worker.errors import Ignored, Rejected
+from worker.transform import fields
+from worker.transform.events import event, identifiers, order_properties
+from worker.transform.fields import as_dict, as_dicts, as_text
+from worker.transform.registry import handles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from worker.mapping import Mapping
+    from worker.model import Enriched, Json, Notification, Operation
+
+
+def _may_be_refund(notification: Notification, mapping: Mapping) -> None:
+    payload = notification.payload
+    transaction = as_dict(payload.get("transaction"))
+    if transaction and transaction.get("type") != "Refund":
+        raise Ignored("the transaction is no refund")
+    state = transaction.get("state", payload.get("state"))
+    if isinstance(state, str) and state not in mapping.payment.refund_states:
+        raise Ignored("no event for a transaction in this state")
+
+
+@handles(
+    "PaymentTransactionAdded",
+    "PaymentTransactionStateChanged",
+    resource="payment",
+    sends="Refunded Order, per refund transaction",
+    precheck=_may_be_refund,
+)
+def payment_transaction(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+    """Refunded Order with the transaction's own amount; its id keeps several refunds of an order apart."""
+    refunds = [t for t in _transactions(enriched) if _counts(t, enriched.notification, mapping)]
+    if not refunds:
+        raise Ignored("the payment has no such refund")
+    if enriched.order is None and enriched.customer is None:
+        raise Rejected("no order has this payment and it names no customer: nobody to record the refund for")
+    order = as_dict(enriched.order)
+    profile = identifiers(order, enriched)
+    properties = order_properties(order, enriched, mapping)
+    for transaction in refunds:
+        money = transaction.get("amount")
+        refund = {
+            "RefundAmount": fields.money(money),
+            "RefundReason": _reason(transaction, mapping),
+            "Reason": _reason(transaction, mapping),
+            "TransactionId": as_text(transaction.get("id")),
+        }
+        yield event(
+            metric=mapping.metrics.refunded_order,
+            unique_id=as_text(transaction.get("id")),
+            time=fields.first(as_text(transaction.get("timestamp")), enriched.notification.time or ""),
+            value=money,
+            profile=profile,
+            properties=properties | fields.compact(refund),
+        )
+
+
+def _transactions(enriched: Enriched) -> list[Json]:
+    """Return the transaction the message is about; all when its payload was not included."""
+    payload = enriched.notification.payload
+    added = as_dict(payload.get("transaction"))
+    if added:
+        return [added]
+    known = as_dicts(as_dict(enriched.payment).get("transactions"))
+    changed = as_text(payload.get("transactionId"))
+    return [t for t in known if not changed or t.get("id") == changed]
+
+
+def _counts(transaction: Json, notification: Notification, mapping: Mapping) -> bool:
+    """Judge by the state the message reports; without one, by the payment's own."""
+    state = notification.payload.get("state") or transaction.get("state")
+    return (
+        transaction.get("type") == "Refund"
+        and state in mapping.payment.refund_states
+        and bool(as_text(transaction.get("id")))
+    )
+
+
+def _reason(transaction: Json, mapping: Mapping) -> str:
+    custom = as_dict(as_dict(transaction.get("custom")).get("fields"))
+    return as_text(custom.get(mapping.payment.reason_field))

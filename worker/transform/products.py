@@ -1,0 +1,153 @@
+"""Product messages -> catalog items and variants, always from the current projection."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from worker.model import Json, Kind, Operation
+from worker.transform import fields
+from worker.transform.catalog import catalog_id, category_operation
+from worker.transform.events import product_url
+from worker.transform.fields import as_dict, as_dicts, as_int, as_text
+from worker.transform.prices import catalog_price, price_texts
+from worker.transform.registry import handles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from worker.mapping import Mapping
+    from worker.model import Enriched
+
+
+@handles(
+    "ProductPublished",
+    "ProductUnpublished",
+    "ProductDeleted",
+    "ResourceDeleted",
+    resource="product",
+    sends="catalog item + variants upsert, or delete",
+)
+def product_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+    """Mirror the product as commercetools shows it now: published, or gone."""
+    if enriched.product is None:
+        product_id = enriched.notification.resource_id
+        yield Operation(Kind.DELETE_STALE_VARIANTS, product_id)
+        yield Operation(Kind.DELETE_ITEM, product_id)
+        return
+    yield from product_operations(enriched, mapping)
+    yield Operation(
+        Kind.DELETE_STALE_VARIANTS, as_text(enriched.product.get("id")), keep=frozenset(_skus(enriched.product))
+    )
+
+
+def product_operations(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+    """Yield what makes the product complete in Klaviyo: its categories, the item, the variants."""
+    product = as_dict(enriched.product)
+    product_id = as_text(product.get("id"))
+    for category in _categories(product_id, enriched):
+        yield category_operation(Kind.ENSURE_CATEGORY, category, enriched.categories, mapping)
+    yield Operation(Kind.UPSERT_ITEM, product_id, _item(product, enriched, mapping))
+    for variant in _variants(product):
+        sku = as_text(variant.get("sku"))
+        if sku:
+            yield Operation(Kind.UPSERT_VARIANT, sku, _variant(product, variant, enriched, mapping))
+
+
+def quantity(entries: Iterable[Json], channel: str) -> int | None:
+    """Return the stock of the chosen supply channel ("": of none), or None when no entry is of it."""
+    for entry in entries:
+        if as_text(as_dict(entry.get("supplyChannel")).get("id")) == channel:
+            return as_int(entry.get("availableQuantity"))
+    return None
+
+
+def _variants(product: Json) -> list[Json]:
+    return [as_dict(product.get("masterVariant")), *as_dicts(product.get("variants"))]
+
+
+def _skus(product: Json) -> Iterable[str]:
+    return (sku for sku in (as_text(variant.get("sku")) for variant in _variants(product)) if sku)
+
+
+def _categories(product_id: str, enriched: Enriched) -> list[Json]:
+    """Return the product's categories and their ancestors, parents first."""
+    found: dict[str, Json] = {}
+    for category_id in enriched.product_categories.get(product_id, ()):
+        category = enriched.categories.get(category_id)
+        path = [*fields.pick_ids(as_dict(category).get("ancestors")), category_id]
+        found |= {entry: enriched.categories[entry] for entry in path if entry in enriched.categories}
+    return list(found.values())
+
+
+def _item(product: Json, enriched: Enriched, mapping: Mapping) -> Json:
+    product_id = as_text(product.get("id"))
+    master = as_dict(product.get("masterVariant"))
+    categories = [catalog_id(as_text(category.get("id"))) for category in _categories(product_id, enriched)]
+    item: Json = {
+        "type": "catalog-item",
+        "attributes": {"external_id": product_id, **_common(product, master, enriched, mapping)},
+    }
+    if categories:
+        data = [{"type": "catalog-category", "id": category} for category in categories]
+        item["relationships"] = {"categories": {"data": data}}
+    return item
+
+
+def _variant(product: Json, variant: Json, enriched: Enriched, mapping: Mapping) -> Json:
+    sku = as_text(variant.get("sku"))
+    parent = {"type": "catalog-item", "id": catalog_id(as_text(product.get("id")))}
+    return {
+        "type": "catalog-variant",
+        "attributes": {
+            "external_id": sku,
+            "sku": sku,
+            **_common(product, variant, enriched, mapping),
+            "inventory_quantity": _stock(variant, enriched, mapping),
+            "inventory_policy": 1,
+        },
+        "relationships": {"item": {"data": parent}},
+    }
+
+
+def _common(product: Json, variant: Json, enriched: Enriched, mapping: Mapping) -> Json:
+    """Return the attributes an item and its variants share."""
+    attributes: Json = {
+        "integration_type": "$custom",
+        "catalog_type": "$default",
+        "published": True,
+        "title": fields.localized(product.get("name"), mapping.locale) or as_text(product.get("id")),
+        "description": fields.localized(product.get("description"), mapping.locale),
+        # Klaviyo requires a url; this text is what accounts hold that never had a template.
+        "url": product_url(product.get("slug"), as_text(product.get("id")), variant, mapping) or "None",
+        "price": catalog_price(variant, mapping, enriched.as_of),
+        "custom_metadata": _metadata(product, variant),
+    }
+    image = fields.image_url(variant)
+    return attributes | ({"image_full_url": image} if image else {})
+
+
+def _metadata(product: Json, variant: Json) -> Json:
+    """Return all languages and prices as flat JSON texts: Klaviyo takes no nested metadata."""
+    prices, currencies = price_texts(variant)
+    texts = {
+        "title_json": _by_locale("title", product.get("name")),
+        "slug_json": _by_locale("slug", product.get("slug")),
+        "price_json": prices,
+        "currency_json": currencies,
+    }
+    return {name: orjson.dumps(value).decode() for name, value in texts.items() if value}
+
+
+def _by_locale(prefix: str, texts: Any) -> Json:
+    return {f"{prefix}_{locale}": text for locale, text in as_dict(texts).items() if as_text(text)}
+
+
+def _stock(variant: Json, enriched: Enriched, mapping: Mapping) -> int:
+    """Return the stock: of the inventory entries, else as the projection shows it (which lags), else 0."""
+    channel = mapping.inventory.channel
+    known = quantity(enriched.inventory.get(as_text(variant.get("sku")), ()), channel)
+    availability = as_dict(variant.get("availability"))
+    shown = as_dict(as_dict(availability.get("channels")).get(channel)) if channel else availability
+    return known if known is not None else as_int(shown.get("availableQuantity")) or 0

@@ -1,0 +1,43 @@
+"""The table of handlers, and the decorator that fills it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from worker.mapping import Mapping
+from worker.model import Enriched, Notification, Operation
+
+HandlerFunction = Callable[[Enriched, Mapping], Iterable[Operation]]
+Precheck = Callable[[Notification, Mapping], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """What to do with one type of notification."""
+
+    resource_type: str
+    type: str
+    sends: str  # for people: `klaviyo-worker handlers`, docs/mapping.md
+    function: HandlerFunction
+    precheck: Precheck | None = None
+
+
+HANDLERS: dict[tuple[str, str], Handler] = {}
+
+
+def handles(
+    *types: str, resource: str, sends: str, precheck: Precheck | None = None
+) -> Callable[[HandlerFunction], HandlerFunction]:
+    """Register a handler for message types (or ResourceCreated, ...) of a commercetools resource type.
+
+    `precheck` raises Ignored when the notification alone shows that there is nothing to do, before
+    anything is fetched for it.
+    """
+
+    def register(function: HandlerFunction) -> HandlerFunction:
+        for kind in types:
+            HANDLERS[resource, kind] = Handler(resource, kind, sends, function, precheck)
+        return function
+
+    return register
