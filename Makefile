@@ -1,0 +1,47 @@
+# Every target sets up what it needs: a virtual environment in .venv with the package and its tools.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test check lint types format bench wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/ready ## watch sample notifications become Klaviyo profiles, events and catalog entries
+	@$(BIN)/klaviyo-worker demo
+
+test: $(VENV)/ready ## run all tests
+	$(BIN)/pytest
+
+check: lint types $(VENV)/ready ## what CI runs: ruff, mypy --strict, tests with branch coverage
+	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=90
+
+lint: $(VENV)/ready ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready ## mypy --strict
+	$(BIN)/mypy
+
+format: $(VENV)/ready ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/ready ## messages per second, CPU and API calls per message, on the sandbox
+	@$(BIN)/python benchmarks/bench.py
+
+wheel: $(VENV)/ready ## build the wheel and run the demo from it, outside this checkout
+	rm -rf build/wheel && $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv --clear build/installed
+	build/installed/bin/pip install --quiet build/wheel/*.whl
+	cd build && installed/bin/klaviyo-worker demo > demo.txt && tail -n 1 demo.txt
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build dist *.egg-info .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/ready: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@

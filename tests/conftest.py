@@ -1,0 +1,64 @@
+"""Fixtures every test may use."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+from adapters.embedded import EmbeddedQueue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from datetime import datetime
+    from pathlib import Path
+
+settings.register_profile("default", deadline=None, max_examples=150)
+settings.load_profile("default")
+
+_OURS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "APP_TYPE", "PUB_SUB_PORT")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on what the machine has set."""
+    for name in [name for name in os.environ if name.startswith(_OURS)]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[EmbeddedQueue]:
+    """An empty embedded queue."""
+    queue = EmbeddedQueue(tmp_path / "queue.db", lease=30, max_attempts=3)
+    yield queue
+    queue.close()
+
+
+@dataclass(frozen=True, slots=True)
+class FakeDelivery:
+    """A delivery without a queue."""
+
+    body: bytes
+    id: str = "1"
+    attempt: int | None = 1
+    published_at: datetime | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+class Scripted:
+    """A callable that answers with what it was given, in order, and notes its arguments."""
+
+    def __init__(self, *answers: object) -> None:
+        self.answers = deque(answers)
+        self.calls: list[tuple[object, ...]] = []
+
+    def __call__(self, *arguments: object) -> object:
+        self.calls.append(arguments)
+        answer = self.answers.popleft() if self.answers else {}
+        if isinstance(answer, Exception):
+            raise answer
+        return answer

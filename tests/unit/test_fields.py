@@ -1,0 +1,254 @@
+"""Pieces of commercetools JSON as Klaviyo wants them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.test_parse import json_values
+from worker.mapping import Mapping, Properties
+from worker.transform import fields
+from worker.transform.limits import MAX_ARRAY, MAX_PROPERTIES, MAX_TEXT_BYTES, fit
+from worker.transform.prices import catalog_price, price_texts
+
+
+def cents(amount: int, currency: str = "EUR", digits: int = 2) -> dict[str, object]:
+    return {"type": "centPrecision", "centAmount": amount, "currencyCode": currency, "fractionDigits": digits}
+
+
+@pytest.mark.parametrize(
+    ("money", "expected"),
+    [
+        (cents(1999), 19.99),
+        (cents(1200, "JPY", 0), 1200),
+        (cents(1234, "KWD", 3), 1.234),
+        (cents(-5), -0.05),
+        (cents(0), 0),
+        ({"type": "highPrecision", "preciseAmount": 123456, "fractionDigits": 5, "centAmount": 123}, 1.23456),
+        ({"centAmount": 10}, 0.1),
+        (cents(True), None),
+        ({"centAmount": "10", "fractionDigits": 2}, None),
+        ({"centAmount": 10, "fractionDigits": 10**9}, None),
+        ({"centAmount": 10, "fractionDigits": -1}, None),
+        (None, None),
+        ("12.00 EUR", None),
+    ],
+)
+def test_money_is_exact_for_every_currency(money: object, expected: float | None) -> None:
+    """commercetools counts in minor units whose size depends on the currency."""
+    assert fields.money(money) == expected
+
+
+def test_sums_are_exact() -> None:
+    """Ten times ten cents is one euro."""
+    assert fields.total([cents(10)] * 10) == Decimal(1)
+    assert fields.total([None, {}]) is None
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ({"en": "English", "en-US": "American"}, "American"),
+        ({"de": "Deutsch", "en": "English"}, "English"),
+        ({"de": "Deutsch", "en-GB": "British"}, "British"),
+        ({"de": "Deutsch", "fr": "Français"}, "Deutsch"),
+        ({"en-US": "", "de": "Deutsch"}, "Deutsch"),
+        ({"en-US": 5, "de": "Deutsch"}, "Deutsch"),
+        ({}, ""),
+        ("plain", "plain"),
+        (None, ""),
+    ],
+)
+def test_texts_fall_back_from_the_locale_to_its_language_to_any(texts: object, expected: str) -> None:
+    """Exact locale, its language, a regional variant of it, the first entry."""
+    assert fields.localized(texts, "en-US") == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("Acme", "Acme"),
+        ({"key": "acme", "label": "Acme"}, "Acme"),
+        ({"key": "acme", "label": {"en": "Acme EN", "de": "Acme DE"}}, "Acme EN"),
+        ({"key": "acme", "label": None}, "acme"),
+        ({"en": "Acme EN"}, "Acme EN"),
+        ([{"key": "a", "label": "A"}, "B"], "A"),
+        ([], ""),
+        (12, ""),
+    ],
+)
+def test_attributes_of_every_type_have_a_text(value: object, expected: str) -> None:
+    """Text, enum, localized enum, localized text, sets of them."""
+    assert fields.attribute_text(value, "en-US") == expected
+
+
+ADDRESS = {
+    "apartment": "4b",
+    "building": "",
+    "streetNumber": "12",
+    "streetName": "Main St",
+    "additionalStreetInfo": "rear",
+    "additionalAddressInfo": "ring twice",
+    "city": "Berlin",
+    "country": "DE",
+    "state": "BE",
+    "postalCode": "10115",
+    "phone": "030 901820",
+}
+
+
+def test_a_location_joins_what_is_there() -> None:
+    """Empty parts leave no stray commas; region falls back to state."""
+    assert fields.location(ADDRESS) == {
+        "address1": "4b, 12, Main St",
+        "address2": "rear, ring twice",
+        "city": "Berlin",
+        "country": "DE",
+        "region": "BE",
+        "zip": "10115",
+    }
+    assert fields.location(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        (ADDRESS, "+4930901820"),
+        ({"phone": "+1 (212) 555-2368"}, "+12125552368"),
+        ({"phone": "030 901820", "mobile": "+49 171 1234567", "country": "DE"}, "+491711234567"),
+        ({"phone": "030 901820", "mobile": "nonsense", "country": "DE"}, "+4930901820"),
+        ({"phone": "030 901820"}, ""),
+        ({"phone": "123", "country": "DE"}, ""),
+        ({"phone": 49, "country": 7}, ""),
+        ({}, ""),
+    ],
+)
+def test_only_valid_phone_numbers_are_sent(address: object, expected: str) -> None:
+    """Klaviyo refuses a whole profile for a number it does not accept."""
+    assert fields.phone(address) == expected
+
+
+def test_property_rules_choose_leave_out_and_rename() -> None:
+    """Empty values are left out; 0 and false are values."""
+    values = {"a": 1, "b": "", "c": 0, "d": False, "e": None, "f": "x", "g": []}
+    assert fields.filtered(values, Properties()) == {"a": 1, "c": 0, "d": False, "f": "x"}
+    rules = Properties(include=["a", "f"], exclude=["f"], map={"a": "A"})
+    assert fields.filtered(values, rules) == {"A": 1}
+
+
+def test_times_move_and_bad_ones_do_not_raise() -> None:
+    """Ordered Product comes a second after Placed Order."""
+    assert fields.later("2026-12-31T23:59:59.500Z", 1) == "2027-01-01T00:00:00.500000+00:00"
+    assert fields.later("9999-12-31T23:59:59Z", 1) == ""
+    assert fields.later("yesterday", 1) == ""
+
+
+NOW = datetime(2026, 11, 24, tzinfo=UTC)
+
+
+def price(amount: int, currency: str = "EUR", **more: object) -> dict[str, object]:
+    return {"value": cents(amount, currency), **more}
+
+
+@pytest.mark.parametrize(
+    ("prices", "options", "expected"),
+    [
+        ([], {}, 0),
+        ([price(100), price(200)], {}, 1),
+        ([price(100), price(200, "USD")], {"currency": "USD"}, 2),
+        ([price(100, customerGroup={"id": "vip"}), price(200)], {}, 2),
+        ([price(100), price(50, validFrom="2026-11-01T00:00:00Z", validUntil="2026-12-01T00:00:00Z")], {}, 0.5),
+        ([price(100), price(50, validUntil="2026-11-01T00:00:00Z")], {}, 1),
+        (
+            [price(70, validFrom="2026-11-20T00:00:00Z"), price(50, validFrom="2026-11-10T00:00:00Z")],
+            {},
+            0.5,
+        ),
+        (
+            [
+                price(70, validFrom="2026-11-10T00:00:00Z"),
+                price(50, validFrom="2026-11-10T00:00:00Z", validUntil="2026-12-10T00:00:00Z"),
+            ],
+            {},
+            0.5,
+        ),
+        ([price(100, discounted={"value": cents(80)})], {}, 0.8),
+        ([price(100, channel={"id": "store"}), price(200)], {}, 2),
+        ([price(100, channel={"id": "store"}), price(200)], {"price": {"channel": "store"}}, 1),
+        ([price(100, country="DE"), price(200, country="US")], {"price": {"country": "US"}}, 2),
+        ([price(100, country="DE")], {"price": {"country": "US"}}, 1),
+        ([{"value": "odd"}, 7], {}, 0),
+    ],
+)
+def test_the_catalog_shows_the_price_that_holds(prices: object, options: dict[str, object], expected: float) -> None:
+    """Currency, channel, country, validity, customer group and discount all have their say."""
+    assert catalog_price({"prices": prices}, Mapping.model_validate(options), NOW) == expected
+
+
+def test_all_prices_are_kept_as_texts() -> None:
+    """Templates can show any currency or country."""
+    variant = {"prices": [price(100), price(120, country="DE"), price(300, "USD", country="US"), price(999)]}
+    assert price_texts(variant) == (
+        {"price_EUR": 1, "price_DE": 1.2, "price_US": 3},
+        {"currency_DE": "EUR", "currency_US": "USD"},
+    )
+
+
+@given(json_values)
+def test_fields_are_total(value: object) -> None:
+    """No JSON, however odd, makes a field function raise."""
+    fields.money(value)
+    fields.currency(value)
+    fields.localized(value, "en-US")
+    fields.attribute_text(value, "en-US")
+    fields.location(value)
+    fields.address_properties(value)
+    fields.phone({"phone": value, "country": value})
+    fields.filtered(value, Properties())
+    fields.later(value, 1)
+    fields.pick_ids(value)
+    fields.image_url({"images": value})
+    catalog_price({"prices": value}, Mapping(), NOW)
+    price_texts({"prices": value})
+
+
+@given(st.dictionaries(st.text(), json_values, max_size=8))
+def test_what_fits_is_not_touched(properties: dict[str, object]) -> None:
+    """Cutting begins where Klaviyo's limits do."""
+    fitted, cut = fit(properties)
+    assert (fitted, cut) == (properties, [])
+
+
+def _nested(depth: int) -> object:
+    return {"inner": _nested(depth - 1)} if depth else "leaf"
+
+
+def test_what_does_not_fit_is_cut_and_named() -> None:
+    """Last items go first, and the paths say where."""
+    fitted, cut = fit(
+        {
+            "long": "é" * MAX_TEXT_BYTES,
+            "many": list(range(MAX_ARRAY + 5)),
+            "deep": _nested(12),
+            **{f"p{number}": number for number in range(MAX_PROPERTIES)},
+        }
+    )
+    assert len(fitted["long"].encode()) <= MAX_TEXT_BYTES
+    assert fitted["many"] == list(range(MAX_ARRAY))
+    assert len(fitted) == MAX_PROPERTIES
+    assert {"long", "many", "*"} <= set(cut)
+    assert any(path.startswith("deep.inner") for path in cut)
+
+
+def test_the_whole_is_cut_to_size_from_the_end_of_its_largest_list() -> None:
+    """An order of thousands of lines keeps its first ones, and everything that is small."""
+    items = [{"name": "x" * 2_000, "number": number} for number in range(3_000)]
+    fitted, cut = fit({"Items": items, "OrderId": "1", "note": "y" * 50_000})
+    assert fitted["OrderId"] == "1"
+    assert fitted["Items"] == items[:1_500]
+    assert cut == ["Items"]
+    assert fit({"OrderId": "1", "note": "y" * 50_000}, max_bytes=1_000) == ({"OrderId": "1"}, ["note"])

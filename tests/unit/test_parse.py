@@ -1,0 +1,195 @@
+"""bytes -> Notification."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.errors import Ignored, Rejected
+from worker.parse import MAX_WRAPPERS, parse
+
+STATE_CHANGED = {
+    "notificationType": "Message",
+    "projectKey": "shop",
+    "id": "m-1",
+    "version": 1,
+    "sequenceNumber": 2,
+    "resource": {"typeId": "order", "id": "o-1"},
+    "resourceVersion": 2,
+    "type": "OrderStateChanged",
+    "orderState": "Complete",
+    "createdAt": "2026-11-23T10:00:00.123Z",
+}
+TEXT = json.dumps(STATE_CHANGED)
+
+
+def cloudevent(payload: object) -> dict[str, object]:
+    kind = "com.commercetools.order.message.OrderStateChanged"
+    return {"specversion": "1.0", "id": "m-1", "type": kind, "source": "/shop/orders", "data": payload}
+
+
+def eventbridge(payload: object) -> dict[str, object]:
+    return {"version": "0", "detail-type": "OrderStateChanged", "source": "aws.partner/x", "detail": payload}
+
+
+def sns(text: str) -> dict[str, object]:
+    return {"Type": "Notification", "MessageId": "1", "TopicArn": "arn", "Message": text}
+
+
+def sqs(text: str) -> dict[str, object]:
+    return {"MessageId": "1", "ReceiptHandle": "r", "Body": text, "Attributes": {}}
+
+
+def push(text: str) -> dict[str, object]:
+    return {"message": {"data": base64.b64encode(text.encode()).decode(), "messageId": "1"}, "subscription": "s"}
+
+
+ENVELOPES = {
+    "bare": STATE_CHANGED,
+    "cloudevent": cloudevent(STATE_CHANGED),
+    "cloudevent_with_text": cloudevent(TEXT),
+    "pubsub_push": push(TEXT),
+    "pubsub_push_of_cloudevent": push(json.dumps(cloudevent(STATE_CHANGED))),
+    "sqs": sqs(TEXT),
+    "sns": sns(TEXT),
+    "sns_in_sqs": sqs(json.dumps(sns(TEXT))),
+    "eventbridge": eventbridge(STATE_CHANGED),
+    "eventbridge_in_sqs": sqs(json.dumps(eventbridge(STATE_CHANGED))),
+}
+
+
+@pytest.mark.parametrize("name", ENVELOPES)
+def test_every_envelope_holds_the_same_notification(name: str) -> None:
+    """The worker does not care how a queue wraps a notification."""
+    notification = parse(json.dumps(ENVELOPES[name]).encode())
+    assert (notification.type, notification.resource_type, notification.resource_id) == (
+        "OrderStateChanged",
+        "order",
+        "o-1",
+    )
+    assert notification.time == "2026-11-23T10:00:00.123Z"
+    assert notification.payload == STATE_CHANGED
+
+
+def test_a_byte_order_mark_is_no_obstacle() -> None:
+    """Some publishers put one before the JSON."""
+    assert parse(b"\xef\xbb\xbf" + TEXT.encode()).resource_id == "o-1"
+
+
+def test_a_change_is_named_by_its_notification_type() -> None:
+    """ResourceUpdated has no type of its own; it happened at modifiedAt."""
+    change = {
+        "notificationType": "ResourceUpdated",
+        "resource": {"typeId": "customer", "id": "c"},
+        "modifiedAt": "2026-01-01T00:00:00Z",
+    }
+    notification = parse(json.dumps(change).encode())
+    assert (notification.type, notification.time) == ("ResourceUpdated", "2026-01-01T00:00:00Z")
+
+
+def test_a_payload_that_was_not_included_still_has_a_type() -> None:
+    """commercetools names it in payloadNotIncluded when the message outgrew the queue."""
+    message = {k: v for k, v in STATE_CHANGED.items() if k != "type"}
+    message["payloadNotIncluded"] = {"reason": "too big", "payloadType": "OrderCreated"}
+    assert parse(json.dumps(message).encode()).type == "OrderCreated"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"", "the body is empty"),
+        (b"  \n", "the body is empty"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[]", "found an array"),
+        (b"12", "found a number"),
+        (b"null", "found null"),
+        (b"true", "found a boolean"),
+        (b'"' + b"x" * 1_000_000 + b'"', "found a text"),
+        (b'{"a":' * 2_000, "not JSON"),
+        (b"{}", "`notificationType`"),
+        (b'{"notificationType": 7}', "`notificationType`"),
+        (b'{"notificationType": "Message", "type": "X"}', "`resource`"),
+        (b'{"notificationType": "Message", "type": "X", "resource": {"typeId": "order"}}', "`resource.id`"),
+        (b'{"notificationType": "Message", "type": "X", "resource": {"id": "o"}}', "`resource.typeId`"),
+        (b'{"notificationType": "Message", "resource": {"typeId": "order", "id": "o"}}', "`type`"),
+        (b'{"specversion": "1.0", "data": [1]}', "an array"),
+        (b'{"specversion": "1.0"}', "empty"),
+        (b'{"message": {"data": "%%"}, "subscription": "s"}', "base64"),
+        (b'{"message": {"data": 5}, "subscription": "s"}', "base64"),
+    ],
+)
+def test_what_cannot_be_read_is_rejected_with_what_was_expected(body: bytes, expected: str) -> None:
+    """A dead letter says what was expected instead."""
+    with pytest.raises(Rejected, match="expected") as error:
+        parse(body)
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("identifier", ["", "x" * 257, "a\nb", 5, None])
+def test_an_id_that_is_no_id_is_rejected(identifier: object) -> None:
+    """Hostile ids never reach a query or a log."""
+    message = STATE_CHANGED | {"resource": {"typeId": "order", "id": identifier}}
+    with pytest.raises(Rejected, match=r"resource\.id"):
+        parse(json.dumps(message).encode())
+
+
+@pytest.mark.parametrize("kind", ["Event", "SomethingNew"])
+def test_notifications_without_a_resource_are_ignored(kind: str) -> None:
+    """Event notifications and kinds yet to come are acked, not dead-lettered."""
+    with pytest.raises(Ignored):
+        parse(json.dumps({"notificationType": kind, "id": "1"}).encode())
+
+
+def test_envelopes_do_not_nest_without_end() -> None:
+    """A body made of envelopes only cannot keep the worker busy."""
+    text = TEXT
+    for _ in range(MAX_WRAPPERS + 1):
+        text = json.dumps(sqs(text))
+    with pytest.raises(Rejected, match="nested envelopes"):
+        parse(text.encode())
+
+
+def test_a_rejection_never_quotes_the_body() -> None:
+    """Reasons go to logs and dead letters, where nobody's data belongs."""
+    with pytest.raises(Rejected) as error:
+        parse(b'{"email": "ada@example.com" ada@example.com}')
+    assert "ada" not in str(error.value)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+KEYS = ["notificationType", "resource", "type", "specversion", "data", "message", "detail", "detail-type", "Message"]
+KEYS += ["Type", "Body", "ReceiptHandle", "subscription", "payloadNotIncluded", "createdAt", "modifiedAt"]
+near_notifications = st.dictionaries(
+    st.sampled_from(KEYS),
+    json_values | st.sampled_from(["Message", "Event", "ResourceCreated", "Notification", {"typeId": "order", "id": "1"}]),
+)
+
+
+@given(st.binary() | json_values.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_have_a_clear_outcome(body: bytes) -> None:
+    """Whatever arrives is parsed, rejected or ignored; nothing else can happen."""
+    try:
+        parse(body)
+    except (Rejected, Ignored) as outcome:
+        assert str(outcome)
+
+
+@given(near_notifications)
+def test_anything_like_a_notification_has_a_clear_outcome(document: dict[str, object]) -> None:
+    """Odd values in the places that parse looks at are no exception."""
+    try:
+        notification = parse(json.dumps(document).encode())
+    except (Rejected, Ignored) as outcome:
+        assert str(outcome)
+    else:
+        assert notification.type
+        assert notification.resource_id

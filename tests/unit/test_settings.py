@@ -1,0 +1,169 @@
+"""Settings and the mapping file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from worker.errors import SettingsError
+from worker.mapping import load_mapping
+from worker.settings import MappingSettings, QueueSettings, Settings, load
+
+GOOD = {
+    "CT_API_URL": "https://api.example.com/",
+    "CT_AUTH_URL": "https://auth.example.com",
+    "CT_PROJECT_ID": "shop",
+    "CT_API_CLIENT": '{"clientId": "id", "secret": "s3cret"}',
+    "KLAVIYO_AUTH_KEY": "pk_s3cret",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name, value in GOOD.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("environment")
+def test_the_names_of_the_mission_are_enough() -> None:
+    """Five variables make a worker; everything else has a default."""
+    settings = load(Settings, {})
+    assert settings.ct_api_url == "https://api.example.com"
+    assert settings.ct_token_url == "https://auth.example.com/oauth/token"
+    assert settings.ct_api_client.client_id == "id"
+    assert settings.klaviyo_api_url == "https://a.klaviyo.com"
+    assert settings.ct_scope == ""
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_missing_variable_is_one_line_that_names_it(name: str, environment: pytest.MonkeyPatch) -> None:
+    """The line says what to set, and to what."""
+    environment.delenv(name)
+    with pytest.raises(SettingsError) as error:
+        load(Settings, {})
+    assert str(error.value).startswith(f"{name} is missing: set it (or {name}_FILE) to the ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CT_API_URL", "api.example.com"),
+        ("CT_API_URL", "http://api.example.com"),
+        ("CT_AUTH_URL", "ftp://auth.example.com"),
+        ("CT_PROJECT_ID", "   "),
+        ("CT_API_CLIENT", "id:s3cret"),
+        ("CT_API_CLIENT", '{"clientId": "id", "s3cret": 1}'),
+        ("CT_API_CLIENT", '{"clientId": "id", "secret": 53}'),
+        ("CT_API_CLIENT", '["id", "s3cret"]'),
+        ("KLAVIYO_AUTH_KEY", "pk s3cret"),
+        ("KLAVIYO_AUTH_KEY", "pk_s3cret\nx"),
+        ("KLAVIYO_API_URL", "http://a.klaviyo.com"),
+        ("KLAVIYO_WORKER_LANES", "many"),
+        ("KLAVIYO_WORKER_LANES", "0"),
+        ("KLAVIYO_WORKER_READ_TIMEOUT", "-1"),
+        ("KLAVIYO_WORKER_LOG_FORMAT", "xml"),
+    ],
+)
+def test_a_malformed_variable_is_one_line_without_its_value(
+    name: str, value: str, environment: pytest.MonkeyPatch
+) -> None:
+    """What was expected is said; a secret is not."""
+    environment.setenv(name, value)
+    with pytest.raises(SettingsError) as error:
+        load(Settings, {})
+    assert str(error.value).startswith(f"{name} is malformed: ")
+    assert "\n" not in str(error.value)
+    assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://localhost:1", "http://127.0.0.1:1", "http://[::1]:1"])
+def test_plain_http_is_for_this_machine(url: str, environment: pytest.MonkeyPatch) -> None:
+    """Credentials never cross a network unencrypted."""
+    environment.setenv("CT_API_URL", url)
+    assert load(Settings, {}).ct_api_url == url
+
+
+def test_secrets_come_from_files_too(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Mounted secrets end in a newline, and the variable itself wins."""
+    file = tmp_path / "key"
+    file.write_text("pk_from_file\n")
+    environment.setenv("KLAVIYO_AUTH_KEY_FILE", str(file))
+    assert load(Settings, {}).klaviyo_auth_key.get_secret_value() == "pk_s3cret"
+    environment.delenv("KLAVIYO_AUTH_KEY")
+    assert load(Settings, {}).klaviyo_auth_key.get_secret_value() == "pk_from_file"
+    environment.setenv("KLAVIYO_AUTH_KEY_FILE", str(tmp_path / "missing"))
+    with pytest.raises(SettingsError, match="KLAVIYO_AUTH_KEY_FILE: cannot read"):
+        load(Settings, {})
+
+
+@pytest.mark.usefixtures("environment")
+def test_secrets_are_not_in_the_repr() -> None:
+    """Settings may end in a traceback."""
+    assert "s3cret" not in repr(load(Settings, {}))
+
+
+def test_flags_win_over_the_environment(environment: pytest.MonkeyPatch) -> None:
+    """Flag, then environment, then default."""
+    assert load(Settings, {}).lanes == 4
+    environment.setenv("KLAVIYO_WORKER_LANES", "5")
+    assert load(Settings, {"lanes": None}).lanes == 5
+    assert load(Settings, {"lanes": "6"}).lanes == 6
+
+
+def test_an_empty_variable_counts_as_not_set(environment: pytest.MonkeyPatch) -> None:
+    """Compose files and manifests often pass empty values on."""
+    environment.setenv("KLAVIYO_API_URL", "")
+    assert load(Settings, {}).klaviyo_api_url == "https://a.klaviyo.com"
+
+
+def test_the_token_endpoint_may_be_named_itself(environment: pytest.MonkeyPatch) -> None:
+    """CT_AUTH_URL is the host, with or without the path."""
+    environment.setenv("CT_AUTH_URL", "https://auth.example.com/oauth/token/")
+    assert load(Settings, {}).ct_token_url == "https://auth.example.com/oauth/token"
+
+
+def test_the_queue_has_a_default() -> None:
+    """A newcomer needs no queue of their own."""
+    assert load(QueueSettings, {}).queue_url.startswith("embedded://")
+
+
+def test_the_mapping_file_is_optional_and_the_environment_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Environment over file, file over defaults."""
+    file = tmp_path / "mapping.toml"
+    file.write_text('locale = "de"\ncurrency = "EUR"\n[metrics]\nplaced_order = "Bestellung"\n')
+    monkeypatch.setenv("PREFERRED_LOCALE", "fr-FR")
+    mapping = load(MappingSettings, {"config": str(file)}).mapping()
+    assert (mapping.locale, mapping.currency) == ("fr-FR", "EUR")
+    assert mapping.metrics.placed_order == "Bestellung"
+    assert mapping.metrics.ordered_product == "Ordered Product"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("locale = 5", "locale: "),
+        ("colour = 'red'", "colour: "),
+        ("[order]\nfulfilled_order = 'Complete'", "order.fulfilled_order: "),
+        ("[category]\ndescendants = -1", "category.descendants: "),
+        ("locale = ", "is not TOML"),
+    ],
+)
+def test_a_mistake_in_the_mapping_file_names_the_key(text: str, expected: str, tmp_path: Path) -> None:
+    """A typing error must not be ignored silently."""
+    file = tmp_path / "mapping.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as error:
+        load_mapping(file)
+    assert expected in str(error.value)
+    assert str(file) in str(error.value)
+
+
+def test_a_mapping_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+    """Better than running with defaults nobody asked for."""
+    with pytest.raises(SettingsError, match="cannot read"):
+        load_mapping(tmp_path / "missing.toml")
