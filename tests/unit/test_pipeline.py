@@ -1,0 +1,224 @@
+"""The journey of a message and its endings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.conftest import FakeDelivery
+from worker.errors import KlaviyoMisconfigured, Rejected, Transient, WorkerError
+from worker.mapping import Mapping
+from worker.model import Disposition, Enriched, Job, Notification, Operation
+from worker.pipeline import Pipeline
+from worker.telemetry import Telemetry, outcome_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapters.base import Delivery, Failure
+
+
+@dataclass
+class RecordingQueue:
+    """Notes how deliveries are settled."""
+
+    settled: list[tuple[str, str, float, str]] = field(default_factory=list)
+
+    def ack(self, deliveries: Sequence[Delivery]) -> None:
+        self.settled += [("ack", d.id, 0.0, "") for d in deliveries]
+
+    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
+        self.settled += [("nack", d.id, delay, failure.reason if failure else "") for d in deliveries]
+
+    def dead_letter(self, delivery: Delivery, failure: Failure) -> None:
+        self.settled.append(("dead_letter", delivery.id, 0.0, failure.reason))
+
+
+class Stages:
+    """Enrich and send stages that fail for the resources they are told to."""
+
+    def __init__(self) -> None:
+        self.enrich_errors: dict[str, Exception] = {}
+        self.send_errors: dict[str, list[WorkerError | None]] = {}
+        self.crash_in = ""
+        self.enriched: list[list[str]] = []
+
+    def enrich(self, notifications: Sequence[Notification]) -> list[Enriched | WorkerError]:
+        if self.crash_in == "enrich":
+            raise KeyError("ada@example.com")
+        self.enriched.append([n.resource_id for n in notifications])
+        now = datetime(2026, 11, 24, tzinfo=UTC)
+        return [self.enrich_errors.get(n.resource_id) or _with_customer(n, now) for n in notifications]  # type: ignore[misc]
+
+    def send(self, operations: Sequence[Operation]) -> list[WorkerError | None]:
+        if self.crash_in == "send":
+            raise KeyError("ada@example.com")
+        return [(self.send_errors.get(operation.key) or [None])[0] for operation in operations]
+
+
+def _with_customer(notification: Notification, now: datetime) -> Enriched:
+    customer = {"id": notification.resource_id, "email": "ada@example.com"}
+    if notification.resource_id == "odd":
+        customer["billingAddressIds"] = {"a": 1}
+    return Enriched(notification, now, customer=None if notification.resource_id == "gone" else customer)
+
+
+@pytest.fixture
+def stages() -> Stages:
+    return Stages()
+
+
+@pytest.fixture
+def recorded() -> RecordingQueue:
+    return RecordingQueue()
+
+
+@pytest.fixture
+def pipeline(stages: Stages, recorded: RecordingQueue) -> Pipeline:
+    return Pipeline(recorded, stages.enrich, stages.send, Mapping(), Telemetry())  # type: ignore[arg-type]
+
+
+def updated(customer: str, attempt: int | None = 1) -> FakeDelivery:
+    body = {"notificationType": "ResourceUpdated", "resource": {"typeId": "customer", "id": customer}}
+    return FakeDelivery(json.dumps(body).encode(), id=customer, attempt=attempt)
+
+
+def run(pipeline: Pipeline, *deliveries: FakeDelivery) -> list[Job]:
+    return pipeline.process([pipeline.accept(delivery) for delivery in deliveries])
+
+
+def test_a_message_is_acked_when_its_effect_is_in_klaviyo(pipeline: Pipeline, recorded: RecordingQueue) -> None:
+    """The good ending."""
+    assert run(pipeline, updated("a"), updated("b")) == []
+    assert recorded.settled == [("ack", "a", 0.0, ""), ("ack", "b", 0.0, "")]
+
+
+def test_a_batch_is_enriched_at_once(pipeline: Pipeline, stages: Stages) -> None:
+    """The stage sees the whole batch, and only what is worth fetching for."""
+    run(pipeline, updated("a"), FakeDelivery(b"bad"), updated("b"))
+    assert stages.enriched == [["a", "b"]]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"notificationType": "ResourceCreated", "resource": {"typeId": "subscription", "id": "s"}}',
+        b'{"notificationType": "Message", "type": "NewThing", "resource": {"typeId": "order", "id": "o"}}',
+        b'{"notificationType": "Event", "type": "ImportContainerCreated"}',
+    ],
+    ids=["test notification", "unknown type", "event"],
+)
+def test_what_has_no_effect_is_acked_without_fetching(
+    body: bytes, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """The test notification, unknown types and events are counted and forgotten."""
+    job = pipeline.accept(FakeDelivery(body))
+    assert pipeline.process([job]) == []
+    assert recorded.settled == [("ack", "1", 0.0, "")]
+    assert outcome_name(job) == "ignored"
+    assert stages.enriched == [[]]
+
+
+def test_one_bad_message_does_not_stop_its_neighbours(
+    pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """Each message of a batch has an ending of its own."""
+    stages.enrich_errors["down"] = Transient("commercetools answered 500")
+    stages.send_errors["refused"] = [Rejected("400 invalid")]
+    run(pipeline, updated("good"), FakeDelivery(b"[]", id="bad"), updated("down"), updated("refused"), updated("gone"))
+    assert {(how, which) for how, which, *_ in recorded.settled} == {
+        ("ack", "good"),
+        ("dead_letter", "bad"),
+        ("nack", "down"),
+        ("dead_letter", "refused"),
+        ("ack", "gone"),
+    }
+
+
+@pytest.mark.parametrize(("attempt", "delay"), [(None, 2), (1, 2), (2, 4), (5, 32), (100, 600)])
+def test_the_wait_doubles_with_every_attempt(
+    attempt: int | None, delay: float, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """A message that keeps failing comes ever more rarely."""
+    stages.enrich_errors["a"] = Transient("500")
+    run(pipeline, updated("a", attempt))
+    assert recorded.settled == [("nack", "a", delay, "500")]
+
+
+def test_the_other_side_may_say_how_long_to_wait(
+    pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """Retry-After wins over our own idea."""
+    stages.send_errors["a"] = [Transient("429", retry_after=17)]
+    run(pipeline, updated("a"))
+    assert recorded.settled == [("nack", "a", 17, "429")]
+
+
+def test_parked_messages_are_not_settled_and_can_be_tried_again(
+    pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """Refused credentials are nobody's message's fault: keep it, and go on when they are restored."""
+    stages.send_errors["a"] = [KlaviyoMisconfigured("401")]
+    parked = run(pipeline, updated("a"), updated("b"))
+    assert [job.delivery.id for job in parked] == ["a"]
+    assert recorded.settled == [("ack", "b", 0.0, "")]
+    stages.send_errors.clear()
+    assert pipeline.process(parked) == []
+    assert recorded.settled[1:] == [("ack", "a", 0.0, "")]
+
+
+@pytest.mark.parametrize("stage", ["enrich", "send"])
+def test_a_defect_of_ours_never_loses_a_batch(
+    stage: str, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """An unexpected error returns the messages, and its text, which may quote anybody, stays out of reasons."""
+    stages.crash_in = stage
+    run(pipeline, updated("a"))
+    ((how, _, _, reason),) = recorded.settled
+    assert how == "nack"
+    assert "KeyError" in reason
+    assert "ada" not in reason
+
+
+def test_data_no_handler_expects_is_a_dead_letter(
+    pipeline: Pipeline, recorded: RecordingQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pure stage that fails would fail again: the message waits for a better release, not in the queue."""
+
+    def broken(*_: object) -> None:
+        raise TypeError("ada@example.com")
+
+    monkeypatch.setattr("worker.pipeline.transform", broken)
+    run(pipeline, updated("a"))
+    ((how, _, _, reason),) = recorded.settled
+    assert how == "dead_letter"
+    assert "TypeError" in reason
+    assert "ada" not in reason
+
+
+def test_the_worst_ending_of_its_operations_is_the_messages() -> None:
+    """Park before nack before dead letter: a retry finds the bad record again, the reverse loses the rest."""
+    from worker.pipeline import _SEVERITY
+
+    assert _SEVERITY == (Disposition.PARK, Disposition.NACK, Disposition.DEAD_LETTER)
+
+
+def test_a_message_with_one_failed_operation_is_not_acked(recorded: RecordingQueue, stages: Stages) -> None:
+    """Placed Order arrived, its second line did not: the message comes again, and repeats are harmless."""
+    line = {"id": "l1", "totalPrice": {"centAmount": 1, "fractionDigits": 2, "currencyCode": "EUR"}}
+    order = {"id": "o", "customerEmail": "ada@example.com", "lineItems": [line, line | {"id": "l2"}]}
+    body = {"notificationType": "Message", "type": "OrderCreated", "resource": {"typeId": "order", "id": "o"}}
+    answers = [None, None, Transient("503")]
+    pipeline = Pipeline(
+        recorded,  # type: ignore[arg-type]
+        lambda notifications: [Enriched(n, datetime.now(UTC), order=order) for n in notifications],
+        lambda operations: answers[: len(operations)],
+        Mapping(),
+        Telemetry(),
+    )
+    run(pipeline, FakeDelivery(json.dumps(body).encode()))
+    assert recorded.settled == [("nack", "1", 2.0, "503")]
