@@ -1,0 +1,71 @@
+"""Notification in, Klaviyo requests out: one folder per case, found by this one test.
+
+`notification.json` and `commercetools.json` (what commercetools holds; optional) give `klaviyo.json`, with
+`mapping.toml` where the case needs one. UPDATE_GOLDEN=1 writes klaviyo.json anew: read the diff.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from worker.errors import Ignored, Rejected
+from worker.mapping import load_mapping
+from worker.offline import transform_offline
+from worker.transform import HANDLERS
+
+HERE = Path(__file__).parent
+CASES = sorted(path.parent.name for path in HERE.glob("*/notification.json"))
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    snapshot = folder / "commercetools.json"
+    mapping = folder / "mapping.toml"
+    try:
+        lines = list(
+            transform_offline(
+                (folder / "notification.json").read_bytes(),
+                orjson.loads(snapshot.read_bytes()) if snapshot.exists() else {},
+                load_mapping(mapping if mapping.exists() else None),
+            )
+        )
+    except Ignored as reason:
+        return {"ignored": str(reason)}
+    except Rejected as reason:
+        return {"rejected": str(reason)}
+    return {"operations": [json.loads(line) for line in lines]}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case: str) -> None:
+    """The requests are those that were looked at and found right."""
+    folder = HERE / case
+    actual = outcome(folder)
+    if os.environ.get("UPDATE_GOLDEN"):
+        text = json.dumps(actual, indent=2, ensure_ascii=False) + "\n"
+        (folder / "klaviyo.json").write_text(text, encoding="utf-8")
+    assert actual == json.loads((folder / "klaviyo.json").read_text(encoding="utf-8"))
+
+
+def test_every_handler_has_a_golden_folder() -> None:
+    """A new message type comes with an example of what it does."""
+    notifications = [json.loads((HERE / case / "notification.json").read_text()) for case in CASES]
+    shown = {
+        (n["resource"]["typeId"], n.get("type", n["notificationType"]))
+        for n in notifications
+        if "resource" in n and "payloadNotIncluded" not in n
+    }
+    assert set(HANDLERS) <= shown
+
+
+def test_events_have_a_deterministic_unique_id() -> None:
+    """Redelivery has no second effect only if the id depends on nothing but the message."""
+    for case in CASES:
+        for operation in outcome(HERE / case).get("operations", []):
+            if operation["operation"] == "create_event":
+                assert operation["body"]["data"]["attributes"]["unique_id"], case
