@@ -85,14 +85,13 @@ def _item(product: Json, enriched: Enriched, mapping: Mapping) -> Json:
     product_id = as_text(product.get("id"))
     master = as_dict(product.get("masterVariant"))
     categories = [catalog_id(as_text(category.get("id"))) for category in _categories(product_id, enriched)]
-    item: Json = {
+    return {
         "type": "catalog-item",
         "attributes": {"external_id": product_id, **_common(product, master, enriched, mapping)},
+        "relationships": {
+            "categories": {"data": [{"type": "catalog-category", "id": category} for category in categories]}
+        },
     }
-    if categories:
-        data = [{"type": "catalog-category", "id": category} for category in categories]
-        item["relationships"] = {"categories": {"data": data}}
-    return item
 
 
 def _variant(product: Json, variant: Json, enriched: Enriched, mapping: Mapping) -> Json:
@@ -113,7 +112,7 @@ def _variant(product: Json, variant: Json, enriched: Enriched, mapping: Mapping)
 
 def _common(product: Json, variant: Json, enriched: Enriched, mapping: Mapping) -> Json:
     """Return the attributes an item and its variants share."""
-    attributes: Json = {
+    return {
         "integration_type": "$custom",
         "catalog_type": "$default",
         "published": True,
@@ -121,11 +120,10 @@ def _common(product: Json, variant: Json, enriched: Enriched, mapping: Mapping) 
         "description": fields.localized(product.get("description"), mapping.locale),
         # Klaviyo requires a url; this text is what accounts hold that never had a template.
         "url": product_url(product.get("slug"), as_text(product.get("id")), variant, mapping) or "None",
+        "image_full_url": fields.image_url(variant) or None,  # null: an image that was removed is removed
         "price": catalog_price(variant, mapping, enriched.as_of),
         "custom_metadata": _metadata(product, variant),
     }
-    image = fields.image_url(variant)
-    return attributes | ({"image_full_url": image} if image else {})
 
 
 def _metadata(product: Json, variant: Json) -> Json:
