@@ -29,7 +29,7 @@ _EXIT_CODES = """
 Exit codes: 0 ok · 1 unexpected · 2 usage or configuration · 3 queue ·
 4 commercetools credentials · 5 Klaviyo credentials · 6 shutdown timed out
 """
-_SECRET = {"ct_api_client", "klaviyo_auth_key"}
+SECRETS = frozenset({"ct_api_client", "klaviyo_auth_key"})
 
 
 class Failed(click.ClickException):
@@ -58,7 +58,7 @@ def settings_options(kind: type[BaseSettings]) -> Callable[[Callable[..., None]]
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         for name, info in reversed(kind.model_fields.items()):
-            if name not in _SECRET:
+            if name not in SECRETS:
                 default = info.get_default()
                 shown = "" if default in (None, "") or info.is_required() else f"  [default: {default}]"
                 text = f"{info.description}{shown}  [env: {info.validation_alias}]"

@@ -101,16 +101,8 @@ class _FileTwins(PydanticBaseSettingsSource):
         return {name: value for value, name, _ in found if value is not None}
 
 
-class QueueSettings(BaseSettings):
-    """What every command needs that touches the queue."""
-
+class _Sourced(BaseSettings):
     model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True, hide_input_in_errors=True)
-
-    queue_url: Text = Field(
-        "embedded://~/.local/state/klaviyo-worker/queue.db",
-        validation_alias="QUEUE_URL",
-        description="The queue: embedded:///path/queue.db",
-    )
 
     @classmethod
     def settings_customise_sources(
@@ -125,10 +117,18 @@ class QueueSettings(BaseSettings):
         return init_settings, env_settings, _FileTwins(settings_cls)
 
 
-class MappingSettings(BaseSettings):
-    """Where the mapping comes from; the three names are those of the existing plugin."""
+class QueueSettings(_Sourced):
+    """What every command needs that touches the queue."""
 
-    model_config = QueueSettings.model_config
+    queue_url: Text = Field(
+        "embedded://~/.local/state/klaviyo-worker/queue.db",
+        validation_alias="QUEUE_URL",
+        description="The queue: embedded:///path/queue.db",
+    )
+
+
+class MappingSettings(_Sourced):
+    """Where the mapping comes from; the three names are those of the existing plugin."""
 
     config: Path | None = Field(
         None, validation_alias="KLAVIYO_WORKER_CONFIG", description="Mapping file (TOML); docs/mapping.md"
@@ -155,7 +155,7 @@ class MappingSettings(BaseSettings):
         )
 
 
-class Settings(QueueSettings, MappingSettings):
+class Settings(MappingSettings, QueueSettings):
     """Everything `klaviyo-worker run` needs."""
 
     ct_api_url: Url = Field(
