@@ -36,7 +36,7 @@ def test_messages_come_out_in_order_and_once(queue: EmbeddedQueue) -> None:
 
 
 def test_an_empty_queue_answers_in_time(queue: EmbeddedQueue) -> None:
-    """receive waits as long as it was told, and no longer."""
+    """Receive waits as long as it was told, and no longer."""
     began = time.monotonic()
     assert queue.receive(10, 0.1) == []
     assert 0.1 <= time.monotonic() - began < 1

@@ -118,7 +118,13 @@ def test_a_batch_costs_as_many_queries_as_one_message(enricher: Enricher, reader
     assert [result.order["id"] for result in results if isinstance(result, Enriched) and result.order] == [
         f"o{n}" for n in range(1, 6)
     ]
-    assert reader.queries == {"orders": 1, "customers": 1, "product-projections": 1, "discount-codes": 1, "categories": 1}
+    assert reader.queries == {
+        "orders": 1,
+        "customers": 1,
+        "product-projections": 1,
+        "discount-codes": 1,
+        "categories": 1,
+    }
 
 
 def test_a_payload_that_is_there_is_not_fetched(enricher: Enricher, reader: CountingReader) -> None:

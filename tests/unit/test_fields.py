@@ -39,7 +39,7 @@ def cents(amount: int, currency: str = "EUR", digits: int = 2) -> dict[str, obje
     ],
 )
 def test_money_is_exact_for_every_currency(money: object, expected: float | None) -> None:
-    """commercetools counts in minor units whose size depends on the currency."""
+    """Commercetools counts in minor units whose size depends on the currency."""
     assert fields.money(money) == expected
 
 

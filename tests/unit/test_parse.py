@@ -92,7 +92,7 @@ def test_a_change_is_named_by_its_notification_type() -> None:
 
 
 def test_a_payload_that_was_not_included_still_has_a_type() -> None:
-    """commercetools names it in payloadNotIncluded when the message outgrew the queue."""
+    """Commercetools names it in payloadNotIncluded when the message outgrew the queue."""
     message = {k: v for k, v in STATE_CHANGED.items() if k != "type"}
     message["payloadNotIncluded"] = {"reason": "too big", "payloadType": "OrderCreated"}
     assert parse(json.dumps(message).encode()).type == "OrderCreated"
@@ -162,7 +162,11 @@ def test_a_rejection_never_quotes_the_body() -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=20,
 )
@@ -170,7 +174,8 @@ KEYS = ["notificationType", "resource", "type", "specversion", "data", "message"
 KEYS += ["Type", "Body", "ReceiptHandle", "subscription", "payloadNotIncluded", "createdAt", "modifiedAt"]
 near_notifications = st.dictionaries(
     st.sampled_from(KEYS),
-    json_values | st.sampled_from(["Message", "Event", "ResourceCreated", "Notification", {"typeId": "order", "id": "1"}]),
+    json_values
+    | st.sampled_from(["Message", "Event", "ResourceCreated", "Notification", {"typeId": "order", "id": "1"}]),
 )
 
 

@@ -149,9 +149,7 @@ def test_the_wait_doubles_with_every_attempt(
     assert recorded.settled == [("nack", "a", delay, "500")]
 
 
-def test_the_other_side_may_say_how_long_to_wait(
-    pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
-) -> None:
+def test_the_other_side_may_say_how_long_to_wait(pipeline: Pipeline, recorded: RecordingQueue, stages: Stages) -> None:
     """Retry-After wins over our own idea."""
     stages.send_errors["a"] = [Transient("429", retry_after=17)]
     run(pipeline, updated("a"))

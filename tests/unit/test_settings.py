@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from worker.errors import SettingsError
 from worker.mapping import load_mapping
 from worker.settings import MappingSettings, QueueSettings, Settings, load
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 GOOD = {
     "CT_API_URL": "https://api.example.com/",
@@ -130,9 +133,7 @@ def test_the_queue_has_a_default() -> None:
     assert load(QueueSettings, {}).queue_url.startswith("embedded://")
 
 
-def test_the_mapping_file_is_optional_and_the_environment_wins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_mapping_file_is_optional_and_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Environment over file, file over defaults."""
     file = tmp_path / "mapping.toml"
     file.write_text('locale = "de"\ncurrency = "EUR"\n[metrics]\nplaced_order = "Bestellung"\n')

@@ -1,0 +1,82 @@
+"""The installed command, run as a user runs it: a subprocess with an environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from worker.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+COMMAND = str(Path(sys.executable).with_name("klaviyo-worker"))
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox() as running:
+        yield running
+
+
+@dataclass
+class Worker:
+    """Runs `klaviyo-worker` against a sandbox and a queue of its own."""
+
+    environment: dict[str, str]
+    directory: Path
+
+    def __call__(self, *arguments: str, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run to the end and return exit code and output."""
+        done = subprocess.run(
+            [COMMAND, *arguments],
+            input=stdin,
+            capture_output=True,
+            env=self._environment(environment),
+            cwd=self.directory,
+            timeout=120,
+            check=False,
+        )
+        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start and return the process."""
+        return subprocess.Popen(
+            [COMMAND, *arguments],
+            env=self._environment(environment),
+            cwd=self.directory,
+            stderr=subprocess.PIPE,
+        )
+
+    def publish(self, *bodies: bytes | dict[str, Any]) -> None:
+        """Put messages into the queue."""
+        lines = [body if isinstance(body, bytes) else json.dumps(body).encode() for body in bodies]
+        done = self("publish", "-", stdin=b"".join(line + b"\n" for line in lines))
+        assert done.stdout.strip() == str(len(lines)), done.stderr
+
+    def dead_letters(self) -> list[dict[str, Any]]:
+        """Return what `dlq list --json` prints."""
+        return [json.loads(line) for line in self("dlq", "list", "--json").stdout.splitlines()]
+
+    def _environment(self, extra: dict[str, str]) -> dict[str, str]:
+        path = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        merged = path | self.environment | extra
+        return {name: value for name, value in merged.items() if value}
+
+
+@pytest.fixture
+def worker(sandbox: Sandbox, tmp_path: Path) -> Worker:
+    return Worker(sandbox.environment | {"QUEUE_URL": f"embedded://{tmp_path}/queue.db"}, tmp_path)
+
+
+def log_lines(stderr: str) -> list[dict[str, Any]]:
+    """Return the canonical lines of a run."""
+    lines = [json.loads(line) for line in stderr.splitlines() if line.startswith("{")]
+    return [line for line in lines if line["event"] == "message_processed"]

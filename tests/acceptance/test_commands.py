@@ -1,0 +1,131 @@
+"""The other commands, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from worker.sandbox.notifications import cloudevent, message, sqs
+
+if TYPE_CHECKING:
+    from tests.acceptance.conftest import Worker
+    from worker.sandbox import Sandbox
+
+
+@pytest.mark.parametrize(
+    "name", ["CT_API_URL", "CT_AUTH_URL", "CT_PROJECT_ID", "CT_API_CLIENT", "KLAVIYO_AUTH_KEY"]
+)
+def test_a_missing_variable_is_one_line_and_exit_code_2(name: str, worker: Worker) -> None:
+    """The line names the variable."""
+    done = worker("run", "--once", **{name: ""})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"Error: {name} is missing")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CT_API_URL", "nonsense"),
+        ("CT_AUTH_URL", "http://example.com"),
+        ("CT_API_CLIENT", "s3cret"),
+        ("KLAVIYO_AUTH_KEY", "s3 cret"),
+        ("KLAVIYO_WORKER_LANES", "s3cret"),
+        ("KLAVIYO_WORKER_CONFIG", "/nowhere/mapping.toml"),
+    ],
+)
+def test_a_malformed_variable_is_one_line_and_exit_code_2(name: str, value: str, worker: Worker) -> None:
+    """The line names the variable and never repeats a secret."""
+    done = worker("run", "--once", **{name: value})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"Error: {name}")
+    assert done.stderr.count("\n") == 1
+    assert "s3" not in done.stderr
+
+
+def test_a_scope_is_optional(worker: Worker) -> None:
+    """Without CT_SCOPE the API client's own scopes are asked for."""
+    worker.publish(b"bad")
+    assert worker("run", "--once", CT_SCOPE="").returncode == 0
+
+
+def test_a_queue_that_cannot_be_opened_is_exit_code_3(worker: Worker) -> None:
+    """With the reason, and no traceback."""
+    for url in ("embedded:///proc/nowhere/queue.db", "kafka://topic"):
+        done = worker("run", "--once", QUEUE_URL=url)
+        assert done.returncode == 3
+        assert done.stderr.startswith("Error: QUEUE_URL: ")
+
+
+def test_publish_takes_lines_as_they_are(worker: Worker) -> None:
+    """Bytes, not parsed: empty lines and garbage are messages too; the count is printed."""
+    done = worker("publish", "-", stdin=b"\xff\xfe\n\n{}\nlast without newline")
+    assert (done.returncode, done.stdout) == (0, "4\n")
+    assert worker("publish", "-", stdin=b"").stdout == "0\n"
+
+
+def test_transform_prints_requests_without_any_network(worker: Worker, sandbox: Sandbox) -> None:
+    """The payload is included, so nothing has to be fetched."""
+    order = next(order for order in sandbox.shop.orders.values() if len(order["lineItems"]) == 3)
+    notification = message("OrderCreated", "order", order["id"], order=order)
+    done = worker("transform", "-", stdin=sqs(notification), CT_API_URL="", KLAVIYO_AUTH_KEY="")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["operation"] for line in lines] == ["create_event"] * 4
+    assert {(line["method"], line["path"]) for line in lines} == {("POST", "/api/events")}
+    assert lines[0]["body"]["data"]["attributes"]["unique_id"] == order["id"]
+    assert sandbox.klaviyo.requests == []
+    assert sandbox.commercetools.requests == []
+
+
+def test_transform_takes_the_rest_from_a_file(worker: Worker, sandbox: Sandbox) -> None:
+    """--enriched holds what commercetools would answer."""
+    order = next(order for order in sandbox.shop.orders.values() if order.get("customerEmail"))
+    (worker.directory / "shop.json").write_text(json.dumps({"orders": [order]}))
+    notification = message("OrderStateChanged", "order", order["id"], orderState="Complete")
+    done = worker("transform", "-", "--enriched", "shop.json", stdin=cloudevent(notification))
+    (line,) = map(json.loads, done.stdout.splitlines())
+    assert line["body"]["data"]["attributes"]["metric"]["data"]["attributes"]["name"] == "Fulfilled Order"
+
+
+def test_transform_says_what_is_wrong_on_stderr(worker: Worker) -> None:
+    """Errors and ignored notifications are no data; errors are exit code 1."""
+    subscription = b'{"notificationType": "ResourceCreated", "resource": {"typeId": "subscription", "id": "1"}}'
+    done = worker("transform", "-", stdin=subscription + b"\nnonsense\n")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("ignored: no handler for this type")
+    assert "error: expected a JSON object" in done.stderr
+    assert worker("transform", "-", "--enriched", "-", stdin=b"[]").returncode == 2
+
+
+def test_handlers_and_help_say_what_there_is(worker: Worker) -> None:
+    """Flags show their variables; the table shows every type."""
+    table = worker("handlers").stdout
+    assert "OrderCreatedFromRecurringOrder" in table
+    assert "inventory-entry" in table
+    text = " ".join(worker("run", "--help").stdout.split())
+    for name in ("QUEUE_URL", "CT_PROJECT_ID", "KLAVIYO_WORKER_LANES", "PREFERRED_LOCALE"):
+        assert f"[env: {name}]" in text
+    assert "secret" not in worker("run", "--help", CT_API_CLIENT='{"clientId":"a","secret":"secretly"}').stdout
+    assert worker("--version").stdout.startswith("klaviyo-worker, version ")
+
+
+def test_dead_letters_are_readable_for_people_too(worker: Worker) -> None:
+    """One line each, oldest first; an empty list says so."""
+    assert worker("dlq", "list").stderr == "no dead letters\n"
+    worker.publish(b"[]", message("OrderCreated", "order", "o-1", order={"id": "o-1"}))
+    worker("run", "--once")
+    first, second = sorted(worker("dlq", "list").stdout.splitlines(), key=lambda line: "OrderCreated" in line)
+    assert "unreadable  [parse] expected a JSON object; found an array" in first
+    assert "OrderCreated order o-1  [transform]" in second
+
+
+def test_the_demo_needs_nothing_and_shows_everything(worker: Worker) -> None:
+    """No account, no settings: a table, profiles, events, catalog, dead letters, and exit code 0."""
+    done = worker("demo", **dict.fromkeys(worker.environment, ""))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in ("MESSAGE", "Profiles in Klaviyo", "Events in Klaviyo", "Catalog in Klaviyo", "Dead letters"):
+        assert text in done.stdout
+    assert "messages ended as expected" in done.stdout

@@ -1,0 +1,245 @@
+"""Notifications as commercetools sends them, the envelopes queues put around them, and samples of every type."""
+
+from __future__ import annotations
+
+import base64
+import uuid
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from worker.sandbox.shop import Json, reference, uid
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from worker.sandbox.shop import Shop
+
+PROJECT = "sandbox-shop"
+_AT = "2026-11-23T10:00:00.123Z"
+
+
+def message(kind: str, resource_type: str, resource_id: str, *, created_at: str = _AT, **fields: Any) -> Json:
+    """Return a Message notification; `fields` are those of its type."""
+    return {
+        "notificationType": "Message",
+        "projectKey": PROJECT,
+        "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{kind}{resource_id}{sorted(fields)}")),
+        "version": 1,
+        "sequenceNumber": 1,
+        "resource": {"typeId": resource_type, "id": resource_id},
+        "resourceVersion": 1,
+        "resourceUserProvidedIdentifiers": {},
+        "type": kind,
+        "createdAt": created_at,
+        "lastModifiedAt": created_at,
+        **fields,
+    }
+
+
+def change(kind: str, resource_type: str, resource_id: str, *, modified_at: str = _AT, **fields: Any) -> Json:
+    """Return a ResourceCreated, ResourceUpdated or ResourceDeleted notification."""
+    return {
+        "notificationType": kind,
+        "projectKey": PROJECT,
+        "resource": {"typeId": resource_type, "id": resource_id},
+        "resourceUserProvidedIdentifiers": {},
+        "version": 2,
+        "modifiedAt": modified_at,
+        **({"oldVersion": 1} if kind == "ResourceUpdated" else {}),
+        **fields,
+    }
+
+
+def payload_not_included(kind: str, resource_type: str, resource_id: str) -> Json:
+    """Return a message that outgrew the queue: everything but its own fields."""
+    notification = message(kind, resource_type, resource_id)
+    del notification["type"]
+    return notification | {"payloadNotIncluded": {"reason": "Payload too large.", "payloadType": kind}}
+
+
+def bare(notification: Json) -> bytes:
+    """Return the notification itself: Pub/Sub pull, SQS and Service Bus bodies."""
+    return orjson.dumps(notification)
+
+
+def cloudevent(notification: Json) -> bytes:
+    """Return a CloudEvent in structured mode; Event Grid's too."""
+    resource = notification.get("resource", {})
+    kind = notification.get("type", notification["notificationType"])
+    event = {
+        "specversion": "1.0",
+        "id": notification.get("id", "0c7f0b0e"),
+        "type": f"com.commercetools.{resource.get('typeId')}.message.{kind}",
+        "source": f"/{PROJECT}/{resource.get('typeId')}s",
+        "subject": resource.get("id"),
+        "time": _AT,
+        "data": notification,
+    }
+    return orjson.dumps(event)
+
+
+def pubsub_push(notification: Json) -> bytes:
+    """Return the body of a Pub/Sub push request."""
+    data = base64.b64encode(bare(notification)).decode()
+    envelope = {"data": data, "messageId": "136969346945", "publishTime": _AT, "attributes": {}}
+    return orjson.dumps({"message": envelope, "subscription": "projects/p/subscriptions/s"})
+
+
+def sqs(notification: Json) -> bytes:
+    """Return an SQS message as the API shows it."""
+    return _sqs(bare(notification))
+
+
+def sns(notification: Json) -> bytes:
+    """Return an SNS notification inside an SQS message."""
+    text = bare(notification).decode()
+    envelope = {"Type": "Notification", "MessageId": "22b80b92", "TopicArn": "arn:aws:sns:x:1:ct", "Message": text}
+    return _sqs(orjson.dumps(envelope))
+
+
+def eventbridge(notification: Json) -> bytes:
+    """Return an EventBridge event inside an SQS message."""
+    kind = notification.get("type", notification["notificationType"])
+    source = f"aws.partner/commercetools.com/{PROJECT}/klaviyo"
+    return _sqs(orjson.dumps({"version": "0", "detail-type": kind, "source": source, "detail": notification}))
+
+
+def _sqs(body: bytes) -> bytes:
+    return orjson.dumps({"MessageId": "m-1", "ReceiptHandle": "rh", "Body": body.decode(), "Attributes": {}})
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A message for the queue, and the outcome it must have."""
+
+    title: str
+    body: bytes = field(repr=False)
+    outcome: str = "sent"
+
+
+def sample_notifications(shop: Shop) -> list[Sample]:
+    """Return samples of every type, good, ignored and bad, in every envelope in turn."""
+    envelopes = cycle([bare, cloudevent, pubsub_push, sqs, sns, eventbridge])
+    good = [*_orders(shop), *_payments(shop), *_customers(shop), *_catalog(), *_inventory()]
+    return [*(_wrapped(*entry, next(envelopes)) for entry in good), *_ignored(), *_bad(shop)]
+
+
+Entry = tuple[str, Json, str]
+
+
+def _wrapped(title: str, notification: Json, outcome: str, envelope: Callable[[Json], bytes]) -> Sample:
+    return Sample(f"{title} ({envelope.__name__})", envelope(notification), outcome)
+
+
+def _orders(shop: Shop) -> Iterator[Entry]:
+    def of(kind: str, name: str, **fields: Any) -> Json:
+        return message(kind, "order", uid(f"order:{name}"), **fields)
+
+    def full(kind: str, name: str, **fields: Any) -> Json:
+        return of(kind, name, order=shop.orders[uid(f"order:{name}")], **fields)
+
+    yield "OrderCreated", full("OrderCreated", "three"), "sent"
+    yield "OrderCreated, once more", full("OrderCreated", "three"), "sent"
+    yield "OrderCreated by a guest", full("OrderCreated", "guest"), "sent"
+    yield "OrderCreated in yen", full("OrderCreated", "yen"), "sent"
+    yield "OrderCreated, fractions of a cent", full("OrderCreated", "precise"), "sent"
+    yield "OrderCreated, custom line item", full("OrderCreated", "wrapped"), "sent"
+    yield "OrderCreated with a discount code", full("OrderCreated", "discounted"), "sent"
+    yield "OrderCreated, 100 lines", full("OrderCreated", "hundred"), "sent"
+    paid_twice = uid("order:paid-twice")
+    yield "OrderCreated, payload not included", payload_not_included("OrderCreated", "order", paid_twice), "sent"
+    yield "OrderImported", full("OrderImported", "imported"), "sent"
+    yield "OrderCustomerSet", of("OrderCustomerSet", "recurring", customer=reference("customer", "grete")), "sent"
+    yield "OrderCreatedFromRecurringOrder", full("OrderCreatedFromRecurringOrder", "recurring"), "sent"
+    yield "OrderStateChanged to Complete", of("OrderStateChanged", "three", orderState="Complete"), "sent"
+    yield "OrderStateChanged to Cancelled", of("OrderStateChanged", "yen", orderState="Cancelled"), "sent"
+    yield "OrderStateChanged to Confirmed", of("OrderStateChanged", "guest", orderState="Confirmed"), "ignored"
+    shipped = of("OrderShipmentStateChanged", "guest", shipmentState="Shipped")
+    yield "OrderShipmentStateChanged to Shipped", shipped, "sent"
+
+
+def _payments(shop: Shop) -> Iterator[Entry]:
+    charge, first, second, _ = shop.payments[uid("payment:card")]["transactions"]
+    card = uid("payment:card")
+    changed = {"transactionId": second["id"], "state": "Success"}
+    yield "PaymentTransactionAdded, charge", message("PaymentTransactionAdded", "payment", card, transaction=charge), "ignored"
+    yield "PaymentTransactionAdded, refund", message("PaymentTransactionAdded", "payment", card, transaction=first), "sent"
+    yield "PaymentTransactionStateChanged", message("PaymentTransactionStateChanged", "payment", card, **changed), "sent"
+    other = uid("payment:second-card")
+    absent = payload_not_included("PaymentTransactionAdded", "payment", other)
+    yield "PaymentTransactionAdded, payload not included", absent, "sent"
+
+
+def _customers(shop: Shop) -> Iterator[Entry]:
+    grete, katherine, radia, nameless, hostile = shop.customers
+    created = message("CustomerCreated", "customer", grete, customer=shop.customers[grete])
+    yield "CustomerCreated", created, "sent"
+    absent = payload_not_included("CustomerCreated", "customer", katherine)
+    yield "CustomerCreated, payload not included", absent, "sent"
+    yield "customer ResourceCreated", change("ResourceCreated", "customer", radia), "sent"
+    yield "customer ResourceUpdated", change("ResourceUpdated", "customer", hostile), "sent"
+    yield "customer ResourceUpdated, no name", change("ResourceUpdated", "customer", nameless), "sent"
+    deleted = change("ResourceDeleted", "customer", uid("customer:gone"), dataErasure=True)
+    yield "customer ResourceDeleted", deleted, "ignored"
+
+
+def _catalog() -> Iterator[Entry]:
+    def category(kind: str, name: str) -> Json:
+        make = message if kind.startswith("Category") else change
+        return make(kind, "category", uid(f"category:{name}"))
+
+    def product(kind: str, name: str, **fields: Any) -> Json:
+        make = message if kind.startswith("Product") else change
+        return make(kind, "product", uid(f"product:{name}"), **fields)
+
+    yield "CategoryCreated", category("CategoryCreated", "jeans"), "sent"
+    yield "category ResourceCreated", category("ResourceCreated", "shirts"), "sent"
+    yield "category ResourceUpdated", category("ResourceUpdated", "women"), "sent"
+    yield "category ResourceDeleted", category("ResourceDeleted", "closed-department"), "sent"
+    for name in ("slim-jeans", "linen-shirt", "gift-card"):
+        yield "ProductPublished", product("ProductPublished", name, scope="All", removedImageUrls=[]), "sent"
+    socks = uid("product:wool-socks")
+    yield "ProductPublished, payload not included", payload_not_included("ProductPublished", "product", socks), "sent"
+    yield "ProductUnpublished", product("ProductUnpublished", "withdrawn"), "sent"
+    yield "ProductDeleted", product("ProductDeleted", "discontinued", removedImageUrls=[]), "sent"
+    yield "product ResourceDeleted", product("ResourceDeleted", "discontinued"), "sent"
+
+
+def _inventory() -> Iterator[Entry]:
+    def entry(kind: str, name: str) -> Json:
+        return change(kind, "inventory-entry", uid(f"inventory-entry:{name}"))
+
+    yield "inventory-entry ResourceUpdated", entry("ResourceUpdated", "jeans-30"), "sent"
+    yield "inventory-entry ResourceCreated, new product", entry("ResourceCreated", "cap"), "sent"
+    yield "inventory-entry of another channel", entry("ResourceUpdated", "jeans-30-store"), "ignored"
+
+
+def _ignored() -> list[Sample]:
+    subscription = change("ResourceCreated", "subscription", uid("subscription:klaviyo"))
+    event = {"notificationType": "Event", "id": "3b364ca2", "type": "ImportContainerCreated", "data": {}}
+    return [
+        Sample("commercetools' test notification", cloudevent(subscription), "ignored"),
+        Sample("Event notification", bare(event), "ignored"),
+        Sample("a type nobody knows", bare(message("OrderTeleported", "order", uid("order:three"))), "ignored"),
+    ]
+
+
+def _bad(shop: Shop) -> list[Sample]:
+    nobody = uid("order:nobody")
+    nameless = bare(message("OrderCreated", "order", nobody, order=shop.orders[nobody]))
+    orphan = bare(payload_not_included("PaymentTransactionAdded", "payment", uid("payment:orphan")))
+    bodies = {
+        "an order that names nobody": nameless,
+        "a refund of a payment without order": orphan,
+        "malformed JSON": b'{"notificationType": "Message", ',
+        "a JSON array": b"[1, 2, 3]",
+        "an empty body": b"",
+        "a text of a megabyte": b'"' + b"x" * 1_000_000 + b'"',
+        "JSON nested 5,000 deep": b"[" * 5_000 + b"]" * 5_000,
+        "an object without notificationType": b'{"hello": "world"}',
+        "a message without resource": b'{"notificationType": "Message", "type": "OrderCreated"}',
+    }
+    return [Sample(title, body, "dead_lettered") for title, body in bodies.items()]

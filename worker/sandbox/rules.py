@@ -1,0 +1,208 @@
+"""What Klaviyo checks of a request body: names, types, limits. Numbers are Klaviyo's documented ones."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import orjson
+import phonenumbers
+
+MB, KB = 1_000_000, 1_000
+MAX_PROPERTIES, MAX_ARRAY, MAX_DEPTH = 400, 4_000, 10
+MAX_TEXT = 100 * KB
+MAX_METRIC_NAME = 128
+MAX_EMAIL, MAX_EXTERNAL_ID = 100, 255
+
+IDENTIFIERS = ("email", "phone_number", "external_id", "anonymous_id", "_kx")
+_PROFILE = {
+    **dict.fromkeys(("email", "phone_number", "external_id", "anonymous_id", "_kx", "first_name"), str),
+    **dict.fromkeys(("last_name", "organization", "locale", "title", "image"), str),
+    "location": dict,
+    "properties": dict,
+}
+_LOCATION = frozenset(
+    {"address1", "address2", "city", "country", "latitude", "longitude", "region", "zip", "timezone", "ip"}
+)
+_EVENT = {
+    "properties": dict,
+    "time": str,
+    "value": float,
+    "value_currency": str,
+    "unique_id": str,
+    "backfill": bool,
+    "metric": dict,
+    "profile": dict,
+}
+_COMMON = {
+    "external_id": str,
+    "integration_type": str,
+    "catalog_type": str,
+    "title": str,
+    "description": str,
+    "url": str,
+    "image_full_url": str,
+    "image_thumbnail_url": str,
+    "images": list,
+    "price": float,
+    "custom_metadata": dict,
+    "published": bool,
+}
+CATALOG = {
+    "catalog-item": _COMMON,
+    "catalog-variant": _COMMON | {"sku": str, "inventory_policy": int, "inventory_quantity": float},
+    "catalog-category": {"external_id": str, "name": str, "integration_type": str, "catalog_type": str},
+}
+REQUIRED = {
+    "catalog-item": ("external_id", "title", "description", "url"),
+    "catalog-variant": ("external_id", "title", "description", "sku", "inventory_quantity", "price", "url"),
+    "catalog-category": ("external_id", "name"),
+}
+_CREATE_ONLY = ("external_id", "integration_type", "catalog_type")
+_EMAIL = re.compile(r"[^@\s]+@[^@\s]+\.[^@\s]+")
+_CURRENCY = re.compile(r"[A-Z]{3}")
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:?\d\d)?")
+
+
+@dataclass
+class Refused(Exception):
+    """A refusal, in the words Klaviyo uses."""
+
+    status: int
+    code: str
+    detail: str
+    pointer: str = ""
+    meta: dict[str, Any] | None = None
+
+    def document(self) -> Any:
+        """Return the error document."""
+        source = {"pointer": self.pointer} if self.pointer else {}
+        error = {"id": "sandbox", "status": self.status, "code": self.code, "title": _title(self.status)}
+        return {"errors": [{**error, "detail": self.detail, "source": source, "meta": self.meta or {}}]}
+
+
+def _title(status: int) -> str:
+    titles = {400: "Invalid input.", 401: "Incorrect authentication credentials.", 404: "Not found."}
+    return titles.get(status, "Conflict." if status == 409 else "Error.")  # noqa: PLR2004
+
+
+def invalid(detail: str, pointer: str = "/data") -> Refused:
+    """Return a 400."""
+    return Refused(400, "invalid", detail, pointer)
+
+
+def resource(document: Any, kind: str, pointer: str = "/data") -> dict[str, Any]:
+    """Return the JSON:API object of this type. Raises Refused."""
+    data = document.get("data") if isinstance(document, dict) else None
+    if not isinstance(data, dict) or not isinstance(data.get("attributes"), dict):
+        raise invalid("'data' with 'attributes' is required.", pointer)
+    if data.get("type") != kind:
+        raise invalid(f"'{data.get('type')}' is not a valid type; expected '{kind}'.", f"{pointer}/type")
+    return data
+
+
+def check_event(attributes: dict[str, Any], pointer: str = "/data/attributes") -> None:
+    """Check the attributes of an event; its profile apart. Raises Refused."""
+    check_fields("event", attributes, _EVENT, pointer)
+    for name in ("properties", "metric"):
+        if not isinstance(attributes.get(name), dict):
+            raise invalid(f"'{name}' is required for the resource 'event'.", f"{pointer}/{name}")
+    metric = resource(attributes["metric"], "metric", f"{pointer}/metric")["attributes"].get("name")
+    if not isinstance(metric, str) or not 0 < len(metric) < MAX_METRIC_NAME:
+        raise invalid("'name' is required for the resource 'metric'.", f"{pointer}/metric")
+    check_properties(attributes["properties"], f"{pointer}/properties")
+    _check_time(attributes.get("time"), f"{pointer}/time")
+    code = attributes.get("value_currency")
+    if code is not None and not _CURRENCY.fullmatch(code):
+        raise invalid("'value_currency' must be an ISO 4217 code.", f"{pointer}/value_currency")
+
+
+def check_profile(attributes: dict[str, Any], pointer: str = "/data/attributes") -> None:
+    """Check the attributes of a profile. Raises Refused."""
+    check_fields("profile", attributes, _PROFILE, pointer)
+    email, phone = attributes.get("email"), attributes.get("phone_number")
+    if email is not None and (len(email) > MAX_EMAIL or not _EMAIL.fullmatch(email)):
+        raise invalid("Invalid email address.", f"{pointer}/email")
+    if phone is not None and not _is_e164(phone):
+        raise invalid("Invalid phone number format (Example of a valid format: +12345678901)", f"{pointer}/phone_number")
+    if len(attributes.get("external_id") or "") > MAX_EXTERNAL_ID:
+        raise invalid("external_id is too long.", f"{pointer}/external_id")
+    for name in (attributes.get("location") or {}).keys() - _LOCATION:
+        raise invalid(f"'{name}' is not a valid field for the resource 'location'.", f"{pointer}/location")
+
+
+def check_catalog(kind: str, attributes: dict[str, Any], *, create: bool) -> None:
+    """Check the attributes of a catalog entry. Raises Refused."""
+    allowed = {k: v for k, v in CATALOG[kind].items() if create or k not in _CREATE_ONLY}
+    check_fields(kind, attributes, allowed, "/data/attributes")
+    for name in REQUIRED[kind] if create else ():
+        if attributes.get(name) is None:
+            raise invalid(f"'{name}' is required for the resource '{kind}'.", f"/data/attributes/{name}")
+    if attributes.get("integration_type", "$custom") != "$custom" or attributes.get("catalog_type", "$default") != "$default":
+        raise invalid("Only $custom:::$default catalogs can be written.", "/data/attributes/integration_type")
+    if attributes.get("inventory_policy", 0) not in {0, 1, 2}:
+        raise invalid("'inventory_policy' must be 0, 1 or 2.", "/data/attributes/inventory_policy")
+    metadata = attributes.get("custom_metadata") or {}
+    if any(isinstance(value, dict | list) for value in metadata.values()) or len(orjson.dumps(metadata)) > MAX_TEXT:
+        raise invalid("'custom_metadata' must be flat and at most 100 KB.", "/data/attributes/custom_metadata")
+
+
+def check_fields(kind: str, attributes: dict[str, Any], allowed: dict[str, type], pointer: str) -> None:
+    """Check names and types; null is a value of every type. Raises Refused."""
+    for name, value in attributes.items():
+        if name not in allowed:
+            raise invalid(f"'{name}' is not a valid field for the resource '{kind}'.", f"{pointer}/{name}")
+        if value is not None and not _is(value, allowed[name]):
+            raise invalid(f"'{name}' must be of type {allowed[name].__name__}.", f"{pointer}/{name}")
+
+
+def check_properties(properties: dict[str, Any], pointer: str) -> None:
+    """Check event properties against Klaviyo's limits. Raises Refused."""
+    if len(properties) > MAX_PROPERTIES:
+        raise invalid(f"An event can have at most {MAX_PROPERTIES} properties.", pointer)
+    _check_value(properties, MAX_DEPTH, pointer)
+
+
+def _check_value(value: Any, depth: int, pointer: str) -> None:
+    if isinstance(value, str) and len(value) * 4 > MAX_TEXT and len(value.encode()) > MAX_TEXT:
+        raise invalid("A text can have at most 100 KB.", pointer)
+    if isinstance(value, dict | list):
+        if depth == 0:
+            raise invalid(f"Objects can be nested at most {MAX_DEPTH} levels.", pointer)
+        if isinstance(value, list) and len(value) > MAX_ARRAY:
+            raise invalid(f"An array can have at most {MAX_ARRAY} items.", pointer)
+        for entry in value.values() if isinstance(value, dict) else value:
+            _check_value(entry, depth - 1, pointer)
+
+
+def _check_time(value: str | None, pointer: str) -> None:
+    if value is None:
+        return
+    try:
+        moment = datetime.fromisoformat(value) if _TIME.fullmatch(value) else None
+    except ValueError:
+        moment = None
+    if moment is None:
+        raise invalid("'time' must be an RFC 3339 date-time.", pointer)
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    if not datetime(1990, 1, 1, tzinfo=UTC) < moment <= datetime.now(UTC) + timedelta(days=365):
+        raise invalid("'time' must be after 1990 and at most a year from now.", pointer)
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind in {float, int}:
+        return isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _is_e164(text: str) -> bool:
+    try:
+        number = phonenumbers.parse(text, None)
+    except phonenumbers.NumberParseException:
+        return False
+    return (
+        phonenumbers.is_valid_number(number)
+        and phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164) == text
+    )

@@ -1,0 +1,73 @@
+"""Both stand-ins together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+import orjson
+
+from worker.sandbox import commercetools, klaviyo
+from worker.sandbox.account import Account
+from worker.sandbox.server import Server
+from worker.sandbox.shop import sample_shop
+
+if TYPE_CHECKING:
+    from worker.sandbox.shop import Shop
+
+
+class Sandbox:
+    """A commercetools with a shop, and a Klaviyo with an empty account, each on a port of its own.
+
+    `latency`: seconds every answer takes. `rate_limits`: enforce Klaviyo's documented ones. `token_lifetime`:
+    seconds an access token of commercetools is valid.
+    """
+
+    def __init__(  # noqa: PLR0913 - keyword arguments with defaults
+        self,
+        *,
+        shop: Shop | None = None,
+        account: Account | None = None,
+        latency: float = 0.0,
+        rate_limits: bool = False,
+        token_lifetime: int = 172_800,
+        seed: int = 0,
+        commercetools_port: int = 0,
+        klaviyo_port: int = 0,
+    ) -> None:
+        self.shop = shop or sample_shop()
+        self.account = account or Account()
+        self.tokens = commercetools.Commercetools(self.shop, token_lifetime)
+        self.commercetools = Server(
+            self.tokens.handle, commercetools.problem, dict, port=commercetools_port, latency=latency, seed=seed
+        )
+        self.klaviyo = Server(
+            klaviyo.Klaviyo(self.account, rate_limits=rate_limits).handle,
+            klaviyo.problem,
+            self.account.state,
+            port=klaviyo_port,
+            latency=latency,
+            seed=seed + 1,
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return the variables that point a worker here."""
+        client = {"clientId": commercetools.CLIENT_ID, "secret": commercetools.CLIENT_SECRET}
+        return {
+            "CT_API_URL": self.commercetools.url,
+            "CT_AUTH_URL": self.commercetools.url,
+            "CT_PROJECT_ID": commercetools.PROJECT,
+            "CT_API_CLIENT": orjson.dumps(client).decode(),
+            "CT_SCOPE": f"view_orders:{commercetools.PROJECT}",
+            "KLAVIYO_API_URL": self.klaviyo.url,
+            "KLAVIYO_AUTH_KEY": klaviyo.KEY,
+        }
+
+    def __enter__(self) -> Self:
+        self.commercetools.start()
+        self.klaviyo.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.commercetools.stop()
+        self.klaviyo.stop()
