@@ -89,9 +89,12 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
     """
     from worker.runner import ShutdownTimeoutError  # noqa: PLC0415 - keeps --help and publish fast
     from worker.service import Service  # noqa: PLC0415
+    from worker.telemetry import configure_logging  # noqa: PLC0415
 
     with _exit_codes():
-        service = Service(load(Settings, flags), dry_run=dry_run)
+        settings = load(Settings, flags)
+        configure_logging(settings.log_level, settings.log_format)
+        service = Service(settings, dry_run=dry_run)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: service.stop())
         try:

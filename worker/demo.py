@@ -84,14 +84,12 @@ def run_demo(keep: Path | None) -> int:
 def _work(sandbox: Sandbox, path: Path, samples: Sequence[Sample]) -> list[tuple[str, str, Counter[str]]]:
     """Publish all samples, run the worker until the queue is empty, return how each ended."""
     queue = EmbeddedQueue(path)
-    known = int(max((letter.delivery.id for letter in queue.dead_letters()), key=int, default="0"))
     queue.publish(sample.body for sample in samples)
     queue.close()
     environment = sandbox.environment | {"QUEUE_URL": f"embedded://{path}"}
     flags = {name: environment.get(str(info.validation_alias)) for name, info in Settings.model_fields.items()}
     recorder = _Recorder()
     Service(load(Settings, flags), telemetry=recorder).run(once=True, max_wait=60)
-    del known
     return [recorder.endings[name] for name in sorted(recorder.endings, key=int)]
 
 

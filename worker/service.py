@@ -13,7 +13,7 @@ from worker.klaviyo import Klaviyo
 from worker.pipeline import Pipeline
 from worker.runner import Runner
 from worker.send import Sender
-from worker.telemetry import Telemetry, configure_logging, log
+from worker.telemetry import Telemetry, log
 
 if TYPE_CHECKING:
     from adapters import QueueAdapter
@@ -24,7 +24,6 @@ class Service:
     """A worker, ready to run. Raises SettingsError and QueueError."""
 
     def __init__(self, settings: Settings, *, dry_run: bool = False, telemetry: Telemetry | None = None) -> None:
-        configure_logging(settings.log_level, settings.log_format)
         mapping = settings.mapping()
         stopping = Event()
         queue = open_queue(settings.queue_url)

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from worker.sandbox import Sandbox
 
 
-@pytest.mark.parametrize(
-    "name", ["CT_API_URL", "CT_AUTH_URL", "CT_PROJECT_ID", "CT_API_CLIENT", "KLAVIYO_AUTH_KEY"]
-)
+@pytest.mark.parametrize("name", ["CT_API_URL", "CT_AUTH_URL", "CT_PROJECT_ID", "CT_API_CLIENT", "KLAVIYO_AUTH_KEY"])
 def test_a_missing_variable_is_one_line_and_exit_code_2(name: str, worker: Worker) -> None:
     """The line names the variable."""
     done = worker("run", "--once", **{name: ""})

@@ -43,7 +43,11 @@ def test_every_sample_ends_as_expected_and_twice_adds_nothing(worker: Worker, sa
         ]
         account = sandbox.account
         effects.append(
-            [len(account.profiles), len(account.events), *map(len, (account.items, account.variants, account.categories))]
+            [
+                len(account.profiles),
+                len(account.events),
+                *map(len, (account.items, account.variants, account.categories)),
+            ]
         )
     assert effects[0] == effects[1]
     assert min(effects[0]) > 0

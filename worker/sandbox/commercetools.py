@@ -77,9 +77,7 @@ class Commercetools:
             self._tokens[token] = time.monotonic() + self._lifetime
             self.tokens_issued += 1
         granted = {"scope": f"view_orders:{PROJECT} view_customers:{PROJECT} view_products:{PROJECT}"}
-        return Answer(
-            200, {"access_token": token, "token_type": "Bearer", "expires_in": self._lifetime, **granted}
-        )
+        return Answer(200, {"access_token": token, "token_type": "Bearer", "expires_in": self._lifetime, **granted})
 
     def _is_known(self, authorization: str) -> bool:
         token = authorization.removeprefix("Bearer ")

@@ -165,9 +165,21 @@ def _payments(shop: Shop) -> Iterator[Entry]:
     charge, first, second, _ = shop.payments[uid("payment:card")]["transactions"]
     card = uid("payment:card")
     changed = {"transactionId": second["id"], "state": "Success"}
-    yield "PaymentTransactionAdded, charge", message("PaymentTransactionAdded", "payment", card, transaction=charge), "ignored"
-    yield "PaymentTransactionAdded, refund", message("PaymentTransactionAdded", "payment", card, transaction=first), "sent"
-    yield "PaymentTransactionStateChanged", message("PaymentTransactionStateChanged", "payment", card, **changed), "sent"
+    yield (
+        "PaymentTransactionAdded, charge",
+        message("PaymentTransactionAdded", "payment", card, transaction=charge),
+        "ignored",
+    )
+    yield (
+        "PaymentTransactionAdded, refund",
+        message("PaymentTransactionAdded", "payment", card, transaction=first),
+        "sent",
+    )
+    yield (
+        "PaymentTransactionStateChanged",
+        message("PaymentTransactionStateChanged", "payment", card, **changed),
+        "sent",
+    )
     other = uid("payment:second-card")
     absent = payload_not_included("PaymentTransactionAdded", "payment", other)
     yield "PaymentTransactionAdded, payload not included", absent, "sent"

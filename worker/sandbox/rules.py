@@ -126,7 +126,9 @@ def check_profile(attributes: dict[str, Any], pointer: str = "/data/attributes")
     if email is not None and (len(email) > MAX_EMAIL or not _EMAIL.fullmatch(email)):
         raise invalid("Invalid email address.", f"{pointer}/email")
     if phone is not None and not _is_e164(phone):
-        raise invalid("Invalid phone number format (Example of a valid format: +12345678901)", f"{pointer}/phone_number")
+        raise invalid(
+            "Invalid phone number format (Example of a valid format: +12345678901)", f"{pointer}/phone_number"
+        )
     if len(attributes.get("external_id") or "") > MAX_EXTERNAL_ID:
         raise invalid("external_id is too long.", f"{pointer}/external_id")
     for name in (attributes.get("location") or {}).keys() - _LOCATION:
@@ -140,7 +142,10 @@ def check_catalog(kind: str, attributes: dict[str, Any], *, create: bool) -> Non
     for name in REQUIRED[kind] if create else ():
         if attributes.get(name) is None:
             raise invalid(f"'{name}' is required for the resource '{kind}'.", f"/data/attributes/{name}")
-    if attributes.get("integration_type", "$custom") != "$custom" or attributes.get("catalog_type", "$default") != "$default":
+    if (
+        attributes.get("integration_type", "$custom") != "$custom"
+        or attributes.get("catalog_type", "$default") != "$default"
+    ):
         raise invalid("Only $custom:::$default catalogs can be written.", "/data/attributes/integration_type")
     if attributes.get("inventory_policy", 0) not in {0, 1, 2}:
         raise invalid("'inventory_policy' must be 0, 1 or 2.", "/data/attributes/inventory_policy")

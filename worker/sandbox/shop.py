@@ -65,7 +65,7 @@ def reference(kind: str, name: str) -> Json:
     return {"typeId": kind, "id": uid(f"{kind}:{name}")}
 
 
-def _resource(kind: str, name: str, **fields: Any) -> Json:
+def _resource(kind: str, name: str, /, **fields: Any) -> Json:
     stamps = {"version": 1, "createdAt": _CREATED, "lastModifiedAt": _CREATED}
     return {"id": uid(f"{kind}:{name}"), **stamps, **fields}
 
@@ -259,7 +259,7 @@ def line_item(order: str, number: int, product: Json, *, quantity: int = 1, unit
     }
 
 
-def _order(name: str, lines: list[Json], customer: Json | None, **more: Any) -> Json:
+def _order(name: str, lines: list[Json], customer: Json | None, /, **more: Any) -> Json:
     total = sum(line["totalPrice"]["centAmount"] for line in lines)
     unit = lines[0]["totalPrice"] if lines else money(0)
     buyer = {"customerId": customer["id"], "customerEmail": customer["email"]} if customer else {}
