@@ -47,13 +47,16 @@ class Worker:
         return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-        """Start and return the process."""
-        return subprocess.Popen(
-            [COMMAND, *arguments],
-            env=self._environment(environment),
-            cwd=self.directory,
-            stderr=subprocess.PIPE,
-        )
+        """Start and return the process; its log is in `log`."""
+        with self.log.open("wb") as stderr:
+            return subprocess.Popen(
+                [COMMAND, *arguments], env=self._environment(environment), cwd=self.directory, stderr=stderr
+            )
+
+    @property
+    def log(self) -> Path:
+        """Return where a started worker writes."""
+        return self.directory / "worker.log"
 
     def publish(self, *bodies: bytes | dict[str, Any]) -> None:
         """Put messages into the queue."""

@@ -73,8 +73,8 @@ def test_transform_prints_requests_without_any_network(worker: Worker, sandbox: 
     assert [line["operation"] for line in lines] == ["create_event"] * 4
     assert {(line["method"], line["path"]) for line in lines} == {("POST", "/api/events")}
     assert lines[0]["body"]["data"]["attributes"]["unique_id"] == order["id"]
-    assert sandbox.klaviyo.requests == []
-    assert sandbox.commercetools.requests == []
+    assert not sandbox.klaviyo.requests
+    assert not sandbox.commercetools.requests
 
 
 def test_transform_takes_the_rest_from_a_file(worker: Worker, sandbox: Sandbox) -> None:

@@ -80,7 +80,7 @@ def test_nobody_is_in_the_log(worker: Worker, sandbox: Sandbox) -> None:
     assert not found
 
 
-@pytest.mark.parametrize("style", ["refused", "500", "401 token"])
+@pytest.mark.parametrize("style", ["refused", "500", "token"])
 def test_failed_enrichment_is_never_acked(style: str, worker: Worker, sandbox: Sandbox) -> None:
     """commercetools down: the message stays, and goes through when it is back."""
     customer = next(iter(sandbox.shop.customers.values()))
@@ -135,8 +135,7 @@ def test_a_running_worker_parks_while_its_key_is_refused(worker: Worker, sandbox
     wait_for(lambda: sandbox.account.profiles)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
-    assert process.stderr is not None
-    output = process.stderr.read().decode()
+    output = worker.log.read_text()
     assert output.count('"parked"') == 3
     assert [line["attempt"] for line in log_lines(output)] == [1]
 
@@ -214,7 +213,7 @@ def test_a_dry_run_writes_nothing_and_keeps_every_message(worker: Worker, sandbo
     assert done.returncode == 0
     operations = [json.loads(line) for line in done.stdout.splitlines()]
     assert {"create_event", "upsert_profile", "upsert_item"} <= {line["operation"] for line in operations}
-    assert sandbox.klaviyo.requests == []
+    assert not sandbox.klaviyo.requests
     assert worker.dead_letters() == []
     done = worker("run", "--once")
     assert len({line["message_id"] for line in log_lines(done.stderr)}) == len(samples)
