@@ -1,0 +1,192 @@
+"""The commercetools client."""
+
+from __future__ import annotations
+
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.integration.conftest import commercetools_for
+from worker.commercetools import (
+    CUSTOMERS,
+    DESCENDANTS,
+    INVENTORY_BY_SKU,
+    ORDERS,
+    ORDERS_BY_PAYMENT,
+    PAGE,
+    PRODUCTS,
+    PRODUCTS_BY_SKU,
+)
+from worker.errors import CommercetoolsMisconfigured, Rejected, Transient
+from worker.sandbox import Fault, Sandbox
+from worker.sandbox.shop import uid
+
+if TYPE_CHECKING:
+    from worker.commercetools import Found
+
+
+def ids(found: Found, value: str) -> list[str]:
+    resources = found[value]
+    assert isinstance(resources, list), resources
+    return [resource["id"] for resource in resources]
+
+
+def test_every_query_finds_what_it_names(sandbox: Sandbox) -> None:
+    """By id, by payment, by ancestor, by sku; a value without a resource gives none."""
+    client = commercetools_for(sandbox)
+    three, card, women = uid("order:three"), uid("payment:card"), uid("category:women")
+    assert ids(client.find(ORDERS, [three, "nothing"]), three) == [three]
+    assert ids(client.find(ORDERS, [three, "nothing"]), "nothing") == []
+    assert ids(client.find(ORDERS_BY_PAYMENT, [card]), card) == [three]
+    below = {uid("category:pants"), uid("category:jeans")}
+    assert set(ids(client.find(DESCENDANTS, [women]), women)) == below
+    found = client.find(PRODUCTS_BY_SKU, ["JEANS-32", "CAP & CO/1"])
+    assert ids(found, "JEANS-32") == [uid("product:slim-jeans")]
+    assert ids(found, "CAP & CO/1") == [uid("product:cap")]
+    assert len(ids(client.find(INVENTORY_BY_SKU, ["JEANS-30"]), "JEANS-30")) == 2
+
+
+def test_hundreds_of_ids_are_a_few_requests_that_all_fit(sandbox: Sandbox) -> None:
+    """The real service refuses an URI of more than 8 KB; the sandbox does too."""
+    values = [str(uuid.UUID(int=n)) for n in range(600)] + [uid("order:three")]
+    found = commercetools_for(sandbox).find(ORDERS, values)
+    assert set(found) == set(values)
+    assert ids(found, uid("order:three")) == [uid("order:three")]
+    requests = [request for request in sandbox.commercetools.requests if request.method == "GET"]
+    assert len(requests) < 10
+    assert {request.status for request in requests} == {200}
+
+
+def test_a_result_of_many_pages_is_read_to_the_end(sandbox: Sandbox) -> None:
+    """Pages go by id: nothing is skipped and nothing comes twice."""
+    template = next(iter(sandbox.shop.inventory.values()))
+    for number in range(2 * PAGE + 7):
+        name = f"{number:05}"
+        sandbox.shop.inventory[name] = template | {"id": name, "sku": "MANY"}
+    found = ids(commercetools_for(sandbox).find(INVENTORY_BY_SKU, ["MANY"]), "MANY")
+    assert found == [f"{number:05}" for number in range(2 * PAGE + 7)]
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_what_passes_is_tried_again(status: int, sandbox: Sandbox) -> None:
+    """A short outage costs nobody a delivery attempt."""
+    sandbox.commercetools.faults.add(Fault(status=status, times=2, match="GET"))
+    grete = uid("customer:grete")
+    assert ids(commercetools_for(sandbox).find(CUSTOMERS, [grete]), grete) == [grete]
+
+
+@pytest.mark.parametrize("action", ["reset", "truncate", "hang"])
+def test_a_broken_connection_is_tried_again(action: str, sandbox: Sandbox) -> None:
+    """Reset, cut short, silent: each ends in time and is asked for once more."""
+    sandbox.commercetools.faults.add(Fault(action=action, times=1, match="GET", seconds=1.0))
+    grete = uid("customer:grete")
+    found = commercetools_for(sandbox, read_timeout=0.2).find(CUSTOMERS, [grete])
+    assert ids(found, grete) == [grete]
+
+
+def test_an_outage_is_transient(sandbox: Sandbox) -> None:
+    """Whether it answers 500 or refuses connections: the message will come again."""
+    client = commercetools_for(sandbox, retry_seconds=0.2)
+    sandbox.commercetools.faults.add(Fault(status=500, times=None, match="GET"))
+    assert isinstance(client.find(CUSTOMERS, ["x"])["x"], Transient)
+    sandbox.commercetools.stop()
+    error = client.find(CUSTOMERS, ["x"])["x"]
+    assert isinstance(error, Transient)
+    assert "x" not in str(error).split("/")[-1]
+
+
+def test_retry_after_beyond_our_patience_is_passed_on(sandbox: Sandbox) -> None:
+    """The queue waits instead of the worker."""
+    sandbox.commercetools.faults.add(Fault(status=503, times=1, match="GET", headers={"Retry-After": "77"}))
+    error = commercetools_for(sandbox).find(CUSTOMERS, ["x"])["x"]
+    assert isinstance(error, Transient)
+    assert error.retry_after == 77
+    assert len(sandbox.commercetools.requests) == 2  # the token, one query
+
+
+def test_one_refused_value_does_not_hurt_the_others(sandbox: Sandbox) -> None:
+    """A malformed id makes commercetools refuse the whole query; the others are found all the same."""
+    sandbox.commercetools.faults.add(Fault(status=400, times=None, match="GET", where=b""))
+    sandbox.commercetools.faults.clear()
+    customers = list(sandbox.shop.customers)
+    original = sandbox.tokens.handle
+
+    def refusing(request):
+        if any("BAD" in where for where in request.query.get("where", [])):
+            from worker.sandbox.commercetools import problem
+            from worker.sandbox.server import Answer
+
+            return Answer(400, problem(400))
+        return original(request)
+
+    sandbox.commercetools.handle = refusing
+    found = commercetools_for(sandbox).find(CUSTOMERS, [*customers, "BAD"])
+    assert isinstance(found["BAD"], Rejected)
+    assert all(ids(found, customer) == [customer] for customer in customers)
+
+
+def test_a_revoked_token_is_renewed_at_once(sandbox: Sandbox) -> None:
+    """A 401 before the token's time is no misconfiguration."""
+    client = commercetools_for(sandbox)
+    client.find(CUSTOMERS, ["x"])
+    sandbox.tokens.revoke_tokens()
+    assert client.find(CUSTOMERS, ["x"]) == {"x": []}
+    assert sandbox.tokens.tokens_issued == 2
+
+
+def test_many_threads_share_one_token(sandbox: Sandbox) -> None:
+    """Sixteen threads, one token; after it is revoked, one more."""
+    client = commercetools_for(sandbox)
+    sandbox.commercetools.latency = 0.02
+    for expected in (1, 2):
+        with ThreadPoolExecutor(16) as threads:
+            results = list(threads.map(lambda _: client.find(CUSTOMERS, ["x"]), range(64)))
+        assert results == [{"x": []}] * 64
+        assert sandbox.tokens.tokens_issued == expected
+        sandbox.tokens.revoke_tokens()
+
+
+def test_a_short_lived_token_is_renewed_before_its_end() -> None:
+    """Clock-based renewal leaves a margin."""
+    with Sandbox(token_lifetime=1) as sandbox:
+        client = commercetools_for(sandbox)
+        client.find(CUSTOMERS, ["x"])
+        import time
+
+        time.sleep(0.6)
+        client.find(CUSTOMERS, ["x"])
+        assert sandbox.tokens.tokens_issued == 2
+        assert {request.status for request in sandbox.commercetools.requests} == {200}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"ct_api_client": '{"clientId": "no", "secret": "s3cret"}'},
+        {"ct_project_id": "another-project"},
+    ],
+    ids=["credentials", "project"],
+)
+def test_refused_credentials_are_a_matter_of_configuration(values: dict[str, str], sandbox: Sandbox) -> None:
+    """The text names the variables and holds no secret."""
+    error = commercetools_for(sandbox, **values).find(PRODUCTS, ["x"])["x"]
+    assert isinstance(error, CommercetoolsMisconfigured)
+    assert "CT_API_CLIENT" in str(error)
+    assert "s3cret" not in str(error)
+
+
+@pytest.mark.parametrize("fault", [Fault(status=503, times=1), Fault(action="reset", times=1)], ids=["503", "reset"])
+def test_an_authorization_server_that_is_down_is_transient(fault: Fault, sandbox: Sandbox) -> None:
+    """No token now is no refusal: it is tried again."""
+    sandbox.commercetools.faults.add(fault)
+    assert commercetools_for(sandbox).find(CUSTOMERS, ["x"]) == {"x": []}
+
+
+def test_a_missing_scope_names_itself(sandbox: Sandbox) -> None:
+    """A 403 is a matter of configuration."""
+    sandbox.commercetools.faults.add(Fault(status=403, times=1, match="GET"))
+    error = commercetools_for(sandbox).find(CUSTOMERS, ["x"])["x"]
+    assert isinstance(error, CommercetoolsMisconfigured)
+    assert "insufficient_scope" in str(error)

@@ -1,0 +1,135 @@
+"""The Klaviyo client: what each answer means."""
+
+from __future__ import annotations
+
+import time
+from threading import Event
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.integration.conftest import klaviyo_for, settings_for
+from worker.errors import KlaviyoMisconfigured, Rejected, Transient
+from worker.klaviyo import Klaviyo
+from worker.sandbox import Fault
+
+if TYPE_CHECKING:
+    from worker.model import Json
+    from worker.sandbox import Sandbox
+
+PROFILE: Json = {"data": {"type": "profile", "attributes": {"email": "ada@example.com"}}}
+
+
+def test_a_call_is_authenticated_and_answered(sandbox: Sandbox) -> None:
+    """Key, revision and media type are as Klaviyo wants them."""
+    answer = klaviyo_for(sandbox).call("POST", "/api/profile-import", PROFILE)
+    assert answer["data"]["attributes"]["email"] == "ada@example.com"
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 524])
+def test_what_passes_is_tried_again(status: int, sandbox: Sandbox) -> None:
+    """Short outages stay between Klaviyo and us."""
+    sandbox.klaviyo.faults.add(Fault(status=status, times=2))
+    klaviyo_for(sandbox).call("POST", "/api/profile-import", PROFILE)
+    assert [request.status for request in sandbox.klaviyo.requests] == [status, status, 201]
+
+
+def test_retry_after_is_obeyed(sandbox: Sandbox) -> None:
+    """Within our patience we wait, beyond it the queue does."""
+    client = klaviyo_for(sandbox)
+    sandbox.klaviyo.faults.add(Fault(status=429, times=1, headers={"Retry-After": "1"}))
+    began = time.monotonic()
+    client.call("POST", "/api/profile-import", PROFILE)
+    assert time.monotonic() - began >= 1
+    sandbox.klaviyo.faults.add(Fault(status=429, times=1, headers={"Retry-After": "600"}))
+    with pytest.raises(Transient) as error:
+        client.call("POST", "/api/profile-import", PROFILE)
+    assert error.value.retry_after == 600
+
+
+@pytest.mark.parametrize("header", ["soon", "Wed, 21 Oct 2015 07:28:00 GMT", "-5"])
+def test_an_odd_retry_after_is_survived(header: str, sandbox: Sandbox) -> None:
+    """A date in the past, a negative number, a word: try again as usual."""
+    sandbox.klaviyo.faults.add(Fault(status=503, times=1, headers={"Retry-After": header}))
+    klaviyo_for(sandbox).call("POST", "/api/profile-import", PROFILE)
+
+
+@pytest.mark.parametrize("action", ["reset", "truncate", "hang", "after"])
+def test_a_lost_answer_is_asked_for_again(action: str, sandbox: Sandbox) -> None:
+    """Writes are idempotent, so repeating one is right."""
+    sandbox.klaviyo.faults.add(Fault(action=action, times=1, seconds=1.0))
+    klaviyo_for(sandbox, read_timeout=0.2).call("POST", "/api/profile-import", PROFILE)
+    assert len(sandbox.account.profiles) == 1
+
+
+def test_a_shutdown_ends_the_waiting(sandbox: Sandbox) -> None:
+    """Nobody waits for a Retry-After while the process is to stop."""
+    stopping = Event()
+    client = Klaviyo(settings_for(sandbox, retry_seconds=60), stopping)
+    stopping.set()
+    sandbox.klaviyo.faults.add(Fault(status=503, times=None, headers={"Retry-After": "30"}))
+    began = time.monotonic()
+    with pytest.raises(Transient):
+        client.call("POST", "/api/profile-import", PROFILE)
+    assert time.monotonic() - began < 5
+
+
+def test_a_refused_record_says_why_without_quoting_it(sandbox: Sandbox) -> None:
+    """Code, title and pointer are ours to log; the detail quotes the record."""
+    bad: Json = {"data": {"type": "profile", "attributes": {"email": "ada@example.com", "ada": 1}}}
+    with pytest.raises(Rejected) as error:
+        klaviyo_for(sandbox).call("POST", "/api/profile-import", bad)
+    assert error.value.status == 400
+    assert str(error.value) == (
+        "Klaviyo answered 400 to POST /api/profile-import: invalid Invalid input. /data/attributes/ada"
+    )
+
+
+def test_a_conflict_names_the_other_profile(sandbox: Sandbox) -> None:
+    """The id to write to is in the error."""
+    client = klaviyo_for(sandbox)
+    first = client.call("POST", "/api/profile-import", PROFILE)
+    other: Json = {"data": {"type": "profile", "attributes": {"external_id": "x"}}}
+    client.call("POST", "/api/profile-import", other)
+    both: Json = {"data": {"type": "profile", "attributes": {"external_id": "x", "email": "ada@example.com"}}}
+    with pytest.raises(Rejected) as error:
+        client.call("POST", "/api/profile-import", both)
+    assert error.value.status == 409
+    assert error.value.duplicate_id
+    assert first["data"]["id"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (Fault(status=401), "KLAVIYO_AUTH_KEY"),
+        (Fault(status=403), "scopes"),
+        (Fault(status=410), "KLAVIYO_API_URL"),
+        (Fault(status=405), "KLAVIYO_API_URL"),
+        (Fault(status=302, headers={"Location": "https://example.com"}), "KLAVIYO_API_URL"),
+        (Fault(status=404, body=b"<html>"), "KLAVIYO_API_URL"),
+    ],
+    ids=["401", "403", "410", "405", "302", "not Klaviyo"],
+)
+def test_what_judges_no_record_is_a_matter_of_configuration(fault: Fault, expected: str, sandbox: Sandbox) -> None:
+    """Such answers park the worker: no message is at fault."""
+    sandbox.klaviyo.faults.add(fault)
+    with pytest.raises(KlaviyoMisconfigured, match=expected):
+        klaviyo_for(sandbox).call("POST", "/api/events", PROFILE)
+
+
+def test_a_challenge_page_is_transient(sandbox: Sandbox) -> None:
+    """Cloudflare answers 403 in HTML now and then; the key is fine."""
+    sandbox.klaviyo.faults.add(Fault(status=403, times=1, body=b"<html>Just a moment...</html>"))
+    klaviyo_for(sandbox, retry_seconds=0)  # no retry needed to tell
+    with pytest.raises(Transient, match="challenge"):
+        klaviyo_for(sandbox, retry_seconds=0).call("POST", "/api/profile-import", PROFILE)
+
+
+def test_connections_are_reused(sandbox: Sandbox) -> None:
+    """A thousand calls are not a thousand handshakes."""
+    client = klaviyo_for(sandbox)
+    for _ in range(20):
+        client.call("POST", "/api/profile-import", PROFILE)
+    (pool,) = client._pool.pools._container.values()
+    assert pool.num_connections == 1
