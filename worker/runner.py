@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from worker.telemetry import Telemetry
 
 RECEIVE_WAIT = 1.0  # seconds; how soon an idle loop notices that it is to stop
+DRAIN_WAIT = 0.05  # seconds; how soon `once` notices that the lanes are done
 _Inbox = SimpleQueue["Job | None"]
 
 
@@ -89,7 +90,7 @@ class Runner:
             if room <= 0:
                 continue
             began, idle = time.monotonic(), not self._held
-            deliveries = self._queue.receive(room, RECEIVE_WAIT)
+            deliveries = self._queue.receive(room, DRAIN_WAIT if self._once and not idle else RECEIVE_WAIT)
             if idle and not deliveries:
                 waited += time.monotonic() - began
             for delivery in deliveries:

@@ -33,24 +33,26 @@ class Worker:
     environment: dict[str, str]
     directory: Path
 
-    def __call__(self, *arguments: str, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[str]:
+    def __call__(
+        self, *arguments: str, stdin: bytes = b"", env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run to the end and return exit code and output."""
         done = subprocess.run(
             [COMMAND, *arguments],
             input=stdin,
             capture_output=True,
-            env=self._environment(environment),
+            env=self._environment(env or {}),
             cwd=self.directory,
             timeout=120,
             check=False,
         )
         return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start and return the process; its log is in `log`."""
         with self.log.open("wb") as stderr:
             return subprocess.Popen(
-                [COMMAND, *arguments], env=self._environment(environment), cwd=self.directory, stderr=stderr
+                [COMMAND, *arguments], env=self._environment(env or {}), cwd=self.directory, stderr=stderr
             )
 
     @property

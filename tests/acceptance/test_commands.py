@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize("name", ["CT_API_URL", "CT_AUTH_URL", "CT_PROJECT_ID", "CT_API_CLIENT", "KLAVIYO_AUTH_KEY"])
 def test_a_missing_variable_is_one_line_and_exit_code_2(name: str, worker: Worker) -> None:
     """The line names the variable."""
-    done = worker("run", "--once", **{name: ""})
+    done = worker("run", "--once", env={name: ""})
     assert done.returncode == 2
     assert done.stderr.startswith(f"Error: {name} is missing")
     assert done.stderr.count("\n") == 1
@@ -36,7 +36,7 @@ def test_a_missing_variable_is_one_line_and_exit_code_2(name: str, worker: Worke
 )
 def test_a_malformed_variable_is_one_line_and_exit_code_2(name: str, value: str, worker: Worker) -> None:
     """The line names the variable and never repeats a secret."""
-    done = worker("run", "--once", **{name: value})
+    done = worker("run", "--once", env={name: value})
     assert done.returncode == 2
     assert done.stderr.startswith(f"Error: {name}")
     assert done.stderr.count("\n") == 1
@@ -46,13 +46,13 @@ def test_a_malformed_variable_is_one_line_and_exit_code_2(name: str, value: str,
 def test_a_scope_is_optional(worker: Worker) -> None:
     """Without CT_SCOPE the API client's own scopes are asked for."""
     worker.publish(b"bad")
-    assert worker("run", "--once", CT_SCOPE="").returncode == 0
+    assert worker("run", "--once", env={"CT_SCOPE": ""}).returncode == 0
 
 
 def test_a_queue_that_cannot_be_opened_is_exit_code_3(worker: Worker) -> None:
     """With the reason, and no traceback."""
     for url in ("embedded:///proc/nowhere/queue.db", "kafka://topic"):
-        done = worker("run", "--once", QUEUE_URL=url)
+        done = worker("run", "--once", env={"QUEUE_URL": url})
         assert done.returncode == 3
         assert done.stderr.startswith("Error: QUEUE_URL: ")
 
@@ -68,7 +68,7 @@ def test_transform_prints_requests_without_any_network(worker: Worker, sandbox: 
     """The payload is included, so nothing has to be fetched."""
     order = next(order for order in sandbox.shop.orders.values() if len(order["lineItems"]) == 3)
     notification = message("OrderCreated", "order", order["id"], order=order)
-    done = worker("transform", "-", stdin=sqs(notification), CT_API_URL="", KLAVIYO_AUTH_KEY="")
+    done = worker("transform", "-", stdin=sqs(notification), env={"CT_API_URL": "", "KLAVIYO_AUTH_KEY": ""})
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["operation"] for line in lines] == ["create_event"] * 4
     assert {(line["method"], line["path"]) for line in lines} == {("POST", "/api/events")}
@@ -106,7 +106,7 @@ def test_handlers_and_help_say_what_there_is(worker: Worker) -> None:
     text = " ".join(worker("run", "--help").stdout.split())
     for name in ("QUEUE_URL", "CT_PROJECT_ID", "KLAVIYO_WORKER_LANES", "PREFERRED_LOCALE"):
         assert f"[env: {name}]" in text
-    assert "secret" not in worker("run", "--help", CT_API_CLIENT='{"clientId":"a","secret":"secretly"}').stdout
+    assert "secret" not in worker("run", "--help", env={"CT_API_CLIENT": '{"clientId":"a","secret":"secretly"}'}).stdout
     assert worker("--version").stdout.startswith("klaviyo-worker, version ")
 
 
@@ -122,7 +122,7 @@ def test_dead_letters_are_readable_for_people_too(worker: Worker) -> None:
 
 def test_the_demo_needs_nothing_and_shows_everything(worker: Worker) -> None:
     """No account, no settings: a table, profiles, events, catalog, dead letters, and exit code 0."""
-    done = worker("demo", **dict.fromkeys(worker.environment, ""))
+    done = worker("demo", env=dict.fromkeys(worker.environment, ""))
     assert done.returncode == 0, done.stdout + done.stderr
     for text in ("MESSAGE", "Profiles in Klaviyo", "Events in Klaviyo", "Catalog in Klaviyo", "Dead letters"):
         assert text in done.stdout

@@ -82,7 +82,7 @@ def test_nobody_is_in_the_log(worker: Worker, sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("style", ["refused", "500", "token"])
 def test_failed_enrichment_is_never_acked(style: str, worker: Worker, sandbox: Sandbox) -> None:
-    """commercetools down: the message stays, and goes through when it is back."""
+    """Commercetools down: the message stays, and goes through when it is back."""
     customer = next(iter(sandbox.shop.customers.values()))
     worker.publish(updated(customer["id"]))
     if style == "refused":
@@ -117,9 +117,9 @@ def test_credentials_that_are_refused_stop_the_run_and_keep_the_message(worker: 
     """Exit codes 4 and 5; nothing acked, nothing dead-lettered."""
     customer = next(iter(sandbox.shop.customers.values()))
     worker.publish(updated(customer["id"]))
-    done = worker("run", "--once", KLAVIYO_AUTH_KEY="pk_wrong")
+    done = worker("run", "--once", env={"KLAVIYO_AUTH_KEY": "pk_wrong"})
     assert (done.returncode, "KLAVIYO_AUTH_KEY" in done.stderr) == (5, True)
-    done = worker("run", "--once", CT_API_CLIENT='{"clientId": "no", "secret": "no"}')
+    done = worker("run", "--once", env={"CT_API_CLIENT": '{"clientId": "no", "secret": "no"}'})
     assert (done.returncode, "CT_API_CLIENT" in done.stderr) == (4, True)
     assert worker.dead_letters() == []
     assert worker("run", "--once").returncode == 0
@@ -189,16 +189,16 @@ def test_a_second_signal_does_not_wait(worker: Worker, sandbox: Sandbox) -> None
 
 
 def test_a_killed_worker_loses_nothing_and_doubles_nothing(worker: Worker, sandbox: Sandbox) -> None:
-    """kill -9 in the middle of the work; the next worker takes over when the leases end."""
+    """Kill -9 in the middle of the work; the next worker takes over when the leases end."""
     sandbox.klaviyo.latency = 0.05
     orders = [order for order in sandbox.shop.orders.values() if order.get("customerEmail")]
     queue = {"QUEUE_URL": worker.environment["QUEUE_URL"] + "?lease=1"}
     worker.publish(*[message("OrderCreated", "order", order["id"], order=order) for order in orders])
-    process = worker.start("run", **queue)
+    process = worker.start("run", env=queue)
     wait_for(lambda: len(sandbox.account.events) > 3)
     process.kill()
     process.wait()
-    assert worker("run", "--once", **queue).returncode == 0
+    assert worker("run", "--once", env=queue).returncode == 0
     lines = sum(len(order["lineItems"]) + len(order.get("customLineItems") or []) for order in orders)
     metrics = Counter(event["metric"] for event in sandbox.account.events)
     assert metrics == {"Placed Order": len(orders), "Ordered Product": lines}

@@ -61,7 +61,7 @@ class Stages:
 
 
 def _with_customer(notification: Notification, now: datetime) -> Enriched:
-    customer = {"id": notification.resource_id, "email": "ada@example.com"}
+    customer: dict[str, object] = {"id": notification.resource_id, "email": "ada@example.com"}
     if notification.resource_id == "odd":
         customer["billingAddressIds"] = {"a": 1}
     return Enriched(notification, now, customer=None if notification.resource_id == "gone" else customer)

@@ -96,7 +96,7 @@ class Commercetools:
         found = [resource for resource in list(collection.values()) if all(test(resource) for test in tests)]
         for sort in reversed(request.query.get("sort", [])):
             field, _, direction = sort.partition(" ")
-            found.sort(key=lambda resource: str(resource.get(field, "")), reverse=direction == "desc")  # noqa: B023
+            found.sort(key=lambda resource: str(resource.get(field, "")), reverse=direction == "desc")
         page = found[offset : offset + limit]
         total = {} if request.query.get("withTotal") == ["false"] else {"total": len(found)}
         return Answer(200, {"limit": limit, "offset": offset, "count": len(page), **total, "results": page})

@@ -17,7 +17,7 @@ MAX_METRIC_NAME = 128
 MAX_EMAIL, MAX_EXTERNAL_ID = 100, 255
 
 IDENTIFIERS = ("email", "phone_number", "external_id", "anonymous_id", "_kx")
-_PROFILE = {
+_PROFILE: dict[str, type] = {
     **dict.fromkeys(("email", "phone_number", "external_id", "anonymous_id", "_kx", "first_name"), str),
     **dict.fromkeys(("last_name", "organization", "locale", "title", "image"), str),
     "location": dict,
@@ -26,7 +26,7 @@ _PROFILE = {
 _LOCATION = frozenset(
     {"address1", "address2", "city", "country", "latitude", "longitude", "region", "zip", "timezone", "ip"}
 )
-_EVENT = {
+_EVENT: dict[str, type] = {
     "properties": dict,
     "time": str,
     "value": float,
@@ -36,7 +36,7 @@ _EVENT = {
     "metric": dict,
     "profile": dict,
 }
-_COMMON = {
+_COMMON: dict[str, type] = {
     "external_id": str,
     "integration_type": str,
     "catalog_type": str,
@@ -50,7 +50,7 @@ _COMMON = {
     "custom_metadata": dict,
     "published": bool,
 }
-CATALOG = {
+CATALOG: dict[str, dict[str, type]] = {
     "catalog-item": _COMMON,
     "catalog-variant": _COMMON | {"sku": str, "inventory_policy": int, "inventory_quantity": float},
     "catalog-category": {"external_id": str, "name": str, "integration_type": str, "catalog_type": str},

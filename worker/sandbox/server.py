@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _HTTPServer
 
     def log_message(self, *_: Any) -> None:
-        """Requests are noted in Server.requests."""
+        """Write nothing: requests are noted in Server.requests."""
 
     def _serve(self) -> None:
         parts = urlsplit(self.path)
@@ -272,7 +272,9 @@ class _Handler(BaseHTTPRequestHandler):
         if name == "POST faults":
             texts = {"where", "body"}
             for entry in request.json():
-                values = {k: v.encode() if k in texts and isinstance(v, str) else v for k, v in entry.items()}
+                values: dict[str, Any] = {
+                    k: v.encode() if k in texts and isinstance(v, str) else v for k, v in entry.items()
+                }
                 service.faults.add(Fault(**values))
             return Answer(200, {})
         if name == "DELETE faults":

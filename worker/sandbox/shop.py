@@ -140,7 +140,7 @@ def _products() -> dict[str, Json]:
     acme = {"key": "acme", "label": "Acme Denim"}
     discounted = {"value": money(5900), "discount": reference("product-discount", "autumn")}
     denim = [price(8900), price(9900, country="DE"), price(10900, "USD", country="US"), price(12800, "JPY", 0)]
-    window = {"validFrom": "2026-11-01T00:00:00.000Z", "validUntil": "2027-01-31T00:00:00.000Z"}
+    window: Json = {"validFrom": "2026-11-01T00:00:00.000Z", "validUntil": "2027-01-31T00:00:00.000Z"}
     stocked = _variant(1, "SOCKS", [price(900), price(700, **window)], "Warmfeet", "socks.jpg")
     stocked["availability"] = {"isOnStock": True, "availableQuantity": 250}
     return _by_id(
@@ -355,7 +355,7 @@ def _payments() -> dict[str, Json]:
             **more,
         }
 
-    reason = {"custom": {"type": reference("type", "transaction"), "fields": {"reason": "Too small"}}}
+    reason: Json = {"custom": {"type": reference("type", "transaction"), "fields": {"reason": "Too small"}}}
     return _by_id(
         _resource(
             "payment",

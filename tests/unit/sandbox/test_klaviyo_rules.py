@@ -91,7 +91,8 @@ def test_headers_are_required(headers: dict[str, str], status: int, call: Caller
 
 def test_an_event_is_taken_with_an_empty_answer(call: Caller, sandbox: Sandbox) -> None:
     """202, and the profile comes to be."""
-    assert call("POST", "/api/events", event(value=1.5, value_currency="EUR", time="2026-11-01T00:00:00Z")) == (202, None)
+    body = event(value=1.5, value_currency="EUR", time="2026-11-01T00:00:00Z")
+    assert call("POST", "/api/events", body) == (202, None)
     assert [(e["metric"], e["value"], e["email"]) for e in sandbox.account.events] == [
         ("Placed Order", 1.5, "ada@example.com")
     ]
@@ -135,7 +136,7 @@ def test_a_bad_event_is_refused_with_its_pointer(
 
 def test_what_is_at_the_limit_is_taken(call: Caller) -> None:
     """400 properties, 4,000 items, 100 KB, ten levels."""
-    properties = {f"p{n}": n for n in range(397)}
+    properties: dict[str, Any] = {f"p{n}": n for n in range(397)}
     properties |= {"list": list(range(4_000)), "text": "x" * 100_000, "deep": nested(9)}
     assert call("POST", "/api/events", event(properties=properties))[0] == 202
 

@@ -1,0 +1,272 @@
+"""The receive loop and its lanes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from adapters import QueueError
+from adapters.embedded import EmbeddedQueue
+from worker.errors import KlaviyoMisconfigured
+from worker.model import Disposition, Job, Notification, Outcome
+from worker.runner import Runner, ShutdownTimeoutError
+from worker.settings import Settings, load
+from worker.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from adapters.base import Delivery
+
+ENVIRONMENT = {
+    "ct_api_url": "https://api.example.com",
+    "ct_auth_url": "https://auth.example.com",
+    "ct_project_id": "shop",
+    "ct_api_client": '{"clientId": "id", "secret": "secret"}',
+    "klaviyo_auth_key": "pk_1",
+}
+
+
+class Pipeline:
+    """Acks everything, at the pace and with the parking it is told; notes what it saw."""
+
+    def __init__(self, queue: EmbeddedQueue, work: Callable[[Sequence[Job]], list[Job]]) -> None:
+        self._queue = queue
+        self._work = work
+        self.batches: list[tuple[int, list[bytes]]] = []
+
+    def accept(self, delivery: Delivery) -> Job:
+        resource = delivery.body.decode().partition(":")[0]
+        return Job(delivery, time.monotonic(), Notification("T", "thing", resource, None, {}))
+
+    def process(self, jobs: Sequence[Job]) -> list[Job]:
+        parked = self._work(jobs)
+        done = [job for job in jobs if job not in parked]
+        self.batches.append((threading.get_ident(), [job.delivery.body for job in done]))
+        self._queue.ack([job.delivery for job in done])
+        return parked
+
+
+def nothing_special(jobs: Sequence[Job]) -> list[Job]:
+    del jobs
+    return []
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> EmbeddedQueue:
+    return EmbeddedQueue(tmp_path / "q.db", lease=30)
+
+
+def runner_for(
+    queue: Any, work: Callable[[Sequence[Job]], list[Job]] = nothing_special, **values: Any
+) -> tuple[Runner, Pipeline]:
+    settings = load(Settings, ENVIRONMENT | {"park_seconds": 0.05} | values)
+    pipeline = Pipeline(queue, work)
+    return Runner(queue, pipeline, settings, Telemetry(), threading.Event()), pipeline  # type: ignore[arg-type]
+
+
+def handled(pipeline: Pipeline) -> list[bytes]:
+    return [body for _, bodies in pipeline.batches for body in bodies]
+
+
+def test_once_empties_the_queue_and_returns(queue: EmbeddedQueue) -> None:
+    """An empty queue costs no waiting."""
+    queue.publish(f"{n}:x".encode() for n in range(250))
+    runner, pipeline = runner_for(queue)
+    began = time.monotonic()
+    runner.run(once=True)
+    assert len(handled(pipeline)) == 250
+    assert time.monotonic() - began < 5
+
+
+def test_a_resource_stays_in_its_lane_and_in_order(queue: EmbeddedQueue) -> None:
+    """Two changes of one customer never race inside a process."""
+    queue.publish(f"{n % 7}:{n}".encode() for n in range(300))
+    runner, pipeline = runner_for(queue, lanes=4)
+    runner.run(once=True)
+    lanes: dict[str, set[int]] = {}
+    order: dict[str, list[int]] = {}
+    for lane, bodies in pipeline.batches:
+        for body in bodies:
+            resource, _, number = body.decode().partition(":")
+            lanes.setdefault(resource, set()).add(lane)
+            order.setdefault(resource, []).append(int(number))
+    assert all(len(threads) == 1 for threads in lanes.values())
+    assert all(numbers == sorted(numbers) for numbers in order.values())
+    assert len(set.union(*lanes.values())) > 1
+
+
+def test_batches_grow_with_the_backlog_up_to_their_limit(queue: EmbeddedQueue) -> None:
+    """What waits is taken together; nobody waits for a batch to fill."""
+
+    def slow(jobs: Sequence[Job]) -> list[Job]:
+        del jobs
+        time.sleep(0.05)
+        return []
+
+    queue.publish(b"one:x" for _ in range(100))
+    runner, pipeline = runner_for(queue, slow, lanes=1, max_batch=40)
+    runner.run(once=True)
+    sizes = [len(bodies) for _, bodies in pipeline.batches]
+    assert max(sizes) == 40
+    assert sum(sizes) == 100
+
+
+@pytest.mark.parametrize("limit", [{"max_in_flight": 10}, {"max_in_flight_bytes": 50, "max_in_flight": 10}])
+def test_no_more_is_held_than_allowed(limit: dict[str, int], queue: EmbeddedQueue) -> None:
+    """Messages and bytes in flight are bounded, whatever waits in the queue."""
+    most = 0
+
+    def watching(jobs: Sequence[Job]) -> list[Job]:
+        nonlocal most
+        del jobs
+        most = max(most, len(runner._held))
+        time.sleep(0.01)
+        return []
+
+    queue.publish(f"{n}:abcde".encode() for n in range(60))
+    runner, pipeline = runner_for(queue, watching, **limit)
+    runner.run(once=True)
+    assert len(handled(pipeline)) == 60
+    assert 0 < most <= 10
+    assert runner._held_bytes == 0
+
+
+def test_leases_of_held_messages_are_extended(tmp_path: Path) -> None:
+    """Work that takes longer than a lease is not done twice."""
+    queue = EmbeddedQueue(tmp_path / "q.db", lease=0.3)
+
+    def slow(jobs: Sequence[Job]) -> list[Job]:
+        del jobs
+        time.sleep(1)
+        return []
+
+    queue.publish([b"a:x"])
+    runner, pipeline = runner_for(queue, slow)
+    runner.run(once=True)
+    assert handled(pipeline) == [b"a:x"]
+
+
+def parking(times: int) -> Callable[[Sequence[Job]], list[Job]]:
+    left = [times]
+
+    def work(jobs: Sequence[Job]) -> list[Job]:
+        if left[0] == 0:
+            return []
+        left[0] -= 1
+        for job in jobs:
+            job.outcome = Outcome(Disposition.PARK, "send", KlaviyoMisconfigured("401: check KLAVIYO_AUTH_KEY"))
+        return list(jobs)
+
+    return work
+
+
+def test_a_parked_worker_keeps_its_messages_and_goes_on_by_itself(queue: EmbeddedQueue) -> None:
+    """No attempt is spent while the key is refused, and nothing new is pulled."""
+    queue.publish([b"a:1", b"b:1"])
+    runner, pipeline = runner_for(queue, parking(3), max_in_flight=1)
+    stopper = threading.Timer(2.0, runner.stop)
+    stopper.start()
+    runner.run()
+    stopper.cancel()
+    assert sorted(handled(pipeline)) == [b"a:1", b"b:1"]
+
+
+def test_once_does_not_wait_for_credentials(queue: EmbeddedQueue) -> None:
+    """A script gets the error, and the messages stay in the queue."""
+    queue.publish([b"a:1"])
+    runner, _ = runner_for(queue, parking(1))
+    with pytest.raises(KlaviyoMisconfigured):
+        runner.run(once=True)
+    assert len(EmbeddedQueue(queue._path).receive(1, 0)) == 1
+
+
+def test_stopping_returns_what_was_not_begun(queue: EmbeddedQueue) -> None:
+    """What a lane works on is finished; what waits behind it goes back at once."""
+    begun = threading.Event()
+
+    def slow(jobs: Sequence[Job]) -> list[Job]:
+        del jobs
+        begun.set()
+        time.sleep(0.3)
+        return []
+
+    queue.publish(f"a:{n}".encode() for n in range(20))
+    runner, pipeline = runner_for(queue, slow, lanes=1, max_batch=5)
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    begun.wait(5)
+    runner.stop()
+    thread.join(5)
+    assert not thread.is_alive()
+    done = set(handled(pipeline))
+    left = {delivery.body for delivery in EmbeddedQueue(queue._path).receive(100, 0)}
+    assert done | left == {f"a:{n}".encode() for n in range(20)}
+    assert not done & left
+    assert left
+
+
+def test_the_grace_period_ends_the_waiting(queue: EmbeddedQueue) -> None:
+    """What hangs goes back to the queue, and the caller is told."""
+    release = threading.Event()
+
+    def hanging(jobs: Sequence[Job]) -> list[Job]:
+        release.wait(10)
+        return list(jobs)
+
+    queue.publish([b"a:1"])
+    runner, _ = runner_for(queue, hanging, grace_period=0.1)
+    threading.Timer(0.3, runner.stop).start()
+    with pytest.raises(ShutdownTimeoutError, match="1 messages"):
+        runner.run()
+    assert len(EmbeddedQueue(queue._path).receive(1, 0)) == 1
+    release.set()
+
+
+def slowly(jobs: Sequence[Job]) -> list[Job]:
+    del jobs
+    time.sleep(0.5)
+    return []
+
+
+@pytest.mark.parametrize("method", ["receive", "ack", "extend"])
+def test_a_queue_that_breaks_ends_the_run(method: str, queue: EmbeddedQueue) -> None:
+    """The supervisor restarts the worker; the leases bring the messages back. A lease not extended is no end."""
+    calls = []
+
+    def broken(*_: object) -> None:
+        calls.append(1)
+        raise QueueError("disk full")
+
+    queue._lease = 0.3
+    queue.publish([b"a:1"])
+    setattr(queue, method, broken)
+    runner, _ = runner_for(queue, slowly)
+    if method == "extend":
+        runner.run(once=True)
+        assert calls
+    else:
+        with pytest.raises(QueueError):
+            runner.run(once=True)
+
+
+def test_once_gives_up_waiting_for_redeliveries(queue: EmbeddedQueue, caplog: pytest.LogCaptureFixture) -> None:
+    """`max_wait` bounds the idle time, and what still waits is said."""
+    queue.publish([b"a:1"])
+    queue.nack(queue.receive(1, 0), delay=60)
+    runner, _ = runner_for(queue)
+    runner.run(once=True, max_wait=0.1)
+    assert [record.message for record in caplog.records] == ["gave_up_waiting"]
+
+
+def test_once_on_a_queue_that_cannot_count_ends_when_it_is_idle(queue: EmbeddedQueue) -> None:
+    """Pub/Sub tells no backlog."""
+    queue.publish([b"a:1"])
+    queue.backlog = lambda: None  # type: ignore[method-assign,assignment,return-value]
+    runner, pipeline = runner_for(queue)
+    runner.run(once=True)
+    assert handled(pipeline) == [b"a:1"]
