@@ -140,7 +140,8 @@ def transform(*, file: BinaryIO, enriched: BinaryIO | None, **flags: Any) -> Non
                 for line in transform_offline(body, snapshot, mapping):
                     click.echo(line)
             except Ignored as reason:
-                click.echo(f"ignored: {reason}", err=True)
+                hint = "" if enriched else " (without --enriched, only the payload is known)"
+                click.echo(f"ignored: {reason}{hint}", err=True)
             except WorkerError as error:
                 failed = True
                 click.echo(f"error: {error}", err=True)

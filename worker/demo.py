@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from worker.sandbox.account import Account
     from worker.sandbox.notifications import Sample
 
+_TITLE = 62  # columns
 _COLOURS = {"sent": "green", "ignored": "bright_black", "dead_lettered": "red", "retried": "yellow"}
 
 
@@ -94,11 +95,11 @@ def _work(sandbox: Sandbox, path: Path, samples: Sequence[Sample]) -> list[tuple
 
 
 def _show(samples: Sequence[Sample], endings: Sequence[tuple[str, str, Counter[str]]], account: Account) -> None:
-    click.secho(f"{'MESSAGE':<58}{'OUTCOME':<15}KLAVIYO", bold=True)
+    click.secho(f"{'MESSAGE':<{_TITLE}}{'OUTCOME':<15}KLAVIYO", bold=True)
     for sample, (outcome, reason, kinds) in zip(samples, endings, strict=True):
         done = ", ".join(kind if number == 1 else f"{kind} x{number}" for kind, number in kinds.items())
         coloured = click.style(f"{outcome:<15}", fg=_COLOURS.get(outcome))
-        click.echo(f"{sample.title[:56]:<58}{coloured}{done or reason}")
+        click.echo(f"{sample.title:<{_TITLE}}{coloured}{done or reason}")
     _heading("Profiles in Klaviyo", len(account.profiles))
     for profile in account.profiles:
         click.echo("  " + _profile(profile))
@@ -126,7 +127,7 @@ def _profile(profile: dict[str, Any]) -> str:
     name = " ".join(filter(None, (attributes.get("first_name"), attributes.get("last_name"))))
     place = (attributes.get("location") or {}).get("city")
     details = (attributes.get("email"), name, attributes.get("phone_number"), place)
-    return " · ".join(str(detail) for detail in details if detail)
+    return _printable(" · ".join(str(detail) for detail in details if detail))
 
 
 def _event(event: dict[str, Any]) -> str:
@@ -135,7 +136,7 @@ def _event(event: dict[str, Any]) -> str:
     names = properties.get("ItemNames") or [properties.get("ProductName")]
     what = ", ".join(str(name) for name in names[:3] if name) + (" …" if len(names) > 3 else "")  # noqa: PLR2004
     who = event.get("email") or event.get("external_id") or ""
-    return f"{(event.get('time') or '')[:19]}  {who:<28} {money:>16}  {what}"
+    return f"{(event.get('time') or '')[:19]}  {who:<34}{money:>14}  {_printable(what)}"
 
 
 def _entry(attributes: dict[str, Any], external_id: str) -> str:
@@ -143,6 +144,11 @@ def _entry(attributes: dict[str, Any], external_id: str) -> str:
     price = f" · {attributes['price']:,.2f}" if "price" in attributes else ""
     stock = f" · {attributes['inventory_quantity']} in stock" if "inventory_quantity" in attributes else ""
     return f"{title}{price}{stock}  [{external_id}]"
+
+
+def _printable(text: str) -> str:
+    """Replace what could steer a terminal: names are anybody's input."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _show_dead_letters(path: Path) -> None:

@@ -71,7 +71,9 @@ class Worker:
         return [json.loads(line) for line in self("dlq", "list", "--json").stdout.splitlines()]
 
     def _environment(self, extra: dict[str, str]) -> dict[str, str]:
-        path = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        path = {
+            name: os.environ[name] for name in os.environ if name in {"PATH", "HOME"} or name.startswith("COVERAGE")
+        }
         merged = path | self.environment | extra
         return {name: value for name, value in merged.items() if value}
 

@@ -131,7 +131,7 @@ Entry = tuple[str, Json, str]
 
 
 def _wrapped(title: str, notification: Json, outcome: str, envelope: Callable[[Json], bytes]) -> Sample:
-    return Sample(f"{title} ({envelope.__name__})", envelope(notification), outcome)
+    return Sample(f"{title} · {envelope.__name__}", envelope(notification), outcome)
 
 
 def _orders(shop: Shop) -> Iterator[Entry]:
@@ -225,7 +225,7 @@ def _inventory() -> Iterator[Entry]:
         return change(kind, "inventory-entry", uid(f"inventory-entry:{name}"))
 
     yield "inventory-entry ResourceUpdated", entry("ResourceUpdated", "jeans-30"), "sent"
-    yield "inventory-entry ResourceCreated, new product", entry("ResourceCreated", "cap"), "sent"
+    yield "inventory-entry ResourceCreated", entry("ResourceCreated", "cap"), "sent"
     yield "inventory-entry of another channel", entry("ResourceUpdated", "jeans-30-store"), "ignored"
 
 

@@ -242,7 +242,7 @@ def line_item(order: str, number: int, product: Json, *, quantity: int = 1, unit
     """Return a line item of an order; `unit` is the price of one."""
     variant = product["masterVariant"]
     unit = unit or (variant["prices"][0]["value"] if variant["prices"] else money(2500))
-    total = {**unit, "centAmount": unit["centAmount"] * quantity}
+    total = _cents(unit, quantity)
     return {
         "id": uid(f"line:{order}:{number}"),
         "productId": product["id"],
@@ -259,13 +259,20 @@ def line_item(order: str, number: int, product: Json, *, quantity: int = 1, unit
     }
 
 
+def _cents(unit: Json, quantity: int) -> Json:
+    """Return the price of several: always in cents, rounded like commercetools does."""
+    if unit["type"] == "highPrecision":
+        return money(round(unit["preciseAmount"] * quantity / 10 ** (unit["fractionDigits"] - 2)), unit["currencyCode"])
+    return {**unit, "centAmount": unit["centAmount"] * quantity}
+
+
 def _order(name: str, lines: list[Json], customer: Json | None, /, **more: Any) -> Json:
     total = sum(line["totalPrice"]["centAmount"] for line in lines)
     unit = lines[0]["totalPrice"] if lines else money(0)
     buyer = {"customerId": customer["id"], "customerEmail": customer["email"]} if customer else {}
     address = next(iter(customer["addresses"]), None) if customer else None
     addresses = {"billingAddress": address, "shippingAddress": address} if address else {}
-    amount = {**unit, "type": "centPrecision", "centAmount": total}
+    amount = {**unit, "centAmount": total}
     order = _resource(
         "order",
         name,
