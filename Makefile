@@ -11,11 +11,10 @@ help: ## list the targets
 demo: $(VENV)/ready ## watch sample notifications become Klaviyo profiles, events and catalog entries
 	@$(BIN)/klaviyo-worker demo
 
-test: $(VENV)/ready ## run all tests
-	$(BIN)/pytest
+test: $(VENV)/ready ## run all tests, with branch coverage
+	$(BIN)/pytest --cov --cov-fail-under=95
 
-check: lint types $(VENV)/ready ## what CI runs: ruff, mypy --strict, tests with branch coverage
-	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=95
+check: lint types test ## what CI runs: ruff, mypy --strict, all tests
 
 lint: $(VENV)/ready ## ruff (rules and format), and whether generated docs are up to date
 	$(BIN)/ruff check .

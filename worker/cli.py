@@ -7,6 +7,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
@@ -29,6 +30,7 @@ _EXIT_CODES = """
 Exit codes: 0 ok · 1 unexpected · 2 usage or configuration · 3 queue ·
 4 commercetools credentials · 5 Klaviyo credentials · 6 shutdown timed out
 """
+_STOP = frozenset({signal.SIGTERM, signal.SIGINT})
 SECRETS = frozenset({"ct_api_client", "klaviyo_auth_key"})
 
 
@@ -94,15 +96,22 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
     with _exit_codes():
         settings = load(Settings, flags)
         configure_logging(settings.log_level, settings.log_format)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)  # before any thread starts: all inherit it
         service = Service(settings, dry_run=dry_run)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: service.stop())
+        Thread(target=_call_on_signals, args=(service.stop,), daemon=True).start()
         try:
             service.run(once=once or dry_run, max_wait=max_wait)
         except ShutdownTimeoutError as error:
             click.echo(f"Error: {error}", err=True)
             sys.stdout.flush()
             os._exit(SHUTDOWN_TIMED_OUT)  # lanes may hang in calls that no thread can interrupt
+
+
+def _call_on_signals(stop: Callable[[], None]) -> None:
+    """Wait for signals in a thread: a handler in the main thread could meet a lock it already holds."""
+    while True:
+        signal.sigwait(_STOP)
+        stop()
 
 
 @main.command()

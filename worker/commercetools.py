@@ -113,7 +113,7 @@ class Commercetools:
         self._token = _Token(settings)
         self._url = f"{settings.ct_api_url}/{quote(settings.ct_project_id, safe='')}"
         self._timeout = urllib3.Timeout(connect=settings.connect_timeout, read=settings.read_timeout)
-        self._retrying = http.retrying(settings.retry_seconds, stopping)
+        self._retry = http.Retry(settings.retry_seconds, stopping)
         self._pool = http.pool(self._url, settings.lanes)
 
     def find(self, query: Query, values: Collection[str]) -> Found:
@@ -141,7 +141,7 @@ class Commercetools:
         after = ""
         while True:
             where = _where(query, chunk) if not after else f'({_where(query, chunk)}) and id > "{after}"'
-            page = self._retrying(self._get, query, where)
+            page = self._retry(self._get, query, where)
             results += page
             if len(page) < PAGE:
                 return results

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import orjson
@@ -16,12 +16,15 @@ from requests.utils import get_environ_proxies
 from worker.errors import Transient
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from threading import Event
 
 # 408 and 425 ask for another try; 524 is Cloudflare's timeout in front of Klaviyo.
 RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504, 524})
 MAX_RETRY_AFTER = 3600.0
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +98,33 @@ def _until(http_date: str) -> float:
     return (parsedate_to_datetime(http_date) - datetime.now(UTC)).total_seconds()
 
 
-def retrying(seconds: float, stopping: Event) -> tenacity.Retrying:
-    """Return a policy that tries again on Transient for about `seconds`, and no longer once `stopping`.
+class Retry:
+    """Calls again what raised Transient, for about `seconds`, and no longer once `stopping`.
 
-    Waits grow from 0.2 s with full jitter; Retry-After is obeyed, and when it reaches beyond `seconds`
-    the error is raised at once, for the queue to wait instead.
+    Waits grow from 0.2 s with full jitter. Retry-After is obeyed; when it reaches beyond `seconds` the error is
+    raised at once, for the queue to wait instead. Once a call gave up, the others are tried only once until one
+    succeeds: in an outage a batch of hundreds of calls must not take hundreds of times `seconds`.
     """
-    return tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(Transient),
-        stop=tenacity.stop_before_delay(seconds) | tenacity.stop_when_event_set(stopping),
-        wait=_wait,
-        sleep=tenacity.sleep_using_event(stopping),
-        reraise=True,
-    )
+
+    def __init__(self, seconds: float, stopping: Event) -> None:
+        self._gave_up = False
+        self._retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Transient),
+            stop=tenacity.stop_before_delay(seconds) | tenacity.stop_when_event_set(stopping),
+            wait=_wait,
+            sleep=tenacity.sleep_using_event(stopping),
+            reraise=True,
+        )
+
+    def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `function` until it returns. Raises its last Transient, or at once whatever else it raises."""
+        try:
+            result = function(*args, **kwargs) if self._gave_up else self._retrying(function, *args, **kwargs)
+        except Transient:
+            self._gave_up = True
+            raise
+        self._gave_up = False
+        return result
 
 
 _backoff = tenacity.wait_random_exponential(multiplier=0.2, max=5)

@@ -47,7 +47,7 @@ class Klaviyo:
             "Authorization": configuration.auth_settings()["Klaviyo-API-Key"]["value"],
         }
         self._timeout = urllib3.Timeout(connect=settings.connect_timeout, read=settings.read_timeout)
-        self._retrying = http.retrying(settings.retry_seconds, stopping)
+        self._retry = http.Retry(settings.retry_seconds, stopping)
 
     def call(self, method: str, path: str, body: Json | None = None) -> Json:
         """Call an endpoint, trying again for a while when it cannot answer now; return the decoded answer.
@@ -55,7 +55,7 @@ class Klaviyo:
         Raises Transient, Rejected (with the status) or KlaviyoMisconfigured.
         """
         content = None if body is None else orjson.dumps(body)
-        return as_dict(self._retrying(self._call, method, path, content).json())
+        return as_dict(self._retry(self._call, method, path, content).json())
 
     def _call(self, method: str, path: str, content: bytes | None) -> http.Response:
         response = http.request(

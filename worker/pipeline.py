@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -59,7 +60,7 @@ class Pipeline:
     def accept(self, delivery: Delivery) -> Job:
         """Parse a delivery. Done before lanes are chosen, as the lane depends on the resource."""
         job = Job(delivery, received_at=time.monotonic())
-        self._parse(job)
+        _guarded(job, "parse", partial(_parse, job, self._mapping))
         return job
 
     def process(self, jobs: Sequence[Job]) -> list[Job]:
@@ -72,13 +73,6 @@ class Pipeline:
         parked = [job for job in jobs if _is_parked(job)]
         self._settle([job for job in jobs if not _is_parked(job)])
         return parked
-
-    def _parse(self, job: Job) -> None:
-        def parse_and_route() -> None:
-            job.notification = parse(job.delivery.body)
-            handler_for(job.notification, self._mapping)  # fetch nothing for what is ignored
-
-        _guarded(job, "parse", parse_and_route)
 
     def _enrich(self, jobs: Sequence[Job]) -> None:
         notifications = [job.notification for job in jobs if job.notification is not None]
@@ -94,8 +88,7 @@ class Pipeline:
 
     def _transform(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            if job.enriched is not None:
-                _guarded(job, "transform", lambda job=job: _transform(job, self._mapping))  # type: ignore[misc]
+            _guarded(job, "transform", partial(_transform, job, self._mapping))
 
     def _send(self, jobs: Sequence[Job]) -> None:
         operations = [operation for job in jobs for operation in job.operations]
@@ -127,6 +120,11 @@ class Pipeline:
         if acked:
             self._queue.ack(acked)
         self._telemetry.settled(jobs)
+
+
+def _parse(job: Job, mapping: Mapping) -> None:
+    job.notification = parse(job.delivery.body)
+    handler_for(job.notification, mapping)  # raises Ignored, so that nothing is fetched in vain
 
 
 def _transform(job: Job, mapping: Mapping) -> None:

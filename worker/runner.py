@@ -69,13 +69,16 @@ class Runner:
         """
         self._once = once
         lanes = [Thread(target=self._lane, args=(inbox,), daemon=True) for inbox in self._inboxes]
-        for thread in [*lanes, Thread(target=self._keep_leases, daemon=True)]:
+        keeper = Thread(target=self._keep_leases, daemon=True)
+        for thread in (*lanes, keeper):
             thread.start()
         try:
             self._pull(max_wait)
         except QueueError as error:
             self._fail(error)
-        left = self._finish(lanes)
+        self._finish(lanes)
+        keeper.join()
+        left = self._close()
         if self._fatal is not None:
             raise self._fatal
         if left:
@@ -203,11 +206,8 @@ class Runner:
             except QueueError as error:
                 log.warning("leases_not_extended", extra={"reason": str(error)})
 
-    def _finish(self, lanes: Sequence[Thread]) -> int:
-        """Let the lanes end, inside the grace period; return how many messages they still held.
-
-        What they did not begin they have returned themselves; the rest is returned here.
-        """
+    def _finish(self, lanes: Sequence[Thread]) -> None:
+        """Let the lanes end, inside the grace period; what they did not begin they return themselves."""
         for inbox in self._inboxes:
             inbox.put(None)
         deadline = time.monotonic() + self._settings.grace_period
@@ -216,6 +216,9 @@ class Runner:
                 break
             self._hurry.wait(0.02)
         self._hurry.set()
+
+    def _close(self) -> int:
+        """Return to the queue what the lanes still hold, close it, and return how many that were."""
         with self._changed:
             left = list(self._held.values())
         try:

@@ -133,3 +133,18 @@ def test_connections_are_reused(sandbox: Sandbox) -> None:
         client.call("POST", "/api/profile-import", PROFILE)
     (pool,) = client._pool.pools._container.values()
     assert pool.num_connections == 1
+
+
+def test_in_an_outage_only_the_first_calls_wait(sandbox: Sandbox) -> None:
+    """Once one call gave up, others are tried once, until Klaviyo answers again."""
+    client = klaviyo_for(sandbox, retry_seconds=0.5)
+    sandbox.klaviyo.faults.add(Fault(status=503, times=None))
+    for _ in range(3):
+        with pytest.raises(Transient):
+            client.call("POST", "/api/profile-import", PROFILE)
+    first = len(sandbox.klaviyo.requests) - 2
+    assert first > 1
+    sandbox.klaviyo.faults.clear()
+    client.call("POST", "/api/profile-import", PROFILE)
+    sandbox.klaviyo.faults.add(Fault(status=503, times=1))
+    client.call("POST", "/api/profile-import", PROFILE)
