@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from queue import Empty, SimpleQueue
-from threading import Condition, Event, Thread
+from threading import Condition, Event, Thread, get_ident
 from typing import TYPE_CHECKING
 
 from adapters.base import QueueError
@@ -48,7 +48,7 @@ class Runner:
         self._held: dict[int, Job] = {}
         self._held_bytes = 0
         self._changed = Condition()
-        self._parked = 0
+        self._parked: set[int] = set()  # lanes
         self._once = False
         self._fatal: Exception | None = None
         self._inboxes: list[_Inbox] = [SimpleQueue() for _ in range(settings.lanes)]
@@ -120,7 +120,7 @@ class Runner:
 
     def _is_full(self) -> bool:
         too_many = len(self._held) >= self._settings.max_in_flight
-        return self._parked > 0 or too_many or self._held_bytes >= self._settings.max_in_flight_bytes
+        return bool(self._parked) or too_many or self._held_bytes >= self._settings.max_in_flight_bytes
 
     def _dispatch(self, job: Job) -> None:
         with self._changed:
@@ -158,24 +158,27 @@ class Runner:
         while waiting and not self._stopping.is_set():
             parked = self._pipeline.process(waiting)
             self._release([job for job in waiting if job not in parked])
+            self._set_parked(bool(parked))
             if parked:
-                self._park(parked)
+                self._wait_parked(parked)
             waiting = parked
+        self._set_parked(False)
         if waiting:
             self._give_back(waiting)
 
-    def _park(self, jobs: Sequence[Job]) -> None:
-        """Wait while the worker is not allowed to work: stop pulling, keep what is held, try again slowly."""
+    def _wait_parked(self, jobs: Sequence[Job]) -> None:
+        """Wait while the worker is not allowed to work; with `once`, end the run instead."""
         cause = jobs[0].outcome.cause if jobs[0].outcome else None
         log.error("parked", extra={"reason": str(cause), "held": len(jobs)})
         if self._once and isinstance(cause, Misconfigured):
             self._fail(cause)
-            return
-        with self._changed:
-            self._parked += 1
         self._stopping.wait(self._settings.park_seconds)
+
+    def _set_parked(self, parked: bool) -> None:
+        """Note whether this lane is parked: pulling pauses from the first parked lane to the last one's success."""
         with self._changed:
-            self._parked -= 1
+            (self._parked.add if parked else self._parked.discard)(get_ident())
+            self._changed.notify_all()
 
     def _release(self, jobs: Sequence[Job]) -> None:
         with self._changed:

@@ -7,9 +7,11 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 import pytest
+import urllib3
 
 from tests.integration.conftest import klaviyo_for, settings_for
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
+from worker.http import pool, proxy_for
 from worker.klaviyo import Klaviyo
 from worker.sandbox import Fault
 
@@ -124,6 +126,17 @@ def test_a_challenge_page_is_transient(sandbox: Sandbox) -> None:
     klaviyo_for(sandbox, retry_seconds=0)  # no retry needed to tell
     with pytest.raises(Transient, match="challenge"):
         klaviyo_for(sandbox, retry_seconds=0).call("POST", "/api/profile-import", PROFILE)
+
+
+def test_the_proxy_of_the_environment_is_used(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTPS_PROXY is how many companies let anything out; NO_PROXY is how they keep things in."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,internal.example")
+    assert proxy_for("https://a.klaviyo.com") == "http://proxy.example:3128"
+    assert proxy_for("https://internal.example") is None
+    assert isinstance(pool("https://a.klaviyo.com", 1), urllib3.ProxyManager)
+    outside = Klaviyo(settings_for(sandbox, klaviyo_api_url="https://a.klaviyo.com"), Event())
+    assert isinstance(outside._pool, urllib3.ProxyManager)
 
 
 def test_connections_are_reused(sandbox: Sandbox) -> None:

@@ -184,6 +184,13 @@ def test_what_commercetools_no_longer_has_is_none(kind: str, enricher: Enricher)
     assert fetched == (None,) * 5
 
 
+def test_a_resource_without_a_plan_needs_nothing(enricher: Enricher, reader: CountingReader) -> None:
+    """A handler for a notification that says all by itself costs no query."""
+    notification = about("review", "r1")
+    assert one(enricher, notification).notification is notification
+    assert reader.queries == {}
+
+
 def test_a_new_resource_may_lag_behind_its_message(enricher: Enricher) -> None:
     """A 404 right after the creation is not believed; later it is."""
     for age, expected in ((2, Transient), (60, Enriched)):

@@ -176,6 +176,21 @@ def test_a_parked_worker_keeps_its_messages_and_goes_on_by_itself(queue: Embedde
     assert sorted(handled(pipeline)) == [b"a:1", b"b:1"]
 
 
+def test_a_parked_worker_pulls_nothing(queue: EmbeddedQueue) -> None:
+    """What it cannot handle is left to be handled by others, or later."""
+    queue.publish([b"a:1"])
+    runner, _ = runner_for(queue, parking(10**9))
+    thread = threading.Thread(target=runner.run, daemon=True)
+    thread.start()
+    time.sleep(1.3)  # longer than a pull that was under way
+    queue.publish([b"b:1"])
+    time.sleep(0.3)
+    left = [delivery.body for delivery in EmbeddedQueue(queue._path).receive(9, 0)]
+    runner.stop()
+    thread.join(5)
+    assert left == [b"b:1"]
+
+
 def test_once_does_not_wait_for_credentials(queue: EmbeddedQueue) -> None:
     """A script gets the error, and the messages stay in the queue."""
     queue.publish([b"a:1"])
@@ -197,7 +212,7 @@ def test_stopping_returns_what_was_not_begun(queue: EmbeddedQueue) -> None:
 
     queue.publish(f"a:{n}".encode() for n in range(20))
     runner, pipeline = runner_for(queue, slow, lanes=1, max_batch=5)
-    thread = threading.Thread(target=runner.run)
+    thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
     begun.wait(5)
     runner.stop()

@@ -1,0 +1,96 @@
+"""What the worker says of itself."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.conftest import FakeDelivery
+from worker.errors import Ignored, Rejected, Transient
+from worker.model import Disposition, Job, Kind, Notification, Operation, Outcome
+from worker.telemetry import Telemetry, configure_logging, log
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FIELDS = {
+    *("message_id", "message_type", "resource_type", "resource_id", "outcome", "reason", "stage", "attempt"),
+    *("duration_s", "age_s", "operations"),
+}
+
+
+@pytest.fixture(autouse=True)
+def logger() -> Iterator[None]:
+    """Leave the logger as it was."""
+    before = (log.handlers, log.propagate, log.level)
+    yield
+    log.handlers, log.propagate, log.level = before
+
+
+def job(outcome: Outcome | None, operations: int = 0) -> Job:
+    delivery = FakeDelivery(b"{}", id="7", attempt=2, published_at=datetime.now(UTC))
+    notification = Notification("OrderCreated", "order", "o-1", None, {})
+    sent = (Operation(Kind.CREATE_EVENT, "k", cut=("Items",)),) * operations
+    return Job(delivery, 0.0, notification, operations=sent, outcome=outcome)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "operations", "name", "level"),
+    [
+        (Outcome(Disposition.ACK, "send"), 2, "sent", "INFO"),
+        (Outcome(Disposition.ACK, "parse", Ignored("no handler")), 0, "ignored", "INFO"),
+        (Outcome(Disposition.NACK, "enrich", Transient("500")), 0, "retried", "WARNING"),
+        (Outcome(Disposition.DEAD_LETTER, "send", Rejected("400")), 1, "dead_lettered", "ERROR"),
+        (None, 0, "returned", "INFO"),
+    ],
+)
+def test_every_message_has_one_canonical_line(outcome: Outcome | None, operations: int, name: str, level: str) -> None:
+    """Scripts rely on the fields; the level says whether somebody should look."""
+    stream = io.StringIO()
+    configure_logging("INFO", "auto", stream)
+    telemetry = Telemetry()
+    telemetry.settled([job(outcome, operations)])
+    (line,) = map(json.loads, stream.getvalue().splitlines())
+    assert line.keys() >= FIELDS
+    assert (line["event"], line["outcome"], line["level"], line["operations"]) == (
+        "message_processed",
+        name,
+        level,
+        operations,
+    )
+    assert line["cut"] == (["Items"] if operations else None)
+    assert telemetry.outcomes == {name: 1}
+
+
+def test_a_person_gets_text() -> None:
+    """Time, event, and the fields that have a value."""
+    stream = io.StringIO()
+    configure_logging("INFO", "text", stream)
+    Telemetry().settled([job(Outcome(Disposition.ACK, "send"), 1)])
+    line = stream.getvalue()
+    assert " message_processed message_id=7 message_type=OrderCreated " in line
+    assert "outcome=sent" in line
+    assert "reason" not in line
+
+
+def test_levels_are_obeyed() -> None:
+    """A quiet worker still tells what went wrong."""
+    stream = io.StringIO()
+    configure_logging("ERROR", "json", stream)
+    Telemetry().settled(
+        [job(Outcome(Disposition.ACK, "send"), 1), job(Outcome(Disposition.NACK, "send", Transient("x")))]
+    )
+    assert stream.getvalue() == ""
+
+
+def test_only_our_own_logger_is_set_up() -> None:
+    """The libraries' debug lines hold tokens and bodies."""
+    configure_logging("DEBUG", "json", io.StringIO())
+    assert not log.propagate
+    assert logging.getLogger("requests_oauthlib").getEffectiveLevel() > logging.DEBUG
+    assert logging.getLogger("urllib3").getEffectiveLevel() > logging.DEBUG
