@@ -13,6 +13,7 @@ from worker.enrich import Enricher
 from worker.errors import WorkerError
 from worker.parse import parse
 from worker.transform import handler_for, transform
+from worker.transform.fields import as_dicts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +59,7 @@ def _with_payload(snapshot: dict[str, list[Json]], notification: Notification) -
     resources: dict[str, list[Json]] = defaultdict(list, {path: list(entries) for path, entries in snapshot.items()})
     for name, path in _PAYLOADS.items():
         payload = notification.payload.get(name)
-        known = {entry.get("id") for entry in resources[path] if isinstance(entry, dict)}
+        known = [entry.get("id") for entry in as_dicts(resources[path])]
         if isinstance(payload, dict) and payload.get("id") not in known:
             resources[path].append(payload)
     return resources

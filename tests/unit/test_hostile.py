@@ -1,0 +1,84 @@
+"""Anything may stand anywhere in what commercetools sends: every mutation of every golden case has a clear outcome."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.golden.test_golden import CASES, HERE
+from worker.errors import Ignored, Rejected, Transient
+from worker.mapping import Mapping
+from worker.offline import transform_offline
+
+ODD: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    2**63 - 1,
+    1e308,
+    "",
+    "x" * 300,
+    "\u0000\u202e",
+    [],
+    {},
+    [None],
+    [[]],
+    {"": None},
+    {"id": 5},
+]
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [path] if path else []
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        found += _paths(entry, (*path, key))
+    return found
+
+
+def _replaced(document: Any, path: tuple[Any, ...], value: Any) -> Any:
+    changed = copy.deepcopy(document)
+    holder = changed
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = value
+    return changed
+
+
+def _case(name: str) -> dict[str, Any]:
+    snapshot = HERE / name / "commercetools.json"
+    return {
+        "notification": orjson.loads((HERE / name / "notification.json").read_bytes()),
+        "commercetools": orjson.loads(snapshot.read_bytes()) if snapshot.exists() else {},
+    }
+
+
+DOCUMENTS = {name: _case(name) for name in CASES}
+MAPPING = Mapping.model_validate(
+    {"order": {"properties": {"include": ["*"]}, "raw_line_item": True}, "customer": {"erasure": True}}
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_odd_values_anywhere_have_a_clear_outcome(name: str, data: st.DataObject) -> None:
+    """Requests, or a reason; never a crash."""
+    document = DOCUMENTS[name]
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(_paths(document)))
+        document = _replaced(document, path, data.draw(st.sampled_from(ODD)))
+    resources = document["commercetools"] if isinstance(document["commercetools"], dict) else {}
+    snapshot = {path: entries for path, entries in resources.items() if isinstance(entries, list)}
+    try:
+        lines = list(transform_offline(orjson.dumps(document["notification"]), snapshot, MAPPING))
+    except (Ignored, Rejected, Transient) as outcome:
+        assert str(outcome)
+    else:
+        assert all(orjson.loads(line)["path"].startswith("/api/") for line in lines)
