@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
-from adapters.base import DeadLetter, DeadLetters, Delivery, Failure, Publisher, QueueAdapter, QueueError
+from adapters.base import DeadLetter, DeadLetters, Delivery, Failure, Publisher, QueueAdapter, QueueError, QueueURLError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +19,7 @@ __all__ = [
     "Publisher",
     "QueueAdapter",
     "QueueError",
+    "QueueURLError",
     "open_queue",
 ]
 
@@ -27,11 +28,11 @@ _SCHEMES = {"embedded": "adapters.embedded:open_url"}
 
 
 def open_queue(url: str) -> QueueAdapter:
-    """Open the queue that `url` names. Raises QueueError: unknown scheme, or what the adapter finds."""
+    """Open the queue that `url` names. Raises QueueURLError, or QueueError when it cannot be opened."""
     scheme = urlsplit(url).scheme
     if scheme not in _SCHEMES:
         known = ", ".join(f"{name}://" for name in sorted(_SCHEMES))
-        raise QueueError(f"QUEUE_URL: expected one of {known}; got {scheme or 'no scheme'!r}")
+        raise QueueURLError(f"QUEUE_URL is malformed: expected one of {known}; found {scheme or 'no scheme'}")
     module, _, function = _SCHEMES[scheme].partition(":")
     opener = cast("Callable[[str], QueueAdapter]", getattr(import_module(module), function))
     return opener(url)

@@ -14,6 +14,10 @@ class QueueError(Exception):
     """The queue cannot be used: unreachable, missing, or not permitted. The text says what to do."""
 
 
+class QueueURLError(QueueError):
+    """The URL does not name a queue; the text says what was expected."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Why a delivery goes back to the queue or to the dead letters. Holds no personal data."""

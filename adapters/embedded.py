@@ -17,7 +17,7 @@ from threading import RLock
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from adapters.base import DeadLetter, Failure, QueueError
+from adapters.base import DeadLetter, Failure, QueueError, QueueURLError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adapters.base import Delivery
 
 POLL_SECONDS = 0.05
+_EXPECTED = "QUEUE_URL is malformed: expected embedded:///path/queue.db[?lease=SECONDS&max_attempts=N]"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS messages (
     id INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL, published_at REAL NOT NULL,
@@ -68,10 +69,10 @@ def open_url(url: str) -> EmbeddedQueue:
     try:
         lease = float(options.pop("lease", EmbeddedQueue.LEASE_SECONDS))
         max_attempts = int(options.pop("max_attempts", EmbeddedQueue.MAX_ATTEMPTS))
-    except ValueError as error:
-        raise QueueError(f"QUEUE_URL: lease and max_attempts are numbers: {error}") from None
-    if options or not path.strip("/") or lease <= 0 or max_attempts < 1:
-        raise QueueError("QUEUE_URL: expected embedded:///path/queue.db[?lease=SECONDS&max_attempts=N]")
+    except ValueError:
+        raise QueueURLError(_EXPECTED) from None
+    if options or not path.strip("/") or not 0 < lease < float("inf") or max_attempts < 1:
+        raise QueueURLError(_EXPECTED)
     return EmbeddedQueue(Path(path).expanduser(), lease=lease, max_attempts=max_attempts)
 
 

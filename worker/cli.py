@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 import orjson
 
-from adapters import DeadLetters, Publisher, QueueAdapter, QueueError, open_queue
+from adapters import DeadLetters, Publisher, QueueAdapter, QueueError, QueueURLError, open_queue
 from worker.errors import Ignored, Misconfigured, SettingsError, WorkerError
 from worker.settings import MappingSettings, QueueSettings, Settings, load
 
@@ -47,7 +47,7 @@ def _exit_codes() -> Iterator[None]:
     """Turn the errors an operator can act on into one line and an exit code."""
     try:
         yield
-    except SettingsError as error:
+    except (SettingsError, QueueURLError) as error:
         raise Failed(str(error), USAGE) from None
     except QueueError as error:
         raise Failed(str(error), QUEUE) from None

@@ -32,6 +32,8 @@ def test_a_missing_variable_is_one_line_and_exit_code_2(name: str, worker: Worke
         ("KLAVIYO_AUTH_KEY", "s3 cret"),
         ("KLAVIYO_WORKER_LANES", "s3cret"),
         ("KLAVIYO_WORKER_CONFIG", "/nowhere/mapping.toml"),
+        ("QUEUE_URL", "kafka://topic"),
+        ("QUEUE_URL", "embedded:///tmp/queue.db?lease=never"),
     ],
 )
 def test_a_malformed_variable_is_one_line_and_exit_code_2(name: str, value: str, worker: Worker) -> None:
@@ -51,10 +53,9 @@ def test_a_scope_is_optional(worker: Worker) -> None:
 
 def test_a_queue_that_cannot_be_opened_is_exit_code_3(worker: Worker) -> None:
     """With the reason, and no traceback."""
-    for url in ("embedded:///proc/nowhere/queue.db", "kafka://topic"):
-        done = worker("run", "--once", env={"QUEUE_URL": url})
-        assert done.returncode == 3
-        assert done.stderr.startswith("Error: QUEUE_URL: ")
+    done = worker("run", "--once", env={"QUEUE_URL": "embedded:///proc/nowhere/queue.db"})
+    assert done.returncode == 3
+    assert done.stderr.startswith("Error: QUEUE_URL: cannot open ")
 
 
 def test_publish_takes_lines_as_they_are(worker: Worker) -> None:

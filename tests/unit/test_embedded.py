@@ -167,7 +167,8 @@ def test_the_queue_can_be_published_to_and_has_dead_letters(queue: EmbeddedQueue
     ("url", "expected"),
     [
         ("embedded:///", "embedded:///path"),
-        ("embedded:///tmp/q.db?lease=soon", "numbers"),
+        ("embedded:///tmp/q.db?lease=soon", "lease=SECONDS"),
+        ("embedded:///tmp/q.db?lease=inf", "lease=SECONDS"),
         ("embedded:///tmp/q.db?lease=0", "embedded:///path"),
         ("embedded:///tmp/q.db?colour=red", "embedded:///path"),
         ("embedded:///proc/nowhere/q.db", "cannot open"),
