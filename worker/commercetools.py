@@ -21,7 +21,7 @@ from oauthlib.oauth2 import BackendApplicationClient, OAuth2Error
 
 from worker import http
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient, WorkerError
-from worker.transform.fields import as_dict, as_dicts, as_text, pick_ids
+from worker.loose import as_dict, as_dicts, as_text, pick_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator

@@ -18,8 +18,8 @@ import cachetools
 
 from worker import commercetools as ct
 from worker.errors import Misconfigured, Rejected, Transient, WorkerError
+from worker.loose import as_dict, as_dicts, as_text, parse_time, pick_ids, unique
 from worker.model import Enriched, Json, Notification
-from worker.transform.fields import as_dict, as_dicts, as_text, parse_time, pick_ids, unique
 
 if TYPE_CHECKING:
     from worker.mapping import Mapping

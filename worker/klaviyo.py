@@ -16,7 +16,7 @@ from openapi_client.rest import RESTClientObject
 
 from worker import http
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
-from worker.transform.fields import as_dict, as_dicts, as_text
+from worker.loose import as_dict, as_dicts, as_text
 
 if TYPE_CHECKING:
     from threading import Event

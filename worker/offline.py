@@ -11,9 +11,9 @@ from worker.commercetools import Snapshot
 from worker.dryrun import operation_line
 from worker.enrich import Enricher
 from worker.errors import WorkerError
+from worker.loose import as_dicts
 from worker.parse import parse
 from worker.transform import handler_for, transform
-from worker.transform.fields import as_dicts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

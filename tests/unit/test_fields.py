@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_parse import json_values
+from worker.loose import pick_ids
 from worker.mapping import Mapping, Properties
 from worker.transform import fields
 from worker.transform.limits import MAX_ARRAY, MAX_PROPERTIES, MAX_TEXT_BYTES, fit
@@ -210,7 +211,7 @@ def test_fields_are_total(value: object) -> None:
     fields.phone({"phone": value, "country": value})
     fields.filtered(value, Properties())
     fields.later(value, 1)
-    fields.pick_ids(value)
+    pick_ids(value)
     fields.image_url({"images": value})
     catalog_price({"prices": value}, Mapping(), NOW)
     price_texts({"prices": value})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from worker.loose import as_text
 from worker.model import Json, Kind, Operation
 from worker.transform import fields
-from worker.transform.fields import as_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping as ReadOnly

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from worker.errors import Ignored
+from worker.loose import as_dict, as_dicts, as_text
 from worker.model import Json, Kind, Operation
 from worker.transform import fields
-from worker.transform.fields import as_dict, as_dicts, as_text
 from worker.transform.limits import PROFILE_BYTES, fit
 from worker.transform.registry import handles
 

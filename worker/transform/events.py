@@ -6,9 +6,9 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import Rejected
+from worker.loose import as_dict, as_dicts, as_int, as_text, pick_ids, unique
 from worker.model import Json, Kind, Operation
 from worker.transform import fields
-from worker.transform.fields import as_dict, as_dicts, as_int, as_text
 from worker.transform.limits import fit
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ def order_properties(order: Json, enriched: Enriched, mapping: Mapping) -> Json:
     ours = {
         "OrderId": as_text(order.get("id")),
         "OrderNumber": as_text(order.get("orderNumber")),
-        "ItemNames": fields.unique(line.get("ProductName", "") for line in lines),
-        "Categories": fields.unique(name for line in lines for name in line.get("Categories", ())),
-        "Brands": fields.unique(line.get("Brand", "") for line in lines),
+        "ItemNames": unique(line.get("ProductName", "") for line in lines),
+        "Categories": unique(name for line in lines for name in line.get("Categories", ())),
+        "Brands": unique(line.get("Brand", "") for line in lines),
         "DiscountCode": ", ".join(_discount_codes(order, enriched)),
         "DiscountValue": fields.number(_discount_value(order)),
         "Items": lines,
@@ -137,15 +137,15 @@ def _category_names(product_id: str, enriched: Enriched, mapping: Mapping) -> li
     for category_id in enriched.product_categories.get(product_id, ()):
         category = enriched.categories.get(category_id)
         if category is not None:
-            path = [*fields.pick_ids(category.get("ancestors")), category_id]
+            path = [*pick_ids(category.get("ancestors")), category_id]
             members = (enriched.categories[entry] for entry in path if entry in enriched.categories)
             names += [fields.breadcrumb(member, enriched.categories, mapping.locale) for member in members]
-    return fields.unique(names)
+    return unique(names)
 
 
 def _discount_codes(order: Json, enriched: Enriched) -> list[str]:
     references = [as_dict(info.get("discountCode")) for info in as_dicts(order.get("discountCodes"))]
-    return fields.unique(enriched.discount_codes.get(as_text(ref.get("id")), "") for ref in references)
+    return unique(enriched.discount_codes.get(as_text(ref.get("id")), "") for ref in references)
 
 
 def _discount_value(order: Json) -> Decimal | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import phonenumbers
 
+from worker.loose import as_dict, as_dicts, as_int, as_text, parse_time
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
+    from collections.abc import Mapping as ReadOnly
 
     from worker.mapping import Properties
     from worker.model import Json
@@ -18,34 +21,9 @@ MAX_FRACTION_DIGITS = 20  # commercetools' limit for high precision money
 MAX_MINOR_UNITS = 2**63
 
 
-def as_dict(value: Any) -> Json:
-    """Return `value` when it is an object, else an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def as_dicts(value: Any) -> list[Json]:
-    """Return the objects in `value` when it is an array, else none."""
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
-
-
-def as_text(value: Any) -> str:
-    """Return `value` without outer white space when it is a text, else ""."""
-    return value.strip() if isinstance(value, str) else ""
-
-
-def as_int(value: Any) -> int | None:
-    """Return `value` when it is a whole number (a bool is none), else None."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
 def first(*values: str) -> str:
     """Return the first text that is not empty, or ""."""
     return next((value for value in values if value), "")
-
-
-def unique(values: Iterable[str]) -> list[str]:
-    """Return the texts that are not empty, once each, in order."""
-    return list(dict.fromkeys(value for value in values if value))
 
 
 def compact(values: Json) -> Json:
@@ -201,7 +179,7 @@ def _e164(text: str, country: str | None) -> str:
     return phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.E164)
 
 
-def breadcrumb(category: Json, categories: dict[str, Json] | Any, locale: str) -> str:
+def breadcrumb(category: Json, categories: ReadOnly[str, Json], locale: str) -> str:
     """Return the names from the root to the category: `Women > Pants > Jeans`."""
     ids = [as_text(ancestor.get("id")) for ancestor in as_dicts(category.get("ancestors"))]
     path = [*(categories[ancestor] for ancestor in ids if ancestor in categories), category]
@@ -218,15 +196,6 @@ def filtered(values: Any, rules: Properties) -> Json:
     return compact(chosen)
 
 
-def parse_time(value: Any) -> datetime | None:
-    """Return an RFC 3339 time, or None."""
-    try:
-        moment = datetime.fromisoformat(as_text(value))
-    except ValueError:
-        return None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
 def later(value: Any, seconds: int) -> str:
     """Return an RFC 3339 time moved by `seconds`, or "" when it is none."""
     moment = parse_time(value)
@@ -234,8 +203,3 @@ def later(value: Any, seconds: int) -> str:
         return "" if moment is None else (moment + timedelta(seconds=seconds)).isoformat()
     except OverflowError:
         return ""
-
-
-def pick_ids(references: Sequence[Any] | Any) -> list[str]:
-    """Return the ids of commercetools references, once each."""
-    return unique(as_text(reference.get("id")) for reference in as_dicts(references))

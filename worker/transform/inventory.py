@@ -6,9 +6,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from worker.errors import Ignored
+from worker.loose import as_text
 from worker.model import Kind, Operation
 from worker.transform.catalog import catalog_id
-from worker.transform.fields import as_text
 from worker.transform.products import product_operations, quantity
 from worker.transform.registry import handles
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import Ignored
+from worker.loose import as_dict, as_dicts, as_text
 from worker.transform import fields
 from worker.transform.events import (
     custom_line_properties,
@@ -13,7 +14,6 @@ from worker.transform.events import (
     line_properties,
     order_properties,
 )
-from worker.transform.fields import as_dict, as_dicts, as_text
 from worker.transform.registry import handles
 
 if TYPE_CHECKING:

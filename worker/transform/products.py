@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from worker.loose import as_dict, as_dicts, as_int, as_text, pick_ids
 from worker.model import Json, Kind, Operation
 from worker.transform import fields
 from worker.transform.catalog import catalog_id, category_operation
 from worker.transform.events import product_url
-from worker.transform.fields import as_dict, as_dicts, as_int, as_text
 from worker.transform.prices import catalog_price, price_texts
 from worker.transform.registry import handles
 
@@ -76,7 +76,7 @@ def _categories(product_id: str, enriched: Enriched) -> list[Json]:
     found: dict[str, Json] = {}
     for category_id in enriched.product_categories.get(product_id, ()):
         category = enriched.categories.get(category_id)
-        path = [*fields.pick_ids(as_dict(category).get("ancestors")), category_id]
+        path = [*pick_ids(as_dict(category).get("ancestors")), category_id]
         found |= {entry: enriched.categories[entry] for entry in path if entry in enriched.categories}
     return list(found.values())
 
