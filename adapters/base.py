@@ -75,7 +75,8 @@ class QueueAdapter(Protocol):
         """Return the messages, to be redelivered no sooner than `delay` seconds from now.
 
         `delay` is a hint that a queue clamps to what it can. `failure` is kept with the message where
-        the queue can, so that a message the queue's own policy gives up on says why.
+        the queue can, so that a message the queue's own policy gives up on says why. None: the messages
+        were not handled at all, which costs no delivery attempt where the queue can take it back.
         """
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> None:

@@ -6,6 +6,7 @@ lease token makes a late ack harmless. Why not a library: docs/decisions/0003-em
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
 import uuid
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from adapters.base import Delivery
 
+log = logging.getLogger("klaviyo_worker.embedded")
 POLL_SECONDS = 0.05
 _EXPECTED = "QUEUE_URL is malformed: expected embedded:///path/queue.db[?lease=SECONDS&max_attempts=N]"
 _SCHEMA = """
@@ -45,6 +47,10 @@ _BURY = """
 INSERT INTO dead_letters SELECT id, body, published_at, attempts, ?, ?, ?, ?
 FROM messages WHERE id = ? AND lease = ?
 """
+_RETURN = """
+UPDATE messages SET lease = NULL, visible_at = ?, reason = ?, stage = ?, error = ? WHERE id = ? AND lease = ?
+"""
+_UNDO = "UPDATE messages SET lease = NULL, visible_at = ?, attempts = attempts - 1 WHERE id = ? AND lease = ?"
 _OVERDUE = Failure("was delivered as often as allowed and never settled", "queue", "LeaseExpired")
 
 
@@ -80,7 +86,7 @@ class EmbeddedQueue:
     """A queue in one SQLite file. Implements QueueAdapter, Publisher and DeadLetters."""
 
     LEASE_SECONDS = 60.0
-    MAX_ATTEMPTS = 10
+    MAX_ATTEMPTS = 20  # with delays up to ten minutes: an outage of two hours
 
     def __init__(self, path: Path, *, lease: float = LEASE_SECONDS, max_attempts: int = MAX_ATTEMPTS) -> None:
         self._path = path
@@ -127,17 +133,18 @@ class EmbeddedQueue:
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
         """Make the messages ready again after `delay`, or bury those that used up their attempts."""
+        visible_at = time.time() + max(delay, 0.0)
+        if failure is None:
+            with self._transaction():
+                self._db.executemany(_UNDO, ((visible_at, *key) for key in _keys(deliveries)))
+            return
         spent = [d for d in deliveries if (d.attempt or 0) >= self._max_attempts]
         again = [d for d in deliveries if d not in spent]
-        reason = (failure.reason, failure.stage, failure.error) if failure else (None, None, None)
+        reason = (failure.reason, failure.stage, failure.error)
         with self._transaction():
-            self._db.executemany(
-                "UPDATE messages SET lease = NULL, visible_at = ?, reason = ?, stage = ?, error = ?"
-                " WHERE id = ? AND lease = ?",
-                ((time.time() + max(delay, 0.0), *reason, *key) for key in _keys(again)),
-            )
+            self._db.executemany(_RETURN, ((visible_at, *reason, *key) for key in _keys(again)))
         for delivery in spent:
-            self.dead_letter(delivery, self._given_up(delivery, failure))
+            self._give_up(delivery, failure)
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> None:
         """Move the row to the dead letters, in one transaction."""
@@ -157,7 +164,7 @@ class EmbeddedQueue:
 
     def backlog(self) -> int:
         """Count ready, delayed and leased messages."""
-        with self._lock:
+        with self._guard():
             return int(self._db.execute("SELECT count(*) FROM messages").fetchone()[0])
 
     def check(self) -> None:
@@ -172,7 +179,7 @@ class EmbeddedQueue:
 
     def dead_letters(self) -> Iterator[DeadLetter]:
         """Yield the dead letters, oldest first."""
-        with self._lock:
+        with self._guard():
             rows = self._db.execute("SELECT * FROM dead_letters ORDER BY dead_lettered_at, id").fetchall()
         for row_id, body, published_at, attempts, reason, stage, error, at in rows:
             delivery = EmbeddedDelivery(str(row_id), body, attempts, _time(published_at), lease="")
@@ -191,13 +198,15 @@ class EmbeddedQueue:
         leased = [_delivery(row) for row in sorted(rows)]  # RETURNING promises no order
         for delivery in leased:
             if delivery.attempt > self._max_attempts:
-                self.dead_letter(delivery, self._given_up(delivery, delivery.last_failure))
+                self._give_up(delivery, delivery.last_failure or _OVERDUE)
         return [delivery for delivery in leased if delivery.attempt <= self._max_attempts]
 
-    def _given_up(self, delivery: Delivery, last: Failure | None) -> Failure:
-        last = last or _OVERDUE
+    def _give_up(self, delivery: Delivery, last: Failure) -> None:
         tries = min(delivery.attempt or 0, self._max_attempts)
-        return Failure(f"gave up after {tries} attempts: {last.reason}", last.stage, last.error)
+        failure = Failure(f"gave up after {tries} attempts: {last.reason}", last.stage, last.error)
+        self.dead_letter(delivery, failure)
+        about = {"message_id": delivery.id, "reason": failure.reason, "stage": failure.stage, "error": failure.error}
+        log.error("queue_gave_up", extra=about)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:

@@ -155,7 +155,10 @@ class Commercetools:
         response = self._request(url, token)
         if response.status == requests.codes.unauthorized:  # revoked before its time
             response = self._request(url, self._token.renew(token))
-        return as_dicts(as_dict(_checked(response, query.path)).get("results"))
+        results = as_dict(_checked(response, query.path)).get("results")
+        if not isinstance(results, list):  # never take a strange answer for "there is none"
+            raise Transient(f"commercetools answered for {query.path} without results")
+        return as_dicts(results)
 
     def _request(self, url: str, token: str) -> http.Response:
         headers = {"Authorization": f"Bearer {token}", "Accept-Encoding": "gzip", "User-Agent": "klaviyo-worker"}
@@ -168,8 +171,8 @@ def _checked(response: http.Response, path: str) -> Any:
         return response.json()
     error = next(iter(as_dicts(as_dict(response.json()).get("errors"))), {})
     what = f"commercetools answered {response.status} {as_text(error.get('code'))[:64]} for {path}"
-    if response.status in {401, 403, 404}:
-        raise CommercetoolsMisconfigured(f"{what}: check CT_PROJECT_ID, CT_API_CLIENT and its scopes")
+    if response.status in {401, 403, 404} or response.status < requests.codes.bad_request:
+        raise CommercetoolsMisconfigured(f"{what}: check CT_API_URL, CT_PROJECT_ID, CT_API_CLIENT and its scopes")
     raise Rejected(what, response.status)
 
 
@@ -261,6 +264,6 @@ class _Token:
 
 def _only_verdicts(response: requests.Response) -> requests.Response:
     """Let oauthlib judge what the authorization server decided, not that it was down."""
-    if response.status_code in http.RETRYABLE:
+    if http.passes(response.status_code):
         raise Transient(f"no token from commercetools: {response.status_code}", http.retry_after(response.headers))
     return response

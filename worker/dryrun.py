@@ -38,7 +38,7 @@ def print_instead(operations: Sequence[Operation]) -> Sequence[WorkerError | Non
 
 
 class Peek:
-    """A queue whose messages are looked at once and then all returned. Costs each a delivery attempt."""
+    """A queue whose messages are looked at once and then all returned, as if they had not been received."""
 
     def __init__(self, queue: QueueAdapter, at_most: int) -> None:
         self._queue = queue

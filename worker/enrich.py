@@ -18,13 +18,13 @@ import cachetools
 
 from worker import commercetools as ct
 from worker.errors import Misconfigured, Rejected, Transient, WorkerError
-from worker.loose import as_dict, as_dicts, as_text, parse_time, pick_ids, unique
+from worker.loose import as_dict, as_dicts, as_int, as_text, parse_time, pick_ids, unique
 from worker.model import Enriched, Json, Notification
 
 if TYPE_CHECKING:
     from worker.mapping import Mapping
 
-READ_LAG = 10.0  # seconds in which a new resource may not be readable yet
+READ_LAG = 5.0  # seconds in which a change may not be readable yet
 _CATALOG_ENTRIES = 20_000
 
 Ask = tuple[ct.Query, Iterable[str]]
@@ -45,10 +45,12 @@ class Enricher:
         mapping: Mapping,
         *,
         catalog_ttl: float = 0.0,
+        read_lag: float = READ_LAG,
         now: Callable[[], datetime] = _utc_now,
     ) -> None:
         self._reader = reader
         self._mapping = mapping
+        self._read_lag = read_lag
         self._now = now
         self._catalog: cachetools.TTLCache[tuple[ct.Query, str], Json]
         self._catalog = cachetools.TTLCache(_CATALOG_ENTRIES, catalog_ttl)
@@ -56,7 +58,7 @@ class Enricher:
 
     def enrich(self, notifications: Sequence[Notification]) -> list[Result]:
         """Return every notification with its data, or with why it cannot be had, in their order."""
-        known = _Known(self._mapping)
+        known = _Known(self._mapping, self._read_lag)
         now = self._now()
         plans = [PLANS[n.resource_type](Enriched(n, now), known) for n in notifications]
         results: list[Result | None] = [None] * len(plans)
@@ -109,8 +111,9 @@ def _advance(plan: Plan, asks: dict[ct.Query, set[str]]) -> Result | None:
 class _Known:
     """What a batch has read so far."""
 
-    def __init__(self, mapping: Mapping) -> None:
+    def __init__(self, mapping: Mapping, read_lag: float) -> None:
         self.mapping = mapping
+        self.read_lag = read_lag
         self._found: dict[ct.Query, ct.Found] = defaultdict(dict)
 
     def missing(self, query: ct.Query, values: set[str]) -> set[str]:
@@ -261,16 +264,25 @@ PLANS: dict[str, Callable[[Enriched, _Known], Plan]] = defaultdict(
 def _existing(query: ct.Query, enriched: Enriched, known: _Known) -> Json | None:
     """Return the notification's resource, or None when commercetools has none.
 
-    Right after its creation a resource may not be readable: then the message waits until that cannot be.
+    A read may lag behind the message: what is missing or older than the message says is not believed at once.
     """
     notification = enriched.notification
     resource = known.one(query, notification.resource_id)
-    if resource is None and notification.type.endswith(("Created", "Imported")):
-        moment = parse_time(notification.time)
-        age = (enriched.as_of - moment).total_seconds() if moment else READ_LAG
-        if age < READ_LAG:
-            raise Transient(f"commercetools does not show the new {notification.resource_type} yet", READ_LAG)
+    moment = parse_time(notification.time)
+    age = (enriched.as_of - moment).total_seconds() if moment else known.read_lag
+    if age < known.read_lag and _lags(resource, notification):
+        wait = min(known.read_lag - age, known.read_lag)
+        raise Transient(f"commercetools does not show the {notification.resource_type}'s change yet", wait)
     return resource
+
+
+def _lags(resource: Json | None, notification: Notification) -> bool:
+    if resource is None:
+        return not notification.type.endswith(("Deleted", "Unpublished"))
+    # A Message's own version is always 1; https://docs.commercetools.com/api/projects/messages
+    version = "resourceVersion" if notification.payload.get("notificationType") == "Message" else "version"
+    wanted, shown = as_int(notification.payload.get(version)), as_int(resource.get("version"))
+    return wanted is not None and shown is not None and shown < wanted
 
 
 def _categories(

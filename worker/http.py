@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from threading import Event
 
-# 408 and 425 ask for another try; 524 is Cloudflare's timeout in front of Klaviyo.
-RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504, 524})
+MULTIPLE_CHOICES, REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS, INTERNAL_SERVER_ERROR = 300, 408, 425, 429, 500
 MAX_RETRY_AFTER = 3600.0
 
 P = ParamSpec("P")
@@ -79,9 +79,16 @@ def request(
     except urllib3.exceptions.HTTPError as error:
         raise Transient(f"no answer to {what}: {type(error).__name__}") from None
     response = Response(answer.status, answer.headers, answer.data)
-    if response.status in RETRYABLE:
+    if passes(response.status):
         raise Transient(f"{response.status} to {what}", retry_after(response.headers))
+    if response.status < MULTIPLE_CHOICES and response.body and response.json() is None:
+        raise Transient(f"{response.status} to {what} with something that is no JSON")  # a maintenance page, a proxy
     return response
+
+
+def passes(status: int) -> bool:
+    """Tell whether a status is about the moment, not about the request; proxies have 5xx of their own."""
+    return status >= INTERNAL_SERVER_ERROR or status in {REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS}
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -91,7 +98,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         seconds = float(value) if not value.endswith("GMT") else _until(value)
     except ValueError:
         return None
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER) if math.isfinite(seconds) else None
 
 
 def _until(http_date: str) -> float:

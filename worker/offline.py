@@ -47,7 +47,7 @@ def transform_offline(body: bytes, snapshot: dict[str, list[Json]], mapping: Map
     """
     notification = parse(body)
     handler_for(notification, mapping)
-    enricher = Enricher(Snapshot(_with_payload(snapshot, notification)), mapping)
+    enricher = Enricher(Snapshot(_with_payload(snapshot, notification)), mapping, read_lag=0.0)
     (enriched,) = enricher.enrich([notification])
     if isinstance(enriched, WorkerError):
         raise enriched

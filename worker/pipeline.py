@@ -99,6 +99,8 @@ class Pipeline:
         for job in jobs:
             errors = [result for _ in job.operations if (result := next(results)) is not None]
             worst = min(errors, key=lambda error: _SEVERITY.index(error.disposition), default=None)
+            if worst is None and not job.operations:  # never ack what nothing was done for
+                worst = _defect("send", AssertionError())
             job.outcome = Outcome(Disposition.ACK, "send") if worst is None else _failed(job, "send", worst)
 
     def _settle(self, jobs: Sequence[Job]) -> None:
@@ -154,10 +156,9 @@ def _failed(job: Job, stage: str, error: WorkerError) -> Outcome:
 
 
 def _delay(job: Job, error: WorkerError) -> float:
-    """Return how long to wait: as the other side asked, else doubling with every attempt."""
-    if isinstance(error, Transient) and error.retry_after is not None:
-        return error.retry_after
-    return min(FIRST_DELAY * 2.0 ** min((job.delivery.attempt or 1) - 1, 16), LONGEST_DELAY)
+    """Return how long to wait: doubling with every attempt, and at least as long as the other side asked."""
+    asked = error.retry_after if isinstance(error, Transient) else None
+    return max(asked or 0.0, min(FIRST_DELAY * 2.0 ** min((job.delivery.attempt or 1) - 1, 16), LONGEST_DELAY))
 
 
 def _defect(stage: str, error: Exception) -> WorkerError:

@@ -90,7 +90,7 @@ class Runner:
             if self._once and self._nothing_left(waited, max_wait):
                 return
             room = self._room()
-            if room <= 0:
+            if room <= 0 or self._stopping.is_set():
                 continue
             began, idle = time.monotonic(), not self._held
             deliveries = self._queue.receive(room, DRAIN_WAIT if self._once and not idle else RECEIVE_WAIT)
@@ -188,10 +188,9 @@ class Runner:
             self._changed.notify_all()
 
     def _give_back(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            job.outcome = None
+        """Return messages unhandled. A lane may still be at work on them: the jobs are its own to change."""
         self._queue.nack([job.delivery for job in jobs])
-        self._telemetry.settled(jobs)
+        self._telemetry.returned(jobs)
         self._release(jobs)
 
     def _fail(self, error: Exception) -> None:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 PHASES: tuple[frozenset[Kind], ...] = (
     frozenset({Kind.CREATE_EVENT, Kind.UPSERT_PROFILE, Kind.UPSERT_CATEGORY, Kind.ENSURE_CATEGORY}),
     frozenset({Kind.UPSERT_ITEM, Kind.DELETE_PROFILE}),
+    frozenset({Kind.DELETE_STALE_VARIANTS}),  # first: a sku may have moved to another product
     frozenset({Kind.UPSERT_VARIANT, Kind.UPDATE_INVENTORY}),
-    frozenset({Kind.DELETE_STALE_VARIANTS}),
     frozenset({Kind.DELETE_ITEM, Kind.DELETE_CATEGORY}),
 )
 _COLLECTION = {
@@ -37,7 +37,7 @@ _COLLECTION = {
     Kind.UPDATE_INVENTORY: "/api/catalog-variants",
 }
 _CREATE_ONLY = frozenset({"external_id", "integration_type", "catalog_type"})
-_REMEMBERED = 50_000  # catalog entries known to exist; forgetting one costs a call, nothing more
+_REMEMBERED, _REMEMBERED_SECONDS = 50_000, 600.0  # catalog entries known to exist; forgetting one costs a call
 _NOT_FOUND, _CONFLICT = 404, 409
 
 Result = WorkerError | None
@@ -84,7 +84,8 @@ class Sender:
     def __init__(self, client: Client, concurrency: int) -> None:
         self._client = client
         self._executor = ThreadPoolExecutor(concurrency, thread_name_prefix="klaviyo")
-        self._exists: cachetools.LRUCache[str, bool] = cachetools.LRUCache(_REMEMBERED)
+        self._exists: cachetools.TTLCache[str, bool]
+        self._exists = cachetools.TTLCache(_REMEMBERED, _REMEMBERED_SECONDS)
         self._lock = Lock()
         self._special: dict[Kind, Callable[[Operation], None]] = {
             Kind.UPSERT_PROFILE: self._upsert_profile,

@@ -36,8 +36,14 @@ class Telemetry:
 
     def settled(self, jobs: Iterable[Job]) -> None:
         """Report deliveries that reached an ending."""
-        for job in jobs:
-            outcome = outcome_name(job)
+        self._report((job, outcome_name(job)) for job in jobs)
+
+    def returned(self, jobs: Iterable[Job]) -> None:
+        """Report deliveries that went back to the queue unhandled."""
+        self._report((job, "returned") for job in jobs)
+
+    def _report(self, endings: Iterable[tuple[Job, str]]) -> None:
+        for job, outcome in endings:
             with self._lock:
                 self.outcomes[outcome] += 1
             level = _LEVELS.get(outcome, logging.INFO)
@@ -46,9 +52,8 @@ class Telemetry:
 
 
 def outcome_name(job: Job) -> str:
-    """Return the outcome as logs name it: sent, ignored, retried, dead_lettered, or returned unhandled."""
-    if job.outcome is None or job.outcome.disposition is Disposition.PARK:
-        return "returned"
+    """Return the outcome of a settled job as logs name it: sent, ignored, retried, dead_lettered."""
+    assert job.outcome is not None
     if job.outcome.disposition is Disposition.ACK and not job.operations:
         return "ignored"
     return _OUTCOMES[job.outcome.disposition]

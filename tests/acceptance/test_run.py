@@ -219,6 +219,19 @@ def test_a_dry_run_writes_nothing_and_keeps_every_message(worker: Worker, sandbo
     assert len({line["message_id"] for line in log_lines(done.stderr)}) == len(samples)
 
 
+def test_looking_and_being_refused_spend_no_attempts(worker: Worker, sandbox: Sandbox) -> None:
+    """Dry runs and refused credentials, again and again, bury nothing."""
+    customer = next(iter(sandbox.shop.customers))
+    queue = {"QUEUE_URL": worker.environment["QUEUE_URL"] + "?max_attempts=2"}
+    worker.publish(updated(customer))
+    for _ in range(2):
+        assert worker("run", "--dry-run", env=queue).returncode == 0
+        assert worker("run", "--once", env=queue | {"KLAVIYO_AUTH_KEY": "pk_wrong"}).returncode == 5
+    assert worker.dead_letters() == []
+    done = worker("run", "--once", env=queue)
+    assert [line["attempt"] for line in log_lines(done.stderr)] == [1]
+
+
 def test_one_customer_updated_many_times_is_fetched_and_sent_once_per_batch(worker: Worker, sandbox: Sandbox) -> None:
     """A backlog makes batches: calls per message fall by themselves."""
     customer = next(iter(sandbox.shop.customers))

@@ -69,7 +69,7 @@ def test_a_result_of_many_pages_is_read_to_the_end(sandbox: Sandbox) -> None:
     assert found == [f"{number:05}" for number in range(2 * PAGE + 7)]
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 520, 522])
 def test_what_passes_is_tried_again(status: int, sandbox: Sandbox) -> None:
     """A short outage costs nobody a delivery attempt."""
     sandbox.commercetools.faults.add(Fault(status=status, times=2, match="GET"))
@@ -95,6 +95,19 @@ def test_an_outage_is_transient(sandbox: Sandbox) -> None:
     error = client.find(CUSTOMERS, ["x"])["x"]
     assert isinstance(error, Transient)
     assert "x" not in str(error).split("/")[-1]
+
+
+@pytest.mark.parametrize("body", [b"<html>maintenance</html>", b"{}", b'{"results": null}', b""])
+def test_a_strange_answer_is_never_taken_for_nothing(body: bytes, sandbox: Sandbox) -> None:
+    """A maintenance page must not delete products or forget orders."""
+    sandbox.commercetools.faults.add(Fault(status=200, times=None, match="GET", body=body))
+    assert isinstance(commercetools_for(sandbox, retry_seconds=0.1).find(PRODUCTS, ["x"])["x"], Transient)
+
+
+def test_a_redirect_is_a_matter_of_configuration(sandbox: Sandbox) -> None:
+    """Whoever answers there is not the API."""
+    sandbox.commercetools.faults.add(Fault(status=302, times=1, match="GET"))
+    assert isinstance(commercetools_for(sandbox).find(PRODUCTS, ["x"])["x"], CommercetoolsMisconfigured)
 
 
 def test_retry_after_beyond_our_patience_is_passed_on(sandbox: Sandbox) -> None:

@@ -28,7 +28,7 @@ def test_a_call_is_authenticated_and_answered(sandbox: Sandbox) -> None:
     assert answer["data"]["attributes"]["email"] == "ada@example.com"
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 524])
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 520, 524])
 def test_what_passes_is_tried_again(status: int, sandbox: Sandbox) -> None:
     """Short outages stay between Klaviyo and us."""
     sandbox.klaviyo.faults.add(Fault(status=status, times=2))
@@ -49,7 +49,7 @@ def test_retry_after_is_obeyed(sandbox: Sandbox) -> None:
     assert error.value.retry_after == 600
 
 
-@pytest.mark.parametrize("header", ["soon", "Wed, 21 Oct 2015 07:28:00 GMT", "-5"])
+@pytest.mark.parametrize("header", ["soon", "Wed, 21 Oct 2015 07:28:00 GMT", "-5", "nan", "inf", "99 GMT"])
 def test_an_odd_retry_after_is_survived(header: str, sandbox: Sandbox) -> None:
     """A date in the past, a negative number, a word: try again as usual."""
     sandbox.klaviyo.faults.add(Fault(status=503, times=1, headers={"Retry-After": header}))
@@ -118,6 +118,13 @@ def test_what_judges_no_record_is_a_matter_of_configuration(fault: Fault, expect
     sandbox.klaviyo.faults.add(fault)
     with pytest.raises(KlaviyoMisconfigured, match=expected):
         klaviyo_for(sandbox).call("POST", "/api/events", PROFILE)
+
+
+def test_a_strange_answer_is_never_taken_for_success(sandbox: Sandbox) -> None:
+    """A maintenance page with status 200 has recorded no event."""
+    sandbox.klaviyo.faults.add(Fault(status=200, times=None, body=b"<html>maintenance</html>"))
+    with pytest.raises(Transient, match="no JSON"):
+        klaviyo_for(sandbox, retry_seconds=0.1).call("POST", "/api/events", PROFILE)
 
 
 def test_a_challenge_page_is_transient(sandbox: Sandbox) -> None:

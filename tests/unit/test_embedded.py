@@ -97,6 +97,28 @@ def test_the_last_attempt_ends_in_the_dead_letters_with_the_last_reason(queue: E
     assert queue.receive(1, 0) == []
 
 
+def test_a_message_returned_unhandled_has_spent_no_attempt(queue: EmbeddedQueue) -> None:
+    """Shutdowns, dry runs and refused credentials are not the message's fault, however often they come."""
+    queue.publish([b"x"])
+    queue.nack(queue.receive(1, 0), failure=FAILURE)
+    for _ in range(10):
+        (delivery,) = queue.receive(1, 0)
+        assert delivery.attempt == 2
+        queue.nack([delivery])
+    for _ in range(2):
+        queue.nack(queue.receive(1, 0), failure=FAILURE)
+    assert len(list(queue.dead_letters())) == 1
+
+
+def test_giving_up_is_logged(queue: EmbeddedQueue, caplog: pytest.LogCaptureFixture) -> None:
+    """The worker's own line says `retried`: it cannot know that the queue had enough."""
+    queue.publish([b"x"])
+    for _ in range(3):
+        queue.nack(queue.receive(1, 0), failure=FAILURE)
+    (record,) = caplog.records
+    assert (record.message, record.levelname, vars(record)["message_id"]) == ("queue_gave_up", "ERROR", "1")
+
+
 def test_a_message_that_kills_its_workers_ends_in_the_dead_letters(tmp_path: Path) -> None:
     """Nobody nacks it, so the lease's end counts."""
     queue = EmbeddedQueue(tmp_path / "q.db", lease=0.01, max_attempts=2)
@@ -196,3 +218,11 @@ def test_a_queue_that_breaks_says_so(tmp_path: Path) -> None:
     (tmp_path / "q.db").write_bytes(b"no database" * 1000)
     with pytest.raises(QueueError, match="cannot open"):
         EmbeddedQueue(tmp_path / "q.db")
+
+
+@pytest.mark.parametrize("method", ["backlog", "check", "dead_letters"])
+def test_a_queue_that_breaks_later_says_so_too(method: str, queue: EmbeddedQueue) -> None:
+    """The runner knows QueueError, not SQLite's errors."""
+    queue.close()
+    with pytest.raises(QueueError):
+        list(getattr(queue, method)())

@@ -191,11 +191,39 @@ def test_a_resource_without_a_plan_needs_nothing(enricher: Enricher, reader: Cou
     assert reader.queries == {}
 
 
-def test_a_new_resource_may_lag_behind_its_message(enricher: Enricher) -> None:
-    """A 404 right after the creation is not believed; later it is."""
-    for age, expected in ((2, Transient), (60, Enriched)):
+@pytest.mark.parametrize(
+    ("kind", "resource"),
+    [("CustomerCreated", "customer"), ("ProductPublished", "product"), ("OrderStateChanged", "order")],
+)
+def test_a_read_may_lag_behind_its_message(kind: str, resource: str, enricher: Enricher) -> None:
+    """What is missing right after the message is not believed to be gone; later it is."""
+    for age, expected in ((-3, Transient), (2, Transient), (60, Enriched)):
         created = (NOW - timedelta(seconds=age)).isoformat()
-        (result,) = enricher.enrich([Notification("CustomerCreated", "customer", "new", created, {})])
+        (result,) = enricher.enrich([Notification(kind, resource, "new", created, {})])
+        assert isinstance(result, expected)
+        if isinstance(result, Transient):
+            assert 0 < (result.retry_after or 0) <= 5
+
+
+def test_what_is_deleted_is_believed_at_once(enricher: Enricher) -> None:
+    """A deletion needs no waiting to be true."""
+    just_now = NOW.isoformat()
+    for kind in ("ProductDeleted", "ProductUnpublished", "ResourceDeleted"):
+        (result,) = enricher.enrich([Notification(kind, "product", "gone", just_now, {})])
+        assert isinstance(result, Enriched)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [{"notificationType": "ResourceUpdated", "version": 5}, {"notificationType": "Message", "resourceVersion": 5}],
+)
+def test_a_read_older_than_its_message_is_not_believed_at_once(payload: dict[str, Any]) -> None:
+    """The last change of a customer must not be lost to a replica that lags."""
+    shop = {"customers": [{"id": "c", "version": 4, "email": "ada@example.com"}]}
+    enricher = Enricher(Snapshot(shop), Mapping(), now=lambda: NOW)
+    for age, expected in ((1, Transient), (60, Enriched)):
+        moment = (NOW - timedelta(seconds=age)).isoformat()
+        (result,) = enricher.enrich([Notification("ResourceUpdated", "customer", "c", moment, payload)])
         assert isinstance(result, expected)
 
 

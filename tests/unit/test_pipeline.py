@@ -150,10 +150,11 @@ def test_the_wait_doubles_with_every_attempt(
 
 
 def test_the_other_side_may_say_how_long_to_wait(pipeline: Pipeline, recorded: RecordingQueue, stages: Stages) -> None:
-    """Retry-After wins over our own idea."""
+    """Retry-After is the least; attempts must not run out while it keeps asking for a second."""
     stages.send_errors["a"] = [Transient("429", retry_after=17)]
     run(pipeline, updated("a"))
-    assert recorded.settled == [("nack", "a", 17, "429")]
+    run(pipeline, updated("a", attempt=8))
+    assert recorded.settled == [("nack", "a", 17, "429"), ("nack", "a", 256, "429")]
 
 
 def test_parked_messages_are_not_settled_and_can_be_tried_again(
@@ -203,6 +204,15 @@ def test_the_worst_ending_of_its_operations_is_the_messages() -> None:
     from worker.pipeline import _SEVERITY
 
     assert _SEVERITY == (Disposition.PARK, Disposition.NACK, Disposition.DEAD_LETTER)
+
+
+def test_what_nothing_was_done_for_is_never_acked(
+    pipeline: Pipeline, recorded: RecordingQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Should a defect leave a job without operations and without an ending, the message comes again."""
+    monkeypatch.setattr("worker.pipeline.transform", lambda *_: ())
+    run(pipeline, updated("a"))
+    assert [how for how, *_ in recorded.settled] == ["nack"]
 
 
 def test_a_message_with_one_failed_operation_is_not_acked(recorded: RecordingQueue, stages: Stages) -> None:

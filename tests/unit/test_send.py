@@ -102,8 +102,8 @@ def test_what_others_need_comes_first(sender: Sender, klaviyo: Klaviyo) -> None:
     assert [name.split("?")[0] for name in klaviyo.names] == [
         "POST /api/catalog-categories",
         "POST /api/catalog-items",
-        "POST /api/catalog-variants",
         f"GET {ITEM}/variants",
+        "POST /api/catalog-variants",
         f"DELETE /api/catalog-items/{catalog_id('gone')}",
     ]
 
@@ -190,6 +190,14 @@ def test_variants_commercetools_no_longer_has_are_deleted_page_by_page(sender: S
         "DELETE /api/catalog-variants/$custom:::$default:::old%201",
         "DELETE /api/catalog-variants/$custom:::$default:::old%2F2",
     ]
+
+
+def test_a_sku_that_moves_to_another_product_survives(sender: Sender, klaviyo: Klaviyo) -> None:
+    """In one batch the old product's variants go before the new product's come."""
+    variants = f"GET {ITEM}/variants?fields%5Bcatalog-variant%5D=id"
+    klaviyo.answer(variants, {"data": [{"id": catalog_id("s")}]})
+    sender.send([entry(Kind.UPSERT_VARIANT, "s"), Operation(Kind.DELETE_STALE_VARIANTS, "p")])
+    assert klaviyo.names == [variants, f"DELETE {VARIANT}", "POST /api/catalog-variants"]
 
 
 def test_an_item_klaviyo_never_had_has_no_variants(sender: Sender, klaviyo: Klaviyo) -> None:

@@ -46,10 +46,9 @@ def job(outcome: Outcome | None, operations: int = 0) -> Job:
         (Outcome(Disposition.ACK, "parse", Ignored("no handler")), 0, "ignored", "INFO"),
         (Outcome(Disposition.NACK, "enrich", Transient("500")), 0, "retried", "WARNING"),
         (Outcome(Disposition.DEAD_LETTER, "send", Rejected("400")), 1, "dead_lettered", "ERROR"),
-        (None, 0, "returned", "INFO"),
     ],
 )
-def test_every_message_has_one_canonical_line(outcome: Outcome | None, operations: int, name: str, level: str) -> None:
+def test_every_message_has_one_canonical_line(outcome: Outcome, operations: int, name: str, level: str) -> None:
     """Scripts rely on the fields; the level says whether somebody should look."""
     stream = io.StringIO()
     configure_logging("INFO", "auto", stream)
@@ -65,6 +64,14 @@ def test_every_message_has_one_canonical_line(outcome: Outcome | None, operation
     )
     assert line["cut"] == (["Items"] if operations else None)
     assert telemetry.outcomes == {name: 1}
+
+
+def test_a_message_that_goes_back_unhandled_says_so() -> None:
+    """Whatever a lane may still be making of it."""
+    stream = io.StringIO()
+    configure_logging("INFO", "json", stream)
+    Telemetry().returned([job(None), job(Outcome(Disposition.ACK, "send"), 1)])
+    assert [json.loads(line)["outcome"] for line in stream.getvalue().splitlines()] == ["returned"] * 2
 
 
 def test_a_person_gets_text() -> None:
