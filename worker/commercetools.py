@@ -1,7 +1,7 @@
 """The commercetools client: token, timeouts, retries, raw JSON, chunked `id in (...)` queries.
 
-The SDK gets the token; its typed models cost an order of magnitude more CPU and break on values newer
-than they are, so reads are raw JSON: docs/decisions/0002-raw-json-over-sdk-models.md.
+The SDK gets the token; its typed models cost much CPU and break on values newer than they are, so reads
+are raw JSON: docs/decisions/0002-raw-json-over-sdk-models.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The Klaviyo client: klaviyo-api's host, authentication and connection pool; our bytes, timeouts and verdicts.
 
-Its model round trip costs a hundred times the CPU on bulk calls and drops attributes it does not know:
+Its model round trip costs much CPU and drops attributes it does not know:
 docs/decisions/0002-raw-json-over-sdk-models.md.
 """
 
