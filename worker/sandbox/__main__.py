@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import signal
-
-import click
 
 from worker.sandbox import Sandbox
 
 
-@click.command()
-@click.option("--commercetools-port", type=int, default=8091, show_default=True)
-@click.option("--klaviyo-port", type=int, default=8092, show_default=True)
-@click.option("--latency", type=float, default=0.0, show_default=True, help="Seconds every answer takes.")
-@click.option("--rate-limits", is_flag=True, help="Enforce Klaviyo's documented rate limits.")
-def serve(*, commercetools_port: int, klaviyo_port: int, latency: float, rate_limits: bool) -> None:
+def main() -> None:
     """Serve a commercetools and a Klaviyo on loopback, with a sample shop."""
-    with Sandbox(
-        commercetools_port=commercetools_port, klaviyo_port=klaviyo_port, latency=latency, rate_limits=rate_limits
-    ) as sandbox:
+    parser = argparse.ArgumentParser(prog="python -m worker.sandbox", description=main.__doc__)
+    parser.add_argument("--commercetools-port", type=int, default=8091, help="default: 8091; 0: any free one")
+    parser.add_argument("--klaviyo-port", type=int, default=8092, help="default: 8092; 0: any free one")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds every answer takes (default: 0)")
+    parser.add_argument("--rate-limits", action="store_true", help="enforce Klaviyo's documented rate limits")
+    arguments = parser.parse_args()
+    # Blocked before any thread starts, so that sigwait is the one to get them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    with Sandbox(**vars(arguments)) as sandbox:
         for name, value in sandbox.environment.items():
-            click.echo(f"export {name}={shlex.quote(value)}")
+            print(f"export {name}={shlex.quote(value)}", flush=True)
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
 
 
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-serve()
+if __name__ == "__main__":
+    main()

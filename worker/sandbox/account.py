@@ -7,9 +7,22 @@ from datetime import UTC, datetime
 from threading import RLock
 from typing import Any
 
-from worker.sandbox.rules import IDENTIFIERS, Refused, check_catalog, check_event, check_profile, invalid, resource
+from worker.sandbox.rules import (
+    BULK_ENTRY,
+    IDENTIFIERS,
+    Refused,
+    check_catalog,
+    check_event,
+    check_fields,
+    check_profile,
+    entries_of,
+    invalid,
+    references,
+    resource,
+)
 
 PREFIX = "$custom:::$default:::"
+MAX_BULK_EVENTS = 1_000
 _MATCHED_BY = ("email", "phone_number", "external_id", "anonymous_id")
 
 Json = dict[str, Any]
@@ -20,11 +33,12 @@ class Account:
 
     `bulk_repeats` chooses what nobody documents: whether a bulk call that repeats a unique_id of an
     *earlier* call is taken ("within": only repeats inside one call count), refused ("ever"), or answered
-    with 202 and dropped whole ("drop").
+    with 202 and dropped whole ("drop"). `job_seconds`: how long bulk jobs take.
     """
 
-    def __init__(self, bulk_repeats: str = "within") -> None:
+    def __init__(self, bulk_repeats: str = "within", job_seconds: float = 0.0) -> None:
         self.bulk_repeats = bulk_repeats
+        self.job_seconds = job_seconds
         self.profiles: list[Json] = []
         self.events: list[Json] = []
         self.items: dict[str, Json] = {}
@@ -51,13 +65,26 @@ class Account:
         check_profile(attributes)
         with self.lock:
             found = self._matching(data.get("id"), attributes)
-            if not found and not any(attributes.get(name) for name in IDENTIFIERS):
-                raise invalid("One or more identifiers is required.")
             if len(found) > 1:
                 raise _duplicate(found[1])
-            profile = found[0] if found else self._new_profile()
+            if not found:
+                return 201, self.create_profile(data)
+            self._write(found[0], attributes)
+            return 200, found[0]
+
+    def create_profile(self, data: Json) -> Json:
+        """Create a profile. Raises Refused: invalid, or one exists with one of the identifiers."""
+        attributes = data["attributes"]
+        check_profile(attributes)
+        if not any(attributes.get(name) for name in IDENTIFIERS):
+            raise invalid("One or more identifiers is required.")
+        with self.lock:
+            found = self._matching(None, attributes)
+            if found:
+                raise _duplicate(found[0])
+            profile = self._new_profile()
             self._write(profile, attributes)
-            return (200 if found else 201), profile
+            return profile
 
     def update_profile(self, profile_id: str, data: Json) -> Json:
         """Update a profile by Klaviyo's id. Raises Refused."""
@@ -66,19 +93,24 @@ class Account:
         if data.get("id") != profile_id:
             raise invalid("'id' must match the path.", "/data/id")
         with self.lock:
-            profile = self._by_id.get(profile_id)
-            if profile is None:
-                raise Refused(404, "not_found", "A profile with this id does not exist.")
+            profile = self.profile(profile_id)
             others = [other for other in self._matching(None, attributes) if other is not profile]
             if others:
                 raise _duplicate(others[0])
             self._write(profile, attributes)
             return profile
 
+    def profile(self, profile_id: str) -> Json:
+        """Return a profile by Klaviyo's id. Raises Refused when there is none."""
+        found = self._by_id.get(profile_id)
+        if found is None:
+            raise Refused(404, "not_found", "A profile with this id does not exist.")
+        return found
+
     def find_profiles(self, name: str, value: str) -> list[Json]:
         """Return the profiles with this identifier."""
         with self.lock:
-            found = self._by_identifier.get((name, value))
+            found = self._by_id.get(value) if name == "id" else self._by_identifier.get((name, value))
             return [found] if found else []
 
     def request_deletion(self, profile: Json) -> None:
@@ -88,6 +120,8 @@ class Account:
         if len(given) != 1 or not given.keys() <= {"id", "email", "phone_number"}:
             raise invalid("Exactly one of id, email, phone_number is required.", "/data/attributes/profile")
         ((name, value),) = given.items()
+        if not isinstance(value, str):
+            raise invalid(f"'{name}' must be of type str.", f"/data/attributes/profile/data/attributes/{name}")
         with self.lock:
             self.deletion_requests.append(given)
             found = self._by_id.get(value) if name == "id" else self._by_identifier.get((name, value))
@@ -112,6 +146,9 @@ class Account:
 
     def _write(self, profile: Json, attributes: Json) -> None:
         current = profile["attributes"]
+        for name in _MATCHED_BY:
+            if name in attributes and current.get(name) != attributes[name]:
+                self._by_identifier.pop((name, current.get(name) or ""), None)
         properties = current["properties"] | (attributes.get("properties") or {})
         current.update({name: value for name, value in attributes.items() if name != "properties"})
         current["properties"] = properties
@@ -135,27 +172,30 @@ class Account:
         for index, entry in enumerate(entries):
             pointer = f"{base}/{index}/attributes"
             attributes = resource({"data": entry}, "event-bulk-create", f"{base}/{index}")["attributes"]
+            check_fields("event-bulk-create", attributes, BULK_ENTRY, pointer)
             profile = self._event_profile_attributes(attributes.get("profile"), f"{pointer}/profile")
-            for number, event in enumerate((attributes.get("events") or {}).get("data") or []):
+            for number, event in enumerate(entries_of(attributes, "events", pointer=pointer)):
                 at = f"{pointer}/events/data/{number}"
                 planned.append((resource({"data": event}, "event", at)["attributes"], profile))
-                check_event(planned[-1][0], f"{at}/attributes")
-        if not 0 < len(planned) <= 1_000:  # noqa: PLR2004 - Klaviyo's limit
-            raise invalid("A bulk call takes 1 to 1000 events.", base)
-        self._record_bulk(planned)
-
-    def _record_bulk(self, planned: list[tuple[Json, Json]]) -> None:
+                check_event(planned[-1][0], f"{at}/attributes", bulk=True)
+        if not 0 < len(planned) <= MAX_BULK_EVENTS:
+            raise invalid(f"A bulk call takes 1 to {MAX_BULK_EVENTS} events.", base)
         with self.lock:
-            keys = [(str(profile), _metric(event), str(event.get("unique_id"))) for event, profile in planned]
-            if len(set(keys)) < len(keys):
-                raise invalid("unique_id is repeated.", "/data/attributes/events-bulk-create")
-            written = [(event, self._import_for_event(profile)) for event, profile in planned]
-            known = any(_key(event, profile["id"]) in self._seen for event, profile in written)
-            if known and self.bulk_repeats == "ever":
-                raise invalid("unique_id is repeated.", "/data/attributes/events-bulk-create")
-            if not (known and self.bulk_repeats == "drop"):
-                for event, profile in written:
-                    self._record(event, profile)
+            self._record_bulk(planned, base)
+
+    def _record_bulk(self, planned: list[tuple[Json, Json]], base: str) -> None:
+        keys = [_key(event, self._identity(profile)) for event, profile in planned if event.get("unique_id")]
+        known = any(key in self._seen for key in keys)
+        if len(set(keys)) < len(keys) or (known and self.bulk_repeats == "ever"):
+            raise invalid("'unique_id' is repeated for the same profile and metric.", base)
+        if not (known and self.bulk_repeats == "drop"):
+            for event, profile in planned:
+                self._record(event, self._import_for_event(profile))
+
+    def _identity(self, attributes: Json) -> str:
+        """Return the id of the profile these attributes find, else the strongest of them."""
+        found = self._matching(attributes.get("id"), attributes)
+        return found[0]["id"] if found else str(next(attributes[n] for n in ("id", *IDENTIFIERS) if attributes.get(n)))
 
     def _record(self, attributes: Json, profile: Json) -> None:
         key = _key(attributes, profile["id"])
@@ -174,8 +214,7 @@ class Account:
     def _event_profile_attributes(self, document: Any, pointer: str) -> Json:
         data = resource(document, "profile", pointer)
         attributes: Json = data["attributes"] | ({"id": data["id"]} if data.get("id") else {})
-        checked = {name: value for name, value in attributes.items() if name != "id"}
-        check_profile(checked, f"{pointer}/data/attributes")
+        check_profile(data["attributes"], f"{pointer}/data/attributes", of_event=True)
         if not any(attributes.get(name) for name in ("id", *IDENTIFIERS)):
             raise invalid("One or more identifiers is required.", pointer)
         return attributes
@@ -185,7 +224,9 @@ class Account:
         found = self._matching(attributes.get("id"), attributes)
         profile = found[0] if found else self._new_profile()
         foreign = [name for name in _MATCHED_BY if self._is_foreign(name, attributes.get(name), profile)]
-        self._write(profile, {name: value for name, value in attributes.items() if name not in {"id", *foreign}})
+        self._write(
+            profile, {name: value for name, value in attributes.items() if name not in {"id", "meta", *foreign}}
+        )
         return profile
 
     def _is_foreign(self, name: str, value: str | None, profile: Json) -> bool:
@@ -201,11 +242,10 @@ class Account:
         with self.lock:
             entries = self.collection(kind)
             if external_id in entries:
-                raise Refused(409, "duplicate", f"A {kind} with this external id already exists.")
+                raise Refused(409, "duplicate_resource", f"{_named(kind, external_id)} already exists.")
             entry = {"type": kind, "id": PREFIX + external_id, "attributes": dict(attributes)}
-            entry |= self._relationships(kind, data, create=True)
-            entries[external_id] = entry
-            return entry
+            entries[external_id] = entry | self._relationships(kind, data, create=True)
+            return entries[external_id]
 
     def update_entry(self, kind: str, entry_id: str, data: Json) -> Json:
         """Update a catalog entry in part. Raises Refused."""
@@ -219,23 +259,38 @@ class Account:
             return entry
 
     def delete_entry(self, kind: str, entry_id: str) -> None:
-        """Delete a catalog entry. Raises Refused when there is none."""
+        """Delete a catalog entry, an item's variants with it. Raises Refused when there is none."""
         with self.lock:
             self.entry(kind, entry_id)
             del self.collection(kind)[entry_id.removeprefix(PREFIX)]
+            if kind == "catalog-item":
+                for variant in self._variants_of(entry_id):
+                    del self.variants[variant["attributes"]["external_id"]]
+            elif kind == "catalog-category":
+                for item in self.items.values():
+                    item["categories"] = [each for each in item.get("categories", []) if each != entry_id]
 
     def entry(self, kind: str, entry_id: str) -> Json:
         """Return a catalog entry. Raises Refused when there is none."""
-        found = self.collection(kind).get(entry_id.removeprefix(PREFIX)) if entry_id.startswith(PREFIX) else None
+        external_id = entry_id.removeprefix(PREFIX)
+        found = self.collection(kind).get(external_id) if entry_id.startswith(PREFIX) else None
         if found is None:
-            raise Refused(404, "not_found", f"A {kind} with this id does not exist.")
+            raise Refused(404, "not_found", f"{_named(kind, external_id)} does not exist.")
         return found
+
+    def entries(self, kind: str) -> list[Json]:
+        """Return all catalog entries of a kind."""
+        with self.lock:
+            return list(self.collection(kind).values())
 
     def variants_of(self, item_id: str) -> list[Json]:
         """Return an item's variants. Raises Refused when there is no such item."""
         with self.lock:
             self.entry("catalog-item", item_id)
-            return [variant for variant in self.variants.values() if variant["item"] == item_id]
+            return self._variants_of(item_id)
+
+    def _variants_of(self, item_id: str) -> list[Json]:
+        return [variant for variant in self.variants.values() if variant["item"] == item_id]
 
     def collection(self, kind: str) -> dict[str, Json]:
         """Return the entries of a kind by external id."""
@@ -243,20 +298,25 @@ class Account:
 
     def _relationships(self, kind: str, data: Json, *, create: bool) -> Json:
         relationships = data.get("relationships") or {}
-        if kind == "catalog-variant":
-            if not create:
-                if relationships:
-                    raise invalid("'relationships' is not a valid field.", "/data/relationships")
-                return {}
-            item = ((relationships.get("item") or {}).get("data") or {}).get("id", "")
+        known = {"catalog-item": {"categories"}, "catalog-variant": {"item"} if create else set()}.get(kind, set())
+        for name in relationships.keys() - known:
+            raise invalid(f"'{name}' is not a valid field for the resource '{kind}'.", f"/data/relationships/{name}")
+        pointer = "/data/relationships"
+        if kind == "catalog-variant" and create:
+            (item,) = references(relationships.get("item"), "catalog-item", f"{pointer}/item", many=False)
             self.entry("catalog-item", item)
             return {"item": item}
-        if kind == "catalog-item" and "categories" in relationships:
-            categories = [category["id"] for category in relationships["categories"]["data"]]
-            for category in categories:
+        if "categories" in relationships:
+            found = references(relationships["categories"], "catalog-category", f"{pointer}/categories")
+            for category in found:
                 self.entry("catalog-category", category)
-            return {"categories": categories}
+            return {"categories": found}
         return {}
+
+
+def _named(kind: str, external_id: str) -> str:
+    name = kind.removeprefix("catalog-")
+    return f"{'An' if name == 'item' else 'A'} {name} with the external id `{external_id}`"
 
 
 def _duplicate(profile: Json) -> Refused:
@@ -270,5 +330,5 @@ def _metric(attributes: Json) -> str:
 
 def _key(attributes: Json, profile_id: str) -> tuple[str, str, str]:
     """Return what makes an event the same: its unique_id, else its time to the second."""
-    time = attributes.get("time") or datetime.now(UTC).isoformat()
-    return profile_id, _metric(attributes), attributes.get("unique_id") or time[:19]
+    moment = datetime.fromisoformat(attributes.get("time") or datetime.now(UTC).isoformat())
+    return profile_id, _metric(attributes), attributes.get("unique_id") or f"at {int(moment.timestamp())}"

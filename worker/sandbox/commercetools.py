@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import base64
+import re
 import secrets
 import time
+from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 
 from worker.sandbox.predicate import PredicateError, matches
-from worker.sandbox.server import Answer, Request
+from worker.sandbox.server import Answer
 
 if TYPE_CHECKING:
+    from worker.sandbox.server import Call
     from worker.sandbox.shop import Shop
 
 PROJECT = "sandbox-shop"
 CLIENT_ID, CLIENT_SECRET = "sandbox-client", "sandbox-client-secret"
-MAX_URI = 8_192
-MAX_LIMIT, DEFAULT_LIMIT = 500, 20
+SCOPES = ("view_orders", "view_customers", "view_payments", "view_products")
+MAX_URI = 8_192  # bytes
+MAX_LIMIT, DEFAULT_LIMIT, MAX_OFFSET = 500, 20, 10_000
+_SORT = re.compile(r"(id|createdAt|lastModifiedAt)( asc| desc)?")
 
 
 def problem(status: int, code: str = "", message: str = "") -> Any:
@@ -47,56 +53,68 @@ class Commercetools:
         with self._lock:
             self._tokens.clear()
 
-    def handle(self, request: Request) -> Answer:
+    def handle(self, call: Call) -> Answer:
         """Answer a request."""
-        if len(request.target) > MAX_URI:
+        answer = self._answer(call)
+        correlation = call.headers.get("X-Correlation-ID") or f"{PROJECT}/{secrets.token_hex(8)}"
+        return replace(answer, headers={**answer.headers, "X-Correlation-ID": correlation})
+
+    def _answer(self, call: Call) -> Answer:
+        if len(call.target) > MAX_URI:
             return Answer(413, problem(413))
-        if request.path == "/oauth/token":
-            return self._token(request)
-        if not self._is_known(request.headers.get("Authorization", "")):
+        if call.path == "/oauth/token":
+            return self._token(call)
+        if not self._is_known(call.headers.get("Authorization", "")):
             return Answer(401, problem(401))
-        parts = request.path.strip("/").split("/")
-        if request.method != "GET" or parts[0] != PROJECT or len(parts) not in {2, 3}:
+        parts = call.path.strip("/").split("/")
+        if call.method != "GET" or parts[0] != PROJECT or len(parts) not in {2, 3}:
             return Answer(404, problem(404))
         collection = self._shop.collection(parts[1])
         if collection is None:
             return Answer(404, problem(404))
         if len(parts) == 2:  # noqa: PLR2004 - /project/collection
-            return self._query(collection, request)
+            return self._query(collection, call)
         resource = collection.get(parts[2])
         return Answer(200, resource) if resource else Answer(404, problem(404))
 
-    def _token(self, request: Request) -> Answer:
+    def _token(self, call: Call) -> Answer:
         credentials = base64.b64encode(f"{CLIENT_ID}:{CLIENT_SECRET}".encode()).decode()
-        if request.headers.get("Authorization") != f"Basic {credentials}":
+        if call.headers.get("Authorization") != f"Basic {credentials}":
             return Answer(401, problem(401, "invalid_client", "Please provide valid client credentials."))
-        if b"grant_type=client_credentials" not in request.body:
+        form = parse_qs((call.body or call.target.partition("?")[2].encode()).decode())
+        if form.get("grant_type") != ["client_credentials"]:
             return Answer(400, problem(400, "unsupported_grant_type"))
+        available = [f"{scope}:{PROJECT}" for scope in SCOPES]
+        asked = " ".join(form.get("scope", [])).split()
+        granted = [scope for scope in asked if scope in available] if asked else available
+        if not granted:
+            return Answer(400, problem(400, "invalid_scope", f"None of {asked} can be granted."))
         token = secrets.token_urlsafe(24)
         with self._lock:
             self._tokens[token] = time.monotonic() + self._lifetime
             self.tokens_issued += 1
-        granted = {"scope": f"view_orders:{PROJECT} view_customers:{PROJECT} view_products:{PROJECT}"}
-        return Answer(200, {"access_token": token, "token_type": "Bearer", "expires_in": self._lifetime, **granted})
+        document = {"access_token": token, "token_type": "Bearer", "expires_in": self._lifetime}
+        return Answer(200, document | {"scope": " ".join(granted)})
 
     def _is_known(self, authorization: str) -> bool:
-        token = authorization.removeprefix("Bearer ")
+        scheme, _, token = authorization.partition(" ")
         with self._lock:
-            return self._tokens.get(token, 0.0) > time.monotonic()
+            return scheme == "Bearer" and self._tokens.get(token, 0.0) > time.monotonic()
 
-    def _query(self, collection: dict[str, Any], request: Request) -> Answer:
+    def _query(self, collection: dict[str, Any], call: Call) -> Answer:
         try:
-            limit = int(request.query.get("limit", [str(DEFAULT_LIMIT)])[0])
-            offset = int(request.query.get("offset", ["0"])[0])
-            tests = [matches(where) for where in request.query.get("where", [])]
+            limit = int(call.query.get("limit", [str(DEFAULT_LIMIT)])[0])
+            offset = int(call.query.get("offset", ["0"])[0])
+            tests = [matches(where) for where in call.query.get("where", [])]
         except (PredicateError, ValueError) as error:
             return Answer(400, problem(400, message=f"Malformed parameter: {error}"))
-        if not 0 <= limit <= MAX_LIMIT:
-            return Answer(400, problem(400, message="limit must be between 0 and 500"))
+        sorts = call.query.get("sort", [])
+        if not (0 <= limit <= MAX_LIMIT and 0 <= offset <= MAX_OFFSET and all(map(_SORT.fullmatch, sorts))):
+            return Answer(400, problem(400, message="Malformed parameter: limit, offset or sort"))
         found = [resource for resource in list(collection.values()) if all(test(resource) for test in tests)]
-        for sort in reversed(request.query.get("sort", [])):
+        for sort in reversed(sorts):
             field, _, direction = sort.partition(" ")
             found.sort(key=lambda resource: str(resource.get(field, "")), reverse=direction == "desc")
         page = found[offset : offset + limit]
-        total = {} if request.query.get("withTotal") == ["false"] else {"total": len(found)}
+        total = {} if call.query.get("withTotal") == ["false"] else {"total": len(found)}
         return Answer(200, {"limit": limit, "offset": offset, "count": len(page), **total, "results": page})

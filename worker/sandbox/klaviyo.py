@@ -1,39 +1,52 @@
-"""The Klaviyo stand-in: routes, headers and rate limits in front of an Account."""
+"""The Klaviyo stand-in: headers, rate limits, routes and bulk jobs in front of an Account."""
 
 from __future__ import annotations
 
 import re
+import secrets
 import time
-from collections import defaultdict
-from threading import Lock
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from queue import SimpleQueue
+from threading import RLock, Thread
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote
+from urllib.parse import unquote, urlencode
 
 import orjson
 
-from worker.sandbox.rules import KB, MB, Refused, invalid, resource
-from worker.sandbox.server import Answer, Request
+from worker.sandbox.account import PREFIX
+from worker.sandbox.rules import (
+    MAX_PROFILE,
+    MB,
+    Refused,
+    check_bulk_profile,
+    check_catalog,
+    entries_of,
+    invalid,
+    resource,
+)
+from worker.sandbox.server import Answer, Limiter, Throttled, template
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from worker.sandbox.account import Account, Json
+    from worker.sandbox.server import Call
 
 KEY = "pk_sandbox_key"
+MEDIA_TYPE = "application/vnd.api+json"
+MAX_ENTRIES, MAX_PROFILES, MAX_JOBS, MAX_PAGE = 100, 10_000, 500, 100
+_JOB_EXPIRES = 7 * 24 * 3600  # seconds
 _REVISION = re.compile(r"\d{4}-\d\d-\d\d(\.pre)?")
-_MEDIA_TYPES = {"application/vnd.api+json", "application/json"}
 _KINDS = {
     "catalog-items": "catalog-item",
     "catalog-variants": "catalog-variant",
     "catalog-categories": "catalog-category",
 }
-_EQUALS = re.compile(r'equals\((email|phone_number|external_id),"((?:[^"\\]|\\.)*)"\)')
-_TIERS = {"XS": (1, 15), "S": (3, 60), "M": (10, 150), "L": (75, 700), "XL": (350, 3500)}  # per 1 s, per 60 s
-_LIMITS = {
-    "POST /api/events": "XL",
-    "POST /api/event-bulk-create-jobs": "M",
-    "POST /api/data-privacy-deletion-jobs": "S",
-    "GET /api/catalog-items": "XL",
-}  # everything else: L
-_PAGE = 100
+_PLURAL = {kind: path.removeprefix("catalog-") for path, kind in _KINDS.items()}
+_CATALOG_JOBS = re.compile(r"(catalog-(?:item|variant|category))-bulk-(create|update|delete)-job")
+_FILTER = re.compile(r'(equals|any)\(([\w.]+),(\[?"(?:[^"\\]|\\.)*"(?:,"(?:[^"\\]|\\.)*")*\]?)\)')
+_TIERS = {"S": {1: 3, 60: 60}, "M": {1: 10, 60: 150}, "L": {1: 75, 60: 750}, "XL": {1: 350, 60: 3500}}
 
 
 def problem(status: int) -> Any:
@@ -42,146 +55,317 @@ def problem(status: int) -> Any:
     return Refused(status, codes.get(status, "error"), "As asked for.").document()
 
 
+def _tier(endpoint: str) -> str:
+    """Return the rate limit tier Klaviyo documents for an endpoint."""
+    method, path = endpoint.split(" ")
+    if path == "/api/data-privacy-deletion-jobs":
+        return "S"
+    if path == "/api/event-bulk-create-jobs" or path.startswith("/api/profile-bulk-import-jobs"):
+        return "M"
+    is_slow_job = re.match(r"/api/catalog-(item|variant)-bulk-(create|update)-jobs", path)
+    reads_catalog = method == "GET" and path.startswith("/api/catalog-") and not is_slow_job
+    return "XL" if path == "/api/events" or reads_catalog else "L"
+
+
+@dataclass(slots=True)
+class _Job:
+    kind: str
+    total: int
+    id: str = field(default_factory=lambda: secrets.token_hex(13).upper())
+    created: float = field(default_factory=time.time)
+    begins: float = 0.0
+    ends: float = 0.0
+    errors: list[Json] | None = None  # None: not complete
+
+    def document(self) -> Json:
+        status = "complete" if self.errors is not None else "processing" if time.time() >= self.begins else "queued"
+        failed = len(self.errors or ())
+        attributes = {
+            "status": status,
+            "created_at": _stamp(self.created),
+            "total_count": self.total,
+            "completed_count": self.total - failed if status == "complete" else 0,
+            "failed_count": failed,
+            "completed_at": _stamp(self.ends) if status == "complete" else None,
+            "expires_at": _stamp(self.created + _JOB_EXPIRES),
+        }
+        if self.kind.startswith("catalog-"):
+            attributes["errors"] = self.errors or []
+        else:
+            attributes["started_at"] = None if status == "queued" else _stamp(self.begins)
+        return {"type": self.kind, "id": self.id, "attributes": attributes}
+
+
+class _Jobs:
+    """Bulk jobs, in the order they came: queued for half of `seconds`, then processing."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._lock = RLock()
+        self._jobs: dict[str, _Job] = {}
+        self._waiting: SimpleQueue[tuple[_Job, list[Json], Callable[[Json], object]]] = SimpleQueue()
+        if seconds:
+            Thread(target=self._work_off, daemon=True).start()
+
+    def start(self, kind: str, entries: list[Json], work: Callable[[Json], object]) -> Json:
+        """Accept a job that works on each entry. Raises Refused when too many are in progress."""
+        with self._lock:
+            going_on = [j for j in self._jobs.values() if j.errors is None and j.kind.startswith("catalog-")]
+            if kind.startswith("catalog-") and len(going_on) >= MAX_JOBS:
+                raise Refused(429, "throttled", f"At most {MAX_JOBS} jobs can be in progress.")
+            job = _Job(kind, len(entries))
+            job.begins = job.created + self._seconds / 2
+            self._jobs[job.id] = job
+        accepted = job.document()
+        if self._seconds:
+            self._waiting.put((job, entries, work))
+        else:
+            self._finish(job, entries, work)
+        return accepted
+
+    def _work_off(self) -> None:
+        while True:  # all take the same time: first in, first out
+            job, entries, work = self._waiting.get()
+            time.sleep(max(0.0, job.created + self._seconds - time.time()))
+            self._finish(job, entries, work)
+
+    def get(self, kind: str, job_id: str) -> _Job:
+        """Return a job. Raises Refused when there is none."""
+        job = self._jobs.get(job_id)
+        if job is None or job.kind != kind:
+            raise Refused(404, "not_found", f"A {kind} with this id does not exist.")
+        return job
+
+    def of_kind(self, kind: str) -> list[Json]:
+        """Return the jobs of a kind."""
+        with self._lock:
+            return [job.document() for job in self._jobs.values() if job.kind == kind]
+
+    @staticmethod
+    def _finish(job: _Job, entries: list[Json], work: Callable[[Json], object]) -> None:
+        errors = []
+        for entry in entries:
+            try:
+                work(entry)
+            except Refused as refused:
+                errors.append(_job_error(job.kind, entry, refused))
+        job.ends = time.time()
+        job.errors = errors
+
+
+def _job_error(kind: str, entry: Json, refused: Refused) -> Json:
+    error = refused.document()["errors"][0]
+    if kind.startswith("catalog-"):
+        external_id = entry.get("attributes", {}).get("external_id") or entry["id"].removeprefix(PREFIX)
+        return {"detail": error["detail"], "meta": {"external_id": external_id}, "source": error["source"]}
+    attributes = {name: error[name] for name in ("code", "title", "detail", "source")}
+    attributes["original_payload"] = entry
+    return {"type": "import-error", "id": secrets.token_hex(13).upper(), "attributes": attributes}
+
+
 class Klaviyo:
     """Answers like Klaviyo's HTTP API, writing to an Account."""
 
     def __init__(self, account: Account, *, rate_limits: bool) -> None:
         self._account = account
-        self._limiter = _Limiter() if rate_limits else None
+        self._jobs = _Jobs(account.job_seconds)
+        self._limiter = Limiter() if rate_limits else None
 
-    def handle(self, request: Request) -> Answer:
+    def handle(self, call: Call) -> Answer:
         """Answer a request."""
+        headers: dict[str, str] = {}
         try:
-            self._check_headers(request)
-            headers = self._limiter.take(_endpoint(request)) if self._limiter else {}
-            status, document = self._route(request)
-        except _Throttled as throttled:
-            return Answer(429, problem(429), {"Retry-After": str(throttled.seconds)})
+            _authenticate(call)
+            headers = self._throttle(call)
+            _check_form(call)
+            status, document = self._route(call)
+        except Throttled as throttled:
+            headers = {"Retry-After": str(throttled.seconds)}
+            status, document = 429, problem(429)
         except Refused as refused:
-            return Answer(refused.status, refused.document())
+            status, document = refused.status, refused.document()
+        if document is not None:
+            headers["Content-Type"] = MEDIA_TYPE
         return Answer(status, document, headers)
 
-    def _check_headers(self, request: Request) -> None:
-        if request.headers.get("Authorization") != f"Klaviyo-API-Key {KEY}":
-            raise Refused(401, "not_authenticated", "Incorrect authentication credentials.")
-        if not _REVISION.fullmatch(request.headers.get("revision", "")):
-            raise invalid("A 'revision' header like 2026-07-15 is required.", "")
-        media_type = request.headers.get("Content-Type", "").partition(";")[0]
-        if request.body and media_type not in _MEDIA_TYPES:
-            raise Refused(415, "unsupported_media_type", "Expected application/vnd.api+json.")
-        limit = 100 * KB if request.path == "/api/profile-import" else 5 * MB
-        if len(request.body) > limit:
-            raise Refused(413, "payload_too_large", f"The body may have {limit} bytes.")
+    def _throttle(self, call: Call) -> dict[str, str]:
+        if self._limiter is None:
+            return {}
+        endpoint = f"{call.method} {template(call.path)}"
+        limits = _TIERS[_tier(endpoint)]
+        remaining, reset = self._limiter.take(endpoint, limits)
+        return {
+            "RateLimit-Limit": str(limits[60]),
+            "RateLimit-Remaining": str(remaining),
+            "RateLimit-Reset": str(reset),
+        }
 
-    def _route(self, request: Request) -> tuple[int, Any]:
-        parts = [unquote(part) for part in request.path.strip("/").split("/")][1:]
-        if parts and parts[0] in _KINDS:
-            return self._catalog(request, _KINDS[parts[0]], parts[1:])
-        match (request.method, *parts):
+    def _route(self, call: Call) -> tuple[int, Any]:
+        parts = [unquote(part) for part in call.path.strip("/").split("/")][1:]
+        name = parts[0] if parts else ""
+        if name in _KINDS:
+            return self._catalog(call, _KINDS[name], parts[1:])
+        if name.endswith("-jobs") and (name == "profile-bulk-import-jobs" or _CATALOG_JOBS.fullmatch(name[:-1])):
+            return self._bulk(call, name[:-1], parts[1:])
+        if name in {"profiles", "profile-import"}:
+            return self._profiles(call, parts)
+        match (call.method, *parts):
             case ("POST", "events"):
-                self._account.create_event(resource(_body(request), "event")["attributes"])
+                self._account.create_event(resource(_body(call), "event")["attributes"])
                 return 202, None
             case ("POST", "event-bulk-create-jobs"):
-                self._account.create_events(_bulk_entries(request))
+                data = resource(_body(call), "event-bulk-create-job")
+                self._account.create_events(entries_of(data["attributes"], "events-bulk-create"))
                 return 202, None
-            case ("POST", "profile-import"):
-                status, profile = self._account.import_profile(resource(_body(request), "profile"))
-                return status, {"data": profile}
-            case ("PATCH", "profiles", profile_id):
-                data = resource(_body(request), "profile")
-                return 200, {"data": self._account.update_profile(profile_id, data)}
-            case ("GET", "profiles"):
-                return 200, {"data": self._find_profiles(request), "links": {"next": None}}
             case ("POST", "data-privacy-deletion-jobs"):
-                data = resource(_body(request), "data-privacy-deletion-job")
-                self._account.request_deletion((data["attributes"].get("profile") or {}).get("data") or {})
+                data = resource(_body(call), "data-privacy-deletion-job")
+                self._account.request_deletion(resource(data["attributes"].get("profile"), "profile", bare=True))
                 return 202, None
-        raise Refused(404, "not_found", "The requested path could not be found.")
+        raise _no_route()
 
-    def _find_profiles(self, request: Request) -> list[Json]:
-        match = _EQUALS.fullmatch(request.query.get("filter", [""])[0])
-        if match is None:
-            raise invalid("Unknown filter.", "")
-        return self._account.find_profiles(match[1], orjson.loads(f'"{match[2]}"'))
-
-    def _catalog(self, request: Request, kind: str, rest: list[str]) -> tuple[int, Any]:
+    def _profiles(self, call: Call, parts: list[str]) -> tuple[int, Any]:
         account = self._account
-        match (request.method, *rest):
+        match (call.method, *parts):
+            case ("POST", "profile-import"):
+                status, profile = account.import_profile(resource(_body(call), "profile"))
+                return status, {"data": profile}
+            case ("POST", "profiles"):
+                return 201, {"data": account.create_profile(resource(_body(call), "profile"))}
+            case ("GET", "profiles"):
+                name, values = _filter(call, {"id", "email", "phone_number", "external_id"})
+                found = [each for value in values for each in account.find_profiles(name, value)]
+                return 200, _page(found if name else list(account.profiles), call, 20)
+            case ("GET", "profiles", profile_id):
+                return 200, {"data": account.profile(profile_id)}
+            case ("PATCH", "profiles", profile_id):
+                return 200, {"data": account.update_profile(profile_id, resource(_body(call), "profile"))}
+        raise _no_route()
+
+    def _catalog(self, call: Call, kind: str, rest: list[str]) -> tuple[int, Any]:
+        account = self._account
+        match (call.method, *rest):
             case ("POST",):
-                return 201, {"data": account.create_entry(kind, resource(_body(request), kind))}
+                return 201, {"data": _shown(account.create_entry(kind, resource(_body(call), kind)))}
+            case ("GET",):
+                name, values = _filter(call, {"ids", "item.id"} if kind == "catalog-variant" else {"ids"})
+                keys = {"ids": "id", "item.id": "item"}
+                found = [each for each in account.entries(kind) if not name or each[keys[name]] in values]
+                return 200, _page(list(map(_shown, found)), call, MAX_PAGE)
             case ("GET", entry_id):
-                return 200, {"data": account.entry(kind, entry_id)}
+                return 200, {"data": _shown(account.entry(kind, entry_id))}
             case ("PATCH", entry_id):
-                return 200, {"data": account.update_entry(kind, entry_id, resource(_body(request), kind))}
+                return 200, {"data": _shown(account.update_entry(kind, entry_id, resource(_body(call), kind)))}
             case ("DELETE", entry_id):
                 account.delete_entry(kind, entry_id)
                 return 204, None
             case ("GET", item_id, "variants") if kind == "catalog-item":
-                return 200, _page(account.variants_of(item_id), request)
-        raise Refused(404, "not_found", "The requested path could not be found.")
+                return 200, _page(list(map(_shown, account.variants_of(item_id))), call, MAX_PAGE)
+        raise _no_route()
+
+    def _bulk(self, call: Call, kind: str, rest: list[str]) -> tuple[int, Any]:
+        match (call.method, *rest):
+            case ("POST",) if kind == "profile-bulk-import-job":
+                profiles = entries_of(resource(_body(call), kind)["attributes"], "profiles", MAX_PROFILES)
+                for index, entry in enumerate(profiles):
+                    check_bulk_profile(entry, f"/data/attributes/profiles/data/{index}")
+                return 202, {"data": self._jobs.start(kind, profiles, self._account.import_profile)}
+            case ("POST",):
+                return 202, {"data": self._start_catalog_job(call, kind)}
+            case ("GET",):
+                name, values = _filter(call, {"status"})
+                found = [job for job in self._jobs.of_kind(kind) if not name or job["attributes"]["status"] in values]
+                return 200, _page(found, call, 20 if kind.startswith("profile") else MAX_PAGE)
+            case ("GET", job_id):
+                return 200, {"data": self._jobs.get(kind, job_id).document()}
+            case ("GET", job_id, "import-errors") if kind == "profile-bulk-import-job":
+                return 200, _page(self._jobs.get(kind, job_id).errors or [], call, 20)
+        raise _no_route()
+
+    def _start_catalog_job(self, call: Call, job_kind: str) -> Json:
+        match = _CATALOG_JOBS.fullmatch(job_kind)
+        assert match is not None
+        kind, verb, account = match[1], match[2], self._account
+        entries = entries_of(resource(_body(call), job_kind)["attributes"], _PLURAL[kind], MAX_ENTRIES)
+        for index, entry in enumerate(entries):
+            pointer = f"/data/attributes/{_PLURAL[kind]}/data/{index}"
+            resource({"data": entry}, kind, pointer, bare=verb == "delete")
+            if verb != "delete":
+                check_catalog(kind, entry["attributes"], f"{pointer}/attributes", create=verb == "create")
+            if verb != "create" and not isinstance(entry.get("id"), str):
+                raise invalid("'id' is required.", f"{pointer}/id")
+        work: dict[str, Callable[[Json], object]] = {
+            "create": lambda entry: account.create_entry(kind, entry),
+            "update": lambda entry: account.update_entry(kind, entry["id"], entry),
+            "delete": lambda entry: account.delete_entry(kind, entry["id"]),
+        }
+        return self._jobs.start(job_kind, entries, work[verb])
 
 
-def _body(request: Request) -> Any:
+def _authenticate(call: Call) -> None:
+    if call.headers.get("Authorization") != f"Klaviyo-API-Key {KEY}":
+        raise Refused(401, "not_authenticated", "Incorrect authentication credentials.")
+
+
+def _check_form(call: Call) -> None:
+    if not _REVISION.fullmatch(call.headers.get("revision", "")):
+        raise invalid("A 'revision' header like 2026-07-15 is required.", "")
+    if call.body and call.headers.get("Content-Type", "").partition(";")[0] not in {MEDIA_TYPE, "application/json"}:
+        raise Refused(415, "unsupported_media_type", f"Expected {MEDIA_TYPE}.")
+    limit = MAX_PROFILE if template(call.path).startswith(("/api/profiles", "/api/profile-import")) else 5 * MB
+    if len(call.body) > limit:
+        raise Refused(413, "payload_too_large", f"The body may have {limit} bytes.")
+
+
+def _no_route() -> Refused:
+    return Refused(404, "not_found", "The requested path could not be found.")
+
+
+def _body(call: Call) -> Any:
     try:
-        return request.json()
+        return call.json()
     except ValueError:
         raise invalid("The body is not JSON.") from None
 
 
-def _bulk_entries(request: Request) -> list[Json]:
-    attributes = resource(_body(request), "event-bulk-create-job")["attributes"]
-    entries = (attributes.get("events-bulk-create") or {}).get("data")
-    if not isinstance(entries, list):
-        raise invalid("'events-bulk-create' is required.", "/data/attributes/events-bulk-create")
-    return entries
+def _filter(call: Call, names: set[str]) -> tuple[str, list[str]]:
+    """Return the field and the values a filter names, or nothing. Raises Refused."""
+    text = call.query.get("filter", [""])[0]
+    match = _FILTER.fullmatch(text)
+    if not text:
+        return "", []
+    if match is None or match[2] not in names or (match[1] == "any") is not match[3].startswith("["):
+        raise invalid(f"Unknown filter; expected one of {sorted(names)}.", "")
+    values = orjson.loads(match[3])
+    return match[2], values if isinstance(values, list) else [values]
 
 
-def _page(entries: list[Json], request: Request) -> Json:
-    """Return a page of entries, with the link to the next one."""
-    start = int(request.query.get("page[cursor]", ["0"])[0])
-    size = min(int(request.query.get("page[size]", [str(_PAGE)])[0]), _PAGE)
+def _page(entries: list[Json], call: Call, size: int) -> Json:
+    """Return a page of entries, with the link to the next one. Raises Refused."""
+    try:
+        start = int(call.query.get("page[cursor]", ["0"])[0])
+        size = int(call.query.get("page[size]", [str(size)])[0])
+    except ValueError:
+        raise invalid("Malformed page[cursor] or page[size].", "") from None
+    if not 1 <= size <= MAX_PAGE or start < 0:
+        raise invalid(f"page[size] must be between 1 and {MAX_PAGE}.", "")
     following = None
     if start + size < len(entries):
-        host = request.headers.get("Host", "")
-        cursor = f"page%5Bcursor%5D={start + size}&page%5Bsize%5D={size}"
-        following = f"http://{host}{quote(request.path, safe='/$:')}?{cursor}"
+        query = urlencode({**call.query, "page[cursor]": [str(start + size)]}, doseq=True)
+        following = f"http://{call.headers.get('Host', '')}{call.target.partition('?')[0]}?{query}"
     return {"data": entries[start : start + size], "links": {"next": following}}
 
 
-def _endpoint(request: Request) -> str:
-    """Return the endpoint without ids: rate limits are per endpoint."""
-    return f"{request.method} /" + "/".join(request.path.strip("/").split("/")[:2])
+def _shown(entry: Json) -> Json:
+    """Return a catalog entry as the API shows it."""
+    relations = {name: entry[name] for name in ("item", "categories") if name in entry}
+    shown: Json = {"type": entry["type"], "id": entry["id"], "attributes": entry["attributes"]}
+    if "item" in relations:
+        shown["relationships"] = {"item": {"data": {"type": "catalog-item", "id": relations["item"]}}}
+    if "categories" in relations:
+        data = [{"type": "catalog-category", "id": each} for each in relations["categories"]]
+        shown["relationships"] = {"categories": {"data": data}}
+    return shown
 
 
-class _Throttled(Exception):
-    def __init__(self, seconds: int) -> None:
-        super().__init__()
-        self.seconds = seconds
-
-
-class _Limiter:
-    """Two fixed windows an endpoint: a second and a minute."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._used: dict[tuple[str, int], tuple[int, int]] = defaultdict(lambda: (-1, 0))
-
-    def take(self, endpoint: str) -> dict[str, str]:
-        """Count a request and return the headers of the long window. Raises _Throttled."""
-        now = time.time()
-        limits = dict(zip((1, 60), _TIERS[_LIMITS.get(endpoint, "L")], strict=True))
-        with self._lock:
-            counts = {}
-            for seconds, limit in limits.items():
-                window, used = self._used[endpoint, seconds]
-                used = used if window == int(now // seconds) else 0
-                if used >= limit:
-                    raise _Throttled(max(1, round(seconds - now % seconds)))
-                counts[seconds] = used + 1
-            for seconds, used in counts.items():
-                self._used[endpoint, seconds] = (int(now // seconds), used)
-        return {
-            "RateLimit-Limit": str(limits[60]),
-            "RateLimit-Remaining": str(limits[60] - counts[60]),
-            "RateLimit-Reset": str(round(60 - now % 60)),
-        }
+def _stamp(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat()

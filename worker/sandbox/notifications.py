@@ -21,17 +21,29 @@ PROJECT = "sandbox-shop"
 _AT = "2026-11-23T10:00:00.123Z"
 
 
-def message(kind: str, resource_type: str, resource_id: str, *, created_at: str = _AT, **fields: Any) -> Json:
-    """Return a Message notification; `fields` are those of its type."""
+def message(
+    kind: str,
+    resource_type: str,
+    resource_id: str,
+    *,
+    created_at: str = _AT,
+    sequence: int = 1,
+    identifiers: Json | None = None,
+    **fields: Any,
+) -> Json:
+    """Return a Message notification; `fields` are those of its type.
+
+    What makes a message itself is the resource and its `sequence`: the same again is a redelivery.
+    """
     return {
         "notificationType": "Message",
         "projectKey": PROJECT,
-        "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{kind}{resource_id}{sorted(fields)}")),
+        "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{kind} {resource_id} {sequence}")),
         "version": 1,
-        "sequenceNumber": 1,
+        "sequenceNumber": sequence,
         "resource": {"typeId": resource_type, "id": resource_id},
-        "resourceVersion": 1,
-        "resourceUserProvidedIdentifiers": {},
+        "resourceVersion": sequence,
+        "resourceUserProvidedIdentifiers": identifiers or {},
         "type": kind,
         "createdAt": created_at,
         "lastModifiedAt": created_at,
@@ -39,17 +51,38 @@ def message(kind: str, resource_type: str, resource_id: str, *, created_at: str 
     }
 
 
-def change(kind: str, resource_type: str, resource_id: str, *, modified_at: str = _AT, **fields: Any) -> Json:
+def change(
+    kind: str,
+    resource_type: str,
+    resource_id: str,
+    *,
+    version: int | None = None,
+    modified_at: str = _AT,
+    **fields: Any,
+) -> Json:
     """Return a ResourceCreated, ResourceUpdated or ResourceDeleted notification."""
+    version = version or (1 if kind == "ResourceCreated" else 2)
     return {
         "notificationType": kind,
         "projectKey": PROJECT,
         "resource": {"typeId": resource_type, "id": resource_id},
         "resourceUserProvidedIdentifiers": {},
-        "version": 2,
+        "version": version,
         "modifiedAt": modified_at,
-        **({"oldVersion": 1} if kind == "ResourceUpdated" else {}),
+        **({"oldVersion": version - 1} if kind == "ResourceUpdated" else {}),
         **fields,
+    }
+
+
+def event(kind: str = "ImportContainerCreated", resource_type: str = "import-api", **data: Any) -> Json:
+    """Return an Event notification: it names no project and no resource."""
+    return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{kind} {sorted(data)}")),
+        "notificationType": "Event",
+        "type": kind,
+        "resourceType": resource_type,
+        "data": data,
+        "createdAt": _AT,
     }
 
 
@@ -66,26 +99,34 @@ def bare(notification: Json) -> bytes:
 
 
 def cloudevent(notification: Json) -> bytes:
-    """Return a CloudEvent in structured mode; Event Grid's too."""
+    """Return a CloudEvent in structured mode."""
     resource = notification.get("resource", {})
-    kind = notification.get("type", notification["notificationType"])
-    event = {
+    resource_type, is_message = resource.get("typeId"), notification["notificationType"] == "Message"
+    name = f"message.{_kind(notification)}" if is_message else f"change.{_kind(notification)}"
+    envelope = {
         "specversion": "1.0",
-        "id": notification.get("id", "0c7f0b0e"),
-        "type": f"com.commercetools.{resource.get('typeId')}.message.{kind}",
-        "source": f"/{PROJECT}/{resource.get('typeId')}s",
+        "id": notification.get("id", "0c7f0b0e-0000-4000-8000-000000000001"),
+        "type": f"com.commercetools.{resource_type}.{name}",
+        "source": f"/{PROJECT}/{resource_type}s",
         "subject": resource.get("id"),
         "time": _AT,
-        "data": notification,
     }
-    return orjson.dumps(event)
+    if is_message:
+        envelope["dataref"] = f"/{PROJECT}/messages/{notification['id']}"
+        envelope |= {"sequence": str(notification["sequenceNumber"]), "sequencetype": "Integer"}
+    return orjson.dumps(envelope | {"data": notification})
+
+
+def event_grid(notification: Json) -> bytes:
+    """Return what Event Grid delivers with the CloudEvents schema: the CloudEvent itself."""
+    return cloudevent(notification)
 
 
 def pubsub_push(notification: Json) -> bytes:
     """Return the body of a Pub/Sub push request."""
     data = base64.b64encode(bare(notification)).decode()
     envelope = {"data": data, "messageId": "136969346945", "publishTime": _AT, "attributes": {}}
-    return orjson.dumps({"message": envelope, "subscription": "projects/p/subscriptions/s"})
+    return orjson.dumps({"message": envelope, "subscription": "projects/p/subscriptions/ct"})
 
 
 def sqs(notification: Json) -> bytes:
@@ -95,20 +136,44 @@ def sqs(notification: Json) -> bytes:
 
 def sns(notification: Json) -> bytes:
     """Return an SNS notification inside an SQS message."""
-    text = bare(notification).decode()
-    envelope = {"Type": "Notification", "MessageId": "22b80b92", "TopicArn": "arn:aws:sns:x:1:ct", "Message": text}
+    envelope = {
+        "Type": "Notification",
+        "MessageId": "22b80b92-fdea-4c2c-8f9d-bdfb0c7bf324",
+        "TopicArn": "arn:aws:sns:eu-central-1:123456789012:ct",
+        "Message": bare(notification).decode(),
+        "Timestamp": _AT,
+    }
     return _sqs(orjson.dumps(envelope))
+
+
+def sns_raw(notification: Json) -> bytes:
+    """Return an SQS message fed by SNS with raw delivery: nothing of SNS is left in it."""
+    return _sqs(bare(notification))
 
 
 def eventbridge(notification: Json) -> bytes:
     """Return an EventBridge event inside an SQS message."""
-    kind = notification.get("type", notification["notificationType"])
-    source = f"aws.partner/commercetools.com/{PROJECT}/klaviyo"
-    return _sqs(orjson.dumps({"version": "0", "detail-type": kind, "source": source, "detail": notification}))
+    envelope = {
+        "version": "0",
+        "id": "aaaaaaaa-8888-00ee-aaaa-aaaaaaaaaaaa",
+        "detail-type": _kind(notification),
+        "source": f"aws.partner/commercetools.com/{PROJECT}/klaviyo",
+        "time": _AT,
+        "region": "eu-central-1",
+        "resources": [],
+        "detail": notification,
+    }
+    return _sqs(orjson.dumps(envelope))
+
+
+def _kind(notification: Json) -> str:
+    absent = notification.get("payloadNotIncluded", {})
+    return str(absent.get("payloadType") or notification.get("type") or notification["notificationType"])
 
 
 def _sqs(body: bytes) -> bytes:
-    return orjson.dumps({"MessageId": "m-1", "ReceiptHandle": "rh", "Body": body.decode(), "Attributes": {}})
+    attributes = {"ApproximateReceiveCount": "1", "SentTimestamp": "1795514400123"}
+    return orjson.dumps({"MessageId": "m-1", "ReceiptHandle": "rh", "Body": body.decode(), "Attributes": attributes})
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +217,25 @@ def _orders(shop: Shop) -> Iterator[Entry]:
     paid_twice = uid("order:paid-twice")
     yield "OrderCreated, payload not included", payload_not_included("OrderCreated", "order", paid_twice), "sent"
     yield "OrderImported", full("OrderImported", "imported"), "sent"
-    yield "OrderCustomerSet", of("OrderCustomerSet", "recurring", customer=reference("customer", "grete")), "sent"
+    buyer = reference("customer", "grete")
+    yield "OrderCustomerSet", of("OrderCustomerSet", "recurring", sequence=2, customer=buyer), "sent"
     yield "OrderCreatedFromRecurringOrder", full("OrderCreatedFromRecurringOrder", "recurring"), "sent"
-    yield "OrderStateChanged to Complete", of("OrderStateChanged", "three", orderState="Complete"), "sent"
-    yield "OrderStateChanged to Cancelled", of("OrderStateChanged", "yen", orderState="Cancelled"), "sent"
-    yield "OrderStateChanged to Confirmed", of("OrderStateChanged", "guest", orderState="Confirmed"), "ignored"
-    shipped = of("OrderShipmentStateChanged", "guest", shipmentState="Shipped")
+    yield (
+        "OrderStateChanged to Complete",
+        of("OrderStateChanged", "three", sequence=2, oldOrderState="Open", orderState="Complete"),
+        "sent",
+    )
+    yield (
+        "OrderStateChanged to Cancelled",
+        of("OrderStateChanged", "yen", sequence=2, oldOrderState="Open", orderState="Cancelled"),
+        "sent",
+    )
+    yield (
+        "OrderStateChanged to Confirmed",
+        of("OrderStateChanged", "guest", sequence=2, oldOrderState="Open", orderState="Confirmed"),
+        "ignored",
+    )
+    shipped = of("OrderShipmentStateChanged", "guest", sequence=3, shipmentState="Shipped")
     yield "OrderShipmentStateChanged to Shipped", shipped, "sent"
 
 
@@ -165,21 +243,13 @@ def _payments(shop: Shop) -> Iterator[Entry]:
     charge, first, second, _ = shop.payments[uid("payment:card")]["transactions"]
     card = uid("payment:card")
     changed = {"transactionId": second["id"], "state": "Success"}
-    yield (
-        "PaymentTransactionAdded, charge",
-        message("PaymentTransactionAdded", "payment", card, transaction=charge),
-        "ignored",
-    )
-    yield (
-        "PaymentTransactionAdded, refund",
-        message("PaymentTransactionAdded", "payment", card, transaction=first),
-        "sent",
-    )
-    yield (
-        "PaymentTransactionStateChanged",
-        message("PaymentTransactionStateChanged", "payment", card, **changed),
-        "sent",
-    )
+
+    def of(kind: str, sequence: int, **fields: Any) -> Json:
+        return message(kind, "payment", card, sequence=sequence, **fields)
+
+    yield "PaymentTransactionAdded, charge", of("PaymentTransactionAdded", 2, transaction=charge), "ignored"
+    yield "PaymentTransactionAdded, refund", of("PaymentTransactionAdded", 3, transaction=first), "sent"
+    yield "PaymentTransactionStateChanged", of("PaymentTransactionStateChanged", 4, **changed), "sent"
     other = uid("payment:second-card")
     absent = payload_not_included("PaymentTransactionAdded", "payment", other)
     yield "PaymentTransactionAdded, payload not included", absent, "sent"
@@ -231,17 +301,16 @@ def _inventory() -> Iterator[Entry]:
 
 def _ignored() -> list[Sample]:
     subscription = change("ResourceCreated", "subscription", uid("subscription:klaviyo"))
-    event = {"notificationType": "Event", "id": "3b364ca2", "type": "ImportContainerCreated", "data": {}}
     return [
-        Sample("commercetools' test notification", cloudevent(subscription), "ignored"),
-        Sample("Event notification", bare(event), "ignored"),
+        Sample("commercetools' test notification", event_grid(subscription), "ignored"),
+        Sample("Event notification", bare(event(key="nightly-import")), "ignored"),
         Sample("a type nobody knows", bare(message("OrderTeleported", "order", uid("order:three"))), "ignored"),
     ]
 
 
 def _bad(shop: Shop) -> list[Sample]:
     nobody = uid("order:nobody")
-    nameless = bare(message("OrderCreated", "order", nobody, order=shop.orders[nobody]))
+    nameless = sns_raw(message("OrderCreated", "order", nobody, order=shop.orders[nobody]))
     orphan = bare(payload_not_included("PaymentTransactionAdded", "payment", uid("payment:orphan")))
     bodies = {
         "an order that names nobody": nameless,

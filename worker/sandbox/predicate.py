@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _TOKEN = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")|(-?\d+(?:\.\d+)?)|([A-Za-z_][\w-]*)|(<>|!=|<=|>=|[()=<>,]))')
+_RESERVED = {"and", "or", "not", "in", "is", "contains", "defined", "empty", "true", "false"}
+_MAX_DEPTH = 50  # parentheses and negations inside each other
 _COMPARE = {
     "=": operator.eq,
     "!=": operator.ne,
@@ -53,6 +55,7 @@ class _Parser:
     def __init__(self, tokens: list[str]) -> None:
         self._tokens = [*tokens, None]
         self._at = 0
+        self._depth = 0
 
     @property
     def next(self) -> str | None:
@@ -82,45 +85,61 @@ class _Parser:
     def term(self) -> Callable[[Any], bool]:
         if self.next == "not":
             self.take()
-            test = self.term()
+            test = self._deeper(self.term)
             return lambda value: not test(value)
         if self.next == "(":
             return self._nested()
         return self._field(self.take())
 
+    def _deeper(self, parse: Callable[[], Callable[[Any], bool]]) -> Callable[[Any], bool]:
+        if self._depth == _MAX_DEPTH:
+            raise PredicateError("nested too deep")
+        self._depth += 1
+        test = parse()
+        self._depth -= 1
+        return test
+
     def _nested(self) -> Callable[[Any], bool]:
         self.take("(")
-        test = self.alternatives()
+        test = self._deeper(self.alternatives)
         self.take(")")
         return test
 
     def _field(self, name: str) -> Callable[[Any], bool]:
-        if not name[0].isalpha() and name[0] != "_":
+        if not (name[0].isalpha() or name[0] == "_") or name in _RESERVED:
             raise PredicateError(f"expected a field, found {name}")
         if self.next == "(":
             inner = self._nested()
             return lambda value: any(map(inner, _members(value, name)))
-        word = self.take()
+        word = self.take(*_COMPARE, "not", "in", "contains", "is")
         if word in _COMPARE:
             compare, wanted = _COMPARE[word], self._value()
             return lambda value: any(_compares(compare, member, wanted) for member in _members(value, name))
-        if word == "in":
-            wanted_any = self._values()
-            return lambda value: any(member in wanted_any for member in _members(value, name))
+        if word == "contains":
+            enough = any if self.take("any", "all") == "any" else all
+            members = self._choices()
+            return lambda value: enough(map({_literal(v) for v in _members(value, name)}.__contains__, members))
         if word == "is":
-            present = self.next != "not"
-            if not present:
-                self.take()
-            self.take("defined")
-            return lambda value: bool(_members(value, name)) is present
-        raise PredicateError(f"unknown operator {word}")
+            return self._presence(name)
+        if word == "not":
+            self.take("in")
+        choices, positive = self._choices(), word == "in"
+        return lambda value: any((_literal(member) in choices) is positive for member in _members(value, name))
 
-    def _values(self) -> list[Any]:
+    def _presence(self, name: str) -> Callable[[Any], bool]:
+        positive = self.next != "not"
+        if not positive:
+            self.take()
+        if self.take("defined", "empty") == "defined":
+            return lambda value: (isinstance(value, dict) and value.get(name) is not None) is positive
+        return lambda value: (not _members(value, name)) is positive
+
+    def _choices(self) -> set[Any]:
         self.take("(")
-        values = [self._value()]
+        choices = {_literal(self._value())}
         while self.take(",", ")") == ",":
-            values.append(self._value())
-        return values
+            choices.add(_literal(self._value()))
+        return choices
 
     def _value(self) -> Any:
         token = self.take()
@@ -142,7 +161,14 @@ def _members(value: Any, name: str) -> list[Any]:
     return found if isinstance(found, list) else [found]
 
 
+def _literal(value: Any) -> tuple[bool, Any]:
+    """Return what tells literals apart: for Python, True and 1 are the same, and objects cannot be in sets."""
+    return isinstance(value, bool), None if isinstance(value, dict | list) else value
+
+
 def _compares(compare: Callable[[Any, Any], Any], value: Any, wanted: Any) -> bool:
+    if isinstance(value, bool) is not isinstance(wanted, bool):
+        return compare is operator.ne
     try:
         return bool(compare(value, wanted))
     except TypeError:

@@ -12,17 +12,18 @@ import phonenumbers
 
 MB, KB = 1_000_000, 1_000
 MAX_PROPERTIES, MAX_ARRAY, MAX_DEPTH = 400, 4_000, 10
-MAX_TEXT = 100 * KB
+MAX_TEXT, MAX_PROFILE = 100 * KB, 100 * KB
 MAX_METRIC_NAME = 128
 MAX_EMAIL, MAX_EXTERNAL_ID = 100, 255
 
 IDENTIFIERS = ("email", "phone_number", "external_id", "anonymous_id", "_kx")
 _PROFILE: dict[str, type] = {
-    **dict.fromkeys(("email", "phone_number", "external_id", "anonymous_id", "_kx", "first_name"), str),
+    **dict.fromkeys(("email", "phone_number", "external_id", "_kx", "first_name"), str),
     **dict.fromkeys(("last_name", "organization", "locale", "title", "image"), str),
     "location": dict,
     "properties": dict,
 }
+_EVENT_PROFILE = _PROFILE | {"anonymous_id": str, "meta": dict}
 _LOCATION = frozenset(
     {"address1", "address2", "city", "country", "latitude", "longitude", "region", "zip", "timezone", "ip"}
 )
@@ -36,6 +37,7 @@ _EVENT: dict[str, type] = {
     "metric": dict,
     "profile": dict,
 }
+BULK_ENTRY: dict[str, type] = {"profile": dict, "events": dict, "backfill": bool}
 _COMMON: dict[str, type] = {
     "external_id": str,
     "integration_type": str,
@@ -63,7 +65,7 @@ REQUIRED = {
 _CREATE_ONLY = ("external_id", "integration_type", "catalog_type")
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+\.[^@\s]+")
 _CURRENCY = re.compile(r"[A-Z]{3}")
-_TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:?\d\d)?")
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
 
 
 @dataclass
@@ -93,19 +95,45 @@ def invalid(detail: str, pointer: str = "/data") -> Refused:
     return Refused(400, "invalid", detail, pointer)
 
 
-def resource(document: Any, kind: str, pointer: str = "/data") -> dict[str, Any]:
-    """Return the JSON:API object of this type. Raises Refused."""
+def resource(document: Any, kind: str, pointer: str = "/data", *, bare: bool = False) -> dict[str, Any]:
+    """Return the JSON:API object of this type; `bare`: an id may do for attributes. Raises Refused."""
     data = document.get("data") if isinstance(document, dict) else None
-    if not isinstance(data, dict) or not isinstance(data.get("attributes"), dict):
+    if not isinstance(data, dict) or not isinstance(data.get("attributes", {} if bare else None), dict):
         raise invalid("'data' with 'attributes' is required.", pointer)
+    for name, expected in (("id", str), ("relationships", dict)):
+        if not isinstance(data.get(name, expected()), expected):
+            raise invalid(f"'{name}' must be of type {expected.__name__}.", f"{pointer}/{name}")
     if data.get("type") != kind:
         raise invalid(f"'{data.get('type')}' is not a valid type; expected '{kind}'.", f"{pointer}/type")
     return data
 
 
-def check_event(attributes: dict[str, Any], pointer: str = "/data/attributes") -> None:
-    """Check the attributes of an event; its profile apart. Raises Refused."""
-    check_fields("event", attributes, _EVENT, pointer)
+def entries_of(
+    attributes: dict[str, Any], name: str, limit: int | None = None, *, pointer: str = "/data/attributes"
+) -> list[Any]:
+    """Return the entries of a bulk body, as they came. Raises Refused."""
+    holder = attributes.get(name)
+    entries = holder.get("data") if isinstance(holder, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise invalid(f"'{name}' is required.", f"{pointer}/{name}")
+    if limit is not None and len(entries) > limit:
+        raise invalid(f"A bulk call takes at most {limit} entries.", f"{pointer}/{name}/data")
+    return entries
+
+
+def references(relation: Any, kind: str, pointer: str, *, many: bool = True) -> list[str]:
+    """Return the ids a JSON:API relationship names. Raises Refused."""
+    data = relation.get("data") if isinstance(relation, dict) else None
+    found = data if many and isinstance(data, list) else [data]
+    ids = [entry.get("id") for entry in found if isinstance(entry, dict) and entry.get("type") == kind]
+    if len(ids) < len(found) or not all(isinstance(each, str) for each in ids):
+        raise invalid(f"'data' with 'type' {kind} and 'id' is required.", f"{pointer}/data")
+    return list(map(str, ids))
+
+
+def check_event(attributes: dict[str, Any], pointer: str = "/data/attributes", *, bulk: bool = False) -> None:
+    """Check the attributes of an event; its profile apart, which bulk calls name once for many. Raises Refused."""
+    check_fields("event", attributes, {k: v for k, v in _EVENT.items() if not (bulk and k == "profile")}, pointer)
     for name in ("properties", "metric"):
         if not isinstance(attributes.get(name), dict):
             raise invalid(f"'{name}' is required for the resource 'event'.", f"{pointer}/{name}")
@@ -119,9 +147,9 @@ def check_event(attributes: dict[str, Any], pointer: str = "/data/attributes") -
         raise invalid("'value_currency' must be an ISO 4217 code.", f"{pointer}/value_currency")
 
 
-def check_profile(attributes: dict[str, Any], pointer: str = "/data/attributes") -> None:
+def check_profile(attributes: dict[str, Any], pointer: str = "/data/attributes", *, of_event: bool = False) -> None:
     """Check the attributes of a profile. Raises Refused."""
-    check_fields("profile", attributes, _PROFILE, pointer)
+    check_fields("profile", attributes, _EVENT_PROFILE if of_event else _PROFILE, pointer)
     email, phone = attributes.get("email"), attributes.get("phone_number")
     if email is not None and (len(email) > MAX_EMAIL or not _EMAIL.fullmatch(email)):
         raise invalid("Invalid email address.", f"{pointer}/email")
@@ -135,23 +163,33 @@ def check_profile(attributes: dict[str, Any], pointer: str = "/data/attributes")
         raise invalid(f"'{name}' is not a valid field for the resource 'location'.", f"{pointer}/location")
 
 
-def check_catalog(kind: str, attributes: dict[str, Any], *, create: bool) -> None:
+def check_bulk_profile(entry: Any, pointer: str) -> None:
+    """Check a profile of a bulk import. Raises Refused."""
+    attributes = resource({"data": entry}, "profile", pointer)["attributes"]
+    check_profile(attributes, f"{pointer}/attributes")
+    if not entry.get("id") and not any(attributes.get(name) for name in IDENTIFIERS):
+        raise invalid("One or more identifiers is required.", pointer)
+    if len(orjson.dumps(entry)) > MAX_PROFILE:
+        raise invalid("A profile can have at most 100 KB.", pointer)
+
+
+def check_catalog(kind: str, attributes: dict[str, Any], pointer: str = "/data/attributes", *, create: bool) -> None:
     """Check the attributes of a catalog entry. Raises Refused."""
     allowed = {k: v for k, v in CATALOG[kind].items() if create or k not in _CREATE_ONLY}
-    check_fields(kind, attributes, allowed, "/data/attributes")
+    check_fields(kind, attributes, allowed, pointer)
     for name in REQUIRED[kind] if create else ():
         if attributes.get(name) is None:
-            raise invalid(f"'{name}' is required for the resource '{kind}'.", f"/data/attributes/{name}")
+            raise invalid(f"'{name}' is required for the resource '{kind}'.", f"{pointer}/{name}")
     if (
         attributes.get("integration_type", "$custom") != "$custom"
         or attributes.get("catalog_type", "$default") != "$default"
     ):
-        raise invalid("Only $custom:::$default catalogs can be written.", "/data/attributes/integration_type")
+        raise invalid("Only $custom:::$default catalogs can be written.", f"{pointer}/integration_type")
     if attributes.get("inventory_policy", 0) not in {0, 1, 2}:
-        raise invalid("'inventory_policy' must be 0, 1 or 2.", "/data/attributes/inventory_policy")
+        raise invalid("'inventory_policy' must be 0, 1 or 2.", f"{pointer}/inventory_policy")
     metadata = attributes.get("custom_metadata") or {}
     if any(isinstance(value, dict | list) for value in metadata.values()) or len(orjson.dumps(metadata)) > MAX_TEXT:
-        raise invalid("'custom_metadata' must be flat and at most 100 KB.", "/data/attributes/custom_metadata")
+        raise invalid("'custom_metadata' must be flat and at most 100 KB.", f"{pointer}/custom_metadata")
 
 
 def check_fields(kind: str, attributes: dict[str, Any], allowed: dict[str, type], pointer: str) -> None:
@@ -191,7 +229,6 @@ def _check_time(value: str | None, pointer: str) -> None:
         moment = None
     if moment is None:
         raise invalid("'time' must be an RFC 3339 date-time.", pointer)
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     if not datetime(1990, 1, 1, tzinfo=UTC) < moment <= datetime.now(UTC) + timedelta(days=365):
         raise invalid("'time' must be after 1990 and at most a year from now.", pointer)
 

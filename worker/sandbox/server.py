@@ -1,14 +1,16 @@
-"""An HTTP/1.1 server on loopback that notes its requests and fails on demand."""
+"""An HTTP/1.1 server on loopback that notes its requests, and fails, dawdles or throttles on demand."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
+import math
 import random
+import re
 import socket
 import struct
 import time
-from collections import deque
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
@@ -21,10 +23,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 GZIP_FROM = 1_024  # bytes
+ACTIONS = frozenset({"respond", "reset", "hang", "slow", "after", "truncate"})
+_THIRD_SEGMENT = re.compile(r"^(/[^/]+/[^/]+)/[^/]+")
+_NO_CONTENT = 204
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Call:
     """A request as a service sees it; `query` holds decoded values."""
 
     method: str
@@ -49,13 +54,14 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Logged:
-    """A line of the request log."""
+class Request:
+    """A line of the request log. `status` 0: no answer was given. `at`: seconds since the epoch."""
 
     method: str
     path: str
+    query: Mapping[str, list[str]]
     status: int
-    body_size: int
+    body_size: int  # bytes
     at: float
 
 
@@ -65,7 +71,8 @@ class Fault:
 
     `match` is a prefix of "METHOD /path", `where` something the body holds. Actions: `respond` instead of
     handling; `reset` without an answer; `hang` for `seconds`, then close; `slow`: handle after `seconds`;
-    `after`: handle, then reset, so that the effect is there and nobody knows; `truncate`: half an answer.
+    `after`: handle, then reset, so that the effect is there and nobody knows; `truncate`: handle, then reset
+    halfway through the answer.
     """
 
     status: int = 503
@@ -77,6 +84,15 @@ class Fault:
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes | None = None
     probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ValueError(f"unknown action {self.action!r}")
+
+
+def template(path: str) -> str:
+    """Return a path with `{id}` in the place both services have their ids: `/api/profiles/{id}`."""
+    return _THIRD_SEGMENT.sub(r"\1/{id}", path)
 
 
 class Faults:
@@ -97,13 +113,15 @@ class Faults:
         with self._lock:
             self._waiting.clear()
 
-    def take(self, request: Request) -> Fault | None:
+    def take(self, call: Call) -> Fault | None:
         """Return the fault this request meets, if any."""
-        name = f"{request.method} {request.path}"
+        if not self._waiting:
+            return None
+        name = f"{call.method} {call.path}"
         with self._lock:
             for entry in self._waiting:
                 fault, left = entry
-                hit = name.startswith(fault.match) and fault.where in request.body
+                hit = name.startswith(fault.match) and fault.where in call.body
                 if hit and self._random.random() < fault.probability:
                     if left is not None:
                         entry[1] = left - 1
@@ -112,12 +130,52 @@ class Faults:
         return None
 
 
+class Throttled(Exception):
+    """A window is used up; it ends in `seconds`."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"throttled for {seconds} s")
+        self.seconds = seconds
+
+
+class Limiter:
+    """Fixed windows, several at a time, per name."""
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self._now = now
+        self._lock = Lock()
+        self._used: dict[tuple[str, int], tuple[int, int]] = defaultdict(lambda: (-1, 0))
+
+    def take(self, name: str, limits: Mapping[int, int]) -> tuple[int, int]:
+        """Count one request against `limits` (seconds -> requests).
+
+        Returns what remains in the longest window and the seconds until it ends. Raises Throttled.
+        """
+        now = self._now()
+        counts = {}
+        with self._lock:
+            for seconds, limit in limits.items():
+                window, used = self._used[name, seconds]
+                used = used if window == int(now // seconds) else 0
+                if used >= limit:
+                    raise Throttled(_rest(now, seconds))
+                counts[seconds] = used + 1
+            for seconds, used in counts.items():
+                self._used[name, seconds] = (int(now // seconds), used)
+        longest = max(limits)
+        return limits[longest] - counts[longest], _rest(now, longest)
+
+
+def _rest(now: float, seconds: int) -> int:
+    return max(1, math.ceil(seconds - now % seconds))
+
+
 class Server:
     """One service on a port of its own; may be stopped and started again on the same port."""
 
     def __init__(
         self,
-        handle: Callable[[Request], Answer],
+        handle: Callable[[Call], Answer],
         explain: Callable[[int], Any],
         control: Callable[[], Any],
         *,
@@ -130,7 +188,7 @@ class Server:
         self.control = control  # () -> the state, for GET /_sandbox/state
         self.latency = latency
         self.faults = Faults(seed)
-        self.requests: deque[Logged] = deque(maxlen=1_000_000)
+        self.requests: list[Request] = []
         self._port = port
         self._http: _HTTPServer | None = None
 
@@ -140,7 +198,9 @@ class Server:
         return f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:
-        """Listen."""
+        """Listen: on the port of last time, if there was one."""
+        if self._http is not None:
+            return
         self._http = _HTTPServer(("127.0.0.1", self._port), _Handler)
         self._http.service = self
         self._port = self._http.server_address[1]
@@ -153,6 +213,13 @@ class Server:
             self._http.server_close()
             self._http.drop_connections()
             self._http = None
+
+    def state(self) -> dict[str, Any]:
+        """Return the service's state, with the requests counted by "METHOD /path/{id}" and status."""
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for request in list(self.requests):
+            counts[f"{request.method} {template(request.path)}"][str(request.status)] += 1
+        return {**self.control(), "requests": counts}
 
 
 class _HTTPServer(ThreadingHTTPServer):
@@ -185,7 +252,6 @@ class _HTTPServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # one write per answer: two would meet Nagle and delayed acknowledgements
     server: _HTTPServer
 
     def log_message(self, *_: Any) -> None:
@@ -193,66 +259,73 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         parts = urlsplit(self.path)
-        length = int(self.headers.get("Content-Length") or 0)
-        request = Request(
+        if self.headers.get("Transfer-Encoding"):
+            self.send_error(411)  # no client of ours sends chunks
+            self.close_connection = True
+            return
+        call = Call(
             self.command,
             parts.path,
             parse_qs(parts.query, keep_blank_values=True),
             self.headers,  # type: ignore[arg-type]
-            self.rfile.read(length),
+            self.rfile.read(int(self.headers.get("Content-Length") or 0)),
             self.path,
         )
         if parts.path.startswith("/_sandbox/"):
-            self._send(self._control(request))
+            self._send(_control(self.server.service, call))
         else:
-            self._answer(request)
+            self._answer(call)
 
-    do_GET = do_POST = do_PATCH = do_DELETE = do_HEAD = _serve
+    do_GET = do_POST = do_PATCH = do_PUT = do_DELETE = do_HEAD = _serve
 
-    def _answer(self, request: Request) -> None:
+    def _answer(self, call: Call) -> None:
         service = self.server.service
-        fault = service.faults.take(request)
+        fault = service.faults.take(call)
         action = fault.action if fault else ""
         if service.latency:
             time.sleep(service.latency)
         if fault and action in {"hang", "slow"}:
             time.sleep(fault.seconds)
         if action in {"reset", "hang"}:
-            self._note(request, 0)
+            self._note(call, 0)
             self._reset()
             return
         if fault and action == "respond":
-            self._note(request, fault.status)
+            self._note(call, fault.status)
             self._send(Answer(fault.status, service.explain(fault.status), fault.headers), fault.body)
             return
-        answer = service.handle(request)
-        self._note(request, answer.status)
+        try:
+            answer = service.handle(call)
+        except Exception:
+            self._note(call, 500)
+            self._send(Answer(500, service.explain(500)))
+            raise
+        self._note(call, answer.status)
         if action == "after":
             self._reset()
         else:
             self._send(answer, truncate=action == "truncate")
 
-    def _note(self, request: Request, status: int) -> None:
-        line = Logged(request.method, request.path, status, len(request.body), time.time())
+    def _note(self, call: Call, status: int) -> None:
+        line = Request(call.method, call.path, call.query, status, len(call.body), time.time())
         self.server.service.requests.append(line)
 
     def _send(self, answer: Answer, raw: bytes | None = None, *, truncate: bool = False) -> None:
         body = raw if raw is not None else b"" if answer.document is None else orjson.dumps(answer.document)
-        headers = {"Content-Type": "application/json", "X-Correlation-ID": "sandbox", **answer.headers}
+        headers = {"Content-Type": "application/json"} if body else {}
+        headers |= answer.headers
         if len(body) > GZIP_FROM and "gzip" in self.headers.get("Accept-Encoding", ""):
             body = gzip.compress(body, 1)
             headers["Content-Encoding"] = "gzip"
-        self.send_response(answer.status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
+        if answer.status != _NO_CONTENT:
+            headers["Content-Length"] = str(len(body))
+        phrase = self.responses.get(answer.status, ("",))[0]
+        lines = [f"HTTP/1.1 {answer.status} {phrase}", f"Date: {self.date_time_string()}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        content = "\r\n".join([*lines, "\r\n"]).encode("latin-1") + (b"" if self.command == "HEAD" else body)
+        self.wfile.write(content[: len(content) // 2] if truncate else content)
         if truncate:
-            self.wfile.flush()
             self._reset()
-            return
-        self.wfile.write(body)
-        self.wfile.flush()
 
     def _reset(self) -> None:
         """Close with RST, as a crashing host does."""
@@ -261,23 +334,26 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
 
-    def _control(self, request: Request) -> Answer:
-        """Serve tests in another process: state, request log, faults."""
-        service = self.server.service
-        name = f"{request.method} {request.path.removeprefix('/_sandbox/')}"
-        if name == "GET state":
-            return Answer(200, service.control())
-        if name == "GET requests":
+
+def _control(service: Server, call: Call) -> Answer:
+    """Serve tests in another process: state, request log, faults."""
+    match call.method, call.path.removeprefix("/_sandbox/"):
+        case "GET", "state":
+            return Answer(200, service.state())
+        case "GET", "requests":
             return Answer(200, list(service.requests))
-        if name == "POST faults":
-            texts = {"where", "body"}
-            for entry in request.json():
-                values: dict[str, Any] = {
-                    k: v.encode() if k in texts and isinstance(v, str) else v for k, v in entry.items()
-                }
-                service.faults.add(Fault(**values))
+        case "POST", "faults":
+            try:
+                service.faults.add(*(_fault(entry) for entry in call.json()))
+            except (TypeError, ValueError, AttributeError) as error:
+                return Answer(400, {"error": f"expected a list of faults: {error}"})
             return Answer(200, {})
-        if name == "DELETE faults":
+        case "DELETE", "faults":
             service.faults.clear()
             return Answer(200, {})
-        return Answer(404, {"error": "expected state, requests or faults"})
+    return Answer(404, {"error": "expected state, requests or faults"})
+
+
+def _fault(fields: dict[str, Any]) -> Fault:
+    texts = {name: fields[name].encode() for name in ("where", "body") if fields.get(name) is not None}
+    return Fault(**(fields | texts))

@@ -37,7 +37,17 @@ class Shop:
         return found
 
 
-_PERSONAL = {"email", "customerEmail", "phone", "mobile", "firstName", "lastName", "streetName", "companyName"}
+_PERSONAL = {
+    "email",
+    "customerEmail",
+    "phone",
+    "mobile",
+    "firstName",
+    "lastName",
+    "streetName",
+    "companyName",
+    "company",
+}
 
 
 def _collect(value: Any, found: set[str]) -> None:
@@ -281,6 +291,9 @@ def _order(name: str, lines: list[Json], customer: Json | None, /, **more: Any) 
         orderState="Open",
         paymentState="Paid",
         origin="Customer",
+        cart=reference("cart", name),
+        shippingMode="Single",
+        shipping=[],
         **buyer,
         **addresses,
         lineItems=lines,
@@ -315,7 +328,7 @@ def _orders(products: dict[str, Json], customers: dict[str, Json]) -> dict[str, 
     }
     three = [line_item("three", 1, jeans, quantity=2), line_item("three", 2, shirt), line_item("three", 3, socks)]
     imported = _order("imported", [line_item("imported", 1, cap)], katherine, origin="Import")
-    imported.pop("taxedPrice")
+    del imported["cart"], imported["taxedPrice"]  # commercetools computes neither for orders it only keeps
     guest = {"customerEmail": "hedy.lamarque@mail.example", "billingAddress": guest_address, "anonymousId": "anon"}
     return _by_id(
         _order("three", three, grete, paymentInfo={"payments": [reference("payment", "card")]}),

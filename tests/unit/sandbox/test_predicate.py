@@ -15,6 +15,7 @@ ORDER = {
     "total": 1.5,
     "paymentInfo": {"payments": [{"id": "p-1"}, {"id": "p-2"}]},
     "ancestors": [],
+    "tags": ["new", "sale"],
 }
 
 
@@ -39,6 +40,23 @@ ORDER = {
         ("missing is defined", False),
         ("missing is not defined", True),
         ('missing = "x"', False),
+        ("ancestors is empty", True),
+        ("tags is not empty", True),
+        ("ancestors is defined", True),
+        ('id not in ("x", "y")', True),
+        ('id not in ("x", "o-1")', False),
+        ('tags contains any ("sale", "old")', True),
+        ('tags contains any ("old")', False),
+        ('tags contains all ("sale", "new")', True),
+        ('tags contains all ("sale", "old")', False),
+        ('paymentInfo(payments(id in ("p-1")) and payments(id in ("p-2")))', True),
+        ('paymentInfo(payments(id = "p-1" and id = "p-2"))', False),
+        ('id = "x" or id = "o-1" and version = 3', True),
+        ('(id = "o-1" or id = "x") and version = 4', False),
+        ("paid = 1", False),
+        ("paid in (1)", False),
+        ("version in (3, 4)", True),
+        ("paymentInfo in (3)", False),
         ('version = "3"', False),
         ('version < "3"', False),
     ],
@@ -62,6 +80,11 @@ def test_predicates_mean_what_they_say(predicate: str, expected: bool) -> None:
         '"x" = id',
         "id = name",
         'id = "x" id',
+        'and = "x"',
+        "id contains (3)",
+        "id is",
+        'id in "x"',
+        "not " * 100 + "id = 1",
     ],
 )
 def test_a_malformed_predicate_is_refused(predicate: str) -> None:
@@ -70,10 +93,53 @@ def test_a_malformed_predicate_is_refused(predicate: str) -> None:
         matches(predicate)
 
 
+def literal(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+IDS = st.sampled_from(["a", "b", "c"])
+TERMS = st.builds(lambda name, value: (f'{name} = "{value}"', lambda x: x[name] == value), st.sampled_from("xy"), IDS)
+
+
+def combined(inner):
+    def pair(first, word, second):
+        join = all if word == "and" else any
+        return f"({first[0]}) {word} ({second[0]})", lambda x: join((first[1](x), second[1](x)))
+
+    return st.builds(pair, inner, st.sampled_from(["and", "or"]), inner) | inner.map(
+        lambda term: (f"not ({term[0]})", lambda x: not term[1](x))
+    )
+
+
+@given(st.recursive(TERMS, combined, max_leaves=8), IDS, IDS)
+def test_any_combination_is_boolean_algebra(predicate, x: str, y: str) -> None:
+    """However deep and, or and not are put together."""
+    text, expected = predicate
+    assert matches(text)({"x": x, "y": y}) is expected({"x": x, "y": y})
+
+
+@given(st.lists(IDS), st.lists(IDS, min_size=1))
+def test_an_array_matches_when_any_element_does(held: list[str], wanted: list[str]) -> None:
+    """Of objects by a nested predicate, of texts by `contains any`."""
+    expected = bool(set(held) & set(wanted))
+    listed = ", ".join(map(literal, wanted))
+    assert matches(f"parts(id in ({listed}))")({"parts": [{"id": each} for each in held]}) is expected
+    assert matches(f"parts contains any ({listed})")({"parts": held}) is expected
+
+
+@given(st.text(alphabet='abc ()=<>!,"\\ andornotiscontains0.-'))
+def test_no_text_does_more_than_be_malformed(text: str) -> None:
+    """A predicate is a test or a PredicateError, and a test never fails."""
+    try:
+        test = matches(text)
+    except PredicateError:
+        return
+    assert test(ORDER) in {True, False}
+
+
 @given(st.text(), st.text())
 def test_any_text_can_be_a_value(wanted: str, other: str) -> None:
     """Quotes and backslashes are escaped, and nothing ends a literal early."""
-    escaped = wanted.replace("\\", "\\\\").replace('"', '\\"')
-    test = matches(f'id in ("{escaped}")')
+    test = matches(f"id in ({literal(wanted)})")
     assert test({"id": wanted})
     assert test({"id": other}) is (wanted == other)
