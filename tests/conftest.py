@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from adapters.embedded import EmbeddedQueue
+from worker.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,6 +37,13 @@ def queue(tmp_path: Path) -> Iterator[EmbeddedQueue]:
     queue = EmbeddedQueue(tmp_path / "queue.db", lease=30, max_attempts=3)
     yield queue
     queue.close()
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    """Both stand-ins, with the sample shop and an empty account."""
+    with Sandbox() as running:
+        yield running
 
 
 @dataclass(frozen=True, slots=True)

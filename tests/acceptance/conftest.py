@@ -12,18 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from worker.sandbox import Sandbox
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from worker.sandbox import Sandbox
 
 COMMAND = str(Path(sys.executable).with_name("klaviyo-worker"))
-
-
-@pytest.fixture
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox() as running:
-        yield running
 
 
 @dataclass

@@ -5,21 +5,12 @@ from __future__ import annotations
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
 from worker.commercetools import Commercetools
 from worker.klaviyo import Klaviyo
-from worker.sandbox import Sandbox
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-@pytest.fixture
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox() as running:
-        yield running
+    from worker.sandbox import Sandbox
 
 
 def settings_for(sandbox: Sandbox, **values: Any) -> Settings:

@@ -1,20 +1,15 @@
-"""The Klaviyo stand-in: headers, rate limits, routes and bulk jobs in front of an Account."""
+"""The Klaviyo stand-in: headers, rate limits and routes in front of an Account."""
 
 from __future__ import annotations
 
 import re
-import secrets
-import time
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from queue import SimpleQueue
-from threading import RLock, Thread
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlencode
 
 import orjson
 
-from worker.sandbox.account import PREFIX
+from worker.sandbox.jobs import Jobs
+from worker.sandbox.limiter import Limiter, Throttled
 from worker.sandbox.rules import (
     MAX_PROFILE,
     MB,
@@ -25,7 +20,7 @@ from worker.sandbox.rules import (
     invalid,
     resource,
 )
-from worker.sandbox.server import Answer, Limiter, Throttled, template
+from worker.sandbox.server import Answer, template
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,8 +30,7 @@ if TYPE_CHECKING:
 
 KEY = "pk_sandbox_key"
 MEDIA_TYPE = "application/vnd.api+json"
-MAX_ENTRIES, MAX_PROFILES, MAX_JOBS, MAX_PAGE = 100, 10_000, 500, 100
-_JOB_EXPIRES = 7 * 24 * 3600  # seconds
+MAX_ENTRIES, MAX_PROFILES, MAX_PAGE = 100, 10_000, 100
 _REVISION = re.compile(r"\d{4}-\d\d-\d\d(\.pre)?")
 _KINDS = {
     "catalog-items": "catalog-item",
@@ -67,108 +61,12 @@ def _tier(endpoint: str) -> str:
     return "XL" if path == "/api/events" or reads_catalog else "L"
 
 
-@dataclass(slots=True)
-class _Job:
-    kind: str
-    total: int
-    id: str = field(default_factory=lambda: secrets.token_hex(13).upper())
-    created: float = field(default_factory=time.time)
-    begins: float = 0.0
-    ends: float = 0.0
-    errors: list[Json] | None = None  # None: not complete
-
-    def document(self) -> Json:
-        status = "complete" if self.errors is not None else "processing" if time.time() >= self.begins else "queued"
-        failed = len(self.errors or ())
-        attributes = {
-            "status": status,
-            "created_at": _stamp(self.created),
-            "total_count": self.total,
-            "completed_count": self.total - failed if status == "complete" else 0,
-            "failed_count": failed,
-            "completed_at": _stamp(self.ends) if status == "complete" else None,
-            "expires_at": _stamp(self.created + _JOB_EXPIRES),
-        }
-        if self.kind.startswith("catalog-"):
-            attributes["errors"] = self.errors or []
-        else:
-            attributes["started_at"] = None if status == "queued" else _stamp(self.begins)
-        return {"type": self.kind, "id": self.id, "attributes": attributes}
-
-
-class _Jobs:
-    """Bulk jobs, in the order they came: queued for half of `seconds`, then processing."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._lock = RLock()
-        self._jobs: dict[str, _Job] = {}
-        self._waiting: SimpleQueue[tuple[_Job, list[Json], Callable[[Json], object]]] = SimpleQueue()
-        if seconds:
-            Thread(target=self._work_off, daemon=True).start()
-
-    def start(self, kind: str, entries: list[Json], work: Callable[[Json], object]) -> Json:
-        """Accept a job that works on each entry. Raises Refused when too many are in progress."""
-        with self._lock:
-            going_on = [j for j in self._jobs.values() if j.errors is None and j.kind.startswith("catalog-")]
-            if kind.startswith("catalog-") and len(going_on) >= MAX_JOBS:
-                raise Refused(429, "throttled", f"At most {MAX_JOBS} jobs can be in progress.")
-            job = _Job(kind, len(entries))
-            job.begins = job.created + self._seconds / 2
-            self._jobs[job.id] = job
-        accepted = job.document()
-        if self._seconds:
-            self._waiting.put((job, entries, work))
-        else:
-            self._finish(job, entries, work)
-        return accepted
-
-    def _work_off(self) -> None:
-        while True:  # all take the same time: first in, first out
-            job, entries, work = self._waiting.get()
-            time.sleep(max(0.0, job.created + self._seconds - time.time()))
-            self._finish(job, entries, work)
-
-    def get(self, kind: str, job_id: str) -> _Job:
-        """Return a job. Raises Refused when there is none."""
-        job = self._jobs.get(job_id)
-        if job is None or job.kind != kind:
-            raise Refused(404, "not_found", f"A {kind} with this id does not exist.")
-        return job
-
-    def of_kind(self, kind: str) -> list[Json]:
-        """Return the jobs of a kind."""
-        with self._lock:
-            return [job.document() for job in self._jobs.values() if job.kind == kind]
-
-    @staticmethod
-    def _finish(job: _Job, entries: list[Json], work: Callable[[Json], object]) -> None:
-        errors = []
-        for entry in entries:
-            try:
-                work(entry)
-            except Refused as refused:
-                errors.append(_job_error(job.kind, entry, refused))
-        job.ends = time.time()
-        job.errors = errors
-
-
-def _job_error(kind: str, entry: Json, refused: Refused) -> Json:
-    error = refused.document()["errors"][0]
-    if kind.startswith("catalog-"):
-        external_id = entry.get("attributes", {}).get("external_id") or entry["id"].removeprefix(PREFIX)
-        return {"detail": error["detail"], "meta": {"external_id": external_id}, "source": error["source"]}
-    attributes = {name: error[name] for name in ("code", "title", "detail", "source")}
-    attributes["original_payload"] = entry
-    return {"type": "import-error", "id": secrets.token_hex(13).upper(), "attributes": attributes}
-
-
 class Klaviyo:
     """Answers like Klaviyo's HTTP API, writing to an Account."""
 
     def __init__(self, account: Account, *, rate_limits: bool) -> None:
         self._account = account
-        self._jobs = _Jobs(account.job_seconds)
+        self._jobs = Jobs(account.job_seconds)
         self._limiter = Limiter() if rate_limits else None
 
     def handle(self, call: Call) -> Answer:
@@ -365,7 +263,3 @@ def _shown(entry: Json) -> Json:
         data = [{"type": "catalog-category", "id": each} for each in relations["categories"]]
         shown["relationships"] = {"categories": {"data": data}}
     return shown
-
-
-def _stamp(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat()

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from tests.unit.sandbox.test_klaviyo_rules import ITEM, VARIANT, Caller, of_item, pointer
+from tests.unit.sandbox.conftest import Caller
+from tests.unit.sandbox.test_klaviyo_rules import ITEM, VARIANT, of_item, pointer
 from worker.sandbox import Sandbox
 from worker.sandbox.account import PREFIX, Account
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 PROFILES = "/api/profile-bulk-import-jobs"
 PLURAL = {"item": "items", "variant": "variants", "category": "categories"}
-
-
-@pytest.fixture
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox() as running:
-        yield running
-
-
-@pytest.fixture
-def call(sandbox: Sandbox) -> Caller:
-    return Caller(sandbox)
 
 
 def imports(*attributes: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlencode
 
 import orjson
@@ -13,9 +13,6 @@ import urllib3
 from worker.sandbox import Sandbox
 from worker.sandbox.commercetools import CLIENT_ID, CLIENT_SECRET, PROJECT
 from worker.sandbox.shop import uid
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 BASIC = f"{CLIENT_ID}:{CLIENT_SECRET}"
 GRANT = {"grant_type": "client_credentials"}
@@ -42,12 +39,6 @@ class Caller:
     def get(self, collection: str, *parameters: tuple[str, str], token: str = "") -> tuple[int, Any]:
         answer = self.raw(f"/{PROJECT}/{collection}?{urlencode(parameters)}", token)
         return answer.status, orjson.loads(answer.data)
-
-
-@pytest.fixture
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox() as running:
-        yield running
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlencode
 
 import orjson
@@ -12,44 +12,11 @@ import urllib3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.sandbox.conftest import HEADERS, Caller
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.account import PREFIX, Account
 from worker.sandbox.klaviyo import KEY, Klaviyo
 from worker.sandbox.server import Call
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-HEADERS = {
-    "Authorization": f"Klaviyo-API-Key {KEY}",
-    "revision": "2026-07-15",
-    "Content-Type": "application/vnd.api+json",
-}
-
-
-class Caller:
-    """Speaks plain HTTP to the Klaviyo stand-in."""
-
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._url = sandbox.klaviyo.url
-        self._pool = urllib3.PoolManager(retries=False, timeout=5)
-
-    def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-        content = None if body is None else body if isinstance(body, bytes) else orjson.dumps(body)
-        merged = {name: value for name, value in (HEADERS | headers).items() if value}
-        answer = self._pool.request(method, self._url + path, body=content, headers=merged)
-        return answer.status, orjson.loads(answer.data) if answer.data else None
-
-
-@pytest.fixture
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox() as running:
-        yield running
-
-
-@pytest.fixture
-def call(sandbox: Sandbox) -> Caller:
-    return Caller(sandbox)
 
 
 def event(**attributes: Any) -> dict[str, Any]:

@@ -16,23 +16,13 @@ import orjson
 import pytest
 import urllib3
 
-from tests.unit.sandbox.test_klaviyo_rules import HEADERS, Caller, event, profile
+from tests.unit.sandbox.conftest import HEADERS, Caller
+from tests.unit.sandbox.test_klaviyo_rules import event, profile
 from worker.sandbox import Fault, Sandbox
-from worker.sandbox.server import Answer, Limiter, Throttled
+from worker.sandbox.limiter import Limiter, Throttled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-@pytest.fixture
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox() as running:
-        yield running
-
-
-@pytest.fixture
-def call(sandbox: Sandbox) -> Caller:
-    return Caller(sandbox)
+    from worker.sandbox.server import Answer
 
 
 def connect(sandbox: Sandbox) -> http.client.HTTPConnection:
