@@ -6,7 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
-from adapters.base import DeadLetter, DeadLetters, Delivery, Failure, Publisher, QueueAdapter, QueueError, QueueURLError
+from adapters.base import (
+    DeadLetter,
+    DeadLetters,
+    Delivery,
+    Failure,
+    Publisher,
+    QueueAdapter,
+    QueueError,
+    QueueOptions,
+    QueueURLError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,20 +29,30 @@ __all__ = [
     "Publisher",
     "QueueAdapter",
     "QueueError",
+    "QueueOptions",
     "QueueURLError",
     "open_queue",
 ]
 
 # Imported on use: a worker on one queue never pays for the client of another.
-_SCHEMES = {"embedded": "adapters.embedded:open_url"}
+_SCHEMES = {
+    "embedded": "adapters.embedded:open_url",
+    "pubsub": "adapters.pubsub:open_url",
+    "push": "adapters.push:open_url",
+}
+_DEFAULTS = QueueOptions()
 
 
-def open_queue(url: str) -> QueueAdapter:
+def open_queue(url: str, options: QueueOptions = _DEFAULTS) -> QueueAdapter:
     """Open the queue that `url` names. Raises QueueURLError, or QueueError when it cannot be opened."""
     scheme = urlsplit(url).scheme
     if scheme not in _SCHEMES:
         known = ", ".join(f"{name}://" for name in sorted(_SCHEMES))
         raise QueueURLError(f"QUEUE_URL is malformed: expected one of {known}; found {scheme or 'no scheme'}")
     module, _, function = _SCHEMES[scheme].partition(":")
-    opener = cast("Callable[[str], QueueAdapter]", getattr(import_module(module), function))
-    return opener(url)
+    try:
+        opener = cast("Callable[[str, QueueOptions], QueueAdapter]", getattr(import_module(module), function))
+    except ModuleNotFoundError as error:
+        hint = f"pip install 'klaviyo-worker[{scheme}]'"
+        raise QueueError(f"QUEUE_URL: {scheme}:// needs {error.name}, which is not installed: {hint}") from None
+    return opener(url, options)

@@ -19,6 +19,16 @@ class QueueURLError(QueueError):
 
 
 @dataclass(frozen=True, slots=True)
+class QueueOptions:
+    """What a worker asks of its queue; an adapter uses what applies to it."""
+
+    max_messages: int = 500  # received and not settled, at once
+    max_bytes: int = 64_000_000  # of their bodies
+    direct_dead_letter: bool = False  # bury with a reason at once, instead of by the queue's own policy
+    port: int = 6789  # to listen on, where messages are pushed and the URL names no port
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """Why a delivery goes back to the queue or to the dead letters. Holds no personal data."""
 
@@ -79,20 +89,30 @@ class QueueAdapter(Protocol):
         were not handled at all, which costs no delivery attempt where the queue can take it back.
         """
 
-    def dead_letter(self, delivery: Delivery, failure: Failure) -> None:
-        """Move the message to the dead letters with its reason; where a queue cannot, nack it."""
+    def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
+        """Move the message to the dead letters with its reason; where a queue cannot, nack it.
+
+        Returns whether it is a dead letter now; if not, it comes again until the queue's policy gives up.
+        """
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
         """Keep the leases for `seconds` from now; nothing to do where the client leases by itself."""
 
     def backlog(self) -> int | None:
-        """Count the messages not yet settled: ready, delayed and leased. None: this queue cannot tell."""
+        """Count the messages not yet settled: ready, delayed and leased.
 
-    def check(self) -> None:
-        """Raise QueueError unless this process may consume."""
+        A queue that does not tell answers with what this worker sent back and expects again, or None
+        when that is nothing.
+        """
+
+    def check(self) -> Sequence[str]:
+        """Raise QueueError unless this process may consume; return one sentence per thing to mend."""
+
+    def stop(self) -> None:
+        """Stop pulling and return what `receive` never handed out. Settling goes on until `close`."""
 
     def close(self) -> None:
-        """Stop pulling and return what `receive` never handed out. Idempotent."""
+        """Stop, and let go of the connection. Idempotent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +129,7 @@ class Publisher(Protocol):
     """A queue that `klaviyo-worker publish` can fill."""
 
     def publish(self, bodies: Iterable[bytes]) -> int:
-        """Store the messages durably and return how many; all of them or, on an error, none."""
+        """Store the messages durably and return how many. Raises QueueError, saying what of them was stored."""
 
 
 @runtime_checkable

@@ -23,7 +23,7 @@ from adapters.base import DeadLetter, Failure, QueueError, QueueURLError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from adapters.base import Delivery
+    from adapters.base import Delivery, QueueOptions
 
 log = logging.getLogger("klaviyo_worker.embedded")
 POLL_SECONDS = 0.05
@@ -67,7 +67,7 @@ class EmbeddedDelivery:
     attributes: Mapping[str, str] = field(default_factory=dict)
 
 
-def open_url(url: str) -> EmbeddedQueue:
+def open_url(url: str, _options: QueueOptions) -> EmbeddedQueue:
     """Open `embedded:///path/queue.db[?lease=SECONDS&max_attempts=N]`, creating it when missing."""
     parts = urlsplit(url)
     path = unquote(parts.netloc + parts.path)
@@ -146,12 +146,13 @@ class EmbeddedQueue:
         for delivery in spent:
             self._give_up(delivery, failure)
 
-    def dead_letter(self, delivery: Delivery, failure: Failure) -> None:
+    def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
         """Move the row to the dead letters, in one transaction."""
         (key,) = _keys([delivery])
         with self._transaction():
             self._db.execute(_BURY, (failure.reason, failure.stage, failure.error, time.time(), *key))
             self._db.execute("DELETE FROM messages WHERE id = ? AND lease = ?", key)
+        return True
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
         """Push the end of the leases to `seconds` from now."""
@@ -167,13 +168,16 @@ class EmbeddedQueue:
         with self._guard():
             return int(self._db.execute("SELECT count(*) FROM messages").fetchone()[0])
 
-    def check(self) -> None:
+    def check(self) -> Sequence[str]:
         """Raise QueueError unless the file can be written."""
         with self._transaction():
-            pass
+            return ()
+
+    def stop(self) -> None:
+        """Do nothing: `receive` hands out all it leases, so nothing is left to return."""
 
     def close(self) -> None:
-        """Close the file; `receive` hands out all it leases, so nothing is left to return."""
+        """Close the file."""
         with self._lock:
             self._db.close()
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from adapters.embedded import EmbeddedQueue
+from tests.emulator import Emulator, missing
 from worker.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 settings.register_profile("default", deadline=None, max_examples=150)
 settings.load_profile("default")
 
-_OURS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "APP_TYPE", "PUB_SUB_PORT")
+_OURS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "APP_TYPE", "PUB_SUB_PORT", "PUBSUB_")
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +45,16 @@ def sandbox() -> Iterator[Sandbox]:
     """Both stand-ins, with the sample shop and an empty account."""
     with Sandbox() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Iterator[Emulator]:
+    """Google's Pub/Sub emulator, one for all tests: each makes a subscription of its own."""
+    if why := missing():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(why)
+    running = Emulator()
+    yield running
+    running.kill()
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,8 @@ class Peek:
             time.sleep(wait)
             return ()
         deliveries = self._queue.receive(min(max_messages, self._left), wait)
-        self._left = self._left - len(deliveries) if deliveries else 0
+        nothing_left = not deliveries and self._queue.backlog() is not None
+        self._left = 0 if nothing_left else self._left - len(deliveries)
         self._seen += deliveries
         return deliveries
 
@@ -66,8 +67,10 @@ class Peek:
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
         """Keep the messages leased until `close`."""
 
-    def dead_letter(self, delivery: Delivery, failure: Failure) -> None:
+    def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
         """Keep the message leased until `close`."""
+        del delivery, failure
+        return True
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
         """Extend all that was seen, whatever is still in work."""
@@ -76,11 +79,15 @@ class Peek:
 
     def backlog(self) -> int | None:
         """Count what will still be looked at: nothing, once the queue had no more."""
-        return self._left
+        return None if self._left and self._queue.backlog() is None else self._left
 
-    def check(self) -> None:
+    def check(self) -> Sequence[str]:
         """Check the queue."""
-        self._queue.check()
+        return self._queue.check()
+
+    def stop(self) -> None:
+        """Stop the queue."""
+        self._queue.stop()
 
     def close(self) -> None:
         """Return everything."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -116,7 +117,8 @@ class Pipeline:
                 case Disposition.NACK:
                     retried[job.outcome.delay, failure].append(job.delivery)
                 case Disposition.DEAD_LETTER:
-                    self._queue.dead_letter(job.delivery, failure)
+                    if not self._queue.dead_letter(job.delivery, failure):
+                        job.outcome = replace(job.outcome, disposition=Disposition.NACK)
         for (delay, failure), deliveries in retried.items():
             self._queue.nack(deliveries, delay, failure)
         if acked:

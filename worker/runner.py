@@ -12,7 +12,7 @@ from worker.errors import Misconfigured
 from worker.telemetry import log
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from adapters.base import QueueAdapter
     from worker.model import Job
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RECEIVE_WAIT = 1.0  # seconds; how soon an idle loop notices that it is to stop
 DRAIN_WAIT = 0.05  # seconds; how soon `once` notices that the lanes are done
+QUIET = 10.0  # seconds without a message after which `once` takes a queue that cannot tell for empty
 _Inbox = SimpleQueue["Job | None"]
 
 
@@ -85,27 +86,27 @@ class Runner:
             raise ShutdownTimeoutError(f"{left} messages in flight went back to the queue")
 
     def _pull(self, max_wait: float) -> None:
-        waited = 0.0
+        waited = quiet = 0.0
         while not self._stopping.is_set():
-            if self._once and self._nothing_left(waited, max_wait):
+            if self._once and self._nothing_left(quiet, waited, max_wait):
                 return
             room = self._room()
             if room <= 0 or self._stopping.is_set():
                 continue
             began, idle = time.monotonic(), not self._held
             deliveries = self._queue.receive(room, DRAIN_WAIT if self._once and not idle else RECEIVE_WAIT)
-            if idle and not deliveries:
-                waited += time.monotonic() - began
+            spent = time.monotonic() - began if idle and not deliveries else 0.0
+            waited, quiet = waited + spent, 0.0 if deliveries else quiet + spent
             for delivery in deliveries:
                 self._dispatch(self._pipeline.accept(delivery))
 
-    def _nothing_left(self, waited: float, max_wait: float) -> bool:
+    def _nothing_left(self, quiet: float, waited: float, max_wait: float) -> bool:
         """Tell whether `once` is done: nothing in flight and nothing to come that is worth the wait."""
         if self._held:
             return False
         backlog = self._queue.backlog()
         if not backlog:
-            return backlog == 0 or waited > 0
+            return backlog == 0 or quiet >= QUIET
         if waited < max_wait:
             return False
         log.warning("gave_up_waiting", extra={"waiting": backlog, "waited_s": round(waited)})
@@ -209,10 +210,13 @@ class Runner:
                 log.warning("leases_not_extended", extra={"reason": str(error)})
 
     def _finish(self, lanes: Sequence[Thread]) -> None:
-        """Let the lanes end, inside the grace period; what they did not begin they return themselves."""
+        """Return at once what no lane has begun, and let the lanes end inside the grace period."""
+        deadline = time.monotonic() + self._settings.grace_period
+        self._queue.stop()
+        if self._stopping.is_set():
+            self._give_back([job for inbox in self._inboxes for job in _emptied(inbox)])
         for inbox in self._inboxes:
             inbox.put(None)
-        deadline = time.monotonic() + self._settings.grace_period
         while any(lane.is_alive() for lane in lanes) and not self._hurry.is_set():
             if self._stopping.is_set() and time.monotonic() > deadline:
                 break
@@ -230,3 +234,13 @@ class Runner:
         except QueueError as error:
             self._fail(error)
         return len(left)
+
+
+def _emptied(inbox: _Inbox) -> Iterator[Job]:
+    while True:
+        try:
+            job = inbox.get_nowait()
+        except Empty:
+            return
+        if job is not None:
+            yield job

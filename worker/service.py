@@ -26,8 +26,9 @@ class Service:
     def __init__(self, settings: Settings, *, dry_run: bool = False, telemetry: Telemetry | None = None) -> None:
         mapping = settings.mapping()
         stopping = Event()
-        queue = open_queue(settings.queue_url)
-        queue.check()
+        queue = open_queue(settings.queue_url, settings.queue_options)
+        for warning in queue.check():
+            log.warning("queue_warning", extra={"reason": warning})
         reader = Commercetools(settings, stopping)
         enricher = Enricher(reader, mapping, catalog_ttl=settings.catalog_ttl)
         self._sender = Sender(Klaviyo(settings, stopping), settings.concurrency)

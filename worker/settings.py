@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from adapters.base import QueueOptions
 from worker.errors import SettingsError
 from worker.mapping import Mapping, load_mapping
 
@@ -123,7 +124,7 @@ class QueueSettings(_Sourced):
     queue_url: Text = Field(
         "embedded://~/.local/state/klaviyo-worker/queue.db",
         validation_alias="QUEUE_URL",
-        description="The queue: embedded:///path/queue.db",
+        description="The queue: embedded:///path/queue.db, pubsub://PROJECT/SUBSCRIPTION or push://HOST:PORT",
     )
 
 
@@ -178,6 +179,24 @@ class Settings(MappingSettings, QueueSettings):
     )
     klaviyo_auth_key: Annotated[SecretStr, AfterValidator(_key)] = Field(
         validation_alias="KLAVIYO_AUTH_KEY", description="Klaviyo private API key, pk_…"
+    )
+    app_type: str = Field(
+        "EVENT",
+        pattern="^EVENT$",
+        validation_alias="APP_TYPE",
+        description="What to run, as the existing plugin names it: EVENT, the worker",
+    )
+    pub_sub_port: int = Field(
+        6789,
+        ge=0,
+        le=65535,
+        validation_alias="PUB_SUB_PORT",
+        description="Port that push:// listens on when QUEUE_URL names none",
+    )
+    dead_letter: Literal["queue", "direct"] = Field(
+        "queue",
+        validation_alias="KLAVIYO_WORKER_DEAD_LETTER",
+        description="queue: the queue's own policy gives up on a message; direct: bury it at once, with its reason",
     )
     klaviyo_api_url: Url = Field("https://a.klaviyo.com", validation_alias="KLAVIYO_API_URL", description="Klaviyo API")
     lanes: int = Field(
@@ -248,6 +267,16 @@ class Settings(MappingSettings, QueueSettings):
         validation_alias="KLAVIYO_WORKER_LOG_FORMAT",
         description="json, text, or auto: text on a terminal",
     )
+
+    @property
+    def queue_options(self) -> QueueOptions:
+        """Return what the worker asks of its queue."""
+        return QueueOptions(
+            max_messages=self.max_in_flight,
+            max_bytes=self.max_in_flight_bytes,
+            direct_dead_letter=self.dead_letter == "direct",
+            port=self.pub_sub_port,
+        )
 
     @property
     def ct_token_url(self) -> str:

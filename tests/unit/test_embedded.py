@@ -7,16 +7,13 @@ import os
 import signal
 import sqlite3
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from adapters import QueueError, open_queue
 from adapters.base import DeadLetters, Failure, Publisher
-from adapters.embedded import EmbeddedQueue, open_url
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from adapters.embedded import EmbeddedQueue
 
 FAILURE = Failure("Klaviyo answered 503", "send", "Transient")
 
@@ -140,7 +137,7 @@ def test_a_queue_survives_its_process(tmp_path: Path) -> None:
 
 
 def _consume(path: str, done: str) -> None:
-    queue = EmbeddedQueue(open_url(f"embedded://{path}")._path, lease=0.3, max_attempts=100)
+    queue = EmbeddedQueue(Path(path), lease=0.3, max_attempts=100)
     while deliveries := queue.receive(7, 1.0):
         with open(done, "ab") as file:  # noqa: PTH123
             file.writelines(delivery.body + b"\n" for delivery in deliveries)
@@ -208,7 +205,7 @@ def test_a_wrong_url_says_what_was_expected(url: str, expected: str) -> None:
 def test_options_and_home_directories_in_the_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default queue lives below the home directory; lease and attempts can be set."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    queue = open_url("embedded://~/deep/er/q.db?lease=5&max_attempts=2")
+    queue = open_queue("embedded://~/deep/er/q.db?lease=5&max_attempts=2")
     assert (tmp_path / "deep/er/q.db").exists()
     assert queue.lease == 5
 

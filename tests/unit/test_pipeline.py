@@ -27,6 +27,7 @@ class RecordingQueue:
     """Notes how deliveries are settled."""
 
     settled: list[tuple[str, str, float, str]] = field(default_factory=list)
+    buries: bool = True
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         self.settled += [("ack", d.id, 0.0, "") for d in deliveries]
@@ -34,8 +35,9 @@ class RecordingQueue:
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
         self.settled += [("nack", d.id, delay, failure.reason if failure else "") for d in deliveries]
 
-    def dead_letter(self, delivery: Delivery, failure: Failure) -> None:
+    def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
         self.settled.append(("dead_letter", delivery.id, 0.0, failure.reason))
+        return self.buries
 
 
 class Stages:

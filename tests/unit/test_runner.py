@@ -278,10 +278,22 @@ def test_once_gives_up_waiting_for_redeliveries(queue: EmbeddedQueue, caplog: py
     assert [record.message for record in caplog.records] == ["gave_up_waiting"]
 
 
-def test_once_on_a_queue_that_cannot_count_ends_when_it_is_idle(queue: EmbeddedQueue) -> None:
-    """Pub/Sub tells no backlog."""
-    queue.publish([b"a:1"])
+def test_once_on_a_queue_that_cannot_count_ends_when_it_was_quiet_for_a_while(
+    queue: EmbeddedQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pub/Sub tells no backlog: a pause shorter than QUIET is not the end, and many short ones are none either."""
+    monkeypatch.setattr("worker.runner.QUIET", 0.5)
+    monkeypatch.setattr("worker.runner.RECEIVE_WAIT", 0.05)
     queue.backlog = lambda: None  # type: ignore[method-assign,assignment,return-value]
     runner, pipeline = runner_for(queue)
+
+    def publish() -> None:
+        for number in range(4):
+            time.sleep(0.3)
+            queue.publish([b"a:%d" % number])
+
+    publisher = threading.Thread(target=publish)
+    publisher.start()
     runner.run(once=True)
-    assert handled(pipeline) == [b"a:1"]
+    publisher.join()
+    assert handled(pipeline) == [b"a:0", b"a:1", b"a:2", b"a:3"]

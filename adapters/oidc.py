@@ -1,0 +1,53 @@
+"""Verifies the token that Pub/Sub sends along with a push.
+
+https://cloud.google.com/pubsub/docs/authenticate-push-subscriptions
+"""
+
+from __future__ import annotations
+
+import jwt
+
+GOOGLE_KEYS = "https://www.googleapis.com/oauth2/v3/certs"
+_ISSUERS = ("https://accounts.google.com", "accounts.google.com")
+_KEYS_LIFESPAN = 3600  # seconds; an unknown key is looked up at once
+_LEEWAY = 30  # seconds that clocks may differ
+
+
+class TokenRefusedError(Exception):
+    """The token does not prove that Pub/Sub sent this for us."""
+
+
+class KeysUnavailableError(Exception):
+    """Google's public keys cannot be had now."""
+
+
+class TokenVerifier:
+    """Checks signature, issuer, time, audience and, where one is given, the service account."""
+
+    def __init__(self, audience: str, service_account: str = "", keys_url: str = GOOGLE_KEYS) -> None:
+        self._audience = audience
+        self._service_account = service_account
+        self._keys = jwt.PyJWKClient(keys_url, lifespan=_KEYS_LIFESPAN, timeout=10)
+
+    def verify(self, authorization: str) -> None:
+        """Check an Authorization header. Raises TokenRefusedError or KeysUnavailableError."""
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer":
+            raise TokenRefusedError("expected a bearer token")
+        try:
+            claims = jwt.decode(
+                token,
+                self._keys.get_signing_key_from_jwt(token).key,
+                algorithms=["RS256"],
+                audience=self._audience,
+                issuer=_ISSUERS,
+                leeway=_LEEWAY,
+                options={"require": ["exp", "iat", "aud", "iss"]},
+            )
+        except jwt.PyJWKClientConnectionError as error:
+            raise KeysUnavailableError(str(error)) from None
+        except jwt.PyJWTError as error:
+            raise TokenRefusedError(str(error)) from None
+        verified = claims.get("email_verified") is True and claims.get("email") == self._service_account
+        if self._service_account and not verified:
+            raise TokenRefusedError("the token belongs to another service account")

@@ -1,0 +1,386 @@
+"""Google Pub/Sub: streaming pull with flow control; settled by calls of our own, in batches.
+
+`message.ack()` of the client is lost once its stream has ended, and tells nothing of its fate. So messages
+are settled with unary calls, which hold whatever becomes of the stream, and dropped from the client's books.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from threading import Lock
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+import grpc
+from cachetools import TTLCache
+from google.api_core import exceptions as google
+from google.api_core.retry import Retry, if_exception_type
+from google.auth.exceptions import GoogleAuthError
+from google.cloud.pubsub_v1 import SubscriberClient
+from google.cloud.pubsub_v1.subscriber.scheduler import ThreadScheduler
+from google.cloud.pubsub_v1.types import FlowControl
+from google.pubsub_v1 import PublisherClient
+from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
+from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
+from tenacity import (
+    Retrying,
+    retry_if_exception_type,
+    retry_if_result,
+    stop_after_delay,
+    wait_random_exponential,
+)
+
+from adapters.base import QueueError, QueueURLError
+from adapters.streaming_pull import StreamingPull
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from datetime import datetime
+
+    from google.cloud.pubsub_v1.subscriber.futures import StreamingPullFuture
+    from google.cloud.pubsub_v1.subscriber.message import Message
+    from google.pubsub_v1.types import Subscription
+
+    from adapters.base import Delivery, Failure, QueueOptions
+
+log = logging.getLogger("klaviyo_worker.pubsub")
+
+LEASE = 60  # seconds, an int to the client; a crash costs this much before a message comes again
+LONGEST_HOLD = 7 * 86400.0  # seconds the client keeps a lease: the worker decides, never the client
+LONGEST_DELAY = 600  # seconds, Pub/Sub's own limit
+ACK_PATIENCE, NACK_PATIENCE = LEASE, 5.0  # seconds to reach Pub/Sub; a nack that is lost costs a lease at most
+CALL_TIMEOUT = 10.0  # seconds for one call
+MAX_IDS = 1000  # ack ids or messages in a call: 512 KiB of ids, 1,000 messages are Pub/Sub's limits
+MAX_BATCH_BYTES = 5_000_000  # of bodies in a call to publish, half of Pub/Sub's limit
+MAX_ATTRIBUTE = 1024  # bytes of an attribute's value
+_AWAITED, _AWAITED_FOR = 100_000, 1800.0  # messages sent back and how many seconds they are expected again
+_EXPECTED = "QUEUE_URL is malformed: expected pubsub://PROJECT/SUBSCRIPTION"
+_NAMES = re.compile(r"/(?P<subscription>[A-Za-z][A-Za-z0-9._~+%-]{2,254})")
+_DIRECT = "KLAVIYO_WORKER_DEAD_LETTER=direct"
+_CONSUME = "pubsub.subscriptions.consume"
+_VIEWER = "grant roles/pubsub.viewer on it"
+_SET_TOPIC = "gcloud pubsub subscriptions update --dead-letter-topic=TOPIC --max-delivery-attempts=10"
+_SET_RETRY = "gcloud pubsub subscriptions update --min-retry-delay=10s --max-retry-delay=600s"
+_RECONNECT = ("grpc.max_reconnect_backoff_ms", 10_000)  # after a long outage back in seconds, not minutes
+_PASSING = (
+    google.Aborted,
+    google.DeadlineExceeded,
+    google.InternalServerError,
+    google.ServiceUnavailable,
+    google.TooManyRequests,
+    google.Unknown,
+)
+_RETRY = Retry(predicate=if_exception_type(*_PASSING), initial=0.2, maximum=5.0, timeout=30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PubSubDelivery:
+    """A leased message. `attempt` is None on a subscription without a dead-letter policy: Pub/Sub does not count."""
+
+    id: str
+    body: bytes = field(repr=False)
+    attributes: Mapping[str, str]
+    attempt: int | None
+    published_at: datetime
+    message: Message = field(repr=False)
+
+
+def open_url(url: str, options: QueueOptions) -> PubSubQueue:
+    """Open `pubsub://PROJECT/SUBSCRIPTION`. PUBSUB_EMULATOR_HOST, if set, names an emulator."""
+    parts = urlsplit(url)
+    names = _NAMES.fullmatch(parts.path)
+    if not parts.netloc or names is None or parts.query:
+        raise QueueURLError(_EXPECTED)
+    try:
+        return PubSubQueue(f"projects/{parts.netloc}/subscriptions/{names['subscription']}", options)
+    except GoogleAuthError as error:
+        hint = "set GOOGLE_APPLICATION_CREDENTIALS, or run under a service account"
+        raise QueueError(f"QUEUE_URL: no Google credentials ({type(error).__name__}): {hint}") from None
+
+
+class PubSubQueue:
+    """A subscription. Implements QueueAdapter and Publisher."""
+
+    def __init__(self, path: str, options: QueueOptions) -> None:
+        self._path = path
+        self._options = options
+        self._client = SubscriberClient(transport=_transport(SubscriberGrpcTransport))
+        self._stream = StreamingPull(self._subscribe)
+        self._topic = ""  # for dead letters; "" when the subscription has none, or is not read yet
+        self._max_attempts = math.inf
+        self._awaited: TTLCache[str, None] = TTLCache(_AWAITED, _AWAITED_FOR)
+        self._awaiting = Lock()
+
+    @property
+    def lease(self) -> float:
+        """Seconds. The client extends leases too, but only as long as its stream lives."""
+        return LEASE
+
+    def receive(self, max_messages: int, wait: float) -> Sequence[PubSubDelivery]:
+        """Return what the stream brought."""
+        deliveries = [_delivery(message) for message in self._stream.take(max_messages, wait)]
+        with self._awaiting:
+            for delivery in deliveries:
+                self._awaited.pop(delivery.id, None)
+        return deliveries
+
+    def ack(self, deliveries: Sequence[Delivery]) -> None:
+        """Acknowledge, insisting for as long as the lease may hold."""
+        messages = _messages(deliveries)
+        self._tell("ack", self._client.acknowledge, messages, ACK_PATIENCE)
+        for message in messages:
+            message.drop()
+
+    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
+        """End the leases after `delay`, at most 600 s; the subscription's retry policy may add to it.
+
+        Every return costs a delivery attempt, handled or not: Pub/Sub cannot take one back.
+        """
+        messages = _messages(deliveries)
+        for message in messages:  # first, so that the client does not extend what is given up
+            message.drop()
+        seconds = min(math.ceil(max(delay, 0.0)), LONGEST_DELAY)
+        self._tell("nack", self._client.modify_ack_deadline, messages, NACK_PATIENCE, ack_deadline_seconds=seconds)
+        for delivery in deliveries:
+            if not self._is_last(delivery):
+                with self._awaiting:
+                    self._awaited[delivery.id] = None
+            elif failure is not None:
+                about = {"reason": failure.reason, "stage": failure.stage, "error": failure.error}
+                log.error("queue_gave_up", extra={"message_id": delivery.id, **about})
+
+    def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
+        """Publish to the dead-letter topic, if so asked; else let the subscription's policy get there.
+
+        Without a policy nothing ever gives up, so the message comes as seldom as can be.
+        """
+        if self._options.direct_dead_letter and self._bury(delivery, failure):
+            self.ack([delivery])
+            return True
+        self.nack([delivery], LONGEST_DELAY if delivery.attempt is None else 0.0, failure)
+        return self._is_last(delivery)
+
+    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
+        """Extend these and what waits to be received: a stream that ended extends nothing."""
+        messages = [*_messages(deliveries), *self._stream.waiting()]
+        deadline = math.ceil(seconds)
+        self._tell("extend", self._client.modify_ack_deadline, messages, NACK_PATIENCE, ack_deadline_seconds=deadline)
+
+    def backlog(self) -> int | None:
+        """Count what was sent back and is expected again; Pub/Sub itself does not tell."""
+        with self._awaiting:
+            return len(self._awaited) or None
+
+    def check(self) -> Sequence[str]:
+        """Look at the subscription. Raises QueueError when it cannot be used as asked."""
+        subscription = self._described()
+        self._may_consume()
+        if subscription is None:
+            if self._options.direct_dead_letter:
+                raise QueueError(f"{_DIRECT}: {self._unreadable} its dead-letter topic: {_VIEWER}")
+            return [f"{self._unreadable} its policies: {_VIEWER}"]
+        if self._options.direct_dead_letter and not self._topic:
+            raise QueueError(f"{_DIRECT}: {self._path} has no dead-letter topic: {_SET_TOPIC}")
+        if subscription.push_config.push_endpoint:
+            raise QueueError(
+                f"QUEUE_URL: {self._path} is a push subscription: use push://HOST:PORT, or one that is pulled"
+            )
+        return list(_warnings(subscription))
+
+    def stop(self) -> None:
+        """Stop the stream and return what was not received."""
+        messages = self._stream.stop()
+        self._tell("nack", self._client.modify_ack_deadline, messages, NACK_PATIENCE, ack_deadline_seconds=0)
+
+    def close(self) -> None:
+        """Stop, and close the connection."""
+        self.stop()
+        self._client.close()
+
+    def publish(self, bodies: Iterable[bytes]) -> int:
+        """Publish to the subscription's topic, in order."""
+        subscription = self._described()
+        if subscription is None:
+            raise QueueError(f"QUEUE_URL: {self._unreadable} its topic: {_VIEWER}")
+        stored = 0
+        for batch in _batches(bodies):
+            try:
+                request = {"topic": subscription.topic, "messages": [{"data": body} for body in batch]}
+                self._publisher.publish(request=request, retry=_RETRY, timeout=CALL_TIMEOUT)
+            except google.GoogleAPIError as error:
+                raise QueueError(f"QUEUE_URL: {stored} messages were published, then: {error}") from None
+            stored += len(batch)
+        return stored
+
+    @cached_property
+    def _publisher(self) -> PublisherClient:
+        return PublisherClient(transport=_transport(PublisherGrpcTransport))
+
+    @property
+    def _unreadable(self) -> str:
+        return f"{self._path} cannot be read to learn"
+
+    def _subscribe(self, callback: Callable[[Message], None]) -> StreamingPullFuture:
+        flow_control = FlowControl(
+            max_messages=self._options.max_messages,
+            max_bytes=self._options.max_bytes,
+            max_lease_duration=LONGEST_HOLD,
+            min_duration_per_lease_extension=LEASE,
+        )
+        one_thread = ThreadScheduler(ThreadPoolExecutor(max_workers=1))  # the callback only hands over
+        return self._client.subscribe(self._path, callback, flow_control, one_thread)
+
+    def _described(self) -> Subscription | None:
+        """Read the subscription and note its dead-letter policy; None when that is not permitted."""
+        try:
+            subscription: Subscription = self._client.get_subscription(
+                request={"subscription": self._path}, retry=_RETRY, timeout=CALL_TIMEOUT
+            )
+        except google.PermissionDenied:
+            return None
+        except google.NotFound:
+            raise QueueError(f"QUEUE_URL: {self._path} does not exist: create it, or correct the name") from None
+        except (google.GoogleAPIError, GoogleAuthError) as error:
+            raise QueueError(f"QUEUE_URL: cannot reach Pub/Sub for {self._path}: {error}") from None
+        self._topic = subscription.dead_letter_policy.dead_letter_topic
+        self._max_attempts = subscription.dead_letter_policy.max_delivery_attempts or self._max_attempts
+        return subscription
+
+    def _may_consume(self) -> None:
+        request = {"resource": self._path, "permissions": [_CONSUME]}
+        try:
+            allowed = self._client.test_iam_permissions(request=request, retry=_RETRY, timeout=CALL_TIMEOUT)
+        except google.MethodNotImplemented:  # the emulator has no permissions
+            return
+        except google.GoogleAPIError as error:
+            raise QueueError(f"QUEUE_URL: cannot ask Pub/Sub what is permitted on {self._path}: {error}") from None
+        if _CONSUME not in allowed.permissions:
+            raise QueueError(f"QUEUE_URL: not permitted to consume {self._path}: grant roles/pubsub.subscriber on it")
+
+    def _is_last(self, delivery: Delivery) -> bool:
+        """Tell whether the subscription gives this message up when it is returned now."""
+        return delivery.attempt is not None and delivery.attempt >= self._max_attempts
+
+    def _bury(self, delivery: Delivery, failure: Failure) -> bool:
+        """Publish the message to the dead-letter topic, with its reason; tell whether it is there."""
+        attributes = {
+            **delivery.attributes,
+            "reason": failure.reason,
+            "stage": failure.stage,
+            "error": failure.error,
+            "subscription": self._path,
+            "message_id": delivery.id,
+            "attempt": str(delivery.attempt),
+        }
+        cut = {name: value.encode()[:MAX_ATTRIBUTE].decode(errors="ignore") for name, value in attributes.items()}
+        request = {"topic": self._topic, "messages": [{"data": delivery.body, "attributes": cut}]}
+        try:
+            self._publisher.publish(request=request, retry=_RETRY, timeout=CALL_TIMEOUT)
+        except google.GoogleAPIError as error:
+            log.warning("not_buried", extra={"message_id": delivery.id, "reason": str(error)})
+            return False
+        return True
+
+    def _tell(
+        self, action: str, call: Callable[..., object], messages: Sequence[Message], patience: float, **about: int
+    ) -> None:
+        """Make a call for all messages. What does not get through is logged: the messages come again."""
+        for start in range(0, len(messages), MAX_IDS):
+            ids = [message.ack_id for message in messages[start : start + MAX_IDS]]
+            request = {"subscription": self._path, "ack_ids": ids, **about}
+            retrying = Retrying(
+                stop=stop_after_delay(patience),
+                wait=wait_random_exponential(multiplier=0.1, max=5),
+                retry=retry_if_exception_type(_PASSING) | retry_if_result(bool),
+                retry_error_callback=lambda state: state.outcome and state.outcome.result(),
+            )
+            try:
+                left = len(retrying(_told, call, request))
+                reason = "told to try again"
+            except google.GoogleAPIError as error:
+                left, reason = len(ids), str(error)
+            if left:
+                log.warning("lease_lost", extra={"action": action, "messages": left, "reason": reason})
+
+
+def _told(call: Callable[..., object], request: dict[str, Any]) -> list[str]:
+    """Make the call; return the ids to tell again, to which the request is narrowed.
+
+    Only subscriptions with exactly-once delivery tell the fate of each id, in the error's metadata:
+    https://cloud.google.com/pubsub/docs/exactly-once-delivery
+    """
+    try:
+        call(request=request, retry=None, timeout=CALL_TIMEOUT)
+    except google.GoogleAPICallError as error:
+        verdicts = dict(error.metadata or {})
+        if not verdicts:
+            raise
+        lost = [name for name in request["ack_ids"] if verdicts.get(name, "").startswith("PERMANENT_")]
+        if lost:
+            log.warning("lease_lost", extra={"messages": len(lost), "reason": "the lease ended before"})
+        request["ack_ids"] = [name for name in request["ack_ids"] if verdicts.get(name, "").startswith("TRANSIENT_")]
+        return list(request["ack_ids"])
+    return []
+
+
+def _warnings(subscription: Subscription) -> Iterator[str]:
+    """Name what the subscription lacks, and the command that sets it."""
+    name = subscription.name
+    if not subscription.dead_letter_policy.dead_letter_topic:
+        yield f"{name} has no dead-letter policy: what can never succeed comes again and again: {_SET_TOPIC}"
+    if "retry_policy" not in subscription:
+        yield f"{name} has no retry policy: failed messages come again at once: {_SET_RETRY}"
+    if subscription.ack_deadline_seconds < LEASE:
+        yield (
+            f"{name} has an ack deadline of {subscription.ack_deadline_seconds} s, shorter than the {LEASE} s "
+            f"that messages are held for: gcloud pubsub subscriptions update --ack-deadline={LEASE}"
+        )
+
+
+def _messages(deliveries: Sequence[Delivery]) -> list[Message]:
+    return [delivery.message for delivery in deliveries if isinstance(delivery, PubSubDelivery)]
+
+
+def _delivery(message: Message) -> PubSubDelivery:
+    return PubSubDelivery(
+        message.message_id,
+        message.data,
+        dict(message.attributes),
+        message.delivery_attempt,
+        message.publish_time,
+        message,
+    )
+
+
+def _batches(bodies: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Split what is to be published into calls that Pub/Sub takes."""
+    batch: list[bytes] = []
+    size = 0
+    for body in bodies:
+        if batch and (len(batch) >= MAX_IDS or size + len(body) > MAX_BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(body)
+        size += len(body)
+    if batch:
+        yield batch
+
+
+def _transport(kind: Any) -> Any:
+    """Return what a client makes its transport of: its own, which pings every 30 s, but sooner back.
+
+    The emulator gets no pings: it answers `too_many_pings` and hangs up.
+    """
+    if emulator := os.environ.get("PUBSUB_EMULATOR_HOST"):
+        return kind(host=emulator, channel=grpc.insecure_channel(emulator, [_RECONNECT]))
+
+    def channel(host: str, *, options: Iterable[tuple[str, int]], **arguments: Any) -> grpc.Channel:
+        return cast("grpc.Channel", kind.create_channel(host, options=[*options, _RECONNECT], **arguments))
+
+    return partial(kind, channel=channel)

@@ -1,0 +1,112 @@
+"""A streaming pull that goes on: the Pub/Sub client's stream, opened again whenever it ends or falls silent.
+
+The client reconnects by itself after most faults. After some its stream ends for good (an RPC of its own
+that failed for a minute, a subscription that is not there yet), and a defect in its consumer thread leaves
+it running without ever receiving again. docs/decisions/0008-pubsub-streaming-pull.md tells why this client.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TYPE_CHECKING
+
+from google.api_core import exceptions as google
+
+from adapters.base import QueueError
+from adapters.inbox import Inbox
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from google.cloud.pubsub_v1.subscriber.futures import StreamingPullFuture
+    from google.cloud.pubsub_v1.subscriber.message import Message
+
+log = logging.getLogger("klaviyo_worker.pubsub")
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds before a stream that ended is opened again
+REFUSED_FOR = 60.0  # seconds a refusal is taken for passing: permissions take a while to spread
+SILENCE = 300.0  # seconds without a message after which the stream is opened anew, in case it hangs
+STOP_SECONDS = 5.0  # the client has this long to return what it holds
+_REFUSALS = (
+    google.NotFound,
+    google.PermissionDenied,
+    google.Unauthenticated,
+    google.InvalidArgument,
+    google.FailedPrecondition,
+)
+
+
+class StreamingPull:
+    """Messages of a subscription as they arrive, whatever becomes of the connection.
+
+    `subscribe` opens a stream that calls back with every message. `take` watches over the stream, so it
+    must be called as long as messages are wanted.
+    """
+
+    def __init__(self, subscribe: Callable[[Callable[[Message], None]], StreamingPullFuture]) -> None:
+        self._subscribe = subscribe
+        self._stream: StreamingPullFuture | None = None
+        self._inbox: Inbox[Message] = Inbox()
+        self._pause = FIRST_PAUSE
+        self._open_at = 0.0  # monotonic seconds, as all times here
+        self._opened_at = 0.0
+        self._refused_since: float | None = None
+        self._silent = 0.0  # seconds spent waiting in vain
+
+    def take(self, max_messages: int, wait: float) -> list[Message]:
+        """Return up to `max_messages`, waiting at most `wait` seconds. Raises QueueError when refused for long."""
+        self._watch()
+        began = time.monotonic()
+        messages = self._inbox.take(max_messages, wait)
+        if messages:
+            self._silent, self._pause, self._refused_since = 0.0, FIRST_PAUSE, None
+        else:
+            self._silent += time.monotonic() - began
+        return messages
+
+    def waiting(self) -> list[Message]:
+        """Return the messages that arrived and were not taken."""
+        return self._inbox.waiting()
+
+    def stop(self) -> list[Message]:
+        """End the stream; the client returns what it holds. Returns what arrived and was not taken."""
+        self._close()
+        return self._inbox.clear()
+
+    def _watch(self) -> None:
+        """Open the stream if there is none, after a pause if it has just ended."""
+        if self._stream is not None and self._stream.done():
+            self._ended(self._stream.exception())
+        elif self._silent > SILENCE:
+            self._close()
+        if self._stream is None and time.monotonic() >= self._open_at:
+            self._open()
+
+    def _open(self) -> None:
+        self._opened_at, self._silent = time.monotonic(), 0.0
+        self._stream = self._subscribe(self._inbox.put)
+
+    def _close(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is None:
+            return
+        stream.cancel()
+        try:
+            stream.exception(timeout=STOP_SECONDS)
+        except FutureTimeoutError:  # the queue is out of reach; what the client holds comes again by itself
+            log.warning("stream_not_closed", extra={"waited_s": STOP_SECONDS})
+
+    def _ended(self, error: BaseException | None) -> None:
+        """Plan the next try. Raises QueueError when the subscription was refused for `REFUSED_FOR` seconds."""
+        now = time.monotonic()
+        if now - self._opened_at > REFUSED_FOR:  # it had worked
+            self._pause, self._refused_since = FIRST_PAUSE, None
+        if isinstance(error, _REFUSALS):
+            self._refused_since = self._refused_since or now
+            if now - self._refused_since > REFUSED_FOR:
+                raise QueueError(f"QUEUE_URL: Pub/Sub refuses the subscription: {error}")
+        self._stream, self._open_at = None, now + self._pause
+        log.warning("stream_ended", extra={"error": type(error).__name__, "reason": str(error), "again_s": self._pause})
+        self._pause = min(self._pause * 2, LONGEST_PAUSE)
