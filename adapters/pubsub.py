@@ -67,6 +67,7 @@ _CONSUME = "pubsub.subscriptions.consume"
 _VIEWER = "grant roles/pubsub.viewer on it"
 _SET_TOPIC = "gcloud pubsub subscriptions update --dead-letter-topic=TOPIC --max-delivery-attempts=10"
 _SET_RETRY = "gcloud pubsub subscriptions update --min-retry-delay=10s --max-retry-delay=600s"
+_ANY_SIZE = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))  # as the client has it
 _RECONNECT = ("grpc.max_reconnect_backoff_ms", 10_000)  # after a long outage back in seconds, not minutes
 _PASSING = (
     google.Aborted,
@@ -378,7 +379,7 @@ def _transport(kind: Any) -> Any:
     The emulator gets no pings: it answers `too_many_pings` and hangs up.
     """
     if emulator := os.environ.get("PUBSUB_EMULATOR_HOST"):
-        return kind(host=emulator, channel=grpc.insecure_channel(emulator, [_RECONNECT]))
+        return kind(host=emulator, channel=grpc.insecure_channel(emulator, [*_ANY_SIZE, _RECONNECT]))
 
     def channel(host: str, *, options: Iterable[tuple[str, int]], **arguments: Any) -> grpc.Channel:
         return cast("grpc.Channel", kind.create_channel(host, options=[*options, _RECONNECT], **arguments))

@@ -80,6 +80,7 @@ class StreamingPull:
         if self._stream is not None and self._stream.done():
             self._ended(self._stream.exception())
         elif self._silent > SILENCE:
+            log.info("stream_renewed", extra={"silent_s": round(self._silent)})
             self._close()
         if self._stream is None and time.monotonic() >= self._open_at:
             self._open()

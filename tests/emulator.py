@@ -84,7 +84,7 @@ class Subscription:
     ) -> None:
         self.emulator = emulator
         self.name = name or f"s{uuid.uuid4().hex[:8]}"
-        channel = grpc.insecure_channel(emulator.host)
+        channel = grpc.insecure_channel(emulator.host, [("grpc.max_receive_message_length", -1)])
         self.publisher = PublisherClient(transport=PublisherGrpcTransport(channel=channel))
         self.subscriber = SubscriberClient(transport=SubscriberGrpcTransport(channel=channel))
         self._policies: dict[str, Any] = (

@@ -200,14 +200,14 @@ def test_once_does_not_wait_for_credentials(queue: EmbeddedQueue) -> None:
     assert len(EmbeddedQueue(queue._path).receive(1, 0)) == 1
 
 
-def test_stopping_returns_what_was_not_begun(queue: EmbeddedQueue) -> None:
-    """What a lane works on is finished; what waits behind it goes back at once."""
-    begun = threading.Event()
+def test_stopping_returns_what_was_not_begun_at_once(queue: EmbeddedQueue) -> None:
+    """What waits behind a batch goes back while the lane still works on it; the batch is finished."""
+    begun, release = threading.Event(), threading.Event()
 
     def slow(jobs: Sequence[Job]) -> list[Job]:
         del jobs
         begun.set()
-        time.sleep(0.3)
+        release.wait(10)
         return []
 
     queue.publish(f"a:{n}".encode() for n in range(20))
@@ -216,10 +216,12 @@ def test_stopping_returns_what_was_not_begun(queue: EmbeddedQueue) -> None:
     thread.start()
     begun.wait(5)
     runner.stop()
+    left = {delivery.body for delivery in EmbeddedQueue(queue._path).receive(100, 5)}
+    assert thread.is_alive()
+    release.set()
     thread.join(5)
     assert not thread.is_alive()
     done = set(handled(pipeline))
-    left = {delivery.body for delivery in EmbeddedQueue(queue._path).receive(100, 0)}
     assert done | left == {f"a:{n}".encode() for n in range(20)}
     assert not done & left
     assert left
