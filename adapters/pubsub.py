@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from threading import Lock
@@ -23,7 +22,6 @@ from google.api_core import exceptions as google
 from google.api_core.retry import Retry, if_exception_type
 from google.auth.exceptions import GoogleAuthError
 from google.cloud.pubsub_v1 import SubscriberClient
-from google.cloud.pubsub_v1.subscriber.scheduler import ThreadScheduler
 from google.cloud.pubsub_v1.types import FlowControl
 from google.pubsub_v1 import PublisherClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
 
-    from google.cloud.pubsub_v1.subscriber.futures import StreamingPullFuture
     from google.cloud.pubsub_v1.subscriber.message import Message
     from google.pubsub_v1.types import Subscription
 
@@ -111,8 +108,14 @@ class PubSubQueue:
     def __init__(self, path: str, options: QueueOptions) -> None:
         self._path = path
         self._options = options
-        self._client = SubscriberClient(transport=_transport(SubscriberGrpcTransport))
-        self._stream = StreamingPull(self._subscribe)
+        self._client = _subscriber()
+        flow_control = FlowControl(
+            max_messages=options.max_messages,
+            max_bytes=options.max_bytes,
+            max_lease_duration=LONGEST_HOLD,
+            min_duration_per_lease_extension=LEASE,
+        )
+        self._stream = StreamingPull(_subscriber, path, flow_control)
         self._topic = ""  # for dead letters; "" when the subscription has none, or is not read yet
         self._max_attempts = math.inf
         self._awaited: TTLCache[str, None] = TTLCache(_AWAITED, _AWAITED_FOR)
@@ -226,16 +229,6 @@ class PubSubQueue:
     @property
     def _unreadable(self) -> str:
         return f"{self._path} cannot be read to learn"
-
-    def _subscribe(self, callback: Callable[[Message], None]) -> StreamingPullFuture:
-        flow_control = FlowControl(
-            max_messages=self._options.max_messages,
-            max_bytes=self._options.max_bytes,
-            max_lease_duration=LONGEST_HOLD,
-            min_duration_per_lease_extension=LEASE,
-        )
-        one_thread = ThreadScheduler(ThreadPoolExecutor(max_workers=1))  # the callback only hands over
-        return self._client.subscribe(self._path, callback, flow_control, one_thread)
 
     def _described(self) -> Subscription | None:
         """Read the subscription and note its dead-letter policy; None when that is not permitted."""
@@ -371,6 +364,10 @@ def _batches(bodies: Iterable[bytes]) -> Iterator[list[bytes]]:
         size += len(body)
     if batch:
         yield batch
+
+
+def _subscriber() -> SubscriberClient:
+    return SubscriberClient(transport=_transport(SubscriberGrpcTransport))
 
 
 def _transport(kind: Any) -> Any:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING
 
 from google.api_core import exceptions as google
+from google.cloud.pubsub_v1.subscriber.scheduler import ThreadScheduler
 
 from adapters.base import QueueError
 from adapters.inbox import Inbox
@@ -20,8 +22,10 @@ from adapters.inbox import Inbox
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from google.cloud.pubsub_v1 import SubscriberClient
     from google.cloud.pubsub_v1.subscriber.futures import StreamingPullFuture
     from google.cloud.pubsub_v1.subscriber.message import Message
+    from google.cloud.pubsub_v1.types import FlowControl
 
 log = logging.getLogger("klaviyo_worker.pubsub")
 
@@ -41,12 +45,16 @@ _REFUSALS = (
 class StreamingPull:
     """Messages of a subscription as they arrive, whatever becomes of the connection.
 
-    `subscribe` opens a stream that calls back with every message. `take` watches over the stream, so it
-    must be called as long as messages are wanted.
+    `connect` makes a client. Every stream gets one of its own, as only closing that ends a stream for sure:
+    one that hangs would go on swallowing messages. `take` watches over the stream, so it must be called as
+    long as messages are wanted.
     """
 
-    def __init__(self, subscribe: Callable[[Callable[[Message], None]], StreamingPullFuture]) -> None:
-        self._subscribe = subscribe
+    def __init__(self, connect: Callable[[], SubscriberClient], path: str, flow_control: FlowControl) -> None:
+        self._connect = connect
+        self._path = path
+        self._flow_control = flow_control
+        self._client: SubscriberClient | None = None
         self._stream: StreamingPullFuture | None = None
         self._inbox: Inbox[Message] = Inbox()
         self._pause = FIRST_PAUSE
@@ -87,17 +95,20 @@ class StreamingPull:
 
     def _open(self) -> None:
         self._opened_at, self._silent = time.monotonic(), 0.0
-        self._stream = self._subscribe(self._inbox.put)
+        self._client = self._connect()
+        one_thread = ThreadScheduler(ThreadPoolExecutor(max_workers=1))  # the callback only hands over
+        self._stream = self._client.subscribe(self._path, self._inbox.put, self._flow_control, one_thread)
 
     def _close(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is None:
+        if self._stream is None or self._client is None:
             return
-        stream.cancel()
+        self._stream.cancel()
         try:
-            stream.exception(timeout=STOP_SECONDS)
+            self._stream.exception(timeout=STOP_SECONDS)
         except FutureTimeoutError:  # the queue is out of reach; what the client holds comes again by itself
             log.warning("stream_not_closed", extra={"waited_s": STOP_SECONDS})
+        self._client.close()
+        self._stream = None
 
     def _ended(self, error: BaseException | None) -> None:
         """Plan the next try. Raises QueueError when the subscription was refused for `REFUSED_FOR` seconds."""
@@ -108,6 +119,7 @@ class StreamingPull:
             self._refused_since = self._refused_since or now
             if now - self._refused_since > REFUSED_FOR:
                 raise QueueError(f"QUEUE_URL: Pub/Sub refuses the subscription: {error}")
-        self._stream, self._open_at = None, now + self._pause
+        self._close()
+        self._open_at = now + self._pause
         log.warning("stream_ended", extra={"error": type(error).__name__, "reason": str(error), "again_s": self._pause})
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
