@@ -35,7 +35,7 @@ from tenacity import (
 )
 
 from adapters.base import QueueError, QueueURLError
-from adapters.streaming_pull import StreamingPull
+from adapters.streaming_pull import StreamClient, StreamingPull
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -108,14 +108,14 @@ class PubSubQueue:
     def __init__(self, path: str, options: QueueOptions) -> None:
         self._path = path
         self._options = options
-        self._client = _subscriber()
+        self._client = SubscriberClient(transport=_transport(SubscriberGrpcTransport))
         flow_control = FlowControl(
             max_messages=options.max_messages,
             max_bytes=options.max_bytes,
             max_lease_duration=LONGEST_HOLD,
             min_duration_per_lease_extension=LEASE,
         )
-        self._stream = StreamingPull(_subscriber, path, flow_control)
+        self._stream = StreamingPull(_stream_client, path, flow_control)
         self._topic = ""  # for dead letters; "" when the subscription has none, or is not read yet
         self._max_attempts = math.inf
         self._awaited: TTLCache[str, None] = TTLCache(_AWAITED, _AWAITED_FOR)
@@ -366,8 +366,8 @@ def _batches(bodies: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield batch
 
 
-def _subscriber() -> SubscriberClient:
-    return SubscriberClient(transport=_transport(SubscriberGrpcTransport))
+def _stream_client() -> StreamClient:
+    return StreamClient(transport=_transport(SubscriberGrpcTransport))
 
 
 def _transport(kind: Any) -> Any:

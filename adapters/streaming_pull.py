@@ -11,18 +11,20 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import TYPE_CHECKING
+from queue import SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Any
 
 from google.api_core import exceptions as google
+from google.cloud.pubsub_v1 import SubscriberClient
 from google.cloud.pubsub_v1.subscriber.scheduler import ThreadScheduler
 
 from adapters.base import QueueError
 from adapters.inbox import Inbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
-    from google.cloud.pubsub_v1 import SubscriberClient
     from google.cloud.pubsub_v1.subscriber.futures import StreamingPullFuture
     from google.cloud.pubsub_v1.subscriber.message import Message
     from google.cloud.pubsub_v1.types import FlowControl
@@ -32,6 +34,7 @@ log = logging.getLogger("klaviyo_worker.pubsub")
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds before a stream that ended is opened again
 REFUSED_FOR = 60.0  # seconds a refusal is taken for passing: permissions take a while to spread
 SILENCE = 300.0  # seconds without a message after which the stream is opened anew, in case it hangs
+FINISH_SECONDS = 1.0  # the server has this long to end the stream when asked
 STOP_SECONDS = 5.0  # the client has this long to return what it holds
 _REFUSALS = (
     google.NotFound,
@@ -42,6 +45,39 @@ _REFUSALS = (
 )
 
 
+class StreamClient(SubscriberClient):  # type: ignore[misc] # no types
+    """A client whose stream can be ended in order: by ending our side and reading what is still under way.
+
+    The client itself cancels the call. A server that has not noticed yet goes on to hand messages to it,
+    those just returned among them, and they are out of reach until their leases end.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._requests: SimpleQueue[object] = SimpleQueue()
+        self._call: Any = None
+
+    def streaming_pull(self, requests: Iterable[object], **arguments: Any) -> Any:
+        """Open a stream, as the superclass; `finish` ends its requests."""
+        outgoing = self._requests = SimpleQueue()
+        Thread(target=_pump, args=(requests, outgoing), daemon=True).start()
+        self._call = super().streaming_pull(requests=iter(outgoing.get, None), **arguments)
+        return self._call
+
+    def finish(self, seconds: float) -> None:
+        """End the requests, and wait for the server to end the stream."""
+        self._requests.put(None)
+        deadline = time.monotonic() + seconds
+        while self._call is not None and self._call.is_active() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def _pump(requests: Iterable[object], outgoing: SimpleQueue[object]) -> None:
+    for request in requests:
+        outgoing.put(request)
+    outgoing.put(None)
+
+
 class StreamingPull:
     """Messages of a subscription as they arrive, whatever becomes of the connection.
 
@@ -50,11 +86,11 @@ class StreamingPull:
     long as messages are wanted.
     """
 
-    def __init__(self, connect: Callable[[], SubscriberClient], path: str, flow_control: FlowControl) -> None:
+    def __init__(self, connect: Callable[[], StreamClient], path: str, flow_control: FlowControl) -> None:
         self._connect = connect
         self._path = path
         self._flow_control = flow_control
-        self._client: SubscriberClient | None = None
+        self._client: StreamClient | None = None
         self._stream: StreamingPullFuture | None = None
         self._inbox: Inbox[Message] = Inbox()
         self._pause = FIRST_PAUSE
@@ -102,6 +138,7 @@ class StreamingPull:
     def _close(self) -> None:
         if self._stream is None or self._client is None:
             return
+        self._client.finish(FINISH_SECONDS)
         self._stream.cancel()
         try:
             self._stream.exception(timeout=STOP_SECONDS)

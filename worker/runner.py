@@ -46,6 +46,7 @@ class Runner:
         self._telemetry = telemetry
         self._stopping = stopping
         self._hurry = Event()
+        self._pulling_ended = Event()
         self._held: dict[int, Job] = {}
         self._held_bytes = 0
         self._changed = Condition()
@@ -189,7 +190,11 @@ class Runner:
             self._changed.notify_all()
 
     def _give_back(self, jobs: Sequence[Job]) -> None:
-        """Return messages unhandled. A lane may still be at work on them: the jobs are its own to change."""
+        """Return messages unhandled, once they cannot come back to this very worker.
+
+        A lane may still be at work on them: the jobs are its own to change.
+        """
+        self._pulling_ended.wait()
         self._queue.nack([job.delivery for job in jobs])
         self._telemetry.returned(jobs)
         self._release(jobs)
@@ -213,6 +218,7 @@ class Runner:
         """Return at once what no lane has begun, and let the lanes end inside the grace period."""
         deadline = time.monotonic() + self._settings.grace_period
         self._queue.stop()
+        self._pulling_ended.set()
         if self._stopping.is_set():
             self._give_back([job for inbox in self._inboxes for job in _emptied(inbox)])
         for inbox in self._inboxes:

@@ -1,0 +1,294 @@
+"""What the worker promises on Google Pub/Sub, seen from outside: the installed command on Google's emulator."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.acceptance.conftest import Worker, log_lines
+from tests.acceptance.test_run import updated, wait_for
+from tests.acceptance.workload import Workload
+from tests.emulator import Emulator, Network, Subscription, bodies
+from worker.sandbox import Fault, Sandbox
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
+    from pathlib import Path
+
+SOON = 20.0  # seconds, well below the lease of a minute
+
+
+def on(subscription: Subscription, host: str = "") -> dict[str, str]:
+    return {"QUEUE_URL": subscription.url, "PUBSUB_EMULATOR_HOST": host or subscription.emulator.host}
+
+
+@pytest.fixture
+def subscription(emulator: Emulator) -> Subscription:
+    return Subscription(emulator)
+
+
+@pytest.fixture
+def worker(sandbox: Sandbox, subscription: Subscription, tmp_path: Path) -> Worker:
+    return Worker(sandbox.environment | on(subscription), tmp_path)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(40) == 0
+
+
+def events_named(worker: Worker, name: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in worker.log.read_text().splitlines() if line.startswith("{")]
+    return [line for line in lines if line["event"] == name]
+
+
+def test_a_thousand_mixed_messages_have_every_effect_once(
+    worker: Worker, sandbox: Sandbox, subscription: Subscription
+) -> None:
+    """Orders, customers, products, stock, categories, in all envelopes."""
+    workload = Workload(sandbox, 1000)
+    subscription.publish(*workload.bodies)
+    process = worker.start("run")
+    wait_for(workload.is_done, 60)
+    wait_for(lambda: worker.log.read_text().count("message_processed") >= 1000)
+    stop(process)
+    workload.assert_exactly_once()
+    assert {line["outcome"] for line in log_lines(worker.log.read_text())} <= {"sent", "ignored"}
+    assert events_named(worker, "queue_warning") == []
+    assert subscription.pull(2.0) == []
+
+
+def test_poison_ends_in_the_dead_letters_after_the_policys_attempts_while_its_neighbours_pass(
+    worker: Worker, sandbox: Sandbox, subscription: Subscription
+) -> None:
+    """The log tells each attempt, and that the last one was the end."""
+    workload = Workload(sandbox, 50)
+    poison = b'{"notificationType": "Message", "torn'
+    subscription.publish(*workload.bodies[:25], poison, *workload.bodies[25:])
+    process = worker.start("run")
+    wait_for(workload.is_done)
+    assert bodies(subscription.dead_letters(1, wait=40)) == [poison]
+    stop(process)
+    workload.assert_exactly_once()
+    bad = [line for line in log_lines(worker.log.read_text()) if line["stage"] == "parse"]
+    assert [(line["attempt"], line["outcome"]) for line in bad] == [
+        *((attempt, "retried") for attempt in (1, 2, 3, 4)),
+        (5, "dead_lettered"),
+    ]
+
+
+def test_direct_dead_letters_are_there_at_once_with_their_reason(
+    worker: Worker, sandbox: Sandbox, subscription: Subscription
+) -> None:
+    """For shops that want to read why."""
+    subscription.publish(b"{}")
+    process = worker.start("run", "--dead-letter", "direct")
+    (letter,) = subscription.dead_letters(1)
+    stop(process)
+    assert letter.data == b"{}"
+    assert letter.attributes["stage"] == "parse"
+    assert "notificationType" in letter.attributes["reason"]
+    assert [line["outcome"] for line in log_lines(worker.log.read_text())] == ["dead_lettered"]
+
+
+def test_sigterm_under_load_loses_nothing_and_returns_the_rest_at_once(
+    worker: Worker, sandbox: Sandbox, subscription: Subscription
+) -> None:
+    """What was not begun is there for the next worker long before the leases end."""
+    sandbox.klaviyo.latency = 0.05
+    workload = Workload(sandbox, 400)
+    subscription.publish(*workload.bodies)
+    process = worker.start("run")
+    wait_for(lambda: len(sandbox.account.events) > 20)
+    stop(process)
+    first = len(sandbox.account.events)
+    assert not workload.is_done()
+    sandbox.klaviyo.latency = 0.0
+    process = worker.start("run")
+    wait_for(workload.is_done, SOON)
+    stop(process)
+    assert first > 20
+    workload.assert_exactly_once()
+    assert subscription.dead_letters(wait=1) == []
+
+
+def test_a_shutdown_that_takes_too_long_returns_the_message_and_exits_6(
+    worker: Worker, sandbox: Sandbox, subscription: Subscription
+) -> None:
+    """The next worker has it at once."""
+    customer = next(iter(sandbox.shop.customers))
+    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=30, times=1))
+    subscription.publish(json.dumps(updated(customer)).encode())
+    process = worker.start("run", "--grace-period", "0.3")
+    wait_for(lambda: sandbox.klaviyo.requests or sandbox.commercetools.requests)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 6
+    (again,) = subscription.pull(SOON, at_most=1)
+    assert again.delivery_attempt == 2
+
+
+def test_two_workers_on_one_subscription_share_the_load(
+    worker: Worker, sandbox: Sandbox, subscription: Subscription, tmp_path: Path
+) -> None:
+    """Nothing is done twice."""
+    sandbox.klaviyo.latency = 0.02
+    workload = Workload(sandbox, 600)
+    other = Worker(worker.environment, tmp_path / "other")
+    other.directory.mkdir()
+    limit = ("--max-in-flight", "100", "--max-batch", "10")
+    processes = [one.start("run", *limit) for one in (worker, other)]
+    wait_for(lambda: all(events_named(one, "started") for one in (worker, other)))
+    for start in range(0, 600, 60):
+        subscription.publish(*workload.bodies[start : start + 60])
+        time.sleep(0.1)
+    wait_for(workload.is_done, 60)
+    for process in processes:
+        stop(process)
+    workload.assert_exactly_once()
+    shares = [len(log_lines(one.log.read_text())) for one in (worker, other)]
+    assert sum(shares) == 600
+    assert min(shares) > 60
+
+
+def test_an_emulator_that_restarts_is_found_again(sandbox: Sandbox, tmp_path: Path) -> None:
+    """It forgets everything, so the publisher sends all of it again; the worker goes on by itself."""
+    emulator = Emulator()
+    try:
+        subscription = Subscription(emulator)
+        worker = Worker(sandbox.environment | on(subscription), tmp_path)
+        sandbox.klaviyo.latency = 0.02
+        workload = Workload(sandbox, 300)
+        subscription.publish(*workload.bodies)
+        process = worker.start("run")
+        wait_for(lambda: len(sandbox.account.events) > 20)
+        emulator.kill()
+        emulator.start()
+        subscription = Subscription(emulator, name=subscription.name)
+        subscription.publish(*workload.bodies)
+        wait_for(workload.is_done, 60)
+        wait_for(lambda: subscription.pull(1.0) == [], 60)
+        stop(process)
+        workload.assert_exactly_once()
+    finally:
+        emulator.kill()
+
+
+def test_once_drains_the_subscription_and_waits_for_redeliveries(
+    worker: Worker, sandbox: Sandbox, subscription: Subscription
+) -> None:
+    """Pub/Sub does not tell its backlog: quiet for ten seconds, and nothing sent back, is the end."""
+    workload = Workload(sandbox, 100)
+    subscription.publish(*workload.bodies)
+    sandbox.klaviyo.faults.add(Fault(status=503, times=3, match="POST /api/events"))
+    done = worker("run", "--once", "--retry-seconds", "0")
+    assert done.returncode == 0, done.stderr
+    workload.assert_exactly_once()
+    assert subscription.pull(1.0) == []
+
+
+def test_a_dry_run_gives_everything_back(worker: Worker, sandbox: Sandbox, subscription: Subscription) -> None:
+    """It shows what would be sent."""
+    workload = Workload(sandbox, 30)
+    subscription.publish(*workload.bodies)
+    done = worker("run", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 60
+    assert sandbox.account.events == []
+    assert len(subscription.pull(10.0, at_most=30)) == 30
+
+
+def test_publish_and_errors(worker: Worker, sandbox: Sandbox, subscription: Subscription) -> None:
+    """`publish` fills the topic; a subscription that is not there is exit 3 with its name; a bad URL is exit 2."""
+    workload = Workload(sandbox, 10)
+    assert worker("publish", "-", stdin=b"\n".join(workload.bodies) + b"\n").stdout == "10\n"
+    assert sorted(entry.message.data for entry in subscription.pull(5.0, at_most=10)) == sorted(workload.bodies)
+    missing = worker("run", env={"QUEUE_URL": "pubsub://demo/nowhere"})
+    assert (missing.returncode, "nowhere does not exist" in missing.stderr) == (3, True)
+    malformed = worker("run", env={"QUEUE_URL": "pubsub://demo"})
+    assert (malformed.returncode, "pubsub://PROJECT/SUBSCRIPTION" in malformed.stderr) == (2, True)
+
+
+def test_a_subscription_without_policies_is_warned_about(worker: Worker, emulator: Emulator) -> None:
+    """One line each, when the worker starts."""
+    process = worker.start("run", env=on(Subscription(emulator, bare=True)))
+    wait_for(lambda: events_named(worker, "started"))
+    stop(process)
+    reasons = [line["reason"] for line in events_named(worker, "queue_warning")]
+    assert ["dead-letter policy" in reasons[0], "retry policy" in reasons[1], len(reasons)] == [True, True, 2]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(os.environ.get("CI") != "true", reason="takes three minutes: CI=true make test")
+def test_long_outages_and_a_killed_worker(emulator: Emulator, tmp_path: Path) -> None:
+    """Side by side, as each waits for minutes: the network gone for 45 s, for 120 s; kill -9 in the middle."""
+    scenarios: list[Callable[[Scene], None]] = [outage_45, outage_120, killed]
+    with ThreadPoolExecutor(len(scenarios)) as pool:
+        for result in [pool.submit(_play, scene, emulator, tmp_path) for scene in scenarios]:
+            result.result()
+
+
+class Scene:
+    """A worker of its own, with a network that can fail between it and the emulator."""
+
+    def __init__(self, sandbox: Sandbox, emulator: Emulator, directory: Path) -> None:
+        directory.mkdir()
+        self.sandbox = sandbox
+        self.subscription = Subscription(emulator)
+        self.network = Network(("127.0.0.1", emulator.port))
+        self.worker = Worker(sandbox.environment | on(self.subscription, f"127.0.0.1:{self.network.port}"), directory)
+        self.workload = Workload(sandbox, 200)
+
+
+def _play(scene: Callable[[Scene], None], emulator: Emulator, directory: Path) -> None:
+    with Sandbox() as sandbox:
+        scene(Scene(sandbox, emulator, directory / scene.__name__))
+
+
+def outage_45(scene: Scene) -> None:
+    _outage(scene, 45)
+
+
+def outage_120(scene: Scene) -> None:
+    _outage(scene, 120)
+
+
+def _outage(scene: Scene, seconds: float) -> None:
+    """Messages are published before, during and after; none is nacked, all arrive soon after the network is back."""
+    published = scene.workload.bodies
+    process = scene.worker.start("run")
+    scene.subscription.publish(*published[:100])
+    wait_for(lambda: len(scene.sandbox.account.events) > 5)
+    scene.network.down()
+    scene.subscription.publish(*published[100:150])
+    time.sleep(seconds)
+    scene.network.up()
+    scene.subscription.publish(*published[150:])
+    wait_for(scene.workload.is_done, 100)
+    stop(process)
+    scene.workload.assert_exactly_once()
+    assert {line["outcome"] for line in log_lines(scene.worker.log.read_text())} <= {"sent", "ignored"}
+    assert scene.subscription.dead_letters(wait=1) == []
+
+
+def killed(scene: Scene) -> None:
+    """The next worker takes over what the dead one held when the leases end."""
+    scene.sandbox.klaviyo.latency = 0.05
+    scene.subscription.publish(*scene.workload.bodies)
+    process = scene.worker.start("run")
+    wait_for(lambda: len(scene.sandbox.account.events) > 20)
+    process.kill()
+    process.wait()
+    assert not scene.workload.is_done()
+    process = scene.worker.start("run")
+    wait_for(scene.workload.is_done, 100)
+    stop(process)
+    scene.workload.assert_exactly_once()
+    assert scene.subscription.dead_letters(wait=1) == []
