@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check lint types docs format bench wheel clean
+.PHONY: help demo test check lint types docs format bench wheel emulator clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ wheel: $(VENV)/ready ## build the wheel and run the demo from it, outside this c
 	$(PYTHON) -m venv --clear build/installed
 	build/installed/bin/pip install --quiet build/wheel/*.whl
 	cd build && installed/bin/klaviyo-worker demo > demo.txt && tail -n 1 demo.txt
+
+emulator: ## start Google's Pub/Sub emulator on port 8085, where gcloud has it (docs/pubsub.md)
+	@command -v gcloud >/dev/null || { echo "gcloud is not installed: https://cloud.google.com/sdk, then gcloud components install beta pubsub-emulator"; exit 1; }
+	gcloud beta emulators pubsub start --project=demo --host-port=127.0.0.1:8085
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -143,12 +143,14 @@ class PushQueue:
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
             self._application,
+            interface="asgi3",
             http="h11",
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE,
         )
         self._server = uvicorn.Server(config)

@@ -80,7 +80,14 @@ class Subscription:
     """A topic, a subscription with policies, and a subscription that collects the dead letters."""
 
     def __init__(
-        self, emulator: Emulator, *, name: str = "", attempts: int = 5, minimum_backoff: float = 1.0, bare: bool = False
+        self,
+        emulator: Emulator,
+        *,
+        name: str = "",
+        attempts: int = 5,
+        minimum_backoff: float = 1.0,
+        bare: bool = False,
+        push: str = "",
     ) -> None:
         self.emulator = emulator
         self.name = name or f"s{uuid.uuid4().hex[:8]}"
@@ -90,6 +97,8 @@ class Subscription:
         self._policies: dict[str, Any] = (
             {} if bare else _policies(self._path("topics", "dead"), attempts, minimum_backoff)
         )
+        if push:
+            self._policies["push_config"] = {"push_endpoint": push}
         self.create()
 
     def create(self) -> None:

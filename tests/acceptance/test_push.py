@@ -1,0 +1,73 @@
+"""The worker behind a push subscription, as serverless hosts run it: Google's emulator pushes to the command."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+from tests.acceptance.conftest import Worker, log_lines
+from tests.acceptance.test_run import wait_for
+from tests.acceptance.workload import Workload
+from tests.emulator import Emulator, Subscription, bodies, free_port
+from worker.sandbox import Fault, Sandbox
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_pushed_messages_have_every_effect_once_and_failures_come_again(
+    sandbox: Sandbox, emulator: Emulator, tmp_path: Path
+) -> None:
+    """The names of the existing plugin are kept: APP_TYPE and PUB_SUB_PORT."""
+    port = free_port()
+    subscription = Subscription(emulator, push=f"http://127.0.0.1:{port}/")
+    environment = {"QUEUE_URL": "push://127.0.0.1", "APP_TYPE": "EVENT", "PUB_SUB_PORT": str(port)}
+    worker = Worker(sandbox.environment | environment, tmp_path)
+    workload = Workload(sandbox, 200)
+    sandbox.klaviyo.faults.add(Fault(status=503, times=5, match="POST /api/events"))
+    process = worker.start("run", "--retry-seconds", "0")
+    wait_for(lambda: "listening" in worker.log.read_text())
+    poison = b"{}"
+    subscription.publish(*workload.bodies, poison)
+    wait_for(workload.is_done, 60)
+    assert bodies(subscription.dead_letters(1, wait=40)) == [poison]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(40) == 0
+    workload.assert_exactly_once()
+    outcomes = [line["outcome"] for line in log_lines(worker.log.read_text())]
+    assert set(outcomes) <= {"sent", "ignored", "retried"}
+    assert "retried" in outcomes
+
+
+def test_sigterm_answers_what_is_in_work(sandbox: Sandbox, emulator: Emulator, tmp_path: Path) -> None:
+    """What was answered is not sent again: the next worker sees only the rest."""
+    port = free_port()
+    subscription = Subscription(emulator, push=f"http://127.0.0.1:{port}/")
+    worker = Worker(sandbox.environment | {"QUEUE_URL": f"push://127.0.0.1:{port}"}, tmp_path)
+    workload = Workload(sandbox, 100)
+    sandbox.klaviyo.latency = 0.1
+    process = worker.start("run")
+    wait_for(lambda: "listening" in worker.log.read_text())
+    subscription.publish(*workload.bodies)
+    wait_for(lambda: len(sandbox.account.events) > 5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(40) == 0
+    sandbox.klaviyo.latency = 0.0
+    process = worker.start("run")
+    wait_for(workload.is_done, 60)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(40) == 0
+    workload.assert_exactly_once()
+
+
+def test_a_port_in_use_is_exit_3(sandbox: Sandbox, tmp_path: Path) -> None:
+    """The error names host and port."""
+    taken = sandbox.environment["KLAVIYO_API_URL"].rpartition(":")[2]
+    done = Worker(sandbox.environment | {"QUEUE_URL": f"push://127.0.0.1:{taken}"}, tmp_path)("run")
+    assert (done.returncode, f"port {taken}: Address already in use" in done.stderr) == (3, True)
+
+
+def test_only_the_worker_is_run(sandbox: Sandbox, tmp_path: Path) -> None:
+    """The plugin's other APP_TYPE is refused by name."""
+    done = Worker(sandbox.environment | {"APP_TYPE": "BULK_IMPORT"}, tmp_path)("run", "--once")
+    assert (done.returncode, "APP_TYPE is malformed" in done.stderr) == (2, True)
