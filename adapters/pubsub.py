@@ -1,7 +1,6 @@
-"""Google Pub/Sub: streaming pull with flow control; settled by calls of our own, in batches.
+"""Google Pub/Sub: what a subscription has to do with a queue.
 
-`message.ack()` of the client is lost once its stream has ended, and tells nothing of its fate. So messages
-are settled with unary calls, which hold whatever becomes of the stream, and dropped from the client's books.
+Messages come by adapters/streaming_pull.py, and are settled by adapters/settlement.py.
 """
 
 from __future__ import annotations
@@ -26,19 +25,13 @@ from google.cloud.pubsub_v1.types import FlowControl
 from google.pubsub_v1 import PublisherClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
-from tenacity import (
-    Retrying,
-    retry_if_exception_type,
-    retry_if_result,
-    stop_after_delay,
-    wait_random_exponential,
-)
 
 from adapters.base import QueueError, QueueURLError
+from adapters.settlement import CALL_TIMEOUT, LEASE, PASSING, Settlement
 from adapters.streaming_pull import StreamClient, StreamingPull
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
 
     from google.cloud.pubsub_v1.subscriber.message import Message
@@ -48,12 +41,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klaviyo_worker.pubsub")
 
-LEASE = 60  # seconds, an int to the client; a crash costs this much before a message comes again
 LONGEST_HOLD = 7 * 86400.0  # seconds the client keeps a lease: the worker decides, never the client
 LONGEST_DELAY = 600  # seconds, Pub/Sub's own limit
-ACK_PATIENCE, NACK_PATIENCE = LEASE, 5.0  # seconds to reach Pub/Sub; a nack that is lost costs a lease at most
-CALL_TIMEOUT = 10.0  # seconds for one call
-MAX_IDS = 1000  # ack ids or messages in a call: 512 KiB of ids, 1,000 messages are Pub/Sub's limits
+MAX_BATCH = 1000  # messages in a call to publish, Pub/Sub's limit
 MAX_BATCH_BYTES = 5_000_000  # of bodies in a call to publish, half of Pub/Sub's limit
 MAX_ATTRIBUTE = 1024  # bytes of an attribute's value
 _AWAITED, _AWAITED_FOR = 100_000, 1800.0  # messages sent back and how many seconds they are expected again
@@ -66,15 +56,7 @@ _SET_TOPIC = "gcloud pubsub subscriptions update --dead-letter-topic=TOPIC --max
 _SET_RETRY = "gcloud pubsub subscriptions update --min-retry-delay=10s --max-retry-delay=600s"
 _ANY_SIZE = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))  # as the client has it
 _RECONNECT = ("grpc.max_reconnect_backoff_ms", 10_000)  # after a long outage back in seconds, not minutes
-_PASSING = (
-    google.Aborted,
-    google.DeadlineExceeded,
-    google.InternalServerError,
-    google.ServiceUnavailable,
-    google.TooManyRequests,
-    google.Unknown,
-)
-_RETRY = Retry(predicate=if_exception_type(*_PASSING), initial=0.2, maximum=5.0, timeout=30.0)
+_RETRY = Retry(predicate=if_exception_type(*PASSING), initial=0.2, maximum=5.0, timeout=30.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +97,7 @@ class PubSubQueue:
             max_lease_duration=LONGEST_HOLD,
             min_duration_per_lease_extension=LEASE,
         )
+        self._settlement = Settlement(self._client, path)
         self._stream = StreamingPull(_stream_client, path, flow_control)
         self._topic = ""  # for dead letters; "" when the subscription has none, or is not read yet
         self._max_attempts = math.inf
@@ -137,7 +120,7 @@ class PubSubQueue:
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledge, insisting for as long as the lease may hold."""
         messages = _messages(deliveries)
-        self._tell("ack", self._client.acknowledge, messages, ACK_PATIENCE)
+        self._settlement.acknowledge(messages)
         for message in messages:
             message.drop()
 
@@ -146,11 +129,6 @@ class PubSubQueue:
 
         Every return costs a delivery attempt, handled or not: Pub/Sub cannot take one back.
         """
-        messages = _messages(deliveries)
-        for message in messages:  # first, so that the client does not extend what is given up
-            message.drop()
-        seconds = min(math.ceil(max(delay, 0.0)), LONGEST_DELAY)
-        self._tell("nack", self._client.modify_ack_deadline, messages, NACK_PATIENCE, ack_deadline_seconds=seconds)
         for delivery in deliveries:
             if not self._is_last(delivery):
                 with self._awaiting:
@@ -158,6 +136,10 @@ class PubSubQueue:
             elif failure is not None:
                 about = {"reason": failure.reason, "stage": failure.stage, "error": failure.error}
                 log.error("queue_gave_up", extra={"message_id": delivery.id, **about})
+        messages = _messages(deliveries)
+        for message in messages:  # first, so that the client does not extend what is given up
+            message.drop()
+        self._settlement.end_leases(messages, min(math.ceil(max(delay, 0.0)), LONGEST_DELAY))
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
         """Publish to the dead-letter topic, if so asked; else let the subscription's policy get there.
@@ -173,8 +155,7 @@ class PubSubQueue:
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
         """Extend these and what waits to be received: a stream that ended extends nothing."""
         messages = [*_messages(deliveries), *self._stream.waiting()]
-        deadline = math.ceil(seconds)
-        self._tell("extend", self._client.modify_ack_deadline, messages, NACK_PATIENCE, ack_deadline_seconds=deadline)
+        self._settlement.extend(messages, math.ceil(seconds))
 
     def backlog(self) -> int | None:
         """Count what was sent back and is expected again; Pub/Sub itself does not tell."""
@@ -199,13 +180,14 @@ class PubSubQueue:
 
     def stop(self) -> None:
         """Stop the stream and return what was not received."""
-        messages = self._stream.stop()
-        self._tell("nack", self._client.modify_ack_deadline, messages, NACK_PATIENCE, ack_deadline_seconds=0)
+        self._settlement.end_leases(self._stream.stop(), 0)
 
     def close(self) -> None:
-        """Stop, and close the connection."""
+        """Stop, and close the connections."""
         self.stop()
         self._client.close()
+        if "_publisher" in vars(self):
+            self._publisher.transport.close()  # type: ignore[no-untyped-call]
 
     def publish(self, bodies: Iterable[bytes]) -> int:
         """Publish to the subscription's topic, in order."""
@@ -281,47 +263,6 @@ class PubSubQueue:
             return False
         return True
 
-    def _tell(
-        self, action: str, call: Callable[..., object], messages: Sequence[Message], patience: float, **about: int
-    ) -> None:
-        """Make a call for all messages. What does not get through is logged: the messages come again."""
-        for start in range(0, len(messages), MAX_IDS):
-            ids = [message.ack_id for message in messages[start : start + MAX_IDS]]
-            request = {"subscription": self._path, "ack_ids": ids, **about}
-            retrying = Retrying(
-                stop=stop_after_delay(patience),
-                wait=wait_random_exponential(multiplier=0.1, max=5),
-                retry=retry_if_exception_type(_PASSING) | retry_if_result(bool),
-                retry_error_callback=lambda state: state.outcome and state.outcome.result(),
-            )
-            try:
-                left = len(retrying(_told, call, request))
-                reason = "told to try again"
-            except google.GoogleAPIError as error:
-                left, reason = len(ids), str(error)
-            if left:
-                log.warning("lease_lost", extra={"action": action, "messages": left, "reason": reason})
-
-
-def _told(call: Callable[..., object], request: dict[str, Any]) -> list[str]:
-    """Make the call; return the ids to tell again, to which the request is narrowed.
-
-    Only subscriptions with exactly-once delivery tell the fate of each id, in the error's metadata:
-    https://cloud.google.com/pubsub/docs/exactly-once-delivery
-    """
-    try:
-        call(request=request, retry=None, timeout=CALL_TIMEOUT)
-    except google.GoogleAPICallError as error:
-        verdicts = dict(error.metadata or {})
-        if not verdicts:
-            raise
-        lost = [name for name in request["ack_ids"] if verdicts.get(name, "").startswith("PERMANENT_")]
-        if lost:
-            log.warning("lease_lost", extra={"messages": len(lost), "reason": "the lease ended before"})
-        request["ack_ids"] = [name for name in request["ack_ids"] if verdicts.get(name, "").startswith("TRANSIENT_")]
-        return list(request["ack_ids"])
-    return []
-
 
 def _warnings(subscription: Subscription) -> Iterator[str]:
     """Name what the subscription lacks, and the command that sets it."""
@@ -357,7 +298,7 @@ def _batches(bodies: Iterable[bytes]) -> Iterator[list[bytes]]:
     batch: list[bytes] = []
     size = 0
     for body in bodies:
-        if batch and (len(batch) >= MAX_IDS or size + len(body) > MAX_BATCH_BYTES):
+        if batch and (len(batch) >= MAX_BATCH or size + len(body) > MAX_BATCH_BYTES):
             yield batch
             batch, size = [], 0
         batch.append(body)

@@ -64,6 +64,13 @@ class StreamClient(SubscriberClient):  # type: ignore[misc] # no types
         self._call = super().streaming_pull(requests=iter(outgoing.get, None), **arguments)
         return self._call
 
+    def modify_ack_deadline(self, *arguments: Any, **named: Any) -> None:
+        """Extend leases, as the superclass; that it failed for a minute is no reason to end the stream."""
+        try:
+            super().modify_ack_deadline(*arguments, **named)
+        except google.RetryError as error:
+            log.warning("lease_lost", extra={"action": "extend", "reason": str(error.cause or error)})
+
     def finish(self, seconds: float) -> None:
         """End the requests, and wait for the server to end the stream."""
         self._requests.put(None)

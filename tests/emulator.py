@@ -8,10 +8,12 @@ import subprocess
 import time
 import urllib.request
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from threading import Lock, Thread
+from queue import SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -21,7 +23,7 @@ from google.pubsub_v1.services.publisher.transports import PublisherGrpcTranspor
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 PROJECT = "demo"
 
@@ -160,55 +162,56 @@ def _policies(dead_letter_topic: str, attempts: int, minimum_backoff: float) -> 
     }
 
 
-@dataclass
-class Network:
-    """A TCP relay to `target` that can be taken down: links are cut and new ones refused."""
+class Network(grpc.GenericRpcHandler):
+    """A relay to the emulator that can be taken down: links are cut and new ones refused.
 
-    target: tuple[str, int]
+    It relays calls, not bytes, for the sake of the emulator, which believes for ever in a stream whose link
+    is cut and gives it half of all messages. Here the emulator's end of such a stream is ended in order.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, emulator: Emulator) -> None:
         self.port = free_port()
-        self._server: socket.socket | None = None
-        self._links: set[socket.socket] = set()
-        self._lock = Lock()
+        self._channel = grpc.insecure_channel(emulator.host, [("grpc.max_receive_message_length", -1)])
         self.up()
 
     def up(self) -> None:
-        self._server = socket.create_server(("127.0.0.1", self.port), reuse_port=True)
-        Thread(target=self._accept, args=(self._server,), daemon=True).start()
+        self._server = grpc.server(ThreadPoolExecutor(32))
+        self._server.add_generic_rpc_handlers((self,))
+        self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self._server.start()
 
     def down(self) -> None:
-        assert self._server is not None
-        with suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
-        with self._lock:
-            links, self._links = self._links, set()
-        for link in links:
-            with suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
-            link.close()
+        self._server.stop(None).wait()
 
-    def _accept(self, server: socket.socket) -> None:
-        while True:
-            try:
-                near = server.accept()[0]
-                far = socket.create_connection(self.target)
-            except OSError:
-                return
-            with self._lock:
-                self._links |= {near, far}
-            for pair in ((near, far), (far, near)):
-                Thread(target=_relay, args=pair, daemon=True).start()
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
+        if details.method.endswith("/StreamingPull"):
+            return grpc.stream_stream_rpc_method_handler(partial(self._stream, details.method))
+        return grpc.unary_unary_rpc_method_handler(partial(self._call, details.method))
+
+    def _call(self, method: str, request: bytes, context: grpc.ServicerContext) -> bytes:
+        try:
+            upstream: Any = self._channel.unary_unary(method)
+            return bytes(upstream(request, timeout=20))
+        except grpc.RpcError as error:
+            context.abort(error.code(), error.details() or "")
+            raise
+
+    def _stream(self, method: str, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        outgoing: SimpleQueue[bytes | None] = SimpleQueue()
+        context.add_callback(lambda: outgoing.put(None))
+        Thread(target=_pump, args=(requests, outgoing), daemon=True).start()
+        try:
+            upstream: Any = self._channel.stream_stream(method)
+            yield from upstream(iter(outgoing.get, None))
+        except grpc.RpcError as error:
+            context.abort(error.code(), error.details() or "")
 
 
-def _relay(source: socket.socket, sink: socket.socket) -> None:
-    with suppress(OSError):
-        while data := source.recv(65536):
-            sink.sendall(data)
-    for end in (source, sink):
-        with suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
+def _pump(requests: Iterator[bytes], outgoing: SimpleQueue[bytes | None]) -> None:
+    with suppress(Exception):  # the link was cut
+        for request in requests:
+            outgoing.put(request)
+    outgoing.put(None)
 
 
 def bodies(messages: Sequence[Any]) -> list[bytes]:

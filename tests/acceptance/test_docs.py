@@ -31,7 +31,7 @@ def test_gcloud_commands_work(tmp_path: Path) -> None:
     try:
         for command in [*_commands(create), letter]:
             _run(command, environment)
-        assert re.search(r"because +parse +.*poison", _run(*_commands(look), environment))
+        assert re.search(r"because +parse +.*poison", _run(_commands(look)[0], environment))
     finally:
         emulator.kill()
 

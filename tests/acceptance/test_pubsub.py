@@ -242,7 +242,7 @@ class Scene:
         directory.mkdir()
         self.sandbox = sandbox
         self.subscription = Subscription(emulator)
-        self.network = Network(("127.0.0.1", emulator.port))
+        self.network = Network(emulator)
         self.worker = Worker(sandbox.environment | on(self.subscription, f"127.0.0.1:{self.network.port}"), directory)
         self.workload = Workload(sandbox, 200)
 

@@ -14,7 +14,7 @@ from google.pubsub_v1.types import AcknowledgeRequest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from adapters import Failure, QueueError, QueueOptions, QueueURLError, open_queue, pubsub, streaming_pull
+from adapters import Failure, QueueError, QueueOptions, QueueURLError, open_queue, pubsub, settlement, streaming_pull
 from adapters.pubsub import PubSubQueue
 from tests.emulator import Emulator, Subscription, bodies
 
@@ -303,7 +303,7 @@ def test_a_subscription_that_stays_away_ends_the_run(
 
 def test_publish_fills_the_topic(subscription: Subscription, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """In calls that Pub/Sub takes; what it does not take is an error that says how far it came."""
-    monkeypatch.setattr(pubsub, "MAX_IDS", 100)
+    monkeypatch.setattr(pubsub, "MAX_BATCH", 100)
     queue = opened(subscription.url)
     assert queue.publish(b"%d" % number for number in range(250)) == 250
     assert queue.publish([b"x" * 4_000_000] * 3) == 3
@@ -414,7 +414,7 @@ def test_an_outage_longer_than_the_lease_ends_the_insisting(
     serve: Callable[..., Service], opened: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By then the message has been given to somebody else."""
-    monkeypatch.setattr(pubsub, "ACK_PATIENCE", 0.5)
+    monkeypatch.setattr(settlement, "ACK_PATIENCE", 0.5)
     service = serve(*[grpc.StatusCode.UNAVAILABLE] * 50)
     ack(opened("pubsub://demo/klaviyo-worker"), deliveries("a"))
     assert len(service.acknowledged) > 1
@@ -425,7 +425,7 @@ def test_many_acks_go_in_calls_of_bounded_size(
     serve: Callable[..., Service], opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call takes 512 KiB of ids."""
-    monkeypatch.setattr(pubsub, "MAX_IDS", 2)
+    monkeypatch.setattr(settlement, "MAX_IDS", 2)
     service = serve(None, None, None)
     ack(opened("pubsub://demo/klaviyo-worker"), deliveries("a", "b", "c", "d", "e"))
     assert service.acknowledged == [["a", "b"], ["c", "d"], ["e"]]
