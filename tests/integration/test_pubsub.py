@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from google.api_core.exceptions import ServiceUnavailable
+from google.api_core.retry import Retry, if_exception_type
+from google.iam.v1 import iam_policy_pb2
 from google.protobuf import any_pb2, empty_pb2
+from google.pubsub_v1 import types as pubsub_types
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 from google.pubsub_v1.types import AcknowledgeRequest
 from google.rpc import error_details_pb2, status_pb2
@@ -195,6 +199,9 @@ def test_check_names_what_the_subscription_lacks(
     assert all("gcloud pubsub subscriptions update" in warning for warning in (dead, retry, deadline))
     with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct: .* has no dead-letter topic"):
         opened(bare.url, direct_dead_letter=True).check()
+    pushed = Subscription(emulator, push="http://127.0.0.1:1/")
+    with pytest.raises(QueueError, match="is a push subscription: use push://HOST:PORT"):
+        opened(pushed.url).check()
     with pytest.raises(QueueError, match="projects/demo/subscriptions/nowhere does not exist"):
         opened("pubsub://demo/nowhere").check()
 
@@ -359,6 +366,81 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Service]]:
 
     yield start
     server.stop(None).wait()
+
+
+class Permissions(grpc.GenericRpcHandler):
+    """A Subscriber service that lets a worker consume, or read the subscription, or neither."""
+
+    def __init__(self, *, consume: bool = True, read: bool = True) -> None:
+        self._consume, self._read = consume, read
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        method = details.method.rpartition("/")[2]
+        answers = {"GetSubscription": self._get, "TestIamPermissions": self._test}
+        return grpc.unary_unary_rpc_method_handler(answers[method]) if method in answers else None
+
+    def _get(self, _: bytes, context: grpc.ServicerContext) -> bytes:
+        if not self._read:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "as told")
+        subscription = pubsub_types.Subscription(name="s", ack_deadline_seconds=60)
+        return bytes(pubsub_types.Subscription.serialize(subscription))
+
+    def _test(self, _: bytes, context: grpc.ServicerContext) -> bytes:
+        allowed = ["pubsub.subscriptions.consume"] if self._consume else []
+        return bytes(iam_policy_pb2.TestIamPermissionsResponse(permissions=allowed).SerializeToString())
+
+
+@pytest.fixture
+def allow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    server = grpc.server(ThreadPoolExecutor(2))
+
+    def start(**allowed: bool) -> None:
+        server.add_generic_rpc_handlers((Permissions(**allowed),))
+        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        server.start()
+
+    yield start
+    server.stop(None).wait()
+
+
+def test_who_may_not_consume_is_told_what_to_grant(allow: Callable[..., None], opened: Open) -> None:
+    """At the start, not when the first stream is refused."""
+    allow(consume=False)
+    with pytest.raises(QueueError, match=r"not permitted to consume .*/klaviyo-worker: grant roles/pubsub.subscriber"):
+        opened("pubsub://demo/klaviyo-worker").check()
+
+
+def test_who_may_not_read_the_subscription_is_warned_and_works(allow: Callable[..., None], opened: Open) -> None:
+    """The policies are unknown, which only direct dead letters cannot do without."""
+    allow(read=False)
+    queue = opened("pubsub://demo/klaviyo-worker")
+    (warning,) = queue.check()
+    assert "grant roles/pubsub.viewer" in warning
+    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct: .* grant roles/pubsub.viewer"):
+        opened("pubsub://demo/klaviyo-worker", direct_dead_letter=True).check()
+    with pytest.raises(QueueError, match=r"grant roles/pubsub.viewer"):
+        queue.publish([b"x"])
+
+
+def test_a_service_out_of_reach_is_a_queue_error(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 3, with what was asked for."""
+    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", "127.0.0.1:1")
+    monkeypatch.setattr(pubsub, "_RETRY", None)
+    with pytest.raises(QueueError, match="cannot reach Pub/Sub for projects/demo/subscriptions/klaviyo-worker"):
+        opened("pubsub://demo/klaviyo-worker").check()
+
+
+def test_a_lease_that_cannot_be_extended_does_not_end_the_stream(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client would: its own extension, failing for a minute, ends all it does."""
+    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", "127.0.0.1:1")
+    client = pubsub._stream_client()
+    soon = Retry(predicate=if_exception_type(ServiceUnavailable), timeout=0.1)
+    request = {"subscription": "s", "ack_ids": ["a"], "ack_deadline_seconds": 60}
+    client.modify_ack_deadline(request=request, retry=soon)
+    client.close()
+    assert [record.message for record in caplog.records] == ["lease_lost"]
 
 
 class Message:

@@ -232,3 +232,14 @@ def test_a_message_with_one_failed_operation_is_not_acked(recorded: RecordingQue
     )
     run(pipeline, FakeDelivery(json.dumps(body).encode()))
     assert recorded.settled == [("nack", "1", 2.0, "503")]
+
+
+def test_a_dead_letter_that_comes_again_is_reported_as_retried(
+    pipeline: Pipeline, recorded: RecordingQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the queue's own policy gives up, only the last attempt is the end."""
+    for recorded.buries in (False, True):
+        with caplog.at_level("WARNING"):
+            run(pipeline, FakeDelivery(b"torn"))
+    assert [how for how, *_ in recorded.settled] == ["dead_letter"] * 2
+    assert [vars(record)["outcome"] for record in caplog.records] == ["retried", "dead_lettered"]

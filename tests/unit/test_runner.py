@@ -227,6 +227,34 @@ def test_stopping_returns_what_was_not_begun_at_once(queue: EmbeddedQueue) -> No
     assert left
 
 
+def test_nothing_goes_back_before_pulling_has_ended(queue: EmbeddedQueue) -> None:
+    """A queue that streams would hand it to this very worker again, at the price of an attempt."""
+    begun = threading.Event()
+    calls: list[str] = []
+
+    def ending() -> None:
+        time.sleep(0.5)
+        calls.append("stop")
+
+    def slow(jobs: Sequence[Job]) -> list[Job]:
+        begun.set()
+        time.sleep(0.1)
+        return list(jobs)
+
+    give_back = queue.nack
+    queue.stop = ending  # type: ignore[method-assign]
+    queue.nack = lambda *given: (calls.append("nack"), give_back(*given))  # type: ignore[method-assign,assignment,func-returns-value]
+    queue.publish([b"a:1", b"b:1"])
+    runner, _ = runner_for(queue, slow, park_seconds=60)
+    thread = threading.Thread(target=runner.run, daemon=True)
+    thread.start()
+    begun.wait(5)
+    runner.stop()
+    thread.join(5)
+    assert calls[0] == "stop"
+    assert "nack" in calls
+
+
 def test_the_grace_period_ends_the_waiting(queue: EmbeddedQueue) -> None:
     """What hangs goes back to the queue, and the caller is told."""
     release = threading.Event()
