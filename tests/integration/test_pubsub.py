@@ -231,6 +231,7 @@ def test_stopping_returns_what_was_not_received_and_settles_the_rest(subscriptio
     queue.stop()
     queue.ack(held)
     queue.close()
+    time.sleep(1)  # nobody pulls: nothing may go to a stream that is no more
     back = subscription.pull(5.0, at_most=90)
     assert len(held) == 10
     assert sorted(entry.message.data for entry in back) == sorted(
@@ -239,16 +240,22 @@ def test_stopping_returns_what_was_not_received_and_settles_the_rest(subscriptio
 
 
 def test_leases_outlive_the_stream(subscription: Subscription, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client extends nothing once its stream has ended; held messages stay ours all the same."""
+    """The client extends nothing once its stream has ended; held and waiting messages stay ours all the same."""
     monkeypatch.setattr(pubsub, "LEASE", 10)
-    subscription.publish(b"held")
     queue = opened(subscription.url)
+    subscription.publish(b"held")
     held = receive(queue, 1)
-    queue.stop()
+    subscription.publish(b"waiting")
+    deadline = time.monotonic() + 10
+    while not queue._stream.waiting() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    queue._stream._close()
     for _ in range(4):
         queue.extend(held, 10)
-        assert subscription.pull(4.0) == []
-    queue.ack(held)
+        assert subscription.pull(3.0) == []
+    queue.ack([*held, *receive(queue, 1)])
+    queue.close()
+    assert subscription.pull(1.0) == []
 
 
 def test_a_stream_that_hangs_is_opened_anew(
