@@ -46,8 +46,8 @@ class TokenVerifier:
             )
         except jwt.PyJWKClientConnectionError as error:
             raise KeysUnavailableError(str(error)) from None
-        except jwt.PyJWTError as error:
-            raise TokenRefusedError(str(error)) from None
+        except jwt.PyJWTError as error:  # its text may quote the token
+            raise TokenRefusedError(type(error).__name__) from None
         verified = claims.get("email_verified") is True and claims.get("email") == self._service_account
         if self._service_account and not verified:
             raise TokenRefusedError("the token belongs to another service account")
