@@ -16,6 +16,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from google.api_core import exceptions as google
+from google.auth.exceptions import GoogleAuthError
 from google.cloud.pubsub_v1 import SubscriberClient
 from google.cloud.pubsub_v1.subscriber.scheduler import ThreadScheduler
 
@@ -42,6 +43,7 @@ _REFUSALS = (
     google.Unauthenticated,
     google.InvalidArgument,
     google.FailedPrecondition,
+    GoogleAuthError,
 )
 
 
@@ -138,9 +140,12 @@ class StreamingPull:
 
     def _open(self) -> None:
         self._opened_at, self._silent = time.monotonic(), 0.0
-        self._client = self._connect()
-        one_thread = ThreadScheduler(ThreadPoolExecutor(max_workers=1))  # the callback only hands over
-        self._stream = self._client.subscribe(self._path, self._inbox.put, self._flow_control, one_thread)
+        try:
+            self._client = self._connect()
+            one_thread = ThreadScheduler(ThreadPoolExecutor(max_workers=1))  # the callback only hands over
+            self._stream = self._client.subscribe(self._path, self._inbox.put, self._flow_control, one_thread)
+        except (google.GoogleAPIError, GoogleAuthError) as error:
+            self._ended(error)
 
     def _close(self) -> None:
         if self._stream is None or self._client is None:

@@ -1,0 +1,47 @@
+"""The streaming pull, as far as it does without Pub/Sub."""
+
+from __future__ import annotations
+
+import pytest
+from google.auth.exceptions import DefaultCredentialsError
+from google.cloud.pubsub_v1.types import FlowControl
+
+from adapters import QueueError, streaming_pull
+from adapters.streaming_pull import StreamClient, StreamingPull
+
+
+class Nobody:
+    """Credentials that cannot be had, as when the host's metadata server does not answer."""
+
+    def __init__(self) -> None:
+        self.tries = 0
+
+    def __call__(self) -> StreamClient:
+        self.tries += 1
+        raise DefaultCredentialsError("no metadata server")  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming_pull, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(streaming_pull, "LONGEST_PAUSE", 0.04)
+
+
+def test_credentials_that_cannot_be_had_now_are_asked_for_again(caplog: pytest.LogCaptureFixture) -> None:
+    """With growing pauses; each is told."""
+    connect = Nobody()
+    pull = StreamingPull(connect, "projects/demo/subscriptions/s", FlowControl())
+    for _ in range(20):
+        assert pull.take(1, 0.01) == []
+    assert 3 <= connect.tries <= 12
+    assert [vars(record)["again_s"] for record in caplog.records][:4] == [0.01, 0.02, 0.04, 0.04]
+    assert pull.stop() == []
+
+
+def test_credentials_that_stay_away_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor starts it again, and says so."""
+    monkeypatch.setattr(streaming_pull, "REFUSED_FOR", 0.1)
+    pull = StreamingPull(Nobody(), "projects/demo/subscriptions/s", FlowControl())
+    with pytest.raises(QueueError, match="no metadata server"):  # noqa: PT012 - in the end
+        while True:
+            pull.take(1, 0.01)
