@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -308,3 +309,11 @@ def test_keys_out_of_reach_are_no_refusal() -> None:
     finally:
         queue.close()
         google.close()
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who pulls does without uvicorn; who is pushed to is told what to install."""
+    monkeypatch.delitem(sys.modules, "adapters.push")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(QueueError, match=r"push:// needs uvicorn, .* pip install 'klaviyo-worker\[push\]'"):
+        open_queue("push://127.0.0.1")
