@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("klaviyo_worker.pubsub")
 
 LEASE = 60  # seconds, an int to the client; a crash costs this much before a message comes again
-ACK_PATIENCE, NACK_PATIENCE = LEASE, 5.0  # seconds to reach Pub/Sub; a nack that is lost costs a lease at most
+ACK_PATIENCE, NACK_PATIENCE = LEASE, 3.0  # seconds to reach Pub/Sub; a nack that is lost costs a lease at most
 CALL_TIMEOUT = 10.0  # seconds for one call
 MAX_IDS = 1000  # ack ids in a call, whose limit is 512 KiB
 PASSING = (

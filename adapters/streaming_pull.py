@@ -36,7 +36,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds before a stream that ended is 
 REFUSED_FOR = 60.0  # seconds a refusal is taken for passing: permissions take a while to spread
 SILENCE = 300.0  # seconds without a message after which the stream is opened anew, in case it hangs
 FINISH_SECONDS = 1.0  # the server has this long to end the stream when asked
-STOP_SECONDS = 5.0  # the client has this long to return what it holds
+STOP_SECONDS = 3.0  # the client has this long to return what it holds
 _REFUSALS = (
     google.NotFound,
     google.PermissionDenied,
