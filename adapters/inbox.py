@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from threading import Condition
 from typing import Generic, TypeVar
 
@@ -32,6 +33,11 @@ class Inbox(Generic[T]):
         """Return what is here, and leave it."""
         with self._arrived:
             return list(self._waiting)
+
+    def remove(self, item: T) -> None:
+        """Remove an item, if it is still here."""
+        with self._arrived, suppress(ValueError):
+            self._waiting.remove(item)
 
     def clear(self) -> list[T]:
         """Remove and return what is here."""

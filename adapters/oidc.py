@@ -5,6 +5,8 @@ https://cloud.google.com/pubsub/docs/authenticate-push-subscriptions
 
 from __future__ import annotations
 
+import json
+
 import jwt
 
 GOOGLE_KEYS = "https://www.googleapis.com/oauth2/v3/certs"
@@ -22,9 +24,9 @@ class KeysUnavailableError(Exception):
 
 
 class TokenVerifier:
-    """Checks signature, issuer, time, audience and, where one is given, the service account."""
+    """Checks signature, issuer, time, audience and service account."""
 
-    def __init__(self, audience: str, service_account: str = "", keys_url: str = GOOGLE_KEYS) -> None:
+    def __init__(self, audience: str, service_account: str, keys_url: str = GOOGLE_KEYS) -> None:
         self._audience = audience
         self._service_account = service_account
         self._keys = jwt.PyJWKClient(keys_url, lifespan=_KEYS_LIFESPAN, timeout=10)
@@ -44,10 +46,9 @@ class TokenVerifier:
                 leeway=_LEEWAY,
                 options={"require": ["exp", "iat", "aud", "iss"]},
             )
-        except jwt.PyJWKClientConnectionError as error:
+        except (jwt.PyJWKClientConnectionError, json.JSONDecodeError) as error:
             raise KeysUnavailableError(str(error)) from None
         except jwt.PyJWTError as error:  # its text may quote the token
             raise TokenRefusedError(type(error).__name__) from None
-        verified = claims.get("email_verified") is True and claims.get("email") == self._service_account
-        if self._service_account and not verified:
+        if claims.get("email_verified") is not True or claims.get("email") != self._service_account:
             raise TokenRefusedError("the token belongs to another service account")

@@ -43,6 +43,7 @@ log = logging.getLogger("klaviyo_worker.pubsub")
 
 LONGEST_HOLD = 7 * 86400.0  # seconds the client keeps a lease: the worker decides, never the client
 LONGEST_DELAY = 600  # seconds, Pub/Sub's own limit
+BURY_PATIENCE = 5.0  # seconds to publish a dead letter; else the message goes another round
 MAX_BATCH = 1000  # messages in a call to publish, Pub/Sub's limit
 MAX_BATCH_BYTES = 5_000_000  # of bodies in a call to publish, half of Pub/Sub's limit
 MAX_ATTRIBUTE = 1024  # bytes of an attribute's value
@@ -257,8 +258,8 @@ class PubSubQueue:
         cut = {name: value.encode()[:MAX_ATTRIBUTE].decode(errors="ignore") for name, value in attributes.items()}
         request = {"topic": self._topic, "messages": [{"data": delivery.body, "attributes": cut}]}
         try:
-            self._publisher.publish(request=request, retry=_RETRY, timeout=CALL_TIMEOUT)
-        except google.GoogleAPIError as error:
+            self._publisher.publish(request=request, retry=_RETRY.with_timeout(BURY_PATIENCE), timeout=CALL_TIMEOUT)
+        except (google.GoogleAPIError, GoogleAuthError) as error:
             log.warning("not_buried", extra={"message_id": delivery.id, "reason": str(error)})
             return False
         return True

@@ -35,7 +35,9 @@ log = logging.getLogger("klaviyo_worker.push")
 MAX_BODY = 15_000_000  # bytes; a Pub/Sub message of 10 MB is 13.4 MB in base64
 STOP_SECONDS = 5.0  # for answers to leave once all is settled
 KEEP_ALIVE = 620  # seconds, longer than Google's front ends, so that they hang up first
-_EXPECTED = "QUEUE_URL is malformed: expected push://HOST[:PORT][?audience=AUDIENCE&service_account=EMAIL]"
+_EXPECTED = (
+    "QUEUE_URL is malformed: expected push://HOST[:PORT][?audience=AUDIENCE&service_account=EMAIL], both or neither"
+)
 _DONE, _FAILED, _UNAUTHORIZED, _WRONG_METHOD, _TOO_LARGE, _TOO_MANY, _LATER = 204, 500, 401, 405, 413, 429, 503
 
 
@@ -52,17 +54,20 @@ class PushDelivery:
 
 
 def open_url(url: str, options: QueueOptions) -> PushQueue:
-    """Open `push://HOST[:PORT]`. With `audience`, only requests that carry Google's token for it are taken."""
+    """Open `push://HOST[:PORT]`. With `audience` and `service_account`, only requests with their token are taken.
+
+    Neither goes without the other: anybody can have Google sign a token for any audience.
+    """
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
-    audience, service_account = query.pop("audience", ""), query.pop("service_account", "")
+    guards = [query.pop(name) for name in ("audience", "service_account") if name in query]
     try:
         port = options.port if parts.port is None else parts.port
     except ValueError:
         raise QueueURLError(_EXPECTED) from None
-    if not parts.hostname or parts.path.strip("/") or query or (service_account and not audience):
+    if not parts.hostname or parts.path.strip("/") or query or len(guards) == 1 or not all(guards):
         raise QueueURLError(_EXPECTED)
-    verifier = TokenVerifier(audience, service_account) if audience else None
+    verifier = TokenVerifier(*guards) if guards else None
     return PushQueue(parts.hostname, port, options, verifier)
 
 
@@ -114,7 +119,10 @@ class PushQueue:
         """Warn of what the endpoint cannot do, and of an endpoint open to everybody."""
         warnings = []
         if self._verifier is None:
-            warnings.append("push:// takes messages from anybody who can reach it: add ?audience=AUDIENCE to QUEUE_URL")
+            warnings.append(
+                "push:// takes messages from anybody who can reach it: "
+                "add ?audience=AUDIENCE&service_account=EMAIL to QUEUE_URL"
+            )
         if self._options.direct_dead_letter:
             warnings.append(
                 "KLAVIYO_WORKER_DEAD_LETTER=direct has no effect on push://: the subscription's policy counts"
@@ -165,23 +173,26 @@ class PushQueue:
         await send({"type": "http.response.body"})
 
     async def _status(self, scope: Any, receive: Callable[[], Awaitable[Any]]) -> int:
+        headers = dict(scope["headers"])
         if scope["method"] != "POST":
             return _WRONG_METHOD
-        if refusal := await self._refusal(dict(scope["headers"])):
+        if refusal := await self._refusal(headers):
             return refusal
-        if (body := await _body(receive)) is None:
-            return _TOO_LARGE
         if self._stopping:
             return _LATER
-        if not self._open.add(len(body), self._options):
+        size = int(headers.get(b"content-length", MAX_BODY))  # the server has seen to it that it is a number
+        if size > MAX_BODY:
+            return _TOO_LARGE
+        if not self._open.add(size, self._options):
             return _TOO_MANY
         try:
-            return await self._settled(body)
+            body = await _body(receive)
+            return _TOO_LARGE if body is None else await self._settled(body, receive)
         finally:
-            self._open.remove(len(body))
+            self._open.remove(size)
 
-    async def _settled(self, body: bytes) -> int:
-        """Hand the message to the worker and wait for the answer."""
+    async def _settled(self, body: bytes, receive: Callable[[], Awaitable[Any]]) -> int:
+        """Hand the message to the worker and wait for the answer, or for the sender to hang up."""
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[int] = loop.create_future()
 
@@ -193,10 +204,17 @@ class PushQueue:
             with suppress(RuntimeError):  # the server has ended, and the sender heard that
                 loop.call_soon_threadsafe(settle, status)
 
-        self._inbox.put(_delivery(body, answer))
+        delivery = _delivery(body, answer)
+        self._inbox.put(delivery)
         if self._stopping:  # `stop` may have cleared the inbox just before
             _answer(self._inbox.clear(), _LATER)
-        return await answered
+        gone = asyncio.ensure_future(receive())  # all that comes after the body
+        await asyncio.wait({answered, gone}, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if answered.done():
+            return answered.result()
+        self._inbox.remove(delivery)  # it is sent again; if it is in work already, that goes on
+        return _LATER
 
     async def _refusal(self, headers: dict[bytes, bytes]) -> int | None:
         """Return the status for a sender that is not Pub/Sub, or cannot be told; None to go on."""

@@ -66,28 +66,28 @@ class Settlement:
                 retry_error_callback=lambda state: state.outcome and state.outcome.result(),
             )
             try:
-                left, reason = len(retrying(_told, call, request)), "told to try again"
+                left, reason = len(retrying(_told, call, request, min(patience, CALL_TIMEOUT))), "told to try again"
             except (google.GoogleAPIError, ValueError) as error:  # ValueError: the connection was closed
                 left, reason = len(ids), str(error)
             if left:
                 log.warning("lease_lost", extra={"action": action, "messages": left, "reason": reason})
 
 
-def _told(call: Callable[..., object], request: dict[str, Any]) -> list[str]:
+def _told(call: Callable[..., object], request: dict[str, Any], timeout: float) -> list[str]:
     """Make the call; return the ids to tell again, to which the request is narrowed.
 
     Only subscriptions with exactly-once delivery tell the fate of each id, in the error's metadata:
     https://cloud.google.com/pubsub/docs/exactly-once-delivery
     """
     try:
-        call(request=request, retry=None, timeout=CALL_TIMEOUT)
+        call(request=request, retry=None, timeout=timeout)
     except google.GoogleAPICallError as error:
-        verdicts = dict(error.metadata or {})
+        told = error.metadata or {}  # other errors have metadata too, about no id
+        verdicts = {name: told[name] for name in request["ack_ids"] if name in told}
         if not verdicts:
             raise
-        lost = [name for name in request["ack_ids"] if verdicts.get(name, "").startswith("PERMANENT_")]
-        if lost:
-            log.warning("lease_lost", extra={"messages": len(lost), "reason": "the lease ended before"})
-        request["ack_ids"] = [name for name in request["ack_ids"] if verdicts.get(name, "").startswith("TRANSIENT_")]
+        request["ack_ids"] = [name for name, verdict in verdicts.items() if verdict.startswith("TRANSIENT_")]
+        if lost := len(verdicts) - len(request["ack_ids"]):
+            log.warning("lease_lost", extra={"messages": lost, "reason": "the lease ended before"})
         return list(request["ack_ids"])
     return []

@@ -106,8 +106,11 @@ class Runner:
         if self._held:
             return False
         backlog = self._queue.backlog()
+        if backlog is None and quiet >= QUIET:
+            self._queue.check()  # a queue out of reach is quiet too
+            return True
         if not backlog:
-            return backlog == 0 or quiet >= QUIET
+            return backlog == 0
         if waited < max_wait:
             return False
         log.warning("gave_up_waiting", extra={"waiting": backlog, "waited_s": round(waited)})
@@ -217,10 +220,15 @@ class Runner:
     def _finish(self, lanes: Sequence[Thread]) -> None:
         """Return at once what no lane has begun, and let the lanes end inside the grace period."""
         deadline = time.monotonic() + self._settings.grace_period
-        self._queue.stop()
-        self._pulling_ended.set()
-        if self._stopping.is_set():
-            self._give_back([job for inbox in self._inboxes for job in _emptied(inbox)])
+        try:
+            self._queue.stop()
+        finally:
+            self._pulling_ended.set()
+        try:
+            if self._stopping.is_set():
+                self._give_back([job for inbox in self._inboxes for job in _emptied(inbox)])
+        except QueueError as error:
+            self._fail(error)
         for inbox in self._inboxes:
             inbox.put(None)
         while any(lane.is_alive() for lane in lanes) and not self._hurry.is_set():

@@ -341,6 +341,7 @@ class Service(grpc.GenericRpcHandler):
     def __init__(self, *answers: dict[str, str] | grpc.StatusCode | None) -> None:
         self.answers = list(answers)
         self.acknowledged: list[list[str]] = []
+        self.status = 9  # FAILED_PRECONDITION
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         if details.method != "/google.pubsub.v1.Subscriber/Acknowledge":
@@ -355,7 +356,7 @@ class Service(grpc.GenericRpcHandler):
         if answer is not None:
             detail = any_pb2.Any()
             detail.Pack(error_details_pb2.ErrorInfo(reason="EXACTLY_ONCE_ACKID_FAILURE", metadata=answer))
-            status = status_pb2.Status(code=9, message="some failed", details=[detail])
+            status = status_pb2.Status(code=self.status, message="some failed", details=[detail])
             context.abort_with_status(rpc_status.to_status(status))
         return empty_pb2.Empty().SerializeToString()
 
@@ -487,6 +488,15 @@ def test_exactly_once_acks_are_told_again_one_by_one(
     assert service.acknowledged == [["a", "b", "c"], ["a"]]
     (record,) = [record for record in caplog.records if record.message == "lease_lost"]
     assert vars(record)["messages"] == 1
+
+
+def test_an_error_about_something_else_is_no_verdict(serve: Callable[..., Service], opened: Open) -> None:
+    """A quota's or a permission's error has metadata too; taken for a success, the ack would be lost in silence."""
+    service = serve({"service": "pubsub.googleapis.com", "consumer": "projects/1"}, None)
+    queue = opened("pubsub://demo/klaviyo-worker")
+    service.status = 8  # RESOURCE_EXHAUSTED
+    ack(queue, deliveries("a"))
+    assert service.acknowledged == [["a"], ["a"]]
 
 
 def test_an_ack_that_is_refused_is_told_and_no_error(

@@ -165,6 +165,31 @@ def test_bodies_and_load_are_bounded(queue: PushQueue, monkeypatch: pytest.Monke
     assert large.result(10) == 204
 
 
+def test_a_sender_that_hung_up_is_forgotten(queue: PushQueue) -> None:
+    """It sends again: working on both would fill the endpoint with messages whose answers nobody hears."""
+    Sender(queue)
+    for _ in range(5):  # more than are taken at a time
+        with pytest.raises(requests.Timeout):
+            requests.post(f"http://127.0.0.1:{queue.port}/", envelope(b"x"), timeout=0.2)
+    assert received_for(queue, 1.0) == []
+
+
+def test_a_body_without_a_length_counts_as_the_largest(queue: PushQueue) -> None:
+    """The bound on memory holds before anything is read."""
+    send = Sender(queue)
+    held = send(envelope(b"x"))
+    deliveries = received(queue)
+    chunked = requests.post(f"http://127.0.0.1:{queue.port}/", iter([b"{}"]), timeout=5)
+    assert chunked.status_code == 429
+    queue.ack(deliveries)
+    assert held.result(5) == 204
+
+
+def received_for(queue: PushQueue, seconds: float) -> list[PushDelivery]:
+    time.sleep(seconds)
+    return list(queue.receive(10, 0))
+
+
 def late(send: Sender) -> int | None:
     """Send until nobody listens any more; return an answer that is not 503."""
     for _ in range(50):
@@ -211,8 +236,10 @@ def test_the_url_names_host_port_and_whose_tokens_count() -> None:
     anybody, direct = queue.check()
     assert "audience" in anybody
     assert "KLAVIYO_WORKER_DEAD_LETTER" in direct
-    assert open_queue(f"push://[::1]:80?audience={AUDIENCE}").check() == []
-    for url in ("push://", "push://h:port", "push://h/path", "push://h?x=1", f"push://h?service_account={ACCOUNT}"):
+    assert open_queue(f"push://[::1]:80?audience={AUDIENCE}&service_account={ACCOUNT}").check() == []
+    half = (f"service_account={ACCOUNT}", f"audience={AUDIENCE}", "audience=", "audience=&service_account=")
+    rest = ("push://", "push://h:port", "push://h/path", "push://h?x=1")
+    for url in (*rest, *(f"push://h?{query}" for query in half)):
         with pytest.raises(QueueURLError, match="expected push://HOST"):
             open_queue(url)
 
@@ -301,7 +328,7 @@ def test_with_an_audience_only_googles_token_opens(
 
 def test_keys_out_of_reach_are_no_refusal() -> None:
     """Pub/Sub sends it again, and the message waits."""
-    verifier = TokenVerifier(AUDIENCE, keys_url=f"http://127.0.0.1:{free_port()}/certs")
+    verifier = TokenVerifier(AUDIENCE, ACCOUNT, f"http://127.0.0.1:{free_port()}/certs")
     queue = PushQueue("127.0.0.1", 0, QueueOptions(), verifier)
     google = Google()
     try:

@@ -308,6 +308,22 @@ def test_once_gives_up_waiting_for_redeliveries(queue: EmbeddedQueue, caplog: py
     assert [record.message for record in caplog.records] == ["gave_up_waiting"]
 
 
+def test_once_does_not_take_a_queue_out_of_reach_for_empty(
+    queue: EmbeddedQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 3, not 0 with messages left."""
+    monkeypatch.setattr("worker.runner.QUIET", 0.1)
+
+    def unreachable() -> list[str]:
+        raise QueueError("cannot reach")
+
+    queue.backlog = lambda: None  # type: ignore[method-assign,assignment,return-value]
+    queue.check = unreachable  # type: ignore[method-assign]
+    runner, _ = runner_for(queue)
+    with pytest.raises(QueueError, match="cannot reach"):
+        runner.run(once=True)
+
+
 def test_once_on_a_queue_that_cannot_count_ends_when_it_was_quiet_for_a_while(
     queue: EmbeddedQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
