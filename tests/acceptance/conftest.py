@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from worker.sandbox import Sandbox
 
 COMMAND = str(Path(sys.executable).with_name("klaviyo-worker"))
+_started: list[subprocess.Popen[bytes]] = []
 
 
 @dataclass
@@ -43,9 +46,11 @@ class Worker:
     def start(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start and return the process; its log is in `log`."""
         with self.log.open("wb") as stderr:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [COMMAND, *arguments], env=self._environment(env or {}), cwd=self.directory, stderr=stderr
             )
+        _started.append(process)
+        return process
 
     @property
     def log(self) -> Path:
@@ -68,6 +73,16 @@ class Worker:
         }
         merged = path | self.environment | extra
         return {name: value for name, value in merged.items() if value}
+
+
+@pytest.fixture(autouse=True)
+def none_left_running() -> Iterator[None]:
+    """A test that fails half-way must not disturb the next one."""
+    yield
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
