@@ -120,6 +120,10 @@ class Subscription:
     def url(self) -> str:
         return f"pubsub://{PROJECT}/{self.name}"
 
+    def push_to(self, endpoint: str) -> None:
+        """Have what is pushed from now on go elsewhere."""
+        self.subscriber.modify_push_config(subscription=self.path, push_config={"push_endpoint": endpoint})
+
     def publish(self, *bodies: bytes, **attributes: str) -> None:
         for start in range(0, len(bodies), 500):
             messages = [{"data": body, "attributes": attributes} for body in bodies[start : start + 500]]

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.acceptance.conftest import Worker, log_lines
-from tests.acceptance.test_run import updated, wait_for
+from tests.acceptance.test_run import stop, updated, wait_for
 from tests.acceptance.workload import Workload
 from tests.emulator import Emulator, Network, Subscription, bodies
 from worker.sandbox import Fault, Sandbox
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable
     from pathlib import Path
 
@@ -37,11 +36,6 @@ def subscription(emulator: Emulator) -> Subscription:
 @pytest.fixture
 def worker(sandbox: Sandbox, subscription: Subscription, tmp_path: Path) -> Worker:
     return Worker(sandbox.environment | on(subscription), tmp_path)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(40) == 0
 
 
 def events_named(worker: Worker, name: str) -> list[dict[str, Any]]:

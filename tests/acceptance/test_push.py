@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tests.acceptance.conftest import Worker, log_lines
-from tests.acceptance.test_run import wait_for
+from tests.acceptance.test_run import stop, wait_for
 from tests.acceptance.workload import Workload
 from tests.emulator import Emulator, Subscription, bodies, free_port
 from worker.sandbox import Fault, Sandbox
@@ -31,8 +30,7 @@ def test_pushed_messages_have_every_effect_once_and_failures_come_again(
     subscription.publish(*workload.bodies, poison)
     wait_for(workload.is_done, 60)
     assert bodies(subscription.dead_letters(1, wait=40)) == [poison]
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(40) == 0
+    stop(process)
     workload.assert_exactly_once()
     outcomes = [line["outcome"] for line in log_lines(worker.log.read_text())]
     assert set(outcomes) <= {"sent", "ignored", "retried"}
@@ -40,27 +38,39 @@ def test_pushed_messages_have_every_effect_once_and_failures_come_again(
 
 
 def test_sigterm_answers_what_is_in_work(sandbox: Sandbox, emulator: Emulator, tmp_path: Path) -> None:
-    """What was answered is not sent again: the next worker sees only the rest.
+    """A host replaces the instance: the old one answers what it began, the new one gets only the rest.
 
-    While none listens every push is a failed attempt, so the subscription grants many.
+    The new one listens before the old one stops, as the emulator never sends again what was refused a few times.
     """
-    port = free_port()
-    subscription = Subscription(emulator, push=f"http://127.0.0.1:{port}/", attempts=100)
-    worker = Worker(sandbox.environment | {"QUEUE_URL": f"push://127.0.0.1:{port}"}, tmp_path)
-    workload = Workload(sandbox, 100)
+    old, old_url = _instance(sandbox, tmp_path / "old")
+    new, new_url = _instance(sandbox, tmp_path / "new")
+    processes = [worker.start("run") for worker in (old, new)]
+    wait_for(lambda: all("listening" in worker.log.read_text() for worker in (old, new)))
     sandbox.klaviyo.latency = 0.1
-    process = worker.start("run")
-    wait_for(lambda: "listening" in worker.log.read_text())
+    subscription = Subscription(emulator, push=old_url)
+    workload = Workload(sandbox, 100)
     subscription.publish(*workload.bodies)
     wait_for(lambda: len(sandbox.account.events) > 5)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(40) == 0
-    sandbox.klaviyo.latency = 0.0
-    process = worker.start("run")
-    wait_for(workload.is_done, 90)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(40) == 0
+    subscription.push_to(new_url)
+    stop(processes[0])
+    assert not workload.is_done()
+    wait_for(workload.is_done, 60)
+    stop(processes[1])
     workload.assert_exactly_once()
+    settled = [line["message_id"] for worker in (old, new) for line in _settled(worker)]
+    assert len(settled) == len(set(settled)) == 100
+    assert _settled(old)
+
+
+def _instance(sandbox: Sandbox, directory: Path) -> tuple[Worker, str]:
+    directory.mkdir()
+    port = free_port()
+    environment = sandbox.environment | {"QUEUE_URL": f"push://127.0.0.1:{port}"}
+    return Worker(environment, directory), f"http://127.0.0.1:{port}/"
+
+
+def _settled(worker: Worker) -> list[dict[str, Any]]:
+    return [line for line in log_lines(worker.log.read_text()) if line["outcome"] != "returned"]
 
 
 def test_a_port_in_use_is_exit_3(sandbox: Sandbox, tmp_path: Path) -> None:

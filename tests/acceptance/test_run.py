@@ -15,6 +15,8 @@ from worker.sandbox import Fault
 from worker.sandbox.notifications import change, message, sample_notifications
 
 if TYPE_CHECKING:
+    import subprocess
+
     from worker.sandbox import Sandbox
 
 
@@ -27,6 +29,11 @@ def wait_for(condition: Any, seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(40) == 0
 
 
 def test_every_sample_ends_as_expected_and_twice_adds_nothing(worker: Worker, sandbox: Sandbox) -> None:
