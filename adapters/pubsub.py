@@ -197,6 +197,9 @@ class PubSubQueue:
             raise QueueError(f"QUEUE_URL: {self._unreadable} its topic: {_VIEWER}")
         stored = 0
         for batch in _batches(bodies):
+            if b"" in batch:
+                empty = f"line {stored + batch.index(b'') + 1} is empty, which Pub/Sub does not take"
+                raise QueueError(f"QUEUE_URL: {stored} messages were published, then: {empty}")
             try:
                 request = {"topic": subscription.topic, "messages": [{"data": body} for body in batch]}
                 self._publisher.publish(request=request, retry=_RETRY, timeout=CALL_TIMEOUT)

@@ -33,12 +33,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("klaviyo_worker.push")
 
 MAX_BODY = 15_000_000  # bytes; a Pub/Sub message of 10 MB is 13.4 MB in base64
+BODY_SECONDS = 30.0  # for a request's body to arrive
 STOP_SECONDS = 5.0  # for answers to leave once all is settled
 KEEP_ALIVE = 620  # seconds, longer than Google's front ends, so that they hang up first
 _EXPECTED = (
     "QUEUE_URL is malformed: expected push://HOST[:PORT][?audience=AUDIENCE&service_account=EMAIL], both or neither"
 )
-_DONE, _FAILED, _UNAUTHORIZED, _WRONG_METHOD, _TOO_LARGE, _TOO_MANY, _LATER = 204, 500, 401, 405, 413, 429, 503
+_DONE, _UNAUTHORIZED, _WRONG_METHOD, _TOO_SLOW, _TOO_LARGE, _TOO_MANY = 204, 401, 405, 408, 413, 429
+_FAILED, _LATER = 500, 503
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,8 +188,11 @@ class PushQueue:
         if not self._open.add(size, self._options):
             return _TOO_MANY
         try:
-            body = await _body(receive)
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _body(receive)
             return _TOO_LARGE if body is None else await self._settled(body, receive)
+        except TimeoutError:
+            return _TOO_SLOW
         finally:
             self._open.remove(size)
 

@@ -122,7 +122,8 @@ class Subscription:
 
     def push_to(self, endpoint: str) -> None:
         """Have what is pushed from now on go elsewhere."""
-        self.subscriber.modify_push_config(subscription=self.path, push_config={"push_endpoint": endpoint})
+        request = {"subscription": self.path, "push_config": {"push_endpoint": endpoint}}
+        self.subscriber.modify_push_config(request=request)
 
     def publish(self, *bodies: bytes, **attributes: str) -> None:
         for start in range(0, len(bodies), 500):

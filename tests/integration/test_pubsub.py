@@ -322,8 +322,15 @@ def test_publish_fills_the_topic(subscription: Subscription, opened: Open, monke
     assert queue.publish(b"%d" % number for number in range(250)) == 250
     assert queue.publish([b"x" * 4_000_000] * 3) == 3
     assert len(subscription.pull(5.0)) == 253
-    with pytest.raises(QueueError, match="100 messages were published, then: 400"):
-        queue.publish([*[b"fine"] * 100, b""])
+    with pytest.raises(QueueError, match="100 messages were published, then: line 102 is empty"):
+        queue.publish([*[b"fine"] * 101, b""])
+
+    def until_the_topic_is_gone() -> Iterator[bytes]:
+        yield from [b"fine"] * 101  # the first call is made when the second one's first message comes
+        subscription.publisher.delete_topic(topic=f"projects/demo/topics/{subscription.name}")
+
+    with pytest.raises(QueueError, match="100 messages were published, then: 404"):
+        queue.publish(until_the_topic_is_gone())
 
 
 def test_the_service_is_pinged_and_reconnected_to_soon(monkeypatch: pytest.MonkeyPatch) -> None:

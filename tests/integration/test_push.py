@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -183,6 +184,18 @@ def test_a_body_without_a_length_counts_as_the_largest(queue: PushQueue) -> None
     assert chunked.status_code == 429
     queue.ack(deliveries)
     assert held.result(5) == 204
+
+
+def test_a_body_that_does_not_arrive_holds_no_place(queue: PushQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a few stalled senders would have everybody else answered 429."""
+    monkeypatch.setattr(push, "BODY_SECONDS", 0.2)
+    send = Sender(queue)
+    with socket.create_connection(("127.0.0.1", queue.port), timeout=5) as stalled:
+        stalled.sendall(b"POST / HTTP/1.1\r\nHost: worker\r\nContent-Length: 900000\r\n\r\n{")
+        assert stalled.recv(1000).startswith(b"HTTP/1.1 408")
+    answer = send(b"x" * 900_000)
+    queue.ack(received(queue))
+    assert answer.result(10) == 204
 
 
 def received_for(queue: PushQueue, seconds: float) -> list[PushDelivery]:
