@@ -148,16 +148,17 @@ class StreamingPull:
             self._ended(error)
 
     def _close(self) -> None:
-        if self._stream is None or self._client is None:
+        if self._client is None:
             return
         self._client.finish(FINISH_SECONDS)
-        self._stream.cancel()
-        try:
-            self._stream.exception(timeout=STOP_SECONDS)
-        except FutureTimeoutError:  # the queue is out of reach; what the client holds comes again by itself
-            log.warning("stream_not_closed", extra={"waited_s": STOP_SECONDS})
+        if self._stream is not None:
+            self._stream.cancel()
+            try:
+                self._stream.exception(timeout=STOP_SECONDS)
+            except FutureTimeoutError:  # the queue is out of reach; what the client holds comes again by itself
+                log.warning("stream_not_closed", extra={"waited_s": STOP_SECONDS})
         self._client.close()
-        self._stream = None
+        self._client = self._stream = None
 
     def _ended(self, error: BaseException | None) -> None:
         """Plan the next try. Raises QueueError when the subscription was refused for `REFUSED_FOR` seconds."""

@@ -239,6 +239,17 @@ def test_stopping_returns_what_was_not_received_and_settles_the_rest(subscriptio
     )
 
 
+def test_a_stream_takes_its_connection_with_it(subscription: Subscription, opened: Open) -> None:
+    """Whatever ends it: a worker of many months must not collect connections, nor dead streams messages."""
+    queue = opened(subscription.url)
+    queue.receive(1, 0.5)
+    client = queue._stream._client
+    assert client is not None
+    queue.stop()
+    with pytest.raises(ValueError, match="closed channel"):
+        client.get_subscription(subscription=subscription.path)
+
+
 def test_leases_outlive_the_stream(subscription: Subscription, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client extends nothing once its stream has ended; held and waiting messages stay ours all the same."""
     monkeypatch.setattr(pubsub, "LEASE", 10)
