@@ -27,7 +27,7 @@ from google.pubsub_v1.services.publisher.transports import PublisherGrpcTranspor
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
 from adapters.base import QueueError, QueueURLError
-from adapters.settlement import CALL_TIMEOUT, LEASE, PASSING, Settlement
+from adapters.settlement import LEASE, PASSING, Settlement
 from adapters.streaming_pull import StreamClient, StreamingPull
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ log = logging.getLogger("klaviyo_worker.pubsub")
 
 LONGEST_HOLD = 7 * 86400.0  # seconds the client keeps a lease: the worker decides, never the client
 LONGEST_DELAY = 600  # seconds, Pub/Sub's own limit
+CALL_TIMEOUT = 10.0  # seconds for one call
 BURY_PATIENCE = 5.0  # seconds to publish a dead letter; else the message goes another round
 MAX_BATCH = 1000  # messages in a call to publish, Pub/Sub's limit
 MAX_BATCH_BYTES = 5_000_000  # of bodies in a call to publish, half of Pub/Sub's limit
@@ -102,6 +103,7 @@ class PubSubQueue:
         self._stream = StreamingPull(_stream_client, path, flow_control)
         self._topic = ""  # for dead letters; "" when the subscription has none, or is not read yet
         self._max_attempts = math.inf
+        self._has_retry_policy = False  # as far as is known
         self._awaited: TTLCache[str, None] = TTLCache(_AWAITED, _AWAITED_FOR)
         self._awaiting = Lock()
 
@@ -126,9 +128,10 @@ class PubSubQueue:
             message.drop()
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """End the leases after `delay`, at most 600 s; the subscription's retry policy may add to it.
+        """End the leases: at once where a retry policy delays the message, else after `delay`, at most 600 s.
 
-        Every return costs a delivery attempt, handled or not: Pub/Sub cannot take one back.
+        To the server a message whose lease runs is with the worker, and counts against its flow control: many
+        that wait so would keep others out. Every return costs a delivery attempt, handled or not.
         """
         for delivery in deliveries:
             if not self._is_last(delivery):
@@ -140,7 +143,8 @@ class PubSubQueue:
         messages = _messages(deliveries)
         for message in messages:  # first, so that the client does not extend what is given up
             message.drop()
-        self._settlement.end_leases(messages, min(math.ceil(max(delay, 0.0)), LONGEST_DELAY))
+        seconds = 0 if self._has_retry_policy else min(math.ceil(max(delay, 0.0)), LONGEST_DELAY)
+        self._settlement.end_leases(messages, seconds)
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
         """Publish to the dead-letter topic, if so asked; else let the subscription's policy get there.
@@ -217,7 +221,7 @@ class PubSubQueue:
         return f"{self._path} cannot be read to learn"
 
     def _described(self) -> Subscription | None:
-        """Read the subscription and note its dead-letter policy; None when that is not permitted."""
+        """Read the subscription and note its policies; None when that is not permitted."""
         try:
             subscription: Subscription = self._client.get_subscription(
                 request={"subscription": self._path}, retry=_RETRY, timeout=CALL_TIMEOUT
@@ -230,6 +234,7 @@ class PubSubQueue:
             raise QueueError(f"QUEUE_URL: cannot reach Pub/Sub for {self._path}: {error}") from None
         self._topic = subscription.dead_letter_policy.dead_letter_topic
         self._max_attempts = subscription.dead_letter_policy.max_delivery_attempts or self._max_attempts
+        self._has_retry_policy = "retry_policy" in subscription
         return subscription
 
     def _may_consume(self) -> None:

@@ -22,7 +22,7 @@ log = logging.getLogger("klaviyo_worker.pubsub")
 
 LEASE = 60  # seconds, an int to the client; a crash costs this much before a message comes again
 ACK_PATIENCE, NACK_PATIENCE = LEASE, 3.0  # seconds to reach Pub/Sub; a nack that is lost costs a lease at most
-CALL_TIMEOUT = 10.0  # seconds for one call
+TIMEOUT = 3.0  # seconds for one call
 MAX_IDS = 1000  # ack ids in a call, whose limit is 512 KiB
 PASSING = (
     google.Aborted,
@@ -32,6 +32,7 @@ PASSING = (
     google.TooManyRequests,
     google.Unknown,
 )
+_AGAIN = "TRANSIENT_"  # begins the verdicts that are not final
 
 
 class Settlement:
@@ -50,15 +51,18 @@ class Settlement:
         self._tell("nack", self._client.modify_ack_deadline, messages, NACK_PATIENCE, ack_deadline_seconds=seconds)
 
     def extend(self, messages: Sequence[Message], seconds: int) -> None:
-        """Keep the leases for `seconds` from now, at most 600."""
-        self._tell("extend", self._client.modify_ack_deadline, messages, NACK_PATIENCE, ack_deadline_seconds=seconds)
+        """Keep the leases for `seconds` from now, at most 600.
+
+        Tried once: it is done anew long before the leases end, and one that insists could undo a nack made meanwhile.
+        """
+        self._tell("extend", self._client.modify_ack_deadline, messages, 0.0, ack_deadline_seconds=seconds)
 
     def _tell(
         self, action: str, call: Callable[..., object], messages: Sequence[Message], patience: float, **about: int
     ) -> None:
         for start in range(0, len(messages), MAX_IDS):
             ids = [message.ack_id for message in messages[start : start + MAX_IDS]]
-            request = {"subscription": self._path, "ack_ids": ids, **about}
+            request: dict[str, Any] = {"subscription": self._path, "ack_ids": ids, **about}
             retrying = Retrying(
                 stop=stop_after_delay(patience),
                 wait=wait_random_exponential(multiplier=0.1, max=5),
@@ -66,28 +70,30 @@ class Settlement:
                 retry_error_callback=lambda state: state.outcome and state.outcome.result(),
             )
             try:
-                left, reason = len(retrying(_told, call, request, min(patience, CALL_TIMEOUT))), "told to try again"
+                left, reason = len(retrying(_told, call, request)), "told to try again"
             except (google.GoogleAPIError, ValueError) as error:  # ValueError: the connection was closed
-                left, reason = len(ids), str(error)
+                left, reason = len(request["ack_ids"]), str(error)
             if left:
-                log.warning("lease_lost", extra={"action": action, "messages": left, "reason": reason})
+                log.warning("settling_failed", extra={"action": action, "messages": left, "reason": reason})
 
 
-def _told(call: Callable[..., object], request: dict[str, Any], timeout: float) -> list[str]:
+def _told(call: Callable[..., object], request: dict[str, Any]) -> list[str]:
     """Make the call; return the ids to tell again, to which the request is narrowed.
 
-    Only subscriptions with exactly-once delivery tell the fate of each id, in the error's metadata:
+    Only subscriptions with exactly-once delivery tell the fate of each id, in the error's metadata. Ids it does
+    not name went through, unless the error as a whole is a passing one:
     https://cloud.google.com/pubsub/docs/exactly-once-delivery
     """
     try:
-        call(request=request, retry=None, timeout=timeout)
+        call(request=request, retry=None, timeout=TIMEOUT)
     except google.GoogleAPICallError as error:
         told = error.metadata or {}  # other errors have metadata too, about no id
         verdicts = {name: told[name] for name in request["ack_ids"] if name in told}
         if not verdicts:
             raise
-        request["ack_ids"] = [name for name, verdict in verdicts.items() if verdict.startswith("TRANSIENT_")]
-        if lost := len(verdicts) - len(request["ack_ids"]):
+        unnamed = _AGAIN if isinstance(error, PASSING) else ""
+        request["ack_ids"] = [id_ for id_ in request["ack_ids"] if verdicts.get(id_, unnamed).startswith(_AGAIN)]
+        if lost := len(verdicts.keys() - set(request["ack_ids"])):
             log.warning("lease_lost", extra={"messages": lost, "reason": "the lease ended before"})
         return list(request["ack_ids"])
     return []

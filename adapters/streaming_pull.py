@@ -58,12 +58,15 @@ class StreamClient(SubscriberClient):  # type: ignore[misc] # no types
         super().__init__(**arguments)
         self._requests: SimpleQueue[object] = SimpleQueue()
         self._call: Any = None
+        self._finished = False
 
     def streaming_pull(self, requests: Iterable[object], **arguments: Any) -> Any:
-        """Open a stream, as the superclass; `finish` ends its requests."""
+        """Open a stream, as the superclass; `finish` ends its requests, and then there is no other."""
+        if self._finished:
+            raise google.Cancelled("the stream was finished")  # type: ignore[no-untyped-call]
         outgoing = self._requests = SimpleQueue()
-        Thread(target=_pump, args=(requests, outgoing), daemon=True).start()
         self._call = super().streaming_pull(requests=iter(outgoing.get, None), **arguments)
+        Thread(target=_pump, args=(requests, outgoing), daemon=True).start()
         return self._call
 
     def modify_ack_deadline(self, *arguments: Any, **named: Any) -> None:
@@ -75,6 +78,7 @@ class StreamClient(SubscriberClient):  # type: ignore[misc] # no types
 
     def finish(self, seconds: float) -> None:
         """End the requests, and wait for the server to end the stream."""
+        self._finished = True
         self._requests.put(None)
         deadline = time.monotonic() + seconds
         while self._call is not None and self._call.is_active() and time.monotonic() < deadline:
@@ -144,7 +148,7 @@ class StreamingPull:
             self._client = self._connect()
             one_thread = ThreadScheduler(ThreadPoolExecutor(max_workers=1))  # the callback only hands over
             self._stream = self._client.subscribe(self._path, self._inbox.put, self._flow_control, one_thread)
-        except (google.GoogleAPIError, GoogleAuthError) as error:
+        except (google.GoogleAPIError, GoogleAuthError, OSError) as error:  # OSError: of the credentials' file
             self._ended(error)
 
     def _close(self) -> None:
@@ -157,7 +161,7 @@ class StreamingPull:
                 self._stream.exception(timeout=STOP_SECONDS)
             except FutureTimeoutError:  # the queue is out of reach; what the client holds comes again by itself
                 log.warning("stream_not_closed", extra={"waited_s": STOP_SECONDS})
-        self._client.close()
+        Thread(target=self._client.close, daemon=True).start()  # it waits for a reopening that sleeps up to 10 s
         self._client = self._stream = None
 
     def _ended(self, error: BaseException | None) -> None:

@@ -76,7 +76,7 @@ class Runner:
             thread.start()
         try:
             self._pull(max_wait)
-        except QueueError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, what is held must go back
             self._fail(error)
         self._finish(lanes)
         keeper.join()

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
-
-import pytest
 
 from tests.emulator import Emulator
 
@@ -16,7 +13,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "pubsub.md"
 _MARKED = re.compile(r"<!-- run by tests/acceptance/test_docs.py -->\n```console\n(.*?)```", re.DOTALL)
 
 
-@pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
 def test_gcloud_commands_work(tmp_path: Path) -> None:
     """On an emulator, with the variables that the page names."""
     emulator = Emulator()

@@ -1,16 +1,25 @@
-"""The clients over real sockets, against the sandbox."""
+"""The clients over real sockets, against the sandbox; queues against what stands in for their service."""
 
 from __future__ import annotations
 
+import time
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from adapters import Failure, QueueOptions, open_queue
+from adapters.pubsub import PubSubDelivery, PubSubQueue
 from worker.commercetools import Commercetools
 from worker.klaviyo import Klaviyo
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from worker.sandbox import Sandbox
+
+    Open = Callable[..., PubSubQueue]
 
 
 def settings_for(sandbox: Sandbox, **values: Any) -> Settings:
@@ -28,3 +37,31 @@ def commercetools_for(sandbox: Sandbox, **values: Any) -> Commercetools:
 def klaviyo_for(sandbox: Sandbox, **values: Any) -> Klaviyo:
     """Return a client."""
     return Klaviyo(settings_for(sandbox, **values), Event())
+
+
+FAILURE = Failure("Klaviyo refused the record: " + "é" * 2000, "send", "Rejected")
+
+
+@pytest.fixture
+def opened() -> Iterator[Open]:
+    """Open queues that are closed in the end."""
+    queues: list[PubSubQueue] = []
+
+    def open_(url: str, **options: Any) -> PubSubQueue:
+        queue = open_queue(url, QueueOptions(**options))
+        assert isinstance(queue, PubSubQueue)
+        queues.append(queue)
+        return queue
+
+    yield open_
+    for queue in queues:
+        queue.close()
+
+
+def receive(queue: PubSubQueue, number: int, wait: float = 15.0) -> list[PubSubDelivery]:
+    """Receive so many messages, or what came in time."""
+    deadline = time.monotonic() + wait
+    got: list[PubSubDelivery] = []
+    while len(got) < number and time.monotonic() < deadline:
+        got += queue.receive(number - len(got), 0.2)
+    return got

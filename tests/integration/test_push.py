@@ -222,7 +222,9 @@ def test_stopping_answers_who_was_not_received_and_lets_the_rest_finish(queue: P
     begun = send(envelope(b"begun"))
     deliveries = received(queue)
     waiting = send(envelope(b"waiting"))
-    time.sleep(0.3)
+    deadline = time.monotonic() + 10
+    while not queue._inbox.waiting() and time.monotonic() < deadline:
+        time.sleep(0.01)
     queue.stop()
     assert waiting.result(5) == 503
     assert late(send) is None
