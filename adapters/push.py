@@ -180,8 +180,6 @@ class PushQueue:
             return _WRONG_METHOD
         if refusal := await self._refusal(headers):
             return refusal
-        if self._stopping:
-            return _LATER
         size = int(headers.get(b"content-length", MAX_BODY))  # the server has seen to it that it is a number
         if size > MAX_BODY:
             return _TOO_LARGE
@@ -211,7 +209,7 @@ class PushQueue:
 
         delivery = _delivery(body, answer)
         self._inbox.put(delivery)
-        if self._stopping:  # `stop` may have cleared the inbox just before
+        if self._stopping:  # `stop` has cleared the inbox
             _answer(self._inbox.clear(), _LATER)
         gone = asyncio.ensure_future(receive())  # all that comes after the body
         await asyncio.wait({answered, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -10,6 +10,7 @@ import pytest
 
 from adapters import QueueError
 from adapters.embedded import EmbeddedQueue
+from tests.conftest import Scripted
 from worker.errors import KlaviyoMisconfigured
 from worker.model import Disposition, Job, Notification, Outcome
 from worker.runner import Runner, ShutdownTimeoutError
@@ -297,6 +298,18 @@ def test_a_queue_that_breaks_ends_the_run(method: str, queue: EmbeddedQueue) -> 
     else:
         with pytest.raises(QueueError):
             runner.run(once=True)
+
+
+def test_whatever_ends_the_pulling_what_is_held_goes_back(queue: EmbeddedQueue) -> None:
+    """A defect of a client is no reason to keep messages until their leases end."""
+    queue.publish([b"a:1", b"a:2"])
+    queue.receive = Scripted(queue.receive(2, 0), RuntimeError("can't start new thread"))  # type: ignore[method-assign,assignment]
+    runner, pipeline = runner_for(queue, slowly, max_batch=1)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        runner.run()
+    left = [delivery.body for delivery in EmbeddedQueue(queue._path).receive(9, 0)]
+    assert sorted([*handled(pipeline), *left]) == [b"a:1", b"a:2"]
+    assert b"a:2" in left
 
 
 def test_once_gives_up_waiting_for_redeliveries(queue: EmbeddedQueue, caplog: pytest.LogCaptureFixture) -> None:

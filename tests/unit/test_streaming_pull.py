@@ -9,16 +9,19 @@ from google.cloud.pubsub_v1.types import FlowControl
 from adapters import QueueError, streaming_pull
 from adapters.streaming_pull import StreamClient, StreamingPull
 
+NO_SERVER = DefaultCredentialsError("no metadata server")  # type: ignore[no-untyped-call]
+
 
 class Nobody:
     """Credentials that cannot be had, as when the host's metadata server does not answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: Exception = NO_SERVER) -> None:
         self.tries = 0
+        self._error = error
 
     def __call__(self) -> StreamClient:
         self.tries += 1
-        raise DefaultCredentialsError("no metadata server")  # type: ignore[no-untyped-call]
+        raise self._error
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +30,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming_pull, "LONGEST_PAUSE", 0.04)
 
 
-def test_credentials_that_cannot_be_had_now_are_asked_for_again(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [NO_SERVER, PermissionError("the file is being replaced")])
+def test_credentials_that_cannot_be_had_now_are_asked_for_again(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     """With growing pauses; each is told."""
-    connect = Nobody()
+    connect = Nobody(error)
     pull = StreamingPull(connect, "projects/demo/subscriptions/s", FlowControl())
     for _ in range(20):
         assert pull.take(1, 0.01) == []
