@@ -70,11 +70,14 @@ class StreamClient(SubscriberClient):  # type: ignore[misc] # no types
         return self._call
 
     def modify_ack_deadline(self, *arguments: Any, **named: Any) -> None:
-        """Extend leases, as the superclass; that it failed for a minute is no reason to end the stream."""
+        """Extend leases, as the superclass; that it failed for a minute is no reason to end the stream.
+
+        Nor is a connection closed meanwhile one to end the client's thread with a traceback.
+        """
         try:
             super().modify_ack_deadline(*arguments, **named)
-        except google.RetryError as error:
-            log.warning("lease_lost", extra={"action": "extend", "reason": str(error.cause or error)})
+        except (google.RetryError, ValueError) as error:
+            log.warning("lease_lost", extra={"action": "extend", "reason": str(error)})
 
     def finish(self, seconds: float) -> None:
         """End the requests, and wait for the server to end the stream."""

@@ -83,7 +83,7 @@ def _canonical(job: Job, outcome: str) -> dict[str, object]:
 def configure_logging(level: str, style: str, stream: TextIO | None = None) -> None:
     """Send our log lines to `stream` (stderr): JSON, or text for a person at a terminal.
 
-    Only our own logger is set up: the libraries' debug lines hold tokens and bodies.
+    Only our own logger is set up: the libraries' debug lines hold tokens and bodies. That they warned is said.
     """
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
@@ -92,6 +92,17 @@ def configure_logging(level: str, style: str, stream: TextIO | None = None) -> N
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(level)
+    logging.lastResort = _Libraries(logging.WARNING)
+
+
+class _Libraries(logging.Handler):
+    """Says that a library warned, and where: its text may quote what belongs to a person."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line of ours."""
+        error = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
+        where = f"{record.filename}:{record.lineno}"
+        log.log(record.levelno, "library_warning", extra={"library": record.name, "where": where, "error": error})
 
 
 def _json_formatter() -> JsonFormatter:

@@ -183,14 +183,15 @@ def test_a_service_out_of_reach_is_a_queue_error(opened: Open, monkeypatch: pyte
 def test_a_lease_that_the_client_cannot_extend_does_not_end_the_stream(
     opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The client would: its own extension, failing for a minute, ends all it does."""
+    """The client would: its own extension, failing for a minute, ends all it does. Nor does a closed connection."""
     monkeypatch.setenv("PUBSUB_EMULATOR_HOST", "127.0.0.1:1")
     client = pubsub._stream_client()
     soon = Retry(predicate=if_exception_type(ServiceUnavailable), timeout=0.1)
     request = {"subscription": "s", "ack_ids": ["a"], "ack_deadline_seconds": 60}
     client.modify_ack_deadline(request=request, retry=soon)
     client.close()
-    assert [record.message for record in caplog.records] == ["lease_lost"]
+    client.modify_ack_deadline(request=request, retry=soon)
+    assert [record.message for record in caplog.records] == ["lease_lost"] * 2
 
 
 def test_an_extension_is_tried_once(serve: Serve, opened: Open, caplog: pytest.LogCaptureFixture) -> None:

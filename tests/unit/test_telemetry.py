@@ -27,9 +27,9 @@ FIELDS = {
 @pytest.fixture(autouse=True)
 def logger() -> Iterator[None]:
     """Leave the logger as it was."""
-    before = (log.handlers, log.propagate, log.level)
+    before = (log.handlers, log.propagate, log.level, logging.lastResort)
     yield
-    log.handlers, log.propagate, log.level = before
+    log.handlers, log.propagate, log.level, logging.lastResort = before
 
 
 def job(outcome: Outcome | None, operations: int = 0) -> Job:
@@ -101,3 +101,17 @@ def test_only_our_own_logger_is_set_up() -> None:
     assert not log.propagate
     assert logging.getLogger("requests_oauthlib").getEffectiveLevel() > logging.DEBUG
     assert logging.getLogger("urllib3").getEffectiveLevel() > logging.DEBUG
+
+
+def test_a_librarys_warning_is_told_without_its_text() -> None:
+    """As JSON like all else; the text may quote a person."""
+    stream = io.StringIO()
+    configure_logging("INFO", "json", stream)
+    library = logging.getLogger("some.library")
+    library.propagate = False  # pytest listens further up
+    library.error("cannot greet %s", "grete@mail.example", exc_info=ValueError("grete@mail.example"))
+    library.info("nobody asked")
+    (line,) = map(json.loads, stream.getvalue().splitlines())
+    assert line.pop("where").startswith("test_telemetry.py:")
+    assert line.pop("time")
+    assert line == {"event": "library_warning", "level": "ERROR", "library": "some.library", "error": "ValueError"}
