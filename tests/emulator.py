@@ -155,7 +155,7 @@ class Subscription:
         snapshot = self._path("snapshots")
         self.subscriber.create_snapshot(name=snapshot, subscription=self.path)
         self.subscriber.seek(request={"subscription": self.path, "snapshot": snapshot})
-        return bodies(self.pull(1.0))
+        return bodies([entry.message for entry in self.pull(1.0)])
 
     def dead_letters(self, at_least: int = 0, wait: float = 20.0) -> list[Any]:
         """Take the dead letters, waiting until there are so many."""
