@@ -202,7 +202,7 @@ class PubSubQueue:
         stored = 0
         for batch in _batches(bodies):
             if b"" in batch:
-                empty = f"line {stored + batch.index(b'') + 1} is empty, which Pub/Sub does not take"
+                empty = f"message {stored + batch.index(b'') + 1} is empty, which Pub/Sub does not take"
                 raise QueueError(f"QUEUE_URL: {stored} messages were published, then: {empty}")
             try:
                 request = {"topic": subscription.topic, "messages": [{"data": body} for body in batch]}

@@ -222,8 +222,9 @@ class Runner:
         deadline = time.monotonic() + self._settings.grace_period
         try:
             self._queue.stop()
-        finally:
-            self._pulling_ended.set()
+        except Exception as error:  # noqa: BLE001 - whatever it is, what is held must go back
+            self._fail(error)
+        self._pulling_ended.set()
         try:
             if self._stopping.is_set():
                 self._give_back([job for inbox in self._inboxes for job in _emptied(inbox)])

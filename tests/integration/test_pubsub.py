@@ -287,7 +287,7 @@ def test_publish_fills_the_topic(subscription: Subscription, opened: Open, monke
     assert queue.publish(b"%d" % number for number in range(250)) == 250
     assert queue.publish([b"x" * 4_000_000] * 3) == 3
     assert len(subscription.pull(5.0)) == 253
-    with pytest.raises(QueueError, match="100 messages were published, then: line 102 is empty"):
+    with pytest.raises(QueueError, match="100 messages were published, then: message 102 is empty"):
         queue.publish([*[b"fine"] * 101, b""])
 
     def until_the_topic_is_gone() -> Iterator[bytes]:

@@ -300,11 +300,17 @@ def test_a_queue_that_breaks_ends_the_run(method: str, queue: EmbeddedQueue) -> 
             runner.run(once=True)
 
 
-def test_whatever_ends_the_pulling_what_is_held_goes_back(queue: EmbeddedQueue) -> None:
+@pytest.mark.parametrize("method", ["receive", "stop"])
+def test_whatever_ends_the_pulling_what_is_held_goes_back(method: str, queue: EmbeddedQueue) -> None:
     """A defect of a client is no reason to keep messages until their leases end."""
+    broken = RuntimeError("can't start new thread")
     queue.publish([b"a:1", b"a:2"])
-    queue.receive = Scripted(queue.receive(2, 0), RuntimeError("can't start new thread"))  # type: ignore[method-assign,assignment]
     runner, pipeline = runner_for(queue, slowly, max_batch=1)
+    if method == "stop":
+        queue.stop = Scripted(broken)  # type: ignore[method-assign,assignment]
+        threading.Timer(0.3, runner.stop).start()
+    else:
+        queue.receive = Scripted(queue.receive(2, 0), broken)  # type: ignore[method-assign,assignment]
     with pytest.raises(RuntimeError, match="can't start new thread"):
         runner.run()
     left = [delivery.body for delivery in EmbeddedQueue(queue._path).receive(9, 0)]
