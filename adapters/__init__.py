@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
 from adapters.base import (
+    Countable,
     DeadLetter,
     DeadLetters,
     Delivery,
@@ -15,6 +16,7 @@ from adapters.base import (
     QueueAdapter,
     QueueError,
     QueueOptions,
+    QueueRefusedError,
     QueueURLError,
 )
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = [
+    "Countable",
     "DeadLetter",
     "DeadLetters",
     "Delivery",
@@ -30,6 +33,7 @@ __all__ = [
     "QueueAdapter",
     "QueueError",
     "QueueOptions",
+    "QueueRefusedError",
     "QueueURLError",
     "open_queue",
 ]

@@ -14,6 +14,10 @@ class QueueError(Exception):
     """The queue cannot be used: unreachable, missing, or not permitted. The text says what to do."""
 
 
+class QueueRefusedError(QueueError):
+    """The queue is missing or not permitted. Somebody may mend that while the worker waits."""
+
+
 class QueueURLError(QueueError):
     """The URL does not name a queue; the text says what was expected."""
 
@@ -35,6 +39,9 @@ class Failure:
     reason: str  # one sentence for an operator
     stage: str  # parse, enrich, transform, send; queue when the queue itself gave up
     error: str  # class name of the error
+    message_type: str = ""  # as far as it is known; only dead letters need it
+    resource_type: str = ""
+    resource_id: str = ""
 
 
 class Delivery(Protocol):
@@ -75,7 +82,7 @@ class QueueAdapter(Protocol):
     def receive(self, max_messages: int, wait: float) -> Sequence[Delivery]:
         """Return up to `max_messages`, waiting at most `wait` seconds for the first; [] when idle.
 
-        Raises QueueError when the queue can no longer be read.
+        Raises QueueError when the queue can no longer be read, QueueRefusedError when another try may succeed.
         """
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
@@ -130,6 +137,14 @@ class Publisher(Protocol):
 
     def publish(self, bodies: Iterable[bytes]) -> int:
         """Store the messages durably and return how many. Raises QueueError, saying what of them was stored."""
+
+
+@runtime_checkable
+class Countable(Protocol):
+    """A queue that can tell how much it holds, whoever put or sent it there."""
+
+    def counts(self) -> tuple[int, int]:
+        """Return the messages not yet settled, and the dead letters."""
 
 
 @runtime_checkable

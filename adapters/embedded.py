@@ -83,7 +83,7 @@ def open_url(url: str, _options: QueueOptions) -> EmbeddedQueue:
 
 
 class EmbeddedQueue:
-    """A queue in one SQLite file. Implements QueueAdapter, Publisher and DeadLetters."""
+    """A queue in one SQLite file. Implements QueueAdapter, Publisher, Countable and DeadLetters."""
 
     LEASE_SECONDS = 60.0
     MAX_ATTEMPTS = 20  # with delays up to ten minutes: an outage of two hours
@@ -167,6 +167,13 @@ class EmbeddedQueue:
         """Count ready, delayed and leased messages."""
         with self._guard():
             return int(self._db.execute("SELECT count(*) FROM messages").fetchone()[0])
+
+    def counts(self) -> tuple[int, int]:
+        """Count the messages not yet settled, and the dead letters."""
+        with self._guard():
+            query = "SELECT (SELECT count(*) FROM messages), (SELECT count(*) FROM dead_letters)"
+            waiting, dead = self._db.execute(query).fetchone()
+            return int(waiting), int(dead)
 
     def check(self) -> Sequence[str]:
         """Raise QueueError unless the file can be written."""

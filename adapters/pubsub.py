@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
@@ -256,9 +256,7 @@ class PubSubQueue:
         """Publish the message to the dead-letter topic, with its reason; tell whether it is there."""
         attributes = {
             **delivery.attributes,
-            "reason": failure.reason,
-            "stage": failure.stage,
-            "error": failure.error,
+            **{name: value for name, value in asdict(failure).items() if value},
             "subscription": self._path,
             "message_id": delivery.id,
             "attempt": str(delivery.attempt),

@@ -20,7 +20,7 @@ from google.auth.exceptions import GoogleAuthError
 from google.cloud.pubsub_v1 import SubscriberClient
 from google.cloud.pubsub_v1.subscriber.scheduler import ThreadScheduler
 
-from adapters.base import QueueError
+from adapters.base import QueueRefusedError
 from adapters.inbox import Inbox
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class StreamingPull:
         self._silent = 0.0  # seconds spent waiting in vain
 
     def take(self, max_messages: int, wait: float) -> list[Message]:
-        """Return up to `max_messages`, waiting at most `wait` seconds. Raises QueueError when refused for long."""
+        """Return up to `max_messages`, waiting at most `wait` seconds. Raises QueueRefusedError, and may go on."""
         self._watch()
         began = time.monotonic()
         messages = self._inbox.take(max_messages, wait)
@@ -168,14 +168,16 @@ class StreamingPull:
         self._client = self._stream = None
 
     def _ended(self, error: BaseException | None) -> None:
-        """Plan the next try. Raises QueueError when the subscription was refused for `REFUSED_FOR` seconds."""
+        """Plan the next try. Raises QueueRefusedError when the subscription was refused for `REFUSED_FOR` seconds."""
         now = time.monotonic()
         if now - self._opened_at > REFUSED_FOR:  # it had worked
             self._pause, self._refused_since = FIRST_PAUSE, None
         if isinstance(error, _REFUSALS):
             self._refused_since = self._refused_since or now
             if now - self._refused_since > REFUSED_FOR:
-                raise QueueError(f"QUEUE_URL: Pub/Sub refuses the subscription: {error}")
+                self._close()
+                self._open_at = now
+                raise QueueRefusedError(f"QUEUE_URL: Pub/Sub refuses the subscription: {error}")
         self._close()
         self._open_at = now + self._pause
         log.warning("stream_ended", extra={"error": type(error).__name__, "reason": str(error), "again_s": self._pause})

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 import requests
-import urllib3
 from commercetools.base_client import RefreshingOAuth2Session
 from oauthlib.oauth2 import BackendApplicationClient, OAuth2Error
 
 from worker import http
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient, WorkerError
+from worker.gate import Gates
 from worker.loose import as_dict, as_dicts, as_text, pick_ids
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 PAGE = 500  # commercetools' largest
 MAX_WHERE_BYTES = 6_000  # percent-encoded; keeps the URI under the 8 KB its load balancers take
 TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
+_TOKEN = "oauth/token"  # noqa: S105 - the endpoint
 
 Found = dict[str, "list[Json] | WorkerError"]
 
@@ -109,12 +110,11 @@ class Snapshot:
 class Commercetools:
     """A Reader over commercetools' HTTP API. Safe for many threads."""
 
-    def __init__(self, settings: Settings, stopping: Event) -> None:
-        self._token = _Token(settings)
+    def __init__(self, settings: Settings, stopping: Event, observe: http.Observe = http.unobserved) -> None:
+        self._token = _Token(settings, observe)
         self._url = f"{settings.ct_api_url}/{quote(settings.ct_project_id, safe='')}"
-        self._timeout = urllib3.Timeout(connect=settings.connect_timeout, read=settings.read_timeout)
-        self._retry = http.Retry(settings.retry_seconds, stopping)
-        self._pool = http.pool(self._url, settings.lanes)
+        self._gates = Gates("commercetools", settings, stopping)
+        self._transport = http.Transport(http.pool(self._url, settings.lanes), settings, observe)
 
     def find(self, query: Query, values: Collection[str]) -> Found:
         """Find by chunked queries; a chunk that fails fails only its own values."""
@@ -122,6 +122,10 @@ class Commercetools:
         for chunk in _chunks(sorted(values), query):
             found |= self._find_chunk(query, chunk)
         return found
+
+    def outage(self) -> str:
+        """Return why calls are held back; "" when they are not."""
+        return self._gates.outage()
 
     def _find_chunk(self, query: Query, chunk: list[str]) -> Found:
         """Query one chunk. A value commercetools refuses (400) must not hurt the others: halve until found."""
@@ -141,7 +145,7 @@ class Commercetools:
         after = ""
         while True:
             where = _where(query, chunk) if not after else f'({_where(query, chunk)}) and id > "{after}"'
-            page = self._retry(self._get, query, where)
+            page = self._gates[query.path](self._get, query, where)
             results += page
             if len(page) < PAGE:
                 return results
@@ -152,17 +156,19 @@ class Commercetools:
         parameters += "".join(f"&expand={quote(path)}" for path in query.expand)
         url = f"{self._url}/{query.path}?{parameters}"
         token = self._token.get()
-        response = self._request(url, token)
+        response = self._request(query.path, url, token)
         if response.status == requests.codes.unauthorized:  # revoked before its time
-            response = self._request(url, self._token.renew(token))
+            response = self._request(query.path, url, self._token.renew(token))
         results = as_dict(_checked(response, query.path)).get("results")
         if not isinstance(results, list):  # never take a strange answer for "there is none"
             raise Transient(f"commercetools answered for {query.path} without results")
         return as_dicts(results)
 
-    def _request(self, url: str, token: str) -> http.Response:
+    def _request(self, endpoint: str, url: str, token: str) -> http.Response:
         headers = {"Authorization": f"Bearer {token}", "Accept-Encoding": "gzip", "User-Agent": "klaviyo-worker"}
-        return http.request(self._pool, "GET", url, headers=headers, timeout=self._timeout)
+        response = self._transport.request(endpoint, "GET", url, headers)
+        http.check_passing(response)
+        return response
 
 
 def _checked(response: http.Response, path: str) -> Any:
@@ -214,8 +220,9 @@ def _chunks(values: list[str], query: Query) -> Iterator[list[str]]:
 class _Token:
     """An access token, fetched by one thread at a time while the others wait for it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, observe: http.Observe) -> None:
         self._settings = settings
+        self._observe = observe
         self._lock = Lock()
         self._value = ""
         self._expires_at = 0.0
@@ -242,9 +249,10 @@ class _Token:
         scope = self._settings.ct_scope.split() or None  # None: all that the API client has
         client = self._settings.ct_api_client
         identity = BackendApplicationClient(client_id=client.client_id, scope=scope)
+        began = time.monotonic()
         try:
             with RefreshingOAuth2Session(client=identity, scope=scope) as session:
-                session.register_compliance_hook("access_token_response", _only_verdicts)
+                session.register_compliance_hook("access_token_response", self._judged)
                 token = session.fetch_token(
                     self._settings.ct_token_url,
                     client_id=client.client_id,
@@ -252,6 +260,7 @@ class _Token:
                     timeout=(self._settings.connect_timeout, self._settings.read_timeout),
                 )
         except requests.RequestException as error:
+            self._observe(_TOKEN, None, time.monotonic() - began)
             raise Transient(f"no token from commercetools: {type(error).__name__}") from None
         except OAuth2Error as error:
             raise CommercetoolsMisconfigured(
@@ -261,9 +270,10 @@ class _Token:
         self._value = token["access_token"]
         self._expires_at = time.monotonic() + max(lifetime - TOKEN_MARGIN, lifetime / 2)
 
-
-def _only_verdicts(response: requests.Response) -> requests.Response:
-    """Let oauthlib judge what the authorization server decided, not that it was down."""
-    if http.passes(response.status_code):
-        raise Transient(f"no token from commercetools: {response.status_code}", http.retry_after(response.headers))
-    return response
+    def _judged(self, response: requests.Response) -> requests.Response:
+        """Let oauthlib judge what the authorization server decided, not that it was down."""
+        status = response.status_code
+        self._observe(_TOKEN, status, response.elapsed.total_seconds())
+        if http.passes(status):
+            raise Transient(f"no token from commercetools: {status}", http.retry_after(response.headers))
+        return response

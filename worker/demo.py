@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapters.embedded import EmbeddedQueue
+from worker.metrics import Metrics
 from worker.sandbox import Sandbox
 from worker.sandbox.notifications import sample_notifications
 from worker.service import Service
@@ -37,7 +38,7 @@ class _Recorder(Telemetry):
     """Remembers how each message ended; the last ending counts."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(Metrics("embedded"))
         self.endings: dict[str, tuple[str, str, Counter[str]]] = {}
         self._recording = Lock()
 

@@ -1,7 +1,9 @@
 """Every error the worker raises, and what becomes of the message it befalls.
 
-WorkerError
-├── Transient        nack       could not be done now
+WorkerError          nack       could not be done, and repeating it here would not help: a defect
+├── Transient        hold       could not be done now
+│   ├── Throttled               the other side asks for fewer requests
+│   └── Outage                  the other side has not answered for a while
 ├── Rejected         dead letter  can never succeed
 └── Misconfigured    park       nobody's message is at fault: credentials, scopes, project
     ├── CommercetoolsMisconfigured   exit code 4
@@ -24,13 +26,21 @@ class WorkerError(Exception):
 
 
 class Transient(WorkerError):
-    """Could not be done now: outage, throttling, timeout. `retry_after`: seconds, when the other side said."""
+    """Could not be done now: outage, throttling, timeout. `retry_after`: seconds until it is worth another try."""
 
-    disposition = Disposition.NACK
+    disposition = Disposition.HOLD
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
+
+
+class Throttled(Transient):
+    """The other side asks for fewer requests (429). It is up."""
+
+
+class Outage(Transient):
+    """The other side has failed for a while. Calls are held back until one that is let through succeeds."""
 
 
 class Rejected(WorkerError):
@@ -48,10 +58,17 @@ class Rejected(WorkerError):
 
 
 class Misconfigured(WorkerError):
-    """The worker itself is not allowed or not able: no message is at fault."""
+    """The worker itself is not allowed or not able: no message is at fault.
+
+    `retry_after`: seconds until it is asked again whether that has changed.
+    """
 
     disposition = Disposition.PARK
     exit_code = 1
+
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
 
 
 class CommercetoolsMisconfigured(Misconfigured):

@@ -1,30 +1,36 @@
-"""One HTTP request, and the retries both clients share. Network faults and retryable statuses become Transient."""
+"""One HTTP request, as both clients make it. Network faults and passing statuses become Transient."""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from threading import local
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import orjson
-import tenacity
 import urllib3
 from requests.utils import get_environ_proxies
 
-from worker.errors import Transient
+from worker.errors import Throttled, Transient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from threading import Event
+    from collections.abc import Mapping
+
+    from worker.settings import Settings
 
 MULTIPLE_CHOICES, REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS, INTERNAL_SERVER_ERROR = 300, 408, 425, 429, 500
 MAX_RETRY_AFTER = 3600.0
 
-P = ParamSpec("P")
-T = TypeVar("T")
+Observe = Callable[[str, int | None, float], None]
+
+
+def unobserved(endpoint: str, status: int | None, seconds: float) -> None:
+    """Observe nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,7 @@ class Response:
     status: int
     headers: Mapping[str, str]
     body: bytes
+    to: str  # method, host and path
 
     def json(self) -> Any:
         """Return the decoded body; None when it is no JSON."""
@@ -57,33 +64,57 @@ def proxy_for(url: str) -> str | None:
     return proxies.get(urlsplit(url).scheme)
 
 
-def request(
-    pool: urllib3.PoolManager,
-    method: str,
-    url: str,
-    *,
-    headers: Mapping[str, str],
-    timeout: urllib3.Timeout,
-    body: bytes | None = None,
-) -> Response:
-    """Send one request and read the whole answer. Raises Transient when that fails or should be tried again.
+class Transport:
+    """Sends requests and reads whole answers. Safe for many threads.
 
-    Texts name host and path only: a query may hold what belongs to a person.
+    `observe` is told the endpoint, the status (None: no answer) and the seconds of each.
     """
+
+    def __init__(self, pool: urllib3.PoolManager, settings: Settings, observe: Observe) -> None:
+        self._pool = pool
+        self._timeout = urllib3.Timeout(connect=settings.connect_timeout, read=settings.read_timeout)
+        self._observe = observe
+        self._here = local()
+
+    @property
+    def made(self) -> int:
+        """Return how many requests the calling thread has made."""
+        return getattr(self._here, "made", 0)
+
+    def request(
+        self, endpoint: str, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
+    ) -> Response:
+        """Send one request. Raises Transient when there is no whole answer."""
+        self._here.made = self.made + 1
+        began = time.monotonic()
+        status = None
+        try:
+            answer = self._pool.request(
+                method, url, body=body, headers=dict(headers), timeout=self._timeout, retries=False, redirect=False
+            )
+            status = answer.status
+        except urllib3.exceptions.HTTPError as error:
+            raise Transient(f"no answer to {_target(method, url)}: {type(error).__name__}") from None
+        finally:
+            self._observe(endpoint, status, time.monotonic() - began)
+        return Response(answer.status, answer.headers, answer.data, _target(method, url))
+
+
+def _target(method: str, url: str) -> str:
+    """Name a request by host and path only: a query may hold what belongs to a person."""
     target = urlsplit(url)
-    what = f"{method} {target.netloc}{target.path}"
-    try:
-        answer = pool.request(
-            method, url, body=body, headers=dict(headers), timeout=timeout, retries=False, redirect=False
-        )
-    except urllib3.exceptions.HTTPError as error:
-        raise Transient(f"no answer to {what}: {type(error).__name__}") from None
-    response = Response(answer.status, answer.headers, answer.data)
-    if passes(response.status):
-        raise Transient(f"{response.status} to {what}", retry_after(response.headers))
-    if response.status < MULTIPLE_CHOICES and response.body and response.json() is None:
-        raise Transient(f"{response.status} to {what} with something that is no JSON")  # a maintenance page, a proxy
-    return response
+    return f"{method} {target.netloc}{target.path}"
+
+
+def check_passing(response: Response) -> None:
+    """Raise Transient or Throttled when an answer says nothing about the request, only about the moment."""
+    status = response.status
+    if status == TOO_MANY_REQUESTS:
+        raise Throttled(f"{status} to {response.to}", retry_after(response.headers))
+    if passes(status):
+        raise Transient(f"{status} to {response.to}", retry_after(response.headers))
+    if status < MULTIPLE_CHOICES and response.body and response.json() is None:  # a maintenance page, a proxy
+        raise Transient(f"{status} to {response.to} with something that is no JSON")
 
 
 def passes(status: int) -> bool:
@@ -103,41 +134,3 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 def _until(http_date: str) -> float:
     return (parsedate_to_datetime(http_date) - datetime.now(UTC)).total_seconds()
-
-
-class Retry:
-    """Calls again what raised Transient, for about `seconds`, and no longer once `stopping`.
-
-    Waits grow from 0.2 s with full jitter. Retry-After is obeyed; when it reaches beyond `seconds` the error is
-    raised at once, for the queue to wait instead. Once a call gave up, the others are tried only once until one
-    succeeds: in an outage a batch of hundreds of calls must not take hundreds of times `seconds`.
-    """
-
-    def __init__(self, seconds: float, stopping: Event) -> None:
-        self._gave_up = False
-        self._retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(Transient),
-            stop=tenacity.stop_before_delay(seconds) | tenacity.stop_when_event_set(stopping),
-            wait=_wait,
-            sleep=tenacity.sleep_using_event(stopping),
-            reraise=True,
-        )
-
-    def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function` until it returns. Raises its last Transient, or at once whatever else it raises."""
-        try:
-            result = function(*args, **kwargs) if self._gave_up else self._retrying(function, *args, **kwargs)
-        except Transient:
-            self._gave_up = True
-            raise
-        self._gave_up = False
-        return result
-
-
-_backoff = tenacity.wait_random_exponential(multiplier=0.2, max=5)
-
-
-def _wait(state: tenacity.RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after if isinstance(error, Transient) else None
-    return max(asked or 0.0, _backoff(state))

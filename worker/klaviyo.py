@@ -6,38 +6,46 @@ docs/decisions/0002-raw-json-over-sdk-models.md.
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import orjson
-import urllib3
 from klaviyo_api import KlaviyoAPI
 from openapi_client.rest import RESTClientObject
 
 from worker import http
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
+from worker.gate import Gates
+from worker.limits import Limits
 from worker.loose import as_dict, as_dicts, as_text
 
 if TYPE_CHECKING:
     from threading import Event
+
+    import urllib3
 
     from worker.model import Json
     from worker.settings import Settings
 
 REVISION = "2026-07-15"  # what our bodies are written for; the SDK's own is newer and moves with it
 MEDIA_TYPE = "application/vnd.api+json"
+_ID = re.compile(r"^(\w+ /api/[^/]+)/[^/]+")
 
 
 class Klaviyo:
     """Klaviyo's HTTP API. Safe for many threads."""
 
-    def __init__(self, settings: Settings, stopping: Event) -> None:
+    def __init__(self, settings: Settings, stopping: Event, observe: http.Observe = http.unobserved) -> None:
         key = settings.klaviyo_auth_key.get_secret_value()
         sdk = KlaviyoAPI(key, max_retries=1, test_host=settings.klaviyo_api_url)
         configuration = sdk.api_client.configuration
         configuration.connection_pool_maxsize = settings.concurrency + settings.lanes
         configuration.proxy = http.proxy_for(settings.klaviyo_api_url)
-        self._pool: urllib3.PoolManager = RESTClientObject(configuration).pool_manager
+        pool: urllib3.PoolManager = RESTClientObject(configuration).pool_manager
+        self._transport = http.Transport(pool, settings, observe)
+        self._gates = Gates("klaviyo", settings, stopping)
+        self._limits = Limits(settings.rate_share, stopping)
         self._host: str = configuration.host
         self._headers = {
             "User-Agent": "klaviyo-worker",
@@ -46,8 +54,6 @@ class Klaviyo:
             "revision": REVISION,
             "Authorization": configuration.auth_settings()["Klaviyo-API-Key"]["value"],
         }
-        self._timeout = urllib3.Timeout(connect=settings.connect_timeout, read=settings.read_timeout)
-        self._retry = http.Retry(settings.retry_seconds, stopping)
 
     def call(self, method: str, path: str, body: Json | None = None) -> Json:
         """Call an endpoint, trying again for a while when it cannot answer now; return the decoded answer.
@@ -55,12 +61,22 @@ class Klaviyo:
         Raises Transient, Rejected (with the status) or KlaviyoMisconfigured.
         """
         content = None if body is None else orjson.dumps(body)
-        return as_dict(self._retry(self._call, method, path, content).json())
+        endpoint = _ID.sub(r"\1/{id}", f"{method} {path.partition('?')[0]}")
+        return as_dict(self._gates[endpoint](self._call, endpoint, method, path, content).json())
 
-    def _call(self, method: str, path: str, content: bytes | None) -> http.Response:
-        response = http.request(
-            self._pool, method, self._host + path, headers=self._headers, timeout=self._timeout, body=content
-        )
+    def made(self) -> int:
+        """Return how many requests the calling thread has made."""
+        return self._transport.made
+
+    def outage(self) -> str:
+        """Return why calls are held back; "" when they are not."""
+        return self._gates.outage()
+
+    def _call(self, endpoint: str, method: str, path: str, content: bytes | None) -> http.Response:
+        self._limits.wait(endpoint)
+        response = self._transport.request(endpoint, method, self._host + path, self._headers, content)
+        self._limits.answered(endpoint, response.status, response.headers, http.retry_after(response.headers))
+        http.check_passing(response)
         if response.status >= HTTPStatus.MULTIPLE_CHOICES:
             raise _verdict(method, path, response)
         return response

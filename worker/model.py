@@ -16,12 +16,16 @@ Json = dict[str, Any]
 
 
 class Disposition(Enum):
-    """The four endings of a delivery."""
+    """What becomes of a delivery: three endings, and two reasons to keep it and try again."""
 
     ACK = "ack"
     NACK = "nack"
     DEAD_LETTER = "dead_letter"
-    PARK = "park"
+    HOLD = "hold"  # something is out for the moment; goes back to the queue when that lasts too long
+    PARK = "park"  # the worker is not allowed to work; kept until it is
+
+
+KEPT = frozenset({Disposition.HOLD, Disposition.PARK})
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +121,24 @@ class Job:
     """One delivery's way through the pipeline; the only thing here that changes."""
 
     delivery: Delivery
-    received_at: float  # monotonic seconds
+    received_at: float  # monotonic seconds, as all times here
     notification: Notification | None = None
     enriched: Enriched | None = None
     operations: Sequence[Operation] = ()
     outcome: Outcome | None = None
+    requests: int = 0  # made to Klaviyo for it
+    tries: int = 0  # times it was tried before in this process
+    failed_at: float = 0.0  # when the first of them failed
+    due_at: float = 0.0  # when to try again
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Return what it is about; messages with the same key are handled in their order."""
+        if self.notification is None:
+            return "", self.delivery.id
+        return self.notification.resource_type, self.notification.resource_id
+
+    @property
+    def is_kept(self) -> bool:
+        """Tell whether its last try ended with keeping it."""
+        return self.outcome is not None and self.outcome.disposition in KEPT

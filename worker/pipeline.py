@@ -1,8 +1,8 @@
 """The journey of a message: parse -> enrich -> transform -> send, then settle.
 
-A delivery is acked only when its effect is in Klaviyo or there is nothing to do. Every other ending is an
-error that says which (worker/errors.py): nack, dead letter, or park. Stages see only jobs still without an
-ending, so one bad message never stops its neighbours.
+A delivery is acked only when its effect is in Klaviyo or there is nothing to do. Everything else is an error
+that says what becomes of the message (worker/errors.py): dead letter, nack, or kept and tried again. Stages see
+only jobs still without an outcome, so one bad message never stops its neighbours.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from adapters.base import Failure
-from worker.errors import Ignored, Rejected, Transient, WorkerError
+from worker.errors import Ignored, Rejected, WorkerError
 from worker.model import Disposition, Job, Outcome
 from worker.parse import parse
 from worker.telemetry import log
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from worker.telemetry import Telemetry
 
 FIRST_DELAY, LONGEST_DELAY = 2.0, 600.0  # seconds before a nacked message comes again
-_SEVERITY = (Disposition.PARK, Disposition.NACK, Disposition.DEAD_LETTER)
+_SEVERITY = (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)
 
 
 class Enrich(Protocol):
@@ -65,15 +65,23 @@ class Pipeline:
         return job
 
     def process(self, jobs: Sequence[Job]) -> list[Job]:
-        """Take a batch to its endings and settle it; return the parked jobs, to be processed again."""
+        """Take a batch through the stages and settle it; return the jobs to be kept and processed again."""
         for job in jobs:
-            if _is_parked(job):
+            if job.is_kept:
                 job.outcome, job.operations = None, ()
-        for stage in (self._enrich, self._transform, self._send):
-            stage([job for job in jobs if job.outcome is None])
-        parked = [job for job in jobs if _is_parked(job)]
-        self._settle([job for job in jobs if not _is_parked(job)])
-        return parked
+        for name, stage in (("enrich", self._enrich), ("transform", self._transform), ("send", self._send)):
+            with self._telemetry.stage(name):
+                stage([job for job in jobs if job.outcome is None])
+        self._telemetry.processed(jobs)
+        self._settle([job for job in jobs if not job.is_kept])
+        return [job for job in jobs if job.is_kept]
+
+    def give_up(self, jobs: Sequence[Job], delay: float) -> None:
+        """Return kept jobs to the queue, for `delay` seconds at least: what they waited for takes too long."""
+        for job in jobs:
+            assert job.outcome is not None
+            job.outcome = replace(job.outcome, disposition=Disposition.NACK, delay=max(delay, _delay(job)))
+        self._settle(jobs)
 
     def _enrich(self, jobs: Sequence[Job]) -> None:
         notifications = [job.notification for job in jobs if job.notification is not None]
@@ -117,13 +125,20 @@ class Pipeline:
                 case Disposition.NACK:
                     retried[job.outcome.delay, failure].append(job.delivery)
                 case Disposition.DEAD_LETTER:
-                    if not self._queue.dead_letter(job.delivery, failure):
+                    if not self._queue.dead_letter(job.delivery, _about(failure, job.notification)):
                         job.outcome = replace(job.outcome, disposition=Disposition.NACK)
         for (delay, failure), deliveries in retried.items():
             self._queue.nack(deliveries, delay, failure)
         if acked:
             self._queue.ack(acked)
         self._telemetry.settled(jobs)
+
+
+def _about(failure: Failure, about: Notification | None) -> Failure:
+    """Add to a dead letter's reason what message it is, as far as it could be read."""
+    if about is None:
+        return failure
+    return replace(failure, message_type=about.type, resource_type=about.resource_type, resource_id=about.resource_id)
 
 
 def _parse(job: Job, mapping: Mapping) -> None:
@@ -134,10 +149,6 @@ def _parse(job: Job, mapping: Mapping) -> None:
 def _transform(job: Job, mapping: Mapping) -> None:
     assert job.enriched is not None
     job.operations = transform(job.enriched, mapping)
-
-
-def _is_parked(job: Job) -> bool:
-    return job.outcome is not None and job.outcome.disposition is Disposition.PARK
 
 
 def _guarded(job: Job, stage: str, work: Callable[[], None]) -> None:
@@ -153,20 +164,18 @@ def _guarded(job: Job, stage: str, work: Callable[[], None]) -> None:
 
 
 def _failed(job: Job, stage: str, error: WorkerError) -> Outcome:
-    delay = _delay(job, error) if error.disposition is Disposition.NACK else 0.0
-    return Outcome(error.disposition, stage, error, delay)
+    return Outcome(error.disposition, stage, error, _delay(job))
 
 
-def _delay(job: Job, error: WorkerError) -> float:
-    """Return how long to wait: doubling with every attempt, and at least as long as the other side asked."""
-    asked = error.retry_after if isinstance(error, Transient) else None
-    return max(asked or 0.0, min(FIRST_DELAY * 2.0 ** min((job.delivery.attempt or 1) - 1, 16), LONGEST_DELAY))
+def _delay(job: Job) -> float:
+    """Return how long a nacked message is to stay away: doubling with every attempt."""
+    return min(FIRST_DELAY * 2.0 ** min((job.delivery.attempt or 1) - 1, 16), LONGEST_DELAY)
 
 
 def _defect(stage: str, error: Exception) -> WorkerError:
     where = _where(error)
     log.error("defect", extra={"stage": stage, "reason": where})
-    return Transient(where)
+    return WorkerError(where)
 
 
 def _where(error: Exception) -> str:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from threading import Event
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
-from adapters import open_queue
+from adapters import Countable, open_queue
 from worker.commercetools import Commercetools
 from worker.dryrun import Peek, print_instead
 from worker.enrich import Enricher
+from worker.health import HealthServer
 from worker.klaviyo import Klaviyo
+from worker.metrics import Metrics
 from worker.pipeline import Pipeline
 from worker.runner import Runner
 from worker.send import Sender
 from worker.telemetry import Telemetry, log
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from adapters import QueueAdapter
     from worker.settings import Settings
 
@@ -29,24 +35,73 @@ class Service:
         queue = open_queue(settings.queue_url, settings.queue_options)
         for warning in queue.check():
             log.warning("queue_warning", extra={"reason": warning})
-        reader = Commercetools(settings, stopping)
+        self._telemetry = telemetry or Telemetry(Metrics(urlsplit(settings.queue_url).scheme))
+        requested = self._telemetry.metrics.requested
+        reader = Commercetools(settings, stopping, partial(requested, "commercetools"))
+        klaviyo = Klaviyo(settings, stopping, partial(requested, "klaviyo"))
         enricher = Enricher(reader, mapping, catalog_ttl=settings.catalog_ttl)
-        self._sender = Sender(Klaviyo(settings, stopping), settings.concurrency)
-        self._telemetry = telemetry or Telemetry()
+        self._sender = Sender(klaviyo, settings.concurrency)
         source: QueueAdapter = Peek(queue, settings.max_in_flight) if dry_run else queue
         send = print_instead if dry_run else self._sender.send
         pipeline = Pipeline(source, enricher.enrich, send, mapping, self._telemetry)
         self._runner = Runner(source, pipeline, settings, self._telemetry, stopping)
+        self._state = _State(self._runner, queue, settings.lanes, reader, klaviyo)
+        self._telemetry.metrics.watch(self._state)
+        self._metrics_port = settings.metrics_port
 
     def run(self, *, once: bool, max_wait: float) -> None:
         """Work until stopped, or with `once` until the queue is empty; see Runner.run for what it raises."""
+        health = self._serve() if self._metrics_port and not once else None
         log.info("started")
         try:
             self._runner.run(once=once, max_wait=max_wait)
         finally:
             self._sender.close()
+            if health:
+                health.stop()
             log.info("stopped", extra=dict(self._telemetry.outcomes))
 
     def stop(self) -> None:
         """Finish what is in flight and stop; called again: do not wait."""
         self._runner.stop()
+
+    def _serve(self) -> HealthServer | None:
+        """Serve health and metrics. That the port is taken is no reason not to work."""
+        server = HealthServer(self._metrics_port, self._telemetry.metrics, self._state)
+        try:
+            server.start()
+        except OSError as error:
+            hint = "another worker on this host? Give each a KLAVIYO_WORKER_METRICS_PORT of its own, or 0 for none"
+            log.warning("metrics_not_served", extra={"port": self._metrics_port, "reason": f"{error.strerror}: {hint}"})
+            return None
+        return server
+
+
+class _State:
+    """What health and metrics show of a running worker."""
+
+    def __init__(
+        self, runner: Runner, queue: QueueAdapter, lanes: int, commercetools: Commercetools, klaviyo: Klaviyo
+    ) -> None:
+        self._runner = runner
+        self._queue = queue
+        self._lanes = lanes
+        self._commercetools = commercetools
+        self._klaviyo = klaviyo
+        self.is_alive = runner.is_alive
+        self.is_stopping = runner.is_stopping
+        self.in_flight = runner.in_flight
+        self.waiting = runner.waiting
+        self.parked = runner.parked
+
+    def lanes(self) -> int:
+        return self._lanes
+
+    def outages(self) -> Mapping[str, str]:
+        return {"commercetools": self._commercetools.outage(), "klaviyo": self._klaviyo.outage()}
+
+    def backlog(self) -> int | None:
+        return self._queue.counts()[0] if isinstance(self._queue, Countable) else None
+
+    def dead_letters(self) -> int | None:
+        return self._queue.counts()[1] if isinstance(self._queue, Countable) else None

@@ -235,7 +235,20 @@ class Settings(MappingSettings, QueueSettings):
         10.0,
         ge=0,
         validation_alias="KLAVIYO_WORKER_RETRY_SECONDS",
-        description="Seconds a request is tried again before its message goes back to the queue",
+        description="Seconds a request is tried again before its message has to wait",
+    )
+    outage_hold: float = Field(
+        1800.0,
+        ge=0,
+        validation_alias="KLAVIYO_WORKER_OUTAGE_HOLD",
+        description="Seconds a message is kept and tried again in an outage before it goes back to the queue",
+    )
+    rate_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        validation_alias="KLAVIYO_WORKER_RATE_SHARE",
+        description="Share of Klaviyo's rate limits that this worker may use, like 0.5",
     )
     catalog_ttl: float = Field(
         300.0,
@@ -247,13 +260,20 @@ class Settings(MappingSettings, QueueSettings):
         30.0,
         gt=0,
         validation_alias="KLAVIYO_WORKER_PARK_SECONDS",
-        description="Seconds between tries while credentials are refused",
+        description="Seconds between tries while the worker is parked: credentials or queue refused",
     )
     grace_period: float = Field(
         25.0,
         ge=0,
         validation_alias="KLAVIYO_WORKER_GRACE_PERIOD",
         description="Seconds to finish what is in flight after SIGTERM",
+    )
+    metrics_port: int = Field(
+        9090,
+        ge=0,
+        le=65535,
+        validation_alias="KLAVIYO_WORKER_METRICS_PORT",
+        description="Port of /livez, /readyz and /metrics; 0: none",
     )
     log_level: str = Field(
         "INFO",

@@ -6,16 +6,20 @@ import logging
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from threading import Lock
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
+from worker.errors import Ignored
 from worker.model import Disposition, Job
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from worker.metrics import Metrics
 
 log = logging.getLogger("klaviyo_worker")
 
@@ -27,12 +31,65 @@ _OUTCOMES = {
 _LEVELS = {"retried": logging.WARNING, "dead_lettered": logging.ERROR}
 
 
-class Telemetry:
-    """Counts outcomes and writes the canonical lines."""
+AT_MOST_EVERY = 60.0  # seconds between two lines that say the same
 
-    def __init__(self) -> None:
-        self.outcomes: Counter[str] = Counter()
+
+class Notice:
+    """Says that something is the case: when it begins, once a minute while it lasts, and when it is over.
+
+    Safe for many threads.
+    """
+
+    def __init__(self, event: str, over: str, level: int) -> None:
+        self._event = event
+        self._over = over
+        self._level = level
+        self._since: float | None = None  # monotonic seconds
+        self._said_at = 0.0
         self._lock = Lock()
+
+    def log(self, reason: str, **fields: object) -> None:
+        """Log `reason`, unless that was done a moment ago; "": it is not, or no more, the case."""
+        if not reason and self._since is None:  # as nearly always
+            return
+        now = time.monotonic()
+        with self._lock:
+            began = now if self._since is None else self._since
+            fields["for_s"] = round(now - began)
+            if reason and (self._since is None or now >= self._said_at + AT_MOST_EVERY):
+                self._since, self._said_at = began, now
+                log.log(self._level, self._event, extra={"reason": reason, **fields})
+            elif not reason and self._since is not None:
+                self._since = None
+                log.info(self._over, extra=fields)
+
+
+class Telemetry:
+    """Counts outcomes, for the log and for Prometheus, and writes the canonical lines."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.metrics = metrics
+        self._lock = Lock()
+
+    def received(self, messages: int) -> None:
+        """Count messages that came from the queue."""
+        if messages:
+            self.metrics.received(messages)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        began = time.monotonic()
+        yield
+        self.metrics.stage(name, time.monotonic() - began)
+
+    def processed(self, jobs: Sequence[Job]) -> None:
+        """Count a batch that went through the stages, and what failed in it, for good or for now."""
+        self.metrics.batch(len(jobs))
+        for job in jobs:
+            if job.outcome and job.outcome.cause and not isinstance(job.outcome.cause, Ignored):
+                self.metrics.failed(job.outcome.stage, job.outcome.error)
 
     def settled(self, jobs: Iterable[Job]) -> None:
         """Report deliveries that reached an ending."""
@@ -46,9 +103,9 @@ class Telemetry:
         for job, outcome in endings:
             with self._lock:
                 self.outcomes[outcome] += 1
-            level = _LEVELS.get(outcome, logging.INFO)
-            if log.isEnabledFor(level):
-                log.log(level, "message_processed", extra=_canonical(job, outcome))
+            line = _canonical(job, outcome)
+            self.metrics.settled(line["message_type"], outcome, line["duration_s"], line["age_s"])
+            log.log(_LEVELS.get(outcome, logging.INFO), "message_processed", extra=line)
 
 
 def outcome_name(job: Job) -> str:
@@ -59,7 +116,7 @@ def outcome_name(job: Job) -> str:
     return _OUTCOMES[job.outcome.disposition]
 
 
-def _canonical(job: Job, outcome: str) -> dict[str, object]:
+def _canonical(job: Job, outcome: str) -> dict[str, Any]:
     notification, delivery, ending = job.notification, job.delivery, job.outcome
     published = delivery.published_at
     age = (datetime.now(UTC) - published).total_seconds() if published else None
@@ -76,6 +133,7 @@ def _canonical(job: Job, outcome: str) -> dict[str, object]:
         "duration_s": round(time.monotonic() - job.received_at, 4),
         "age_s": None if age is None else round(max(age, 0.0), 3),
         "operations": len(job.operations),
+        "requests": job.requests,
         "cut": sorted({path for operation in job.operations for path in operation.cut}) or None,
     }
 

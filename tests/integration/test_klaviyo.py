@@ -143,7 +143,7 @@ def test_the_proxy_of_the_environment_is_used(sandbox: Sandbox, monkeypatch: pyt
     assert proxy_for("https://internal.example") is None
     assert isinstance(pool("https://a.klaviyo.com", 1), urllib3.ProxyManager)
     outside = Klaviyo(settings_for(sandbox, klaviyo_api_url="https://a.klaviyo.com"), Event())
-    assert isinstance(outside._pool, urllib3.ProxyManager)
+    assert isinstance(outside._transport._pool, urllib3.ProxyManager)
 
 
 def test_connections_are_reused(sandbox: Sandbox) -> None:
@@ -151,7 +151,7 @@ def test_connections_are_reused(sandbox: Sandbox) -> None:
     client = klaviyo_for(sandbox)
     for _ in range(20):
         client.call("POST", "/api/profile-import", PROFILE)
-    (pool,) = client._pool.pools._container.values()
+    (pool,) = client._transport._pool.pools._container.values()
     assert pool.num_connections == 1
 
 

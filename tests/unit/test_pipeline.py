@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from adapters.base import Failure
 from tests.conftest import FakeDelivery
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient, WorkerError
 from worker.mapping import Mapping
+from worker.metrics import Metrics
 from worker.model import Disposition, Enriched, Job, Notification, Operation
 from worker.pipeline import Pipeline
 from worker.telemetry import Telemetry, outcome_name
@@ -19,7 +21,7 @@ from worker.telemetry import Telemetry, outcome_name
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapters.base import Delivery, Failure
+    from adapters.base import Delivery
 
 
 @dataclass
@@ -28,6 +30,7 @@ class RecordingQueue:
 
     settled: list[tuple[str, str, float, str]] = field(default_factory=list)
     buries: bool = True
+    buried: list[Failure] = field(default_factory=list)
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         self.settled += [("ack", d.id, 0.0, "") for d in deliveries]
@@ -37,6 +40,7 @@ class RecordingQueue:
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
         self.settled.append(("dead_letter", delivery.id, 0.0, failure.reason))
+        self.buried.append(failure)
         return self.buries
 
 
@@ -81,7 +85,7 @@ def recorded() -> RecordingQueue:
 
 @pytest.fixture
 def pipeline(stages: Stages, recorded: RecordingQueue) -> Pipeline:
-    return Pipeline(recorded, stages.enrich, stages.send, Mapping(), Telemetry())  # type: ignore[arg-type]
+    return Pipeline(recorded, stages.enrich, stages.send, Mapping(), Telemetry(Metrics("embedded")))  # type: ignore[arg-type]
 
 
 def updated(customer: str, attempt: int | None = 1) -> FakeDelivery:
@@ -131,14 +135,51 @@ def test_one_bad_message_does_not_stop_its_neighbours(
     """Each message of a batch has an ending of its own."""
     stages.enrich_errors["down"] = Transient("commercetools answered 500")
     stages.send_errors["refused"] = [Rejected("400 invalid")]
-    run(pipeline, updated("good"), FakeDelivery(b"[]", id="bad"), updated("down"), updated("refused"), updated("gone"))
+    kept = run(
+        pipeline, updated("good"), FakeDelivery(b"[]", id="bad"), updated("down"), updated("refused"), updated("gone")
+    )
+    assert [job.delivery.id for job in kept] == ["down"]
     assert {(how, which) for how, which, *_ in recorded.settled} == {
         ("ack", "good"),
         ("dead_letter", "bad"),
-        ("nack", "down"),
         ("dead_letter", "refused"),
         ("ack", "gone"),
     }
+
+
+def test_a_dead_letter_says_what_message_it_is(pipeline: Pipeline, recorded: RecordingQueue, stages: Stages) -> None:
+    """Type and resource, as far as they could be read; they are no personal data."""
+    stages.send_errors["refused"] = [Rejected("400 invalid")]
+    run(pipeline, updated("refused"), FakeDelivery(b"[]"))
+    refused, unreadable = recorded.buried
+    assert refused == Failure("400 invalid", "send", "Rejected", "ResourceUpdated", "customer", "refused")
+    assert (unreadable.stage, unreadable.error, unreadable.message_type) == ("parse", "Rejected", "")
+
+
+@pytest.mark.parametrize(
+    "error", [Transient("503"), KlaviyoMisconfigured("401")], ids=["an outage", "refused credentials"]
+)
+def test_what_is_nobodys_fault_is_not_settled_and_can_be_tried_again(
+    error: WorkerError, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """Keep the message, at no price, and go on when all is well."""
+    stages.send_errors["a"] = [error]
+    kept = run(pipeline, updated("a"), updated("b"))
+    assert [job.delivery.id for job in kept] == ["a"]
+    assert recorded.settled == [("ack", "b", 0.0, "")]
+    stages.send_errors.clear()
+    assert pipeline.process(kept) == []
+    assert recorded.settled[1:] == [("ack", "a", 0.0, "")]
+
+
+@pytest.mark.parametrize(("attempt", "delay"), [(None, 60), (1, 60), (8, 256), (100, 600)])
+def test_what_was_kept_too_long_goes_back_for_a_while(
+    attempt: int | None, delay: float, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """With its reason, and ever longer: attempts are scarce."""
+    stages.enrich_errors["a"] = Transient("500")
+    pipeline.give_up(run(pipeline, updated("a", attempt)), 60.0)
+    assert recorded.settled == [("nack", "a", delay, "500")]
 
 
 @pytest.mark.parametrize(("attempt", "delay"), [(None, 2), (1, 2), (2, 4), (5, 32), (100, 600)])
@@ -146,30 +187,10 @@ def test_the_wait_doubles_with_every_attempt(
     attempt: int | None, delay: float, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
     """A message that keeps failing comes ever more rarely."""
-    stages.enrich_errors["a"] = Transient("500")
+    stages.crash_in = "send"
     run(pipeline, updated("a", attempt))
-    assert recorded.settled == [("nack", "a", delay, "500")]
-
-
-def test_the_other_side_may_say_how_long_to_wait(pipeline: Pipeline, recorded: RecordingQueue, stages: Stages) -> None:
-    """Retry-After is the least; attempts must not run out while it keeps asking for a second."""
-    stages.send_errors["a"] = [Transient("429", retry_after=17)]
-    run(pipeline, updated("a"))
-    run(pipeline, updated("a", attempt=8))
-    assert recorded.settled == [("nack", "a", 17, "429"), ("nack", "a", 256, "429")]
-
-
-def test_parked_messages_are_not_settled_and_can_be_tried_again(
-    pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
-) -> None:
-    """Refused credentials are nobody's message's fault: keep it, and go on when they are restored."""
-    stages.send_errors["a"] = [KlaviyoMisconfigured("401")]
-    parked = run(pipeline, updated("a"), updated("b"))
-    assert [job.delivery.id for job in parked] == ["a"]
-    assert recorded.settled == [("ack", "b", 0.0, "")]
-    stages.send_errors.clear()
-    assert pipeline.process(parked) == []
-    assert recorded.settled[1:] == [("ack", "a", 0.0, "")]
+    ((how, _, waits, _),) = recorded.settled
+    assert (how, waits) == ("nack", delay)
 
 
 @pytest.mark.parametrize("stage", ["enrich", "send"])
@@ -202,10 +223,10 @@ def test_data_no_handler_expects_is_a_dead_letter(
 
 
 def test_the_worst_ending_of_its_operations_is_the_messages() -> None:
-    """Park before nack before dead letter: a retry finds the bad record again, the reverse loses the rest."""
+    """Park, hold, nack, dead letter: a retry finds the bad record again, the reverse loses the rest."""
     from worker.pipeline import _SEVERITY
 
-    assert _SEVERITY == (Disposition.PARK, Disposition.NACK, Disposition.DEAD_LETTER)
+    assert _SEVERITY == (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)
 
 
 def test_what_nothing_was_done_for_is_never_acked(
@@ -228,10 +249,10 @@ def test_a_message_with_one_failed_operation_is_not_acked(recorded: RecordingQue
         lambda notifications: [Enriched(n, datetime.now(UTC), order=order) for n in notifications],
         lambda operations: answers[: len(operations)],
         Mapping(),
-        Telemetry(),
+        Telemetry(Metrics("embedded")),
     )
-    run(pipeline, FakeDelivery(json.dumps(body).encode()))
-    assert recorded.settled == [("nack", "1", 2.0, "503")]
+    assert len(run(pipeline, FakeDelivery(json.dumps(body).encode()))) == 1
+    assert recorded.settled == []
 
 
 def test_a_dead_letter_that_comes_again_is_reported_as_retried(

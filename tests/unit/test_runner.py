@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from adapters import QueueError
+from adapters import Failure, QueueError
 from adapters.embedded import EmbeddedQueue
 from tests.conftest import Scripted
 from worker.errors import KlaviyoMisconfigured
+from worker.metrics import Metrics
 from worker.model import Disposition, Job, Notification, Outcome
 from worker.runner import Runner, ShutdownTimeoutError
 from worker.settings import Settings, load
@@ -39,17 +40,22 @@ class Pipeline:
         self._queue = queue
         self._work = work
         self.batches: list[tuple[int, list[bytes]]] = []
+        self.given_up: list[tuple[bytes, float]] = []
 
     def accept(self, delivery: Delivery) -> Job:
         resource = delivery.body.decode().partition(":")[0]
         return Job(delivery, time.monotonic(), Notification("T", "thing", resource, None, {}))
 
     def process(self, jobs: Sequence[Job]) -> list[Job]:
-        parked = self._work(jobs)
-        done = [job for job in jobs if job not in parked]
+        kept = self._work(jobs)
+        done = [job for job in jobs if job not in kept]
         self.batches.append((threading.get_ident(), [job.delivery.body for job in done]))
         self._queue.ack([job.delivery for job in done])
-        return parked
+        return kept
+
+    def give_up(self, jobs: Sequence[Job], delay: float) -> None:
+        self.given_up += [(job.delivery.body, delay) for job in jobs]
+        self._queue.nack([job.delivery for job in jobs], delay, Failure("503", "send", "Outage"))
 
 
 def nothing_special(jobs: Sequence[Job]) -> list[Job]:
@@ -65,9 +71,14 @@ def queue(tmp_path: Path) -> EmbeddedQueue:
 def runner_for(
     queue: Any, work: Callable[[Sequence[Job]], list[Job]] = nothing_special, **values: Any
 ) -> tuple[Runner, Pipeline]:
-    settings = load(Settings, ENVIRONMENT | {"park_seconds": 0.05} | values)
     pipeline = Pipeline(queue, work)
-    return Runner(queue, pipeline, settings, Telemetry(), threading.Event()), pipeline  # type: ignore[arg-type]
+    settings = settings_for(**{"park_seconds": 0.05} | values)
+    return Runner(queue, pipeline, settings, Telemetry(Metrics("embedded")), threading.Event()), pipeline  # type: ignore[arg-type]
+
+
+def settings_for(**values: Any) -> Settings:
+    """Return settings that point nowhere."""
+    return load(Settings, ENVIRONMENT | values)
 
 
 def handled(pipeline: Pipeline) -> list[bytes]:
@@ -125,7 +136,7 @@ def test_no_more_is_held_than_allowed(limit: dict[str, int], queue: EmbeddedQueu
     def watching(jobs: Sequence[Job]) -> list[Job]:
         nonlocal most
         del jobs
-        most = max(most, len(runner._held))
+        most = max(most, len(runner._in_flight))
         time.sleep(0.01)
         return []
 
@@ -134,7 +145,7 @@ def test_no_more_is_held_than_allowed(limit: dict[str, int], queue: EmbeddedQueu
     runner.run(once=True)
     assert len(handled(pipeline)) == 60
     assert 0 < most <= 10
-    assert runner._held_bytes == 0
+    assert runner._in_flight._bytes == 0
 
 
 def test_leases_of_held_messages_are_extended(tmp_path: Path) -> None:

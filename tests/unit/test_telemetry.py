@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import FakeDelivery
 from worker.errors import Ignored, Rejected, Transient
+from worker.metrics import Metrics
 from worker.model import Disposition, Job, Kind, Notification, Operation, Outcome
 from worker.telemetry import Telemetry, configure_logging, log
 
@@ -52,7 +53,7 @@ def test_every_message_has_one_canonical_line(outcome: Outcome, operations: int,
     """Scripts rely on the fields; the level says whether somebody should look."""
     stream = io.StringIO()
     configure_logging("INFO", "auto", stream)
-    telemetry = Telemetry()
+    telemetry = Telemetry(Metrics("embedded"))
     telemetry.settled([job(outcome, operations)])
     (line,) = map(json.loads, stream.getvalue().splitlines())
     assert line.keys() >= FIELDS
@@ -70,7 +71,7 @@ def test_a_message_that_goes_back_unhandled_says_so() -> None:
     """Whatever a lane may still be making of it."""
     stream = io.StringIO()
     configure_logging("INFO", "json", stream)
-    Telemetry().returned([job(None), job(Outcome(Disposition.ACK, "send"), 1)])
+    Telemetry(Metrics("embedded")).returned([job(None), job(Outcome(Disposition.ACK, "send"), 1)])
     assert [json.loads(line)["outcome"] for line in stream.getvalue().splitlines()] == ["returned"] * 2
 
 
@@ -78,7 +79,7 @@ def test_a_person_gets_text() -> None:
     """Time, event, and the fields that have a value."""
     stream = io.StringIO()
     configure_logging("INFO", "text", stream)
-    Telemetry().settled([job(Outcome(Disposition.ACK, "send"), 1)])
+    Telemetry(Metrics("embedded")).settled([job(Outcome(Disposition.ACK, "send"), 1)])
     line = stream.getvalue()
     assert " message_processed message_id=7 message_type=OrderCreated " in line
     assert "outcome=sent" in line
@@ -89,7 +90,7 @@ def test_levels_are_obeyed() -> None:
     """A quiet worker still tells what went wrong."""
     stream = io.StringIO()
     configure_logging("ERROR", "json", stream)
-    Telemetry().settled(
+    Telemetry(Metrics("embedded")).settled(
         [job(Outcome(Disposition.ACK, "send"), 1), job(Outcome(Disposition.NACK, "send", Transient("x")))]
     )
     assert stream.getvalue() == ""

@@ -1,0 +1,222 @@
+"""A lane: what has to wait is kept and tried again, and nothing else waits for it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.conftest import FakeDelivery
+from tests.unit.test_runner import settings_for
+from worker.errors import KlaviyoMisconfigured, Outage, Transient
+from worker.inflight import InFlight
+from worker.lane import Ends, Lane
+from worker.model import Job, Notification, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from worker.errors import WorkerError
+
+SOON = Transient("503", retry_after=0.05)
+
+
+class Pipeline:
+    """Fails as it is told, message by message; notes each batch, and what was given up with which delay."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, WorkerError | None] = {}
+        self.batches: list[list[str]] = []
+        self.given_up: list[tuple[str, float]] = []
+
+    def process(self, jobs: Sequence[Job]) -> list[Job]:
+        self.batches.append([job.delivery.id for job in jobs])
+        for job in jobs:
+            error = self.errors.get(job.delivery.id)
+            job.outcome = Outcome(error.disposition, "send", error) if error else None
+        return [job for job in jobs if job.is_kept]
+
+    def give_up(self, jobs: Sequence[Job], delay: float) -> None:
+        self.given_up += [(job.delivery.id, delay) for job in jobs]
+
+    @property
+    def tried(self) -> list[str]:
+        return [name for batch in self.batches for name in batch]
+
+
+class Rig:
+    """A lane at work, and what it tells."""
+
+    def __init__(self, **values: Any) -> None:
+        self.pipeline = Pipeline()
+        self.in_flight = InFlight(100, 10**6)
+        self.stopping = threading.Event()
+        self.given_back: list[str] = []
+        self.refusals: list[str] = []
+        self.failures: list[Exception] = []
+        ends = Ends(
+            lambda jobs: self.given_back.extend(job.delivery.id for job in jobs),
+            self.failures.append,
+            lambda error: self.refusals.append(str(error)),
+        )
+        settings = settings_for(**{"outage_hold": 60, "park_seconds": 0.05} | values)
+        self.lane = Lane(self.pipeline, self.in_flight, settings, self.stopping, ends)  # type: ignore[arg-type]
+
+    def put(self, *names: str) -> None:
+        """Have messages handled; `a1` and `a2` are about the same resource."""
+        for name in names:
+            job = Job(FakeDelivery(b"x", id=name), time.monotonic(), Notification("T", "thing", name[0], None, {}))
+            self.in_flight.add(job)
+            self.lane.put(job)
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self.lane.end()
+        self.lane.join(5)
+        assert not self.lane.is_alive()
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    rig = Rig()
+    yield rig
+    if rig.lane.is_alive():
+        rig.stop()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_has_to_wait_is_tried_again_until_it_succeeds(rig: Rig) -> None:
+    """In place, so that it costs no delivery attempt."""
+    rig.pipeline.errors["a1"] = SOON
+    rig.put("a1")
+    rig.lane.start()
+    wait_for(lambda: rig.pipeline.tried.count("a1") > 2)
+    assert rig.in_flight.waiting == len(rig.in_flight) == 1
+    rig.pipeline.errors.clear()
+    wait_for(lambda: not rig.in_flight)
+    assert rig.in_flight.waiting == 0
+    assert (rig.pipeline.given_up, rig.given_back, rig.failures) == ([], [], [])
+
+
+def test_others_of_the_same_resource_wait_behind_it_in_their_order(rig: Rig) -> None:
+    """And those of other resources pass."""
+    rig.pipeline.errors["a1"] = Transient("503", retry_after=0.5)
+    rig.put("a1")
+    rig.lane.start()
+    wait_for(lambda: rig.in_flight.waiting)
+    rig.pipeline.errors.clear()
+    rig.put("a2", "b1", "a3")
+    wait_for(lambda: not rig.in_flight)
+    assert rig.pipeline.batches == [["a1"], ["b1"], ["a1", "a2", "a3"]]
+
+
+def test_without_word_from_the_other_side_the_waits_grow(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that Klaviyo never answers must not be sent all the time."""
+    tries: list[int] = []
+
+    def short(number: int) -> float:
+        tries.append(number)
+        return 0.01
+
+    monkeypatch.setattr("worker.lane.pause", short)
+    rig.pipeline.errors["a1"] = Transient("500")
+    rig.put("a1")
+    rig.lane.start()
+    wait_for(lambda: len(tries) >= 4)
+    assert tries[:4] == [0, 1, 2, 3]
+
+
+def test_a_message_kept_too_long_goes_back_to_the_queue() -> None:
+    """After a last try when the hold ends; what it waits there is a share of the hold."""
+    rig = Rig(outage_hold=0.6)
+    rig.pipeline.errors["a1"] = Transient("503", retry_after=0.5)
+    rig.put("a1")
+    rig.lane.start()
+    began = time.monotonic()
+    wait_for(lambda: rig.pipeline.given_up)
+    assert 0.6 <= time.monotonic() - began < 0.9
+    ((name, delay),) = rig.pipeline.given_up
+    assert name == "a1"
+    assert delay == pytest.approx(0.02)
+    assert rig.pipeline.tried == ["a1"] * 3
+    assert not rig.in_flight
+    rig.stop()
+    assert rig.given_back == []
+
+
+def test_without_a_hold_a_message_goes_back_at_once() -> None:
+    """For queues whose attempts are cheap."""
+    rig = Rig(outage_hold=0)
+    rig.pipeline.errors["a1"] = SOON
+    rig.put("a1")
+    rig.lane.start()
+    wait_for(lambda: rig.pipeline.given_up)
+    assert rig.pipeline.tried == ["a1"]
+    rig.stop()
+
+
+def test_a_parked_message_is_kept_for_as_long_as_it_takes() -> None:
+    """No hold ends while nobody's message is at fault; the runner hears of it."""
+    rig = Rig(outage_hold=0)
+    rig.pipeline.errors["a1"] = KlaviyoMisconfigured("401")
+    rig.put("a1")
+    rig.lane.start()
+    wait_for(lambda: rig.pipeline.tried.count("a1") > 3)
+    assert rig.in_flight.parked() == "401" == rig.refusals[0]
+    rig.pipeline.errors.clear()
+    wait_for(lambda: not rig.in_flight)
+    assert rig.in_flight.parked() == ""
+    assert rig.pipeline.given_up == []
+    rig.stop()
+
+
+def test_what_waits_at_the_end_goes_back(rig: Rig) -> None:
+    """At once, however long it was to wait."""
+    rig.pipeline.errors |= {"a1": Transient("503", retry_after=3600), "b1": KlaviyoMisconfigured("401", 3600)}
+    rig.put("a1", "b1")
+    rig.lane.start()
+    wait_for(lambda: rig.in_flight.waiting == 2)
+    rig.put("a2")
+    wait_for(lambda: rig.in_flight.waiting == 3)
+    rig.stop()
+    assert rig.given_back == ["a1", "b1", "a2"]
+    assert rig.pipeline.tried == ["a1", "b1"]
+
+
+def test_batches_of_what_waited_have_their_limit() -> None:
+    """As all batches; what does not fit is next."""
+    rig = Rig(max_batch=3)
+    rig.pipeline.errors |= {f"{name}1": SOON for name in "abcdefg"}
+    rig.put(*(f"{name}1" for name in "abcdefg"))
+    rig.lane.start()
+    wait_for(lambda: rig.in_flight.waiting == 7)
+    rig.pipeline.errors.clear()
+    wait_for(lambda: not rig.in_flight)
+    assert max(map(len, rig.pipeline.batches)) == 3
+    rig.stop()
+
+
+def test_the_worker_is_stuck_when_all_it_holds_waits_for_an_outage_to_end() -> None:
+    """Not when a record waits for a reason of its own, nor when anything can be worked on."""
+    in_flight = InFlight(10, 1000)
+    a, b = (Job(FakeDelivery(b"x", id=name), 0.0) for name in "ab")
+    in_flight.add(a)
+    in_flight.add(b)
+    a.outcome = Outcome(Outage.disposition, "send", Outage("down"))
+    b.outcome = Outcome(Transient.disposition, "enrich", Transient("not readable yet"))
+    in_flight.keep([a])
+    assert (in_flight.is_idle, in_flight.is_stuck) == (False, False)
+    in_flight.keep([b])
+    assert (in_flight.is_idle, in_flight.is_stuck) == (True, True)
+    in_flight.remove([a])
+    assert (in_flight.is_idle, in_flight.is_stuck) == (True, False)
+    in_flight.remove([b])
+    assert (in_flight.is_idle, in_flight.is_stuck, len(in_flight)) == (True, False, 0)

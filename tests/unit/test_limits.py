@@ -1,0 +1,427 @@
+"""Pacing: what Klaviyo documents is kept, what it says is heeded, and a shutdown never waits for it."""
+
+from __future__ import annotations
+
+import heapq
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import count, islice
+from threading import Event, Lock, Thread
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.errors import Transient
+from worker.limits import LONGEST_WAIT, Limits
+from worker.sandbox.limiter import Limiter, Throttled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+S, M, L, XL = (
+    "POST /api/data-privacy-deletion-jobs",
+    "POST /api/event-bulk-create-jobs",
+    "PATCH /api/catalog-items/{id}",
+    "POST /api/events",
+)
+TIERS = {S: (3, 60), M: (10, 150), L: (75, 700), XL: (350, 3500)}
+MOMENT = 0.005  # seconds: a waiter may look a moment late, and the pace rises a little while it waits
+
+
+class VirtualTime(Event):
+    """An event never set, on which to wait takes no time: the clock moves on once all threads wait."""
+
+    def __init__(self, threads: int = 1) -> None:
+        super().__init__()
+        self._time, self._awake = 1020.0, threads  # a minute begins
+        self._asleep: list[tuple[float, int, Lock]] = []
+        self._order = count()
+        self._lock = Lock()
+
+    def now(self) -> float:
+        return self._time
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Sleep; of all threads only the one due next goes on."""
+        assert timeout is not None
+        alarm = Lock()
+        alarm.acquire()
+        with self._lock:
+            heapq.heappush(self._asleep, (self._time + timeout, next(self._order), alarm))
+            self._wake_next()
+        alarm.acquire()
+        return False
+
+    def run(self, *works: Callable[[], None]) -> None:
+        """Run functions side by side, one thread each."""
+
+        def run(work: Callable[[], None]) -> None:
+            self.wait(0)
+            work()
+            with self._lock:
+                self._wake_next()
+
+        threads = [Thread(target=run, args=(work,)) for work in works]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _wake_next(self) -> None:
+        self._awake -= 1
+        if not self._awake and self._asleep:
+            self._time, _, alarm = heapq.heappop(self._asleep)
+            self._awake = 1
+            alarm.release()
+
+
+@pytest.fixture
+def time() -> VirtualTime:
+    return VirtualTime()
+
+
+@pytest.fixture
+def limits(time: VirtualTime) -> Limits:
+    return Limits(1.0, time, time.now)
+
+
+def waits(limits: Limits, time: VirtualTime, endpoint: str, calls: int) -> list[float]:
+    """Return how long each of some calls in a row waits."""
+    taken = []
+    for _ in range(calls):
+        before = time.now()
+        limits.wait(endpoint)
+        taken.append(time.now() - before)
+    return taken
+
+
+def pace(limits: Limits, time: VirtualTime, endpoint: str) -> float:
+    """Return the calls per second once nothing is saved up."""
+    while not waits(limits, time, endpoint, 1)[0]:
+        pass
+    return 4 / sum(waits(limits, time, endpoint, 4))
+
+
+def window(limit: object = None, remaining: object = None, reset: object = None) -> dict[str, str]:
+    """Return the headers of an answer."""
+    told = {"Limit": limit, "Remaining": remaining, "Reset": reset}
+    return {f"RateLimit-{name}": str(value) for name, value in told.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "at_once", "per_minute"),
+    [
+        (S, 2, 60),
+        (M, 7, 150),
+        ("POST /api/profile-bulk-import-jobs", 7, 150),
+        ("GET /api/profile-bulk-import-jobs/{job_id}", 7, 150),
+        (L, 63, 700),
+        ("POST /api/profile-import", 63, 700),
+        ("GET /api/profiles", 63, 700),
+        ("POST /api/catalog-category-bulk-create-jobs", 63, 700),
+        ("GET /api/catalog-item-bulk-create-jobs/{job_id}", 63, 700),
+        ("GET /api/catalog-variant-bulk-update-jobs", 63, 700),
+        ("GET /api/something-new", 63, 700),
+        (XL, 291, 3500),
+        ("GET /api/catalog-items/{id}/variants", 291, 3500),
+        ("GET /api/catalog-item-bulk-delete-jobs/{job_id}", 291, 3500),
+        ("GET /api/catalog-category-bulk-create-jobs/{job_id}", 291, 3500),
+    ],
+)
+def test_the_documented_limits_hold_before_the_first_answer(
+    limits: Limits, time: VirtualTime, endpoint: str, at_once: int, per_minute: int
+) -> None:
+    """A few calls go at once, so that one second never sees more than the burst; the others at the steady pace."""
+    assert waits(limits, time, endpoint, at_once) == [0] * at_once
+    assert pace(limits, time, endpoint) == pytest.approx(per_minute / 60, rel=0.01)
+
+
+@given(
+    endpoint=st.sampled_from([S, M, L, XL]),
+    share=st.floats(0.1, 1),
+    gaps=st.lists(st.sampled_from([0, 0, 0, 0, 0.01, 0.3, 1, 5]), max_size=200),
+    answers=st.lists(
+        st.tuples(st.sampled_from([200, 200, 429, 503]), st.integers(0, 4000), st.integers(0, 60)), max_size=200
+    ),
+)
+def test_no_window_is_ever_overdrawn(
+    endpoint: str, share: float, gaps: Sequence[float], answers: Sequence[tuple[int, int, int]]
+) -> None:
+    """Whatever is called when, and whatever the answers: no second has more than the burst, no minute much more."""
+    time = VirtualTime()
+    limits = Limits(share, time, time.now)
+    calls = []
+    for index, gap in enumerate(gaps):
+        time.wait(gap)
+        try:
+            limits.wait(endpoint)
+        except Transient:
+            continue
+        calls.append(time.now())
+        if index < len(answers):
+            status, remaining, reset = answers[index]
+            limits.answered(endpoint, status, window(remaining=remaining, reset=reset), reset)
+    burst, steady = (share * limit for limit in TIERS[endpoint])
+    for first in calls:
+        assert sum(first <= call < first + 1 for call in calls) <= max(burst, 1)
+        assert sum(first <= call < first + 60 for call in calls) <= steady + max(burst - steady / 60, 1)
+
+
+def test_a_share_is_a_share_of_both_limits(time: VirtualTime) -> None:
+    """Half of the account: half of the burst, half of the pace."""
+    limits = Limits(0.5, time, time.now)
+    assert waits(limits, time, L, 32)[30:] == [0, pytest.approx(60 / 350 / 3, abs=MOMENT)]
+    assert pace(limits, time, L) == pytest.approx(350 / 60, rel=0.01)
+
+
+def test_a_small_share_is_slow_but_not_nothing(time: VirtualTime) -> None:
+    """A share of less than a call per second is still a call now and then."""
+    limits = Limits(0.1, time, time.now)
+    assert waits(limits, time, S, 3) == [0, pytest.approx(10, abs=MOMENT), pytest.approx(10, abs=MOMENT)]
+
+
+def test_endpoints_do_not_share_their_limits(limits: Limits, time: VirtualTime) -> None:
+    """What one endpoint used up, or was refused, slows no other."""
+    limits.answered(L, 429, {}, 30)
+    assert waits(limits, time, "POST /api/catalog-items", 63) == [0] * 63
+    assert waits(limits, time, L, 1)[0] > 30
+
+
+@pytest.mark.parametrize(("limit", "per_second"), [(750, 12.5), (350, 350 / 60), (10**9, 37.5)])
+def test_an_account_may_have_another_steady_limit(
+    limits: Limits, time: VirtualTime, limit: int, per_second: float
+) -> None:
+    """The pace follows RateLimit-Limit, though never so far that no burst is left."""
+    limits.answered(L, 200, window(limit=limit), None)
+    assert pace(limits, time, L) == pytest.approx(per_second, rel=0.01)
+
+
+def test_the_pace_follows_what_is_left_of_the_window(limits: Limits, time: VirtualTime) -> None:
+    """Ten calls in twenty seconds: half a call per second, with little at once, until the window ends."""
+    waits(limits, time, L, 63)
+    limits.answered(L, 202, window(700, 10, 20), None)
+    start = time.now()
+    assert pace(limits, time, L) == pytest.approx(0.5, rel=0.01)
+    while time.now() < start + 20:
+        limits.wait(L)
+    assert pace(limits, time, L) == pytest.approx(700 / 60, rel=0.01)
+
+
+def test_what_was_saved_up_is_not_spent_on_a_window_nearly_used_up(limits: Limits, time: VirtualTime) -> None:
+    """Other processes may have used the window while this one was idle."""
+    limits.answered(L, 202, window(700, 14, 60), None)
+    assert waits(limits, time, L, 2)[1] > 1
+
+
+def test_a_wait_may_reach_beyond_the_end_of_the_window() -> None:
+    """One call left for 40 s means that the next two wait about that long, not twice: a new window begins."""
+    time = VirtualTime(2)
+    limits = Limits(1.0, time, time.now)
+    limits.answered(L, 200, window(700, 1, 40), None)
+    limits.wait(L)
+    moments: list[float] = []
+
+    def call() -> None:
+        limits.wait(L)
+        moments.append(time.now() - 1020)
+
+    time.run(call, call)
+    assert moments == [pytest.approx(40, abs=0.1), pytest.approx(40 + 60 / 700, abs=0.1)]
+
+
+def test_an_empty_window_is_waited_out(limits: Limits, time: VirtualTime) -> None:
+    """Nothing remains: nothing is called before the reset, and then at the even pace."""
+    limits.answered(L, 200, window(700, 0, 17), None)
+    assert waits(limits, time, L, 1)[0] == pytest.approx(17 + 60 / 700, abs=MOMENT)
+    assert pace(limits, time, L) == pytest.approx(700 / 60, rel=0.01)
+
+
+@pytest.mark.parametrize("asked", [7.0, 1.0, 0.0, None])
+def test_a_429_is_waited_out(limits: Limits, time: VirtualTime, asked: float | None) -> None:
+    """Retry-After is obeyed, and a second it is when there is none; after that the pace is half, then whole again."""
+    limits.answered(L, 429, {}, asked)
+    first, second = waits(limits, time, L, 2)
+    assert first == pytest.approx((asked or 1) + 2 * 60 / 700, abs=MOMENT)
+    assert second == pytest.approx(2 * 60 / 700, abs=MOMENT)
+    later = time.now() + 60
+    while time.now() < later:
+        limits.wait(L)
+    assert pace(limits, time, L) == pytest.approx(700 / 60, rel=0.01)
+
+
+def test_a_429_takes_half_of_what_goes_at_once(limits: Limits, time: VirtualTime) -> None:
+    """After a pause and a short rest less is sent at once than before."""
+    limits.answered(L, 429, {}, 1)
+    time.wait(1 + 6)
+    assert 31 <= waits(limits, time, L, 63).count(0) < 45
+
+
+def test_many_refusals_in_one_pause_count_once(limits: Limits, time: VirtualTime) -> None:
+    """Calls in flight together are refused together; the longest pause counts."""
+    for asked in (2, 5, 3):
+        limits.answered(L, 429, {}, asked)
+    assert waits(limits, time, L, 1)[0] == pytest.approx(5 + 2 * 60 / 700, abs=MOMENT)
+
+
+def test_the_pace_never_falls_to_nothing(limits: Limits, time: VirtualTime) -> None:
+    """However often it is refused, a sixteenth remains."""
+    for _ in range(20):
+        limits.answered(L, 429, {}, 1)
+        time.wait(1)
+    assert 0.9 < waits(limits, time, L, 1)[0] <= 16 * 60 / 700
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        window("many", "few", "soon"),
+        window("", "", ""),
+        window("nan", "nan", "nan"),
+        window("inf", "inf", "inf"),
+        window(-1, -5, -3),
+        window(0),
+        window(remaining=0),
+        window(reset=30),
+        window(remaining=0, reset=1_800_000_000),
+        window(remaining=1, reset=1_800_000_000),
+        window(remaining=-5, reset=30),
+        window(remaining=0, reset=-1),
+        window(remaining="0", reset="nan"),
+        window(remaining=1, reset=-1),
+        window(limit="75, 75;w=1, 700;w=60"),
+        window("1e999", "1e-999", "1e999"),
+    ],
+    ids=str,
+)
+def test_nonsense_changes_nothing(limits: Limits, time: VirtualTime, headers: Mapping[str, str]) -> None:
+    """A proxy's headers, or a slip of Klaviyo's, neither stop the endpoint nor end the pacing."""
+    limits.answered(L, 200, headers, None)
+    assert waits(limits, time, L, 63) == [0] * 63
+    assert pace(limits, time, L) == pytest.approx(700 / 60, rel=0.01)
+
+
+def test_a_wait_too_long_is_the_queues(limits: Limits, time: VirtualTime) -> None:
+    """It is refused at once, with the time to come again; who was refused is in nobody's way."""
+    limits.answered(L, 429, {}, 300)
+    before = time.now()
+    for _ in range(5):
+        with pytest.raises(Transient, match=r"PATCH /api/catalog-items/\{id\}") as refused:
+            limits.wait(L)
+        assert refused.value.retry_after == pytest.approx(300, abs=1)
+    assert time.now() == before
+    time.wait(300)
+    assert waits(limits, time, L, 1)[0] == pytest.approx(2 * 60 / 700, abs=MOMENT)
+
+
+def test_who_waits_is_served_in_turn() -> None:
+    """Of a crowd each waits for its own time, as many as a minute has room for; the others need not try."""
+    time = VirtualTime(100)
+    limits = Limits(1.0, time, time.now)
+    served: list[tuple[int, float]] = []
+    refused: list[float | None] = []
+
+    def call(number: int) -> None:
+        try:
+            limits.wait(S)
+            served.append((number, time.now()))
+        except Transient as error:
+            refused.append(error.retry_after)
+
+    time.run(*(lambda number=number: call(number) for number in range(100)))
+    numbers, moments = zip(*served, strict=True)
+    assert sorted(numbers) == list(numbers)
+    assert moments == pytest.approx([1020.0, *range(1020, 1020 + len(served) - 1)])
+    assert len(served) == 62
+    assert all(after is not None and after > LONGEST_WAIT for after in refused)
+
+
+def test_a_pause_concerns_those_who_wait_already() -> None:
+    """A 429 that another thread gets is noticed before the call, not after."""
+    time = VirtualTime(2)
+    limits = Limits(1.0, time, time.now)
+    waits(limits, time, M, 7)
+    moments: list[float] = []
+
+    def call() -> None:
+        limits.wait(M)
+        moments.append(time.now())
+
+    def refuse() -> None:
+        time.wait(0.1)
+        limits.answered(M, 429, {}, 20)
+
+    time.run(call, refuse)
+    assert moments == [pytest.approx(1020.1 + 20 + 2 * 0.4, abs=0.02)]
+
+
+def test_a_wait_ends_after_a_minute_whatever_happens_meanwhile() -> None:
+    """Pauses that follow each other must not hold a message without end."""
+    time = VirtualTime(2)
+    limits = Limits(1.0, time, time.now)
+    limits.answered(L, 429, {}, 50)
+    moments: list[float] = []
+
+    def call() -> None:
+        with pytest.raises(Transient):
+            limits.wait(L)
+        moments.append(time.now())
+
+    def refuse() -> None:
+        time.wait(20)
+        limits.answered(L, 429, {}, 50)
+
+    time.run(call, refuse)
+    assert moments == [pytest.approx(1020 + 20, abs=1)]
+
+
+def test_stopping_ends_every_wait_at_once() -> None:
+    """Threads that wait give up when the worker stops; none goes that had to wait."""
+    stopping = Event()
+    limits = Limits(1.0, stopping, lambda: 0.0)
+    with ThreadPoolExecutor(40) as threads:
+        calls = [threads.submit(limits.wait, M) for _ in range(40)]
+        served = list(islice(as_completed(calls, timeout=60), 7))
+        stopping.set()
+    assert [call.exception() for call in served] == [None] * 7
+    assert sum(isinstance(call.exception(), Transient) for call in calls) == 33
+
+
+def test_what_need_not_wait_is_not_stopped() -> None:
+    """The last calls of a worker that stops go on while they may."""
+    stopping = Event()
+    stopping.set()
+    limits = Limits(1.0, stopping, lambda: 0.0)
+    for _ in range(7):
+        limits.wait(M)
+    with pytest.raises(Transient):
+        limits.wait(M)
+
+
+@pytest.mark.parametrize(("endpoint", "limit"), [(M, {1: 10, 60: 150}), (L, {1: 75, 60: 750})])
+def test_two_workers_share_an_account_without_knowing_of_each_other(endpoint: str, limit: dict[int, int]) -> None:
+    """Both always have work: nearly all of the limit is used, and hardly a call is refused."""
+    time = VirtualTime(16)
+    account = Limiter(time.now)
+    end = time.now() + 300
+    statuses: list[int] = []
+
+    def work(limits: Limits) -> None:
+        while time.now() < end - 1:
+            limits.wait(endpoint)
+            time.wait(0.1)
+            status, headers, retry_after = 202, {}, None
+            try:
+                remaining, reset = account.take(endpoint, limit)
+                headers = window(limit[60], remaining, reset)
+            except Throttled as throttled:
+                status, retry_after = 429, throttled.seconds
+            time.wait(0.1)
+            limits.answered(endpoint, status, headers, retry_after)
+            statuses.append(status)
+
+    workers = [Limits(1.0, time, time.now) for _ in range(2)]
+    time.run(*(lambda limits=limits: work(limits) for limits in workers for _ in range(8)))
+    assert statuses.count(429) < 0.02 * len(statuses)
+    assert statuses.count(202) >= 0.85 * 5 * limit[60]

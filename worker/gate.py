@@ -1,0 +1,162 @@
+"""Stands before each endpoint of the other side: retries, outages, refused credentials."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from threading import Lock
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import tenacity
+
+from worker.errors import Misconfigured, Outage, Rejected, Throttled, Transient
+from worker.telemetry import Notice
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from threading import Event
+
+    from worker.errors import WorkerError
+    from worker.settings import Settings
+
+OUTAGE_AFTER = 5  # calls to an endpoint that gave up, without one that succeeded in between
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries
+THROTTLE_PATIENCE = 60.0  # seconds; Klaviyo's longest window
+ASIDE = 1.0  # seconds after which calls that came while one was finding out come again
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def pause(tries: int) -> float:
+    """Return how long to wait after a number of failed tries, in seconds: doubling, with jitter."""
+    return random.uniform(0.5, 1.0) * min(FIRST_PAUSE * 2.0 ** min(tries, 16), LONGEST_PAUSE)  # noqa: S311
+
+
+class Gates:
+    """The gates of one service, by endpoint: one part of a service may be down while others work."""
+
+    def __init__(self, service: str, settings: Settings, stopping: Event) -> None:
+        self._service = service
+        self._settings = settings
+        self._stopping = stopping
+        self._gates: dict[str, Gate] = {}
+
+    def __getitem__(self, endpoint: str) -> Gate:
+        """Return the gate of an endpoint. Endpoints must be few: no ids in them."""
+        if gate := self._gates.get(endpoint):
+            return gate
+        gate = Gate({"service": self._service, "endpoint": endpoint}, self._settings, self._stopping)
+        return self._gates.setdefault(endpoint, gate)
+
+    def outage(self) -> str:
+        """Return why calls are held back, "" when none are."""
+        return next(filter(None, (gate.outage() for gate in list(self._gates.values()))), "")
+
+
+class Gate:
+    """Calls again what failed for the moment; in an outage lets one call through in a while, to see if it is over.
+
+    A call that raises Transient is repeated for about `retry_seconds`, with waits that grow from 0.2 s and full
+    jitter; Retry-After is obeyed, and Throttled waited out for longer. Once calls have given up OUTAGE_AFTER times
+    in a row the gate closes: it raises Outage at once, without a request, until a pause is over. Then one call
+    tries, once, and opens the gate or begins a longer pause. Misconfigured closes it at once, for `park_seconds`.
+    """
+
+    def __init__(self, about: Mapping[str, str], settings: Settings, stopping: Event) -> None:
+        self._about = about
+        self._settings = settings
+        self._stopping = stopping
+        self._outage = Notice("outage", "outage_over", logging.WARNING)
+        self._lock = Lock()
+        self._failures = 0  # calls in a row that gave up
+        self._pauses = 0
+        self._closed_by: WorkerError | None = None
+        self._open_at = 0.0  # monotonic seconds
+        self._trying_since: float | None = None
+        self._retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Transient),
+            stop=self._is_enough,
+            wait=_wait,
+            sleep=tenacity.sleep_using_event(stopping),
+            reraise=True,
+        )
+
+    def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `function` until it returns. Raises Transient, Misconfigured, or at once whatever else it raises."""
+        self._enter()
+        try:
+            result = function(*args, **kwargs) if self._failures else self._retrying(function, *args, **kwargs)
+        except (Rejected, Throttled):  # the other side is up
+            self._passed()
+            raise
+        except (Transient, Misconfigured) as error:
+            raise self._failed(error) from None
+        except BaseException:
+            self._trying_since = None
+            raise
+        self._passed()
+        return result
+
+    def outage(self) -> str:
+        """Return why calls are held back, "" when they are not."""
+        with self._lock:
+            is_out = isinstance(self._closed_by, Transient) and time.monotonic() < self._open_at + 2 * LONGEST_PAUSE
+            return str(self._closed_by) if is_out else ""
+
+    def _enter(self) -> None:
+        """Let the call through, or raise why not, with the seconds until it is worth coming again."""
+        now = time.monotonic()
+        with self._lock:
+            if self._closed_by is None:
+                return
+            if self._trying_since is not None:
+                raise _again(self._closed_by, max(ASIDE, now - self._trying_since))
+            if now < self._open_at:
+                raise _again(self._closed_by, self._open_at - now)
+            self._trying_since = now
+
+    def _passed(self) -> None:
+        with self._lock:
+            self._failures = self._pauses = 0
+            self._closed_by = self._trying_since = None
+            self._outage.log("", **self._about)
+
+    def _failed(self, error: Transient | Misconfigured) -> Transient | Misconfigured:
+        """Note that a call gave up; return what to raise: an Outage when the gate is closed."""
+        with self._lock:
+            self._failures += 1
+            if self._closed_by is not None and self._trying_since is None:  # begun before the gate was closed
+                return _again(self._closed_by, max(self._open_at - time.monotonic(), 0.0))
+            if isinstance(error, Misconfigured):
+                seconds = self._settings.park_seconds
+            elif self._failures < OUTAGE_AFTER and self._closed_by is None:
+                return error
+            else:
+                seconds = max(error.retry_after or 0.0, pause(self._pauses))
+                self._outage.log(str(error), **self._about)
+            self._pauses += 1
+            self._closed_by, self._open_at, self._trying_since = error, time.monotonic() + seconds, None
+            return _again(error, seconds)
+
+    def _is_enough(self, state: tenacity.RetryCallState) -> bool:
+        """Tell whether to give up rather than wait once more."""
+        error = state.outcome.exception() if state.outcome else None
+        patience = THROTTLE_PATIENCE if isinstance(error, Throttled) else self._settings.retry_seconds
+        is_over = (state.seconds_since_start or 0.0) + state.upcoming_sleep >= patience
+        return is_over or self._stopping.is_set()
+
+
+def _again(error: WorkerError, seconds: float) -> Transient | Misconfigured:
+    """Return a new error of the same meaning: one object raised in many threads would collect their tracebacks."""
+    return type(error)(str(error), seconds) if isinstance(error, Misconfigured) else Outage(str(error), seconds)
+
+
+_backoff = tenacity.wait_random_exponential(multiplier=0.2, max=5)
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.retry_after if isinstance(error, Transient) else None
+    return max(asked or 0.0, _backoff(state))

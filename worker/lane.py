@@ -1,0 +1,157 @@
+"""A lane: one thread that handles the messages of its resources, in batches, and keeps those that have to wait."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING
+
+from worker.errors import Misconfigured, Transient
+from worker.gate import pause
+from worker.model import Disposition
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from threading import Event
+
+    from worker.inflight import InFlight
+    from worker.model import Job
+    from worker.pipeline import Pipeline
+    from worker.settings import Settings
+
+DELAY_AFTER_HOLD = 1 / 30  # of the hold; a message that was kept in vain stays away so long, at least
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What a lane tells the runner."""
+
+    give_back: Callable[[Sequence[Job]], None]  # return messages to the queue that the lane still has at its end
+    fail: Callable[[Exception], None]  # end the run
+    refused: Callable[[Misconfigured], None]  # a message waits because the worker is not allowed to work
+
+
+class Lane(Thread):
+    """Takes all that waits for it, up to a batch: an idle lane handles one message at once, a backlog makes batches.
+
+    A message that cannot be handled now is kept and tried again, for `outage_hold` seconds, or for as long as the
+    worker is not allowed to work. Others of its resource wait behind it; those of other resources pass.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, in_flight: InFlight, settings: Settings, stopping: Event, ends: Ends
+    ) -> None:
+        super().__init__(daemon=True)
+        self._pipeline = pipeline
+        self._in_flight = in_flight
+        self._settings = settings
+        self._stopping = stopping
+        self._ends = ends
+        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
+        self._kept: list[Job] = []  # in the order they came
+        self._ended = False
+
+    def put(self, job: Job) -> None:
+        """Have a job handled."""
+        self._inbox.put(job)
+
+    def end(self) -> None:
+        """Have the lane end after what was put before."""
+        self._inbox.put(None)
+
+    def take_back(self) -> list[Job]:
+        """Return what was put and not begun."""
+        return [job for job in _emptied(self._inbox) if job is not None]
+
+    def run(self) -> None:
+        """Work until the end; what has to wait then goes back to the queue."""
+        while batch := self._next_batch():
+            self._guarded(self._work, batch)
+        if self._kept:
+            self._guarded(self._ends.give_back, self._kept)
+
+    def _guarded(self, work: Callable[[Sequence[Job]], None], jobs: Sequence[Job]) -> None:
+        try:
+            work(jobs)
+        except Exception as error:  # noqa: BLE001 - a lane that dies would stop its resources for ever
+            self._ends.fail(error)
+
+    def _next_batch(self) -> list[Job]:
+        """Wait for jobs, new ones or kept ones whose time has come; [] at the end."""
+        while not self._ended and not self._stopping.is_set():
+            batch = self._due()
+            self._add_arrived(batch)
+            if self._stopping.is_set():
+                self._kept = [*batch, *self._kept]
+            elif batch:
+                return batch
+        return []
+
+    def _due(self) -> list[Job]:
+        now = time.monotonic()
+        due = [job for job in self._kept if job.due_at <= now]
+        later = [job for job in self._kept if job.due_at > now]
+        self._kept = due[self._settings.max_batch :] + later
+        return due[: self._settings.max_batch]
+
+    def _add_arrived(self, batch: list[Job]) -> None:
+        """Add what arrived to the batch, or to what is kept of its resource; wait for the first when there is none."""
+        held_up = {job.key: job.due_at for job in self._kept}
+        wait = None if not held_up else max(min(held_up.values()) - time.monotonic(), 0.0)
+        try:
+            job = self._inbox.get_nowait() if batch else self._inbox.get(timeout=wait)
+            while job is not None:
+                if job.key in held_up:
+                    job.due_at = held_up[job.key]
+                    self._kept.append(job)
+                    self._in_flight.keep([job])
+                else:
+                    batch.append(job)
+                if len(batch) >= self._settings.max_batch:
+                    return
+                job = self._inbox.get_nowait()
+            self._ended = True
+        except Empty:
+            return
+
+    def _work(self, batch: Sequence[Job]) -> None:
+        kept = self._pipeline.process(batch)
+        self._in_flight.remove([job for job in batch if job not in kept])
+        now = time.monotonic()
+        for job in kept:
+            job.tries += 1
+            job.failed_at = job.failed_at or now
+        spent = [job for job in kept if self._is_spent(job, now)]
+        if spent and not self._stopping.is_set():
+            self._pipeline.give_up(spent, self._settings.outage_hold * DELAY_AFTER_HOLD)
+            self._in_flight.remove(spent)
+            kept = [job for job in kept if job not in spent]
+        self._keep(kept, now)
+
+    def _is_spent(self, job: Job, now: float) -> bool:
+        """Tell whether a message was kept as long as it may be. One that is parked may be kept for ever."""
+        is_held = job.outcome is not None and job.outcome.disposition is Disposition.HOLD
+        return is_held and now - job.failed_at >= self._settings.outage_hold
+
+    def _keep(self, jobs: Sequence[Job], now: float) -> None:
+        for job in jobs:
+            cause = job.outcome.cause if job.outcome else None
+            asked = cause.retry_after if isinstance(cause, Transient | Misconfigured) else None
+            if isinstance(cause, Misconfigured):
+                job.due_at = now + (asked or self._settings.park_seconds)
+                self._ends.refused(cause)
+            else:  # the last try is when the hold ends
+                last = max(job.failed_at + self._settings.outage_hold, now)
+                job.due_at = min(now + (asked or pause(job.tries - 1)), last)
+        self._kept = [*jobs, *self._kept]
+        self._in_flight.keep(jobs)
+
+
+def _emptied(inbox: SimpleQueue[Job | None]) -> Iterator[Job | None]:
+    while True:
+        try:
+            yield inbox.get_nowait()
+        except Empty:
+            return

@@ -1,0 +1,252 @@
+"""What Prometheus scrapes: how many messages, how fast, how old, and what stands in their way."""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import re
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+
+from adapters import base
+from worker import errors
+from worker.klaviyo import REVISION
+from worker.transform import HANDLERS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping
+
+    from prometheus_client import Metric
+
+log = logging.getLogger("klaviyo_worker")
+
+OUTCOMES = ("sent", "ignored", "retried", "dead_lettered", "returned")
+SERVICES = ("klaviyo", "commercetools")
+STAGES = ("receive", "parse", "enrich", "transform", "send", "settle")
+OTHER = "other"
+
+_DONE = frozenset({"sent", "ignored"})
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_AGES = (*_SECONDS, 300, 900, 3_600, 14_400, 86_400)
+_SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)
+_TOO_MANY_REQUESTS = 429
+_THIRD_SEGMENT = re.compile(r"(/[^/]+/[^/]+)/[^/]+")
+_TEMPLATE = re.compile(r"(?:[A-Z]{1,7} )?[a-z/{}-]{1,80}")
+
+T = TypeVar("T")
+
+
+class State(Protocol):
+    """What a running worker tells about itself, at every scrape and probe: from any thread, within a second."""
+
+    def in_flight(self) -> int:
+        """Count the messages received and not yet settled."""
+
+    def waiting(self) -> int:
+        """Count those of them that are held because they could not be handled yet."""
+
+    def lanes(self) -> int:
+        """Count the lanes."""
+
+    def parked(self) -> str:
+        """Return why the worker is not allowed to work; "" when it is."""
+
+    def outages(self) -> Mapping[str, str]:
+        """Return for each of SERVICES why it cannot answer; "" when it can."""
+
+    def backlog(self) -> int | None:
+        """Count the messages in the queue; None when it cannot tell."""
+
+    def dead_letters(self) -> int | None:
+        """Count the dead letters; None when the queue cannot tell."""
+
+    def is_alive(self) -> bool:
+        """Tell whether the pull loop went round lately, whatever Klaviyo does."""
+
+    def is_stopping(self) -> bool:
+        """Tell whether the worker was asked to stop."""
+
+
+class Metrics:
+    """The worker's metrics, in a registry of their own. Safe for many threads; no call here raises.
+
+    Labels are bounded: what is not in its list counts as `other`, so that no message, whatever it holds, makes a
+    series. Names are a promise to dashboards and alerts.
+    """
+
+    def __init__(self, adapter: str) -> None:
+        """`adapter` is the scheme of QUEUE_URL."""
+        registry = self._registry = CollectorRegistry()
+        self._types = frozenset(kind for _, kind in HANDLERS)
+        self._errors = _error_types()
+        self._requests = {service: _Requests(service, registry) for service in SERVICES}
+        self._received = _counter(registry, "messages_received_total", "Messages received", "adapter").labels(adapter)
+        self._processed = _counter(registry, "messages_processed_total", "Messages settled", "message_type", "outcome")
+        self._failures = _counter(registry, "errors_total", "Messages that failed", "stage", "error_type")
+        self._duration = _histogram(
+            registry, "message_duration_seconds", "From receiving a message to settling it", _SECONDS
+        )
+        self._stages = _histogram(registry, "stage_duration_seconds", "A batch in a stage", _SECONDS, "stage")
+        self._age = _histogram(
+            registry, "message_age_seconds", "From publishing a message to its effect in Klaviyo", _AGES
+        )
+        self._batch = _histogram(registry, "batch_size_messages", "Messages in a batch", _SIZES)
+        self._last_success = _gauge(
+            registry, "last_success_timestamp_seconds", "When a message was last sent or ignored; 0: not yet"
+        )
+        build = _gauge(registry, "build_info", "1, for what is running", "version", "klaviyo_revision")
+        build.labels(version("klaviyo-worker"), REVISION).set(1)
+        for kind in (*self._types, "unreadable", OTHER):  # from 0 on, or the first one would be no increase
+            for outcome in OUTCOMES:
+                self._processed.labels(kind, outcome)
+
+    def received(self, messages: int) -> None:
+        """Count messages that the queue handed out."""
+        self._received.inc(messages)
+
+    def settled(self, message_type: str | None, outcome: str, duration: float, age: float | None) -> None:
+        """Count a message that reached an ending, `duration` seconds after it came.
+
+        `message_type` is None for a message that could not be read, `outcome` one of OUTCOMES. `age`: seconds since
+        it was published, None when the queue does not say; a message that comes again is no age yet.
+        """
+        kind = "unreadable" if message_type is None else _bounded(message_type, self._types)
+        self._processed.labels(kind, _bounded(outcome, OUTCOMES)).inc()
+        self._duration.observe(duration)
+        if outcome in _DONE:
+            self._last_success.set(time.time())
+            if age is not None:
+                self._age.observe(max(age, 0.0))  # clocks differ
+
+    def failed(self, stage: str, error: str) -> None:
+        """Count a message that failed in one of STAGES, by the class of its error."""
+        self._failures.labels(_bounded(stage, STAGES), _bounded(error, self._errors)).inc()
+
+    def batch(self, messages: int) -> None:
+        """Note the size of a batch that a lane takes."""
+        self._batch.observe(messages)
+
+    def stage(self, name: str, seconds: float) -> None:
+        """Note how long a batch was in one of STAGES."""
+        self._stages.labels(_bounded(name, STAGES)).observe(seconds)
+
+    def requested(self, service: str, endpoint: str, status: int | None, seconds: float) -> None:
+        """Note a request to one of SERVICES and its answer's status; None: there was no answer.
+
+        `endpoint` is the path, with the method in front if wanted: `PATCH /api/profiles/01H…?fields=…` counts as
+        `PATCH /api/profiles/{id}`. commercetools' paths start below the project.
+        """
+        if service in self._requests:
+            self._requests[service].note(_template(endpoint), status, seconds)
+
+    def watch(self, state: State) -> None:
+        """Read the gauges from a running worker from now on. Once."""
+        self._registry.register(_Gauges(state))
+
+    def render(self) -> tuple[bytes, str]:
+        """Return the answer to GET /metrics: body and content type."""
+        encode, content_type = choose_encoder("")
+        return encode(_Scrape(self._registry)), content_type
+
+
+class _Requests:
+    """The three metrics of one service."""
+
+    def __init__(self, service: str, registry: CollectorRegistry) -> None:
+        self._count = _counter(registry, f"{service}_requests_total", "Requests", "endpoint", "status")
+        self._limited = _counter(registry, f"{service}_rate_limited_total", "Requests answered with 429", "endpoint")
+        self._duration = _histogram(
+            registry, f"{service}_request_duration_seconds", "From request to answer", _SECONDS, "endpoint"
+        )
+
+    def note(self, endpoint: str, status: int | None, seconds: float) -> None:
+        self._count.labels(endpoint, "none" if status is None else status).inc()
+        self._limited.labels(endpoint).inc(status == _TOO_MANY_REQUESTS)  # by 0 too: the series must be there
+        self._duration.labels(endpoint).observe(seconds)
+
+
+class _Gauges:
+    """Asks the worker at every scrape. What cannot be told is left out; the rest is there nevertheless."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state
+        readings: tuple[tuple[str, str, Callable[[], float | None]], ...] = (
+            ("messages_in_flight", "Messages received and not settled", state.in_flight),
+            ("messages_waiting", "Messages held because they could not be handled yet", state.waiting),
+            ("lanes", "Batches handled side by side", state.lanes),
+            ("parked", "1 while the worker is not allowed to work", lambda: bool(state.parked())),
+            ("queue_backlog_messages", "Messages in the queue; absent when it cannot tell", state.backlog),
+            ("dead_letters_messages", "Dead letters; absent when the queue cannot tell", state.dead_letters),
+        )
+        for name, text, read in readings:
+            value = _read(name, read)
+            if value is not None:
+                yield GaugeMetricFamily(_name(name), text, value)
+        outages = _read("outage", lambda: {service: bool(state.outages()[service]) for service in SERVICES})
+        if outages is not None:
+            family = GaugeMetricFamily(_name("outage"), "1 while a service cannot answer", labels=("service",))
+            for service, out in outages.items():
+                family.add_metric((service,), out)
+            yield family
+
+
+class _Scrape:
+    """A registry without the `_created` series, which double its size and tell one process's start many times."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
+
+
+def _read(name: str, read: Callable[[], T]) -> T | None:
+    try:
+        return read()
+    except Exception as error:  # noqa: BLE001 - a gauge that fails must not take the others with it
+        log.warning("metric_unavailable", extra={"metric": name, "error": type(error).__name__})
+        return None
+
+
+def _error_types() -> frozenset[str]:
+    """Return the classes that are told apart: Python's own and those of worker and queues."""
+    named = (entry for module in (builtins, errors, base) for entry in vars(module).items())
+    return frozenset(name for name, value in named if isinstance(value, type) and issubclass(value, Exception))
+
+
+def _bounded(value: str, known: Collection[str]) -> str:
+    return value if value in known else OTHER
+
+
+def _template(endpoint: str) -> str:
+    """Return a path without query and, in the third segment, without the id: neither may become a label."""
+    template = _THIRD_SEGMENT.sub(r"\1/{id}", endpoint.partition("?")[0], count=1)
+    return template if _TEMPLATE.fullmatch(template) else OTHER
+
+
+def _name(name: str) -> str:
+    return f"klaviyo_worker_{name}"
+
+
+def _counter(registry: CollectorRegistry, name: str, text: str, *labels: str) -> Counter:
+    return Counter(_name(name), text, labels, registry=registry)
+
+
+def _gauge(registry: CollectorRegistry, name: str, text: str, *labels: str) -> Gauge:
+    return Gauge(_name(name), text, labels, registry=registry)
+
+
+def _histogram(
+    registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...], *labels: str
+) -> Histogram:
+    return Histogram(_name(name), text, labels, registry=registry, buckets=buckets)
