@@ -79,7 +79,13 @@ def main() -> None:
 
 @main.command()
 @click.option("--once", is_flag=True, help="Handle what is in the queue, then exit.")
-@click.option("--max-wait", type=float, default=600.0, show_default=True, help="Seconds --once waits for redeliveries.")
+@click.option(
+    "--max-wait",
+    type=float,
+    default=600.0,
+    show_default=True,
+    help="Seconds --once waits for what must wait.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be sent; settle nothing. Implies --once.")
 @settings_options(Settings)
 def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.conftest import FakeDelivery
-from tests.unit.test_runner import settings_for
+from tests.unit.test_runner import settings_for, wait_for
 from worker.errors import KlaviyoMisconfigured, Outage, Transient
 from worker.inflight import InFlight
 from worker.lane import Ends, Lane
 from worker.model import Job, Notification, Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from worker.errors import WorkerError
 
@@ -84,13 +84,6 @@ def rig() -> Iterator[Rig]:
     yield rig
     if rig.lane.is_alive():
         rig.stop()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_what_has_to_wait_is_tried_again_until_it_succeeds(rig: Rig) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from adapters import Failure, QueueError
+from adapters import Failure, QueueError, QueueRefusedError
 from adapters.embedded import EmbeddedQueue
 from tests.conftest import Scripted
-from worker.errors import KlaviyoMisconfigured
+from worker.errors import KlaviyoMisconfigured, Outage, Transient
 from worker.metrics import Metrics
 from worker.model import Disposition, Job, Notification, Outcome
 from worker.runner import Runner, ShutdownTimeoutError
@@ -19,7 +19,7 @@ from worker.settings import Settings, load
 from worker.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from adapters.base import Delivery
@@ -79,6 +79,13 @@ def runner_for(
 def settings_for(**values: Any) -> Settings:
     """Return settings that point nowhere."""
     return load(Settings, ENVIRONMENT | values)
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def handled(pipeline: Pipeline) -> list[bytes]:
@@ -201,6 +208,168 @@ def test_a_parked_worker_pulls_nothing(queue: EmbeddedQueue) -> None:
     runner.stop()
     thread.join(5)
     assert left == [b"b:1"]
+
+
+def holding(error: Exception, until: threading.Event) -> Callable[[Sequence[Job]], list[Job]]:
+    """Keep every job that is named `a`, until told otherwise."""
+
+    def work(jobs: Sequence[Job]) -> list[Job]:
+        kept = [] if until.is_set() else [job for job in jobs if job.delivery.body.startswith(b"a")]
+        for job in kept:
+            job.outcome = Outcome(Disposition.HOLD, "send", error)
+        return kept
+
+    return work
+
+
+@pytest.fixture
+def running() -> Iterator[Callable[[Runner], threading.Thread]]:
+    """Run runners in threads, and stop them in the end."""
+    started: list[tuple[Runner, threading.Thread]] = []
+
+    def start(runner: Runner) -> threading.Thread:
+        thread = threading.Thread(target=runner.run, daemon=True)
+        thread.start()
+        started.append((runner, thread))
+        return thread
+
+    yield start
+    for runner, thread in started:
+        runner.stop()
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_pulling_pauses_while_all_that_is_held_waits_for_an_outage(
+    queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What nobody can handle stays where others, or a later worker, can get it; it goes on by itself."""
+    over = threading.Event()
+    queue.publish([b"a:1"])
+    runner, pipeline = runner_for(queue, holding(Outage("down", retry_after=0.1), over))
+    running(runner)
+    wait_for(lambda: runner.waiting() == 1)
+    time.sleep(1.3)  # longer than a pull that was under way
+    queue.publish([b"b:1", b"b:2"])
+    time.sleep(0.5)
+    assert handled(pipeline) == []
+    assert [record.message for record in caplog.records] == ["pulling_paused"]
+    over.set()
+    wait_for(lambda: len(handled(pipeline)) == 3)
+    assert runner.waiting() == runner.in_flight() == 0
+
+
+def test_a_message_in_a_while_is_pulled_in_an_outage(
+    queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Should only the messages that are held be the trouble, the others must not wait for them."""
+    monkeypatch.setattr("worker.runner.LONGEST_PAUSE", 0.5)
+    queue.publish([b"a:1"])
+    runner, pipeline = runner_for(queue, holding(Outage("500", retry_after=0.1), threading.Event()))
+    running(runner)
+    wait_for(lambda: runner.waiting() == 1)
+    time.sleep(1.1)
+    queue.publish([b"b:1", b"b:2"])
+    wait_for(lambda: len(handled(pipeline)) == 2)
+    assert runner.waiting() == 1
+
+
+def test_pulling_goes_on_while_a_message_waits_for_a_reason_of_its_own(
+    queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread]
+) -> None:
+    """What commercetools cannot show yet is no outage."""
+    queue.publish([b"a:1"])
+    runner, pipeline = runner_for(queue, holding(Transient("not readable yet", 60), threading.Event()))
+    running(runner)
+    wait_for(lambda: runner.waiting() == 1)
+    queue.publish([b"b:1"])
+    wait_for(lambda: handled(pipeline) == [b"b:1"])
+
+
+def test_stopping_in_an_outage_returns_what_is_held_at_no_price(queue: EmbeddedQueue) -> None:
+    """At once: nobody waits for the end of an outage."""
+    queue.publish([b"a:1", b"a:2"])
+    runner, _ = runner_for(queue, holding(Outage("down", retry_after=600), threading.Event()))
+    thread = threading.Thread(target=runner.run, daemon=True)
+    thread.start()
+    wait_for(lambda: runner.waiting() == 2)
+    runner.stop()
+    thread.join(5)
+    assert not thread.is_alive()
+    again = EmbeddedQueue(queue._path).receive(9, 0)
+    assert [(delivery.body, delivery.attempt) for delivery in again] == [(b"a:1", 1), (b"a:2", 1)]
+
+
+def test_a_queue_that_refuses_parks_the_worker(
+    queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A subscription that was deleted, or a right withdrawn, may come back: unready until then, one line a minute."""
+    refusals = [QueueRefusedError("QUEUE_URL: gone")] * 3
+    receive = queue.receive
+
+    def refusing(max_messages: int, wait: float) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return receive(max_messages, wait)
+
+    queue.receive = refusing  # type: ignore[method-assign]
+    queue.publish([b"a:1"])
+    runner, pipeline = runner_for(queue)
+    running(runner)
+    wait_for(lambda: runner.parked() == "QUEUE_URL: gone")
+    wait_for(lambda: handled(pipeline) == [b"a:1"])
+    wait_for(lambda: not runner.parked())
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["parked"]
+
+
+def test_once_ends_when_the_queue_refuses(queue: EmbeddedQueue) -> None:
+    """A script wants to know."""
+    queue.publish([b"a:1"])
+    queue.receive = Scripted(QueueRefusedError("gone"))  # type: ignore[method-assign,assignment]
+    runner, _ = runner_for(queue)
+    with pytest.raises(QueueRefusedError):
+        runner.run(once=True)
+
+
+def test_once_waits_for_an_outage_to_end_but_not_for_ever(
+    queue: EmbeddedQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Within `max_wait`, as for delayed redeliveries; then the messages go back, at no price."""
+    over = threading.Event()
+    threading.Timer(0.5, over.set).start()
+    queue.publish([b"a:1"])
+    runner, pipeline = runner_for(queue, holding(Outage("down", retry_after=0.1), over))
+    runner.run(once=True, max_wait=60)
+    assert handled(pipeline) == [b"a:1"]
+    queue = EmbeddedQueue(queue._path)
+    queue.publish([b"a:2"])
+    runner, _ = runner_for(queue, holding(Outage("down", retry_after=0.1), threading.Event()))
+    runner.run(once=True, max_wait=0.3)
+    assert "gave_up_waiting" in [record.message for record in caplog.records]
+    (again,) = EmbeddedQueue(queue._path).receive(9, 0)
+    assert (again.body, again.attempt) == (b"a:2", 1)
+
+
+def test_the_heartbeat_tells_a_loop_that_hangs(
+    queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart helps then; not in an outage, nor while parked, nor at the end."""
+    monkeypatch.setattr("worker.runner.HEARTBEAT", 1.5)
+    queue.publish([b"a:1"])
+    runner, _ = runner_for(queue, holding(Outage("down", retry_after=60), threading.Event()))
+    thread = running(runner)
+    wait_for(lambda: runner.waiting() == 1)
+    time.sleep(2)
+    assert runner.is_alive()
+    assert not runner.is_stopping()
+    release = threading.Event()
+    runner._in_flight.wait_for_change = lambda _: release.wait(10)  # type: ignore[method-assign,assignment]
+    wait_for(lambda: not runner.is_alive())
+    release.set()
+    runner.stop()
+    thread.join(5)
+    assert runner.is_alive()
+    assert runner.is_stopping()
 
 
 def test_once_does_not_wait_for_credentials(queue: EmbeddedQueue) -> None:
