@@ -145,7 +145,6 @@ class _Handler(BaseHTTPRequestHandler):
     """One request per connection; only the path and GET or HEAD are looked at."""
 
     server: _Server
-    timeout = TIMEOUT
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:

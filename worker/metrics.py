@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import logging
-import re
 import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -27,7 +26,7 @@ log = logging.getLogger("klaviyo_worker")
 
 OUTCOMES = ("sent", "ignored", "retried", "dead_lettered", "returned")
 SERVICES = ("klaviyo", "commercetools")
-STAGES = ("receive", "parse", "enrich", "transform", "send", "settle")
+STAGES = ("parse", "enrich", "transform", "send")
 OTHER = "other"
 
 _DONE = frozenset({"sent", "ignored"})
@@ -35,8 +34,6 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _AGES = (*_SECONDS, 300, 900, 3_600, 14_400, 86_400)
 _SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)
 _TOO_MANY_REQUESTS = 429
-_THIRD_SEGMENT = re.compile(r"(/[^/]+/[^/]+)/[^/]+")
-_TEMPLATE = re.compile(r"(?:[A-Z]{1,7} )?[a-z/{}-]{1,80}")
 
 T = TypeVar("T")
 
@@ -138,11 +135,10 @@ class Metrics:
     def requested(self, service: str, endpoint: str, status: int | None, seconds: float) -> None:
         """Note a request to one of SERVICES and its answer's status; None: there was no answer.
 
-        `endpoint` is the path, with the method in front if wanted: `PATCH /api/profiles/01H…?fields=…` counts as
-        `PATCH /api/profiles/{id}`. commercetools' paths start below the project.
+        `endpoint` is a template like `PATCH /api/profiles/{id}`: ids and queries must not become labels.
         """
         if service in self._requests:
-            self._requests[service].note(_template(endpoint), status, seconds)
+            self._requests[service].note(endpoint, status, seconds)
 
     def watch(self, state: State) -> None:
         """Read the gauges from a running worker from now on. Once."""
@@ -226,12 +222,6 @@ def _error_types() -> frozenset[str]:
 
 def _bounded(value: str, known: Collection[str]) -> str:
     return value if value in known else OTHER
-
-
-def _template(endpoint: str) -> str:
-    """Return a path without query and, in the third segment, without the id: neither may become a label."""
-    template = _THIRD_SEGMENT.sub(r"\1/{id}", endpoint.partition("?")[0], count=1)
-    return template if _TEMPLATE.fullmatch(template) else OTHER
 
 
 def _name(name: str) -> str:

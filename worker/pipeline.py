@@ -61,7 +61,8 @@ class Pipeline:
     def accept(self, delivery: Delivery) -> Job:
         """Parse a delivery. Done before lanes are chosen, as the lane depends on the resource."""
         job = Job(delivery, received_at=time.monotonic())
-        _guarded(job, "parse", partial(_parse, job, self._mapping))
+        with self._telemetry.stage("parse"):
+            _guarded(job, "parse", partial(_parse, job, self._mapping))
         return job
 
     def process(self, jobs: Sequence[Job]) -> list[Job]:

@@ -5,21 +5,46 @@ from __future__ import annotations
 import time
 from threading import Event
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import pytest
 import urllib3
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.integration.conftest import klaviyo_for, settings_for
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.http import pool, proxy_for
-from worker.klaviyo import Klaviyo
+from worker.klaviyo import Klaviyo, endpoint_of
 from worker.sandbox import Fault
+from worker.transform.catalog import catalog_id
 
 if TYPE_CHECKING:
     from worker.model import Json
     from worker.sandbox import Sandbox
 
 PROFILE: Json = {"data": {"type": "profile", "attributes": {"email": "ada@example.com"}}}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "endpoint"),
+    [
+        ("POST", "/api/events", "POST /api/events"),
+        ("PATCH", "/api/profiles/01GDDKASAP8TKDDA2GRZDSVP4H", "PATCH /api/profiles/{id}"),
+        ("GET", "/api/profiles?filter=equals(email,%22grete%40mail.example%22)", "GET /api/profiles"),
+        ("GET", "/api/catalog-items/$custom:::$default:::ab-1/variants?x=id", "GET /api/catalog-items/{id}/variants"),
+    ],
+)
+def test_an_endpoint_has_no_ids(method: str, path: str, endpoint: str) -> None:
+    """Each has rate limits, a gate and metrics of its own; ids and queries would make one each, and name people."""
+    assert endpoint_of(method, path) == endpoint
+
+
+@given(st.text(min_size=1))
+def test_no_sku_makes_an_endpoint(sku: str) -> None:
+    """Merchants choose SKUs, and shops have a hundred thousand."""
+    path = f"/api/catalog-variants/{quote(catalog_id(sku), safe='$:')}"
+    assert endpoint_of("PATCH", path) == "PATCH /api/catalog-variants/{id}"
 
 
 def test_a_call_is_authenticated_and_answered(sandbox: Sandbox) -> None:

@@ -1,0 +1,62 @@
+"""A running worker, as metrics and health see it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_WELL = {
+    "in_flight": 7,
+    "waiting": 3,
+    "lanes": 4,
+    "parked": "",
+    "outages": {"klaviyo": "", "commercetools": ""},
+    "backlog": 120,
+    "dead_letters": 2,
+    "is_alive": True,
+    "is_stopping": False,
+}
+
+
+class FakeState:
+    """Tells what it was given; all is well unless told otherwise. An exception is raised."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = _WELL | values
+
+    def _tell(self, name: str) -> Any:
+        value = self.values[name]
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    def in_flight(self) -> int:
+        return int(self._tell("in_flight"))
+
+    def waiting(self) -> int:
+        return int(self._tell("waiting"))
+
+    def lanes(self) -> int:
+        return int(self._tell("lanes"))
+
+    def parked(self) -> str:
+        return str(self._tell("parked"))
+
+    def outages(self) -> Mapping[str, str]:
+        return dict(self._tell("outages"))
+
+    def backlog(self) -> int | None:
+        number: int | None = self._tell("backlog")
+        return number
+
+    def dead_letters(self) -> int | None:
+        number: int | None = self._tell("dead_letters")
+        return number
+
+    def is_alive(self) -> bool:
+        return bool(self._tell("is_alive"))
+
+    def is_stopping(self) -> bool:
+        return bool(self._tell("is_stopping"))
