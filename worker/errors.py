@@ -46,15 +46,17 @@ class Outage(Transient):
 class Rejected(WorkerError):
     """Can never succeed: unreadable, or refused for what this record holds.
 
-    `status` is the HTTP status of a refusal; `duplicate_id` the profile Klaviyo names in a 409.
+    `status` is the HTTP status of a refusal; `duplicate_id` the profile Klaviyo names in a 409; `pointer` the
+    JSON pointer to what is wrong with the request, "" when Klaviyo names nothing.
     """
 
     disposition = Disposition.DEAD_LETTER
 
-    def __init__(self, reason: str, status: int | None = None, duplicate_id: str = "") -> None:
+    def __init__(self, reason: str, status: int | None = None, duplicate_id: str = "", pointer: str = "") -> None:
         super().__init__(reason)
         self.status = status
         self.duplicate_id = duplicate_id
+        self.pointer = pointer
 
 
 class Misconfigured(WorkerError):

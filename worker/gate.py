@@ -82,12 +82,22 @@ class Gate:
             sleep=tenacity.sleep_using_event(stopping),
             reraise=True,
         )
+        self._only_throttled = self._retrying.copy(retry=tenacity.retry_if_exception_type(Throttled))
 
     def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `function` until it returns. Raises Transient, Misconfigured, or at once whatever else it raises."""
+        return self._guarded(self._only_throttled if self._failures else self._retrying, function, *args, **kwargs)
+
+    def once(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `function`, and again only while it is throttled: then nothing was done. Raises as a call does."""
+        return self._guarded(self._only_throttled, function, *args, **kwargs)
+
+    def _guarded(
+        self, retrying: tenacity.Retrying, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         self._enter()
         try:
-            result = function(*args, **kwargs) if self._failures else self._retrying(function, *args, **kwargs)
+            result = retrying(function, *args, **kwargs)
         except (Rejected, Throttled):  # the other side is up
             self._passed()
             raise

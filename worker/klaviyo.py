@@ -55,14 +55,17 @@ class Klaviyo:
             "Authorization": configuration.auth_settings()["Klaviyo-API-Key"]["value"],
         }
 
-    def call(self, method: str, path: str, body: Json | None = None) -> Json:
+    def call(self, method: str, path: str, body: Json | bytes | None = None, *, repeat: bool = True) -> Json:
         """Call an endpoint, trying again for a while when it cannot answer now; return the decoded answer.
 
+        `body`: bytes are JSON already. `repeat` False: not sent again when its fate is unknown.
         Raises Transient, Rejected (with the status) or KlaviyoMisconfigured.
         """
-        content = None if body is None else orjson.dumps(body)
+        content = orjson.dumps(body) if isinstance(body, dict) else body
         endpoint = endpoint_of(method, path)
-        return as_dict(self._gates[endpoint](self._call, endpoint, method, path, content).json())
+        gate = self._gates[endpoint]
+        response = (gate if repeat else gate.once)(self._call, endpoint, method, path, content)
+        return as_dict(response.json())
 
     def made(self) -> int:
         """Return how many requests the calling thread has made."""
@@ -103,7 +106,7 @@ def _verdict(method: str, path: str, response: http.Response) -> Exception:
     reason = " ".join(filter(None, (as_text(error.get(name))[:100] for name in ("code", "title"))))
     pointer = as_text(as_dict(error.get("source")).get("pointer"))[:200]
     duplicate = as_text(as_dict(error.get("meta")).get("duplicate_profile_id"))
-    return Rejected(f"{what}: {reason or 'no reason given'} {pointer}".strip(), status, duplicate)
+    return Rejected(f"{what}: {reason or 'no reason given'} {pointer}".strip(), status, duplicate, pointer)
 
 
 def _is_elsewhere(method: str, status: int, error: dict[str, Any]) -> bool:

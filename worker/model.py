@@ -85,7 +85,7 @@ class Operation:
     Two operations of a kind with the same `key` in one batch are one: the last state counts. `resource`
     is the JSON:API object (`type`, `id`, `attributes`, `relationships`); None where the key says all.
     `keep` are the variants DELETE_STALE_VARIANTS leaves alone; `otherwise` gives what to do instead
-    when Klaviyo does not have what is to be updated.
+    when Klaviyo does not have what is to be updated. `fresh`: nobody can have sent this event before.
     """
 
     kind: Kind
@@ -94,6 +94,7 @@ class Operation:
     keep: frozenset[str] = frozenset()
     otherwise: Callable[[], Iterable[Operation]] | None = field(default=None, repr=False)
     cut: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,18 +5,23 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import cachetools
 import orjson
 
+from worker.bulk import BulkEvents
 from worker.errors import Rejected, Transient, WorkerError
+from worker.identifiers import BY_STRENGTH, invalid_identifier, without
 from worker.model import Json, Kind, Operation
+from worker.telemetry import log
 from worker.transform.catalog import catalog_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from worker.bulk import Client, Mode
 
 # What later phases need must be there first; within a phase operations go side by side.
 PHASES: tuple[frozenset[Kind], ...] = (
@@ -40,14 +45,8 @@ _CREATE_ONLY = frozenset({"external_id", "integration_type", "catalog_type"})
 _REMEMBERED, _REMEMBERED_SECONDS = 50_000, 600.0  # catalog entries known to exist; forgetting one costs a call
 _NOT_FOUND, _CONFLICT = 404, 409
 
+Name = tuple[Kind, str]
 Result = WorkerError | None
-
-
-class Client(Protocol):
-    """What sending needs of Klaviyo."""
-
-    def call(self, method: str, path: str, body: Json | None = None) -> Json:
-        """Call an endpoint and return the decoded answer. Raises WorkerError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +78,19 @@ def request_for(operation: Operation) -> Request:
 
 
 class Sender:
-    """Carries out operations, side by side where they do not depend on each other."""
+    """Carries out operations, side by side where they do not depend on each other, many events in one call."""
 
-    def __init__(self, client: Client, concurrency: int) -> None:
+    def __init__(
+        self, client: Client, concurrency: int, *, bulk_events: Mode = "auto", bulk_threshold: int = 10
+    ) -> None:
         self._client = client
+        self._bulk = BulkEvents(client, self._one_by_one, bulk_events, bulk_threshold)
         self._executor = ThreadPoolExecutor(concurrency, thread_name_prefix="klaviyo")
         self._exists: cachetools.TTLCache[str, bool]
         self._exists = cachetools.TTLCache(_REMEMBERED, _REMEMBERED_SECONDS)
         self._lock = Lock()
         self._special: dict[Kind, Callable[[Operation], None]] = {
+            Kind.CREATE_EVENT: self._create_event,
             Kind.UPSERT_PROFILE: self._upsert_profile,
             Kind.DELETE_PROFILE: self._delete_profile,
             Kind.UPSERT_CATEGORY: self._upsert,
@@ -105,18 +108,23 @@ class Sender:
 
         Operations of one kind and key are done once: the last counts for all of them.
         """
+        in_bulk = {(Kind.CREATE_EVENT, key) for key in self._bulk.choose(operations)}
         distinct = {(operation.kind, operation.key): operation for operation in operations}
-        results: dict[tuple[Kind, str], Result] = {}
+        results: dict[Name, Result] = {}
         for phase in PHASES:
             group = {name: operation for name, operation in distinct.items() if name[0] in phase}
-            results |= zip(group, self._side_by_side(list(group.values())), strict=True)
+            bulk = {name: group.pop(name) for name in [*group] if name in in_bulk}
+            under_way = self._one_by_one(list(group.values()))
+            results |= zip(bulk, self._bulk.send(list(bulk.values())), strict=True)
+            results |= zip(group, under_way, strict=True)
         return [results[operation.kind, operation.key] for operation in operations]
 
     def close(self) -> None:
         """Drop what has not begun."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _side_by_side(self, operations: list[Operation]) -> Iterable[Result]:
+    def _one_by_one(self, operations: Sequence[Operation]) -> Iterable[Result]:
+        """Begin to carry out the operations side by side, and yield their results."""
         if len(operations) <= 1:  # an idle worker pays for no thread hop
             return map(self._attempt, operations)
         return self._executor.map(self._attempt, operations)
@@ -131,6 +139,9 @@ class Sender:
     def _simple(self, operation: Operation) -> None:
         request = request_for(operation)
         self._client.call(request.method, request.path, request.body)
+
+    def _create_event(self, operation: Operation) -> None:
+        self._write_profile("POST", "/api/events", operation.resource or {})
 
     def _upsert_profile(self, operation: Operation) -> None:
         """Import the profile. A 409 names another profile with one of its identifiers: write to that one.
@@ -148,8 +159,7 @@ class Sender:
         try:
             if duplicate:
                 path = f"/api/profiles/{quote(duplicate, safe='')}"
-                self._client.call("PATCH", path, {"data": resource | {"id": duplicate}})
-                return None
+                return self._write_profile("PATCH", path, resource | {"id": duplicate})
         except Rejected as error:
             if error.status != _CONFLICT:
                 raise
@@ -158,7 +168,7 @@ class Sender:
     def _import_strongest(self, resource: Json) -> None:
         """Import with the phone number left out, then with nothing but the strongest identifier."""
         attributes = dict(resource["attributes"])
-        strongest = next(name for name in ("email", "external_id", "phone_number") if name in attributes)
+        strongest = next(name for name in BY_STRENGTH if name in attributes)
         without_phone = {n: v for n, v in attributes.items() if n != "phone_number" or n == strongest}
         alone = {n: v for n, v in without_phone.items() if n != "external_id" or n == strongest}
         try:
@@ -169,7 +179,19 @@ class Sender:
             self._import(resource | {"attributes": alone})
 
     def _import(self, resource: Json) -> None:
-        self._client.call("POST", "/api/profile-import", {"data": resource})
+        self._write_profile("POST", "/api/profile-import", resource)
+
+    def _write_profile(self, method: str, path: str, resource: Json) -> None:
+        """Write a profile or an event, without an invalid email or phone where something else identifies it."""
+        try:
+            self._client.call(method, path, {"data": resource})
+        except Rejected as error:
+            identifier = invalid_identifier(error)
+            rest = without(resource, identifier) if identifier else None
+            if rest is None:
+                raise
+            log.warning("identifier_left_out", extra={"identifier": identifier, "resource": resource["type"]})
+            self._write_profile(method, path, rest)
 
     def _delete_profile(self, operation: Operation) -> None:
         """Request the deletion of every profile with this external_id: the endpoint itself takes none."""

@@ -40,7 +40,12 @@ class Service:
         reader = Commercetools(settings, stopping, partial(requested, "commercetools"))
         klaviyo = Klaviyo(settings, stopping, partial(requested, "klaviyo"))
         enricher = Enricher(reader, mapping, catalog_ttl=settings.catalog_ttl)
-        self._sender = Sender(klaviyo, settings.concurrency)
+        self._sender = Sender(
+            klaviyo,
+            settings.concurrency,
+            bulk_events=settings.bulk_events,
+            bulk_threshold=settings.bulk_threshold,
+        )
         source: QueueAdapter = Peek(queue, settings.max_in_flight) if dry_run else queue
         send = print_instead if dry_run else self._sender.send
         pipeline = Pipeline(source, enricher.enrich, send, mapping, self._telemetry)

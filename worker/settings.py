@@ -212,6 +212,17 @@ class Settings(MappingSettings, QueueSettings):
         validation_alias="KLAVIYO_WORKER_CONCURRENCY",
         description="Klaviyo requests under way at once",
     )
+    bulk_events: Literal["auto", "always", "never"] = Field(
+        "auto",
+        validation_alias="KLAVIYO_WORKER_BULK_EVENTS",
+        description="Events sent in bulk: auto: those surely sent for the first time; always: all; never: none",
+    )
+    bulk_threshold: int = Field(
+        10,
+        ge=0,
+        validation_alias="KLAVIYO_WORKER_BULK_THRESHOLD",
+        description="Events of a batch up to which they are sent one by one, not in bulk",
+    )
     max_in_flight: int = Field(
         500,
         ge=1,

@@ -7,6 +7,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+import orjson
 import pytest
 import urllib3
 from hypothesis import given
@@ -61,6 +62,18 @@ def test_what_passes_is_tried_again(status: int, sandbox: Sandbox) -> None:
     assert [request.status for request in sandbox.klaviyo.requests] == [status, status, 201]
 
 
+@pytest.mark.parametrize("action", ["respond", "reset", "truncate", "after"])
+def test_what_must_not_be_done_twice_is_tried_once(action: str, sandbox: Sandbox) -> None:
+    """Nobody knows what became of a bulk call without an answer. Its body is taken as it is."""
+    sandbox.klaviyo.faults.add(Fault(status=503, times=1, action=action))
+    client = klaviyo_for(sandbox)
+    with pytest.raises(Transient):
+        client.call("POST", "/api/profile-import", PROFILE, repeat=False)
+    assert len(sandbox.klaviyo.requests) == 1
+    client.call("POST", "/api/profile-import", orjson.dumps(PROFILE), repeat=False)
+    assert len(sandbox.account.profiles) == 1
+
+
 def test_retry_after_is_obeyed(sandbox: Sandbox) -> None:
     """Within our patience we wait, beyond it the queue does."""
     client = klaviyo_for(sandbox)
@@ -107,6 +120,7 @@ def test_a_refused_record_says_why_without_quoting_it(sandbox: Sandbox) -> None:
     with pytest.raises(Rejected) as error:
         klaviyo_for(sandbox).call("POST", "/api/profile-import", bad)
     assert error.value.status == 400
+    assert error.value.pointer == "/data/attributes/ada"
     assert str(error.value) == (
         "Klaviyo answered 400 to POST /api/profile-import: invalid Invalid input. /data/attributes/ada"
     )

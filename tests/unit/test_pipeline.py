@@ -52,6 +52,7 @@ class Stages:
         self.send_errors: dict[str, list[WorkerError | None]] = {}
         self.crash_in = ""
         self.enriched: list[list[str]] = []
+        self.sent: list[Operation] = []
 
     def enrich(self, notifications: Sequence[Notification]) -> list[Enriched | WorkerError]:
         if self.crash_in == "enrich":
@@ -61,6 +62,7 @@ class Stages:
         return [self.enrich_errors.get(n.resource_id) or _with_customer(n, now) for n in notifications]  # type: ignore[misc]
 
     def send(self, operations: Sequence[Operation]) -> list[WorkerError | None]:
+        self.sent += operations
         if self.crash_in == "send":
             raise KeyError("ada@example.com")
         return [(self.send_errors.get(operation.key) or [None])[0] for operation in operations]
@@ -211,7 +213,7 @@ def test_data_no_handler_expects_is_a_dead_letter(
 ) -> None:
     """A pure stage that fails would fail again: the message waits for a better release, not in the queue."""
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise TypeError("ada@example.com")
 
     monkeypatch.setattr("worker.pipeline.transform", broken)
@@ -229,11 +231,46 @@ def test_the_worst_ending_of_its_operations_is_the_messages() -> None:
     assert _SEVERITY == (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)
 
 
+ORDER = {"id": "o", "customerEmail": "ada@example.com"}
+
+
+def created(attempt: int | None) -> FakeDelivery:
+    body = {"notificationType": "Message", "type": "OrderCreated", "resource": {"typeId": "order", "id": "o"}}
+    return FakeDelivery(json.dumps(body).encode(), attempt=attempt)
+
+
+@pytest.fixture
+def of_orders(stages: Stages, recorded: RecordingQueue) -> Pipeline:
+    def enrich(notifications: Sequence[Notification]) -> list[Enriched]:
+        return [Enriched(n, datetime.now(UTC), order=ORDER) for n in notifications]
+
+    return Pipeline(recorded, enrich, stages.send, Mapping(), Telemetry())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("attempt", "fresh"), [(1, True), (2, False), (None, False)])
+def test_only_a_first_delivery_makes_fresh_events(
+    attempt: int | None, fresh: bool, of_orders: Pipeline, stages: Stages
+) -> None:
+    """A queue that does not count deliveries may have delivered it before."""
+    run(of_orders, created(attempt))
+    assert [operation.fresh for operation in stages.sent] == [fresh]
+
+
+def test_events_tried_again_in_place_are_not_fresh(of_orders: Pipeline, stages: Stages) -> None:
+    """What became of the first try may not be known."""
+    stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [KlaviyoMisconfigured("401")]
+    jobs = run(of_orders, created(1))
+    for _ in range(2):
+        jobs = of_orders.process(jobs)
+    assert [operation.fresh for operation in stages.sent] == [True, False, False]
+    assert jobs[0].tries == 2
+
+
 def test_what_nothing_was_done_for_is_never_acked(
     pipeline: Pipeline, recorded: RecordingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Should a defect leave a job without operations and without an ending, the message comes again."""
-    monkeypatch.setattr("worker.pipeline.transform", lambda *_: ())
+    monkeypatch.setattr("worker.pipeline.transform", lambda *_, **__: ())
     run(pipeline, updated("a"))
     assert [how for how, *_ in recorded.settled] == ["nack"]
 

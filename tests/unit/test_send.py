@@ -28,9 +28,10 @@ class Klaviyo:
     def answer(self, call: str, *answers: Any) -> None:
         self.script[call].extend(answers)
 
-    def call(self, method: str, path: str, body: Json | None = None) -> Json:
+    def call(self, method: str, path: str, body: Json | bytes | None = None, *, repeat: bool = True) -> Json:
         name = f"{method} {path}"
         with self._lock:
+            assert not isinstance(body, bytes)
             self.calls.append((name, body))
             answer: Any = self.script[name].popleft() if self.script[name] else {}
         if isinstance(answer, Exception):
@@ -275,7 +276,7 @@ def test_erasure_finds_the_profile_and_requests_its_deletion(sender: Sender, kla
 def test_no_operation_swallows_an_outage(kind: Kind, error: Exception, klaviyo: Klaviyo) -> None:
     """Whatever is asked for, an answer that never came is an error for its message."""
 
-    def unavailable(method: str, path: str, body: Json | None = None) -> Json:
+    def unavailable(method: str, path: str, body: Json | bytes | None = None, *, repeat: bool = True) -> Json:
         raise error
 
     klaviyo.call = unavailable  # type: ignore[method-assign]

@@ -70,3 +70,17 @@ def test_the_same_event_of_another_profile_is_another_operation() -> None:
     guest = event(**fields, profile={"email": "a@example.com"})
     customer = event(**fields, profile={"email": "a@example.com", "external_id": "x"})
     assert guest.key != customer.key
+
+
+ORDER = {"id": "o", "customerEmail": "a@example.com", "orderState": "Complete", "lineItems": [{"id": "l"}]}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "kind",
+    ["OrderCreated", "OrderImported", "OrderCustomerSet", "OrderCreatedFromRecurringOrder", "OrderStateChanged"],
+)
+def test_only_a_new_order_makes_fresh_events(kind: str, first: bool) -> None:
+    """All other messages repeat the id of an event, or come more than once for an order."""
+    operations = transform(Enriched(about("order", kind), NOW, order=ORDER), Mapping(), first=first)
+    assert {operation.fresh for operation in operations} == {first and kind == "OrderCreated"}

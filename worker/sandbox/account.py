@@ -32,11 +32,12 @@ class Account:
     """Profiles, events and the custom catalog of one account. Safe for many threads.
 
     `bulk_repeats` chooses what nobody documents: whether a bulk call that repeats a unique_id of an
-    *earlier* call is taken ("within": only repeats inside one call count), refused ("ever"), or answered
-    with 202 and dropped whole ("drop"). `job_seconds`: how long bulk jobs take.
+    *earlier* call is taken and the repeat ignored ("within": only repeats inside one call count), refused
+    ("ever"), answered with 202 and dropped whole ("drop"), or taken and the repeat recorded once more ("double").
+    `job_seconds`: how long bulk jobs take.
     """
 
-    def __init__(self, bulk_repeats: str = "within", job_seconds: float = 0.0) -> None:
+    def __init__(self, bulk_repeats: str = "drop", job_seconds: float = 0.0) -> None:
         self.bulk_repeats = bulk_repeats
         self.job_seconds = job_seconds
         self.profiles: list[Json] = []
@@ -190,18 +191,19 @@ class Account:
             raise invalid("'unique_id' is repeated for the same profile and metric.", base)
         if not (known and self.bulk_repeats == "drop"):
             for event, profile in planned:
-                self._record(event, self._import_for_event(profile))
+                self._record(event, self._import_for_event(profile), again=self.bulk_repeats == "double")
 
     def _identity(self, attributes: Json) -> str:
         """Return the id of the profile these attributes find, else the strongest of them."""
         found = self._matching(attributes.get("id"), attributes)
         return found[0]["id"] if found else str(next(attributes[n] for n in ("id", *IDENTIFIERS) if attributes.get(n)))
 
-    def _record(self, attributes: Json, profile: Json) -> None:
+    def _record(self, attributes: Json, profile: Json, *, again: bool = False) -> None:
         key = _key(attributes, profile["id"])
         if key in self._seen:
             self.repeated_events += 1
-            return
+            if not again:
+                return
         self._seen.add(key)
         names = ("unique_id", "time", "value", "value_currency", "properties")
         identity = {name: profile["attributes"].get(name) for name in ("email", "external_id")}

@@ -70,8 +70,8 @@ class Fault:
 
     `match` is a prefix of "METHOD /path", `where` something the body holds. Actions: `respond` instead of
     handling; `reset` without an answer; `hang` for `seconds`, then close; `slow`: handle after `seconds`;
-    `after`: handle, then reset, so that the effect is there and nobody knows; `truncate`: handle, then reset
-    halfway through the answer.
+    `after`: handle, then reset after `seconds`, so that the effect is there and nobody knows; `truncate`: handle,
+    then reset halfway through the answer.
     """
 
     status: int = 503
@@ -260,7 +260,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(Answer(500, service.explain(500)))
             raise
         self._note(call, answer.status)
-        if action == "after":
+        if fault and action == "after":
+            time.sleep(fault.seconds)
             self._reset()
         else:
             self._send(answer, truncate=action == "truncate")

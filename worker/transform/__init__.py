@@ -5,6 +5,7 @@ A new message type is one function with `@handles` in the file of its resource, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -38,10 +39,15 @@ def handler_for(notification: Notification, mapping: Mapping) -> Handler:
     return handler
 
 
-def transform(enriched: Enriched, mapping: Mapping) -> Sequence[Operation]:
-    """Return what Klaviyo is to do. Raises Ignored (nothing) or Rejected (can never be done)."""
+def transform(enriched: Enriched, mapping: Mapping, *, first: bool = False) -> Sequence[Operation]:
+    """Return what Klaviyo is to do. `first`: the message has not been delivered or tried before.
+
+    Raises Ignored (nothing) or Rejected (can never be done).
+    """
     handler = handler_for(enriched.notification, mapping)
     operations = tuple(handler.function(enriched, mapping))
     if not operations:
         raise Ignored("nothing to send")
+    if first and handler.fresh:
+        return tuple(replace(operation, fresh=True) for operation in operations)
     return operations

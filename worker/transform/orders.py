@@ -22,15 +22,11 @@ if TYPE_CHECKING:
     from worker.mapping import Mapping
     from worker.model import Enriched, Json, Notification, Operation
 
+_PLACED = "Placed Order; Ordered Product per line"
 
-@handles(
-    "OrderCreated",
-    "OrderImported",
-    "OrderCustomerSet",
-    "OrderCreatedFromRecurringOrder",
-    resource="order",
-    sends="Placed Order; Ordered Product per line",
-)
+
+@handles("OrderImported", "OrderCustomerSet", "OrderCreatedFromRecurringOrder", resource="order", sends=_PLACED)
+@handles("OrderCreated", resource="order", sends=_PLACED, fresh=True)
 def order_placed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
     """Placed Order, and an Ordered Product a second later for every line."""
     order = _order(enriched)

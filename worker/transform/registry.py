@@ -21,23 +21,25 @@ class Handler:
     sends: str  # for people: `klaviyo-worker handlers`, docs/mapping.md
     function: HandlerFunction
     precheck: Precheck | None = None
+    fresh: bool = False
 
 
 HANDLERS: dict[tuple[str, str], Handler] = {}
 
 
 def handles(
-    *types: str, resource: str, sends: str, precheck: Precheck | None = None
+    *types: str, resource: str, sends: str, precheck: Precheck | None = None, fresh: bool = False
 ) -> Callable[[HandlerFunction], HandlerFunction]:
     """Register a handler for message types (or ResourceCreated, ...) of a commercetools resource type.
 
     `precheck` raises Ignored when the notification alone shows that there is nothing to do, before
-    anything is fetched for it.
+    anything is fetched for it. `fresh`: a resource has one message of this type, and no message before it
+    makes events with the same unique_id; its first delivery may go to Klaviyo in bulk.
     """
 
     def register(function: HandlerFunction) -> HandlerFunction:
         for kind in types:
-            HANDLERS[resource, kind] = Handler(resource, kind, sends, function, precheck)
+            HANDLERS[resource, kind] = Handler(resource, kind, sends, function, precheck, fresh)
         return function
 
     return register

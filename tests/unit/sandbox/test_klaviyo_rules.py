@@ -176,6 +176,20 @@ def test_a_bulk_call_is_all_or_nothing(call: Caller, sandbox: Sandbox) -> None:
     assert len(sandbox.account.events) == 1_000
 
 
+def test_a_bulk_call_says_whose_profile_is_bad(call: Caller, sandbox: Sandbox) -> None:
+    """The pointer names the entry, as Klaviyo's does; nothing of the call is recorded."""
+    several = bulk("0")
+    entries = several["data"]["attributes"]["events-bulk-create"]["data"]
+    entries += [bulk(str(number))["data"]["attributes"]["events-bulk-create"]["data"][0] for number in range(1, 10)]
+    entries[7]["attributes"]["profile"]["data"]["attributes"]["phone_number"] = "123"
+    status, document = call("POST", BULK, several)
+    assert status == 400
+    assert pointer(document) == (
+        "/data/attributes/events-bulk-create/data/7/attributes/profile/data/attributes/phone_number"
+    )
+    assert sandbox.account.events == []
+
+
 def test_a_bulk_call_names_its_profile_once(call: Caller, sandbox: Sandbox) -> None:
     """For all events of an entry, however it is written; two entries may mean the same person."""
     inside = bulk("1")
@@ -208,13 +222,17 @@ def test_a_refused_repeat_leaves_nothing_behind() -> None:
         assert (len(sandbox.account.events), len(sandbox.account.profiles)) == (1, 1)
 
 
-@pytest.mark.parametrize(("repeats", "status", "events"), [("within", 202, 2), ("ever", 400, 1), ("drop", 202, 1)])
+@pytest.mark.parametrize(
+    ("repeats", "status", "events"), [("within", 202, 2), ("ever", 400, 1), ("drop", 202, 1), ("double", 202, 3)]
+)
 def test_ids_of_earlier_calls_are_an_open_question(repeats: str, status: int, events: int) -> None:
     """Klaviyo does not say; the sandbox plays each answer."""
     with Sandbox(account=Account(repeats)) as sandbox:
         call = Caller(sandbox)
         call("POST", BULK, bulk("1"))
         assert call("POST", BULK, bulk("1", "2"))[0] == status
+        assert len(sandbox.account.events) == events
+        call("POST", "/api/events", event(unique_id="1"))
         assert len(sandbox.account.events) == events
 
 

@@ -1,0 +1,127 @@
+"""A backlog of orders reaches Klaviyo in few requests, each event once."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.acceptance.conftest import Worker, log_lines
+from tests.acceptance.test_run import wait_for
+from worker.sandbox import Fault, Sandbox
+from worker.sandbox.account import Account
+from worker.sandbox.notifications import message
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+ORDERS = 300
+EVENTS = {"Placed Order": ORDERS, "Ordered Product": 3 * ORDERS}
+BULK = "/api/event-bulk-create-jobs"
+
+
+@pytest.fixture
+def account(request: pytest.FixtureRequest) -> Account:
+    return Account(getattr(request, "param", "double"))
+
+
+@pytest.fixture
+def sandbox(account: Account) -> Iterator[Sandbox]:
+    with Sandbox(account=account) as running:
+        yield running
+
+
+@pytest.fixture
+def worker(sandbox: Sandbox, tmp_path: Path) -> Worker:
+    return Worker(sandbox.environment | {"QUEUE_URL": f"embedded://{tmp_path}/queue.db"}, tmp_path)
+
+
+def orders(sandbox: Sandbox) -> list[dict[str, Any]]:
+    template = next(each for each in sandbox.shop.orders.values() if len(each["lineItems"]) == 3)
+    made = []
+    for number in range(ORDERS):
+        lines = [line | {"id": f"{number}-{index}"} for index, line in enumerate(template["lineItems"])]
+        order = template | {"id": f"o{number}", "customerEmail": f"{number}@example.com", "lineItems": lines}
+        made.append(message("OrderCreated", "order", f"o{number}", order=order))
+    return made
+
+
+def assert_exactly_once(account: Account) -> None:
+    assert Counter(each["metric"] for each in account.events) == EVENTS
+    assert set(Counter((each["metric"], each["unique_id"]) for each in account.events).values()) == {1}
+
+
+REPEATS = pytest.mark.parametrize("account", ["within", "ever", "drop", "double"], indirect=True)
+
+
+@REPEATS
+def test_a_backlog_takes_few_requests(worker: Worker, sandbox: Sandbox, account: Account) -> None:
+    """Three hundred orders of three lines are 1,200 events."""
+    worker.publish(*orders(sandbox))
+    done = worker("run", "--once")
+    assert Counter(line["outcome"] for line in log_lines(done.stderr)) == {"sent": ORDERS}
+    assert_exactly_once(account)
+    assert len(sandbox.klaviyo.requests) < ORDERS / 10
+
+
+@REPEATS
+def test_messages_that_come_twice_add_nothing(worker: Worker, sandbox: Sandbox, account: Account) -> None:
+    """Both copies in one backlog: what the process sent lately is not sent in bulk again."""
+    backlog = orders(sandbox)
+    worker.publish(*backlog, *backlog)
+    done = worker("run", "--once")
+    assert Counter(line["outcome"] for line in log_lines(done.stderr)) == {"sent": 2 * ORDERS}
+    assert_exactly_once(account)
+
+
+@pytest.mark.parametrize("account", ["within", "ever", "drop"], indirect=True)
+def test_another_process_adds_nothing_either(worker: Worker, sandbox: Sandbox, account: Account) -> None:
+    """It cannot know what was sent; a call that is refused for it is narrowed, in a bounded number of calls."""
+    backlog = orders(sandbox)
+    for _ in range(2):
+        worker.publish(*backlog)
+        done = worker("run", "--once")
+        assert Counter(line["outcome"] for line in log_lines(done.stderr)) == {"sent": ORDERS}
+        assert_exactly_once(account)
+    requests = Counter(request.path for request in sandbox.klaviyo.requests)
+    assert requests[BULK] < ORDERS
+    if account.bulk_repeats != "ever":
+        assert requests.total() < ORDERS / 5
+
+
+def test_one_by_one_when_so_set(worker: Worker, sandbox: Sandbox, account: Account) -> None:
+    """KLAVIYO_WORKER_BULK_EVENTS=never, or a threshold no batch reaches."""
+    worker.publish(*orders(sandbox)[:20])
+    assert worker("run", "--once", env={"KLAVIYO_WORKER_BULK_EVENTS": "never"}).returncode == 0
+    worker.publish(*orders(sandbox)[20:40])
+    assert worker("run", "--once", "--bulk-threshold", "1000").returncode == 0
+    assert Counter(request.path for request in sandbox.klaviyo.requests) == {"/api/events": 160}
+    assert len(account.events) == 160
+
+
+@pytest.mark.parametrize("action", ["respond", "reset", "after", "truncate"])
+def test_bulk_calls_that_fail_double_nothing(action: str, worker: Worker, sandbox: Sandbox, account: Account) -> None:
+    """Recorded or not, nobody knows: their events go one by one."""
+    sandbox.klaviyo.faults.add(Fault(status=503, times=3, match=f"POST {BULK}", action=action))
+    worker.publish(*orders(sandbox))
+    done = worker("run", "--once")
+    assert done.returncode == 0
+    assert_exactly_once(account)
+    assert worker.dead_letters() == []
+
+
+def test_a_killed_worker_doubles_nothing(worker: Worker, sandbox: Sandbox, account: Account) -> None:
+    """Kill -9 while bulk calls are under way: what comes again is known to come again."""
+    queue = {"QUEUE_URL": worker.environment["QUEUE_URL"] + "?lease=1"}
+    worker.publish(*orders(sandbox))
+    sandbox.klaviyo.faults.add(Fault(action="after", seconds=0.5, times=None, match=f"POST {BULK}"))
+    process = worker.start("run", env=queue)
+    wait_for(lambda: account.events)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    sandbox.klaviyo.faults.clear()
+    assert worker("run", "--once", env=queue).returncode == 0
+    assert_exactly_once(account)
