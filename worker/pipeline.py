@@ -149,7 +149,8 @@ def _parse(job: Job, mapping: Mapping) -> None:
 
 def _transform(job: Job, mapping: Mapping) -> None:
     assert job.enriched is not None
-    job.operations = transform(job.enriched, mapping, first=job.delivery.attempt == 1 and not job.tries)
+    job.operations = transform(job.enriched, mapping, first=job.delivery.attempt == 1 and not job.begun)
+    job.begun = job.begun or any(operation.fresh for operation in job.operations)
 
 
 def _guarded(job: Job, stage: str, work: Callable[[], None]) -> None:

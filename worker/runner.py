@@ -7,7 +7,7 @@ import time
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
-from adapters.base import QueueError, QueueRefusedError
+from adapters.base import Failure, QueueError, QueueRefusedError
 from worker.gate import LONGEST_PAUSE
 from worker.inflight import InFlight
 from worker.lane import Ends, Lane
@@ -27,6 +27,7 @@ RECEIVE_WAIT = 1.0  # seconds; how soon an idle loop notices that it is to stop
 DRAIN_WAIT = 0.05  # seconds; how soon `once` notices that the lanes are done
 QUIET = 10.0  # seconds without a message after which `once` takes a queue that cannot tell for empty
 HEARTBEAT = 60.0  # seconds after which a loop that did not come round is taken for dead
+_INTERRUPTED = Failure("was in work when the worker stopped", "send", "Interrupted")
 
 
 class ShutdownTimeoutError(Exception):
@@ -186,10 +187,16 @@ class Runner:
     def _give_back(self, jobs: Sequence[Job]) -> None:
         """Return messages unhandled, once they cannot come back to this very worker.
 
-        A lane may still be at work on them: the jobs are its own to change.
+        A lane may still be at work on them: the jobs are its own to change. What was begun costs a delivery
+        attempt, once: on a first delivery its events would be taken for new.
         """
         self._pulling_ended.wait()
-        self._queue.nack([job.delivery for job in jobs])
+        returned: dict[bool, list[Delivery]] = {False: [], True: []}  # begun or not
+        for job in jobs:
+            returned[job.begun].append(job.delivery)
+        self._queue.nack(returned[False])
+        if returned[True]:
+            self._queue.nack(returned[True], failure=_INTERRUPTED)
         self._telemetry.returned(jobs)
         self._in_flight.remove(jobs)
 

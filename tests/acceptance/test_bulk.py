@@ -113,6 +113,21 @@ def test_bulk_calls_that_fail_double_nothing(action: str, worker: Worker, sandbo
     assert worker.dead_letters() == []
 
 
+def test_a_worker_that_is_stopped_in_the_middle_doubles_nothing(
+    worker: Worker, sandbox: Sandbox, account: Account
+) -> None:
+    """Messages go back to the queue while their bulk call, which did arrive, is still without an answer."""
+    sandbox.klaviyo.faults.add(Fault(action="after", seconds=15, times=None, match=f"POST {BULK}"))
+    worker.publish(*orders(sandbox))
+    process = worker.start("run", "--grace-period", "0.1")
+    wait_for(lambda: account.events)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 6
+    sandbox.klaviyo.faults.clear()
+    assert worker("run", "--once").returncode == 0
+    assert_exactly_once(account)
+
+
 def test_a_killed_worker_doubles_nothing(worker: Worker, sandbox: Sandbox, account: Account) -> None:
     """Kill -9 while bulk calls are under way: what comes again is known to come again."""
     queue = {"QUEUE_URL": worker.environment["QUEUE_URL"] + "?lease=1"}

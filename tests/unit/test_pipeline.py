@@ -263,7 +263,7 @@ def test_events_tried_again_in_place_are_not_fresh(of_orders: Pipeline, stages: 
     for _ in range(2):
         jobs = of_orders.process(jobs)
     assert [operation.fresh for operation in stages.sent] == [True, False, False]
-    assert jobs[0].tries == 2
+    assert (jobs[0].tries, jobs[0].begun) == (2, True)
 
 
 def test_what_nothing_was_done_for_is_never_acked(

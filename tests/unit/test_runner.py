@@ -436,6 +436,27 @@ def test_nothing_goes_back_before_pulling_has_ended(queue: EmbeddedQueue) -> Non
     assert "nack" in calls
 
 
+@pytest.mark.parametrize(("begun", "attempt"), [(False, 1), (True, 2)])
+def test_what_was_begun_is_no_first_delivery_again(begun: bool, attempt: int, queue: EmbeddedQueue) -> None:
+    """Its events may be in Klaviyo; only what was never begun goes back as if it had not been received."""
+    working = threading.Event()
+
+    def parking(jobs: Sequence[Job]) -> list[Job]:
+        for job in jobs:
+            job.begun = begun
+        working.set()
+        return list(jobs)
+
+    queue.publish([b"a:1"])
+    runner, _ = runner_for(queue, parking, park_seconds=60)
+    thread = threading.Thread(target=runner.run, daemon=True)
+    thread.start()
+    working.wait(5)
+    runner.stop()
+    thread.join(5)
+    assert [delivery.attempt for delivery in EmbeddedQueue(queue._path).receive(1, 1)] == [attempt]
+
+
 def test_the_grace_period_ends_the_waiting(queue: EmbeddedQueue) -> None:
     """What hangs goes back to the queue, and the caller is told."""
     release = threading.Event()
