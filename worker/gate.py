@@ -92,9 +92,7 @@ class Gate:
         """Call `function`, and again only while it is throttled: then nothing was done. Raises as a call does."""
         return self._guarded(self._only_throttled, function, *args, **kwargs)
 
-    def _guarded(
-        self, retrying: tenacity.Retrying, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+    def _guarded(self, retrying: tenacity.Retrying, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         self._enter()
         try:
             result = retrying(function, *args, **kwargs)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from worker.telemetry import Telemetry
 
 FIRST_DELAY, LONGEST_DELAY = 2.0, 600.0  # seconds before a nacked message comes again
+SURELY_LEASED = 30.0  # seconds after it came that nobody else can have a message; the shortest lease is longer
 _SEVERITY = (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)
 
 
@@ -149,8 +150,14 @@ def _parse(job: Job, mapping: Mapping) -> None:
 
 def _transform(job: Job, mapping: Mapping) -> None:
     assert job.enriched is not None
-    job.operations = transform(job.enriched, mapping, first=job.delivery.attempt == 1 and not job.begun)
+    job.operations = transform(job.enriched, mapping, first=_is_first(job))
     job.begun = job.begun or any(operation.fresh for operation in job.operations)
+
+
+def _is_first(job: Job) -> bool:
+    """Tell whether nobody can have sent this message's events: a lease may be lost when a worker was stopped."""
+    is_held_for = time.monotonic() - job.received_at
+    return job.delivery.attempt == 1 and not job.begun and is_held_for < SURELY_LEASED
 
 
 def _guarded(job: Job, stage: str, work: Callable[[], None]) -> None:

@@ -102,7 +102,7 @@ def test_some_calls_in_a_row_that_fail_are_an_outage(clock: Clock) -> None:
 def test_calls_that_succeed_or_are_judged_in_between_are_no_outage() -> None:
     """One record that cannot be answered must not hold back its neighbours."""
     gate_ = gate()
-    for answer in [None, Rejected("400", 400), Throttled("429", 0.0)] * OUTAGE_AFTER:
+    for answer in [None, Rejected("400", 400), Throttled("429", 61.0)] * OUTAGE_AFTER:
         with pytest.raises(Transient):
             gate_(failing(DOWN))
         if answer is None:
