@@ -17,7 +17,7 @@ import orjson
 
 from worker.errors import Rejected, WorkerError
 from worker.loose import as_dict, as_text
-from worker.model import Json, Kind, Operation
+from worker.model import Json, Kind, Operation, Sent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +32,6 @@ _ENTRY = (b'{"type":"event-bulk-create","attributes":{"profile":', b',"events":{
 _CULPRIT = re.compile(r"/data/attributes/events-bulk-create/data/(\d+)(?:/attributes/events/data/(\d+))?(?:/|$)")
 
 Mode = Literal["auto", "always", "never"]
-Result = WorkerError | None
 
 
 class Client(Protocol):
@@ -40,6 +39,9 @@ class Client(Protocol):
 
     def call(self, method: str, path: str, body: Json | bytes | None = None, *, repeat: bool = True) -> Json:
         """Call an endpoint, once or repeatedly, and return the decoded answer. Raises WorkerError."""
+
+    def made(self) -> int:
+        """Return how many requests the calling thread has made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class BulkEvents:
     """
 
     def __init__(
-        self, client: Client, one_by_one: Callable[[Sequence[Operation]], Iterable[Result]], mode: Mode, threshold: int
+        self, client: Client, one_by_one: Callable[[Sequence[Operation]], Iterable[Sent]], mode: Mode, threshold: int
     ) -> None:
         self._client = client
         self._one_by_one = one_by_one
@@ -90,8 +92,8 @@ class BulkEvents:
             return metric_and_id and len(same) == 1 and same[0].fresh and name not in self._sent
         return metric_and_id and self._mode == "always"
 
-    def send(self, events: Sequence[Operation]) -> list[Result]:
-        """Send the events, no metric and unique_id twice; return None or an error for each, in their order.
+    def send(self, events: Sequence[Operation]) -> list[Sent]:
+        """Send the events, no metric and unique_id twice; return what became of each, in their order.
 
         A call that fails leaves its own events and those not sent yet with its error. N events that fill C calls
         cost at most C * (2 * MAX_REFUSALS + 1) bulk calls and N single ones, however many are refused. With
@@ -102,9 +104,9 @@ class BulkEvents:
         try:
             alone = [record.number for call in _calls(records) for record in self._narrow(call, accepted)]
         except WorkerError as error:
-            return [None if number in accepted else error for number in range(len(events))]
+            return [Sent(None if number in accepted else error, 1) for number in range(len(events))]
         verdicts = dict(zip(alone, self._one_by_one([events[number] for number in alone]), strict=True))
-        return [verdicts.get(number) for number in range(len(events))]
+        return [verdicts.get(number, Sent(None, 1)) for number in range(len(events))]
 
     def _narrow(self, records: list[_Record], accepted: set[int]) -> list[_Record]:
         """Send records in as few calls as their culprits allow; return those that are to go alone."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import click
 import orjson
 
+from worker.model import Sent
 from worker.send import request_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapters.base import Delivery, Failure, QueueAdapter
-    from worker.errors import WorkerError
     from worker.model import Operation
 
 
@@ -30,11 +30,11 @@ def operation_line(operation: Operation) -> str:
     return orjson.dumps(line).decode()
 
 
-def print_instead(operations: Sequence[Operation]) -> Sequence[WorkerError | None]:
+def print_instead(operations: Sequence[Operation]) -> Sequence[Sent]:
     """Print what would be sent: the send stage of a dry run."""
     for operation in operations:
         click.echo(operation_line(operation))
-    return [None] * len(operations)
+    return [Sent(None, 0)] * len(operations)
 
 
 class Peek:

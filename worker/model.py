@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from datetime import datetime
 
     from adapters.base import Delivery
+    from worker.errors import WorkerError
 
 Json = dict[str, Any]
 
@@ -97,6 +98,13 @@ class Operation:
     fresh: bool = False
 
 
+class Sent(NamedTuple):
+    """What became of an operation; `error` None: its effect is in Klaviyo. `requests`: how many that took."""
+
+    error: WorkerError | None
+    requests: int
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a delivery ends, in which stage, and what caused it (None: its effect is in Klaviyo)."""
@@ -127,7 +135,7 @@ class Job:
     enriched: Enriched | None = None
     operations: Sequence[Operation] = ()
     outcome: Outcome | None = None
-    requests: int = 0  # made to Klaviyo for it
+    requests: int = 0  # made to Klaviyo for it; one that many messages share counts for each
     tries: int = 0  # times it was tried before in this process
     begun: bool = False  # events of it were fresh, and may be in Klaviyo by now
     failed_at: float = 0.0  # when the first of them failed

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from adapters.base import Failure
 from worker.errors import Ignored, Rejected, WorkerError
-from worker.model import Disposition, Job, Outcome
+from worker.model import Disposition, Job, Outcome, Sent
 from worker.parse import parse
 from worker.telemetry import log
 from worker.transform import handler_for, transform
@@ -45,8 +45,8 @@ class Enrich(Protocol):
 class Send(Protocol):
     """The send stage."""
 
-    def __call__(self, operations: Sequence[Operation]) -> Sequence[WorkerError | None]:
-        """Carry out the operations; return None or an error for each, in their order."""
+    def __call__(self, operations: Sequence[Operation]) -> Sequence[Sent]:
+        """Carry out the operations; return what became of each, in their order."""
 
 
 class Pipeline:
@@ -106,9 +106,11 @@ class Pipeline:
         try:
             results = iter(self._send_all(operations))
         except Exception as defect:  # noqa: BLE001 - a defect of ours must not lose the batch
-            results = iter([_defect("send", defect)] * len(operations))
+            results = iter([Sent(_defect("send", defect), 0)] * len(operations))
         for job in jobs:
-            errors = [result for _ in job.operations if (result := next(results)) is not None]
+            sent = [next(results) for _ in job.operations]
+            job.requests += sum(each.requests for each in sent)
+            errors = [each.error for each in sent if each.error is not None]
             worst = min(errors, key=lambda error: _SEVERITY.index(error.disposition), default=None)
             if worst is None and not job.operations:  # never ack what nothing was done for
                 worst = _defect("send", AssertionError())

@@ -14,7 +14,7 @@ import orjson
 from worker.bulk import BulkEvents
 from worker.errors import Rejected, Transient, WorkerError
 from worker.identifiers import BY_STRENGTH, invalid_identifier, without
-from worker.model import Json, Kind, Operation
+from worker.model import Json, Kind, Operation, Sent
 from worker.telemetry import log
 from worker.transform.catalog import catalog_id
 
@@ -46,7 +46,6 @@ _REMEMBERED, _REMEMBERED_SECONDS = 50_000, 600.0  # catalog entries known to exi
 _NOT_FOUND, _CONFLICT = 404, 409
 
 Name = tuple[Kind, str]
-Result = WorkerError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +102,14 @@ class Sender:
             Kind.DELETE_CATEGORY: self._delete,
         }
 
-    def send(self, operations: Sequence[Operation]) -> list[Result]:
-        """Carry out the operations; return None or an error for each, in their order.
+    def send(self, operations: Sequence[Operation]) -> list[Sent]:
+        """Carry out the operations; return what became of each, in their order.
 
         Operations of one kind and key are done once: the last counts for all of them.
         """
         in_bulk = {(Kind.CREATE_EVENT, key) for key in self._bulk.choose(operations)}
         distinct = {(operation.kind, operation.key): operation for operation in operations}
-        results: dict[Name, Result] = {}
+        results: dict[Name, Sent] = {}
         for phase in PHASES:
             group = {name: operation for name, operation in distinct.items() if name[0] in phase}
             bulk = {name: group.pop(name) for name in [*group] if name in in_bulk}
@@ -123,18 +122,19 @@ class Sender:
         """Drop what has not begun."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _one_by_one(self, operations: Sequence[Operation]) -> Iterable[Result]:
+    def _one_by_one(self, operations: Sequence[Operation]) -> Iterable[Sent]:
         """Begin to carry out the operations side by side, and yield their results."""
         if len(operations) <= 1:  # an idle worker pays for no thread hop
             return map(self._attempt, operations)
         return self._executor.map(self._attempt, operations)
 
-    def _attempt(self, operation: Operation) -> Result:
+    def _attempt(self, operation: Operation) -> Sent:
+        before, error = self._client.made(), None
         try:
             self._special.get(operation.kind, self._simple)(operation)
-        except WorkerError as error:
-            return error
-        return None
+        except WorkerError as failure:
+            error = failure
+        return Sent(error, self._client.made() - before)
 
     def _simple(self, operation: Operation) -> None:
         request = request_for(operation)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.integration.conftest import klaviyo_for
+from tests.sending import Sender
 from worker.errors import Rejected, Transient
 from worker.model import Operation
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.account import Account
-from worker.send import Sender
 from worker.transform.events import event
 
 if TYPE_CHECKING:

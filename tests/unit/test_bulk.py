@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.sending import Sender
 from worker import bulk
 from worker.bulk import MAX_BYTES, MAX_EVENTS, MAX_REFUSALS, BulkEvents
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.model import Json, Kind, Operation
-from worker.send import Sender
 from worker.transform.events import event as event_operation
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ class Klaviyo:
         self.bodies: list[bytes] = []  # of bulk calls
         self.recorded: list[str] = []
         self.failure: Exception | None = None  # after the effect of the next bulk call
+
+    def made(self) -> int:
+        return len(self.calls)
 
     def call(self, method: str, path: str, body: Json | bytes | None = None, *, repeat: bool = True) -> Json:
         assert method == "POST"

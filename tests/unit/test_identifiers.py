@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.sending import Sender
 from worker.errors import Rejected
 from worker.model import Json, Kind, Operation
-from worker.send import Sender
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -25,6 +25,9 @@ class Klaviyo:
         self.invalid = invalid
         self.taken: list[tuple[str, set[str]]] = []
         self.calls = 0
+
+    def made(self) -> int:
+        return self.calls
 
     def call(self, method: str, path: str, body: Json | bytes | None = None, *, repeat: bool = True) -> Json:
         assert isinstance(body, dict)

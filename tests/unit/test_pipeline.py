@@ -14,7 +14,7 @@ from tests.conftest import FakeDelivery
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient, WorkerError
 from worker.mapping import Mapping
 from worker.metrics import Metrics
-from worker.model import Disposition, Enriched, Job, Notification, Operation
+from worker.model import Disposition, Enriched, Job, Notification, Operation, Sent
 from worker.pipeline import Pipeline
 from worker.telemetry import Telemetry, outcome_name
 
@@ -61,11 +61,11 @@ class Stages:
         now = datetime(2026, 11, 24, tzinfo=UTC)
         return [self.enrich_errors.get(n.resource_id) or _with_customer(n, now) for n in notifications]  # type: ignore[misc]
 
-    def send(self, operations: Sequence[Operation]) -> list[WorkerError | None]:
+    def send(self, operations: Sequence[Operation]) -> list[Sent]:
         self.sent += operations
         if self.crash_in == "send":
             raise KeyError("ada@example.com")
-        return [(self.send_errors.get(operation.key) or [None])[0] for operation in operations]
+        return [Sent((self.send_errors.get(operation.key) or [None])[0], 2) for operation in operations]
 
 
 def _with_customer(notification: Notification, now: datetime) -> Enriched:
@@ -290,7 +290,7 @@ def test_a_message_with_one_failed_operation_is_not_acked(recorded: RecordingQue
     line = {"id": "l1", "totalPrice": {"centAmount": 1, "fractionDigits": 2, "currencyCode": "EUR"}}
     order = {"id": "o", "customerEmail": "ada@example.com", "lineItems": [line, line | {"id": "l2"}]}
     body = {"notificationType": "Message", "type": "OrderCreated", "resource": {"typeId": "order", "id": "o"}}
-    answers = [None, None, Transient("503")]
+    answers = [Sent(None, 1), Sent(None, 1), Sent(Transient("503"), 3)]
     pipeline = Pipeline(
         recorded,  # type: ignore[arg-type]
         lambda notifications: [Enriched(n, datetime.now(UTC), order=order) for n in notifications],
@@ -298,8 +298,11 @@ def test_a_message_with_one_failed_operation_is_not_acked(recorded: RecordingQue
         Mapping(),
         Telemetry(Metrics("embedded")),
     )
-    assert len(run(pipeline, FakeDelivery(json.dumps(body).encode()))) == 1
+    (job,) = run(pipeline, FakeDelivery(json.dumps(body).encode()))
     assert recorded.settled == []
+    assert job.requests == 5
+    pipeline.process([job])
+    assert job.requests == 10
 
 
 def test_a_dead_letter_that_comes_again_is_reported_as_retried(

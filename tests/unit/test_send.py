@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests.sending import Sender
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.model import Json, Kind, Operation
-from worker.send import Sender, request_for
+from worker.send import request_for
 from worker.transform.catalog import catalog_id
 
 NOT_FOUND = Rejected("missing", 404)
@@ -27,6 +28,9 @@ class Klaviyo:
 
     def answer(self, call: str, *answers: Any) -> None:
         self.script[call].extend(answers)
+
+    def made(self) -> int:
+        return len(self.calls)
 
     def call(self, method: str, path: str, body: Json | bytes | None = None, *, repeat: bool = True) -> Json:
         name = f"{method} {path}"
