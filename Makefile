@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check lint types docs format bench wheel emulator clean
+.PHONY: help demo test check lint types docs format bench faults wheel emulator clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ format: $(VENV)/ready ## let ruff mend what it can
 
 bench: $(VENV)/ready ## messages per second, CPU and API calls per message, on the sandbox
 	@$(BIN)/python benchmarks/bench.py
+
+faults: $(VENV)/ready ## what becomes of every message when everything around the worker fails: prints a table
+	@$(BIN)/python -m tests.faults
 
 wheel: $(VENV)/ready ## build the wheel and run the demo from it, outside this checkout
 	rm -rf build/wheel && $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .

@@ -154,11 +154,15 @@ class Subscription:
             time.sleep(0 if batch else 0.05)
 
     def unacked(self) -> list[bytes]:
-        """Take what was never acknowledged, even what somebody has leased: a snapshot knows nothing of leases."""
-        snapshot = self._path("snapshots")
+        """Take what was never acknowledged, even what somebody has leased."""
+        self.end_leases()
+        return bodies([entry.message for entry in self.pull(1.0)])
+
+    def end_leases(self) -> None:
+        """Have all that is leased delivered again: a snapshot knows nothing of leases."""
+        snapshot = self._path("snapshots", uuid.uuid4().hex[:8])
         self.subscriber.create_snapshot(name=snapshot, subscription=self.path)
         self.subscriber.seek(request={"subscription": self.path, "snapshot": snapshot})
-        return bodies([entry.message for entry in self.pull(1.0)])
 
     def dead_letters(self, at_least: int = 0, wait: float = 20.0) -> list[Any]:
         """Take the dead letters, waiting until there are so many."""

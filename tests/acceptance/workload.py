@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
@@ -11,55 +12,120 @@ from worker.sandbox.notifications import bare, change, cloudevent, event_grid, e
 from worker.sandbox.shop import uid
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from worker.sandbox import Sandbox
 
 _ENVELOPES = (bare, cloudevent, event_grid, sns, eventbridge)
+_EVENTS = {"Placed Order", "Ordered Product"}
+
+Effect = tuple[str, str]  # what, which: ("Placed Order", "order-7"), ("profile", "customer-3")
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A message and all that Klaviyo must hold because of it."""
+
+    name: str
+    body: bytes
+    effects: frozenset[Effect]
 
 
 class Workload:
-    """Messages about orders, customers, products, stock and categories: all orders and customers are different."""
+    """Messages about orders, customers, products, stock and categories: all orders and customers are different.
 
-    def __init__(self, sandbox: Sandbox, size: int) -> None:
+    `created_at` is when all orders that must be read from commercetools were made.
+    """
+
+    def __init__(self, sandbox: Sandbox, size: int, *, created_at: str = "2026-11-23T10:00:00.123Z") -> None:
         self._sandbox = sandbox
-        self._orders = size // 2
-        self._customers = size // 5
-        order, customer = sandbox.shop.orders[uid("order:three")], sandbox.shop.customers[uid("customer:grete")]
-        orders = [_order(order, number) for number in range(self._orders)]
-        customers = [_customer(customer, number) for number in range(self._customers)]
-        fetched = orders[: size // 10]  # the message does not hold these; they are read from commercetools
-        sandbox.shop.orders |= {order["id"]: order for order in fetched}
-        sandbox.shop.customers |= {customer["id"]: customer for customer in customers}
-        notifications = [
-            *(message("OrderCreated", "order", order["id"]) for order in fetched),
-            *(message("OrderCreated", "order", order["id"], order=order) for order in orders[len(fetched) :]),
-            *(change("ResourceUpdated", "customer", customer["id"]) for customer in customers),
+        shop = sandbox.shop
+        orders = [_order(shop.orders[uid("order:three")], number) for number in range(size // 2)]
+        customers = [_customer(shop.customers[uid("customer:grete")], number) for number in range(size // 5)]
+        self.fetched = {order["id"]: order for order in orders[: size // 10]}  # messages do not hold these
+        shop.orders |= self.fetched
+        shop.customers |= {customer["id"]: customer for customer in customers}
+        entries = [
+            *(_placed(order, created_at=created_at) for order in self.fetched.values()),
+            *(_placed(order, order=order) for order in orders[size // 10 :]),
+            *((change("ResourceUpdated", "customer", c["id"]), {("profile", c["id"])}) for c in customers),
         ]
-        catalog = (
-            *(message("ProductPublished", "product", name) for name in sandbox.shop.products),
-            *(change("ResourceUpdated", "inventory-entry", name) for name in sandbox.shop.inventory),
-            *(change("ResourceUpdated", "category", name) for name in sandbox.shop.categories),
-        )
-        notifications += islice(cycle(catalog), size - len(notifications))
-        random.Random(size).shuffle(notifications)
-        self.bodies = [wrap(entry) for entry, wrap in zip(notifications, cycle(_ENVELOPES), strict=False)]
+        entries += islice(cycle(_catalog(sandbox)), size - len(entries))
+        random.Random(size).shuffle(entries)
+        self.messages = [_sent(*entry, wrap) for entry, wrap in zip(entries, cycle(_ENVELOPES), strict=False)]
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [sent.body for sent in self.messages]
+
+    def take(self, orders: Iterable[str]) -> list[Sent]:
+        """Take out and return the messages about these orders: something else is expected of them."""
+        placed = {("Placed Order", order) for order in orders}
+        taken = [sent for sent in self.messages if sent.effects & placed]
+        self.messages = [sent for sent in self.messages if sent not in taken]
+        return taken
+
+    def missing(self) -> list[Sent]:
+        """Return the messages that do not have their full effect."""
+        arrived = self._arrived()
+        return [sent for sent in self.messages if any(effect not in arrived for effect in sent.effects)]
+
+    def surplus(self) -> list[Effect]:
+        """Return the effects that are there more often than once, or that no message asks for."""
+        wanted = {effect for sent in self.messages for effect in sent.effects}
+        arrived = self._arrived()
+        return [
+            *(effect for effect, count in arrived.items() for _ in range(count - 1)),
+            *(effect for effect in arrived if effect[0] in _EVENTS and effect not in wanted),
+        ]
 
     def is_done(self) -> bool:
         """Tell whether everything arrived, be it once or more often."""
-        events, profiles = self._arrived()
-        return events.total() >= 4 * self._orders and len(profiles) >= self._customers
+        return not self.missing()
 
     def assert_exactly_once(self) -> None:
-        events, profiles = self._arrived()
-        assert events == {"Placed Order": self._orders, "Ordered Product": 3 * self._orders}
-        assert len(profiles) == self._customers == len(set(profiles))
-        account, shop = self._sandbox.account, self._sandbox.shop
-        assert len(account.items) == len([p for p in shop.products.values() if _is_published(p)])
-        assert len(account.categories) == len(shop.categories)
+        assert [sent.name for sent in self.missing()] == []
+        assert self.surplus() == []
 
-    def _arrived(self) -> tuple[Counter[str], list[str]]:
+    def _arrived(self) -> Counter[Effect]:
         account = self._sandbox.account
-        external = [profile["attributes"].get("external_id") or "" for profile in list(account.profiles)]
-        return Counter(e["metric"] for e in list(account.events)), [n for n in external if n.startswith("customer-")]
+        with account.lock:
+            events = [(event["metric"], event["unique_id"]) for event in account.events]
+            people = [profile["attributes"] for profile in account.profiles]
+            catalog: list[Effect] = [
+                *(("item", name) for name in account.items),
+                *(("variant", name) for name in account.variants),
+                *(("category", name) for name in account.categories),
+            ]
+        named = [(kind, p[name]) for p in people for kind, name in _NAMES_OF_PEOPLE if p.get(name)]
+        return Counter([*events, *named, *catalog])
+
+
+_NAMES_OF_PEOPLE = (("profile", "external_id"), ("profile with email", "email"))
+
+
+def _placed(order: dict[str, Any], /, **more: Any) -> tuple[dict[str, Any], set[Effect]]:
+    lines = {("Ordered Product", line["id"]) for line in order["lineItems"]}
+    return message("OrderCreated", "order", order["id"], **more), {("Placed Order", order["id"]), *lines}
+
+
+def _catalog(sandbox: Sandbox) -> Iterator[tuple[dict[str, Any], set[Effect]]]:
+    shop = sandbox.shop
+    for name, product in shop.products.items():
+        variants = [product["masterVariant"], *product["variants"]]
+        skus = {("variant", variant["sku"]) for variant in variants if variant.get("sku")}
+        yield message("ProductPublished", "product", name), {("item", name), *skus}
+    for name, entry in shop.inventory.items():
+        effects = set() if "supplyChannel" in entry else {("variant", entry["sku"])}
+        yield change("ResourceUpdated", "inventory-entry", name), effects
+    for name in shop.categories:
+        yield change("ResourceUpdated", "category", name), {("category", name)}
+
+
+def _sent(notification: dict[str, Any], effects: set[Effect], wrap: Any) -> Sent:
+    kind = notification.get("type") or notification["notificationType"]
+    resource = notification["resource"]
+    return Sent(f"{kind} {resource['typeId']} {resource['id']}", wrap(notification), frozenset(effects))
 
 
 def _order(template: dict[str, Any], number: int) -> dict[str, Any]:
@@ -70,7 +136,3 @@ def _order(template: dict[str, Any], number: int) -> dict[str, Any]:
 def _customer(template: dict[str, Any], number: int) -> dict[str, Any]:
     about = {"id": f"customer-{number}", "key": f"customer-{number}", "email": f"customer-{number}@example.com"}
     return template | about | {"addresses": []}
-
-
-def _is_published(product: dict[str, Any]) -> bool:
-    return bool(product.get("published", True))

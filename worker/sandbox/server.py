@@ -101,6 +101,7 @@ class Faults:
         self._random = random.Random(seed)
         self._lock = Lock()
         self._waiting: list[list[Any]] = []  # [fault, times left]
+        self.met = 0  # requests that met a fault
 
     def add(self, *faults: Fault) -> None:
         """Put faults in force."""
@@ -122,6 +123,7 @@ class Faults:
                 fault, left = entry
                 hit = name.startswith(fault.match) and fault.where in call.body
                 if hit and self._random.random() < fault.probability:
+                    self.met += 1
                     if left is not None:
                         entry[1] = left - 1
                         self._waiting = [entry for entry in self._waiting if entry[1] != 0]

@@ -1,0 +1,82 @@
+"""`make faults`: every scenario on every queue, and a table of what became of the messages."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import click
+from _pytest.outcomes import Skipped
+
+from tests.emulator import Emulator
+from tests.faults import queues
+from tests.faults.harness import Result, Scenario, run
+from tests.faults.scenarios import SCENARIOS, mixture
+
+LOGS = Path("build/faults")
+SIZE = 150  # good messages
+_COLUMNS = ("SCENARIO", "QUEUE", "MESSAGES", "LOST", "DOUBLED", "DEAD-LETTERED WRONGLY", "EXTRA ATTEMPTS")
+_ROW = "{:<58}  {:<8}  {:>8}  {:>4}  {:>7}  {:>21}  {:>14}"
+
+
+def main() -> int:
+    """Run what was asked for and return the exit code: 1 when a message was lost, doubled or buried wrongly."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only scenarios whose name holds this")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="random mixtures to run (default: 3)")
+    parser.add_argument("--first-seed", type=int, default=1, metavar="N", help="of the mixtures (default: 1)")
+    parser.add_argument("--queue", choices=queues.NAMES, help="only this queue")
+    arguments = parser.parse_args()
+    mixtures = [mixture(arguments.first_seed + number) for number in range(arguments.seeds)]
+    chosen = [one for one in (*SCENARIOS, *mixtures) if not arguments.names or _is_named(one, arguments.names)]
+    shutil.rmtree(LOGS, ignore_errors=True)
+    click.echo(
+        _ROW.format("SCENARIO", "QUEUE", "MESSAGES", "LOST", "DOUBLED", "DEAD-LETTERED WRONGLY", "EXTRA ATTEMPTS")
+    )
+    emulator = None if arguments.queue == "embedded" else _emulator()
+    names = [name for name in queues.NAMES if arguments.queue in {None, name} and (name == "embedded" or emulator)]
+    try:
+        wrong = [not _show(scenario, name, emulator) for scenario in chosen for name in names]
+    finally:
+        if emulator is not None:
+            emulator.kill()
+    return int(any(wrong) or not wrong)
+
+
+def _emulator() -> Emulator | None:
+    try:
+        return Emulator()
+    except Skipped as why:
+        click.echo(f"Pub/Sub is left out: {why}")
+        return None
+
+
+def _is_named(scenario: Scenario, names: list[str]) -> bool:
+    return any(name.lower() in scenario.name.lower() for name in names)
+
+
+def _show(scenario: Scenario, name: str, emulator: Emulator | None) -> bool:
+    """Run a scenario, print its row, and tell whether every message came to its right end."""
+    directory = (LOGS / f"{''.join(c if c.isalnum() else '-' for c in scenario.name)[:60]}-{name}").resolve()
+    directory.mkdir(parents=True)
+    try:
+        queue = queues.PubSub(emulator) if emulator and name == "pubsub" else queues.Embedded(directory, scenario.lease)
+        result = run(scenario, name, queue, directory, SIZE)
+    except AssertionError as error:
+        click.echo(f"{scenario.name} on {name}: {error}")
+        return False
+    click.echo(_row(result))
+    if not result.is_right:
+        click.echo(f"    {result}")
+    return result.is_right
+
+
+def _row(result: Result) -> str:
+    wrong = (len(result.lost), len(result.doubled), len(result.dead_lettered_wrongly))
+    return _ROW.format(result.scenario[:58], result.queue, result.messages, *wrong, result.extra_attempts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
