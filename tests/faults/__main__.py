@@ -18,7 +18,7 @@ from tests.faults.scenarios import SCENARIOS, mixture
 LOGS = Path("build/faults")
 SIZE = 150  # good messages
 _COLUMNS = ("SCENARIO", "QUEUE", "MESSAGES", "LOST", "DOUBLED", "DEAD-LETTERED WRONGLY", "EXTRA ATTEMPTS")
-_ROW = "{:<58}  {:<8}  {:>8}  {:>4}  {:>7}  {:>21}  {:>14}"
+_ROW = "{:<62}  {:<8}  {:>8}  {:>4}  {:>7}  {:>21}  {:>14}"
 
 
 def main() -> int:
@@ -75,7 +75,7 @@ def _show(scenario: Scenario, name: str, emulator: Emulator | None) -> bool:
 
 def _row(result: Result) -> str:
     wrong = (len(result.lost), len(result.doubled), len(result.dead_lettered_wrongly))
-    return _ROW.format(result.scenario[:58], result.queue, result.messages, *wrong, result.extra_attempts)
+    return _ROW.format(result.scenario[:62], result.queue, result.messages, *wrong, result.extra_attempts)
 
 
 if __name__ == "__main__":

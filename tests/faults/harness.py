@@ -107,7 +107,7 @@ class Stage:
         self._settings = SETTINGS | dict(scenario.settings)
         self._running: list[subprocess.Popen[bytes]] = []
         self.logs: list[Path] = []
-        self._crashed = False
+        self._failing, self._met = sandbox.klaviyo.faults, 0
         self._always = [fault for number in scenario.refused for fault in _refusing(f"order-{number}")]
         self.bad = [*_poison(sandbox), *self.load.take(f"order-{number}" for number in scenario.refused)]
         self.messages = [*self.load.messages, *self.bad]
@@ -129,6 +129,13 @@ class Stage:
         self._running.append(worker.start("run"))
         self.logs.append(worker.log)
 
+    def all_up(self) -> None:
+        """Wait until every worker has begun: before that a signal finds a program that is still being loaded."""
+        deadline = time.monotonic() + 30
+        logs = self.logs[-len(self._running) :]
+        while any("started" not in log.read_text() for log in logs) and time.monotonic() < deadline:
+            self.wait(0.05)
+
     def wait(self, seconds: float) -> None:
         """Let time pass. A worker that ends meanwhile has failed."""
         time.sleep(seconds)
@@ -144,6 +151,7 @@ class Stage:
     def fail(self, service: str, *faults: Fault) -> None:
         """Have a service fail from now on; without faults, refuse connections."""
         server = self._server(service)
+        self._failing, self._met = server.faults, server.faults.met
         if faults:
             server.faults.add(*faults)
         else:
@@ -157,20 +165,23 @@ class Stage:
             server.faults.add(*self._always)
         server.start()
 
-    def met(self, service: str) -> int:
-        """Count the requests that met a fault."""
-        return self._server(service).faults.met
+    def until_met(self) -> None:
+        """Wait until a request meets what `fail` set up last: a scenario whose fault met nothing shows nothing."""
+        deadline = time.monotonic() + 20
+        while self._failing.met == self._met:
+            assert time.monotonic() < deadline, "no request met the fault"
+            self.wait(0.02)
 
     def kill(self) -> None:
         """Kill -9 the worker that was started first."""
         process = self._running.pop(0)
         process.kill()
         process.wait()
-        self._crashed = True
         self.queue.worker_died()
 
     def terminate(self) -> None:
         """Send SIGTERM to the worker that was started first; it must end in order."""
+        self.all_up()
         process = self._running.pop(0)
         process.send_signal(signal.SIGTERM)
         try:

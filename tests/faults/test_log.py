@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tests.faults import scenarios
 from tests.faults.harness import Scenario, Stage
 from tests.faults.queues import Embedded
-from worker.sandbox import Fault, Sandbox
+from worker.sandbox import Fault, Sandbox, sample_shop
 from worker.sandbox.commercetools import CLIENT_SECRET
 from worker.sandbox.klaviyo import KEY
 from worker.sandbox.notifications import sample_notifications
@@ -67,14 +67,15 @@ def test_the_log_of_a_full_fault_run_names_nobody(tmp_path: Path) -> None:
 
 def _everything(stage: Stage) -> None:
     """Let two workers meet every fault, one after the other, with samples of every message among the others."""
-    stage.queue.publish([TORN, *(sample.body for sample in sample_notifications(stage.sandbox.shop))])
+    stage.queue.publish([TORN, *(sample.body for sample in sample_notifications(sample_shop()))])
     stage.start()
     stage.start(KLAVIYO_WORKER_LOG_FORMAT="text")
     for service, faults in (("klaviyo", KLAVIYO), ("commercetools", COMMERCETOOLS)):
         for fault in faults:
             stage.publish(0.06)
             stage.fail(service, fault)
-            stage.wait(0.5)
+            stage.until_met()
+            stage.wait(0.2)
             stage.mend(service)
     stage.publish()
 
