@@ -99,12 +99,13 @@ class BulkEvents:
         cost at most C * (2 * MAX_REFUSALS + 1) bulk calls and N single ones, however many are refused. With
         pointers, B culprits, at most MAX_REFUSALS in a call, cost C + B bulk calls and C + B single ones.
         """
-        accepted: set[int] = set()
+        before, accepted = self._client.made(), set[int]()
         records = [_record(number, event) for number, event in enumerate(events)]
         try:
             alone = [record.number for call in _calls(records) for record in self._narrow(call, accepted)]
         except WorkerError as error:
-            return [Sent(None if number in accepted else error, 1) for number in range(len(events))]
+            was_sent = min(self._client.made() - before, 1)
+            return [Sent(None if number in accepted else error, was_sent) for number in range(len(events))]
         verdicts = dict(zip(alone, self._one_by_one([events[number] for number in alone]), strict=True))
         return [verdicts.get(number, Sent(None, 1)) for number in range(len(events))]
 

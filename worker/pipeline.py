@@ -110,6 +110,8 @@ class Pipeline:
         for job in jobs:
             sent = [next(results) for _ in job.operations]
             job.requests += sum(each.requests for each in sent)
+            if any(operation.fresh for operation in job.operations):
+                job.begun = any(each.requests for each in sent)
             errors = [each.error for each in sent if each.error is not None]
             worst = min(errors, key=lambda error: _SEVERITY.index(error.disposition), default=None)
             if worst is None and not job.operations:  # never ack what nothing was done for

@@ -212,7 +212,7 @@ SCENARIOS = (
     Scenario("worker: kill -9, three times", _killed, costless=(), lease=2, settings=_SLOWLY),
     Scenario("worker: kill -9 in an outage", _killed_in_an_outage, costless=(), lease=2),
     Scenario("worker: SIGTERM, twice", _terminated, costless=("embedded",), settings=_SLOWLY),
-    Scenario("worker: SIGTERM in an outage", _terminated_in_an_outage, costless=("embedded",)),
+    Scenario("worker: SIGTERM in an outage", _terminated_in_an_outage, costless=()),
     Scenario("worker: two of them", _two_workers, settings=_SHARED),
     Scenario("worker: one of two killed", _one_of_two_killed, costless=(), lease=2, settings=_SHARED),
 )

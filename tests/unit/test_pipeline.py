@@ -11,7 +11,7 @@ import pytest
 
 from adapters.base import Failure
 from tests.conftest import FakeDelivery
-from worker.errors import KlaviyoMisconfigured, Rejected, Transient, WorkerError
+from worker.errors import KlaviyoMisconfigured, Outage, Rejected, Transient, WorkerError
 from worker.mapping import Mapping
 from worker.metrics import Metrics
 from worker.model import Disposition, Enriched, Job, Notification, Operation, Sent
@@ -51,6 +51,7 @@ class Stages:
         self.enrich_errors: dict[str, Exception] = {}
         self.send_errors: dict[str, list[WorkerError | None]] = {}
         self.crash_in = ""
+        self.requests = 2
         self.enriched: list[list[str]] = []
         self.sent: list[Operation] = []
 
@@ -65,7 +66,7 @@ class Stages:
         self.sent += operations
         if self.crash_in == "send":
             raise KeyError("ada@example.com")
-        return [Sent((self.send_errors.get(operation.key) or [None])[0], 2) for operation in operations]
+        return [Sent((self.send_errors.get(operation.key) or [None])[0], self.requests) for operation in operations]
 
 
 def _with_customer(notification: Notification, now: datetime) -> Enriched:
@@ -266,9 +267,17 @@ def test_events_tried_again_in_place_are_not_fresh(of_orders: Pipeline, stages: 
     assert jobs[0].begun
 
 
-def test_events_of_a_message_held_for_long_are_not_fresh(
-    of_orders: Pipeline, stages: Stages, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_events_that_never_left_stay_fresh(of_orders: Pipeline, stages: Stages) -> None:
+    """In an outage most calls are held back; their messages may go in bulk later, and back to the queue for nothing."""
+    stages.requests = 0
+    stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [Outage("down")]
+    (job,) = run(of_orders, created(1))
+    assert not job.begun
+    of_orders.process([job])
+    assert [operation.fresh for operation in stages.sent] == [True, True]
+
+
+def test_events_of_a_message_held_for_long_are_not_fresh(of_orders: Pipeline, stages: Stages) -> None:
     """A worker that was stopped may have lost the lease, and another may have sent them."""
     job = of_orders.accept(created(1))
     job.received_at -= 31
