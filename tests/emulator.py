@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from google.pubsub_v1 import PublisherClient, PullRequest, SubscriberClient
+from google.pubsub_v1 import PublisherClient, PullRequest, StreamingPullResponse, SubscriberClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
@@ -154,15 +154,11 @@ class Subscription:
             time.sleep(0 if batch else 0.05)
 
     def unacked(self) -> list[bytes]:
-        """Take what was never acknowledged, even what somebody has leased."""
-        self.end_leases()
-        return bodies([entry.message for entry in self.pull(1.0)])
-
-    def end_leases(self) -> None:
-        """Have all that is leased delivered again: a snapshot knows nothing of leases."""
-        snapshot = self._path("snapshots", uuid.uuid4().hex[:8])
+        """Take what was never acknowledged, even what somebody has leased: a snapshot knows nothing of leases."""
+        snapshot = self._path("snapshots")
         self.subscriber.create_snapshot(name=snapshot, subscription=self.path)
         self.subscriber.seek(request={"subscription": self.path, "snapshot": snapshot})
+        return bodies([entry.message for entry in self.pull(1.0)])
 
     def dead_letters(self, at_least: int = 0, wait: float = 20.0) -> list[Any]:
         """Take the dead letters, waiting until there are so many."""
@@ -196,6 +192,7 @@ class Network(grpc.GenericRpcHandler):
     def __init__(self, emulator: Emulator) -> None:
         self.port = free_port()
         self._channel = grpc.insecure_channel(emulator.host, [("grpc.max_receive_message_length", -1)])
+        self._streams: list[tuple[grpc.ServicerContext, list[str]]] = []  # with the ack ids that came by them
         self.up()
 
     def up(self) -> None:
@@ -206,6 +203,17 @@ class Network(grpc.GenericRpcHandler):
 
     def down(self) -> None:
         self._server.stop(None).wait()
+
+    def end_leases(self, subscription: Subscription) -> None:
+        """Have what came by streams that are gone delivered again now, as when its leases run out."""
+        gone = [stream for stream in self._streams if not stream[0].is_active()]
+        self._streams = [stream for stream in self._streams if stream not in gone]
+        lost = [ack_id for _, ack_ids in gone for ack_id in ack_ids]
+        for start in range(0, len(lost), 500):
+            some = lost[start : start + 500]
+            subscription.subscriber.modify_ack_deadline(
+                subscription=subscription.path, ack_ids=some, ack_deadline_seconds=0
+            )
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
         if details.method.endswith("/StreamingPull"):
@@ -226,7 +234,11 @@ class Network(grpc.GenericRpcHandler):
         Thread(target=_pump, args=(requests, outgoing), daemon=True).start()
         try:
             upstream: Any = self._channel.stream_stream(method)
-            yield from upstream(iter(outgoing.get, None))
+            ack_ids: list[str] = []
+            self._streams.append((context, ack_ids))
+            for response in upstream(iter(outgoing.get, None)):
+                ack_ids += [entry.ack_id for entry in StreamingPullResponse.deserialize(response).received_messages]
+                yield response
         except grpc.RpcError as error:
             context.abort(error.code(), error.details() or "")
 

@@ -38,7 +38,8 @@ def main() -> int:
     emulator = None if arguments.queue == "embedded" else _emulator()
     names = [name for name in queues.NAMES if arguments.queue in {None, name} and (name == "embedded" or emulator)]
     try:
-        wrong = [not _show(scenario, name, emulator) for scenario in chosen for name in names]
+        pairs = [(scenario, name) for scenario in chosen for name in names if name in scenario.queues]
+        wrong = [not _show(*pair, emulator) for pair in pairs]
     finally:
         if emulator is not None:
             emulator.kill()
@@ -62,8 +63,7 @@ def _show(scenario: Scenario, name: str, emulator: Emulator | None) -> bool:
     directory = (LOGS / f"{''.join(c if c.isalnum() else '-' for c in scenario.name)[:60]}-{name}").resolve()
     directory.mkdir(parents=True)
     try:
-        queue = queues.PubSub(emulator) if emulator and name == "pubsub" else queues.Embedded(directory, scenario.lease)
-        result = run(scenario, name, queue, directory, SIZE)
+        result = run(scenario, name, _queue(scenario, name, directory, emulator), directory, SIZE)
     except AssertionError as error:
         click.echo(f"{scenario.name} on {name}: {error}")
         return False
@@ -71,6 +71,12 @@ def _show(scenario: Scenario, name: str, emulator: Emulator | None) -> bool:
     if not result.is_right:
         click.echo(f"    {result}")
     return result.is_right
+
+
+def _queue(scenario: Scenario, name: str, directory: Path, emulator: Emulator | None) -> queues.Queue:
+    if name == "pubsub" and emulator is not None:
+        return queues.PubSub(emulator, kills=scenario.kills)
+    return queues.Embedded(directory, kills=scenario.kills)
 
 
 def _row(result: Result) -> str:

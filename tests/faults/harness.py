@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 45.0  # seconds until everything must be settled, once a scenario has done its worst
 QUIET = 3.0  # seconds without a line in the log after which a worker on a queue that cannot tell has finished
+SHOWN = 12  # names in a message
 AHEAD = timedelta(seconds=5)  # by which commercetools' clock is ahead where what it made is not readable yet
 SETTINGS = {
     "KLAVIYO_WORKER_CONNECT_TIMEOUT": "1",
@@ -48,8 +49,8 @@ class Scenario:
     """What goes wrong.
 
     `refused`: orders that Klaviyo never takes. `fresh`: orders not in the shop yet when their messages come.
-    `costless`: the queues on which no message may need more than one delivery. `lease`: the embedded queue's,
-    in seconds. `size`: good messages, where it matters.
+    `costless`: the queues on which no message may need more than one delivery. `kills`: whether workers are killed.
+    `size`: good messages, where it matters.
     """
 
     name: str
@@ -57,7 +58,8 @@ class Scenario:
     refused: Sequence[int] = ()
     fresh: bool = False
     costless: Sequence[str] = NAMES
-    lease: int = 60
+    kills: bool = False
+    queues: Sequence[str] = NAMES
     size: int = 0
     sandbox: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -88,7 +90,7 @@ class Result:
             "dead-lettered wrongly": self.dead_lettered_wrongly,
             "still in the queue": self.unfinished,
         }
-        wrong = [f"{what}: {', '.join(which)}" for what, which in names.items() if which]
+        wrong = [f"{what} ({len(which)}): {_listed(which)}" for what, which in names.items() if which]
         return (
             f"{self.scenario} on {self.queue}: {'; '.join(wrong) or 'all well'}; extra attempts {self.extra_attempts}"
         )
@@ -204,6 +206,7 @@ class Stage:
             process = self._running.pop()
             process.kill()
             process.wait()
+        self.queue.close()
 
     def measure(self, scenario: str, queue: str) -> Result:
         """Return what became of the messages, once no worker runs."""
@@ -272,9 +275,13 @@ def run(scenario: Scenario, name: str, queue: Queue, directory: Path, size: int)
             scenario.script(stage)
             stage.publish()
             stage.finish()
+            return stage.measure(scenario.name, name)
         finally:
             stage.abandon()
-        return stage.measure(scenario.name, name)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join([*names[:SHOWN], *(["…"] if len(names) > SHOWN else [])])
 
 
 def _refusing(order: str) -> list[Fault]:

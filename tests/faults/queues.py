@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Protocol
 
 from adapters.embedded import EmbeddedQueue
-from tests.emulator import Emulator, Subscription, bodies
+from tests.emulator import Emulator, Network, Subscription, bodies
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
 NAMES = ("embedded", "pubsub")
+NOTICED = 1.0  # seconds in which the emulator has noticed that a worker's stream is gone
 
 
 class Queue(Protocol):
@@ -36,14 +38,17 @@ class Queue(Protocol):
     def worker_died(self) -> None:
         """Let the leases of a worker that was killed end soon."""
 
+    def close(self) -> None:
+        """Let go of what is open."""
+
 
 class Embedded:
-    """The embedded queue, in a file of its own. `lease`: seconds."""
+    """The embedded queue, in a file of its own; with `kills`, with leases that end soon."""
 
-    def __init__(self, directory: Path, lease: int) -> None:
+    def __init__(self, directory: Path, *, kills: bool) -> None:
         self._path = directory / "queue.db"
         self._queue = EmbeddedQueue(self._path)
-        self.environment = {"QUEUE_URL": f"embedded://{self._path}?lease={lease}"}
+        self.environment = {"QUEUE_URL": f"embedded://{self._path}?lease={2 if kills else 60}"}
 
     def publish(self, bodies: Sequence[bytes]) -> None:
         self._queue.publish(bodies)
@@ -61,14 +66,22 @@ class Embedded:
     def worker_died(self) -> None:
         """Do nothing: its leases are short."""
 
+    def close(self) -> None:
+        self._queue.close()
+
 
 class PubSub:
-    """A subscription of its own on Google's emulator."""
+    """A subscription of its own on Google's emulator.
 
-    def __init__(self, emulator: Emulator) -> None:
+    With `kills` behind a relay, which ends the stream of a worker that died; the emulator would believe in it.
+    """
+
+    def __init__(self, emulator: Emulator, *, kills: bool) -> None:
         self._subscription = Subscription(emulator)
+        self._network = Network(emulator) if kills else None
         self._dead: list[bytes] = []
-        self.environment = {"QUEUE_URL": self._subscription.url, "PUBSUB_EMULATOR_HOST": emulator.host}
+        host = f"127.0.0.1:{self._network.port}" if self._network else emulator.host
+        self.environment = {"QUEUE_URL": self._subscription.url, "PUBSUB_EMULATOR_HOST": host}
 
     def publish(self, bodies: Sequence[bytes]) -> None:
         self._subscription.publish(*bodies)
@@ -87,5 +100,11 @@ class PubSub:
         return self._subscription.unacked()
 
     def worker_died(self) -> None:
-        """End all leases, as a minute of waiting would."""
-        self._subscription.end_leases()
+        """End its leases, as a minute of waiting would."""
+        assert self._network is not None
+        time.sleep(NOTICED)
+        self._network.end_leases(self._subscription)
+
+    def close(self) -> None:
+        if self._network is not None:
+            self._network.down()

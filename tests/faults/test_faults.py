@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SIZE = 60  # good messages
-CASES = [(scenario, name) for scenario in scenarios.SCENARIOS for name in queues.NAMES]
+CASES = [(scenario, name) for scenario in scenarios.SCENARIOS for name in scenario.queues]
 
 
 @pytest.mark.parametrize(("scenario", "name"), CASES, ids=[f"{scenario.name}-{name}" for scenario, name in CASES])
@@ -29,5 +29,5 @@ def test_every_good_message_has_its_effect_once_and_every_bad_one_is_a_dead_lett
 
 def _queue(name: str, scenario: Scenario, directory: Path, request: pytest.FixtureRequest) -> queues.Queue:
     if name == "pubsub":
-        return queues.PubSub(request.getfixturevalue("emulator"))
-    return queues.Embedded(directory, scenario.lease)
+        return queues.PubSub(request.getfixturevalue("emulator"), kills=scenario.kills)
+    return queues.Embedded(directory, kills=scenario.kills)

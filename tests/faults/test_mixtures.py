@@ -26,5 +26,5 @@ def test_every_good_message_has_its_effect_once_and_nothing_else_is_buried(seed:
     scenario = mixture(seed)
     note(scenario.name)
     with tempfile.TemporaryDirectory() as directory:
-        result = run(scenario, "embedded", Embedded(Path(directory), scenario.lease), Path(directory), SIZE)
+        result = run(scenario, "embedded", Embedded(Path(directory), kills=scenario.kills), Path(directory), SIZE)
     assert result.is_right, str(result)
