@@ -199,7 +199,7 @@ SCENARIOS = (
         settings={"KLAVIYO_WORKER_MAX_BATCH": "100", "KLAVIYO_WORKER_LANES": "1"},
     ),
     replace(_klaviyo("400 for one record in an outage", ERROR_503), refused=(7,)),
-    Scenario("Klaviyo: documented rate limits", undisturbed, size=800, sandbox={"rate_limits": True, "latency": 0.0}),
+    Scenario("Klaviyo: documented rate limits", undisturbed, size=400, sandbox={"rate_limits": True, "latency": 0.0}),
     _commercetools("500", ERROR_500),
     _commercetools("429", THROTTLED),
     Scenario("commercetools: connections refused", outage("commercetools")),
