@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 OUTAGE_AFTER = 5  # calls to an endpoint that gave up, without one that succeeded in between
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries
+PAUSE_SHARE = 1 / 60  # of the hold; no pause is longer, so that a short hold has its tries too
 THROTTLE_PATIENCE = 60.0  # seconds; Klaviyo's longest window
 ASIDE = 1.0  # seconds after which calls that came while one was finding out come again
 
@@ -29,9 +30,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def pause(tries: int) -> float:
+def longest_pause(hold: float) -> float:
+    """Return the longest time between two tries, where messages are kept for `hold`; in seconds."""
+    return min(max(hold * PAUSE_SHARE, FIRST_PAUSE), LONGEST_PAUSE)
+
+
+def pause(tries: int, longest: float) -> float:
     """Return how long to wait after a number of failed tries, in seconds: doubling, with jitter."""
-    return random.uniform(0.5, 1.0) * min(FIRST_PAUSE * 2.0 ** min(tries, 16), LONGEST_PAUSE)  # noqa: S311
+    return random.uniform(0.5, 1.0) * min(FIRST_PAUSE * 2.0 ** min(tries, 16), longest)  # noqa: S311
 
 
 class Gates:
@@ -142,7 +148,8 @@ class Gate:
             elif self._failures < OUTAGE_AFTER and self._closed_by is None:
                 return error
             else:
-                seconds = max(error.retry_after or 0.0, pause(self._pauses))
+                longest = longest_pause(self._settings.outage_hold)
+                seconds = max(error.retry_after or 0.0, pause(self._pauses, longest))
                 self._outage.log(str(error), **self._about)
             self._pauses += 1
             self._closed_by, self._open_at, self._trying_since = error, time.monotonic() + seconds, None

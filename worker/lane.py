@@ -9,7 +9,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from worker.errors import Misconfigured, Transient
-from worker.gate import pause
+from worker.gate import longest_pause, pause
 from worker.model import Disposition
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Lane(Thread):
         self._settings = settings
         self._stopping = stopping
         self._ends = ends
+        self._longest_pause = longest_pause(settings.outage_hold)
+        self._hold = settings.outage_hold + min(settings.outage_hold, self._longest_pause)  # a last try, for sure
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         self._kept: list[Job] = []  # in the order they came
         self._ended = False
@@ -133,7 +135,7 @@ class Lane(Thread):
     def _is_spent(self, job: Job, now: float) -> bool:
         """Tell whether a message was kept as long as it may be. One that is parked may be kept for ever."""
         is_held = job.outcome is not None and job.outcome.disposition is Disposition.HOLD
-        return is_held and now - job.failed_at >= self._settings.outage_hold
+        return is_held and now - job.failed_at >= self._hold
 
     def _keep(self, jobs: Sequence[Job], now: float) -> None:
         for job in jobs:
@@ -143,8 +145,8 @@ class Lane(Thread):
                 job.due_at = now + (asked or self._settings.park_seconds)
                 self._ends.refused(cause)
             else:  # the last try is when the hold ends
-                last = max(job.failed_at + self._settings.outage_hold, now)
-                job.due_at = min(now + (asked or pause(job.tries - 1)), last)
+                last = max(job.failed_at + self._hold, now)
+                job.due_at = min(now + (asked or pause(job.tries - 1, self._longest_pause)), last)
         self._kept = [*jobs, *self._kept]
         self._in_flight.keep(jobs)
 

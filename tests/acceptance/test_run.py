@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import urllib3
 
 from tests.acceptance.conftest import Worker, log_lines
+from tests.emulator import free_port
 from worker.sandbox import Fault
 from worker.sandbox.notifications import change, message, sample_notifications
 
@@ -22,6 +25,15 @@ if TYPE_CHECKING:
 
 def updated(customer_id: str) -> dict[str, Any]:
     return change("ResourceUpdated", "customer", customer_id)
+
+
+def ask(port: int, path: str) -> tuple[int, str]:
+    """Return status and body; 0 while nobody listens."""
+    try:
+        answer = urllib3.request("GET", f"http://127.0.0.1:{port}{path}", retries=False)
+    except urllib3.exceptions.HTTPError:
+        return 0, ""
+    return answer.status, answer.data.decode()
 
 
 def wait_for(condition: Any, seconds: float = 20.0) -> None:
@@ -107,6 +119,61 @@ def test_failed_enrichment_is_never_acked(style: str, worker: Worker, sandbox: S
     assert worker("run", "--once").returncode == 0
     assert len(sandbox.account.profiles) == 1
     assert worker.dead_letters() == []
+
+
+@pytest.mark.parametrize(("seconds", "attempts"), [(2.0, 1), (6.0, 2)], ids=["20 minutes", "an hour"])
+def test_what_an_outage_costs(seconds: float, attempts: int, worker: Worker, sandbox: Sandbox) -> None:
+    """Shorter than the hold nothing, twice as long one more delivery: here the half hour is 3 s."""
+    customers = [name for name, customer in sandbox.shop.customers.items() if customer.get("email")]
+    sandbox.klaviyo.stop()
+    worker.publish(*map(updated, customers))
+    process = worker.start("run", "--outage-hold", "3", "--retry-seconds", "0.2", "--metrics-port", "0")
+    wait_for(lambda: sandbox.commercetools.requests)
+    time.sleep(seconds)
+    assert process.poll() is None
+    sandbox.klaviyo.start()
+    wait_for(lambda: len(sandbox.account.profiles) == len(customers))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    lines = [line for line in log_lines(worker.log.read_text()) if line["outcome"] == "sent"]
+    assert {line["attempt"] for line in lines} == {attempts}
+    assert worker.dead_letters() == []
+
+
+def test_health_and_metrics_tell_that_the_worker_is_parked(worker: Worker, sandbox: Sandbox) -> None:
+    """And that it goes on by itself once the key is accepted; the live probe never minds."""
+    port = free_port()
+    customer = next(iter(sandbox.shop.customers))
+    sandbox.klaviyo.faults.add(Fault(status=401, times=None))
+    worker.publish(updated(customer))
+    process = worker.start("run", "--metrics-port", str(port), "--park-seconds", "0.2")
+    wait_for(lambda: ask(port, "/readyz")[0] == 503)
+    assert "KLAVIYO_AUTH_KEY" in ask(port, "/readyz")[1]
+    assert ask(port, "/livez")[0] == 200
+    assert "klaviyo_worker_parked 1.0" in ask(port, "/metrics")[1]
+    sandbox.klaviyo.faults.clear()
+    wait_for(lambda: ask(port, "/readyz")[0] == 200)
+    wait_for(lambda: 'message_type="ResourceUpdated",outcome="sent"} 1.0' in ask(port, "/metrics")[1])
+    metrics = ask(port, "/metrics")[1]
+    assert "klaviyo_worker_parked 0.0" in metrics
+    assert "klaviyo_worker_queue_backlog_messages 0.0" in metrics
+    assert 'klaviyo_worker_klaviyo_requests_total{endpoint="POST /api/profile-import",status="401"}' in metrics
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
+def test_a_metrics_port_that_is_taken_is_said_and_costs_no_message(worker: Worker, sandbox: Sandbox) -> None:
+    """A second worker on a host must not stand still for want of a port."""
+    worker.publish(updated(next(iter(sandbox.shop.customers))))
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        process = worker.start("run", "--metrics-port", port)
+        wait_for(lambda: sandbox.account.profiles)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    (line,) = [line for line in worker.log.read_text().splitlines() if "metrics_not_served" in line]
+    assert port in line
+    assert "KLAVIYO_WORKER_METRICS_PORT" in line
 
 
 @pytest.mark.parametrize("action", ["respond", "reset", "after", "truncate"])

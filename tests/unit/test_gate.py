@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import Scripted
 from tests.unit.test_runner import settings_for
 from worker.errors import KlaviyoMisconfigured, Misconfigured, Outage, Rejected, Throttled, Transient
-from worker.gate import FIRST_PAUSE, LONGEST_PAUSE, OUTAGE_AFTER, Gates, pause
+from worker.gate import FIRST_PAUSE, LONGEST_PAUSE, OUTAGE_AFTER, Gates, longest_pause, pause
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -270,4 +270,10 @@ def test_an_outage_is_said_when_it_begins_and_when_it_is_over(caplog: pytest.Log
 
 def test_pauses_have_a_bound_whatever_the_number_of_tries() -> None:
     """No overflow after a weekend."""
-    assert pause(10**6) <= LONGEST_PAUSE
+    assert pause(10**6, LONGEST_PAUSE) <= LONGEST_PAUSE
+
+
+@pytest.mark.parametrize(("hold", "longest"), [(0, 1), (60, 1), (600, 10), (1800, 30), (86400, 30)])
+def test_a_short_hold_has_short_pauses(hold: float, longest: float) -> None:
+    """A last try that no gate lets through would end the hold in vain."""
+    assert longest_pause(hold) == longest
