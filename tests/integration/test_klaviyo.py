@@ -13,8 +13,9 @@ import urllib3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import Scripted
 from tests.integration.conftest import klaviyo_for, settings_for
-from worker.errors import KlaviyoMisconfigured, Rejected, Transient
+from worker.errors import KlaviyoMisconfigured, Rejected, Throttled, Transient
 from worker.http import pool, proxy_for
 from worker.klaviyo import Klaviyo, endpoint_of
 from worker.sandbox import Fault
@@ -82,9 +83,24 @@ def test_retry_after_is_obeyed(sandbox: Sandbox) -> None:
     client.call("POST", "/api/profile-import", PROFILE)
     assert time.monotonic() - began >= 1
     sandbox.klaviyo.faults.add(Fault(status=429, times=1, headers={"Retry-After": "600"}))
-    with pytest.raises(Transient) as error:
+    with pytest.raises(Throttled) as error:
         client.call("POST", "/api/profile-import", PROFILE)
     assert error.value.retry_after == 600
+
+
+def test_every_call_is_paced_and_its_answer_learnt_from(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By endpoint; what Klaviyo says of its limits reaches what paces the calls."""
+    client = klaviyo_for(sandbox)
+    waited, learnt = Scripted(), Scripted()
+    monkeypatch.setattr(client._limits, "wait", waited)
+    monkeypatch.setattr(client._limits, "answered", learnt)
+    sandbox.klaviyo.faults.add(Fault(status=429, times=1, headers={"Retry-After": "1"}))
+    client.call("POST", "/api/profile-import", PROFILE)
+    assert waited.calls == [("POST /api/profile-import",)] * 2
+    assert [(endpoint, status, retry_after) for endpoint, status, _, retry_after in learnt.calls] == [
+        ("POST /api/profile-import", 429, 1.0),
+        ("POST /api/profile-import", 201, None),
+    ]
 
 
 @pytest.mark.parametrize("header", ["soon", "Wed, 21 Oct 2015 07:28:00 GMT", "-5", "nan", "inf", "99 GMT"])
