@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from threading import Event
+from typing import TYPE_CHECKING, Any
 
 from worker import send
 
@@ -11,10 +12,14 @@ if TYPE_CHECKING:
 
     from worker.errors import WorkerError
     from worker.model import Operation
+    from worker.send.client import Client
 
 
 class Sender(send.Sender):
     """The worker's own."""
+
+    def __init__(self, client: Client, concurrency: int, **more: Any) -> None:
+        super().__init__(client, concurrency, Event(), **more)
 
     def send(self, operations: Sequence[Operation]) -> list[WorkerError | None]:  # type: ignore[override]
         """Return None or an error for each operation, whatever it cost."""

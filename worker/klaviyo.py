@@ -21,11 +21,13 @@ from worker.limits import Limits
 from worker.loose import as_dict, as_dicts, as_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from threading import Event
 
     import urllib3
 
     from worker.model import Json
+    from worker.send.client import Body
     from worker.settings import Settings
 
 REVISION = "2026-07-15"  # what our bodies are written for; the SDK's own is newer and moves with it
@@ -55,10 +57,11 @@ class Klaviyo:
             "Authorization": configuration.auth_settings()["Klaviyo-API-Key"]["value"],
         }
 
-    def call(self, method: str, path: str, body: Json | bytes | None = None, *, repeat: bool = True) -> Json:
+    def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
         """Call an endpoint, trying again for a while when it cannot answer now; return the decoded answer.
 
-        `body`: bytes are JSON already. `repeat` False: not sent again when its fate is unknown.
+        `body`: bytes are JSON already; a function is asked for them before every try, once the limits let it pass.
+        `repeat` False: not sent again when its fate is unknown.
         Raises Transient, Rejected (with the status) or KlaviyoMisconfigured.
         """
         content = orjson.dumps(body) if isinstance(body, dict) else body
@@ -75,8 +78,11 @@ class Klaviyo:
         """Return why calls are held back; "" when they are not."""
         return self._gates.outage()
 
-    def _call(self, endpoint: str, method: str, path: str, content: bytes | None) -> http.Response:
+    def _call(
+        self, endpoint: str, method: str, path: str, content: bytes | Callable[[], bytes] | None
+    ) -> http.Response:
         self._limits.wait(endpoint)
+        content = content() if callable(content) else content
         response = self._transport.request(endpoint, method, self._host + path, self._headers, content)
         self._limits.answered(endpoint, response.status, response.headers, http.retry_after(response.headers))
         http.check_passing(response)

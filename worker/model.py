@@ -77,6 +77,7 @@ class Kind(Enum):
     UPSERT_VARIANT = "upsert_variant"
     UPDATE_INVENTORY = "update_inventory"
     DELETE_STALE_VARIANTS = "delete_stale_variants"
+    DELETE_VARIANT = "delete_variant"  # what DELETE_STALE_VARIANTS finds
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ class Service:
         self._sender = Sender(
             klaviyo,
             settings.concurrency,
+            stopping,
             bulk_events=settings.bulk_events,
             bulk_threshold=settings.bulk_threshold,
         )

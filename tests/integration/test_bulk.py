@@ -18,7 +18,7 @@ from worker.transform.events import event
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from worker.bulk import Mode
+    from worker.send.events import Mode
 
 BULK, SINGLE = "/api/event-bulk-create-jobs", "/api/events"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,6 +13,9 @@ from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.model import Json, Kind, Operation
 from worker.send import request_for
 from worker.transform.catalog import catalog_id
+
+if TYPE_CHECKING:
+    from worker.send.client import Body
 
 NOT_FOUND = Rejected("missing", 404)
 CONFLICT = Rejected("exists", 409)
@@ -32,10 +35,10 @@ class Klaviyo:
     def made(self) -> int:
         return len(self.calls)
 
-    def call(self, method: str, path: str, body: Json | bytes | None = None, *, repeat: bool = True) -> Json:
+    def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
         name = f"{method} {path}"
         with self._lock:
-            assert not isinstance(body, bytes)
+            assert body is None or isinstance(body, dict)
             self.calls.append((name, body))
             answer: Any = self.script[name].popleft() if self.script[name] else {}
         if isinstance(answer, Exception):
@@ -280,7 +283,7 @@ def test_erasure_finds_the_profile_and_requests_its_deletion(sender: Sender, kla
 def test_no_operation_swallows_an_outage(kind: Kind, error: Exception, klaviyo: Klaviyo) -> None:
     """Whatever is asked for, an answer that never came is an error for its message."""
 
-    def unavailable(method: str, path: str, body: Json | bytes | None = None, *, repeat: bool = True) -> Json:
+    def unavailable(method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
         raise error
 
     klaviyo.call = unavailable  # type: ignore[method-assign]

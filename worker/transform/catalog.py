@@ -16,18 +16,23 @@ if TYPE_CHECKING:
 _PREFIX = "$custom:::$default:::"
 
 
-def catalog_id(external_id: str) -> str:
+def catalog_id(own_id: str) -> str:
     """Return Klaviyo's id of a custom catalog entry; the only form Klaviyo knows."""
-    return _PREFIX + external_id
+    return _PREFIX + own_id
+
+
+def external_id(entry_id: str) -> str:
+    """Return our own id of a custom catalog entry."""
+    return entry_id.removeprefix(_PREFIX)
 
 
 def category_operation(kind: Kind, category: Json, categories: ReadOnly[str, Json], mapping: Mapping) -> Operation:
     """Return an operation that writes a category under its breadcrumb."""
-    external_id = as_text(category.get("id"))
+    category_id = as_text(category.get("id"))
     attributes = {
-        "external_id": external_id,
-        "name": fields.breadcrumb(category, categories, mapping.locale) or external_id,
+        "external_id": category_id,
+        "name": fields.breadcrumb(category, categories, mapping.locale) or category_id,
         "integration_type": "$custom",
         "catalog_type": "$default",
     }
-    return Operation(kind, external_id, {"type": "catalog-category", "attributes": attributes})
+    return Operation(kind, category_id, {"type": "catalog-category", "attributes": attributes})

@@ -1,0 +1,99 @@
+"""[Operation] -> what became of each. The only stage that writes to Klaviyo; every write may be repeated.
+
+A few operations go one by one (single.py), many of a kind in bulk: events.py, profiles.py, catalog.py.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Protocol
+
+from worker.model import Kind, Operation, Sent
+from worker.send.catalog import BulkCatalog
+from worker.send.events import BulkEvents
+from worker.send.jobs import Jobs
+from worker.send.profiles import BulkProfiles
+from worker.send.requests import Request, request_for
+from worker.send.single import Single
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+    from threading import Event
+
+    from worker.send.client import Client
+    from worker.send.events import Mode
+
+__all__ = ["Request", "Sender", "request_for"]
+
+# What later phases need must be there first; within a phase operations go side by side.
+PHASES: tuple[frozenset[Kind], ...] = (
+    frozenset({Kind.CREATE_EVENT, Kind.UPSERT_PROFILE, Kind.UPSERT_CATEGORY, Kind.ENSURE_CATEGORY}),
+    frozenset({Kind.UPSERT_ITEM, Kind.DELETE_PROFILE}),
+    frozenset({Kind.DELETE_STALE_VARIANTS, Kind.DELETE_VARIANT}),  # first: a sku may have moved to another product
+    frozenset({Kind.UPSERT_VARIANT, Kind.UPDATE_INVENTORY}),
+    frozenset({Kind.DELETE_ITEM, Kind.DELETE_CATEGORY}),
+)
+
+
+class Bulk(Protocol):
+    """A way to carry out many operations in few calls."""
+
+    def choose(self, operations: Sequence[Operation]) -> Collection[tuple[Kind, str]]:
+        """Return kind and key of those of a batch that are to go this way; all of a batch are asked for, once."""
+
+    def send(self, operations: Sequence[Operation]) -> Sequence[Sent]:
+        """Carry out operations that were chosen; return what became of each, in their order."""
+
+
+class Sender:
+    """Carries out operations: a few side by side, many of a kind in bulk. Safe for many threads.
+
+    `stopping` ends the wait for jobs that Klaviyo works on.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        concurrency: int,
+        stopping: Event,
+        *,
+        bulk_events: Mode = "auto",
+        bulk_threshold: int = 10,
+    ) -> None:
+        self._executor = ThreadPoolExecutor(concurrency, thread_name_prefix="klaviyo")
+        self._single = Single(client)
+        jobs = Jobs(client, stopping)
+        self._bulks: tuple[Bulk, ...] = (
+            BulkEvents(client, self._one_by_one, bulk_events, bulk_threshold),
+            BulkProfiles(jobs, self._one_by_one, bulk_threshold),
+            BulkCatalog(client, jobs, self._single, self._executor, self._one_by_one, bulk_threshold),
+        )
+
+    def send(self, operations: Sequence[Operation]) -> list[Sent]:
+        """Carry out the operations; return what became of each, in their order.
+
+        Operations of one kind and key are done once: the last counts for all of them.
+        """
+        ways = {name: bulk for bulk in self._bulks for name in bulk.choose(operations)}
+        distinct = {(operation.kind, operation.key): operation for operation in operations}
+        results: dict[tuple[Kind, str], Sent] = {}
+        for phase in PHASES:
+            group = {name: operation for name, operation in distinct.items() if name[0] in phase}
+            singly = {name: operation for name, operation in group.items() if name not in ways}
+            under_way = self._one_by_one(list(singly.values()))
+            for bulk in self._bulks:
+                theirs = {name: operation for name, operation in group.items() if ways.get(name) is bulk}
+                if theirs:
+                    results |= zip(theirs, bulk.send(list(theirs.values())), strict=True)
+            results |= zip(singly, under_way, strict=True)
+        return [results[operation.kind, operation.key] for operation in operations]
+
+    def close(self) -> None:
+        """Drop what has not begun."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _one_by_one(self, operations: Sequence[Operation]) -> Iterable[Sent]:
+        """Begin to carry out the operations side by side, and yield their results."""
+        if len(operations) <= 1:  # an idle worker pays for no thread hop
+            return map(self._single.send, operations)
+        return self._executor.map(self._single.send, operations)

@@ -1,0 +1,244 @@
+"""Events in bulk: which may go, in calls that lanes fill together, narrowed to the culprit when one is refused.
+
+A refused call has recorded nothing, so its events may go in bulk again. A call without a proper answer may have
+recorded all: it is never repeated in bulk (docs/decisions/0011-bulk-events.md).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from functools import partial
+from threading import Condition, Lock
+from typing import TYPE_CHECKING, Literal
+
+import cachetools
+import orjson
+
+from worker.errors import Transient, WorkerError
+from worker.loose import as_dict, as_text
+from worker.model import Kind, Operation, Sent
+from worker.send.client import completed
+from worker.send.narrow import narrow
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from worker.send.client import Client, OneByOne
+
+MAX_EVENTS, MAX_BYTES = 1_000, 5_000_000  # of a call: https://developers.klaviyo.com/en/reference/bulk_create_events
+_REMEMBERED = 50_000  # events sent lately; forgetting one could double it where Klaviyo does not count earlier calls
+_PATH = "/api/event-bulk-create-jobs"
+_HEAD = b'{"data":{"type":"event-bulk-create-job","attributes":{"events-bulk-create":{"data":['
+_TAIL = b"]}}}}"
+_ENTRY = (b'{"type":"event-bulk-create","attributes":{"profile":', b',"events":{"data":[', b"]}}}")
+_CULPRIT = re.compile(r"/data/attributes/events-bulk-create/data/(\d+)(?:/attributes/events/data/(\d+))?(?:/|$)")
+
+Mode = Literal["auto", "always", "never"]
+
+
+@dataclass(slots=True)
+class _Share:
+    """How many of a lane's records no call has taken yet, and how many have not ended."""
+
+    untaken: int = 0
+    open: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Record:
+    """An event as the bytes of a bulk call, and how it ended; `verdict` None: it is to go alone."""
+
+    profile: bytes
+    event: bytes
+    share: _Share
+    has_ended: bool = False
+    verdict: Sent | None = None
+
+
+_Entries = dict[bytes, list[_Record]]  # by profile, in the order of the call
+
+
+class BulkEvents:
+    """Sends events in bulk. Safe for many threads, whose events share calls."""
+
+    def __init__(self, client: Client, one_by_one: OneByOne, mode: Mode, threshold: int) -> None:
+        self._calls = _Calls(client)
+        self._one_by_one = one_by_one
+        self._mode = mode
+        self._threshold = threshold
+        self._sent: cachetools.LRUCache[int, bool] = cachetools.LRUCache(_REMEMBERED)
+        self._lock = Lock()
+
+    def choose(self, operations: Sequence[Operation]) -> list[tuple[Kind, str]]:
+        """Return the names of the events that are to go in bulk; none, when they are only a handful.
+
+        All events count as sent from now on: what becomes of a call may never be known.
+        """
+        same: dict[tuple[str, str], list[Operation]] = defaultdict(list)
+        for operation in operations:
+            if operation.kind is Kind.CREATE_EVENT:
+                same[_id(operation)].append(operation)
+        with self._lock:
+            chosen = [events[-1] for event_id, events in same.items() if self._may_go(event_id, events)]
+            self._sent.update(dict.fromkeys(map(hash, same), True))
+        return [(event.kind, event.key) for event in chosen] if len(chosen) > self._threshold else []
+
+    def _may_go(self, event_id: tuple[str, str], events: Sequence[Operation]) -> bool:
+        metric_and_id = all(event_id)  # without an id, two events of a second would be one
+        if self._mode == "auto":
+            return metric_and_id and len(events) == 1 and events[0].fresh and hash(event_id) not in self._sent
+        return metric_and_id and self._mode == "always"
+
+    def send(self, operations: Sequence[Operation]) -> list[Sent]:
+        """Send the events, no metric and unique_id twice; return what became of each, in their order.
+
+        A call that fails leaves its error to its events; a refused one is narrowed, see narrow.py.
+        """
+        share = _Share()
+        records = [_record(event, share) for event in operations]
+        self._calls.send([record for record in records if _fits(record)], share)
+        return completed(operations, [record.verdict for record in records], self._one_by_one)
+
+
+class _Calls:
+    """Bulk calls that several lanes fill together (group commit).
+
+    One lane at a time waits for its turn within Klaviyo's limits. When it comes, it takes all that waits, up to
+    a call's limits, whoever's it is: the longer the wait, the fuller the call.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._waiting: deque[_Record] = deque()
+        self._changed = Condition()
+        self._is_next_taken = False  # a lane waits for the next call's turn
+
+    def send(self, records: Sequence[_Record], share: _Share) -> None:
+        """Return once every record has ended."""
+        with self._changed:
+            share.untaken = share.open = len(records)
+            self._waiting.extend(records)
+        while self._is_mine_to_make(share):
+            self._make(share)
+
+    def _is_mine_to_make(self, share: _Share) -> bool:
+        """Wait until the share has ended, False, or the next call is this lane's to make, True."""
+        with self._changed:
+            self._changed.wait_for(lambda: not share.open or (share.untaken and not self._is_next_taken))
+            self._is_next_taken = self._is_next_taken or share.open > 0
+            return share.open > 0
+
+    def _make(self, share: _Share) -> None:
+        """Make a call, and those that follow from its refusal, and end all its records."""
+        load: list[_Record] = []
+        before = self._client.made()
+        error: WorkerError | None = Transient("a bulk call of events broke off")  # by a defect
+        try:
+            self._end(self._call(load), None)
+            error = None
+        except WorkerError as failure:
+            error = failure
+        finally:
+            self._end(load or self._take_back(share), Sent(error, min(self._client.made() - before, 1)))
+
+    def _call(self, load: list[_Record]) -> list[_Record]:
+        """Send what waits when the call's turn has come, the load; return which of it must go alone."""
+
+        def send(part: list[_Record]) -> None:
+            self._client.call("POST", _PATH, partial(self._body, part), repeat=False)
+            self._end(part, Sent(None, 1))
+
+        return narrow(load, send, _culprits)
+
+    def _body(self, records: list[_Record]) -> bytes:
+        """Return the call as bytes. With no records yet, this is its turn to take what waits."""
+        if not records:
+            records.extend(self._take())
+        return _body(_entries(records))
+
+    def _take(self) -> list[_Record]:
+        """Take what the next call has room for, and leave the one after it to others."""
+        taken: list[_Record] = []
+        profiles: set[bytes] = set()
+        size = len(_HEAD + _TAIL)
+        with self._changed:
+            while self._waiting and len(taken) < MAX_EVENTS:
+                size += _size(self._waiting[0], profiles)
+                if taken and size > MAX_BYTES:
+                    break
+                record = self._waiting.popleft()
+                record.share.untaken -= 1
+                profiles.add(record.profile)
+                taken.append(record)
+            self._is_next_taken = False
+            self._changed.notify_all()
+        return taken
+
+    def _take_back(self, share: _Share) -> list[_Record]:
+        """Take out a lane's own records: the call it was to make cannot be made."""
+        with self._changed:
+            own = [record for record in self._waiting if record.share is share]
+            self._waiting = deque(record for record in self._waiting if record.share is not share)
+            share.untaken = 0
+            self._is_next_taken = False
+            self._changed.notify_all()
+        return own
+
+    def _end(self, records: Iterable[_Record], verdict: Sent | None) -> None:
+        with self._changed:
+            for record in records:
+                if not record.has_ended:
+                    record.has_ended, record.verdict = True, verdict
+                    record.share.open -= 1
+            self._changed.notify_all()
+
+
+def _id(event: Operation) -> tuple[str, str]:
+    """Return metric and unique_id. The profile is left out: Klaviyo may know one by several identifiers."""
+    attributes = as_dict(as_dict(event.resource).get("attributes"))
+    metric = as_dict(as_dict(as_dict(attributes.get("metric")).get("data")).get("attributes"))
+    return as_text(metric.get("name")), as_text(attributes.get("unique_id"))
+
+
+def _record(event: Operation, share: _Share) -> _Record:
+    resource = event.resource or {}
+    attributes = {name: value for name, value in resource["attributes"].items() if name != "profile"}
+    profile = orjson.dumps(resource["attributes"]["profile"])
+    return _Record(profile, orjson.dumps(resource | {"attributes": attributes}), share)
+
+
+def _fits(record: _Record) -> bool:
+    return len(_HEAD + _TAIL) + _size(record, set()) <= MAX_BYTES
+
+
+def _size(record: _Record, profiles: set[bytes]) -> int:
+    """Return how many bytes a record adds to a call that names these profiles; a comma is counted for each."""
+    entry = 0 if record.profile in profiles else len(b"".join(_ENTRY)) + len(record.profile) + 1
+    return entry + len(record.event) + 1
+
+
+def _entries(records: Iterable[_Record]) -> _Entries:
+    entries: _Entries = defaultdict(list)
+    for record in records:
+        entries[record.profile].append(record)
+    return entries
+
+
+def _body(entries: _Entries) -> bytes:
+    """Join the fragments: nothing is serialised twice."""
+    begin, middle, end = _ENTRY
+    written = (
+        b"".join((begin, profile, middle, b",".join(record.event for record in records), end))
+        for profile, records in entries.items()
+    )
+    return b"".join((_HEAD, b",".join(written), _TAIL))
+
+
+def _culprits(records: list[_Record], pointer: str) -> list[_Record]:
+    """Return the event a pointer names, or all of the profile it names; [] when it names none that is there."""
+    match = _CULPRIT.match(pointer)
+    entry = list(_entries(records).values())[int(match[1]) :][:1] if match else []
+    found = entry[0] if entry else []
+    return found[int(match[2]) :][:1] if match and match[2] else found

@@ -1,0 +1,178 @@
+"""Klaviyo's bulk jobs: posted in chunks, waited for, and what in them did not succeed."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, NamedTuple
+
+from worker.errors import Rejected, Transient, WorkerError
+from worker.loose import as_dict, as_dicts, as_int, as_text
+from worker.model import Json, Sent
+from worker.send.client import pages
+from worker.send.narrow import narrow
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from threading import Event
+
+    from worker.send.client import Client
+
+MAX_BYTES = 5_000_000  # of a call: https://developers.klaviyo.com/en/reference/bulk_import_profiles
+_AROUND = 200  # bytes of a call around its entries, at most
+IN_PROGRESS = 25  # jobs of one batch at a time; Klaviyo takes 500 of an account
+FIRST_LOOK, LONGEST_LOOK = 0.25, 5.0  # seconds until Klaviyo is asked how far a job is
+PATIENCE = 120.0  # seconds for a job; after that its entries go one by one
+PROFILES = "profile-bulk-import-job"
+_CULPRIT = re.compile(r"/data/attributes/\w+/data/(\d+)(?:/|$)")
+_ENDED = frozenset({"complete", "cancelled"})
+
+
+class JobKind(NamedTuple):
+    """A kind of job: its JSON:API type, what its entries are called, and how many a call takes."""
+
+    type: str
+    member: str
+    most: int
+
+    @property
+    def path(self) -> str:
+        """Return the endpoint."""
+        return f"/api/{self.type}s"
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """What a job is to work on: external id and JSON. `verdict` None: it must go alone."""
+
+    key: str
+    body: bytes
+    verdict: Sent | None = None
+
+
+class Jobs:
+    """Has Klaviyo work on many entries at once. Safe for many threads, which share what they ask about jobs."""
+
+    def __init__(self, client: Client, stopping: Event) -> None:
+        self._client = client
+        self._stopping = stopping
+        self._listing: dict[str, Json] = {}
+        self._listed_at = float("-inf")  # monotonic seconds
+        self._lock = Lock()
+
+    def run(self, kind: JobKind, entries: Sequence[Entry]) -> list[Sent | None]:
+        """Have entries worked on; return what became of each, None for those that must go alone."""
+        chunks = list(_chunks(kind, entries))
+        for first in range(0, len(chunks), IN_PROGRESS):
+            jobs: dict[str, list[Entry]] = {}
+            for chunk in chunks[first : first + IN_PROGRESS]:
+                self._post(kind, chunk, jobs)
+            for job_id, chunk in jobs.items():
+                self._conclude(kind, job_id, chunk)
+        return [entry.verdict for entry in entries]
+
+    def _post(self, kind: JobKind, chunk: list[Entry], jobs: dict[str, list[Entry]]) -> None:
+        """Start a job, or several where a refusal is narrowed."""
+        before, started = self._client.made(), set[Entry]()
+
+        def send(part: list[Entry]) -> None:
+            jobs[self._start(kind, part)] = part
+            started.update(part)
+
+        try:
+            narrow(chunk, send, _culprits)
+        except WorkerError as error:
+            verdict = Sent(error, min(self._client.made() - before, 1))
+            for entry in set(chunk) - started:
+                entry.verdict = verdict
+
+    def _start(self, kind: JobKind, entries: list[Entry]) -> str:
+        head = f'{{"data":{{"type":"{kind.type}","attributes":{{"{kind.member}":{{"data":['.encode()
+        body = b"".join((head, b",".join(entry.body for entry in entries), b"]}}}}"))
+        job_id = as_text(as_dict(self._client.call("POST", kind.path, body).get("data")).get("id"))
+        if not job_id:
+            raise Transient(f"Klaviyo answered to POST {kind.path} without a job")
+        return job_id
+
+    def _conclude(self, kind: JobKind, job_id: str, entries: list[Entry]) -> None:
+        """Wait for a job and give its entries their verdicts; those that failed, or may have, get none."""
+        try:
+            failed = self._failed(kind, job_id, self._ended(kind, job_id))
+        except Rejected:
+            return
+        except WorkerError as error:
+            for entry in entries:
+                entry.verdict = Sent(error, 1)
+            return
+        for entry in entries:
+            entry.verdict = None if failed is None or entry.key in failed else Sent(None, 1)
+
+    def _ended(self, kind: JobKind, job_id: str) -> Json:
+        """Return the job as it ended; {} when it takes too long. Raises WorkerError."""
+        began, looked_at, pause = time.monotonic(), time.monotonic(), FIRST_LOOK
+        while time.monotonic() - began < PATIENCE:
+            if self._stopping.wait(pause):
+                raise Transient(f"stopped while Klaviyo worked on a {kind.type}")
+            now = time.monotonic()
+            job = as_dict(self._look(kind, job_id, looked_at).get("attributes"))
+            if job.get("status") in _ENDED:
+                return job
+            looked_at, pause = now, min(pause * 1.5, LONGEST_LOOK)
+        return {}
+
+    def _look(self, kind: JobKind, job_id: str, looked_at: float) -> Json:
+        """Return a job as it is. All import jobs are read in one call, as there may be few: 150 a minute."""
+        if kind.type == PROFILES:
+            with self._lock:
+                if self._listed_at <= looked_at:
+                    self._listed_at = time.monotonic()
+                    self._listing = self._recent(kind)
+                if found := self._listing.get(job_id):
+                    return found
+        return as_dict(self._client.call("GET", f"{kind.path}/{job_id}").get("data"))
+
+    def _recent(self, kind: JobKind) -> dict[str, Json]:
+        fields = f"fields%5B{kind.type}%5D=status,failed_count"
+        path = f"{kind.path}?sort=-created_at&page%5Bsize%5D=100&{fields}"
+        return {as_text(job.get("id")): job for job in as_dicts(self._client.call("GET", path).get("data"))}
+
+    def _failed(self, kind: JobKind, job_id: str, job: Json) -> set[str] | None:
+        """Return the external ids of what failed; None when that cannot be told. Raises WorkerError."""
+        if job.get("status") != "complete":
+            return None
+        count = as_int(job.get("failed_count")) or 0
+        errors = as_dicts(job.get("errors"))
+        if count and kind.type == PROFILES:
+            path = f"{kind.path}/{job_id}/import-errors?page%5Bsize%5D=100"
+            errors = [as_dict(error.get("attributes")) for error in pages(self._client, path)]
+        failed = set(map(_key_of, errors))
+        return None if "" in failed or len(failed) < count else failed
+
+
+def _chunks(kind: JobKind, entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Split entries so that each call is within the limits."""
+    chunk: list[Entry] = []
+    size = 0
+    for entry in entries:
+        added = len(entry.body) + 1
+        if chunk and (len(chunk) == kind.most or size + added > MAX_BYTES - _AROUND):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(entry)
+        size += added
+    if chunk:
+        yield chunk
+
+
+def _culprits(entries: list[Entry], pointer: str) -> list[Entry]:
+    match = _CULPRIT.match(pointer)
+    return entries[int(match[1]) :][:1] if match else []
+
+
+def _key_of(error: Json) -> str:
+    """Return the external id of the entry an error is about: catalog jobs name it, import jobs quote the entry."""
+    quoted = as_dict(error.get("original_payload"))
+    about = (as_dict(error.get("meta")), as_dict(quoted.get("attributes")), quoted)
+    return next(filter(None, (as_text(each.get("external_id")) for each in about)), "")

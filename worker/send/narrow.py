@@ -1,0 +1,47 @@
+"""A bulk call that is refused, narrowed to the records at fault: by pointer, by halves, at last one by one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from worker.errors import Rejected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAX_REFUSALS = 20  # of one call's parts; two culprits among 1,000 are found without pointers
+
+R = TypeVar("R")
+
+
+def narrow(records: list[R], send: Callable[[list[R]], object], blamed: Callable[[list[R], str], list[R]]) -> list[R]:
+    """Send records in as few calls as their culprits allow; return those that are to go alone.
+
+    `send` raises Rejected when what it was given is refused as a whole; `blamed` returns which of it a pointer
+    names. With a pointer each, B culprits cost B more calls; never more than 2 * MAX_REFUSALS.
+    """
+    alone: list[R] = []
+    waiting, refusals = [records], 0
+    while waiting:
+        part = waiting.pop()
+        if refusals and (len(part) <= 1 or refusals == MAX_REFUSALS):
+            alone += part
+            continue
+        try:
+            send(part)
+        except Rejected as refusal:
+            refusals += 1
+            culprits = blamed(part, refusal.pointer)
+            alone += culprits
+            waiting += [_except(culprits, part)] if culprits else _halves(part)
+    return alone
+
+
+def _except(culprits: list[R], records: list[R]) -> list[R]:
+    left_out = set(map(id, culprits))
+    return [record for record in records if id(record) not in left_out]
+
+
+def _halves(records: list[R]) -> list[list[R]]:
+    middle = len(records) // 2
+    return [records[middle:], records[:middle]]

@@ -1,0 +1,60 @@
+"""Profiles in bulk: import jobs, acknowledged when Klaviyo says they are complete."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import orjson
+
+from worker.identifiers import BY_STRENGTH
+from worker.loose import as_text
+from worker.model import Json, Kind, Operation, Sent
+from worker.send.client import completed
+from worker.send.jobs import PROFILES, Entry, JobKind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from worker.send.client import OneByOne
+    from worker.send.jobs import Jobs
+
+_JOB = JobKind(PROFILES, "profiles", 10_000)  # https://developers.klaviyo.com/en/reference/bulk_import_profiles
+
+
+class BulkProfiles:
+    """Upserts profiles in bulk; those that fail go one by one, where conflicts are resolved."""
+
+    def __init__(self, jobs: Jobs, one_by_one: OneByOne, threshold: int) -> None:
+        self._jobs = jobs
+        self._one_by_one = one_by_one
+        self._threshold = threshold
+
+    def choose(self, operations: Sequence[Operation]) -> list[tuple[Kind, str]]:
+        """Return the names of the upserts that are to go in bulk; none, when they are only a handful.
+
+        Two that share an identifier go one by one: nothing is said about their order within a job.
+        """
+        upserts = {operation.key: operation for operation in operations if operation.kind is Kind.UPSERT_PROFILE}
+        named = Counter(identifier for upsert in upserts.values() for identifier in _identifiers(upsert))
+        chosen = [key for key, upsert in upserts.items() if all(named[each] == 1 for each in _identifiers(upsert))]
+        return [(Kind.UPSERT_PROFILE, key) for key in chosen] if len(chosen) > self._threshold else []
+
+    def send(self, operations: Sequence[Operation]) -> list[Sent]:
+        """Import the profiles; return what became of each, in their order."""
+        entries = [Entry(_external_id(upsert), orjson.dumps(upsert.resource)) for upsert in operations]
+        return completed(operations, self._jobs.run(_JOB, entries), self._one_by_one)
+
+
+def _attributes(upsert: Operation) -> Json:
+    attributes: Json = (upsert.resource or {})["attributes"]
+    return attributes
+
+
+def _external_id(upsert: Operation) -> str:
+    return as_text(_attributes(upsert).get("external_id"))
+
+
+def _identifiers(upsert: Operation) -> list[tuple[str, str]]:
+    attributes = _attributes(upsert)
+    return [(name, as_text(attributes[name])) for name in BY_STRENGTH if name in attributes]

@@ -1,0 +1,72 @@
+"""What an operation is as a request: paths and bodies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from worker.model import Json, Kind, Operation
+from worker.transform.catalog import catalog_id
+
+COLLECTION = {
+    Kind.UPSERT_CATEGORY: "catalog-categories",
+    Kind.ENSURE_CATEGORY: "catalog-categories",
+    Kind.DELETE_CATEGORY: "catalog-categories",
+    Kind.UPSERT_ITEM: "catalog-items",
+    Kind.DELETE_ITEM: "catalog-items",
+    Kind.DELETE_STALE_VARIANTS: "catalog-items",
+    Kind.UPSERT_VARIANT: "catalog-variants",
+    Kind.UPDATE_INVENTORY: "catalog-variants",
+    Kind.DELETE_VARIANT: "catalog-variants",
+}
+_CREATE_ONLY = frozenset({"external_id", "integration_type", "catalog_type"})
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An HTTP request to Klaviyo."""
+
+    method: str
+    path: str
+    body: Json | None = None
+
+
+def request_for(operation: Operation) -> Request:
+    """Return the request that carries out an operation, or the first of them: its whole meaning for a reader."""
+    match operation.kind:
+        case Kind.CREATE_EVENT:
+            return Request("POST", "/api/events", {"data": operation.resource})
+        case Kind.UPSERT_PROFILE:
+            return Request("POST", "/api/profile-import", {"data": operation.resource})
+        case Kind.DELETE_PROFILE:
+            return deletion(f"the profile with external_id {operation.key}")
+        case Kind.DELETE_STALE_VARIANTS:
+            return Request("GET", entry_path(operation) + "/variants", {"keep": sorted(operation.keep)})
+        case Kind.DELETE_ITEM | Kind.DELETE_CATEGORY | Kind.DELETE_VARIANT:
+            return Request("DELETE", entry_path(operation))
+        case Kind.UPDATE_INVENTORY:
+            return Request("PATCH", entry_path(operation), {"data": operation.resource})
+        case _:
+            return Request("POST", f"/api/{COLLECTION[operation.kind]}", {"data": operation.resource})
+
+
+def entry_path(operation: Operation) -> str:
+    """Return the path of the catalog entry an operation is about."""
+    return f"/api/{COLLECTION[operation.kind]}/{quote(catalog_id(operation.key), safe='$:')}"
+
+
+def update_of(operation: Operation) -> Json:
+    """Return the resource that updates what UPSERT_* would create."""
+    resource = operation.resource or {}
+    attributes = {n: v for n, v in resource["attributes"].items() if n not in _CREATE_ONLY}
+    update = {"type": resource["type"], "id": catalog_id(operation.key), "attributes": attributes}
+    if operation.kind is not Kind.UPSERT_VARIANT and "relationships" in resource:
+        update["relationships"] = resource["relationships"]  # a variant never changes its item
+    return update
+
+
+def deletion(profile_id: str) -> Request:
+    """Return the request to erase a profile by Klaviyo's id."""
+    profile = {"data": {"type": "profile", "id": profile_id, "attributes": {}}}
+    data = {"type": "data-privacy-deletion-job", "attributes": {"profile": profile}}
+    return Request("POST", "/api/data-privacy-deletion-jobs", {"data": data})
