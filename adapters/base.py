@@ -26,8 +26,8 @@ class QueueURLError(QueueError):
 class QueueOptions:
     """What a worker asks of its queue; an adapter uses what applies to it."""
 
-    max_messages: int = 500  # received and not settled, at once
-    max_bytes: int = 64_000_000  # of their bodies
+    max_messages: int = 2_000  # received and not settled, at once
+    max_bytes: int = 16_000_000  # of their bodies
     direct_dead_letter: bool = False  # bury with a reason at once, instead of by the queue's own policy
     port: int = 6789  # to listen on, where messages are pushed and the URL names no port
 
@@ -71,13 +71,13 @@ class Delivery(Protocol):
 class QueueAdapter(Protocol):
     """A queue that leases messages, at least once, to any number of workers.
 
-    All methods may be called from several threads. Settling (`ack`, `nack`, `dead_letter`) and
-    `extend` never raise for a lost lease: the message will come again, which is no error.
+    All methods may be called from several threads. Settling (`ack`, `nack`, `dead_letter`) and `extend` never
+    raise for a lease that is lost already: the message will come again, which is no error.
     """
 
     @property
     def lease(self) -> float | None:
-        """Seconds a delivery stays ours without `extend`; None where the client keeps it by itself."""
+        """Seconds a delivery stays ours without `extend`; None where nothing can extend it."""
 
     def receive(self, max_messages: int, wait: float) -> Sequence[Delivery]:
         """Return up to `max_messages`, waiting at most `wait` seconds for the first; [] when idle.
@@ -103,7 +103,10 @@ class QueueAdapter(Protocol):
         """
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Keep the leases for `seconds` from now; nothing to do where the client leases by itself."""
+        """Keep the leases for `seconds` from now; nothing to do where nothing can extend them.
+
+        Raises QueueError when the queue cannot be told: the leases may end.
+        """
 
     def backlog(self) -> int | None:
         """Count the messages not yet settled: ready, delayed and leased.

@@ -160,7 +160,8 @@ class PubSubQueue:
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
         """Extend these and what waits to be received: a stream that ended extends nothing."""
         messages = [*_messages(deliveries), *self._stream.waiting()]
-        self._settlement.extend(messages, math.ceil(seconds))
+        if not self._settlement.extend(messages, math.ceil(seconds)):
+            raise QueueError("Pub/Sub was not told of all leases")
 
     def backlog(self) -> int | None:
         """Count what was sent back and is expected again; Pub/Sub itself does not tell."""

@@ -50,16 +50,18 @@ class Settlement:
         """Have the messages come again in `seconds`, at most 600."""
         self._tell("nack", self._client.modify_ack_deadline, messages, NACK_PATIENCE, ack_deadline_seconds=seconds)
 
-    def extend(self, messages: Sequence[Message], seconds: int) -> None:
-        """Keep the leases for `seconds` from now, at most 600.
+    def extend(self, messages: Sequence[Message], seconds: int) -> bool:
+        """Keep the leases for `seconds` from now, at most 600; return whether Pub/Sub was told of all.
 
         Tried once: it is done anew long before the leases end, and one that insists could undo a nack made meanwhile.
         """
-        self._tell("extend", self._client.modify_ack_deadline, messages, 0.0, ack_deadline_seconds=seconds)
+        return self._tell("extend", self._client.modify_ack_deadline, messages, 0.0, ack_deadline_seconds=seconds)
 
     def _tell(
         self, action: str, call: Callable[..., object], messages: Sequence[Message], patience: float, **about: int
-    ) -> None:
+    ) -> bool:
+        """Return whether Pub/Sub was told of all."""
+        failed = 0
         for start in range(0, len(messages), MAX_IDS):
             ids = [message.ack_id for message in messages[start : start + MAX_IDS]]
             request: dict[str, Any] = {"subscription": self._path, "ack_ids": ids, **about}
@@ -73,8 +75,10 @@ class Settlement:
                 left, reason = len(retrying(_told, call, request)), "told to try again"
             except (google.GoogleAPIError, ValueError) as error:  # ValueError: the connection was closed
                 left, reason = len(request["ack_ids"]), str(error)
+            failed += left
             if left:
                 log.warning("settling_failed", extra={"action": action, "messages": left, "reason": reason})
+        return not failed
 
 
 def _told(call: Callable[..., object], request: dict[str, Any]) -> list[str]:

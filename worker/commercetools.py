@@ -114,7 +114,7 @@ class Commercetools:
         self._token = _Token(settings, observe)
         self._url = f"{settings.ct_api_url}/{quote(settings.ct_project_id, safe='')}"
         self._gates = Gates("commercetools", settings, stopping)
-        self._transport = http.Transport(http.pool(self._url, settings.lanes), settings, observe)
+        self._transport = http.Transport(http.pool(self._url, settings.threads), settings, observe)
 
     def find(self, query: Query, values: Collection[str]) -> Found:
         """Find by chunked queries; a chunk that fails fails only its own values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -87,7 +88,8 @@ class Operation:
     Two operations of a kind with the same `key` in one batch are one: the last state counts. `resource`
     is the JSON:API object (`type`, `id`, `attributes`, `relationships`); None where the key says all.
     `keep` are the variants DELETE_STALE_VARIANTS leaves alone; `otherwise` gives what to do instead
-    when Klaviyo does not have what is to be updated. `fresh`: nobody can have sent this event before.
+    when Klaviyo does not have what is to be updated. `fresh` tells, at any time, whether nobody can have sent
+    this event before; None: somebody can.
     """
 
     kind: Kind
@@ -96,7 +98,12 @@ class Operation:
     keep: frozenset[str] = frozenset()
     otherwise: Callable[[], Iterable[Operation]] | None = field(default=None, repr=False)
     cut: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
-    fresh: bool = False
+    fresh: Callable[[], bool] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def name(self) -> tuple[Kind, str]:
+        """Return what makes two operations one."""
+        return self.kind, self.key
 
 
 class Sent(NamedTuple):
@@ -141,6 +148,7 @@ class Job:
     begun: bool = False  # its events were fresh, and may be in Klaviyo by now
     failed_at: float = 0.0  # when the first of them failed
     due_at: float = 0.0  # when to try again
+    leased_until: float = 0.0  # as far as is certain
 
     @property
     def key(self) -> tuple[str, str]:
@@ -148,6 +156,15 @@ class Job:
         if self.notification is None:
             return "", self.delivery.id
         return self.notification.resource_type, self.notification.resource_id
+
+    def is_ours(self) -> bool:
+        """Tell whether nobody else can have the message by now: its lease cannot have ended."""
+        return time.monotonic() < self.leased_until
+
+    def leased(self, since: float, seconds: float) -> None:
+        """Note that the lease was extended; one that may have ended before was perhaps somebody else's meanwhile."""
+        if self.is_ours():
+            self.leased_until = since + seconds
 
     @property
     def is_kept(self) -> bool:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from worker.telemetry import Telemetry
 
 FIRST_DELAY, LONGEST_DELAY = 2.0, 600.0  # seconds before a nacked message comes again
-SURELY_LEASED = 30.0  # seconds after it came that nobody else can have a message; the shortest lease is longer
+SHORTEST_LEASE = 10.0  # seconds, where nothing can extend it: Pub/Sub's shortest ack deadline
 _SEVERITY = (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)
 
 
@@ -61,7 +61,9 @@ class Pipeline:
 
     def accept(self, delivery: Delivery) -> Job:
         """Parse a delivery. Done before lanes are chosen, as the lane depends on the resource."""
-        job = Job(delivery, received_at=time.monotonic())
+        now = time.monotonic()
+        # Half: the client may have held the message for a while before it was received.
+        job = Job(delivery, received_at=now, leased_until=now + (self._queue.lease or SHORTEST_LEASE) / 2)
         with self._telemetry.stage("parse"):
             _guarded(job, "parse", partial(_parse, job, self._mapping))
         return job
@@ -154,14 +156,9 @@ def _parse(job: Job, mapping: Mapping) -> None:
 
 def _transform(job: Job, mapping: Mapping) -> None:
     assert job.enriched is not None
-    job.operations = transform(job.enriched, mapping, first=_is_first(job))
+    is_first = job.delivery.attempt == 1 and not job.begun
+    job.operations = transform(job.enriched, mapping, job.is_ours if is_first else None)
     job.begun = job.begun or any(operation.fresh for operation in job.operations)
-
-
-def _is_first(job: Job) -> bool:
-    """Tell whether nobody can have sent this message's events: a lease may be lost when a worker was stopped."""
-    is_held_for = time.monotonic() - job.received_at
-    return job.delivery.attempt == 1 and not job.begun and is_held_for < SURELY_LEASED
 
 
 def _guarded(job: Job, stage: str, work: Callable[[], None]) -> None:

@@ -27,6 +27,8 @@ RECEIVE_WAIT = 1.0  # seconds; how soon an idle loop notices that it is to stop
 DRAIN_WAIT = 0.05  # seconds; how soon `once` notices that the lanes are done
 QUIET = 10.0  # seconds without a message after which `once` takes a queue that cannot tell for empty
 HEARTBEAT = 60.0  # seconds after which a loop that did not come round is taken for dead
+# Resources with lanes of their own, 0 of events, 1 of profiles, 2 of the catalog: none waits for the jobs of others.
+EFFECTS = {"customer": 1, "category": 2, "product": 2, "inventory-entry": 2}
 _INTERRUPTED = Failure("was in work when the worker stopped", "send", "Interrupted")
 
 
@@ -36,6 +38,8 @@ class ShutdownTimeoutError(Exception):
 
 class Runner:
     """Pulls deliveries and has lanes process them, a resource always in the same lane.
+
+    Events, profiles and the catalog have lanes of their own.
 
     No more is held than `max_in_flight` messages and bytes. Pulling pauses while the worker is parked, and slows
     to a message in a while when all that is held waits for an outage to end: a fresh message is how it notices
@@ -56,7 +60,7 @@ class Runner:
         self._fatal: Exception | None = None
         self._in_flight = InFlight(settings.max_in_flight, settings.max_in_flight_bytes)
         ends = Ends(self._give_back, self._fail, self._refused)
-        self._lanes = [Lane(pipeline, self._in_flight, settings, stopping, ends) for _ in range(settings.lanes)]
+        self._lanes = [Lane(pipeline, self._in_flight, settings, stopping, ends) for _ in range(settings.threads)]
         self._queue_refused = ""
         self._refused_at = 0.0  # monotonic seconds, as all times here
         self._pulled_at = 0.0
@@ -182,7 +186,8 @@ class Runner:
 
     def _dispatch(self, job: Job) -> None:
         self._in_flight.add(job)
-        self._lanes[hash(job.key) % len(self._lanes)].put(job)
+        effect, lanes = EFFECTS.get(job.key[0], 0), self._settings.lanes
+        self._lanes[effect * lanes + hash(job.key) % lanes].put(job)
 
     def _give_back(self, jobs: Sequence[Job]) -> None:
         """Return messages unhandled, once they cannot come back to this very worker.
@@ -213,10 +218,14 @@ class Runner:
         """Extend the leases of all that is held, long before they end."""
         lease = self._queue.lease
         while lease is not None and not self._hurry.wait(lease / 3):
+            jobs, began = self._in_flight.jobs(), time.monotonic()
             try:
-                self._queue.extend([job.delivery for job in self._in_flight.jobs()], lease)
+                self._queue.extend([job.delivery for job in jobs], lease)
             except QueueError as error:
                 log.warning("leases_not_extended", extra={"reason": str(error)})
+                continue
+            for job in jobs:
+                job.leased(began, lease)
 
     def _finish(self) -> None:
         """Return at once what no lane has begun, and let the lanes end inside the grace period."""

@@ -51,7 +51,7 @@ class Service:
         send = print_instead if dry_run else self._sender.send
         pipeline = Pipeline(source, enricher.enrich, send, mapping, self._telemetry)
         self._runner = Runner(source, pipeline, settings, self._telemetry, stopping)
-        self._state = _State(self._runner, queue, settings.lanes, reader, klaviyo)
+        self._state = _State(self._runner, queue, settings.threads, reader, klaviyo)
         self._telemetry.metrics.watch(self._state)
         self._metrics_port = settings.metrics_port
 

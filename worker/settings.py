@@ -200,10 +200,14 @@ class Settings(MappingSettings, QueueSettings):
     )
     klaviyo_api_url: Url = Field("https://a.klaviyo.com", validation_alias="KLAVIYO_API_URL", description="Klaviyo API")
     lanes: int = Field(
-        4, ge=1, le=64, validation_alias="KLAVIYO_WORKER_LANES", description="Batches handled side by side"
+        4,
+        ge=1,
+        le=64,
+        validation_alias="KLAVIYO_WORKER_LANES",
+        description="Batches of events handled side by side, and as many each of profiles and of the catalog",
     )
     max_batch: int = Field(
-        100, ge=1, le=10_000, validation_alias="KLAVIYO_WORKER_MAX_BATCH", description="Messages in a batch"
+        250, ge=1, le=10_000, validation_alias="KLAVIYO_WORKER_MAX_BATCH", description="Messages in a batch"
     )
     concurrency: int = Field(
         16,
@@ -221,17 +225,17 @@ class Settings(MappingSettings, QueueSettings):
         10,
         ge=0,
         validation_alias="KLAVIYO_WORKER_BULK_THRESHOLD",
-        description="Events of a batch up to which they are sent one by one, not in bulk",
+        description="Operations of a kind in a batch up to which they are sent one by one, not in bulk",
     )
     max_in_flight: int = Field(
-        500,
+        2_000,
         ge=1,
         le=100_000,
         validation_alias="KLAVIYO_WORKER_MAX_IN_FLIGHT",
         description="Messages held at once",
     )
     max_in_flight_bytes: int = Field(
-        64_000_000,
+        16_000_000,
         ge=1,
         validation_alias="KLAVIYO_WORKER_MAX_IN_FLIGHT_BYTES",
         description="Bytes of messages held at once",
@@ -308,6 +312,11 @@ class Settings(MappingSettings, QueueSettings):
             direct_dead_letter=self.dead_letter == "direct",
             port=self.pub_sub_port,
         )
+
+    @property
+    def threads(self) -> int:
+        """Return how many lanes there are: for events, for profiles, for the catalog."""
+        return 3 * self.lanes
 
     @property
     def ct_token_url(self) -> str:

@@ -37,7 +37,7 @@ def event(unique_id: str, *, fresh: bool = True, who: str = "a@example.com", siz
         profile={"email": who},
         properties={"filler": ["x" * 50_000] * (size // 50_000) + ["x" * (size % 50_000)]} if size else {},
     )
-    return Operation(made.kind, made.key, made.resource, fresh=fresh)
+    return Operation(made.kind, made.key, made.resource, fresh=(lambda: True) if fresh else None)
 
 
 def events(number: int, *, profiles: int = 7) -> list[Operation]:

@@ -31,6 +31,7 @@ class RecordingQueue:
     settled: list[tuple[str, str, float, str]] = field(default_factory=list)
     buries: bool = True
     buried: list[Failure] = field(default_factory=list)
+    lease: float = 60.0
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         self.settled += [("ack", d.id, 0.0, "") for d in deliveries]
@@ -240,6 +241,10 @@ def created(attempt: int | None) -> FakeDelivery:
     return FakeDelivery(json.dumps(body).encode(), attempt=attempt)
 
 
+def is_fresh(operation: Operation) -> bool:
+    return operation.fresh is not None and operation.fresh()
+
+
 @pytest.fixture
 def of_orders(stages: Stages, recorded: RecordingQueue) -> Pipeline:
     def enrich(notifications: Sequence[Notification]) -> list[Enriched]:
@@ -254,7 +259,7 @@ def test_only_a_first_delivery_makes_fresh_events(
 ) -> None:
     """A queue that does not count deliveries may have delivered it before."""
     run(of_orders, created(attempt))
-    assert [operation.fresh for operation in stages.sent] == [fresh]
+    assert [is_fresh(operation) for operation in stages.sent] == [fresh]
 
 
 def test_events_tried_again_in_place_are_not_fresh(of_orders: Pipeline, stages: Stages) -> None:
@@ -263,7 +268,7 @@ def test_events_tried_again_in_place_are_not_fresh(of_orders: Pipeline, stages: 
     jobs = run(of_orders, created(1))
     for _ in range(2):
         jobs = of_orders.process(jobs)
-    assert [operation.fresh for operation in stages.sent] == [True, False, False]
+    assert [is_fresh(operation) for operation in stages.sent] == [True, False, False]
     assert jobs[0].begun
 
 
@@ -274,15 +279,15 @@ def test_events_that_never_left_stay_fresh(of_orders: Pipeline, stages: Stages) 
     (job,) = run(of_orders, created(1))
     assert not job.begun
     of_orders.process([job])
-    assert [operation.fresh for operation in stages.sent] == [True, True]
+    assert [is_fresh(operation) for operation in stages.sent] == [True, True]
 
 
 def test_events_of_a_message_held_for_long_are_not_fresh(of_orders: Pipeline, stages: Stages) -> None:
     """A worker that was stopped may have lost the lease, and another may have sent them."""
     job = of_orders.accept(created(1))
-    job.received_at -= 31
+    job.leased_until -= 31
     of_orders.process([job])
-    assert [operation.fresh for operation in stages.sent] == [False]
+    assert [is_fresh(operation) for operation in stages.sent] == [False]
 
 
 def test_what_nothing_was_done_for_is_never_acked(

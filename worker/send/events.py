@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Literal
 import cachetools
 import orjson
 
-from worker.errors import Transient, WorkerError
+from worker.errors import Rejected, Transient, WorkerError
 from worker.loose import as_dict, as_text
 from worker.model import Kind, Operation, Sent
 from worker.send.client import completed
 from worker.send.narrow import narrow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from worker.send.client import Client, OneByOne
 
@@ -53,6 +53,7 @@ class _Record:
     profile: bytes
     event: bytes
     share: _Share
+    may_go: Callable[[], bool]  # asked last when the call is made
     has_ended: bool = False
     verdict: Sent | None = None
 
@@ -88,8 +89,11 @@ class BulkEvents:
     def _may_go(self, event_id: tuple[str, str], events: Sequence[Operation]) -> bool:
         metric_and_id = all(event_id)  # without an id, two events of a second would be one
         if self._mode == "auto":
-            return metric_and_id and len(events) == 1 and events[0].fresh and hash(event_id) not in self._sent
+            return metric_and_id and len(events) == 1 and _is_fresh(events[0]) and hash(event_id) not in self._sent
         return metric_and_id and self._mode == "always"
+
+    def _still_may_go(self, event: Operation) -> Callable[[], bool]:
+        return event.fresh if self._mode == "auto" and event.fresh else lambda: True
 
     def send(self, operations: Sequence[Operation]) -> list[Sent]:
         """Send the events, no metric and unique_id twice; return what became of each, in their order.
@@ -97,7 +101,7 @@ class BulkEvents:
         A call that fails leaves its error to its events; a refused one is narrowed, see narrow.py.
         """
         share = _Share()
-        records = [_record(event, share) for event in operations]
+        records = [_record(event, share, self._still_may_go(event)) for event in operations]
         self._calls.send([record for record in records if _fits(record)], share)
         return completed(operations, [record.verdict for record in records], self._one_by_one)
 
@@ -134,14 +138,13 @@ class _Calls:
         """Make a call, and those that follow from its refusal, and end all its records."""
         load: list[_Record] = []
         before = self._client.made()
-        error: WorkerError | None = Transient("a bulk call of events broke off")  # by a defect
         try:
             self._end(self._call(load), None)
-            error = None
-        except WorkerError as failure:
-            error = failure
-        finally:
+        except WorkerError as error:
             self._end(load or self._take_back(share), Sent(error, min(self._client.made() - before, 1)))
+        except BaseException:  # a defect
+            self._end(load or self._take_back(share), Sent(Transient("a bulk call of events broke off"), 1))
+            raise
 
     def _call(self, load: list[_Record]) -> list[_Record]:
         """Send what waits when the call's turn has come, the load; return which of it must go alone."""
@@ -156,6 +159,8 @@ class _Calls:
         """Return the call as bytes. With no records yet, this is its turn to take what waits."""
         if not records:
             records.extend(self._take())
+        if not records:
+            raise Rejected("all events of the call must go alone by now")
         return _body(_entries(records))
 
     def _take(self) -> list[_Record]:
@@ -170,6 +175,9 @@ class _Calls:
                     break
                 record = self._waiting.popleft()
                 record.share.untaken -= 1
+                if not record.may_go():
+                    self._end([record], None)
+                    continue
                 profiles.add(record.profile)
                 taken.append(record)
             self._is_next_taken = False
@@ -202,11 +210,15 @@ def _id(event: Operation) -> tuple[str, str]:
     return as_text(metric.get("name")), as_text(attributes.get("unique_id"))
 
 
-def _record(event: Operation, share: _Share) -> _Record:
+def _is_fresh(event: Operation) -> bool:
+    return event.fresh is not None and event.fresh()
+
+
+def _record(event: Operation, share: _Share, may_go: Callable[[], bool]) -> _Record:
     resource = event.resource or {}
     attributes = {name: value for name, value in resource["attributes"].items() if name != "profile"}
     profile = orjson.dumps(resource["attributes"]["profile"])
-    return _Record(profile, orjson.dumps(resource | {"attributes": attributes}), share)
+    return _Record(profile, orjson.dumps(resource | {"attributes": attributes}), share, may_go)
 
 
 def _fits(record: _Record) -> bool:

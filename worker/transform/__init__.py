@@ -13,7 +13,7 @@ from worker.errors import Ignored
 from worker.transform.registry import HANDLERS, Handler, handles
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from worker.mapping import Mapping
     from worker.model import Enriched, Notification, Operation
@@ -39,8 +39,8 @@ def handler_for(notification: Notification, mapping: Mapping) -> Handler:
     return handler
 
 
-def transform(enriched: Enriched, mapping: Mapping, *, first: bool = False) -> Sequence[Operation]:
-    """Return what Klaviyo is to do. `first`: the message has not been delivered or tried before.
+def transform(enriched: Enriched, mapping: Mapping, fresh: Callable[[], bool] | None = None) -> Sequence[Operation]:
+    """Return what Klaviyo is to do. `fresh` tells whether nobody can have handled the message; None: somebody can.
 
     Raises Ignored (nothing) or Rejected (can never be done).
     """
@@ -48,6 +48,6 @@ def transform(enriched: Enriched, mapping: Mapping, *, first: bool = False) -> S
     operations = tuple(handler.function(enriched, mapping))
     if not operations:
         raise Ignored("nothing to send")
-    if first and handler.fresh:
-        return tuple(replace(operation, fresh=True) for operation in operations)
+    if fresh and handler.fresh:
+        return tuple(replace(operation, fresh=fresh) for operation in operations)
     return operations
