@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import Rejected
-from worker.loose import as_dict, as_dicts, as_int, as_text, pick_ids, unique
+from worker.loose import as_dict, as_dicts, as_int, as_text, unique
 from worker.model import Json, Kind, Operation
 from worker.transform import fields
 from worker.transform.limits import fit
@@ -51,10 +52,8 @@ def identifiers(order: Json, enriched: Enriched) -> Json:
     return known
 
 
-def order_properties(order: Json, enriched: Enriched, mapping: Mapping) -> Json:
+def order_properties(order: Json, lines: list[Json], enriched: Enriched, mapping: Mapping) -> Json:
     """Return the properties of every order event, as Klaviyo's flows and templates name them."""
-    lines = [line_properties(line, enriched, mapping) for line in as_dicts(order.get("lineItems"))]
-    lines += [custom_line_properties(line, mapping) for line in as_dicts(order.get("customLineItems"))]
     ours = {
         "OrderId": as_text(order.get("id")),
         "OrderNumber": as_text(order.get("orderNumber")),
@@ -73,6 +72,12 @@ def order_properties(order: Json, enriched: Enriched, mapping: Mapping) -> Json:
     custom = fields.filtered(as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields)
     raw = fields.filtered(order, mapping.order.properties) if mapping.order.properties.include else {}
     return fields.compact(raw | custom | fields.compact(ours))
+
+
+def all_line_properties(order: Json, enriched: Enriched, mapping: Mapping) -> list[Json]:
+    """Return the entries of `Items`: line items, then custom line items."""
+    lines = [line_properties(line, enriched, mapping) for line in as_dicts(order.get("lineItems"))]
+    return lines + [custom_line_properties(line, mapping) for line in as_dicts(order.get("customLineItems"))]
 
 
 def line_properties(line: Json, enriched: Enriched, mapping: Mapping) -> Json:
@@ -133,14 +138,10 @@ def _item_price(line: Json) -> float | None:
 
 def _category_names(product_id: str, enriched: Enriched, mapping: Mapping) -> list[str]:
     """Return the breadcrumbs of the product's categories and of each of their ancestors."""
-    names: list[str] = []
-    for category_id in enriched.product_categories.get(product_id, ()):
-        category = enriched.categories.get(category_id)
-        if category is not None:
-            path = [*pick_ids(category.get("ancestors")), category_id]
-            members = (enriched.categories[entry] for entry in path if entry in enriched.categories)
-            names += [fields.breadcrumb(member, enriched.categories, mapping.locale) for member in members]
-    return unique(names)
+    ids = enriched.product_categories.get(product_id, ())
+    found = [enriched.categories[category_id] for category_id in ids if category_id in enriched.categories]
+    crumbs = (fields.breadcrumbs(category, enriched.categories, mapping.locale) for category in found)
+    return unique(chain.from_iterable(crumbs))
 
 
 def _discount_codes(order: Json, enriched: Enriched) -> list[str]:

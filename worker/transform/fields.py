@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from decimal import Decimal
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import phonenumbers
@@ -28,25 +29,24 @@ def first(*values: str) -> str:
 
 def compact(values: Json) -> Json:
     """Leave out what is empty; 0 and false are values."""
-    return {name: value for name, value in values.items() if not _empty(value)}
-
-
-def _empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
+    return {name: value for name, value in values.items() if value or isinstance(value, int | float)}
 
 
 def amount(money: Any) -> Decimal | None:
-    """Return the exact amount of a centPrecision or highPrecision money, in major units.
+    """Return the exact amount of a centPrecision or highPrecision money, in major units."""
+    minor = _minor_units(money)
+    return None if minor is None else Decimal(minor[0]).scaleb(-minor[1])
 
-    https://docs.commercetools.com/api/types#typedmoney
-    """
+
+def _minor_units(money: Any) -> tuple[int, int] | None:
+    """Return a money's minor units and the digits they are: https://docs.commercetools.com/api/types#typedmoney."""
     money = as_dict(money)
     units = as_int(money.get("preciseAmount"))
     units = as_int(money.get("centAmount")) if units is None else units
     digits = as_int(money.get("fractionDigits", 2))
     if units is None or abs(units) >= MAX_MINOR_UNITS or digits is None or not 0 <= digits <= MAX_FRACTION_DIGITS:
         return None
-    return Decimal(units).scaleb(-digits)
+    return units, digits
 
 
 def number(value: Decimal | None) -> float | None:
@@ -56,7 +56,8 @@ def number(value: Decimal | None) -> float | None:
 
 def money(value: Any) -> float | None:
     """Return a money as a JSON number in major units, or None."""
-    return number(amount(value))
+    minor = _minor_units(value)
+    return None if minor is None else minor[0] / 10 ** minor[1]  # to the nearest float, as from a Decimal
 
 
 def total(values: Iterable[Any]) -> Decimal | None:
@@ -77,11 +78,10 @@ def localized(value: Any, locale: str) -> str:
     """
     if isinstance(value, str):
         return value.strip()
-    texts = {key: text for key, text in as_dict(value).items() if as_text(text)}
+    texts = as_dict(value)
     language = locale.partition("-")[0]
     regional = (key for key in texts if key.partition("-")[0] == language)
-    key = next((key for key in (locale, language, *regional, *texts) if key in texts), None)
-    return "" if key is None else as_text(texts[key])
+    return next(filter(None, (as_text(texts.get(key)) for key in chain((locale, language), regional, texts))), "")
 
 
 def attribute_text(value: Any, locale: str) -> str:
@@ -181,9 +181,15 @@ def _e164(text: str, country: str | None) -> str:
 
 def breadcrumb(category: Json, categories: ReadOnly[str, Json], locale: str) -> str:
     """Return the names from the root to the category: `Women > Pants > Jeans`."""
+    return breadcrumbs(category, categories, locale)[-1]
+
+
+def breadcrumbs(category: Json, categories: ReadOnly[str, Json], locale: str) -> list[str]:
+    """Return the breadcrumbs of the category's ancestors, from the root, and its own."""
     ids = [as_text(ancestor.get("id")) for ancestor in as_dicts(category.get("ancestors"))]
     path = [*(categories[ancestor] for ancestor in ids if ancestor in categories), category]
-    return " > ".join(filter(None, (localized(entry.get("name"), locale) for entry in path)))
+    names = (localized(entry.get("name"), locale) for entry in path)
+    return list(accumulate(names, lambda above, name: f"{above} > {name}" if above and name else above or name))
 
 
 def filtered(values: Any, rules: Properties) -> Json:

@@ -18,17 +18,32 @@ MAX_ARRAY = 4_000
 MAX_DEPTH = 10
 MAX_TEXT_BYTES = 100_000
 EVENT_BYTES = 4_500_000  # of 5 MB, leaving room for the profile around the properties
+_ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"{[]}"))
 PROFILE_BYTES = 80_000  # of 100 KB, leaving room for the other attributes
 
 
 def fit(properties: Json, max_bytes: int = EVENT_BYTES) -> tuple[Json, list[str]]:
     """Return properties within every limit, and the paths of what had to be cut."""
+    if _is_small(properties):
+        return properties, []
     cut: list[str] = []
     fitted = _clamp(properties, MAX_DEPTH, "", cut)
     if len(fitted) > MAX_PROPERTIES:
         cut.append("*")
         fitted = dict(islice(fitted.items(), MAX_PROPERTIES))
     return _shrink(fitted, max_bytes, cut), cut
+
+
+def _is_small(properties: Json) -> bool:
+    """Tell cheaply that nothing can exceed a limit. False says nothing: texts hold brackets too."""
+    raw = orjson.dumps(properties)
+    if len(raw) > 2 * MAX_ARRAY or len(properties) > MAX_PROPERTIES:  # an entry of an array takes 2 bytes
+        return False
+    depth = deepest = 0
+    for bracket in raw.translate(None, _ALL_BUT_BRACKETS):
+        depth += 1 if bracket in b"{[" else -1
+        deepest = max(deepest, depth)
+    return deepest <= MAX_DEPTH
 
 
 def _clamp(value: Any, depth: int, path: str, cut: list[str]) -> Any:

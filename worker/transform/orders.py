@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import Ignored
 from worker.loose import as_dict, as_dicts, as_text
 from worker.transform import fields
 from worker.transform.events import (
-    custom_line_properties,
+    all_line_properties,
     event,
     identifiers,
-    line_properties,
     order_properties,
 )
 from worker.transform.registry import handles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from worker.mapping import Mapping
     from worker.model import Enriched, Json, Notification, Operation
@@ -32,15 +32,17 @@ def order_placed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
     order = _order(enriched)
     profile = identifiers(order, enriched)
     time = _created_at(order, enriched)
+    lines = all_line_properties(order, enriched, mapping)
     yield event(
         metric=mapping.metrics.placed_order,
         unique_id=_id(order, enriched),
         time=time,
         value=order.get("totalPrice"),
         profile=profile | _buyer(order),
-        properties=order_properties(order, enriched, mapping),
+        properties=order_properties(order, lines, enriched, mapping),
     )
-    for line, properties in _lines(order, enriched, mapping):
+    raw_lines = chain(as_dicts(order.get("lineItems")), as_dicts(order.get("customLineItems")))
+    for line, properties in zip(raw_lines, lines, strict=True):
         order_fields = {"OrderId": as_text(order.get("id")), "OrderNumber": as_text(order.get("orderNumber"))}
         raw = line if mapping.order.raw_line_item else {}
         yield event(
@@ -104,7 +106,7 @@ def _progress(metric: str, order: Json, enriched: Enriched, mapping: Mapping) ->
         time=enriched.notification.time or _created_at(order, enriched),
         value=order.get("totalPrice"),
         profile=identifiers(order, enriched),
-        properties=order_properties(order, enriched, mapping),
+        properties=order_properties(order, all_line_properties(order, enriched, mapping), enriched, mapping),
     )
 
 
@@ -133,13 +135,6 @@ def _buyer(order: Json) -> Json:
             "location": fields.location(billing),
         }
     )
-
-
-def _lines(order: Json, enriched: Enriched, mapping: Mapping) -> Iterator[tuple[Json, Json]]:
-    for line in as_dicts(order.get("lineItems")):
-        yield line, line_properties(line, enriched, mapping)
-    for line in as_dicts(order.get("customLineItems")):
-        yield line, custom_line_properties(line, mapping)
 
 
 def _known(state: Any) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from worker.errors import Ignored, Rejected
 from worker.loose import as_dict, as_dicts, as_text
 from worker.transform import fields
-from worker.transform.events import event, identifiers, order_properties
+from worker.transform.events import all_line_properties, event, identifiers, order_properties
 from worker.transform.registry import handles
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def payment_transaction(enriched: Enriched, mapping: Mapping) -> Iterable[Operat
         raise Rejected("no order has this payment and it names no customer: nobody to record the refund for")
     order = as_dict(enriched.order)
     profile = identifiers(order, enriched)
-    properties = order_properties(order, enriched, mapping)
+    properties = order_properties(order, all_line_properties(order, enriched, mapping), enriched, mapping)
     for transaction in refunds:
         money = transaction.get("amount")
         refund = {
