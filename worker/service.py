@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from threading import Event
 from typing import TYPE_CHECKING
@@ -57,6 +58,7 @@ class Service:
 
     def run(self, *, once: bool, max_wait: float) -> None:
         """Work until stopped, or with `once` until the queue is empty; see Runner.run for what it raises."""
+        _collect_garbage_less_often()
         health = self._serve() if self._metrics_port and not once else None
         log.info("started")
         try:
@@ -81,6 +83,12 @@ class Service:
             log.warning("metrics_not_served", extra={"port": self._metrics_port, "reason": f"{error.strerror}: {hint}"})
             return None
         return server
+
+
+def _collect_garbage_less_often() -> None:
+    """Leave alone what start-up made, and look for cycles rarely: JSON has none, and looking costs a third of the CPU."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
 
 
 class _State:
