@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from datetime import UTC, datetime
 from threading import RLock
 from typing import Any
@@ -34,7 +35,7 @@ class Account:
     `bulk_repeats` chooses what nobody documents: whether a bulk call that repeats a unique_id of an
     *earlier* call is taken and the repeat ignored ("within": only repeats inside one call count), refused
     ("ever"), answered with 202 and dropped whole ("drop"), or taken and the repeat recorded once more ("double").
-    `job_seconds`: how long bulk jobs take.
+    `job_seconds`: how long bulk jobs take, and how long it is until events of a bulk call can be read back.
     """
 
     def __init__(self, bulk_repeats: str = "drop", job_seconds: float = 0.0) -> None:
@@ -49,6 +50,7 @@ class Account:
         self.repeated_events = 0
         self.lock = RLock()
         self._seen: set[tuple[str, str, str]] = set()
+        self._shows_at: list[float] = []  # monotonic seconds, of each event
         self._by_id: dict[str, Json] = {}
         self._by_identifier: dict[tuple[str, str], Json] = {}
 
@@ -191,14 +193,21 @@ class Account:
             raise invalid("'unique_id' is repeated for the same profile and metric.", base)
         if not (known and self.bulk_repeats == "drop"):
             for event, profile in planned:
-                self._record(event, self._import_for_event(profile), again=self.bulk_repeats == "double")
+                profile_of_event = self._import_for_event(profile)
+                self._record(event, profile_of_event, self.job_seconds, again=self.bulk_repeats == "double")
 
     def _identity(self, attributes: Json) -> str:
         """Return the id of the profile these attributes find, else the strongest of them."""
         found = self._matching(attributes.get("id"), attributes)
         return found[0]["id"] if found else str(next(attributes[n] for n in ("id", *IDENTIFIERS) if attributes.get(n)))
 
-    def _record(self, attributes: Json, profile: Json, *, again: bool = False) -> None:
+    def shown_events(self) -> list[Json]:
+        """Return the events that can be read by now."""
+        now = time.monotonic()
+        with self.lock:
+            return [event for event, at in zip(self.events, self._shows_at, strict=True) if at <= now]
+
+    def _record(self, attributes: Json, profile: Json, delay: float = 0.0, *, again: bool = False) -> None:
         key = _key(attributes, profile["id"])
         if key in self._seen:
             self.repeated_events += 1
@@ -208,7 +217,9 @@ class Account:
         names = ("unique_id", "time", "value", "value_currency", "properties")
         identity = {name: profile["attributes"].get(name) for name in ("email", "external_id")}
         event = {name: attributes.get(name) for name in names}
+        event |= {"id": secrets.token_urlsafe(8), "time": event["time"] or datetime.now(UTC).isoformat()}
         self.events.append({"metric": _metric(attributes), "profile_id": profile["id"], **identity, **event})
+        self._shows_at.append(time.monotonic() + delay)
 
     def _event_profile(self, document: Any, pointer: str) -> Json:
         return self._import_for_event(self._event_profile_attributes(document, pointer))

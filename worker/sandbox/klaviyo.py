@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlencode
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 KEY = "pk_sandbox_key"
 MEDIA_TYPE = "application/vnd.api+json"
 MAX_ENTRIES, MAX_PROFILES, MAX_PAGE = 100, 10_000, 100
+MAX_EVENTS_PAGE = 1_000
 _REVISION = re.compile(r"\d{4}-\d\d-\d\d(\.pre)?")
 _KINDS = {
     "catalog-items": "catalog-item",
@@ -111,6 +113,8 @@ class Klaviyo:
             case ("POST", "events"):
                 self._account.create_event(resource(_body(call), "event")["attributes"])
                 return 202, None
+            case ("GET", "events"):
+                return 200, _page(_events(self._account, call), call, 200, MAX_EVENTS_PAGE)
             case ("POST", "event-bulk-create-jobs"):
                 data = resource(_body(call), "event-bulk-create-job")
                 self._account.create_events(entries_of(data["attributes"], "events-bulk-create"))
@@ -237,15 +241,15 @@ def _filter(call: Call, names: set[str]) -> tuple[str, list[str]]:
     return match[2], values if isinstance(values, list) else [values]
 
 
-def _page(entries: list[Json], call: Call, size: int) -> Json:
+def _page(entries: list[Json], call: Call, size: int, largest: int = MAX_PAGE) -> Json:
     """Return a page of entries, with the link to the next one. Raises Refused."""
     try:
         start = int(call.query.get("page[cursor]", ["0"])[0])
         size = int(call.query.get("page[size]", [str(size)])[0])
     except ValueError:
         raise invalid("Malformed page[cursor] or page[size].", "") from None
-    if not 1 <= size <= MAX_PAGE or start < 0:
-        raise invalid(f"page[size] must be between 1 and {MAX_PAGE}.", "")
+    if not 1 <= size <= largest or start < 0:
+        raise invalid(f"page[size] must be between 1 and {largest}.", "")
     following = None
     if start + size < len(entries):
         query = urlencode({**call.query, "page[cursor]": [str(start + size)]}, doseq=True)
@@ -263,3 +267,32 @@ def _shown(entry: Json) -> Json:
         data = [{"type": "catalog-category", "id": each} for each in relations["categories"]]
         shown["relationships"] = {"categories": {"data": data}}
     return shown
+
+
+def _events(account: Account, call: Call) -> list[Json]:
+    """Return the events asked for, as the API shows them. Raises Refused.
+
+    `metric_id` is no filter here: Klaviyo's takes no custom metrics, and there are no others.
+    """
+    name, profiles = _filter(call, {"profile_id"})
+    sort = call.query.get("sort", [""])[0]
+    if sort.removeprefix("-") not in {"", "datetime", "timestamp"}:
+        raise invalid("Unknown sort; expected datetime or timestamp.", "")
+    found = [each for each in account.shown_events() if not name or each["profile_id"] in profiles]
+    if sort:
+        found.sort(key=lambda event: datetime.fromisoformat(event["time"]), reverse=sort.startswith("-"))
+    return list(map(_shown_event, found))
+
+
+def _shown_event(event: Json) -> Json:
+    moment = datetime.fromisoformat(event["time"])
+    return {
+        "type": "event",
+        "id": event["id"],
+        "attributes": {
+            "timestamp": int(moment.timestamp()),
+            "datetime": moment.isoformat(timespec="seconds"),
+            "event_properties": event["properties"],
+        },
+        "relationships": {"profile": {"data": {"type": "profile", "id": event["profile_id"]}}},
+    }

@@ -236,6 +236,36 @@ def test_ids_of_earlier_calls_are_an_open_question(repeats: str, status: int, ev
         assert len(sandbox.account.events) == events
 
 
+def test_events_are_read_by_profile_in_order_and_in_pages(call: Caller, sandbox: Sandbox) -> None:
+    """The newest first when asked so; other filters and sorts are refused."""
+    for number, hour in enumerate((12, 10, 11)):
+        call("POST", "/api/events", event(unique_id=str(number), time=f"2026-11-01T{hour}:00:00Z"))
+    call("POST", "/api/events", event(unique_id="9", profile=profile(email="bob@example.com")))
+    ada = sandbox.account.find_profiles("email", "ada@example.com")[0]["id"]
+    query = f'/api/events?filter=equals(profile_id,"{ada}")&sort='
+    for sort, hours in {"-datetime": [12, 11, 10], "timestamp": [10, 11, 12]}.items():
+        found = call("GET", f"{query}{sort}")[1]["data"]
+        assert [each["attributes"]["datetime"] for each in found] == [f"2026-11-01T{h}:00:00+00:00" for h in hours]
+    page = call("GET", f"{query}datetime&page%5Bsize%5D=2")[1]
+    assert len(page["data"]) == 2
+    assert "cursor" in page["links"]["next"]
+    assert len(call("GET", "/api/events?page%5Bsize%5D=1000")[1]["data"]) == 4
+    for bad in (f"{query}value", "/api/events?page%5Bsize%5D=1001", '/api/events?filter=equals(metric_id,"1")'):
+        assert call("GET", bad)[0] == 400
+
+
+def test_events_of_a_bulk_call_show_later() -> None:
+    """As long as jobs take; single ones at once."""
+    account = Account(job_seconds=3600)
+    single, bulk = event()["data"]["attributes"], event(unique_id="2")["data"]
+    profile_of_bulk = bulk["attributes"].pop("profile")
+    account.create_event(single)
+    entry = {"profile": profile_of_bulk, "events": {"data": [bulk]}}
+    account.create_events([{"type": "event-bulk-create", "attributes": entry}])
+    assert len(account.events) == 2
+    assert [each["unique_id"] for each in account.shown_events()] == ["1"]
+
+
 @pytest.mark.parametrize(
     ("attributes", "where"),
     [
