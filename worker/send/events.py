@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MAX_EVENTS, MAX_BYTES = 1_000, 5_000_000  # of a call: https://developers.klaviyo.com/en/reference/bulk_create_events
 _REMEMBERED = 50_000  # events sent lately; forgetting one could double it where Klaviyo does not count earlier calls
-_PATH = "/api/event-bulk-create-jobs"
+PATH = "/api/event-bulk-create-jobs"
 _HEAD = b'{"data":{"type":"event-bulk-create-job","attributes":{"events-bulk-create":{"data":['
 _TAIL = b"]}}}}"
 _ENTRY = (b'{"type":"event-bulk-create","attributes":{"profile":', b',"events":{"data":[', b"]}}}")
@@ -150,7 +150,7 @@ class _Calls:
         """Send what waits when the call's turn has come, the load; return which of it must go alone."""
 
         def send(part: list[_Record]) -> None:
-            self._client.call("POST", _PATH, partial(self._body, part), repeat=False)
+            self._client.call("POST", PATH, partial(self._body, part), repeat=False)
             self._end(part, Sent(None, 1))
 
         return narrow(load, send, _culprits)
@@ -236,6 +236,11 @@ def _entries(records: Iterable[_Record]) -> _Entries:
     for record in records:
         entries[record.profile].append(record)
     return entries
+
+
+def body_of(events: Iterable[Operation]) -> bytes:
+    """Return the body of one call with these events."""
+    return _body(_entries(_record(event, _Share(), lambda: True) for event in events))
 
 
 def _body(entries: _Entries) -> bytes:

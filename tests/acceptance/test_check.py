@@ -1,0 +1,217 @@
+"""`klaviyo-worker check`: what is well, what is not, and what to do; and what the account makes of repeats."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.acceptance.conftest import Worker
+from worker.sandbox import Fault, Sandbox
+from worker.sandbox.account import Account
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from subprocess import CompletedProcess
+
+BULK = "POST /api/event-bulk-create-jobs"
+PROBE = ("check", "--json", "--probe-bulk", "--probe-wait", "3")
+
+
+@pytest.fixture
+def account(request: pytest.FixtureRequest) -> Account:
+    return Account(*getattr(request, "param", ("within",)))
+
+
+@pytest.fixture
+def sandbox(account: Account) -> Iterator[Sandbox]:
+    with Sandbox(account=account) as running:
+        yield running
+
+
+@pytest.fixture
+def worker(sandbox: Sandbox, tmp_path: Path) -> Worker:
+    return Worker(sandbox.environment | {"QUEUE_URL": f"embedded://{tmp_path}/queue.db"}, tmp_path)
+
+
+def findings(done: CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {line["check"]: line for line in lines}
+
+
+def statuses(done: CompletedProcess[str]) -> dict[str, str]:
+    return {name: finding["status"] for name, finding in findings(done).items()}
+
+
+def written(sandbox: Sandbox) -> list[str]:
+    return [request.path for request in sandbox.klaviyo.requests if request.method != "GET"]
+
+
+def test_all_is_well(worker: Worker, sandbox: Sandbox) -> None:
+    """One line each; nothing is written; scopes that only writing can show are named."""
+    done = worker("check")
+    assert done.returncode == 0, done.stdout
+    assert done.stderr == ""
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [
+        ["ok", "queue"],
+        ["ok", "commercetools"],
+        ["ok", "klaviyo"],
+    ]
+    for scope in ("events:write", "profiles:write", "catalogs:write"):
+        assert scope in done.stdout
+    assert not written(sandbox)
+    assert statuses(worker("check", "--json")) == {"queue": "ok", "commercetools": "ok", "klaviyo": "ok"}
+
+
+def test_the_first_that_failed_gives_the_exit_code_and_all_are_told(worker: Worker) -> None:
+    """A queue that cannot be opened is 3, whatever comes after it."""
+    done = worker("check", "--json", env={"QUEUE_URL": "embedded:///proc/nowhere/queue.db"})
+    assert done.returncode == 3
+    assert statuses(done) == {"queue": "failed", "commercetools": "ok", "klaviyo": "ok"}
+    assert findings(done)["queue"]["text"].startswith("QUEUE_URL: cannot open ")
+    both = worker("check", env={"QUEUE_URL": "embedded:///proc/nowhere/queue.db", "KLAVIYO_AUTH_KEY": "pk_wrong"})
+    assert both.returncode == 3
+    assert both.stdout.count("failed  ") == 2
+
+
+def test_settings_come_first(worker: Worker) -> None:
+    """What is missing is exit code 2, as for every command."""
+    assert worker("check", env={"CT_PROJECT_ID": ""}).returncode == 2
+    assert worker("check", env={"QUEUE_URL": "kafka://topic"}).returncode == 2
+    assert worker("check", "--probe-bulk", "--probe-wait", "0").returncode == 2
+
+
+def test_commercetools_refuses_the_client(worker: Worker) -> None:
+    """Once, not once per resource; the secret is not repeated."""
+    client = '{"clientId": "sandbox-client", "secret": "s3cret"}'
+    done = worker("check", "--json", env={"CT_API_CLIENT": client})
+    assert done.returncode == 4
+    assert findings(done)["commercetools"]["text"] == (
+        "commercetools refuses a token (invalid_client): check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
+    )
+    assert "s3cret" not in done.stdout + done.stderr
+
+
+def test_every_missing_scope_of_commercetools_is_named(worker: Worker, sandbox: Sandbox) -> None:
+    """And none that is there."""
+    for path in ("payments", "inventory"):
+        sandbox.commercetools.faults.add(Fault(403, times=None, match=f"GET /sandbox-shop/{path}"))
+    done = worker("check", "--json")
+    assert done.returncode == 4
+    text = findings(done)["commercetools"]["text"]
+    assert text.endswith("and its scopes: view_payments, view_products")
+
+
+def test_discount_codes_are_optional(worker: Worker, sandbox: Sandbox) -> None:
+    """Orders go through without that scope, so it fails nothing; but it is told."""
+    sandbox.commercetools.faults.add(Fault(403, times=None, match="GET /sandbox-shop/discount-codes"))
+    done = worker("check", "--json")
+    assert done.returncode == 0
+    assert "view_discount_codes" in findings(done)["commercetools"]["text"]
+
+
+@pytest.mark.parametrize(("service", "code"), [("commercetools", 4), ("klaviyo", 5)])
+def test_a_service_out_of_reach_is_told(service: str, code: int, worker: Worker, sandbox: Sandbox) -> None:
+    """As what it is: not as refused credentials."""
+    getattr(sandbox, service).stop()
+    done = worker(*PROBE, "--retry-seconds", "0")
+    assert done.returncode == code
+    assert "check the URL, the network" in findings(done)[service]["text"]
+    assert [name for name, status in statuses(done).items() if status == "failed"] == [service]
+
+
+def test_a_refused_key_is_exit_code_5(worker: Worker, sandbox: Sandbox) -> None:
+    """And the probe is not even begun."""
+    done = worker(*PROBE, env={"KLAVIYO_AUTH_KEY": "pk_wrong"})
+    assert done.returncode == 5
+    assert statuses(done) == {"queue": "ok", "commercetools": "ok", "klaviyo": "failed"}
+    assert "401" in findings(done)["klaviyo"]["text"]
+    assert "pk_wrong" not in done.stdout + done.stderr
+    assert not written(sandbox)
+
+
+@pytest.mark.parametrize(("path", "scope"), [("/api/events", "events:read"), ("/api/profiles", "profiles:read")])
+def test_what_the_probe_must_read_is_checked_before_it_writes(
+    path: str, scope: str, worker: Worker, sandbox: Sandbox
+) -> None:
+    """Without --probe-bulk the worker does not need it, so it is not asked for."""
+    sandbox.klaviyo.faults.add(Fault(403, times=None, match=f"GET {path}"))
+    done = worker(*PROBE)
+    assert done.returncode == 5
+    assert findings(done)["klaviyo"]["text"].endswith(f"and its scopes: {scope}")
+    assert not written(sandbox)
+    assert worker("check").returncode == 0
+
+
+def test_erasure_needs_more(worker: Worker, sandbox: Sandbox) -> None:
+    """customer.erasure looks profiles up and requests their deletion."""
+    (worker.directory / "mapping.toml").write_text("[customer]\nerasure = true\n")
+    done = worker("check", "--json", "--config", "mapping.toml")
+    assert "profiles:read; it also needs" in findings(done)["klaviyo"]["text"]
+    assert "data-privacy:write" in findings(done)["klaviyo"]["text"]
+    sandbox.klaviyo.faults.add(Fault(403, times=None, match="GET /api/profiles"))
+    assert worker("check", "--config", "mapping.toml").returncode == 5
+
+
+@pytest.mark.parametrize(
+    ("account", "repeat", "recommended"),
+    [
+        (("within", 0.3), "ignored", "always"),
+        (("ever", 0.3), "refused", "auto"),
+        (("drop", 0.3), "dropped", "auto"),
+        (("double", 0.3), "doubled", "auto"),
+    ],
+    indirect=["account"],
+)
+def test_the_probe_tells_what_becomes_of_repeats(
+    repeat: str, recommended: str, worker: Worker, account: Account
+) -> None:
+    """Bulk calls show after a while; a second probe is not confused by the events of the first."""
+    for _ in range(2):
+        done = worker(*PROBE)
+        assert done.returncode == 0, done.stdout
+        found = findings(done)["bulk events"]
+        assert (found["repeat"], found["recommended"]) == (repeat, recommended)
+        assert f"KLAVIYO_WORKER_BULK_EVENTS={recommended}" in found["text"]
+
+
+def test_the_probe_writes_what_it_says(worker: Worker, account: Account) -> None:
+    """--help tells of one profile without an address, and three events of one metric."""
+    assert worker(*PROBE).returncode == 0
+    (profile,) = account.profiles
+    assert profile["attributes"].keys() == {"external_id", "first_name", "last_name", "properties"}
+    assert [each["metric"] for each in account.events] == ["klaviyo-worker probe"] * 3
+    text = " ".join(worker("check", "--help").stdout.split())
+    for name in ("klaviyo-worker-probe", "klaviyo-worker probe", "events:read", "Delete profile"):
+        assert name in text
+
+
+@pytest.mark.parametrize("account", [("within", 3600.0)], indirect=True)
+def test_events_that_never_show_decide_nothing(worker: Worker) -> None:
+    """Exit code 1, and the recommendation that is always safe."""
+    done = worker("check", "--json", "--probe-bulk", "--probe-wait", "1")
+    assert done.returncode == 1
+    found = findings(done)["bulk events"]
+    assert (found["status"], found["repeat"], found["recommended"]) == ("failed", "undecided", "auto")
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        (Fault(403, times=None, match=BULK), "and its scopes: events:write"),
+        (Fault(400, times=None, match=BULK), "nothing is known"),
+        (Fault(match=BULK, action="after"), "nothing is known"),
+        (Fault(503, times=None, match=BULK), "nothing is known"),
+    ],
+    ids=["scope", "refused", "unknown fate", "down"],
+)
+def test_a_probe_that_fails_claims_nothing(fault: Fault, text: str, worker: Worker, sandbox: Sandbox) -> None:
+    """Least of all that a call was refused for a repeat it did not hold."""
+    sandbox.klaviyo.faults.add(fault)
+    done = worker(*PROBE)
+    assert done.returncode == 5
+    found = findings(done)["bulk events"]
+    assert text in found["text"]
+    assert "repeat" not in found

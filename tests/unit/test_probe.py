@@ -1,0 +1,108 @@
+"""What the probe concludes from what it sees, for accounts no sandbox imitates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+from worker.errors import Rejected
+from worker.probe import BulkProbe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from worker.model import Json
+
+Calls = list[list[str]]
+
+
+class FakeKlaviyo:
+    """An account that shows what `shows` makes of the calls so far."""
+
+    def __init__(self, shows: Callable[[Calls], dict[str, int]]) -> None:
+        self._shows = shows
+        self._calls: Calls = []
+        self._run = ""
+
+    def call(self, method: str, path: str, body: Json | bytes | None = None, *, repeat: bool = True) -> Json:
+        """Take a bulk call, or answer a query."""
+        if method == "POST":
+            assert isinstance(body, bytes)
+            assert not repeat
+            self._take(orjson.loads(body))
+            return {}
+        if path.startswith("/api/profiles"):
+            return {"data": [{"id": "1"}]}
+        names = Counter(self._shows(self._calls)).elements()
+        events = [{"Run": self._run, "Event": name} for name in names] + [{"Run": "another", "Event": "A"}]
+        return {"data": [{"attributes": {"event_properties": each}} for each in events]}
+
+    def made(self) -> int:
+        return 0
+
+    def _take(self, document: dict[str, Any]) -> None:
+        (entry,) = document["data"]["attributes"]["events-bulk-create"]["data"]
+        events = [each["attributes"] for each in entry["attributes"]["events"]["data"]]
+        self._run = events[0]["properties"]["Run"]
+        assert len({each["unique_id"] for each in events}) == len(events)
+        self._calls.append([each["properties"]["Event"] for each in events])
+
+
+def probed(shows: Callable[[Calls], dict[str, int]]) -> str:
+    return BulkProbe(FakeKlaviyo(shows), 0.05, lambda _: None).run().repeat
+
+
+def everything_once(calls: Calls) -> dict[str, int]:
+    return {name: 1 for names in calls for name in names}
+
+
+def test_only_once_each_is_safe() -> None:
+    """A, B and C."""
+    assert probed(everything_once) == "ignored"
+
+
+@pytest.mark.parametrize(
+    ("in_the_end", "repeat"),
+    [
+        ({"A": 2, "B": 1, "C": 1}, "doubled"),
+        ({"A": 3}, "doubled"),
+        ({"A": 1, "B": 2, "C": 1}, "doubled"),
+        ({"A": 1}, "dropped"),
+        ({"A": 1, "B": 1}, "dropped"),
+        ({"A": 1, "C": 1}, "dropped"),
+        ({"B": 1, "C": 1}, "undecided"),
+        ({}, "undecided"),
+    ],
+)
+def test_anything_else_is_not(in_the_end: dict[str, int], repeat: str) -> None:
+    """A repeat that comes at once (with B) or later (with C) may be the one that does harm."""
+    assert probed(lambda calls: in_the_end if len(calls) == 3 else {"A": 1}) == repeat
+
+
+def test_a_copy_may_show_late() -> None:
+    """After B and C it is looked once more."""
+    looks: list[int] = []
+
+    def late(calls: Calls) -> dict[str, int]:
+        looks.append(len(calls))
+        return everything_once(calls) | ({"A": 2} if looks.count(3) > 1 else {})
+
+    assert probed(late) == "doubled"
+
+
+def test_the_first_call_must_show_before_the_last_is_made() -> None:
+    """Events of other probes do not count."""
+    assert probed(lambda _: {}) == "undecided"
+
+
+def test_a_refused_query_is_no_refused_repeat() -> None:
+    """It says nothing about bulk calls."""
+
+    def refuse(_: Calls) -> dict[str, int]:
+        raise Rejected("Klaviyo answered 400 to GET /api/events", 400)
+
+    with pytest.raises(Rejected):
+        probed(refuse)
