@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ class FakeKlaviyo:
 
     def __init__(self, shows: Callable[[Calls], dict[str, int]]) -> None:
         self._shows = shows
-        self._calls: Calls = []
+        self.calls: Calls = []
         self._run = ""
 
     def call(self, method: str, path: str, body: Json | bytes | None = None, *, repeat: bool = True) -> Json:
@@ -36,7 +37,7 @@ class FakeKlaviyo:
             return {}
         if path.startswith("/api/profiles"):
             return {"data": [{"id": "1"}]}
-        names = Counter(self._shows(self._calls)).elements()
+        names = Counter(self._shows(self.calls)).elements()
         events = [{"Run": self._run, "Event": name} for name in names] + [{"Run": "another", "Event": "A"}]
         return {"data": [{"attributes": {"event_properties": each}} for each in events]}
 
@@ -48,7 +49,7 @@ class FakeKlaviyo:
         events = [each["attributes"] for each in entry["attributes"]["events"]["data"]]
         self._run = events[0]["properties"]["Run"]
         assert len({each["unique_id"] for each in events}) == len(events)
-        self._calls.append([each["properties"]["Event"] for each in events])
+        self.calls.append([each["properties"]["Event"] for each in events])
 
 
 def probed(shows: Callable[[Calls], dict[str, int]]) -> str:
@@ -83,19 +84,23 @@ def test_anything_else_is_not(in_the_end: dict[str, int], repeat: str) -> None:
 
 
 def test_a_copy_may_show_late() -> None:
-    """After B and C it is looked once more."""
-    looks: list[int] = []
+    """A while after B and C it is looked once more."""
+    shown: list[float] = []
 
     def late(calls: Calls) -> dict[str, int]:
-        looks.append(len(calls))
-        return everything_once(calls) | ({"A": 2} if looks.count(3) > 1 else {})
+        if len(calls) == 3:
+            shown.append(time.monotonic())
+        is_late = bool(shown) and shown[-1] - shown[0] > 0.05
+        return everything_once(calls) | {"A": 1 + is_late}
 
-    assert probed(late) == "doubled"
+    assert BulkProbe(FakeKlaviyo(late), 1.2, lambda _: None).run().repeat == "doubled"
 
 
-def test_the_first_call_must_show_before_the_last_is_made() -> None:
-    """Events of other probes do not count."""
-    assert probed(lambda _: {}) == "undecided"
+def test_the_last_call_waits_until_the_first_shows() -> None:
+    """Else it would be one more repeat that comes at once. Events of other probes do not count."""
+    klaviyo = FakeKlaviyo(lambda _: {})
+    assert BulkProbe(klaviyo, 0.05, lambda _: None).run().repeat == "undecided"
+    assert klaviyo.calls == [["A"], ["A", "B"]]
 
 
 def test_a_refused_query_is_no_refused_repeat() -> None:
