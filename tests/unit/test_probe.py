@@ -21,10 +21,11 @@ Calls = list[list[str]]
 
 
 class FakeKlaviyo:
-    """An account that shows what `shows` makes of the calls so far."""
+    """An account that shows what `shows` makes of the calls so far, and refuses all but the first `accepts`."""
 
-    def __init__(self, shows: Callable[[Calls], dict[str, int]]) -> None:
+    def __init__(self, shows: Callable[[Calls], dict[str, int]], accepts: int = 3) -> None:
         self._shows = shows
+        self._accepts = accepts
         self.calls: Calls = []
         self._run = ""
 
@@ -45,6 +46,8 @@ class FakeKlaviyo:
         return 0
 
     def _take(self, document: dict[str, Any]) -> None:
+        if len(self.calls) == self._accepts:
+            raise Rejected("Klaviyo answered 400 to POST /api/event-bulk-create-jobs", 400)
         (entry,) = document["data"]["attributes"]["events-bulk-create"]["data"]
         events = [each["attributes"] for each in entry["attributes"]["events"]["data"]]
         self._run = events[0]["properties"]["Run"]
@@ -107,6 +110,14 @@ def test_the_last_call_waits_until_the_first_shows() -> None:
     klaviyo = FakeKlaviyo(lambda _: {})
     assert BulkProbe(klaviyo, 0.05, lambda _: None).run().repeat == "undecided"
     assert klaviyo.calls == [["A"], ["A", "B"]]
+
+
+@pytest.mark.parametrize("accepts", [1, 2])
+def test_a_refused_repeat_is_told_at_once_or_later(accepts: int) -> None:
+    """The first call has been accepted in the same form, so the repeat is what was refused."""
+    klaviyo = FakeKlaviyo(everything_once, accepts)
+    assert BulkProbe(klaviyo, 0.05, lambda _: None).run().repeat == "refused"
+    assert len(klaviyo.calls) == accepts
 
 
 def test_a_refused_query_is_no_refused_repeat() -> None:
