@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from worker.model import Json
+    from worker.send.client import Body
 
 Calls = list[list[str]]
 
@@ -29,7 +30,7 @@ class FakeKlaviyo:
         self.calls: Calls = []
         self._run = ""
 
-    def call(self, method: str, path: str, body: Json | bytes | None = None, *, repeat: bool = True) -> Json:
+    def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
         """Take a bulk call, or answer a query."""
         if method == "POST":
             assert isinstance(body, bytes)
