@@ -86,7 +86,7 @@ PRODUCT_CATEGORIES = replace(PRODUCTS, remember=("id", "categories"))
 PRODUCTS_BY_SKU = Query("product-projections", "masterVariant(sku in ({0})) or variants(sku in ({0}))", _skus)
 INVENTORY = Query("inventory", "id in ({})", _id)
 INVENTORY_BY_SKU = Query("inventory", "sku in ({})", _sku)
-DISCOUNT_CODES = Query("discount-codes", "id in ({})", _id)
+DISCOUNT_CODES = Query("discount-codes", "id in ({})", _id, remember=("id", "code"))
 
 
 class Reader(Protocol):

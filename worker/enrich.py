@@ -11,10 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from threading import Lock
 from typing import TYPE_CHECKING
-
-import cachetools
 
 from worker import commercetools as ct
 from worker.errors import Misconfigured, Rejected, Transient, WorkerError
@@ -25,7 +22,6 @@ if TYPE_CHECKING:
     from worker.mapping import Mapping
 
 READ_LAG = 5.0  # seconds in which a change may not be readable yet
-_CATALOG_ENTRIES = 20_000
 
 Ask = tuple[ct.Query, Iterable[str]]
 Plan = Generator[Sequence[Ask], None, Enriched]
@@ -44,7 +40,6 @@ class Enricher:
         reader: ct.Reader,
         mapping: Mapping,
         *,
-        catalog_ttl: float = 0.0,
         read_lag: float = READ_LAG,
         now: Callable[[], datetime] = _utc_now,
     ) -> None:
@@ -52,9 +47,6 @@ class Enricher:
         self._mapping = mapping
         self._read_lag = read_lag
         self._now = now
-        self._catalog: cachetools.TTLCache[tuple[ct.Query, str], Json]
-        self._catalog = cachetools.TTLCache(_CATALOG_ENTRIES, catalog_ttl)
-        self._lock = Lock()
 
     def enrich(self, notifications: Sequence[Notification]) -> list[Result]:
         """Return every notification with its data, or with why it cannot be had, in their order."""
@@ -71,28 +63,9 @@ class Enricher:
 
     def _answer(self, asks: dict[ct.Query, set[str]], known: _Known) -> None:
         for query, values in asks.items():
-            known.learn(query, self._recall(query, known.missing(query, values)))
             missing = known.missing(query, values)
             if missing:
-                found = self._reader.find(query, missing)
-                known.learn(query, found)
-                self._remember(query, found)
-
-    def _recall(self, query: ct.Query, values: set[str]) -> ct.Found:
-        if not query.remember:
-            return {}
-        with self._lock:
-            remembered = {value: self._catalog.get((query, value)) for value in values}
-        return {value: [resource] for value, resource in remembered.items() if resource is not None}
-
-    def _remember(self, query: ct.Query, found: ct.Found) -> None:
-        """Keep what may be reused; a fresh reading of the same resources renews it."""
-        for kept in (ct.PRODUCT_CATEGORIES, ct.CATEGORY_NAMES):
-            if query in {kept, replace(kept, remember=())}:
-                resources = {v: r[0] for v, r in found.items() if not isinstance(r, WorkerError) and r}
-                slim = {(kept, v): {name: r.get(name) for name in kept.remember} for v, r in resources.items()}
-                with self._lock:
-                    self._catalog.update(slim)
+                known.learn(query, self._reader.find(query, missing))
 
 
 def _advance(plan: Plan, asks: dict[ct.Query, set[str]]) -> Result | None:

@@ -16,6 +16,7 @@ from worker.health import HealthServer
 from worker.klaviyo import Klaviyo
 from worker.metrics import Metrics
 from worker.pipeline import Pipeline
+from worker.remembered import Remembered
 from worker.runner import Runner
 from worker.send import Sender
 from worker.telemetry import Telemetry, log
@@ -40,7 +41,7 @@ class Service:
         requested = self._telemetry.metrics.requested
         reader = Commercetools(settings, stopping, partial(requested, "commercetools"))
         klaviyo = Klaviyo(settings, stopping, partial(requested, "klaviyo"))
-        enricher = Enricher(reader, mapping, catalog_ttl=settings.catalog_ttl)
+        enricher = Enricher(Remembered(reader, settings.catalog_ttl), mapping)
         self._sender = Sender(
             klaviyo,
             settings.concurrency,

@@ -223,3 +223,14 @@ def test_a_queue_that_breaks_later_says_so_too(method: str, queue: EmbeddedQueue
     queue.close()
     with pytest.raises(QueueError):
         list(getattr(queue, method)())
+
+
+def test_no_more_is_handed_out_at_a_time_than_memory_is_meant_for(tmp_path: Path) -> None:
+    """Flow control counts bytes once they are received: large messages come a few at a time, the largest alone."""
+    queue = EmbeddedQueue(tmp_path / "queue.db")
+    sizes = [1_000_000] * 5 + [9_000_000, 10, 10]
+    queue.publish(b"x" * size for size in sizes)
+    received = []
+    while batch := queue.receive(100, 0):
+        received.append([len(delivery.body) for delivery in batch])
+    assert received == [sizes[:4], sizes[4:6], sizes[6:]]

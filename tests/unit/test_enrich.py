@@ -24,6 +24,7 @@ from worker.enrich import Enricher
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient
 from worker.mapping import Mapping
 from worker.model import Enriched, Notification
+from worker.remembered import Remembered
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -261,7 +262,7 @@ def test_missing_scopes_for_what_is_needed_park(enricher: Enricher, reader: Coun
 
 def test_catalog_data_is_remembered_for_orders_but_read_anew_for_its_own_messages(reader: CountingReader) -> None:
     """Orders reuse categories for a while; a product message always mirrors what is there now."""
-    enricher = Enricher(reader, Mapping(), catalog_ttl=60, now=lambda: NOW)
+    enricher = Enricher(Remembered(reader, 60), Mapping(), now=lambda: NOW)
     one(enricher, about("order", "o1", "OrderStateChanged"))
     one(enricher, about("order", "o2", "OrderStateChanged"))
     assert reader.queries["product-projections"] == 1
@@ -273,7 +274,7 @@ def test_catalog_data_is_remembered_for_orders_but_read_anew_for_its_own_message
 
 def test_reading_a_category_anew_renews_what_orders_remember(reader: CountingReader) -> None:
     """A renamed category shows in the next order, not a cache's lifetime later."""
-    enricher = Enricher(reader, Mapping(), catalog_ttl=60, now=lambda: NOW)
+    enricher = Enricher(Remembered(reader, 60), Mapping(), now=lambda: NOW)
     one(enricher, about("order", "o1", "OrderStateChanged"))
     renamed = [dict(entry) for entry in SHOP["categories"]]
     renamed[1]["name"] = {"en": "Denim"}
