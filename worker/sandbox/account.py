@@ -5,31 +5,29 @@ from __future__ import annotations
 import secrets
 import time
 from datetime import UTC, datetime
-from threading import RLock
 from typing import Any
 
+from worker.sandbox.catalog import PREFIX, Catalog, Json
 from worker.sandbox.rules import (
     BULK_ENTRY,
     IDENTIFIERS,
     Refused,
-    check_catalog,
     check_event,
     check_fields,
     check_profile,
     entries_of,
     invalid,
-    references,
     resource,
 )
 
-PREFIX = "$custom:::$default:::"
+__all__ = ["BULK_REPEATS", "PREFIX", "Account", "Json"]
+
 MAX_BULK_EVENTS = 1_000
+BULK_REPEATS = ("within", "ever", "drop", "double")
 _MATCHED_BY = ("email", "phone_number", "external_id", "anonymous_id")
 
-Json = dict[str, Any]
 
-
-class Account:
+class Account(Catalog):
     """Profiles, events and the custom catalog of one account. Safe for many threads.
 
     `bulk_repeats` chooses what nobody documents: whether a bulk call that repeats a unique_id of an
@@ -39,16 +37,14 @@ class Account:
     """
 
     def __init__(self, bulk_repeats: str = "drop", job_seconds: float = 0.0) -> None:
+        super().__init__()
         self.bulk_repeats = bulk_repeats
         self.job_seconds = job_seconds
         self.profiles: list[Json] = []
         self.events: list[Json] = []
-        self.items: dict[str, Json] = {}
-        self.variants: dict[str, Json] = {}
-        self.categories: dict[str, Json] = {}
         self.deletion_requests: list[Json] = []
+        self.accepted_events = 0  # of calls that were answered 202, whether recorded or not
         self.repeated_events = 0
-        self.lock = RLock()
         self._seen: set[tuple[str, str, str]] = set()
         self._shows_at: list[float] = []  # monotonic seconds, of each event
         self._by_id: dict[str, Json] = {}
@@ -59,6 +55,13 @@ class Account:
         with self.lock:
             names = ("profiles", "events", "items", "variants", "categories", "deletion_requests", "repeated_events")
             return {name: getattr(self, name) for name in names}
+
+    def counts(self) -> dict[str, int]:
+        """Return how much there is of everything."""
+        with self.lock:
+            names = ("profiles", "events", "items", "variants", "categories")
+            counts = {name: len(getattr(self, name)) for name in names}
+            return counts | {"repeated_events": self.repeated_events, "accepted_events": self.accepted_events}
 
     # Profiles
 
@@ -135,8 +138,9 @@ class Account:
 
     def _matching(self, profile_id: str | None, attributes: Json) -> list[Json]:
         found = [self._by_id[profile_id]] if profile_id in self._by_id else []
-        keys = ((name, attributes.get(name)) for name in _MATCHED_BY)
-        for profile in (self._by_identifier.get(key) for key in keys if key[1]):  # type: ignore[arg-type]
+        for name in _MATCHED_BY:
+            value = attributes.get(name)
+            profile = self._by_identifier.get((name, value)) if value else None
             if profile is not None and all(profile is not other for other in found):
                 found.append(profile)
         return found
@@ -166,35 +170,44 @@ class Account:
         check_event(attributes)
         with self.lock:
             profile = self._event_profile(attributes.get("profile"), "/data/attributes/profile")
+            self.accepted_events += 1
             self._record(attributes, profile)
 
     def create_events(self, entries: list[Json]) -> None:
         """Record a bulk call of event-bulk-create entries, all or none. Raises Refused."""
         base = "/data/attributes/events-bulk-create/data"
-        planned: list[tuple[Json, Json]] = []
+        planned: list[tuple[Json, list[Json]]] = []  # the profile, its events
         for index, entry in enumerate(entries):
             pointer = f"{base}/{index}/attributes"
             attributes = resource({"data": entry}, "event-bulk-create", f"{base}/{index}")["attributes"]
             check_fields("event-bulk-create", attributes, BULK_ENTRY, pointer)
             profile = self._event_profile_attributes(attributes.get("profile"), f"{pointer}/profile")
+            events = []
             for number, event in enumerate(entries_of(attributes, "events", pointer=pointer)):
                 at = f"{pointer}/events/data/{number}"
-                planned.append((resource({"data": event}, "event", at)["attributes"], profile))
-                check_event(planned[-1][0], f"{at}/attributes", bulk=True)
-        if not 0 < len(planned) <= MAX_BULK_EVENTS:
+                events.append(resource({"data": event}, "event", at)["attributes"])
+                check_event(events[-1], f"{at}/attributes", bulk=True)
+            planned.append((profile, events))
+        if not 0 < sum(len(events) for _, events in planned) <= MAX_BULK_EVENTS:
             raise invalid(f"A bulk call takes 1 to {MAX_BULK_EVENTS} events.", base)
         with self.lock:
             self._record_bulk(planned, base)
 
-    def _record_bulk(self, planned: list[tuple[Json, Json]], base: str) -> None:
-        keys = [_key(event, self._identity(profile)) for event, profile in planned if event.get("unique_id")]
+    def _record_bulk(self, planned: list[tuple[Json, list[Json]]], base: str) -> None:
+        keys: list[tuple[str, str, str]] = []
+        for profile, events in planned:
+            identity = self._identity(profile)
+            keys += [_key(event, identity) for event in events if event.get("unique_id")]
         known = any(key in self._seen for key in keys)
         if len(set(keys)) < len(keys) or (known and self.bulk_repeats == "ever"):
             raise invalid("'unique_id' is repeated for the same profile and metric.", base)
-        if not (known and self.bulk_repeats == "drop"):
-            for event, profile in planned:
-                profile_of_event = self._import_for_event(profile)
-                self._record(event, profile_of_event, self.job_seconds, again=self.bulk_repeats == "double")
+        self.accepted_events += sum(len(events) for _, events in planned)
+        if known and self.bulk_repeats == "drop":
+            return
+        for attributes, events in planned:
+            profile = self._import_for_event(attributes)
+            for event in events:
+                self._record(event, profile, self.job_seconds, again=self.bulk_repeats == "double")
 
     def _identity(self, attributes: Json) -> str:
         """Return the id of the profile these attributes find, else the strongest of them."""
@@ -245,92 +258,6 @@ class Account:
     def _is_foreign(self, name: str, value: str | None, profile: Json) -> bool:
         return self._by_identifier.get((name, value or ""), profile) is not profile
 
-    # Catalog
-
-    def create_entry(self, kind: str, data: Json) -> Json:
-        """Create a catalog entry. Raises Refused: invalid, exists, or refers to what does not exist."""
-        attributes = data["attributes"]
-        check_catalog(kind, attributes, create=True)
-        external_id = attributes["external_id"]
-        with self.lock:
-            entries = self.collection(kind)
-            if external_id in entries:
-                raise Refused(409, "duplicate_resource", f"{_named(kind, external_id)} already exists.")
-            entry = {"type": kind, "id": PREFIX + external_id, "attributes": dict(attributes)}
-            entries[external_id] = entry | self._relationships(kind, data, create=True)
-            return entries[external_id]
-
-    def update_entry(self, kind: str, entry_id: str, data: Json) -> Json:
-        """Update a catalog entry in part. Raises Refused."""
-        check_catalog(kind, data["attributes"], create=False)
-        if data.get("id") != entry_id:
-            raise invalid("'id' must match the path.", "/data/id")
-        with self.lock:
-            entry = self.entry(kind, entry_id)
-            entry |= self._relationships(kind, data, create=False)
-            entry["attributes"] |= data["attributes"]
-            return entry
-
-    def delete_entry(self, kind: str, entry_id: str) -> None:
-        """Delete a catalog entry, an item's variants with it. Raises Refused when there is none."""
-        with self.lock:
-            self.entry(kind, entry_id)
-            del self.collection(kind)[entry_id.removeprefix(PREFIX)]
-            if kind == "catalog-item":
-                for variant in self._variants_of(entry_id):
-                    del self.variants[variant["attributes"]["external_id"]]
-            elif kind == "catalog-category":
-                for item in self.items.values():
-                    item["categories"] = [each for each in item.get("categories", []) if each != entry_id]
-
-    def entry(self, kind: str, entry_id: str) -> Json:
-        """Return a catalog entry. Raises Refused when there is none."""
-        external_id = entry_id.removeprefix(PREFIX)
-        found = self.collection(kind).get(external_id) if entry_id.startswith(PREFIX) else None
-        if found is None:
-            raise Refused(404, "not_found", f"{_named(kind, external_id)} does not exist.")
-        return found
-
-    def entries(self, kind: str) -> list[Json]:
-        """Return all catalog entries of a kind."""
-        with self.lock:
-            return list(self.collection(kind).values())
-
-    def variants_of(self, item_id: str) -> list[Json]:
-        """Return an item's variants. Raises Refused when there is no such item."""
-        with self.lock:
-            self.entry("catalog-item", item_id)
-            return self._variants_of(item_id)
-
-    def _variants_of(self, item_id: str) -> list[Json]:
-        return [variant for variant in self.variants.values() if variant["item"] == item_id]
-
-    def collection(self, kind: str) -> dict[str, Json]:
-        """Return the entries of a kind by external id."""
-        return {"catalog-item": self.items, "catalog-variant": self.variants, "catalog-category": self.categories}[kind]
-
-    def _relationships(self, kind: str, data: Json, *, create: bool) -> Json:
-        relationships = data.get("relationships") or {}
-        known = {"catalog-item": {"categories"}, "catalog-variant": {"item"} if create else set()}.get(kind, set())
-        for name in relationships.keys() - known:
-            raise invalid(f"'{name}' is not a valid field for the resource '{kind}'.", f"/data/relationships/{name}")
-        pointer = "/data/relationships"
-        if kind == "catalog-variant" and create:
-            (item,) = references(relationships.get("item"), "catalog-item", f"{pointer}/item", many=False)
-            self.entry("catalog-item", item)
-            return {"item": item}
-        if "categories" in relationships:
-            found = references(relationships["categories"], "catalog-category", f"{pointer}/categories")
-            for category in found:
-                self.entry("catalog-category", category)
-            return {"categories": found}
-        return {}
-
-
-def _named(kind: str, external_id: str) -> str:
-    name = kind.removeprefix("catalog-")
-    return f"{'An' if name == 'item' else 'A'} {name} with the external id `{external_id}`"
-
 
 def _duplicate(profile: Json) -> Refused:
     detail = "A profile already exists with one of these identifiers."
@@ -343,5 +270,8 @@ def _metric(attributes: Json) -> str:
 
 def _key(attributes: Json, profile_id: str) -> tuple[str, str, str]:
     """Return what makes an event the same: its unique_id, else its time to the second."""
-    moment = datetime.fromisoformat(attributes.get("time") or datetime.now(UTC).isoformat())
-    return profile_id, _metric(attributes), attributes.get("unique_id") or f"at {int(moment.timestamp())}"
+    unique_id = attributes.get("unique_id")
+    if not unique_id:
+        moment = datetime.fromisoformat(attributes.get("time") or datetime.now(UTC).isoformat())
+        unique_id = f"at {int(moment.timestamp())}"
+    return profile_id, _metric(attributes), unique_id

@@ -11,6 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
+from worker.sandbox.copies import Copies
 from worker.sandbox.predicate import PredicateError, matches
 from worker.sandbox.server import Answer
 
@@ -39,10 +40,11 @@ def problem(status: int, code: str = "", message: str = "") -> Any:
 
 
 class Commercetools:
-    """Answers like commercetools' HTTP API, reading from a Shop."""
+    """Answers like commercetools' HTTP API, reading from a Shop and `copies` of its resources."""
 
-    def __init__(self, shop: Shop, token_lifetime: int) -> None:
+    def __init__(self, shop: Shop, token_lifetime: int, copies: int = 0) -> None:
         self._shop = shop
+        self._copies = Copies(shop, copies)
         self._lifetime = token_lifetime
         self._lock = Lock()
         self._tokens: dict[str, float] = {}
@@ -73,8 +75,8 @@ class Commercetools:
         if collection is None:
             return Answer(404, problem(404))
         if len(parts) == 2:  # noqa: PLR2004 - /project/collection
-            return self._query(collection, call)
-        resource = collection.get(parts[2])
+            return self._query(parts[1], collection, call)
+        resource = collection.get(parts[2]) or self._copies.get(parts[1], parts[2])
         return Answer(200, resource) if resource else Answer(404, problem(404))
 
     def _token(self, call: Call) -> Answer:
@@ -101,7 +103,7 @@ class Commercetools:
         with self._lock:
             return scheme == "Bearer" and self._tokens.get(token, 0.0) > time.monotonic()
 
-    def _query(self, collection: dict[str, Any], call: Call) -> Answer:
+    def _query(self, path: str, collection: dict[str, Any], call: Call) -> Answer:
         try:
             limit = int(call.query.get("limit", [str(DEFAULT_LIMIT)])[0])
             offset = int(call.query.get("offset", ["0"])[0])
@@ -111,7 +113,8 @@ class Commercetools:
         sorts = call.query.get("sort", [])
         if not (0 <= limit <= MAX_LIMIT and 0 <= offset <= MAX_OFFSET and all(map(_SORT.fullmatch, sorts))):
             return Answer(400, problem(400, message="Malformed parameter: limit, offset or sort"))
-        found = [resource for resource in list(collection.values()) if all(test(resource) for test in tests)]
+        candidates = [*collection.values(), *self._copies.candidates(path, tests)]
+        found = [resource for resource in candidates if all(test(resource) for test in tests)]
         for sort in reversed(sorts):
             field, _, direction = sort.partition(" ")
             found.sort(key=lambda resource: str(resource.get(field, "")), reverse=direction == "desc")

@@ -10,13 +10,13 @@ from queue import SimpleQueue
 from threading import RLock, Thread
 from typing import TYPE_CHECKING
 
-from worker.sandbox.account import PREFIX
+from worker.sandbox.catalog import PREFIX
 from worker.sandbox.rules import Refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.sandbox.account import Json
+    from worker.sandbox.catalog import Json
 
 MAX_JOBS = 500  # of the catalog, in progress
 _JOB_EXPIRES = 7 * 24 * 3600  # seconds
@@ -34,9 +34,19 @@ class Job:
     ends: float = 0.0
     errors: list[Json] | None = None  # None: not complete
 
+    @property
+    def is_of_catalog(self) -> bool:
+        """Tell whether this is one of the catalog's jobs."""
+        return self.kind.startswith("catalog-")
+
+    @property
+    def status(self) -> str:
+        """Return queued, processing or complete."""
+        return "complete" if self.errors is not None else "processing" if time.time() >= self.begins else "queued"
+
     def document(self) -> Json:
         """Return the job as the API shows it."""
-        status = "complete" if self.errors is not None else "processing" if time.time() >= self.begins else "queued"
+        status = self.status
         failed = len(self.errors or ())
         attributes = {
             "status": status,
@@ -47,7 +57,7 @@ class Job:
             "completed_at": _stamp(self.ends) if status == "complete" else None,
             "expires_at": _stamp(self.created + _JOB_EXPIRES),
         }
-        if self.kind.startswith("catalog-"):
+        if self.is_of_catalog:
             attributes["errors"] = self.errors or []
         else:
             attributes["started_at"] = None if status == "queued" else _stamp(self.begins)
@@ -61,6 +71,7 @@ class Jobs:
         self._seconds = seconds
         self._lock = RLock()
         self._jobs: dict[str, Job] = {}
+        self._going_on = 0  # of the catalog
         self._waiting: SimpleQueue[tuple[Job, list[Json], Callable[[Json], object]]] = SimpleQueue()
         if seconds:
             Thread(target=self._work_off, daemon=True).start()
@@ -68,10 +79,10 @@ class Jobs:
     def start(self, kind: str, entries: list[Json], work: Callable[[Json], object]) -> Json:
         """Accept a job that works on each entry. Raises Refused when too many are in progress."""
         with self._lock:
-            going_on = [j for j in self._jobs.values() if j.errors is None and j.kind.startswith("catalog-")]
-            if kind.startswith("catalog-") and len(going_on) >= MAX_JOBS:
-                raise Refused(429, "throttled", f"At most {MAX_JOBS} jobs can be in progress.")
             job = Job(kind, len(entries))
+            if job.is_of_catalog and self._going_on >= MAX_JOBS:
+                raise Refused(429, "throttled", f"At most {MAX_JOBS} jobs can be in progress.")
+            self._going_on += job.is_of_catalog
             job.begins = job.created + self._seconds / 2
             self._jobs[job.id] = job
         accepted = job.document()
@@ -94,19 +105,20 @@ class Jobs:
             raise Refused(404, "not_found", f"A {kind} with this id does not exist.")
         return job
 
-    def of_kind(self, kind: str) -> list[Json]:
-        """Return the jobs of a kind."""
+    def of_kind(self, kind: str) -> list[Job]:
+        """Return the jobs of a kind, oldest first."""
         with self._lock:
-            return [job.document() for job in self._jobs.values() if job.kind == kind]
+            return [job for job in self._jobs.values() if job.kind == kind]
 
-    @staticmethod
-    def _finish(job: Job, entries: list[Json], work: Callable[[Json], object]) -> None:
+    def _finish(self, job: Job, entries: list[Json], work: Callable[[Json], object]) -> None:
         errors = []
         for entry in entries:
             try:
                 work(entry)
             except Refused as refused:
                 errors.append(_job_error(job.kind, entry, refused))
+        with self._lock:
+            self._going_on -= job.is_of_catalog
         job.ends = time.time()
         job.errors = errors
 

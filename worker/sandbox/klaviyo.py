@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlencode
 
 import orjson
 
-from worker.sandbox.jobs import Jobs
+from worker.sandbox.jobs import Job, Jobs
 from worker.sandbox.limiter import Limiter, Throttled
 from worker.sandbox.rules import (
     MAX_PROFILE,
@@ -24,14 +24,16 @@ from worker.sandbox.rules import (
 from worker.sandbox.server import Answer, template
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-    from worker.sandbox.account import Account, Json
+    from worker.sandbox.account import Account
+    from worker.sandbox.catalog import Json
     from worker.sandbox.server import Call
 
 KEY = "pk_sandbox_key"
 MEDIA_TYPE = "application/vnd.api+json"
-MAX_ENTRIES, MAX_PROFILES, MAX_PAGE = 100, 10_000, 100
+MAX_ENTRIES, MAX_PROFILES = 100, 10_000
+MAX_PAGE, DEFAULT_PAGE = 100, 20
 MAX_EVENTS_PAGE = 1_000
 _REVISION = re.compile(r"\d{4}-\d\d-\d\d(\.pre)?")
 _KINDS = {
@@ -41,7 +43,9 @@ _KINDS = {
 }
 _PLURAL = {kind: path.removeprefix("catalog-") for path, kind in _KINDS.items()}
 _CATALOG_JOBS = re.compile(r"(catalog-(?:item|variant|category))-bulk-(create|update|delete)-job")
-_FILTER = re.compile(r'(equals|any)\(([\w.]+),(\[?"(?:[^"\\]|\\.)*"(?:,"(?:[^"\\]|\\.)*")*\]?)\)')
+_TEXT = r"""(?:"(?:[^"\\]|\\.)*"|'[^'\\]*')"""
+_FILTER = re.compile(rf"(equals|any)\(([\w.]+),(\[?{_TEXT}(?:,{_TEXT})*\]?)\)")
+_ANY = ("any", "equals")
 _TIERS = {"S": {1: 3, 60: 60}, "M": {1: 10, 60: 150}, "L": {1: 75, 60: 750}, "XL": {1: 350, 60: 3500}}
 
 
@@ -64,12 +68,19 @@ def _tier(endpoint: str) -> str:
 
 
 class Klaviyo:
-    """Answers like Klaviyo's HTTP API, writing to an Account."""
+    """Answers like Klaviyo's HTTP API, writing to an Account.
 
-    def __init__(self, account: Account, *, rate_limits: bool) -> None:
+    `rate_limits`: how many times the documented limits this account has; 0: it has none.
+    """
+
+    def __init__(self, account: Account, *, rate_limits: float) -> None:
         self._account = account
         self._jobs = Jobs(account.job_seconds)
         self._limiter = Limiter() if rate_limits else None
+        self._limits = {
+            tier: {seconds: max(1, round(limit * rate_limits)) for seconds, limit in limits.items()}
+            for tier, limits in _TIERS.items()
+        }
 
     def handle(self, call: Call) -> Answer:
         """Answer a request."""
@@ -92,7 +103,7 @@ class Klaviyo:
         if self._limiter is None:
             return {}
         endpoint = f"{call.method} {template(call.path)}"
-        limits = _TIERS[_tier(endpoint)]
+        limits = self._limits[_tier(endpoint)]
         remaining, reset = self._limiter.take(endpoint, limits)
         return {
             "RateLimit-Limit": str(limits[60]),
@@ -114,7 +125,7 @@ class Klaviyo:
                 self._account.create_event(resource(_body(call), "event")["attributes"])
                 return 202, None
             case ("GET", "events"):
-                return 200, _page(_events(self._account, call), call, 200, MAX_EVENTS_PAGE)
+                return 200, _page(_events(self._account, call), call, 200, largest=MAX_EVENTS_PAGE)
             case ("POST", "event-bulk-create-jobs"):
                 data = resource(_body(call), "event-bulk-create-job")
                 self._account.create_events(entries_of(data["attributes"], "events-bulk-create"))
@@ -134,9 +145,9 @@ class Klaviyo:
             case ("POST", "profiles"):
                 return 201, {"data": account.create_profile(resource(_body(call), "profile"))}
             case ("GET", "profiles"):
-                name, values = _filter(call, {"id", "email", "phone_number", "external_id"})
-                found = [each for value in values for each in account.find_profiles(name, value)]
-                return 200, _page(found if name else list(account.profiles), call, 20)
+                name, values = _filter(call, dict.fromkeys(("id", "email", "phone_number", "external_id"), _ANY))
+                found = [each for value in values or () for each in account.find_profiles(name, value)]
+                return 200, _page(found if name else list(account.profiles), call, DEFAULT_PAGE)
             case ("GET", "profiles", profile_id):
                 return 200, {"data": account.profile(profile_id)}
             case ("PATCH", "profiles", profile_id):
@@ -149,10 +160,8 @@ class Klaviyo:
             case ("POST",):
                 return 201, {"data": _shown(account.create_entry(kind, resource(_body(call), kind)))}
             case ("GET",):
-                name, values = _filter(call, {"ids", "item.id"} if kind == "catalog-variant" else {"ids"})
-                keys = {"ids": "id", "item.id": "item"}
-                found = [each for each in account.entries(kind) if not name or each[keys[name]] in values]
-                return 200, _page(list(map(_shown, found)), call, MAX_PAGE)
+                found = self._found_entries(call, kind)
+                return 200, _page(found, call, MAX_PAGE, _shown)
             case ("GET", entry_id):
                 return 200, {"data": _shown(account.entry(kind, entry_id))}
             case ("PATCH", entry_id):
@@ -161,8 +170,16 @@ class Klaviyo:
                 account.delete_entry(kind, entry_id)
                 return 204, None
             case ("GET", item_id, "variants") if kind == "catalog-item":
-                return 200, _page(list(map(_shown, account.variants_of(item_id))), call, MAX_PAGE)
+                account.entry(kind, item_id)
+                return 200, _page(account.variants_of(item_id), call, MAX_PAGE, _shown)
         raise _no_route()
+
+    def _found_entries(self, call: Call, kind: str) -> list[Json]:
+        item = {"item.id": ("equals",)} if kind == "catalog-variant" else {}
+        name, values = _filter(call, {"ids": ("any",), **item})
+        if name == "item.id":
+            return [variant for item_id in values or () for variant in self._account.variants_of(item_id)]
+        return self._account.entries(kind, values)
 
     def _bulk(self, call: Call, kind: str, rest: list[str]) -> tuple[int, Any]:
         match (call.method, *rest):
@@ -174,14 +191,23 @@ class Klaviyo:
             case ("POST",):
                 return 202, {"data": self._start_catalog_job(call, kind)}
             case ("GET",):
-                name, values = _filter(call, {"status"})
-                found = [job for job in self._jobs.of_kind(kind) if not name or job["attributes"]["status"] in values]
-                return 200, _page(found, call, 20 if kind.startswith("profile") else MAX_PAGE)
+                return 200, self._listed_jobs(call, kind)
             case ("GET", job_id):
                 return 200, {"data": self._jobs.get(kind, job_id).document()}
             case ("GET", job_id, "import-errors") if kind == "profile-bulk-import-job":
-                return 200, _page(self._jobs.get(kind, job_id).errors or [], call, 20)
+                return 200, _page(self._jobs.get(kind, job_id).errors or [], call, DEFAULT_PAGE)
         raise _no_route()
+
+    def _listed_jobs(self, call: Call, kind: str) -> Json:
+        of_catalog = kind.startswith("catalog-")
+        _check_parameters(call, {"filter", "page[cursor]", *(() if of_catalog else ("page[size]", "sort", "include"))})
+        _, statuses = _filter(call, {"status": ("equals",) if of_catalog else _ANY})
+        jobs = [job for job in self._jobs.of_kind(kind) if statuses is None or job.status in statuses]
+        order = call.query.get("sort", ["created_at"])[0]
+        if order not in {"created_at", "-created_at"}:
+            raise invalid("Unknown sort; expected created_at or -created_at.", "")
+        jobs = jobs[::-1] if order.startswith("-") else jobs
+        return _page(jobs, call, MAX_PAGE if of_catalog else DEFAULT_PAGE, Job.document)
 
     def _start_catalog_job(self, call: Call, job_kind: str) -> Json:
         match = _CATALOG_JOBS.fullmatch(job_kind)
@@ -229,19 +255,27 @@ def _body(call: Call) -> Any:
         raise invalid("The body is not JSON.") from None
 
 
-def _filter(call: Call, names: set[str]) -> tuple[str, list[str]]:
-    """Return the field and the values a filter names, or nothing. Raises Refused."""
+def _check_parameters(call: Call, known: set[str]) -> None:
+    for name in call.query.keys() - known:
+        if not name.startswith("fields["):
+            raise invalid(f"'{name}' is not a valid query parameter here.", "")
+
+
+def _filter(call: Call, names: Mapping[str, tuple[str, ...]]) -> tuple[str, list[str] | None]:
+    """Return the field and the values a filter names, or nothing; `names`: fields, operators. Raises Refused."""
     text = call.query.get("filter", [""])[0]
     match = _FILTER.fullmatch(text)
     if not text:
-        return "", []
-    if match is None or match[2] not in names or (match[1] == "any") is not match[3].startswith("["):
+        return "", None
+    if match is None or match[1] not in names.get(match[2], ()) or (match[1] == "any") is not match[3].startswith("["):
         raise invalid(f"Unknown filter; expected one of {sorted(names)}.", "")
-    values = orjson.loads(match[3])
-    return match[2], values if isinstance(values, list) else [values]
+    texts = re.findall(_TEXT, match[3])
+    return match[2], [orjson.loads(each) if each.startswith('"') else each[1:-1] for each in texts]
 
 
-def _page(entries: list[Json], call: Call, size: int, largest: int = MAX_PAGE) -> Json:
+def _page(
+    entries: list[Any], call: Call, size: int, show: Callable[[Any], Json] = dict, largest: int = MAX_PAGE
+) -> Json:
     """Return a page of entries, with the link to the next one. Raises Refused."""
     try:
         start = int(call.query.get("page[cursor]", ["0"])[0])
@@ -254,7 +288,7 @@ def _page(entries: list[Json], call: Call, size: int, largest: int = MAX_PAGE) -
     if start + size < len(entries):
         query = urlencode({**call.query, "page[cursor]": [str(start + size)]}, doseq=True)
         following = f"http://{call.headers.get('Host', '')}{call.target.partition('?')[0]}?{query}"
-    return {"data": entries[start : start + size], "links": {"next": following}}
+    return {"data": [show(entry) for entry in entries[start : start + size]], "links": {"next": following}}
 
 
 def _shown(entry: Json) -> Json:
@@ -274,11 +308,11 @@ def _events(account: Account, call: Call) -> list[Json]:
 
     `metric_id` is no filter here: Klaviyo's takes no custom metrics, and there are no others.
     """
-    name, profiles = _filter(call, {"profile_id"})
+    _, profiles = _filter(call, {"profile_id": ("equals",)})
     sort = call.query.get("sort", [""])[0]
     if sort.removeprefix("-") not in {"", "datetime", "timestamp"}:
         raise invalid("Unknown sort; expected datetime or timestamp.", "")
-    found = [each for each in account.shown_events() if not name or each["profile_id"] in profiles]
+    found = [each for each in account.shown_events() if profiles is None or each["profile_id"] in profiles]
     if sort:
         found.sort(key=lambda event: datetime.fromisoformat(event["time"]), reverse=sort.startswith("-"))
     return list(map(_shown_event, found))

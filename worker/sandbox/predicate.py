@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _TOKEN = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")|(-?\d+(?:\.\d+)?)|([A-Za-z_][\w-]*)|(<>|!=|<=|>=|[()=<>,]))')
 _RESERVED = {"and", "or", "not", "in", "is", "contains", "defined", "empty", "true", "false"}
@@ -23,11 +24,40 @@ _COMPARE = {
 }
 
 
+Path = tuple[str, ...]  # the names of fields inside each other
+Literal = tuple[bool, Any]
+
+
 class PredicateError(ValueError):
     """The predicate is malformed."""
 
 
-def matches(predicate: str) -> Callable[[Any], bool]:
+@dataclass(frozen=True, slots=True)
+class Predicate:
+    """A test of a value.
+
+    `needs`: what can be looked up in an index. Of these fields and literals, a value that passes has one at least;
+    None: nothing is known.
+    """
+
+    holds: Callable[[Any], bool]
+    needs: frozenset[tuple[Path, Literal]] | None = None
+
+    def __call__(self, value: Any) -> bool:
+        """Tell whether a value passes."""
+        return self.holds(value)
+
+
+def literals(value: Any, path: Path) -> Iterator[Literal]:
+    """Return what a value has at a path: all of it, where there are arrays on the way."""
+    for member in _members(value, path[0]):
+        if len(path) > 1:
+            yield from literals(member, path[1:])
+        else:
+            yield _literal(member)
+
+
+def matches(predicate: str) -> Predicate:
     """Return the test a predicate describes. Raises PredicateError."""
     parser = _Parser(_tokens(predicate))
     test = parser.alternatives()
@@ -68,30 +98,37 @@ class _Parser:
         self._at += 1
         return token
 
-    def alternatives(self) -> Callable[[Any], bool]:
+    def alternatives(self) -> Predicate:
         tests = [self.conjunction()]
         while self.next == "or":
             self.take()
             tests.append(self.conjunction())
-        return tests[0] if len(tests) == 1 else lambda value: any(test(value) for test in tests)
+        if len(tests) == 1:
+            return tests[0]
+        needs = [test.needs for test in tests if test.needs is not None]
+        together = frozenset().union(*needs) if len(needs) == len(tests) else None
+        return Predicate(lambda value: any(test(value) for test in tests), together)
 
-    def conjunction(self) -> Callable[[Any], bool]:
+    def conjunction(self) -> Predicate:
         tests = [self.term()]
         while self.next == "and":
             self.take()
             tests.append(self.term())
-        return tests[0] if len(tests) == 1 else lambda value: all(test(value) for test in tests)
+        if len(tests) == 1:
+            return tests[0]
+        needs = [test.needs for test in tests if test.needs is not None]
+        return Predicate(lambda value: all(test(value) for test in tests), min(needs, key=len, default=None))
 
-    def term(self) -> Callable[[Any], bool]:
+    def term(self) -> Predicate:
         if self.next == "not":
             self.take()
             test = self._deeper(self.term)
-            return lambda value: not test(value)
+            return Predicate(lambda value: not test(value))
         if self.next == "(":
             return self._nested()
         return self._field(self.take())
 
-    def _deeper(self, parse: Callable[[], Callable[[Any], bool]]) -> Callable[[Any], bool]:
+    def _deeper(self, parse: Callable[[], Predicate]) -> Predicate:
         if self._depth == _MAX_DEPTH:
             raise PredicateError("nested too deep")
         self._depth += 1
@@ -99,32 +136,40 @@ class _Parser:
         self._depth -= 1
         return test
 
-    def _nested(self) -> Callable[[Any], bool]:
+    def _nested(self) -> Predicate:
         self.take("(")
         test = self._deeper(self.alternatives)
         self.take(")")
         return test
 
-    def _field(self, name: str) -> Callable[[Any], bool]:
+    def _field(self, name: str) -> Predicate:
         if not (name[0].isalpha() or name[0] == "_") or name in _RESERVED:
             raise PredicateError(f"expected a field, found {name}")
         if self.next == "(":
             inner = self._nested()
-            return lambda value: any(map(inner, _members(value, name)))
+            needs = inner.needs and frozenset(((name, *path), literal) for path, literal in inner.needs)
+            return Predicate(lambda value: any(map(inner, _members(value, name))), needs)
         word = self.take(*_COMPARE, "not", "in", "contains", "is")
         if word in _COMPARE:
-            compare, wanted = _COMPARE[word], self._value()
-            return lambda value: any(_compares(compare, member, wanted) for member in _members(value, name))
+            return self._comparison(name, word)
         if word == "contains":
             enough = any if self.take("any", "all") == "any" else all
             members = self._choices()
-            return lambda value: enough(map({_literal(v) for v in _members(value, name)}.__contains__, members))
+            return Predicate(
+                lambda value: enough(map({_literal(v) for v in _members(value, name)}.__contains__, members))
+            )
         if word == "is":
-            return self._presence(name)
+            return Predicate(self._presence(name))
         if word == "not":
             self.take("in")
         choices, positive = self._choices(), word == "in"
-        return lambda value: any((_literal(member) in choices) is positive for member in _members(value, name))
+        needs = frozenset(((name,), literal) for literal in choices) if positive else None
+        return Predicate(lambda value: any((_literal(v) in choices) is positive for v in _members(value, name)), needs)
+
+    def _comparison(self, name: str, word: str) -> Predicate:
+        compare, wanted = _COMPARE[word], self._value()
+        needs = frozenset({((name,), _literal(wanted))}) if word == "=" else None
+        return Predicate(lambda value: any(_compares(compare, v, wanted) for v in _members(value, name)), needs)
 
     def _presence(self, name: str) -> Callable[[Any], bool]:
         positive = self.next != "not"
@@ -134,7 +179,7 @@ class _Parser:
             return lambda value: (isinstance(value, dict) and value.get(name) is not None) is positive
         return lambda value: (not _members(value, name)) is positive
 
-    def _choices(self) -> set[Any]:
+    def _choices(self) -> set[Literal]:
         self.take("(")
         choices = {_literal(self._value())}
         while self.take(",", ")") == ",":
@@ -161,7 +206,7 @@ def _members(value: Any, name: str) -> list[Any]:
     return found if isinstance(found, list) else [found]
 
 
-def _literal(value: Any) -> tuple[bool, Any]:
+def _literal(value: Any) -> Literal:
     """Return what tells literals apart: for Python, True and 1 are the same, and objects cannot be in sets."""
     return isinstance(value, bool), None if isinstance(value, dict | list) else value
 

@@ -37,6 +37,7 @@ _EVENT: dict[str, type] = {
     "metric": dict,
     "profile": dict,
 }
+_BULK_EVENT = {name: kind for name, kind in _EVENT.items() if name != "profile"}
 BULK_ENTRY: dict[str, type] = {"profile": dict, "events": dict, "backfill": bool}
 _COMMON: dict[str, type] = {
     "external_id": str,
@@ -133,7 +134,7 @@ def references(relation: Any, kind: str, pointer: str, *, many: bool = True) -> 
 
 def check_event(attributes: dict[str, Any], pointer: str = "/data/attributes", *, bulk: bool = False) -> None:
     """Check the attributes of an event; its profile apart, which bulk calls name once for many. Raises Refused."""
-    check_fields("event", attributes, {k: v for k, v in _EVENT.items() if not (bulk and k == "profile")}, pointer)
+    check_fields("event", attributes, _BULK_EVENT if bulk else _EVENT, pointer)
     for name in ("properties", "metric"):
         if not isinstance(attributes.get(name), dict):
             raise invalid(f"'{name}' is required for the resource 'event'.", f"{pointer}/{name}")
@@ -209,14 +210,16 @@ def check_properties(properties: dict[str, Any], pointer: str) -> None:
 
 
 def _check_value(value: Any, depth: int, pointer: str) -> None:
-    if isinstance(value, str) and len(value) * 4 > MAX_TEXT and len(value.encode()) > MAX_TEXT:
-        raise invalid("A text can have at most 100 KB.", pointer)
-    if isinstance(value, dict | list):
-        if depth == 0:
-            raise invalid(f"Objects can be nested at most {MAX_DEPTH} levels.", pointer)
-        if isinstance(value, list) and len(value) > MAX_ARRAY:
-            raise invalid(f"An array can have at most {MAX_ARRAY} items.", pointer)
-        for entry in value.values() if isinstance(value, dict) else value:
+    if isinstance(value, str):
+        if len(value) * 4 > MAX_TEXT and len(value.encode()) > MAX_TEXT:
+            raise invalid("A text can have at most 100 KB.", pointer)
+        return
+    if depth == 0:
+        raise invalid(f"Objects can be nested at most {MAX_DEPTH} levels.", pointer)
+    if isinstance(value, list) and len(value) > MAX_ARRAY:
+        raise invalid(f"An array can have at most {MAX_ARRAY} items.", pointer)
+    for entry in value.values() if isinstance(value, dict) else value:
+        if isinstance(entry, str | dict | list):
             _check_value(entry, depth - 1, pointer)
 
 

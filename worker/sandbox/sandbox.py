@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class Sandbox:
     """A commercetools with a shop, and a Klaviyo with an empty account, each on a port of its own.
 
-    `latency`: seconds every answer takes. `rate_limits`: enforce Klaviyo's documented ones. `token_lifetime`:
-    seconds an access token of commercetools is valid.
+    `copies`: so many more orders, customers, products and inventory entries: copies.IDS. `latency`: seconds every
+    answer takes. `rate_limits`: enforce so many times Klaviyo's documented ones; 0: none. `token_lifetime`: seconds
+    an access token of commercetools is valid.
     """
 
     def __init__(  # noqa: PLR0913 - keyword arguments with defaults
@@ -27,8 +28,9 @@ class Sandbox:
         *,
         shop: Shop | None = None,
         account: Account | None = None,
+        copies: int = 0,
         latency: float = 0.0,
-        rate_limits: bool = False,
+        rate_limits: float = 0.0,
         token_lifetime: int = 172_800,
         seed: int = 0,
         commercetools_port: int = 0,
@@ -36,14 +38,15 @@ class Sandbox:
     ) -> None:
         self.shop = shop or sample_shop()
         self.account = account or Account()
-        self.tokens = commercetools.Commercetools(self.shop, token_lifetime)
+        self.tokens = commercetools.Commercetools(self.shop, token_lifetime, copies)
         self.commercetools = Server(
-            self.tokens.handle, commercetools.problem, dict, port=commercetools_port, latency=latency, seed=seed
+            self.tokens.handle, commercetools.problem, dict, dict, port=commercetools_port, latency=latency, seed=seed
         )
         self.klaviyo = Server(
             klaviyo.Klaviyo(self.account, rate_limits=rate_limits).handle,
             klaviyo.problem,
             self.account.state,
+            self.account.counts,
             port=klaviyo_port,
             latency=latency,
             seed=seed + 1,

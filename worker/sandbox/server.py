@@ -138,7 +138,8 @@ class Server:
         self,
         handle: Callable[[Call], Answer],
         explain: Callable[[int], Any],
-        control: Callable[[], Any],
+        state: Callable[[], dict[str, Any]],
+        counts: Callable[[], dict[str, int]],
         *,
         port: int = 0,
         latency: float = 0.0,
@@ -146,10 +147,13 @@ class Server:
     ) -> None:
         self.handle = handle
         self.explain = explain  # status -> the error document this service would send
-        self.control = control  # () -> the state, for GET /_sandbox/state
+        self._state = state
+        self._counts = counts
         self.latency = latency
         self.faults = Faults(seed)
         self.requests: list[Request] = []
+        self._counted: dict[str, Counter[str]] = defaultdict(Counter)  # endpoint -> status -> requests
+        self._lock = Lock()
         self._port = port
         self._http: _HTTPServer | None = None
 
@@ -175,12 +179,24 @@ class Server:
             self._http.drop_connections()
             self._http = None
 
+    def note(self, request: Request) -> None:
+        """Add a line to the request log."""
+        endpoint = f"{request.method} {template(request.path)}"
+        with self._lock:
+            self.requests.append(request)
+            self._counted[endpoint][str(request.status)] += 1
+
     def state(self) -> dict[str, Any]:
-        """Return the service's state, with the requests counted by "METHOD /path/{id}" and status."""
-        counts: dict[str, Counter[str]] = defaultdict(Counter)
-        for request in list(self.requests):
-            counts[f"{request.method} {template(request.path)}"][str(request.status)] += 1
-        return {**self.control(), "requests": counts}
+        """Return all that the service holds, with the requests counted by "METHOD /path/{id}" and status."""
+        return self._state() | self._counted_requests()
+
+    def counts(self) -> dict[str, Any]:
+        """Return how much the service holds, with the requests counted likewise."""
+        return self._counts() | self._counted_requests()
+
+    def _counted_requests(self) -> dict[str, Any]:
+        with self._lock:
+            return {"requests": {endpoint: dict(statuses) for endpoint, statuses in self._counted.items()}}
 
 
 class _HTTPServer(ThreadingHTTPServer):
@@ -269,8 +285,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(answer, truncate=action == "truncate")
 
     def _note(self, call: Call, status: int) -> None:
-        line = Request(call.method, call.path, call.query, status, len(call.body), time.time())
-        self.server.service.requests.append(line)
+        self.server.service.note(Request(call.method, call.path, call.query, status, len(call.body), time.time()))
 
     def _send(self, answer: Answer, raw: bytes | None = None, *, truncate: bool = False) -> None:
         body = raw if raw is not None else b"" if answer.document is None else orjson.dumps(answer.document)
@@ -298,10 +313,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _control(service: Server, call: Call) -> Answer:
-    """Serve tests in another process: state, request log, faults."""
+    """Serve tests in another process: state, counts, request log, faults."""
     match call.method, call.path.removeprefix("/_sandbox/"):
         case "GET", "state":
             return Answer(200, service.state())
+        case "GET", "counts":
+            return Answer(200, service.counts())
         case "GET", "requests":
             return Answer(200, list(service.requests))
         case "POST", "faults":
@@ -313,7 +330,7 @@ def _control(service: Server, call: Call) -> Answer:
         case "DELETE", "faults":
             service.faults.clear()
             return Answer(200, {})
-    return Answer(404, {"error": "expected state, requests or faults"})
+    return Answer(404, {"error": "expected state, counts, requests or faults"})
 
 
 def _fault(fields: dict[str, Any]) -> Fault:

@@ -189,3 +189,59 @@ def test_a_job_is_found_under_its_own_kind_only(call: Caller) -> None:
     """An id of another kind of job is unknown there."""
     job = call("POST", PROFILES, imports({"email": "ada@example.com"}))[1]["data"]["id"]
     assert call("GET", f"/api/catalog-item-bulk-create-jobs/{job}")[0] == 404
+
+
+def listed(call: Caller, path: str, query: str = "") -> list[str]:
+    """Return the ids of a list of jobs, read page by page."""
+    seen: list[str] = []
+    target = f"{path}?{query}"
+    while target:
+        status, page = call("GET", target)
+        assert status == 200, page
+        seen += [job["id"] for job in page["data"]]
+        _, api, rest = (page["links"]["next"] or "").partition("/api/")
+        target = api + rest
+    return seen
+
+
+def test_imports_are_listed_by_age_a_page_at_a_time(call: Caller) -> None:
+    """Oldest first unless asked otherwise."""
+    jobs = [call("POST", PROFILES, imports({"external_id": str(n)}))[1]["data"]["id"] for n in range(5)]
+    assert listed(call, PROFILES) == listed(call, PROFILES, "sort=created_at&page[size]=2") == jobs
+    assert listed(call, PROFILES, "sort=-created_at&page[size]=2") == jobs[::-1]
+    assert len(call("GET", f"{PROFILES}?page[size]=2")[1]["data"]) == 2
+
+
+@pytest.mark.parametrize("quote", ['"', "'"])
+def test_imports_are_listed_by_status(quote: str) -> None:
+    """One, or any of several; in either kind of quotes."""
+    with Sandbox(account=Account(job_seconds=60)) as sandbox:
+        call = Caller(sandbox)
+        job = call("POST", PROFILES, imports({"external_id": "x"}))[1]["data"]["id"]
+        complete, queued = f"{quote}complete{quote}", f"{quote}queued{quote}"
+        assert listed(call, PROFILES, f"filter=any(status,[{complete},{queued}])") == [job]
+        assert listed(call, PROFILES, f"filter=equals(status,{queued})") == [job]
+        assert listed(call, PROFILES, f"filter=equals(status,{complete})") == []
+        path, body = catalog("item", "delete", {"id": f"{PREFIX}x"})
+        assert listed(call, path, f"filter=equals(status,{queued})") == []
+        accepted = call("POST", path, body)[1]["data"]["id"]
+        assert listed(call, path, f"filter=equals(status,{queued})") == [accepted]
+
+
+@pytest.mark.parametrize(
+    ("path", "query"),
+    [
+        (PROFILES, "sort=status"),
+        (PROFILES, "page[size]=101"),
+        (PROFILES, "filter=equals(id,'x')"),
+        (PROFILES, "filter=equals(status,['complete'])"),
+        (PROFILES, "colour=red"),
+        ("/api/catalog-item-bulk-create-jobs", "sort=created_at"),
+        ("/api/catalog-item-bulk-create-jobs", "page[size]=10"),
+        ("/api/catalog-item-bulk-create-jobs", "filter=any(status,['complete'])"),
+    ],
+)
+def test_a_list_takes_the_documented_parameters_only(path: str, query: str, call: Caller) -> None:
+    """Lists of catalog jobs have fixed pages and no order."""
+    assert call("GET", f"{path}?{query}")[0] == 400
+    assert call("GET", f"{path}?fields[{path.rpartition('/')[2][:-1]}]=status")[0] == 200

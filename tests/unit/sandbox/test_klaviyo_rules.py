@@ -567,6 +567,18 @@ def test_every_endpoint_has_its_tier(request_line: str, steady: int) -> None:
     assert answer.headers["RateLimit-Limit"] == str(steady)
 
 
+@pytest.mark.parametrize(("factor", "steady", "burst"), [(10.0, 600, 30), (0.1, 6, 1)])
+def test_an_account_may_have_other_limits(factor: float, steady: int, burst: int) -> None:
+    """A multiple of the documented ones, in headers and in deed."""
+    klaviyo = Klaviyo(Account(), rate_limits=factor)
+    path = "/api/data-privacy-deletion-jobs"
+    answers = [klaviyo.handle(Call("POST", path, {}, HEADERS, b"{}", path)) for _ in range(2 * burst + 1)]
+    assert answers[0].headers["RateLimit-Limit"] == str(steady)
+    assert answers[0].headers["RateLimit-Remaining"] == str(steady - 1)
+    statuses = [answer.status for answer in answers]
+    assert burst <= statuses.count(400) <= 2 * burst  # a second may end in between
+
+
 def test_unknown_paths_are_not_found(call: Caller) -> None:
     """Nothing is answered that was not built."""
     assert call("POST", "/api/nonsense", {})[0] == 404

@@ -10,18 +10,22 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 import orjson
 import pytest
 import urllib3
 
 from tests.unit.sandbox.conftest import HEADERS, Caller
-from tests.unit.sandbox.test_klaviyo_rules import event, profile
+from tests.unit.sandbox.test_klaviyo_rules import BULK, bulk, event, profile
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.limiter import Limiter, Throttled
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from worker.sandbox.server import Answer
 
 
@@ -196,6 +200,23 @@ def test_another_process_sees_state_and_counts(sandbox: Sandbox, call: Caller) -
     assert urllib3.request("GET", sandbox.commercetools.url + "/_sandbox/state").json() == {"requests": {}}
 
 
+def test_counts_are_there_without_everything_that_is_counted(sandbox: Sandbox, call: Caller) -> None:
+    """An event that comes twice is accepted twice and there once."""
+    for body in (event(unique_id="1"), event(unique_id="1"), {}):
+        call("POST", "/api/events", body)
+    assert call("GET", "/_sandbox/counts")[1] == {
+        "profiles": 1,
+        "events": 1,
+        "items": 0,
+        "variants": 0,
+        "categories": 0,
+        "repeated_events": 1,
+        "accepted_events": 2,
+        "requests": {"POST /api/events": {"202": 2, "400": 1}},
+    }
+    assert urllib3.request("GET", sandbox.commercetools.url + "/_sandbox/counts").json() == {"requests": {}}
+
+
 @pytest.mark.parametrize(
     "body", [b"{", b"[1]", b"5", b'[{"status": 500, "colour": "red"}]', b'[{"action": "explode"}]']
 )
@@ -236,15 +257,52 @@ def test_windows_are_fixed_and_say_when_they_end() -> None:
     assert limiter.take("x", limits) == (2, 60)
 
 
+@contextmanager
+def process(*options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+    """Run `python -m worker.sandbox` and yield what it says to export."""
+    command = [sys.executable, "-m", "worker.sandbox", "--commercetools-port", "0", "--klaviyo-port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as running:
+        try:
+            assert running.stdout is not None
+            words = [shlex.split(running.stdout.readline()) for _ in range(7)]
+            assert {first for first, _ in words} == {"export"}
+            yield running, dict(word.split("=", 1) for _, word in words)
+        finally:
+            running.send_signal(signal.SIGTERM)
+
+
 def test_it_runs_on_its_own_until_interrupted() -> None:
     """`python -m worker.sandbox` prints what to export, serves, and ends at SIGTERM with 0."""
-    command = [sys.executable, "-m", "worker.sandbox", "--commercetools-port", "0", "--klaviyo-port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
-        assert process.stdout is not None
-        words = [shlex.split(process.stdout.readline()) for _ in range(7)]
-        exported = dict(word.split("=", 1) for _, word in words)
-        assert {first for first, _ in words} == {"export"}
+    with process() as (running, exported):
         assert orjson.loads(exported["CT_API_CLIENT"]).keys() == {"clientId", "secret"}
         assert urllib3.request("GET", exported["KLAVIYO_API_URL"] + "/_sandbox/state").status == 200
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == 0
+        assert "RateLimit-Limit" not in urllib3.request("GET", exported["KLAVIYO_API_URL"] + "/api/x").headers
+    assert running.returncode == 0
+
+
+def test_its_options_reach_shop_and_account() -> None:
+    """Copies, limits, repeats, slow jobs."""
+    options = ("--copies", "3", "--rate-limits", "10", "--bulk-repeats", "double", "--job-seconds", "60")
+    with process(*options) as (_, exported):
+        url = exported["KLAVIYO_API_URL"]
+
+        def post(path: str, body: Any) -> urllib3.BaseHTTPResponse:
+            return urllib3.request("POST", url + path, body=orjson.dumps(body), headers=HEADERS)
+
+        assert post("/api/events", event()).headers["RateLimit-Limit"] == "35000"
+        for _ in range(2):
+            assert post(BULK, bulk("new")).status == 202
+        counts = urllib3.request("GET", url + "/_sandbox/counts").json()
+        assert (counts["events"], counts["repeated_events"]) == (3, 1)
+        profiles = {"profiles": {"data": [{"type": "profile", "attributes": {"external_id": "x"}}]}}
+        job = {"data": {"type": "profile-bulk-import-job", "attributes": profiles}}
+        accepted = post("/api/profile-bulk-import-jobs", job).json()["data"]["attributes"]
+        assert (accepted["status"], accepted["completed_count"]) == ("queued", 0)
+        credentials = ":".join(orjson.loads(exported["CT_API_CLIENT"]).values())
+        headers = urllib3.make_headers(basic_auth=credentials)
+        form = {"grant_type": "client_credentials"}
+        shop = exported["CT_API_URL"]
+        token = urllib3.request("POST", f"{shop}/oauth/token", body=urlencode(form), headers=headers).json()
+        bearer = {"Authorization": f"Bearer {token['access_token']}"}
+        path = f"{shop}/{exported['CT_PROJECT_ID']}/orders"
+        assert [urllib3.request("GET", f"{path}/order-{n}", headers=bearer).status for n in (3, 4)] == [200, 404]

@@ -1,0 +1,116 @@
+"""The custom catalog of a Klaviyo account: items, their variants, categories."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+from worker.sandbox.rules import Refused, check_catalog, invalid, references
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PREFIX = "$custom:::$default:::"
+
+Json = dict[str, Any]
+
+
+class Catalog:
+    """Items, variants and categories by external id. Safe for many threads."""
+
+    def __init__(self) -> None:
+        self.items: dict[str, Json] = {}
+        self.variants: dict[str, Json] = {}
+        self.categories: dict[str, Json] = {}
+        self.lock = RLock()
+        self._by_item: dict[str, dict[str, Json]] = defaultdict(dict)  # item id -> variants by id
+
+    def create_entry(self, kind: str, data: Json) -> Json:
+        """Create a catalog entry. Raises Refused: invalid, exists, or refers to what does not exist."""
+        attributes = data["attributes"]
+        check_catalog(kind, attributes, create=True)
+        external_id = attributes["external_id"]
+        with self.lock:
+            entries = self.collection(kind)
+            if external_id in entries:
+                raise Refused(409, "duplicate_resource", f"{_named(kind, external_id)} already exists.")
+            entry: Json = {"type": kind, "id": PREFIX + external_id, "attributes": dict(attributes)}
+            entry |= self._relationships(kind, data, create=True)
+            entries[external_id] = entry
+            if kind == "catalog-variant":
+                self._by_item[entry["item"]][entry["id"]] = entry
+            return entry
+
+    def update_entry(self, kind: str, entry_id: str, data: Json) -> Json:
+        """Update a catalog entry in part. Raises Refused."""
+        check_catalog(kind, data["attributes"], create=False)
+        if data.get("id") != entry_id:
+            raise invalid("'id' must match the path.", "/data/id")
+        with self.lock:
+            entry = self.entry(kind, entry_id)
+            entry |= self._relationships(kind, data, create=False)
+            entry["attributes"] |= data["attributes"]
+            return entry
+
+    def delete_entry(self, kind: str, entry_id: str) -> None:
+        """Delete a catalog entry, an item's variants with it. Raises Refused when there is none."""
+        with self.lock:
+            entry = self.entry(kind, entry_id)
+            del self.collection(kind)[entry_id.removeprefix(PREFIX)]
+            if kind == "catalog-variant":
+                del self._by_item[entry["item"]][entry_id]
+            elif kind == "catalog-item":
+                for variant in self._by_item.pop(entry_id, {}).values():
+                    del self.variants[variant["attributes"]["external_id"]]
+            elif kind == "catalog-category":
+                for item in self.items.values():
+                    item["categories"] = [each for each in item.get("categories", []) if each != entry_id]
+
+    def entry(self, kind: str, entry_id: str) -> Json:
+        """Return a catalog entry. Raises Refused when there is none."""
+        external_id = entry_id.removeprefix(PREFIX)
+        found = self.collection(kind).get(external_id) if entry_id.startswith(PREFIX) else None
+        if found is None:
+            raise Refused(404, "not_found", f"{_named(kind, external_id)} does not exist.")
+        return found
+
+    def entries(self, kind: str, ids: Sequence[str] | None = None) -> list[Json]:
+        """Return the catalog entries of a kind: those with these ids, or all."""
+        with self.lock:
+            entries = self.collection(kind)
+            if ids is None:
+                return list(entries.values())
+            wanted = dict.fromkeys(each.removeprefix(PREFIX) for each in ids if each.startswith(PREFIX))
+            return [entries[external_id] for external_id in wanted if external_id in entries]
+
+    def variants_of(self, item_id: str) -> list[Json]:
+        """Return an item's variants; none when there is no such item."""
+        with self.lock:
+            return list(self._by_item.get(item_id, {}).values())
+
+    def collection(self, kind: str) -> dict[str, Json]:
+        """Return the entries of a kind by external id."""
+        return {"catalog-item": self.items, "catalog-variant": self.variants, "catalog-category": self.categories}[kind]
+
+    def _relationships(self, kind: str, data: Json, *, create: bool) -> Json:
+        relationships = data.get("relationships") or {}
+        known = {"catalog-item": {"categories"}, "catalog-variant": {"item"} if create else set()}.get(kind, set())
+        for name in relationships.keys() - known:
+            raise invalid(f"'{name}' is not a valid field for the resource '{kind}'.", f"/data/relationships/{name}")
+        pointer = "/data/relationships"
+        if kind == "catalog-variant" and create:
+            (item,) = references(relationships.get("item"), "catalog-item", f"{pointer}/item", many=False)
+            self.entry("catalog-item", item)
+            return {"item": item}
+        if "categories" in relationships:
+            found = references(relationships["categories"], "catalog-category", f"{pointer}/categories")
+            for category in found:
+                self.entry("catalog-category", category)
+            return {"categories": found}
+        return {}
+
+
+def _named(kind: str, external_id: str) -> str:
+    name = kind.removeprefix("catalog-")
+    return f"{'An' if name == 'item' else 'A'} {name} with the external id `{external_id}`"

@@ -1,0 +1,125 @@
+"""A shop at scale: many copies of a few sample resources, which never change and are found by an index."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import chain
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from worker.sandbox.predicate import literals
+from worker.sandbox.shop import Json, uid
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from worker.sandbox.predicate import Literal, Path, Predicate
+    from worker.sandbox.shop import Shop
+
+IDS = (
+    "order-1, customer-1, product-1 and inventory-entry-1, and so on, up to N. An order has three lines and is of "
+    "the customer with its number; the entry is the stock of sku-1-1, a variant of product-1, which also has sku-1-2"
+)
+
+Index = dict["Literal", list[Json]]
+
+
+class Copies:
+    """`number` copies each of an order, a customer, a product and its inventory entry. Safe for many threads."""
+
+    def __init__(self, shop: Shop, number: int) -> None:
+        makers: dict[str, Callable[[Shop, int], Json]] = {
+            "orders": order,
+            "customers": customer,
+            "product-projections": product,
+            "inventory": inventory_entry,
+        }
+        self._resources = {path: _by_id(make(shop, n) for n in range(1, number + 1)) for path, make in makers.items()}
+        self._indexes: dict[tuple[str, Path], Index] = {}
+        self._lock = Lock()
+
+    def get(self, collection: str, resource_id: str) -> Json | None:
+        """Return a resource, or None."""
+        return self._resources.get(collection, {}).get(resource_id)
+
+    def candidates(self, collection: str, predicates: Sequence[Predicate]) -> Iterable[Json]:
+        """Return the resources of a collection that may pass all predicates: none that does is left out."""
+        resources = self._resources.get(collection, {})
+        needs = [predicate.needs for predicate in predicates if predicate.needs is not None]
+        if not resources or not needs:
+            return resources.values()
+        found = (self._index(collection, path).get(value, ()) for path, value in min(needs, key=len))
+        return _by_id(chain.from_iterable(found)).values()
+
+    def _index(self, collection: str, path: Path) -> Index:
+        """Return the resources by what they have at a path."""
+        with self._lock:
+            index = self._indexes.get((collection, path))
+            if index is None:
+                index = defaultdict(list)
+                for resource in self._resources[collection].values():
+                    for literal in literals(resource, path):
+                        index[literal].append(resource)
+                index.default_factory = None
+                self._indexes[collection, path] = index
+        return index
+
+
+def _by_id(resources: Iterable[Json]) -> dict[str, Json]:
+    return {resource["id"]: resource for resource in resources}
+
+
+def order(shop: Shop, number: int) -> Json:
+    """Return a copy of an order with three lines."""
+    template = shop.orders[uid("order:three")]
+    lines = [line | {"id": f"line-{number}-{index}"} for index, line in enumerate(template["lineItems"], 1)]
+    address = _reachable(template["billingAddress"], number)
+    copy = template | {
+        "id": f"order-{number}",
+        "orderNumber": f"R-{number}",
+        "customerId": f"customer-{number}",
+        "customerEmail": _email(number),
+        "billingAddress": address,
+        "shippingAddress": address,
+        "lineItems": lines,
+    }
+    del copy["paymentInfo"]  # the payment is of one order only
+    return copy
+
+
+def customer(shop: Shop, number: int) -> Json:
+    """Return a copy of a customer with everything."""
+    template = shop.customers[uid("customer:grete")]
+    return template | {
+        "id": f"customer-{number}",
+        "customerNumber": f"C-{number}",
+        "email": _email(number),
+        "addresses": [_reachable(address, number) for address in template["addresses"]],
+    }
+
+
+def product(shop: Shop, number: int) -> Json:
+    """Return a copy of a product with two variants."""
+    template = shop.products[uid("product:slim-jeans")]
+    (other,) = template["variants"]
+    return template | {
+        "id": f"product-{number}",
+        "slug": {locale: f"{slug}-{number}" for locale, slug in template["slug"].items()},
+        "masterVariant": template["masterVariant"] | {"sku": f"sku-{number}-1"},
+        "variants": [other | {"sku": f"sku-{number}-2"}],
+    }
+
+
+def inventory_entry(shop: Shop, number: int) -> Json:
+    """Return a copy of the inventory entry of a product's first variant."""
+    template = shop.inventory[uid("inventory-entry:jeans-30")]
+    return template | {"id": f"inventory-entry-{number}", "sku": f"sku-{number}-1"}
+
+
+def _email(number: int) -> str:
+    return f"customer-{number}@mail.example"
+
+
+def _reachable(address: Json, number: int) -> Json:
+    """Return a copy of an address with a telephone of its own: for Klaviyo, one number is one profile."""
+    return address | {"phone": f"030 {20_000_000 + number}"}
