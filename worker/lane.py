@@ -92,15 +92,23 @@ class Lane(Thread):
         return []
 
     def _due(self) -> list[Job]:
+        """Take a batch out of what is kept: what is due, but nothing before an earlier job of its resource."""
         now = time.monotonic()
-        due = [job for job in self._kept if job.due_at <= now]
-        later = [job for job in self._kept if job.due_at > now]
-        self._kept = due[self._settings.max_batch :] + later
-        return due[: self._settings.max_batch]
+        due: list[Job] = []
+        later: list[Job] = []
+        held_up = set()
+        for job in self._kept:
+            if job.due_at <= now and job.key not in held_up and len(due) < self._settings.max_batch:
+                due.append(job)
+            else:
+                later.append(job)
+                held_up.add(job.key)
+        self._kept = later
+        return due
 
     def _add_arrived(self, batch: list[Job]) -> None:
         """Add what arrived to the batch, or to what is kept of its resource; wait for the first when there is none."""
-        held_up = {job.key: job.due_at for job in self._kept}
+        held_up = {job.key: job.due_at for job in reversed(self._kept)}  # the first of a resource counts
         wait = None if not held_up else max(min(held_up.values()) - time.monotonic(), 0.0)
         try:
             job = self._inbox.get_nowait() if batch else self._inbox.get(timeout=wait)
