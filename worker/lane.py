@@ -132,7 +132,7 @@ class Lane(Thread):
         now = time.monotonic()
         for job in kept:
             job.tries += 1
-            job.failed_at = job.failed_at or now
+            job.failed_at = 0.0 if _is_parked(job) else job.failed_at or now
         spent = [job for job in kept if self._is_spent(job, now)]
         if spent and not self._stopping.is_set():
             self._pipeline.give_up(spent, self._settings.outage_hold * DELAY_AFTER_HOLD)
@@ -157,6 +157,11 @@ class Lane(Thread):
                 job.due_at = min(now + (asked or pause(job.tries - 1, self._longest_pause)), last)
         self._kept = [*jobs, *self._kept]
         self._in_flight.keep(jobs)
+
+
+def _is_parked(job: Job) -> bool:
+    """Tell whether a job waits for the worker's permission, which no hold bounds."""
+    return job.outcome is not None and job.outcome.disposition is Disposition.PARK
 
 
 def _emptied(inbox: SimpleQueue[Job | None]) -> Iterator[Job | None]:

@@ -171,6 +171,20 @@ def test_a_parked_message_is_kept_for_as_long_as_it_takes() -> None:
     rig.stop()
 
 
+def test_the_time_parked_is_no_part_of_the_hold() -> None:
+    """Or the first failure once the key is accepted again would cost every message an attempt."""
+    rig = Rig(outage_hold=0.2)
+    rig.pipeline.errors["a1"] = KlaviyoMisconfigured("401")
+    rig.put("a1")
+    rig.lane.start()
+    time.sleep(0.5)  # longer than the hold and the pause added to it
+    rig.pipeline.errors["a1"] = SOON
+    parked = rig.pipeline.tried.count("a1")
+    wait_for(lambda: rig.pipeline.given_up)
+    assert rig.pipeline.tried.count("a1") > parked + 2
+    rig.stop()
+
+
 def test_what_waits_at_the_end_goes_back(rig: Rig) -> None:
     """At once, however long it was to wait."""
     rig.pipeline.errors |= {"a1": Transient("503", retry_after=3600), "b1": KlaviyoMisconfigured("401", 3600)}
