@@ -146,17 +146,20 @@ class Lane(Thread):
         return is_held and now - job.failed_at >= self._hold
 
     def _keep(self, jobs: Sequence[Job], now: float) -> None:
+        refusals = []
         for job in jobs:
             cause = job.outcome.cause if job.outcome else None
             asked = cause.retry_after if isinstance(cause, Transient | Misconfigured) else None
             if isinstance(cause, Misconfigured):
                 job.due_at = now + (asked or self._settings.park_seconds)
-                self._ends.refused(cause)
+                refusals.append(cause)
             else:  # the last try is when the hold ends
                 last = max(job.failed_at + self._hold, now)
                 job.due_at = min(now + (asked or pause(job.tries - 1, self._longest_pause)), last)
         self._kept = [*jobs, *self._kept]
         self._in_flight.keep(jobs)
+        for refusal in refusals:  # told last: the runner sees then that the worker is parked
+            self._ends.refused(refusal)
 
 
 def _is_parked(job: Job) -> bool:

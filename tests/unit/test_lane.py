@@ -54,12 +54,12 @@ class Rig:
         self.in_flight = InFlight(100, 10**6)
         self.stopping = threading.Event()
         self.given_back: list[str] = []
-        self.refusals: list[str] = []
+        self.refusals: list[tuple[str, str]] = []  # and what the worker shows to be parked for at that time
         self.failures: list[Exception] = []
         ends = Ends(
             lambda jobs: self.given_back.extend(job.delivery.id for job in jobs),
             self.failures.append,
-            lambda error: self.refusals.append(str(error)),
+            lambda error: self.refusals.append((str(error), self.in_flight.parked())),
         )
         settings = settings_for(**{"outage_hold": 60, "park_seconds": 0.05} | values)
         self.lane = Lane(self.pipeline, self.in_flight, settings, self.stopping, ends)  # type: ignore[arg-type]
@@ -163,7 +163,8 @@ def test_a_parked_message_is_kept_for_as_long_as_it_takes() -> None:
     rig.put("a1")
     rig.lane.start()
     wait_for(lambda: rig.pipeline.tried.count("a1") > 3)
-    assert rig.in_flight.parked() == "401" == rig.refusals[0]
+    assert rig.in_flight.parked() == "401"
+    assert rig.refusals[0] == ("401", "401")
     rig.pipeline.errors.clear()
     wait_for(lambda: not rig.in_flight)
     assert rig.in_flight.parked() == ""
