@@ -221,11 +221,12 @@ class Runner:
             jobs, began = self._in_flight.jobs(), time.monotonic()
             try:
                 self._queue.extend([job.delivery for job in jobs], lease)
-            except QueueError as error:
-                log.warning("leases_not_extended", extra={"reason": str(error)})
-                continue
-            for job in jobs:
-                job.leased(began, lease)
+            except Exception as error:  # noqa: BLE001 - leases that nobody extends any more bring all that is held again
+                reason = str(error) if isinstance(error, QueueError) else f"unexpected {type(error).__name__}"
+                log.warning("leases_not_extended", extra={"reason": reason})
+            else:
+                for job in jobs:
+                    job.leased(began, lease)
 
     def _finish(self) -> None:
         """Return at once what no lane has begun, and let the lanes end inside the grace period."""

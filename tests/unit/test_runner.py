@@ -170,6 +170,27 @@ def test_leases_of_held_messages_are_extended(tmp_path: Path) -> None:
     assert handled(pipeline) == [b"a:x"]
 
 
+def test_leases_are_extended_again_whatever_one_try_meets(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or all that is held would be handled a second time; the text of a stranger's error is not shown."""
+    queue = EmbeddedQueue(tmp_path / "q.db", lease=0.6)
+    extend, broken = queue.extend, [RuntimeError("of somebody")]
+
+    def breaking(deliveries: Sequence[Delivery], seconds: float) -> None:
+        if broken:
+            raise broken.pop()
+        extend(deliveries, seconds)
+
+    monkeypatch.setattr(queue, "extend", breaking)
+    queue.publish([b"a:x"])
+    runner, pipeline = runner_for(queue, lambda _: time.sleep(1) or [])  # type: ignore[func-returns-value]
+    runner.run(once=True)
+    assert handled(pipeline) == [b"a:x"]
+    (record,) = [record for record in caplog.records if record.message == "leases_not_extended"]
+    assert vars(record)["reason"] == "unexpected RuntimeError"
+
+
 def parking(times: int) -> Callable[[Sequence[Job]], list[Job]]:
     left = [times]
 
@@ -320,6 +341,29 @@ def test_a_queue_that_refuses_parks_the_worker(
     wait_for(lambda: handled(pipeline) == [b"a:1"])
     wait_for(lambda: not runner.parked())
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["parked"]
+
+
+def test_a_queue_that_is_only_silent_has_not_accepted_the_worker_yet(
+    queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream tells of a refusal a moment after it was opened: silence counts after a second `park_seconds`."""
+    monkeypatch.setattr("worker.runner.RECEIVE_WAIT", 0.05)
+    refusals = [QueueRefusedError("QUEUE_URL: gone")]
+    silent: list[str] = []
+
+    def refusing(max_messages: int, wait: float) -> Any:
+        del max_messages, wait
+        if refusals:
+            raise refusals.pop()
+        silent.append(runner.parked())
+        time.sleep(0.05)
+        return []
+
+    queue.receive = refusing  # type: ignore[method-assign]
+    runner, _ = runner_for(queue, park_seconds=0.5)
+    running(runner)
+    wait_for(lambda: silent and not silent[-1])
+    assert silent[:4] == ["QUEUE_URL: gone"] * 4
 
 
 def test_once_ends_when_the_queue_refuses(queue: EmbeddedQueue) -> None:
