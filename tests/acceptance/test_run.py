@@ -176,6 +176,13 @@ def test_a_metrics_port_that_is_taken_is_said_and_costs_no_message(worker: Worke
     assert "KLAVIYO_WORKER_METRICS_PORT" in line
 
 
+def test_once_serves_no_metrics(worker: Worker) -> None:
+    """Nobody scrapes a run that ends by itself, and it may share a host with a worker that is scraped."""
+    with socket.create_server(("", 0)) as taken:
+        done = worker("run", "--once", "--metrics-port", str(taken.getsockname()[1]))
+    assert (done.returncode, "metrics_not_served" in done.stderr) == (0, False)
+
+
 @pytest.mark.parametrize("action", ["respond", "reset", "after", "truncate"])
 def test_klaviyo_failing_once_costs_nothing(action: str, worker: Worker, sandbox: Sandbox) -> None:
     """An answer that does not come is asked for again, and what did arrive is not doubled."""

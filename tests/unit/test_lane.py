@@ -199,6 +199,24 @@ def test_what_waits_at_the_end_goes_back(rig: Rig) -> None:
     assert rig.pipeline.tried == ["a1", "b1"]
 
 
+def test_a_hold_that_ends_while_the_worker_stops_costs_nothing() -> None:
+    """What would go back at the price of an attempt goes back for nothing then."""
+    rig = Rig(outage_hold=0)
+    process = rig.pipeline.process
+
+    def stopped_meanwhile(jobs: Sequence[Job]) -> list[Job]:
+        rig.stopping.set()
+        return process(jobs)
+
+    rig.pipeline.process = stopped_meanwhile  # type: ignore[method-assign]
+    rig.pipeline.errors["a1"] = SOON
+    rig.put("a1")
+    rig.lane.start()
+    rig.lane.join(5)
+    assert rig.given_back == ["a1"]
+    assert rig.pipeline.given_up == []
+
+
 def test_batches_of_what_waited_have_their_limit() -> None:
     """As all batches; what does not fit is next."""
     rig = Rig(max_batch=3)
