@@ -99,16 +99,17 @@ class Gate:
         return self._guarded(self._only_throttled, function, *args, **kwargs)
 
     def _guarded(self, retrying: tenacity.Retrying, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        self._enter()
+        finds_out = self._enter()
         try:
             result = retrying(function, *args, **kwargs)
         except (Rejected, Throttled):  # the other side is up
             self._passed()
             raise
         except (Transient, Misconfigured) as error:
-            raise self._failed(error) from None
+            raise self._failed(error, finds_out) from None
         except BaseException:
-            self._trying_since = None
+            if finds_out:
+                self._trying_since = None
             raise
         self._passed()
         return result
@@ -119,17 +120,21 @@ class Gate:
             is_out = isinstance(self._closed_by, Transient) and time.monotonic() < self._open_at + 2 * LONGEST_PAUSE
             return str(self._closed_by) if is_out else ""
 
-    def _enter(self) -> None:
-        """Let the call through, or raise why not, with the seconds until it is worth coming again."""
+    def _enter(self) -> bool:
+        """Let the call through, or raise why not, with the seconds until it is worth coming again.
+
+        Returns whether the gate is closed, and the call is the one that finds out.
+        """
         now = time.monotonic()
         with self._lock:
             if self._closed_by is None:
-                return
+                return False
             if self._trying_since is not None:
                 raise _again(self._closed_by, max(ASIDE, now - self._trying_since))
             if now < self._open_at:
                 raise _again(self._closed_by, self._open_at - now)
             self._trying_since = now
+            return True
 
     def _passed(self) -> None:
         with self._lock:
@@ -137,11 +142,11 @@ class Gate:
             self._closed_by = self._trying_since = None
             self._outage.log("", **self._about)
 
-    def _failed(self, error: Transient | Misconfigured) -> Transient | Misconfigured:
+    def _failed(self, error: Transient | Misconfigured, finds_out: bool) -> Transient | Misconfigured:
         """Note that a call gave up; return what to raise: an Outage when the gate is closed."""
         with self._lock:
             self._failures += 1
-            if self._closed_by is not None and self._trying_since is None:  # begun before the gate was closed
+            if self._closed_by is not None and not finds_out:  # begun before the gate was closed
                 return _again(self._closed_by, max(self._open_at - time.monotonic(), 0.0))
             if isinstance(error, Misconfigured):
                 seconds = self._settings.park_seconds

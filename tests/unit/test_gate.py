@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +180,40 @@ def test_calls_begun_before_an_outage_do_not_lengthen_it(clock: Clock) -> None:
     for thread in threads:
         thread.join(5)
     assert held_back(gate_) <= FIRST_PAUSE
+
+
+@pytest.mark.parametrize("error", [DOWN, KeyError("x")])
+def test_calls_begun_before_an_outage_do_not_stand_for_the_one_that_finds_out(error: Exception, clock: Clock) -> None:
+    """They may take as long as the read timeout; only one call at a time asks a service that is down."""
+    gate_ = gate()
+    begun, end = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+
+    def slow(number: int, answer: Exception | None) -> None:
+        begun[number].set()
+        end[number].wait(10)
+        if answer:
+            raise answer
+
+    def call(number: int, answer: Exception | None) -> None:
+        with suppress(Transient, KeyError):
+            gate_(slow, number, answer)
+
+    threads = [threading.Thread(target=call, args=arguments) for arguments in ((0, error), (1, None))]
+    threads[0].start()
+    begun[0].wait(5)
+    for _ in range(OUTAGE_AFTER):
+        with pytest.raises(Transient):
+            gate_(failing(DOWN))
+    clock.now += FIRST_PAUSE
+    threads[1].start()
+    begun[1].wait(5)
+    end[0].set()
+    threads[0].join(5)
+    clock.now += 10
+    assert held_back(gate_) == 10
+    end[1].set()
+    threads[1].join(5)
+    assert held_back(gate_) == 0
 
 
 def test_a_defect_while_finding_out_does_not_close_the_gate_for_ever(clock: Clock) -> None:
