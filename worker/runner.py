@@ -239,7 +239,7 @@ class Runner:
         try:
             if self._stopping.is_set():
                 self._give_back([job for lane in self._lanes for job in lane.take_back()])
-        except QueueError as error:
+        except Exception as error:  # noqa: BLE001 - likewise
             self._fail(error)
         for lane in self._lanes:
             lane.end()
@@ -256,6 +256,6 @@ class Runner:
             if left:
                 self._give_back(left)
             self._queue.close()
-        except QueueError as error:
+        except Exception as error:  # noqa: BLE001 - the first error is the one that is raised
             self._fail(error)
         return len(left)

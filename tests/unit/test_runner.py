@@ -170,21 +170,26 @@ def test_leases_of_held_messages_are_extended(tmp_path: Path) -> None:
     assert handled(pipeline) == [b"a:x"]
 
 
+def failing_once(method: Callable[..., None], error: Exception) -> Callable[..., None]:
+    """Return a method that fails the first time."""
+    errors = [error]
+
+    def call(*arguments: Any, **named: Any) -> None:
+        if errors:
+            raise errors.pop()
+        method(*arguments, **named)
+
+    return call
+
+
 def test_leases_are_extended_again_whatever_one_try_meets(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or all that is held would be handled a second time; the text of a stranger's error is not shown."""
-    queue = EmbeddedQueue(tmp_path / "q.db", lease=0.6)
-    extend, broken = queue.extend, [RuntimeError("of somebody")]
-
-    def breaking(deliveries: Sequence[Delivery], seconds: float) -> None:
-        if broken:
-            raise broken.pop()
-        extend(deliveries, seconds)
-
-    monkeypatch.setattr(queue, "extend", breaking)
+    queue = EmbeddedQueue(tmp_path / "q.db", lease=1.2)
+    monkeypatch.setattr(queue, "extend", failing_once(queue.extend, RuntimeError("of somebody")))
     queue.publish([b"a:x"])
-    runner, pipeline = runner_for(queue, lambda _: time.sleep(1) or [])  # type: ignore[func-returns-value]
+    runner, pipeline = runner_for(queue, lambda _: time.sleep(1.6) or [])  # type: ignore[func-returns-value]
     runner.run(once=True)
     assert handled(pipeline) == [b"a:x"]
     (record,) = [record for record in caplog.records if record.message == "leases_not_extended"]
@@ -545,17 +550,17 @@ def test_a_queue_that_breaks_ends_the_run(method: str, queue: EmbeddedQueue) -> 
             runner.run(once=True)
 
 
-@pytest.mark.parametrize("method", ["receive", "stop"])
+@pytest.mark.parametrize("method", ["receive", "stop", "nack"])
 def test_whatever_ends_the_pulling_what_is_held_goes_back(method: str, queue: EmbeddedQueue) -> None:
     """A defect of a client is no reason to keep messages until their leases end."""
     broken = RuntimeError("can't start new thread")
     queue.publish([b"a:1", b"a:2"])
     runner, pipeline = runner_for(queue, slowly, max_batch=1)
-    if method == "stop":
-        queue.stop = Scripted(broken)  # type: ignore[method-assign,assignment]
-        threading.Timer(0.3, runner.stop).start()
-    else:
+    if method == "receive":
         queue.receive = Scripted(queue.receive(2, 0), broken)  # type: ignore[method-assign,assignment]
+    else:
+        setattr(queue, method, failing_once(getattr(queue, method), broken))
+        threading.Timer(0.3, runner.stop).start()
     with pytest.raises(RuntimeError, match="can't start new thread"):
         runner.run()
     left = [delivery.body for delivery in EmbeddedQueue(queue._path).receive(9, 0)]
