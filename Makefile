@@ -31,8 +31,8 @@ format: $(VENV)/ready ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/ready ## messages per second, CPU and API calls per message, on the sandbox
-	@$(BIN)/python benchmarks/bench.py
+bench: $(VENV)/ready ## messages per second, CPU and API calls per message, latency, memory: prints tables
+	@$(BIN)/python -m benchmarks
 
 faults: $(VENV)/ready ## what becomes of every message when everything around the worker fails: prints a table
 	@$(BIN)/python -m tests.faults
