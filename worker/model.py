@@ -133,6 +133,22 @@ class Outcome:
         return "" if self.cause is None else type(self.cause).__name__
 
 
+@dataclass(slots=True)
+class Lease:
+    """How long a message is ours for sure, in monotonic seconds."""
+
+    until: float = 0.0
+
+    def is_ours(self) -> bool:
+        """Tell whether nobody else can have had the message by now."""
+        return time.monotonic() < self.until
+
+    def extended(self, since: float, seconds: float) -> None:
+        """Note an extension. A lease that may have ended before may have been somebody else's meanwhile."""
+        if self.is_ours():
+            self.until = since + seconds
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """One delivery's way through the pipeline; the only thing here that changes."""
@@ -148,7 +164,7 @@ class Job:
     begun: bool = False  # its events were fresh, and may be in Klaviyo by now
     failed_at: float = 0.0  # when the first of them failed
     due_at: float = 0.0  # when to try again
-    leased_until: float = 0.0  # as far as is certain
+    lease: Lease = field(default_factory=Lease)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -156,15 +172,6 @@ class Job:
         if self.notification is None:
             return "", self.delivery.id
         return self.notification.resource_type, self.notification.resource_id
-
-    def is_ours(self) -> bool:
-        """Tell whether nobody else can have the message by now: its lease cannot have ended."""
-        return time.monotonic() < self.leased_until
-
-    def leased(self, since: float, seconds: float) -> None:
-        """Note that the lease was extended; one that may have ended before was perhaps somebody else's meanwhile."""
-        if self.is_ours():
-            self.leased_until = since + seconds
 
     @property
     def is_kept(self) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from adapters.base import Failure
 from worker.errors import Ignored, Rejected, WorkerError
-from worker.model import Disposition, Job, Outcome, Sent
+from worker.model import Disposition, Job, Lease, Outcome, Sent
 from worker.parse import parse
 from worker.telemetry import log
 from worker.transform import handler_for, transform
@@ -63,7 +63,7 @@ class Pipeline:
         """Parse a delivery. Done before lanes are chosen, as the lane depends on the resource."""
         now = time.monotonic()
         # Half: the client may have held the message for a while before it was received.
-        job = Job(delivery, received_at=now, leased_until=now + (self._queue.lease or SHORTEST_LEASE) / 2)
+        job = Job(delivery, received_at=now, lease=Lease(now + (self._queue.lease or SHORTEST_LEASE) / 2))
         with self._telemetry.stage("parse"):
             _guarded(job, "parse", partial(_parse, job, self._mapping))
         return job
@@ -157,7 +157,7 @@ def _parse(job: Job, mapping: Mapping) -> None:
 def _transform(job: Job, mapping: Mapping) -> None:
     assert job.enriched is not None
     is_first = job.delivery.attempt == 1 and not job.begun
-    job.operations = transform(job.enriched, mapping, job.is_ours if is_first else None)
+    job.operations = transform(job.enriched, mapping, job.lease.is_ours if is_first else None)
     job.begun = job.begun or any(operation.fresh for operation in job.operations)
 
 

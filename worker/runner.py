@@ -226,7 +226,7 @@ class Runner:
                 log.warning("leases_not_extended", extra={"reason": reason})
             else:
                 for job in jobs:
-                    job.leased(began, lease)
+                    job.lease.extended(began, lease)
 
     def _finish(self) -> None:
         """Return at once what no lane has begun, and let the lanes end inside the grace period."""

@@ -285,7 +285,7 @@ def test_events_that_never_left_stay_fresh(of_orders: Pipeline, stages: Stages) 
 def test_events_of_a_message_held_for_long_are_not_fresh(of_orders: Pipeline, stages: Stages) -> None:
     """A worker that was stopped may have lost the lease, and another may have sent them."""
     job = of_orders.accept(created(1))
-    job.leased_until -= 31
+    job.lease.until -= 31
     of_orders.process([job])
     assert [is_fresh(operation) for operation in stages.sent] == [False]
 
