@@ -13,7 +13,6 @@ from functools import partial
 from threading import Condition, Lock
 from typing import TYPE_CHECKING, Literal
 
-import cachetools
 import orjson
 
 from worker.errors import Rejected, Transient, WorkerError
@@ -28,7 +27,9 @@ if TYPE_CHECKING:
     from worker.send.client import Client, OneByOne
 
 MAX_EVENTS, MAX_BYTES = 1_000, 5_000_000  # of a call: https://developers.klaviyo.com/en/reference/bulk_create_events
-_REMEMBERED = 50_000  # events sent lately; forgetting one could double it where Klaviyo does not count earlier calls
+_REMEMBERED = (
+    50_000  # events sent last, at least; forgetting one could double it where Klaviyo does not count earlier calls
+)
 PATH = "/api/event-bulk-create-jobs"
 _HEAD = b'{"data":{"type":"event-bulk-create-job","attributes":{"events-bulk-create":{"data":['
 _TAIL = b"]}}}}"
@@ -69,7 +70,7 @@ class BulkEvents:
         self._one_by_one = one_by_one
         self._mode = mode
         self._threshold = threshold
-        self._sent: cachetools.LRUCache[int, bool] = cachetools.LRUCache(_REMEMBERED)
+        self._sent, self._sent_before = set[int](), set[int]()  # hashes: one that two events share costs a call
         self._lock = Lock()
 
     def choose(self, operations: Sequence[Operation]) -> list[tuple[Kind, str]]:
@@ -83,14 +84,22 @@ class BulkEvents:
                 same[_id(operation)].append(operation)
         with self._lock:
             chosen = [events[-1] for event_id, events in same.items() if self._may_go(event_id, events)]
-            self._sent.update(dict.fromkeys(map(hash, same), True))
+            self._remember(same)
         return [(event.kind, event.key) for event in chosen] if len(chosen) > self._threshold else []
 
     def _may_go(self, event_id: tuple[str, str], events: Sequence[Operation]) -> bool:
         metric_and_id = all(event_id)  # without an id, two events of a second would be one
         if self._mode == "auto":
-            return metric_and_id and len(events) == 1 and _is_fresh(events[0]) and hash(event_id) not in self._sent
+            return metric_and_id and len(events) == 1 and _is_fresh(events[0]) and not self._was_sent(event_id)
         return metric_and_id and self._mode == "always"
+
+    def _was_sent(self, event_id: tuple[str, str]) -> bool:
+        return hash(event_id) in self._sent or hash(event_id) in self._sent_before
+
+    def _remember(self, event_ids: Iterable[tuple[str, str]]) -> None:
+        self._sent.update(map(hash, event_ids))
+        if len(self._sent) >= _REMEMBERED:
+            self._sent, self._sent_before = set(), self._sent
 
     def _still_may_go(self, event: Operation) -> Callable[[], bool]:
         return event.fresh if self._mode == "auto" and event.fresh else lambda: True
