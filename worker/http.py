@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MULTIPLE_CHOICES, REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS, INTERNAL_SERVER_ERROR = 300, 408, 425, 429, 500
 MAX_RETRY_AFTER = 3600.0
+CHUNK = 65_536  # bytes read at once, at most
+BODY_PATIENCE = 10  # read timeouts that a whole answer may take: one is the time between two packets
 
 Observe = Callable[[str, int | None, float], None]
 
@@ -73,6 +75,7 @@ class Transport:
     def __init__(self, pool: urllib3.PoolManager, settings: Settings, observe: Observe) -> None:
         self._pool = pool
         self._timeout = urllib3.Timeout(connect=settings.connect_timeout, read=settings.read_timeout)
+        self._read_timeout = settings.read_timeout
         self._observe = observe
         self._here = local()
 
@@ -90,14 +93,33 @@ class Transport:
         status = None
         try:
             answer = self._pool.request(
-                method, url, body=body, headers=dict(headers), timeout=self._timeout, retries=False, redirect=False
+                method,
+                url,
+                body=body,
+                headers=dict(headers),
+                timeout=self._timeout,
+                retries=False,
+                redirect=False,
+                preload_content=False,
             )
+            content = _read(answer, began + BODY_PATIENCE * self._read_timeout)
             status = answer.status
         except urllib3.exceptions.HTTPError as error:
             raise Transient(f"no answer to {_target(method, url)}: {type(error).__name__}") from None
         finally:
             self._observe(endpoint, status, time.monotonic() - began)
-        return Response(answer.status, answer.headers, answer.data, _target(method, url))
+        return Response(answer.status, answer.headers, content, _target(method, url))
+
+
+def _read(answer: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
+    """Read a body, before `deadline` (monotonic seconds): a sender that dawdles must not keep a lane for ever."""
+    parts = []
+    while part := answer.read1(CHUNK):
+        parts.append(part)
+        if time.monotonic() > deadline:
+            answer.close()
+            raise urllib3.exceptions.TimeoutError
+    return b"".join(parts)
 
 
 def _target(method: str, url: str) -> str:
