@@ -27,7 +27,7 @@ class QueueOptions:
     """What a worker asks of its queue; an adapter uses what applies to it."""
 
     max_messages: int = 2_000  # received and not settled, at once
-    max_bytes: int = 16_000_000  # of their bodies
+    max_bytes: int = 8_000_000  # of their bodies
     direct_dead_letter: bool = False  # bury with a reason at once, instead of by the queue's own policy
     port: int = 6789  # to listen on, where messages are pushed and the URL names no port
 

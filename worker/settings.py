@@ -235,7 +235,7 @@ class Settings(MappingSettings, QueueSettings):
         description="Messages held at once",
     )
     max_in_flight_bytes: int = Field(
-        16_000_000,
+        8_000_000,
         ge=1,
         validation_alias="KLAVIYO_WORKER_MAX_IN_FLIGHT_BYTES",
         description="Bytes of messages held at once",
