@@ -161,7 +161,7 @@ class Job:
     outcome: Outcome | None = None
     requests: int = 0  # made to Klaviyo for it; one that many messages share counts for each
     tries: int = 0  # times it was tried before in this process
-    begun: bool = False  # its events were fresh, and may be in Klaviyo by now
+    begun: bool = False  # the first delivery, and its events may be in Klaviyo by now
     failed_at: float = 0.0  # when the first of them failed
     due_at: float = 0.0  # when to try again
     lease: Lease = field(default_factory=Lease)

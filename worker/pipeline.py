@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from adapters.base import Failure
 from worker.errors import Ignored, Rejected, WorkerError
-from worker.model import Disposition, Job, Lease, Outcome, Sent
+from worker.model import Disposition, Job, Kind, Lease, Outcome, Sent
 from worker.parse import parse
 from worker.telemetry import log
 from worker.transform import handler_for, transform
@@ -105,15 +105,17 @@ class Pipeline:
 
     def _send(self, jobs: Sequence[Job]) -> None:
         operations = [operation for job in jobs for operation in job.operations]
+        begun = [job.begun for job in jobs]
+        for job in jobs:
+            job.begun = job.begun or _sends_events_first(job)
         try:
             results = iter(self._send_all(operations))
         except Exception as defect:  # noqa: BLE001 - a defect of ours must not lose the batch
             results = iter([Sent(_defect("send", defect), 0)] * len(operations))
-        for job in jobs:
+        for job, was_begun in zip(jobs, begun, strict=True):
             sent = [next(results) for _ in job.operations]
             job.requests += sum(each.requests for each in sent)
-            if any(operation.fresh for operation in job.operations):
-                job.begun = any(each.requests for each in sent)
+            job.begun = was_begun or (job.begun and any(each.requests for each in sent))
             errors = [each.error for each in sent if each.error is not None]
             worst = min(errors, key=lambda error: _SEVERITY.index(error.disposition), default=None)
             if worst is None and not job.operations:  # never ack what nothing was done for
@@ -158,7 +160,11 @@ def _transform(job: Job, mapping: Mapping) -> None:
     assert job.enriched is not None
     is_first = job.delivery.attempt == 1 and not job.begun
     job.operations = transform(job.enriched, mapping, job.lease.is_ours if is_first else None)
-    job.begun = job.begun or any(operation.fresh for operation in job.operations)
+
+
+def _sends_events_first(job: Job) -> bool:
+    """Tell whether a next delivery could take events for new that this one sends."""
+    return job.delivery.attempt == 1 and any(operation.kind is Kind.CREATE_EVENT for operation in job.operations)
 
 
 def _guarded(job: Job, stage: str, work: Callable[[], None]) -> None:

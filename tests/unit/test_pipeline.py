@@ -290,6 +290,19 @@ def test_events_of_a_message_held_for_long_are_not_fresh(of_orders: Pipeline, st
     assert [is_fresh(operation) for operation in stages.sent] == [False]
 
 
+@pytest.mark.parametrize(("attempt", "requests", "begun"), [(1, 1, True), (1, 0, False), (2, 1, False)])
+def test_events_that_may_be_in_klaviyo_are_begun_fresh_or_not(
+    attempt: int, requests: int, begun: bool, of_orders: Pipeline, stages: Stages
+) -> None:
+    """A next delivery must not take them for new; one that is not the first cannot."""
+    stages.requests = requests
+    stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [KlaviyoMisconfigured("401")]
+    job = of_orders.accept(created(attempt))
+    job.lease.until -= 31
+    of_orders.process([job])
+    assert job.begun is begun
+
+
 def test_what_nothing_was_done_for_is_never_acked(
     pipeline: Pipeline, recorded: RecordingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
