@@ -3,6 +3,9 @@
 It counts per account and endpoint in fixed windows of 1 s (burst) and 60 s (steady). Tiers are as in its OpenAPI
 document, revision 2026-07-15, but L, 750 a minute there, is 700 until an answer says more, as in its guide:
 https://developers.klaviyo.com/en/docs/rate_limits_and_error_handling
+
+Workers that share an account know nothing of each other. Each takes it that what `RateLimit-Remaining` falls by between
+two of its own answers was called by all, and takes its part of what remains (docs/decisions/0010-rate-limits.md).
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
 
 STEADY = LONGEST_WAIT = 60.0  # seconds of the long window
 LEAST, RECOVERY = 1 / 16, 60.0  # of the pace; seconds in which it would rise from nothing to the full one
+FIRST_PART = 1 / 4  # of the account's calls, before answers tell
+MEMORY = 2.0  # seconds at the account's steady pace: of so many own calls the part is an average
+EVENING = 0.8  # power of the part: below one, so that who has less than others gains on them
+SAFE = 0.7  # of the burst, as a pace for accounts whose steady limit was raised; the rest is for jitter
 SHORTEST_LOOK, LONGEST_LOOK = 0.001, 1.0  # seconds until a waiter looks again: the pace may have changed
 S, M, L, XL = (3, 60), (10, 150), (75, 700), (350, 3500)  # calls per second, calls per minute
 TIERS = (  # L for all others
@@ -76,8 +83,9 @@ class _Bucket:
 
     def __init__(self, burst: float, steady: float, share: float, now: Callable[[], float]) -> None:
         self._burst, self._share, self._now = burst, share, now
-        self._even, self._factor = share * steady / STEADY, 1.0  # tokens per second; how much of that since a 429
-        self._guide, self._guided_until = math.inf, -math.inf  # tokens per second that Klaviyo's window has left
+        self._steady, self._factor = steady / STEADY, 1.0  # the account's calls per second; how much since a 429
+        self._guide, self._guided_until = math.inf, -math.inf  # calls per second that Klaviyo's window has left
+        self._remaining, self._own, self._all = math.inf, 1.0, 1 / FIRST_PART  # calls left; lately made; made by all
         self._tokens, self._counted_at = math.inf, now()  # counted in the future: none until then
         self._queue: list[object] = []
         self._lock = Lock()
@@ -100,15 +108,25 @@ class _Bucket:
             self._queue = [other for other in self._queue if other is not place]
 
     def told(self, limit: float, remaining: float, reset: float) -> None:
-        """Note the steady limit and what remains of its window; nan, or what cannot be, changes nothing."""
+        """Note the steady limit and what remains of its window; nan, or what cannot be, tells of no other callers."""
         with self._lock:
             now = self._count()
-            if 1 <= limit < math.inf:  # and if absurdly much: no faster than leaves room for bursts
-                self._even = self._share * min(limit / STEADY, self._burst / 2)
-            if 0 <= remaining < 1 and 0 <= reset <= STEADY:
+            if 1 <= limit < math.inf:
+                self._steady = min(limit / STEADY, SAFE * self._burst)
+            if not (0 <= remaining < math.inf and 0 <= reset <= STEADY):
+                self._learn(1.0)
+                return
+            if abs(now + reset - self._guided_until) < STEADY / 2:  # the window of the answer before
+                self._learn(self._remaining - remaining)
+            self._remaining = remaining
+            self._guide, self._guided_until = max(remaining, 1.0) / max(reset, 1.0), now + reset
+            if remaining < 1:
                 self._pause(now + reset)
-            elif remaining >= 1 and 0 <= reset <= STEADY:
-                self._guide, self._guided_until = remaining / max(reset, 1.0), now + reset
+
+    def _learn(self, calls: float) -> None:
+        """Count one own call, and all calls since the one before; many may only mean that this worker was idle."""
+        kept = 1 - 1 / (1 + MEMORY * self._steady)
+        self._own, self._all = self._own * kept + 1, self._all * kept + min(calls, 1 / LEAST)
 
     def throttled(self, seconds: float) -> None:
         """Pause, and go on at half the pace. Once per pause: many calls in flight may be refused."""
@@ -127,7 +145,7 @@ class _Bucket:
         passed = max(now - self._counted_at, 0.0)
         self._factor = min(self._factor + passed / RECOVERY, 1.0)
         pace = self._pace(now)
-        capacity = max((self._share * self._burst - self._even) * pace / self._even, 1.0)
+        capacity = max((self._burst / self._steady - 1) * pace, 1.0)
         self._tokens, self._counted_at = min(self._tokens + passed * pace, capacity), max(now, self._counted_at)
         return now
 
@@ -139,7 +157,9 @@ class _Bucket:
         return start - now + missing / self._pace(start)
 
     def _pace(self, at: float) -> float:
-        return min(self._even * self._factor, self._guide if at < self._guided_until else math.inf)
+        part = math.pow(self._own / max(self._own, self._all), EVENING)
+        account = min(self._steady, self._guide if at < self._guided_until else math.inf)
+        return min(self._share * self._factor * self._steady, part * account)
 
 
 def _number(headers: Mapping[str, str], name: str) -> float:
