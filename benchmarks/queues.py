@@ -19,8 +19,10 @@ from benchmarks.processes import BenchmarkError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from google.cloud.pubsub_v1 import PublisherClient, SubscriberClient
+
 _CHUNK = 500  # messages; few enough to hold in memory, whatever their size
-_PATH = "projects/bench/{}/bench"
+_PROJECT, _NAME = "bench", "messages"
 _HOST = "PUBSUB_EMULATOR_HOST"
 
 
@@ -72,14 +74,26 @@ def pubsub(_: Path) -> Iterator[Queue]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             _wait(host)
-            topic, subscription = _PATH.format("topics"), _PATH.format("subscriptions")
-            pubsub_v1.PublisherClient().create_topic(name=topic)
-            pubsub_v1.SubscriberClient().create_subscription(name=subscription, topic=topic, ack_deadline_seconds=60)
-            queue = Queue("pubsub://bench/bench", {_HOST: host})
+            _create(pubsub_v1.PublisherClient(), pubsub_v1.SubscriberClient())
+            queue = Queue(f"pubsub://{_PROJECT}/{_NAME}", {_HOST: host})
             yield queue
             queue.close()
         finally:
             process.kill()
+
+
+def _create(publisher: PublisherClient, subscriber: SubscriberClient) -> None:
+    """Make topic and subscription; with a dead-letter policy, as documented: else Pub/Sub counts no attempts."""
+    topic, dead = (f"projects/{_PROJECT}/topics/{name}" for name in (_NAME, f"{_NAME}-dead"))
+    publisher.create_topic(name=topic)
+    publisher.create_topic(name=dead)
+    request = {
+        "name": f"projects/{_PROJECT}/subscriptions/{_NAME}",
+        "topic": topic,
+        "ack_deadline_seconds": 60,
+        "dead_letter_policy": {"dead_letter_topic": dead, "max_delivery_attempts": 20},
+    }
+    subscriber.create_subscription(request=request)
 
 
 def _wait(host: str) -> None:
