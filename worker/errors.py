@@ -3,6 +3,7 @@
 WorkerError          nack       could not be done, and repeating it here would not help: a defect
 ├── Transient        hold       could not be done now
 │   ├── Throttled               the other side asks for fewer requests
+│   ├── Outdated                done, but so late that it has to be compared with what is true now
 │   └── Outage                  the other side has not answered for a while
 ├── Rejected         dead letter  can never succeed
 └── Misconfigured    park       nobody's message is at fault: credentials, scopes, project
@@ -37,6 +38,10 @@ class Transient(WorkerError):
 
 class Throttled(Transient):
     """The other side asks for fewer requests (429). It is up."""
+
+
+class Outdated(Transient):
+    """Was done, but so long after commercetools was read that somebody may have written a newer state before."""
 
 
 class Outage(Transient):

@@ -96,7 +96,7 @@ class Operation:
     key: str
     resource: Json | None = field(default=None, repr=False)
     keep: frozenset[str] = frozenset()
-    otherwise: Callable[[], Iterable[Operation]] | None = field(default=None, repr=False)
+    otherwise: Callable[[], Iterable[Operation]] | None = field(default=None, repr=False, compare=False)
     cut: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
     fresh: Callable[[], bool] | None = field(default=None, repr=False, compare=False)
 
@@ -161,6 +161,7 @@ class Job:
     outcome: Outcome | None = None
     requests: int = 0  # made to Klaviyo for it; one that many messages share counts for each
     tries: int = 0  # times it was tried before in this process
+    written: Sequence[Operation] = ()  # done, but perhaps outdated by then
     begun: bool = False  # the first delivery, and its events may be in Klaviyo by now
     failed_at: float = 0.0  # when the first of them failed
     due_at: float = 0.0  # when to try again

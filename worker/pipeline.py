@@ -11,12 +11,13 @@ import time
 import traceback
 from collections import defaultdict
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from adapters.base import Failure
-from worker.errors import Ignored, Rejected, WorkerError
+from worker.errors import Ignored, Outdated, Rejected, WorkerError
 from worker.model import Disposition, Job, Kind, Lease, Outcome, Sent
 from worker.parse import parse
 from worker.telemetry import log
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from worker.telemetry import Telemetry
 
 FIRST_DELAY, LONGEST_DELAY = 2.0, 600.0  # seconds before a nacked message comes again
+OUTDATED_AFTER = 5.0  # seconds from reading commercetools to the effect in Klaviyo; it is read again then
 SHORTEST_LEASE = 10.0  # seconds, where nothing can extend it: Pub/Sub's shortest ack deadline
+_STATES = frozenset(Kind) - {Kind.CREATE_EVENT, Kind.DELETE_PROFILE}
 _SEVERITY = (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)
 
 
@@ -116,11 +119,7 @@ class Pipeline:
             sent = [next(results) for _ in job.operations]
             job.requests += sum(each.requests for each in sent)
             job.begun = was_begun or (job.begun and any(each.requests for each in sent))
-            errors = [each.error for each in sent if each.error is not None]
-            worst = min(errors, key=lambda error: _SEVERITY.index(error.disposition), default=None)
-            if worst is None and not job.operations:  # never ack what nothing was done for
-                worst = _defect("send", AssertionError())
-            job.outcome = Outcome(Disposition.ACK, "send") if worst is None else _failed(job, "send", worst)
+            job.outcome = _ended(job, [each.error for each in sent if each.error is not None])
 
     def _settle(self, jobs: Sequence[Job]) -> None:
         """Tell the queue. Acks come last: what must come again is safe before what is done is forgotten."""
@@ -160,6 +159,27 @@ def _transform(job: Job, mapping: Mapping) -> None:
     assert job.enriched is not None
     is_first = job.delivery.attempt == 1 and not job.begun
     job.operations = transform(job.enriched, mapping, job.lease.is_ours if is_first else None)
+
+    if job.written and job.operations == job.written:
+        job.outcome = Outcome(Disposition.ACK, "send")
+
+
+def _ended(job: Job, errors: Sequence[WorkerError]) -> Outcome:
+    """Return how a job ends whose operations were carried out, or not."""
+    worst = min(errors, key=lambda error: _SEVERITY.index(error.disposition), default=None)
+    if worst is None and not job.operations:  # never ack what nothing was done for
+        worst = _defect("send", AssertionError())
+    if worst is None and _is_outdated(job):
+        job.written = job.operations
+        worst = Outdated("written long after it was read: read again")
+    return Outcome(Disposition.ACK, "send") if worst is None else _failed(job, "send", worst)
+
+
+def _is_outdated(job: Job) -> bool:
+    """Tell whether a newer state may have been written before this one: jobs and rate limits take their time."""
+    assert job.enriched is not None
+    age = (datetime.now(UTC) - job.enriched.as_of).total_seconds()
+    return age > OUTDATED_AFTER and any(operation.kind in _STATES for operation in job.operations)
 
 
 def _sends_events_first(job: Job) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
@@ -52,7 +52,9 @@ class Stages:
         self.enrich_errors: dict[str, Exception] = {}
         self.send_errors: dict[str, list[WorkerError | None]] = {}
         self.crash_in = ""
+        self.name = "Ada"
         self.requests = 2
+        self.age = 0.0  # seconds from reading to writing
         self.enriched: list[list[str]] = []
         self.sent: list[Operation] = []
 
@@ -60,8 +62,8 @@ class Stages:
         if self.crash_in == "enrich":
             raise KeyError("ada@example.com")
         self.enriched.append([n.resource_id for n in notifications])
-        now = datetime(2026, 11, 24, tzinfo=UTC)
-        return [self.enrich_errors.get(n.resource_id) or _with_customer(n, now) for n in notifications]  # type: ignore[misc]
+        now = datetime.now(UTC) - timedelta(seconds=self.age)
+        return [self.enrich_errors.get(n.resource_id) or _with_customer(n, now, self.name) for n in notifications]  # type: ignore[misc]
 
     def send(self, operations: Sequence[Operation]) -> list[Sent]:
         self.sent += operations
@@ -70,8 +72,8 @@ class Stages:
         return [Sent((self.send_errors.get(operation.key) or [None])[0], self.requests) for operation in operations]
 
 
-def _with_customer(notification: Notification, now: datetime) -> Enriched:
-    customer: dict[str, object] = {"id": notification.resource_id, "email": "ada@example.com"}
+def _with_customer(notification: Notification, now: datetime, name: str) -> Enriched:
+    customer: dict[str, object] = {"id": notification.resource_id, "email": "ada@example.com", "firstName": name}
     if notification.resource_id == "odd":
         customer["billingAddressIds"] = {"a": 1}
     return Enriched(notification, now, customer=None if notification.resource_id == "gone" else customer)
@@ -248,7 +250,7 @@ def is_fresh(operation: Operation) -> bool:
 @pytest.fixture
 def of_orders(stages: Stages, recorded: RecordingQueue) -> Pipeline:
     def enrich(notifications: Sequence[Notification]) -> list[Enriched]:
-        return [Enriched(n, datetime.now(UTC), order=ORDER) for n in notifications]
+        return [Enriched(n, datetime.now(UTC) - timedelta(seconds=stages.age), order=ORDER) for n in notifications]
 
     return Pipeline(recorded, enrich, stages.send, Mapping(), Telemetry(Metrics("embedded")))  # type: ignore[arg-type]
 
@@ -301,6 +303,46 @@ def test_events_that_may_be_in_klaviyo_are_begun_fresh_or_not(
     job.lease.until -= 31
     of_orders.process([job])
     assert job.begun is begun
+
+
+def test_a_state_written_long_after_it_was_read_is_read_again(
+    pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """Another worker may have written a newer one before; the same state is not sent twice."""
+    stages.age = 6.0
+    kept = run(pipeline, updated("a"), updated("b"))
+    assert recorded.settled == []
+    stages.age = 0.0
+    stages.sent.clear()
+    assert pipeline.process(kept[:1]) == []
+    assert stages.sent == []
+    stages.name = "Grace"
+    assert pipeline.process(kept[1:]) == []
+    assert [(operation.resource or {})["attributes"]["first_name"] for operation in stages.sent] == ["Grace"]
+    assert [ending[:2] for ending in recorded.settled] == [("ack", "a"), ("ack", "b")]
+
+
+def test_a_failed_second_reading_leaves_the_comparison_for_later(
+    pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """Nothing is acked that was not compared."""
+    stages.age = 6.0
+    kept = run(pipeline, updated("a"))
+    stages.age = 0.0
+    stages.enrich_errors["a"] = Outage("down")
+    assert pipeline.process(kept) == kept
+    del stages.enrich_errors["a"]
+    stages.sent.clear()
+    assert pipeline.process(kept) == []
+    assert stages.sent == []
+    assert [ending[:2] for ending in recorded.settled] == [("ack", "a")]
+
+
+def test_events_are_not_read_again(of_orders: Pipeline, recorded: RecordingQueue, stages: Stages) -> None:
+    """They tell what happened: nothing newer can be true."""
+    stages.age = 6.0
+    assert run(of_orders, created(1)) == []
+    assert [ending[:2] for ending in recorded.settled] == [("ack", created(1).id)]
 
 
 def test_what_nothing_was_done_for_is_never_acked(
