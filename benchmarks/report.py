@@ -45,9 +45,10 @@ _COLUMNS = {
         ("SECONDS", "seconds", "{:.1f}"),
         ("EVENTS/S", "events_per_s", "{:.0f}"),
         ("OF CEILING", "share_of_ceiling", "{:.1%}"),
-        ("BULK CALLS", "bulk_calls", "{}"),
         ("CALLS", "klaviyo_calls", "{}"),
-        ("429", "klaviyo_calls_answered_429", "{}"),
+        ("BULK CALLS", "bulk_calls", "{}"),
+        ("BULK 429", "bulk_calls_answered_429", "{}"),
+        ("ALL 429", "klaviyo_calls_answered_429", "{}"),
         ("429 SHARE", "share_answered_429", "{:.1%}"),
     ),
 }
@@ -55,16 +56,20 @@ _PROCESS = (
     "{messages} messages, {klaviyo_requests} requests, {klaviyo_requests_answered_429} of them answered 429, "
     "first message settled after {first_settled_s:.1f} s, {cpu_s:.1f} s CPU, {peak_rss_mb:.0f} MB"
 )
-_WIDTH, _NAME = 13, 34
+_NAME, _NARROWEST = 34, 9
 
 
 def heading(table: str) -> str:
     """Return the first line of a table."""
-    return f"\n{table.upper():<{_NAME}}" + "".join(f"{title:>{_WIDTH}}" for title, _, _ in _COLUMNS[table])
+    return f"\n{table.upper():<{_NAME}}" + "".join(f"{title:>{_width(title)}}" for title, _, _ in _COLUMNS[table])
 
 
 def line(table: str, row: Row) -> str:
     """Return a row of a table."""
-    cells = (style.format(row[name]) for _, name, style in _COLUMNS[table])
-    first = f"{row['row']:<{_NAME}}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells)
+    cells = (f"{style.format(row[name]):>{_width(title)}}" for title, name, style in _COLUMNS[table])
+    first = f"{row['row']:<{_NAME}}" + "".join(cells)
     return "\n".join([first, *(f"    {_PROCESS.format(**process)}" for process in row.get("processes", ()))])
+
+
+def _width(title: str) -> int:
+    return max(len(title) + 2, _NARROWEST)
