@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.sandbox.conftest import Caller
 from tests.unit.sandbox.test_klaviyo_rules import ITEM, VARIANT, of_item, pointer
-from worker.sandbox import Sandbox
+from worker.sandbox import Sandbox, jobs
 from worker.sandbox.account import PREFIX, Account
 
 PROFILES = "/api/profile-bulk-import-jobs"
@@ -170,6 +170,13 @@ def test_500_jobs_can_be_in_progress() -> None:
         assert (len(listed["data"]), bool(listed["links"]["next"])) == (100, True)
 
 
+def test_a_job_that_ended_makes_room(call: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is in progress counts."""
+    monkeypatch.setattr(jobs, "MAX_JOBS", 1)
+    path, body = catalog("item", "delete", {"id": f"{PREFIX}x"})
+    assert [call("POST", path, body)[0] for _ in range(3)] == [202] * 3
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -206,9 +213,9 @@ def listed(call: Caller, path: str, query: str = "") -> list[str]:
 
 def test_imports_are_listed_by_age_a_page_at_a_time(call: Caller) -> None:
     """Oldest first unless asked otherwise."""
-    jobs = [call("POST", PROFILES, imports({"external_id": str(n)}))[1]["data"]["id"] for n in range(5)]
-    assert listed(call, PROFILES) == listed(call, PROFILES, "sort=created_at&page[size]=2") == jobs
-    assert listed(call, PROFILES, "sort=-created_at&page[size]=2") == jobs[::-1]
+    made = [call("POST", PROFILES, imports({"external_id": str(n)}))[1]["data"]["id"] for n in range(5)]
+    assert listed(call, PROFILES) == listed(call, PROFILES, "sort=created_at&page[size]=2") == made
+    assert listed(call, PROFILES, "sort=-created_at&page[size]=2") == made[::-1]
     assert len(call("GET", f"{PROFILES}?page[size]=2")[1]["data"]) == 2
 
 
