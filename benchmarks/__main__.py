@@ -86,6 +86,8 @@ def main() -> int:
     """Run the rows, tell what fails, and return 1 if anything did."""
     arguments = _arguments()
     rows, surroundings, began = _chosen(arguments), _surroundings(), time.monotonic()
+    if not rows:
+        sys.exit("no row has this kind, latency and queue; without options, all are run")
     print(_INTRODUCTION)
     print(f"Python {surroundings['versions']['python']}, {surroundings['cores']} cores, {surroundings['platform']}.")
     measured: list[dict[str, Any]] = []
