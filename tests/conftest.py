@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 
 from adapters.embedded import EmbeddedQueue
-from tests.emulator import Emulator
+from tests.emulator import Emulator, missing
 from worker.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -19,10 +19,38 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
+
 settings.register_profile("default", deadline=None, max_examples=150)
 settings.load_profile("default")
 
 _OURS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "APP_TYPE", "PUB_SUB_PORT", "PUBSUB_")
+_SHARED = pytest.StashKey[Emulator]()
+_SLOWEST = {"acceptance": 0, "faults": 0, "integration": 1}  # 2: all others
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Let all of xdist's workers share one emulator."""
+    stash = node.config.stash
+    if _SHARED not in stash and not missing():
+        stash[_SHARED] = Emulator()
+    node.workerinput["emulator"] = stash[_SHARED].port if _SHARED in stash else 0
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the shared emulator."""
+    if emulator := config.stash.get(_SHARED, None):
+        emulator.kill()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that xdist's workers end together."""
+
+    def place(item: pytest.Item) -> tuple[float, int]:
+        own = item.get_closest_marker("timeout")
+        return -own.args[0] if own else 0.0, _SLOWEST.get(item.path.parent.name, 2)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +76,11 @@ def sandbox() -> Iterator[Sandbox]:
 
 
 @pytest.fixture(scope="session")
-def emulator() -> Iterator[Emulator]:
+def emulator(pytestconfig: pytest.Config) -> Iterator[Emulator]:
     """Google's Pub/Sub emulator, one for all tests: each makes a subscription of its own."""
+    if port := getattr(pytestconfig, "workerinput", {}).get("emulator"):
+        yield Emulator(port)
+        return
     running = Emulator()
     yield running
     running.kill()

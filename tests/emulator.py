@@ -30,12 +30,16 @@ if TYPE_CHECKING:
 PROJECT = "demo"
 
 
+def missing() -> str:
+    """Return why the emulator cannot run, or nothing."""
+    if shutil.which("java") is None:
+        return "Google's Pub/Sub emulator needs Java"
+    return "" if _jar() else "Google's Pub/Sub emulator is not installed: gcloud components install pubsub-emulator"
+
+
 def _require() -> None:
     """Skip the test where the emulator cannot run; in CI that is a failure."""
-    why = "" if _jar() else "Google's Pub/Sub emulator is not installed: gcloud components install pubsub-emulator"
-    if shutil.which("java") is None:
-        why = "Google's Pub/Sub emulator needs Java"
-    if why:
+    if why := missing():
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(why)
 
 
@@ -52,13 +56,14 @@ def free_port() -> int:
 
 
 class Emulator:
-    """A process of its own; what it holds is gone when it ends."""
+    """A process of its own, or the one on `port` that another runs; what it holds is gone when it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         _require()
-        self.port = free_port()
+        self.port = port or free_port()
         self._process: subprocess.Popen[bytes] | None = None
-        self.start()
+        if not port:
+            self.start()
 
     @property
     def host(self) -> str:
@@ -78,7 +83,7 @@ class Emulator:
                 return
 
     def kill(self) -> None:
-        assert self._process is not None
+        assert self._process is not None, "only who started it ends it"
         self._process.kill()
         self._process.wait()
 
