@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-
 settings.register_profile("default", deadline=None, max_examples=150)
 settings.load_profile("default")
 
