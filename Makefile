@@ -40,7 +40,7 @@ faults: $(VENV)/ready ## what becomes of every message when everything around th
 wheel: $(VENV)/ready ## build the wheel and run the demo from it, outside this checkout
 	rm -rf build/wheel && $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(PYTHON) -m venv --clear build/installed
-	build/installed/bin/pip install --quiet build/wheel/*.whl
+	build/installed/bin/pip install --quiet --no-compile build/wheel/*.whl
 	cd build && installed/bin/klaviyo-worker demo > demo.txt && tail -n 1 demo.txt
 
 emulator: ## start Google's Pub/Sub emulator on port 8085, where gcloud has it (docs/pubsub.md)
@@ -53,5 +53,5 @@ clean: ## remove what the other targets made
 $(VENV)/ready: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	@touch $@
