@@ -41,6 +41,8 @@ SETTINGS = {
     "KLAVIYO_WORKER_MAX_BATCH": "10",  # so that a fault meets some batches and spares others
     "KLAVIYO_WORKER_MAX_IN_FLIGHT": "40",
     "KLAVIYO_WORKER_LOG_FORMAT": "json",
+    "COVERAGE_PROCESS_START": "",  # not measured here: that costs a third more
+    "COVERAGE_PROCESS_CONFIG": "",
 }
 
 
@@ -172,6 +174,13 @@ class Stage:
         deadline = time.monotonic() + 20
         while self._failing.met == self._met:
             assert time.monotonic() < deadline, "no request met the fault"
+            self.wait(0.02)
+
+    def until_said(self, word: str) -> None:
+        """Wait until a worker's log holds the word."""
+        deadline = time.monotonic() + 20
+        while not any(word in log.read_text() for log in self.logs):
+            assert time.monotonic() < deadline, f"no worker said {word}"
             self.wait(0.02)
 
     def kill(self) -> None:

@@ -42,6 +42,7 @@ COMMERCETOOLS = (
     scenarios.REFUSED_KEY,
     Fault(status=400, times=5, body=json.dumps(_COMMERCETOOLS).encode()),
 )
+SAID = {401: "parked", 503: "outage"}  # by status, before the fault is mended
 TORN = f'{{"notificationType": "Message", "order": {{"customerEmail": "{QUOTED}'.encode()
 
 
@@ -70,11 +71,13 @@ def _everything(stage: Stage) -> None:
     stage.queue.publish([TORN, *(sample.body for sample in sample_notifications(sample_shop()))])
     stage.start()
     stage.start(KLAVIYO_WORKER_LOG_FORMAT="text")
+    stage.all_up()
     for service, faults in (("klaviyo", KLAVIYO), ("commercetools", COMMERCETOOLS)):
         for fault in faults:
             stage.publish(0.06)
             stage.fail(service, fault)
             stage.until_met()
+            stage.until_said(SAID.get(fault.status, ""))
             stage.wait(0.2)
             stage.mend(service)
     stage.publish()
