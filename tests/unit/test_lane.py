@@ -131,9 +131,9 @@ def test_a_message_kept_too_long_goes_back_to_the_queue() -> None:
     """After a last try when the hold ends; what it waits there is a share of the hold."""
     rig = Rig(outage_hold=0.3)
     rig.pipeline.errors["a1"] = Transient("503", retry_after=0.5)
+    began = time.monotonic()
     rig.put("a1")
     rig.lane.start()
-    began = time.monotonic()
     wait_for(lambda: rig.pipeline.given_up)
     assert time.monotonic() - began >= 0.6
     ((name, delay),) = rig.pipeline.given_up
