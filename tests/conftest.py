@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-settings.register_profile("default", deadline=None, max_examples=150)
+settings.register_profile("default", deadline=None, max_examples=100)
 settings.load_profile("default")
 
 _OURS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "APP_TYPE", "PUB_SUB_PORT", "PUBSUB_")

@@ -66,7 +66,7 @@ MAPPING = Mapping.model_validate(
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_odd_values_anywhere_have_a_clear_outcome(name: str, data: st.DataObject) -> None:
     """Requests, or a reason; never a crash."""
