@@ -111,7 +111,7 @@ class Stage:
         self._settings = SETTINGS | dict(scenario.settings)
         self._running: list[subprocess.Popen[bytes]] = []
         self.logs: list[Path] = []
-        self._failing, self._met = sandbox.klaviyo.faults, 0
+        self._failing: dict[str, int] = {}  # faults met so far, by service, when it began to fail
         self._always = [fault for number in scenario.refused for fault in _refusing(f"order-{number}")]
         self.bad = [*_poison(sandbox), *self.load.take(f"order-{number}" for number in scenario.refused)]
         self.messages = [*self.load.messages, *self.bad]
@@ -155,7 +155,7 @@ class Stage:
     def fail(self, service: str, *faults: Fault) -> None:
         """Have a service fail from now on; without faults, refuse connections."""
         server = self._server(service)
-        self._failing, self._met = server.faults, server.faults.met
+        self._failing[service] = server.faults.met
         if faults:
             server.faults.add(*faults)
         else:
@@ -164,15 +164,19 @@ class Stage:
     def mend(self, service: str) -> None:
         """Have a service work again. Records that it never takes stay refused."""
         server = self._server(service)
+        self._failing.pop(service, None)
         server.faults.clear()
         if service == "klaviyo":
             server.faults.add(*self._always)
         server.start()
 
     def until_met(self) -> None:
-        """Wait until a request meets what `fail` set up last: a scenario whose fault met nothing shows nothing."""
+        """Wait until a request meets a service that fails: a scenario whose fault met nothing shows nothing.
+
+        Of two services one will do: what cannot be read from the first is never sent to the second.
+        """
         deadline = time.monotonic() + 20
-        while self._failing.met == self._met:
+        while all(self._server(name).faults.met == met for name, met in self._failing.items()):
             assert time.monotonic() < deadline, "no request met the fault"
             self.wait(0.02)
 
