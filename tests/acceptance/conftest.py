@@ -95,5 +95,10 @@ def worker(sandbox: Sandbox, tmp_path: Path) -> Worker:
 
 def log_lines(stderr: str) -> list[dict[str, Any]]:
     """Return the canonical lines of a run."""
-    lines = [json.loads(line) for line in stderr.splitlines() if line.startswith("{")]
-    return [line for line in lines if line["event"] == "message_processed"]
+    return [line for line in json_lines(stderr) if line["event"] == "message_processed"]
+
+
+def json_lines(stderr: str) -> list[dict[str, Any]]:
+    """Return all lines of a run that are JSON, except one that is still being written."""
+    whole = stderr[: stderr.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]

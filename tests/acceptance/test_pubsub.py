@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.acceptance.conftest import Worker, log_lines
+from tests.acceptance.conftest import Worker, json_lines, log_lines
 from tests.acceptance.test_run import stop, updated, wait_for
 from tests.acceptance.workload import Workload
 from tests.emulator import Emulator, Network, Subscription, bodies
@@ -40,8 +40,7 @@ def worker(sandbox: Sandbox, subscription: Subscription, tmp_path: Path) -> Work
 
 
 def events_named(worker: Worker, name: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in worker.log.read_text().splitlines() if line.startswith("{")]
-    return [line for line in lines if line["event"] == name]
+    return [line for line in json_lines(worker.log.read_text()) if line["event"] == name]
 
 
 def settled(worker: Worker) -> set[str]:
