@@ -33,7 +33,7 @@ def test_messages_come_in_batches_and_are_gone_once_acked(subscription: Subscrip
     subscription.publish(*sent[:2], colour="blue")
     subscription.publish(sent[2])
     subscription.publish(*sent[3:])
-    queue = opened(subscription.url)
+    queue = opened(subscription.url, max_bytes=20_000_000)
     assert queue.check() == []
     got = receive(queue, len(sent))
     assert sorted(delivery.body for delivery in got) == sorted(sent)

@@ -146,6 +146,7 @@ def test_the_next_call_fills_while_one_is_under_way(lanes: Lanes, klaviyo: Klavi
     klaviyo.after = lambda load: None if "b0" in load else assert_(answer.wait(WAIT))
     (first,) = sent_by(lanes, "a")
     klaviyo.turn.release()
+    lanes.all_wait(0)
     second = lanes.send(*map(event, names("b")))
     klaviyo.turn.release()
     assert second.result(WAIT) == [None] * 5
