@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from adapters.base import Delivery, QueueOptions
 
 log = logging.getLogger("klaviyo_worker.embedded")
-POLL_SECONDS = 0.01  # a look costs some microseconds
+POLL_SECONDS = 0.005  # a look costs some microseconds
 RECEIVE_BYTES = 4_000_000  # of bodies handed out at a time, but for the last: flow control counts them afterwards
 _EXPECTED = "QUEUE_URL is malformed: expected embedded:///path/queue.db[?lease=SECONDS&max_attempts=N]"
 _SCHEMA = """
