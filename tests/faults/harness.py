@@ -15,6 +15,7 @@ from tests.acceptance.conftest import Worker
 from tests.acceptance.workload import Sent, Workload
 from tests.faults.queues import NAMES
 from worker.sandbox import Fault, Sandbox
+from worker.sandbox.account import Account
 from worker.sandbox.notifications import bare, message, sns
 from worker.sandbox.shop import uid
 
@@ -64,6 +65,7 @@ class Scenario:
     queues: Sequence[str] = NAMES
     size: int = 0
     sandbox: Mapping[str, Any] = field(default_factory=dict)
+    job_seconds: float = 0.0  # that Klaviyo's bulk jobs take
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -282,7 +284,8 @@ class Stage:
 
 def run(scenario: Scenario, name: str, queue: Queue, directory: Path, size: int) -> Result:
     """Run a scenario with about `size` messages on the queue called `name`. The workers' logs stay in `directory`."""
-    with Sandbox(**{"latency": 0.01} | dict(scenario.sandbox)) as sandbox:
+    account = Account(job_seconds=scenario.job_seconds)
+    with Sandbox(account=account, **{"latency": 0.01} | dict(scenario.sandbox)) as sandbox:
         stage = Stage(scenario, queue, sandbox, directory, scenario.size or size)
         try:
             scenario.script(stage)

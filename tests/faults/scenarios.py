@@ -37,6 +37,9 @@ _IMPATIENT = {"KLAVIYO_WORKER_READ_TIMEOUT": "0.5"}
 _SLOWLY = {"KLAVIYO_WORKER_CONCURRENCY": "2"}
 # Google's emulator sends more than a worker asks for. What a stopped worker had not read yet is leased for a minute.
 _ROOMY = {"KLAVIYO_WORKER_MAX_IN_FLIGHT": "500"}
+# Few enough lanes and so low a threshold that profiles and the catalog go in jobs, as they do from a long backlog.
+_JOBS = {"KLAVIYO_WORKER_LANES": "1", "KLAVIYO_WORKER_BULK_THRESHOLD": "2"}
+_JOB_SECONDS = 1.0
 _SHARED = _SLOWLY | {"KLAVIYO_WORKER_MAX_IN_FLIGHT": "10", "KLAVIYO_WORKER_MAX_BATCH": "5"}
 
 
@@ -171,6 +174,10 @@ def _klaviyo(name: str, fault: Fault, seconds: float = 2.0) -> Scenario:
     return Scenario(f"Klaviyo: {name}", outage("klaviyo", faults=(fault,), seconds=seconds))
 
 
+def _with_jobs(scenario: Scenario) -> Scenario:
+    return replace(scenario, settings=_JOBS, job_seconds=_JOB_SECONDS)
+
+
 def _commercetools(name: str, fault: Fault) -> Scenario:
     return Scenario(f"commercetools: {name}", outage("commercetools", faults=(fault,)))
 
@@ -200,6 +207,8 @@ SCENARIOS = (
     ),
     replace(_klaviyo("400 for one record in an outage", ERROR_503), refused=(7,)),
     Scenario("Klaviyo: documented rate limits", undisturbed, size=400, sandbox={"rate_limits": True, "latency": 0.0}),
+    _with_jobs(_klaviyo("503 while bulk jobs are under way", ERROR_503)),
+    _with_jobs(_klaviyo("bulk jobs whose answers are lost", ANSWER_LOST)),
     _commercetools("500", ERROR_500),
     _commercetools("429", THROTTLED),
     Scenario("commercetools: connections refused", outage("commercetools")),
@@ -216,6 +225,7 @@ SCENARIOS = (
     Scenario("worker: kill -9 in an outage", _killed_in_an_outage, costless=(), kills=True),
     Scenario("worker: SIGTERM, twice", _terminated, costless=_ONE, settings=_SLOWLY | _ROOMY),
     Scenario("worker: SIGTERM in an outage", _terminated_in_an_outage, costless=(), settings=_ROOMY),
+    _with_jobs(Scenario("worker: kill -9 while bulk jobs are under way", _killed, costless=(), kills=True)),
     Scenario("worker: two of them", _two_workers, settings=_SHARED),
     Scenario("worker: one of two killed", _one_of_two_killed, costless=(), kills=True, settings=_SHARED),
 )

@@ -52,6 +52,12 @@ class Entry:
     verdict: Sent | None = None
 
 
+class _Job(NamedTuple):
+    id: str
+    entries: list[Entry]
+    posted_at: float  # monotonic seconds
+
+
 class Jobs:
     """Has Klaviyo work on many entries at once. Safe for many threads, which share what they ask about jobs."""
 
@@ -66,19 +72,19 @@ class Jobs:
         """Have entries worked on; return what became of each, None for those that must go alone."""
         chunks = list(_chunks(kind, entries))
         for first in range(0, len(chunks), IN_PROGRESS):
-            jobs: dict[str, list[Entry]] = {}
+            jobs: list[_Job] = []
             for chunk in chunks[first : first + IN_PROGRESS]:
                 self._post(kind, chunk, jobs)
-            for job_id, chunk in jobs.items():
-                self._conclude(kind, job_id, chunk)
+            for job in jobs:
+                self._conclude(kind, job)
         return [entry.verdict for entry in entries]
 
-    def _post(self, kind: JobKind, chunk: list[Entry], jobs: dict[str, list[Entry]]) -> None:
+    def _post(self, kind: JobKind, chunk: list[Entry], jobs: list[_Job]) -> None:
         """Start a job, or several where a refusal is narrowed."""
         before, started = self._client.made(), set[Entry]()
 
         def send(part: list[Entry]) -> None:
-            jobs[self._start(kind, part)] = part
+            jobs.append(_Job(self._start(kind, part), part, time.monotonic()))
             started.update(part)
 
         try:
@@ -96,30 +102,30 @@ class Jobs:
             raise Transient(f"Klaviyo answered to POST {kind.path} without a job")
         return job_id
 
-    def _conclude(self, kind: JobKind, job_id: str, entries: list[Entry]) -> None:
+    def _conclude(self, kind: JobKind, job: _Job) -> None:
         """Wait for a job and give its entries their verdicts; those that failed, or may have, get none."""
         try:
-            failed = self._failed(kind, job_id, self._ended(kind, job_id))
+            failed = self._failed(kind, job.id, self._ended(kind, job))
         except Rejected:
             return
         except WorkerError as error:
-            for entry in entries:
+            for entry in job.entries:
                 entry.verdict = Sent(error, 1)
             return
-        for entry in entries:
+        for entry in job.entries:
             entry.verdict = None if failed is None or entry.key in failed else Sent(None, 1)
 
-    def _ended(self, kind: JobKind, job_id: str) -> Json:
+    def _ended(self, kind: JobKind, job: _Job) -> Json:
         """Return the job as it ended; {} when it takes too long. Raises WorkerError."""
-        began, looked_at, pause = time.monotonic(), time.monotonic(), FIRST_LOOK
-        while time.monotonic() - began < PATIENCE:
-            if self._stopping.wait(pause):
+        looked_at, pause = job.posted_at, FIRST_LOOK
+        while (now := time.monotonic()) - job.posted_at < PATIENCE:
+            if self._stopping.wait(max(looked_at + pause - now, 0.0)):
                 raise Transient(f"stopped while Klaviyo worked on a {kind.type}")
-            now = time.monotonic()
-            job = as_dict(self._look(kind, job_id, looked_at).get("attributes"))
-            if job.get("status") in _ENDED:
-                return job
-            looked_at, pause = now, min(pause * 1.5, LONGEST_LOOK)
+            looking_at = time.monotonic()
+            shown = as_dict(self._look(kind, job.id, looked_at).get("attributes"))
+            if shown.get("status") in _ENDED:
+                return shown
+            looked_at, pause = looking_at, min(pause * 1.5, LONGEST_LOOK)
         return {}
 
     def _look(self, kind: JobKind, job_id: str, looked_at: float) -> Json:
