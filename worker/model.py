@@ -80,6 +80,8 @@ class Kind(Enum):
     DELETE_STALE_VARIANTS = "delete_stale_variants"
     DELETE_VARIANT = "delete_variant"  # what DELETE_STALE_VARIANTS finds
 
+    __hash__ = object.__hash__  # members are single; Enum's own is Python code, called some sixty times a message
+
 
 @dataclass(frozen=True, slots=True)
 class Operation:

@@ -89,7 +89,7 @@ class Service:
 def _collect_garbage_less_often() -> None:
     """Leave alone what start-up made, and look for cycles rarely: JSON has none, and looking costs CPU."""
     gc.freeze()
-    gc.set_threshold(20_000, 20, 100)
+    gc.set_threshold(50_000, 20, 100)
 
 
 class _State:

@@ -79,9 +79,13 @@ def localized(value: Any, locale: str) -> str:
     if isinstance(value, str):
         return value.strip()
     texts = as_dict(value)
+    if text := as_text(texts.get(locale)):
+        return text
     language = locale.partition("-")[0]
+    if text := as_text(texts.get(language)):
+        return text
     regional = (key for key in texts if key.partition("-")[0] == language)
-    return next(filter(None, (as_text(texts.get(key)) for key in chain((locale, language), regional, texts))), "")
+    return next(filter(None, (as_text(texts[key]) for key in chain(regional, texts))), "")
 
 
 def attribute_text(value: Any, locale: str) -> str:
