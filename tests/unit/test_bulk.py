@@ -259,6 +259,22 @@ def test_what_an_earlier_call_recorded_does_not_share_a_later_failure() -> None:
     assert [result is None for result in results] == [True] * 1_000 + [False] * 1_000
 
 
+def test_what_a_failed_call_did_not_hold_goes_with_the_next() -> None:
+    """A call's error is for its own events."""
+
+    class Failing(Klaviyo):
+        def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+            answer = super().call(method, path, body, repeat=repeat)
+            if len(self.bodies) == 1:
+                raise Transient("no answer")
+            return answer
+
+    klaviyo = Failing()
+    results = sender(klaviyo).send(events(1_500))
+    assert [result is None for result in results] == [False] * 1_000 + [True] * 500
+    assert Counter(klaviyo.calls) == {BULK: 2}
+
+
 def test_a_handful_goes_one_by_one() -> None:
     """Up to the threshold; one more and all go in one call."""
     few, many = Klaviyo(), Klaviyo()

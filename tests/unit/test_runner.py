@@ -13,7 +13,7 @@ from adapters.embedded import EmbeddedQueue
 from tests.conftest import Scripted
 from worker.errors import KlaviyoMisconfigured, Outage, Transient
 from worker.metrics import Metrics
-from worker.model import Disposition, Job, Notification, Outcome
+from worker.model import Disposition, Job, Lease, Notification, Outcome
 from worker.runner import Runner, ShutdownTimeoutError
 from worker.settings import Settings, load
 from worker.telemetry import Telemetry
@@ -44,7 +44,8 @@ class Pipeline:
 
     def accept(self, delivery: Delivery) -> Job:
         resource = delivery.body.decode().partition(":")[0]
-        return Job(delivery, time.monotonic(), Notification("T", "thing", resource, None, {}))
+        lease = Lease(time.monotonic() + (self._queue.lease or 0.0))
+        return Job(delivery, time.monotonic(), Notification("T", resource, resource, None, {}), lease=lease)
 
     def process(self, jobs: Sequence[Job]) -> list[Job]:
         kept = self._work(jobs)
@@ -153,6 +154,41 @@ def test_no_more_is_held_than_allowed(limit: dict[str, int], queue: EmbeddedQueu
     assert len(handled(pipeline)) == 60
     assert 0 < most <= 10
     assert runner._in_flight._bytes == 0
+
+
+def test_events_profiles_and_the_catalog_do_not_wait_for_each_other(queue: EmbeddedQueue) -> None:
+    """Jobs of profiles and of the catalog take minutes; orders have no time for that."""
+    queue.publish([b"customer:1", b"product:1", b"order:1", b"payment:1"])
+    release = threading.Event()
+
+    def work(jobs: Sequence[Job]) -> list[Job]:
+        if jobs[0].key[0] in {"customer", "product"}:
+            assert release.wait(10)
+        return []
+
+    runner, pipeline = runner_for(queue, work, lanes=1)
+    running = threading.Thread(target=runner.run, kwargs={"once": True})
+    running.start()
+    wait_for(lambda: len(handled(pipeline)) == 2)
+    assert sorted(handled(pipeline)) == [b"order:1", b"payment:1"]
+    release.set()
+    running.join(10)
+    assert len(handled(pipeline)) == 4
+
+
+def test_a_message_is_ours_for_as_long_as_its_lease_is_extended(tmp_path: Path) -> None:
+    """Until then its events are surely new, however long they wait."""
+    queue = EmbeddedQueue(tmp_path / "q.db", lease=0.6)
+    queue.publish([b"order:1"])
+    ours: list[bool] = []
+
+    def work(jobs: Sequence[Job]) -> list[Job]:
+        time.sleep(1.5)
+        ours.extend(job.lease.is_ours() for job in jobs)
+        return []
+
+    runner_for(queue, work)[0].run(once=True)
+    assert ours == [True]
 
 
 def test_leases_of_held_messages_are_extended(tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""How jobs and lookups are cut."""
+
+from __future__ import annotations
+
+from typing import Self
+from urllib.parse import unquote
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.send import catalog, jobs
+from worker.send.jobs import Entry, JobKind
+from worker.transform.catalog import catalog_id
+
+KIND = JobKind("catalog-item-bulk-create-job", "items", 100)
+FRAME = len(b'{"data":{"type":"catalog-item-bulk-create-job","attributes":{"items":{"data":[]}}}}')
+
+
+@given(st.lists(st.integers(1, 2_000_000), max_size=300))
+def test_a_job_takes_no_more_than_klaviyo_does(sizes: list[int]) -> None:
+    """A hundred entries and five megabytes; nothing is left out, and only what alone is too large is too large."""
+    entries = [Entry(str(number), b"") for number in range(len(sizes))]
+    for entry, size in zip(entries, sizes, strict=True):
+        entry.body = _Sized(size)
+    chunks = list(jobs._chunks(KIND, entries))
+    assert [entry for chunk in chunks for entry in chunk] == entries
+    for chunk in chunks:
+        assert len(chunk) <= KIND.most
+        assert FRAME + sum(len(entry.body) + 1 for entry in chunk) <= jobs.MAX_BYTES or len(chunk) == 1
+
+
+def test_a_job_is_filled() -> None:
+    """As few as possible: they are limited too."""
+    assert [len(chunk) for chunk in jobs._chunks(KIND, [Entry("", b"{}")] * 250)] == [100, 100, 50]
+    large = Entry("", b"x" * 1_000_000)
+    assert [len(chunk) for chunk in jobs._chunks(KIND, [large] * 9)] == [4, 4, 1]
+
+
+class _Sized(bytes):
+    """Bytes that only say how many they are."""
+
+    _size: int
+
+    def __new__(cls, size: int) -> Self:
+        made = super().__new__(cls)
+        made._size = size
+        return made
+
+    def __len__(self) -> int:
+        return self._size
+
+
+@given(st.lists(st.text(min_size=1, max_size=256), max_size=150, unique=True))
+def test_a_lookup_fits_a_uri(keys: list[str]) -> None:
+    """Whatever skus look like; each is asked for once, at most a hundred at a time."""
+    lists = list(catalog._filters(keys))
+    assert max(map(len, lists), default=0) < 8_000
+    asked = [literal for each in lists for literal in each.split(",%22")]
+    assert len(asked) == len(keys)
+    assert all(each.count("%22$custom") <= catalog.MAX_ENTRIES for each in lists)
+    for key, literal in zip(keys, asked, strict=True):
+        assert catalog_id(key)[:20] in unquote(literal)
