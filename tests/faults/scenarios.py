@@ -39,7 +39,7 @@ _SLOWLY = {"KLAVIYO_WORKER_CONCURRENCY": "2"}
 _ROOMY = {"KLAVIYO_WORKER_MAX_IN_FLIGHT": "500"}
 # Few enough lanes and so low a threshold that profiles and the catalog go in jobs, as they do from a long backlog.
 _JOBS = {"KLAVIYO_WORKER_LANES": "1", "KLAVIYO_WORKER_BULK_THRESHOLD": "2"}
-_JOB_SECONDS = 1.0
+_JOB_SECONDS = 0.3
 _SHARED = _SLOWLY | {"KLAVIYO_WORKER_MAX_IN_FLIGHT": "10", "KLAVIYO_WORKER_MAX_BATCH": "5"}
 
 
