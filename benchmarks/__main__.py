@@ -79,7 +79,7 @@ def _measure(row: AnyRow) -> dict[str, Any]:
 def _surroundings() -> dict[str, Any]:
     names = ("klaviyo-worker", "klaviyo-api", "commercetools", "google-cloud-pubsub", "orjson", "urllib3")
     versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
-    return {"versions": versions, "platform": platform.platform(), "cores": os.cpu_count()}
+    return {"versions": versions, "platform": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()}
 
 
 def main() -> int:
