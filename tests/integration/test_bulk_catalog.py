@@ -200,6 +200,17 @@ def test_an_outage_is_an_error_for_all_that_need_it(match: str, sandbox: Sandbox
     assert sender.send(products(20)) == [None] * 70
 
 
+def test_a_category_that_could_not_be_created_is_not_taken_for_there(sandbox: Sandbox) -> None:
+    """An item whose category is missing is refused: an outage must not make dead letters."""
+    sandbox.klaviyo.faults.add(Fault(match="POST /api/catalog-category-bulk-create-jobs", times=None))
+    sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)
+    needed = [category(number, Kind.ENSURE_CATEGORY) for number in range(30)]
+    assert all(isinstance(result, Transient) for result in sender.send(needed))
+    sandbox.klaviyo.faults.clear()
+    assert sender.send(products(40)) == [None] * 110
+    assert len(sandbox.account.categories) == 30
+
+
 def test_an_outage_while_variants_are_listed_fails_their_items_only(sandbox: Sandbox) -> None:
     """Nothing is deleted on a guess, and the others are done."""
     sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)

@@ -92,7 +92,8 @@ class BulkCatalog:
         for verb, group in (("create", creations), ("update", updates)):
             done |= zip((o.key for o in group), self._jobs.run(*_job(collection, verb, group)), strict=True)
         for operation in creations:
-            if done[operation.key]:
+            created = done[operation.key]
+            if created and created.error is None:
                 self._single.remember(entry_path(operation))
         return completed(operations, [done.get(operation.key) for operation in operations], self._one_by_one)
 
