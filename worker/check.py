@@ -32,7 +32,7 @@ _READS = (
     (ct.PRODUCTS, "view_products"),
     (ct.INVENTORY, "view_products"),
 )
-_WRITES = ("events:write", "profiles:write", "catalogs:write")
+_WRITES = ("events:write", "profiles:write", "lists:write", "catalogs:write")  # lists: of import jobs
 
 Ask = tuple[str, "Callable[[], object]"]  # the scope it needs, and what needs it
 
@@ -114,9 +114,12 @@ def _read(reader: ct.Reader, query: ct.Query) -> None:
 
 
 def _klaviyo(client: Klaviyo, *, erasure: bool, probing: bool) -> str:
-    reads = {"catalogs:read": "/api/catalog-items"} | (probe.SCOPES if probing else {})
-    if erasure:
-        reads["profiles:read"] = "/api/profiles"
+    reads = {
+        "catalogs:read": "/api/catalog-items",
+        "profiles:read": "/api/profiles",
+        "lists:read": "/api/profile-bulk-import-jobs",
+        **(probe.SCOPES if probing else {}),
+    }
     _ask_all([(scope, partial(client.call, "GET", f"{path}?page%5Bsize%5D=1")) for scope, path in reads.items()])
     writes = [*_WRITES, *(["data-privacy:write"] if erasure else [])]
     return f"the key has {', '.join(reads)}; it also needs {', '.join(writes)}, which only show when they are used"
