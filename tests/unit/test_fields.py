@@ -245,6 +245,14 @@ def test_what_does_not_fit_is_cut_and_named() -> None:
     assert any(path.startswith("deep.inner") for path in cut)
 
 
+@pytest.mark.parametrize("text", ["]]]]", "}}}}", '\\"]]]]', "[]]]]", "é]]]]"])
+def test_brackets_in_a_text_do_not_hide_how_deep_the_rest_is(text: str) -> None:
+    """Klaviyo counts levels, not brackets."""
+    fitted, cut = fit({"text": text, "deep": _nested(12)})
+    assert fitted["text"] == text
+    assert cut == ["deep" + ".inner" * 9]
+
+
 def test_the_whole_is_cut_to_size_from_the_end_of_its_largest_list() -> None:
     """An order of thousands of lines keeps its first ones, and everything that is small."""
     items = [{"name": "x" * 2_000, "number": number} for number in range(3_000)]

@@ -18,8 +18,8 @@ MAX_ARRAY = 4_000
 MAX_DEPTH = 10
 MAX_TEXT_BYTES = 100_000
 EVENT_BYTES = 4_500_000  # of 5 MB, leaving room for the profile around the properties
-_ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"{[]}"))
 PROFILE_BYTES = 80_000  # of 100 KB, leaving room for the other attributes
+_ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"{[]}"))
 
 
 def fit(properties: Json, max_bytes: int = EVENT_BYTES) -> tuple[Json, list[str]]:
@@ -35,12 +35,15 @@ def fit(properties: Json, max_bytes: int = EVENT_BYTES) -> tuple[Json, list[str]
 
 
 def _is_small(properties: Json) -> bool:
-    """Tell cheaply that nothing can exceed a limit. False says nothing: texts hold brackets too."""
+    """Tell cheaply that nothing can exceed a limit. False says nothing."""
     raw = orjson.dumps(properties)
     if len(raw) > 2 * MAX_ARRAY or len(properties) > MAX_PROPERTIES:  # an entry of an array takes 2 bytes
         return False
+    if b"\\" in raw:  # what is a text and what is not cannot be told by its quotes
+        return False
+    structure = b"".join(raw.split(b'"')[::2])  # texts hold brackets too
     depth = deepest = 0
-    for bracket in raw.translate(None, _ALL_BUT_BRACKETS):
+    for bracket in structure.translate(None, _ALL_BUT_BRACKETS):
         depth += 1 if bracket in b"{[" else -1
         deepest = max(deepest, depth)
     return deepest <= MAX_DEPTH
