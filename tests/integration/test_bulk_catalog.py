@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 
 from tests.integration.conftest import klaviyo_for
 from tests.sending import Sender
+from worker import send
 from worker.errors import Rejected, Transient
 from worker.model import Kind, Operation
 from worker.sandbox import Fault, Sandbox
+from worker.sandbox.account import Account
+from worker.send import jobs
 from worker.transform.catalog import catalog_id
 
 if TYPE_CHECKING:
@@ -209,6 +216,27 @@ def test_a_category_that_could_not_be_created_is_not_taken_for_there(sandbox: Sa
     sandbox.klaviyo.faults.clear()
     assert sender.send(products(40)) == [None] * 110
     assert len(sandbox.account.categories) == 30
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        {"status": "complete", "failed_count": 1, "errors": None},
+        {"status": "complete", "failed_count": 1, "errors": [{"meta": {"external_id": catalog_id("c3")}}]},
+    ],
+)
+def test_a_job_that_tells_less_than_it_should_is_not_believed(
+    shown: dict[str, Any], sandbox: Sandbox, sender: Sender
+) -> None:
+    """Which of it failed: nothing is taken for done that may have."""
+    path = "/api/catalog-category-bulk-create-jobs"
+    job = {"type": "catalog-category-bulk-create-job", "id": "J", "attributes": shown}
+    body = orjson.dumps({"data": job})
+    sandbox.klaviyo.faults.add(
+        Fault(match=f"POST {path}", status=202, body=body), Fault(match=f"GET {path}", status=200, body=body)
+    )
+    assert sender.send([category(number) for number in range(20)]) == [None] * 20
+    assert len(sandbox.account.categories) == 20
 
 
 def test_an_outage_while_variants_are_listed_fails_their_items_only(sandbox: Sandbox) -> None:

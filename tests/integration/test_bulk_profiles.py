@@ -105,6 +105,22 @@ def test_failures_that_name_nobody_send_all_one_by_one(errors: list[Any], sandbo
     assert calls(sandbox)[f"POST {SINGLE}"] >= 20
 
 
+def test_a_job_that_does_not_tell_how_many_failed_is_asked_for_its_errors(sandbox: Sandbox) -> None:
+    """Klaviyo may show null."""
+    for attributes in ({"email": "5@example.com"}, {"external_id": "c5"}):
+        sandbox.account.create_profile({"type": "profile", "attributes": attributes})
+    job = {"type": "profile-bulk-import-job", "id": "J", "attributes": {"status": "complete", "failed_count": None}}
+    error = {"attributes": {"original_payload": {"attributes": {"external_id": "c5"}}}}
+    sandbox.klaviyo.faults.add(
+        Fault(match=f"POST {JOBS}", status=202, body=orjson.dumps({"data": job})),
+        Fault(match=f"GET {JOBS}/J/import-errors", status=200, body=orjson.dumps({"data": [error]})),
+        Fault(match=f"GET {JOBS}", status=200, body=orjson.dumps({"data": [job]})),
+    )
+    assert Sender(klaviyo_for(sandbox), 4).send(upserts(20)) == [None] * 20
+    (five,) = [p for p in sandbox.account.profiles if p["attributes"].get("email") == "5@example.com"]
+    assert five["attributes"]["first_name"] == "Ada"
+
+
 def test_those_that_share_an_identifier_go_one_by_one(sandbox: Sandbox) -> None:
     """Which of them a job would write last, nobody says."""
     batch = [*upserts(20), upsert(20, email="3@example.com")]

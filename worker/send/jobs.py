@@ -105,7 +105,7 @@ class Jobs:
     def _conclude(self, kind: JobKind, job: _Job) -> None:
         """Wait for a job and give its entries their verdicts; those that failed, or may have, get none."""
         try:
-            failed = self._failed(kind, job.id, self._ended(kind, job))
+            failed = self._failed(kind, job, self._ended(kind, job))
         except Rejected:
             return
         except WorkerError as error:
@@ -144,17 +144,18 @@ class Jobs:
         path = f"{kind.path}?sort=-created_at&page%5Bsize%5D=100&{fields}"
         return {as_text(job.get("id")): job for job in as_dicts(self._client.call("GET", path).get("data"))}
 
-    def _failed(self, kind: JobKind, job_id: str, job: Json) -> set[str] | None:
+    def _failed(self, kind: JobKind, job: _Job, shown: Json) -> set[str] | None:
         """Return the external ids of what failed; None when that cannot be told. Raises WorkerError."""
-        if job.get("status") != "complete":
+        if shown.get("status") != "complete":
             return None
-        count = as_int(job.get("failed_count")) or 0
-        errors = as_dicts(job.get("errors"))
-        if count and kind.type == PROFILES:
-            path = f"{kind.path}/{job_id}/import-errors?page%5Bsize%5D=100"
+        count = as_int(shown.get("failed_count"))  # may be null
+        errors = as_dicts(shown.get("errors"))
+        if count != 0 and kind.type == PROFILES:
+            path = f"{kind.path}/{job.id}/import-errors?page%5Bsize%5D=100"
             errors = [as_dict(error.get("attributes")) for error in pages(self._client, path)]
         failed = set(map(_key_of, errors))
-        return None if "" in failed or len(failed) < count else failed
+        is_told = len(failed) >= (count or 0) and failed <= {entry.key for entry in job.entries if entry.key}
+        return failed if is_told else None
 
 
 def _chunks(kind: JobKind, entries: Sequence[Entry]) -> Iterator[list[Entry]]:
