@@ -239,6 +239,20 @@ def test_a_job_that_tells_less_than_it_should_is_not_believed(
     assert len(sandbox.account.categories) == 20
 
 
+def test_jobs_that_are_complete_do_not_suffer_from_one_that_is_not(
+    sandbox: Sandbox, sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever time the first took, the second is looked at before its entries go one by one."""
+    monkeypatch.setattr(jobs, "PATIENCE", 0.5)
+    sandbox.klaviyo.faults.add(
+        Fault(match="POST /api/catalog-category-bulk-create-jobs", status=202, body=b'{"data":{"id":"J"}}'),
+        Fault(match="GET /api/catalog-category-bulk-create-jobs/J", status=200, body=b'{"data":{}}', times=None),
+    )
+    assert sender.send([category(number) for number in range(110)]) == [None] * 110
+    assert len(sandbox.account.categories) == 110
+    assert calls(sandbox)["POST categories"] == 100
+
+
 def test_an_outage_while_variants_are_listed_fails_their_items_only(sandbox: Sandbox) -> None:
     """Nothing is deleted on a guess, and the others are done."""
     sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)

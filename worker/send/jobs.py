@@ -116,17 +116,16 @@ class Jobs:
             entry.verdict = None if failed is None or entry.key in failed else Sent(None, 1)
 
     def _ended(self, kind: JobKind, job: _Job) -> Json:
-        """Return the job as it ended; {} when it takes too long. Raises WorkerError."""
+        """Return the job as it ended, or as it is when that takes too long. Raises WorkerError."""
         looked_at, pause = job.posted_at, FIRST_LOOK
-        while (now := time.monotonic()) - job.posted_at < PATIENCE:
-            if self._stopping.wait(max(looked_at + pause - now, 0.0)):
+        while True:  # once at least: those before it may have taken all the time
+            if self._stopping.wait(max(looked_at + pause - time.monotonic(), 0.0)):
                 raise Transient(f"stopped while Klaviyo worked on a {kind.type}")
             looking_at = time.monotonic()
             shown = as_dict(self._look(kind, job.id, looked_at).get("attributes"))
-            if shown.get("status") in _ENDED:
+            if shown.get("status") in _ENDED or looking_at - job.posted_at > PATIENCE:
                 return shown
             looked_at, pause = looking_at, min(pause * 1.5, LONGEST_LOOK)
-        return {}
 
     def _look(self, kind: JobKind, job_id: str, looked_at: float) -> Json:
         """Return a job as it is. All import jobs are read in one call, as there may be few: 150 a minute."""
