@@ -253,6 +253,20 @@ def test_jobs_that_are_complete_do_not_suffer_from_one_that_is_not(
     assert calls(sandbox)["POST categories"] == 100
 
 
+def test_a_worker_that_stops_posts_no_more_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would wait for them, and they could undo what another worker writes meanwhile."""
+    monkeypatch.setattr(jobs, "IN_PROGRESS", 1)
+    with Sandbox(account=Account(job_seconds=60.0)) as sandbox, ThreadPoolExecutor(1) as lane:
+        stopping = Event()
+        sender = send.Sender(klaviyo_for(sandbox), 4, stopping)
+        sending = lane.submit(sender.send, [category(number) for number in range(300)])
+        while not calls(sandbox)["GET category-bulk-create-jobs/…"]:
+            time.sleep(0.01)
+        stopping.set()
+        assert {type(sent.error) for sent in sending.result(5.0)} == {Transient}
+        assert calls(sandbox)["POST category-bulk-create-jobs"] == 1
+
+
 def test_an_outage_while_variants_are_listed_fails_their_items_only(sandbox: Sandbox) -> None:
     """Nothing is deleted on a guess, and the others are done."""
     sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)

@@ -95,6 +95,8 @@ class Jobs:
                 entry.verdict = verdict
 
     def _start(self, kind: JobKind, entries: list[Entry]) -> str:
+        if self._stopping.is_set():  # nobody would wait for it, and it could undo what others write meanwhile
+            raise Transient(f"stopped before a {kind.type} was posted")
         head = f'{{"data":{{"type":"{kind.type}","attributes":{{"{kind.member}":{{"data":['.encode()
         body = b"".join((head, b",".join(entry.body for entry in entries), b"]}}}}"))
         job_id = as_text(as_dict(self._client.call("POST", kind.path, body).get("data")).get("id"))
