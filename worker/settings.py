@@ -214,7 +214,7 @@ class Settings(MappingSettings, QueueSettings):
         ge=1,
         le=256,
         validation_alias="KLAVIYO_WORKER_CONCURRENCY",
-        description="Klaviyo requests under way at once",
+        description="Klaviyo requests for events under way at once, and as many each for profiles and the catalog",
     )
     bulk_events: Literal["auto", "always", "never"] = Field(
         "auto",

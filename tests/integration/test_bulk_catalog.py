@@ -207,15 +207,18 @@ def test_an_outage_is_an_error_for_all_that_need_it(match: str, sandbox: Sandbox
     assert sender.send(products(20)) == [None] * 70
 
 
-def test_a_category_that_could_not_be_created_is_not_taken_for_there(sandbox: Sandbox) -> None:
-    """An item whose category is missing is refused: an outage must not make dead letters."""
-    sandbox.klaviyo.faults.add(Fault(match="POST /api/catalog-category-bulk-create-jobs", times=None))
-    sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)
-    needed = [category(number, Kind.ENSURE_CATEGORY) for number in range(30)]
-    assert all(isinstance(result, Transient) for result in sender.send(needed))
-    sandbox.klaviyo.faults.clear()
-    assert sender.send(products(40)) == [None] * 110
-    assert len(sandbox.account.categories) == 30
+def test_jobs_that_are_complete_do_not_suffer_from_one_that_is_not(
+    sandbox: Sandbox, sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever time the first took, the second is looked at before its entries go one by one."""
+    monkeypatch.setattr(jobs, "PATIENCE", 0.5)
+    sandbox.klaviyo.faults.add(
+        Fault(match="POST /api/catalog-category-bulk-create-jobs", status=202, body=b'{"data":{"id":"J"}}'),
+        Fault(match="GET /api/catalog-category-bulk-create-jobs/J", status=200, body=b'{"data":{}}', times=None),
+    )
+    assert sender.send([category(number) for number in range(110)]) == [None] * 110
+    assert len(sandbox.account.categories) == 110
+    assert calls(sandbox)["POST categories"] == 100
 
 
 @pytest.mark.parametrize(
@@ -239,20 +242,6 @@ def test_a_job_that_tells_less_than_it_should_is_not_believed(
     assert len(sandbox.account.categories) == 20
 
 
-def test_jobs_that_are_complete_do_not_suffer_from_one_that_is_not(
-    sandbox: Sandbox, sender: Sender, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever time the first took, the second is looked at before its entries go one by one."""
-    monkeypatch.setattr(jobs, "PATIENCE", 0.5)
-    sandbox.klaviyo.faults.add(
-        Fault(match="POST /api/catalog-category-bulk-create-jobs", status=202, body=b'{"data":{"id":"J"}}'),
-        Fault(match="GET /api/catalog-category-bulk-create-jobs/J", status=200, body=b'{"data":{}}', times=None),
-    )
-    assert sender.send([category(number) for number in range(110)]) == [None] * 110
-    assert len(sandbox.account.categories) == 110
-    assert calls(sandbox)["POST categories"] == 100
-
-
 def test_a_worker_that_stops_posts_no_more_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody would wait for them, and they could undo what another worker writes meanwhile."""
     monkeypatch.setattr(jobs, "IN_PROGRESS", 1)
@@ -265,6 +254,17 @@ def test_a_worker_that_stops_posts_no_more_jobs(monkeypatch: pytest.MonkeyPatch)
         stopping.set()
         assert {type(sent.error) for sent in sending.result(5.0)} == {Transient}
         assert calls(sandbox)["POST category-bulk-create-jobs"] == 1
+
+
+def test_a_category_that_could_not_be_created_is_not_taken_for_there(sandbox: Sandbox) -> None:
+    """An item whose category is missing is refused: an outage must not make dead letters."""
+    sandbox.klaviyo.faults.add(Fault(match="POST /api/catalog-category-bulk-create-jobs", times=None))
+    sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)
+    needed = [category(number, Kind.ENSURE_CATEGORY) for number in range(30)]
+    assert all(isinstance(result, Transient) for result in sender.send(needed))
+    sandbox.klaviyo.faults.clear()
+    assert sender.send(products(40)) == [None] * 110
+    assert len(sandbox.account.categories) == 30
 
 
 def test_an_outage_while_variants_are_listed_fails_their_items_only(sandbox: Sandbox) -> None:

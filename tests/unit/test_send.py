@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -296,3 +297,23 @@ def test_every_operation_has_a_request_to_show(kind: Kind) -> None:
     request = request_for(entry(kind, "k"))
     assert request.path.startswith("/api/")
     assert request.method in {"GET", "POST", "PATCH", "DELETE"}
+
+
+def test_events_do_not_wait_for_what_the_limits_keep_waiting() -> None:
+    """Klaviyo takes sixty deletions a minute; orders go on meanwhile."""
+    may_delete, deleting = threading.Event(), threading.Semaphore(0)
+
+    class Slow(Klaviyo):
+        def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+            if path.startswith("/api/profiles?"):
+                deleting.release()
+                assert may_delete.wait(5.0)
+            return super().call(method, path, body, repeat=repeat)
+
+    sender = Sender(Slow(), concurrency=2)
+    with ThreadPoolExecutor(2) as lanes:
+        erasures = lanes.submit(sender.send, [Operation(Kind.DELETE_PROFILE, str(each)) for each in range(4)])
+        assert all(deleting.acquire(timeout=5.0) for _ in range(2))
+        assert lanes.submit(sender.send, [event("a"), event("b")]).result(5.0) == [None, None]
+        may_delete.set()
+        assert erasures.result(5.0) == [None] * 4

@@ -60,13 +60,19 @@ class Sender:
         bulk_events: Mode = "auto",
         bulk_threshold: int = 10,
     ) -> None:
-        self._executor = ThreadPoolExecutor(concurrency, thread_name_prefix="klaviyo")
+        events, profiles, catalog = (ThreadPoolExecutor(concurrency, thread_name_prefix="klaviyo") for _ in range(3))
+        # As with the lanes: no order waits for threads that the limits for deletions, say, keep waiting.
+        self._executors = dict.fromkeys(Kind, catalog) | {
+            Kind.CREATE_EVENT: events,
+            Kind.UPSERT_PROFILE: profiles,
+            Kind.DELETE_PROFILE: profiles,
+        }
         self._single = Single(client)
         jobs = Jobs(client, stopping)
         self._bulks: tuple[Bulk, ...] = (
             BulkEvents(client, self._one_by_one, bulk_events, bulk_threshold),
             BulkProfiles(jobs, self._one_by_one, bulk_threshold),
-            BulkCatalog(client, jobs, self._single, self._executor, self._one_by_one, bulk_threshold),
+            BulkCatalog(client, jobs, self._single, catalog, self._one_by_one, bulk_threshold),
         )
 
     def send(self, operations: Sequence[Operation]) -> list[Sent]:
@@ -90,10 +96,11 @@ class Sender:
 
     def close(self) -> None:
         """Drop what has not begun."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        for executor in set(self._executors.values()):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     def _one_by_one(self, operations: Sequence[Operation]) -> Iterable[Sent]:
-        """Begin to carry out the operations side by side, and yield their results."""
+        """Begin to carry out operations of one effect side by side, and yield their results."""
         if len(operations) <= 1:  # an idle worker pays for no thread hop
             return map(self._single.send, operations)
-        return self._executor.map(self._single.send, operations)
+        return self._executors[operations[0].kind].map(self._single.send, operations)
