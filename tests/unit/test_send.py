@@ -279,6 +279,22 @@ def test_erasure_finds_the_profile_and_requests_its_deletion(sender: Sender, kla
     assert body["data"]["attributes"]["profile"]["data"]["id"] == "01A"
 
 
+def test_an_erasure_takes_in_all_pages_and_odd_answers(klaviyo: Klaviyo, sender: Sender) -> None:
+    """What Klaviyo answers for one message is nothing to its neighbours."""
+    first = "GET /api/profiles?filter=equals%28external_id%2C%22c%22%29&fields%5Bprofile%5D=id"
+    following = "https://a.klaviyo.com/api/profiles?page=2"
+    klaviyo.answer(first, {"data": [{"id": "01A"}], "links": {"next": following}}, {"data": None})
+    klaviyo.answer("GET /api/profiles?page=2", {"data": [{"id": "01B"}]})
+    assert sender.send([Operation(Kind.DELETE_PROFILE, "c")]) == [None]
+    assert sender.send([Operation(Kind.DELETE_PROFILE, "c"), event("e")]) == [None, None]
+    erased = [
+        body["data"]["attributes"]["profile"]["data"]["id"]
+        for name, body in klaviyo.calls
+        if body and "privacy" in name
+    ]
+    assert erased == ["01A", "01B"]
+
+
 @pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.UPSERT_PROFILE])
 @pytest.mark.parametrize("error", [Transient("503"), KlaviyoMisconfigured("401")], ids=["transient", "misconfigured"])
 def test_no_operation_swallows_an_outage(kind: Kind, error: Exception, klaviyo: Klaviyo) -> None:

@@ -142,8 +142,8 @@ class Single:
         """Request the deletion of every profile with this external_id: the endpoint itself takes none."""
         literal = orjson.dumps(operation.key).decode()
         path = f"/api/profiles?filter={quote(f'equals(external_id,{literal})')}&fields%5Bprofile%5D=id"
-        for profile in self._client.call("GET", path).get("data", []):
-            request = deletion(profile["id"])
+        for profile in pages(self._client, path):
+            request = deletion(as_text(profile.get("id")))
             self._client.call(request.method, request.path, request.body)
 
     def _upsert(self, operation: Operation) -> None:
