@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from tests.sending import Sender
-from worker.errors import Outage, Rejected, Transient
+from worker.errors import Outage, Rejected, Transient, WorkerError
 from worker.model import Json, Kind, Operation
 from worker.transform.events import event as event_operation
 
@@ -32,6 +32,8 @@ class Klaviyo:
         self.single: list[str] = []
         self.before: Exception | None = None  # raised instead of having a turn
         self.after: Callable[[set[str]], None] = lambda _: None
+        self.not_made: list[Exception] = []  # why calls were not made
+        self.throttled: Callable[[], None] | None = None  # called when a first try is refused for the moment
         self._made: dict[int, int] = {}
         self._lock = Lock()
 
@@ -47,7 +49,14 @@ class Klaviyo:
         assert self.turn.acquire(timeout=WAIT)
         if self.before:
             raise self.before
-        document = orjson.loads(body())
+        if self.throttled:
+            body()
+            self.throttled()
+        try:
+            document = orjson.loads(body())
+        except Exception as reason:
+            self.not_made.append(reason)
+            raise
         load = {
             each["attributes"]["unique_id"]
             for entry in document["data"]["attributes"]["events-bulk-create"]["data"]
@@ -228,8 +237,20 @@ def test_what_another_worker_may_have_sent_by_now_goes_alone(lanes: Lanes, klavi
     assert sorted(klaviyo.single) == names("a")
 
 
+def test_each_try_of_a_call_asks_anew_what_may_go(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """A call that was throttled goes again up to a minute later."""
+    leased = Event()
+    leased.set()
+    klaviyo.throttled = leased.clear
+    klaviyo.turn.release()
+    sent = lanes.send(*(event(name, leased.is_set) for name in names("a")), *map(event, names("b"))).result(WAIT)
+    assert sent == [None] * 10
+    assert klaviyo.loads == [set(names("b"))]
+    assert sorted(klaviyo.single) == names("a")
+
+
 def test_a_call_of_which_nothing_is_left_is_not_made(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """And what waits behind it is not forgotten."""
+    """It tells nobody, a gate least of all, that Klaviyo refused anything."""
     leased = Event()
     leased.set()
     future = lanes.send(*(event(name, leased.is_set) for name in names("a")))
@@ -238,4 +259,5 @@ def test_a_call_of_which_nothing_is_left_is_not_made(lanes: Lanes, klaviyo: Klav
     klaviyo.turn.release()
     assert future.result(WAIT) == [None] * 5
     assert klaviyo.loads == []
+    assert [isinstance(reason, WorkerError) for reason in klaviyo.not_made] == [False]
     assert sorted(klaviyo.single) == names("a")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict, deque
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from threading import Condition, Lock
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import orjson
 
-from worker.errors import Rejected, Transient, WorkerError
+from worker.errors import Transient, WorkerError
 from worker.loose import as_dict, as_text
 from worker.model import Kind, Operation, Sent
 from worker.send.client import completed
@@ -54,12 +55,16 @@ class _Record:
     profile: bytes
     event: bytes
     share: _Share
-    may_go: Callable[[], bool]  # asked last when the call is made
+    may_go: Callable[[], bool]  # asked last before every try of the call
     has_ended: bool = False
     verdict: Sent | None = None
 
 
 _Entries = dict[bytes, list[_Record]]  # by profile, in the order of the call
+class _NothingLeftError(Exception):
+    """All events of a call must go alone by now. It is not made, and says nothing about Klaviyo."""
+
+
 
 
 class BulkEvents:
@@ -159,17 +164,21 @@ class _Calls:
         """Send what waits when the call's turn has come, the load; return which of it must go alone."""
 
         def send(part: list[_Record]) -> None:
-            self._client.call("POST", PATH, partial(self._body, part), repeat=False)
-            self._end(part, Sent(None, 1))
+            with suppress(_NothingLeftError):
+                self._client.call("POST", PATH, partial(self._body, part), repeat=False)
+                self._end(part, Sent(None, 1))
 
         return narrow(load, send, _culprits)
 
     def _body(self, records: list[_Record]) -> bytes:
-        """Return the call as bytes. With no records yet, this is its turn to take what waits."""
+        """Return the call as bytes, at every try. With no records yet, this is its turn to take what waits."""
         if not records:
+        alone = [record for record in records if not record.may_go()]
+        self._end(alone, None)
+        records[:] = [record for record in records if not record.has_ended]
             records.extend(self._take())
         if not records:
-            raise Rejected("all events of the call must go alone by now")
+            raise _NothingLeftError
         return _body(_entries(records))
 
     def _take(self) -> list[_Record]:
@@ -184,9 +193,6 @@ class _Calls:
                     break
                 record = self._waiting.popleft()
                 record.share.untaken -= 1
-                if not record.may_go():
-                    self._end([record], None)
-                    continue
                 profiles.add(record.profile)
                 taken.append(record)
             self._is_next_taken = False
