@@ -12,6 +12,7 @@ import pytest
 from tests.sending import Sender
 from worker.errors import Outage, Rejected, Transient, WorkerError
 from worker.model import Json, Kind, Operation
+from worker.send import events
 from worker.transform.events import event as event_operation
 
 if TYPE_CHECKING:
@@ -222,6 +223,25 @@ def test_a_defect_leaves_nobody_waiting(lanes: Lanes, klaviyo: Klaviyo) -> None:
     klaviyo.turn.release()
     assert isinstance(first.exception(WAIT), ZeroDivisionError)
     assert [type(error) for error in second.result(WAIT)] == [Transient] * 5
+
+
+def test_what_a_defect_left_over_is_sent_by_nobody(
+    lanes: Lanes, klaviyo: Klaviyo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its messages come again, so a later call must not have it too."""
+    monkeypatch.setattr(events, "MAX_EVENTS", 3)
+
+    def fail(_: set[str]) -> None:
+        raise ZeroDivisionError
+
+    klaviyo.after = fail
+    (first,) = sent_by(lanes, "a")
+    klaviyo.turn.release()
+    assert isinstance(first.exception(WAIT), ZeroDivisionError)
+    klaviyo.after = lambda _: None
+    klaviyo.turn.release(2)
+    assert lanes.send(*map(event, names("b"))).result(WAIT) == [None] * 5
+    assert set().union(*klaviyo.loads[1:]) == set(names("b"))
 
 
 def test_what_another_worker_may_have_sent_by_now_goes_alone(lanes: Lanes, klaviyo: Klaviyo) -> None:

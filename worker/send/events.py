@@ -156,8 +156,9 @@ class _Calls:
             self._end(self._call(load), None)
         except WorkerError as error:
             self._end(load or self._take_back(share), Sent(error, min(self._client.made() - before, 1)))
-        except BaseException:  # a defect
-            self._end(load or self._take_back(share), Sent(Transient("a bulk call of events broke off"), 1))
+        except BaseException:  # a defect: what no call took is not left to others, as nobody would learn of its end
+            own = self._take_back(share, has_turn=not load)
+            self._end([*load, *own], Sent(Transient("a bulk call of events broke off"), 1))
             raise
 
     def _call(self, load: list[_Record]) -> list[_Record]:
@@ -199,13 +200,13 @@ class _Calls:
             self._changed.notify_all()
         return taken
 
-    def _take_back(self, share: _Share) -> list[_Record]:
-        """Take out a lane's own records: the call it was to make cannot be made."""
+    def _take_back(self, share: _Share, *, has_turn: bool = True) -> list[_Record]:
+        """Take out a lane's own records, and leave the next call, if it was this lane's to make, to others."""
         with self._changed:
             own = [record for record in self._waiting if record.share is share]
             self._waiting = deque(record for record in self._waiting if record.share is not share)
             share.untaken = 0
-            self._is_next_taken = False
+            self._is_next_taken = self._is_next_taken and not has_turn
             self._changed.notify_all()
         return own
 
