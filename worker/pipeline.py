@@ -110,6 +110,7 @@ class Pipeline:
         operations = [operation for job in jobs for operation in job.operations]
         begun = [job.begun for job in jobs]
         for job in jobs:
+            job.written = ()  # from now on, no longer what Klaviyo has for sure
             job.begun = job.begun or _sends_events_first(job)
         try:
             results = iter(self._send_all(operations))
@@ -159,7 +160,6 @@ def _transform(job: Job, mapping: Mapping) -> None:
     assert job.enriched is not None
     is_first = job.delivery.attempt == 1 and not job.begun
     job.operations = transform(job.enriched, mapping, job.lease.is_ours if is_first else None)
-
     if job.written and job.operations == job.written:
         job.outcome = Outcome(Disposition.ACK, "send")
 

@@ -322,6 +322,24 @@ def test_a_state_written_long_after_it_was_read_is_read_again(
     assert [ending[:2] for ending in recorded.settled] == [("ack", "a"), ("ack", "b")]
 
 
+def test_a_state_that_may_have_been_overwritten_is_sent_again(
+    pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """Back to what was written first, after a newer state got halfway: Klaviyo may hold the newer one."""
+    stages.age = 6.0
+    kept = run(pipeline, updated("a"))
+    stages.age = 0.0
+    stages.name = "Grace"
+    stages.send_errors["a"] = [Transient("no answer")]
+    assert pipeline.process(kept) == kept
+    stages.send_errors.clear()
+    stages.name = "Ada"
+    stages.sent.clear()
+    assert pipeline.process(kept) == []
+    assert [(operation.resource or {})["attributes"]["first_name"] for operation in stages.sent] == ["Ada"]
+    assert [ending[:2] for ending in recorded.settled] == [("ack", "a")]
+
+
 def test_a_failed_second_reading_leaves_the_comparison_for_later(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
