@@ -14,6 +14,7 @@ from tests.sending import Sender
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.model import Json, Kind, Operation
 from worker.send import events as bulk
+from worker.send import jobs
 from worker.send.events import MAX_BYTES, MAX_EVENTS, BulkEvents
 from worker.send.narrow import MAX_REFUSALS
 from worker.transform.events import event as event_operation
@@ -357,3 +358,10 @@ def test_an_event_without_an_id_never_goes_in_bulk(mode: Mode) -> None:
     klaviyo = Klaviyo()
     nameless = [event("", who=f"{n}@example.com") for n in range(3)]
     assert not BulkEvents(klaviyo, lambda _: (), mode, 0).choose(nameless)
+
+
+def test_what_waits_for_a_call_shows_nobody() -> None:
+    """A repr may end up in a log or a traceback."""
+    record = bulk._record(event("1", who="ada@example.com"), bulk._Share(), lambda: True)
+    entry = jobs.Entry("c1", b'{"email":"ada@example.com"}')
+    assert "ada" not in repr([record, entry])

@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from worker.send.client import Client, OneByOne
 
 MAX_EVENTS, MAX_BYTES = 1_000, 5_000_000  # of a call: https://developers.klaviyo.com/en/reference/bulk_create_events
-_REMEMBERED = (
-    50_000  # events sent last, at least; forgetting one could double it where Klaviyo does not count earlier calls
-)
+_REMEMBERED = 50_000  # events sent last, at least; one that is forgotten could be doubled
 PATH = "/api/event-bulk-create-jobs"
 _HEAD = b'{"data":{"type":"event-bulk-create-job","attributes":{"events-bulk-create":{"data":['
 _TAIL = b"]}}}}"
@@ -48,7 +46,7 @@ class _Share:
     open: int = 0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class _Record:
     """An event as the bytes of a bulk call, and how it ended; `verdict` None: it is to go alone."""
 
@@ -61,10 +59,10 @@ class _Record:
 
 
 _Entries = dict[bytes, list[_Record]]  # by profile, in the order of the call
+
+
 class _NothingLeftError(Exception):
     """All events of a call must go alone by now. It is not made, and says nothing about Klaviyo."""
-
-
 
 
 class BulkEvents:
@@ -174,10 +172,10 @@ class _Calls:
     def _body(self, records: list[_Record]) -> bytes:
         """Return the call as bytes, at every try. With no records yet, this is its turn to take what waits."""
         if not records:
+            records.extend(self._take())
         alone = [record for record in records if not record.may_go()]
         self._end(alone, None)
         records[:] = [record for record in records if not record.has_ended]
-            records.extend(self._take())
         if not records:
             raise _NothingLeftError
         return _body(_entries(records))

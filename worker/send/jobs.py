@@ -43,7 +43,7 @@ class JobKind(NamedTuple):
         return f"/api/{self.type}s"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Entry:
     """What a job is to work on: external id and JSON. `verdict` None: it must go alone."""
 
