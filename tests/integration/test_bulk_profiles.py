@@ -14,7 +14,7 @@ import pytest
 from tests.integration.conftest import klaviyo_for
 from tests.sending import Sender
 from worker import send
-from worker.errors import Rejected, Transient
+from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.model import Kind, Operation
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.account import Account
@@ -178,6 +178,21 @@ def test_an_answer_without_a_job_is_no_success(body: bytes, sandbox: Sandbox) ->
     """What was accepted cannot be asked about, so nothing is known."""
     sandbox.klaviyo.faults.add(Fault(match=f"POST {JOBS}", status=202, body=body))
     assert all(isinstance(result, Transient) for result in Sender(klaviyo_for(sandbox), 4).send(upserts(20)))
+
+
+@pytest.mark.parametrize("match", [f"POST {JOBS}", f"GET {JOBS}"])
+def test_a_key_that_may_not_use_jobs_sends_one_by_one(
+    match: str, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Jobs need scopes for lists; a key that lacks them is said to, once, and the worker is not parked."""
+    sandbox.klaviyo.faults.add(Fault(match=match, status=403, times=None))
+    sender = Sender(klaviyo_for(sandbox), 4)
+    for _ in range(2):
+        assert sender.send(upserts(20)) == [None] * 20
+    assert len(sandbox.account.profiles) == 20
+    assert [record.message for record in caplog.records] == ["bulk_jobs_refused"]
+    sandbox.klaviyo.faults.add(Fault(match=f"POST {SINGLE}", status=401, times=None))
+    assert all(isinstance(result, KlaviyoMisconfigured) for result in sender.send(upserts(20)))
 
 
 def test_lanes_ask_about_their_jobs_together() -> None:

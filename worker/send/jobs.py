@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
-from worker.errors import Rejected, Transient, WorkerError
+from worker.errors import KlaviyoMisconfigured, Rejected, Transient, WorkerError
 from worker.loose import as_dict, as_dicts, as_int, as_text
 from worker.model import Json, Sent
 from worker.send.client import pages
 from worker.send.narrow import narrow
+from worker.telemetry import Notice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -59,7 +61,10 @@ class _Job(NamedTuple):
 
 
 class Jobs:
-    """Has Klaviyo work on many entries at once. Safe for many threads, which share what they ask about jobs."""
+    """Has Klaviyo work on many entries at once. Safe for many threads, which share what they ask about jobs.
+
+    Import jobs need more scopes than single calls: a key without them sends its entries one by one.
+    """
 
     def __init__(self, client: Client, stopping: Event) -> None:
         self._client = client
@@ -67,6 +72,7 @@ class Jobs:
         self._listing: dict[str, Json] = {}
         self._listed_at = float("-inf")  # monotonic seconds
         self._lock = Lock()
+        self._refused = Notice("bulk_jobs_refused", "bulk_jobs_allowed", logging.WARNING)
 
     def run(self, kind: JobKind, entries: Sequence[Entry]) -> list[Sent | None]:
         """Have entries worked on; return what became of each, None for those that must go alone."""
@@ -89,6 +95,8 @@ class Jobs:
 
         try:
             narrow(chunk, send, _culprits)
+        except KlaviyoMisconfigured as error:
+            self._refused.log(str(error), job=kind.type)
         except WorkerError as error:
             verdict = Sent(error, min(self._client.made() - before, 1))
             for entry in set(chunk) - started:
@@ -110,10 +118,14 @@ class Jobs:
             failed = self._failed(kind, job, self._ended(kind, job))
         except Rejected:
             return
+        except KlaviyoMisconfigured as error:
+            self._refused.log(str(error), job=kind.type)
+            return
         except WorkerError as error:
             for entry in job.entries:
                 entry.verdict = Sent(error, 1)
             return
+        self._refused.log("")
         for entry in job.entries:
             entry.verdict = None if failed is None or entry.key in failed else Sent(None, 1)
 
