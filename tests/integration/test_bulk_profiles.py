@@ -173,6 +173,15 @@ def test_a_job_that_is_not_listed_is_asked_for_by_its_id(sandbox: Sandbox) -> No
     assert sum(each.startswith(f"GET {JOBS}/") for each in calls(sandbox).elements()) == 1
 
 
+def test_a_job_klaviyo_does_not_know_is_done_one_by_one(sandbox: Sandbox) -> None:
+    """It may have expired, or never have been; nothing is taken for done."""
+    sandbox.klaviyo.faults.add(
+        Fault(match=f"GET {JOBS}/", status=404), Fault(match=f"GET {JOBS}", status=200, body=b'{"data":[]}')
+    )
+    assert Sender(klaviyo_for(sandbox), 4).send(upserts(20)) == [None] * 20
+    assert calls(sandbox)[f"POST {SINGLE}"] == 20
+
+
 @pytest.mark.parametrize("body", [b'{"data":{}}', b"{}", b"[]", b'{"data":[{"id":7}]}'])
 def test_an_answer_without_a_job_is_no_success(body: bytes, sandbox: Sandbox) -> None:
     """What was accepted cannot be asked about, so nothing is known."""

@@ -87,11 +87,10 @@ class Jobs:
 
     def _post(self, kind: JobKind, chunk: list[Entry], jobs: list[_Job]) -> None:
         """Start a job, or several where a refusal is narrowed."""
-        before, started = self._client.made(), set[Entry]()
+        before = self._client.made()
 
         def send(part: list[Entry]) -> None:
             jobs.append(_Job(self._start(kind, part), part, time.monotonic()))
-            started.update(part)
 
         try:
             narrow(chunk, send, _culprits)
@@ -99,7 +98,7 @@ class Jobs:
             self._refused.log(str(error), job=kind.type)
         except WorkerError as error:
             verdict = Sent(error, min(self._client.made() - before, 1))
-            for entry in set(chunk) - started:
+            for entry in chunk:  # those that have a job get another in the end
                 entry.verdict = verdict
 
     def _start(self, kind: JobKind, entries: list[Entry]) -> str:
@@ -116,16 +115,16 @@ class Jobs:
         """Wait for a job and give its entries their verdicts; those that failed, or may have, get none."""
         try:
             failed = self._failed(kind, job, self._ended(kind, job))
+            self._refused.log("")
         except Rejected:
-            return
+            failed = None
         except KlaviyoMisconfigured as error:
+            failed = None
             self._refused.log(str(error), job=kind.type)
-            return
         except WorkerError as error:
             for entry in job.entries:
                 entry.verdict = Sent(error, 1)
             return
-        self._refused.log("")
         for entry in job.entries:
             entry.verdict = None if failed is None or entry.key in failed else Sent(None, 1)
 
