@@ -283,3 +283,11 @@ def test_a_lookup_that_is_refused_leaves_it_to_single_calls(sandbox: Sandbox, se
     sandbox.klaviyo.faults.add(Fault(match="GET /api/catalog-items", status=400))
     assert sender.send([item(number) for number in range(0, 600, 30)] + [category(0)]) == [None] * 21
     assert calls(sandbox)["POST items"] == 20
+
+
+def test_a_handful_goes_one_by_one(sandbox: Sandbox, sender: Sender) -> None:
+    """Up to the threshold of a kind; one more, and all of that kind go in a job."""
+    sender.send([*(category(number) for number in range(11)), *(item(number) for number in range(10))])
+    made = calls(sandbox)
+    assert (made["POST category-bulk-create-jobs"], made["POST categories"]) == (1, 0)
+    assert (made["POST item-bulk-create-jobs"], made["POST items"]) == (0, 10)
