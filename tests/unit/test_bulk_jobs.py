@@ -50,6 +50,15 @@ class _Sized(bytes):
         return self._size
 
 
+def test_a_lookup_asks_for_a_hundred() -> None:
+    """Fewer where their names are long."""
+    short = list(catalog._filters(f"s{number}" for number in range(250)))
+    assert [each.count("$custom") for each in short] == [100, 100, 50]
+    long = list(catalog._filters("s" * 200 + str(number) for number in range(100)))
+    assert sum(each.count("$custom") for each in long) == 100
+    assert 5_000 < max(map(len, long)) < 6_000
+
+
 @given(st.lists(st.text(min_size=1, max_size=256), max_size=150, unique=True))
 def test_a_lookup_fits_a_uri(keys: list[str]) -> None:
     """Whatever skus look like; each is asked for once, at most a hundred at a time."""
