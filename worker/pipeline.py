@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from worker.telemetry import Telemetry
 
 FIRST_DELAY, LONGEST_DELAY = 2.0, 600.0  # seconds before a nacked message comes again
-OUTDATED_AFTER = 5.0  # seconds from reading commercetools to the effect in Klaviyo; it is read again then
+OUTDATED_AFTER = 2.0  # seconds from reading commercetools to the effect in Klaviyo; it is read again then
 SHORTEST_LEASE = 10.0  # seconds, where nothing can extend it: Pub/Sub's shortest ack deadline
 _STATES = frozenset(Kind) - {Kind.CREATE_EVENT, Kind.DELETE_PROFILE}
 _SEVERITY = (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)

@@ -309,7 +309,7 @@ def test_a_state_written_long_after_it_was_read_is_read_again(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
     """Another worker may have written a newer one before; the same state is not sent twice."""
-    stages.age = 6.0
+    stages.age = 2.5
     kept = run(pipeline, updated("a"), updated("b"))
     assert recorded.settled == []
     stages.age = 0.0
@@ -326,7 +326,7 @@ def test_a_state_that_may_have_been_overwritten_is_sent_again(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
     """Back to what was written first, after a newer state got halfway: Klaviyo may hold the newer one."""
-    stages.age = 6.0
+    stages.age = 2.5
     kept = run(pipeline, updated("a"))
     stages.age = 0.0
     stages.name = "Grace"
@@ -344,7 +344,7 @@ def test_a_failed_second_reading_leaves_the_comparison_for_later(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
     """Nothing is acked that was not compared."""
-    stages.age = 6.0
+    stages.age = 2.5
     kept = run(pipeline, updated("a"))
     stages.age = 0.0
     stages.enrich_errors["a"] = Outage("down")
@@ -358,7 +358,7 @@ def test_a_failed_second_reading_leaves_the_comparison_for_later(
 
 def test_events_are_not_read_again(of_orders: Pipeline, recorded: RecordingQueue, stages: Stages) -> None:
     """They tell what happened: nothing newer can be true."""
-    stages.age = 6.0
+    stages.age = 2.5
     assert run(of_orders, created(1)) == []
     assert [ending[:2] for ending in recorded.settled] == [("ack", created(1).id)]
 
