@@ -140,7 +140,7 @@ def check(*, as_json: bool, probe_bulk: bool, probe_wait: float, **flags: Any) -
 
     --probe-bulk does write to the Klaviyo account: one profile (name "klaviyo-worker probe", external id
     klaviyo-worker-probe, no email, no consent) and, each time, three events of the metric "klaviyo-worker probe".
-    It needs the scope events:read too, takes up to three times --probe-wait, and exits with 1
+    It needs the scopes profiles:read and events:read too, takes up to three times --probe-wait, and exits with 1
     when it cannot tell. To remove what it wrote: search Klaviyo for the profile by its name, then Profile actions,
     Delete profile.
     """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from worker.send.client import Client
 
 PROFILE, METRIC = "klaviyo-worker-probe", "klaviyo-worker probe"
-SCOPES = {"events:read": "/api/events"}  # besides what the worker needs
+SCOPES = {"profiles:read": "/api/profiles", "events:read": "/api/events"}  # besides events:write
 _PAUSE = 1 / 60  # of the patience, between two looks
 _AFTERMATH = 1 / 12  # of the patience; a second copy may show later than the event beside it
 
