@@ -102,11 +102,6 @@ class Operation:
     cut: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
     fresh: Callable[[], bool] | None = field(default=None, repr=False, compare=False)
 
-    @property
-    def name(self) -> tuple[Kind, str]:
-        """Return what makes two operations one."""
-        return self.kind, self.key
-
 
 class Sent(NamedTuple):
     """What became of an operation; `error` None: its effect is in Klaviyo. `requests`: how many that took."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
-from worker.errors import Ignored
+from worker.errors import Ignored, Outdated
 from worker.model import Disposition, Job
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Telemetry:
         """Count a batch that went through the stages, and what failed in it, for good or for now."""
         self.metrics.batch(len(jobs))
         for job in jobs:
-            if job.outcome and job.outcome.cause and not isinstance(job.outcome.cause, Ignored):
+            if job.outcome and job.outcome.cause and not isinstance(job.outcome.cause, Ignored | Outdated):
                 self.metrics.failed(job.outcome.stage, job.outcome.error)
 
     def settled(self, jobs: Iterable[Job]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from tests.conftest import FakeDelivery
 from worker.errors import KlaviyoMisconfigured, Outage, Rejected, Transient, WorkerError
 from worker.mapping import Mapping
 from worker.metrics import Metrics
-from worker.model import Disposition, Enriched, Job, Notification, Operation, Sent
+from worker.model import Disposition, Enriched, Job, Lease, Notification, Operation, Sent
 from worker.pipeline import Pipeline
 from worker.telemetry import Telemetry, outcome_name
 
@@ -361,6 +362,24 @@ def test_events_are_not_read_again(of_orders: Pipeline, recorded: RecordingQueue
     stages.age = 2.5
     assert run(of_orders, created(1)) == []
     assert [ending[:2] for ending in recorded.settled] == [("ack", created(1).id)]
+
+
+def test_what_was_begun_stays_begun(of_orders: Pipeline, stages: Stages) -> None:
+    """A later try that was held back without a request does not undo the first."""
+    stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [Outage("down")]
+    (job,) = run(of_orders, created(1))
+    stages.requests = 0
+    of_orders.process([job])
+    assert job.begun
+
+
+def test_a_lease_that_may_have_ended_is_not_ours_again() -> None:
+    """Somebody else may have had the message in between, whatever the queue says to an extension."""
+    kept, lost = Lease(time.monotonic() + 60), Lease(time.monotonic() - 1)
+    for lease in (kept, lost):
+        lease.extended(time.monotonic(), 60)
+    assert kept.is_ours()
+    assert not lost.is_ours()
 
 
 def test_what_nothing_was_done_for_is_never_acked(
