@@ -16,7 +16,6 @@ from worker.sandbox.notifications import message
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 ORDERS = 300
 FEWER = 120  # where many must go one by one, at Klaviyo's 3,500 a minute
@@ -32,11 +31,6 @@ def account(request: pytest.FixtureRequest) -> Account:
 def sandbox(account: Account) -> Iterator[Sandbox]:
     with Sandbox(account=account) as running:
         yield running
-
-
-@pytest.fixture
-def worker(sandbox: Sandbox, tmp_path: Path) -> Worker:
-    return Worker(sandbox.environment | {"QUEUE_URL": f"embedded://{tmp_path}/queue.db"}, tmp_path)
 
 
 def orders(sandbox: Sandbox, count: int = ORDERS) -> list[dict[str, Any]]:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.acceptance.conftest import Worker
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.account import Account
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
     from subprocess import CompletedProcess
+
+    from tests.acceptance.conftest import Worker
 
 BULK = "POST /api/event-bulk-create-jobs"
 PROBE = ("check", "--json", "--probe-bulk", "--probe-wait", "3")
@@ -29,11 +29,6 @@ def account(request: pytest.FixtureRequest) -> Account:
 def sandbox(account: Account) -> Iterator[Sandbox]:
     with Sandbox(account=account) as running:
         yield running
-
-
-@pytest.fixture
-def worker(sandbox: Sandbox, tmp_path: Path) -> Worker:
-    return Worker(sandbox.environment | {"QUEUE_URL": f"embedded://{tmp_path}/queue.db"}, tmp_path)
 
 
 def findings(done: CompletedProcess[str]) -> dict[str, dict[str, Any]]:
