@@ -6,6 +6,7 @@ are raw JSON: docs/decisions/0002-raw-json-over-sdk-models.md.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import defaultdict
@@ -19,6 +20,7 @@ from commercetools.base_client import RefreshingOAuth2Session
 from oauthlib.oauth2 import BackendApplicationClient, OAuth2Error
 
 from worker import http
+from worker.chunks import chunked
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient, WorkerError
 from worker.gate import Gates
 from worker.loose import as_dict, as_dicts, as_text, pick_ids
@@ -204,17 +206,7 @@ def _where(query: Query, values: list[str]) -> str:
 def _chunks(values: list[str], query: Query) -> Iterator[list[str]]:
     """Cut values so that each query's encoded predicate stays below MAX_WHERE_BYTES."""
     repeats = query.predicate.count("{")
-    chunk: list[str] = []
-    size = 0
-    for value in values:
-        cost = repeats * len(quote(f",{_quoted(value)}"))
-        if chunk and size + cost > MAX_WHERE_BYTES:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(value)
-        size += cost
-    if chunk:
-        yield chunk
+    return chunked(values, lambda value: repeats * len(quote(f",{_quoted(value)}")), MAX_WHERE_BYTES, math.inf)
 
 
 class _Token:

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import orjson
 
+from worker.chunks import chunked
 from worker.errors import Rejected, WorkerError
 from worker.loose import as_text
 from worker.model import Json, Kind, Operation, Sent
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from worker.send.single import Single
 
 MAX_ENTRIES = 100  # of a job: https://developers.klaviyo.com/en/reference/bulk_create_catalog_items
-MAX_FILTER_BYTES = 5_000  # of a lookup before its last id, percent-encoded: proxies take URIs of 8 KB
+MAX_FILTER_BYTES = 6_000  # of a lookup, percent-encoded; keeps the URI under the 8 KB that proxies take
 _TYPES = {
     "catalog-categories": ("catalog-category", "categories"),
     "catalog-items": ("catalog-item", "items"),
@@ -151,11 +152,6 @@ def _resource(of_one: str, verb: str, operation: Operation) -> Json | None:
 
 def _filters(keys: Iterable[str]) -> Iterator[str]:
     """Yield lists of ids for `any(ids,[...])`, percent-encoded, each short enough for a URI."""
-    literals: list[str] = []
-    for key in keys:
-        literals.append(quote(orjson.dumps(catalog_id(key)), safe="$:"))
-        if len(literals) == MAX_ENTRIES or sum(map(len, literals)) > MAX_FILTER_BYTES:
-            yield ",".join(literals)
-            literals = []
-    if literals:
-        yield ",".join(literals)
+    literals = (quote(orjson.dumps(catalog_id(key)), safe="$:") for key in keys)
+    chunks = chunked(literals, lambda literal: len(literal) + 1, MAX_FILTER_BYTES, MAX_ENTRIES)
+    return map(",".join, chunks)

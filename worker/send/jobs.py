@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
+from worker.chunks import chunked
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient, WorkerError
 from worker.loose import as_dict, as_dicts, as_int, as_text
 from worker.model import Json, Sent
@@ -172,17 +173,7 @@ class Jobs:
 
 def _chunks(kind: JobKind, entries: Sequence[Entry]) -> Iterator[list[Entry]]:
     """Split entries so that each call is within the limits."""
-    chunk: list[Entry] = []
-    size = 0
-    for entry in entries:
-        added = len(entry.body) + 1
-        if chunk and (len(chunk) == kind.most or size + added > MAX_BYTES - _AROUND):
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(entry)
-        size += added
-    if chunk:
-        yield chunk
+    return chunked(entries, lambda entry: len(entry.body) + 1, MAX_BYTES - _AROUND, kind.most)
 
 
 def _culprits(entries: list[Entry], pointer: str) -> list[Entry]:
