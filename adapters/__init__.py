@@ -1,8 +1,8 @@
-"""Queues the worker can read. `open_queue` is the only way in; one file per queue."""
+"""Queues the worker can read. `open_queue` is the only way in; one file per queue, here or in another package."""
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
@@ -36,27 +36,40 @@ __all__ = [
     "QueueRefusedError",
     "QueueURLError",
     "open_queue",
+    "scheme_of",
 ]
 
-# Imported on use: a worker on one queue never pays for the client of another.
-_SCHEMES = {
+ENTRY_POINTS = "klaviyo_worker.adapters"  # where other packages offer queues: scheme = module:open_url
+_HERE = {  # imported on use: a worker on one queue never pays for the client of another
     "embedded": "adapters.embedded:open_url",
     "pubsub": "adapters.pubsub:open_url",
     "push": "adapters.push:open_url",
 }
+_ALIASES = {"https": "sqs"}  # the URL by which AWS itself names a queue
 _DEFAULTS = QueueOptions()
 
 
 def open_queue(url: str, options: QueueOptions = _DEFAULTS) -> QueueAdapter:
     """Open the queue that `url` names. Raises QueueURLError, or QueueError when it cannot be opened."""
+    return _opener(scheme_of(url))(url, options)
+
+
+def scheme_of(url: str) -> str:
+    """Return the scheme that names the adapter; "" when there is none."""
     scheme = urlsplit(url).scheme
-    if scheme not in _SCHEMES:
-        known = ", ".join(f"{name}://" for name in sorted(_SCHEMES))
+    return _ALIASES.get(scheme, scheme)
+
+
+def _opener(scheme: str) -> Callable[[str, QueueOptions], QueueAdapter]:
+    """Import what opens such a queue: ours, else another package's."""
+    offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    if scheme in _HERE:
+        offered[scheme] = EntryPoint(scheme, _HERE[scheme], ENTRY_POINTS)
+    if scheme not in offered:
+        known = ", ".join(f"{name}://" for name in sorted({*_HERE, *offered}))
         raise QueueURLError(f"QUEUE_URL is malformed: expected one of {known}; found {scheme or 'no scheme'}")
-    module, _, function = _SCHEMES[scheme].partition(":")
     try:
-        opener = cast("Callable[[str, QueueOptions], QueueAdapter]", getattr(import_module(module), function))
+        return cast("Callable[[str, QueueOptions], QueueAdapter]", offered[scheme].load())
     except ModuleNotFoundError as error:
-        hint = f"pip install 'klaviyo-worker[{scheme}]'"
-        raise QueueError(f"QUEUE_URL: {scheme}:// needs {error.name}, which is not installed: {hint}") from None
-    return opener(url, options)
+        hint = f": pip install 'klaviyo-worker[{scheme}]'" if scheme in _HERE else ""
+        raise QueueError(f"QUEUE_URL: {scheme}:// needs {error.name}, which is not installed{hint}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class QueueOptions:
     max_bytes: int = 8_000_000  # of their bodies
     direct_dead_letter: bool = False  # bury with a reason at once, instead of by the queue's own policy
     port: int = 6789  # to listen on, where messages are pushed and the URL names no port
+    connection_string: str = field(default="", repr=False)  # where a queue needs one: Azure Service Bus
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class QueueAdapter(Protocol):
 
     @property
     def lease(self) -> float | None:
-        """Seconds a delivery stays ours without `extend`; None where nothing can extend it."""
+        """Seconds a delivery stays ours without `extend`, as far as is known; None where nothing can extend it."""
 
     def receive(self, max_messages: int, wait: float) -> Sequence[Delivery]:
         """Return up to `max_messages`, waiting at most `wait` seconds for the first; [] when idle.

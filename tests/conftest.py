@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 settings.register_profile("default", deadline=None, max_examples=100)
 settings.load_profile("default")
 
-_OURS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "APP_TYPE", "PUB_SUB_PORT", "PUBSUB_")
+_OURS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "APP_TYPE", "PUB_SUB_PORT")
+_QUEUES = ("PUBSUB_", "AWS_", "AZURE_", "SERVICEBUS_")
 _SHARED = pytest.StashKey[Emulator]()
 _SLOWEST = {"acceptance": 0, "faults": 0, "integration": 1}  # 2: all others
 
@@ -56,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on what the machine has set."""
-    for name in [name for name in os.environ if name.startswith(_OURS)]:
+    for name in [name for name in os.environ if name.startswith((*_OURS, *_QUEUES))]:
         monkeypatch.delenv(name)
 
 

@@ -32,7 +32,7 @@ Exit codes: 0 ok · 1 unexpected · 2 usage or configuration · 3 queue ·
 4 commercetools credentials · 5 Klaviyo credentials · 6 shutdown timed out
 """
 _STOP = frozenset({signal.SIGTERM, signal.SIGINT})
-SECRETS = frozenset({"ct_api_client", "klaviyo_auth_key"})
+SECRETS = frozenset({"ct_api_client", "klaviyo_auth_key", "servicebus_connection_string"})
 
 
 class Failed(click.ClickException):
@@ -93,8 +93,8 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
     """Read the queue and keep Klaviyo in step, until SIGTERM or SIGINT.
 
     The first signal finishes what is in flight, the second does not wait for it.
-    Secrets come from CT_API_CLIENT and KLAVIYO_AUTH_KEY, or files named by CT_API_CLIENT_FILE
-    and KLAVIYO_AUTH_KEY_FILE.
+    Secrets have no flag: they come from CT_API_CLIENT, KLAVIYO_AUTH_KEY and, for servicebus://,
+    SERVICEBUS_CONNECTION_STRING, or from files named by CT_API_CLIENT_FILE and so on.
     """
     from worker.runner import ShutdownTimeoutError  # noqa: PLC0415 - keeps --help and publish fast
     from worker.service import Service  # noqa: PLC0415
@@ -280,7 +280,7 @@ def demo(*, keep: Path | None) -> None:
 
 @contextmanager
 def _open(settings: QueueSettings) -> Iterator[QueueAdapter]:
-    queue = open_queue(settings.queue_url)
+    queue = open_queue(settings.queue_url, settings.queue_options)
     try:
         yield queue
     finally:

@@ -216,8 +216,7 @@ class Runner:
 
     def _keep_leases(self) -> None:
         """Extend the leases of all that is held, long before they end."""
-        lease = self._queue.lease
-        while lease is not None and not self._hurry.wait(lease / 3):
+        while (lease := self._queue.lease) is not None and not self._hurry.wait(lease / 3):
             jobs, began = self._in_flight.jobs(), time.monotonic()
             try:
                 self._queue.extend([job.delivery for job in jobs], lease)

@@ -6,9 +6,8 @@ import gc
 from functools import partial
 from threading import Event
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-from adapters import Countable, open_queue
+from adapters import Countable, open_queue, scheme_of
 from worker.commercetools import Commercetools
 from worker.dryrun import Peek, print_instead
 from worker.enrich import Enricher
@@ -37,7 +36,7 @@ class Service:
         queue = open_queue(settings.queue_url, settings.queue_options)
         for warning in queue.check():
             log.warning("queue_warning", extra={"reason": warning})
-        self._telemetry = telemetry or Telemetry(Metrics(urlsplit(settings.queue_url).scheme))
+        self._telemetry = telemetry or Telemetry(Metrics(scheme_of(settings.queue_url)))
         requested = self._telemetry.metrics.requested
         reader = Commercetools(settings, stopping, partial(requested, "commercetools"))
         klaviyo = Klaviyo(settings, stopping, partial(requested, "klaviyo"))

@@ -7,6 +7,7 @@ docs/configuration.md, which a test compares with this file.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -124,8 +125,20 @@ class QueueSettings(_Sourced):
     queue_url: Text = Field(
         "embedded://~/.local/state/klaviyo-worker/queue.db",
         validation_alias="QUEUE_URL",
-        description="The queue: embedded:///path/queue.db, pubsub://PROJECT/SUBSCRIPTION or push://HOST:PORT",
+        description="The queue: embedded:///path/queue.db, pubsub://PROJECT/SUBSCRIPTION, push://HOST:PORT, "
+        "sqs://NAME?region=REGION or servicebus://NAMESPACE.servicebus.windows.net/QUEUE; docs/adapters.md",
     )
+    servicebus_connection_string: SecretStr | None = Field(
+        None,
+        validation_alias="SERVICEBUS_CONNECTION_STRING",
+        description="Connection string of servicebus://; without it, the identity that Azure gives this process",
+    )
+
+    @property
+    def queue_options(self) -> QueueOptions:
+        """Return what a command asks of its queue."""
+        secret = self.servicebus_connection_string
+        return QueueOptions(connection_string=secret.get_secret_value().strip() if secret else "")
 
 
 class MappingSettings(_Sourced):
@@ -306,7 +319,8 @@ class Settings(MappingSettings, QueueSettings):
     @property
     def queue_options(self) -> QueueOptions:
         """Return what the worker asks of its queue."""
-        return QueueOptions(
+        return replace(
+            super().queue_options,
             max_messages=self.max_in_flight,
             max_bytes=self.max_in_flight_bytes,
             direct_dead_letter=self.dead_letter == "direct",
