@@ -89,15 +89,16 @@ def open_url(url: str, options: QueueOptions) -> PubSubQueue:
 class PubSubQueue:
     """A subscription. Implements QueueAdapter and Publisher."""
 
-    def __init__(self, path: str, options: QueueOptions) -> None:
+    def __init__(self, path: str, options: QueueOptions, *, lease: int = LEASE) -> None:
         self._path = path
+        self._lease = lease
         self._options = options
         self._client = SubscriberClient(transport=_transport(SubscriberGrpcTransport))
         flow_control = FlowControl(
             max_messages=options.max_messages,
             max_bytes=options.max_bytes,
             max_lease_duration=LONGEST_HOLD,
-            min_duration_per_lease_extension=LEASE,
+            min_duration_per_lease_extension=lease,
         )
         self._settlement = Settlement(self._client, path)
         self._stream = StreamingPull(_stream_client, path, flow_control)
@@ -110,7 +111,7 @@ class PubSubQueue:
     @property
     def lease(self) -> float:
         """Seconds. The client extends leases too, but only as long as its stream lives."""
-        return LEASE
+        return self._lease
 
     def receive(self, max_messages: int, wait: float) -> Sequence[PubSubDelivery]:
         """Return what the stream brought."""
@@ -182,7 +183,7 @@ class PubSubQueue:
             raise QueueError(
                 f"QUEUE_URL: {self._path} is a push subscription: use push://HOST:PORT, or one that is pulled"
             )
-        return list(_warnings(subscription))
+        return list(_warnings(subscription, self._lease))
 
     def stop(self) -> None:
         """Stop the stream and return what was not received."""
@@ -272,17 +273,17 @@ class PubSubQueue:
         return True
 
 
-def _warnings(subscription: Subscription) -> Iterator[str]:
+def _warnings(subscription: Subscription, lease: int) -> Iterator[str]:
     """Name what the subscription lacks, and the command that sets it."""
     name = subscription.name
     if not subscription.dead_letter_policy.dead_letter_topic:
         yield f"{name} has no dead-letter policy: what can never succeed comes again and again: {_SET_TOPIC}"
     if "retry_policy" not in subscription:
         yield f"{name} has no retry policy: failed messages come again at once: {_SET_RETRY}"
-    if subscription.ack_deadline_seconds < LEASE:
+    if subscription.ack_deadline_seconds < lease:
         yield (
-            f"{name} has an ack deadline of {subscription.ack_deadline_seconds} s, shorter than the {LEASE} s "
-            f"that messages are held for: gcloud pubsub subscriptions update --ack-deadline={LEASE}"
+            f"{name} has an ack deadline of {subscription.ack_deadline_seconds} s, shorter than the {lease} s "
+            f"that messages are held for: gcloud pubsub subscriptions update --ack-deadline={lease}"
         )
 
 

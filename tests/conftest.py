@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ from hypothesis import settings
 
 from adapters.embedded import EmbeddedQueue
 from tests.emulator import Emulator, missing
+from tests.rigs import RIGS
 from worker.sandbox import Sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from datetime import datetime
     from pathlib import Path
 
@@ -94,6 +96,22 @@ def emulator(pytestconfig: pytest.Config) -> Iterator[Emulator]:
     running = Emulator()
     yield running
     running.kill()
+
+
+@pytest.fixture(scope="session")
+def servers(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
+    """Return what stands in for a queue's service, by the queue's name; started once, when it is first wanted."""
+    running: dict[str, Any] = {}
+    with ExitStack() as stack:
+
+        def server(name: str) -> Any:
+            if name == "pubsub":
+                return request.getfixturevalue("emulator")
+            if name not in running:
+                running[name] = stack.enter_context(RIGS[name].server())
+            return running[name]
+
+        yield server
 
 
 @dataclass(frozen=True, slots=True)

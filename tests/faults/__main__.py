@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import click
 from _pytest.outcomes import Skipped
 
-from tests.emulator import Emulator
-from tests.faults import queues
 from tests.faults.harness import Result, Scenario, run
 from tests.faults.scenarios import SCENARIOS, mixture
+from tests.rigs import RIGS
 
 LOGS = Path("build/faults")
 SIZE = 150  # good messages
 _COLUMNS = ("SCENARIO", "QUEUE", "MESSAGES", "LOST", "DOUBLED", "DEAD-LETTERED WRONGLY", "EXTRA ATTEMPTS")
-_ROW = "{:<62}  {:<8}  {:>8}  {:>4}  {:>7}  {:>21}  {:>14}"
+_ROW = "{:<62}  {:<10}  {:>8}  {:>4}  {:>7}  {:>21}  {:>14}"
 
 
 def main() -> int:
@@ -27,43 +28,40 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="only scenarios whose name holds this")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="random mixtures to run (default: 3)")
     parser.add_argument("--first-seed", type=int, default=1, metavar="N", help="of the mixtures (default: 1)")
-    parser.add_argument("--queue", choices=queues.NAMES, help="only this queue")
+    parser.add_argument("--queue", choices=RIGS, help="only this queue")
     arguments = parser.parse_args()
     mixtures = [mixture(arguments.first_seed + number) for number in range(arguments.seeds)]
     chosen = [one for one in (*SCENARIOS, *mixtures) if not arguments.names or _is_named(one, arguments.names)]
     shutil.rmtree(LOGS, ignore_errors=True)
-    click.echo(
-        _ROW.format("SCENARIO", "QUEUE", "MESSAGES", "LOST", "DOUBLED", "DEAD-LETTERED WRONGLY", "EXTRA ATTEMPTS")
-    )
-    emulator = None if arguments.queue == "embedded" else _emulator()
-    names = [name for name in queues.NAMES if arguments.queue in {None, name} and (name == "embedded" or emulator)]
-    try:
-        pairs = [(scenario, name) for scenario in chosen for name in names if name in scenario.queues]
-        wrong = [not _show(*pair, emulator) for pair in pairs]
-    finally:
-        if emulator is not None:
-            emulator.kill()
+    click.echo(_ROW.format(*_COLUMNS))
+    with ExitStack() as stack:
+        servers = _servers([arguments.queue] if arguments.queue else list(RIGS), stack)
+        pairs = [(scenario, name) for scenario in chosen for name in servers if name in scenario.queues]
+        wrong = [not _show(scenario, name, servers[name]) for scenario, name in pairs]
     return int(any(wrong) or not wrong)
 
 
-def _emulator() -> Emulator | None:
-    try:
-        return Emulator()
-    except Skipped as why:
-        click.echo(f"Pub/Sub is left out: {why}")
-        return None
+def _servers(names: list[str], stack: ExitStack) -> dict[str, Any]:
+    """Start what stands in for the services, as far as it is installed."""
+    running = {}
+    for name in names:
+        try:
+            running[name] = stack.enter_context(RIGS[name].server())
+        except Skipped as why:
+            click.echo(f"{name} is left out: {why}")
+    return running
 
 
 def _is_named(scenario: Scenario, names: list[str]) -> bool:
     return any(name.lower() in scenario.name.lower() for name in names)
 
 
-def _show(scenario: Scenario, name: str, emulator: Emulator | None) -> bool:
+def _show(scenario: Scenario, name: str, server: Any) -> bool:
     """Run a scenario, print its row, and tell whether every message came to its right end."""
     directory = (LOGS / f"{''.join(c if c.isalnum() else '-' for c in scenario.name)[:60]}-{name}").resolve()
     directory.mkdir(parents=True)
     try:
-        result = run(scenario, name, _queue(scenario, name, directory, emulator), directory, SIZE)
+        result = run(scenario, name, RIGS[name](server, directory, kills=scenario.kills), directory, SIZE)
     except AssertionError as error:
         click.echo(f"{scenario.name} on {name}: {error}")
         return False
@@ -71,12 +69,6 @@ def _show(scenario: Scenario, name: str, emulator: Emulator | None) -> bool:
     if not result.is_right:
         click.echo(f"    {result}")
     return result.is_right
-
-
-def _queue(scenario: Scenario, name: str, directory: Path, emulator: Emulator | None) -> queues.Queue:
-    if name == "pubsub" and emulator is not None:
-        return queues.PubSub(emulator, kills=scenario.kills)
-    return queues.Embedded(directory, kills=scenario.kills)
 
 
 def _row(result: Result) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.acceptance.conftest import Worker
 from tests.acceptance.workload import Sent, Workload
-from tests.faults.queues import NAMES
+from tests.rigs import RIGS
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.account import Account
 from worker.sandbox.notifications import bare, message, sns
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from tests.faults.queues import Queue
+    from tests.rigs import Rig
     from worker.sandbox.server import Server
 
 PATIENCE = 45.0  # seconds until everything must be settled, once a scenario has done its worst
@@ -60,9 +60,9 @@ class Scenario:
     script: Callable[[Stage], None]
     refused: Sequence[int] = ()
     fresh: bool = False
-    costless: Sequence[str] = NAMES
+    costless: Sequence[str] = tuple(RIGS)
     kills: bool = False
-    queues: Sequence[str] = NAMES
+    queues: Sequence[str] = tuple(RIGS)
     size: int = 0
     sandbox: Mapping[str, Any] = field(default_factory=dict)
     job_seconds: float = 0.0  # that Klaviyo's bulk jobs take
@@ -103,7 +103,7 @@ class Result:
 class Stage:
     """What a scenario's script acts on: the services, the queue, the messages, the workers."""
 
-    def __init__(self, scenario: Scenario, queue: Queue, sandbox: Sandbox, directory: Path, size: int) -> None:
+    def __init__(self, scenario: Scenario, queue: Rig, sandbox: Sandbox, directory: Path, size: int) -> None:
         self.sandbox = sandbox
         self.random = random.Random(scenario.name)
         created_at = (datetime.now(UTC) + AHEAD).isoformat() if scenario.fresh else "2026-11-23T10:00:00.123Z"
@@ -226,7 +226,7 @@ class Stage:
     def measure(self, scenario: str, queue: str) -> Result:
         """Return what became of the messages, once no worker runs."""
         left = Counter(self.queue.left())
-        dead = Counter(self.queue.dead_letters(len(self.bad)))
+        dead = Counter(self._dead_letters(len(self.bad)))
         bad, missing = {sent.body for sent in self.bad}, self.load.missing()
         buried_good = [sent.name for sent in self.load.messages if dead[sent.body]]
         unburied = [sent.name for sent in self.bad if not dead[sent.body]]
@@ -256,9 +256,12 @@ class Stage:
         empty = self.queue.is_empty()
         if empty is not None:
             return empty
-        if self.load.missing() or len(set(self.queue.dead_letters())) < len(self.bad):
+        if self.load.missing() or len(set(self._dead_letters())) < len(self.bad):
             return False
         return len(self._settled()) == len(self.messages) or self._is_quiet()
+
+    def _dead_letters(self, at_least: int = 0) -> list[bytes]:
+        return [letter.body for letter in self.queue.dead_letters(at_least)]
 
     def _is_quiet(self) -> bool:
         return time.time() - max(log.stat().st_mtime for log in self.logs) > QUIET
@@ -282,7 +285,7 @@ class Stage:
         return "the end of its log: " + " | ".join(self.logs[-1].read_text().splitlines()[-5:])
 
 
-def run(scenario: Scenario, name: str, queue: Queue, directory: Path, size: int) -> Result:
+def run(scenario: Scenario, name: str, queue: Rig, directory: Path, size: int) -> Result:
     """Run a scenario with about `size` messages on the queue called `name`. The workers' logs stay in `directory`."""
     account = Account(job_seconds=scenario.job_seconds)
     with Sandbox(account=account, **{"latency": 0.01} | dict(scenario.sandbox)) as sandbox:

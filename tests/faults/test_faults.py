@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.faults import queues, scenarios
+from tests.faults import scenarios
 from tests.faults.harness import Scenario, run
+from tests.rigs import RIGS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 SIZE = 60  # good messages
-# Every scenario on the embedded queue; on Pub/Sub those in which deliveries come again, wait long or are buried, and
-# one outage. `make faults` runs all of them on both.
-ON_PUBSUB = (
+# Every scenario on the embedded queue; elsewhere those in which deliveries come again, wait long or are buried, and
+# one outage. `make faults` runs all of them on all queues.
+ELSEWHERE = (
     "nothing goes wrong",
     "Klaviyo: 429 storm",
     "Klaviyo: 400 for some records",
@@ -33,27 +35,22 @@ CASES = [
     (scenario, name)
     for scenario in scenarios.SCENARIOS
     for name in scenario.queues
-    if name == scenario.queues[0] or scenario.name in ON_PUBSUB
+    if name == scenario.queues[0] or scenario.name in ELSEWHERE
 ]
 
 
 @pytest.mark.parametrize(("scenario", "name"), CASES, ids=[f"{scenario.name}-{name}" for scenario, name in CASES])
 def test_every_good_message_has_its_effect_once_and_every_bad_one_is_a_dead_letter(
-    scenario: Scenario, name: str, tmp_path: Path, request: pytest.FixtureRequest
+    scenario: Scenario, name: str, tmp_path: Path, servers: Callable[[str], Any]
 ) -> None:
     """And an outage shorter than the hold costs no delivery attempt."""
-    result = run(scenario, name, _queue(name, scenario, tmp_path, request), tmp_path, SIZE)
+    queue = RIGS[name](servers(name), tmp_path, kills=scenario.kills)
+    result = run(scenario, name, queue, tmp_path, SIZE)
     assert result.is_right, str(result)
     if name in scenario.costless:
         assert result.extra_attempts == 0, str(result)
 
 
-def test_scenarios_chosen_for_pubsub_exist() -> None:
+def test_scenarios_chosen_for_other_queues_exist() -> None:
     """A scenario that is given another name does not drop out."""
-    assert set(ON_PUBSUB) <= {scenario.name for scenario, name in CASES if name == "pubsub"}
-
-
-def _queue(name: str, scenario: Scenario, directory: Path, request: pytest.FixtureRequest) -> queues.Queue:
-    if name == "pubsub":
-        return queues.PubSub(request.getfixturevalue("emulator"), kills=scenario.kills)
-    return queues.Embedded(directory, kills=scenario.kills)
+    assert set(ELSEWHERE) <= {scenario.name for scenario in scenarios.SCENARIOS}

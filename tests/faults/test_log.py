@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tests.faults import scenarios
 from tests.faults.harness import Scenario, Stage
-from tests.faults.queues import Embedded
+from tests.rigs.embedded import Embedded
 from worker.sandbox import Fault, Sandbox, sample_shop
 from worker.sandbox.commercetools import CLIENT_SECRET
 from worker.sandbox.klaviyo import KEY
@@ -50,7 +50,7 @@ def test_the_log_of_a_full_fault_run_names_nobody(tmp_path: Path) -> None:
     """No email, phone number, name, street, key, secret or token at any level: neither as JSON nor as text."""
     scenario = Scenario("everything at once", _everything, refused=(2,), settings={"KLAVIYO_WORKER_LOG_LEVEL": "DEBUG"})
     with Sandbox(latency=0.01) as sandbox:
-        stage = Stage(scenario, Embedded(tmp_path, kills=False), sandbox, tmp_path, 150)
+        stage = Stage(scenario, Embedded(None, tmp_path), sandbox, tmp_path, 150)
         try:
             _everything(stage)
             stage.finish()

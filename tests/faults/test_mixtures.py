@@ -11,8 +11,8 @@ from hypothesis import Phase, given, note, settings
 from hypothesis import strategies as st
 
 from tests.faults.harness import run
-from tests.faults.queues import Embedded
 from tests.faults.scenarios import mixture
+from tests.rigs.embedded import Embedded
 
 SIZE = 25  # good messages
 EXAMPLES = int(os.environ.get("FAULT_EXAMPLES", "4"))
@@ -26,5 +26,5 @@ def test_every_good_message_has_its_effect_once_and_nothing_else_is_buried(seed:
     scenario = mixture(seed)
     note(scenario.name)
     with tempfile.TemporaryDirectory() as directory:
-        result = run(scenario, "embedded", Embedded(Path(directory), kills=scenario.kills), Path(directory), SIZE)
+        result = run(scenario, "embedded", Embedded(None, Path(directory), kills=scenario.kills), Path(directory), SIZE)
     assert result.is_right, str(result)

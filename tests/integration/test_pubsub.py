@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from adapters import QueueError, pubsub, streaming_pull
+from adapters import QueueError, QueueOptions, pubsub, streaming_pull
 from tests.emulator import Emulator, Subscription, bodies
 from tests.integration.conftest import FAILURE, receive
 
@@ -204,10 +204,9 @@ def test_a_stream_takes_its_connection_with_it(subscription: Subscription, opene
             client.get_subscription(subscription=subscription.path)
 
 
-def test_leases_outlive_the_stream(subscription: Subscription, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leases_outlive_the_stream(subscription: Subscription) -> None:
     """The client extends nothing once its stream has ended; held and waiting messages stay ours all the same."""
-    monkeypatch.setattr(pubsub, "LEASE", 10)
-    queue = opened(subscription.url)
+    queue = pubsub.PubSubQueue(subscription.path, QueueOptions(), lease=10)
     subscription.publish(b"held")
     held = receive(queue, 1)
     subscription.publish(b"waiting")

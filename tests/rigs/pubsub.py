@@ -1,0 +1,98 @@
+"""A topic and a subscription on Google's emulator."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from adapters import QueueOptions, pubsub
+from adapters.settlement import LEASE
+from tests.emulator import Emulator, Network, Subscription
+from tests.rigs.base import Guarantees, Letter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from adapters import Delivery, QueueAdapter
+
+NOTICED = 1.0  # seconds in which the emulator has noticed that a worker's stream is gone
+SHORTEST = 10  # seconds, the shortest lease there is
+
+
+class PubSub:
+    """Implements Rig.
+
+    With `kills` behind a relay, which ends the stream of a worker that died; the emulator would believe in it.
+    """
+
+    guarantees: ClassVar = Guarantees(
+        in_order=False,
+        lease="60",
+        longest_delay=pubsub.LONGEST_DELAY,
+        unhandled_is_free=False,
+        dead_letter="asked",
+        gave_up=False,
+        backlog="sent back",
+        largest=10_000_000,
+        any_bytes=True,
+    )
+    attempts = 5
+
+    def __init__(self, server: Emulator, directory: Path, *, kills: bool = False) -> None:
+        self._lease = SHORTEST if kills else LEASE
+        self.lease = float(self._lease)
+        self._subscription = Subscription(server, minimum_backoff=1.0 if kills else None)
+        self._network = Network(server) if kills else None
+        self._dead: list[Letter] = []
+        host = f"127.0.0.1:{self._network.port}" if self._network else server.host
+        self.environment = {"QUEUE_URL": self._subscription.url, "PUBSUB_EMULATOR_HOST": host}
+        self.missing_url = "pubsub://demo/nowhere"
+
+    @staticmethod
+    @contextmanager
+    def server() -> Iterator[Emulator]:
+        emulator = Emulator()
+        try:
+            yield emulator
+        finally:
+            emulator.kill()
+
+    def opener(self, **options: Any) -> Callable[[], QueueAdapter]:
+        return partial(pubsub.PubSubQueue, self._subscription.path, QueueOptions(**options), lease=self._lease)
+
+    def publish(self, bodies: Sequence[bytes]) -> None:
+        self._subscription.publish(*bodies)
+
+    def is_empty(self) -> None:
+        return None
+
+    def dead_letters(self, at_least: int = 0) -> list[Letter]:
+        if at_least:
+            found = self._subscription.dead_letters(at_least - len(self._dead))
+        else:
+            found = [entry.message for entry in self._subscription.pull(0.0, dead=True)]
+        self._dead += [Letter(bytes(message.data), dict(message.attributes)) for message in found]
+        return self._dead
+
+    def left(self) -> list[bytes]:
+        return self._subscription.unacked()
+
+    def worker_died(self) -> None:
+        """End its leases, as a minute of waiting would."""
+        assert self._network is not None
+        time.sleep(NOTICED)
+        self._network.end_leases(self._subscription)
+
+    def lose(self, deliveries: Sequence[Delivery]) -> None:
+        """Do what the server does in the end: the client of one who lives extends its leases."""
+        ids = [delivery.message.ack_id for delivery in deliveries if isinstance(delivery, pubsub.PubSubDelivery)]
+        self._subscription.subscriber.modify_ack_deadline(
+            subscription=self._subscription.path, ack_ids=ids, ack_deadline_seconds=0
+        )
+
+    def close(self) -> None:
+        if self._network is not None:
+            self._network.down()
