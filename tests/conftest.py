@@ -14,7 +14,7 @@ from hypothesis import settings
 
 from adapters.embedded import EmbeddedQueue
 from tests.emulator import Emulator, missing
-from tests.rigs import RIGS
+from tests.rigs import RIGS, Rig
 from worker.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -112,6 +112,19 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
             return running[name]
 
         yield server
+
+
+@pytest.fixture(params=RIGS)
+def rig(
+    request: pytest.FixtureRequest, tmp_path: Path, servers: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Rig]:
+    """A queue, of each kind; its leases end late, unless the test is marked `short_leases`."""
+    kills = request.node.get_closest_marker("short_leases") is not None
+    running = RIGS[request.param](servers(request.param), tmp_path, kills=kills)
+    for variable, value in running.environment.items():
+        monkeypatch.setenv(variable, value)
+    yield running
+    running.close()
 
 
 @dataclass(frozen=True, slots=True)

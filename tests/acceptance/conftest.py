@@ -98,6 +98,17 @@ def log_lines(stderr: str) -> list[dict[str, Any]]:
     return [line for line in json_lines(stderr) if line["event"] == "message_processed"]
 
 
+def events_named(worker: Worker, name: str) -> list[dict[str, Any]]:
+    """Return the lines of a started worker with this name."""
+    return [line for line in json_lines(worker.log.read_text()) if line["event"] == name]
+
+
+def settled(worker: Worker) -> set[str]:
+    """Return the messages that a started worker has acknowledged."""
+    lines = log_lines(worker.log.read_text())
+    return {line["message_id"] for line in lines if line["outcome"] in {"sent", "ignored"}}
+
+
 def json_lines(stderr: str) -> list[dict[str, Any]]:
     """Return all lines of a run that are JSON, except one that is still being written."""
     whole = stderr[: stderr.rfind("\n") + 1]

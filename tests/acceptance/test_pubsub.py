@@ -7,15 +7,14 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.acceptance.conftest import Worker, json_lines, log_lines
+from tests.acceptance.conftest import Worker, events_named, log_lines, settled
 from tests.acceptance.test_run import stop, updated, wait_for
 from tests.acceptance.workload import Workload
-from tests.emulator import Emulator, Network, Subscription, bodies
+from tests.emulator import Emulator, Network, Subscription
 from worker.sandbox import Fault, Sandbox
 
 if TYPE_CHECKING:
@@ -39,85 +38,6 @@ def worker(sandbox: Sandbox, subscription: Subscription, tmp_path: Path) -> Work
     return Worker(sandbox.environment | on(subscription), tmp_path)
 
 
-def events_named(worker: Worker, name: str) -> list[dict[str, Any]]:
-    return [line for line in json_lines(worker.log.read_text()) if line["event"] == name]
-
-
-def settled(worker: Worker) -> set[str]:
-    """Return the messages that a started worker has acknowledged."""
-    lines = log_lines(worker.log.read_text())
-    return {line["message_id"] for line in lines if line["outcome"] in {"sent", "ignored"}}
-
-
-def test_a_thousand_mixed_messages_have_every_effect_once(
-    worker: Worker, sandbox: Sandbox, subscription: Subscription
-) -> None:
-    """Orders, customers, products, stock, categories, in all envelopes."""
-    workload = Workload(sandbox, 1000)
-    subscription.publish(*workload.bodies)
-    process = worker.start("run")
-    wait_for(lambda: len(settled(worker)) == 1000, 60)
-    stop(process)
-    workload.assert_exactly_once()
-    assert {line["outcome"] for line in log_lines(worker.log.read_text())} <= {"sent", "ignored"}
-    assert events_named(worker, "queue_warning") == []
-    assert subscription.unacked() == []
-
-
-def test_poison_ends_in_the_dead_letters_after_the_policys_attempts_while_its_neighbours_pass(
-    worker: Worker, sandbox: Sandbox, subscription: Subscription
-) -> None:
-    """The log tells each attempt, and that the last one was the end."""
-    workload = Workload(sandbox, 50)
-    poison = b'{"notificationType": "Message", "torn'
-    subscription.publish(*workload.bodies[:25], poison, *workload.bodies[25:])
-    process = worker.start("run")
-    wait_for(workload.is_done)
-    assert bodies(subscription.dead_letters(1, wait=40)) == [poison]
-    stop(process)
-    workload.assert_exactly_once()
-    bad = [line for line in log_lines(worker.log.read_text()) if line["stage"] == "parse"]
-    assert [(line["attempt"], line["outcome"]) for line in bad] == [
-        *((attempt, "retried") for attempt in (1, 2, 3, 4)),
-        (5, "dead_lettered"),
-    ]
-
-
-def test_direct_dead_letters_are_there_at_once_with_their_reason(
-    worker: Worker, sandbox: Sandbox, subscription: Subscription
-) -> None:
-    """For shops that want to read why."""
-    subscription.publish(b"{}")
-    process = worker.start("run", "--dead-letter", "direct")
-    (letter,) = subscription.dead_letters(1)
-    stop(process)
-    assert letter.data == b"{}"
-    assert letter.attributes["stage"] == "parse"
-    assert "notificationType" in letter.attributes["reason"]
-    assert [line["outcome"] for line in log_lines(worker.log.read_text())] == ["dead_lettered"]
-
-
-def test_sigterm_under_load_loses_nothing_and_returns_the_rest_at_once(
-    worker: Worker, sandbox: Sandbox, subscription: Subscription
-) -> None:
-    """What was not begun is there for the next worker long before the leases end."""
-    sandbox.klaviyo.latency = 0.05
-    workload = Workload(sandbox, 400)
-    subscription.publish(*workload.bodies)
-    process = worker.start("run")
-    wait_for(lambda: len(sandbox.account.events) > 20)
-    stop(process)
-    first = len(sandbox.account.events)
-    assert not workload.is_done()
-    sandbox.klaviyo.latency = 0.0
-    process = worker.start("run")
-    wait_for(workload.is_done, SOON)
-    stop(process)
-    assert first > 20
-    workload.assert_exactly_once()
-    assert subscription.dead_letters(wait=1) == []
-
-
 def test_a_shutdown_that_takes_too_long_returns_the_message_and_exits_6(
     worker: Worker, sandbox: Sandbox, subscription: Subscription
 ) -> None:
@@ -132,32 +52,6 @@ def test_a_shutdown_that_takes_too_long_returns_the_message_and_exits_6(
     assert process.wait(15) == 6
     (again,) = subscription.pull(SOON, at_most=1)
     assert again.delivery_attempt == 2
-
-
-def test_two_workers_on_one_subscription_share_the_load(
-    worker: Worker, sandbox: Sandbox, subscription: Subscription, tmp_path: Path
-) -> None:
-    """Nothing is done twice. How even the shares are is the server's business: it sees room in both."""
-    sandbox.klaviyo.latency = 0.05
-    workload = Workload(sandbox, 600)
-    other = Worker(worker.environment, tmp_path / "other")
-    other.directory.mkdir()
-    limit = ("--max-in-flight", "40", "--max-batch", "10")
-    processes = [one.start("run", *limit) for one in (worker, other)]
-    left = iter(workload.bodies)
-    while not all(log_lines(one.log.read_text()) for one in (worker, other)):  # until both are connected
-        subscription.publish(next(left))
-        time.sleep(0.05)
-    while few := list(islice(left, 5)):
-        subscription.publish(*few)
-    wait_for(lambda: len(settled(worker) | settled(other)) == 600, 60)
-    for process in processes:
-        stop(process)
-    workload.assert_exactly_once()
-    assert subscription.unacked() == []
-    shares = [len(log_lines(one.log.read_text())) for one in (worker, other)]
-    assert sum(shares) == 600
-    assert min(shares) > 20
 
 
 def test_an_emulator_that_restarts_is_found_again(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -182,35 +76,8 @@ def test_an_emulator_that_restarts_is_found_again(sandbox: Sandbox, tmp_path: Pa
         emulator.kill()
 
 
-def test_once_drains_the_subscription_and_waits_for_redeliveries(
-    worker: Worker, sandbox: Sandbox, subscription: Subscription
-) -> None:
-    """Pub/Sub does not tell its backlog: quiet for ten seconds, and nothing sent back, is the end."""
-    workload = Workload(sandbox, 100)
-    subscription.publish(*workload.bodies)
-    sandbox.klaviyo.faults.add(Fault(status=503, times=3, match="POST /api/events"))
-    done = worker("run", "--once", "--retry-seconds", "0")
-    assert done.returncode == 0, done.stderr
-    workload.assert_exactly_once()
-    assert subscription.unacked() == []
-
-
-def test_a_dry_run_gives_everything_back(worker: Worker, sandbox: Sandbox, subscription: Subscription) -> None:
-    """It shows what would be sent."""
-    workload = Workload(sandbox, 30)
-    subscription.publish(*workload.bodies)
-    done = worker("run", "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) >= 60
-    assert sandbox.account.events == []
-    assert len(subscription.pull(10.0, at_most=30)) == 30
-
-
-def test_publish_and_errors(worker: Worker, sandbox: Sandbox, subscription: Subscription) -> None:
-    """`publish` fills the topic; a subscription that is not there is exit 3 with its name; a bad URL is exit 2."""
-    workload = Workload(sandbox, 10)
-    assert worker("publish", "-", stdin=b"\n".join(workload.bodies) + b"\n").stdout == "10\n"
-    assert sorted(entry.message.data for entry in subscription.pull(5.0, at_most=10)) == sorted(workload.bodies)
+def test_errors_say_what_to_do(worker: Worker) -> None:
+    """A subscription that is not there is exit 3 with its name; a bad URL is exit 2."""
     missing = worker("run", env={"QUEUE_URL": "pubsub://demo/nowhere"})
     assert (missing.returncode, "nowhere does not exist" in missing.stderr) == (3, True)
     malformed = worker("run", env={"QUEUE_URL": "pubsub://demo"})

@@ -5,14 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from adapters import Delivery, Failure, Publisher, QueueAdapter, QueueError, open_queue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from multiprocessing.synchronize import Event
 
     from tests.rigs import Rig
@@ -23,6 +24,19 @@ FAILURE = Failure("Klaviyo answered 422: the email is malformed", "send", "Rejec
 SOON = 20.0  # seconds, long before any lease of a minute ends
 HOSTILE = ("é😀 \u202e\\u0000 ]]> &amp; %s {{x}}", "\t\r\n", '{"torn', "null", " " * 1000, "\ufeff{}")
 with_short_leases = pytest.mark.short_leases
+
+
+@pytest.fixture
+def opened(rig: Rig) -> Iterator[Callable[..., QueueAdapter]]:
+    """Open the queue, as often as wanted; all are closed in the end."""
+    with ExitStack() as closing:
+
+        def open_(**options: Any) -> QueueAdapter:
+            queue = rig.opener(**options)()
+            closing.callback(queue.close)
+            return queue
+
+        yield open_
 
 
 def receive(queue: QueueAdapter, number: int, wait: float = SOON) -> list[Delivery]:
