@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = [
+    "ENTRY_POINTS",
     "Countable",
     "DeadLetter",
     "DeadLetters",

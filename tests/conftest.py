@@ -14,7 +14,7 @@ from hypothesis import settings
 
 from adapters.embedded import EmbeddedQueue
 from tests.emulator import Emulator, missing
-from tests.rigs import RIGS, Rig
+from tests.rigs import EXAMPLES, RIGS, Rig
 from worker.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -108,19 +108,26 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
             if name == "pubsub":
                 return request.getfixturevalue("emulator")
             if name not in running:
-                running[name] = stack.enter_context(RIGS[name].server())
+                running[name] = stack.enter_context((RIGS | EXAMPLES)[name].server())
             return running[name]
 
         yield server
 
 
-@pytest.fixture(params=RIGS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what wants a `rig` on every queue."""
+    if "rig" in metafunc.fixturenames:
+        examples = EXAMPLES if metafunc.definition.get_closest_marker("examples_too") else ()
+        metafunc.parametrize("rig", [*RIGS, *examples], indirect=True)
+
+
+@pytest.fixture
 def rig(
     request: pytest.FixtureRequest, tmp_path: Path, servers: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Rig]:
     """A queue, of each kind; its leases end late, unless the test is marked `short_leases`."""
     kills = request.node.get_closest_marker("short_leases") is not None
-    running = RIGS[request.param](servers(request.param), tmp_path, kills=kills)
+    running = (RIGS | EXAMPLES)[request.param](servers(request.param), tmp_path, kills=kills)
     for variable, value in running.environment.items():
         monkeypatch.setenv(variable, value)
     yield running

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from tests.rigs.base import Guarantees, Letter, Rig
+from tests.rigs.directory import Directory
 from tests.rigs.embedded import Embedded
 from tests.rigs.pubsub import PubSub
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+__all__ = ["EXAMPLES", "RIGS", "Guarantees", "Letter", "Rig"]
 
-__all__ = ["RIGS", "Guarantees", "Letter", "Rig"]
-
-RIGS: Mapping[str, type[Rig]] = {
+RIGS: dict[str, type[Rig]] = {
     "embedded": Embedded,
     "pubsub": PubSub,
 }
+EXAMPLES: dict[str, type[Rig]] = {"directory": Directory}  # of docs/examples: they keep the contract too

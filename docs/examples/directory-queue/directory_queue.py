@@ -1,0 +1,161 @@
+"""A queue of files: whatever can write into a directory can publish.
+
+A message is a file. Its name says when it is ready, how often it was delivered, and what it is called:
+`0001764201600.000.1-KEY`. Renaming is atomic, so of many workers that want to lease a file one succeeds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from adapters import Delivery, Failure, QueueAdapter, QueueError, QueueOptions, QueueURLError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+MAX_ATTEMPTS = 20
+POLL_SECONDS = 0.05
+
+
+@dataclass(slots=True, eq=False)
+class FileDelivery:
+    """A leased file. `path` is its name as long as it is ours; a lease that was lost leaves one that is not there."""
+
+    id: str
+    body: bytes = field(repr=False)
+    attempt: int
+    published_at: datetime
+    path: Path
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_url(url: str, options: QueueOptions) -> QueueAdapter:
+    """Open `directory:///path`, which must exist. This is what the entry point names."""
+    del options  # flow control is the worker's; dead letters always have their reason
+    path = Path(unquote(urlsplit(url).path))
+    if path == Path("/"):
+        raise QueueURLError("QUEUE_URL is malformed: expected directory:///path")
+    return DirectoryQueue(path)
+
+
+class DirectoryQueue:
+    """Implements QueueAdapter and Publisher."""
+
+    def __init__(self, path: Path, lease: float = 60.0) -> None:
+        self._path = path
+        self._dead = path / "dead"
+        self._lease = lease
+
+    @property
+    def lease(self) -> float:
+        """Seconds."""
+        return self._lease
+
+    def publish(self, bodies: Iterable[bytes]) -> int:
+        """Write a file per message, whole before it can be seen."""
+        count = 0
+        for count, body in enumerate(bodies, start=1):  # noqa: B007 - the last count is the answer
+            name = f"{time.time_ns()}-{uuid.uuid4().hex}"
+            draft = self._path / f"draft-{name}"
+            draft.write_bytes(body)
+            draft.rename(self._named(time.time(), 0, name))
+        return count
+
+    def receive(self, max_messages: int, wait: float) -> Sequence[FileDelivery]:
+        """Lease what is ready, the longest ready first."""
+        deadline = time.monotonic() + wait
+        while True:
+            names = sorted(name for name in self._names() if _ready_at(name) <= time.time())
+            deliveries = [leased for name in names[:max_messages] if (leased := self._leased_file(name))]
+            remaining = deadline - time.monotonic()
+            if deliveries or remaining <= 0:
+                return deliveries
+            time.sleep(min(POLL_SECONDS, remaining))
+
+    def ack(self, deliveries: Sequence[Delivery]) -> None:
+        """Delete the files."""
+        for delivery in _ours(deliveries):
+            with suppress(FileNotFoundError):
+                delivery.path.unlink()
+
+    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
+        """Make the files ready again; unhandled, as if they had not been delivered."""
+        for delivery in _ours(deliveries):
+            if failure is not None and delivery.attempt >= MAX_ATTEMPTS:
+                self.dead_letter(delivery, failure)
+            else:
+                spent = delivery.attempt if failure else delivery.attempt - 1
+                self._rename(delivery, time.time() + delay, spent)
+
+    def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
+        """Move the file, with its reason beside it."""
+        self._dead.mkdir(exist_ok=True)
+        for file in _ours([delivery]):
+            with suppress(FileNotFoundError):
+                file.path.rename(self._dead / file.id)
+                text = f"{failure.stage}: {failure.error}: {failure.reason}\n"
+                (self._dead / f"{file.id}.reason").write_text(text, encoding="utf-8")
+        return True
+
+    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
+        """Push the end of the leases back."""
+        for delivery in _ours(deliveries):
+            self._rename(delivery, time.time() + seconds, delivery.attempt)
+
+    def backlog(self) -> int:
+        """Count the files."""
+        return len(self._names())
+
+    def check(self) -> Sequence[str]:
+        """Raise QueueError unless the directory can be written."""
+        if not os.access(self._path, os.R_OK | os.W_OK | os.X_OK):
+            raise QueueError(f"QUEUE_URL: {self._path} is no directory that can be written: create it")
+        return ()
+
+    def stop(self) -> None:
+        """Do nothing: `receive` hands out all it leases."""
+
+    def close(self) -> None:
+        """Do nothing: nothing is open."""
+
+    def _names(self) -> list[str]:
+        return [path.name for path in self._path.iterdir() if path.name[:1].isdigit()]
+
+    def _named(self, ready_at: float, attempt: int, name: str) -> Path:
+        return self._path / f"{round(ready_at * 1000):013}.{attempt:03}.{name}"
+
+    def _leased_file(self, name: str) -> FileDelivery | None:
+        """Lease a file; None when another worker was faster."""
+        _, attempts, id_ = name.split(".", 2)
+        attempt = int(attempts) + 1
+        path = self._named(time.time() + self._lease, attempt, id_)
+        try:
+            (self._path / name).rename(path)
+            published_at = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+            delivery = FileDelivery(id_, path.read_bytes(), attempt, published_at, path)
+        except FileNotFoundError:
+            return None
+        if attempt > MAX_ATTEMPTS:  # its workers died of it
+            self.dead_letter(delivery, Failure("was delivered too often and never settled", "queue", "LeaseExpired"))
+            return None
+        return delivery
+
+    def _rename(self, delivery: FileDelivery, ready_at: float, attempt: int) -> None:
+        with suppress(FileNotFoundError):
+            delivery.path = delivery.path.rename(self._named(ready_at, attempt, delivery.id))
+
+
+def _ours(deliveries: Sequence[Delivery]) -> Iterator[FileDelivery]:
+    return (delivery for delivery in deliveries if isinstance(delivery, FileDelivery))
+
+
+def _ready_at(name: str) -> float:
+    return int(name.partition(".")[0]) / 1000

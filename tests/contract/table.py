@@ -1,0 +1,41 @@
+"""The table of docs/adapters.md: what the tests here hold each queue against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests.rigs import RIGS, Guarantees
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_AT_ONCE = {"always": "always", "asked": "with `KLAVIYO_WORKER_DEAD_LETTER=direct`"}
+_ROWS: dict[str, Callable[[Guarantees], str]] = {
+    "order": lambda queue: "oldest first" if queue.in_order else "none",
+    "seconds of a lease, extended while a message is held": lambda queue: queue.lease,
+    "a message returned unhandled (shutdown, dry run)": lambda queue: (
+        "spends no attempt" if queue.unhandled_is_free else "spends an attempt"
+    ),
+    "longest delay of a nack": lambda queue: _seconds(queue.longest_delay),
+    "dead letter at once, with its reason": lambda queue: _AT_ONCE[queue.dead_letter],
+    "last reason of a message the queue itself gave up on": lambda queue: "kept" if queue.gave_up else "in the log",
+    "backlog": lambda queue: {"sent back": "what this worker sent back"}.get(queue.backlog, queue.backlog),
+    "largest message": lambda queue: _size(queue.largest),
+    "bodies": lambda queue: "any bytes" if queue.any_bytes else "text",
+}
+
+
+def lines() -> Iterator[str]:
+    """Yield the table in Markdown."""
+    yield f"| | {' | '.join(f'`{name}://`' for name in RIGS)} |"
+    yield "|---" * (len(RIGS) + 1) + "|"
+    for title, cell in _ROWS.items():
+        yield f"| {title} | {' | '.join(cell(rig.guarantees) for rig in RIGS.values())} |"
+
+
+def _seconds(seconds: float) -> str:
+    return "any" if seconds == float("inf") else f"{seconds:,.0f} s"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1_000_000:g} MB" if size % 1_000_000 == 0 else f"{size / 1024:,.0f} KiB"

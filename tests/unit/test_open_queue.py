@@ -1,0 +1,70 @@
+"""How a URL finds its queue, ours or another package's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from adapters import ENTRY_POINTS, QueueError, QueueURLError, open_queue, scheme_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that offers queues: one that works, one whose client is not installed, one with a name of ours."""
+    about = tmp_path / "others-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: others\nVersion: 1.0\n")
+    entries = "kafka = others:KafkaQueue\nbroken = others_broken:open_url\nembedded = others:KafkaQueue\n"
+    (about / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\n{entries}")
+    (tmp_path / "others.py").write_text(
+        "class KafkaQueue:\n    def __init__(self, url, options):\n        self.url = url\n"
+    )
+    (tmp_path / "others_broken.py").write_text("import client_of_the_broken_queue\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("site")
+def test_a_class_of_another_package_is_found_by_its_entry_point() -> None:
+    """Called with the URL and the worker's wishes, like a function."""
+    assert vars(open_queue("kafka://broker/topic")) == {"url": "kafka://broker/topic"}
+
+
+def test_a_name_of_ours_stays_ours(site: Path) -> None:
+    """A package that is merely installed changes nothing about queues that work."""
+    assert type(open_queue(f"embedded://{site}/queue.db")).__module__ == "adapters.embedded"
+
+
+@pytest.mark.usefixtures("site")
+def test_errors_name_what_is_offered_and_what_is_missing() -> None:
+    """What another package lacks is not to be had by an extra of ours."""
+    with pytest.raises(QueueURLError, match=r"expected one of .*kafka://.*; found rabbit"):
+        open_queue("rabbit://x")
+    with pytest.raises(QueueError) as error:
+        open_queue("broken://x")
+    assert str(error.value) == "QUEUE_URL: broken:// needs client_of_the_broken_queue, which is not installed"
+
+
+@pytest.mark.parametrize(("scheme", "module"), [("push", "uvicorn"), ("sqs", "boto3"), ("servicebus", "azure")])
+def test_a_missing_extra_is_named(scheme: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the command that installs it."""
+    import sys
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == module or name == f"adapters.{scheme}"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(QueueError) as error:
+        open_queue(f"{scheme}://x")
+    assert str(error.value).endswith(f"which is not installed: pip install 'klaviyo-worker[{scheme}]'")
+    assert f"{scheme}:// needs {module}" in str(error.value)
+
+
+def test_the_https_url_of_a_queue_is_sqs() -> None:
+    """AWS shows it so."""
+    assert scheme_of("https://sqs.eu-central-1.amazonaws.com/123456789012/orders") == "sqs"
+    assert scheme_of("pubsub://project/subscription") == "pubsub"
+    assert scheme_of("queue.db") == ""
