@@ -19,10 +19,10 @@ check: lint types test ## what CI runs: ruff, mypy --strict, all tests
 lint: $(VENV)/ready ## ruff (rules and format), and whether generated docs are up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/cog --check docs/*.md
+	$(BIN)/python -m cogapp --check docs/*.md
 
 docs: $(VENV)/ready ## bring the generated tables in docs up to date
-	$(BIN)/cog -r docs/*.md
+	$(BIN)/python -m cogapp -r docs/*.md
 
 types: $(VENV)/ready ## mypy --strict
 	$(BIN)/mypy

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 _AT_ONCE = {"always": "always", "asked": "with `KLAVIYO_WORKER_DEAD_LETTER=direct`"}
 _ROWS: dict[str, Callable[[Guarantees], str]] = {
     "order": lambda queue: "oldest first" if queue.in_order else "none",
-    "seconds of a lease, extended while a message is held": lambda queue: queue.lease,
+    "lease, extended while a message is held": lambda queue: (
+        "the queue's own" if queue.lease is None else _seconds(queue.lease)
+    ),
     "a message returned unhandled (shutdown, dry run)": lambda queue: (
         "spends no attempt" if queue.unhandled_is_free else "spends an attempt"
     ),

@@ -193,6 +193,16 @@ def _hold(environment: dict[str, str], opener: Callable[[], QueueAdapter], held:
         time.sleep(60)
 
 
+def test_leases_last_as_long_as_promised(rig: Rig, opened: Open) -> None:
+    """Known before anything is received, or learnt from what is."""
+    rig.publish([b"x"])
+    queue = opened()
+    assert queue.lease == rig.guarantees.lease or rig.guarantees.lease is None
+    receive(queue, 1)
+    assert queue.lease is not None
+    assert rig.lease * 0.8 < queue.lease <= rig.lease
+
+
 @with_short_leases
 def test_an_extended_lease_holds(rig: Rig, opened: Open) -> None:
     """Work that takes longer than the lease keeps its messages, those too that wait inside the adapter."""

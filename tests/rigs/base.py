@@ -23,7 +23,7 @@ class Guarantees:
     """
 
     in_order: bool  # oldest first, as long as nothing comes again
-    lease: str  # seconds, as it is by default
+    lease: float | None  # seconds, as it is by default; None: the queue's own to decide
     longest_delay: float  # seconds that a nack may ask for
     unhandled_is_free: bool  # a message returned unhandled spends no delivery attempt
     dead_letter: Literal["always", "asked"]

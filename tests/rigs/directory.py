@@ -27,7 +27,7 @@ class Directory:
 
     guarantees: ClassVar = Guarantees(
         in_order=True,
-        lease="60",
+        lease=60.0,
         longest_delay=float("inf"),
         unhandled_is_free=True,
         dead_letter="always",

@@ -26,7 +26,7 @@ class Embedded:
 
     guarantees: ClassVar = Guarantees(
         in_order=True,
-        lease="60, `?lease=`",
+        lease=EmbeddedQueue.LEASE_SECONDS,
         longest_delay=float("inf"),
         unhandled_is_free=True,
         dead_letter="always",

@@ -30,7 +30,7 @@ class PubSub:
 
     guarantees: ClassVar = Guarantees(
         in_order=False,
-        lease="60",
+        lease=LEASE,
         longest_delay=pubsub.LONGEST_DELAY,
         unhandled_is_free=False,
         dead_letter="asked",
