@@ -27,32 +27,39 @@ if TYPE_CHECKING:
     from worker.settings import Settings
 
 
+class Stages:
+    """The clients and what is done with them, whatever queue the messages come from. Raises SettingsError."""
+
+    def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
+        self.stopping = Event()
+        self.mapping = settings.mapping()
+        requested = telemetry.metrics.requested
+        self.commercetools = Commercetools(settings, self.stopping, partial(requested, "commercetools"))
+        self.klaviyo = Klaviyo(settings, self.stopping, partial(requested, "klaviyo"))
+        self.enricher = Enricher(Remembered(self.commercetools, settings.catalog_ttl), self.mapping)
+        self.sender = Sender(
+            self.klaviyo,
+            settings.concurrency,
+            self.stopping,
+            bulk_events=settings.bulk_events,
+            bulk_threshold=settings.bulk_threshold,
+        )
+
+
 class Service:
     """A worker, ready to run. Raises SettingsError and QueueError."""
 
     def __init__(self, settings: Settings, *, dry_run: bool = False, telemetry: Telemetry | None = None) -> None:
-        mapping = settings.mapping()
-        stopping = Event()
+        self._telemetry = telemetry or Telemetry(Metrics(scheme_of(settings.queue_url)))
+        self._stages = stages = Stages(settings, self._telemetry)
         queue = open_queue(settings.queue_url, settings.queue_options)
         for warning in queue.check():
             log.warning("queue_warning", extra={"reason": warning})
-        self._telemetry = telemetry or Telemetry(Metrics(scheme_of(settings.queue_url)))
-        requested = self._telemetry.metrics.requested
-        reader = Commercetools(settings, stopping, partial(requested, "commercetools"))
-        klaviyo = Klaviyo(settings, stopping, partial(requested, "klaviyo"))
-        enricher = Enricher(Remembered(reader, settings.catalog_ttl), mapping)
-        self._sender = Sender(
-            klaviyo,
-            settings.concurrency,
-            stopping,
-            bulk_events=settings.bulk_events,
-            bulk_threshold=settings.bulk_threshold,
-        )
         source: QueueAdapter = Peek(queue, settings.max_in_flight) if dry_run else queue
-        send = print_instead if dry_run else self._sender.send
-        pipeline = Pipeline(source, enricher.enrich, send, mapping, self._telemetry)
-        self._runner = Runner(source, pipeline, settings, self._telemetry, stopping)
-        self._state = _State(self._runner, queue, settings.threads, reader, klaviyo)
+        send = print_instead if dry_run else stages.sender.send
+        pipeline = Pipeline(source, stages.enricher.enrich, send, stages.mapping, self._telemetry)
+        self._runner = Runner(source, pipeline, settings, self._telemetry, stages.stopping)
+        self._state = _State(self._runner, queue, settings.threads, stages)
         self._telemetry.metrics.watch(self._state)
         self._metrics_port = settings.metrics_port
 
@@ -64,7 +71,7 @@ class Service:
         try:
             self._runner.run(once=once, max_wait=max_wait)
         finally:
-            self._sender.close()
+            self._stages.sender.close()
             if health:
                 health.stop()
             log.info("stopped", extra=dict(self._telemetry.outcomes))
@@ -94,14 +101,11 @@ def _collect_garbage_less_often() -> None:
 class _State:
     """What health and metrics show of a running worker."""
 
-    def __init__(
-        self, runner: Runner, queue: QueueAdapter, lanes: int, commercetools: Commercetools, klaviyo: Klaviyo
-    ) -> None:
+    def __init__(self, runner: Runner, queue: QueueAdapter, lanes: int, stages: Stages) -> None:
         self._runner = runner
         self._queue = queue
         self._lanes = lanes
-        self._commercetools = commercetools
-        self._klaviyo = klaviyo
+        self._stages = stages
         self.is_alive = runner.is_alive
         self.is_stopping = runner.is_stopping
         self.in_flight = runner.in_flight
@@ -112,7 +116,10 @@ class _State:
         return self._lanes
 
     def outages(self) -> Mapping[str, str]:
-        return {"commercetools": self._commercetools.outage(), "klaviyo": self._klaviyo.outage()}
+        return {
+            "commercetools": self._stages.commercetools.outage(),
+            "klaviyo": self._stages.klaviyo.outage(),
+        }
 
     def backlog(self) -> int | None:
         return self._queue.counts()[0] if isinstance(self._queue, Countable) else None
