@@ -39,8 +39,8 @@ def environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setattr(serverless, "configure_logging", configured)  # for good, which other tests would notice
     serverless._warm.cache_clear()
     yield
-    assert ("INFO", "auto") in configured.calls
     serverless._warm().stages.sender.close()
+    assert ("INFO", "auto") in configured.calls
     serverless._warm.cache_clear()
 
 
