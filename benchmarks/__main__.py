@@ -18,13 +18,14 @@ import orjson
 from benchmarks import report
 from benchmarks.messages import CUSTOMER, KINDS, MIXTURE, ORDER, ORDERS, Kind
 from benchmarks.processes import BenchmarkError
-from benchmarks.queues import QUEUES, emulator_jar
+from benchmarks.queues import missing
 from benchmarks.rows import DRAINED, RAISED, SHARED, WORKERS, Drain, Idle, Memory, Throughput
+from tests.rigs import RIGS
 
 AnyRow = Throughput | Drain | Idle | Memory
 
 _LATENCIES = (0.0, 50.0, 200.0)  # ms
-_PUBSUB_LATENCY = 50.0  # ms
+_LATENCY = 50.0  # ms
 _SINGLES = (Kind("orders of 3 lines", (ORDER,)), Kind("customer updates", (CUSTOMER,)))
 _INTRODUCTION = f"""\
 Every row starts the sandbox, publishes its messages and starts the installed worker with default settings, each in a
@@ -39,17 +40,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--messages", type=int, default=5_000, help="of a row of throughput (default: 5000)")
     parser.add_argument("--latency", type=float, nargs="*", help="only rows with this latency of the services, in ms")
     parser.add_argument("--kind", default="", help="only rows whose name holds this text")
-    parser.add_argument("--queue", choices=QUEUES, help="only rows on this queue")
+    parser.add_argument("--queue", choices=RIGS, help="only rows on this queue")
     parser.add_argument("--quick", action="store_true", help="only throughput: 1,000 messages, 50 ms")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     return parser.parse_args()
 
 
 def _all_rows(messages: int) -> list[AnyRow]:
-    pubsub = (ORDERS, MIXTURE) if emulator_jar() else ()
+    elsewhere = [name for name in RIGS if name != "embedded" and not missing(name)]
     return [
         *(Throughput(kind, latency, "embedded", messages) for latency in _LATENCIES for kind in KINDS),
-        *(Throughput(kind, _PUBSUB_LATENCY, "pubsub", messages) for kind in pubsub),
+        *(Throughput(kind, _LATENCY, name, messages) for name in elsewhere for kind in (ORDERS, MIXTURE)),
         *(Idle(kind, latency) for latency in _LATENCIES[:2] for kind in _SINGLES),
         Memory(),
         Drain(f"drain {DRAINED:,} orders of 3 lines", DRAINED, 1),
@@ -60,7 +61,7 @@ def _all_rows(messages: int) -> list[AnyRow]:
 def _chosen(arguments: argparse.Namespace) -> list[AnyRow]:
     rows = _all_rows(1_000 if arguments.quick else arguments.messages)
     if arguments.quick:
-        rows = [row for row in rows if row.table == "throughput" and row.latency_ms == _PUBSUB_LATENCY]
+        rows = [row for row in rows if row.table == "throughput" and row.latency_ms == _LATENCY]
     return [
         row
         for row in rows

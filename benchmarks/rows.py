@@ -17,7 +17,7 @@ import urllib3
 
 from benchmarks.messages import FAT_ORDERS, ORDERS
 from benchmarks.processes import BenchmarkError, Worker, sandbox, wait_settled
-from benchmarks.queues import QUEUES
+from benchmarks.queues import opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -266,9 +266,9 @@ def _scene(latency_ms: float, *, factor: int, copies: int = 0, queue: str = "emb
     with (
         tempfile.TemporaryDirectory() as directory,
         sandbox(*options) as running,
-        QUEUES[queue](Path(directory)) as opened,
+        opened(queue, Path(directory)) as filled,
     ):
-        yield _Scene(running, opened, Path(directory))
+        yield _Scene(running, filled, Path(directory))
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -14,13 +14,16 @@ from hypothesis import settings
 
 from adapters.embedded import EmbeddedQueue
 from tests.emulator import Emulator, missing
-from tests.rigs import EXAMPLES, RIGS, Rig
+from tests.parts import require
+from tests.rigs import EXAMPLES, RIGS, rig_type
 from worker.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from datetime import datetime
     from pathlib import Path
+
+    from tests.rigs.base import Rig
 
 settings.register_profile("default", deadline=None, max_examples=100)
 settings.load_profile("default")
@@ -108,7 +111,8 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
             if name == "pubsub":
                 return request.getfixturevalue("emulator")
             if name not in running:
-                running[name] = stack.enter_context((RIGS | EXAMPLES)[name].server())
+                require(rig_type(name).missing())
+                running[name] = stack.enter_context(rig_type(name).server())
             return running[name]
 
         yield server
@@ -127,7 +131,7 @@ def rig(
 ) -> Iterator[Rig]:
     """A queue, of each kind; its leases end late, unless the test is marked `short_leases`."""
     kills = request.node.get_closest_marker("short_leases") is not None
-    running = (RIGS | EXAMPLES)[request.param](servers(request.param), tmp_path, kills=kills)
+    running = rig_type(request.param)(servers(request.param), tmp_path, kills=kills)
     for variable, value in running.environment.items():
         monkeypatch.setenv(variable, value)
     yield running

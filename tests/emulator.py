@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
@@ -18,11 +17,12 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import grpc
-import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.pubsub_v1 import PublisherClient, PullRequest, StreamingPullResponse, SubscriberClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
+
+from tests.parts import require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,12 +35,6 @@ def missing() -> str:
     if shutil.which("java") is None:
         return "Google's Pub/Sub emulator needs Java"
     return "" if _jar() else "Google's Pub/Sub emulator is not installed: gcloud components install pubsub-emulator"
-
-
-def _require() -> None:
-    """Skip the test where the emulator cannot run; in CI that is a failure."""
-    if why := missing():
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(why)
 
 
 def _jar() -> Path | None:
@@ -59,7 +53,7 @@ class Emulator:
     """A process of its own, or the one on `port` that another runs; what it holds is gone when it ends."""
 
     def __init__(self, port: int = 0) -> None:
-        _require()
+        require(missing())
         self.port = port or free_port()
         self._process: subprocess.Popen[bytes] | None = None
         if not port:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.rigs import Rig
+    from tests.rigs.base import Rig
     from worker.sandbox import Sandbox
 
 POISON = b'{"notificationType": "Message", "torn'

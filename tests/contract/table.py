@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.rigs import RIGS, Guarantees
+from tests.rigs import RIGS, rig_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from tests.rigs.base import Guarantees
 
 _AT_ONCE = {"always": "always", "asked": "with `KLAVIYO_WORKER_DEAD_LETTER=direct`"}
 _ROWS: dict[str, Callable[[Guarantees], str]] = {
@@ -32,7 +34,7 @@ def lines() -> Iterator[str]:
     yield f"| | {' | '.join(f'`{name}://`' for name in RIGS)} |"
     yield "|---" * (len(RIGS) + 1) + "|"
     for title, cell in _ROWS.items():
-        yield f"| {title} | {' | '.join(cell(rig.guarantees) for rig in RIGS.values())} |"
+        yield f"| {title} | {' | '.join(cell(rig_type(name).guarantees) for name in RIGS)} |"
 
 
 def _seconds(seconds: float) -> str:

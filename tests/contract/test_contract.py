@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from multiprocessing.synchronize import Event
 
-    from tests.rigs import Rig
+    from tests.rigs.base import Rig
 
     Open = Callable[..., QueueAdapter]
 

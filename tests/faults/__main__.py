@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from _pytest.outcomes import Skipped
 
 from tests.faults.harness import Result, Scenario, run
 from tests.faults.scenarios import SCENARIOS, mixture
-from tests.rigs import RIGS
+from tests.rigs import RIGS, rig_type
 
 LOGS = Path("build/faults")
 SIZE = 150  # good messages
@@ -45,10 +44,10 @@ def _servers(names: list[str], stack: ExitStack) -> dict[str, Any]:
     """Start what stands in for the services, as far as it is installed."""
     running = {}
     for name in names:
-        try:
-            running[name] = stack.enter_context(RIGS[name].server())
-        except Skipped as why:
+        if why := rig_type(name).missing():
             click.echo(f"{name} is left out: {why}")
+        else:
+            running[name] = stack.enter_context(rig_type(name).server())
     return running
 
 
@@ -61,7 +60,7 @@ def _show(scenario: Scenario, name: str, server: Any) -> bool:
     directory = (LOGS / f"{''.join(c if c.isalnum() else '-' for c in scenario.name)[:60]}-{name}").resolve()
     directory.mkdir(parents=True)
     try:
-        result = run(scenario, name, RIGS[name](server, directory, kills=scenario.kills), directory, SIZE)
+        result = run(scenario, name, rig_type(name)(server, directory, kills=scenario.kills), directory, SIZE)
     except AssertionError as error:
         click.echo(f"{scenario.name} on {name}: {error}")
         return False

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from tests.rigs import Rig
+    from tests.rigs.base import Rig
     from worker.sandbox.server import Server
 
 PATIENCE = 45.0  # seconds until everything must be settled, once a scenario has done its worst

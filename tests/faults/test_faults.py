@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults import scenarios
 from tests.faults.harness import Scenario, run
-from tests.rigs import RIGS
+from tests.rigs import rig_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +44,7 @@ def test_every_good_message_has_its_effect_once_and_every_bad_one_is_a_dead_lett
     scenario: Scenario, name: str, tmp_path: Path, servers: Callable[[str], Any]
 ) -> None:
     """And an outage shorter than the hold costs no delivery attempt."""
-    queue = RIGS[name](servers(name), tmp_path, kills=scenario.kills)
+    queue = rig_type(name)(servers(name), tmp_path, kills=scenario.kills)
     result = run(scenario, name, queue, tmp_path, SIZE)
     assert result.is_right, str(result)
     if name in scenario.costless:

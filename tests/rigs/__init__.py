@@ -1,16 +1,23 @@
-"""The queues that tests run on, each with what stands in for its service. One line and one file for a new one."""
+"""The queues that tests and benchmarks run on, each with what stands in for its service.
+
+One line and one file more for a new one.
+"""
 
 from __future__ import annotations
 
-from tests.rigs.base import Guarantees, Letter, Rig
-from tests.rigs.directory import Directory
-from tests.rigs.embedded import Embedded
-from tests.rigs.pubsub import PubSub
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, cast
 
-__all__ = ["EXAMPLES", "RIGS", "Guarantees", "Letter", "Rig"]
+if TYPE_CHECKING:
+    from tests.rigs.base import Rig
 
-RIGS: dict[str, type[Rig]] = {
-    "embedded": Embedded,
-    "pubsub": PubSub,
+RIGS = {  # imported on use: their clients are large
+    "embedded": "tests.rigs.embedded:Embedded",
+    "pubsub": "tests.rigs.pubsub:PubSub",
 }
-EXAMPLES: dict[str, type[Rig]] = {"directory": Directory}  # of docs/examples: they keep the contract too
+EXAMPLES = {"directory": "tests.rigs.directory:Directory"}  # of docs/examples: they keep the contract too
+
+
+def rig_type(name: str) -> type[Rig]:
+    """Return the class of a rig by its name."""
+    return cast("type[Rig]", resolve_name((RIGS | EXAMPLES)[name]))

@@ -46,6 +46,10 @@ class Directory:
         self.missing_url = "directory:///nowhere"
 
     @staticmethod
+    def missing() -> str:
+        return ""
+
+    @staticmethod
     @contextmanager
     def server() -> Iterator[str]:
         """Do by hand what pip does with an entry point; return the directory."""

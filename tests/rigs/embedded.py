@@ -45,6 +45,10 @@ class Embedded:
         self.missing_url = "embedded:///proc/nowhere/queue.db"
 
     @staticmethod
+    def missing() -> str:
+        return ""
+
+    @staticmethod
     def server() -> AbstractContextManager[None]:
         return nullcontext()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters import QueueOptions, pubsub
 from adapters.settlement import LEASE
-from tests.emulator import Emulator, Network, Subscription
+from tests.emulator import Emulator, Network, Subscription, missing
 from tests.rigs.base import Guarantees, Letter
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ class PubSub:
         host = f"127.0.0.1:{self._network.port}" if self._network else server.host
         self.environment = {"QUEUE_URL": self._subscription.url, "PUBSUB_EMULATOR_HOST": host}
         self.missing_url = "pubsub://demo/nowhere"
+
+    @staticmethod
+    def missing() -> str:
+        return missing()
 
     @staticmethod
     @contextmanager
