@@ -54,4 +54,6 @@ $(VENV)/ready: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
+	@npm install --prefix $(VENV) --no-save --no-audit --no-fund --loglevel=error fauxqs@1.9.2 >$(VENV)/npm.log 2>&1 \
+		|| echo "fauxqs, a stand-in for AWS SQS, could not be installed with npm: the SQS load tests are skipped"
 	@touch $@

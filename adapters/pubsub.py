@@ -11,12 +11,10 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import grpc
-from cachetools import TTLCache
 from google.api_core import exceptions as google
 from google.api_core.retry import Retry, if_exception_type
 from google.auth.exceptions import GoogleAuthError
@@ -26,7 +24,9 @@ from google.pubsub_v1 import PublisherClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
+from adapters.awaited import Awaited
 from adapters.base import QueueError, QueueURLError
+from adapters.batches import batches
 from adapters.settlement import LEASE, PASSING, Settlement
 from adapters.streaming_pull import StreamClient, StreamingPull
 
@@ -48,7 +48,6 @@ BURY_PATIENCE = 5.0  # seconds to publish a dead letter; else the message goes a
 MAX_BATCH = 1000  # messages in a call to publish, Pub/Sub's limit
 MAX_BATCH_BYTES = 5_000_000  # of bodies in a call to publish, half of Pub/Sub's limit
 MAX_ATTRIBUTE = 1024  # bytes of an attribute's value
-_AWAITED, _AWAITED_FOR = 100_000, 1800.0  # messages sent back and how many seconds they are expected again
 _EXPECTED = "QUEUE_URL is malformed: expected pubsub://PROJECT/SUBSCRIPTION"
 _NAMES = re.compile(r"/(?P<subscription>[A-Za-z][A-Za-z0-9._~+%-]{2,254})")
 _DIRECT = "KLAVIYO_WORKER_DEAD_LETTER=direct"
@@ -105,8 +104,7 @@ class PubSubQueue:
         self._topic = ""  # for dead letters; "" when the subscription has none, or is not read yet
         self._max_attempts = math.inf
         self._has_retry_policy = False  # as far as is known
-        self._awaited: TTLCache[str, None] = TTLCache(_AWAITED, _AWAITED_FOR)
-        self._awaiting = Lock()
+        self._awaited = Awaited()
 
     @property
     def lease(self) -> float:
@@ -116,9 +114,7 @@ class PubSubQueue:
     def receive(self, max_messages: int, wait: float) -> Sequence[PubSubDelivery]:
         """Return what the stream brought."""
         deliveries = [_delivery(message) for message in self._stream.take(max_messages, wait)]
-        with self._awaiting:
-            for delivery in deliveries:
-                self._awaited.pop(delivery.id, None)
+        self._awaited.came(delivery.id for delivery in deliveries)
         return deliveries
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
@@ -136,8 +132,7 @@ class PubSubQueue:
         """
         for delivery in deliveries:
             if not self._is_last(delivery):
-                with self._awaiting:
-                    self._awaited[delivery.id] = None
+                self._awaited.note([delivery.id])
             elif failure is not None:
                 about = {"reason": failure.reason, "stage": failure.stage, "error": failure.error}
                 log.error("queue_gave_up", extra={"message_id": delivery.id, **about})
@@ -166,8 +161,7 @@ class PubSubQueue:
 
     def backlog(self) -> int | None:
         """Count what was sent back and is expected again; Pub/Sub itself does not tell."""
-        with self._awaiting:
-            return len(self._awaited) or None
+        return len(self._awaited) or None
 
     def check(self) -> Sequence[str]:
         """Look at the subscription. Raises QueueError when it cannot be used as asked."""
@@ -202,7 +196,7 @@ class PubSubQueue:
         if subscription is None:
             raise QueueError(f"QUEUE_URL: {self._unreadable} its topic: {_VIEWER}")
         stored = 0
-        for batch in _batches(bodies):
+        for batch in batches(bodies, MAX_BATCH, MAX_BATCH_BYTES):
             if b"" in batch:
                 empty = f"message {stored + batch.index(b'') + 1} is empty, which Pub/Sub does not take"
                 raise QueueError(f"QUEUE_URL: {stored} messages were published, then: {empty}")
@@ -300,20 +294,6 @@ def _delivery(message: Message) -> PubSubDelivery:
         message.publish_time,
         message,
     )
-
-
-def _batches(bodies: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Split what is to be published into calls that Pub/Sub takes."""
-    batch: list[bytes] = []
-    size = 0
-    for body in bodies:
-        if batch and (len(batch) >= MAX_BATCH or size + len(body) > MAX_BATCH_BYTES):
-            yield batch
-            batch, size = [], 0
-        batch.append(body)
-        size += len(body)
-    if batch:
-        yield batch
 
 
 def _stream_client() -> StreamClient:

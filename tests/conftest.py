@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 from adapters.embedded import EmbeddedQueue
+from tests import sqs
 from tests.emulator import Emulator, missing
 from tests.parts import require
 from tests.rigs import EXAMPLES, RIGS, rig_type
@@ -31,6 +32,7 @@ settings.load_profile("default")
 _OURS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "APP_TYPE", "PUB_SUB_PORT")
 _QUEUES = ("PUBSUB_", "AWS_", "AZURE_", "SERVICEBUS_")
 _SHARED = pytest.StashKey[Emulator]()
+_SHARED_SQS = pytest.StashKey[dict[str, sqs.Server]]()
 _SLOWEST = {"acceptance": 0, "faults": 0, "integration": 1}  # 2: all others
 
 
@@ -41,12 +43,17 @@ def pytest_configure_node(node: Any) -> None:
     if _SHARED not in stash and not missing():
         stash[_SHARED] = Emulator()
     node.workerinput["emulator"] = stash[_SHARED].port if _SHARED in stash else 0
+    if _SHARED_SQS not in stash:
+        stash[_SHARED_SQS] = {kind: sqs.Server(kind) for kind in sqs.KINDS if not sqs.missing(kind)}
+    node.workerinput["sqs"] = {kind: server.port for kind, server in stash[_SHARED_SQS].items()}
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the shared emulator."""
+    """End the shared servers."""
     if emulator := config.stash.get(_SHARED, None):
         emulator.kill()
+    for server in config.stash.get(_SHARED_SQS, {}).values():
+        server.kill()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -136,6 +143,27 @@ def rig(
         monkeypatch.setenv(variable, value)
     yield running
     running.close()
+
+
+@pytest.fixture(scope="session")
+def moto(pytestconfig: pytest.Config) -> Iterator[sqs.Server]:
+    """A stand-in for AWS SQS, one for all tests: each makes a queue of its own."""
+    yield from _shared_sqs(pytestconfig, "moto")
+
+
+@pytest.fixture(scope="session")
+def fauxqs(pytestconfig: pytest.Config) -> Iterator[sqs.Server]:
+    """Another one, for load."""
+    yield from _shared_sqs(pytestconfig, "fauxqs")
+
+
+def _shared_sqs(config: pytest.Config, kind: str) -> Iterator[sqs.Server]:
+    if port := getattr(config, "workerinput", {}).get("sqs", {}).get(kind):
+        yield sqs.Server(kind, port)
+        return
+    running = sqs.Server(kind)
+    yield running
+    running.kill()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,189 @@
+"""Receives from SQS by long polls: one at a time while nothing comes, up to ten while messages wait.
+
+AWS charges for every poll and hands out ten messages in one at the most, so more than one poll pays only while
+they come back full.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from threading import Lock, Thread, current_thread
+from typing import TYPE_CHECKING
+
+from adapters import aws
+from adapters.base import QueueRefusedError
+from adapters.inbox import Inbox
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mypy_boto3_sqs import SQSClient
+    from mypy_boto3_sqs.type_defs import MessageTypeDef
+
+log = logging.getLogger("klaviyo_worker.sqs")
+
+# Seconds. A poll cannot be called off, and what it brings after SIGTERM has to go back: so it bounds the shutdown.
+# SQS allows 20; the polls of an idle worker cost some 0.2 USD a month at 5, where they would cost 0.05.
+POLL_SECONDS = 5
+MAX_MESSAGES = 10  # in a poll, SQS's limit
+MAX_RECEIVERS = 10  # polls under way at once
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds without polls after one that failed
+REFUSED_FOR = 60.0  # seconds a refusal is taken for passing: permissions take a while to spread
+STOP_SECONDS = 2.0  # that polls may take longer than asked before nobody waits for them
+
+
+@dataclass(frozen=True, slots=True)
+class SQSDelivery:
+    """A leased message. `attempt` is approximate: two workers may have been given a message at the same moment."""
+
+    id: str
+    body: bytes = field(repr=False)
+    attributes: Mapping[str, str]
+    attempt: int
+    published_at: datetime
+    receipt: str = field(repr=False)
+    received_at: float  # monotonic seconds
+
+
+class LongPolling:
+    """Messages of a queue as they arrive, whatever becomes of the connection.
+
+    Polls start only while somebody waits in `take`, so they must be taken as long as messages are wanted.
+    """
+
+    def __init__(self, client: SQSClient, queue_url: str, *, lease: float, max_bytes: int) -> None:
+        self._client = client
+        self._queue_url = queue_url
+        self._lease = lease
+        self._max_bytes = max_bytes
+        self._inbox: Inbox[SQSDelivery] = Inbox()
+        self._lock = Lock()  # guards all below
+        self._polls: set[Thread] = set()
+        self._receivers = 1  # polls that may be under way
+        self._room = 0  # messages that who waits in `take` has room for
+        self._coming = 0  # messages asked for or in the inbox
+        self._pause = FIRST_PAUSE
+        self._resume_at = 0.0  # monotonic seconds, as all times here
+        self._refused_since: float | None = None
+        self._refusal = ""
+        self._stopped = False
+
+    def take(self, max_messages: int, wait: float) -> list[SQSDelivery]:
+        """Return up to `max_messages`, waiting at most `wait` seconds. Raises QueueRefusedError, and may go on."""
+        with self._lock:
+            refusal, self._refusal = self._refusal, ""
+            if refusal:
+                raise QueueRefusedError(f"QUEUE_URL: SQS refuses to hand out messages: {refusal}")
+            self._room = max_messages
+            self._poll_more()
+        deliveries = self._inbox.take(max_messages, wait)
+        with self._lock:
+            self._room = 0
+            self._coming -= len(deliveries)
+        return deliveries
+
+    def waiting(self) -> list[SQSDelivery]:
+        """Return the messages that arrived and were not taken."""
+        return self._inbox.waiting()
+
+    def stop(self) -> list[SQSDelivery]:
+        """Wait for the polls under way. Returns what arrived and was not taken."""
+        with self._lock:
+            patience = 0.0 if self._stopped else POLL_SECONDS + STOP_SECONDS
+            self._stopped, polls = True, list(self._polls)
+        deadline = time.monotonic() + patience
+        for poll in polls:
+            poll.join(max(deadline - time.monotonic(), 0.0))
+        if patience and any(poll.is_alive() for poll in polls):  # what they bring comes again by itself
+            log.warning("polls_not_ended", extra={"waited_s": patience})
+        return self._inbox.clear()
+
+    def _poll_more(self) -> None:
+        """Start polls for the room there is. The lock is held."""
+        while self._may_poll():
+            asked = min(MAX_MESSAGES, self._room - self._coming)
+            self._coming += asked
+            poll = Thread(target=self._poll, args=(asked,), daemon=True)
+            self._polls.add(poll)
+            poll.start()
+
+    def _may_poll(self) -> bool:
+        return (
+            not self._stopped
+            and len(self._polls) < self._receivers
+            and self._coming < self._room
+            and time.monotonic() >= self._resume_at
+            and sum(len(delivery.body) for delivery in self._inbox.waiting()) <= self._max_bytes
+        )
+
+    def _poll(self, asked: int) -> None:
+        """Receive once, and go on if there is room for more."""
+        deliveries: list[SQSDelivery] = []
+        failure: Exception | None = None
+        try:
+            deliveries = self._receive(asked)
+        except Exception as error:  # noqa: BLE001 - whatever it is, receiving must go on
+            failure = error
+        with self._lock:
+            self._polls.discard(current_thread())
+            self._coming += len(deliveries) - asked
+            for delivery in deliveries:
+                self._inbox.put(delivery)
+            if failure is None:
+                self._received(len(deliveries), asked)
+            else:
+                self._failed(failure)
+            self._poll_more()
+
+    def _receive(self, at_most: int) -> list[SQSDelivery]:
+        answer = self._client.receive_message(
+            QueueUrl=self._queue_url,
+            MaxNumberOfMessages=at_most,
+            WaitTimeSeconds=POLL_SECONDS,
+            VisibilityTimeout=math.ceil(self._lease),
+            MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
+            MessageAttributeNames=["All"],
+        )
+        now = time.monotonic()
+        return [_delivery(message, now) for message in answer.get("Messages", ())]
+
+    def _received(self, messages: int, asked: int) -> None:
+        """Poll more at once while polls come back full, one at a time again when one brings nothing."""
+        self._pause, self._refused_since, self._refusal = FIRST_PAUSE, None, ""
+        if messages >= asked:
+            self._receivers = min(self._receivers + 1, MAX_RECEIVERS)
+        elif not messages:
+            self._receivers = 1
+
+    def _failed(self, error: Exception) -> None:
+        """Plan the next try; note a refusal that has lasted `REFUSED_FOR` seconds."""
+        now, reason = time.monotonic(), aws.reason(error)
+        self._receivers = 1
+        if aws.is_refusal(error):
+            self._refused_since = self._refused_since or now
+            if now - self._refused_since > REFUSED_FOR:
+                self._refusal = reason
+        if now < self._resume_at:  # another poll of the same moment
+            return
+        self._resume_at = now + self._pause
+        about = {"error": aws.code(error), "reason": reason, "again_s": self._pause}
+        log.warning("receive_failed", extra=about)
+        self._pause = min(self._pause * 2, LONGEST_PAUSE)
+
+
+def _delivery(message: MessageTypeDef, received_at: float) -> SQSDelivery:
+    told = message["Attributes"]
+    attributes = {name: value.get("StringValue") for name, value in message.get("MessageAttributes", {}).items()}
+    return SQSDelivery(
+        message["MessageId"],
+        message["Body"].encode("utf-8", "surrogatepass"),
+        {name: value for name, value in attributes.items() if value is not None},
+        int(told["ApproximateReceiveCount"]),
+        datetime.fromtimestamp(int(told["SentTimestamp"]) / 1000, UTC),
+        message["ReceiptHandle"],
+        received_at,
+    )

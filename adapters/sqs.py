@@ -1,0 +1,252 @@
+"""AWS SQS: what a queue of theirs has to do with a queue of ours.
+
+Messages come by adapters/long_polling.py, and are settled by adapters/sqs_settlement.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from adapters import aws, sqs_sending
+from adapters.awaited import Awaited
+from adapters.base import QueueError, QueueURLError
+from adapters.long_polling import LongPolling, SQSDelivery
+from adapters.sampled import Sampled
+from adapters.sqs_settlement import LEASE, Settlement
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from mypy_boto3_sqs import SQSClient
+
+    from adapters.base import Delivery, Failure, QueueOptions
+
+log = logging.getLogger("klaviyo_worker.sqs")
+
+FEW_RECEIVES = 5  # a maxReceiveCount below is used up by a few restarts of the worker
+SELDOM = 3600.0  # seconds until poison comes again that no redrive policy ends
+_EXPECTED = (
+    "QUEUE_URL is malformed: expected sqs://NAME[?region=REGION] or https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
+)
+_NAME = r"(?P<name>[A-Za-z0-9_-]{1,80}|[A-Za-z0-9_-]{1,75}\.fifo)"
+_REGION = r"(?P<region>[a-z]{2,}(-[a-z]+)+-[0-9]+)"
+_BY_NAME = re.compile(rf"sqs://{_NAME}/?(\?region={_REGION})?")
+_BY_URL = re.compile(rf"https://sqs\.{_REGION}\.amazonaws\.(com|com\.cn|eu)/[0-9]{{12}}/{_NAME}")
+_DIRECT = "KLAVIYO_WORKER_DEAD_LETTER=direct"
+_READ = "grant sqs:GetQueueAttributes on it"
+
+
+def open_url(url: str, options: QueueOptions) -> SQSQueue:
+    """Open `sqs://NAME[?region=REGION]`, or the URL by which AWS names the queue."""
+    named = _BY_NAME.fullmatch(url) or _BY_URL.fullmatch(url)
+    if named is None:
+        raise QueueURLError(_EXPECTED)
+    client = aws.connect(named["region"] or "")
+    if url.startswith("https:"):
+        return SQSQueue(client, url, options)
+    try:
+        return SQSQueue(client, aws.insist(client.get_queue_url, QueueName=named["name"])["QueueUrl"], options)
+    except aws.ERRORS as error:
+        raise QueueError(f"QUEUE_URL: {aws.explain(error, named['name'])}") from None
+
+
+class SQSQueue:
+    """A queue. Implements QueueAdapter, Publisher and Countable."""
+
+    def __init__(self, client: SQSClient, url: str, options: QueueOptions, *, lease: float = LEASE) -> None:
+        """`lease`: seconds that messages are received for, whatever the queue's own visibility timeout is."""
+        self._client = client
+        self._url = url
+        self._name = url.rpartition("/")[2]
+        self._options = options
+        self._lease = lease
+        self._settlement = Settlement(client, url)
+        self._polling = LongPolling(client, url, lease=lease, max_bytes=options.max_bytes)
+        self._dead_letter_url: str | None = None  # "" when the queue has none, None when it is not known
+        self._max_receives = math.inf
+        self._awaited = Awaited()
+        self._counted = Sampled(self._counts)
+
+    @property
+    def lease(self) -> float:
+        """Seconds."""
+        return self._lease
+
+    def receive(self, max_messages: int, wait: float) -> Sequence[SQSDelivery]:
+        """Return what the polls brought."""
+        deliveries = self._polling.take(max_messages, wait)
+        self._awaited.came(delivery.id for delivery in deliveries)
+        return deliveries
+
+    def ack(self, deliveries: Sequence[Delivery]) -> None:
+        """Delete, insisting for as long as the lease may hold."""
+        self._settlement.delete(_ours(deliveries))
+
+    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
+        """End the leases after `delay`, twelve hours from the receipt at the latest.
+
+        Every return costs a receive, handled or not: SQS cannot take one back.
+        """
+        self._awaited.note(delivery.id for delivery in deliveries if not self._is_last(delivery))
+        for delivery in deliveries:
+            if failure is not None and self._is_last(delivery):
+                about = {"reason": failure.reason, "stage": failure.stage, "error": failure.error}
+                log.error("queue_gave_up", extra={"message_id": delivery.id, **about})
+        self._settlement.end_leases(_ours(deliveries), max(delay, 0.0))
+
+    def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
+        """Send to the dead-letter queue, if so asked; else let the redrive policy get there, at once.
+
+        Without a policy nothing ever gives up, so the message comes seldom.
+        """
+        if self._options.direct_dead_letter and self._bury(delivery, failure):
+            self.ack([delivery])
+            return True
+        self.nack([delivery], SELDOM if self._dead_letter_url == "" else 0.0, failure)
+        return self._is_last(delivery)
+
+    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
+        """Extend these and what waits to be received, as far as the twelve hours go that SQS keeps a message for us."""
+        if not self._settlement.extend([*_ours(deliveries), *self._polling.waiting()], seconds):
+            raise QueueError("SQS was not told of all leases")
+
+    def backlog(self) -> int | None:
+        """Count what is in the queue, which SQS does approximately: that nothing is left it never tells for sure."""
+        try:
+            counted = self._count(self._url) or 0
+        except aws.ERRORS:
+            counted = 0
+        return max(counted, len(self._awaited)) or None
+
+    def counts(self) -> tuple[int | None, int | None]:
+        """Count both queues, every ten seconds at most."""
+        return self._counted.read()
+
+    def check(self) -> Sequence[str]:
+        """Look at the queue. Raises QueueError when it cannot be used as asked.
+
+        Whether messages may be received, deleted and extended is not tested: AWS tells only who does it, and a
+        message received for a test has one receive less.
+        """
+        if self._options.direct_dead_letter and self._is_fifo:
+            raise QueueError(f"{_DIRECT} is not for FIFO queues, like {self._name}: leave it to the redrive policy")
+        if not self._read_policy():
+            if self._options.direct_dead_letter:
+                raise QueueError(f"{_DIRECT}: {self._name} cannot be read to learn its dead-letter queue: {_READ}")
+            return [f"{self._name} cannot be read to learn its redrive policy: {_READ}"]
+        if self._options.direct_dead_letter and not self._dead_letter_url:
+            raise QueueError(f"{_DIRECT}: {self._name} has no dead-letter queue: {self._set_policy}")
+        trouble = self._dead_letter_trouble()
+        if self._options.direct_dead_letter and trouble:
+            raise QueueError(f"{_DIRECT}: the dead-letter queue: {trouble}")
+        return list(self._warnings(trouble))
+
+    def stop(self) -> None:
+        """Wait for the polls under way and return what was not received."""
+        self._settlement.end_leases(self._polling.stop(), 0.0)
+
+    def close(self) -> None:
+        """Stop, and close the connections."""
+        self.stop()
+        self._settlement.close()
+        self._client.close()
+
+    def publish(self, bodies: Iterable[bytes]) -> int:
+        """Send to the queue, in order. A FIFO queue needs groups, which lines of a file do not have."""
+        if self._is_fifo:
+            raise QueueError(f"QUEUE_URL: {self._name} is a FIFO queue, which `publish` does not fill")
+        return sqs_sending.publish(self._client, self._url, bodies)
+
+    @property
+    def _is_fifo(self) -> bool:
+        return self._name.endswith(".fifo")
+
+    @property
+    def _set_policy(self) -> str:
+        arn = f"arn:aws:sqs:{self._client.meta.region_name}:ACCOUNT:{self._name}-dead"
+        policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 10})
+        attributes = json.dumps({"RedrivePolicy": policy})
+        return f"aws sqs set-queue-attributes --queue-url {self._url} --attributes '{attributes}'"
+
+    def _read_policy(self) -> bool:
+        """Read the redrive policy and note it; return False when that is not permitted."""
+        try:
+            answer = aws.insist(self._client.get_queue_attributes, QueueUrl=self._url, AttributeNames=["RedrivePolicy"])
+        except aws.ERRORS as error:
+            if aws.is_denied(error):
+                return False
+            raise QueueError(f"QUEUE_URL: {aws.explain(error, self._name)}") from None
+        policy = json.loads(answer.get("Attributes", {}).get("RedrivePolicy") or "{}")
+        self._max_receives = int(policy.get("maxReceiveCount", 0)) or math.inf
+        target = policy.get("deadLetterTargetArn", "").rpartition(":")[2]  # of our account and region, AWS sees to that
+        self._dead_letter_url = target and f"{self._url.rpartition('/')[0]}/{target}"
+        return True
+
+    def _dead_letter_trouble(self) -> str:
+        """Return why the dead-letter queue cannot be looked at; "" when it can, or there is none."""
+        try:
+            if self._dead_letter_url:
+                aws.insist(
+                    self._client.get_queue_attributes, QueueUrl=self._dead_letter_url, AttributeNames=["QueueArn"]
+                )
+        except aws.ERRORS as error:
+            return aws.explain(error, self._dead_letter_url.rpartition("/")[2] if self._dead_letter_url else "")
+        return ""
+
+    def _warnings(self, trouble: str) -> Iterator[str]:
+        """Name what the queue lacks, and the command that sets it."""
+        if not self._dead_letter_url:
+            yield f"{self._name} has no redrive policy, so what can never succeed comes for ever: {self._set_policy}"
+        if trouble:
+            yield f"the dead-letter queue: {trouble}"
+        if self._max_receives < FEW_RECEIVES:
+            yield (
+                f"{self._name} gives messages up after {self._max_receives} receives, and every restart of a worker "
+                f"costs some of them one: set maxReceiveCount to 10: {self._set_policy}"
+            )
+
+    def _is_last(self, delivery: Delivery) -> bool:
+        """Tell whether the queue gives this message up when it is returned now."""
+        return delivery.attempt is not None and delivery.attempt >= self._max_receives
+
+    def _counts(self) -> tuple[int | None, int | None]:
+        dead = self._count(self._dead_letter_url) if self._dead_letter_url else None
+        return self._count(self._url), dead
+
+    def _count(self, url: str) -> int | None:
+        """Return the messages in a queue, ready, delayed and leased; None when that is not permitted."""
+        try:
+            answer = self._client.get_queue_attributes(
+                QueueUrl=url,
+                AttributeNames=[
+                    "ApproximateNumberOfMessages",
+                    "ApproximateNumberOfMessagesNotVisible",
+                    "ApproximateNumberOfMessagesDelayed",
+                ],
+            )
+        except aws.ERRORS as error:
+            if aws.is_denied(error):
+                return None
+            raise
+        return sum(map(int, answer["Attributes"].values()))
+
+    def _bury(self, delivery: Delivery, failure: Failure) -> bool:
+        """Send the message to the dead-letter queue, with its reason; tell whether it is there."""
+        if not self._dead_letter_url:
+            return False
+        ours = {**asdict(failure), "queue": self._name, "message_id": delivery.id, "attempt": str(delivery.attempt)}
+        try:
+            sqs_sending.bury(self._client, self._dead_letter_url, delivery.body, ours, delivery.attributes)
+        except aws.ERRORS as error:
+            log.warning("not_buried", extra={"message_id": delivery.id, "reason": aws.reason(error)})
+            return False
+        return True
+
+
+def _ours(deliveries: Iterable[Delivery]) -> list[SQSDelivery]:
+    return [delivery for delivery in deliveries if isinstance(delivery, SQSDelivery)]
