@@ -52,14 +52,14 @@ class SQSDelivery:
 class LongPolling:
     """Messages of a queue as they arrive, whatever becomes of the connection.
 
-    Polls start only while somebody waits in `take`, so they must be taken as long as messages are wanted.
+    Polls start only while somebody waits in `take`, for the room there is then. How large messages are is known
+    when they are there: what is taken may be larger than wanted by those of `MAX_RECEIVERS` polls.
     """
 
-    def __init__(self, client: SQSClient, queue_url: str, *, lease: float, max_bytes: int) -> None:
+    def __init__(self, client: SQSClient, queue_url: str, *, lease: float) -> None:
         self._client = client
         self._queue_url = queue_url
         self._lease = lease
-        self._max_bytes = max_bytes
         self._inbox: Inbox[SQSDelivery] = Inbox()
         self._lock = Lock()  # guards all below
         self._polls: set[Thread] = set()
@@ -117,7 +117,6 @@ class LongPolling:
             and len(self._polls) < self._receivers
             and self._coming < self._room
             and time.monotonic() >= self._resume_at
-            and sum(len(delivery.body) for delivery in self._inbox.waiting()) <= self._max_bytes
         )
 
     def _poll(self, asked: int) -> None:

@@ -66,7 +66,7 @@ class SQSQueue:
         self._options = options
         self._lease = lease
         self._settlement = Settlement(client, url)
-        self._polling = LongPolling(client, url, lease=lease, max_bytes=options.max_bytes)
+        self._polling = LongPolling(client, url, lease=lease)
         self._dead_letter_url: str | None = None  # "" when the queue has none, None when it is not known
         self._max_receives = math.inf
         self._awaited = Awaited()

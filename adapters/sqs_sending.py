@@ -35,11 +35,11 @@ def publish(client: SQSClient, queue_url: str, bodies: Iterable[bytes]) -> int:
             answer = aws.insist(client.send_message_batch, QueueUrl=queue_url, Entries=entries)  # type: ignore[arg-type]
         except aws.ERRORS as error:
             raise _ended(stored, aws.reason(error)) from None
-        failed = answer.get("Failed", [])
-        if failed:
-            numbers = ", ".join(sorted(str(stored + int(entry["Id"]) + 1) for entry in failed))
-            first = f"{failed[0]['Code']}: {failed[0].get('Message', '')}"
-            raise _ended(stored + len(batch) - len(failed), f"SQS did not take message {numbers}: {first}")
+        taken = {int(each["Id"]) for each in answer.get("Successful", ())}
+        if len(taken) < len(batch):
+            numbers = ", ".join(str(stored + index + 1) for index in range(len(batch)) if index not in taken)
+            why = next((f"{each['Code']}: {each.get('Message', '')}" for each in answer.get("Failed", ())), "no answer")
+            raise _ended(stored + len(taken), f"SQS did not take message {numbers}: {why}")
         stored += len(batch)
     return stored
 

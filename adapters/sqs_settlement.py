@@ -123,10 +123,11 @@ class Settlement:
             telling.reason = "the queue was closed"
             return telling.left
         fates = [fate for answer in answers for fate in answer]
+        refused = [fate for fate in fates if not (fate.lost or fate.again)]
         telling.left = [fate.entry for fate in fates if fate.again]
         telling.lost += sum(fate.lost for fate in fates)
-        telling.refused += sum(not (fate.lost or fate.again) for fate in fates)
-        telling.reason = next((fate.reason for fate in fates if not fate.lost), telling.reason)
+        telling.refused += len(refused)
+        telling.reason = next((fate.reason for fate in (*refused, *fates) if not fate.lost), telling.reason)
         return telling.left
 
     def _tell_some(self, call: Call, unreachable: Event, entries: list[Entry]) -> list[_Fate]:
@@ -134,17 +135,20 @@ class Settlement:
         if unreachable.is_set():
             return [_Fate(entry, "SQS is out of reach", again=True) for entry in entries]
         try:
-            failed = {entry["Id"]: entry for entry in call(QueueUrl=self._queue_url, Entries=entries).get("Failed", ())}
+            answer = call(QueueUrl=self._queue_url, Entries=entries)
         except aws.ERRORS as error:
             again = not aws.is_refusal(error)
             if again:
                 unreachable.set()
             return [_Fate(entry, aws.reason(error), again=again) for entry in entries]
-        return [_fate(entry, failed[entry["Id"]]) for entry in entries if entry["Id"] in failed]
+        done = {each["Id"] for each in answer.get("Successful", ())}
+        errors = {each["Id"]: each for each in answer.get("Failed", ())}
+        return [_fate(entry, errors.get(entry["Id"], {})) for entry in entries if entry["Id"] not in done]
 
 
 def _fate(entry: Entry, error: dict[str, Any]) -> _Fate:
-    code = error.get("Code", "")
+    """Return the fate of an entry that is not said to be done; `error` is empty when nothing is said of it."""
+    code = error.get("Code", "NoAnswer")
     reason = f"{code}: {error.get('Message', '')}"
     return _Fate(entry, reason, lost=code.endswith(_LOST), again=not error.get("SenderFault", False))
 

@@ -137,7 +137,7 @@ class Queue:
         for start in range(0, len(bodies), 10):
             some = enumerate(bodies[start : start + 10])
             entries: Any = [{"Id": str(n), "MessageBody": b.decode(), "MessageAttributes": about} for n, b in some]
-            assert "Failed" not in self.client.send_message_batch(QueueUrl=self.queue_url, Entries=entries)
+            assert not self.client.send_message_batch(QueueUrl=self.queue_url, Entries=entries).get("Failed")
 
     def pull(self, at_most: int = 1000, *, wait: float = 0.0, dead: bool = False) -> list[MessageTypeDef]:
         """Take what is ready and delete it, waiting until there is so much."""

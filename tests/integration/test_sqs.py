@@ -1,0 +1,709 @@
+"""The SQS adapter on moto, and behind a relay that answers as moto cannot."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from adapters import (
+    Failure,
+    QueueError,
+    QueueOptions,
+    QueueRefusedError,
+    QueueURLError,
+    aws,
+    open_queue,
+    sampled,
+    sqs_settlement,
+)
+from adapters import long_polling as polling
+from adapters.sqs import SQSQueue
+from tests import sqs
+from tests.integration.conftest import FAILURE
+from tests.sqs import BROKEN, BUSY, DENIED, NO_QUEUE, Answer, Network, Queue, Server, bodies
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from adapters.long_polling import SQSDelivery
+
+    Open = Callable[..., SQSQueue]
+
+
+@pytest.fixture(autouse=True)
+def hasty(moto: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On moto, with polls that end soon: who stops waits for them."""
+    monkeypatch.setattr(polling, "POLL_SECONDS", 1)
+    for name, value in sqs.environment(moto.port).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def queue(moto: Server) -> Queue:
+    return Queue(moto)
+
+
+@pytest.fixture
+def network(moto: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
+    """All calls of queues opened from now on go by a relay."""
+    relay = Network(moto)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", f"http://127.0.0.1:{relay.port}")
+    yield relay
+    relay.down()
+
+
+@pytest.fixture
+def opened() -> Iterator[Open]:
+    """Open queues that are closed in the end."""
+    queues: list[SQSQueue] = []
+
+    def open_(queue: Queue, lease: float = 60.0, **options: Any) -> SQSQueue:
+        client = aws.connect()
+        queues.append(SQSQueue(client, queue.queue_url, QueueOptions(**options), lease=lease))
+        return queues[-1]
+
+    yield open_
+    for queue in queues:
+        queue.close()
+
+
+def receive(queue: SQSQueue, number: int, wait: float = 15.0) -> list[SQSDelivery]:
+    """Receive so many messages, or what came in time."""
+    deadline = time.monotonic() + wait
+    got: list[SQSDelivery] = []
+    while len(got) < number and time.monotonic() < deadline:
+        got += queue.receive(number - len(got), 0.2)
+    return got
+
+
+def numbered(number: int) -> list[bytes]:
+    return [b"%d" % index for index in range(number)]
+
+
+def logged(caplog: pytest.LogCaptureFixture, *names: str) -> list[tuple[str, Any]]:
+    """Return what was logged: its name, and how many messages it was about."""
+    records = [(record.message, vars(record).get("messages")) for record in caplog.records]
+    return [record for record in records if not names or record[0] in names]
+
+
+def test_messages_come_in_batches_and_are_gone_once_acked(queue: Queue, opened: Open) -> None:
+    """Any text, attributes, the attempt, and the time of sending arrive."""
+    sent = ["é \U0001f600 private".encode(), b"x" * 200_000, *numbered(30)]
+    queue.publish(*sent[:2], colour="blue")
+    queue.publish(*sent[2:])
+    ours = opened(queue)
+    assert ours.check() == []
+    assert ours.lease == 60.0
+    got = receive(ours, len(sent))
+    assert sorted(delivery.body for delivery in got) == sorted(sent)
+    by_body = {delivery.body: delivery for delivery in got}
+    assert by_body[sent[0]].attributes == {"colour": "blue"}
+    assert {delivery.attempt for delivery in got} == {1}
+    assert 0 <= time.time() - got[0].published_at.timestamp() < 60
+    assert "private" not in repr(got)
+    assert got[0].receipt not in repr(got)
+    ours.ack(got)
+    assert queue.held() == 0
+
+
+def test_receive_waits_no_longer_than_asked(queue: Queue, opened: Open) -> None:
+    """Idle: an empty batch, in time, whatever the poll under way does."""
+    ours = opened(queue)
+    began = time.monotonic()
+    assert ours.receive(10, 0.3) == []
+    assert 0.25 < time.monotonic() - began < 1
+    assert ours.backlog() is None
+
+
+def test_nacked_messages_come_again_no_sooner_than_asked(queue: Queue, opened: Open) -> None:
+    """At once, or after the delay; with the attempt counted up; and they are known to be under way."""
+    queue.publish(b"now", b"later")
+    ours = opened(queue)
+    first = {delivery.body: delivery for delivery in receive(ours, 2)}
+    nacked = time.monotonic()
+    ours.nack([first[b"later"]], 2.0, FAILURE)
+    ours.nack([first[b"now"]])
+    assert ours.backlog() == 2
+    now, later = receive(ours, 1)[0], receive(ours, 1)[0]
+    assert time.monotonic() - nacked > 1.9
+    assert [(delivery.body, delivery.attempt) for delivery in (now, later)] == [(b"now", 2), (b"later", 2)]
+    ours.ack([now, later])
+    assert ours.backlog() is None
+
+
+def test_what_is_sent_back_counts_when_sqs_does_not_see_it(queue: Queue, network: Network, opened: Open) -> None:
+    """Its counts are approximate, and may be forbidden: an empty queue is never told from them."""
+    queue.publish(b"x")
+    ours = opened(queue)
+    held = receive(ours, 1)
+    network.always["GetQueueAttributes"] = DENIED
+    assert ours.backlog() is None
+    ours.nack(held, 5.0, FAILURE)
+    network.always["GetQueueAttributes"] = BROKEN
+    assert ours.backlog() == 1
+
+
+def test_leases_are_extended_of_what_is_held_and_of_what_waits(queue: Queue, opened: Open) -> None:
+    """Past the time they were received for, which is ours to say, not the queue's."""
+    queue.set_attributes(VisibilityTimeout="0")
+    queue.publish(b"held", b"waiting")
+    ours = opened(queue, lease=2.0)
+    held = receive(ours, 1)
+    ours.receive(1, 0)  # what its poll brings waits
+    deadline = time.monotonic() + 10
+    while not ours._polling.waiting() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for _ in range(4):
+        ours.extend(held, 2.0)
+        time.sleep(0.8)
+        assert queue.pull() == []
+    ours.ack([*held, *receive(ours, 1)])
+    assert queue.held() == 0
+
+
+def test_a_lease_that_ended_is_no_error(queue: Queue, opened: Open, caplog: pytest.LogCaptureFixture) -> None:
+    """The message came again by then; the first holder's acks and nacks change nothing for the second."""
+    queue.publish(b"x")
+    ours = opened(queue, lease=1.0)
+    late = receive(ours, 1)
+    (again,) = receive(ours, 1)
+    assert again.attempt == 2
+    queue.client.delete_message(QueueUrl=queue.queue_url, ReceiptHandle=again.receipt)
+    ours.nack(late, 0.0, FAILURE)
+    ours.extend(late, 60)
+    ours.ack(late)
+    assert logged(caplog) == [("lease_lost", 1), ("lease_lost", 1)]
+    assert receive(ours, 1, wait=0.5) == []
+
+
+def test_no_lease_is_asked_for_that_sqs_does_not_grant(queue: Queue, network: Network, opened: Open) -> None:
+    """Twelve hours from the receipt at the most; then the message comes again, and nobody is alarmed."""
+    queue.publish(b"x")
+    ours = opened(queue)
+    (held,) = receive(ours, 1)
+    old = replace(held, received_at=held.received_at - sqs_settlement.LONGEST_HOLD + 30)
+    ours.extend([old], 60.0)
+    ours.nack([old], 600.0, FAILURE)
+    ours.nack([replace(held, received_at=held.received_at - 13 * 3600)], 600.0, FAILURE)
+    told = [request["Entries"][0]["VisibilityTimeout"] for request in network.requests["ChangeMessageVisibilityBatch"]]
+    assert [29 <= told[0] <= 30, 29 <= told[1] <= 30, told[2]] == [True, True, 0]
+    before = len(network.requests["ChangeMessageVisibilityBatch"])
+    ours.extend([replace(held, received_at=held.received_at - 13 * 3600)], 60.0)
+    assert len(network.requests["ChangeMessageVisibilityBatch"]) == before
+
+
+def test_entries_that_fail_are_told_again_one_by_one(
+    queue: Queue, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those whose fault is SQS's; a lease that ended is counted, and one that is refused is said to be."""
+    queue.publish(*numbered(4))
+    ours = opened(queue)
+    held = receive(ours, 4)
+    failed = [
+        {"Id": "0", "SenderFault": False, "Code": "InternalError", "Message": "try again"},
+        {"Id": "1", "SenderFault": True, "Code": "ReceiptHandleIsInvalid"},
+        {"Id": "2", "SenderFault": True, "Code": "Strange", "Message": "because"},
+    ]
+    network.answers["DeleteMessageBatch"].append(Answer(200, Failed=failed, Successful=[{"Id": "3"}]))
+    ours.ack(held)
+    first, second = ([e["ReceiptHandle"] for e in r["Entries"]] for r in network.requests["DeleteMessageBatch"])
+    assert first == [delivery.receipt for delivery in held]
+    assert second == [held[0].receipt]
+    assert logged(caplog) == [("lease_lost", 1), ("settling_failed", 1)]
+    assert vars(caplog.records[1])["reason"] == "Strange: because"
+
+
+def test_many_are_settled_in_calls_of_ten(queue: Queue, network: Network, opened: Open) -> None:
+    """Each entry has a name of its own; all of them go."""
+    ours = opened(queue)
+    queue.publish(*numbered(25))
+    held = receive(ours, 25)
+    ours.ack(held)
+    entries = [request["Entries"] for request in network.requests["DeleteMessageBatch"]]
+    assert sorted(len(some) for some in entries) == [5, 10, 10]
+    assert len({entry["Id"] for some in entries for entry in some}) == 25
+    assert queue.held() == 0
+
+
+@pytest.mark.parametrize("trouble", [BUSY, BROKEN, Answer(200)], ids=["throttled", "5xx", "nothing said"])
+def test_acks_insist(queue: Queue, network: Network, opened: Open, trouble: Answer) -> None:
+    """A message whose ack is lost comes twice."""
+    queue.publish(b"a")
+    ours = opened(queue)
+    held = receive(ours, 1)
+    network.answers["DeleteMessageBatch"].extend([trouble] * 3)
+    ours.ack(held)
+    assert len(network.requests["DeleteMessageBatch"]) == 4
+    assert queue.held() == 0
+
+
+def test_an_ack_that_is_refused_is_told_and_no_error(
+    queue: Queue, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The messages come again; nothing else stops."""
+    queue.publish(b"a")
+    ours = opened(queue)
+    held = receive(ours, 1)
+    network.always["DeleteMessageBatch"] = DENIED
+    ours.ack(held)
+    assert len(network.requests["DeleteMessageBatch"]) == 1
+    assert logged(caplog) == [("settling_failed", 1)]
+
+
+def test_a_longer_outage_ends_the_insisting(
+    queue: Queue,
+    network: Network,
+    opened: Open,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By then the messages have been given to somebody else. One call that finds nobody speaks for the others."""
+    monkeypatch.setattr(sqs_settlement, "ACK_PATIENCE", 0.3)
+    monkeypatch.setattr(sqs_settlement, "THREADS", 1)
+    queue.publish(b"a")
+    ours = opened(queue)
+    (held,) = receive(ours, 1)
+    network.always["DeleteMessageBatch"] = BROKEN
+    ours.ack([held] * 500)
+    assert len(network.requests["DeleteMessageBatch"]) < 50
+    assert logged(caplog) == [("settling_failed", 500)]
+
+
+@pytest.mark.parametrize("number", [1, 30])
+def test_closing_ends_the_insisting(queue: Queue, network: Network, opened: Open, number: int) -> None:
+    """What the grace period did not suffice for is not waited for any more."""
+    queue.publish(b"a")
+    ours = opened(queue)
+    (held,) = receive(ours, 1)
+    network.always["DeleteMessageBatch"] = BROKEN
+    acking = threading.Thread(target=ours.ack, args=([held] * number,))
+    acking.start()
+    deadline = time.monotonic() + 10
+    while not network.requests["DeleteMessageBatch"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ours.close()
+    acking.join(10)
+    assert not acking.is_alive()
+    ours.ack([held] * number)  # a lane that is still at it hears nothing worse than that it failed
+
+
+def test_an_extension_is_tried_once(
+    queue: Queue, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that insists could overtake a nack. That it failed is said: the messages may not be ours any more."""
+    queue.publish(b"a")
+    ours = opened(queue)
+    held = receive(ours, 1)
+    ours.extend(held, 60)
+    network.always["ChangeMessageVisibilityBatch"] = BROKEN
+    with pytest.raises(QueueError, match="leases"):
+        ours.extend(held, 61)
+    assert len(network.requests["ChangeMessageVisibilityBatch"]) == 1 + aws.ATTEMPTS
+    assert [vars(record)["action"] for record in caplog.records] == ["extend"]
+
+
+def test_the_redrive_policy_gives_up_on_poison_while_its_neighbours_pass(
+    moto: Server, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`dead_letter` says when the message really is one; nothing waits for it any more."""
+    queue = Queue(moto, receives=3)
+    queue.publish(b"poison", b"good")
+    ours = opened(queue)
+    ours.check()
+    endings: list[tuple[int | None, bool]] = []
+    acked = 0
+    while not (acked and endings and endings[-1][1]):
+        for delivery in receive(ours, 1):
+            if delivery.body == b"good":
+                ours.ack([delivery])
+                acked += 1
+            else:
+                endings.append((delivery.attempt, ours.dead_letter(delivery, FAILURE)))
+    assert acked == 1
+    assert endings == [(1, False), (2, False), (3, True)]
+    assert receive(ours, 1, wait=0.5) == []
+    assert bodies(queue.dead_letters(1)) == [b"poison"]
+    assert ours.backlog() is None
+    assert "queue_gave_up" in [record.message for record in caplog.records]
+
+
+def test_poison_without_a_policy_comes_seldom(moto: Server, opened: Open) -> None:
+    """Nobody counts, so nothing may spin. Where the policy is not known there may be one, which has to be reached."""
+    queue = Queue(moto, receives=None)
+    queue.publish(b"poison")
+    ours = opened(queue)
+    (delivery,) = receive(ours, 1)
+    assert not ours.dead_letter(delivery, FAILURE)
+    (delivery,) = receive(ours, 1)
+    ours.check()
+    assert not ours.dead_letter(delivery, FAILURE)
+    assert receive(ours, 1, wait=1) == []
+
+
+def test_direct_dead_letters_carry_their_reason(queue: Queue, opened: Open) -> None:
+    """Buried at the first attempt; its own attributes are kept as far as ten go."""
+    queue.publish(b"poison", reason="theirs", **{f"own{number}": "é" for number in range(9)})
+    ours = opened(queue, direct_dead_letter=True)
+    assert ours.check() == []
+    (delivery,) = receive(ours, 1)
+    failure = Failure("Klaviyo said \x00 " + "é" * 2000, "send", "Rejected", "OrderCreated", "order", "")
+    assert ours.dead_letter(delivery, failure)
+    (letter,) = queue.dead_letters(1)
+    told = {name: value["StringValue"] for name, value in letter["MessageAttributes"].items()}
+    reason = told.pop("reason")
+    assert reason.startswith("Klaviyo said \N{REPLACEMENT CHARACTER} é")
+    assert len(reason.encode()) in {1023, 1024}
+    own = {name: told.pop(name) for name in list(told) if name.startswith("own")}
+    assert own == dict.fromkeys(("own0", "own1"), "é")
+    assert told == {
+        "stage": "send",
+        "error": "Rejected",
+        "message_type": "OrderCreated",
+        "resource_type": "order",
+        "queue": queue.name,
+        "message_id": delivery.id,
+        "attempt": "1",
+    }
+    assert letter["Body"] == "poison"
+    assert queue.held() == 0
+
+
+def test_a_dead_letter_that_cannot_be_sent_is_not_lost(
+    queue: Queue, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without its queue the message comes again."""
+    queue.publish(b"poison")
+    ours = opened(queue, direct_dead_letter=True)
+    (unknown,) = receive(ours, 1)
+    assert not ours.dead_letter(unknown, FAILURE)
+    ours.check()
+    queue.client.delete_queue(QueueUrl=queue.dead_url)
+    (delivery,) = receive(ours, 1)
+    assert not ours.dead_letter(delivery, FAILURE)
+    (again,) = receive(ours, 1)
+    assert again.attempt == 3
+    assert logged(caplog, "not_buried") == [("not_buried", None)]
+    ours.ack([again])
+
+
+def test_check_names_what_the_queue_lacks(moto: Server, opened: Open) -> None:
+    """One sentence each, with the command that mends it."""
+    bare = Queue(moto, receives=None)
+    (policy,) = opened(bare).check()
+    assert f"aws sqs set-queue-attributes --queue-url {bare.queue_url} --attributes" in policy
+    assert "no redrive policy" in policy
+    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct: .* has no dead-letter queue"):
+        opened(bare, direct_dead_letter=True).check()
+    few = Queue(moto, receives=4)
+    few.client.delete_queue(QueueUrl=few.dead_url)
+    dead, receives = opened(few).check()
+    assert dead == f"the dead-letter queue: {few.name}-dead does not exist: create it, or correct name or region"
+    assert "after 4 receives" in receives
+    with pytest.raises(QueueError, match=f"KLAVIYO_WORKER_DEAD_LETTER=direct: .* {few.name}-dead does not exist"):
+        opened(few, direct_dead_letter=True).check()
+    few.client.delete_queue(QueueUrl=few.queue_url)
+    with pytest.raises(QueueError, match=f"QUEUE_URL: {few.name} does not exist: create it"):
+        opened(few).check()
+
+
+def test_who_may_not_read_the_queue_is_warned_and_works(
+    moto: Server, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The policy is unknown, which only direct dead letters cannot do without."""
+    network.always["GetQueueAttributes"] = DENIED
+    queue = Queue(moto)
+    (warning,) = opened(queue).check()
+    assert warning.endswith("grant sqs:GetQueueAttributes on it")
+    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct: .* grant sqs:GetQueueAttributes on it"):
+        opened(queue, direct_dead_letter=True).check()
+    assert opened(queue).counts() == (None, None)
+
+
+def test_both_queues_are_counted_as_far_as_permitted(queue: Queue, network: Network, opened: Open) -> None:
+    """That one may not be read does not hide the other; scrapes in a row are one call to each."""
+    queue.publish(b"a", b"b")
+    queue.client.send_message(QueueUrl=queue.dead_url, MessageBody="dead")
+    ours = opened(queue)
+    assert ours.counts() == (2, None)  # nobody looked for its dead-letter queue yet
+    ours = opened(queue)
+    ours.check()
+    before = len(network.requests["GetQueueAttributes"])
+    assert [ours.counts(), ours.counts()] == [(2, 1)] * 2
+    assert len(network.requests["GetQueueAttributes"]) == before + 2
+    ours = opened(queue)
+    ours.check()
+    network.answers["GetQueueAttributes"].append(DENIED)
+    assert ours.counts() == (2, None)
+
+
+def test_a_count_that_takes_long_is_not_waited_for(
+    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scrape has a second for all. The next one may have it."""
+    monkeypatch.setattr(sampled, "PATIENCE", 0.05)
+    ours = opened(queue)
+    goes_on = threading.Event()
+    count = ours._client.get_queue_attributes
+    monkeypatch.setattr(ours._client, "get_queue_attributes", lambda **asked: goes_on.wait(10) and count(**asked))
+    with pytest.raises(TimeoutError):
+        ours.counts()
+    monkeypatch.setattr(sampled, "PATIENCE", 10)
+    goes_on.set()
+    assert ours.counts() == (0, None)
+
+
+def test_a_count_is_taken_anew_after_a_while(queue: Queue, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics follow the queue."""
+    ours = opened(queue)
+    assert ours.counts() == (0, None)
+    queue.publish(b"a")
+    monkeypatch.setattr(sampled, "KEPT_FOR", 0.0)
+    assert ours.counts() == (1, None)
+
+
+def test_stopping_returns_what_was_not_received_and_settles_the_rest(queue: Queue, opened: Open) -> None:
+    """At once, not when the leases end; acks after the stop count."""
+    queue.publish(*numbered(30))
+    ours = opened(queue)
+    held = receive(ours, 5)
+    ours.receive(25, 0)
+    ours.stop()
+    ours.ack(held)
+    ours.close()
+    back = queue.pull(25, wait=5)
+    assert sorted(bodies(back)) == sorted(set(numbered(30)) - {delivery.body for delivery in held})
+    assert queue.held() == 0
+
+
+def test_polls_that_do_not_end_are_not_waited_for_twice(
+    queue: Queue, opened: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they bring comes again by itself."""
+    monkeypatch.setattr(polling, "STOP_SECONDS", -0.9)
+    ours = opened(queue)
+    ours.receive(1, 0)
+    ours.stop()
+    ours.stop()
+    assert logged(caplog) == [("polls_not_ended", None)]
+
+
+def test_no_more_is_asked_for_than_there_is_room(queue: Queue, network: Network, opened: Open) -> None:
+    """Nor while nobody waits for messages: what is in the inbox is out of reach for others."""
+    queue.publish(*numbered(40))
+    ours = opened(queue)
+    got = receive(ours, 23)
+    assert len(got) == 23
+    handed_out = sum(request["MaxNumberOfMessages"] for request in network.requests["ReceiveMessage"])
+    assert handed_out == 23
+    polls = len(network.requests["ReceiveMessage"])
+    time.sleep(0.3)
+    assert len(network.requests["ReceiveMessage"]) == polls
+    assert {request["VisibilityTimeout"] for request in network.requests["ReceiveMessage"]} == {60}
+
+
+def test_polls_grow_while_they_come_back_full_and_shrink_when_one_is_empty(
+    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every poll is paid for."""
+    monkeypatch.setattr(polling, "MAX_RECEIVERS", 3)
+    queue.publish(*numbered(60))
+    ours = opened(queue)
+    most = 0
+    got: list[SQSDelivery] = []
+    while len(got) < 60:
+        got += ours.receive(1000, 0.5)
+        most = max(most, ours._polling._receivers)
+    ours.ack(got)
+    assert most == 3
+    deadline = time.monotonic() + 10
+    while ours._polling._receivers > 1 and time.monotonic() < deadline:
+        ours.receive(1000, 0.2)
+    deadline = time.monotonic() + 3
+    while len(ours._polling._polls) > 1 and time.monotonic() < deadline:
+        ours.receive(1000, 0.1)
+    before = len(network.requests["ReceiveMessage"])
+    for _ in range(10):
+        ours.receive(1000, 0.1)
+    assert len(network.requests["ReceiveMessage"]) - before <= 2
+
+
+@pytest.mark.parametrize("refusal", [NO_QUEUE, DENIED, Answer(403, "InvalidClientTokenId")])
+def test_a_refusal_that_lasts_is_told_and_may_end(
+    queue: Queue,
+    network: Network,
+    opened: Open,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    refusal: Answer,
+) -> None:
+    """Somebody grants it, or makes the queue anew: the worker goes on by itself."""
+    monkeypatch.setattr(polling, "REFUSED_FOR", 0.3)
+    monkeypatch.setattr(polling, "FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(polling, "LONGEST_PAUSE", 0.2)
+    network.always["ReceiveMessage"] = refusal
+    ours = opened(queue)
+    with pytest.raises(QueueRefusedError, match="QUEUE_URL: SQS refuses to hand out messages: An error occurred"):
+        receive(ours, 1)
+    with pytest.raises(QueueRefusedError):
+        receive(ours, 1)
+    assert "receive_failed" in [record.message for record in caplog.records]
+    del network.always["ReceiveMessage"]
+    queue.publish(b"back")
+    ours._polling._refusal = ""
+    assert [delivery.body for delivery in receive(ours, 1)] == [b"back"]
+    assert ours._polling._refused_since is None
+
+
+@pytest.mark.parametrize("trouble", [BUSY, BROKEN])
+def test_other_trouble_is_outlasted_without_end(
+    queue: Queue,
+    network: Network,
+    opened: Open,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    trouble: Answer,
+) -> None:
+    """Throttled or broken, SQS will be back; tries become rarer, and a success forgets that."""
+    monkeypatch.setattr(polling, "REFUSED_FOR", 0.0)
+    monkeypatch.setattr(polling, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(polling, "LONGEST_PAUSE", 0.1)
+    network.answers["ReceiveMessage"].extend([trouble] * 3 * aws.ATTEMPTS)
+    queue.publish(b"x")
+    ours = opened(queue)
+    ours._polling._pause = polling.FIRST_PAUSE
+    assert len(receive(ours, 1)) == 1
+    assert [vars(record)["again_s"] for record in caplog.records] == [0.05, 0.1, 0.1]
+    assert ours._polling._pause == 0.05
+
+
+def test_a_network_that_was_down_is_used_again(
+    queue: Queue, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Connections cut in the middle of a poll, and refused for a while."""
+    ours = opened(queue)
+    ours.receive(1, 0.3)
+    network.down()
+    assert receive(ours, 1, wait=1.5) == []  # the poll that was cut ends at the server meanwhile
+    queue.publish(b"x")
+    network.up()
+    assert len(receive(ours, 1)) == 1
+    assert "receive_failed" in [record.message for record in caplog.records]
+
+
+def test_an_answer_that_is_none_does_not_end_the_receiving(
+    queue: Queue, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever a proxy says."""
+    network.answers["ReceiveMessage"].append(Answer(200, Messages=[{"MessageId": "1"}]))
+    queue.publish(b"x")
+    ours = opened(queue)
+    assert len(receive(ours, 1)) == 1
+    assert [vars(record)["error"] for record in caplog.records] == ["KeyError"]
+
+
+def test_publish_fills_the_queue(queue: Queue, opened: Open) -> None:
+    """In calls that SQS takes: ten messages, a mebibyte."""
+    ours = opened(queue)
+    assert ours.publish(iter(numbered(25))) == 25
+    assert ours.publish([b"x" * 400_000] * 5) == 5
+    assert len(queue.pull()) == 30
+
+
+@pytest.mark.parametrize("body", [b"", b"\xff", b"a\x00", "\ufffe".encode(), b"\x0b"])
+def test_publish_names_the_message_that_sqs_does_not_take(queue: Queue, opened: Open, body: bytes) -> None:
+    """Its number, and how many went in before."""
+    with pytest.raises(QueueError, match=r"10 messages were published, then: message 12 is not what SQS takes"):
+        opened(queue).publish([*[b"fine"] * 11, body, b"fine"])
+    assert len(queue.pull()) == 10
+
+
+def test_publish_tells_what_sqs_did_not_take(queue: Queue, network: Network, opened: Open) -> None:
+    """Each entry of a call has a fate of its own."""
+    failed = [{"Id": str(number), "SenderFault": True, "Code": "Strange", "Message": "because"} for number in (1, 2)]
+    network.answers["SendMessageBatch"].append(Answer(200, Failed=failed, Successful=[{"Id": "0"}]))
+    ours = opened(queue)
+    with pytest.raises(QueueError, match="1 messages were published, then: SQS did not take message 2, 3: Strange"):
+        ours.publish([b"a", b"b", b"c"])
+    network.answers["SendMessageBatch"].extend([BROKEN, BUSY])
+    assert ours.publish([b"a"]) == 1
+    network.answers["SendMessageBatch"].append(DENIED)
+    with pytest.raises(QueueError, match=r"0 messages were published, then: An error occurred .AccessDenied"):
+        ours.publish([b"a"])
+
+
+def test_fifo_queues_are_read_and_not_written(moto: Server, opened: Open) -> None:
+    """Their messages need groups, which neither a line of a file nor a dead letter has."""
+    client = Queue(moto, receives=None).client
+    url = client.create_queue(QueueName="orders.fifo", Attributes={"FifoQueue": "true"})["QueueUrl"]
+    client.send_message(QueueUrl=url, MessageBody="x", MessageGroupId="g", MessageDeduplicationId="1")
+    ours = open_queue("sqs://orders.fifo")
+    assert isinstance(ours, SQSQueue)
+    ours.ack(receive(ours, 1))
+    with pytest.raises(QueueError, match=r"orders.fifo is a FIFO queue, which `publish` does not fill"):
+        ours.publish([b"x"])
+    ours.close()
+    direct = open_queue("sqs://orders.fifo", QueueOptions(direct_dead_letter=True))
+    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct is not for FIFO queues"):
+        direct.check()
+    direct.close()
+
+
+def test_both_forms_of_url_name_the_queue(moto: Server, queue: Queue) -> None:
+    """By name, wherever AWS's variables lead; by the URL that AWS shows, in its region."""
+    queue.publish(b"x")
+    ours = open_queue(f"https://sqs.eu-central-1.amazonaws.com/123456789012/{queue.name}")
+    assert isinstance(ours, SQSQueue)
+    ours.ack(receive(ours, 1))
+    ours.close()
+    named = open_queue(f"{queue.url}?region=eu-central-1")
+    assert named.check() == []
+    named.close()
+    with pytest.raises(QueueError, match=f"QUEUE_URL: {queue.name} does not exist: create it, or correct name or reg"):
+        open_queue(f"{queue.url}?region=us-east-1")
+
+
+def test_the_region_of_a_container_is_used(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ECS sets AWS_REGION, which boto3 does not read."""
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    with pytest.raises(QueueError, match=r"no AWS region: write sqs://NAME\?region=REGION, or set AWS_DEFAULT_REGION"):
+        open_queue(queue.url)
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    open_queue(queue.url).close()
+
+
+@pytest.mark.parametrize("url", ["sqs://", "sqs://a/b", "sqs://a?lease=3", "https://example.com/q", "sqs://a:b@c"])
+def test_a_malformed_url_says_what_was_expected(url: str) -> None:
+    """Exit code 2, not a call that fails later."""
+    with pytest.raises(QueueURLError, match=r"sqs://NAME\[\?region=REGION\] or https://sqs.REGION.amazonaws.com"):
+        open_queue(url)
+
+
+def test_what_boto3_lacks_is_named(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No traceback from its depths."""
+    monkeypatch.setattr(aws, "PATIENCE", 0.1)
+    with monkeypatch.context() as changed:
+        changed.setenv("AWS_PROFILE", "nobody")
+        with pytest.raises(QueueError, match="AWS's own settings are no use: The config profile"):
+            open_queue(queue.url)
+    with monkeypatch.context() as changed:
+        changed.setenv("AWS_ENDPOINT_URL_SQS", "http://127.0.0.1:1")
+        with pytest.raises(QueueError, match=f"cannot reach SQS for {queue.name}: Could not connect"):
+            open_queue(queue.url)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(QueueError, match=r"no AWS credentials \(NoCredentialsError\): set AWS_ACCESS_KEY_ID and"):
+        open_queue(queue.url)
+
+
+def test_a_refused_signature_shows_no_token(queue: Queue, network: Network) -> None:
+    """AWS answers with the headers it was given, in further lines."""
+    said = "The signature does not match.\n\nThe Canonical String is\nx-amz-security-token:SECRET"
+    network.answers["GetQueueUrl"].append(Answer(403, "SignatureDoesNotMatch", said))
+    with pytest.raises(QueueError, match="SQS refuses") as error:
+        open_queue(queue.url)
+    assert "does not match" in str(error.value)
+    assert "SECRET" not in str(error.value)
