@@ -56,10 +56,11 @@ class LongPolling:
     when they are there: what is taken may be larger than wanted by those of `MAX_RECEIVERS` polls.
     """
 
-    def __init__(self, client: SQSClient, queue_url: str, *, lease: float) -> None:
+    def __init__(self, client: SQSClient, queue_url: str, *, lease: float, poll_seconds: int) -> None:
         self._client = client
         self._queue_url = queue_url
         self._lease = lease
+        self._poll_seconds = poll_seconds
         self._inbox: Inbox[SQSDelivery] = Inbox()
         self._lock = Lock()  # guards all below
         self._polls: set[Thread] = set()
@@ -93,7 +94,7 @@ class LongPolling:
     def stop(self) -> list[SQSDelivery]:
         """Wait for the polls under way. Returns what arrived and was not taken."""
         with self._lock:
-            patience = 0.0 if self._stopped else POLL_SECONDS + STOP_SECONDS
+            patience = 0.0 if self._stopped else self._poll_seconds + STOP_SECONDS
             self._stopped, polls = True, list(self._polls)
         deadline = time.monotonic() + patience
         for poll in polls:
@@ -142,7 +143,7 @@ class LongPolling:
         answer = self._client.receive_message(
             QueueUrl=self._queue_url,
             MaxNumberOfMessages=at_most,
-            WaitTimeSeconds=POLL_SECONDS,
+            WaitTimeSeconds=self._poll_seconds,
             VisibilityTimeout=math.ceil(self._lease),
             MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
             MessageAttributeNames=["All"],

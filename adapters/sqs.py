@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from adapters import aws, sqs_sending
 from adapters.awaited import Awaited
 from adapters.base import QueueError, QueueURLError
-from adapters.long_polling import LongPolling, SQSDelivery
+from adapters.long_polling import POLL_SECONDS, LongPolling, SQSDelivery
 from adapters.sampled import Sampled
 from adapters.sqs_settlement import LEASE, Settlement
 
@@ -43,22 +43,36 @@ _READ = "grant sqs:GetQueueAttributes on it"
 
 def open_url(url: str, options: QueueOptions) -> SQSQueue:
     """Open `sqs://NAME[?region=REGION]`, or the URL by which AWS names the queue."""
-    named = _BY_NAME.fullmatch(url) or _BY_URL.fullmatch(url)
-    if named is None:
-        raise QueueURLError(_EXPECTED)
-    client = aws.connect(named["region"] or "")
+    name, region = parse_url(url)
+    client = aws.connect(region)
     if url.startswith("https:"):
         return SQSQueue(client, url, options)
     try:
-        return SQSQueue(client, aws.insist(client.get_queue_url, QueueName=named["name"])["QueueUrl"], options)
+        return SQSQueue(client, aws.insist(client.get_queue_url, QueueName=name)["QueueUrl"], options)
     except aws.ERRORS as error:
-        raise QueueError(f"QUEUE_URL: {aws.explain(error, named['name'])}") from None
+        raise QueueError(f"QUEUE_URL: {aws.explain(error, name)}") from None
+
+
+def parse_url(url: str) -> tuple[str, str]:
+    """Return the queue's name and its region, "" where that is left to AWS's variables. Raises QueueURLError."""
+    named = _BY_NAME.fullmatch(url) or _BY_URL.fullmatch(url)
+    if named is None:
+        raise QueueURLError(_EXPECTED)
+    return named["name"], named["region"] or ""
 
 
 class SQSQueue:
     """A queue. Implements QueueAdapter, Publisher and Countable."""
 
-    def __init__(self, client: SQSClient, url: str, options: QueueOptions, *, lease: float = LEASE) -> None:
+    def __init__(
+        self,
+        client: SQSClient,
+        url: str,
+        options: QueueOptions,
+        *,
+        lease: float = LEASE,
+        poll_seconds: int = POLL_SECONDS,
+    ) -> None:
         """`lease`: seconds that messages are received for, whatever the queue's own visibility timeout is."""
         self._client = client
         self._url = url
@@ -66,7 +80,7 @@ class SQSQueue:
         self._options = options
         self._lease = lease
         self._settlement = Settlement(client, url)
-        self._polling = LongPolling(client, url, lease=lease)
+        self._polling = LongPolling(client, url, lease=lease, poll_seconds=poll_seconds)
         self._dead_letter_url: str | None = None  # "" when the queue has none, None when it is not known
         self._max_receives = math.inf
         self._awaited = Awaited()

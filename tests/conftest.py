@@ -33,6 +33,7 @@ _OURS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "
 _QUEUES = ("PUBSUB_", "AWS_", "AZURE_", "SERVICEBUS_")
 _SHARED = pytest.StashKey[Emulator]()
 _SHARED_SQS = pytest.StashKey[dict[str, sqs.Server]]()
+_FIXTURES = {"pubsub": "emulator", "sqs": "fauxqs"}  # servers that all tests share
 _SLOWEST = {"acceptance": 0, "faults": 0, "integration": 1}  # 2: all others
 
 
@@ -115,8 +116,8 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
     with ExitStack() as stack:
 
         def server(name: str) -> Any:
-            if name == "pubsub":
-                return request.getfixturevalue("emulator")
+            if name in _FIXTURES:
+                return request.getfixturevalue(_FIXTURES[name])
             if name not in running:
                 require(rig_type(name).missing())
                 running[name] = stack.enter_context(rig_type(name).server())

@@ -17,7 +17,7 @@ from collections import defaultdict, deque
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from socket import SHUT_RDWR, socket
+from socket import MSG_DONTWAIT, MSG_PEEK, SHUT_RDWR, socket
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,12 @@ from botocore.config import Config
 from tests.emulator import free_port
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mypy_boto3_sqs import SQSClient
     from mypy_boto3_sqs.type_defs import MessageTypeDef
+
+    Receipt = tuple[str, str]  # of a message handed out: the queue's URL, and what SQS calls a receipt handle
 
 REGION = "eu-central-1"
 FAUXQS = Path(sys.prefix) / "node_modules" / "fauxqs" / "dist" / "server.js"
@@ -50,7 +54,7 @@ class Server:
     def __init__(self, kind: str, port: int = 0) -> None:
         if why := missing(kind):
             (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(why)
-        self._kind = kind
+        self.kind = kind
         self.port = port or free_port()
         self._process: subprocess.Popen[bytes] | None = None
         if not port:
@@ -58,7 +62,7 @@ class Server:
 
     def start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("COV", "AWS_"))}
-        if self._kind == "moto":
+        if self.kind == "moto":
             command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         else:
             command = ["node", str(FAUXQS)]
@@ -72,7 +76,7 @@ class Server:
             except urllib.error.HTTPError:
                 return
             except OSError:
-                assert time.monotonic() < deadline, f"{self._kind} did not start"
+                assert time.monotonic() < deadline, f"{self.kind} did not start"
                 time.sleep(0.1)
             else:
                 return
@@ -95,20 +99,25 @@ def environment(port: int) -> dict[str, str]:
     }
 
 
+def client(port: int) -> SQSClient:
+    """Return a client of a stand-in."""
+    return boto3.client(
+        "sqs",
+        endpoint_url=f"http://127.0.0.1:{port}",
+        region_name=REGION,
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        config=Config(max_pool_connections=20),
+    )
+
+
 class Queue:
     """A queue with a redrive policy, and its dead-letter queue."""
 
     def __init__(self, server: Server, *, receives: int | None = 5, name: str = "") -> None:
         self.server = server
         self.name = name or f"q{uuid.uuid4().hex[:8]}"
-        self.client: SQSClient = boto3.client(
-            "sqs",
-            endpoint_url=f"http://127.0.0.1:{server.port}",
-            region_name=REGION,
-            aws_access_key_id="test",
-            aws_secret_access_key="test",
-            config=Config(max_pool_connections=20),
-        )
+        self.client = client(server.port)
         self._receives = receives
         self.create()
 
@@ -158,14 +167,38 @@ class Queue:
                 return taken
             time.sleep(0 if batch else 0.05)
 
-    def held(self) -> int:
+    def wait_for(self, url: str, at_least: int) -> None:
+        """Wait a while until a queue holds so many messages."""
+        deadline = time.monotonic() + 20.0
+        while self.held(url) < at_least and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def held(self, url: str = "") -> int:
         """Count what was never settled, ready, delayed or leased."""
-        told = self.client.get_queue_attributes(QueueUrl=self.queue_url, AttributeNames=["All"])["Attributes"]
+        told = self.client.get_queue_attributes(QueueUrl=url or self.queue_url, AttributeNames=["All"])["Attributes"]
         return sum(int(value) for name, value in told.items() if name.startswith("ApproximateNumberOfMessages"))
+
+    def look(self, url: str) -> list[tuple[bytes, dict[str, str]]]:
+        """Return body and attributes of all that a queue holds; what is leased has no body on moto."""
+        if self.server.kind == "moto":
+            ready = self.client.receive_message(
+                QueueUrl=url, MaxNumberOfMessages=10, VisibilityTimeout=0, MessageAttributeNames=["All"]
+            ).get("Messages", [])
+            seen = [(m["Body"].encode(), _texts(m.get("MessageAttributes", {}))) for m in ready]
+            return seen + [(b"", {})] * (self.held(url) - len(seen))
+        path = f"_fauxqs/queues/{url.rpartition('/')[2]}"
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.server.port}/{path}", timeout=10) as told:
+            queue = json.load(told)["messages"]
+        messages = [*queue["ready"], *queue["delayed"], *(each["message"] for each in queue["inflight"])]
+        return [(m["body"].encode(), _texts(m["messageAttributes"])) for m in messages]
 
     def dead_letters(self, at_least: int = 0, wait: float = 20.0) -> list[MessageTypeDef]:
         """Take the dead letters, waiting until there are so many."""
         return self.pull(at_least, wait=wait, dead=True) if at_least else self.pull(dead=True)
+
+
+def _texts(attributes: Mapping[str, Any]) -> dict[str, str]:
+    return {name: value["StringValue"] for name, value in attributes.items()}
 
 
 def bodies(messages: list[MessageTypeDef]) -> list[bytes]:
@@ -198,8 +231,9 @@ class Network:
         self.answers: dict[str, deque[Answer]] = defaultdict(deque)
         self.always: dict[str, Answer] = {}
         self.requests: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        self.links: set[socket] = set()
-        self._receipts: list[tuple[str, str]] = []  # queue and receipt of all that was handed out
+        self.links: dict[socket, list[Receipt]] = {}
+        self._gone: list[Receipt] = []  # of messages handed out by links that are no more
+        self._client = client(server.port)
         self._upstream = f"http://127.0.0.1:{server.port}/"
         self._pool = urllib3.PoolManager(maxsize=20)
         self.up()
@@ -222,13 +256,18 @@ class Network:
             with suppress(OSError):
                 link.shutdown(SHUT_RDWR)
 
-    def end_leases(self, queue: Queue) -> None:
-        """Have what was handed out and not deleted come again now, as when its leases run out."""
-        for url, receipt in self._receipts:
-            with suppress(queue.client.exceptions.ClientError):
-                queue.client.change_message_visibility(QueueUrl=url, ReceiptHandle=receipt, VisibilityTimeout=0)
+    def end_leases(self) -> None:
+        """Have what was handed out by links that are gone come again now, as when its leases run out."""
+        while self._gone:
+            url, receipt = self._gone.pop()
+            with suppress(self._client.exceptions.ClientError):
+                self._client.change_message_visibility(QueueUrl=url, ReceiptHandle=receipt, VisibilityTimeout=0)
 
-    def handle(self, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def ended(self, link: socket) -> None:
+        """Note that a link is gone."""
+        self._gone += self.links.pop(link, ())
+
+    def handle(self, link: socket, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
         operation, request = headers["X-Amz-Target"].rpartition(".")[2], json.loads(body)
         self.requests[operation].append(request)
         waiting = self.answers[operation]
@@ -238,7 +277,10 @@ class Network:
         told = self._pool.request("POST", self._upstream, body=body, headers=headers, retries=False, timeout=30)
         if operation == "ReceiveMessage" and told.status == 200:
             messages = told.json().get("Messages") or []
-            self._receipts += [(request["QueueUrl"], message["ReceiptHandle"]) for message in messages]
+            self.links[link] += [(request["QueueUrl"], message["ReceiptHandle"]) for message in messages]
+            if _is_gone(link):  # a poll outlives who made it
+                self.ended(link)
+                self.end_leases()
         kept = {name: value for name, value in told.headers.items() if name.lower() == "x-amzn-query-error"}
         return told.status, kept, told.data
 
@@ -249,10 +291,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.relay.links.add(self.connection)
+        self.relay.links[self.connection] = []
 
     def finish(self) -> None:
-        self.relay.links.discard(self.connection)
+        self.relay.ended(self.connection)
         with suppress(OSError):
             super().finish()
 
@@ -260,7 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         names = {name: value for name, value in self.headers.items() if name.lower() not in {"host", "content-length"}}
         with suppress(OSError, urllib3.exceptions.HTTPError):
-            status, headers, data = self.relay.handle(names, body)
+            status, headers, data = self.relay.handle(self.connection, names, body)
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -271,3 +313,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: Any) -> None:
         pass
+
+
+def _is_gone(link: socket) -> bool:
+    try:
+        return link.recv(1, MSG_PEEK | MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

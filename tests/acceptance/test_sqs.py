@@ -139,7 +139,7 @@ def test_what_a_killed_worker_held_comes_again_when_its_leases_end(
     process.wait()
     assert not workload.is_done()
     time.sleep(0.2)  # for answers that are still under way
-    network.end_leases(queue)
+    network.end_leases()
     network.down()
     process = worker.start("run")
     wait_for(workload.is_done, SOON)
@@ -185,7 +185,7 @@ def test_a_network_that_is_down_for_a_while_costs_nothing(worker: Worker, sandbo
     wait_for(lambda: len(sandbox.account.events) > 20)
     network.down()
     time.sleep(2)
-    network.end_leases(queue)  # of answers that were cut off; what the worker holds comes twice, as in longer outages
+    network.end_leases()  # of answers that were cut off; what the worker holds comes twice, as in longer outages
     queue.publish(*workload.bodies[150:])
     network.up()
     wait_for(workload.is_done, SOON)

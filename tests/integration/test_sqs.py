@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-def hasty(moto: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On moto, with polls that end soon: who stops waits for them."""
-    monkeypatch.setattr(polling, "POLL_SECONDS", 1)
+def on_moto(moto: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in sqs.environment(moto.port).items():
         monkeypatch.setenv(name, value)
 
@@ -58,12 +56,12 @@ def network(moto: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
 
 @pytest.fixture
 def opened() -> Iterator[Open]:
-    """Open queues that are closed in the end."""
+    """Open queues, with polls that end soon, as closing waits for them; closed in the end."""
     queues: list[SQSQueue] = []
 
     def open_(queue: Queue, lease: float = 60.0, **options: Any) -> SQSQueue:
         client = aws.connect()
-        queues.append(SQSQueue(client, queue.queue_url, QueueOptions(**options), lease=lease))
+        queues.append(SQSQueue(client, queue.queue_url, QueueOptions(**options), lease=lease, poll_seconds=1))
         return queues[-1]
 
     yield open_

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 RIGS = {  # imported on use: their clients are large
     "embedded": "tests.rigs.embedded:Embedded",
     "pubsub": "tests.rigs.pubsub:PubSub",
+    "sqs": "tests.rigs.sqs:SQS",
 }
 EXAMPLES = {"directory": "tests.rigs.directory:Directory"}  # of docs/examples: they keep the contract too
 

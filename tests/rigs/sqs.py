@@ -1,0 +1,95 @@
+"""A queue and its dead-letter queue on a stand-in for AWS SQS."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from adapters import QueueOptions, aws
+from adapters.long_polling import SQSDelivery
+from adapters.sqs import SQSQueue
+from adapters.sqs_sending import MAX_BYTES
+from adapters.sqs_settlement import LEASE, LONGEST_HOLD
+from tests.rigs.base import Guarantees, Letter
+from tests.sqs import Network, Queue, Server, environment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from adapters import Delivery, QueueAdapter
+
+
+class SQS:
+    """Implements Rig.
+
+    With `kills` behind a relay, which knows what was handed to a worker that died.
+    """
+
+    guarantees: ClassVar = Guarantees(
+        in_order=False,
+        lease=LEASE,
+        longest_delay=LONGEST_HOLD,
+        unhandled_is_free=False,
+        dead_letter="asked",
+        gave_up=False,
+        backlog="approximate",
+        largest=MAX_BYTES,
+        any_bytes=False,
+    )
+    attempts = 5
+
+    def __init__(self, server: Server, directory: Path, *, kills: bool = False) -> None:
+        self.lease = 2.0 if kills else LEASE
+        self._queue = Queue(server, receives=self.attempts)
+        self._network = Network(server) if kills else None
+        port = self._network.port if self._network else server.port
+        self.environment = {"QUEUE_URL": self._queue.url, **environment(port)}
+        self.missing_url = "sqs://nowhere"
+
+    @staticmethod
+    @contextmanager
+    def server() -> Iterator[Server]:
+        server = Server("fauxqs")
+        try:
+            yield server
+        finally:
+            server.kill()
+
+    def opener(self, **options: Any) -> Callable[[], QueueAdapter]:
+        return partial(_open, self._queue.queue_url, self.lease, options)
+
+    def publish(self, bodies: Sequence[bytes]) -> None:
+        self._queue.publish(*bodies)
+
+    def is_empty(self) -> bool:
+        return self._queue.held() == 0
+
+    def dead_letters(self, at_least: int = 0) -> list[Letter]:
+        url = self._queue.dead_url
+        self._queue.wait_for(url, at_least)
+        return [Letter(body, about) for body, about in self._queue.look(url)]
+
+    def left(self) -> list[bytes]:
+        return [body for body, _ in self._queue.look(self._queue.queue_url)]
+
+    def worker_died(self) -> None:
+        """End its leases, as a minute of waiting would."""
+        assert self._network is not None
+        self._network.end_leases()
+
+    def lose(self, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            assert isinstance(delivery, SQSDelivery)
+            self._queue.client.change_message_visibility(
+                QueueUrl=self._queue.queue_url, ReceiptHandle=delivery.receipt, VisibilityTimeout=0
+            )
+
+    def close(self) -> None:
+        if self._network is not None:
+            self._network.down()
+
+
+def _open(url: str, lease: float, options: dict[str, Any]) -> QueueAdapter:
+    return SQSQueue(aws.connect(), url, QueueOptions(**options), lease=lease, poll_seconds=1)
