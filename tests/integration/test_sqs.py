@@ -88,49 +88,13 @@ def logged(caplog: pytest.LogCaptureFixture, *names: str) -> list[tuple[str, Any
     return [record for record in records if not names or record[0] in names]
 
 
-def test_messages_come_in_batches_and_are_gone_once_acked(queue: Queue, opened: Open) -> None:
-    """Any text, attributes, the attempt, and the time of sending arrive."""
-    sent = ["é \U0001f600 private".encode(), b"x" * 200_000, *numbered(30)]
-    queue.publish(*sent[:2], colour="blue")
-    queue.publish(*sent[2:])
+def test_attributes_arrive_and_receipts_are_not_shown(queue: Queue, opened: Open) -> None:
+    """Who reads a log must not be able to delete messages."""
+    queue.publish("é \U0001f600".encode(), colour="blue", number="7")
     ours = opened(queue)
-    assert ours.check() == []
-    assert ours.lease == 60.0
-    got = receive(ours, len(sent))
-    assert sorted(delivery.body for delivery in got) == sorted(sent)
-    by_body = {delivery.body: delivery for delivery in got}
-    assert by_body[sent[0]].attributes == {"colour": "blue"}
-    assert {delivery.attempt for delivery in got} == {1}
-    assert 0 <= time.time() - got[0].published_at.timestamp() < 60
-    assert "private" not in repr(got)
-    assert got[0].receipt not in repr(got)
-    ours.ack(got)
-    assert queue.held() == 0
-
-
-def test_receive_waits_no_longer_than_asked(queue: Queue, opened: Open) -> None:
-    """Idle: an empty batch, in time, whatever the poll under way does."""
-    ours = opened(queue)
-    began = time.monotonic()
-    assert ours.receive(10, 0.3) == []
-    assert 0.25 < time.monotonic() - began < 1
-    assert ours.backlog() is None
-
-
-def test_nacked_messages_come_again_no_sooner_than_asked(queue: Queue, opened: Open) -> None:
-    """At once, or after the delay; with the attempt counted up; and they are known to be under way."""
-    queue.publish(b"now", b"later")
-    ours = opened(queue)
-    first = {delivery.body: delivery for delivery in receive(ours, 2)}
-    nacked = time.monotonic()
-    ours.nack([first[b"later"]], 2.0, FAILURE)
-    ours.nack([first[b"now"]])
-    assert ours.backlog() == 2
-    now, later = receive(ours, 1)[0], receive(ours, 1)[0]
-    assert time.monotonic() - nacked > 1.9
-    assert [(delivery.body, delivery.attempt) for delivery in (now, later)] == [(b"now", 2), (b"later", 2)]
-    ours.ack([now, later])
-    assert ours.backlog() is None
+    (delivery,) = receive(ours, 1)
+    assert (delivery.body, delivery.attributes) == ("é \U0001f600".encode(), {"colour": "blue", "number": "7"})
+    assert delivery.receipt not in repr(delivery)
 
 
 def test_what_is_sent_back_counts_when_sqs_does_not_see_it(queue: Queue, network: Network, opened: Open) -> None:
@@ -304,29 +268,24 @@ def test_an_extension_is_tried_once(
     assert [vars(record)["action"] for record in caplog.records] == ["extend"]
 
 
-def test_the_redrive_policy_gives_up_on_poison_while_its_neighbours_pass(
+def test_what_the_queue_gives_up_on_is_logged_with_its_last_reason(
     moto: Server, opened: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`dead_letter` says when the message really is one; nothing waits for it any more."""
-    queue = Queue(moto, receives=3)
-    queue.publish(b"poison", b"good")
+    """The dead letter itself tells none. Nothing is waited for any more."""
+    queue = Queue(moto, receives=2)
+    queue.publish(b"poison")
     ours = opened(queue)
     ours.check()
-    endings: list[tuple[int | None, bool]] = []
-    acked = 0
-    while not (acked and endings and endings[-1][1]):
-        for delivery in receive(ours, 1):
-            if delivery.body == b"good":
-                ours.ack([delivery])
-                acked += 1
-            else:
-                endings.append((delivery.attempt, ours.dead_letter(delivery, FAILURE)))
-    assert acked == 1
-    assert endings == [(1, False), (2, False), (3, True)]
+    ours.nack(receive(ours, 1), 0.0, FAILURE)
+    assert len(ours._awaited) == 1
+    ours.nack(receive(ours, 1), 0.0, FAILURE)
+    assert len(ours._awaited) == 0
+    assert [(record.message, vars(record)["reason"]) for record in caplog.records] == [
+        ("queue_gave_up", FAILURE.reason)
+    ]
     assert receive(ours, 1, wait=0.5) == []
     assert bodies(queue.dead_letters(1)) == [b"poison"]
     assert ours.backlog() is None
-    assert "queue_gave_up" in [record.message for record in caplog.records]
 
 
 def test_poison_without_a_policy_comes_seldom(moto: Server, opened: Open) -> None:
@@ -461,20 +420,6 @@ def test_a_count_is_taken_anew_after_a_while(queue: Queue, opened: Open, monkeyp
     queue.publish(b"a")
     monkeypatch.setattr(sampled, "KEPT_FOR", 0.0)
     assert ours.counts() == (1, None)
-
-
-def test_stopping_returns_what_was_not_received_and_settles_the_rest(queue: Queue, opened: Open) -> None:
-    """At once, not when the leases end; acks after the stop count."""
-    queue.publish(*numbered(30))
-    ours = opened(queue)
-    held = receive(ours, 5)
-    ours.receive(25, 0)
-    ours.stop()
-    ours.ack(held)
-    ours.close()
-    back = queue.pull(25, wait=5)
-    assert sorted(bodies(back)) == sorted(set(numbered(30)) - {delivery.body for delivery in held})
-    assert queue.held() == 0
 
 
 def test_polls_that_do_not_end_are_not_waited_for_twice(
