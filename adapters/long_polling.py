@@ -1,7 +1,7 @@
 """Receives from SQS by long polls: one at a time while nothing comes, up to ten while messages wait.
 
-AWS charges for every poll and hands out ten messages in one at the most, so more than one poll pays only while
-they come back full.
+AWS charges for every poll and hands out ten messages in one at the most, so more than one at a time pays only while
+they come back well filled.
 """
 
 from __future__ import annotations
@@ -152,9 +152,12 @@ class LongPolling:
         return [_delivery(message, now) for message in answer.get("Messages", ())]
 
     def _received(self, messages: int, asked: int) -> None:
-        """Poll more at once while polls come back full, one at a time again when one brings nothing."""
+        """Poll more at once while polls come back half full, one at a time again when one brings nothing.
+
+        Half: SQS asks some of its machines, and brings less than asked for though more is waiting.
+        """
         self._pause, self._refused_since, self._refusal = FIRST_PAUSE, None, ""
-        if messages >= asked:
+        if messages * 2 >= asked:
             self._receivers = min(self._receivers + 1, MAX_RECEIVERS)
         elif not messages:
             self._receivers = 1

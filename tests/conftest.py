@@ -159,6 +159,7 @@ def fauxqs(pytestconfig: pytest.Config) -> Iterator[sqs.Server]:
 
 
 def _shared_sqs(config: pytest.Config, kind: str) -> Iterator[sqs.Server]:
+    require(sqs.missing(kind))
     if port := getattr(config, "workerinput", {}).get("sqs", {}).get(kind):
         yield sqs.Server(kind, port)
         return

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from adapters import Publisher, QueueOptions, open_queue
+from tests import sqs
 from tests.emulator import Emulator
+from tests.parts import require
 
-PAGE = Path(__file__).parents[2] / "docs" / "pubsub.md"
+if TYPE_CHECKING:
+    import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
 _MARKED = re.compile(r"<!-- run by tests/acceptance/test_docs.py -->\n```console\n(.*?)```", re.DOTALL)
 
 
@@ -22,7 +31,7 @@ def test_gcloud_commands_work(tmp_path: Path) -> None:
         "CLOUDSDK_CORE_PROJECT": "demo",
         "CLOUDSDK_CONFIG": str(tmp_path),
     }
-    create, look = _MARKED.findall(PAGE.read_text(encoding="utf-8"))
+    create, look = _marked("pubsub.md")
     letter = "gcloud pubsub topics publish klaviyo-worker-dead --message=poison --attribute=reason=because,stage=parse"
     try:
         for command in [*_commands(create), letter]:
@@ -30,6 +39,29 @@ def test_gcloud_commands_work(tmp_path: Path) -> None:
         assert re.search(r"because +parse +.*poison", _run(_commands(look)[0], environment))
     finally:
         emulator.kill()
+
+
+def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they make has nothing to be warned about, also with direct dead letters, which the last one shows."""
+    require("" if shutil.which("aws") else "the AWS command line is not installed")
+    for name, value in sqs.environment(moto.port).items():
+        monkeypatch.setenv(name, value)
+    create, permit, look = ("\n".join(_commands(block)) for block in _marked("sqs.md"))
+    letter = (
+        "aws sqs send-message --queue-url $DEAD --message-body poison --message-attributes "
+        "'reason={DataType=String,StringValue=because},stage={DataType=String,StringValue=parse}'"
+    )
+    lead = 'aws() { command aws --endpoint-url $AWS_ENDPOINT_URL_SQS "$@"; }'  # version 1 does not look there itself
+    shown = _run(f"set -e\n{lead}\n{create}\n{permit}\n{letter}\n{look}", dict(os.environ))
+    assert shown.endswith("parse\tbecause\tpoison\n")
+    with closing(open_queue("sqs://klaviyo-worker", QueueOptions(direct_dead_letter=True))) as queue:
+        assert queue.check() == []
+        assert isinstance(queue, Publisher)
+        assert queue.publish([b"{}"]) == 1
+
+
+def _marked(page: str) -> list[str]:
+    return _MARKED.findall((DOCS / page).read_text(encoding="utf-8"))
 
 
 def _commands(block: str) -> list[str]:

@@ -12,7 +12,8 @@ import pytest
 from tests.acceptance.conftest import Worker, events_named
 from tests.acceptance.test_run import stop, updated, wait_for
 from tests.acceptance.workload import Workload
-from tests.sqs import Network, Queue, Server, environment
+from tests.parts import require
+from tests.sqs import Network, Queue, Server, environment, missing
 from worker.sandbox import Fault, Sandbox
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def test_a_network_that_is_down_for_a_while_costs_nothing(worker: Worker, sandbo
 
 def test_a_queue_that_is_made_anew_is_found_again(sandbox: Sandbox, tmp_path: Path) -> None:
     """The stand-in forgets everything when it is killed; the worker waits for the queue."""
+    require(missing("fauxqs"))
     server = Server("fauxqs")
     try:
         queue = Queue(server)

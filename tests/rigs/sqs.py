@@ -12,7 +12,7 @@ from adapters.sqs import SQSQueue
 from adapters.sqs_sending import MAX_BYTES
 from adapters.sqs_settlement import LEASE, LONGEST_HOLD
 from tests.rigs.base import Guarantees, Letter
-from tests.sqs import Network, Queue, Server, environment
+from tests.sqs import Network, Queue, Server, environment, missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +47,10 @@ class SQS:
         port = self._network.port if self._network else server.port
         self.environment = {"QUEUE_URL": self._queue.url, **environment(port)}
         self.missing_url = "sqs://nowhere"
+
+    @staticmethod
+    def missing() -> str:
+        return missing("fauxqs")
 
     @staticmethod
     @contextmanager
