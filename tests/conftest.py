@@ -16,7 +16,7 @@ from adapters.embedded import EmbeddedQueue
 from tests import sqs
 from tests.emulator import Emulator, missing
 from tests.parts import require
-from tests.rigs import EXAMPLES, RIGS, rig_type
+from tests.rigs import RIGS, rig_type
 from worker.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _OURS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "
 _QUEUES = ("PUBSUB_", "AWS_", "AZURE_", "SERVICEBUS_")
 _SHARED = pytest.StashKey[Emulator]()
 _SHARED_SQS = pytest.StashKey[dict[str, sqs.Server]]()
-_FIXTURES = {"pubsub": "emulator", "sqs": "fauxqs"}  # servers that all tests share
+_FIXTURES = {"pubsub": "emulator", "sqs": "fauxqs", "moto": "moto"}  # servers that all tests share
 _SLOWEST = {"acceptance": 0, "faults": 0, "integration": 1}  # 2: all others
 
 
@@ -129,8 +129,8 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what wants a `rig` on every queue."""
     if "rig" in metafunc.fixturenames:
-        examples = EXAMPLES if metafunc.definition.get_closest_marker("examples_too") else ()
-        metafunc.parametrize("rig", [*RIGS, *examples], indirect=True)
+        more = metafunc.definition.get_closest_marker("also_on")
+        metafunc.parametrize("rig", [*RIGS, *(more.args if more else ())], indirect=True)
 
 
 @pytest.fixture

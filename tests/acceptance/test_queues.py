@@ -27,7 +27,7 @@ def worker(sandbox: Sandbox, rig: Rig, tmp_path: Path) -> Worker:
     return Worker(sandbox.environment | rig.environment, tmp_path)
 
 
-@pytest.mark.examples_too
+@pytest.mark.also_on("directory")
 def test_a_thousand_mixed_messages_have_every_effect_once(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
     """Orders, customers, products, stock, categories, in all envelopes; the dead letters stay empty."""
     workload = Workload(sandbox, 1000)

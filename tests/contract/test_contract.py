@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from adapters import Delivery, Failure, Publisher, QueueAdapter, QueueError, open_queue
+from tests.rigs import MORE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 FAILURE = Failure("Klaviyo answered 422: the email is malformed", "send", "Rejected")
 SOON = 20.0  # seconds, long before any lease of a minute ends
 HOSTILE = ("é😀 \u202e\\u0000 ]]> &amp; %s {{x}}", "\t\r\n", '{"torn', "null", " " * 1000, "\ufeff{}")
-pytestmark = pytest.mark.examples_too
+pytestmark = pytest.mark.also_on(*MORE)
 with_short_leases = pytest.mark.short_leases
 
 
