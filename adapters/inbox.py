@@ -17,10 +17,10 @@ class Inbox(Generic[T]):
         self._waiting: deque[T] = deque()
         self._arrived = Condition()
 
-    def put(self, item: T) -> None:
-        """Add an item and wake who waits."""
+    def put(self, *items: T) -> None:
+        """Add items, all at once, and wake who waits."""
         with self._arrived:
-            self._waiting.append(item)
+            self._waiting.extend(items)
             self._arrived.notify()
 
     def take(self, at_most: int, wait: float) -> list[T]:

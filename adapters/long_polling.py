@@ -131,8 +131,7 @@ class LongPolling:
         with self._lock:
             self._polls.discard(current_thread())
             self._coming += len(deliveries) - asked
-            for delivery in deliveries:
-                self._inbox.put(delivery)
+            self._inbox.put(*deliveries)
             if failure is None:
                 self._received(len(deliveries), asked)
             else:

@@ -435,17 +435,24 @@ def test_polls_that_do_not_end_are_not_waited_for_twice(
 
 
 def test_no_more_is_asked_for_than_there_is_room(queue: Queue, network: Network, opened: Open) -> None:
-    """Nor while nobody waits for messages: what is in the inbox is out of reach for others."""
+    """What is in the inbox is out of reach for others."""
     queue.publish(*numbered(40))
     ours = opened(queue)
     got = receive(ours, 23)
     assert len(got) == 23
     handed_out = sum(request["MaxNumberOfMessages"] for request in network.requests["ReceiveMessage"])
     assert handed_out == 23
-    polls = len(network.requests["ReceiveMessage"])
-    time.sleep(0.3)
-    assert len(network.requests["ReceiveMessage"]) == polls
     assert {request["VisibilityTimeout"] for request in network.requests["ReceiveMessage"]} == {60}
+
+
+def test_nothing_is_asked_for_while_nobody_waits(queue: Queue, network: Network, opened: Open) -> None:
+    """A parked worker must not keep messages from others: a poll that ends has no successor."""
+    ours = opened(queue)
+    ours.receive(5, 0)
+    (poll,) = ours._polling._polls
+    poll.join(10)
+    time.sleep(0.2)
+    assert len(network.requests["ReceiveMessage"]) == 1
 
 
 def test_polls_grow_while_they_come_back_full_and_shrink_when_one_is_empty(
