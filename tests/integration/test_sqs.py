@@ -560,6 +560,7 @@ def test_publish_fills_the_queue(queue: Queue, opened: Open) -> None:
     ours = opened(queue)
     assert ours.publish(iter(numbered(25))) == 25
     assert ours.publish([b"x" * 400_000] * 5) == 5
+    assert ours.publish([]) == 0
     assert len(queue.pull()) == 30
 
 
@@ -646,6 +647,13 @@ def test_what_boto3_lacks_is_named(queue: Queue, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(QueueError, match=r"no AWS credentials \(NoCredentialsError\): set AWS_ACCESS_KEY_ID and"):
+        open_queue(queue.url)
+
+
+def test_who_may_not_ask_for_the_queue_is_told_what_aws_says(queue: Queue, network: Network) -> None:
+    """It names who asked and for what."""
+    network.answers["GetQueueUrl"].append(DENIED)
+    with pytest.raises(QueueError, match=f"QUEUE_URL: not permitted on {queue.name}: .*not authorized to perform that"):
         open_queue(queue.url)
 
 
