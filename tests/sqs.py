@@ -255,6 +255,8 @@ class Network:
 
     def end_leases(self) -> None:
         """Have what was handed out by links that are gone come again now, as when its leases run out."""
+        for link in [link for link in list(self.links) if _is_gone(link)]:  # whose thread has not noticed yet
+            self.ended(link)
         while self._gone:
             url, receipt = self._gone.pop()
             with suppress(self._client.exceptions.ClientError):
@@ -274,7 +276,9 @@ class Network:
         told = self._pool.request("POST", self._upstream, body=body, headers=headers, retries=False, timeout=30)
         if operation == "ReceiveMessage" and told.status == 200:
             messages = told.json().get("Messages") or []
-            self.links[link] += [(request["QueueUrl"], message["ReceiptHandle"]) for message in messages]
+            self.links.setdefault(link, []).extend(
+                (request["QueueUrl"], message["ReceiptHandle"]) for message in messages
+            )
             if _is_gone(link):  # a poll outlives who made it
                 self.ended(link)
                 self.end_leases()
