@@ -294,6 +294,10 @@ class _Handler(BaseHTTPRequestHandler):
         super().setup()
         self.relay.links[self.connection] = []
 
+    def handle(self) -> None:
+        with suppress(OSError):  # who was killed hangs up without a word
+            super().handle()
+
     def finish(self) -> None:
         self.relay.ended(self.connection)
         with suppress(OSError):
