@@ -56,4 +56,6 @@ $(VENV)/ready: setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	@npm install --prefix $(VENV) --no-save --no-audit --no-fund --loglevel=error fauxqs@1.9.2 >$(VENV)/npm.log 2>&1 \
 		|| echo "fauxqs, a stand-in for AWS SQS, could not be installed with npm: the SQS load tests are skipped"
+	@$(BIN)/pip install --quiet --no-compile python-qpid-proton >$(VENV)/proton.log 2>&1 \
+		|| echo "python-qpid-proton, which needs a C compiler, could not be installed: the Service Bus tests are skipped"
 	@touch $@

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 RIGS = {  # imported on use: their clients are large
     "embedded": "tests.rigs.embedded:Embedded",
     "pubsub": "tests.rigs.pubsub:PubSub",
+    "servicebus": "tests.rigs.servicebus:ServiceBus",
     "sqs": "tests.rigs.sqs:SQS",
 }
 MORE = {  # held against the contract too: the queue of docs/examples, and the slower of two stand-ins for AWS SQS

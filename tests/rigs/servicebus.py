@@ -1,0 +1,93 @@
+"""A queue on a small Service Bus broker of ours, under Azure's own client."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from adapters import QueueOptions, open_queue
+from tests.rigs.base import Guarantees, Letter
+from tests.servicebus.broker import Broker, Queue, bodies, missing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from adapters import Delivery, QueueAdapter
+
+
+class ServiceBus:
+    """Implements Rig."""
+
+    guarantees: ClassVar = Guarantees(
+        in_order=False,
+        lease=None,
+        longest_delay=float("inf"),
+        unhandled_is_free=False,
+        dead_letter="always",
+        gave_up=False,
+        backlog="sent back",
+        largest=256 * 1024,
+        any_bytes=True,
+    )
+    attempts = 10
+
+    def __init__(self, server: Broker, directory: Path, *, kills: bool = False) -> None:
+        self.lease = 4.0 if kills else 60.0
+        self._queue = Queue(server, lock=self.lease, attempts=self.attempts)
+        self._connection_string = server.connection_string
+        self.environment = {
+            "QUEUE_URL": self._queue.url,
+            "SERVICEBUS_CONNECTION_STRING": self._connection_string,
+        }
+        self.missing_url = f"servicebus://{server.host}/nowhere"
+
+    @staticmethod
+    def missing() -> str:
+        return missing()
+
+    @staticmethod
+    @contextmanager
+    def server() -> Iterator[Broker]:
+        broker = Broker()
+        try:
+            yield broker
+        finally:
+            broker.kill()
+
+    def opener(self, **options: Any) -> Callable[[], QueueAdapter]:
+        return partial(open_queue, self._queue.url, QueueOptions(connection_string=self._connection_string, **options))
+
+    def publish(self, bodies: Sequence[bytes]) -> None:
+        self._queue.publish(*bodies)
+
+    def is_empty(self) -> bool:
+        ready, locked, _ = self._queue.counts()
+        return ready + locked == 0
+
+    def dead_letters(self, at_least: int = 0) -> list[Letter]:
+        deadline = time.monotonic() + 20.0
+        while (dead := self._queue.counts()[2]) < at_least and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if not dead:
+            return []
+        letters = self._queue.peek(dead=True)
+        return [Letter(body, _about(letter)) for body, letter in zip(bodies(letters), letters, strict=True)]
+
+    def left(self) -> list[bytes]:
+        return [] if self.is_empty() else bodies(self._queue.peek())
+
+    def worker_died(self) -> None:
+        """Do nothing: its leases are short."""
+
+    def lose(self, deliveries: Sequence[Delivery]) -> None:
+        self._queue.broker("expire", name=self._queue.address)
+
+    def close(self) -> None:
+        self._queue.close()
+
+
+def _about(letter: Any) -> dict[str, str]:
+    return {"reason": letter.dead_letter_reason, "description": letter.dead_letter_error_description}
