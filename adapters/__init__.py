@@ -45,6 +45,7 @@ _HERE = {  # imported on use: a worker on one queue never pays for the client of
     "embedded": "adapters.embedded:open_url",
     "pubsub": "adapters.pubsub:open_url",
     "push": "adapters.push:open_url",
+    "servicebus": "adapters.servicebus:open_url",
     "sqs": "adapters.sqs:open_url",
 }
 _ALIASES = {"https": "sqs"}  # the URL by which AWS itself names a queue

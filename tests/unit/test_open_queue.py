@@ -51,7 +51,9 @@ def test_errors_name_what_is_offered_and_what_is_missing() -> None:
     assert str(error.value) == "QUEUE_URL: broken:// needs client_of_the_broken_queue, which is not installed"
 
 
-@pytest.mark.parametrize(("scheme", "module"), [("push", "uvicorn"), ("sqs", "boto3"), ("servicebus", "azure")])
+@pytest.mark.parametrize(
+    ("scheme", "module"), [("push", "uvicorn"), ("sqs", "boto3"), ("servicebus", "azure.identity")]
+)
 def test_a_missing_extra_is_named(scheme: str, module: str) -> None:
     """With the command that installs it."""
     code = f"import sys, adapters; sys.modules['{module}'] = None; adapters.open_queue('{scheme}://x')"

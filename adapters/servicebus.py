@@ -1,0 +1,273 @@
+"""Azure Service Bus: what a queue, or a subscription of a topic, has to do with a queue of ours.
+
+Messages come by adapters/servicebus_receiving.py, and are settled by adapters/servicebus_settlement.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from azure.identity import DefaultAzureCredential
+from azure.servicebus import (
+    ServiceBusClient,
+    ServiceBusMessage,
+    ServiceBusMessageBatch,
+    ServiceBusReceiver,
+    ServiceBusSender,
+    parse_connection_string,
+)
+from azure.servicebus.exceptions import (
+    MessageSizeExceededError,
+    MessagingEntityDisabledError,
+    MessagingEntityNotFoundError,
+)
+
+from adapters.awaited import Awaited
+from adapters.base import QueueError, QueueURLError
+from adapters.parking import Parking
+from adapters.servicebus_links import FAILURES, close_soon, in_short, is_refusal, opened
+from adapters.servicebus_message import ServiceBusDelivery
+from adapters.servicebus_receiving import MOST_AT_ONCE, Receiving
+from adapters.servicebus_settlement import Settlement, Threads, lock_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from azure.servicebus import ServiceBusReceivedMessage
+
+    from adapters.base import Delivery, Failure, QueueOptions
+
+SHORTEST_LEASE, LONGEST_LEASE = 5.0, 300.0  # seconds a lock of Service Bus lasts
+CALL_TIMEOUT = 5.0  # seconds for one call, or for opening a receiver
+MAX_BATCH = 1000  # messages in a call to publish
+MAX_REASON = 4096  # characters of a dead letter's reason, and of its description
+_EXPECTED = (
+    "QUEUE_URL is malformed: expected servicebus://NAMESPACE.servicebus.windows.net/QUEUE or /TOPIC/SUBSCRIPTION"
+)
+_SECRET = "SERVICEBUS_CONNECTION_STRING"  # noqa: S105 - its name
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~/-]{0,259}")
+_ROLE = f"grant the role Azure Service Bus Data Receiver on it, or set {_SECRET} to one with Listen rights"
+_PUBLISH_RETRIES, _BACKOFF = 3, 0.3  # by the SDK: after 0.6, 1.2 and 2.4 seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A queue (no subscription), or a subscription of a topic."""
+
+    host: str  # of the namespace; with a port for an emulator
+    name: str  # of the queue or the topic
+    subscription: str = ""
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.host, self.name, self.subscription)))
+
+
+def open_url(url: str, options: QueueOptions) -> ServiceBusQueue:
+    """Open `servicebus://HOST/QUEUE` or `servicebus://HOST/TOPIC/SUBSCRIPTION`; names are percent-decoded."""
+    entity = parse_url(url)
+    if options.connection_string:
+        fits(options.connection_string, entity)
+    return ServiceBusQueue(entity, options)
+
+
+def parse_url(url: str) -> Entity:
+    """Return what a URL names. Raises QueueURLError."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise QueueURLError(_EXPECTED) from None
+    names = [unquote(name) for name in parts.path.removeprefix("/").split("/")]
+    is_host = parts.hostname is not None and re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)+|localhost", parts.hostname)
+    if not is_host or parts.username is not None or parts.query or parts.fragment or len(names) > 2:  # noqa: PLR2004
+        raise QueueURLError(_EXPECTED)
+    if not all(_NAME.fullmatch(name) for name in names):
+        raise QueueURLError(_EXPECTED)
+    return Entity(f"{parts.hostname}:{port}" if port else str(parts.hostname), *names)
+
+
+def fits(connection_string: str, entity: Entity) -> None:
+    """Raise QueueError unless a connection string is for this queue; the error does not quote it."""
+    try:
+        about = parse_connection_string(connection_string)
+        host = urlsplit(about.endpoint).netloc.lower()
+    except ValueError:
+        expected = "Endpoint=sb://NAMESPACE.servicebus.windows.net/;SharedAccessKeyName=...;SharedAccessKey=..."
+        raise QueueError(f"{_SECRET} is malformed: expected {expected}") from None
+    if host != entity.host:
+        raise QueueError(f"{_SECRET} is for another namespace than QUEUE_URL, {entity.host}: correct one of them")
+    if about.entity_path and about.entity_path != entity.name:
+        raise QueueError(f"{_SECRET} is for another queue or topic than QUEUE_URL, {entity}: correct one of them")
+
+
+class ServiceBusQueue:
+    """A queue or a subscription. Implements QueueAdapter and Publisher."""
+
+    def __init__(self, entity: Entity, options: QueueOptions) -> None:
+        self._entity = entity
+        self._connection_string = options.connection_string
+        self._credential = None if options.connection_string else DefaultAzureCredential()
+        self._client = self._make_client(retries=0)
+        # The SDK reads from a link now and then on a thread of its own, beside ours, and then mixes up messages and
+        # lock tokens. `keep_alive` turns that off, but only where something is prefetched.
+        prefetch = max(min(MOST_AT_ONCE, options.max_messages) - 1, 1)
+        receiving = partial(self._open_receiver, prefetch_count=prefetch, keep_alive=0)
+        self._receiving = Receiving(receiving, options.max_bytes)
+        self._settlement = Settlement(self._open_receiver)
+        self._parking: Parking[ServiceBusReceivedMessage] = Parking(options.max_messages, self._settlement.abandon)
+        self._awaited = Awaited()
+        self._lease = SHORTEST_LEASE
+
+    @property
+    def lease(self) -> float:
+        """Seconds a lock lasts, as the messages tell; the shortest there is until one came."""
+        return self._lease
+
+    def receive(self, max_messages: int, wait: float) -> Sequence[ServiceBusDelivery]:
+        """Return what arrived."""
+        deliveries = self._receiving.take(max_messages, wait)
+        self._awaited.came(delivery.sequence_number for delivery in deliveries)
+        self._note_lease(_messages(deliveries))
+        return deliveries
+
+    def ack(self, deliveries: Sequence[Delivery]) -> None:
+        """Complete, insisting for as long as the locks may hold."""
+        self._settlement.complete(_messages(deliveries), self._lease)
+
+    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:  # noqa: ARG002 - there is no place for a failure
+        """Abandon, at once or after `delay`; until then the messages stay locked, here.
+
+        Service Bus cannot delay an abandon, and every one costs a delivery attempt, handled or not. No more than
+        `max_messages` are held so: beyond that, and once stopped, those that are due first go back at once.
+        """
+        self._awaited.note(delivery.sequence_number for delivery in _deliveries(deliveries))
+        messages = _messages(deliveries)
+        self._settlement.abandon(self._parking.park(messages, delay) if delay > 0 else messages)
+
+    def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
+        """Move the message to the queue's dead letters, with a reason in short and in a sentence."""
+        about = {"message_type": failure.message_type, failure.resource_type or "resource": failure.resource_id}
+        known = ", ".join(f"{name} {value}" for name, value in about.items() if value)
+        description = f"{failure.reason} ({known})" if known else failure.reason
+        reason = f"{failure.stage}: {failure.error}"
+        (message,) = _messages([delivery])
+        return self._settlement.bury(message, reason[:MAX_REASON], description[:MAX_REASON])
+
+    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:  # noqa: ARG002 - the queue decides for how long
+        """Renew the locks of these, of what waits to be received, and of what waits to go back."""
+        messages = [*_messages(deliveries), *_messages(self._receiving.waiting()), *self._parking.parked()]
+        if not self._settlement.extend(messages):
+            raise QueueError("Service Bus was not told of all leases")
+        self._note_lease(messages)
+
+    def backlog(self) -> int | None:
+        """Count what was sent back and is expected again; to ask Service Bus takes the right to manage it."""
+        return len(self._awaited) or None
+
+    def check(self) -> Sequence[str]:
+        """Peek, which takes the right to listen. Raises QueueError when that is not possible."""
+        threads = Threads(self._open_receiver)
+        try:
+            (error,) = threads.run([ServiceBusReceiver.peek_messages])
+        finally:
+            threads.close(0.0)
+        if error is not None:
+            raise QueueError(f"QUEUE_URL: {self._why(error)}") from None
+        return []
+
+    def stop(self) -> None:
+        """Stop receiving; return what was not received and what waits to go back."""
+        self._settlement.abandon([*_messages(self._receiving.stop()), *self._parking.close()])
+
+    def close(self) -> None:
+        """Stop, and close the connections."""
+        self.stop()
+        self._receiving.close()
+        self._settlement.close()
+        if self._credential is not None:
+            self._credential.close()
+
+    def publish(self, bodies: Iterable[bytes]) -> int:
+        """Publish to the queue or the topic, in order, in batches of the size that it takes."""
+        stored = 0
+        sender = self._sender()
+        try:
+            for batch in _batches(opened(sender), bodies):
+                sender.send_messages(batch)
+                stored += len(batch)
+        except MessageSizeExceededError:
+            raise QueueError(f"QUEUE_URL: {stored} messages were published, then one was too large") from None
+        except FAILURES as error:
+            raise QueueError(f"QUEUE_URL: {stored} messages were published, then: {self._why(error)}") from None
+        finally:
+            close_soon(sender)
+        return stored
+
+    def _make_client(self, retries: int) -> ServiceBusClient:
+        options: dict[str, Any] = {
+            "retry_total": retries,
+            "retry_backoff_factor": _BACKOFF,
+            "try_timeout": CALL_TIMEOUT,
+        }
+        if self._credential is None:
+            return ServiceBusClient.from_connection_string(self._connection_string, **options)
+        return ServiceBusClient(self._entity.host, self._credential, **options)
+
+    def _open_receiver(self, **options: Any) -> ServiceBusReceiver:
+        """Return a receiver with a connection of its own."""
+        name, subscription = self._entity.name, self._entity.subscription
+        if subscription:
+            return opened(self._client.get_subscription_receiver(name, subscription, **options))
+        return opened(self._client.get_queue_receiver(name, **options))
+
+    def _sender(self) -> ServiceBusSender:
+        client, name = self._make_client(_PUBLISH_RETRIES), self._entity.name
+        return client.get_topic_sender(name) if self._entity.subscription else client.get_queue_sender(name)
+
+    def _note_lease(self, messages: Sequence[ServiceBusReceivedMessage]) -> None:
+        """Take the last of these locks for how long one lasts: others may have waited for a while."""
+        seconds = lock_seconds(messages)
+        if seconds is not None:
+            self._lease = min(max(seconds, 0.5), LONGEST_LEASE)
+
+    def _why(self, error: BaseException) -> str:
+        """Return what is wrong with the queue, and what to do."""
+        if isinstance(error, MessagingEntityNotFoundError):
+            return f"{self._entity} does not exist: create it, or correct the name"
+        if isinstance(error, MessagingEntityDisabledError):
+            return f"{self._entity} is disabled: set its status to Active"
+        if is_refusal(error):
+            return f"not permitted to use {self._entity} ({in_short(error)}): {_ROLE}"
+        return f"cannot reach {self._entity}: {in_short(error)}"
+
+
+def _deliveries(deliveries: Sequence[Delivery]) -> list[ServiceBusDelivery]:
+    return [delivery for delivery in deliveries if isinstance(delivery, ServiceBusDelivery)]
+
+
+def _messages(deliveries: Sequence[Delivery]) -> list[ServiceBusReceivedMessage]:
+    return [delivery.message for delivery in _deliveries(deliveries)]
+
+
+def _batches(sender: ServiceBusSender, bodies: Iterable[bytes]) -> Iterator[ServiceBusMessageBatch]:
+    """Split what is to be published into batches. Raises MessageSizeExceededError for what fits in none."""
+    batch = sender.create_message_batch()
+    for body in bodies:
+        message = ServiceBusMessage(body)
+        if len(batch) < MAX_BATCH:
+            try:
+                batch.add_message(message)
+            except MessageSizeExceededError:
+                if not len(batch):
+                    raise
+            else:
+                continue
+        yield batch
+        batch = sender.create_message_batch()
+        batch.add_message(message)
+    if len(batch):
+        yield batch

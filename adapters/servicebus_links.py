@@ -1,0 +1,75 @@
+"""What goes wrong with the SDK's receivers and senders, and how they are opened and closed in bounded time."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from contextlib import suppress
+from threading import Thread
+from typing import TypeVar
+
+from azure.core.exceptions import ClientAuthenticationError
+from azure.servicebus import ServiceBusReceiver, ServiceBusSender
+from azure.servicebus.exceptions import (
+    MessagingEntityDisabledError,
+    MessagingEntityNotFoundError,
+    ServiceBusAuthenticationError,
+    ServiceBusAuthorizationError,
+    ServiceBusError,
+)
+
+Link = TypeVar("Link", ServiceBusReceiver, ServiceBusSender)
+
+OPEN_SECONDS = 10.0
+FAILURES = (ServiceBusError, ClientAuthenticationError, OSError, ValueError, AttributeError)  # last two: it was closed
+_REFUSALS = (
+    ClientAuthenticationError,
+    MessagingEntityDisabledError,
+    MessagingEntityNotFoundError,
+    ServiceBusAuthenticationError,
+    ServiceBusAuthorizationError,
+)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Tell whether the service said no, or whoever gives out credentials, whose error the SDK wraps."""
+    return isinstance(error, _REFUSALS) or isinstance(getattr(error, "inner_exception", None), _REFUSALS)
+
+
+def in_short(error: BaseException) -> str:
+    """Return the first line of an error's text: the others are general advice."""
+    return str(error).strip().partition("\n")[0][:300]
+
+
+def opened(link: Link) -> Link:
+    """Open a receiver or a sender and return it. Raises what is in FAILURES.
+
+    On a thread of its own: the SDK waits for ever for a service that takes a connection and then says nothing.
+    """
+    future: Future[None] = Future()
+    Thread(target=_open, args=(link, future), daemon=True, name="servicebus-opening").start()
+    try:
+        future.result(OPEN_SECONDS)
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {OPEN_SECONDS:.0f} s") from None
+    return link
+
+
+def close_soon(link: ServiceBusReceiver | ServiceBusSender) -> None:
+    """Close a receiver or a sender without waiting for it, which takes the SDK up to seconds."""
+    Thread(target=close, args=(link,), daemon=True, name="servicebus-closing").start()
+
+
+def close(link: ServiceBusReceiver | ServiceBusSender) -> None:
+    """Close a receiver or a sender, whatever state it is in."""
+    with suppress(*FAILURES):
+        link.close()
+
+
+def _open(link: ServiceBusReceiver | ServiceBusSender, future: Future[None]) -> None:
+    try:
+        link.__enter__()
+    except BaseException as error:  # noqa: BLE001 - it is raised where it was waited for
+        close(link)
+        future.set_exception(error)
+    else:
+        future.set_result(None)

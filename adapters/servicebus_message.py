@@ -1,0 +1,74 @@
+"""A Service Bus message as the worker sees it, whatever AMQP made of its body."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from azure.servicebus.amqp import AmqpMessageBodyType
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+
+    from azure.servicebus import ServiceBusReceivedMessage
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceBusDelivery:
+    """A locked message. `id` is the publisher's, or else its sequence number."""
+
+    id: str
+    body: bytes = field(repr=False)
+    attributes: Mapping[str, str]
+    attempt: int
+    published_at: datetime | None
+    message: ServiceBusReceivedMessage = field(repr=False)
+
+    @property
+    def sequence_number(self) -> str:
+        """What the queue knows the message by: it stays when the message comes again."""
+        return str(self.message.sequence_number)
+
+
+def delivery_of(message: ServiceBusReceivedMessage) -> ServiceBusDelivery:
+    """Read a message that was received."""
+    properties: Mapping[Any, Any] = message.application_properties or {}
+    return ServiceBusDelivery(
+        id=_text(message.message_id or message.sequence_number),
+        body=body_of(message.body_type, message.body),
+        attributes={_text(name): _text(value) for name, value in properties.items()},
+        attempt=(message.delivery_count or 0) + 1,
+        published_at=message.enqueued_time_utc,
+        message=message,
+    )
+
+
+def body_of(kind: AmqpMessageBodyType, body: Any) -> bytes:
+    """Return the bytes of a body: sections of data joined, text and bytes as they are, all else as JSON."""
+    if kind is AmqpMessageBodyType.DATA:
+        return b"".join(bytes(section) for section in body)
+    if kind is AmqpMessageBodyType.SEQUENCE:
+        body = [item for section in body for item in section]
+    if isinstance(body, bytes | bytearray | memoryview):  # the SDK reads text as bytes
+        return bytes(body)
+    if isinstance(body, str):
+        return body.encode(errors="surrogatepass")
+    try:
+        return b"" if body is None else json.dumps(_plain(body)).encode()
+    except RecursionError:  # no notification, however it is read
+        return b""
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold of an AMQP value."""
+    if isinstance(value, dict):
+        return {_text(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float) else _text(value)
+
+
+def _text(value: Any) -> str:
+    return bytes(value).decode(errors="replace") if isinstance(value, bytes | bytearray | memoryview) else str(value)

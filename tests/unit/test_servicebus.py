@@ -1,0 +1,164 @@
+"""Service Bus: what a URL and a connection string name, and what bytes a body is."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from azure.core.exceptions import ClientAuthenticationError
+from azure.servicebus.amqp import AmqpMessageBodyType
+from azure.servicebus.exceptions import ServiceBusConnectionError, ServiceBusError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters import QueueError, QueueOptions, QueueURLError, open_queue
+from adapters.servicebus import Entity, fits, parse_url
+from adapters.servicebus_links import in_short, is_refusal
+from adapters.servicebus_message import body_of
+
+HOST = "shop.servicebus.windows.net"
+KEY = "SharedAccessKeyName=reader;SharedAccessKey=c2VjcmV0"
+QUEUE = Entity(HOST, "orders")
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._~/-]{0,40}", fullmatch=True)
+amqp_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.uuids() | st.datetimes(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.binary() | st.integers(), inner),
+    max_leaves=20,
+)
+
+
+@given(names, st.none() | names)
+def test_every_name_that_service_bus_allows_can_be_written(name: str, subscription: str | None) -> None:
+    """Percent-encoded, so that a queue's name may hold a slash."""
+    path = "/".join(quote(part, safe="") for part in (name, subscription) if part is not None)
+    assert parse_url(f"servicebus://{HOST}/{path}") == Entity(HOST, name, subscription or "")
+
+
+def test_an_emulator_is_named_with_its_port() -> None:
+    """As in its connection string."""
+    assert parse_url("servicebus://127.0.0.1:5672/orders") == Entity("127.0.0.1:5672", "orders")
+    assert parse_url("servicebus://localhost/orders") == Entity("localhost", "orders")
+    assert parse_url(f"servicebus://{HOST.upper()}/Orders") == Entity(HOST, "Orders")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "servicebus://",
+        f"servicebus://{HOST}",
+        f"servicebus://{HOST}/",
+        f"servicebus://{HOST}/a/",
+        f"servicebus://{HOST}//a",
+        f"servicebus://{HOST}/topic/Subscriptions/a",
+        f"servicebus://{HOST}/a?b=c",
+        f"servicebus://{HOST}/a#b",
+        f"servicebus://{HOST}/%20",
+        f"servicebus://{HOST}/{'a' * 261}",
+        f"servicebus://{HOST}:port/a",
+        f"servicebus://key:secret@{HOST}/a",
+        "servicebus://shop/a",
+        "servicebus:///a",
+    ],
+)
+def test_a_url_that_names_no_queue_is_refused_and_not_quoted(url: str) -> None:
+    """The text says what was expected."""
+    with pytest.raises(QueueURLError, match="QUEUE_URL is malformed: expected servicebus://NAMESPACE") as caught:
+        open_queue(url)
+    assert "secret" not in str(caught.value)
+
+
+@given(st.text())
+def test_whatever_is_written_a_url_is_parsed_or_refused(text: str) -> None:
+    """No other error escapes."""
+    try:
+        entity = parse_url(f"servicebus://{text}")
+    except QueueURLError:
+        return
+    assert entity.host
+    assert entity.name
+
+
+@pytest.mark.parametrize(
+    "connection_string",
+    [
+        f"Endpoint=sb://{HOST}/;{KEY}",
+        f"Endpoint=sb://{HOST.upper()};{KEY};",
+        f"Endpoint=sb://{HOST}/;{KEY};EntityPath=orders",
+    ],
+)
+def test_a_connection_string_fits_its_queue(connection_string: str) -> None:
+    """Of the namespace, or of this queue alone."""
+    fits(connection_string, QUEUE)
+
+
+@pytest.mark.parametrize(
+    ("connection_string", "said"),
+    [
+        (f"Endpoint=sb://other.servicebus.windows.net/;{KEY}", "another namespace than QUEUE_URL"),
+        (f"Endpoint=sb://{HOST}/;{KEY};EntityPath=customers", "another queue or topic than QUEUE_URL"),
+        (f"Endpoint=sb://{HOST}/", "is malformed"),
+        (f"Endpoint={HOST};{KEY}", "is malformed"),
+        (KEY, "is malformed"),
+        ("c2VjcmV0", "is malformed"),
+    ],
+)
+def test_a_connection_string_of_something_else_is_refused_and_not_quoted(connection_string: str, said: str) -> None:
+    """It is a secret, in the whole traceback."""
+    with pytest.raises(QueueError, match=f"SERVICEBUS_CONNECTION_STRING is .*{said.removeprefix('is ')}") as caught:
+        open_queue(f"servicebus://{HOST}/orders", QueueOptions(connection_string=connection_string))
+    assert "c2VjcmV0" not in "".join(traceback.format_exception_only(caught.value))
+
+
+@given(st.text())
+def test_whatever_a_connection_string_holds_it_fits_or_is_refused(text: str) -> None:
+    """No other error escapes, and none quotes it."""
+    try:
+        fits(f"{text};{KEY}", QUEUE)
+    except QueueError as error:
+        assert "c2VjcmV0" not in str(error)
+
+
+@given(st.lists(st.binary()))
+def test_sections_of_data_are_joined(sections: list[bytes]) -> None:
+    """The publisher's client cuts a body as it likes."""
+    assert body_of(AmqpMessageBodyType.DATA, iter(sections)) == b"".join(sections)
+
+
+@given(amqp_values)
+def test_every_value_is_some_bytes(value: Any) -> None:
+    """Whatever it is, it must get as far as the dead letters."""
+    body = body_of(AmqpMessageBodyType.VALUE, value)
+    assert isinstance(body, bytes)
+    if isinstance(value, bytes):
+        assert body == value
+    assert isinstance(body_of(AmqpMessageBodyType.SEQUENCE, [[value], [value]]), bytes)
+
+
+def test_a_notification_as_an_amqp_map_is_json() -> None:
+    """Its keys and texts are bytes by the time the SDK has read them."""
+    value = {b"id": b"1", b"tags": [b"\xc3\xa9", None, True, 1.5], 3: {"a": "b"}}
+    assert json.loads(body_of(AmqpMessageBodyType.VALUE, value)) == {
+        "id": "1",
+        "tags": ["é", None, True, 1.5],
+        "3": {"a": "b"},
+    }
+
+
+def test_a_value_as_deep_as_no_notification_is_empty() -> None:
+    """It ends in the dead letters, whole."""
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert body_of(AmqpMessageBodyType.VALUE, deep) == b""
+
+
+def test_credentials_that_are_missing_are_a_refusal() -> None:
+    """Wrapped by the SDK: not an outage, which would be waited for in silence."""
+    wrapped = ServiceBusError("Handler failed", error=ClientAuthenticationError("no credential\nTo mend that: ..."))
+    assert is_refusal(wrapped)
+    assert is_refusal(ClientAuthenticationError("no"))
+    assert not is_refusal(ServiceBusConnectionError(message="reset"))
+    assert in_short(ClientAuthenticationError("no credential\nTo mend that: ...")) == "no credential"
