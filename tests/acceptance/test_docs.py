@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters import Publisher, QueueOptions, open_queue
+from adapters.servicebus import fits, parse_url
 from tests import sqs
 from tests.emulator import Emulator
 from tests.parts import require
@@ -58,6 +60,19 @@ def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch) ->
         assert queue.check() == []
         assert isinstance(queue, Publisher)
         assert queue.publish([b"{}"]) == 1
+
+
+def test_service_bus_names_fit_each_other() -> None:
+    """What commercetools sends to is what the worker receives from."""
+    page = (DOCS / "servicebus.md").read_text(encoding="utf-8")
+    subscription, run = re.findall(r"<!-- checked by [^>]*>\n```\w+\n(.*?)```", page, re.DOTALL)
+    destination = json.loads(subscription)["destination"]
+    url = run.partition("QUEUE_URL=")[2].splitlines()[0]
+    entity = parse_url(url)
+    fits(destination["connectionString"], entity)
+    assert f"--namespace-name {entity.host.partition('.')[0]} --name {entity.name} " in page
+    emulator = re.findall(r"export (?:QUEUE_URL|SERVICEBUS_CONNECTION_STRING)='?([^'\n]+)", page.partition("## 6.")[2])
+    fits(emulator[1], parse_url(emulator[0]))
 
 
 def _marked(page: str) -> list[str]:
