@@ -318,6 +318,7 @@ def test_any_thread_may_settle(rig: Rig, opened: Open) -> None:
     rig.publish(numbered(200))
     queue = opened()
     got = receive(queue, 200)
+    assert bodies(got) == numbered(200)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(queue.ack, [got[start : start + 10] for start in range(0, 200, 10)]))
     queue.close()
