@@ -33,7 +33,7 @@ _OURS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "
 _QUEUES = ("PUBSUB_", "AWS_", "AZURE_", "SERVICEBUS_")
 _SHARED = pytest.StashKey[Emulator]()
 _SHARED_SQS = pytest.StashKey[dict[str, sqs.Server]]()
-_FIXTURES = {"pubsub": "emulator", "sqs": "fauxqs", "moto": "moto"}  # servers that all tests share
+_FIXTURES = {"pubsub": "emulator", "sqs": "fauxqs"}  # servers that all tests share
 _SLOWEST = {"acceptance": 0, "faults": 0, "integration": 1}  # 2: all others
 
 

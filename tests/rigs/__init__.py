@@ -17,10 +17,7 @@ RIGS = {  # imported on use: their clients are large
     "servicebus": "tests.rigs.servicebus:ServiceBus",
     "sqs": "tests.rigs.sqs:SQS",
 }
-MORE = {  # held against the contract too: the queue of docs/examples, and the slower of two stand-ins for AWS SQS
-    "directory": "tests.rigs.directory:Directory",
-    "moto": "tests.rigs.sqs:Moto",
-}
+MORE = {"directory": "tests.rigs.directory:Directory"}  # of docs/examples: held against the contract too
 
 
 def rig_type(name: str) -> type[Rig]:

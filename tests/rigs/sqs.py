@@ -16,7 +16,6 @@ from tests.sqs import Network, Queue, Server, environment, missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from adapters import Delivery, QueueAdapter
@@ -54,8 +53,13 @@ class SQS:
         return missing("fauxqs")
 
     @staticmethod
-    def server() -> AbstractContextManager[Server]:
-        return _running("fauxqs")
+    @contextmanager
+    def server() -> Iterator[Server]:
+        server = Server("fauxqs")
+        try:
+            yield server
+        finally:
+            server.kill()
 
     def opener(self, **options: Any) -> Callable[[], QueueAdapter]:
         return partial(_open, self._queue.queue_url, self.lease, options)
@@ -91,26 +95,5 @@ class SQS:
             self._network.down()
 
 
-class Moto(SQS):
-    """On the stand-in that is slow when many messages wait, but close to what AWS documents."""
-
-    @staticmethod
-    def missing() -> str:
-        return missing("moto")
-
-    @staticmethod
-    def server() -> AbstractContextManager[Server]:
-        return _running("moto")
-
-
 def _open(url: str, lease: float, options: dict[str, Any]) -> QueueAdapter:
     return SQSQueue(aws.connect(), url, QueueOptions(**options), lease=lease, poll_seconds=1)
-
-
-@contextmanager
-def _running(kind: str) -> Iterator[Server]:
-    server = Server(kind)
-    try:
-        yield server
-    finally:
-        server.kill()
