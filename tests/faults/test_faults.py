@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SIZE = 60  # good messages
-# Every scenario on the embedded queue; on Pub/Sub those in which deliveries come again, wait long or are buried, and one
-# outage; a few on the others, whose adapters have no more to do with the rest. `make faults` runs all of them on all.
+# Every scenario on the embedded queue; on Pub/Sub those in which deliveries come again, wait long or are buried, and
+# one outage; a few on the others, as the rest is no business of an adapter. `make faults` runs all of them on all.
 ON_PUBSUB = (
     "nothing goes wrong",
     "Klaviyo: 429 storm",
