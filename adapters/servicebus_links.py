@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from threading import Thread
+from threading import Semaphore, Thread
 from typing import TypeVar
 
 from azure.core.exceptions import ClientAuthenticationError
@@ -20,6 +20,7 @@ from azure.servicebus.exceptions import (
 Link = TypeVar("Link", ServiceBusReceiver, ServiceBusSender)
 
 OPEN_SECONDS = 10.0
+MOST_OPENING = 200  # connections that wait for an answer, each with a thread and a socket
 FAILURES = (ServiceBusError, ClientAuthenticationError, OSError, ValueError, AttributeError)  # last two: it was closed
 _REFUSALS = (
     ClientAuthenticationError,
@@ -28,6 +29,7 @@ _REFUSALS = (
     ServiceBusAuthenticationError,
     ServiceBusAuthorizationError,
 )
+_opening = Semaphore(MOST_OPENING)
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -44,13 +46,18 @@ def opened(link: Link) -> Link:
     """Open a receiver or a sender and return it. Raises what is in FAILURES.
 
     On a thread of its own: the SDK waits for ever for a service that takes a connection and then says nothing.
+    What is opened after all, when nobody waits for it any more, is closed.
     """
+    if not _opening.acquire(blocking=False):
+        raise ConnectionError(f"{MOST_OPENING} connections still wait for an answer")
     future: Future[None] = Future()
     Thread(target=_open, args=(link, future), daemon=True, name="servicebus-opening").start()
     try:
         future.result(OPEN_SECONDS)
     except TimeoutError:
-        raise TimeoutError(f"no answer within {OPEN_SECONDS:.0f} s") from None
+        if future.cancel():
+            raise TimeoutError(f"no answer within {OPEN_SECONDS:.0f} s") from None
+        future.result()  # it was just then
     return link
 
 
@@ -68,8 +75,10 @@ def close(link: ServiceBusReceiver | ServiceBusSender) -> None:
 def _open(link: ServiceBusReceiver | ServiceBusSender, future: Future[None]) -> None:
     try:
         link.__enter__()
-    except BaseException as error:  # noqa: BLE001 - it is raised where it was waited for
-        close(link)
-        future.set_exception(error)
-    else:
         future.set_result(None)
+    except BaseException as error:  # noqa: BLE001 - it is raised where it was waited for, if it still is
+        close(link)
+        with suppress(InvalidStateError):
+            future.set_exception(error)
+    finally:
+        _opening.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -430,6 +431,47 @@ def test_a_service_that_says_nothing_is_not_waited_for(
     own_broker.thaw()
     monkeypatch.undo()
     assert len(receive(adapter, 1)) == 1
+
+
+def test_what_is_opened_too_late_is_closed(own_broker: Broker, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each try of an outage would leave a connection, which a thread of the SDK keeps for ever."""
+    monkeypatch.setattr(servicebus_links, "OPEN_SECONDS", 0.1)
+    adapter = opened(Queue(own_broker))
+    before = set(threading.enumerate())
+    own_broker.freeze()
+    for _ in range(3):
+        with pytest.raises(QueueError, match="no answer within"):
+            adapter.check()
+    assert set(threading.enumerate()) - before
+    own_broker.thaw()
+    deadline = time.monotonic() + 15
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
+def test_no_end_of_connections_is_opened_in_vain(
+    own_broker: Broker, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes a thread and a socket for as long as the service says nothing; the worker needs some itself."""
+    monkeypatch.setattr(servicebus_links, "OPEN_SECONDS", 0.1)
+    monkeypatch.setattr(servicebus_links, "_opening", threading.Semaphore(1))
+    adapter = opened(Queue(own_broker))
+    own_broker.freeze()
+    with pytest.raises(QueueError, match="no answer within"):
+        adapter.check()
+    with pytest.raises(QueueError, match="connections still wait for an answer"):
+        adapter.check()
+    own_broker.thaw()
+    monkeypatch.setattr(servicebus_links, "OPEN_SECONDS", 10.0)
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        try:
+            assert adapter.check() == []
+            break
+        except QueueError:
+            time.sleep(0.05)
+    assert adapter.check() == []
 
 
 def test_extend_says_that_leases_may_end(own_broker: Broker, opened: Open) -> None:
