@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import traceback
-from typing import Any
+from threading import Event
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 import pytest
@@ -18,6 +19,10 @@ from adapters import QueueError, QueueOptions, QueueURLError, open_queue
 from adapters.servicebus import Entity, fits, parse_url
 from adapters.servicebus_links import in_short, is_refusal
 from adapters.servicebus_message import body_of
+from adapters.servicebus_receiving import Receiving
+
+if TYPE_CHECKING:
+    from azure.servicebus import ServiceBusReceivedMessage
 
 HOST = "shop.servicebus.windows.net"
 KEY = "SharedAccessKeyName=reader;SharedAccessKey=c2VjcmV0"
@@ -153,6 +158,26 @@ def test_a_value_as_deep_as_no_notification_is_empty() -> None:
     for _ in range(100_000):
         deep = [deep]
     assert body_of(AmqpMessageBodyType.VALUE, deep) == b""
+
+
+def test_a_receiver_that_fails_to_close_does_not_end_the_receiving() -> None:
+    """Whatever the SDK raises: a thread that ends would never receive again."""
+    closed = Event()
+
+    class Receiver:
+        def receive_messages(self, _: int, __: float) -> list[ServiceBusReceivedMessage]:
+            raise ServiceBusConnectionError(message="reset")
+
+        def close(self) -> None:
+            closed.set()
+            raise RuntimeError("an error of its own")
+
+    receiving = Receiving(cast("Any", Receiver), 1000)
+    receiving.take(1, 0.0)
+    assert closed.wait(10)
+    closed.clear()
+    assert closed.wait(10)
+    receiving.close()
 
 
 def test_credentials_that_are_missing_are_a_refusal() -> None:
