@@ -29,10 +29,11 @@ from azure.servicebus.exceptions import (
 from adapters.awaited import Awaited
 from adapters.base import QueueError, QueueURLError
 from adapters.parking import Parking
+from adapters.servicebus_lease import Lease
 from adapters.servicebus_links import FAILURES, close_soon, in_short, is_refusal, opened
 from adapters.servicebus_message import ServiceBusDelivery
 from adapters.servicebus_receiving import MOST_AT_ONCE, Receiving
-from adapters.servicebus_settlement import Settlement, Threads, lock_seconds
+from adapters.servicebus_settlement import Settlement, Threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
     from adapters.base import Delivery, Failure, QueueOptions
 
-SHORTEST_LEASE, LONGEST_LEASE = 5.0, 300.0  # seconds a lock of Service Bus lasts
 CALL_TIMEOUT = 5.0  # seconds for one call, or for opening a receiver
 MAX_BATCH = 1000  # messages in a call to publish
 MAX_REASON = 4096  # characters of a dead letter's reason, and of its description
@@ -120,23 +120,23 @@ class ServiceBusQueue:
         self._settlement = Settlement(self._open_receiver)
         self._parking: Parking[ServiceBusReceivedMessage] = Parking(options.max_messages, self._settlement.abandon)
         self._awaited = Awaited()
-        self._lease = SHORTEST_LEASE
+        self._lease = Lease()
 
     @property
     def lease(self) -> float:
         """Seconds a lock lasts, as the messages tell; the shortest there is until one came."""
-        return self._lease
+        return self._lease.seconds
 
     def receive(self, max_messages: int, wait: float) -> Sequence[ServiceBusDelivery]:
         """Return what arrived."""
         deliveries = self._receiving.take(max_messages, wait)
         self._awaited.came(delivery.sequence_number for delivery in deliveries)
-        self._note_lease(_messages(deliveries))
+        self._lease.note(_messages(deliveries))
         return deliveries
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Complete, insisting for as long as the locks may hold."""
-        self._settlement.complete(_messages(deliveries), self._lease)
+        self._settlement.complete(_messages(deliveries), self._lease.seconds)
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:  # noqa: ARG002 - there is no place for a failure
         """Abandon, at once or after `delay`; until then the messages stay locked, here.
@@ -162,7 +162,7 @@ class ServiceBusQueue:
         messages = [*_messages(deliveries), *_messages(self._receiving.waiting()), *self._parking.parked()]
         if not self._settlement.extend(messages):
             raise QueueError("Service Bus was not told of all leases")
-        self._note_lease(messages)
+        self._lease.note(messages)
 
     def backlog(self) -> int | None:
         """Count what was sent back and is expected again; to ask Service Bus takes the right to manage it."""
@@ -227,12 +227,6 @@ class ServiceBusQueue:
     def _sender(self) -> ServiceBusSender:
         client, name = self._make_client(_PUBLISH_RETRIES), self._entity.name
         return client.get_topic_sender(name) if self._entity.subscription else client.get_queue_sender(name)
-
-    def _note_lease(self, messages: Sequence[ServiceBusReceivedMessage]) -> None:
-        """Take the last of these locks for how long one lasts: others may have waited for a while."""
-        seconds = lock_seconds(messages)
-        if seconds is not None:
-            self._lease = min(max(seconds, 0.5), LONGEST_LEASE)
 
     def _why(self, error: BaseException) -> str:
         """Return what is wrong with the queue, and what to do."""

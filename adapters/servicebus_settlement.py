@@ -10,7 +10,6 @@ import logging
 import time
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from datetime import UTC, datetime
 from functools import partial
 from queue import SimpleQueue
 from threading import Lock, Thread
@@ -25,6 +24,7 @@ from azure.servicebus.exceptions import (
 )
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_random_exponential
 
+from adapters.servicebus_lease import let_service_judge
 from adapters.servicebus_links import close, close_soon, in_short
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Settlement:
     def _settle(self, action: str, tell: Tell, messages: Sequence[ServiceBusReceivedMessage], patience: float) -> None:
         ids = {id(message) for message in messages}
         self._settling |= ids
-        self._tell(action, tell, messages, patience)
+        self._tell(action, partial(_settled, tell), messages, patience)
         self._settling -= ids
 
     def _tell(self, action: str, tell: Tell, messages: Sequence[ServiceBusReceivedMessage], patience: float) -> bool:
@@ -188,11 +188,10 @@ def is_settled(message: ServiceBusReceivedMessage) -> bool:
     return message.lock_token is None
 
 
-def lock_seconds(messages: Sequence[ServiceBusReceivedMessage]) -> float | None:
-    """Return for how long the last of these locks runs from now, by the clock here; None when none tells."""
-    ends = [message.locked_until_utc for message in messages]
-    return max(((end - datetime.now(UTC)).total_seconds() for end in ends if end is not None), default=None)
-
-
 def _told(tell: Tell, message: ServiceBusReceivedMessage, receiver: ServiceBusReceiver) -> None:
+    tell(receiver, message)
+
+
+def _settled(tell: Tell, receiver: ServiceBusReceiver, message: ServiceBusReceivedMessage) -> None:
+    let_service_judge(message)
     tell(receiver, message)

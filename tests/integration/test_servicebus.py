@@ -235,6 +235,27 @@ def test_leases_last_as_long_as_they_are_extended(broker: Broker, opened: Open) 
     assert queue.counts() == (0, 30, 0)
 
 
+@pytest.mark.parametrize("ahead", [600.0, 100.0, -600.0, -20.0])
+def test_a_clock_that_is_wrong_loses_nothing(
+    broker: Broker, opened: Open, ahead: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The lease is never taken for longer than it is, and what is done is settled: Service Bus says what is locked."""
+    queue = Queue(broker, lock=30.0)
+    broker("clock", name=queue.name, ahead=ahead)
+    queue.publish(b"1", b"2", b"3")
+    adapter = opened(queue)
+    held = receive(adapter, 3)
+    assert 0 < adapter.lease < 32
+    adapter.extend(held, adapter.lease)
+    assert 0 < adapter.lease < 32
+    adapter.ack(held[:1])
+    adapter.nack(held[1:2])
+    assert adapter.dead_letter(held[2], FAILURE)
+    ready, locked, dead = queue.counts()
+    assert (ready + locked, dead) == (1, 1)
+    assert {record.message for record in caplog.records} <= {"clock_wrong"}
+
+
 def test_what_is_settled_while_it_is_extended_is_not_lost(
     broker: Broker, opened: Open, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -188,6 +188,10 @@ class Broker(Handler):  # type: ignore[misc]
         """Answer so many requests by saying that it is busy."""
         self._entities[_path(name)].busy = requests
 
+    def clock(self, name: str, ahead: float) -> None:
+        """Have the clock of an entity be so many seconds ahead."""
+        self._entities[_path(name)].ahead = ahead
+
     def drop(self) -> None:
         """Cut all connections."""
         for connection in list(self._connections):
@@ -251,7 +255,7 @@ class Broker(Handler):  # type: ignore[misc]
         token, stored = entity.lock_next()
         delivery = link.delivery(token.bytes_le)
         delivery.token = token
-        link.send(stored.encode())
+        link.send(stored.encode(entity.ahead))
         link.advance()
         if link.remote_snd_settle_mode == Link.SND_SETTLED:  # receive and delete
             delivery.settle()

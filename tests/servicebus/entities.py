@@ -29,14 +29,14 @@ class Stored:
     token: uuid.UUID | None = None  # of the lock, while it is locked
     locked_until: float = 0.0
 
-    def encode(self) -> bytes:
-        """Write the message as it is handed over now."""
+    def encode(self, ahead: float) -> bytes:
+        """Write the message as it is handed over now, by a clock that is so many seconds ahead."""
         about = {
             "x-opt-sequence-number": self.sequence,
-            "x-opt-enqueued-time": milliseconds(self.enqueued_at),
+            "x-opt-enqueued-time": milliseconds(self.enqueued_at + ahead),
         }
         if self.token is not None:
-            about["x-opt-locked-until"] = milliseconds(self.locked_until)
+            about["x-opt-locked-until"] = milliseconds(self.locked_until + ahead)
         return self.sections.encode(self.delivery_count, about)
 
 
@@ -46,6 +46,7 @@ class Entity:
     def __init__(self, name: str, lock: float, max_delivery: int, *, is_dead: bool = False) -> None:
         self.name = name
         self.lock = lock
+        self.ahead = 0.0  # seconds that the clock in messages and answers is ahead
         self.refusal = ""  # the condition with which links and requests are refused
         self.busy = 0  # requests to turn away
         self.ready: deque[Stored] = deque()

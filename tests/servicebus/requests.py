@@ -27,14 +27,18 @@ def managed(entity: Entity, operation: str, body: dict[str, Any]) -> tuple[int, 
         expirations = entity.renew(tokens)
         if expirations is None:
             return 410, None, LOST
-        until = [milliseconds(seconds) for seconds in expirations]
+        until = [milliseconds(seconds + entity.ahead) for seconds in expirations]
         return 200, {"expirations": Array(UNDESCRIBED, Data.TIMESTAMP, *until)}, ""
     if operation == "update-disposition":
         settled = [_disposed(entity, token, body) for token in tokens]
         return (200, {}, "") if all(settled) else (410, None, LOST)
     if operation == "peek-message":
         found = entity.peek(body["from-sequence-number"], body["message-count"])
-        return (200, {"messages": [{"message": each.encode()} for each in found]}, "") if found else (204, None, "")
+        return (
+            (200, {"messages": [{"message": each.encode(entity.ahead)} for each in found]}, "")
+            if found
+            else (204, None, "")
+        )
     return 501, None, "amqp:not-implemented"
 
 

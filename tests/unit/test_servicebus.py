@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import traceback
+from datetime import UTC, datetime, timedelta
 from threading import Event
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from adapters import QueueError, QueueOptions, QueueURLError, open_queue
 from adapters.servicebus import Entity, fits, parse_url
+from adapters.servicebus_lease import Lease
 from adapters.servicebus_links import in_short, is_refusal
 from adapters.servicebus_message import body_of
 from adapters.servicebus_receiving import Receiving
@@ -178,6 +181,53 @@ def test_a_receiver_that_fails_to_close_does_not_end_the_receiving() -> None:
     closed.clear()
     assert closed.wait(10)
     receiving.close()
+
+
+def _locked(seconds: float, stored_ago: float) -> Any:
+    now = datetime.now(UTC)
+    return SimpleNamespace(
+        locked_until_utc=now + timedelta(seconds=seconds), enqueued_time_utc=now - timedelta(seconds=stored_ago)
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "stored_ago", "lease", "warnings"),
+    [
+        (60.0, 3600.0, 60.0, 0),
+        (160.0, -100.0, 60.0, 0),  # ours is behind: what was stored just now tells
+        (660.0, 3600.0, 5.0, 1),  # ours is behind, and nothing tells by how much
+        (-540.0, 3600.0, 5.0, 1),  # ours is ahead
+    ],
+)
+def test_a_lease_that_cannot_be_is_not_believed(
+    seconds: float, stored_ago: float, lease: float, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Locks are renewed by it, and end when it is taken for too long; said once."""
+    learnt = Lease()
+    learnt.note([])
+    assert learnt.seconds == 5.0
+    for _ in range(2):
+        learnt.note([_locked(seconds - 2.0, stored_ago), _locked(seconds, stored_ago)])
+    assert learnt.seconds == pytest.approx(lease, abs=0.5)
+    assert [record.message for record in caplog.records] == ["clock_wrong"] * warnings
+
+
+def test_what_is_known_of_the_clock_is_remembered() -> None:
+    """A renewed lock tells nothing new, nor does a message that was stored long ago."""
+    learnt = Lease()
+    learnt.note([_locked(160.0, -100.0)])
+    learnt.note([_locked(160.0, 3600.0)])
+    assert learnt.seconds == pytest.approx(60.0, abs=0.5)
+
+
+def test_a_clock_that_is_set_right_is_believed_again() -> None:
+    """What it was behind by would make every lock too short."""
+    learnt = Lease()
+    learnt.note([_locked(160.0, -100.0)])
+    learnt.note([_locked(60.0, 0.0)])
+    assert learnt.seconds == 5.0
+    learnt.note([_locked(60.0, 0.0)])
+    assert learnt.seconds == pytest.approx(60.0, abs=0.5)
 
 
 def test_credentials_that_are_missing_are_a_refusal() -> None:
