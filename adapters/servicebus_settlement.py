@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("klaviyo_worker.servicebus")
 
 THREADS = 16  # at most: 1,000 messages a second where a round trip takes 10 ms
+RENEWED_AT_ONCE = 10 * THREADS  # what is to be settled waits for no more of them
 NACK_PATIENCE = 3.0  # seconds to reach Service Bus; a nack that is lost costs a lease at most
 SECONDS, SECONDS_EACH = 10.0, 0.01  # for calls made side by side: for all of them, and for each
 CLOSE_SECONDS = 0.5  # the SDK has this long to say goodbye; it then waits for a thread of its own, in vain
@@ -69,9 +70,16 @@ class Settlement:
     def extend(self, messages: Sequence[ServiceBusReceivedMessage]) -> bool:
         """Renew the locks; return whether Service Bus was told of all.
 
-        Tried once: it is done anew long before the locks end.
+        Tried once, as it is done anew long before the locks end, and not for the rest when none of some came through.
         """
-        return self._tell("extend", ServiceBusReceiver.renew_message_lock, messages, 0.0)
+        untold = 0
+        for start in range(0, len(messages), RENEWED_AT_ONCE):
+            some = messages[start : start + RENEWED_AT_ONCE]
+            failed = self._tell("extend", ServiceBusReceiver.renew_message_lock, some, 0.0)
+            if failed == len(some):
+                return False
+            untold += failed
+        return untold == 0
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -83,8 +91,8 @@ class Settlement:
         self._tell(action, partial(_settled, tell), messages, patience)
         self._settling -= ids
 
-    def _tell(self, action: str, tell: Tell, messages: Sequence[ServiceBusReceivedMessage], patience: float) -> bool:
-        """Return whether Service Bus was told of all."""
+    def _tell(self, action: str, tell: Tell, messages: Sequence[ServiceBusReceivedMessage], patience: float) -> int:
+        """Return of how many Service Bus was not told."""
         left = list(messages)
         retrying = Retrying(
             stop=stop_after_delay(patience),
@@ -95,7 +103,7 @@ class Settlement:
         reason = retrying(self._attempt, action, tell, left)
         if left:
             log.warning("settling_failed", extra={"action": action, "messages": len(left), "reason": reason})
-        return not left
+        return len(left)
 
     def _attempt(self, action: str, tell: Tell, messages: list[ServiceBusReceivedMessage]) -> str:
         """Tell of each once. Narrows `messages` to those to tell again, and returns why."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import traceback
 from datetime import UTC, datetime, timedelta
-from threading import Event
+from threading import Event, Semaphore, Thread
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 import pytest
 from azure.core.exceptions import ClientAuthenticationError
+from azure.servicebus import ServiceBusReceiver
 from azure.servicebus.amqp import AmqpMessageBodyType
 from azure.servicebus.exceptions import ServiceBusConnectionError, ServiceBusError
 from hypothesis import given
@@ -23,6 +24,7 @@ from adapters.servicebus_lease import Lease
 from adapters.servicebus_links import in_short, is_refusal
 from adapters.servicebus_message import body_of
 from adapters.servicebus_receiving import Receiving
+from adapters.servicebus_settlement import Settlement
 
 if TYPE_CHECKING:
     from azure.servicebus import ServiceBusReceivedMessage
@@ -228,6 +230,64 @@ def test_a_clock_that_is_set_right_is_believed_again() -> None:
     assert learnt.seconds == 5.0
     learnt.note([_locked(60.0, 0.0)])
     assert learnt.seconds == pytest.approx(60.0, abs=0.5)
+
+
+class _Receiver:
+    """Renews a lock when it may, and abandons at once."""
+
+    def __init__(self, may_renew: Semaphore) -> None:
+        self._may_renew = may_renew
+
+    def renew_message_lock(self, message: Any) -> None:
+        if not self._may_renew.acquire(timeout=10) or message.lock_token == "unreachable":
+            raise ServiceBusConnectionError(message="reset")
+
+    def abandon_message(self, message: Any) -> None:
+        message.lock_token = None
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@pytest.fixture
+def may_renew(monkeypatch: pytest.MonkeyPatch) -> Semaphore:
+    for name in ("renew_message_lock", "abandon_message"):
+        monkeypatch.setattr(ServiceBusReceiver, name, getattr(_Receiver, name))
+    return Semaphore(0)
+
+
+def _held(number: int, token: str = "some") -> list[Any]:
+    return [SimpleNamespace(lock_token=token) for _ in range(number)]
+
+
+def test_what_is_to_be_settled_does_not_wait_for_all_renewals(may_renew: Semaphore) -> None:
+    """They are a call each: with thousands a dead letter would be given up before its turn."""
+    settlement = Settlement(lambda: cast("Any", _Receiver(may_renew)))
+    renewing = Thread(target=settlement.extend, args=(_held(1000),))
+    renewing.start()
+    sent_back = _held(1)
+    settling = Thread(target=settlement.abandon, args=(sent_back,))
+    settling.start()
+    may_renew.release(500)
+    settling.join(10)
+    assert sent_back[0].lock_token is None
+    may_renew.release(500)
+    renewing.join(10)
+    settlement.close()
+
+
+def test_renewals_go_on_while_some_come_through(may_renew: Semaphore) -> None:
+    """One message that fails keeps no other from being renewed; an outage is not tried thousands of times."""
+    may_renew.release(10_000)
+    settlement = Settlement(lambda: cast("Any", _Receiver(may_renew)))
+    assert settlement.extend(_held(1000))
+    began = may_renew._value
+    assert not settlement.extend([*_held(1, "unreachable"), *_held(1000)])
+    assert began - may_renew._value > 1000
+    began = may_renew._value
+    assert not settlement.extend(_held(1000, "unreachable"))
+    assert began - may_renew._value < 500
+    settlement.close()
 
 
 def test_credentials_that_are_missing_are_a_refusal() -> None:
