@@ -136,6 +136,7 @@ class ServiceBusQueue:
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Complete, insisting for as long as the locks may hold."""
+        self._awaited.came(delivery.sequence_number for delivery in _deliveries(deliveries))
         self._settlement.complete(_messages(deliveries), self._lease.seconds)
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:  # noqa: ARG002 - there is no place for a failure

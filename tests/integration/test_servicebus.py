@@ -218,6 +218,20 @@ def test_a_lock_that_ended_brings_the_message_again(
     assert queue.counts() == (0, 0, 0)
 
 
+def test_a_message_that_is_done_is_awaited_no_more(broker: Broker, opened: Open) -> None:
+    """Even if it was sent back too, by who had it before and noticed late that its lock had ended."""
+    queue = Queue(broker)
+    queue.publish(b"1")
+    adapter = opened(queue)
+    stale = receive(adapter, 1)
+    broker("expire", name=queue.name)
+    again = receive(adapter, 1)
+    adapter.nack(stale)
+    assert adapter.backlog() == 1
+    adapter.ack(again)
+    assert adapter.backlog() is None
+
+
 def test_leases_last_as_long_as_they_are_extended(broker: Broker, opened: Open) -> None:
     """Of what is held, of what waits to be received, and of what waits to go back."""
     queue = Queue(broker, lock=3.0)
