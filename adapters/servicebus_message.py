@@ -46,19 +46,26 @@ def delivery_of(message: ServiceBusReceivedMessage) -> ServiceBusDelivery:
 
 
 def body_of(kind: AmqpMessageBodyType, body: Any) -> bytes:
-    """Return the bytes of a body: sections of data joined, text and bytes as they are, all else as JSON."""
+    """Return the bytes of a body: sections of data joined, text and bytes as they are, all else as JSON.
+
+    What is nothing of that is empty: it ends in the dead letters, and keeps none of its neighbours from being received.
+    """
+    try:
+        return _bytes(kind, body)
+    except (RecursionError, TypeError, ValueError):
+        return b""
+
+
+def _bytes(kind: AmqpMessageBodyType, body: Any) -> bytes:
     if kind is AmqpMessageBodyType.DATA:
-        return b"".join(bytes(section) for section in body)
+        return b"".join(memoryview(section) for section in body)
     if kind is AmqpMessageBodyType.SEQUENCE:
         body = [item for section in body for item in section]
     if isinstance(body, bytes | bytearray | memoryview):  # the SDK reads text as bytes
         return bytes(body)
     if isinstance(body, str):
         return body.encode(errors="surrogatepass")
-    try:
-        return b"" if body is None else json.dumps(_plain(body)).encode()
-    except RecursionError:  # no notification, however it is read
-        return b""
+    return b"" if body is None else json.dumps(_plain(body)).encode()
 
 
 def _plain(value: Any) -> Any:

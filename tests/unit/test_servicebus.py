@@ -157,6 +157,14 @@ def test_a_notification_as_an_amqp_map_is_json() -> None:
     }
 
 
+@given(st.sampled_from(AmqpMessageBodyType), amqp_values)
+def test_a_body_that_is_none_is_empty(kind: AmqpMessageBodyType, value: Any) -> None:
+    """AMQP can say that a section of data holds a number: no error keeps what came with it from being received."""
+    assert isinstance(body_of(kind, value), bytes)
+    assert isinstance(body_of(kind, [value]), bytes)
+    assert body_of(AmqpMessageBodyType.DATA, [3]) == b""
+
+
 def test_a_value_as_deep_as_no_notification_is_empty() -> None:
     """It ends in the dead letters, whole."""
     deep: list[Any] = []
