@@ -111,6 +111,7 @@ class Receiving:
             if self._receiver is None:
                 self._receiver = self._connect()
                 self._heard_at = time.monotonic()
+                return  # that took a while: perhaps nothing is to be received any more
             messages = self._receiver.receive_messages(wanted, RECEIVE_WAIT)
             for message in messages:
                 self._inbox.put(delivery_of(message))

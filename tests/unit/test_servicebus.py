@@ -240,6 +240,32 @@ def test_a_clock_that_is_set_right_is_believed_again() -> None:
     assert learnt.seconds == pytest.approx(60.0, abs=0.5)
 
 
+def test_what_is_stopped_while_it_connects_receives_nothing() -> None:
+    """Nobody would return it: it would stay locked, and cost a delivery."""
+    connecting, connected, closed = Event(), Event(), Event()
+    received: list[int] = []
+
+    class Receiver:
+        def __init__(self) -> None:
+            connecting.set()
+            connected.wait(10)
+
+        def receive_messages(self, number: int, _: float) -> list[ServiceBusReceivedMessage]:
+            received.append(number)
+            return []
+
+        def close(self) -> None:
+            closed.set()
+
+    receiving = Receiving(cast("Any", Receiver), 1000)
+    receiving.take(1, 0.0)
+    assert connecting.wait(10)
+    assert receiving.stop() == []
+    connected.set()
+    assert closed.wait(10)
+    assert received == []
+
+
 class _Receiver:
     """Renews a lock when it may, and abandons at once."""
 
