@@ -119,6 +119,18 @@ def test_no_more_is_held_than_was_asked_for(broker: Broker, opened: Open) -> Non
     assert len({delivery.body for delivery in (*held, *got)}) == 80
 
 
+def test_no_more_bytes_wait_than_one_call_brings_beyond_the_limit(broker: Broker, opened: Open) -> None:
+    """Nobody takes them: what there is no room for goes back."""
+    queue = Queue(broker)
+    queue.publish(*[b"x" * 10_000] * 60)
+    adapter = opened(queue, max_bytes=25_000)
+    adapter.receive(60, 0)
+    deadline = time.monotonic() + 15
+    while (counts := queue.counts())[0] < 40 or counts[1] == 0:
+        assert time.monotonic() < deadline, counts
+        time.sleep(0.05)
+
+
 def test_the_sdk_reads_on_no_thread_of_its_own(broker: Broker, opened: Open) -> None:
     """Two threads at once make it mix up messages and lock tokens: one's ack removes another."""
     queue = Queue(broker)
@@ -421,6 +433,7 @@ def test_a_queue_that_refuses_is_waited_for(
         except QueueRefusedError:
             time.sleep(0.1)
     assert [delivery.body for delivery in got] == [b"back"]
+    assert adapter.receive(1, 0.2) == []
 
 
 def test_an_outage_loses_nothing(own_broker: Broker, opened: Open) -> None:

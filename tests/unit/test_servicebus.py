@@ -14,7 +14,7 @@ import pytest
 from azure.core.exceptions import ClientAuthenticationError
 from azure.servicebus import ServiceBusReceiver
 from azure.servicebus.amqp import AmqpMessageBodyType
-from azure.servicebus.exceptions import ServiceBusConnectionError, ServiceBusError
+from azure.servicebus.exceptions import MessageLockLostError, ServiceBusConnectionError, ServiceBusError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -321,6 +321,37 @@ def test_renewals_go_on_while_some_come_through(may_renew: Semaphore) -> None:
     began = may_renew._value
     assert not settlement.extend(_held(1000, "unreachable"))
     assert began - may_renew._value < 500
+    settlement.close()
+
+
+def test_what_is_just_being_settled_is_not_called_lost(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Service Bus may have let go of it before its answer is here."""
+    settling, go_on = Event(), Event()
+
+    def complete_message(_: Any, message: Any) -> None:
+        settling.set()
+        go_on.wait(10)
+        message.lock_token = None
+
+    def renew_message_lock(_: Any, __: Any) -> None:
+        raise MessageLockLostError
+
+    monkeypatch.setattr(ServiceBusReceiver, "complete_message", complete_message)
+    monkeypatch.setattr(ServiceBusReceiver, "renew_message_lock", renew_message_lock)
+    settlement = Settlement(lambda: cast("Any", _Receiver(Semaphore())))
+    held = _held(1)
+    completing = Thread(target=settlement.complete, args=(held, 0.0))
+    completing.start()
+    assert settling.wait(10)
+    assert settlement.extend(held)
+    go_on.set()
+    completing.join(10)
+    assert settlement.extend(held)
+    assert caplog.records == []
+    assert settlement.extend(_held(1))
+    assert [record.message for record in caplog.records] == ["lease_lost"]
     settlement.close()
 
 
