@@ -25,7 +25,9 @@ CONNECT_TIMEOUT, READ_TIMEOUT = 3, 10  # seconds; a long poll must end before, a
 ATTEMPTS = 2  # of a call; all that insists is our own, as it must end when the worker does
 CONNECTIONS = 48  # that are kept: receivers, settlement, and a call of each lane
 PATIENCE = 10.0  # seconds to reach SQS for a call that nothing depends on but its caller
-ERRORS = (boto.BotoCoreError, boto.ClientError, ResponseParserError)  # all that a call raises
+_THEIRS = (boto.BotoCoreError, boto.ClientError, ResponseParserError)
+# All that a call raises, and the reading of its answer: boto3 trips over what a proxy says, or we do.
+ERRORS = (*_THEIRS, AttributeError, LookupError, TypeError, ValueError)
 _NO_CREDENTIALS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -59,7 +61,7 @@ def connect(region: str = "") -> SQSClient:
     except boto.NoRegionError:
         raise QueueError(f"QUEUE_URL: no AWS region: {_SET_REGION}") from None
     except (boto.BotoCoreError, ValueError) as error:  # a profile that is not there, an endpoint that is no URL
-        raise QueueError(f"QUEUE_URL: AWS's own settings are no use: {reason(error)}") from None
+        raise QueueError(f"QUEUE_URL: AWS's own settings are no use: {error}") from None
 
 
 def insist(call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
@@ -100,6 +102,8 @@ def code(error: BaseException) -> str:
 
 def reason(error: BaseException) -> str:
     """Describe the error in one line: the next ones of a refused signature quote the headers, with their token."""
+    if not isinstance(error, _THEIRS):
+        return f"the answer is not one of SQS ({type(error).__name__})"
     return str(error).partition("\n")[0]
 
 

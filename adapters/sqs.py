@@ -190,13 +190,17 @@ class SQSQueue:
     def _read_policy(self) -> bool:
         """Read the redrive policy and note it; return False when that is not permitted."""
         try:
-            answer = aws.insist(self._client.get_queue_attributes, QueueUrl=self._url, AttributeNames=["RedrivePolicy"])
+            answer = aws.insist(
+                self._client.get_queue_attributes,
+                QueueUrl=self._url,
+                AttributeNames=["RedrivePolicy", "QueueArn"],  # every queue has an ARN: no attributes are no answer
+            )
+            policy = json.loads(answer["Attributes"].get("RedrivePolicy") or "{}")
+            self._max_receives = int(policy.get("maxReceiveCount", 0)) or math.inf
         except aws.ERRORS as error:
             if aws.is_denied(error):
                 return False
             raise QueueError(f"QUEUE_URL: {aws.explain(error, self._name)}") from None
-        policy = json.loads(answer.get("Attributes", {}).get("RedrivePolicy") or "{}")
-        self._max_receives = int(policy.get("maxReceiveCount", 0)) or math.inf
         target = policy.get("deadLetterTargetArn", "").rpartition(":")[2]  # of our account and region, AWS sees to that
         self._dead_letter_url = target and f"{self._url.rpartition('/')[0]}/{target}"
         return True
@@ -243,11 +247,11 @@ class SQSQueue:
                     "ApproximateNumberOfMessagesDelayed",
                 ],
             )
+            return sum(map(int, answer["Attributes"].values()))
         except aws.ERRORS as error:
             if aws.is_denied(error):
                 return None
             raise
-        return sum(map(int, answer["Attributes"].values()))
 
     def _bury(self, delivery: Delivery, failure: Failure) -> bool:
         """Send the message to the dead-letter queue, with its reason; tell whether it is there."""

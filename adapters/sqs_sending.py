@@ -33,12 +33,12 @@ def publish(client: SQSClient, queue_url: str, bodies: Iterable[bytes]) -> int:
         entries = [{"Id": str(index), "MessageBody": text or ""} for index, text in enumerate(texts)]
         try:
             answer = aws.insist(client.send_message_batch, QueueUrl=queue_url, Entries=entries)  # type: ignore[arg-type]
+            taken = {int(each["Id"]) for each in answer.get("Successful", ())}
+            why = next((f"{each['Code']}: {each.get('Message', '')}" for each in answer.get("Failed", ())), "no answer")
         except aws.ERRORS as error:
             raise _ended(stored, aws.reason(error)) from None
-        taken = {int(each["Id"]) for each in answer.get("Successful", ())}
         if len(taken) < len(batch):
             numbers = ", ".join(str(stored + index + 1) for index in range(len(batch)) if index not in taken)
-            why = next((f"{each['Code']}: {each.get('Message', '')}" for each in answer.get("Failed", ())), "no answer")
             raise _ended(stored + len(taken), f"SQS did not take message {numbers}: {why}")
         stored += len(batch)
     return stored

@@ -136,13 +136,13 @@ class Settlement:
             return [_Fate(entry, "SQS is out of reach", again=True) for entry in entries]
         try:
             answer = call(QueueUrl=self._queue_url, Entries=entries)
+            done = {each["Id"] for each in answer.get("Successful", ())}
+            errors = {each["Id"]: each for each in answer.get("Failed", ())}
         except aws.ERRORS as error:
             again = not aws.is_refusal(error)
             if again:
                 unreachable.set()
             return [_Fate(entry, aws.reason(error), again=again) for entry in entries]
-        done = {each["Id"] for each in answer.get("Successful", ())}
-        errors = {each["Id"]: each for each in answer.get("Failed", ())}
         return [_fate(entry, errors.get(entry["Id"], {})) for entry in entries if entry["Id"] not in done]
 
 

@@ -208,7 +208,16 @@ class Answer:
     def __init__(self, status: int, code: str = "", message: str = "because", **document: Any) -> None:
         self.status = status
         self.headers = {"x-amzn-query-error": f"{code};Sender"} if code else {}
-        self.document = {"__type": f"com.amazonaws.sqs#{code}", "message": message} if code else document
+        answered = {"__type": f"com.amazonaws.sqs#{code}", "message": message} if code else document
+        self.body = json.dumps(answered).encode()
+
+
+class Noise(Answer):
+    """What a proxy may say instead of SQS."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(status)
+        self.body = body
 
 
 DENIED = Answer(400, "AccessDenied", "not authorized to perform that")
@@ -272,7 +281,7 @@ class Network:
         waiting = self.answers[operation]
         answer = waiting.popleft() if waiting else self.always.get(operation)
         if answer is not None:
-            return answer.status, answer.headers, json.dumps(answer.document).encode()
+            return answer.status, answer.headers, answer.body
         told = self._pool.request("POST", self._upstream, body=body, headers=headers, retries=False, timeout=30)
         if operation == "ReceiveMessage" and told.status == 200:
             messages = told.json().get("Messages") or []

@@ -24,7 +24,7 @@ from adapters import long_polling as polling
 from adapters.sqs import SQSQueue
 from tests import sqs
 from tests.integration.conftest import FAILURE
-from tests.sqs import BROKEN, BUSY, DENIED, NO_QUEUE, Answer, Network, Queue, Server, bodies
+from tests.sqs import BROKEN, BUSY, DENIED, NO_QUEUE, Answer, Network, Noise, Queue, Server, bodies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -553,6 +553,41 @@ def test_an_answer_that_is_none_does_not_end_the_receiving(
     ours = opened(queue)
     assert len(receive(ours, 1)) == 1
     assert [vars(record)["error"] for record in caplog.records] == ["KeyError"]
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        Noise(200, b"<html>Welcome</html>"),
+        Noise(502, "Gerät".encode("latin-1")),
+        Noise(200, b"[]"),
+        Noise(200, b"null"),
+        Answer(200, Successful=[{}], Failed=[{}]),
+    ],
+    ids=["HTML", "no UTF-8", "a list", "null", "entries without id"],
+)
+def test_an_answer_that_is_none_is_no_reason_to_end(
+    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch, noise: Answer
+) -> None:
+    """Settling goes on when SQS is back; all else is an error that an operator can read."""
+    monkeypatch.setattr(aws, "PATIENCE", 0.1)
+    queue.publish(*numbered(12))
+    ours = opened(queue)
+    held = receive(ours, 12)
+    for operation in ("DeleteMessageBatch", "ChangeMessageVisibilityBatch"):
+        network.answers[operation].extend([noise] * 2)
+    ours.nack(held[:1], 60.0, FAILURE)
+    ours.ack(held[1:])
+    assert queue.held() == 1
+    for operation in ("GetQueueUrl", "GetQueueAttributes", "SendMessage", "SendMessageBatch"):
+        network.always[operation] = noise
+    with pytest.raises(QueueError, match="QUEUE_URL: cannot reach SQS"):
+        open_queue(queue.url)
+    with pytest.raises(QueueError, match="QUEUE_URL: cannot reach SQS"):
+        ours.check()
+    with pytest.raises(QueueError, match="QUEUE_URL: 0 messages were published, then: "):
+        ours.publish([b"x"])
+    assert ours.backlog() == 1
 
 
 def test_publish_fills_the_queue(queue: Queue, opened: Open) -> None:
