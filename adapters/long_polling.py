@@ -71,6 +71,7 @@ class LongPolling:
         self._resume_at = 0.0  # monotonic seconds, as all times here
         self._refused_since: float | None = None
         self._refusal = ""
+        self.trouble = ""  # why the last poll failed; "" when it did not
         self._stopped = False
 
     def take(self, max_messages: int, wait: float) -> list[SQSDelivery]:
@@ -155,7 +156,7 @@ class LongPolling:
 
         Half: SQS asks some of its machines, and brings less than asked for though more is waiting.
         """
-        self._pause, self._refused_since, self._refusal = FIRST_PAUSE, None, ""
+        self._pause, self._refused_since, self._refusal, self.trouble = FIRST_PAUSE, None, "", ""
         if messages * 2 >= asked:
             self._receivers = min(self._receivers + 1, MAX_RECEIVERS)
         elif not messages:
@@ -164,7 +165,7 @@ class LongPolling:
     def _failed(self, error: Exception) -> None:
         """Plan the next try; note a refusal that has lasted `REFUSED_FOR` seconds."""
         now, reason = time.monotonic(), aws.reason(error)
-        self._receivers = 1
+        self._receivers, self.trouble = 1, reason
         if aws.is_refusal(error):
             self._refused_since = self._refused_since or now
             if now - self._refused_since > REFUSED_FOR:

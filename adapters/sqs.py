@@ -145,8 +145,10 @@ class SQSQueue:
         """Look at the queue. Raises QueueError when it cannot be used as asked.
 
         Whether messages may be received, deleted and extended is not tested: AWS tells only who does it, and a
-        message received for a test has one receive less.
+        message received for a test has one receive less. Only of a queue that was polled it is known.
         """
+        if self._polling.trouble:
+            raise QueueError(f"QUEUE_URL: SQS does not hand out messages: {self._polling.trouble}")
         if self._options.direct_dead_letter and self._is_fifo:
             raise QueueError(f"{_DIRECT} is not for FIFO queues, like {self._name}: leave it to the redrive policy")
         if not self._read_policy():

@@ -530,6 +530,23 @@ def test_other_trouble_is_outlasted_without_end(
     assert ours._polling._pause == 0.05
 
 
+def test_a_queue_that_hands_out_nothing_checks_well_only_when_it_is_let(
+    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run --once` checks a queue that is quiet: one that refuses to be read is not empty."""
+    monkeypatch.setattr(polling, "FIRST_PAUSE", 0.1)
+    network.answers["ReceiveMessage"].append(DENIED)
+    ours = opened(queue)
+    deadline = time.monotonic() + 10
+    while not ours._polling.trouble and time.monotonic() < deadline:
+        ours.receive(1, 0)
+    with pytest.raises(QueueError, match=r"QUEUE_URL: SQS does not hand out messages: .*AccessDenied"):
+        ours.check()
+    queue.publish(b"x")
+    ours.ack(receive(ours, 1))
+    assert ours.check() == []
+
+
 def test_a_network_that_was_down_is_used_again(
     queue: Queue, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
