@@ -108,10 +108,10 @@ class LongPolling:
         """Start polls for the room there is. The lock is held."""
         while self._may_poll():
             asked = min(MAX_MESSAGES, self._room - self._coming)
-            self._coming += asked
             poll = Thread(target=self._poll, args=(asked,), daemon=True)
-            self._polls.add(poll)
             poll.start()
+            self._polls.add(poll)
+            self._coming += asked
 
     def _may_poll(self) -> bool:
         return (
@@ -125,6 +125,7 @@ class LongPolling:
         """Receive once, and go on if there is room for more."""
         deliveries: list[SQSDelivery] = []
         failure: Exception | None = None
+        began = time.monotonic()
         try:
             deliveries = self._receive(asked)
         except Exception as error:  # noqa: BLE001 - whatever it is, receiving must go on
@@ -135,6 +136,8 @@ class LongPolling:
             self._inbox.put(*deliveries)
             if failure is None:
                 self._received(len(deliveries), asked)
+                if not deliveries:  # a long poll takes its time; a proxy that answers for SQS does not
+                    self._resume_at = max(began + FIRST_PAUSE, self._resume_at)
             else:
                 self._failed(failure)
             self._poll_more()

@@ -530,6 +530,18 @@ def test_other_trouble_is_outlasted_without_end(
     assert ours._polling._pause == 0.05
 
 
+def test_an_answer_that_is_empty_at_once_is_not_asked_for_again_at_once(
+    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long poll takes its time; a proxy that answers in its place would be asked a hundred times a second."""
+    monkeypatch.setattr(polling, "FIRST_PAUSE", 60.0)
+    network.answers["ReceiveMessage"].append(Noise(200, b"<html>Welcome</html>"))
+    queue.publish(b"x")
+    ours = opened(queue)
+    assert receive(ours, 1, wait=1.0) == []
+    assert len(network.requests["ReceiveMessage"]) == 1
+
+
 def test_a_queue_that_hands_out_nothing_checks_well_only_when_it_is_let(
     queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
