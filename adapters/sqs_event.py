@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from threading import Lock
@@ -35,7 +36,7 @@ class SQSEvent:
     def __init__(self, event: Mapping[str, Any], seconds: float) -> None:
         try:
             records = [_record(entry) for entry in event["Records"]]
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             what = f"expected the event of an SQS event source ({type(error).__name__}: {error})"
             raise QueueError(f"{what}: invoke this function by one, not by hand") from None
         self.lease = seconds
@@ -44,8 +45,9 @@ class SQSEvent:
         self._lock = Lock()
 
     def receive(self, max_messages: int, wait: float) -> Sequence[Record]:
-        """Return what was not handed out yet."""
-        del wait
+        """Return what was not handed out yet; once that is nothing, after `wait` seconds."""
+        if not self._waiting:
+            time.sleep(wait)
         received, self._waiting = self._waiting[:max_messages], self._waiting[max_messages:]
         return received
 

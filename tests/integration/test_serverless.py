@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from adapters import QueueError
+from adapters.sqs_event import SQSEvent
 from tests.acceptance.workload import Workload
 from tests.conftest import Scripted
 from worker import serverless
@@ -19,6 +20,17 @@ from worker.serverless import sqs_handler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+RECORD = {
+    "messageId": "message",
+    "receiptHandle": "AQEB",
+    "body": "{}",
+    "attributes": {"ApproximateReceiveCount": "1", "SentTimestamp": "1764201600000"},
+    "messageAttributes": {"colour": {"stringValue": "blue", "dataType": "String"}},
+    "eventSource": "aws:sqs",
+    "eventSourceARN": "arn:aws:sqs:eu-central-1:123456789012:orders",
+    "awsRegion": "eu-central-1",
+}
 
 
 @dataclass
@@ -48,17 +60,7 @@ def event_of(*bodies: bytes) -> dict[str, Any]:
     """Return an event as AWS documents it, with the fields that matter here."""
     return {
         "Records": [
-            {
-                "messageId": f"message-{number}",
-                "receiptHandle": "AQEB",
-                "body": body.decode(),
-                "attributes": {"ApproximateReceiveCount": "1", "SentTimestamp": "1764201600000"},
-                "messageAttributes": {"colour": {"stringValue": "blue", "dataType": "String"}},
-                "eventSource": "aws:sqs",
-                "eventSourceARN": "arn:aws:sqs:eu-central-1:123456789012:orders",
-                "awsRegion": "eu-central-1",
-            }
-            for number, body in enumerate(bodies)
+            {**RECORD, "messageId": f"message-{number}", "body": body.decode()} for number, body in enumerate(bodies)
         ]
     }
 
@@ -99,6 +101,17 @@ def test_what_an_outage_holds_up_is_given_back_in_time(sandbox: Sandbox) -> None
     workload.assert_exactly_once()
 
 
+def test_work_is_waited_for_and_not_asked_about(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function has a share of a CPU, which the work needs; nothing more will come."""
+    asked = Scripted()
+    receive = SQSEvent.receive
+    monkeypatch.setattr(SQSEvent, "receive", lambda self, *how: (asked(), receive(self, *how))[1])
+    sandbox.klaviyo.latency = 0.5
+    workload = Workload(sandbox, 5)
+    assert failed(sqs_handler(event_of(*workload.bodies), Context())) == []
+    assert len(asked.calls) < 1000
+
+
 def test_a_refused_key_loses_nothing(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     """Everything comes again, and the log says why."""
     workload = Workload(sandbox, 20)
@@ -111,7 +124,9 @@ def test_a_refused_key_loses_nothing(sandbox: Sandbox, caplog: pytest.LogCapture
     assert failed(sqs_handler(event_of(*workload.bodies), Context())) == []
 
 
-@pytest.mark.parametrize("event", [{}, {"Records": [{"Sns": {}}]}, {"Records": None}])
+@pytest.mark.parametrize(
+    "event", [{}, {"Records": [{"Sns": {}}]}, {"Records": None}, {"Records": [{**RECORD, "body": None}]}]
+)
 def test_another_event_is_an_error_that_says_what_was_expected(event: dict[str, Any]) -> None:
     """By hand, from a test console, from another source."""
     with pytest.raises(QueueError, match="expected the event of an SQS event source"):
