@@ -11,7 +11,7 @@ from threading import Timer
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from adapters.sqs_event import SQSEvent
-from worker.errors import Misconfigured
+from worker.errors import Misconfigured, SettingsError
 from worker.metrics import Metrics
 from worker.pipeline import Pipeline
 from worker.runner import Runner, ShutdownTimeoutError
@@ -39,12 +39,15 @@ def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
     What cannot be handled yet is tried again until the function's time is nearly over. Raises SettingsError, and
     QueueError when the event is of something else; the whole batch comes again then.
     """
-    batch = SQSEvent(event, context.get_remaining_time_in_millis() / 1000)
+    batch = SQSEvent(event, _left(context))
+    if batch.lease <= STOP_BEFORE:  # Lambda's default; nothing would ever be done, and all be buried
+        found = f"the function has {batch.lease:.0f} s, expected more than {STOP_BEFORE:.0f}"
+        raise SettingsError(f"Timeout: {found}: set 60")
     warm = _warm()
     stages = warm.stages
     pipeline = Pipeline(batch, stages.enricher.enrich, stages.sender.send, stages.mapping, warm.telemetry)
     runner = Runner(batch, pipeline, warm.settings, warm.telemetry, stages.stopping)
-    timer = Timer(max(batch.lease - STOP_BEFORE, 0.0), runner.stop)
+    timer = Timer(_left(context) - STOP_BEFORE, runner.stop)  # asked again: a cold start takes its time
     timer.start()
     try:
         runner.run(once=True, max_wait=batch.lease)
@@ -56,6 +59,11 @@ def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
             stages.sender.close()
             _warm.cache_clear()
     return {"batchItemFailures": [{"itemIdentifier": name} for name in batch.left()]}
+
+
+def _left(context: Context) -> float:
+    """Return the seconds until Lambda ends the function."""
+    return context.get_remaining_time_in_millis() / 1000
 
 
 class _Warm(NamedTuple):

@@ -133,6 +133,31 @@ def test_another_event_is_an_error_that_says_what_was_expected(event: dict[str, 
         sqs_handler(event, Context())
 
 
+def test_a_timeout_that_leaves_no_time_to_work_is_named() -> None:
+    """Lambda's default is 3 s; messages that are merely given back end in the dead letters, and no log says why."""
+    with pytest.raises(SettingsError, match="Timeout: the function has 3 s, expected more than 5: set 60"):
+        sqs_handler(event_of(b"{}"), Context(3.0))
+
+
+def test_the_time_that_a_cold_start_takes_is_not_there_for_work(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in work then is given back in time nevertheless."""
+    context = Context(30.0)
+    configure = vars(serverless)["configure_logging"]
+
+    def slowly(level: str, style: str) -> None:
+        context.seconds = 6.0
+        configure(level, style)
+
+    monkeypatch.setattr(serverless, "configure_logging", slowly)
+    workload = Workload(sandbox, 20)
+    sandbox.klaviyo.faults.add(Fault(status=503, times=None))
+    began = time.monotonic()
+    assert len(failed(sqs_handler(event_of(*workload.bodies), context))) > 15
+    assert time.monotonic() - began < 6.0
+
+
 def test_a_missing_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The invocation fails, so all messages come again."""
     with monkeypatch.context() as without:
