@@ -58,21 +58,31 @@ def open_queue(url: str, options: QueueOptions = _DEFAULTS) -> QueueAdapter:
 
 
 def scheme_of(url: str) -> str:
-    """Return the scheme that names the adapter; "" when there is none."""
-    scheme = urlsplit(url).scheme
+    """Return the scheme that names the adapter; "" when there is none. Raises QueueURLError."""
+    try:
+        scheme = urlsplit(url).scheme
+    except ValueError:  # its text may quote what the URL holds
+        raise QueueURLError("QUEUE_URL is malformed: expected a URL; found one whose host is none") from None
     return _ALIASES.get(scheme, scheme)
 
 
 def _opener(scheme: str) -> Callable[[str, QueueOptions], QueueAdapter]:
     """Import what opens such a queue: ours, else another package's."""
-    offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
-    if scheme in _HERE:
-        offered[scheme] = EntryPoint(scheme, _HERE[scheme], ENTRY_POINTS)
-    if scheme not in offered:
-        known = ", ".join(f"{name}://" for name in sorted({*_HERE, *offered}))
-        raise QueueURLError(f"QUEUE_URL is malformed: expected one of {known}; found {scheme or 'no scheme'}")
     try:
-        return cast("Callable[[str, QueueOptions], QueueAdapter]", offered[scheme].load())
+        return cast("Callable[[str, QueueOptions], QueueAdapter]", _offered(scheme).load())
     except ModuleNotFoundError as error:
         hint = f": pip install 'klaviyo-worker[{scheme}]'" if scheme in _HERE else ""
         raise QueueError(f"QUEUE_URL: {scheme}:// needs {error.name}, which is not installed{hint}") from None
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise QueueError(f"QUEUE_URL: what offers {scheme}:// is broken: {error}") from None
+
+
+def _offered(scheme: str) -> EntryPoint:
+    """Return who opens such a queue. For ours nobody else is asked, whose metadata may be broken."""
+    if scheme in _HERE:
+        return EntryPoint(scheme, _HERE[scheme], ENTRY_POINTS)
+    offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    if scheme in offered:
+        return offered[scheme]
+    known = ", ".join(f"{name}://" for name in sorted({*_HERE, *offered}))
+    raise QueueURLError(f"QUEUE_URL is malformed: expected one of {known}; found {scheme or 'no scheme'}")

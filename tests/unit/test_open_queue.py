@@ -30,6 +30,50 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        ("torn = torn_queue:Nothing", "module 'torn_queue' has no attribute 'Nothing'"),
+        ("torn = torn_queue_of_old:open_url", "cannot import name 'nothing' from 'os'"),
+        ("torn = torn_queue_of_tomorrow:open_url", "invalid syntax"),
+        ("torn = no path", "'NoneType' object has no attribute 'group'"),
+    ],
+)
+def test_what_is_broken_in_another_package_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, why: str
+) -> None:
+    """One line, not a traceback: it is not a defect of ours."""
+    about = tmp_path / "torn-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: torn\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\n{entry}\n")
+    (tmp_path / "torn_queue.py").touch()
+    (tmp_path / "torn_queue_of_old.py").write_text("from os import nothing\n")
+    (tmp_path / "torn_queue_of_tomorrow.py").write_text("def\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(QueueError, match=f"QUEUE_URL: what offers torn:// is broken: {why}"):
+        open_queue("torn://x")
+
+
+def test_broken_metadata_of_another_package_is_no_matter_to_our_queues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is asked for what is ours."""
+    about = tmp_path / "torn-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: torn\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\nno equals sign\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    open_queue(f"embedded://{tmp_path}/queue.db").close()
+
+
+def test_a_url_that_is_none_is_malformed_and_not_repeated() -> None:
+    """Exit code 2; it may hold a secret."""
+    with pytest.raises(QueueURLError, match="QUEUE_URL is malformed: expected a URL") as error:
+        open_queue("sqs://user:secret@[")
+    assert "secret" not in str(error.value)
+
+
 @pytest.mark.usefixtures("site")
 def test_a_class_of_another_package_is_found_by_its_entry_point() -> None:
     """Called with the URL and the worker's wishes, like a function."""
