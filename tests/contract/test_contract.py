@@ -6,6 +6,7 @@ import multiprocessing
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +16,7 @@ from tests.rigs import MORE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from multiprocessing.synchronize import Event
+    from multiprocessing.synchronize import Event as SharedEvent
 
     from tests.rigs.base import Rig
 
@@ -183,7 +184,7 @@ def test_what_a_killed_consumer_held_comes_again(rig: Rig, opened: Open) -> None
     assert (again.body, again.attempt) == (b"x", 2)
 
 
-def _hold(environment: dict[str, str], opener: Callable[[], QueueAdapter], held: Event) -> None:
+def _hold(environment: dict[str, str], opener: Callable[[], QueueAdapter], held: SharedEvent) -> None:
     """Receive a message and do nothing about it, in a process of its own."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
@@ -323,6 +324,30 @@ def test_any_thread_may_settle(rig: Rig, opened: Open) -> None:
         list(pool.map(queue.ack, [got[start : start + 10] for start in range(0, 200, 10)]))
     queue.close()
     assert rig.left() == []
+
+
+@with_short_leases
+def test_an_extension_under_way_undoes_no_ack(rig: Rig, opened: Open) -> None:
+    """The worker extends all leases from a thread of its own, whatever the lanes settle meanwhile."""
+    rig.publish(numbered(100))
+    queue = opened()
+    got = receive(queue, 100)
+    extended, acked = Event(), Event()
+
+    def extend() -> None:
+        while not acked.is_set():
+            queue.extend(got, rig.lease)
+            extended.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        extending = pool.submit(extend)
+        assert extended.wait(SOON)
+        for delivery in got:
+            queue.ack([delivery])
+        acked.set()
+        extending.result()
+    again = receive(queue, 1, wait=1.5 * rig.lease)  # a stand-in may have handed another one out twice
+    assert set(bodies(again)).isdisjoint(bodies(got))
 
 
 def test_the_backlog_is_as_exact_as_promised(rig: Rig, opened: Open) -> None:

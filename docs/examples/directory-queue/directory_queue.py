@@ -7,12 +7,14 @@ A message is a file. Its name says when it is ready, how often it was delivered,
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_ATTEMPTS = 20
 POLL_SECONDS = 0.05
+_NAME = re.compile(r"\d{13}\.\d{3}\..+")  # other files are nobody's messages
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +56,7 @@ class DirectoryQueue:
         self._path = path
         self._dead = path / "dead"
         self._lease = lease
+        self._lock = Lock()  # a lease that is extended has a path that changes under who settles it
 
     @property
     def lease(self) -> float:
@@ -83,7 +87,7 @@ class DirectoryQueue:
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Delete the files."""
         for delivery in _ours(deliveries):
-            with suppress(FileNotFoundError):
+            with self._lock, suppress(FileNotFoundError):
                 delivery.path.unlink()
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
@@ -99,7 +103,7 @@ class DirectoryQueue:
         """Move the file, with its reason beside it."""
         self._dead.mkdir(exist_ok=True)
         for file in _ours([delivery]):
-            with suppress(FileNotFoundError):
+            with self._lock, suppress(FileNotFoundError):
                 file.path.rename(self._dead / file.id)
                 text = f"{failure.stage}: {failure.error}: {failure.reason}\n"
                 (self._dead / f"{file.id}.reason").write_text(text, encoding="utf-8")
@@ -127,7 +131,7 @@ class DirectoryQueue:
         """Do nothing: nothing is open."""
 
     def _names(self) -> list[str]:
-        return [path.name for path in self._path.iterdir() if path.name[:1].isdigit()]
+        return [path.name for path in self._path.iterdir() if _NAME.fullmatch(path.name)]
 
     def _named(self, ready_at: float, attempt: int, name: str) -> Path:
         return self._path / f"{round(ready_at * 1000):013}.{attempt:03}.{name}"
@@ -149,7 +153,7 @@ class DirectoryQueue:
         return delivery
 
     def _rename(self, delivery: FileDelivery, ready_at: float, attempt: int) -> None:
-        with suppress(FileNotFoundError):
+        with self._lock, suppress(FileNotFoundError):
             delivery.path = delivery.path.rename(self._named(ready_at, attempt, delivery.id))
 
 
