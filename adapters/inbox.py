@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import deque
 from contextlib import suppress
 from threading import Condition
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 T = TypeVar("T")
 
@@ -33,6 +36,13 @@ class Inbox(Generic[T]):
         """Return what is here, and leave it."""
         with self._arrived:
             return list(self._waiting)
+
+    def drop(self, is_unwanted: Callable[[T], bool]) -> int:
+        """Remove some items and return how many."""
+        with self._arrived:
+            before = len(self._waiting)
+            self._waiting = deque(item for item in self._waiting if not is_unwanted(item))
+            return before - len(self._waiting)
 
     def remove(self, item: T) -> None:
         """Remove an item, if it is still here."""

@@ -69,6 +69,7 @@ class LongPolling:
         self._coming = 0  # messages asked for or in the inbox
         self._pause = FIRST_PAUSE
         self._resume_at = 0.0  # monotonic seconds, as all times here
+        self._extended_at = -math.inf  # the leases of what waited then
         self._refused_since: float | None = None
         self._refusal = ""
         self.trouble = ""  # why the last poll failed; "" when it did not
@@ -80,6 +81,7 @@ class LongPolling:
             refusal, self._refusal = self._refusal, ""
             if refusal:
                 raise QueueRefusedError(f"QUEUE_URL: SQS refuses to hand out messages: {refusal}")
+            self._drop_ended()
             self._room = max_messages
             self._poll_more()
         deliveries = self._inbox.take(max_messages, wait)
@@ -90,7 +92,13 @@ class LongPolling:
 
     def waiting(self) -> list[SQSDelivery]:
         """Return the messages that arrived and were not taken."""
+        with self._lock:
+            self._drop_ended()
         return self._inbox.waiting()
+
+    def extended(self, since: float) -> None:
+        """Note that the leases of all that waits were extended."""
+        self._extended_at = since
 
     def stop(self) -> list[SQSDelivery]:
         """Wait for the polls under way. Returns what arrived and was not taken."""
@@ -103,6 +111,11 @@ class LongPolling:
         if patience and any(poll.is_alive() for poll in polls):  # what they bring comes again by itself
             log.warning("polls_not_ended", extra={"waited_s": patience})
         return self._inbox.clear()
+
+    def _drop_ended(self) -> None:
+        """Forget what waited longer than its lease: somebody else may have it by now. The lock is held."""
+        began = time.monotonic() - self._lease
+        self._coming -= self._inbox.drop(lambda delivery: max(delivery.received_at, self._extended_at) <= began)
 
     def _poll_more(self) -> None:
         """Start polls for the room there is. The lock is held."""

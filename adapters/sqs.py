@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import re
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -126,8 +127,10 @@ class SQSQueue:
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
         """Extend these and what waits to be received, as far as the twelve hours go that SQS keeps a message for us."""
+        began = time.monotonic()
         if not self._settlement.extend([*_ours(deliveries), *self._polling.waiting()], seconds):
-            raise QueueError("SQS was not told of all leases")
+            raise QueueError("SQS was not told of all leases, or some are nearly twelve hours old, its limit")
+        self._polling.extended(began)
 
     def backlog(self) -> int | None:
         """Count what is in the queue, which SQS does approximately: that nothing is left it never tells for sure."""

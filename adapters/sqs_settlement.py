@@ -84,12 +84,13 @@ class Settlement:
         self._tell("nack", self._client.change_message_visibility_batch, entries, NACK_PATIENCE)
 
     def extend(self, deliveries: Sequence[SQSDelivery], seconds: float) -> bool:
-        """Keep the leases for `seconds` from now, as far as SQS can; return whether it was told of all.
+        """Keep the leases for `seconds` from now, as far as SQS can; return whether it was told of all, and can.
 
         Tried once: it is done anew long before the leases end, and one that insists could undo a nack made meanwhile.
         """
         entries = [_entry(d) | {"VisibilityTimeout": left} for d in deliveries if (left := _at_most(d, seconds))]
-        return self._tell("extend", self._client.change_message_visibility_batch, entries, 0.0)
+        was_told = self._tell("extend", self._client.change_message_visibility_batch, entries, 0.0)
+        return was_told and all(_at_most(d, seconds) >= seconds for d in deliveries)
 
     def close(self) -> None:
         """End all insisting."""

@@ -127,6 +127,24 @@ def test_leases_are_extended_of_what_is_held_and_of_what_waits(queue: Queue, ope
     assert queue.held() == 0
 
 
+def test_what_waited_longer_than_its_lease_is_not_handed_out(queue: Queue, network: Network, opened: Open) -> None:
+    """A parked worker leaves it in the inbox, and SQS may not be told to extend it: it comes again by itself."""
+    network.always["ChangeMessageVisibilityBatch"] = DENIED
+    queue.publish(b"a")
+    ours = opened(queue, lease=1.0)
+    ours.receive(1, 0)  # what its poll brings waits
+    deadline = time.monotonic() + 10
+    while not ours._polling.waiting() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(QueueError, match="leases"):
+        ours.extend([], 1.0)
+    time.sleep(1.1)
+    (again,) = receive(ours, 1)
+    assert again.attempt == 2
+    assert ours._polling._coming == 0
+    ours.ack([again])
+
+
 def test_a_lease_that_ended_is_no_error(queue: Queue, opened: Open, caplog: pytest.LogCaptureFixture) -> None:
     """The message came again by then; the first holder's acks and nacks change nothing for the second."""
     queue.publish(b"x")
@@ -143,18 +161,20 @@ def test_a_lease_that_ended_is_no_error(queue: Queue, opened: Open, caplog: pyte
 
 
 def test_no_lease_is_asked_for_that_sqs_does_not_grant(queue: Queue, network: Network, opened: Open) -> None:
-    """Twelve hours from the receipt at the most; then the message comes again, and nobody is alarmed."""
+    """Twelve hours from the receipt at the most; then the message comes again, and the worker knows that it may."""
     queue.publish(b"x")
     ours = opened(queue)
     (held,) = receive(ours, 1)
     old = replace(held, received_at=held.received_at - sqs_settlement.LONGEST_HOLD + 30)
-    ours.extend([old], 60.0)
+    with pytest.raises(QueueError, match="twelve hours"):
+        ours.extend([old], 60.0)
     ours.nack([old], 600.0, FAILURE)
     ours.nack([replace(held, received_at=held.received_at - 13 * 3600)], 600.0, FAILURE)
     told = [request["Entries"][0]["VisibilityTimeout"] for request in network.requests["ChangeMessageVisibilityBatch"]]
     assert [29 <= told[0] <= 30, 29 <= told[1] <= 30, told[2]] == [True, True, 0]
     before = len(network.requests["ChangeMessageVisibilityBatch"])
-    ours.extend([replace(held, received_at=held.received_at - 13 * 3600)], 60.0)
+    with pytest.raises(QueueError, match="twelve hours"):
+        ours.extend([replace(held, received_at=held.received_at - 13 * 3600)], 60.0)
     assert len(network.requests["ChangeMessageVisibilityBatch"]) == before
 
 
