@@ -36,7 +36,8 @@ _NO_CREDENTIALS = (
     boto.UnauthorizedSSOTokenError,
 )
 _IN_VAIN = (*_NO_CREDENTIALS, boto.ParamValidationError)
-_BUSY = frozenset({"OverLimit", "TooManyRequestsException"})
+_BUSY = frozenset({"OverLimit", "TooManyRequestsException", "RequestTimeout"})
+_PASSING = frozenset({408, 429})  # answers of 4xx, also of a proxy, that are over by themselves
 _DENIED = frozenset({"AccessDenied", "AccessDeniedException"})
 _SET_REGION = "write sqs://NAME?region=REGION, or set AWS_DEFAULT_REGION"
 _SET_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run under a role"
@@ -80,8 +81,13 @@ def is_refusal(error: BaseException) -> bool:
     if not isinstance(error, boto.ClientError):
         return isinstance(error, _IN_VAIN)
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    throttled = status == 429 or "Throttl" in code(error) or code(error) in _BUSY  # noqa: PLR2004
-    return 400 <= status < 500 and not throttled  # noqa: PLR2004
+    passes = status in _PASSING or is_throttling(code(error))
+    return 400 <= status < 500 and not passes  # noqa: PLR2004
+
+
+def is_throttling(name: str) -> bool:
+    """Tell whether a code asks for fewer calls, or the same one again."""
+    return "Throttl" in name or name in _BUSY
 
 
 def is_denied(error: BaseException) -> bool:

@@ -73,13 +73,16 @@ class Settlement:
         self._queue_url = queue_url
         self._pool = ThreadPoolExecutor(THREADS, "sqs-settlement")
         self._closing = Event()
+        self._settled: set[str] = set()  # receipts, since the last extension began
 
     def delete(self, deliveries: Sequence[SQSDelivery]) -> None:
         """Delete, insisting for as long as the leases may hold."""
+        self._settled.update(delivery.receipt for delivery in deliveries)
         self._tell("ack", self._client.delete_message_batch, [_entry(d) for d in deliveries], ACK_PATIENCE)
 
     def end_leases(self, deliveries: Sequence[SQSDelivery], seconds: float) -> None:
         """Have the messages come again in `seconds`, or as late as SQS can."""
+        self._settled.update(delivery.receipt for delivery in deliveries)
         entries = [_entry(d) | {"VisibilityTimeout": _at_most(d, seconds)} for d in deliveries]
         self._tell("nack", self._client.change_message_visibility_batch, entries, NACK_PATIENCE)
 
@@ -88,14 +91,23 @@ class Settlement:
 
         Tried once: it is done anew long before the leases end, and one that insists could undo a nack made meanwhile.
         """
+        self._settled = set()
         entries = [_entry(d) | {"VisibilityTimeout": left} for d in deliveries if (left := _at_most(d, seconds))]
-        was_told = self._tell("extend", self._client.change_message_visibility_batch, entries, 0.0)
+        was_told = self._tell("extend", self._extend_held, entries, 0.0)
         return was_told and all(_at_most(d, seconds) >= seconds for d in deliveries)
 
     def close(self) -> None:
         """End all insisting."""
         self._closing.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _extend_held(self, **asked: Any) -> dict[str, Any]:
+        """Make a call for the entries that were not settled meanwhile; the others are done, whatever SQS says."""
+        entries: list[Entry] = asked.pop("Entries")
+        held: Any = [entry for entry in entries if entry["ReceiptHandle"] not in self._settled]
+        answer: Any = self._client.change_message_visibility_batch(**asked, Entries=held) if held else {}
+        settled = [{"Id": entry["Id"]} for entry in entries if entry["ReceiptHandle"] in self._settled]
+        return {**answer, "Successful": [*answer.get("Successful", ()), *settled]}
 
     def _tell(self, action: str, call: Call, entries: Sequence[Entry], patience: float) -> bool:
         """Return whether SQS was told of all."""
@@ -151,7 +163,9 @@ def _fate(entry: Entry, error: dict[str, Any]) -> _Fate:
     """Return the fate of an entry that is not said to be done; `error` is empty when nothing is said of it."""
     code = error.get("Code", "NoAnswer")
     reason = f"{code}: {error.get('Message', '')}"
-    return _Fate(entry, reason, lost=code.endswith(_LOST), again=not error.get("SenderFault", False))
+    lost = code.endswith(_LOST)
+    again = aws.is_throttling(code) or not error.get("SenderFault", False)
+    return _Fate(entry, reason, lost=lost, again=again and not lost)
 
 
 def _entry(delivery: SQSDelivery) -> Entry:

@@ -156,7 +156,7 @@ def test_a_lease_that_ended_is_no_error(queue: Queue, opened: Open, caplog: pyte
     ours.nack(late, 0.0, FAILURE)
     ours.extend(late, 60)
     ours.ack(late)
-    assert logged(caplog) == [("lease_lost", 1), ("lease_lost", 1)]
+    assert logged(caplog) == [("lease_lost", 1), ("lease_lost", 1)]  # of a nack and an extension; acks are not told
     assert receive(ours, 1, wait=0.5) == []
 
 
@@ -182,20 +182,22 @@ def test_entries_that_fail_are_told_again_one_by_one(
     queue: Queue, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Those whose fault is SQS's; a lease that ended is counted, and one that is refused is said to be."""
-    queue.publish(*numbered(4))
+    queue.publish(*numbered(6))
     ours = opened(queue)
-    held = receive(ours, 4)
+    held = receive(ours, 6)
     failed = [
         {"Id": "0", "SenderFault": False, "Code": "InternalError", "Message": "try again"},
         {"Id": "1", "SenderFault": True, "Code": "ReceiptHandleIsInvalid"},
         {"Id": "2", "SenderFault": True, "Code": "Strange", "Message": "because"},
+        {"Id": "4", "SenderFault": True, "Code": "RequestThrottled"},
+        {"Id": "5", "SenderFault": False, "Code": "ReceiptHandleIsInvalid"},
     ]
     network.answers["DeleteMessageBatch"].append(Answer(200, Failed=failed, Successful=[{"Id": "3"}]))
     ours.ack(held)
     first, second = ([e["ReceiptHandle"] for e in r["Entries"]] for r in network.requests["DeleteMessageBatch"])
     assert first == [delivery.receipt for delivery in held]
-    assert second == [held[0].receipt]
-    assert logged(caplog) == [("lease_lost", 1), ("settling_failed", 1)]
+    assert second == [held[0].receipt, held[4].receipt]
+    assert logged(caplog) == [("lease_lost", 2), ("settling_failed", 1)]
     assert vars(caplog.records[1])["reason"] == "Strange: because"
 
 
@@ -286,6 +288,28 @@ def test_an_extension_is_tried_once(
         ours.extend(held, 61)
     assert len(network.requests["ChangeMessageVisibilityBatch"]) == 1 + aws.ATTEMPTS
     assert [vars(record)["action"] for record in caplog.records] == ["extend"]
+
+
+def test_an_extension_leaves_alone_what_is_settled_meanwhile(
+    queue: Queue, opened: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a while for thousands: a nack is not undone, and an ack is no lost lease."""
+    monkeypatch.setattr(sqs_settlement, "THREADS", 1)  # a call after the other
+    queue.publish(*numbered(20))
+    ours = opened(queue)
+    held = receive(ours, 20)
+    change = ours._client.change_message_visibility_batch
+
+    def settle_meanwhile(**asked: Any) -> Any:
+        monkeypatch.setattr(ours._client, "change_message_visibility_batch", change)
+        ours.ack([held[0], held[15]])
+        ours.nack([held[16]], 0.0, FAILURE)
+        return change(**asked)
+
+    monkeypatch.setattr(ours._client, "change_message_visibility_batch", settle_meanwhile)
+    ours.extend(held, 60.0)
+    assert logged(caplog) == []
+    assert [delivery.body for delivery in receive(ours, 1)] == [held[16].body]
 
 
 def test_what_the_queue_gives_up_on_is_logged_with_its_last_reason(

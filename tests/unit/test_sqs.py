@@ -82,6 +82,8 @@ def client_error(status: int, code: str) -> boto.ClientError:
         (client_error(403, "RequestThrottled"), False),
         (client_error(400, "OverLimit"), False),
         (client_error(429, "Strange"), False),
+        (client_error(408, "Strange"), False),
+        (client_error(400, "RequestTimeout"), False),
         (client_error(500, "InternalError"), False),
         (client_error(503, "ServiceUnavailable"), False),
         (boto.EndpointConnectionError(endpoint_url="http://x"), False),
