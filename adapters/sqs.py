@@ -117,12 +117,13 @@ class SQSQueue:
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
         """Send to the dead-letter queue, if so asked; else let the redrive policy get there, at once.
 
-        Without a policy nothing ever gives up, so the message comes seldom.
+        Without a policy nothing ever gives up, so the message comes seldom; where that is not known, ever more seldom.
         """
         if self._options.direct_dead_letter and self._bury(delivery, failure):
             self.ack([delivery])
             return True
-        self.nack([delivery], SELDOM if self._dead_letter_url == "" else 0.0, failure)
+        delay = {"": SELDOM, None: min(2.0 ** min(delivery.attempt or 1, 16), SELDOM)}.get(self._dead_letter_url, 0.0)
+        self.nack([delivery], delay, failure)
         return self._is_last(delivery)
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:

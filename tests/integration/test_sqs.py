@@ -345,6 +345,17 @@ def test_poison_without_a_policy_comes_seldom(moto: Server, opened: Open) -> Non
     assert receive(ours, 1, wait=1) == []
 
 
+def test_poison_does_not_spin_where_the_policy_is_not_known(queue: Queue, network: Network, opened: Open) -> None:
+    """There may be none, and every turn is paid for."""
+    queue.publish(b"poison")
+    ours = opened(queue)
+    (delivery,) = receive(ours, 1)
+    for attempt in (1, 5, 10_000):
+        assert not ours.dead_letter(replace(delivery, attempt=attempt), FAILURE)
+    told = [request["Entries"][0]["VisibilityTimeout"] for request in network.requests["ChangeMessageVisibilityBatch"]]
+    assert told == [2, 32, 3600]
+
+
 def test_direct_dead_letters_carry_their_reason(queue: Queue, opened: Open) -> None:
     """Buried at the first attempt; its own attributes are kept as far as ten go."""
     queue.publish(b"poison", reason="theirs", **{f"own{number}": "é" for number in range(9)})
