@@ -477,6 +477,16 @@ def test_a_count_is_taken_anew_after_a_while(queue: Queue, opened: Open, monkeyp
     assert ours.counts() == (1, None)
 
 
+def test_what_a_poll_still_brings_after_the_stop_goes_back_at_once(queue: Queue, opened: Open) -> None:
+    """It cannot be called off; the next worker has the message long before a lease ends."""
+    ours = opened(queue)
+    ours.receive(1, 0)
+    queue.publish(b"x")
+    ours.stop()
+    (again,) = receive(opened(queue), 1)
+    assert again.attempt == 2
+
+
 def test_polls_that_do_not_end_are_not_waited_for_twice(
     queue: Queue, opened: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
