@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 def on_moto(moto: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in sqs.environment(moto.port).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sampled, "PATIENCE", 10.0)  # on a machine that is busy
 
 
 @pytest.fixture
@@ -176,6 +177,15 @@ def test_no_lease_is_asked_for_that_sqs_does_not_grant(queue: Queue, network: Ne
     with pytest.raises(QueueError, match="twelve hours"):
         ours.extend([replace(held, received_at=held.received_at - 13 * 3600)], 60.0)
     assert len(network.requests["ChangeMessageVisibilityBatch"]) == before
+
+
+def test_a_delay_is_never_cut(queue: Queue, network: Network, opened: Open) -> None:
+    """SQS takes whole seconds; a message comes again no sooner than asked."""
+    queue.publish(b"x")
+    ours = opened(queue)
+    ours.nack(receive(ours, 1), 0.4, FAILURE)
+    (request,) = network.requests["ChangeMessageVisibilityBatch"]
+    assert request["Entries"][0]["VisibilityTimeout"] == 1
 
 
 def test_entries_that_fail_are_told_again_one_by_one(
