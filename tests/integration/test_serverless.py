@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,8 @@ def test_an_event_that_comes_twice_adds_nothing(sandbox: Sandbox) -> None:
     workload = Workload(sandbox, 40)
     for _ in range(2):
         assert sqs_handler(event_of(*workload.bodies), Context()) == {"batchItemFailures": []}
+        timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+        assert all(timer.finished.is_set() for timer in timers)  # or it would end the next invocation
     workload.assert_exactly_once()
     tokens = [request for request in sandbox.commercetools.requests if "oauth" in str(request)]
     assert len(tokens) == 1
@@ -99,6 +102,17 @@ def test_what_an_outage_holds_up_is_given_back_in_time(sandbox: Sandbox) -> None
     sandbox.klaviyo.faults.clear()
     assert failed(sqs_handler(event_of(*workload.bodies), Context())) == []
     workload.assert_exactly_once()
+
+
+def test_a_call_that_hangs_is_not_waited_for(sandbox: Sandbox) -> None:
+    """Lambda would end the function, and bring what is done again too."""
+    workload = Workload(sandbox, 5)
+    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=20, times=None))
+    context = Context(6.0)
+    began = time.monotonic()
+    assert failed(sqs_handler(event_of(*workload.bodies), context))
+    assert time.monotonic() - began < context.seconds
+    sandbox.klaviyo.faults.clear()
 
 
 def test_work_is_waited_for_and_not_asked_about(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:

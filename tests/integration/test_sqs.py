@@ -224,8 +224,11 @@ def test_many_are_settled_in_calls_of_ten(queue: Queue, network: Network, opened
 
 
 @pytest.mark.parametrize("trouble", [BUSY, BROKEN, Answer(200)], ids=["throttled", "5xx", "nothing said"])
-def test_acks_insist(queue: Queue, network: Network, opened: Open, trouble: Answer) -> None:
-    """A message whose ack is lost comes twice."""
+def test_acks_insist(
+    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch, trouble: Answer
+) -> None:
+    """A message whose ack is lost comes twice; a nack that is lost costs a lease at most."""
+    monkeypatch.setattr(sqs_settlement, "NACK_PATIENCE", 0.0)
     queue.publish(b"a")
     ours = opened(queue)
     held = receive(ours, 1)
