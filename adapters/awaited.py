@@ -30,7 +30,7 @@ class Awaited:
             self._ids.update(dict.fromkeys(ids))
 
     def came(self, ids: Iterable[str]) -> None:
-        """Forget messages that came."""
+        """Forget messages that came, or are done: a lease that was lost may be given back after that."""
         with self._lock:
             for name in ids:
                 self._ids.pop(name, None)

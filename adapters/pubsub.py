@@ -119,6 +119,7 @@ class PubSubQueue:
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledge, insisting for as long as the lease may hold."""
+        self._awaited.came(delivery.id for delivery in deliveries)
         messages = _messages(deliveries)
         self._settlement.acknowledge(messages)
         for message in messages:

@@ -100,6 +100,7 @@ class SQSQueue:
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Delete, insisting for as long as the lease may hold."""
+        self._awaited.came(delivery.id for delivery in deliveries)
         self._settlement.delete(_ours(deliveries))
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:

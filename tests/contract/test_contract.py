@@ -234,6 +234,7 @@ def test_a_lost_lease_is_no_error(rig: Rig, opened: Open) -> None:
     queue.nack(held, 0.0, FAILURE)
     queue.ack(again)
     queue.ack(held)
+    assert not queue.backlog()
     queue.close()
     assert rig.left() == []
 
