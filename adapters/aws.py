@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from urllib.parse import urlsplit
 
 import boto3
 from botocore import exceptions as boto
@@ -12,6 +13,7 @@ from botocore.parsers import ResponseParserError
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from adapters.base import QueueError
+from adapters.loopback import is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +41,7 @@ _IN_VAIN = (*_NO_CREDENTIALS, boto.ParamValidationError)
 _BUSY = frozenset({"OverLimit", "TooManyRequestsException", "RequestTimeout"})
 _PASSING = frozenset({408, 429})  # answers of 4xx, also of a proxy, that are over by themselves
 _DENIED = frozenset({"AccessDenied", "AccessDeniedException"})
+_ENCRYPTED = "expected an https:// URL (http:// for this machine only)"
 _SET_REGION = "write sqs://NAME?region=REGION, or set AWS_DEFAULT_REGION"
 _SET_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run under a role"
 
@@ -58,11 +61,15 @@ def connect(region: str = "") -> SQSClient:
     )
     try:
         session = boto3.Session(region_name=region or None)
-        return session.client("sqs", region_name=session.region_name or os.environ.get("AWS_REGION"), config=config)
+        client = session.client("sqs", region_name=session.region_name or os.environ.get("AWS_REGION"), config=config)
     except boto.NoRegionError:
         raise QueueError(f"QUEUE_URL: no AWS region: {_SET_REGION}") from None
     except (boto.BotoCoreError, ValueError) as error:  # a profile that is not there, an endpoint that is no URL
         raise QueueError(f"QUEUE_URL: AWS's own settings are no use: {error}") from None
+    endpoint = urlsplit(client.meta.endpoint_url)
+    if endpoint.scheme != "https" and not is_loopback(endpoint.hostname or ""):
+        raise QueueError(f"AWS_ENDPOINT_URL_SQS: {endpoint.netloc}: {_ENCRYPTED}")
+    return client
 
 
 def insist(call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:

@@ -28,6 +28,7 @@ from azure.servicebus.exceptions import (
 
 from adapters.awaited import Awaited
 from adapters.base import QueueError, QueueURLError
+from adapters.loopback import is_loopback
 from adapters.parking import Parking
 from adapters.servicebus_lease import Lease
 from adapters.servicebus_links import FAILURES, close_soon, in_short, is_refusal, opened
@@ -49,6 +50,7 @@ _EXPECTED = (
     "QUEUE_URL is malformed: expected servicebus://NAMESPACE.servicebus.windows.net/QUEUE or /TOPIC/SUBSCRIPTION"
 )
 _SECRET = "SERVICEBUS_CONNECTION_STRING"  # noqa: S105 - its name
+_NO_TLS = re.compile(r";\s*UseDevelopmentEmulator\s*=\s*true", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~/-]{0,259}")
 _ROLE = f"grant the role Azure Service Bus Data Receiver on it, or set {_SECRET} to one with Listen rights"
 _PUBLISH_RETRIES, _BACKOFF = 3, 0.3  # by the SDK: after 0.6, 1.2 and 2.4 seconds
@@ -102,6 +104,10 @@ def fits(connection_string: str, entity: Entity) -> None:
         raise QueueError(f"{_SECRET} is for another namespace than QUEUE_URL, {entity.host}: correct one of them")
     if about.entity_path and about.entity_path != entity.name:
         raise QueueError(f"{_SECRET} is for another queue or topic than QUEUE_URL, {entity}: correct one of them")
+    if _NO_TLS.search(connection_string) and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        raise QueueError(
+            f"{_SECRET}: UseDevelopmentEmulator turns TLS off, which is for this machine only: leave it out"
+        )
 
 
 class ServiceBusQueue:

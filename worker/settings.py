@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -18,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretSt
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from adapters.base import QueueOptions
+from adapters.loopback import is_loopback
 from worker.errors import SettingsError
 from worker.mapping import Mapping, load_mapping
 
@@ -32,16 +32,9 @@ def _http_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme == "https" and parts.netloc:
         return value.rstrip("/")
-    if parts.scheme == "http" and _is_loopback(parts.hostname or ""):
+    if parts.scheme == "http" and is_loopback(parts.hostname or ""):
         return value.rstrip("/")
     raise ValueError("expected an https:// URL (http:// for this machine only)")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _filled(value: str) -> str:

@@ -792,6 +792,13 @@ def test_what_boto3_lacks_is_named(queue: Queue, monkeypatch: pytest.MonkeyPatch
         open_queue(queue.url)
 
 
+def test_messages_cross_no_network_unencrypted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold what belongs to people. A stand-in on this machine needs no certificate."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", "http://sqs.example.com:4566")
+    with pytest.raises(QueueError, match=r"AWS_ENDPOINT_URL_SQS: sqs.example.com:4566: expected an https:// URL"):
+        open_queue("sqs://orders?region=eu-central-1")
+
+
 def test_who_may_not_ask_for_the_queue_is_told_what_aws_says(queue: Queue, network: Network) -> None:
     """It names who asked and for what."""
     network.answers["GetQueueUrl"].append(DENIED)

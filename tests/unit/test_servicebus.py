@@ -122,6 +122,14 @@ def test_a_connection_string_of_something_else_is_refused_and_not_quoted(connect
     assert "c2VjcmV0" not in "".join(traceback.format_exception_only(caught.value))
 
 
+def test_messages_cross_no_network_unencrypted() -> None:
+    """They hold what belongs to people. An emulator on this machine needs no certificate."""
+    emulated = f"{KEY};usedevelopmentemulator=TRUE"
+    fits(f"Endpoint=sb://127.0.0.1:5672;{emulated}", Entity("127.0.0.1:5672", "orders"))
+    with pytest.raises(QueueError, match="SERVICEBUS_CONNECTION_STRING: UseDevelopmentEmulator turns TLS off"):
+        fits(f"Endpoint=sb://{HOST};{emulated}", QUEUE)
+
+
 @given(st.text())
 def test_whatever_a_connection_string_holds_it_fits_or_is_refused(text: str) -> None:
     """No other error escapes, and none quotes it."""
