@@ -126,7 +126,7 @@ def test_messages_cross_no_network_unencrypted() -> None:
     """They hold what belongs to people. An emulator on this machine needs no certificate."""
     emulated = f"{KEY};usedevelopmentemulator=TRUE"
     fits(f"Endpoint=sb://127.0.0.1:5672;{emulated}", Entity("127.0.0.1:5672", "orders"))
-    with pytest.raises(QueueError, match="SERVICEBUS_CONNECTION_STRING: UseDevelopmentEmulator turns TLS off"):
+    with pytest.raises(QueueError, match="SERVICEBUS_CONNECTION_STRING: UseDevelopmentEmulator, which turns TLS off"):
         fits(f"Endpoint=sb://{HOST};{emulated}", QUEUE)
 
 
