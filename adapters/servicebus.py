@@ -105,9 +105,7 @@ def fits(connection_string: str, entity: Entity) -> None:
     if about.entity_path and about.entity_path != entity.name:
         raise QueueError(f"{_SECRET} is for another queue or topic than QUEUE_URL, {entity}: correct one of them")
     if _NO_TLS.search(connection_string) and not is_loopback(urlsplit(f"//{host}").hostname or ""):
-        raise QueueError(
-            f"{_SECRET}: UseDevelopmentEmulator, which turns TLS off, is for this machine only"
-        )
+        raise QueueError(f"{_SECRET}: UseDevelopmentEmulator, which turns TLS off, is for this machine only")
 
 
 class ServiceBusQueue:
