@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.acceptance.conftest import Worker, log_lines
+from tests.acceptance.conftest import NOT_MEASURED, Worker, log_lines
 from tests.acceptance.test_run import wait_for
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.account import Account
@@ -31,6 +32,11 @@ def account(request: pytest.FixtureRequest) -> Account:
 def sandbox(account: Account) -> Iterator[Sandbox]:
     with Sandbox(account=account) as running:
         yield running
+
+
+@pytest.fixture
+def worker(worker: Worker) -> Worker:
+    return replace(worker, environment=worker.environment | NOT_MEASURED)
 
 
 def orders(sandbox: Sandbox, count: int = ORDERS) -> list[dict[str, Any]]:

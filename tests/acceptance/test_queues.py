@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.acceptance.conftest import Worker, log_lines, settled
+from tests.acceptance.conftest import NOT_MEASURED, Worker, log_lines, settled
 from tests.acceptance.test_run import stop, wait_for
 from tests.acceptance.workload import Workload
 
@@ -24,8 +24,7 @@ short_leases = pytest.mark.short_leases
 
 @pytest.fixture
 def worker(sandbox: Sandbox, rig: Rig, tmp_path: Path) -> Worker:
-    not_measured = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}  # that costs a third more
-    return Worker(sandbox.environment | rig.environment | not_measured, tmp_path)
+    return Worker(sandbox.environment | rig.environment | NOT_MEASURED, tmp_path)
 
 
 @pytest.mark.also_on("directory")

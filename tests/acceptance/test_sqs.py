@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.acceptance.conftest import Worker, events_named
+from tests.acceptance.conftest import NOT_MEASURED, Worker, events_named
 from tests.acceptance.test_run import stop, updated, wait_for
 from tests.acceptance.workload import Workload
 from tests.parts import require
@@ -29,7 +29,7 @@ def queue(fauxqs: Server) -> Queue:
 
 @pytest.fixture
 def worker(sandbox: Sandbox, queue: Queue, tmp_path: Path) -> Worker:
-    return Worker(sandbox.environment | queue.environment, tmp_path)
+    return Worker(sandbox.environment | queue.environment | NOT_MEASURED, tmp_path)
 
 
 def test_a_shutdown_that_takes_too_long_returns_the_message_and_exits_6(
@@ -76,7 +76,7 @@ def test_a_queue_that_is_made_anew_is_found_again(sandbox: Sandbox, tmp_path: Pa
     server = Server("fauxqs")
     try:
         queue = Queue(server)
-        worker = Worker(sandbox.environment | queue.environment, tmp_path)
+        worker = Worker(sandbox.environment | queue.environment | NOT_MEASURED, tmp_path)
         process = worker.start("run")
         wait_for(lambda: events_named(worker, "started"))
         server.kill()

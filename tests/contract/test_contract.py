@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FAILURE = Failure("Klaviyo answered 422: the email is malformed", "send", "Rejected")
 SOON = 20.0  # seconds, long before any lease of a minute ends
-HOSTILE = ("é😀 \u202e\\u0000 ]]> &amp; %s {{x}}", "\t\r\n", '{"torn', "null", " " * 1000, "\ufeff{}")
+HOSTILE = ("é☃ \u202e\\u0000 ]]> &amp; %s {{x}}", "\t\r\n", '{"torn', "null", " " * 1000, "\ufeff{}")
 pytestmark = pytest.mark.also_on(*MORE)
 with_short_leases = pytest.mark.short_leases
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from tests.acceptance.conftest import Worker
+from tests.acceptance.conftest import NOT_MEASURED, Worker
 from tests.acceptance.workload import Sent, Workload
 from tests.rigs import RIGS
 from worker.sandbox import Fault, Sandbox
@@ -42,8 +42,7 @@ SETTINGS = {
     "KLAVIYO_WORKER_MAX_BATCH": "10",  # so that a fault meets some batches and spares others
     "KLAVIYO_WORKER_MAX_IN_FLIGHT": "40",
     "KLAVIYO_WORKER_LOG_FORMAT": "json",
-    "COVERAGE_PROCESS_START": "",  # not measured here: that costs a third more
-    "COVERAGE_PROCESS_CONFIG": "",
+    **NOT_MEASURED,
 }
 
 

@@ -35,7 +35,6 @@ ELSEWHERE = (
     "Klaviyo: 400 for one record in an outage",
     "worker: kill -9 in an outage",
     "worker: SIGTERM in an outage",
-    "worker: one of two killed",
 )
 CASES = [
     (scenario, name)
