@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from worker.send.client import Body
 
-WAIT = 5.0
+WAIT = 30.0
 
 
 class Klaviyo:
