@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 def _http_url(value: str) -> str:
     parts = urlsplit(value)
-    if parts.scheme == "https" and parts.netloc:
-        return value.rstrip("/")
-    if parts.scheme == "http" and is_loopback(parts.hostname or ""):
+    if (parts.scheme == "https" and parts.netloc) or (parts.scheme == "http" and is_loopback(parts.hostname or "")):
         return value.rstrip("/")
     raise ValueError("expected an https:// URL (http:// for this machine only)")
 
@@ -121,8 +119,8 @@ class QueueSettings(_Sourced):
         description="The queue: embedded:///path/queue.db, pubsub://PROJECT/SUBSCRIPTION, push://HOST:PORT, "
         "sqs://NAME?region=REGION or servicebus://NAMESPACE.servicebus.windows.net/QUEUE; docs/adapters.md",
     )
-    servicebus_connection_string: SecretStr | None = Field(
-        None,
+    servicebus_connection_string: SecretStr = Field(
+        SecretStr(""),
         validation_alias="SERVICEBUS_CONNECTION_STRING",
         description="Connection string of servicebus://; without it, the identity that Azure gives this process",
     )
@@ -130,8 +128,7 @@ class QueueSettings(_Sourced):
     @property
     def queue_options(self) -> QueueOptions:
         """Return what a command asks of its queue."""
-        secret = self.servicebus_connection_string
-        return QueueOptions(connection_string=secret.get_secret_value().strip() if secret else "")
+        return QueueOptions(connection_string=self.servicebus_connection_string.get_secret_value().strip())
 
 
 class MappingSettings(_Sourced):

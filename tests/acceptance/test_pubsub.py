@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -12,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.acceptance.conftest import NOT_MEASURED, Worker, events_named, log_lines, settled
-from tests.acceptance.test_run import stop, updated, wait_for
+from tests.acceptance.test_run import stop, wait_for
 from tests.acceptance.workload import Workload
 from tests.emulator import Emulator, Network, Subscription
-from worker.sandbox import Fault, Sandbox
+from worker.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,22 +34,6 @@ def subscription(emulator: Emulator) -> Subscription:
 @pytest.fixture
 def worker(sandbox: Sandbox, subscription: Subscription, tmp_path: Path) -> Worker:
     return Worker(sandbox.environment | on(subscription), tmp_path)
-
-
-def test_a_shutdown_that_takes_too_long_returns_the_message_and_exits_6(
-    worker: Worker, sandbox: Sandbox, subscription: Subscription
-) -> None:
-    """The next worker has it at once."""
-    customer = next(iter(sandbox.shop.customers))
-    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=30, times=1))
-    subscription.publish(json.dumps(updated(customer)).encode())
-    process = worker.start("run", "--grace-period", "0.3")
-    wait_for(lambda: sandbox.klaviyo.requests or sandbox.commercetools.requests)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(15) == 6
-    (again,) = subscription.pull(SOON, at_most=1)
-    assert again.delivery_attempt == 2
 
 
 def test_an_emulator_that_restarts_is_found_again(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import signal
+from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.acceptance.conftest import NOT_MEASURED, Worker, log_lines, settled
-from tests.acceptance.test_run import stop, wait_for
+from tests.acceptance.test_run import stop, updated, wait_for
 from tests.acceptance.workload import Workload
+from tests.contract.test_contract import receive
+from worker.sandbox import Fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,6 +109,22 @@ def test_sigterm_under_load_loses_nothing_and_returns_the_rest_at_once(
     stop(process)
     workload.assert_exactly_once()
     assert rig.dead_letters() == []
+
+
+def test_a_shutdown_that_takes_too_long_returns_the_message_and_exits_6(
+    worker: Worker, sandbox: Sandbox, rig: Rig
+) -> None:
+    """The next worker has it at once."""
+    customer = next(iter(sandbox.shop.customers))
+    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=30, times=1))
+    rig.publish([json.dumps(updated(customer)).encode()])
+    process = worker.start("run", "--grace-period", "0.3")
+    wait_for(lambda: sandbox.klaviyo.faults.met)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 6
+    with closing(rig.opener()()) as queue:
+        (again,) = receive(queue, 1)
+    assert again.attempt == (1 if rig.guarantees.unhandled_is_free else 2)
 
 
 def test_two_workers_share_the_load(worker: Worker, sandbox: Sandbox, rig: Rig, tmp_path: Path) -> None:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import signal
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.acceptance.conftest import NOT_MEASURED, Worker, events_named
-from tests.acceptance.test_run import stop, updated, wait_for
+from tests.acceptance.test_run import stop, wait_for
 from tests.acceptance.workload import Workload
 from tests.parts import require
 from tests.sqs import Network, Queue, Server, environment, missing
-from worker.sandbox import Fault, Sandbox
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from worker.sandbox import Sandbox
 
 SOON = 20.0  # seconds, well below the lease of a minute
 
@@ -30,22 +29,6 @@ def queue(fauxqs: Server) -> Queue:
 @pytest.fixture
 def worker(sandbox: Sandbox, queue: Queue, tmp_path: Path) -> Worker:
     return Worker(sandbox.environment | queue.environment | NOT_MEASURED, tmp_path)
-
-
-def test_a_shutdown_that_takes_too_long_returns_the_message_and_exits_6(
-    worker: Worker, sandbox: Sandbox, queue: Queue
-) -> None:
-    """The next worker has it at once."""
-    customer = next(iter(sandbox.shop.customers))
-    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=30, times=1))
-    queue.publish(json.dumps(updated(customer)).encode())
-    process = worker.start("run", "--grace-period", "0.3")
-    wait_for(lambda: sandbox.klaviyo.requests or sandbox.commercetools.requests)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(15) == 6
-    (again,) = queue.pull(1, wait=5)
-    assert again["Attributes"]["ApproximateReceiveCount"] == "2"
 
 
 def test_a_network_that_is_down_for_a_while_costs_nothing(worker: Worker, sandbox: Sandbox, queue: Queue) -> None:
