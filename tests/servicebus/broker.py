@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from functools import cached_property
 from importlib.util import find_spec
 from threading import Lock, Thread
@@ -110,7 +111,7 @@ class Queue:
 
     def close(self) -> None:
         """Let go of the connection."""
-        Thread(target=self._client.close, daemon=True).start()
+        _close(self._client)
 
     def counts(self) -> tuple[int, int, int]:
         """Count the messages that are ready, locked, and dead."""
@@ -155,9 +156,17 @@ class Queue:
         return receiver.__enter__()  # in its own time: else the first call's wait bounds the opening too
 
 
-def _close(link: ServiceBusReceiver) -> None:
-    """Close in the background: the SDK waits up to a second for a thread of its own."""
-    Thread(target=link.close, daemon=True).start()
+def _close(link: ServiceBusClient | ServiceBusReceiver) -> None:
+    """Close in the background: the SDK waits up to a second for a thread of its own.
+
+    A client closes its receivers, too, and the SDK raises AttributeError where both do so at once.
+    """
+
+    def closing() -> None:
+        with suppress(AttributeError):
+            link.close()
+
+    Thread(target=closing, daemon=True).start()
 
 
 def bodies(messages: list[ServiceBusReceivedMessage]) -> list[bytes]:
