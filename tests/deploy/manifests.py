@@ -1,0 +1,73 @@
+"""Renders manifests, holds them against schemas, and finds what is in them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import kubernetes_validate
+import yaml
+
+from tests.parts import require
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KUBERNETES = ("1.31", kubernetes_validate.latest_version())  # the oldest we promise, the newest there is a schema of
+Objects = dict[str, Any]  # by kind: no overlay has two of one
+
+
+@cache
+def rendered(directory: Path) -> str:
+    require("" if shutil.which("kubectl") else "kubectl is not installed: manifests cannot be rendered")
+    done = subprocess.run(["kubectl", "kustomize", directory], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def by_kind(manifests: str) -> Objects:
+    documents = list(yaml.safe_load_all(manifests))
+    objects = {document["kind"]: document for document in documents}
+    assert len(objects) == len(documents)
+    return objects
+
+
+@cache
+def keda_schema(kind: str) -> dict[str, Any]:
+    """Return the schema of KEDA's own definition, which refuses fields it does not know, as `kubectl apply` does."""
+    from cloudcoil.models.keda import v1alpha1  # takes a second
+
+    schema: dict[str, Any] = getattr(v1alpha1, kind).model_json_schema()
+    for definition in (schema, *schema["$defs"].values()):
+        if "properties" in definition:
+            definition["additionalProperties"] = False
+    return schema
+
+
+def validate(document: dict[str, Any]) -> None:
+    if document["apiVersion"].startswith("keda.sh/"):
+        jsonschema.validate(document, keda_schema(document["kind"]))
+        return
+    for release in KUBERNETES:
+        kubernetes_validate.validate(document, release, strict=True)
+
+
+def pod_of(objects: Objects) -> dict[str, Any]:
+    pod: dict[str, Any] = objects["Deployment"]["spec"]["template"]["spec"]
+    return pod
+
+
+def container_of(objects: Objects) -> dict[str, Any]:
+    (container,) = pod_of(objects)["containers"]
+    return dict(container)
+
+
+def environment_of(objects: Objects) -> dict[str, str]:
+    """Return the variables the container sees; its ConfigMap is the one that is rendered."""
+    container, settings = container_of(objects), objects["ConfigMap"]
+    assert container["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}]
+    data: dict[str, str] = settings["data"]
+    return data | {entry["name"]: entry["value"] for entry in container["env"]}
