@@ -235,6 +235,14 @@ def test_triggers_have_the_parameters_that_keda_documents(name: str) -> None:
     assert authentication["spec"] == {"podIdentity": {"provider": provider[trigger["type"]]}}
 
 
+def test_azure_gives_the_pod_its_identity() -> None:
+    """Of all overlays this one alone has to ask for it; without the label no token is mounted."""
+    objects = by_kind(rendered(ROOT / "k8s" / "overlays" / "servicebus-keda"))
+    labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert labels["azure.workload.identity/use"] == "true"
+    assert list(objects["ServiceAccount"]["metadata"]["annotations"]) == ["azure.workload.identity/client-id"]
+
+
 def test_only_scrapes_come_in_and_only_calls_go_out(overlay: str, objects: Objects) -> None:
     policy = objects["NetworkPolicy"]["spec"]
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
