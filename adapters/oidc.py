@@ -13,6 +13,7 @@ GOOGLE_KEYS = "https://www.googleapis.com/oauth2/v3/certs"
 _ISSUERS = ("https://accounts.google.com", "accounts.google.com")
 _KEYS_LIFESPAN = 3600  # seconds; an unknown key is looked up at once
 _LEEWAY = 30  # seconds that clocks may differ
+_REMOVED = ".SIGNATURE_REMOVED_BY_GOOGLE"  # https://cloud.google.com/run/docs/troubleshooting#signature-removed
 
 
 class TokenRefusedError(Exception):
@@ -36,6 +37,9 @@ class TokenVerifier:
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer":
             raise TokenRefusedError("expected a bearer token")
+        if token.endswith(_REMOVED):
+            hint = "Cloud Run has checked the token and removed its signature"
+            raise TokenRefusedError(f"{hint}: leave audience and service_account out of QUEUE_URL")
         try:
             claims = jwt.decode(
                 token,

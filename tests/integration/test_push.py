@@ -341,6 +341,15 @@ def test_with_an_audience_only_googles_token_opens(
     stranger.close()
 
 
+def test_a_token_whose_signature_cloud_run_removed_proves_nothing(
+    google: Google, guarded: PushQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cloud Run does so when it has checked the token itself; the log says what to do."""
+    token = google.token().rpartition(".")[0] + ".SIGNATURE_REMOVED_BY_GOOGLE"
+    assert Sender(guarded)(b"{}", Authorization=f"Bearer {token}").result(10) == 401
+    assert "leave audience and service_account out of QUEUE_URL" in str([vars(record) for record in caplog.records])
+
+
 def test_keys_out_of_reach_are_no_refusal() -> None:
     """Pub/Sub sends it again, and the message waits."""
     verifier = TokenVerifier(AUDIENCE, ACCOUNT, f"http://127.0.0.1:{free_port()}/certs")
