@@ -1,0 +1,68 @@
+resource "google_monitoring_alert_policy" "dead_letters" {
+  display_name          = "${var.name}: dead letters"
+  combiner              = "OR"
+  notification_channels = var.notification_channels
+
+  conditions {
+    display_name = "dead letters wait to be looked at"
+
+    condition_threshold {
+      filter = join(" AND ", [
+        "resource.type = \"pubsub_subscription\"",
+        "resource.labels.subscription_id = \"${google_pubsub_subscription.dead.name}\"",
+        "metric.type = \"pubsub.googleapis.com/subscription/num_undelivered_messages\"",
+      ])
+      comparison      = "COMPARISON_GT"
+      threshold_value = 0
+      duration        = "0s"
+
+      aggregations {
+        alignment_period   = "60s"
+        per_series_aligner = "ALIGN_MAX"
+      }
+    }
+  }
+
+  documentation {
+    mime_type = "text/markdown"
+    content   = <<-EOT
+      Messages that can never succeed. They are kept for seven days. The worker's log has the reasons: lines
+      `message_processed` with `"outcome": "dead_lettered"`. To look without removing anything:
+      `gcloud pubsub subscriptions pull ${google_pubsub_subscription.dead.name} --limit=20`
+    EOT
+  }
+}
+
+resource "google_monitoring_alert_policy" "old_messages" {
+  display_name          = "${var.name}: old messages"
+  combiner              = "OR"
+  notification_channels = var.notification_channels
+
+  conditions {
+    display_name = "a message has waited for more than ${var.max_age} s"
+
+    condition_threshold {
+      filter = join(" AND ", [
+        "resource.type = \"pubsub_subscription\"",
+        "resource.labels.subscription_id = \"${google_pubsub_subscription.worker.name}\"",
+        "metric.type = \"pubsub.googleapis.com/subscription/oldest_unacked_message_age\"",
+      ])
+      comparison      = "COMPARISON_GT"
+      threshold_value = var.max_age
+      duration        = "300s"
+
+      aggregations {
+        alignment_period   = "60s"
+        per_series_aligner = "ALIGN_MAX"
+      }
+    }
+  }
+
+  documentation {
+    mime_type = "text/markdown"
+    content   = <<-EOT
+      Klaviyo runs behind the shop: no worker runs, it is parked, Klaviyo or commercetools do not answer, or one
+      worker is too few. Its `/readyz` page and the lines `parked` and `outage` of its log tell which.
+    EOT
+  }
+}

@@ -1,0 +1,62 @@
+# What commercetools tells the worker: all that `klaviyo-worker handlers` lists. docs/subscriptions.md has the reasons.
+
+resource "google_pubsub_topic_iam_member" "commercetools" {
+  topic  = google_pubsub_topic.worker.name
+  role   = "roles/pubsub.publisher"
+  member = "serviceAccount:subscriptions@commercetools-platform.iam.gserviceaccount.com"
+}
+
+resource "commercetools_subscription" "worker" {
+  key = var.name
+
+  destination {
+    type       = "GoogleCloudPubSub"
+    project_id = var.project
+    topic      = google_pubsub_topic.worker.name
+  }
+
+  format {
+    type = "Platform"
+  }
+
+  message {
+    resource_type_id = "order"
+    types = [
+      "OrderCreated",
+      "OrderImported",
+      "OrderCustomerSet",
+      "OrderCreatedFromRecurringOrder",
+      "OrderStateChanged",
+      "OrderShipmentStateChanged",
+    ]
+  }
+
+  message {
+    resource_type_id = "payment"
+    types            = ["PaymentTransactionAdded", "PaymentTransactionStateChanged"]
+  }
+
+  message {
+    resource_type_id = "customer"
+    types            = ["CustomerCreated"]
+  }
+
+  message {
+    resource_type_id = "category"
+    types            = ["CategoryCreated"]
+  }
+
+  message {
+    resource_type_id = "product"
+    types            = ["ProductPublished", "ProductUnpublished", "ProductDeleted"]
+  }
+
+  changes {
+    resource_type_ids = ["customer", "category", "inventory-entry"]
+  }
+
+  depends_on = [
+    google_pubsub_subscription.worker,            # or what comes first is forgotten
+    google_pubsub_topic_iam_member.commercetools, # a test notification is sent at once
+  ]
+}

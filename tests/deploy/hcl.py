@@ -1,0 +1,32 @@
+"""Terraform files, read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hcl2
+
+INFRASTRUCTURE = Path(__file__).parents[2] / "infrastructure"
+
+
+def blocks(kind: str) -> list[dict[str, Any]]:
+    """Return the blocks of a kind (resource, variable, …) in all files: {label: {label: {argument: value}}}."""
+    found: list[dict[str, Any]] = []
+    for file in sorted(INFRASTRUCTURE.glob("*.tf")):
+        found += _plain(hcl2.loads(file.read_text(encoding="utf-8"))).get(kind, [])
+    return found
+
+
+def resources(kind: str) -> dict[str, dict[str, Any]]:
+    """Return the resources of a type, by name."""
+    return {name: body for block in blocks("resource") for name, body in block.get(kind, {}).items()}
+
+
+def _plain(value: Any) -> Any:
+    """Take off what the parser adds: quotes around texts and labels, and its own keys."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(entry) for key, entry in value.items() if not key.startswith("__")}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return value[1:-1] if isinstance(value, str) and value.startswith('"') else value

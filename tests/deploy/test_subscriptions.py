@@ -1,0 +1,141 @@
+"""docs/subscriptions.md: the request that creates the subscription, for every destination, and its commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from base64 import b64encode
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
+
+import pytest
+from commercetools.platform.models import SubscriptionDraft
+
+from tests.deploy import subscribed
+from tests.deploy.pages import commands, page
+from tests.parts import require
+from worker.transform import HANDLERS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MARK = "run by tests/deploy/test_subscriptions.py"
+PAGE = page("docs/subscriptions.md")
+SHOWN = json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[0])
+DESTINATIONS = [json.loads(text) for text in re.findall(r"^\| .* \| `(\{.*?\})`", PAGE, re.MULTILINE)]
+
+
+def test_every_handler_gets_its_notifications() -> None:
+    """Except a product's deletion as a change, which its message tells; what comes without a handler is one kind."""
+    messages = {entry["resourceTypeId"]: entry["types"] for entry in SHOWN["messages"]}
+    came = subscribed.delivered(messages, [entry["resourceTypeId"] for entry in SHOWN["changes"]])
+    assert set(HANDLERS) - came == {("product", "ResourceDeleted")}
+    assert ("product", "ProductDeleted") in came
+    assert came - set(HANDLERS) == {("inventory-entry", "ResourceDeleted")}
+
+
+@pytest.mark.parametrize("destination", DESTINATIONS, ids=[entry["type"] for entry in DESTINATIONS])
+def test_commercetools_own_sdk_reads_the_request(destination: dict[str, Any]) -> None:
+    """It drops what it does not know, and refuses resource types that cannot be subscribed to."""
+    body = SHOWN | {"destination": destination}
+    assert SubscriptionDraft.deserialize(body).serialize() == body
+
+
+def test_all_destinations_are_there() -> None:
+    assert [entry["type"] for entry in DESTINATIONS] == [
+        "GoogleCloudPubSub",
+        "SQS",
+        "SNS",
+        "EventBridge",
+        "AzureServiceBus",
+        "EventGrid",
+    ]
+    assert DESTINATIONS[0] == SHOWN["destination"]
+    for queue in ("sqs.md", "servicebus.md"):
+        blocks = re.findall(r"```json\n(.*?)```", page(f"docs/{queue}"), re.DOTALL)
+        (shown,) = [entry["destination"] for entry in map(json.loads, blocks) if "destination" in entry]
+        assert shown in DESTINATIONS
+
+
+class Commercetools:
+    """Gives a token, takes a subscription and tells its health, as commercetools documents it."""
+
+    def __init__(self) -> None:
+        self.created: list[dict[str, Any]] = []
+        self.asked: list[str] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                self._answer(*outer.posted(self.path, dict(self.headers), body))
+
+            def do_GET(self) -> None:
+                self._answer(*outer.got(self.path, dict(self.headers)))
+
+            def _answer(self, status: int, document: dict[str, Any]) -> None:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(json.dumps(document).encode())
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def posted(self, path: str, headers: dict[str, str], body: str) -> tuple[int, dict[str, Any]]:
+        if path == "/oauth/token":
+            assert headers["Authorization"] == f"Basic {b64encode(b'admin:s3cret').decode()}"
+            assert parse_qs(body) == {"grant_type": ["client_credentials"], "scope": ["manage_subscriptions:my-shop"]}
+            return 200, {"access_token": "t0ken"}
+        assert (path, headers["Authorization"]) == ("/my-shop/subscriptions", "Bearer t0ken")
+        assert headers["Content-Type"] == "application/json"
+        self.created.append(json.loads(body))
+        return 201, {"id": "17", "version": 1, "status": "Healthy"}
+
+    def got(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
+        self.asked.append(path)
+        if path.endswith("/health"):
+            return 200, {}
+        assert headers["Authorization"] == "Bearer t0ken"
+        return 200, {"id": "17", "version": 1, "status": "Healthy"}
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def commercetools() -> Iterator[Commercetools]:
+    running = Commercetools()
+    yield running
+    running.close()
+
+
+def test_the_commands_create_the_subscription_and_show_its_health(commercetools: Commercetools, tmp_path: Path) -> None:
+    """With the variables that the page names, and the worker's own."""
+    require("" if shutil.which("curl") and shutil.which("jq") else "curl or jq is not installed")
+    (tmp_path / "subscription.json").write_text(json.dumps(SHOWN), encoding="utf-8")
+    environment = {
+        "PATH": os.environ["PATH"],
+        "CLIENT_ID": "admin",
+        "CLIENT_SECRET": "s3cret",
+        "CT_PROJECT_ID": "my-shop",
+        "CT_API_URL": commercetools.url,
+        "CT_AUTH_URL": commercetools.url,
+    }
+    script = "\n".join(["set -euo pipefail", *commands("docs/subscriptions.md", MARK)])
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert commercetools.created == [SHOWN]
+    assert commercetools.asked[-1] == "/my-shop/subscriptions/17/health"
+    assert done.stdout.splitlines()[-1] == "200"
