@@ -10,6 +10,7 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import ZipFile
 
 from adapters import Publisher, QueueOptions, open_queue
 from adapters.servicebus import fits, parse_url
@@ -32,34 +33,47 @@ def test_gcloud_commands_work(tmp_path: Path) -> None:
         "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true",
         "CLOUDSDK_CORE_PROJECT": "demo",
         "CLOUDSDK_CONFIG": str(tmp_path),
+        "URL": "https://worker.example.com",
+        "PUSHER": "klaviyo-worker-pusher@demo.iam.gserviceaccount.com",
     }
     create, look = _marked("pubsub.md")
+    (push,) = _marked("serverless.md")
     letter = "gcloud pubsub topics publish klaviyo-worker-dead --message=poison --attribute=reason=because,stage=parse"
     try:
-        for command in [*_commands(create), letter]:
+        for command in [*_commands(create), *_commands(push), letter]:
             _run(command, environment)
         assert re.search(r"because +parse +.*poison", _run(_commands(look)[0], environment))
     finally:
         emulator.kill()
 
 
-def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they make has nothing to be warned about, also with direct dead letters, which the last one shows."""
+def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What they make has nothing to be warned about, also with direct dead letters, which the last one shows.
+
+    The function comes last, as moto calls it from then on, and its package is a stand-in.
+    """
     require("" if shutil.which("aws") else "the AWS command line is not installed")
     for name, value in sqs.environment(moto.port).items():
         monkeypatch.setenv(name, value)
-    create, permit, look = ("\n".join(_commands(block)) for block in _marked("sqs.md"))
+    create, permit, look, function = ("\n".join(_commands(block)) for block in _marked("sqs.md"))
     letter = (
         "aws sqs send-message --queue-url $DEAD --message-body poison --message-attributes "
         "'reason={DataType=String,StringValue=because},stage={DataType=String,StringValue=parse}'"
     )
     lead = 'aws() { command aws --endpoint-url $AWS_ENDPOINT_URL_SQS "$@"; }'  # version 1 does not look there itself
-    shown = _run(f"set -e\n{lead}\n{create}\n{permit}\n{letter}\n{look}", dict(os.environ))
-    assert shown.endswith("parse\tbecause\tpoison\n")
+    shown = _run(f"set -e\n{lead}\n{create}\n{permit}\n{letter}\n{look}\necho $QUEUE $QUEUE_ARN", dict(os.environ))
+    dead, (url, arn) = (line.split() for line in shown.splitlines()[-2:])
+    assert dead == ["parse", "because", "poison"]
     with closing(open_queue("sqs://klaviyo-worker", QueueOptions(direct_dead_letter=True))) as queue:
         assert queue.check() == []
         assert isinstance(queue, Publisher)
         assert queue.publish([b"{}"]) == 1
+    (tmp_path / "environment.json").write_text('{"Variables": {}}', encoding="utf-8")
+    (tmp_path / "build").mkdir()
+    with ZipFile(tmp_path / "build" / "lambda.zip", "w") as package:
+        package.writestr("worker.py", "")
+    environment = os.environ | {"QUEUE": url, "QUEUE_ARN": arn}
+    assert '"ReportBatchItemFailures"' in _run(f"set -e\n{lead}\n{function}", environment, tmp_path)
 
 
 def test_service_bus_names_fit_each_other() -> None:
@@ -83,7 +97,9 @@ def _commands(block: str) -> list[str]:
     return [line.removeprefix("$ ") for line in block.splitlines()]
 
 
-def _run(command: str, environment: dict[str, str]) -> str:
-    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, timeout=60, check=False)
+def _run(command: str, environment: dict[str, str], directory: Path | None = None) -> str:
+    done = subprocess.run(
+        ["bash", "-c", command], env=environment, cwd=directory, capture_output=True, timeout=60, check=False
+    )
     assert done.returncode == 0, f"{command}\n{done.stderr.decode()}"
     return done.stdout.decode()
