@@ -72,8 +72,9 @@ def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "build").mkdir()
     with ZipFile(tmp_path / "build" / "lambda.zip", "w") as package:
         package.writestr("worker.py", "")
-    environment = os.environ | {"QUEUE": url, "QUEUE_ARN": arn}
-    assert '"ReportBatchItemFailures"' in _run(f"set -e\n{lead}\n{function}", environment, tmp_path)
+    environment = os.environ | {"QUEUE": url, "QUEUE_ARN": arn, "BUCKET": "artifacts"}
+    made = _run(f"set -e\n{lead}\naws s3 mb s3://$BUCKET\n{function}", environment, tmp_path)
+    assert '"ReportBatchItemFailures"' in made
 
 
 def test_service_bus_names_fit_each_other() -> None:

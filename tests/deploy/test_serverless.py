@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import socket
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from importlib import import_module
@@ -120,7 +119,7 @@ def test_container_apps_name_secrets_as_the_files() -> None:
     assert max(map(len, names)) <= 20
 
 
-def test_times_fit_each_other() -> None:
+def test_times_and_ports_fit_each_other() -> None:
     """Pub/Sub and Cloud Run wait at least as long as the worker holds a message, and the grace period is over first."""
     settings = _pairs(SERVICE["--set-env-vars"])
     hold, deadline = int(settings["KLAVIYO_WORKER_OUTAGE_HOLD"]), int(PUSH["--ack-deadline"])
@@ -130,6 +129,8 @@ def test_times_fit_each_other() -> None:
     for found in (SERVICE, POOL):
         assert int(_pairs(found["--set-env-vars"])["KLAVIYO_WORKER_GRACE_PERIOD"]) < KILLED_AFTER
     assert settings["QUEUE_URL"].rpartition(":")[2] == SERVICE["--port"]
+    probe = _pairs(SERVICE["--liveness-probe"])
+    assert probe["httpGet.port"] == str(Settings.model_fields["metrics_port"].default)
 
 
 def test_the_worker_runs_as_the_cloud_run_service(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -147,7 +148,8 @@ def test_the_worker_runs_as_the_cloud_run_service(sandbox: Sandbox, tmp_path: Pa
         push = partial(requests.post, url, headers=token, timeout=30)
         answers = [answer.status_code for answer in pool.map(push, map(envelope, workload.bodies))]
     assert answers == [204] * 10
-    assert urllib.request.urlopen(f"http://127.0.0.1:{metrics}/livez", timeout=10).status == 200
+    probe = _pairs(SERVICE["--liveness-probe"])["httpGet.path"]
+    assert requests.get(f"http://127.0.0.1:{metrics}{probe}", timeout=10).status_code == 200
     process.send_signal(signal.SIGTERM)
     assert process.wait(KILLED_AFTER) == 0
     workload.assert_exactly_once()
