@@ -179,6 +179,12 @@ def _variables() -> dict[str, Any]:
     return {name: body for block in blocks("variable") for name, body in block.items()}
 
 
+def test_references_lead_somewhere() -> None:
+    """To a resource or a data source that is declared."""
+    declared = {(kind, name) for block in blocks("resource") + blocks("data") for kind in block for name in block[kind]}
+    assert set(re.findall(r"\b((?:google|commercetools)_\w+)\.(\w+)", TEXT)) <= declared
+
+
 def test_terraform_likes_the_format() -> None:
     """`terraform fmt` parses all of it too. Providers are not fetched."""
     if shutil.which("terraform") is None:

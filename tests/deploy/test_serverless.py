@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MARK = "flags checked by tests/deploy/test_serverless.py"
 PAGE = "docs/serverless.md"
-BEFORE_2026 = {"gcloud run worker-pools": ("gcloud beta run worker-pools", {"--instances": "--scaling"})}
+OLDER = {"gcloud run worker-pools": ("gcloud beta run worker-pools", {"--instances": "--scaling"})}
 VARIABLES = {str(field.validation_alias) for field in Settings.model_fields.values()}
 KILLED_AFTER = 10  # seconds from SIGTERM, on Cloud Run
 
@@ -64,7 +64,7 @@ def _gcloud() -> dict[str, Any]:
 
 def _unknown(command: str) -> set[str]:
     """Return the flags that gcloud does not have for this command; a beta's where it is too old for the command."""
-    old, renamed = next((found for start, found in BEFORE_2026.items() if command.startswith(start)), ("", {}))
+    old, renamed = next((found for start, found in OLDER.items() if command.startswith(start)), ("", {}))
     node = _node(command) or _node(command.replace("gcloud run worker-pools", old))
     assert node, f"gcloud has no such command: {command}"
     known = {*node["flags"], *_gcloud()["flags"], *(new for new, name in renamed.items() if name in node["flags"])}
