@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +15,7 @@ from adapters import Publisher, QueueOptions, open_queue
 from adapters.servicebus import fits, parse_url
 from tests import sqs
 from tests.emulator import Emulator
-from tests.parts import require
+from tests.parts import require_command
 
 if TYPE_CHECKING:
     import pytest
@@ -52,7 +51,7 @@ def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch, tm
 
     The function comes last, as moto calls it from then on, and its package is a stand-in.
     """
-    require("" if shutil.which("aws") else "the AWS command line is not installed")
+    require_command("aws")
     for name, value in sqs.environment(moto.port).items():
         monkeypatch.setenv(name, value)
     create, permit, look, function = ("\n".join(_commands(block)) for block in _marked("sqs.md"))

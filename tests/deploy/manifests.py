@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
-from tests.parts import require
+from tests.parts import require_command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +21,7 @@ Objects = dict[str, Any]  # by kind: no overlay has two of one
 
 @cache
 def rendered(directory: Path) -> str:
-    require("" if shutil.which("kubectl") else "kubectl is not installed: manifests cannot be rendered")
+    require_command("kubectl")
     done = subprocess.run(["kubectl", "kustomize", directory], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

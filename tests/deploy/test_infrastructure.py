@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from typing import Any
 
-import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.pubsub_v1.types import DeadLetterPolicy, RetryPolicy, Subscription
 
@@ -16,6 +14,7 @@ from adapters.settlement import LEASE
 from tests.deploy import subscribed
 from tests.deploy.hcl import INFRASTRUCTURE, blocks, resources
 from tests.deploy.pages import commands, flags, page
+from tests.parts import require_command
 
 TEXT = "\n".join(file.read_text(encoding="utf-8") for file in sorted(INFRASTRUCTURE.glob("*.tf")))
 SUBSCRIPTIONS = resources("google_pubsub_subscription")
@@ -187,8 +186,7 @@ def test_references_lead_somewhere() -> None:
 
 def test_terraform_likes_the_format() -> None:
     """`terraform fmt` parses all of it too. Providers are not fetched."""
-    if shutil.which("terraform") is None:
-        pytest.skip("terraform is not installed")
+    require_command("terraform")
     command = ["terraform", "fmt", "-check", "-diff", str(INFRASTRUCTURE)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "")

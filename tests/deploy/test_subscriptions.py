@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 from base64 import b64encode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +17,7 @@ from commercetools.platform.models import SubscriptionDraft
 
 from tests.deploy import subscribed
 from tests.deploy.pages import commands, page
-from tests.parts import require
+from tests.parts import require_command
 from worker.transform import HANDLERS
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ def commercetools() -> Iterator[Commercetools]:
 
 def test_the_commands_create_the_subscription_and_show_its_health(commercetools: Commercetools, tmp_path: Path) -> None:
     """With the variables that the page names, and the worker's own."""
-    require("" if shutil.which("curl") and shutil.which("jq") else "curl or jq is not installed")
+    require_command("curl", "jq")
     (tmp_path / "subscription.json").write_text(json.dumps(SHOWN), encoding="utf-8")
     environment = {
         "PATH": os.environ["PATH"],
