@@ -4,7 +4,16 @@ data "google_project" "this" {
   project_id = var.project
 }
 
+# On GKE the Kubernetes service account itself has the rights, elsewhere a Google service account.
+
+locals {
+  gke    = "principal://iam.googleapis.com/projects/${data.google_project.this.number}/locations/global/workloadIdentityPools/${var.project}.svc.id.goog"
+  worker = var.kubernetes_service_account == null ? one(google_service_account.worker[*].member) : join("/", [local.gke, "subject/ns", var.kubernetes_service_account.namespace, "sa", var.kubernetes_service_account.name])
+}
+
 resource "google_service_account" "worker" {
+  count = var.kubernetes_service_account == null ? 1 : 0
+
   account_id   = var.name
   display_name = "Klaviyo worker"
 }
@@ -14,7 +23,7 @@ resource "google_pubsub_subscription_iam_member" "worker" {
 
   subscription = google_pubsub_subscription.worker.name
   role         = each.value
-  member       = google_service_account.worker.member
+  member       = local.worker
 }
 
 resource "google_pubsub_topic_iam_member" "worker_buries" {
@@ -22,13 +31,5 @@ resource "google_pubsub_topic_iam_member" "worker_buries" {
 
   topic  = google_pubsub_topic.dead.name
   role   = "roles/pubsub.publisher"
-  member = google_service_account.worker.member
-}
-
-resource "google_service_account_iam_member" "gke" {
-  count = var.kubernetes_service_account == "" ? 0 : 1
-
-  service_account_id = google_service_account.worker.name
-  role               = "roles/iam.workloadIdentityUser"
-  member             = "serviceAccount:${var.project}.svc.id.goog[${var.kubernetes_service_account}]"
+  member = local.worker
 }

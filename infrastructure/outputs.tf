@@ -4,8 +4,8 @@ output "queue_url" {
 }
 
 output "service_account" {
-  description = "The worker runs as this Google service account."
-  value       = google_service_account.worker.email
+  description = "The worker runs as this Google service account; null on GKE."
+  value       = one(google_service_account.worker[*].email)
 }
 
 output "dead_letter_subscription" {

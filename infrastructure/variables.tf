@@ -16,9 +16,9 @@ variable "direct_dead_letter" {
 }
 
 variable "kubernetes_service_account" {
-  description = "NAMESPACE/NAME that runs the worker on GKE, like klaviyo/klaviyo-worker; empty: not on GKE."
-  type        = string
-  default     = ""
+  description = "What runs the worker on GKE, like {namespace = \"klaviyo\", name = \"klaviyo-worker\"}; null: not on GKE."
+  type        = object({ namespace = string, name = string })
+  default     = null
 }
 
 variable "dead_letter_readers" {

@@ -113,7 +113,6 @@ def test_rights_are_those_of_the_documentation() -> None:
     assert {kind for kind in kinds if "_iam_" in kind} == {
         "google_pubsub_topic_iam_member",
         "google_pubsub_subscription_iam_member",
-        "google_service_account_iam_member",
     }
 
 
@@ -134,7 +133,7 @@ def _who(member: str) -> str:
         "$PUBSUB": "pubsub",
         "${local.pubsub}": "pubsub",
         "$WORKER": "worker",
-        "${google_service_account.worker.member}": "worker",
+        "${local.worker}": "worker",
         "${each.value}": "reader",
     }
     return names.get(member, member)
