@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 _WELL = {
     "in_flight": 7,
     "waiting": 3,
+    "oldest_age": 90.0,
     "lanes": 4,
     "parked": "",
     "outages": {"klaviyo": "", "commercetools": ""},
@@ -37,6 +38,10 @@ class FakeState:
 
     def waiting(self) -> int:
         return int(self._tell("waiting"))
+
+    def oldest_age(self) -> float | None:
+        seconds: float | None = self._tell("oldest_age")
+        return seconds
 
     def lanes(self) -> int:
         return int(self._tell("lanes"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from threading import Condition
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,14 @@ class InFlight:
     def waiting(self) -> int:
         """Count the jobs that have to wait."""
         return len(self._kept)
+
+    def oldest_age(self) -> float | None:
+        """Return how many seconds ago the oldest job's message was published: 0 without jobs, None if nobody tells."""
+        jobs = self.jobs()
+        published = [job.delivery.published_at for job in jobs if job.delivery.published_at is not None]
+        if not published:
+            return None if jobs else 0.0
+        return max((datetime.now(UTC) - min(published)).total_seconds(), 0.0)  # clocks differ
 
     @property
     def is_idle(self) -> bool:

@@ -8,7 +8,7 @@ import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 
@@ -18,7 +18,7 @@ from worker.klaviyo import REVISION
 from worker.transform import HANDLERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from prometheus_client import Metric
 
@@ -46,6 +46,9 @@ class State(Protocol):
 
     def waiting(self) -> int:
         """Count those of them that are held because they could not be handled yet."""
+
+    def oldest_age(self) -> float | None:
+        """Return how many seconds ago the oldest message in flight was published: 0 if none is, None if unknown."""
 
     def lanes(self) -> int:
         """Count the lanes."""
@@ -96,6 +99,7 @@ class Metrics:
         self._last_success = _gauge(
             registry, "last_success_timestamp_seconds", "When a message was last sent or ignored; 0: not yet"
         )
+        registry.register(_Process())
         build = _gauge(registry, "build_info", "1, for what is running", "version", "klaviyo_revision")
         build.labels(version("klaviyo-worker"), REVISION).set(1)
         for kind in (*self._types, "unreadable", OTHER):  # from 0 on, or the first one would be no increase
@@ -177,6 +181,7 @@ class _Gauges:
         readings: tuple[tuple[str, str, Callable[[], float | None]], ...] = (
             ("messages_in_flight", "Messages received and not settled", state.in_flight),
             ("messages_waiting", "Messages held because they could not be handled yet", state.waiting),
+            ("oldest_message_age_seconds", "Since the oldest message in flight was published", state.oldest_age),
             ("lanes", "Batches handled side by side", state.lanes),
             ("parked", "1 while the worker is not allowed to work", lambda: bool(state.parked())),
             ("queue_backlog_messages", "Messages in the queue; absent when it cannot tell", state.backlog),
@@ -192,6 +197,16 @@ class _Gauges:
             for service, out in outages.items():
                 family.add_metric((service,), out)
             yield family
+
+
+class _Process:
+    """CPU, memory and start of this process, under the names that every Prometheus client gives them."""
+
+    def __init__(self) -> None:
+        self._collector = ProcessCollector(registry=None)
+
+    def collect(self) -> Iterable[Metric]:
+        return _read("process", self._collector.collect) or ()
 
 
 class _Scrape:

@@ -91,6 +91,10 @@ class Runner:
         """Count those of them that have to wait."""
         return self._in_flight.waiting
 
+    def oldest_age(self) -> float | None:
+        """Return how many seconds ago the oldest of the messages in flight was published; see InFlight."""
+        return self._in_flight.oldest_age()
+
     def parked(self) -> str:
         """Return why the worker is parked; "" when it is not."""
         return self._queue_refused or self._in_flight.parked()

@@ -110,6 +110,7 @@ class _State:
         self.is_stopping = runner.is_stopping
         self.in_flight = runner.in_flight
         self.waiting = runner.waiting
+        self.oldest_age = runner.oldest_age
         self.parked = runner.parked
 
     def lanes(self) -> int:

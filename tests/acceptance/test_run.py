@@ -153,12 +153,16 @@ def test_health_and_metrics_tell_that_the_worker_is_parked(worker: Worker, sandb
     wait_for(lambda: ask(port, "/readyz")[0] == 503)
     assert "KLAVIYO_AUTH_KEY" in ask(port, "/readyz")[1]
     assert ask(port, "/livez")[0] == 200
-    assert "klaviyo_worker_parked 1.0" in ask(port, "/metrics")[1]
+    metrics = ask(port, "/metrics")[1]
+    assert "klaviyo_worker_parked 1.0" in metrics
+    assert "klaviyo_worker_oldest_message_age_seconds " in metrics
+    assert "klaviyo_worker_oldest_message_age_seconds 0.0\n" not in metrics
     sandbox.klaviyo.faults.clear()
     wait_for(lambda: ask(port, "/readyz")[0] == 200)
     wait_for(lambda: 'message_type="ResourceUpdated",outcome="sent"} 1.0' in ask(port, "/metrics")[1])
     metrics = ask(port, "/metrics")[1]
     assert "klaviyo_worker_parked 0.0" in metrics
+    assert "klaviyo_worker_oldest_message_age_seconds 0.0\n" in metrics
     assert "klaviyo_worker_queue_backlog_messages 0.0" in metrics
     assert 'klaviyo_worker_klaviyo_requests_total{endpoint="POST /api/profile-import",status="401"}' in metrics
     process.send_signal(signal.SIGTERM)

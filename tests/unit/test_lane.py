@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -246,6 +247,25 @@ def test_the_worker_is_stuck_when_all_it_holds_waits_for_an_outage_to_end() -> N
     assert (in_flight.is_idle, in_flight.is_stuck) == (True, False)
     in_flight.remove([b])
     assert (in_flight.is_idle, in_flight.is_stuck, len(in_flight)) == (True, False, 0)
+
+
+def test_the_age_of_the_oldest_message_counts_from_its_publishing() -> None:
+    """Settled or not, whatever the order: an outage shows long before anything succeeds."""
+    in_flight, now = InFlight(10, 1000), datetime.now(UTC)
+    assert in_flight.oldest_age() == 0
+    young, old, ahead = (
+        Job(FakeDelivery(b"x", published_at=now - timedelta(seconds=age)), 0.0) for age in (60, 3600, -60)
+    )
+    untold = Job(FakeDelivery(b"x"), 0.0)
+    in_flight.add(untold)
+    assert in_flight.oldest_age() is None
+    in_flight.add(ahead)
+    assert in_flight.oldest_age() == 0
+    for job in (young, old):
+        in_flight.add(job)
+    assert in_flight.oldest_age() == pytest.approx(3600, abs=30)
+    in_flight.remove([old])
+    assert in_flight.oldest_age() == pytest.approx(60, abs=30)
 
 
 @pytest.mark.parametrize(("first", "second", "max_batch"), [(0.2, 0.05, 100), (0.1, 0.1, 1)])

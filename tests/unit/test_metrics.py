@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import ProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.conftest import Scripted
 from tests.state import FakeState
 from worker.klaviyo import REVISION
 from worker.metrics import OUTCOMES, SERVICES, STAGES, Metrics
@@ -31,6 +33,14 @@ for _service in SERVICES:
         f"{_service}_request_duration_seconds": ("histogram", {"endpoint"}),
         f"{_service}_rate_limited_total": ("counter", {"endpoint"}),
     }
+PROCESS = {  # where there is a /proc, as on Linux
+    "process_cpu_seconds_total": ("counter", set[str]()),
+    "process_resident_memory_bytes": ("gauge", set[str]()),
+    "process_virtual_memory_bytes": ("gauge", set[str]()),
+    "process_start_time_seconds": ("gauge", set[str]()),
+    "process_open_fds": ("gauge", set[str]()),
+    "process_max_fds": ("gauge", set[str]()),
+}
 TABLE: Mapping[str, tuple[str, set[str]]] = {
     "messages_received_total": ("counter", {"adapter"}),
     "messages_processed_total": ("counter", {"message_type", "outcome"}),
@@ -41,6 +51,7 @@ TABLE: Mapping[str, tuple[str, set[str]]] = {
     "batch_size_messages": ("histogram", set()),
     "messages_in_flight": ("gauge", set()),
     "messages_waiting": ("gauge", set()),
+    "oldest_message_age_seconds": ("gauge", set()),
     "lanes": ("gauge", set()),
     "parked": ("gauge", set()),
     "outage": ("gauge", {"service"}),
@@ -49,6 +60,7 @@ TABLE: Mapping[str, tuple[str, set[str]]] = {
     "dead_letters_messages": ("gauge", set()),
     "build_info": ("gauge", {"version", "klaviyo_revision"}),
     **REQUESTS,
+    **(PROCESS if Path("/proc/stat").exists() else {}),
 }
 TYPES = {kind for _, kind in HANDLERS} | {"unreadable", "other"}
 
@@ -58,7 +70,7 @@ def families(metrics: Metrics) -> dict[str, Metric]:
     body, content_type = metrics.render()
     assert content_type == "text/plain; version=0.0.4; charset=utf-8"
     found = list(text_string_to_metric_families(body.decode()))
-    assert all(family.name.startswith(PREFIX) for family in found)
+    assert all(family.name.startswith((PREFIX, "process_")) for family in found)
     names = [family.name.removeprefix(PREFIX) + "_total" * (family.type == "counter") for family in found]
     assert len(set(names)) == len(names)
     return dict(zip(names, found, strict=True))
@@ -247,6 +259,7 @@ def test_gauges_are_read_at_every_scrape() -> None:
     shown = {
         "messages_in_flight": 7,
         "messages_waiting": 3,
+        "oldest_message_age_seconds": 90,
         "lanes": 4,
         "parked": 0,
         "queue_backlog_messages": 120,
@@ -264,7 +277,12 @@ def test_gauges_are_read_at_every_scrape() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "name"), [("backlog", "queue_backlog_messages"), ("dead_letters", "dead_letters_messages")]
+    ("source", "name"),
+    [
+        ("backlog", "queue_backlog_messages"),
+        ("dead_letters", "dead_letters_messages"),
+        ("oldest_age", "oldest_message_age_seconds"),
+    ],
 )
 def test_what_a_queue_cannot_tell_is_absent(source: str, name: str) -> None:
     """A 0 would say that there is nothing, and scale the worker down; an empty queue does say 0."""
@@ -277,6 +295,7 @@ def test_what_a_queue_cannot_tell_is_absent(source: str, name: str) -> None:
     [
         ("in_flight", "messages_in_flight"),
         ("waiting", "messages_waiting"),
+        ("oldest_age", "oldest_message_age_seconds"),
         ("lanes", "lanes"),
         ("parked", "parked"),
         ("outages", "outage"),
@@ -294,6 +313,24 @@ def test_a_gauge_that_fails_is_left_out(source: str, name: str, caplog: pytest.L
     fields: dict[str, Any] = vars(record)
     assert (record.getMessage(), fields["metric"], fields["error"]) == ("metric_unavailable", name, "OSError")
     assert "grete" not in str(fields)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc here")
+def test_the_process_is_there_under_the_usual_names() -> None:
+    """Of the one that is scraped: dashboards for any process work."""
+    found = families(Metrics("pubsub"))
+    assert found["process_resident_memory_bytes"].samples[0].value > 10_000_000
+    assert 0 < found["process_start_time_seconds"].samples[0].value <= time.time()
+
+
+def test_a_process_that_cannot_be_read_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sandbox may show another /proc than Linux does: the worker's own metrics are there."""
+    metrics = busy(FakeState())
+    monkeypatch.setattr(ProcessCollector, "collect", Scripted(ValueError("invalid literal")))
+    assert families(metrics).keys() == TABLE.keys() - PROCESS.keys()
+    assert [vars(record)["metric"] for record in caplog.records] == ["process"]
 
 
 def test_what_runs_is_named() -> None:
