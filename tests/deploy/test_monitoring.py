@@ -1,0 +1,201 @@
+"""Alerts and dashboard name what a running worker exposes, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tests.acceptance.conftest import Worker
+from tests.acceptance.test_run import ask, stop, wait_for
+from tests.deploy.promql import TARGET, Series, exposed, labels_of
+from tests.emulator import free_port
+from worker.sandbox import Fault, Sandbox
+from worker.sandbox.notifications import sample_notifications
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    Exposed = dict[str, Series]
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "k8s" / "monitoring"
+OPERATORS = {*TARGET, "endpoint"}  # labels that the Prometheus operator gives to the targets of a PodMonitor
+DASHBOARD: dict[str, Any] = json.loads((FOLDER / "dashboard.json").read_text(encoding="utf-8"))
+RULES: list[dict[str, Any]] = [
+    rule
+    for group in yaml.safe_load((FOLDER / "alerts.yaml").read_text(encoding="utf-8"))["spec"]["groups"]
+    for rule in group["rules"]
+]
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
+
+
+def by_alert(rule: dict[str, Any]) -> str:
+    return str(rule["alert"])
+
+
+def by_title(panel: dict[str, Any]) -> str:
+    return str(panel["title"])
+
+
+def filled_in(query: str) -> str:
+    """Return a query as Grafana sends it."""
+    for name, value in {"__rate_interval": "2m", "namespace": ".*", "pod": ".*"}.items():
+        query = query.replace(f"${name}", value)
+    assert "$" not in query
+    return query
+
+
+@pytest.fixture(scope="module")
+def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exposed]:
+    """What the installed worker exposes once it has met every kind of message, and holds one that met a limit."""
+    with Sandbox() as sandbox:
+        directory, port = tmp_path_factory.mktemp("worker"), free_port()
+        worker = Worker(sandbox.environment | {"QUEUE_URL": f"embedded://{directory}/queue.db"}, directory)
+        worker.publish(*(sample.body for sample in sample_notifications(sandbox.shop)))
+        sandbox.klaviyo.faults.add(Fault(429, match="POST /api/profile-import", headers={"Retry-After": "600"}))
+        process = worker.start("run", "--metrics-port", str(port))
+        try:
+            wait_for(lambda: _only_waits(ask(port, "/metrics")[1]))
+            yield exposed(ask(port, "/metrics")[1])
+            stop(process)
+        finally:
+            process.kill()
+
+
+def _only_waits(text: str) -> bool:
+    gauges = dict(re.findall(r"^klaviyo_worker_messages_(in_flight|waiting) (.+)", text, re.MULTILINE))
+    return 'error_type="Throttled"' in text and gauges["in_flight"] == gauges["waiting"] != "0.0"
+
+
+@pytest.mark.parametrize("rule", RULES, ids=by_alert)
+def test_an_alert_asks_for_what_is_there(rule: dict[str, Any], scraped: Exposed) -> None:
+    """Metrics, labels and their values; what it tells uses labels that its result has."""
+    labels = labels_of(rule["expr"], scraped)
+    assert {"namespace", "job"} <= labels <= {"namespace", "job", "service", "endpoint"}
+    told = re.findall(r"\$labels\.(\w+)", str(rule["annotations"]))
+    assert set(told) <= labels
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=by_title)
+def test_a_panel_asks_for_what_is_there(panel: dict[str, Any], scraped: Exposed) -> None:
+    """Likewise; its legend too."""
+    for target in panel["targets"]:
+        labels = labels_of(filled_in(target["expr"]), scraped)
+        assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= labels
+
+
+def test_the_dashboard_leaves_nothing_out(scraped: Exposed) -> None:
+    """Whatever the worker tells of itself can be seen."""
+    queries = json.dumps(DASHBOARD)
+    metrics = {re.sub("_(bucket|sum|count)$", "", name) for name in scraped if name.startswith("klaviyo_worker_")}
+    assert [name for name in sorted(metrics) if name not in queries] == []
+
+
+@pytest.mark.parametrize(
+    ("expression", "complaint"),
+    [
+        ("klaviyo_worker_park", "no metric"),
+        ("process_cpu_seconds", "no metric"),
+        ("rate(klaviyo_worker_messages_processed[5m])", "no metric"),
+        ("sum by (le) (rate(klaviyo_worker_message_age_seconds[5m]))", "no metric"),
+        ('increase(klaviyo_worker_messages_processed_total{outcome="dead"}[5m])', 'no outcome="dead"'),
+        ('increase(klaviyo_worker_messages_processed_total{outcome!="dead"}[5m])', 'no outcome="dead"'),
+        ('increase(klaviyo_worker_messages_processed_total{outcome=~"sent|dead"}[5m])', 'no outcome="dead"'),
+        ('klaviyo_worker_outage{name="klaviyo"}', "no name="),
+        ("max by (services) (klaviyo_worker_outage)", "no label"),
+        ("klaviyo_worker_parked and on (service) klaviyo_worker_outage", "no label"),
+        ("klaviyo_worker_parked unless klaviyo_worker_outage", "can never match"),
+        ("sum by (job) (klaviyo_worker_parked) or sum(klaviyo_worker_parked)", "can never match"),
+        ("klaviyo_worker_messages_processed_total", "is a counter"),
+        ("rate(klaviyo_worker_parked[5m])", "is no counter"),
+        ("histogram_quantile(0.5, sum by (job) (rate(klaviyo_worker_message_age_seconds_bucket[5m])))", "no label"),
+        ("sum by (job (klaviyo_worker_parked)", "bad|parenthesis|expected|unexpected"),
+    ],
+)
+def test_a_mistake_would_be_found(expression: str, complaint: str, scraped: Exposed) -> None:
+    """The check itself: without it, a query that shows nothing looks like a quiet night."""
+    with pytest.raises(ValueError, match=complaint):
+        labels_of(expression, scraped)
+
+
+def test_a_metric_without_samples_exists() -> None:
+    """A counter with labels has its first sample with its first error."""
+    series = exposed("# HELP errors_total Errors\n# TYPE errors_total counter\n")
+    assert labels_of("sum by (job) (rate(errors_total[5m]))", series) == {"job"}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=by_alert)
+def test_an_alert_says_what_to_do(rule: dict[str, Any]) -> None:
+    """In a message at night: how bad, what it is, what to do, and where there is more."""
+    assert rule["labels"]["severity"] in {"critical", "warning"}
+    assert all(rule["annotations"][name] for name in ("summary", "description"))
+    page, _, anchor = rule["annotations"]["runbook"].partition("#")
+    assert f'<a id="{anchor}"></a>' in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_no_label_of_the_worker_is_pushed_aside(scraped: Exposed) -> None:
+    """A label that target and metric both have would be `exported_endpoint`, and every panel by endpoint wrong."""
+    (endpoint,) = yaml.safe_load((FOLDER / "podmonitor.yaml").read_text(encoding="utf-8"))["spec"][
+        "podMetricsEndpoints"
+    ]
+    dropped = {rule["regex"] for rule in endpoint["relabelings"] if rule["action"] == "labeldrop"}
+    assert OPERATORS - dropped == TARGET
+    assert not TARGET & {label for series in scraped.values() for label in series.values}
+
+
+def test_the_dashboard_works_with_any_data_source() -> None:
+    """Nothing in it belongs to the Grafana it was made on."""
+    text = json.dumps(DASHBOARD)
+    assert set(re.findall(r'"uid": "([^"]+)"', text)) == {"klaviyo-worker", "${datasource}"}
+    assert "id" not in DASHBOARD
+    assert "__inputs" not in DASHBOARD
+    assert VARIABLES["datasource"]["type"] == "datasource"
+
+
+@pytest.mark.parametrize("name", ["namespace", "pod"])
+def test_the_variables_offer_what_there_is(name: str, scraped: Exposed) -> None:
+    """All of it at first, also where Prometheus gives no such label, as outside Kubernetes."""
+    asked = re.fullmatch(r"label_values\((.+), (\w+)\)", VARIABLES[name]["query"]["query"])
+    assert asked is not None
+    assert asked[2] == name
+    assert name in labels_of(filled_in(asked[1]), scraped)
+    assert VARIABLES[name]["allValue"] == ".*"
+
+
+def test_panels_stand_side_by_side() -> None:
+    """None covers another, every one has a unit and an id of its own, and the grid is 24 wide."""
+    places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
+    assert all(place["x"] + place["w"] <= 24 for place in places)
+    for one, other in combinations(places, 2):
+        is_beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        assert is_beside or one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    assert all(panel["fieldConfig"]["defaults"]["unit"] for panel in PANELS)
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_an_overlay_can_use_the_component(tmp_path: Path) -> None:
+    """It adds the monitor, the rules and the dashboard, each in the overlay's namespace and under its own name."""
+    shutil.copytree(FOLDER, tmp_path / "monitoring")
+    overlay = {"namespace": "klaviyo", "components": ["../monitoring"]}
+    (tmp_path / "overlay").mkdir()
+    (tmp_path / "overlay" / "kustomization.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
+    done = subprocess.run(["kubectl", "kustomize", tmp_path / "overlay"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    made = {resource["kind"]: resource for resource in yaml.safe_load_all(done.stdout)}
+    assert {kind: (it["metadata"]["namespace"], it["metadata"]["name"]) for kind, it in made.items()} == {
+        "PodMonitor": ("klaviyo", "klaviyo-worker"),
+        "PrometheusRule": ("klaviyo", "klaviyo-worker"),
+        "ConfigMap": ("klaviyo", "klaviyo-worker-dashboard"),
+    }
+    assert made["ConfigMap"]["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert json.loads(made["ConfigMap"]["data"]["klaviyo-worker.json"]) == DASHBOARD
