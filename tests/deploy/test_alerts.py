@@ -175,16 +175,19 @@ def test_alarms_fire_when_they_should(case: str, tmp_path: Path) -> None:
             for rule in RULES
         ],
     }
-    assert {f"{PREFIX}{alert.split()[0]}" for alerts in firing.values() for alert in alerts} <= {
-        rule["alert"] for rule in RULES
-    }
     tests = {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": [test]}
     for name, content in (("rules.yml", rules), ("tests.yml", tests)):
         (tmp_path / name).write_text(yaml.safe_dump(content), encoding="utf-8")
     promtool("test", "rules", tmp_path / "tests.yml")
 
 
-def test_every_alarm_has_a_case_in_which_it_fires() -> None:
-    """And one that follows it, or goes before, in which it does not."""
-    fired = {alert.split()[0] for _, firing in CASES.values() for alerts in firing.values() for alert in alerts}
-    assert {PREFIX + name for name in fired} == {rule["alert"] for rule in RULES}
+def test_every_alarm_has_a_case() -> None:
+    """In which it fires at one time, and not at another."""
+    changing = {
+        alert.split()[0]
+        for _, firing in CASES.values()
+        for alerts in firing.values()
+        for alert in alerts
+        if any(alert not in others for others in firing.values())
+    }
+    assert {PREFIX + name for name in changing} == {rule["alert"] for rule in RULES}
