@@ -16,6 +16,7 @@ _WELL = {
     "outages": {"klaviyo": "", "commercetools": ""},
     "backlog": 120,
     "dead_letters": 2,
+    "has_begun": True,
     "is_alive": True,
     "is_stopping": False,
 }
@@ -59,6 +60,9 @@ class FakeState:
     def dead_letters(self) -> int | None:
         number: int | None = self._tell("dead_letters")
         return number
+
+    def has_begun(self) -> bool:
+        return bool(self._tell("has_begun"))
 
     def is_alive(self) -> bool:
         return bool(self._tell("is_alive"))

@@ -64,6 +64,7 @@ class Runner:
         self._queue_refused = ""
         self._refused_at = 0.0  # monotonic seconds, as all times here
         self._pulled_at = 0.0
+        self._has_begun = False
         self._parked = Notice("parked", "unparked", logging.ERROR)
         self._stuck = Notice("pulling_paused", "pulling_resumed", logging.WARNING)
         self._heartbeat = time.monotonic()
@@ -74,6 +75,10 @@ class Runner:
             self._hurry.set()
         self._stopping.set()
         self._in_flight.wake()
+
+    def has_begun(self) -> bool:
+        """Tell whether the receive loop has come round: the queue gave messages, none, or a refusal."""
+        return self._has_begun
 
     def is_alive(self) -> bool:
         """Tell whether the receive loop comes round, or has ended in order."""
@@ -130,6 +135,7 @@ class Runner:
                 return
             began, is_idle = time.monotonic(), self._in_flight.is_idle
             deliveries = self._receive()
+            self._has_begun = True
             self._telemetry.received(len(deliveries))
             spent = time.monotonic() - began if is_idle and not deliveries else 0.0
             waited, quiet = waited + spent, 0.0 if deliveries or self._in_flight else quiet + spent

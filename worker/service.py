@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from functools import partial
 from threading import Event
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from worker.pipeline import Pipeline
 from worker.remembered import Remembered
 from worker.runner import Runner
 from worker.send import Sender
+from worker.systemd import Notifier
 from worker.telemetry import Telemetry, log
 
 if TYPE_CHECKING:
@@ -61,12 +63,15 @@ class Service:
         self._runner = Runner(source, pipeline, settings, self._telemetry, stages.stopping)
         self._state = _State(self._runner, queue, settings.threads, stages)
         self._telemetry.metrics.watch(self._state)
+        self._systemd = Notifier(self._state, os.environ)
         self._metrics_port = settings.metrics_port
 
     def run(self, *, once: bool, max_wait: float) -> None:
         """Work until stopped, or with `once` until the queue is empty; see Runner.run for what it raises."""
         _collect_garbage_less_often()
         health = self._serve() if self._metrics_port and not once else None
+        if not once:
+            self._systemd.start()
         log.info("started")
         try:
             self._runner.run(once=once, max_wait=max_wait)
@@ -74,11 +79,13 @@ class Service:
             self._stages.sender.close()
             if health:
                 health.stop()
+            self._systemd.stop()
             log.info("stopped", extra=dict(self._telemetry.outcomes))
 
     def stop(self) -> None:
         """Finish what is in flight and stop; called again: do not wait."""
         self._runner.stop()
+        self._systemd.wake()
 
     def _serve(self) -> HealthServer | None:
         """Serve health and metrics. That the port is taken is no reason not to work."""
@@ -106,6 +113,7 @@ class _State:
         self._queue = queue
         self._lanes = lanes
         self._stages = stages
+        self.has_begun = runner.has_begun
         self.is_alive = runner.is_alive
         self.is_stopping = runner.is_stopping
         self.in_flight = runner.in_flight

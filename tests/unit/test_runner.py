@@ -384,6 +384,28 @@ def test_a_queue_that_refuses_parks_the_worker(
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["parked"]
 
 
+@pytest.mark.parametrize("answer", [[], QueueRefusedError("gone")], ids=["nothing there", "refused"])
+def test_the_loop_has_begun_when_the_queue_has_answered(
+    queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], answer: Any
+) -> None:
+    """Whatever it says: a worker that is parked from the start is up."""
+    asked, release = threading.Event(), threading.Event()
+
+    def waiting(max_messages: int, wait: float) -> Any:
+        del max_messages, wait
+        asked.set()
+        release.wait(10)
+        return Scripted(answer)()
+
+    queue.receive = waiting  # type: ignore[method-assign]
+    runner, _ = runner_for(queue)
+    running(runner)
+    assert asked.wait(10)
+    assert not runner.has_begun()
+    release.set()
+    wait_for(runner.has_begun)
+
+
 def test_a_queue_that_is_only_silent_has_not_accepted_the_worker_yet(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,90 @@
+"""The installed worker, told by systemd where to report."""
+
+from __future__ import annotations
+
+import json
+import signal
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+
+from tests.acceptance.conftest import Worker, events_named
+from tests.acceptance.test_run import stop, updated, wait_for
+from tests.notify_socket import NotifySocket
+from worker.sandbox import Fault
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from worker.sandbox import Sandbox
+
+RUN = ("run", "--metrics-port", "0", "--park-seconds", "0.2")
+
+
+@pytest.fixture(params=["path", "abstract"])
+def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[NotifySocket]:
+    with NotifySocket(f"{tmp_path}/notify" if request.param == "path" else f"@{uuid4()}") as listening:
+        yield listening
+
+
+def test_systemd_is_told_how_it_goes(worker: Worker, sandbox: Sandbox, listener: NotifySocket) -> None:
+    """Ready and parked, running once the key is accepted, stopping; no secret among it."""
+    sandbox.klaviyo.faults.add(Fault(status=401, times=None))
+    worker.publish(updated(next(iter(sandbox.shop.customers))))
+    process = worker.start(*RUN, env={"NOTIFY_SOCKET": listener.address})
+    lines = listener.wait_for(lambda lines: "READY=1" in lines and "STATUS=parked: " in lines[-1])
+    assert "KLAVIYO_AUTH_KEY" in lines[-1]
+    sandbox.klaviyo.faults.clear()
+    listener.wait_for(lambda lines: lines[-1] == "STATUS=running")
+    stop(process)
+    lines = listener.lines()
+    assert lines[-2:] == ["STOPPING=1", "STATUS=stopping"]
+    assert lines.count("READY=1") == 1
+    assert not any(line.startswith("WATCHDOG") for line in lines)
+    secrets = sandbox.environment["KLAVIYO_AUTH_KEY"], json.loads(sandbox.environment["CT_API_CLIENT"])["secret"]
+    assert not any(secret in line for secret in secrets for line in lines)
+
+
+def test_the_watchdog_is_fed_until_the_end(worker: Worker, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Also while the worker finishes what is in work: systemd would kill it in the middle."""
+    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=2, times=1))
+    worker.publish(updated(next(iter(sandbox.shop.customers))))
+    with NotifySocket(f"{tmp_path}/notify") as listener:
+        process = worker.start(*RUN, env={"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "200000"})
+        listener.wait_for(lambda lines: sandbox.klaviyo.requests and "WATCHDOG=1" in lines)
+        process.send_signal(signal.SIGTERM)
+        listener.wait_for(lambda lines: "STOPPING=1" in lines and lines[-3:] == ["WATCHDOG=1"] * 3)
+    assert process.wait(20) == 0
+
+
+def test_a_worker_works_on_when_nobody_listens_any_more(worker: Worker, sandbox: Sandbox, tmp_path: Path) -> None:
+    """That is said in the log, and costs nothing."""
+    with NotifySocket(f"{tmp_path}/notify") as listener:
+        process = worker.start(*RUN, env={"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "100000"})
+        listener.wait_for(bool)
+    wait_for(lambda: events_named(worker, "systemd_not_notified"))
+    worker.publish(updated(next(iter(sandbox.shop.customers))))
+    wait_for(lambda: sandbox.account.profiles)
+    stop(process)
+    assert [line["reason"] for line in events_named(worker, "systemd_not_notified")] == [
+        "NOTIFY_SOCKET: Connection refused"
+    ]
+
+
+def test_once_tells_systemd_nothing(worker: Worker, tmp_path: Path) -> None:
+    """A run that ends by itself is no service; Type=oneshot needs no word of it."""
+    with NotifySocket(f"{tmp_path}/notify") as listener:
+        done = worker("run", "--once", env={"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "100000"})
+        assert (done.returncode, listener.lines()) == (0, [])
+
+
+def test_an_abort_says_where_the_worker_was(worker: Worker, tmp_path: Path) -> None:
+    """The unit asks Python for it: who is killed by the watchdog must leave a trace of the reason."""
+    with NotifySocket(f"{tmp_path}/notify") as listener:
+        process = worker.start(*RUN, env={"NOTIFY_SOCKET": listener.address, "PYTHONFAULTHANDLER": "1"})
+        listener.wait_for(bool)
+    process.send_signal(signal.SIGABRT)
+    process.wait(20)
+    assert "Fatal Python error: Aborted" in worker.log.read_text()
