@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
+from contextlib import closing
 from typing import TYPE_CHECKING
 from uuid import uuid4
-
-import pytest
 
 from tests.acceptance.conftest import Worker, events_named
 from tests.acceptance.test_run import stop, updated, wait_for
@@ -15,7 +15,6 @@ from tests.notify_socket import NotifySocket
 from worker.sandbox import Fault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from worker.sandbox import Sandbox
@@ -23,23 +22,18 @@ if TYPE_CHECKING:
 RUN = ("run", "--metrics-port", "0", "--park-seconds", "0.2")
 
 
-@pytest.fixture(params=["path", "abstract"])
-def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[NotifySocket]:
-    with NotifySocket(f"{tmp_path}/notify" if request.param == "path" else f"@{uuid4()}") as listening:
-        yield listening
-
-
-def test_systemd_is_told_how_it_goes(worker: Worker, sandbox: Sandbox, listener: NotifySocket) -> None:
-    """Ready and parked, running once the key is accepted, stopping; no secret among it."""
+def test_systemd_is_told_how_it_goes(worker: Worker, sandbox: Sandbox) -> None:
+    """Ready and parked, running once the key is accepted, stopping; no secret among it. The socket is abstract."""
     sandbox.klaviyo.faults.add(Fault(status=401, times=None))
     worker.publish(updated(next(iter(sandbox.shop.customers))))
-    process = worker.start(*RUN, env={"NOTIFY_SOCKET": listener.address})
-    lines = listener.wait_for(lambda lines: "READY=1" in lines and "STATUS=parked: " in lines[-1])
-    assert "KLAVIYO_AUTH_KEY" in lines[-1]
-    sandbox.klaviyo.faults.clear()
-    listener.wait_for(lambda lines: lines[-1] == "STATUS=running")
-    stop(process)
-    lines = listener.lines()
+    with NotifySocket(f"@{uuid4()}") as listener:
+        process = worker.start(*RUN, env={"NOTIFY_SOCKET": listener.address})
+        lines = listener.wait_for(lambda lines: "READY=1" in lines and "STATUS=parked: " in lines[-1])
+        assert "KLAVIYO_AUTH_KEY" in lines[-1]
+        sandbox.klaviyo.faults.clear()
+        listener.wait_for(lambda lines: lines[-1] == "STATUS=running")
+        stop(process)
+        lines = listener.lines()
     assert lines[-2:] == ["STOPPING=1", "STATUS=stopping"]
     assert lines.count("READY=1") == 1
     assert not any(line.startswith("WATCHDOG") for line in lines)
@@ -71,6 +65,17 @@ def test_a_worker_works_on_when_nobody_listens_any_more(worker: Worker, sandbox:
     assert [line["reason"] for line in events_named(worker, "systemd_not_notified")] == [
         "NOTIFY_SOCKET: Connection refused"
     ]
+
+
+def test_systemd_is_told_of_an_end_by_error(worker: Worker, tmp_path: Path) -> None:
+    """It counts TimeoutStopSec from then, and nobody sent a signal."""
+    with NotifySocket(f"{tmp_path}/notify") as listener:
+        process = worker.start(*RUN, env={"NOTIFY_SOCKET": listener.address})
+        listener.wait_for(lambda lines: "READY=1" in lines)
+        with closing(sqlite3.connect(tmp_path / "queue.db")) as database:
+            database.execute("DROP TABLE messages")
+        assert process.wait(20) == 3
+        assert "STOPPING=1" in listener.lines()
 
 
 def test_once_tells_systemd_nothing(worker: Worker, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_worker_that_stops_is_left_to_the_stop_timeout(listener: NotifySocket)
     [{}, {"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": "soon"}, {"WATCHDOG_USEC": "0"}],
     ids=["off", "of another process", "malformed", "zero"],
 )
-def test_no_watchdog_is_not_fed(listener: NotifySocket, environment: dict[str, str]) -> None:
+def test_no_watchdog_is_not_fed(listener: NotifySocket, environment: dict[str, Any]) -> None:
     """What is told of the state does not depend on it."""
     assert notifier(listener, **environment).tell(0.0) == 1.0
     assert listener.lines() == ["READY=1", "STATUS=running"]

@@ -1,0 +1,202 @@
+"""The systemd unit, its settings, and the commands of docs/vm.md."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from adapters.loopback import is_loopback
+from worker.cli import SECRETS, USAGE
+from worker.runner import HEARTBEAT
+from worker.settings import Settings, load
+
+if TYPE_CHECKING:
+    from worker.sandbox import Sandbox
+
+ROOT = Path(__file__).parents[2]
+UNIT = ROOT / "systemd/klaviyo-worker.service"
+ENVIRONMENT = ROOT / "systemd/worker.env"
+COMMAND = Path(sys.executable).with_name("klaviyo-worker")
+WORST = 12  # tenths; the exposure that `systemd-analyze security` may find, of 100
+NAMES = {str(info.validation_alias): name for name, info in Settings.model_fields.items()}
+analyzed = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+
+
+def options(name: str) -> list[str]:
+    """Return what the unit says of an option, line by line."""
+    return re.findall(rf"^{name}=(.*)$", UNIT.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+
+@analyzed
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    """Without a word about it: of an option that it does not know it only warns."""
+    unit = tmp_path / UNIT.name
+    text = UNIT.read_text(encoding="utf-8")
+    unit.write_text(text.replace("/opt/klaviyo-worker/current/bin/klaviyo-worker", str(COMMAND)), encoding="utf-8")
+    done = analyze("verify", "--man=no", str(unit))
+    assert (done.returncode, [line for line in done.stderr.splitlines() if UNIT.name in line]) == (0, [])
+
+
+@analyzed
+def test_the_unit_gives_the_worker_little_to_break() -> None:
+    """Who takes the worker over, by a hole in a library, finds a network and an empty machine."""
+    done = analyze("security", "--offline=yes", "--no-pager", f"--threshold={WORST}", str(UNIT))
+    assert done.returncode == 0, done.stdout
+
+
+def test_nobody_has_to_make_a_user() -> None:
+    """Docs/vm.md makes none, and an embedded queue has a directory all the same."""
+    assert options("DynamicUser") == ["yes"]
+    assert options("StateDirectory") == ["klaviyo-worker"]
+
+
+def test_secrets_are_credentials() -> None:
+    """Those that every worker needs, each by its own name from a file of that name, and no other way."""
+    required = {alias for alias, name in NAMES.items() if name in SECRETS and Settings.model_fields[name].is_required()}
+    assert set(options("LoadCredential")) == {f"{name}:/etc/klaviyo-worker/{name}" for name in required}
+    files = {f"{name}_FILE=/run/credentials/%n/{name}" for name in required}
+    assert files <= set(options("Environment"))
+
+
+def test_systemd_has_more_patience_than_the_worker() -> None:
+    """A stop is never cut short, and exit code 2, which no restart mends, ends the restarts."""
+    (stop,), (prevented,), (watchdog,) = map(options, ("TimeoutStopSec", "RestartPreventExitStatus", "WatchdogSec"))
+    assert int(stop) > Settings.model_fields["grace_period"].default
+    assert int(prevented) == USAGE
+    assert f"{HEARTBEAT:.0f} s feeds the watchdog no more" in UNIT.read_text(encoding="utf-8")
+    page = " ".join((ROOT / "docs/vm.md").read_text(encoding="utf-8").split())
+    assert f"come round for {HEARTBEAT:.0f} s | hears nothing from it for {watchdog} s more" in page
+    assert f"has not after {stop} s" in page
+
+
+def offered() -> dict[str, str]:
+    """Return the settings of the example, also those that are commented out."""
+    return dict(re.findall(r"^#?([A-Z_]+)=(.*)$", ENVIRONMENT.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_the_example_has_all_that_is_required(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the two secrets beside it the worker can start, also with everything that it offers switched on."""
+    for name, value in offered().items():
+        monkeypatch.setenv(name, value)
+    for name, secret in {"CT_API_CLIENT": '{"clientId": "id", "secret": "secret"}', "KLAVIYO_AUTH_KEY": "pk_1"}.items():
+        (tmp_path / name).write_text(secret, encoding="utf-8")
+        monkeypatch.setenv(f"{name}_FILE", str(tmp_path / name))
+    settings = load(Settings, {})
+    assert not is_loopback(settings.ct_api_url)
+    assert set(offered()) <= set(NAMES)
+    assert {NAMES[name] for name in offered()}.isdisjoint(SECRETS)
+    commented = set(re.findall(r"^#([A-Z_]+)=", ENVIRONMENT.read_text(encoding="utf-8"), re.MULTILINE))
+    assert not any(Settings.model_fields[NAMES[name]].is_required() for name in commented)
+
+
+def test_shells_and_systemd_read_the_same(tmp_path: Path) -> None:
+    """Docs/vm.md has both read the file; nothing in it needs the quotes, which each would take off in its own way."""
+    everything = tmp_path / "worker.env"
+    everything.write_text("".join(f"{name}={value}\n" for name, value in offered().items()), encoding="utf-8")
+    done = subprocess.run(["bash", "-c", f". {everything}; declare -p"], capture_output=True, text=True, check=True)
+    for name, value in offered().items():
+        assert re.search(rf'^declare \S+ {name}="{re.escape(value)}"$', done.stdout, re.MULTILINE)
+        assert not set(value) & set("'\"\\`$&;|<> ")
+
+
+def block(name: str) -> str:
+    """Return the commands of docs/vm.md with this name."""
+    page = (ROOT / "docs/vm.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(rf"test_systemd.py: {name} -->\n```console\n(.*?)```", page, re.DOTALL)
+    return "\n".join(line.removeprefix("$ ") for line in commands.splitlines())
+
+
+class Machine:
+    """Where the commands of docs/vm.md are run: a scratch directory, with stand-ins for systemctl, python3 and pip.
+
+    A version that is installed is the command that is tested: pip would take half a minute for its dependencies.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.calls = directory / "calls"
+        (directory / "etc/systemd/system").mkdir(parents=True)
+        pip = f'echo "pip $*" >> {self.calls}; [ "$2" != --no-deps ] || ln -s {COMMAND} "${{0%/*}}/klaviyo-worker"'
+        make_venv = f'[ "$1 $2" = "-m venv" ] && mkdir -p "$3/bin" && cp {directory}/bin/pip "$3/bin/pip"'
+        self._script("pip", pip)
+        self._script("python3", make_venv)
+        self._script("systemctl", f'echo "systemctl $*" >> {self.calls}')
+
+    def _script(self, name: str, text: str) -> None:
+        script = self.directory / "bin" / name
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        script.chmod(0o755)
+
+    def run(self, commands: str) -> str:
+        """Run them in a checkout; the first that fails ends them."""
+        for place in ("/opt/", "/etc/"):
+            commands = commands.replace(place, f"{self.directory}{place}")
+        environment = {"PATH": f"{self.directory}/bin:{os.environ['PATH']}"}
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", commands], cwd=ROOT, env=environment, capture_output=True, check=False
+        )
+        assert done.returncode == 0, f"{done.stdout.decode()}{done.stderr.decode()}"
+        return done.stdout.decode()
+
+    def configure(self, sandbox: Sandbox) -> None:
+        """Edit what the commands have made."""
+        etc = self.directory / "etc/klaviyo-worker"
+        assert {path.name: oct(path.stat().st_mode)[-3:] for path in (etc, *etc.iterdir())} == {
+            "klaviyo-worker": "700",
+            "worker.env": "600",
+            "CT_API_CLIENT": "600",
+            "KLAVIYO_AUTH_KEY": "600",
+        }
+        values = sandbox.environment | {"QUEUE_URL": f"embedded://{self.directory}/queue.db"}
+        for name in ("CT_API_CLIENT", "KLAVIYO_AUTH_KEY"):
+            (etc / name).write_text(values.pop(name), encoding="utf-8")
+        with (etc / "worker.env").open("a", encoding="utf-8") as settings:
+            settings.writelines(f"{name}={value}\n" for name, value in values.items())
+
+    def version(self, link: str) -> str:
+        return (self.directory / "opt/klaviyo-worker" / link).readlink().name
+
+
+def test_installing_upgrading_and_rolling_back(tmp_path: Path, sandbox: Sandbox) -> None:
+    """As docs/vm.md has it; each version brings its unit along."""
+    machine = Machine(tmp_path)
+    machine.run(block("install") + "\n" + block("configure"))
+    machine.configure(sandbox)
+    shown = machine.run("VERSION=0.1.0\n" + block("check") + "\n" + block("start"))
+    assert re.findall(r"^\w+", shown, re.MULTILINE) == ["ok"] * 3
+    assert machine.version("current") == "0.1.0"
+    installed = tmp_path / "etc/systemd/system/klaviyo-worker.service"
+    assert installed.read_bytes() == UNIT.read_bytes()
+
+    old = tmp_path / "opt/klaviyo-worker/0.1.0/klaviyo-worker.service"
+    old.write_text("the unit of the old version", encoding="utf-8")
+    new = block("install").replace("VERSION=0.1.0", "VERSION=0.2.0")
+    machine.run("\n".join((new, block("check"), block("upgrade"))))
+    assert (machine.version("current"), machine.version("previous")) == ("0.2.0", "0.1.0")
+    assert installed.read_bytes() == UNIT.read_bytes()
+
+    machine.run(block("rollback"))
+    assert machine.version("current") == "0.1.0"
+    assert installed.read_text(encoding="utf-8") == "the unit of the old version"
+    install = ["pip install --require-hashes -r requirements.lock", "pip install --no-deps ."]
+    restart = ["systemctl daemon-reload", "systemctl restart klaviyo-worker"]
+    assert machine.calls.read_text(encoding="utf-8").splitlines() == [
+        *install,
+        "systemctl daemon-reload",
+        "systemctl enable --now klaviyo-worker",
+        *install,
+        *restart,
+        *restart,
+    ]
