@@ -85,7 +85,6 @@ class Service:
     def stop(self) -> None:
         """Finish what is in flight and stop; called again: do not wait."""
         self._runner.stop()
-        self._systemd.wake()
 
     def _serve(self) -> HealthServer | None:
         """Serve health and metrics. That the port is taken is no reason not to work."""

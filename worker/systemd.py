@@ -55,7 +55,6 @@ class Notifier:
         self._state = state
         self._told: list[str] = []
         self._unheard = Notice("systemd_not_notified", "systemd_notified", logging.WARNING)
-        self._woken = Event()
         self._ended = Event()
         self._thread = Thread(target=self._run, name="systemd", daemon=True)
 
@@ -64,14 +63,9 @@ class Notifier:
         if self._address:
             self._thread.start()
 
-    def wake(self) -> None:
-        """Tell at once what has changed."""
-        self._woken.set()
-
     def stop(self) -> None:
         """Tell what has changed, and end."""
         self._ended.set()
-        self._woken.set()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -110,7 +104,7 @@ class Notifier:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
                 connection.settimeout(POLL)
-                connection.sendto(message.encode(), self._address)
+                connection.sendto(message.encode(errors="replace"), self._address)
         except OSError as error:
             self._unheard.log(f"NOTIFY_SOCKET: {error.strerror or type(error).__name__}")
             return False
@@ -118,9 +112,8 @@ class Notifier:
         return True
 
     def _run(self) -> None:
-        while not self._ended.is_set():
-            self._woken.wait(self.tell(time.monotonic()))
-            self._woken.clear()
+        while not self._ended.wait(self.tell(time.monotonic())):
+            pass
         self.tell(time.monotonic())
 
 
