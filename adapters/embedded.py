@@ -103,6 +103,7 @@ class EmbeddedQueue:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA temp_store = MEMORY")  # on a read-only root there is no place for temporary files
             self._db.executescript(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise QueueError(f"QUEUE_URL: cannot open {path}: {error}") from error
@@ -242,7 +243,8 @@ class EmbeddedQueue:
             try:
                 yield
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # not after an I/O error or with a full disk: SQLite has rolled back itself
+                    self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
 

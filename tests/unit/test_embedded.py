@@ -225,6 +225,19 @@ def test_a_queue_that_breaks_later_says_so_too(method: str, queue: EmbeddedQueue
         list(getattr(queue, method)())
 
 
+def test_a_full_disk_is_named(queue: EmbeddedQueue) -> None:
+    """SQLite rolls back by itself then; that there is nothing left to roll back is not the reason."""
+    queue._db.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(QueueError, match="database or disk is full"):
+        queue.publish([b"x" * 1_000_000])
+
+
+def test_no_temporary_files_are_needed(queue: EmbeddedQueue) -> None:
+    """In a container whose root is read-only the queue's directory may be all that can be written."""
+    in_memory = 2
+    assert queue._db.execute("PRAGMA temp_store").fetchone() == (in_memory,)
+
+
 def test_no_more_is_handed_out_at_a_time_than_memory_is_meant_for(tmp_path: Path) -> None:
     """Flow control counts bytes once they are received: large messages come a few at a time, the largest alone."""
     queue = EmbeddedQueue(tmp_path / "queue.db")
