@@ -1,12 +1,14 @@
 # Every target sets up what it needs: a virtual environment in .venv with the package and its tools.
 PYTHON ?= python3
+DOCKER ?= docker
 VENV := .venv
 BIN := $(VENV)/bin
+VERSION = $(shell sed -n 's/^version = //p' setup.cfg)
 
-.PHONY: help demo test check lint types docs format bench faults wheel emulator clean
+.PHONY: help demo test check lint types docs format bench faults lock image image-steps emulator clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/ready ## watch sample notifications become Klaviyo profiles, events and catalog entries
 	@$(BIN)/klaviyo-worker demo
@@ -16,10 +18,11 @@ test: $(VENV)/ready ## run all tests, with branch coverage
 
 check: lint types test ## what CI runs: ruff, mypy --strict, all tests
 
-lint: $(VENV)/ready ## ruff (rules and format), and whether generated docs are up to date
+lint: $(VENV)/ready ## ruff (rules and format), hadolint, and whether generated docs are up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m cogapp --check docs/*.md
+	$(BIN)/hadolint Dockerfile
 
 docs: $(VENV)/ready ## bring the generated tables in docs up to date
 	$(BIN)/python -m cogapp -r docs/*.md
@@ -37,11 +40,18 @@ bench: $(VENV)/ready ## messages per second, CPU and API calls per message, late
 faults: $(VENV)/ready ## what becomes of every message when everything around the worker fails: prints a table
 	@$(BIN)/python -m tests.faults
 
-wheel: $(VENV)/ready ## build the wheel and run the demo from it, outside this checkout
-	rm -rf build/wheel && $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	$(PYTHON) -m venv --clear build/installed
-	build/installed/bin/pip install --quiet --no-compile build/wheel/*.whl
-	cd build && installed/bin/klaviyo-worker demo > demo.txt && tail -n 1 demo.txt
+lock: $(VENV)/ready ## bring requirements.lock up to date with setup.cfg; UPGRADE=--upgrade: with the newest releases too
+	$(BIN)/pip install --quiet --no-compile 'uv==0.13.*'
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+		| $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes $(UPGRADE) \
+		--extra push --extra sqs --extra servicebus --custom-compile-command 'make lock' --output-file requirements.lock setup.cfg -
+
+image: ## build the container image with docker (docs/image.md); PYTHON_IMAGE=python:3.13-slim@sha256:…: on that base
+	$(DOCKER) build $(if $(PYTHON_IMAGE),--build-arg PYTHON_IMAGE=$(PYTHON_IMAGE)) --build-arg VERSION=$(VERSION) \
+		--build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) --tag klaviyo-worker:$(VERSION) .
+
+image-steps: $(VENV)/ready ## carry out the Dockerfile's steps without docker, and run what they install
+	@$(BIN)/python -m tests.deploy.image
 
 emulator: ## start Google's Pub/Sub emulator on port 8085, where gcloud has it (docs/pubsub.md)
 	@command -v gcloud >/dev/null || { echo "gcloud is not installed: https://cloud.google.com/sdk, then gcloud components install beta pubsub-emulator"; exit 1; }

@@ -1,0 +1,41 @@
+# Pin it for production: --build-arg PYTHON_IMAGE=python:3.13-slim@sha256:… (docs/image.md).
+ARG PYTHON_IMAGE=python:3.13-slim
+
+FROM ${PYTHON_IMAGE} AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /build
+COPY requirements.lock ./
+RUN pip wheel --no-deps --only-binary :all: --require-hashes --wheel-dir wheels --requirement requirements.lock
+RUN python -m venv --without-pip /opt/klaviyo-worker \
+    && pip --python /opt/klaviyo-worker/bin/python install --no-deps --no-index --find-links wheels --requirement requirements.lock
+COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY adapters adapters
+COPY worker worker
+# Without an index everything comes from the lock: what builds our wheel too, and what setup.cfg asks for.
+# klaviyo-api asks for setuptools, but does not import it.
+# hadolint ignore=DL3013
+RUN pip wheel --no-deps --no-index --find-links wheels --wheel-dir wheels . \
+    && pip --python /opt/klaviyo-worker/bin/python install --no-index --find-links wheels 'klaviyo-worker[push,sqs,servicebus]' \
+    && pip --python /opt/klaviyo-worker/bin/python uninstall --yes setuptools
+
+FROM ${PYTHON_IMAGE}
+# The home is for the embedded queue, and a volume there belongs to the user; nothing else is ever written.
+RUN groupadd --gid 10001 klaviyo-worker \
+    && useradd --uid 10001 --gid 10001 --no-log-init --home-dir /var/lib/klaviyo-worker --shell /usr/sbin/nologin klaviyo-worker \
+    && install --directory --owner 10001 --group 10001 /var/lib/klaviyo-worker
+COPY --from=build /opt/klaviyo-worker /opt/klaviyo-worker
+ENV PATH=/opt/klaviyo-worker/bin:$PATH HOME=/var/lib/klaviyo-worker PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+EXPOSE 9090
+# No HEALTHCHECK: /livez and /readyz are for the orchestrator's probes, and `run --once` has nothing to probe.
+ENTRYPOINT ["klaviyo-worker"]
+CMD ["run"]
+ARG VERSION=unknown
+ARG REVISION=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.title="klaviyo-worker" \
+    org.opencontainers.image.description="Keeps Klaviyo in step with commercetools" \
+    org.opencontainers.image.licenses="MIT" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}" \
+    org.opencontainers.image.created="${CREATED}"

@@ -1,0 +1,114 @@
+"""The lock and the Dockerfile say what they should. What the image's steps install is run by `make image-steps`."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from configparser import ConfigParser
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.deploy.dockerfile import ROOT, stages
+
+LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+_ENTRY = re.compile(r"([a-z0-9-]+)==(\S+)(?: ; [^\\]+)? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)")
+_INSTALLED = re.compile(r"'klaviyo-worker\[([\w,]+)\]'")
+
+
+def locked() -> dict[str, str]:
+    """Return the version of each distribution in the lock."""
+    return {name: version for name, version, _ in _ENTRY.findall(LOCK)}
+
+
+def extras() -> list[str]:
+    """Return the extras that the image has."""
+    build, _ = stages()
+    (names,) = _INSTALLED.findall(build[-1].value)
+    return str(names).split(",")
+
+
+def wanted() -> list[Requirement]:
+    """Return what setup.cfg and the build ask for."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    texts = [setup["options"]["install_requires"], *(setup["options.extras_require"][extra] for extra in extras())]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    lines = [line for text in texts for line in text.split("\n") if line]
+    return [Requirement(line) for line in [*lines, *project["build-system"]["requires"]]]
+
+
+@pytest.mark.parametrize("requirement", wanted(), ids=str)
+def test_the_lock_has_what_setup_cfg_asks_for(requirement: Requirement) -> None:
+    """Whoever changes a requirement runs `make lock`."""
+    version = locked().get(canonicalize_name(requirement.name))
+    assert version, "missing: run make lock"
+    assert requirement.specifier.contains(version), "another version: run make lock"
+
+
+def test_the_lock_holds_versions_and_hashes_only() -> None:
+    """No index, no path, no link: whoever installs from it says where from, and the hashes say what."""
+    rest = _ENTRY.sub("", LOCK).splitlines()
+    assert len(locked()) > 50
+    assert [line for line in rest if not line.lstrip().startswith("#")] == []
+    assert "/" not in LOCK
+
+
+def test_the_image_has_the_clients_of_all_queues() -> None:
+    assert sorted(extras()) == ["push", "servicebus", "sqs"]
+
+
+def test_only_what_is_copied_reaches_the_build() -> None:
+    """No test, no document, no secret lying about: .dockerignore lets in what the Dockerfile copies."""
+    build, _ = stages()
+    copied = [source for name, value in build if name == "COPY" for source in value.split()[:-1]]
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    assert patterns == ["*", *(f"!{source}" for source in copied), "**/__pycache__"]
+
+
+def test_a_change_of_the_source_installs_no_dependency_again() -> None:
+    """The layers of the dependencies come first."""
+    build, _ = stages()
+    steps = [value for name, value in build if name in {"COPY", "RUN"}]
+    dependencies = [place for place, step in enumerate(steps) if "--requirement requirements.lock" in step]
+    assert steps[0] == "requirements.lock ./"
+    assert dependencies == [1, 2]
+
+
+def test_the_dependencies_come_by_their_hashes_and_all_else_without_an_index() -> None:
+    build, _ = stages()
+    commands = [part for name, value in build if name == "RUN" for part in value.split("&& ")]
+    installing = [command for command in commands if re.match(r"pip .*\b(wheel|install)\b", command)]
+    assert "--require-hashes" in installing[0]
+    assert ["--no-index" in command for command in installing[1:]] == [True] * 3
+
+
+def test_the_final_stage_holds_the_environment_and_runs_as_a_numeric_user() -> None:
+    """Kubernetes can tell only of a number that it is not root. Only the exec form hands on SIGTERM."""
+    build, final = stages()
+    assert build[0].value == "${PYTHON_IMAGE} AS build"
+    assert final[0].value == "${PYTHON_IMAGE}"
+    found = dict(final)
+    assert [value for name, value in final if name == "COPY"] == [
+        "--from=build /opt/klaviyo-worker /opt/klaviyo-worker"
+    ]
+    assert found["USER"] == "10001:10001"
+    assert json.loads(found["ENTRYPOINT"]) == ["klaviyo-worker"]
+    assert json.loads(found["CMD"]) == ["run"]
+    assert found["EXPOSE"] == "9090"
+    assert not any("pip" in value for name, value in final if name == "RUN")
+    assert {"PYTHONUNBUFFERED=1", "PYTHONDONTWRITEBYTECODE=1"} <= set(found["ENV"].split())
+
+
+def test_make_image_sets_the_labels() -> None:
+    """An image tells which version and commit it was built from, and when."""
+    _, final = stages()
+    arguments = [value.split("=")[0] for name, value in final if name == "ARG"]
+    assert arguments == ["VERSION", "REVISION", "CREATED"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for argument in arguments:
+        assert f'image.{argument.lower()}="${{{argument}}}"' in dict(final)["LABEL"]
+        assert f"--build-arg {argument}=" in makefile
