@@ -116,6 +116,17 @@ def test_rights_are_those_of_the_documentation() -> None:
     }
 
 
+def test_accounts_are_made_before_they_get_rights() -> None:
+    """Google refuses a member that is not there. commercetools' account is its own."""
+    shown = commands("docs/pubsub.md")
+    (agent,) = [place for place, command in enumerate(shown) if "services identity create" in command]
+    (worker,) = [place for place, command in enumerate(shown) if "service-accounts create klaviyo-worker" in command]
+    granted = {"$PUBSUB": agent, "$WORKER": worker}
+    for place, command in enumerate(shown):
+        if "add-iam-policy-binding" in command:
+            assert granted.get(flags(command)["--member"], -1) < place
+
+
 def _granted(*, optional: bool) -> set[tuple[str, str, str, str]]:
     found = set()
     for kind in ("topic", "subscription"):
