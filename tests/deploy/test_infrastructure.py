@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.pubsub_v1.types import DeadLetterPolicy, RetryPolicy, Subscription
 
@@ -15,6 +16,9 @@ from tests.deploy import subscribed
 from tests.deploy.hcl import INFRASTRUCTURE, blocks, resources
 from tests.deploy.pages import commands, flags, page
 from tests.parts import require_command
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TEXT = "\n".join(file.read_text(encoding="utf-8") for file in sorted(INFRASTRUCTURE.glob("*.tf")))
 SUBSCRIPTIONS = resources("google_pubsub_subscription")
@@ -148,6 +152,35 @@ def _who(member: str) -> str:
         "${each.value}": "reader",
     }
     return names.get(member, member)
+
+
+@pytest.mark.parametrize(
+    ("account", "member"),
+    [
+        ("null", "serviceAccount:klaviyo-worker@acme.iam.gserviceaccount.com"),
+        ('{namespace = "klaviyo", name = "klaviyo-worker"}', "$POOL/ns/klaviyo/sa/klaviyo-worker"),
+    ],
+    ids=["elsewhere", "gke"],
+)
+def test_the_worker_is_the_member_that_the_documentation_names(account: str, member: str, tmp_path: Path) -> None:
+    """Terraform itself works it out, with what Google would tell in place of Google."""
+    require_command("terraform")
+    (pool,) = [command for command in commands("docs/kubernetes.md") if command.startswith("POOL=")]
+    member = member.replace("$POOL", re.sub(r"\$\(.*\)", "123", pool.removeprefix("POOL=")))
+    (expressions,) = re.findall(
+        r"^locals \{.*?^\}", (INFRASTRUCTURE / "main.tf").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    told = {"data.google_project.this.number": "123", "google_service_account.worker": "local.accounts"}
+    for name, value in told.items():
+        expressions = expressions.replace(name, value)
+    accounts = 'locals {\n  accounts = [{ member = "serviceAccount:klaviyo-worker@acme.iam.gserviceaccount.com" }]\n}\n'
+    (tmp_path / "main.tf").write_text(accounts + expressions, encoding="utf-8")
+    (tmp_path / "variables.tf").write_text((INFRASTRUCTURE / "variables.tf").read_text("utf-8"), encoding="utf-8")
+    command = ["terraform", "console", "-var=project=acme", f"-var=kubernetes_service_account={account}"]
+    done = subprocess.run(
+        command, cwd=tmp_path, input="local.worker", capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == f'"{member}"'
 
 
 def test_every_role_is_in_the_table_of_permissions() -> None:
