@@ -211,7 +211,11 @@ def test_dead_letters_and_old_messages_raise_an_alert() -> None:
         "dead_letters": [("dead", ""), ("", "num_undelivered_messages")],
         "old_messages": [("worker", ""), ("", "oldest_unacked_message_age")],
     }
-    assert policies["dead_letters"]["conditions"][0]["condition_threshold"][0]["threshold_value"] == 0
+    found = {name: body["conditions"][0]["condition_threshold"][0] for name, body in policies.items()}
+    assert {name: (body["comparison"], body["threshold_value"]) for name, body in found.items()} == {
+        "dead_letters": ("COMPARISON_GT", 0),
+        "old_messages": ("COMPARISON_GT", "${var.max_age}"),
+    }
 
 
 def test_variables_are_declared_and_used() -> None:

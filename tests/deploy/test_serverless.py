@@ -119,6 +119,16 @@ def test_container_apps_name_secrets_as_the_files() -> None:
     assert max(map(len, names)) <= 20
 
 
+def test_nobody_but_the_pusher_may_call_the_service() -> None:
+    """The worker does not check the token there, so Cloud Run must; it knows the service by its URL."""
+    assert "--no-allow-unauthenticated" in SERVICE
+    assert "audience" not in SERVICE["--set-env-vars"]
+    invoker = _deployed("gcloud run services add-iam-policy-binding")
+    assert (invoker["--role"], invoker["--member"]) == ("roles/run.invoker", "serviceAccount:$PUSHER")
+    assert PUSH["--push-auth-service-account"] == "$PUSHER"
+    assert (PUSH["--push-endpoint"], PUSH["--push-auth-token-audience"]) == ("$URL/", "$URL")
+
+
 def test_times_and_ports_fit_each_other() -> None:
     """Pub/Sub and Cloud Run wait at least as long as the worker holds a message, and the grace period is over first."""
     settings = _pairs(SERVICE["--set-env-vars"])
@@ -128,6 +138,7 @@ def test_times_and_ports_fit_each_other() -> None:
     assert int(SERVICE["--concurrency"]) <= Settings.model_fields["max_in_flight"].default
     for found in (SERVICE, POOL):
         assert int(_pairs(found["--set-env-vars"])["KLAVIYO_WORKER_GRACE_PERIOD"]) < KILLED_AFTER
+    assert int(APP["--termination-grace-period"]) > Settings.model_fields["grace_period"].default
     assert settings["QUEUE_URL"].rpartition(":")[2] == SERVICE["--port"]
     probe = _pairs(SERVICE["--liveness-probe"])
     assert probe["httpGet.port"] == str(Settings.model_fields["metrics_port"].default)
@@ -186,5 +197,9 @@ def test_the_lambda_template_says_what_the_commands_say() -> None:
         "FunctionResponseTypes": f"[{source['--function-response-types']}]",
     }
     assert {name: said[name] for name in shown} == shown
+    (visibility,) = re.findall(r"VisibilityTimeout=(\d+)", page("docs/sqs.md"))
+    assert int(visibility) >= 6 * int(function["--timeout"])  # AWS asks for it
+    (may,) = [command for command in commands("docs/sqs.md") if command.startswith("MAY=")]
+    assert set(re.findall(r"sqs:\w+", may)) == {"sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes"}
     module, _, name = function["--handler"].rpartition(".")
     assert callable(getattr(import_module(module), name))
