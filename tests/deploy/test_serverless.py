@@ -111,6 +111,14 @@ def test_secrets_are_mounted_where_the_worker_looks(found: dict[str, str]) -> No
     assert {secret.removesuffix(":latest") for secret in mounted.values()} == created
 
 
+def test_no_build_sends_secrets_along() -> None:
+    """A build takes the directory it is started in."""
+    shown = [flags(command) for command in commands(PAGE) if "secrets create" in command or "secret set" in command]
+    files = [found.get("--data-file") or found["--file"] for found in shown]
+    assert len(files) == 4
+    assert all(name.startswith("../") for name in files)
+
+
 def test_container_apps_name_secrets_as_the_files() -> None:
     """All are mounted in one directory, and their names have at most 20 characters."""
     names = [entry.partition("=")[0] for entry in APP["--secrets"].split()]
