@@ -104,7 +104,8 @@ class Notifier:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
                 connection.settimeout(POLL)
-                connection.sendto(message.encode(errors="replace"), self._address)
+                connection.connect(self._address)  # or waiting for room would take all of a CPU
+                connection.send(message.encode(errors="replace"))
         except OSError as error:
             self._unheard.log(f"NOTIFY_SOCKET: {error.strerror or type(error).__name__}")
             return False

@@ -60,19 +60,22 @@ def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch, tm
         "'reason={DataType=String,StringValue=because},stage={DataType=String,StringValue=parse}'"
     )
     lead = 'aws() { command aws --endpoint-url $AWS_ENDPOINT_URL_SQS "$@"; }'  # version 1 does not look there itself
-    shown = _run(f"set -e\n{lead}\n{create}\n{permit}\n{letter}\n{look}\necho $QUEUE $QUEUE_ARN", dict(os.environ))
-    dead, (url, arn) = (line.split() for line in shown.splitlines()[-2:])
+    shown = _run(
+        f"set -e\n{lead}\n{create}\n{permit}\n{letter}\n{look}\necho $QUEUE $QUEUE_ARN $DEAD_ARN", dict(os.environ)
+    )
+    dead, (url, arn, dead_arn) = (line.split() for line in shown.splitlines()[-2:])
     assert dead == ["parse", "because", "poison"]
     with closing(open_queue("sqs://klaviyo-worker", QueueOptions(direct_dead_letter=True))) as queue:
         assert queue.check() == []
         assert isinstance(queue, Publisher)
         assert queue.publish([b"{}"]) == 1
+    checkout = tmp_path / "checkout"
+    (checkout / "build").mkdir(parents=True)
     (tmp_path / "environment.json").write_text('{"Variables": {}}', encoding="utf-8")
-    (tmp_path / "build").mkdir()
-    with ZipFile(tmp_path / "build" / "lambda.zip", "w") as package:
+    with ZipFile(checkout / "build" / "lambda.zip", "w") as package:
         package.writestr("worker.py", "")
-    environment = os.environ | {"QUEUE": url, "QUEUE_ARN": arn, "BUCKET": "artifacts"}
-    made = _run(f"set -e\n{lead}\naws s3 mb s3://$BUCKET\n{function}", environment, tmp_path)
+    environment = os.environ | {"QUEUE": url, "QUEUE_ARN": arn, "DEAD_ARN": dead_arn, "BUCKET": "artifacts"}
+    made = _run(f"set -e\n{lead}\naws s3 mb s3://$BUCKET\n{function}", environment, checkout)
     assert '"ReportBatchItemFailures"' in made
 
 

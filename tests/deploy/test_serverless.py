@@ -205,7 +205,7 @@ def test_the_lambda_template_says_what_the_commands_say() -> None:
         "FunctionResponseTypes": f"[{source['--function-response-types']}]",
     }
     assert {name: said[name] for name in shown} == shown
-    (visibility,) = re.findall(r"VisibilityTimeout=(\d+)", page("docs/sqs.md"))
+    (visibility,) = re.findall(r'"VisibilityTimeout": "(\d+)"', page("docs/sqs.md"))
     assert int(visibility) >= 6 * int(function["--timeout"])  # AWS asks for it
     (may,) = [command for command in commands("docs/sqs.md") if command.startswith("MAY=")]
     assert set(re.findall(r"sqs:\w+", may)) == {"sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes"}
