@@ -32,7 +32,8 @@ WORKERS, MESSAGES = 4, 20_000  # docs/kubernetes.md derives both
 NAMES = {name: str(info.validation_alias) for name, info in Settings.model_fields.items()}
 SECRET_NAMES = {NAMES[name] for name in SECRETS}
 
-# What KEDA's documentation names, required and optional; what it deprecates is left out.
+# What KEDA's documentation names, required and optional; what it deprecates is left out, and what it reads from the
+# worker's variables: of those it does not notice a change.
 SCALERS = {
     "prometheus": (
         {"serverAddress", "query", "threshold"},
@@ -40,8 +41,7 @@ SCALERS = {
     ),
     "aws-sqs-queue": (
         {"awsRegion"},
-        {"activationQueueLength", "awsEndpoint", "queueLength", "queueURL", "queueURLFromEnv"}
-        | {"scaleOnDelayed", "scaleOnInFlight"},
+        {"activationQueueLength", "awsEndpoint", "queueLength", "queueURL"} | {"scaleOnDelayed", "scaleOnInFlight"},
     ),
     "azure-servicebus": (
         {"namespace"},  # with an identity
@@ -196,7 +196,7 @@ def assert_one_queue(objects: Objects) -> None:
         assert f'subscription_id="{name}"' in metadata["query"]
         assert metadata["ignoreNullValues"] == "false"
     elif trigger["type"] == "aws-sqs-queue":
-        assert (metadata["queueURLFromEnv"], queue.scheme) == ("QUEUE_URL", "https")  # KEDA knows no sqs://
+        assert metadata["queueURL"] == objects["ConfigMap"]["data"]["QUEUE_URL"]
         assert queue.netloc == f"sqs.{metadata['awsRegion']}.amazonaws.com"
     else:
         assert (f"{metadata['namespace']}.servicebus.windows.net", metadata["queueName"]) == (queue.netloc, name)
