@@ -100,6 +100,16 @@ def test_the_example_has_all_that_is_required(monkeypatch: pytest.MonkeyPatch, t
     assert not any(Settings.model_fields[NAMES[name]].is_required() for name in commented)
 
 
+def test_the_service_may_read_the_files_that_it_is_offered() -> None:
+    """It may not enter /etc/klaviyo-worker; what lies there comes to it as a credential, also the mapping."""
+    assert not [name for name, value in offered().items() if value.startswith("/etc/klaviyo-worker/")]
+    page = (ROOT / "docs/vm.md").read_text(encoding="utf-8")
+    given = dict(re.findall(r"^LoadCredential=(\S+?):/etc/klaviyo-worker/(\S+)$", page, re.MULTILINE))
+    files = dict(re.findall(r"^Environment=(\S+)=/run/credentials/%n/(\S+)$", page, re.MULTILINE))
+    assert set(files.values()) == set(given)
+    assert given[files["KLAVIYO_WORKER_CONFIG"]] == "mapping.toml"
+
+
 def test_shells_and_systemd_read_the_same(tmp_path: Path) -> None:
     """Docs/vm.md has both read the file; nothing in it needs the quotes, which each would take off in its own way."""
     everything = tmp_path / "worker.env"
