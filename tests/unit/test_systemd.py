@@ -71,17 +71,19 @@ def test_the_status_follows_the_state(listener: NotifySocket) -> None:
 
 
 def test_a_status_is_one_short_line(listener: NotifySocket) -> None:
-    """Systemd drops more than 4096 bytes, and would obey what stands on a line of its own."""
-    notifier(listener, FakeState(parked="a\nMAINPID=1\n" + "ü𝄞 " * 2_000)).tell(0.0)
+    """Systemd drops more than 4096 bytes and what is no UTF-8, and would obey what stands on a line of its own."""
+    notifier(listener, FakeState(parked="a\udcff\nMAINPID=1\n" + "ü𝄞 " * 2_000)).tell(0.0)
     assert [line.partition("=")[0] for line in listener.lines()] == ["READY", "STATUS"]
     assert len(listener.messages[0]) < 4096
 
 
 def test_the_watchdog_is_fed_at_half_its_time(listener: NotifySocket) -> None:
-    """And no pause between two looks is longer than until then, or than a second."""
-    told = notifier(listener, WATCHDOG_USEC="30000000", WATCHDOG_PID=str(os.getpid()))
+    """Whatever else is told meanwhile. No pause between two looks is longer than until then, or than a second."""
+    state = FakeState()
+    told = notifier(listener, state, WATCHDOG_USEC="30000000", WATCHDOG_PID=str(os.getpid()))
     fed, pauses = [], []
     for now in (100.0, 101.0, 114.5, 115.0, 116.0, 130.0):
+        state.values["parked"] = str(now)
         before = listener.lines().count("WATCHDOG=1")
         pauses.append(told.tell(now))
         fed.append(listener.lines().count("WATCHDOG=1") - before)
