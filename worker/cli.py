@@ -98,14 +98,22 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
     """
     from worker.runner import ShutdownTimeoutError  # noqa: PLC0415 - keeps --help and publish fast
     from worker.service import Service  # noqa: PLC0415
-    from worker.telemetry import configure_logging  # noqa: PLC0415
+    from worker.telemetry import configure_logging, log  # noqa: PLC0415
 
     with _exit_codes():
         settings = load(Settings, flags)
         configure_logging(settings.log_level, settings.log_format)
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)  # before any thread starts: all inherit it
+        service: Service | None = None
+
+        def stop() -> None:
+            if service is None:  # the queue has yet to answer, which may take half a minute; nothing is held
+                log.info("stopped")
+                os._exit(0)
+            service.stop()
+
+        Thread(target=_call_on_signals, args=(stop,), daemon=True).start()
         service = Service(settings, dry_run=dry_run)
-        Thread(target=_call_on_signals, args=(service.stop,), daemon=True).start()
         try:
             service.run(once=once or dry_run, max_wait=max_wait)
         except ShutdownTimeoutError as error:

