@@ -55,6 +55,11 @@ def test_the_unit_gives_the_worker_little_to_break() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_memory_that_was_written_is_not_run() -> None:
+    """Too light for the exposure to show it."""
+    assert options("MemoryDenyWriteExecute") == ["yes"]
+
+
 def test_nobody_has_to_make_a_user() -> None:
     """Docs/vm.md makes none, and an embedded queue has a directory all the same."""
     assert options("DynamicUser") == ["yes"]
