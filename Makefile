@@ -14,7 +14,7 @@ demo: $(VENV)/ready ## watch sample notifications become Klaviyo profiles, event
 	@$(BIN)/klaviyo-worker demo
 
 test: $(VENV)/ready ## run all tests, with branch coverage
-	$(BIN)/pytest --numprocesses=6 --maxschedchunk=1 --cov --cov-fail-under=98
+	$(BIN)/pytest --numprocesses=8 --maxschedchunk=1 --cov --cov-fail-under=98
 
 check: lint types test ## what CI runs: ruff, mypy --strict, all tests
 
