@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from adapters.base import (
     Countable,
     DeadLetter,
+    DeadLetterQueue,
     DeadLetters,
     Delivery,
     Failure,
@@ -27,6 +28,7 @@ __all__ = [
     "ENTRY_POINTS",
     "Countable",
     "DeadLetter",
+    "DeadLetterQueue",
     "DeadLetters",
     "Delivery",
     "Failure",

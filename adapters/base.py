@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from datetime import datetime
 
 
@@ -131,8 +131,28 @@ class DeadLetter:
     """A message given up on."""
 
     delivery: Delivery
-    failure: Failure
-    dead_lettered_at: datetime
+    failure: Failure  # "" for what the queue does not tell
+    dead_lettered_at: datetime | None  # None where the queue does not tell
+
+
+class DeadLetterQueue(Protocol):
+    """The dead letters of a queue, looked through once. Methods may be called from several threads.
+
+    What was handed out stays with this object until it is removed or `close` is called; an object that vanishes
+    with its process loses nothing, its letters are dead letters still.
+    """
+
+    def receive(self, max_messages: int, wait: float) -> Sequence[DeadLetter]:
+        """Return letters that were not handed out yet, the oldest first as far as the queue knows.
+
+        Waits at most `wait` seconds for the first; [] when there are no more. Raises QueueError.
+        """
+
+    def remove(self, letters: Sequence[DeadLetter]) -> None:
+        """Remove letters for good. Raises QueueError when that cannot be told: they may still be there."""
+
+    def close(self) -> None:
+        """Leave all others as they were, for whoever looks next. Idempotent."""
 
 
 @runtime_checkable
@@ -158,5 +178,5 @@ class Countable(Protocol):
 class DeadLetters(Protocol):
     """A queue whose dead letters `klaviyo-worker dlq` can read."""
 
-    def dead_letters(self) -> Iterator[DeadLetter]:
-        """Yield the dead letters, oldest first."""
+    def dead_letters(self) -> DeadLetterQueue:
+        """Open the dead letters. Raises QueueError when there are none to be had: no such queue, no right to it."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -57,6 +57,7 @@ _RETURN = """
 UPDATE messages SET lease = NULL, visible_at = ?, reason = ?, stage = ?, error = ? WHERE id = ? AND lease = ?
 """
 _UNDO = "UPDATE messages SET lease = NULL, visible_at = ?, attempts = attempts - 1 WHERE id = ? AND lease = ?"
+_BURIED = "SELECT * FROM dead_letters WHERE (dead_lettered_at, id) > (?, ?) ORDER BY dead_lettered_at, id LIMIT ?"
 _OVERDUE = Failure("was delivered as often as allowed and never settled", "queue", "LeaseExpired")
 
 
@@ -195,13 +196,20 @@ class EmbeddedQueue:
         with self._lock:
             self._db.close()
 
-    def dead_letters(self) -> Iterator[DeadLetter]:
-        """Yield the dead letters, oldest first."""
+    def dead_letters(self) -> EmbeddedDeadLetters:
+        """Open the dead letters; to be closed before the queue is."""
+        return EmbeddedDeadLetters(self)
+
+    def buried_after(self, last: tuple[float, int], limit: int) -> list[tuple[tuple[float, int], DeadLetter]]:
+        """Return the oldest dead letters after `last`, each with its place in that order."""
         with self._guard():
-            rows = self._db.execute("SELECT * FROM dead_letters ORDER BY dead_lettered_at, id").fetchall()
-        for row_id, body, published_at, attempts, reason, stage, error, at in rows:
-            delivery = EmbeddedDelivery(str(row_id), body, attempts, _time(published_at), lease="")
-            yield DeadLetter(delivery, Failure(reason, stage, error), _time(at))
+            rows = self._db.execute(_BURIED, (*last, limit)).fetchall()
+        return [((row[-1], row[0]), _dead_letter(row)) for row in rows]
+
+    def unbury(self, deliveries: Sequence[Delivery]) -> None:
+        """Delete dead letters."""
+        with self._transaction("FULL"):
+            self._db.executemany("DELETE FROM dead_letters WHERE id = ?", [(int(d.id),) for d in deliveries])
 
     def _anything_ready(self) -> bool:
         """Probe without a write lock, so that idle workers do not hinder the others."""
@@ -247,6 +255,35 @@ class EmbeddedQueue:
                     self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
+
+
+class EmbeddedDeadLetters:
+    """The rows of dead letters, by a cursor. Two who look at once are both shown all: handling twice is harmless."""
+
+    def __init__(self, queue: EmbeddedQueue) -> None:
+        self._queue = queue
+        self._last = (0.0, 0)
+        self._lock = Lock()
+
+    def receive(self, max_messages: int, wait: float) -> list[DeadLetter]:  # noqa: ARG002 - what is there is there at once
+        """Return the next ones."""
+        with self._lock:
+            found = self._queue.buried_after(self._last, max_messages)
+            self._last = found[-1][0] if found else self._last
+        return [letter for _, letter in found]
+
+    def remove(self, letters: Sequence[DeadLetter]) -> None:
+        """Delete the rows, in one transaction."""
+        self._queue.unbury([letter.delivery for letter in letters])
+
+    def close(self) -> None:
+        """Do nothing: nothing was taken."""
+
+
+def _dead_letter(row: tuple[int, bytes, float, int, str, str, str, float]) -> DeadLetter:
+    row_id, body, published_at, attempts, reason, stage, error, at = row
+    delivery = EmbeddedDelivery(str(row_id), body, attempts, _time(published_at), lease="")
+    return DeadLetter(delivery, Failure(reason, stage, error), _time(at))
 
 
 def _keys(deliveries: Sequence[Delivery]) -> list[tuple[int, str]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapters.embedded import EmbeddedQueue
+from worker.dead_letters import each
 from worker.metrics import Metrics
 from worker.sandbox import Sandbox
 from worker.sandbox.notifications import sample_notifications
@@ -154,7 +155,7 @@ def _printable(text: str) -> str:
 
 def _show_dead_letters(path: Path) -> None:
     queue = EmbeddedQueue(path)
-    reasons = Counter(letter.failure.reason for letter in queue.dead_letters())
+    reasons = Counter(letter.failure.reason for letter in each(queue))
     queue.close()
     _heading("Dead letters, both rounds", reasons.total())
     for reason, number in reasons.items():

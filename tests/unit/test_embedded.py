@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from adapters import QueueError, open_queue
 from adapters.base import DeadLetters, Failure, Publisher
 from adapters.embedded import EmbeddedQueue
+from worker.dead_letters import each
 
 FAILURE = Failure("Klaviyo answered 503", "send", "Transient")
 
@@ -59,7 +61,7 @@ def test_the_lease_ends_and_the_message_comes_again(tmp_path: Path) -> None:
     queue.nack(first)
     queue.dead_letter(first[0], FAILURE)
     assert queue.backlog() == 1
-    assert list(queue.dead_letters()) == []
+    assert list(each(queue)) == []
     queue.ack([second])
     assert queue.backlog() == 0
 
@@ -79,7 +81,7 @@ def test_a_dead_letter_keeps_its_reason(queue: EmbeddedQueue) -> None:
     """What was given up on can be looked at."""
     queue.publish([b"x"])
     queue.dead_letter(queue.receive(1, 0)[0], FAILURE)
-    (letter,) = queue.dead_letters()
+    (letter,) = each(queue)
     assert (letter.delivery.body, letter.failure, letter.delivery.attempt) == (b"x", FAILURE, 1)
     assert queue.backlog() == 0
 
@@ -89,7 +91,7 @@ def test_the_last_attempt_ends_in_the_dead_letters_with_the_last_reason(queue: E
     queue.publish([b"x"])
     for _ in range(3):
         queue.nack(queue.receive(1, 0), failure=FAILURE)
-    (letter,) = queue.dead_letters()
+    (letter,) = each(queue)
     assert letter.failure == Failure("gave up after 3 attempts: Klaviyo answered 503", "send", "Transient")
     assert queue.receive(1, 0) == []
 
@@ -104,7 +106,7 @@ def test_a_message_returned_unhandled_has_spent_no_attempt(queue: EmbeddedQueue)
         queue.nack([delivery])
     for _ in range(2):
         queue.nack(queue.receive(1, 0), failure=FAILURE)
-    assert len(list(queue.dead_letters())) == 1
+    assert len(list(each(queue))) == 1
 
 
 def test_giving_up_is_logged(queue: EmbeddedQueue, caplog: pytest.LogCaptureFixture) -> None:
@@ -124,7 +126,7 @@ def test_a_message_that_kills_its_workers_ends_in_the_dead_letters(tmp_path: Pat
         assert len(queue.receive(10, 1)) == 2
         time.sleep(0.02)
     assert queue.receive(10, 0) == []
-    assert {letter.failure.stage for letter in queue.dead_letters()} == {"queue"}
+    assert {letter.failure.stage for letter in each(queue)} == {"queue"}
 
 
 def test_a_queue_survives_its_process(tmp_path: Path) -> None:
@@ -217,12 +219,12 @@ def test_a_queue_that_breaks_says_so(tmp_path: Path) -> None:
         EmbeddedQueue(tmp_path / "q.db")
 
 
-@pytest.mark.parametrize("method", ["backlog", "check", "dead_letters"])
-def test_a_queue_that_breaks_later_says_so_too(method: str, queue: EmbeddedQueue) -> None:
+@pytest.mark.parametrize("ask", [EmbeddedQueue.backlog, EmbeddedQueue.check, lambda queue: list(each(queue))])
+def test_a_queue_that_breaks_later_says_so_too(ask: Callable[[EmbeddedQueue], object], queue: EmbeddedQueue) -> None:
     """The runner knows QueueError, not SQLite's errors."""
     queue.close()
     with pytest.raises(QueueError):
-        list(getattr(queue, method)())
+        ask(queue)
 
 
 def test_a_full_disk_is_named(queue: EmbeddedQueue) -> None:

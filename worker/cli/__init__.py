@@ -1,0 +1,51 @@
+"""The command line: a file per command, which parses options and calls one function."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from worker.cli.check import check
+from worker.cli.dlq import dlq
+from worker.cli.publish import publish
+from worker.cli.run import run
+from worker.cli.transform import transform
+
+_EXIT_CODES = """
+\b
+Exit codes: 0 ok · 1 unexpected · 2 usage or configuration · 3 queue ·
+4 commercetools credentials · 5 Klaviyo credentials · 6 shutdown timed out
+"""
+
+
+@click.group(epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="klaviyo-worker")
+def main() -> None:
+    """Keep Klaviyo in step with commercetools: nothing lost, nothing doubled."""
+
+
+@main.command()
+def handlers() -> None:
+    """List the notifications that have an effect, and which."""
+    from worker.transform import HANDLERS  # noqa: PLC0415
+
+    rows = [("RESOURCE", "NOTIFICATION", "KLAVIYO")]
+    rows += [(handler.resource_type, handler.type, handler.sends) for handler in HANDLERS.values()]
+    widths = [max(len(row[column]) for row in rows) + 2 for column in (0, 1)]
+    for resource, kind, sends in rows:
+        click.echo(f"{resource:<{widths[0]}}{kind:<{widths[1]}}{sends}")
+
+
+@main.command()
+@click.option("--keep", type=click.Path(path_type=Path), help="Directory to keep the demo's queue and log in.")
+def demo(*, keep: Path | None) -> None:
+    """Show the worker at work: a sample shop, a stand-in for Klaviyo, no account needed."""
+    from worker.demo import run_demo  # noqa: PLC0415
+
+    sys.exit(run_demo(keep))
+
+
+for command in (run, check, publish, transform, dlq):
+    main.add_command(command)

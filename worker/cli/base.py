@@ -1,0 +1,68 @@
+"""What the commands share: settings as flags, errors as exit codes, the queue."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from adapters import QueueAdapter, QueueError, QueueURLError, open_queue
+from worker.errors import Misconfigured, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pydantic_settings import BaseSettings
+
+    from worker.settings import QueueSettings
+
+OK, UNEXPECTED, USAGE, QUEUE, COMMERCETOOLS, KLAVIYO, SHUTDOWN_TIMED_OUT = range(7)
+SECRETS = frozenset({"ct_api_client", "klaviyo_auth_key", "servicebus_connection_string"})
+
+
+class Failed(click.ClickException):
+    """One line on stderr and an exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc] # click's own way, declared as a class variable
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn the errors an operator can act on into one line and an exit code."""
+    try:
+        yield
+    except (SettingsError, QueueURLError) as error:
+        raise Failed(str(error), USAGE) from None
+    except QueueError as error:
+        raise Failed(str(error), QUEUE) from None
+    except Misconfigured as error:
+        raise Failed(str(error), error.exit_code) from None
+
+
+def settings_options(kind: type[BaseSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a flag for every setting of `kind` that is no secret; its value stays a text, checked by `load`."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        for name, info in reversed(kind.model_fields.items()):
+            if name not in SECRETS:
+                default = info.get_default()
+                shown = "" if default in (None, "") or info.is_required() else f"  [default: {default}]"
+                text = f"{info.description}{shown}  [env: {info.validation_alias}]"
+                flag = "--" + name.replace("_", "-")
+                function = click.option(flag, name, default=None, help=text, metavar="TEXT")(function)
+        return function
+
+    return decorate
+
+
+@contextmanager
+def opened(settings: QueueSettings) -> Iterator[QueueAdapter]:
+    """Open the queue, and close it in the end."""
+    queue = open_queue(settings.queue_url, settings.queue_options)
+    try:
+        yield queue
+    finally:
+        queue.close()

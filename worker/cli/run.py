@@ -1,0 +1,72 @@
+"""`klaviyo-worker run`: the worker itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from worker.cli.base import SHUTDOWN_TIMED_OUT, exit_codes, settings_options
+from worker.settings import Settings, load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from worker.service import Service
+
+_STOP = frozenset({signal.SIGTERM, signal.SIGINT})
+
+
+@click.command()
+@click.option("--once", is_flag=True, help="Handle what is in the queue, then exit.")
+@click.option(
+    "--max-wait",
+    type=float,
+    default=600.0,
+    show_default=True,
+    help="Seconds --once waits for what must wait.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be sent; settle nothing. Implies --once.")
+@settings_options(Settings)
+def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
+    """Read the queue and keep Klaviyo in step, until SIGTERM or SIGINT.
+
+    The first signal finishes what is in flight, the second does not wait for it.
+    Secrets have no flag: they come from CT_API_CLIENT, KLAVIYO_AUTH_KEY and, for servicebus://,
+    SERVICEBUS_CONNECTION_STRING, or from files named by CT_API_CLIENT_FILE and so on.
+    """
+    from worker.runner import ShutdownTimeoutError  # noqa: PLC0415 - keeps --help and publish fast
+    from worker.service import Service  # noqa: PLC0415
+    from worker.telemetry import configure_logging, log  # noqa: PLC0415
+
+    with exit_codes():
+        settings = load(Settings, flags)
+        configure_logging(settings.log_level, settings.log_format)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)  # before any thread starts: all inherit it
+        service: Service | None = None
+
+        def stop() -> None:
+            if service is None:  # the queue has yet to answer, which may take half a minute; nothing is held
+                log.info("stopped")
+                os._exit(0)
+            service.stop()
+
+        Thread(target=_call_on_signals, args=(stop,), daemon=True).start()
+        service = Service(settings, dry_run=dry_run)
+        try:
+            service.run(once=once or dry_run, max_wait=max_wait)
+        except ShutdownTimeoutError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.stdout.flush()
+            os._exit(SHUTDOWN_TIMED_OUT)  # lanes may hang in calls that no thread can interrupt
+
+
+def _call_on_signals(stop: Callable[[], None]) -> None:
+    """Wait for signals in a thread: a handler in the main thread could meet a lock it already holds."""
+    while True:
+        signal.sigwait(_STOP)
+        stop()
