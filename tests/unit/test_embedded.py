@@ -7,8 +7,8 @@ import os
 import signal
 import sqlite3
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,6 +16,9 @@ from adapters import QueueError, open_queue
 from adapters.base import DeadLetters, Failure, Publisher
 from adapters.embedded import EmbeddedQueue
 from worker.dead_letters import each
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FAILURE = Failure("Klaviyo answered 503", "send", "Transient")
 
