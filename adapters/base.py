@@ -31,6 +31,7 @@ class QueueOptions:
     direct_dead_letter: bool = False  # bury with a reason at once, instead of by the queue's own policy
     port: int = 6789  # to listen on, where messages are pushed and the URL names no port
     connection_string: str = field(default="", repr=False)  # where a queue needs one: Azure Service Bus
+    dead_letter_url: str = ""  # where dead letters are looked through; "": where the queue's own policy puts them
 
 
 @dataclass(frozen=True, slots=True)

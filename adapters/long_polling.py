@@ -165,7 +165,7 @@ class LongPolling:
             MessageAttributeNames=["All"],
         )
         now = time.monotonic()
-        return [_delivery(message, now) for message in answer.get("Messages", ())]
+        return [delivery(message, now) for message in answer.get("Messages", ())]
 
     def _received(self, messages: int, asked: int) -> None:
         """Poll more at once while polls come back half full, one at a time again when one brings nothing.
@@ -194,7 +194,8 @@ class LongPolling:
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
 
 
-def _delivery(message: MessageTypeDef, received_at: float) -> SQSDelivery:
+def delivery(message: MessageTypeDef, received_at: float) -> SQSDelivery:
+    """Return a message as it was received, with its attributes that are texts."""
     told = message["Attributes"]
     attributes = {name: value.get("StringValue") for name, value in message.get("MessageAttributes", {}).items()}
     return SQSDelivery(

@@ -12,7 +12,6 @@ import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
 
 import grpc
 from google.api_core import exceptions as google
@@ -24,9 +23,11 @@ from google.pubsub_v1 import PublisherClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
+from adapters import pubsub_dead_letters as dead
 from adapters.awaited import Awaited
 from adapters.base import QueueError, QueueURLError
 from adapters.batches import batches
+from adapters.leased_letters import LeasedLetters
 from adapters.settlement import LEASE, PASSING, Settlement
 from adapters.streaming_pull import StreamClient, StreamingPull
 
@@ -48,8 +49,8 @@ BURY_PATIENCE = 5.0  # seconds to publish a dead letter; else the message goes a
 MAX_BATCH = 1000  # messages in a call to publish, Pub/Sub's limit
 MAX_BATCH_BYTES = 5_000_000  # of bodies in a call to publish, half of Pub/Sub's limit
 MAX_ATTRIBUTE = 1024  # bytes of an attribute's value
-_EXPECTED = "QUEUE_URL is malformed: expected pubsub://PROJECT/SUBSCRIPTION"
-_NAMES = re.compile(r"/(?P<subscription>[A-Za-z][A-Za-z0-9._~+%-]{2,254})")
+_EXPECTED = "is malformed: expected pubsub://PROJECT/SUBSCRIPTION"
+_URL = re.compile(r"(?i:pubsub)://(?P<project>[^/?#]+)/(?P<subscription>[A-Za-z][A-Za-z0-9._~+%-]{2,254})")
 _DIRECT = "KLAVIYO_WORKER_DEAD_LETTER=direct"
 _CONSUME = "pubsub.subscriptions.consume"
 _VIEWER = "grant roles/pubsub.viewer on it"
@@ -74,19 +75,23 @@ class PubSubDelivery:
 
 def open_url(url: str, options: QueueOptions) -> PubSubQueue:
     """Open `pubsub://PROJECT/SUBSCRIPTION`. PUBSUB_EMULATOR_HOST, if set, names an emulator."""
-    parts = urlsplit(url)
-    names = _NAMES.fullmatch(parts.path)
-    if not parts.netloc or names is None or parts.query:
-        raise QueueURLError(_EXPECTED)
+    path = _path(url, "QUEUE_URL")
     try:
-        return PubSubQueue(f"projects/{parts.netloc}/subscriptions/{names['subscription']}", options)
+        return PubSubQueue(path, options)
     except GoogleAuthError as error:
         hint = "set GOOGLE_APPLICATION_CREDENTIALS, or run under a service account"
         raise QueueError(f"QUEUE_URL: no Google credentials ({type(error).__name__}): {hint}") from None
 
 
+def _path(url: str, setting: str) -> str:
+    named = _URL.fullmatch(url)
+    if named is None:
+        raise QueueURLError(f"{setting} {_EXPECTED}")
+    return f"projects/{named['project']}/subscriptions/{named['subscription']}"
+
+
 class PubSubQueue:
-    """A subscription. Implements QueueAdapter and Publisher."""
+    """A subscription. Implements QueueAdapter, Publisher and DeadLetters."""
 
     def __init__(self, path: str, options: QueueOptions, *, lease: int = LEASE) -> None:
         self._path = path
@@ -209,6 +214,12 @@ class PubSubQueue:
             stored += len(batch)
         return stored
 
+    def dead_letters(self) -> LeasedLetters:
+        """Open the subscription of the dead letters; to be closed before the queue is."""
+        given = self._options.dead_letter_url
+        path = _path(given, dead.SETTING) if given else self._dead_letter_path()
+        return LeasedLetters(dead.PubSubLetters(self._client, path))
+
     @cached_property
     def _publisher(self) -> PublisherClient:
         return PublisherClient(transport=_transport(PublisherGrpcTransport))
@@ -233,6 +244,13 @@ class PubSubQueue:
         self._max_attempts = subscription.dead_letter_policy.max_delivery_attempts or self._max_attempts
         self._has_retry_policy = "retry_policy" in subscription
         return subscription
+
+    def _dead_letter_path(self) -> str:
+        if self._described() is None:
+            raise QueueError(f"QUEUE_URL: {self._unreadable} its dead-letter topic: {_VIEWER}, or set {dead.SETTING}")
+        if not self._topic:
+            raise QueueError(f"QUEUE_URL: {self._path} has no dead-letter topic: {_SET_TOPIC}")
+        return dead.subscription_of(self._topic, self._publisher, self._client)
 
     def _may_consume(self) -> None:
         request = {"resource": self._path, "permissions": [_CONSUME]}

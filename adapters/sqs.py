@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 from adapters import aws, sqs_sending
 from adapters.awaited import Awaited
 from adapters.base import QueueError, QueueURLError
+from adapters.leased_letters import LeasedLetters
 from adapters.long_polling import POLL_SECONDS, LongPolling, SQSDelivery
 from adapters.sampled import Sampled
+from adapters.sqs_dead_letters import SQSLetters
 from adapters.sqs_settlement import LEASE, Settlement
 
 if TYPE_CHECKING:
@@ -31,39 +33,44 @@ log = logging.getLogger("klaviyo_worker.sqs")
 
 FEW_RECEIVES = 5  # a maxReceiveCount below is used up by a few restarts of the worker
 SELDOM = 3600.0  # seconds until poison comes again that no redrive policy ends
-_EXPECTED = (
-    "QUEUE_URL is malformed: expected sqs://NAME[?region=REGION] or https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
-)
+_EXPECTED = "is malformed: expected sqs://NAME[?region=REGION] or https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
 _NAME = r"(?P<name>[A-Za-z0-9_-]{1,80}|[A-Za-z0-9_-]{1,75}\.fifo)"
 _REGION = r"(?P<region>[a-z]{2,}(-[a-z]+)+-[0-9]+)"
 _BY_NAME = re.compile(rf"sqs://{_NAME}/?(\?region={_REGION})?")
 _BY_URL = re.compile(rf"https://sqs\.{_REGION}\.amazonaws\.(com|com\.cn|eu)/[0-9]{{12}}/{_NAME}")
+_DEAD_LETTERS = "DEAD_LETTER_QUEUE_URL"
 _DIRECT = "KLAVIYO_WORKER_DEAD_LETTER=direct"
 _READ = "grant sqs:GetQueueAttributes on it"
 
 
 def open_url(url: str, options: QueueOptions) -> SQSQueue:
     """Open `sqs://NAME[?region=REGION]`, or the URL by which AWS names the queue."""
-    name, region = parse_url(url)
-    client = aws.connect(region)
-    if url.startswith("https:"):
-        return SQSQueue(client, url, options)
-    try:
-        return SQSQueue(client, aws.insist(client.get_queue_url, QueueName=name)["QueueUrl"], options)
-    except aws.ERRORS as error:
-        raise QueueError(f"QUEUE_URL: {aws.explain(error, name)}") from None
+    client, queue_url = _locate(url, "QUEUE_URL")
+    return SQSQueue(client, queue_url, options)
 
 
-def parse_url(url: str) -> tuple[str, str]:
+def parse_url(url: str, setting: str = "QUEUE_URL") -> tuple[str, str]:
     """Return the queue's name and its region, "" where that is left to AWS's variables. Raises QueueURLError."""
     named = _BY_NAME.fullmatch(url) or _BY_URL.fullmatch(url)
     if named is None:
-        raise QueueURLError(_EXPECTED)
+        raise QueueURLError(f"{setting} {_EXPECTED}")
     return named["name"], named["region"] or ""
 
 
+def _locate(url: str, setting: str) -> tuple[SQSClient, str]:
+    """Return a client for the queue, and the URL by which AWS names it."""
+    name, region = parse_url(url, setting)
+    client = aws.connect(region)
+    if url.startswith("https:"):
+        return client, url
+    try:
+        return client, aws.insist(client.get_queue_url, QueueName=name)["QueueUrl"]
+    except aws.ERRORS as error:
+        raise QueueError(f"{setting}: {aws.explain(error, name)}") from None
+
+
 class SQSQueue:
-    """A queue. Implements QueueAdapter, Publisher and Countable."""
+    """A queue. Implements QueueAdapter, Publisher, Countable and DeadLetters."""
 
     def __init__(
         self,
@@ -83,6 +90,7 @@ class SQSQueue:
         self._settlement = Settlement(client, url)
         self._polling = LongPolling(client, url, lease=lease, poll_seconds=poll_seconds)
         self._dead_letter_url: str | None = None  # "" when the queue has none, None when it is not known
+        self._dead_letter_region = ""
         self._max_receives = math.inf
         self._awaited = Awaited()
         self._counted = Sampled(self._counts)
@@ -183,6 +191,19 @@ class SQSQueue:
             raise QueueError(f"QUEUE_URL: {self._name} is a FIFO queue, which `publish` does not fill")
         return sqs_sending.publish(self._client, self._url, bodies)
 
+    def dead_letters(self) -> LeasedLetters:
+        """Open the dead-letter queue: the one that is set, else the redrive policy's."""
+        if given := self._options.dead_letter_url:
+            return LeasedLetters(SQSLetters(*_locate(given, _DEAD_LETTERS), None))
+        if not self._read_policy():
+            unknown = f"{self._name} cannot be read to learn its dead-letter queue"
+            raise QueueError(f"QUEUE_URL: {unknown}: {_READ}, or set {_DEAD_LETTERS}")
+        if not self._dead_letter_url:
+            raise QueueError(f"QUEUE_URL: {self._name} has no dead-letter queue: {self._set_policy}")
+        client = aws.connect(self._dead_letter_region)
+        receives = None if math.isinf(self._max_receives) else int(self._max_receives)
+        return LeasedLetters(SQSLetters(client, self._dead_letter_url, receives))
+
     @property
     def _is_fifo(self) -> bool:
         return self._name.endswith(".fifo")
@@ -204,13 +225,22 @@ class SQSQueue:
             )
             policy = json.loads(answer["Attributes"].get("RedrivePolicy") or "{}")
             self._max_receives = int(policy.get("maxReceiveCount", 0)) or math.inf
+            self._note_dead_letters(policy.get("deadLetterTargetArn"))
         except aws.ERRORS as error:
             if aws.is_denied(error):
                 return False
             raise QueueError(f"QUEUE_URL: {aws.explain(error, self._name)}") from None
-        target = policy.get("deadLetterTargetArn", "").rpartition(":")[2]  # of our account and region, AWS sees to that
-        self._dead_letter_url = target and f"{self._url.rpartition('/')[0]}/{target}"
         return True
+
+    def _note_dead_letters(self, arn: str | None) -> None:
+        """Note the URL of the queue that the redrive policy names: of another account or region, if it says so."""
+        if not arn:
+            self._dead_letter_url = ""
+            return
+        ours = self._client.meta.region_name
+        *_, self._dead_letter_region, account, name = arn.split(":")
+        host = self._url.rsplit("/", 2)[0].replace(ours, self._dead_letter_region)
+        self._dead_letter_url = f"{host}/{account}/{name}"
 
     def _dead_letter_trouble(self) -> str:
         """Return why the dead-letter queue cannot be looked at; "" when it can, or there is none."""

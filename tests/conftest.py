@@ -30,7 +30,7 @@ settings.register_profile("default", deadline=None, max_examples=100)
 settings.load_profile("default")
 
 _OURS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "APP_TYPE", "PUB_SUB_PORT")
-_QUEUES = ("PUBSUB_", "AWS_", "AZURE_", "SERVICEBUS_")
+_QUEUES = ("DEAD_LETTER_", "PUBSUB_", "AWS_", "AZURE_", "SERVICEBUS_")
 _SHARED = pytest.StashKey[Emulator]()
 _SHARED_SQS = pytest.StashKey[dict[str, sqs.Server]]()
 _FIXTURES = {"pubsub": "emulator", "sqs": "fauxqs"}  # servers that all tests share

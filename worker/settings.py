@@ -124,11 +124,15 @@ class QueueSettings(_Sourced):
         validation_alias="SERVICEBUS_CONNECTION_STRING",
         description="Connection string of servicebus://; without it, the identity that Azure gives this process",
     )
+    dead_letter_queue_url: str = Field(
+        "", validation_alias="DEAD_LETTER_QUEUE_URL", description="Dead letters' own URL, where dlq cannot find it"
+    )
 
     @property
     def queue_options(self) -> QueueOptions:
         """Return what a command asks of its queue."""
-        return QueueOptions(connection_string=self.servicebus_connection_string.get_secret_value().strip())
+        secret = self.servicebus_connection_string.get_secret_value().strip()
+        return QueueOptions(connection_string=secret, dead_letter_url=self.dead_letter_queue_url)
 
 
 class MappingSettings(_Sourced):
@@ -231,11 +235,7 @@ class Settings(MappingSettings, QueueSettings):
         description="Operations of a kind in a batch up to which they are sent one by one, not in bulk",
     )
     max_in_flight: int = Field(
-        2_000,
-        ge=1,
-        le=100_000,
-        validation_alias="KLAVIYO_WORKER_MAX_IN_FLIGHT",
-        description="Messages held at once",
+        2_000, ge=1, le=100_000, validation_alias="KLAVIYO_WORKER_MAX_IN_FLIGHT", description="Messages held at once"
     )
     max_in_flight_bytes: int = Field(
         8_000_000,
