@@ -1,0 +1,171 @@
+"""The dead letters of SQS on moto, and behind a relay that answers as moto cannot."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from adapters import QueueError, QueueOptions, QueueURLError, aws
+from adapters.sqs import SQSQueue
+from adapters.sqs_dead_letters import SQSLetters
+from tests import sqs
+from tests.sqs import DENIED, Answer, Network, Queue, Server
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Open = Callable[..., SQSQueue]
+
+
+@pytest.fixture
+def network(moto: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
+    """All calls go by a relay."""
+    relay = Network(moto)
+    for name, value in sqs.environment(relay.port).items():
+        monkeypatch.setenv(name, value)
+    yield relay
+    relay.down()
+
+
+@pytest.fixture
+def opened(network: Network) -> Iterator[Open]:
+    """Open queues that are closed in the end."""
+    queues: list[SQSQueue] = []
+
+    def open_(queue: Queue, **options: Any) -> SQSQueue:
+        queues.append(SQSQueue(aws.connect(), queue.queue_url, QueueOptions(**options)))
+        return queues[-1]
+
+    yield open_
+    for queue in queues:
+        queue.close()
+
+
+@pytest.fixture
+def queue(moto: Server) -> Queue:
+    return Queue(moto)
+
+
+def bury(queue: Queue, *bodies: bytes, **attributes: str) -> None:
+    """Put messages where dead letters are."""
+    about: Any = {name: {"DataType": "String", "StringValue": value} for name, value in attributes.items()}
+    for body in bodies:
+        queue.client.send_message(QueueUrl=queue.dead_url, MessageBody=body.decode(), MessageAttributes=about)
+
+
+def bodies(queue: SQSQueue) -> list[bytes]:
+    """Look once, and leave all."""
+    letters = queue.dead_letters()
+    try:
+        return [letter.delivery.body for letter in letters.receive(10, 1.0)]
+    finally:
+        letters.close()
+
+
+def test_the_setting_names_the_queue_where_the_policy_may_not_be_read(
+    queue: Queue, network: Network, opened: Open
+) -> None:
+    """By name or by URL; all that an operator then needs is a right on the dead letters."""
+    bury(queue, b"x")
+    network.always["GetQueueAttributes"] = DENIED
+    with pytest.raises(QueueError, match=r"grant sqs:GetQueueAttributes on it, or set DEAD_LETTER_QUEUE_URL$"):
+        opened(queue).dead_letters()
+    assert bodies(opened(queue, dead_letter_url=f"sqs://{queue.name}-dead")) == [b"x"]
+
+
+def test_what_is_missing_is_named(queue: Queue, opened: Open, moto: Server) -> None:
+    """With what to do: a policy, a queue, the right name."""
+    with pytest.raises(QueueError, match="has no dead-letter queue: aws sqs set-queue-attributes"):
+        opened(Queue(moto, receives=None)).dead_letters()
+    with pytest.raises(QueueError, match=r"^DEAD_LETTER_QUEUE_URL: nowhere does not exist: create it"):
+        opened(queue, dead_letter_url="sqs://nowhere").dead_letters()
+    with pytest.raises(QueueURLError, match=r"^DEAD_LETTER_QUEUE_URL is malformed: expected sqs://NAME"):
+        opened(queue, dead_letter_url="pubsub://demo/dead").dead_letters()
+    queue.client.delete_queue(QueueUrl=queue.dead_url)
+    with pytest.raises(QueueError, match=f"^QUEUE_URL: its dead letters: {queue.name}-dead does not exist"):
+        bodies(opened(queue))
+
+
+def test_the_policy_may_name_a_queue_of_another_account_or_region(queue: Queue, network: Network, opened: Open) -> None:
+    """AWS advises against it, and lets it be."""
+    policy = {"deadLetterTargetArn": "arn:aws:sqs:us-east-1:999999999999:theirs", "maxReceiveCount": "3"}
+    told = Answer(200, Attributes={"RedrivePolicy": json.dumps(policy), "QueueArn": "arn:aws:sqs:eu-central-1:1:ours"})
+    network.answers["GetQueueAttributes"].append(told)
+    letters = opened(queue).dead_letters()
+    assert isinstance(letters._source, SQSLetters)
+    assert letters._source._client.meta.region_name == "us-east-1"
+    assert letters._source._url.endswith("/999999999999/theirs")
+    letters.close()
+
+
+def test_refusals_are_told(queue: Queue, network: Network, opened: Open) -> None:
+    """To receive, to delete; what could not be deleted is there for who looks next."""
+    bury(queue, *[b"%d" % number for number in range(12)])
+    letters = opened(queue).dead_letters()
+    network.answers["ReceiveMessage"].append(DENIED)
+    with pytest.raises(QueueError, match=f"^QUEUE_URL: its dead letters: not permitted on {queue.name}-dead"):
+        letters.receive(10, 1.0)
+    found = [*letters.receive(10, 1.0), *letters.receive(10, 1.0)]
+    network.always["DeleteMessageBatch"] = DENIED
+    with pytest.raises(QueueError, match=r"^QUEUE_URL: 12 dead letters may not have been removed: not permitted on"):
+        letters.remove(found)
+    failed = [{"Id": "0", "Code": "InternalError", "Message": "because", "SenderFault": False}]
+    del network.always["DeleteMessageBatch"]
+    network.answers["DeleteMessageBatch"].append(Answer(200, Successful=[{"Id": "1"}], Failed=failed))
+    with pytest.raises(QueueError, match=r"^QUEUE_URL: 1 dead letters may not have been removed: InternalError"):
+        letters.remove(found[:2])
+    letters.close()
+    assert len(bodies(opened(queue))) == 10
+
+
+def test_a_letter_whose_lease_was_lost_can_still_be_removed(queue: Queue, opened: Open) -> None:
+    """It is leased anew by the look that goes on, and not handed out again."""
+    bury(queue, b"x")
+    letters = opened(queue).dead_letters()
+    found = letters.receive(10, 1.0)
+    letters._source.extend([lease.handle for lease in letters._leases.values()], 0)
+    assert letters.receive(10, 1.0) == []
+    letters.remove(found)
+    letters.close()
+    assert queue.held(queue.dead_url) == 0
+
+
+def test_who_gave_up_is_told_as_far_as_sqs_does(queue: Queue, network: Network, opened: Open) -> None:
+    """A message that was moved back with our attributes on it, and given up on by the policy, is the policy's."""
+    ours = {"reason": "why", "stage": "send", "message_id": "7", "attempt": "2", "queue": "q", "colour": "blue"}
+    values = {name: {"StringValue": value, "DataType": "String"} for name, value in ours.items()}
+    told = {"ApproximateReceiveCount": "9", "SentTimestamp": "1000"}
+    message = {"MessageId": "1", "ReceiptHandle": "r", "Body": "x", "MessageAttributes": values, "Attributes": told}
+    moved = {**message, "MessageId": "2", "Attributes": {**told, "DeadLetterQueueSourceArn": "arn:aws:sqs:r:1:q"}}
+    network.answers["ReceiveMessage"].append(Answer(200, Messages=[message, moved]))
+    letters = opened(queue).dead_letters()
+    direct, policy = letters.receive(10, 1.0)
+    letters.close()
+    assert (direct.failure.reason, direct.delivery.attempt, direct.delivery.attributes) == (
+        "why",
+        2,
+        {"colour": "blue"},
+    )
+    assert direct.delivery.published_at is None
+    assert direct.dead_lettered_at is not None
+    assert (policy.failure.stage, policy.delivery.attempt, policy.delivery.attributes) == ("queue", 5, ours)
+    assert policy.delivery.published_at is not None
+    assert policy.dead_lettered_at is None
+
+
+def test_a_fifo_queue_tells_when_a_letter_was_buried(moto: Server, opened: Open) -> None:
+    """It sets the time of sending anew, where a standard queue keeps it."""
+    client = sqs.client(moto.port)
+    url = client.create_queue(
+        QueueName="dead.fifo", Attributes={"FifoQueue": "true", "ContentBasedDeduplication": "true"}
+    )["QueueUrl"]
+    client.send_message(QueueUrl=url, MessageBody="x", MessageGroupId="g")
+    letters = opened(Queue(moto), dead_letter_url="sqs://dead.fifo").dead_letters()
+    (letter,) = letters.receive(10, 1.0)
+    letters.remove([letter])
+    letters.close()
+    assert letter.delivery.published_at is None
+    assert letter.dead_lettered_at is not None
+    assert letter.failure.reason == "gave up: the worker's log has the reason"

@@ -1,0 +1,148 @@
+"""Dead letters on lease: what becomes of leases that are lost, removals that fail, and looks that are interrupted."""
+
+from __future__ import annotations
+
+import time
+from threading import Event, Thread
+from typing import TYPE_CHECKING
+
+import pytest
+
+from adapters import DeadLetter, Failure, QueueError
+from adapters.leased_letters import LeasedLetters, LetterDelivery
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+SOON = 10.0  # seconds
+
+
+class Leasing:
+    """A Source: hands out what it is given, and notes what it is told."""
+
+    def __init__(self) -> None:
+        self.coming: list[list[tuple[str, DeadLetter]]] = []
+        self.refused: dict[str, str] = {}
+        self.extended: list[tuple[list[str], int]] = []
+        self.was_extended = Event()
+        self.removed: list[str] = []
+        self.asked, self.answer = Event(), Event()
+        self.answer.set()
+        self.closed = 0
+
+    def lease(self, at_most: int, wait: float, seconds: int) -> list[tuple[str, DeadLetter]]:
+        self.asked.set()
+        assert self.answer.wait(SOON)
+        return self.coming.pop(0) if self.coming else []
+
+    def extend(self, handles: Sequence[str], seconds: int) -> dict[str, str]:
+        self.extended.append((sorted(handles), seconds))
+        self.was_extended.set()
+        return {handle: self.refused[handle] for handle in handles if handle in self.refused}
+
+    def remove(self, handles: Sequence[str]) -> dict[str, str]:
+        self.removed += handles
+        return {handle: self.refused[handle] for handle in handles if handle in self.refused}
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def source() -> Leasing:
+    return Leasing()
+
+
+@pytest.fixture
+def letters(source: Leasing) -> Iterator[LeasedLetters]:
+    opened = LeasedLetters(source)
+    yield opened
+    source.answer.set()
+    opened.close()
+
+
+def letter(id_: str) -> DeadLetter:
+    return DeadLetter(LetterDelivery(id_, b"body", {}, None, None), Failure("", "", ""), None)
+
+
+def ids(found: Sequence[DeadLetter]) -> list[str]:
+    return [each.delivery.id for each in found]
+
+
+def test_a_letter_that_comes_again_is_not_handed_out_again(source: Leasing, letters: LeasedLetters) -> None:
+    """Its lease was lost: from then on the newest handle counts."""
+    source.coming = [[("h1", letter("a"))], [("h2", letter("a"))], [("h3", letter("b"))]]
+    first = letters.receive(10, SOON)
+    assert ids(first) == ["a"]
+    assert ids(letters.receive(10, SOON)) == ["b"]
+    letters.remove(first)
+    assert source.removed == ["h2"]
+
+
+def test_a_removed_letter_that_comes_again_is_removed_again(source: Leasing, letters: LeasedLetters) -> None:
+    """A queue may lose an acknowledgement, or deliver twice; close has nothing to do with it any more."""
+    source.coming = [[("h1", letter("a"))], [("h2", letter("a")), ("h3", letter("b"))]]
+    letters.remove(letters.receive(10, SOON))
+    assert ids(letters.receive(10, SOON)) == ["b"]
+    assert source.removed == ["h1", "h2"]
+    letters.close()
+    assert source.extended == [(["h3"], 0)]
+    assert source.closed == 1
+
+
+def test_what_could_not_be_removed_is_told_and_stays(source: Leasing, letters: LeasedLetters) -> None:
+    """How many and why; the others are gone; it can be tried again."""
+    source.coming = [[("h1", letter("a")), ("h2", letter("b")), ("h3", letter("c"))]]
+    found = letters.receive(10, SOON)
+    source.refused = {"h2": "not permitted"}
+    with pytest.raises(QueueError, match=r"^QUEUE_URL: 1 dead letters may not have been removed: not permitted$"):
+        letters.remove(found)
+    source.refused = {}
+    letters.remove(found)
+    assert source.removed == ["h1", "h2", "h3", "h2"]
+    letters.close()
+    assert source.extended == [([], 0)]
+
+
+def test_leases_are_extended_as_long_as_they_are_held(source: Leasing) -> None:
+    """In time, those of removed letters not; one whose lease ended meanwhile may still be there."""
+    letters = LeasedLetters(source, seconds=1)
+    source.coming = [[("h1", letter("a")), ("h2", letter("b")), ("h3", letter("c"))]]
+    found = letters.receive(10, SOON)
+    letters.remove(found[:1])
+    source.refused = {"h3": "out of reach"}
+    source.was_extended.clear()
+    assert source.was_extended.wait(SOON)
+    assert source.extended[-1] == (["h2", "h3"], 1)
+    lost = time.monotonic() + 1.1
+    while time.monotonic() < lost:
+        source.was_extended.clear()
+        assert source.was_extended.wait(SOON)
+    source.refused = {}
+    with pytest.raises(QueueError, match="1 dead letters may not have been removed: its lease had ended"):
+        letters.remove(found)
+    letters.close()
+    assert source.extended[-1] == (["h3"], 0)
+
+
+def test_what_a_look_brings_that_nobody_waits_for_goes_back(source: Leasing, letters: LeasedLetters) -> None:
+    """Ctrl-C ends who waits, but not the call under way: closing waits for it, and there is no other."""
+    source.coming = [[("h1", letter("a"))], [("h2", letter("b"))]]
+    source.answer.clear()
+    looking = letters._looks.submit(letters._look, 10, SOON)
+    assert source.asked.wait(SOON)
+    closing = Thread(target=letters.close)
+    closing.start()
+    assert letters._closed.wait(SOON)
+    assert source.extended == []
+    source.answer.set()
+    closing.join(SOON)
+    assert looking.done()
+    assert (source.extended, source.closed) == ([(["h1"], 0)], 1)
+
+
+def test_a_queue_that_has_nothing_at_first_is_asked_again(source: Leasing, letters: LeasedLetters) -> None:
+    """Pub/Sub may answer with nothing though there is something; also with what is known."""
+    source.coming = [[], [], [("h1", letter("a"))]]
+    assert ids(letters.receive(10, SOON)) == ["a"]
+    assert letters.receive(10, 0.3) == []
