@@ -27,8 +27,9 @@ resource "google_monitoring_alert_policy" "dead_letters" {
     mime_type = "text/markdown"
     content   = <<-EOT
       Messages that can never succeed. They are kept for seven days. The worker's log has the reasons: lines
-      `message_processed` with `"outcome": "dead_lettered"`. To look without removing anything:
-      `gcloud pubsub subscriptions pull ${google_pubsub_subscription.dead.name} --limit=20`
+      `message_processed` with `"outcome": "dead_lettered"`. To look without removing anything: `klaviyo-worker dlq list`
+      with QUEUE_URL=pubsub://${var.project}/${google_pubsub_subscription.worker.name} and
+      DEAD_LETTER_QUEUE_URL=pubsub://${var.project}/${google_pubsub_subscription.dead.name}
     EOT
   }
 }

@@ -8,9 +8,9 @@ output "service_account" {
   value       = one(google_service_account.worker[*].email)
 }
 
-output "dead_letter_subscription" {
-  description = "Where dead letters are looked at."
-  value       = google_pubsub_subscription.dead.name
+output "dead_letter_queue_url" {
+  description = "DEAD_LETTER_QUEUE_URL of `klaviyo-worker dlq`, for who has no other right than on the dead letters."
+  value       = "pubsub://${var.project}/${google_pubsub_subscription.dead.name}"
 }
 
 output "commercetools_subscription" {

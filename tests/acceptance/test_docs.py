@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
+PATH = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # with klaviyo-worker
 _MARKED = re.compile(r"<!-- run by tests/acceptance/test_docs.py -->\n```console\n(.*?)```", re.DOTALL)
 
 
@@ -34,14 +36,16 @@ def test_gcloud_commands_work(tmp_path: Path) -> None:
         "CLOUDSDK_CONFIG": str(tmp_path),
         "URL": "https://worker.example.com",
         "PUSHER": "klaviyo-worker-pusher@demo.iam.gserviceaccount.com",
+        "PUBSUB_EMULATOR_HOST": emulator.host,
     }
     create, look = _marked("pubsub.md")
     (push,) = _marked("serverless.md")
-    letter = "gcloud pubsub topics publish klaviyo-worker-dead --message=poison --attribute=reason=because,stage=parse"
+    ours = "reason=because,stage=parse,message_id=1,attempt=1"
+    letter = f"gcloud pubsub topics publish klaviyo-worker-dead --message=poison --attribute={ours}"
     try:
         for command in [*_commands(create), *_commands(push), letter]:
             _run(command, environment)
-        assert re.search(r"because +parse +.*poison", _run(_commands(look)[0], environment))
+        assert "unreadable  [parse] because\n" in _run(_commands(look)[0], environment)
     finally:
         emulator.kill()
 
@@ -57,14 +61,16 @@ def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch, tm
     create, permit, look, function = ("\n".join(_commands(block)) for block in _marked("sqs.md"))
     letter = (
         "aws sqs send-message --queue-url $DEAD --message-body poison --message-attributes "
-        "'reason={DataType=String,StringValue=because},stage={DataType=String,StringValue=parse}'"
+        "'reason={DataType=String,StringValue=because},stage={DataType=String,StringValue=parse},"
+        "message_id={DataType=String,StringValue=1},attempt={DataType=String,StringValue=1}'"
     )
     lead = 'aws() { command aws --endpoint-url $AWS_ENDPOINT_URL_SQS "$@"; }'  # version 1 does not look there itself
     shown = _run(
         f"set -e\n{lead}\n{create}\n{permit}\n{letter}\n{look}\necho $QUEUE $QUEUE_ARN $DEAD_ARN", dict(os.environ)
     )
-    dead, (url, arn, dead_arn) = (line.split() for line in shown.splitlines()[-2:])
-    assert dead == ["parse", "because", "poison"]
+    dead, names = shown.splitlines()[-2:]
+    assert dead.endswith("unreadable  [parse] because")
+    url, arn, dead_arn = names.split()
     with closing(open_queue("sqs://klaviyo-worker", QueueOptions(direct_dead_letter=True))) as queue:
         assert queue.check() == []
         assert isinstance(queue, Publisher)
@@ -102,7 +108,7 @@ def _commands(block: str) -> list[str]:
 
 def _run(command: str, environment: dict[str, str], directory: Path | None = None) -> str:
     done = subprocess.run(
-        ["bash", "-c", command], env=environment, cwd=directory, capture_output=True, timeout=60, check=False
+        ["bash", "-c", command], env=environment | PATH, cwd=directory, capture_output=True, timeout=60, check=False
     )
     assert done.returncode == 0, f"{command}\n{done.stderr.decode()}"
     return done.stdout.decode()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     Open = Callable[..., SQSQueue]
+
+PAGE = Path(__file__).parents[2] / "docs" / "permissions.md"
 
 
 @pytest.fixture
@@ -67,12 +71,19 @@ def bodies(queue: SQSQueue) -> list[bytes]:
 def test_the_setting_names_the_queue_where_the_policy_may_not_be_read(
     queue: Queue, network: Network, opened: Open
 ) -> None:
-    """By name or by URL; all that an operator then needs is a right on the dead letters."""
-    bury(queue, b"x")
+    """All that an operator then needs are the rights on the dead letters that the page has."""
+    bury(queue, b"x", b"y")
     network.always["GetQueueAttributes"] = DENIED
     with pytest.raises(QueueError, match=r"grant sqs:GetQueueAttributes on it, or set DEAD_LETTER_QUEUE_URL$"):
         opened(queue).dead_letters()
-    assert bodies(opened(queue, dead_letter_url=f"sqs://{queue.name}-dead")) == [b"x"]
+    network.requests.clear()
+    letters = opened(queue, dead_letter_url=f"sqs://{queue.name}-dead").dead_letters()
+    letters.remove([letter for letter in letters.receive(10, 1.0) if letter.delivery.body == b"x"])
+    letters.close()
+    assert queue.held(queue.dead_url) == 1
+    (row,) = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| **An operator**")]
+    asked = {f"sqs:{operation.removesuffix('Batch')}" for operation in network.requests}
+    assert asked == set(re.findall(r"sqs:\w+", row)) - {"sqs:GetQueueAttributes"}
 
 
 def test_what_is_missing_is_named(queue: Queue, opened: Open, moto: Server) -> None:
