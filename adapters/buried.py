@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -41,4 +42,4 @@ def by_policy(attempt: int | None, attributes: Mapping[str, str]) -> Burial:
 
 def count(text: str) -> int | None:
     """Read a number of deliveries; None for what is none."""
-    return int(text) if text.isdecimal() else None
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else None

@@ -86,8 +86,9 @@ class LeasedLetters:
             for id_, lease in held.items():
                 if lease.handle not in left:
                     self._removed.add(id_)
-                    del self._leases[id_]
-        for reason in left.values():
+                    self._leases.pop(id_, None)
+        if left:
+            reason = next(iter(left.values()))
             raise QueueError(f"QUEUE_URL: {len(left)} dead letters may not have been removed: {reason}")
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ They are pulled by single calls: a stream would hand over more than is looked at
 
 from __future__ import annotations
 
-from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
@@ -81,7 +80,8 @@ class PubSubLetters:
             return []
         except (google.GoogleAPIError, GoogleAuthError) as error:
             raise QueueError(self._explain(error)) from None
-        for reason in self.extend([each.ack_id for each in found], seconds).values():
+        if failed := self.extend([each.ack_id for each in found], seconds):
+            reason = next(iter(failed.values()))
             raise QueueError(f"QUEUE_URL: its dead letters in {self._path} cannot be held: {reason}")
         return [(each.ack_id, _letter(each.message)) for each in found]
 
@@ -135,8 +135,15 @@ def _letter(message: PubsubMessage) -> DeadLetter:
     own = {name: value for name, value in attributes.items() if not name.startswith(_BY_POLICY)}
     told = None if _COUNT in attributes else buried.direct(attributes)
     burial = told or buried.by_policy(buried.count(attributes.get(_COUNT, "")), own)
-    published_at = None
-    with suppress(ValueError):
-        published_at = datetime.fromisoformat(attributes.get(_PUBLISHED, ""))
+    published_at = _time(attributes.get(_PUBLISHED, ""))
     delivery = LetterDelivery(message.message_id, message.data, burial.attributes, burial.attempt, published_at)
     return DeadLetter(delivery, burial.failure, cast("datetime", message.publish_time))
+
+
+def _time(text: str) -> datetime | None:
+    """Read a time; None for what is none: who publishes may write anything there."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return time if time.tzinfo else None

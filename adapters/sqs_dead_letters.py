@@ -6,7 +6,7 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from adapters import aws, buried
 from adapters.base import DeadLetter, QueueError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
     from mypy_boto3_sqs.type_defs import MessageTypeDef
 
-_SOURCE = "DeadLetterQueueSourceArn"  # that a redrive policy moved it, SQS tells by this
+_SOURCE: Final = "DeadLetterQueueSourceArn"  # that a redrive policy moved it, SQS tells by this
 
 
 class SQSLetters:
@@ -42,7 +42,7 @@ class SQSLetters:
                 MaxNumberOfMessages=min(at_most, MAX_MESSAGES),
                 WaitTimeSeconds=min(math.ceil(wait), POLL_SECONDS),
                 VisibilityTimeout=seconds,
-                MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp", "DeadLetterQueueSourceArn"],
+                MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp", _SOURCE],
                 MessageAttributeNames=["All"],
             ).get("Messages", ())
             return [(message["ReceiptHandle"], self._letter(message)) for message in found]
