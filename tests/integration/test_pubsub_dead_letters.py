@@ -126,6 +126,33 @@ def test_a_letter_whose_lease_was_lost_can_still_be_removed(subscription: Subscr
     assert subscription.pull(0.5, dead=True) == []
 
 
+def test_what_is_pulled_is_held_for_a_minute_at_once(
+    subscription: Subscription, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The subscription's own deadline may be ten seconds. What cannot be held is not shown. Silence is no error."""
+    bury(subscription, b"x")
+    queue = opened(subscription.url)
+    letters = queue.dead_letters()
+    told: list[dict[str, Any]] = []
+
+    def fail(*, request: dict[str, Any], **_: Any) -> None:
+        told.append(request)
+        raise google.NotFound("gone")  # type: ignore[no-untyped-call]
+
+    def say_nothing(**_: Any) -> None:
+        raise google.DeadlineExceeded("late")  # type: ignore[no-untyped-call]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue._client, "modify_ack_deadline", fail)
+        with pytest.raises(QueueError, match="cannot be held: 404 gone"):
+            letters.receive(10, 5.0)
+    assert [(len(request["ack_ids"]), request["ack_deadline_seconds"]) for request in told] == [(1, 60)]
+    with monkeypatch.context() as patch:
+        patch.setattr(queue._client, "pull", say_nothing)
+        assert letters.receive(10, 0.1) == []
+    letters.close()
+
+
 def test_removing_in_vain_is_told(subscription: Subscription, opened: Open) -> None:
     """The subscription may be gone meanwhile."""
     bury(subscription, b"x")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from adapters import QueueError, QueueOptions, QueueURLError, aws
+from adapters import QueueError, QueueOptions, QueueURLError, aws, sqs_settlement
 from adapters.sqs import SQSQueue
 from adapters.sqs_dead_letters import SQSLetters
 from tests import sqs
@@ -82,6 +82,7 @@ def test_the_setting_names_the_queue_where_the_policy_may_not_be_read(
     letters.close()
     assert queue.held(queue.dead_url) == 1
     (row,) = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| **An operator**")]
+    assert {asked["VisibilityTimeout"] for asked in network.requests["ReceiveMessage"]} == {60}
     asked = {f"sqs:{operation.removesuffix('Batch')}" for operation in network.requests}
     assert asked == set(re.findall(r"sqs:\w+", row)) - {"sqs:GetQueueAttributes"}
 
@@ -125,10 +126,20 @@ def test_refusals_are_told(queue: Queue, network: Network, opened: Open) -> None
     failed = [{"Id": "0", "Code": "InternalError", "Message": "because", "SenderFault": False}]
     del network.always["DeleteMessageBatch"]
     network.answers["DeleteMessageBatch"].append(Answer(200, Successful=[{"Id": "1"}], Failed=failed))
-    with pytest.raises(QueueError, match=r"^QUEUE_URL: 1 dead letters may not have been removed: InternalError"):
-        letters.remove(found[:2])
+    with pytest.raises(QueueError, match=r"^QUEUE_URL: 2 dead letters may not have been removed: InternalError"):
+        letters.remove(found[:3])  # of the third nothing is said
     letters.close()
     assert len(bodies(opened(queue))) == 10
+
+
+def test_a_refusal_is_not_asked_for_again_and_again(queue: Queue, network: Network, opened: Open) -> None:
+    """Nor is a service that is out of reach: hundreds of calls would each take their time."""
+    network.always["DeleteMessageBatch"] = DENIED
+    letters = opened(queue).dead_letters()
+    handles = [f"h{number}" for number in range(400)]
+    assert letters._source.remove(handles).keys() == set(handles)
+    assert len(network.requests["DeleteMessageBatch"]) <= sqs_settlement.THREADS
+    letters.close()
 
 
 def test_a_letter_whose_lease_was_lost_can_still_be_removed(queue: Queue, opened: Open) -> None:

@@ -24,7 +24,8 @@ class Leasing:
         self.coming: list[list[tuple[str, DeadLetter]]] = []
         self.refused: dict[str, str] = {}
         self.extended: list[tuple[list[str], int]] = []
-        self.was_extended = Event()
+        self.was_extended, self.may_extend = Event(), Event()
+        self.may_extend.set()
         self.removed: list[str] = []
         self.asked, self.answer = Event(), Event()
         self.answer.set()
@@ -38,6 +39,7 @@ class Leasing:
     def extend(self, handles: Sequence[str], seconds: int) -> dict[str, str]:
         self.extended.append((sorted(handles), seconds))
         self.was_extended.set()
+        assert self.may_extend.wait(SOON)
         return {handle: self.refused[handle] for handle in handles if handle in self.refused}
 
     def remove(self, handles: Sequence[str]) -> dict[str, str]:
@@ -86,6 +88,7 @@ def test_a_removed_letter_that_comes_again_is_removed_again(source: Leasing, let
     assert ids(letters.receive(10, SOON)) == ["b"]
     assert source.removed == ["h1", "h2"]
     letters.close()
+    letters.close()
     assert source.extended == [(["h3"], 0)]
     assert source.closed == 1
 
@@ -106,18 +109,15 @@ def test_what_could_not_be_removed_is_told_and_stays(source: Leasing, letters: L
 
 def test_leases_are_extended_as_long_as_they_are_held(source: Leasing) -> None:
     """In time, those of removed letters not; one whose lease ended meanwhile may still be there."""
-    letters = LeasedLetters(source, seconds=1)
+    letters = LeasedLetters(source, seconds=3)
     source.coming = [[("h1", letter("a")), ("h2", letter("b")), ("h3", letter("c"))]]
     found = letters.receive(10, SOON)
     letters.remove(found[:1])
     source.refused = {"h3": "out of reach"}
     source.was_extended.clear()
     assert source.was_extended.wait(SOON)
-    assert source.extended[-1] == (["h2", "h3"], 1)
-    lost = time.monotonic() + 1.1
-    while time.monotonic() < lost:
-        source.was_extended.clear()
-        assert source.was_extended.wait(SOON)
+    assert source.extended[-1] == (["h2", "h3"], 3)
+    time.sleep(3.2)  # longer than a lease
     source.refused = {}
     with pytest.raises(QueueError, match="1 dead letters may not have been removed: its lease had ended"):
         letters.remove(found)
@@ -129,16 +129,33 @@ def test_what_a_look_brings_that_nobody_waits_for_goes_back(source: Leasing, let
     """Ctrl-C ends who waits, but not the call under way: closing waits for it, and there is no other."""
     source.coming = [[("h1", letter("a"))], [("h2", letter("b"))]]
     source.answer.clear()
-    looking = letters._looks.submit(letters._look, 10, SOON)
+    looks = [letters._looks.submit(letters._look, 10, SOON) for _ in range(2)]
     assert source.asked.wait(SOON)
     closing = Thread(target=letters.close)
     closing.start()
-    assert letters._closed.wait(SOON)
+    closing.join(0.3)
     assert source.extended == []
     source.answer.set()
     closing.join(SOON)
-    assert looking.done()
+    assert all(look.done() for look in looks)
     assert (source.extended, source.closed) == ([(["h1"], 0)], 1)
+
+
+def test_an_extension_under_way_is_waited_for(source: Leasing) -> None:
+    """It would hold again what was just given back."""
+    letters = LeasedLetters(source, seconds=1)
+    source.coming = [[("h1", letter("a"))]]
+    letters.receive(10, SOON)
+    source.may_extend.clear()
+    source.was_extended.clear()
+    assert source.was_extended.wait(SOON)
+    closing = Thread(target=letters.close)
+    closing.start()
+    closing.join(0.3)
+    assert source.extended[-1] == (["h1"], 1)
+    source.may_extend.set()
+    closing.join(SOON)
+    assert source.extended[-1] == (["h1"], 0)
 
 
 def test_a_queue_that_has_nothing_at_first_is_asked_again(source: Leasing, letters: LeasedLetters) -> None:

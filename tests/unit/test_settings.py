@@ -164,6 +164,12 @@ def test_a_mistake_in_the_mapping_file_names_the_key(text: str, expected: str, t
     assert str(file) in str(error.value)
 
 
+def test_the_queue_is_told_where_its_dead_letters_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot find them by itself."""
+    monkeypatch.setenv("DEAD_LETTER_QUEUE_URL", "sqs://dead")
+    assert load(QueueSettings, {}).queue_options.dead_letter_url == "sqs://dead"
+
+
 def test_a_mapping_file_that_is_not_there_is_said(tmp_path: Path) -> None:
     """Better than running with defaults nobody asked for."""
     with pytest.raises(SettingsError, match="cannot read"):
