@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 import orjson
 
+from worker.loose import printable
 from worker.model import Sent
 from worker.send import request_for
 
@@ -27,7 +28,7 @@ def operation_line(operation: Operation) -> str:
         "path": request.path,
         "body": request.body,
     }
-    return orjson.dumps(line).decode()
+    return printable(orjson.dumps(line).decode())
 
 
 def print_instead(operations: Sequence[Operation]) -> Sequence[Sent]:

@@ -1,25 +1,25 @@
-"""Transform notifications without any network: the debugger, and the engine of the golden tests."""
+"""Follow notifications without any network: the debugger, and the engine of the golden tests."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import orjson
 
-from worker.commercetools import Snapshot
-from worker.dryrun import operation_line
+from worker import commercetools as ct
 from worker.enrich import Enricher
-from worker.errors import WorkerError
+from worker.errors import Ignored, WorkerError
 from worker.loose import as_dicts
 from worker.parse import parse
 from worker.transform import handler_for, transform
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator, Sequence
 
     from worker.mapping import Mapping
-    from worker.model import Json, Notification
+    from worker.model import Enriched, Json, Notification, Operation
 
 # Where a message's own payload stands, and which collection it stands in for.
 _PAYLOADS = {
@@ -28,6 +28,19 @@ _PAYLOADS = {
     "productProjection": "product-projections",
     "payment": "payments",
 }
+
+
+@dataclass(slots=True)
+class Trace:
+    """How far a notification came, what was asked for it, and what it ended with; None: its operations."""
+
+    body: bytes = field(repr=False)
+    stage: str = "parse"
+    notification: Notification | None = None
+    lookups: list[tuple[ct.Query, ct.Found]] = field(default_factory=list, repr=False)
+    enriched: Enriched | None = None
+    operations: Sequence[Operation] = ()
+    ending: Ignored | WorkerError | None = None
 
 
 def documents(content: bytes) -> Iterator[bytes]:
@@ -40,18 +53,44 @@ def documents(content: bytes) -> Iterator[bytes]:
         yield content
 
 
-def transform_offline(body: bytes, snapshot: dict[str, list[Json]], mapping: Mapping) -> Iterator[str]:
-    """Yield a JSON line per operation, taking `snapshot` and the message's payload for what commercetools holds.
+def follow(body: bytes, snapshot: dict[str, list[Json]], mapping: Mapping) -> Trace:
+    """Take a notification through the stages but the sending.
 
-    Raises Ignored, Rejected or Transient.
+    `snapshot` and the message's payload are what commercetools holds.
     """
-    notification = parse(body)
-    handler_for(notification, mapping)
-    enricher = Enricher(Snapshot(_with_payload(snapshot, notification)), mapping, read_lag=0.0)
-    (enriched,) = enricher.enrich([notification])
+    trace = Trace(body)
+    try:
+        _follow(trace, snapshot, mapping)
+    except (Ignored, WorkerError) as ending:
+        trace.ending = ending
+    return trace
+
+
+def _follow(trace: Trace, snapshot: dict[str, list[Json]], mapping: Mapping) -> None:
+    trace.notification = parse(trace.body)
+    handler_for(trace.notification, mapping)
+    trace.stage = "enrich"
+    reader = _Recorder(ct.Snapshot(_with_payload(snapshot, trace.notification)), trace.lookups)
+    (enriched,) = Enricher(reader, mapping, read_lag=0.0).enrich([trace.notification])
     if isinstance(enriched, WorkerError):
         raise enriched
-    yield from map(operation_line, transform(enriched, mapping))
+    trace.enriched = enriched
+    trace.stage = "transform"
+    trace.operations = transform(enriched, mapping)
+
+
+class _Recorder:
+    """A Reader that notes what another is asked and what it answers."""
+
+    def __init__(self, reader: ct.Reader, lookups: list[tuple[ct.Query, ct.Found]]) -> None:
+        self._reader = reader
+        self._lookups = lookups
+
+    def find(self, query: ct.Query, values: Collection[str]) -> ct.Found:
+        """Find with the other."""
+        found = self._reader.find(query, values)
+        self._lookups.append((query, found))
+        return found
 
 
 def _with_payload(snapshot: dict[str, list[Json]], notification: Notification) -> dict[str, list[Json]]:

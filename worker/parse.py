@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from worker.errors import Ignored, Rejected
 from worker.model import Json, Notification
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MAX_WRAPPERS = 6
 MAX_ID_LENGTH = 256  # commercetools' own limit for ids and keys
@@ -18,18 +21,22 @@ _CHANGES = frozenset({"ResourceCreated", "ResourceUpdated", "ResourceDeleted"})
 
 def parse(body: bytes) -> Notification:
     """Return the notification in `body`. Raises Rejected (unreadable) or Ignored (not about a resource)."""
-    return _notification(_unwrap(body))
+    *_, (_, document) = layers(body)
+    return _notification(document)
 
 
-def _unwrap(body: bytes) -> Json:
-    """Take off envelopes until the notification itself appears; they nest (EventBridge inside SQS)."""
+def layers(body: bytes) -> Iterator[tuple[str, Json]]:
+    """Yield every envelope with its name, and last, with "", what is in the innermost: the notification, hopefully.
+
+    They nest (EventBridge inside SQS). Raises Rejected where one cannot be opened.
+    """
     content: Any = body
     for _ in range(MAX_WRAPPERS):
         document = content if isinstance(content, dict) else _document(content)
-        inner = _inner(document)
-        if inner is None:
-            return document
-        content = inner
+        envelope, content = _opened(document)
+        yield envelope, document
+        if not envelope:
+            return
     raise Rejected(f"expected a commercetools notification; found more than {MAX_WRAPPERS} nested envelopes")
 
 
@@ -49,22 +56,22 @@ def _document(text: Any) -> Json:
     return document
 
 
-def _inner(document: Json) -> Any:
-    """Return what an envelope holds, or None when `document` is the notification."""
+def _opened(document: Json) -> tuple[str, Any]:
+    """Return an envelope's name and what it holds; "" when `document` is none."""
     if "notificationType" in document:
-        return None
-    if "specversion" in document:  # CloudEvents, structured mode; also Event Grid
-        return document.get("data", "")
-    if document.get("Type") == "Notification" and "Message" in document:  # SNS
-        return document["Message"]
-    if "detail-type" in document:  # EventBridge
-        return document.get("detail", "")
-    if "ReceiptHandle" in document:  # SQS
-        return document.get("Body", "")
+        return "", None
+    if "specversion" in document:  # structured mode; also Event Grid
+        return "CloudEvents", document.get("data", "")
+    if document.get("Type") == "Notification" and "Message" in document:
+        return "SNS", document["Message"]
+    if "detail-type" in document:
+        return "EventBridge", document.get("detail", "")
+    if "ReceiptHandle" in document:
+        return "SQS", document.get("Body", "")
     message = document.get("message")
-    if isinstance(message, dict) and "data" in message:  # Pub/Sub push
-        return _base64(message["data"])
-    return None
+    if isinstance(message, dict) and "data" in message:
+        return "Pub/Sub push", _base64(message["data"])
+    return "", None
 
 
 def _base64(data: Any) -> bytes:

@@ -14,9 +14,9 @@ from typing import Any
 import orjson
 import pytest
 
-from worker.errors import Ignored, Rejected
+from worker.dryrun import operation_line
 from worker.mapping import load_mapping
-from worker.offline import transform_offline
+from worker.offline import follow
 from worker.transform import HANDLERS
 
 HERE = Path(__file__).parent
@@ -26,19 +26,14 @@ CASES = sorted(path.parent.name for path in HERE.glob("*/notification.json"))
 def outcome(folder: Path) -> dict[str, Any]:
     snapshot = folder / "commercetools.json"
     mapping = folder / "mapping.toml"
-    try:
-        lines = list(
-            transform_offline(
-                (folder / "notification.json").read_bytes(),
-                orjson.loads(snapshot.read_bytes()) if snapshot.exists() else {},
-                load_mapping(mapping if mapping.exists() else None),
-            )
-        )
-    except Ignored as reason:
-        return {"ignored": str(reason)}
-    except Rejected as reason:
-        return {"rejected": str(reason)}
-    return {"operations": [json.loads(line) for line in lines]}
+    trace = follow(
+        (folder / "notification.json").read_bytes(),
+        orjson.loads(snapshot.read_bytes()) if snapshot.exists() else {},
+        load_mapping(mapping if mapping.exists() else None),
+    )
+    if trace.ending is not None:
+        return {type(trace.ending).__name__.lower(): str(trace.ending)}
+    return {"operations": [json.loads(operation_line(operation)) for operation in trace.operations]}
 
 
 @pytest.mark.parametrize("case", CASES)

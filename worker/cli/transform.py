@@ -15,35 +15,43 @@ from worker.settings import MappingSettings, load
 
 @click.command()
 @click.argument("file", type=click.File("rb"))
+@click.option("--explain", is_flag=True, help="Before the requests of each, say how they came about.")
 @click.option(
     "--enriched",
     type=click.File("rb"),
     help='What commercetools holds: JSON {"orders": […], "customers": […], "product-projections": […], …}.',
 )
 @settings_options(MappingSettings)
-def transform(*, file: BinaryIO, enriched: BinaryIO | None, **flags: Any) -> None:
+def transform(*, file: BinaryIO, explain: bool, enriched: BinaryIO | None, **flags: Any) -> None:
     """Print the Klaviyo requests for the notifications in FILE (- for stdin), without any network.
 
     FILE holds one JSON document or one per line, in any envelope. Output: a JSON line per operation.
     """
-    from worker.offline import documents, transform_offline  # noqa: PLC0415
+    from worker.dryrun import operation_line  # noqa: PLC0415
+    from worker.explain import account  # noqa: PLC0415
+    from worker.offline import documents, follow  # noqa: PLC0415
 
     failed = False
     with exit_codes():
         mapping = load(MappingSettings, flags).mapping()
         snapshot = _snapshot(enriched)
-        for body in documents(file.read()):
-            try:
-                for line in transform_offline(body, snapshot, mapping):
-                    click.echo(line)
-            except Ignored as reason:
-                hint = "" if enriched else " (without --enriched, only the payload is known)"
-                click.echo(f"ignored: {reason}{hint}", err=True)
-            except WorkerError as error:
-                failed = True
-                click.echo(f"error: {error}", err=True)
+        for number, body in enumerate(documents(file.read()), 1):
+            trace = follow(body, snapshot, mapping)
+            if explain:
+                click.echo(account(number, trace, mapping))
+            elif trace.ending is not None:
+                click.echo(_ending(trace.ending, hint=not enriched), err=True)
+            for operation in trace.operations:
+                click.echo(operation_line(operation))
+            failed = failed or isinstance(trace.ending, WorkerError)
     if failed:
         sys.exit(UNEXPECTED)
+
+
+def _ending(ending: Exception, *, hint: bool) -> str:
+    if not isinstance(ending, Ignored):
+        return f"error: {ending}"
+    return f"ignored: {ending}" + (" (without --enriched, only the payload is known)" if hint else "")
 
 
 def _snapshot(file: BinaryIO | None) -> dict[str, Any]:

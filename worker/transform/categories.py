@@ -9,10 +9,15 @@ from worker.transform.catalog import category_operation
 from worker.transform.registry import handles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from worker.mapping import Mapping
     from worker.model import Enriched
+
+
+def _left_out(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
+    if enriched.descendants and len(enriched.descendants) == mapping.category.descendants:
+        yield f"descendants after the first {mapping.category.descendants}, if any: by category.descendants"
 
 
 @handles(
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
     "ResourceDeleted",
     resource="category",
     sends="catalog category upsert (descendants too), or delete",
+    left_out=_left_out,
 )
 def category_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
     """Mirror the category as commercetools holds it now; its name is part of its descendants' names."""

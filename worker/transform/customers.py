@@ -12,20 +12,38 @@ from worker.transform.limits import PROFILE_BYTES, fit
 from worker.transform.registry import handles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from worker.mapping import Mapping
     from worker.model import Enriched, Notification
 
 
-@handles("CustomerCreated", "ResourceCreated", "ResourceUpdated", resource="customer", sends="profile upsert")
+def _left_out(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
+    customer = enriched.customer or _created(enriched, mapping)
+    if customer is None:
+        return
+    yield from fields.empty(_own_attributes(customer) | _own_properties(customer))
+    yield from fields.invalid_phone(_address(customer))
+    yield from fields.filtered_out(
+        as_dict(customer.get("custom")).get("fields"), mapping.customer.custom_fields, "customer.custom_fields"
+    )
+
+
+@handles(
+    "CustomerCreated",
+    "ResourceCreated",
+    "ResourceUpdated",
+    resource="customer",
+    sends="profile upsert",
+    left_out=_left_out,
+)
 def customer_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
     """Upsert the profile with what commercetools holds now, so that the order of messages does not matter."""
     customer = enriched.customer or _created(enriched, mapping)
     if customer is None:
         raise Ignored("commercetools no longer has the customer")
     properties, cut = fit(_properties(customer, mapping), PROFILE_BYTES)
-    attributes = _attributes(customer) | ({"properties": properties} if properties else {})
+    attributes = fields.compact(_own_attributes(customer)) | ({"properties": properties} if properties else {})
     if not {"email", "phone_number"} & attributes.keys():
         raise Ignored("the customer has neither an email address nor a valid phone number")
     key = as_text(customer.get("id")) or enriched.notification.resource_id
@@ -41,32 +59,33 @@ def _created(enriched: Enriched, mapping: Mapping) -> Json | None:
     return payload if isinstance(payload, dict) and not mapping.customer.erasure else None
 
 
-def _attributes(customer: Json) -> Json:
+def _own_attributes(customer: Json) -> Json:
     address = _address(customer)
-    return fields.compact(
-        {
-            "email": as_text(customer.get("email")),
-            "external_id": as_text(customer.get("id")),
-            "first_name": as_text(customer.get("firstName")),
-            "last_name": as_text(customer.get("lastName")),
-            "title": as_text(customer.get("title")),
-            "organization": as_text(customer.get("companyName")),
-            "phone_number": fields.phone(address),
-            "location": fields.location(address),
-        }
-    )
+    return {
+        "email": as_text(customer.get("email")),
+        "external_id": as_text(customer.get("id")),
+        "first_name": as_text(customer.get("firstName")),
+        "last_name": as_text(customer.get("lastName")),
+        "title": as_text(customer.get("title")),
+        "organization": as_text(customer.get("companyName")),
+        "phone_number": fields.phone(address),
+        "location": fields.location(address),
+    }
 
 
 def _properties(customer: Json, mapping: Mapping) -> Json:
-    ours = {
+    custom = fields.filtered(as_dict(customer.get("custom")).get("fields"), mapping.customer.custom_fields)
+    return custom | fields.compact(_own_properties(customer))
+
+
+def _own_properties(customer: Json) -> Json:
+    return {
         "customerNumber": as_text(customer.get("customerNumber")),
         "customerGroup": _group(customer),
         "locale": as_text(customer.get("locale")),
         "dateOfBirth": as_text(customer.get("dateOfBirth")),
         "isEmailVerified": customer.get("isEmailVerified"),
     }
-    custom = fields.filtered(as_dict(customer.get("custom")).get("fields"), mapping.customer.custom_fields)
-    return custom | fields.compact(ours)
 
 
 def _group(customer: Json) -> str:

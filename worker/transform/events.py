@@ -13,6 +13,8 @@ from worker.transform import fields
 from worker.transform.limits import fit
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from worker.mapping import Mapping
     from worker.model import Enriched
 
@@ -40,21 +42,42 @@ def event(*, metric: str, unique_id: str, time: str, value: Any, profile: Json, 
 
 def identifiers(order: Json, enriched: Enriched) -> Json:
     """Return whose event it is. Raises Rejected when the order names nobody."""
-    customer = as_dict(enriched.customer)
-    known = fields.compact(
-        {
-            "email": fields.first(as_text(order.get("customerEmail")), as_text(customer.get("email"))),
-            "external_id": fields.first(as_text(order.get("customerId")), as_text(customer.get("id"))),
-        }
-    )
+    known = fields.compact(_identifiers(order, enriched))
     if not known:
         raise Rejected("the order has neither customerEmail nor customerId: Klaviyo cannot tell whose event it is")
     return known
 
 
+def _identifiers(order: Json, enriched: Enriched) -> Json:
+    customer = as_dict(enriched.customer)
+    return {
+        "email": fields.first(as_text(order.get("customerEmail")), as_text(customer.get("email"))),
+        "external_id": fields.first(as_text(order.get("customerId")), as_text(customer.get("id"))),
+    }
+
+
 def order_properties(order: Json, lines: list[Json], enriched: Enriched, mapping: Mapping) -> Json:
     """Return the properties of every order event, as Klaviyo's flows and templates name them."""
-    ours = {
+    custom = fields.filtered(as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields)
+    raw = fields.filtered(order, mapping.order.properties) if mapping.order.properties.include else {}
+    return fields.compact(raw | custom | fields.compact(_own_properties(order, lines, enriched)))
+
+
+def left_out(order: Json, enriched: Enriched, mapping: Mapping) -> Iterator[str]:
+    """Tell what order events do without."""
+    lines = all_line_properties(order, enriched, mapping)
+    yield from fields.empty(_identifiers(order, enriched) | _own_properties(order, lines, enriched))
+    if lacking := sum("SKU" not in line for line in lines):
+        yield f"SKU: {lacking} of {len(lines)} lines have none"
+    yield from fields.filtered_out(
+        as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields, "order.custom_fields"
+    )
+    if mapping.order.properties.include:
+        yield from fields.filtered_out(order, mapping.order.properties, "order.properties")
+
+
+def _own_properties(order: Json, lines: list[Json], enriched: Enriched) -> Json:
+    return {
         "OrderId": as_text(order.get("id")),
         "OrderNumber": as_text(order.get("orderNumber")),
         "ItemNames": unique(line.get("ProductName", "") for line in lines),
@@ -69,9 +92,6 @@ def order_properties(order: Json, lines: list[Json], enriched: Enriched, mapping
         "TaxTotal": fields.money(as_dict(order.get("taxedPrice")).get("totalTax")),
         "Currency": fields.currency(order.get("totalPrice")),
     }
-    custom = fields.filtered(as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields)
-    raw = fields.filtered(order, mapping.order.properties) if mapping.order.properties.include else {}
-    return fields.compact(raw | custom | fields.compact(ours))
 
 
 def all_line_properties(order: Json, enriched: Enriched, mapping: Mapping) -> list[Json]:

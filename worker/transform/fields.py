@@ -12,7 +12,7 @@ import phonenumbers
 from worker.loose import as_dict, as_dicts, as_int, as_text, parse_time
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from collections.abc import Mapping as ReadOnly
 
     from worker.mapping import Properties
@@ -30,6 +30,12 @@ def first(*values: str) -> str:
 def compact(values: Json) -> Json:
     """Leave out what is empty; 0 and false are values."""
     return {name: value for name, value in values.items() if value or isinstance(value, int | float)}
+
+
+def empty(values: Json) -> Iterator[str]:
+    """Tell what `compact` leaves out."""
+    if names := [name for name in values if name not in compact(values)]:
+        yield f"without a value: {', '.join(names)}"
 
 
 def amount(money: Any) -> Decimal | None:
@@ -173,6 +179,12 @@ def phone(address: Any) -> str:
     return next(filter(None, (_e164(text, country) for text in candidates)), "")
 
 
+def invalid_phone(address: Any) -> Iterator[str]:
+    """Tell that an address has numbers and none of them is valid."""
+    if _joined(as_dict(address), "mobile", "phone") and not phone(address):
+        yield "phone_number: neither mobile nor phone of the address is a valid number"
+
+
 def _e164(text: str, country: str | None) -> str:
     try:
         parsed = phonenumbers.parse(text, country)
@@ -198,12 +210,25 @@ def breadcrumbs(category: Json, categories: ReadOnly[str, Json], locale: str) ->
 
 def filtered(values: Any, rules: Properties) -> Json:
     """Apply include, exclude and rename to properties, leaving out the empty ones."""
-    chosen = {
-        rules.map.get(name, name): value
-        for name, value in as_dict(values).items()
-        if (not rules.include or "*" in rules.include or name in rules.include) and name not in rules.exclude
-    }
+    chosen = {rules.map.get(name, name): value for name, value in as_dict(values).items() if _is_wanted(name, rules)}
     return compact(chosen)
+
+
+def filtered_out(values: Any, rules: Properties, section: str) -> Iterator[str]:
+    """Tell what `filtered` leaves out or renames; `section` is the name of `rules` in the mapping."""
+    names = list(as_dict(values))
+    excluded = [name for name in names if name in rules.exclude]
+    others = [name for name in names if name not in excluded and not _is_wanted(name, rules)]
+    for key, unwanted in (("exclude", excluded), ("include", others)):
+        if unwanted:
+            yield f"{', '.join(unwanted)}: by {section}.{key}"
+    for name in names:
+        if name in rules.map and _is_wanted(name, rules):
+            yield f"the name {name}: it is sent as {rules.map[name]}, by {section}.map"
+
+
+def _is_wanted(name: str, rules: Properties) -> bool:
+    return (not rules.include or "*" in rules.include or name in rules.include) and name not in rules.exclude
 
 
 def later(value: Any, seconds: int) -> str:

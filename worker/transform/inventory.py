@@ -28,7 +28,7 @@ def inventory_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operatio
     sku = as_text(entry.get("sku"))
     stock = quantity([entry], mapping.inventory.channel)
     if stock is None or not sku:
-        raise Ignored("the entry belongs to another supply channel, or names no sku or quantity")
+        raise Ignored("the entry belongs to another supply channel (inventory.channel), or names no sku or quantity")
     attributes = {"inventory_quantity": stock, "inventory_policy": 1}
     variant = {"type": "catalog-variant", "id": catalog_id(sku), "attributes": attributes}
     whole = partial(product_operations, enriched, mapping) if enriched.product else None

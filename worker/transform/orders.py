@@ -12,6 +12,7 @@ from worker.transform.events import (
     all_line_properties,
     event,
     identifiers,
+    left_out,
     order_properties,
 )
 from worker.transform.registry import handles
@@ -25,8 +26,24 @@ if TYPE_CHECKING:
 _PLACED = "Placed Order; Ordered Product per line"
 
 
-@handles("OrderImported", "OrderCustomerSet", "OrderCreatedFromRecurringOrder", resource="order", sends=_PLACED)
-@handles("OrderCreated", resource="order", sends=_PLACED, fresh=True)
+def _left_out(enriched: Enriched, mapping: Mapping) -> Iterable[str]:
+    return left_out(as_dict(enriched.order), enriched, mapping)
+
+
+def _left_out_of_placed(enriched: Enriched, mapping: Mapping) -> Iterable[str]:
+    billing = as_dict(enriched.order).get("billingAddress")
+    return chain(_left_out(enriched, mapping), fields.invalid_phone(billing))
+
+
+@handles(
+    "OrderImported",
+    "OrderCustomerSet",
+    "OrderCreatedFromRecurringOrder",
+    resource="order",
+    sends=_PLACED,
+    left_out=_left_out_of_placed,
+)
+@handles("OrderCreated", resource="order", sends=_PLACED, fresh=True, left_out=_left_out_of_placed)
 def order_placed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
     """Placed Order, and an Ordered Product a second later for every line."""
     order = _order(enriched)
@@ -59,7 +76,7 @@ def _state_counts(notification: Notification, mapping: Mapping) -> None:
     state = notification.payload.get("orderState")
     wanted = {*mapping.order.fulfilled_order, *mapping.order.cancelled_order}
     if isinstance(state, str) and state not in wanted:
-        raise Ignored(f"no event for order state {_known(state)}")
+        raise Ignored(f"no event for order state {_known(state)}: see order.fulfilled_order, order.cancelled_order")
 
 
 @handles(
@@ -67,6 +84,7 @@ def _state_counts(notification: Notification, mapping: Mapping) -> None:
     resource="order",
     sends="Fulfilled Order or Cancelled Order, by state",
     precheck=_state_counts,
+    left_out=_left_out,
 )
 def order_state_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
     """Fulfilled Order or Cancelled Order; a payload that was not included leaves the order's own state."""
@@ -81,7 +99,7 @@ def order_state_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operat
 def _shipment_counts(notification: Notification, mapping: Mapping) -> None:
     state = notification.payload.get("shipmentState")
     if isinstance(state, str) and state not in mapping.order.fulfilled_shipment:
-        raise Ignored(f"no event for shipment state {_known(state)}")
+        raise Ignored(f"no event for shipment state {_known(state)}: see order.fulfilled_shipment")
 
 
 @handles(
@@ -89,6 +107,7 @@ def _shipment_counts(notification: Notification, mapping: Mapping) -> None:
     resource="order",
     sends="Fulfilled Order, when shipped",
     precheck=_shipment_counts,
+    left_out=_left_out,
 )
 def order_shipment_state_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
     """Fulfilled Order once the shipment is under way."""

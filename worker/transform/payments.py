@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from worker.errors import Ignored, Rejected
 from worker.loose import as_dict, as_dicts, as_text
 from worker.transform import fields
-from worker.transform.events import all_line_properties, event, identifiers, order_properties
+from worker.transform.events import all_line_properties, event, identifiers, left_out, order_properties
 from worker.transform.registry import handles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from worker.mapping import Mapping
     from worker.model import Enriched, Json, Notification, Operation
@@ -24,7 +24,14 @@ def _may_be_refund(notification: Notification, mapping: Mapping) -> None:
         raise Ignored("the transaction is no refund")
     state = transaction.get("state", payload.get("state"))
     if isinstance(state, str) and state not in mapping.payment.refund_states:
-        raise Ignored("no event for a transaction in this state")
+        raise Ignored("no event for a transaction in this state: see payment.refund_states")
+
+
+def _left_out(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
+    counted = [_counts(transaction, enriched.notification, mapping) for transaction in _transactions(enriched)]
+    if others := counted.count(False):
+        yield f"{others} of {len(counted)} transactions: no refund, or its state is not in payment.refund_states"
+    yield from left_out(as_dict(enriched.order), enriched, mapping)
 
 
 @handles(
@@ -33,6 +40,7 @@ def _may_be_refund(notification: Notification, mapping: Mapping) -> None:
     resource="payment",
     sends="Refunded Order, per refund transaction",
     precheck=_may_be_refund,
+    left_out=_left_out,
 )
 def payment_transaction(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
     """Refunded Order with the transaction's own amount; its id keeps several refunds of an order apart."""

@@ -15,10 +15,19 @@ from worker.transform.prices import catalog_price, price_texts
 from worker.transform.registry import handles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from worker.mapping import Mapping
     from worker.model import Enriched
+
+
+def _left_out(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
+    for variant in _variants(as_dict(enriched.product)) if enriched.product else ():
+        name = f"variant {as_int(variant.get('id'))}"
+        if not as_text(variant.get("sku")):
+            yield f"{name}: it has no sku"
+        elif as_dicts(variant.get("prices")) and not catalog_price(variant, mapping, enriched.as_of):
+            yield f"price of {name}: none fits currency, price.channel, price.country and the time, so 0"
 
 
 @handles(
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
     "ResourceDeleted",
     resource="product",
     sends="catalog item + variants upsert, or delete",
+    left_out=_left_out,
 )
 def product_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
     """Mirror the product as commercetools shows it now: published, or gone."""

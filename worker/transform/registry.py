@@ -10,6 +10,7 @@ from worker.model import Enriched, Notification, Operation
 
 HandlerFunction = Callable[[Enriched, Mapping], Iterable[Operation]]
 Precheck = Callable[[Notification, Mapping], None]
+LeftOut = Callable[[Enriched, Mapping], Iterable[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,24 +23,31 @@ class Handler:
     function: HandlerFunction
     precheck: Precheck | None = None
     fresh: bool = False
+    left_out: LeftOut | None = None
 
 
 HANDLERS: dict[tuple[str, str], Handler] = {}
 
 
 def handles(
-    *types: str, resource: str, sends: str, precheck: Precheck | None = None, fresh: bool = False
+    *types: str,
+    resource: str,
+    sends: str,
+    precheck: Precheck | None = None,
+    fresh: bool = False,
+    left_out: LeftOut | None = None,
 ) -> Callable[[HandlerFunction], HandlerFunction]:
     """Register a handler for message types (or ResourceCreated, ...) of a commercetools resource type.
 
     `precheck` raises Ignored when the notification alone shows that there is nothing to do, before
     anything is fetched for it. `fresh`: a resource has one message of this type, and no message before it
-    makes events with the same unique_id; its first delivery may go to Klaviyo in bulk.
+    makes events with the same unique_id; its first delivery may go to Klaviyo in bulk. `left_out` tells a person
+    what is not sent, and why: by names, never by values.
     """
 
     def register(function: HandlerFunction) -> HandlerFunction:
         for kind in types:
-            HANDLERS[resource, kind] = Handler(resource, kind, sends, function, precheck, fresh)
+            HANDLERS[resource, kind] = Handler(resource, kind, sends, function, precheck, fresh, left_out)
         return function
 
     return register
