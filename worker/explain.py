@@ -40,7 +40,7 @@ def account(number: int, trace: Trace, mapping: Mapping) -> str:
     """Return the account of one notification, the `number`th, in lines of which none starts with a brace."""
     about = trace.notification
     title = (
-        f"{about.type} of {about.resource_type} {about.resource_id}" if about else "not a notification of a resource"
+        f"{about.type} of {about.resource_type} {about.resource_id}" if about else "no notification about a resource"
     )
     rows = [*_read(trace), *_handler(trace), *_fetched(trace), *_sent(trace), *_left_out(trace, mapping), _end(trace)]
     return "\n".join([f"{number}. {printable(title)}", *(_wrapped(label, text) for label, text in rows)])
@@ -103,7 +103,7 @@ def _handler(trace: Trace) -> Iterator[Row]:
 def _fetched(trace: Trace) -> Iterator[Row]:
     about = trace.notification
     if about and isinstance(about.payload.get("order"), dict) and trace.stage != "parse":
-        yield "fetched", "not the order: the message brings it"
+        yield "fetched", "nothing for the order itself: the message brings it"
     for query, found in trace.lookups:
         yield "fetched", _lookup(query, found, about)
 
@@ -169,5 +169,5 @@ def _end(trace: Trace) -> Row:
     if trace.ending is None:
         return "ends", "acknowledged, once all of it is in Klaviyo; a dead letter, if Klaviyo refuses any"
     if isinstance(trace.ending, Ignored):
-        return "ends", f"acknowledged, with nothing to do ({trace.stage}): {trace.ending}"
-    return "ends", f"{_BECOMES[trace.ending.disposition]} ({trace.stage}): {trace.ending}"
+        return "ends", f"acknowledged with nothing to do, in stage {trace.stage}: {trace.ending}"
+    return "ends", f"{_BECOMES[trace.ending.disposition]}, in stage {trace.stage}: {trace.ending}"

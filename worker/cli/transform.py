@@ -15,7 +15,7 @@ from worker.settings import MappingSettings, load
 
 @click.command()
 @click.argument("file", type=click.File("rb"))
-@click.option("--explain", is_flag=True, help="Before the requests of each, say how they came about.")
+@click.option("--explain", is_flag=True, help="Tell how each came to its requests, or to none.")
 @click.option(
     "--enriched",
     type=click.File("rb"),
@@ -35,9 +35,12 @@ def transform(*, file: BinaryIO, explain: bool, enriched: BinaryIO | None, **fla
     with exit_codes():
         mapping = load(MappingSettings, flags).mapping()
         snapshot = _snapshot(enriched)
+        if explain and not enriched:
+            click.echo("without --enriched, only what a message itself brings is known of commercetools", err=True)
         for number, body in enumerate(documents(file.read()), 1):
             trace = follow(body, snapshot, mapping)
             if explain:
+                click.echo("\n" * (number > 1), nl=False)
                 click.echo(account(number, trace, mapping))
             elif trace.ending is not None:
                 click.echo(_ending(trace.ending, hint=not enriched), err=True)

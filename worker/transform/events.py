@@ -65,6 +65,8 @@ def order_properties(order: Json, lines: list[Json], enriched: Enriched, mapping
 
 def left_out(order: Json, enriched: Enriched, mapping: Mapping) -> Iterator[str]:
     """Tell what order events do without."""
+    if not order:
+        return
     lines = all_line_properties(order, enriched, mapping)
     yield from fields.empty(_identifiers(order, enriched) | _own_properties(order, lines, enriched))
     if lacking := sum("SKU" not in line for line in lines):
@@ -72,8 +74,9 @@ def left_out(order: Json, enriched: Enriched, mapping: Mapping) -> Iterator[str]
     yield from fields.filtered_out(
         as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields, "order.custom_fields"
     )
-    if mapping.order.properties.include:
-        yield from fields.filtered_out(order, mapping.order.properties, "order.properties")
+    wanted = mapping.order.properties.include  # of the raw ones, what is not named there is not missed
+    raw = order if "*" in wanted else {name: order[name] for name in wanted if name in order}
+    yield from fields.filtered_out(raw, mapping.order.properties, "order.properties")
 
 
 def _own_properties(order: Json, lines: list[Json], enriched: Enriched) -> Json:
