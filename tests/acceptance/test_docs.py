@@ -50,6 +50,16 @@ def test_gcloud_commands_work(tmp_path: Path) -> None:
         emulator.kill()
 
 
+def test_shell_completion_works() -> None:
+    """By the line for bash, the one shell that is everywhere; options are completed as a terminal would ask for it."""
+    line = re.search(r"\| bash.*?\| `(.*?)` \|", (DOCS / "commands.md").read_text(encoding="utf-8"))
+    assert line
+    words = "COMP_WORDS=(klaviyo-worker transform --ex) COMP_CWORD=2"
+    asked = f"{words}; _klaviyo_worker_completion klaviyo-worker; echo $COMPREPLY"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    assert _run(f"{line[1]}\n{asked}", os.environ | {"PATH": path}) == "--explain\n"
+
+
 def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What they make has nothing to be warned about, also with direct dead letters, which the last one shows.
 

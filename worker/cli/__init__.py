@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from worker.cli.base import Group
 from worker.cli.check import check
 from worker.cli.dlq import dlq
 from worker.cli.publish import publish
@@ -20,10 +21,15 @@ Exit codes: 0 ok · 1 unexpected · 2 usage or configuration · 3 queue ·
 """
 
 
-@click.group(epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Group, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(package_name="klaviyo-worker")
 def main() -> None:
-    """Keep Klaviyo in step with commercetools: nothing lost, nothing doubled."""
+    """Keep Klaviyo in step with commercetools: nothing lost, nothing doubled.
+
+    `demo` shows it without any account, `check` tells whether the settings are right, `run` is the worker.
+    """
 
 
 @main.command()
@@ -39,9 +45,15 @@ def handlers() -> None:
 
 
 @main.command()
-@click.option("--keep", type=click.Path(path_type=Path), help="Directory to keep the demo's queue and log in.")
+@click.option(
+    "--keep", type=click.Path(path_type=Path), metavar="DIRECTORY", help="Keep the demo's queue and log here."
+)
 def demo(*, keep: Path | None) -> None:
-    """Show the worker at work: a sample shop, a stand-in for Klaviyo, no account needed."""
+    """Show the worker at work, without any account.
+
+    Puts messages of a sample shop into a queue, runs the worker against a stand-in for Klaviyo, and shows what is
+    there then.
+    """
     from worker.demo import run_demo  # noqa: PLC0415
 
     sys.exit(run_demo(keep))

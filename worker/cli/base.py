@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
@@ -13,6 +14,7 @@ from worker.errors import Misconfigured, SettingsError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from pydantic.fields import FieldInfo
     from pydantic_settings import BaseSettings
 
     from worker.settings import QueueSettings
@@ -42,6 +44,29 @@ def exit_codes() -> Iterator[None]:
         raise Failed(str(error), error.exit_code) from None
 
 
+class Setting(click.Option):
+    """A flag for a setting."""
+
+
+class Command(click.Command):
+    """A command whose help tells its own options apart from the settings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write two sections."""
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        for title, are_settings in (("Options", False), ("Settings", True)):
+            chosen = [option for option in options if isinstance(option, Setting) == are_settings]
+            if records := [record for option in chosen if (record := option.get_help_record(ctx))]:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+class Group(click.Group):
+    """A group of such commands."""
+
+    command_class = Command
+
+
 def settings_options(kind: type[BaseSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a flag for every setting of `kind` that is no secret; its value stays a text, checked by `load`."""
 
@@ -52,10 +77,24 @@ def settings_options(kind: type[BaseSettings]) -> Callable[[Callable[..., None]]
                 shown = "" if default in (None, "") or info.is_required() else f"  [default: {default}]"
                 text = f"{info.description}{shown}  [env: {info.validation_alias}]"
                 flag = "--" + name.replace("_", "-")
-                function = click.option(flag, name, default=None, help=text, metavar="TEXT")(function)
+                metavar = _metavar(info)
+                kind_of_text = click.Path() if metavar == "FILE" else str  # shells complete its name
+                option = click.option(
+                    flag, name, cls=Setting, default=None, help=text, metavar=metavar, type=kind_of_text
+                )
+                function = option(function)
         return function
 
     return decorate
+
+
+def _metavar(info: FieldInfo) -> str:
+    if get_origin(info.annotation) is Literal:
+        return "|".join(get_args(info.annotation))
+    if str(info.validation_alias).endswith("_URL"):
+        return "URL"
+    kinds: dict[Any, str] = {int: "INTEGER", float: "NUMBER", Path | None: "FILE"}
+    return kinds.get(info.annotation, "TEXT")
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from worker.cli.base import OK, exit_codes, settings_options
+from worker.cli.base import OK, Command, exit_codes, settings_options
 from worker.settings import Settings, load
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per check.")
 @click.option("--probe-bulk", is_flag=True, help="Find out whether KLAVIYO_WORKER_BULK_EVENTS=always is safe; writes.")
 @click.option(
@@ -20,14 +20,15 @@ from worker.settings import Settings, load
     type=click.FloatRange(min=0, min_open=True),
     default=120.0,
     show_default=True,
-    help="Seconds that the events of the probe are given to show.",
+    metavar="SECONDS",
+    help="How long the events of the probe are given to show.",
 )
 @settings_options(Settings)
 def check(*, as_json: bool, probe_bulk: bool, probe_wait: float, **flags: Any) -> None:
-    """Tell whether queue, commercetools and Klaviyo may be used, one line each.
+    """Tell whether queue, commercetools and Klaviyo may be used.
 
-    Exits with the code of the first that failed: 3 queue, 4 commercetools, 5 Klaviyo, refused or out of reach.
-    Nothing is written, and no message is received.
+    Prints a line for each, and exits with the code of the first that failed, refused or out of reach: 3 queue,
+    4 commercetools, 5 Klaviyo. Nothing is written, and no message is received.
 
     --probe-bulk does write to the Klaviyo account: one profile (name "klaviyo-worker probe", external id
     klaviyo-worker-probe, no email, no consent) and, each time, three events of the metric "klaviyo-worker probe".

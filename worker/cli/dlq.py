@@ -8,7 +8,7 @@ import click
 import orjson
 
 from adapters import DeadLetters, QueueError
-from worker.cli.base import exit_codes, opened, settings_options
+from worker.cli.base import Group, exit_codes, opened, settings_options
 from worker.dead_letters import each
 from worker.errors import Ignored, WorkerError
 from worker.settings import QueueSettings, load
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from adapters import DeadLetter
 
 
-@click.group()
+@click.group(cls=Group)
 def dlq() -> None:
     """Look at the messages that were given up on."""
 

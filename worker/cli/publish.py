@@ -7,15 +7,18 @@ from typing import Any, BinaryIO
 import click
 
 from adapters import Publisher, QueueError
-from worker.cli.base import exit_codes, opened, settings_options
+from worker.cli.base import Command, exit_codes, opened, settings_options
 from worker.settings import QueueSettings, load
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("file", type=click.File("rb"))
 @settings_options(QueueSettings)
 def publish(*, file: BinaryIO, **flags: Any) -> None:
-    """Put every line of FILE (- for stdin) into the queue as one message, and print how many."""
+    """Put every line of FILE into the queue as a message.
+
+    FILE may be - for stdin. Lines are taken as they are. Prints how many there were.
+    """
     with exit_codes(), opened(load(QueueSettings, flags)) as queue:
         if not isinstance(queue, Publisher):
             raise QueueError("QUEUE_URL: this queue cannot be published to from here")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from worker.cli.base import SHUTDOWN_TIMED_OUT, exit_codes, settings_options
+from worker.cli.base import SHUTDOWN_TIMED_OUT, Command, exit_codes, settings_options
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
@@ -21,21 +21,23 @@ if TYPE_CHECKING:
 _STOP = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--once", is_flag=True, help="Handle what is in the queue, then exit.")
 @click.option(
     "--max-wait",
     type=float,
     default=600.0,
     show_default=True,
-    help="Seconds --once waits for what must wait.",
+    metavar="SECONDS",
+    help="How long --once waits for what must wait.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be sent; settle nothing. Implies --once.")
 @settings_options(Settings)
 def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
-    """Read the queue and keep Klaviyo in step, until SIGTERM or SIGINT.
+    """Read the queue and keep Klaviyo in step with commercetools.
 
-    The first signal finishes what is in flight, the second does not wait for it.
+    Runs until SIGTERM or SIGINT: the first finishes what is in flight, the second does not wait for it.
+
     Secrets have no flag: they come from CT_API_CLIENT, KLAVIYO_AUTH_KEY and, for servicebus://,
     SERVICEBUS_CONNECTION_STRING, or from files named by CT_API_CLIENT_FILE and so on.
     """

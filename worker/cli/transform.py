@@ -8,24 +8,37 @@ from typing import Any, BinaryIO
 import click
 import orjson
 
-from worker.cli.base import UNEXPECTED, exit_codes, settings_options
+from worker.cli.base import UNEXPECTED, Command, exit_codes, settings_options
 from worker.errors import Ignored, SettingsError, WorkerError
 from worker.settings import MappingSettings, load
 
+_EXAMPLES = """
+\b
+klaviyo-worker transform --enriched shop.json message.json
+klaviyo-worker transform --explain message.json
+klaviyo-worker transform --explain message.json | grep -v '^{'  # without the JSON lines
+"""
 
-@click.command()
+
+@click.command(cls=Command, epilog=_EXAMPLES)
 @click.argument("file", type=click.File("rb"))
 @click.option("--explain", is_flag=True, help="Tell how each came to its requests, or to none.")
 @click.option(
     "--enriched",
     type=click.File("rb"),
+    metavar="FILE",
     help='What commercetools holds: JSON {"orders": […], "customers": […], "product-projections": […], …}.',
 )
 @settings_options(MappingSettings)
 def transform(*, file: BinaryIO, explain: bool, enriched: BinaryIO | None, **flags: Any) -> None:
-    """Print the Klaviyo requests for the notifications in FILE (- for stdin), without any network.
+    """Print the Klaviyo requests for notifications, offline.
 
-    FILE holds one JSON document or one per line, in any envelope. Output: a JSON line per operation.
+    FILE (- for stdin) holds one JSON document or one per line, in any envelope. Prints a JSON line per operation.
+    What is ignored is said on stderr, and so is what cannot be handled, which is exit code 1.
+
+    --explain tells on stdout, before the lines of each notification, how they came about: its envelopes, its handler,
+    what was looked up, what is sent, what is left out and why, and what becomes of the message. It names fields and
+    ids, and holds no personal data; the JSON lines do.
     """
     from worker.dryrun import operation_line  # noqa: PLC0415
     from worker.explain import account  # noqa: PLC0415

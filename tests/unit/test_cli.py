@@ -1,0 +1,59 @@
+"""What `--help` says, of every command there is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+
+from worker.cli import main
+from worker.cli.base import Setting
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def contexts(
+    command: click.Command, name: str = "klaviyo-worker", parent: click.Context | None = None
+) -> dict[str, click.Context]:
+    """Return every command's context, as on a terminal of 80 columns."""
+    context = command.make_context(name, [], parent, resilient_parsing=True, terminal_width=80)
+    found = {context.command_path: context}
+    for inner, entry in command.commands.items() if isinstance(command, click.Group) else ():
+        found |= contexts(entry, inner, context)
+    return found
+
+
+HELP = contexts(main)
+
+
+def options(path: str) -> Iterator[click.Option]:
+    params = HELP[path].command.get_params(HELP[path])
+    return (param for param in params if isinstance(param, click.Option))
+
+
+@pytest.mark.parametrize("path", HELP)
+def test_every_command_and_option_says_what_it_does(path: str) -> None:
+    """The first sentence fits beside the command's name on a terminal of 80 columns."""
+    assert HELP[path].command.help
+    assert all(option.help for option in options(path))
+    listed = HELP[path].get_help().partition("\nCommands:\n")[2].partition("\n\n")[0]
+    assert not [line for line in listed.splitlines() if line.endswith("...")]
+
+
+@pytest.mark.parametrize("path", HELP)
+def test_settings_are_listed_apart_from_a_commands_own_options(path: str) -> None:
+    """Thirty settings must not bury three options."""
+    own, _, settings = HELP[path].get_help().partition("\n\nSettings:\n")
+    for option in options(path):
+        section = settings if isinstance(option, Setting) else own.partition("\nOptions:\n")[2]
+        assert f"{option.opts[-1]} " in section
+
+
+def test_a_setting_shows_what_it_takes() -> None:
+    """A choice, a number, a file, a URL."""
+    text = " ".join(HELP["klaviyo-worker run"].get_help().split())
+    shown = "--bulk-events auto|always|never", "--lanes INTEGER", "--rate-share NUMBER", "--config FILE"
+    for flag in (*shown, "--queue-url URL", "--ct-project-id TEXT"):
+        assert f"{flag} " in text
