@@ -6,6 +6,7 @@ It names fields and ids, never values of a person's: it may go into a ticket.
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from textwrap import TextWrapper
 from typing import TYPE_CHECKING
 
@@ -39,9 +40,7 @@ Row = tuple[str, str]
 def account(number: int, trace: Trace, mapping: Mapping) -> str:
     """Return the account of one notification, the `number`th, in lines of which none starts with a brace."""
     about = trace.notification
-    title = (
-        f"{about.type} of {about.resource_type} {about.resource_id}" if about else "no notification about a resource"
-    )
+    title = f"{about.type} of {about.resource_type} {about.resource_id}" if about else "not about a resource"
     rows = [*_read(trace), *_handler(trace), *_fetched(trace), *_sent(trace), *_left_out(trace, mapping), _end(trace)]
     return "\n".join([f"{number}. {printable(title)}", *(_wrapped(label, text) for label, text in rows)])
 
@@ -54,7 +53,7 @@ def _wrapped(label: str, text: str) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return wrapper.fill(printable(text))
+    return wrapper.fill(printable(text)) or wrapper.initial_indent  # a text of spaces is nothing to it
 
 
 def _listed(names: list[str]) -> str:
@@ -65,11 +64,9 @@ def _listed(names: list[str]) -> str:
 def _read(trace: Trace) -> Iterator[Row]:
     envelopes: list[str] = []
     document: Json = {}
-    try:
+    with suppress(Rejected):
         for envelope, document in layers(trace.body):  # noqa: B007 - the last one counts
             envelopes.append(envelope)
-    except Rejected:
-        envelopes.append("")
     yield "envelopes", f"{' > '.join(filter(None, envelopes)) or 'none'}; {len(trace.body):,} bytes"
     if trace.notification is None:
         yield "fields", _listed(list(document)) or "none that can be read"
@@ -85,19 +82,16 @@ def _handler(trace: Trace) -> Iterator[Row]:
     if about is None:
         return
     handler = HANDLERS.get((about.resource_type, about.type))
-    if handler is None:
-        handled = [each.type for each in HANDLERS.values() if each.resource_type == about.resource_type]
-        others = unique(each.resource_type for each in HANDLERS.values())
-        yield (
-            "handler",
-            f"none; of {about.resource_type}: {', '.join(handled)}"
-            if handled
-            else (f"none; nothing about this resource has an effect, only about {', '.join(others)}"),
-        )
+    if handler:
+        function = handler.function
+        yield "handler", f"{function.__name__} in {function.__module__.replace('.', '/')}.py: {handler.sends}"
+        yield "", inspect.getdoc(function) or ""
         return
-    function = handler.function
-    yield "handler", f"{function.__name__} in {function.__module__.replace('.', '/')}.py: {handler.sends}"
-    yield "", inspect.getdoc(function) or ""
+    handled = [each.type for each in HANDLERS.values() if each.resource_type == about.resource_type]
+    resources = unique(each.resource_type for each in HANDLERS.values())
+    yield "handler", f"none; {about.resource_type} has one for {', '.join(handled) or 'nothing'}"
+    if not handled:
+        yield "", f"resources with handlers: {', '.join(resources)}"
 
 
 def _fetched(trace: Trace) -> Iterator[Row]:

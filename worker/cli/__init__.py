@@ -19,11 +19,10 @@ _EXIT_CODES = """
 Exit codes: 0 ok · 1 unexpected · 2 usage or configuration · 3 queue ·
 4 commercetools credentials · 5 Klaviyo credentials · 6 shutdown timed out
 """
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-@click.group(
-    cls=Group, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+@click.group(cls=Group, epilog=_EXIT_CODES, context_settings=_CONTEXT)
 @click.version_option(package_name="klaviyo-worker")
 def main() -> None:
     """Keep Klaviyo in step with commercetools: nothing lost, nothing doubled.
@@ -45,9 +44,7 @@ def handlers() -> None:
 
 
 @main.command()
-@click.option(
-    "--keep", type=click.Path(path_type=Path), metavar="DIRECTORY", help="Keep the demo's queue and log here."
-)
+@click.option("--keep", type=click.Path(path_type=Path), metavar="DIRECTORY", help="Keep the queue and the log here.")
 def demo(*, keep: Path | None) -> None:
     """Show the worker at work, without any account.
 

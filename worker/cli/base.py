@@ -78,10 +78,8 @@ def settings_options(kind: type[BaseSettings]) -> Callable[[Callable[..., None]]
                 text = f"{info.description}{shown}  [env: {info.validation_alias}]"
                 flag = "--" + name.replace("_", "-")
                 metavar = _metavar(info)
-                kind_of_text = click.Path() if metavar == "FILE" else str  # shells complete its name
-                option = click.option(
-                    flag, name, cls=Setting, default=None, help=text, metavar=metavar, type=kind_of_text
-                )
+                shape = click.Path() if metavar == "FILE" else str  # for shells, which complete a path
+                option = click.option(flag, name, cls=Setting, type=shape, default=None, help=text, metavar=metavar)
                 function = option(function)
         return function
 
