@@ -45,10 +45,12 @@ def test_every_command_and_option_says_what_it_does(path: str) -> None:
 @pytest.mark.parametrize("path", HELP)
 def test_settings_are_listed_apart_from_a_commands_own_options(path: str) -> None:
     """Thirty settings must not bury three options."""
-    own, _, settings = HELP[path].get_help().partition("\n\nSettings:\n")
+    text = HELP[path].get_help()
+    own, settings = (text.partition(f"\n{title}:\n")[2].partition("\n\n")[0] for title in ("Options", "Settings"))
+    assert all(line[2] in " -" for line in own.splitlines())
     for option in options(path):
-        section = settings if isinstance(option, Setting) else own.partition("\nOptions:\n")[2]
-        assert f"{option.opts[-1]} " in section
+        is_setting = isinstance(option, Setting)
+        assert (f"{option.opts[-1]} " in settings, f"{option.opts[-1]} " in own) == (is_setting, not is_setting)
 
 
 def test_a_setting_shows_what_it_takes() -> None:
@@ -57,3 +59,5 @@ def test_a_setting_shows_what_it_takes() -> None:
     shown = "--bulk-events auto|always|never", "--lanes INTEGER", "--rate-share NUMBER", "--config FILE"
     for flag in (*shown, "--queue-url URL", "--ct-project-id TEXT"):
         assert f"{flag} " in text
+    files = [option.opts for option in options("klaviyo-worker run") if isinstance(option.type, click.Path)]
+    assert files == [["--config"]]

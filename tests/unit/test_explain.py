@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -198,9 +199,9 @@ def test_what_the_mapping_leaves_out_or_renames_is_named() -> None:
             "phone_number: neither mobile nor phone of the address is a valid number",
         ),
         (
-            message("OrderCreated", "order", order=ORDER | {"lineItems": [{"variant": {"sku": "S"}}, {}]}),
+            message("OrderCreated", "order", order=ORDER | {"lineItems": [{"variant": {"sku": "S"}}, {}, {}]}),
             {},
-            "SKU: 1 of 2 lines have none",
+            "SKU: 2 of 3 lines have none",
         ),
         (
             change("ResourceCreated", "customer"),
@@ -230,12 +231,13 @@ def test_what_the_mapping_leaves_out_or_renames_is_named() -> None:
                         "transactions": [
                             {"id": "t1", "type": "Refund", "state": "Success"},
                             {"id": "t2", "type": "Charge", "state": "Success"},
+                            {"id": "t3", "type": "Refund", "state": "Failure"},
                         ],
                     }
                 ],
                 "orders": [ORDER | {"paymentInfo": {"payments": [{"id": "id-1"}]}}],
             },
-            "1 of 2 transactions: no refund, or its state is not in payment.refund_states",
+            "2 of 3 transactions: no refund, or its state is not in payment.refund_states",
         ),
         (
             change("ResourceUpdated", "category"),
@@ -258,6 +260,53 @@ def test_what_else_is_left_out_is_told_with_its_reason(
 ) -> None:
     """What a merchant misses in Klaviyo is explained by what commercetools holds."""
     assert expected in told(document, snapshot)
+
+
+@pytest.mark.parametrize(
+    ("document", "snapshot"),
+    [
+        (message("OrderCreated", "order", order=ORDER), {}),
+        (message("OrderStateChanged", "order", orderState="Complete"), {"orders": [ORDER | {"id": "id-1"}]}),
+        (message("OrderShipmentStateChanged", "order", shipmentState="Shipped"), {"orders": [ORDER | {"id": "id-1"}]}),
+    ],
+    ids=["placed", "state", "shipment"],
+)
+def test_what_an_order_lacks_is_named(document: dict[str, Any], snapshot: dict[str, Any]) -> None:
+    """Whose event it is, and the properties that templates ask for; not what nobody could expect."""
+    lacking = told(document, snapshot).partition("without a value: ")[2]
+    assert lacking.startswith("external_id, OrderNumber, ItemNames, Categories, Brands, DiscountCode, DiscountValue, ")
+    assert "phone_number" not in lacking
+
+
+def test_raw_properties_that_nobody_asked_for_are_not_missed() -> None:
+    """None is sent unless included: the others were not left out."""
+    text = told(message("OrderCreated", "order", order=ORDER), order={"properties": {"include": ["totalPrice"]}})
+    assert "order.properties" not in text
+
+
+def test_what_a_customer_lacks_is_named_also_when_nothing_is_sent() -> None:
+    """It is the reason why."""
+    customer = {"id": "id-1", "addresses": [{"phone": "12"}]}
+    text = told(change("ResourceUpdated", "customer"), {"customers": [customer]})
+    assert "without a value: email, first_name, last_name, " in text
+    assert "left out phone_number: neither" in text
+    assert "ends acknowledged with nothing to do, in stage transform: the customer has neither" in text
+
+
+def test_a_product_that_is_gone_or_has_no_prices_lacks_nothing() -> None:
+    """It is deleted; a price of 0 is no choice of the mapping's then."""
+    assert "left out" not in told(change("ResourceDeleted", "product"))
+    product = {"id": "id-1", "masterVariant": {"id": 1, "sku": "S"}}
+    assert "left out" not in told(message("ProductPublished", "product"), {"product-projections": [product]})
+
+
+def test_what_is_read_is_believed_unless_the_message_comes_from_the_future() -> None:
+    """No read lags here, but a clock may be wrong."""
+    now, then = datetime.now(UTC).isoformat(), "2999-01-01T00:00:00Z"
+    assert "ends acknowledged with nothing" in told(message("OrderCreated", "order", createdAt=now))
+    assert "ends kept and tried again, in stage enrich: commercetools does not show" in told(
+        message("OrderCreated", "order", createdAt=then)
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -333,7 +382,17 @@ def test_the_requests_follow_each_account_as_they_are_without_it() -> None:
 
 def test_a_failed_one_is_explained_on_stdout_and_exit_code_1() -> None:
     """The others are still explained."""
-    done = CliRunner().invoke(main, ["transform", "--explain", "-"], input=b"nonsense\n{}\x9b\n")
+    good = json.dumps(message("OrderCreated", "order", order=ORDER)).encode()
+    done = CliRunner().invoke(main, ["transform", "--explain", "-"], input=b"nonsense\n{}\x9b\n" + good)
     assert done.exit_code == 1
-    assert done.stdout.count("a dead letter") == 2
+    assert done.stdout.count("ends        a dead letter, in stage parse") == 2
     assert "error" not in done.stderr
+
+
+def test_requests_cannot_steer_a_terminal_either() -> None:
+    """Their values are whatever customers typed."""
+    order = ORDER | {"custom": {"fields": {"note": "\x9b31m\u202e\x7f"}}}
+    done = CliRunner().invoke(main, ["transform", "-"], input=json.dumps(message("OrderCreated", "order", order=order)))
+    (line,) = done.stdout.splitlines()
+    assert line.isprintable()
+    assert json.loads(line)["body"]["data"]["attributes"]["properties"]["note"] == "\x9b31m\u202e\x7f"
