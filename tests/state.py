@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from worker.limits import Standing
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _WELL = {
     "in_flight": 7,
@@ -19,6 +21,8 @@ _WELL = {
     "has_begun": True,
     "is_alive": True,
     "is_stopping": False,
+    "at_work": {"events": [12, 0], "profiles": [0, 1], "catalog": [0, 0]},
+    "limits": {"POST /api/events": Standing(350.0, 3500.0, 3100.0, 0.25, 2900.0, 2)},
 }
 
 
@@ -69,3 +73,9 @@ class FakeState:
 
     def is_stopping(self) -> bool:
         return bool(self._tell("is_stopping"))
+
+    def at_work(self) -> Mapping[str, Sequence[int]]:
+        return dict(self._tell("at_work"))
+
+    def limits(self) -> Mapping[str, Standing]:
+        return dict(self._tell("limits"))

@@ -1,4 +1,4 @@
-"""The port that Kubernetes and Prometheus look at: GET /livez, /readyz and /metrics. Nothing can be changed here."""
+"""The port for Kubernetes, Prometheus and people: GET /livez, /readyz, /metrics and /. Nothing can be changed here."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
+from worker.status.page import HEADERS, page
 from worker.telemetry import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from worker.metrics import Metrics, State
+    from worker.status.status import Status
 
 TIMEOUT = 10.0  # seconds a client has for everything
 MAX_CONNECTIONS = 32  # at once; one more costs the oldest its connection
@@ -30,15 +32,17 @@ class _Answer(NamedTuple):
     status: int
     content_type: str
     body: bytes
+    headers: Mapping[str, str] = {}
 
 
 class HealthServer:
-    """Answers probes and scrapes, in threads of its own."""
+    """Answers probes and scrapes, and people where there is a `status` to show, in threads of its own."""
 
-    def __init__(self, port: int, metrics: Metrics, state: State) -> None:
+    def __init__(self, port: int, metrics: Metrics, state: State, status: Status | None = None) -> None:
         self._port = port
         self._metrics = metrics
         self._state = state
+        self._status = status
         self._server: _Server | None = None
 
     @property
@@ -49,12 +53,18 @@ class HealthServer:
     def start(self) -> None:
         """Listen on all interfaces: those who ask are other machines. Raises OSError when the port is taken."""
         answers = {"/livez": self._livez, "/readyz": self._readyz, "/metrics": self._scrape}
+        if self._status:
+            answers |= _of_status(self._status)
         self._server = _Server(self._port, answers)
         self._port = self._server.server_address[1]
         Thread(target=self._server.serve_forever, args=(_POLL,), name="health", daemon=True).start()
+        if self._status:
+            self._status.start()
 
     def stop(self) -> None:
         """Close the port and drop open connections. Idempotent."""
+        if self._status:
+            self._status.stop()
         server, self._server = self._server, None
         if server is not None:
             server.shutdown()
@@ -81,6 +91,15 @@ class HealthServer:
     def _scrape(self) -> _Answer:
         body, content_type = self._metrics.render()
         return _Answer(HTTPStatus.OK, content_type, body)
+
+
+def _of_status(status: Status) -> dict[str, Callable[[], _Answer]]:
+    html, policy = page()
+    shown = _Answer(HTTPStatus.OK, "text/html; charset=utf-8", html, {**HEADERS, "Content-Security-Policy": policy})
+    return {
+        "/": lambda: shown,
+        "/status.json": lambda: _Answer(HTTPStatus.OK, "application/json", status.render(), HEADERS),
+    }
 
 
 def _json(good: bool, document: Mapping[str, Any]) -> _Answer:
@@ -165,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response_only(answer.status)  # without the header that tells the version of Python
         self.send_header("Content-Type", answer.content_type)
         self.send_header("Content-Length", str(len(answer.body)))
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
         if answer.status == HTTPStatus.METHOD_NOT_ALLOWED:
             self.send_header("Allow", "GET, HEAD")
         self.end_headers()

@@ -21,11 +21,12 @@ from worker.limits import Limits
 from worker.loose import as_dict, as_dicts, as_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from threading import Event
 
     import urllib3
 
+    from worker.limits import Standing
     from worker.model import Json
     from worker.send.client import Body
     from worker.settings import Settings
@@ -77,6 +78,10 @@ class Klaviyo:
     def outage(self) -> str:
         """Return why calls are held back; "" when they are not."""
         return self._gates.outage()
+
+    def limits(self) -> Mapping[str, Standing]:
+        """Return how the limits of each endpoint stand."""
+        return self._limits.standings()
 
     def _call(
         self, endpoint: str, method: str, path: str, content: bytes | Callable[[], bytes] | None

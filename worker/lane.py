@@ -54,6 +54,7 @@ class Lane(Thread):
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         self._kept: list[Job] = []  # in the order they came
         self._ended = False
+        self.at_work = 0  # messages in the batch that is being handled
 
     def put(self, job: Job) -> None:
         """Have a job handled."""
@@ -70,7 +71,9 @@ class Lane(Thread):
     def run(self) -> None:
         """Work until the end; what has to wait then goes back to the queue."""
         while batch := self._next_batch():
+            self.at_work = len(batch)
             self._guarded(self._work, batch)
+            self.at_work = 0
         if self._kept:
             self._guarded(self._ends.give_back, self._kept)
 

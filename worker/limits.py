@@ -14,7 +14,7 @@ import math
 import re
 import time
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from worker.errors import Throttled, Transient
 from worker.http import TOO_MANY_REQUESTS
@@ -36,6 +36,17 @@ TIERS = (  # L for all others
     (r"POST /api/event-bulk-create-jobs|\w+ /api/profile-bulk-import-jobs.*", M),
     (r"(GET|POST) /api/events|GET /api/catalog-(?!(item|variant)-bulk-(create|update)-jobs).*", XL),
 )
+
+
+class Standing(NamedTuple):
+    """How an endpoint's limits are used now."""
+
+    burst: float  # the account's calls per second, as its steady ones per minute
+    steady: float
+    pace: float  # calls per minute that this worker may make now
+    burst_used: float  # share of the calls that it may make at once
+    remaining: float | None  # calls of the account's window, as the last answer said; None: no window is known
+    waiting: int  # calls
 
 
 class Limits:
@@ -69,6 +80,12 @@ class Limits:
             bucket.throttled(max(retry_after or 0.0, 1.0))
         else:
             bucket.told(*(_number(headers, f"RateLimit-{name}") for name in ("Limit", "Remaining", "Reset")))
+
+    def standings(self) -> dict[str, Standing]:
+        """Return how each endpoint that was called stands."""
+        with self._lock:
+            buckets = dict(self._buckets)
+        return {endpoint: bucket.standing() for endpoint, bucket in buckets.items()}
 
     def _bucket(self, endpoint: str) -> _Bucket:
         with self._lock:
@@ -106,6 +123,16 @@ class _Bucket:
     def leave(self, place: object) -> None:
         with self._lock:
             self._queue = [other for other in self._queue if other is not place]
+
+    def standing(self) -> Standing:
+        with self._lock:
+            now = self._count()
+            pace = self._pace(now)
+            remaining = self._remaining if now < self._guided_until else None
+            used = 1 - self._tokens / self._capacity(pace)
+            return Standing(
+                self._burst, self._steady * STEADY, pace * STEADY, min(max(used, 0.0), 1.0), remaining, len(self._queue)
+            )
 
     def told(self, limit: float, remaining: float, reset: float) -> None:
         """Note the steady limit and what remains of its window; nan, or what cannot be, tells of no other callers."""
@@ -145,9 +172,12 @@ class _Bucket:
         passed = max(now - self._counted_at, 0.0)
         self._factor = min(self._factor + passed / RECOVERY, 1.0)
         pace = self._pace(now)
-        capacity = max((self._burst / self._steady - 1) * pace, 1.0)
-        self._tokens, self._counted_at = min(self._tokens + passed * pace, capacity), max(now, self._counted_at)
+        tokens = min(self._tokens + passed * pace, self._capacity(pace))
+        self._tokens, self._counted_at = tokens, max(now, self._counted_at)
         return now
+
+    def _capacity(self, pace: float) -> float:
+        return max((self._burst / self._steady - 1) * pace, 1.0)
 
     def _seconds(self, missing: float, now: float) -> float:
         start = max(now, self._counted_at)

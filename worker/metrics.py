@@ -148,6 +148,22 @@ class Metrics:
         """Read the gauges from a running worker from now on. Once."""
         self._registry.register(_Gauges(state))
 
+    def outcomes(self) -> dict[tuple[str, str], int]:
+        """Count the messages settled, by type and outcome."""
+        return {(labels["message_type"], labels["outcome"]): int(n) for labels, n in _totals(self._processed)}
+
+    def requests(self) -> dict[tuple[str, str], int]:
+        """Count the requests, by service and endpoint."""
+        return {(service, end): n for service, of in self._requests.items() for end, n in of.by_endpoint().items()}
+
+    def ages(self) -> tuple[int, float]:
+        """Return of how many messages the age at their effect is known, and the sum of these, in seconds."""
+        return _number_and_sum(self._age)
+
+    def batches(self) -> tuple[int, float]:
+        """Return the number of batches, and of the messages in them."""
+        return _number_and_sum(self._batch)
+
     def render(self) -> tuple[bytes, str]:
         """Return the answer to GET /metrics: body and content type."""
         encode, content_type = choose_encoder("")
@@ -168,6 +184,9 @@ class _Requests:
         self._count.labels(endpoint, "none" if status is None else status).inc()
         self._limited.labels(endpoint).inc(status == _TOO_MANY_REQUESTS)  # by 0 too: the series must be there
         self._duration.labels(endpoint).observe(seconds)
+
+    def by_endpoint(self) -> dict[str, int]:
+        return {labels["endpoint"]: int(number) for labels, number in _totals(self._duration, "_count")}
 
 
 class _Gauges:
@@ -227,6 +246,17 @@ def _read(name: str, read: Callable[[], T]) -> T | None:
     except Exception as error:  # noqa: BLE001 - a gauge that fails must not take the others with it
         log.warning("metric_unavailable", extra={"metric": name, "error": type(error).__name__})
         return None
+
+
+def _totals(metric: Counter | Histogram, suffix: str = "_total") -> Iterator[tuple[Mapping[str, str], float]]:
+    """Yield labels and value of every series, by the end of its name."""
+    for family in metric.collect():
+        yield from ((sample.labels, sample.value) for sample in family.samples if sample.name.endswith(suffix))
+
+
+def _number_and_sum(histogram: Histogram) -> tuple[int, float]:
+    ((_, number),), ((_, total),) = _totals(histogram, "_count"), _totals(histogram, "_sum")
+    return int(number), total
 
 
 def _error_types() -> frozenset[str]:

@@ -27,7 +27,8 @@ RECEIVE_WAIT = 1.0  # seconds; how soon an idle loop notices that it is to stop
 DRAIN_WAIT = 0.05  # seconds; how soon `once` notices that the lanes are done
 QUIET = 10.0  # seconds without a message after which `once` takes a queue that cannot tell for empty
 HEARTBEAT = 60.0  # seconds after which a loop that did not come round is taken for dead
-# Resources with lanes of their own, 0 of events, 1 of profiles, 2 of the catalog: none waits for the jobs of others.
+LANES = ("events", "profiles", "catalog")  # none waits for the jobs of others
+# Resources by the place in LANES of the lanes that are theirs.
 EFFECTS = {"customer": 1, "category": 2, "product": 2, "inventory-entry": 2}
 _INTERRUPTED = Failure("was in work when the worker stopped", "send", "Interrupted")
 
@@ -99,6 +100,14 @@ class Runner:
     def oldest_age(self) -> float | None:
         """Return how many seconds ago the oldest of the messages in flight was published; see InFlight."""
         return self._in_flight.oldest_age()
+
+    def at_work(self) -> dict[str, list[int]]:
+        """Count the messages that each lane handles now, by what lanes are for; 0: it is idle."""
+        number = self._settings.lanes
+        return {
+            name: [lane.at_work for lane in self._lanes[effect * number : (effect + 1) * number]]
+            for effect, name in enumerate(LANES)
+        }
 
     def parked(self) -> str:
         """Return why the worker is parked; "" when it is not."""

@@ -19,6 +19,7 @@ from worker.pipeline import Pipeline
 from worker.remembered import Remembered
 from worker.runner import Runner
 from worker.send import Sender
+from worker.status.status import Status
 from worker.systemd import Notifier
 from worker.telemetry import Telemetry, log
 
@@ -64,12 +65,12 @@ class Service:
         self._state = _State(self._runner, queue, settings.threads, stages)
         self._telemetry.metrics.watch(self._state)
         self._systemd = Notifier(self._state, os.environ)
-        self._metrics_port = settings.metrics_port
+        self._settings = settings
 
     def run(self, *, once: bool, max_wait: float) -> None:
         """Work until stopped, or with `once` until the queue is empty; see Runner.run for what it raises."""
         _collect_garbage_less_often()
-        health = self._serve() if self._metrics_port and not once else None
+        health = self._serve() if self._settings.metrics_port and not once else None
         if not once:
             self._systemd.start()
         log.info("started")
@@ -87,13 +88,15 @@ class Service:
         self._runner.stop()
 
     def _serve(self) -> HealthServer | None:
-        """Serve health and metrics. That the port is taken is no reason not to work."""
-        server = HealthServer(self._metrics_port, self._telemetry.metrics, self._state)
+        """Serve health, metrics and status. That the port is taken is no reason not to work."""
+        port, is_shown = self._settings.metrics_port, self._settings.status_page == "on"
+        status = Status(self._settings, self._state, self._telemetry) if is_shown else None
+        server = HealthServer(port, self._telemetry.metrics, self._state, status)
         try:
             server.start()
         except OSError as error:
             hint = "another worker on this host? Give each a KLAVIYO_WORKER_METRICS_PORT of its own, or 0 for none"
-            log.warning("metrics_not_served", extra={"port": self._metrics_port, "reason": f"{error.strerror}: {hint}"})
+            log.warning("metrics_not_served", extra={"port": port, "reason": f"{error.strerror}: {hint}"})
             return None
         return server
 
@@ -105,7 +108,7 @@ def _collect_garbage_less_often() -> None:
 
 
 class _State:
-    """What health and metrics show of a running worker."""
+    """What health, metrics and status show of a running worker."""
 
     def __init__(self, runner: Runner, queue: QueueAdapter, lanes: int, stages: Stages) -> None:
         self._runner = runner
@@ -119,6 +122,8 @@ class _State:
         self.waiting = runner.waiting
         self.oldest_age = runner.oldest_age
         self.parked = runner.parked
+        self.at_work = runner.at_work
+        self.limits = stages.klaviyo.limits
 
     def lanes(self) -> int:
         return self._lanes

@@ -291,7 +291,10 @@ class Settings(MappingSettings, QueueSettings):
         ge=0,
         le=65535,
         validation_alias="KLAVIYO_WORKER_METRICS_PORT",
-        description="Port of /livez, /readyz and /metrics; 0: none",
+        description="Port of /livez, /readyz, /metrics and the status page; 0: none",
+    )
+    status_page: Literal["on", "off"] = Field(
+        "on", validation_alias="KLAVIYO_WORKER_STATUS_PAGE", description="Status page at / of that port: on or off"
     )
     log_level: str = Field(
         "INFO",

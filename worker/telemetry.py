@@ -15,6 +15,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 from worker.errors import Ignored, Outdated
 from worker.model import Disposition, Job
+from worker.status.failures import Failures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -65,11 +66,12 @@ class Notice:
 
 
 class Telemetry:
-    """Counts outcomes, for the log and for Prometheus, and writes the canonical lines."""
+    """Counts outcomes, for the log and for Prometheus, remembers failures, and writes the canonical lines."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.outcomes: Counter[str] = Counter()
         self.metrics = metrics
+        self.failures = Failures()
         self._lock = Lock()
 
     def received(self, messages: int) -> None:
@@ -90,6 +92,8 @@ class Telemetry:
         for job in jobs:
             if job.outcome and job.outcome.cause and not isinstance(job.outcome.cause, Ignored | Outdated):
                 self.metrics.failed(job.outcome.stage, job.outcome.error)
+                if job.is_kept:
+                    self.failures.note(_canonical(job, "waiting"))
 
     def settled(self, jobs: Iterable[Job]) -> None:
         """Report deliveries that reached an ending."""
@@ -105,6 +109,8 @@ class Telemetry:
                 self.outcomes[outcome] += 1
             line = _canonical(job, outcome)
             self.metrics.settled(line["message_type"], outcome, line["duration_s"], line["age_s"])
+            if outcome in _LEVELS:
+                self.failures.note(line)
             log.log(_LEVELS.get(outcome, logging.INFO), "message_processed", extra=line)
 
 

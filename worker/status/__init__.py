@@ -1,0 +1,1 @@
+"""The status page: how a worker is, for a person. worker/health.py serves it."""

@@ -1,0 +1,224 @@
+"use strict";
+// Whatever comes from the worker is put in as text, never as HTML: types, ids and reasons are anybody's strings.
+
+const EVERY = 2000, PATIENCE = 5000; // milliseconds
+const SPAN = 600, HEIGHT = 100; // seconds, and units of a chart
+const SVG = "http://www.w3.org/2000/svg";
+const CHARTS = [
+  { name: "sent", title: "Sent, a second" },
+  { name: "ignored", title: "Ignored, a second" },
+  { name: "failed", title: "Failed, a second" },
+  { name: "age", title: "Oldest in flight", series: ["oldest", "age"], unit: "s", note: "dotted: mean age when sent" },
+];
+const OUTCOMES = { sent: "Sent", ignored: "Ignored", retried: "Retried", dead_lettered: "Dead letters", returned: "Returned" };
+const ENDINGS = { retried: "back to the queue", dead_lettered: "dead letter", waiting: "kept, tried again" };
+
+const byId = (id) => document.getElementById(id);
+const number = (value, digits = 0) => value.toLocaleString("en", { maximumFractionDigits: digits });
+const rate = (value) => number(value, value < 10 ? 1 : 0);
+const known = (value, show) => (value === null || value === undefined ? "–" : show(value));
+
+function seconds(value) {
+  if (value < 10) return `${number(value, 1)} s`;
+  if (value < 120) return `${number(value)} s`;
+  if (value < 7200) return `${number(value / 60)} min`;
+  return value < 172800 ? `${number(value / 3600)} h` : `${number(value / 86400)} days`;
+}
+
+function element(tag, content, className) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (Array.isArray(content)) made.append(...content);
+  else if (content !== undefined) made.textContent = content;
+  return made;
+}
+
+function set(id, text) {
+  const found = byId(id);
+  if (found.textContent !== text) found.textContent = text; // or what is read aloud would be read again
+}
+
+const shown = new Map();
+
+// Makes the content of an element anew, only when its data is new: a reader may have marked a text in it.
+function fill(id, data, make) {
+  const now = JSON.stringify(data);
+  if (shown.get(id) === now) return;
+  shown.set(id, now);
+  byId(id).replaceChildren(...make(data));
+}
+
+function entry(name, value, className, more) {
+  const what = element("dd", value, className);
+  if (more) what.append(" ", element("small", more));
+  return element("div", [element("dt", name), what]);
+}
+
+function showState({ state, worker, now }) {
+  byId("state").dataset.level = state.level;
+  set("word", state.word);
+  fill("why", state.why, (why) => why.map((reason) => element("li", reason)));
+  set("advice", state.advice);
+  set("version", worker.version);
+  const since = seconds((Date.parse(now) - Date.parse(worker.started)) / 1000);
+  set("worker", `${worker.host} · process ${worker.process} · ${worker.queue} · up ${since}`);
+  document.title = `${state.word} · klaviyo-worker`;
+}
+
+function showFigures({ messages }) {
+  fill("figures", messages, (m) => [
+    entry("In flight", number(m.in_flight), "", `of ${number(m.max_in_flight)}`),
+    entry("Of these, waiting", number(m.waiting), m.waiting ? "worrying" : ""),
+    entry("Backlog", known(m.backlog, number), "", m.backlog === null ? "not told" : ""),
+    entry("Dead letters", known(m.dead_letters, number), m.dead_letters ? "alarming" : "", m.dead_letters === null ? "not told" : ""),
+  ]);
+}
+
+// A path over the points that are there; where a step is missing the line ends, and another begins.
+function path(ago, values, top, step, closed) {
+  let drawn = "", before = null, first = null;
+  const x = (seconds) => (SPAN - seconds).toFixed(1);
+  const close = () => (closed && before !== null ? `L${x(before)},${HEIGHT}L${x(first)},${HEIGHT}Z` : "");
+  values.forEach((value, i) => {
+    if (value === null) return;
+    const joins = before !== null && before - ago[i] < 2.5 * step;
+    if (!joins) { drawn += close(); first = ago[i]; }
+    drawn += `${joins ? "L" : "M"}${x(ago[i])},${(HEIGHT - (HEIGHT * value) / top).toFixed(1)}`;
+    before = ago[i];
+  });
+  return drawn + close();
+}
+
+function chart({ name, title, series = [name], unit, note }, history) {
+  const show = unit === "s" ? seconds : rate;
+  const lines = series.map((which) => history[which]);
+  const highest = Math.max(0, ...lines.flat().filter((value) => value !== null));
+  const last = lines[0].at(-1) ?? null;
+  const made = element("figure", undefined, "chart");
+  made.dataset.name = highest ? name : "none";
+  const drawing = document.createElementNS(SVG, "svg");
+  const says = `${title}: now ${known(last, show)}, at most ${show(highest)} in ten minutes`;
+  const attributes = { viewBox: `0 0 ${SPAN} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": says };
+  for (const [key, value] of Object.entries(attributes)) drawing.setAttribute(key, value);
+  const draw = (values, className) => {
+    const line = document.createElementNS(SVG, "path");
+    line.setAttribute("d", path(history.ago, values, highest || 1, history.step, className === "area"));
+    if (className) line.setAttribute("class", className);
+    drawing.append(line);
+  };
+  draw(lines[0], "area");
+  draw(lines[0]);
+  if (lines[1]) draw(lines[1], "second");
+  const value = element("dd", known(last, show), name === "failed" && last ? "alarming" : "");
+  value.append(element("small", `top ${show(highest)}`));
+  const scale = element("p", [element("span", "10 min ago"), element("span", "now")], "scale");
+  made.append(element("dl", [element("dt", title), value]), drawing, scale);
+  if (note) made.append(element("p", note, "scale"));
+  return made;
+}
+
+function showCharts({ history }) {
+  byId("charts").replaceChildren(...CHARTS.map((about) => chart(about, history)));
+}
+
+function showLanes({ lanes, batch }) {
+  fill("lanes", lanes, (all) => Object.entries(all).map(([name, sizes]) => {
+    const items = sizes.map((size) => element("li", size ? number(size) : "idle", size ? "busy" : ""));
+    return element("div", [element("dt", name), element("dd", [element("ul", items)])]);
+  }));
+  set("batch", `Each shows the messages in its batch; ${batch === null ? "none" : `${number(batch, 1)} on average`} in the last minute.`);
+}
+
+function showServices({ services }) {
+  fill("services", services, (all) => all.map(({ service, outage, requests }) =>
+    entry(service, outage ? "outage" : "no outage", outage ? "worrying" : "", `${number(requests)} requests in a minute`)));
+}
+
+function showOutcomes({ outcomes }) {
+  fill("outcomes", outcomes, (rows) => {
+    if (!rows.length) return [element("caption", "None yet.", "quiet")];
+    const columns = Object.keys(OUTCOMES).filter((o) => o === "sent" || o === "ignored" || rows.some((row) => row[o]));
+    const head = ["Type", ...columns.map((column) => OUTCOMES[column])].map((title) => {
+      const cell = element("th", title);
+      cell.scope = "col";
+      return cell;
+    });
+    const lines = rows.map((row) => {
+      const type = element("th", row.type.split(/(?=[A-Z])/).flatMap((word) => [word, element("wbr")]));
+      type.scope = "row";
+      const cells = columns.map((c) => element("td", number(row[c]), row[c] ? (c === "dead_lettered" ? "alarming" : "") : "none"));
+      return element("tr", [type, ...cells]);
+    });
+    return [element("thead", [element("tr", head)]), element("tbody", lines)];
+  });
+}
+
+function limit(line) {
+  const share = Math.min(line.used / Math.max(line.steady, 1), 1);
+  const filled = element("span", undefined, share > 0.8 ? "worrying" : "");
+  filled.style.width = `${(100 * share).toFixed(1)}%`;
+  const notes = [
+    `${number(line.used)} of ${number(line.steady)} a minute`,
+    `${number(100 * line.burst_used)} % of the burst of ${number(line.burst)} a second`,
+    `may make ${number(line.pace)} a minute now`,
+  ];
+  if (line.remaining !== null) notes.push(`the account has ${number(line.remaining)} left`);
+  if (line.waiting) notes.push(`${number(line.waiting)} waiting`);
+  return element("li", [
+    element("span", line.endpoint, "name"),
+    element("div", [filled], "bar"),
+    element("span", notes.join(" · "), "note quiet"),
+  ]);
+}
+
+function showLimits({ limits }) {
+  fill("limits", limits, (lines) => (lines.length ? lines.map(limit) : [element("li", "Nothing was called yet.", "quiet")]));
+}
+
+function failure(line) {
+  const at = element("time", new Date(line.at).toLocaleTimeString("en-GB"));
+  at.dateTime = line.at;
+  const times = line.times > 1 ? ` · ${number(line.times)} times, the last one` : "";
+  const ending = element("b", ENDINGS[line.outcome] ?? line.outcome, line.outcome === "waiting" ? "worrying" : "alarming");
+  const about = [line.message_type ?? "unreadable", line.resource_type, line.resource_id, "· message", line.message_id];
+  const texts = about.filter(Boolean).flatMap((text) => [element("bdi", text), " "]); // some turn what follows them round
+  return element("li", [
+    element("p", [at, " · ", ending, ` in ${line.stage}${times}`]),
+    element("p", line.reason ?? line.error),
+    element("p", [...texts, line.attempt ? `· attempt ${number(line.attempt)}` : ""], "quiet"),
+  ]);
+}
+
+function showFailures({ failures }) {
+  fill("failures", failures, (lines) => (lines.length ? lines.map(failure) : [element("li", "None since the start.", "quiet")]));
+}
+
+const SHOW = [showState, showFigures, showCharts, showLanes, showServices, showFailures, showOutcomes, showLimits];
+let answered = null;
+
+function lost(is) {
+  byId("page").classList.toggle("stale", is);
+  byId("lost").hidden = !is;
+  if (!is) set("lost", "");
+  else if (!byId("lost").textContent) {
+    set("lost", answered ? `The worker has not answered since ${answered.toLocaleTimeString("en-GB")}. This is how it was then.` : "The worker does not answer.");
+  }
+}
+
+async function look() {
+  if (!document.hidden) {
+    try {
+      const response = await fetch("status.json", { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
+      if (!response.ok) throw new Error(response.status);
+      const status = await response.json();
+      for (const show of SHOW) show(status);
+      answered = new Date();
+      lost(false);
+    } catch {
+      lost(true);
+    }
+  }
+  setTimeout(look, EVERY);
+}
+
+look();
