@@ -21,18 +21,14 @@ class Browser:
     """One page, and what it asked for and complained of since it was opened."""
 
     def __init__(self, profile: Path) -> None:
-        commands, self._commands = os.pipe()
-        self._events, events = os.pipe()
-        # The protocol's descriptors are 3 and 4, whatever numbers the pipes have here.
-        shell = f'exec chromium "$@" 3<&{commands} 4>&{events}'
-        self._process = subprocess.Popen(
-            ["sh", "-c", shell, "sh", *_FLAGS, *_QUIET, f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(commands, events),
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(commands)
-        os.close(events)
-        self._stream = os.fdopen(self._events, "rb")
+        # The protocol wants the descriptors 3 and 4, which may be anything else here.
+        pipes = [profile / "commands", profile / "events"]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        shell = 'exec chromium "$@" 3<"$0/commands" 4>"$0/events" 2>/dev/null'
+        flags = (*_FLAGS, *_QUIET, f"--user-data-dir={profile}/profile")
+        self._process = subprocess.Popen(["sh", "-c", shell, profile, *flags])
+        self._commands, self._events = os.open(pipes[0], os.O_WRONLY), os.open(pipes[1], os.O_RDONLY)
         self._buffer = b""
         self._last = 0
         self._session = ""
@@ -41,10 +37,11 @@ class Browser:
         self._attach()
 
     def close(self) -> None:
-        self._process.terminate()
+        self._session = ""
+        self.call("Browser.close")
         self._process.wait(PATIENCE)
         os.close(self._commands)
-        self._stream.close()
+        os.close(self._events)
 
     def open(self, url: str, *, width: int = 1000, dark: bool = False) -> None:
         """Load a page, on a phone when `width` is small."""
@@ -88,8 +85,8 @@ class Browser:
         return dict(answer["result"])
 
     def _attach(self) -> None:
-        (target,) = [t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"]
-        self._session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]  # the first page may come later
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 

@@ -337,3 +337,20 @@ def test_what_runs_is_named() -> None:
     """The version of the worker, and the Klaviyo revision its bodies are written for."""
     labels = {"version": version("klaviyo-worker"), "klaviyo_revision": REVISION}
     assert value(Metrics("pubsub"), "build_info", **labels) == 1
+
+
+def test_the_counters_can_be_read() -> None:
+    """As a scrape would tell them: the status page shows the same numbers."""
+    metrics = Metrics("embedded")
+    metrics.settled("OrderCreated", "sent", 0.1, 2.0)
+    metrics.settled("OrderCreated", "sent", 0.1, 3.0)
+    metrics.settled(None, "dead_lettered", 0.1, 9.0)
+    metrics.batch(3)
+    metrics.requested("klaviyo", "POST /api/events", 202, 0.1)
+    metrics.requested("klaviyo", "POST /api/events", 429, 0.1)
+    metrics.requested("commercetools", "orders", None, 0.1)
+    counted = {key: number for key, number in metrics.outcomes().items() if number}
+    assert counted == {("OrderCreated", "sent"): 2, ("unreadable", "dead_lettered"): 1}
+    assert metrics.requests() == {("klaviyo", "POST /api/events"): 2, ("commercetools", "orders"): 1}
+    assert metrics.ages() == (2, 5.0)
+    assert metrics.batches() == (1, 3.0)

@@ -670,3 +670,31 @@ def test_once_on_a_queue_that_cannot_count_ends_when_it_was_quiet_for_a_while(
     runner.run(once=True)
     publisher.join()
     assert handled(pipeline) == [b"a:0", b"a:1", b"a:2", b"a:3"]
+
+
+def test_lanes_tell_what_they_have_at_work(queue: EmbeddedQueue) -> None:
+    """By what they are for; nothing once it is done."""
+    go_on = threading.Event()
+
+    def work(jobs: Sequence[Job]) -> list[Job]:
+        go_on.wait(10)
+        return nothing_special(jobs)
+
+    runner, _ = runner_for(queue, work, lanes=2)
+    assert runner.at_work() == {"events": [0, 0], "profiles": [0, 0], "catalog": [0, 0]}
+    queue.publish([b"customer:1", b"product:1"])
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    try:
+        wait_for(lambda: sum(map(sum, runner.at_work().values())) == 2)
+        assert {name: sum(lanes) for name, lanes in runner.at_work().items()} == {
+            "events": 0,
+            "profiles": 1,
+            "catalog": 1,
+        }
+        go_on.set()
+        wait_for(lambda: not sum(map(sum, runner.at_work().values())))
+    finally:
+        go_on.set()
+        runner.stop()
+        thread.join()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.conftest import FakeDelivery
-from worker.errors import Ignored, Rejected, Transient
+from worker.errors import Ignored, Outdated, Rejected, Transient
 from worker.metrics import Metrics
 from worker.model import Disposition, Job, Kind, Notification, Operation, Outcome
 from worker.telemetry import Telemetry, configure_logging, log
@@ -73,6 +73,24 @@ def test_a_message_that_goes_back_unhandled_says_so() -> None:
     configure_logging("INFO", "json", stream)
     Telemetry(Metrics("embedded")).returned([job(None), job(Outcome(Disposition.ACK, "send"), 1)])
     assert [json.loads(line)["outcome"] for line in stream.getvalue().splitlines()] == ["returned"] * 2
+
+
+def test_failures_are_remembered_and_nothing_else() -> None:
+    """Also those of messages that are kept, which have no line yet; an ignored message is no failure."""
+    telemetry = Telemetry(Metrics("embedded"))
+    held = job(Outcome(Disposition.HOLD, "enrich", Transient("500")))
+    ignored = job(Outcome(Disposition.ACK, "parse", Ignored("no handler")))
+    outdated = job(Outcome(Disposition.HOLD, "send", Outdated("read again")))
+    buried = job(Outcome(Disposition.DEAD_LETTER, "send", Rejected("400")), 1)
+    telemetry.processed([held, ignored, outdated, buried])
+    telemetry.settled([ignored, buried, job(Outcome(Disposition.ACK, "send"), 1)])
+    telemetry.settled([job(Outcome(Disposition.NACK, "enrich", Transient("500")))])
+    told = [(f["outcome"], f["stage"], f["reason"], f["times"]) for f in telemetry.failures.newest()]
+    assert told == [
+        ("retried", "enrich", "500", 1),
+        ("dead_lettered", "send", "400", 1),
+        ("waiting", "enrich", "500", 1),
+    ]
 
 
 def test_a_person_gets_text() -> None:

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 MOST = 20  # reasons kept
 LONGEST = 300  # characters of each text
-_SAME = ("outcome", "message_type", "stage", "error", "reason")  # what makes two failures one, that came twice
-_TOLD = (*_SAME, "resource_type", "resource_id", "message_id", "attempt")
+_SAME = ("outcome", "stage", "error", "reason")  # what makes two failures one, that came twice
+_TOLD = (*_SAME, "message_type", "resource_type", "resource_id", "message_id", "attempt")
 
 
 class Failures:
