@@ -11,6 +11,7 @@ const CHARTS = [
   { name: "age", title: "Oldest in flight", series: ["oldest", "age"], unit: "s", note: "dotted: mean age when sent" },
 ];
 const OUTCOMES = { sent: "Sent", ignored: "Ignored", retried: "Retried", dead_lettered: "Dead letters", returned: "Returned" };
+const WHEN = { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit" };
 const ENDINGS = { retried: "back to the queue", dead_lettered: "dead letter", waiting: "kept, tried again" };
 
 const byId = (id) => document.getElementById(id);
@@ -172,11 +173,11 @@ function limit(line) {
 }
 
 function showLimits({ limits }) {
-  fill("limits", limits, (lines) => (lines.length ? lines.map(limit) : [element("li", "Nothing was called yet.", "quiet")]));
+  fill("limits", limits, (lines) => (lines.length ? lines.map(limit) : [element("li", "None was needed.", "quiet")]));
 }
 
 function failure(line) {
-  const at = element("time", new Date(line.at).toLocaleTimeString("en-GB"));
+  const at = element("time", new Date(line.at).toLocaleString("en-GB", WHEN));
   at.dateTime = line.at;
   const times = line.times > 1 ? ` · ${number(line.times)} times, the last one` : "";
   const ending = element("b", ENDINGS[line.outcome] ?? line.outcome, line.outcome === "waiting" ? "worrying" : "alarming");

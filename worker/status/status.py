@@ -106,7 +106,7 @@ class Status:
         ]
 
     def _limits(self, requests: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
-        """Return how much of each limit was used within a minute, the most used first."""
+        """Return how much of the limits was used that were needed within a minute, the most used first."""
         share = self._settings.rate_share
         lines = [
             {
@@ -121,7 +121,8 @@ class Status:
             }
             for endpoint, standing in self._state.limits().items()
         ]
-        return sorted(lines, key=lambda line: (-line["used"] / max(line["steady"], 1), line["endpoint"]))
+        needed = [line for line in lines if line["used"] or line["waiting"]]
+        return sorted(needed, key=lambda line: (-line["used"] / max(line["steady"], 1), line["endpoint"]))
 
     def _run(self) -> None:
         self.sample(time.monotonic())
