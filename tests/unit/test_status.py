@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.state import FakeState
@@ -102,6 +102,7 @@ def test_a_failure_that_comes_again_is_counted() -> None:
     assert told == [("waiting", "CustomerCreated", "999", 1001), ("dead_lettered", "OrderCreated", "7", 1)]
 
 
+@example({"reason": "x" * LONGEST, "resource_id": "x" * (LONGEST + 1)})
 @given(st.dictionaries(st.sampled_from(sorted(line())), st.text(st.characters(), max_size=2 * LONGEST)))
 def test_whatever_a_message_holds_the_data_is_json_and_bounded(values: dict[str, Any]) -> None:
     """Types, ids and reasons are anybody's strings, with halves of characters, quotes and tags."""
@@ -167,9 +168,11 @@ def test_before_the_first_sample_there_is_nothing_to_tell() -> None:
 
 
 def test_limits_are_those_of_this_worker() -> None:
-    """The share it may use, what it used of that in a minute, and what Klaviyo says is left; the most used first."""
+    """The share it may use, what it used of that in a minute, and what Klaviyo says is left; none not needed."""
     metrics = Metrics("embedded")
-    told = status(telemetry=Telemetry(metrics), rate_share=0.5)
+    used = FakeState().limits()["POST /api/events"]
+    limits = {"GET /api/events": used._replace(waiting=0), "POST /api/events": used}
+    told = status(FakeState(limits=limits), Telemetry(metrics), rate_share=0.5)
     told.sample(0.0)
     for service in ("klaviyo", "commercetools"):
         metrics.requested(service, "POST /api/events", 202, 0.1)
