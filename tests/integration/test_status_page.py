@@ -225,6 +225,20 @@ def test_what_the_worker_does_can_be_read(serve: Serve, browser: Browser) -> Non
     assert browser.evaluate("document.querySelectorAll('#charts [role=img][aria-label]').length") == 4
 
 
+def test_only_the_newest_failures_stand_before_the_rest(serve: Serve, browser: Browser) -> None:
+    """Whoever wants more opens them, and they stay open."""
+    telemetry = busy()
+    for number in range(7):
+        telemetry.failures.note(line(reason=f"reason {number}"))
+    shown(browser, serve(telemetry))
+    assert browser.evaluate("document.querySelectorAll('#failures li').length") == 5
+    assert "reason 1" not in text(browser, "#page")
+    browser.evaluate("document.querySelector('summary').click()")
+    telemetry.failures.note(line(reason="reason 7"))
+    browser.wait_for("document.querySelector('#failures').innerText.includes('reason 7')")
+    assert "reason 1" in text(browser, "#earlier")
+
+
 def test_the_page_follows_the_worker(serve: Serve, browser: Browser) -> None:
     """Without a reload, also when it goes away: old figures must not look like new ones."""
     server = serve()

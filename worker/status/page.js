@@ -2,6 +2,7 @@
 // Whatever comes from the worker is put in as text, never as HTML: types, ids and reasons are anybody's strings.
 
 const EVERY = 2000, PATIENCE = 5000; // milliseconds
+const AT_ONCE = 5; // failures shown
 const SPAN = 600, HEIGHT = 100; // seconds, and units of a chart
 const SVG = "http://www.w3.org/2000/svg";
 const CHARTS = [
@@ -191,7 +192,10 @@ function failure(line) {
 }
 
 function showFailures({ failures }) {
-  fill("failures", failures, (lines) => (lines.length ? lines.map(failure) : [element("li", "None since the start.", "quiet")]));
+  const [newest, earlier] = [failures.slice(0, AT_ONCE), failures.slice(AT_ONCE)];
+  fill("failures", newest, (lines) => (lines.length ? lines.map(failure) : [element("li", "None since the start.", "quiet")]));
+  fill("earlier", earlier, (lines) => lines.map(failure));
+  byId("more").hidden = !earlier.length;
 }
 
 const SHOW = [showState, showFigures, showCharts, showLanes, showServices, showFailures, showOutcomes, showLimits];
