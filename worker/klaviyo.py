@@ -17,7 +17,7 @@ from openapi_client.rest import RESTClientObject
 from worker import http
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.gate import Gates
-from worker.limits import Limits
+from worker.limits import Limits, Standing
 from worker.loose import as_dict, as_dicts, as_text
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     import urllib3
 
-    from worker.limits import Standing
     from worker.model import Json
     from worker.send.client import Body
     from worker.settings import Settings

@@ -255,8 +255,8 @@ def _totals(metric: Counter | Histogram, suffix: str = "_total") -> Iterator[tup
 
 
 def _number_and_sum(histogram: Histogram) -> tuple[int, float]:
-    ((_, number),), ((_, total),) = _totals(histogram, "_count"), _totals(histogram, "_sum")
-    return int(number), total
+    values = {sample.name.rpartition("_")[2]: sample.value for of in histogram.collect() for sample in of.samples}
+    return int(values["count"]), values["sum"]
 
 
 def _error_types() -> frozenset[str]:
