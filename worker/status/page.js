@@ -11,7 +11,9 @@ const CHARTS = [
   { name: "failed", title: "Failed, a second" },
   { name: "age", title: "Oldest in flight", series: ["oldest", "age"], unit: "s", note: "dotted: mean age when sent" },
 ];
-const OUTCOMES = { sent: "Sent", ignored: "Ignored", retried: "Retried", dead_lettered: "Dead letters", returned: "Returned" };
+const OUTCOMES = {
+  sent: "Sent", ignored: "Ignored", retried: "Retried", dead_lettered: "Dead letters", returned: "Returned",
+};
 const WHEN = { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit" };
 const ENDINGS = { retried: "back to the queue", dead_lettered: "dead letter", waiting: "kept, tried again" };
 
@@ -68,11 +70,12 @@ function showState({ state, worker, now }) {
 }
 
 function showFigures({ messages }) {
+  const told = (value) => (value === null ? "not told" : "");
   fill("figures", messages, (m) => [
     entry("In flight", number(m.in_flight), "", `of ${number(m.max_in_flight)}`),
     entry("Of these, waiting", number(m.waiting), m.waiting ? "worrying" : ""),
-    entry("Backlog", known(m.backlog, number), "", m.backlog === null ? "not told" : ""),
-    entry("Dead letters", known(m.dead_letters, number), m.dead_letters ? "alarming" : "", m.dead_letters === null ? "not told" : ""),
+    entry("Backlog", known(m.backlog, number), "", told(m.backlog)),
+    entry("Dead letters", known(m.dead_letters, number), m.dead_letters ? "alarming" : "", told(m.dead_letters)),
   ]);
 }
 
@@ -128,12 +131,15 @@ function showLanes({ lanes, batch }) {
     const items = sizes.map((size) => element("li", size ? number(size) : "idle", size ? "busy" : ""));
     return element("div", [element("dt", name), element("dd", [element("ul", items)])]);
   }));
-  set("batch", `Each shows the messages in its batch; ${batch === null ? "none" : `${number(batch, 1)} on average`} in the last minute.`);
+  const mean = batch === null ? "none" : `${number(batch, 1)} on average`;
+  set("batch", `Each shows the messages in its batch; ${mean} in the last minute.`);
 }
 
 function showServices({ services }) {
-  fill("services", services, (all) => all.map(({ service, outage, requests }) =>
-    entry(service, outage ? "outage" : "no outage", outage ? "worrying" : "", `${number(requests)} requests in a minute`)));
+  fill("services", services, (all) => all.map(({ service, outage, requests }) => {
+    const [word, className] = outage ? ["outage", "worrying"] : ["no outage", ""];
+    return entry(service, word, className, `${number(requests)} requests in a minute`);
+  }));
 }
 
 function showOutcomes({ outcomes }) {
@@ -148,7 +154,10 @@ function showOutcomes({ outcomes }) {
     const lines = rows.map((row) => {
       const type = element("th", row.type.split(/(?=[A-Z])/).flatMap((word) => [word, element("wbr")]));
       type.scope = "row";
-      const cells = columns.map((c) => element("td", number(row[c]), row[c] ? (c === "dead_lettered" ? "alarming" : "") : "none"));
+      const cells = columns.map((column) => {
+        const className = row[column] && column === "dead_lettered" ? "alarming" : "";
+        return element("td", number(row[column]), row[column] ? className : "none");
+      });
       return element("tr", [type, ...cells]);
     });
     return [element("thead", [element("tr", head)]), element("tbody", lines)];
@@ -181,9 +190,10 @@ function failure(line) {
   const at = element("time", new Date(line.at).toLocaleString("en-GB", WHEN));
   at.dateTime = line.at;
   const times = line.times > 1 ? ` · ${number(line.times)} times, the last one` : "";
-  const ending = element("b", ENDINGS[line.outcome] ?? line.outcome, line.outcome === "waiting" ? "worrying" : "alarming");
-  const about = [line.message_type ?? "unreadable", line.resource_type, line.resource_id, "· message", line.message_id];
-  const texts = about.filter(Boolean).flatMap((text) => [element("bdi", text), " "]); // some turn what follows them round
+  const ending = element("b", ENDINGS[line.outcome], line.outcome === "waiting" ? "worrying" : "alarming");
+  const { message_type: type, resource_type: resource, resource_id: id, message_id: message } = line;
+  const about = [type ?? "unreadable", resource, id, "· message", message].filter(Boolean);
+  const texts = about.flatMap((text) => [element("bdi", text), " "]); // some would turn what follows them round
   return element("li", [
     element("p", [at, " · ", ending, ` in ${line.stage}${times}`]),
     element("p", line.reason ?? line.error),
@@ -193,7 +203,8 @@ function failure(line) {
 
 function showFailures({ failures }) {
   const [newest, earlier] = [failures.slice(0, AT_ONCE), failures.slice(AT_ONCE)];
-  fill("failures", newest, (lines) => (lines.length ? lines.map(failure) : [element("li", "None since the start.", "quiet")]));
+  const none = element("li", "None since the start.", "quiet");
+  fill("failures", newest, (lines) => (lines.length ? lines.map(failure) : [none]));
   fill("earlier", earlier, (lines) => lines.map(failure));
   byId("more").hidden = !earlier.length;
 }
@@ -205,9 +216,8 @@ function lost(is) {
   byId("page").classList.toggle("stale", is);
   byId("lost").hidden = !is;
   if (!is) set("lost", "");
-  else if (!byId("lost").textContent) {
-    set("lost", answered ? `The worker has not answered since ${answered.toLocaleTimeString("en-GB")}. This is how it was then.` : "The worker does not answer.");
-  }
+  else if (!answered) set("lost", "The worker does not answer.");
+  else set("lost", `No answer since ${answered.toLocaleTimeString("en-GB")}. This is how the worker was then.`);
 }
 
 async function look() {
