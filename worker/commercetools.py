@@ -15,6 +15,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
+import orjson
 import requests
 from commercetools.base_client import RefreshingOAuth2Session
 from oauthlib.oauth2 import BackendApplicationClient, OAuth2Error
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from threading import Event
 
     from worker.model import Json
-    from worker.settings import Settings
+    from worker.settings import CommercetoolsSettings
 
 PAGE = 500  # commercetools' largest
 MAX_WHERE_BYTES = 6_000  # percent-encoded; keeps the URI under the 8 KB its load balancers take
@@ -112,7 +113,9 @@ class Snapshot:
 class Commercetools:
     """A Reader over commercetools' HTTP API. Safe for many threads."""
 
-    def __init__(self, settings: Settings, stopping: Event, observe: http.Observe = http.unobserved) -> None:
+    def __init__(
+        self, settings: CommercetoolsSettings, stopping: Event, observe: http.Observe = http.unobserved
+    ) -> None:
         self._token = _Token(settings, observe)
         self._url = f"{settings.ct_api_url}/{quote(settings.ct_project_id, safe='')}"
         self._gates = Gates("commercetools", settings, stopping)
@@ -128,6 +131,20 @@ class Commercetools:
     def outage(self) -> str:
         """Return why calls are held back; "" when they are not."""
         return self._gates.outage()
+
+    def call(self, endpoint: str, method: str, path: str = "", body: Json | None = None) -> http.Response:
+        """Call `endpoint` + `path` and return its answer; what is no GET is not sent again when its fate is unknown.
+
+        Raises Transient, and CommercetoolsMisconfigured when there is no token to be had; not for what is refused.
+        """
+        gate = self._gates[endpoint]
+        content = None if body is None else orjson.dumps(body)
+        request = gate if method == "GET" else gate.once
+        return request(self._authorized, endpoint, method, f"{self._url}/{endpoint}{path}", content)
+
+    def look(self, endpoint: str, path: str) -> http.Response:
+        """Return the answer, whatever its status, of a page that takes no token. Raises Transient: there is none."""
+        return self._request(endpoint, "GET", f"{self._url}/{endpoint}{path}")
 
     def _find_chunk(self, query: Query, chunk: list[str]) -> Found:
         """Query one chunk. A value commercetools refuses (400) must not hurt the others: halve until found."""
@@ -156,21 +173,29 @@ class Commercetools:
     def _get(self, query: Query, where: str) -> list[Json]:
         parameters = f"where={quote(where)}&limit={PAGE}&sort=id%20asc&withTotal=false"
         parameters += "".join(f"&expand={quote(path)}" for path in query.expand)
-        url = f"{self._url}/{query.path}?{parameters}"
-        token = self._token.get()
-        response = self._request(query.path, url, token)
-        if response.status == requests.codes.unauthorized:  # revoked before its time
-            response = self._request(query.path, url, self._token.renew(token))
+        response = self._authorized(query.path, "GET", f"{self._url}/{query.path}?{parameters}")
         results = as_dict(_checked(response, query.path)).get("results")
         if not isinstance(results, list):  # never take a strange answer for "there is none"
             raise Transient(f"commercetools answered for {query.path} without results")
         return as_dicts(results)
 
-    def _request(self, endpoint: str, url: str, token: str) -> http.Response:
-        headers = {"Authorization": f"Bearer {token}", "Accept-Encoding": "gzip", "User-Agent": "klaviyo-worker"}
-        response = self._transport.request(endpoint, "GET", url, headers)
+    def _authorized(self, endpoint: str, method: str, url: str, body: bytes | None = None) -> http.Response:
+        token = self._token.get()
+        response = self._request(endpoint, method, url, body, token)
+        if response.status == requests.codes.unauthorized:  # revoked before its time
+            response = self._request(endpoint, method, url, body, self._token.renew(token))
         http.check_passing(response)
         return response
+
+    def _request(
+        self, endpoint: str, method: str, url: str, body: bytes | None = None, token: str = ""
+    ) -> http.Response:
+        headers = {"Accept-Encoding": "gzip", "User-Agent": "klaviyo-worker"}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        return self._transport.request(endpoint, method, url, headers, body)
 
 
 def _checked(response: http.Response, path: str) -> Any:
@@ -212,7 +237,7 @@ def _chunks(values: list[str], query: Query) -> Iterator[list[str]]:
 class _Token:
     """An access token, fetched by one thread at a time while the others wait for it."""
 
-    def __init__(self, settings: Settings, observe: http.Observe) -> None:
+    def __init__(self, settings: CommercetoolsSettings, observe: http.Observe) -> None:
         self._settings = settings
         self._observe = observe
         self._lock = Lock()

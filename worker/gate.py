@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from threading import Event
 
     from worker.errors import WorkerError
-    from worker.settings import Settings
+    from worker.settings import CommercetoolsSettings
 
 OUTAGE_AFTER = 5  # calls to an endpoint that gave up, without one that succeeded in between
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries
@@ -43,7 +43,7 @@ def pause(tries: int, longest: float) -> float:
 class Gates:
     """The gates of one service, by endpoint: one part of a service may be down while others work."""
 
-    def __init__(self, service: str, settings: Settings, stopping: Event) -> None:
+    def __init__(self, service: str, settings: CommercetoolsSettings, stopping: Event) -> None:
         self._service = service
         self._settings = settings
         self._stopping = stopping
@@ -70,7 +70,7 @@ class Gate:
     tries, once, and opens the gate or begins a longer pause. Misconfigured closes it at once, for `park_seconds`.
     """
 
-    def __init__(self, about: Mapping[str, str], settings: Settings, stopping: Event) -> None:
+    def __init__(self, about: Mapping[str, str], settings: CommercetoolsSettings, stopping: Event) -> None:
         self._about = about
         self._settings = settings
         self._stopping = stopping

@@ -21,7 +21,7 @@ from worker.errors import Throttled, Transient
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from worker.settings import Settings
+    from worker.settings import CommercetoolsSettings
 
 MULTIPLE_CHOICES, REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS, INTERNAL_SERVER_ERROR = 300, 408, 425, 429, 500
 MAX_RETRY_AFTER = 3600.0
@@ -72,7 +72,7 @@ class Transport:
     `observe` is told the endpoint, the status (None: no answer) and the seconds of each.
     """
 
-    def __init__(self, pool: urllib3.PoolManager, settings: Settings, observe: Observe) -> None:
+    def __init__(self, pool: urllib3.PoolManager, settings: CommercetoolsSettings, observe: Observe) -> None:
         self._pool = pool
         self._timeout = urllib3.Timeout(connect=settings.connect_timeout, read=settings.read_timeout)
         self._read_timeout = settings.read_timeout

@@ -9,17 +9,15 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import orjson
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from adapters.base import QueueOptions
-from adapters.loopback import is_loopback
 from worker.errors import SettingsError
 from worker.mapping import Mapping, load_mapping
+from worker.setting_types import Client, Key, Text, Url  # noqa: TC001 - read by pydantic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping as ReadOnly
@@ -28,50 +26,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
-def _http_url(value: str) -> str:
-    parts = urlsplit(value)
-    if (parts.scheme == "https" and parts.netloc) or (parts.scheme == "http" and is_loopback(parts.hostname or "")):
-        return value.rstrip("/")
-    raise ValueError("expected an https:// URL (http:// for this machine only)")
-
-
-def _filled(value: str) -> str:
-    if not value.strip() or not value.isprintable():
-        raise ValueError("expected a text that is not empty")
-    return value.strip()
-
-
-def _credentials(value: Any) -> Any:
-    """Decode the JSON here, so that no decoder's message can quote the secret."""
-    if not isinstance(value, str):
-        return value
-    try:
-        document = orjson.loads(value)
-        client, secret = document["clientId"], document["secret"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        raise ValueError('expected JSON like {"clientId": "…", "secret": "…"}') from None
-    if not isinstance(client, str) or not isinstance(secret, str) or not client or not secret:
-        raise ValueError("expected clientId and secret to be texts that are not empty")
-    return {"client_id": client, "secret": secret}
-
-
-class ApiClient(BaseModel):
-    """A commercetools API client."""
-
-    client_id: str
-    secret: SecretStr
-
-
-def _key(value: SecretStr) -> SecretStr:
-    text = value.get_secret_value()
-    if not text or not text.isascii() or not text.isprintable() or " " in text:
-        raise ValueError("expected a private API key, like pk_…, without spaces")
-    return value
-
-
 S = TypeVar("S", bound=BaseSettings)
-Url = Annotated[str, AfterValidator(_http_url)]
-Text = Annotated[str, AfterValidator(_filled)]
 
 
 class _FileTwins(PydanticBaseSettingsSource):
@@ -163,8 +118,8 @@ class MappingSettings(_Sourced):
         )
 
 
-class Settings(MappingSettings, QueueSettings):
-    """Everything `klaviyo-worker run` needs."""
+class CommercetoolsSettings(_Sourced):
+    """What every command needs that asks commercetools."""
 
     ct_api_url: Url = Field(
         validation_alias="CT_API_URL",
@@ -180,13 +135,62 @@ class Settings(MappingSettings, QueueSettings):
         validation_alias="CT_SCOPE",
         description="Scopes to ask for, separated by spaces [default: all the API client has]",
     )
-    ct_api_client: Annotated[ApiClient, NoDecode, BeforeValidator(_credentials)] = Field(
+    ct_api_client: Client = Field(
         validation_alias="CT_API_CLIENT",
         description='commercetools API client, JSON {"clientId": "…", "secret": "…"}',
     )
-    klaviyo_auth_key: Annotated[SecretStr, AfterValidator(_key)] = Field(
-        validation_alias="KLAVIYO_AUTH_KEY", description="Klaviyo private API key, pk_…"
+    connect_timeout: float = Field(
+        5.0, gt=0, validation_alias="KLAVIYO_WORKER_CONNECT_TIMEOUT", description="Seconds to connect"
     )
+    read_timeout: float = Field(
+        30.0, gt=0, validation_alias="KLAVIYO_WORKER_READ_TIMEOUT", description="Seconds without an answer"
+    )
+    retry_seconds: float = Field(
+        10.0,
+        ge=0,
+        validation_alias="KLAVIYO_WORKER_RETRY_SECONDS",
+        description="Seconds a request is tried again before its message has to wait",
+    )
+    outage_hold: float = Field(
+        1800.0,
+        ge=0,
+        validation_alias="KLAVIYO_WORKER_OUTAGE_HOLD",
+        description="Seconds a message is kept and tried again in an outage before it goes back to the queue",
+    )
+    park_seconds: float = Field(
+        30.0,
+        gt=0,
+        validation_alias="KLAVIYO_WORKER_PARK_SECONDS",
+        description="Seconds between tries while the worker is parked: credentials or queue refused",
+    )
+
+    @property
+    def threads(self) -> int:
+        """Return how many threads ask at once."""
+        return 1
+
+    @property
+    def ct_token_url(self) -> str:
+        """Return the token endpoint; CT_AUTH_URL may name the host or the endpoint itself."""
+        suffix = "/oauth/token"
+        return self.ct_auth_url if self.ct_auth_url.endswith(suffix) else self.ct_auth_url + suffix
+
+
+class SubscriptionSettings(CommercetoolsSettings, MappingSettings, QueueSettings):
+    """Everything `klaviyo-worker subscriptions` needs."""
+
+    destination_secret: SecretStr = Field(
+        SecretStr(""),
+        validation_alias="KLAVIYO_WORKER_DESTINATION_SECRET",
+        description="What lets commercetools send: the secret of an AWS access key, the connection string of "
+        "Service Bus, or the access key of Event Grid",
+    )
+
+
+class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
+    """Everything `klaviyo-worker run` needs."""
+
+    klaviyo_auth_key: Key = Field(validation_alias="KLAVIYO_AUTH_KEY", description="Klaviyo private API key, pk_…")
     app_type: str = Field(
         "EVENT",
         pattern="^EVENT$",
@@ -243,24 +247,6 @@ class Settings(MappingSettings, QueueSettings):
         validation_alias="KLAVIYO_WORKER_MAX_IN_FLIGHT_BYTES",
         description="Bytes of messages held at once",
     )
-    connect_timeout: float = Field(
-        5.0, gt=0, validation_alias="KLAVIYO_WORKER_CONNECT_TIMEOUT", description="Seconds to connect"
-    )
-    read_timeout: float = Field(
-        30.0, gt=0, validation_alias="KLAVIYO_WORKER_READ_TIMEOUT", description="Seconds without an answer"
-    )
-    retry_seconds: float = Field(
-        10.0,
-        ge=0,
-        validation_alias="KLAVIYO_WORKER_RETRY_SECONDS",
-        description="Seconds a request is tried again before its message has to wait",
-    )
-    outage_hold: float = Field(
-        1800.0,
-        ge=0,
-        validation_alias="KLAVIYO_WORKER_OUTAGE_HOLD",
-        description="Seconds a message is kept and tried again in an outage before it goes back to the queue",
-    )
     rate_share: float = Field(
         1.0,
         gt=0,
@@ -273,12 +259,6 @@ class Settings(MappingSettings, QueueSettings):
         ge=0,
         validation_alias="KLAVIYO_WORKER_CATALOG_TTL",
         description="Seconds that categories and products are remembered for order events",
-    )
-    park_seconds: float = Field(
-        30.0,
-        gt=0,
-        validation_alias="KLAVIYO_WORKER_PARK_SECONDS",
-        description="Seconds between tries while the worker is parked: credentials or queue refused",
     )
     grace_period: float = Field(
         25.0,
@@ -324,12 +304,6 @@ class Settings(MappingSettings, QueueSettings):
     def threads(self) -> int:
         """Return how many lanes there are: for events, for profiles, for the catalog."""
         return 3 * self.lanes
-
-    @property
-    def ct_token_url(self) -> str:
-        """Return the token endpoint; CT_AUTH_URL may name the host or the endpoint itself."""
-        suffix = "/oauth/token"
-        return self.ct_auth_url if self.ct_auth_url.endswith(suffix) else self.ct_auth_url + suffix
 
 
 def load(kind: type[S], flags: ReadOnly[str, Any]) -> S:
