@@ -1,47 +1,21 @@
-"""What a commercetools subscription must ask for so that every handler gets its notifications.
-
-https://docs.commercetools.com/api/projects/subscriptions
-"""
+"""The subscription as the documentation shows it."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Any
 
-from worker.transform import HANDLERS
+from worker.subscriptions.destination import parse
+from worker.subscriptions.needs import CHANGES, needs
+from worker.subscriptions.plan import KEY, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CHANGES = ("ResourceCreated", "ResourceUpdated", "ResourceDeleted")  # a change subscription cannot choose among them
-
-
-def messages() -> dict[str, list[str]]:
-    """Return the message types with a handler, by resource type."""
-    wanted: dict[str, list[str]] = {}
-    for resource, kind in HANDLERS:
-        if kind not in CHANGES:
-            wanted.setdefault(resource, []).append(kind)
-    return wanted
-
-
-def changes() -> list[str]:
-    """Return the resource types whose updates have a handler.
-
-    Not products: of their changes only the deletion has one, and `ProductDeleted` tells that without all the rest.
-    """
-    return [resource for resource, kind in HANDLERS if kind == "ResourceUpdated"]
-
 
 def draft() -> dict[str, Any]:
     """Return the body that creates the subscription, for the topic of docs/pubsub.md."""
-    return {
-        "key": "klaviyo-worker",
-        "destination": {"type": "GoogleCloudPubSub", "projectId": "my-project", "topic": "klaviyo-worker"},
-        "messages": [{"resourceTypeId": resource, "types": types} for resource, types in messages().items()],
-        "changes": [{"resourceTypeId": resource} for resource in changes()],
-        "format": {"type": "Platform"},
-    }
+    return Wanted(KEY, parse("pubsub://my-project/klaviyo-worker", ""), needs()).draft()
 
 
 def lines() -> Iterator[str]:

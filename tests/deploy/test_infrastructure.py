@@ -12,10 +12,10 @@ from google.pubsub_v1.types import DeadLetterPolicy, RetryPolicy, Subscription
 
 from adapters.pubsub import _warnings
 from adapters.settlement import LEASE
-from tests.deploy import subscribed
 from tests.deploy.hcl import INFRASTRUCTURE, blocks, resources
 from tests.deploy.pages import commands, flags, page
 from tests.parts import require_command
+from worker.subscriptions.needs import needs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,8 +28,10 @@ WORKER = SUBSCRIPTIONS["worker"]
 def test_commercetools_is_asked_for_what_the_handlers_want() -> None:
     """Everything, and nothing else."""
     subscription = resources("commercetools_subscription")["worker"]
-    assert {block["resource_type_id"]: block["types"] for block in subscription["message"]} == subscribed.messages()
-    assert [block["resource_type_ids"] for block in subscription["changes"]] == [subscribed.changes()]
+    assert {block["resource_type_id"]: block["types"] for block in subscription["message"]} == {
+        resource: list(types) for resource, types in needs().messages.items()
+    }
+    assert [block["resource_type_ids"] for block in subscription["changes"]] == [list(needs().changes)]
     assert subscription["format"] == [{"type": "Platform"}]
 
 

@@ -12,6 +12,7 @@ from worker.cli.check import check
 from worker.cli.dlq import dlq
 from worker.cli.publish import publish
 from worker.cli.run import run
+from worker.cli.subscriptions import subscriptions
 from worker.cli.transform import transform
 
 _EXIT_CODES = """
@@ -56,5 +57,5 @@ def demo(*, keep: Path | None) -> None:
     sys.exit(run_demo(keep))
 
 
-for command in (run, check, publish, transform, dlq):
+for command in (run, check, publish, transform, dlq, subscriptions):
     main.add_command(command)

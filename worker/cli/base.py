@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from worker.settings import QueueSettings
 
 OK, UNEXPECTED, USAGE, QUEUE, COMMERCETOOLS, KLAVIYO, SHUTDOWN_TIMED_OUT = range(7)
-SECRETS = frozenset({"ct_api_client", "klaviyo_auth_key", "servicebus_connection_string"})
+SECRETS = frozenset({"ct_api_client", "destination_secret", "klaviyo_auth_key", "servicebus_connection_string"})
 
 
 class Failed(click.ClickException):

@@ -1,4 +1,4 @@
-"""The commercetools stand-in: tokens and queries over a Shop."""
+"""The commercetools stand-in: tokens, queries over a Shop, and its subscriptions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from urllib.parse import parse_qs
 from worker.sandbox.copies import Copies
 from worker.sandbox.predicate import PredicateError, matches
 from worker.sandbox.server import Answer
+from worker.sandbox.subscriptions import Refused, Subscriptions
 
 if TYPE_CHECKING:
     from worker.sandbox.server import Call
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 
 PROJECT = "sandbox-shop"
 CLIENT_ID, CLIENT_SECRET = "sandbox-client", "sandbox-client-secret"
-SCOPES = ("view_orders", "view_customers", "view_payments", "view_products")
+SCOPES = ("view_orders", "view_customers", "view_payments", "view_products", "manage_subscriptions")
 MAX_URI = 8_192  # bytes
 MAX_LIMIT, DEFAULT_LIMIT, MAX_OFFSET = 500, 20, 10_000
 _SORT = re.compile(r"(id|createdAt|lastModifiedAt)( asc| desc)?")
 
 
-def problem(status: int, code: str = "", message: str = "") -> Any:
+def problem(status: int, code: str = "", message: str = "", **details: Any) -> Any:
     """Return an error document as commercetools forms it."""
     codes = {400: "InvalidInput", 401: "invalid_token", 403: "insufficient_scope", 404: "ResourceNotFound"}
     code = code or codes.get(status, "General")
@@ -35,7 +36,7 @@ def problem(status: int, code: str = "", message: str = "") -> Any:
         "statusCode": status,
         "message": message or code,
         "error": code,
-        "errors": [{"code": code, "message": message or code}],
+        "errors": [{"code": code, "message": message or code, **details}],
     }
 
 
@@ -47,7 +48,8 @@ class Commercetools:
         self._copies = Copies(shop, copies)
         self._lifetime = token_lifetime
         self._lock = Lock()
-        self._tokens: dict[str, float] = {}
+        self._tokens: dict[str, tuple[float, list[str]]] = {}  # when they end, and their scopes
+        self.subscriptions = Subscriptions()
         self.tokens_issued = 0
 
     def revoke_tokens(self) -> None:
@@ -66,9 +68,19 @@ class Commercetools:
             return Answer(413, problem(413))
         if call.path == "/oauth/token":
             return self._token(call)
-        if not self._is_known(call.headers.get("Authorization", "")):
-            return Answer(401, problem(401))
         parts = call.path.strip("/").split("/")
+        is_subscription = parts[:2] == [PROJECT, "subscriptions"]
+        if is_subscription and parts[3:] == ["health"]:
+            return self._subscription(call, parts)
+        scopes = self._scopes(call.headers.get("Authorization", ""))
+        if scopes is None:
+            return Answer(401, problem(401))
+        if is_subscription:
+            allowed = f"manage_subscriptions:{PROJECT}" in scopes
+            return self._subscription(call, parts) if allowed else Answer(403, problem(403))
+        return self._read(call, parts)
+
+    def _read(self, call: Call, parts: list[str]) -> Answer:
         if call.method != "GET" or parts[0] != PROJECT or len(parts) not in {2, 3}:
             return Answer(404, problem(404))
         collection = self._shop.collection(parts[1])
@@ -78,6 +90,14 @@ class Commercetools:
             return self._query(parts[1], collection, call)
         resource = collection.get(parts[2]) or self._copies.get(parts[1], parts[2])
         return Answer(200, resource) if resource else Answer(404, problem(404))
+
+    def _subscription(self, call: Call, parts: list[str]) -> Answer:
+        try:
+            if parts[3:]:
+                return self.subscriptions.health(parts[2])
+            return self.subscriptions.answer(call, "".join(parts[2:]))
+        except Refused as refusal:
+            return Answer(refusal.status, problem(refusal.status, refusal.code, str(refusal), **refusal.details))
 
     def _token(self, call: Call) -> Answer:
         credentials = base64.b64encode(f"{CLIENT_ID}:{CLIENT_SECRET}".encode()).decode()
@@ -93,15 +113,17 @@ class Commercetools:
             return Answer(400, problem(400, "invalid_scope", f"None of {asked} can be granted."))
         token = secrets.token_urlsafe(24)
         with self._lock:
-            self._tokens[token] = time.monotonic() + self._lifetime
+            self._tokens[token] = (time.monotonic() + self._lifetime, granted)
             self.tokens_issued += 1
         document = {"access_token": token, "token_type": "Bearer", "expires_in": self._lifetime}
         return Answer(200, document | {"scope": " ".join(granted)})
 
-    def _is_known(self, authorization: str) -> bool:
+    def _scopes(self, authorization: str) -> list[str] | None:
+        """Return the scopes of a token; None when it is not valid. Only subscriptions ask for theirs."""
         scheme, _, token = authorization.partition(" ")
         with self._lock:
-            return scheme == "Bearer" and self._tokens.get(token, 0.0) > time.monotonic()
+            ends, scopes = self._tokens.get(token, (0.0, []))
+        return scopes if scheme == "Bearer" and ends > time.monotonic() else None
 
     def _query(self, path: str, collection: dict[str, Any], call: Call) -> Answer:
         try:

@@ -1,0 +1,180 @@
+"""The Subscriptions API of the commercetools stand-in, with the rules that it documents; it delivers nothing.
+
+https://docs.commercetools.com/api/projects/subscriptions
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from worker.sandbox.server import Answer
+
+if TYPE_CHECKING:
+    from worker.sandbox.server import Call
+
+    Json = dict[str, Any]
+
+MAX_SUBSCRIPTIONS = 50
+REQUIRED = {
+    "GoogleCloudPubSub": {"projectId", "topic"},
+    "SQS": {"queueUrl", "region"},
+    "SNS": {"topicArn"},
+    "EventBridge": {"region", "accountId"},
+    "AzureServiceBus": {"connectionString"},
+    "EventGrid": {"uri", "accessKey"},
+}
+_KEY = re.compile(r"[A-Za-z0-9_-]{2,256}")
+_HIDDEN = re.compile(r"(?<=SharedAccessKey=)[^;]+")
+_HEALTH = {"Healthy": 200, "TemporaryError": 503}
+_ACTIONS = {"setMessages": "messages", "setChanges": "changes", "changeDestination": "destination", "setKey": "key"}
+_BY_KEY = "key="
+
+
+class Refused(Exception):
+    """What commercetools answers instead."""
+
+    def __init__(self, status: int, code: str, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.status, self.code, self.details = status, code, details
+
+
+@dataclass
+class Subscriptions:
+    """The subscriptions of a project. `unreachable`: texts of destinations that no test message arrives at."""
+
+    unreachable: set[str] = field(default_factory=set)
+    has_health: bool = True
+    _held: dict[str, Json] = field(default_factory=dict)  # secrets included
+    _lock: Lock = field(default_factory=Lock)
+
+    def all(self) -> list[Json]:
+        """Return them, as they are shown."""
+        with self._lock:
+            return [_shown(subscription) for subscription in self._held.values()]
+
+    def secrets(self) -> list[Json]:
+        """Return their destinations, with nothing hidden."""
+        with self._lock:
+            return [subscription["destination"] for subscription in self._held.values()]
+
+    def turn(self, key: str, status: str) -> None:
+        """Change the status of one."""
+        with self._lock:
+            self._found(_BY_KEY + key)["status"] = status
+
+    def health(self, name: str) -> Answer:
+        """Answer /health, which takes no token."""
+        subscription = self._held.get(name)
+        if subscription is None or not self.has_health:
+            raise Refused(404, "ResourceNotFound", f"The Resource with ID '{name}' was not found.")
+        return Answer(_HEALTH.get(subscription["status"], 400), {})
+
+    def answer(self, call: Call, name: str) -> Answer:
+        """Answer a request; `name` is an id, key=KEY, or "" for all of them. Raises Refused."""
+        with self._lock:
+            match call.method, bool(name):
+                case "GET", False:
+                    shown = [_shown(subscription) for subscription in self._held.values()]
+                    return Answer(200, {"limit": 20, "offset": 0, "count": len(shown), "results": shown})
+                case "POST", False:
+                    return Answer(201, _shown(self.create(call.json())))
+                case "GET", True:
+                    return Answer(200, _shown(self._found(name)))
+                case "POST", True:
+                    return Answer(200, _shown(self._updated(self._found(name), call.json())))
+                case "DELETE", True:
+                    subscription = self._found(name)
+                    _check_version(subscription, int(call.query.get("version", ["0"])[0]))
+                    return Answer(200, _shown(self._held.pop(subscription["id"])))
+        raise Refused(404, "ResourceNotFound", "not found")
+
+    def create(self, draft: Json) -> Json:
+        """Create one from a draft, after a test message."""
+        if len(self._held) >= MAX_SUBSCRIPTIONS:
+            raise Refused(400, "MaxResourceLimitExceeded", f"at most {MAX_SUBSCRIPTIONS} subscriptions")
+        now = datetime.now(UTC).isoformat()
+        subscription = {
+            "id": str(uuid.uuid4()),
+            "version": 1,
+            "createdAt": now,
+            "lastModifiedAt": now,
+            "messages": [],
+            "changes": [],
+            "format": {"type": "Platform"},
+            **draft,
+            "status": "Healthy",
+        }
+        self._check(subscription)
+        self._deliver_test(subscription["destination"])
+        self._held[subscription["id"]] = subscription
+        return subscription
+
+    def _updated(self, subscription: Json, body: Json) -> Json:
+        _check_version(subscription, body.get("version"))
+        changed = dict(subscription)
+        for action in body.get("actions", []):
+            name = _ACTIONS.get(action.get("action"))
+            if name is None:
+                raise Refused(400, "InvalidJsonInput", f"unknown action {action.get('action')}")
+            changed[name] = action.get(name)
+            if name == "destination":
+                self._deliver_test(changed[name])
+                changed["status"] = "Healthy"
+            self._check(changed)
+        if changed != subscription:
+            changed |= {"version": subscription["version"] + 1, "lastModifiedAt": datetime.now(UTC).isoformat()}
+        self._held[subscription["id"]] = changed
+        return changed
+
+    def _found(self, name: str) -> Json:
+        for subscription in self._held.values():
+            if name in {subscription["id"], f"{_BY_KEY}{subscription.get('key')}"}:
+                return subscription
+        raise Refused(404, "ResourceNotFound", f"The Resource with ID '{name}' was not found.")
+
+    def _check(self, subscription: Json) -> None:
+        key, destination = subscription.get("key"), subscription.get("destination") or {}
+        required = REQUIRED.get(str(destination.get("type")))
+        if key is not None and not _KEY.fullmatch(key):
+            raise Refused(400, "InvalidField", "key")
+        twins = [
+            other for other in self._held.values() if other["id"] != subscription["id"] and other.get("key") == key
+        ]
+        if key is not None and twins:
+            raise Refused(400, "DuplicateField", f"A duplicate value '{key}' exists for field 'key'.", field="key")
+        if required is None or not required <= {name for name, value in destination.items() if value}:
+            raise Refused(400, "InvalidJsonInput", f"destination: expected one of {', '.join(REQUIRED)}, complete")
+        if destination["type"] == "EventGrid" and subscription["format"].get("type") != "CloudEvents":
+            raise Refused(400, "InvalidInput", "Event Grid takes the format CloudEvents only")
+        if not subscription["messages"] and not subscription["changes"]:
+            raise Refused(400, "InvalidInput", "must contain at least one of 'messages', 'changes', 'events'")
+
+    def _deliver_test(self, destination: Json) -> None:
+        if any(text in str(destination) for text in self.unreachable):
+            message = f"A test message could not be delivered to this destination: {destination}."
+            raise Refused(400, "InvalidInput", f"{message} Please make sure your destination is correctly configured.")
+
+
+def _check_version(subscription: Json, version: Any) -> None:
+    if version != subscription["version"]:
+        current = subscription["version"]
+        message = f"Expected version {version} of {subscription['id']}, which has {current}"
+        raise Refused(409, "ConcurrentModification", message, currentVersion=current)
+
+
+def _shown(subscription: Json) -> Json:
+    """Return it as commercetools does: secrets are partly hidden."""
+    destination = dict(subscription["destination"])
+    for name in ("accessKey", "accessSecret"):
+        if name in destination:
+            destination[name] = f"{destination[name][:2]}*****"
+    if "connectionString" in destination:
+        destination["connectionString"] = _HIDDEN.sub(
+            lambda found: f"{found[0][:2]}*****", destination["connectionString"]
+        )
+    return subscription | {"destination": destination}

@@ -1,0 +1,181 @@
+"""Where commercetools sends to, as people name it and as commercetools does.
+
+https://docs.commercetools.com/api/projects/subscriptions#destination
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from worker.errors import SettingsError
+from worker.loose import as_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from worker.model import Json
+
+SECRET = "KLAVIYO_WORKER_DESTINATION_SECRET"  # noqa: S105 - its name
+EXPECTED = (
+    "pubsub://PROJECT/TOPIC, https://sqs.REGION.amazonaws.com/ACCOUNT/QUEUE, sns://arn:aws:sns:REGION:ACCOUNT:TOPIC, "
+    "eventbridge://ACCOUNT/REGION, servicebus://NAMESPACE.servicebus.windows.net/QUEUE "
+    "or eventgrid://TOPIC.REGION.eventgrid.azure.net"
+)
+_REGION = r"(?P<region>[a-z]{2,}(-[a-z]+)+-[0-9]+)"
+_ACCESS_KEY = r"(\?access_key=(?P<access_key>[A-Za-z0-9]{16,128}))?"
+_PUBSUB = re.compile(r"pubsub://(?P<projectId>[a-z0-9.:-]+)/(?P<topic>[A-Za-z][A-Za-z0-9._~+%-]{2,254})")
+_SQS = re.compile(
+    rf"(https|sqs)://(?P<rest>sqs\.{_REGION}\.amazonaws\.(com|com\.cn|eu)/[0-9]{{12}}/[A-Za-z0-9_-]{{1,80}}){_ACCESS_KEY}"
+)
+_SNS = re.compile(rf"(sns://)?(?P<arn>arn:aws[a-z-]*:sns:[a-z0-9-]+:[0-9]{{12}}:[A-Za-z0-9_-]{{1,256}}){_ACCESS_KEY}")
+_EVENTBRIDGE = re.compile(rf"eventbridge://(?P<accountId>[0-9]{{12}})/{_REGION}")
+_SERVICEBUS = re.compile(
+    r"servicebus://(?P<host>[a-z0-9-]+(\.[a-z0-9-]+)+)/(?P<entity>[A-Za-z0-9][A-Za-z0-9._/-]{0,259})"
+)
+_EVENTGRID = re.compile(r"eventgrid://(?P<host>[a-z0-9-]+(\.[a-z0-9-]+)+)(?P<path>/[A-Za-z0-9/_-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """`fields` are what commercetools is sent, secrets included; `name` is what of them can be shown and compared."""
+
+    fields: Json = field(repr=False)
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def name(self) -> str:
+        """Return it as a URL without its secrets."""
+        return shown(self.fields)
+
+    @property
+    def format(self) -> str:
+        """Return the format it takes; "" where it takes any."""
+        return "CloudEvents" if self.fields["type"] == "EventGrid" else ""
+
+    def hide(self, text: str) -> str:
+        """Return `text` without the secrets."""
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+def parse(url: str, secret: str) -> Destination:
+    """Return what `--destination` names. Raises SettingsError, which quotes neither URL nor secret."""
+    for pattern, read in _READERS.items():
+        if found := pattern.fullmatch(url):
+            return read(found, secret)
+    raise SettingsError(f"--destination is malformed: expected {EXPECTED}")
+
+
+def of_queue(url: str) -> str:
+    """Return the destination that QUEUE_URL names by itself. Raises SettingsError where it names only what is read."""
+    if _SQS.fullmatch(url):
+        return url
+    if url.startswith("servicebus://"):
+        return "/".join(url.split("/")[:4])  # of a topic's subscription: the topic
+    raise SettingsError(f"--destination is missing: QUEUE_URL does not say where to send to: set it to {EXPECTED}")
+
+
+def shown(fields: Json) -> str:
+    """Return the name of a destination as commercetools shows it, with its secrets hidden, or as it is sent."""
+    kind = as_text(fields.get("type"))
+    return _NAMES.get(kind, _unknown)({name: as_text(value) for name, value in fields.items()})
+
+
+def _pubsub(found: re.Match[str], secret: str) -> Destination:
+    del secret
+    return Destination({"type": "GoogleCloudPubSub"} | found.groupdict())
+
+
+def _sqs(found: re.Match[str], secret: str) -> Destination:
+    fields = {"type": "SQS", "queueUrl": f"https://{found['rest']}", "region": found["region"]}
+    return _on_aws(fields, found["access_key"], secret)
+
+
+def _sns(found: re.Match[str], secret: str) -> Destination:
+    return _on_aws({"type": "SNS", "topicArn": found["arn"]}, found["access_key"], secret)
+
+
+def _on_aws(fields: Json, access_key: str | None, secret: str) -> Destination:
+    if access_key is None:
+        return Destination(fields | {"authenticationMode": "IAM"})
+    secret = _set(secret, "the secret of that access key")
+    key = {"authenticationMode": "Credentials", "accessKey": access_key, "accessSecret": secret}
+    return Destination(fields | key, (secret,))
+
+
+def _eventbridge(found: re.Match[str], secret: str) -> Destination:
+    del secret
+    return Destination({"type": "EventBridge", "region": found["region"], "accountId": found["accountId"]})
+
+
+def _servicebus(found: re.Match[str], secret: str) -> Destination:
+    expected = "a connection string with Send, Endpoint=sb://…;SharedAccessKeyName=…;SharedAccessKey=…"
+    parts = _connection(_set(secret, expected))
+    if not parts.get("sharedaccesskey"):
+        raise SettingsError(f"{SECRET} is malformed: expected {expected}")
+    if _host(parts) != found["host"] or parts.get("entitypath", found["entity"]) != found["entity"]:
+        raise SettingsError(f"{SECRET} is for another queue or topic than --destination: correct one of them")
+    whole = secret if "entitypath" in parts else f"{secret.rstrip(';')};EntityPath={found['entity']}"
+    return Destination({"type": "AzureServiceBus", "connectionString": whole}, (secret, parts["sharedaccesskey"]))
+
+
+def _eventgrid(found: re.Match[str], secret: str) -> Destination:
+    secret = _set(secret, "an access key of the topic")
+    uri = f"https://{found['host']}{found['path'] or '/api/events'}"
+    return Destination({"type": "EventGrid", "uri": uri, "accessKey": secret}, (secret,))
+
+
+_READERS: dict[re.Pattern[str], Callable[[re.Match[str], str], Destination]] = {
+    _PUBSUB: _pubsub,
+    _SQS: _sqs,
+    _SNS: _sns,
+    _EVENTBRIDGE: _eventbridge,
+    _SERVICEBUS: _servicebus,
+    _EVENTGRID: _eventgrid,
+}
+
+
+def _aws_key(fields: dict[str, str]) -> str:
+    return "" if fields.get("authenticationMode") == "IAM" else ", by access key"  # commercetools' default
+
+
+def _service_bus_name(fields: dict[str, str]) -> str:
+    parts = _connection(fields.get("connectionString", ""))
+    return f"servicebus://{_host(parts)}/{parts.get('entitypath', '')}, by key {parts.get('sharedaccesskeyname', '')}"
+
+
+def _unknown(fields: dict[str, str]) -> str:
+    return fields.get("type", "")[:64] or "nowhere"
+
+
+_NAMES: dict[str, Callable[[dict[str, str]], str]] = {
+    "GoogleCloudPubSub": lambda fields: f"pubsub://{fields.get('projectId', '')}/{fields.get('topic', '')}",
+    "SQS": lambda fields: fields.get("queueUrl", "") + _aws_key(fields),
+    "SNS": lambda fields: f"sns://{fields.get('topicArn', '')}{_aws_key(fields)}",
+    "EventBridge": lambda fields: f"eventbridge://{fields.get('accountId', '')}/{fields.get('region', '')}",
+    "AzureServiceBus": _service_bus_name,
+    "EventGrid": lambda fields: "eventgrid://" + fields.get("uri", "").removeprefix("https://"),
+}
+
+
+def _set(secret: str, expected: str) -> str:
+    if not secret:
+        raise SettingsError(f"{SECRET} is missing: set it (or {SECRET}_FILE) to {expected}")
+    return secret
+
+
+def _connection(text: str) -> dict[str, str]:
+    """Return the parts of a connection string, by name in lower case."""
+    pairs = (part.partition("=") for part in text.split(";"))
+    return {name.strip().lower(): value.strip() for name, _, value in pairs}
+
+
+def _host(parts: dict[str, str]) -> str:
+    try:
+        return urlsplit(parts.get("endpoint", "")).netloc.lower()
+    except ValueError:
+        return ""
