@@ -22,6 +22,15 @@ class QueueURLError(QueueError):
     """The URL does not name a queue; the text says what was expected."""
 
 
+class MissingPolicy(str):
+    """A sentence of `check` about a policy that is missing: `klaviyo-worker check` fails for it, a worker does not.
+
+    Like the text of a QueueError it says why, then what to do: `why: set ...`.
+    """
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class QueueOptions:
     """What a worker asks of its queue; an adapter uses what applies to it."""
@@ -118,7 +127,10 @@ class QueueAdapter(Protocol):
         """
 
     def check(self) -> Sequence[str]:
-        """Raise QueueError unless this process may consume; return one sentence per thing to mend."""
+        """Raise QueueError unless this process may consume; return one sentence per thing to mend.
+
+        A policy that is missing is a MissingPolicy; one that must not be looked at is none.
+        """
 
     def stop(self) -> None:
         """Stop pulling and return what `receive` never handed out. Settling goes on until `close`."""

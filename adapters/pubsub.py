@@ -25,7 +25,7 @@ from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransp
 
 from adapters import pubsub_dead_letters as dead
 from adapters.awaited import Awaited
-from adapters.base import QueueError, QueueURLError
+from adapters.base import MissingPolicy, QueueError, QueueURLError
 from adapters.batches import batches
 from adapters.leased_letters import LeasedLetters
 from adapters.settlement import LEASE, PASSING, Settlement
@@ -54,8 +54,8 @@ _URL = re.compile(r"(?i:pubsub)://(?P<project>[^/?#]+)/(?P<subscription>[A-Za-z]
 _DIRECT = "KLAVIYO_WORKER_DEAD_LETTER=direct"
 _CONSUME = "pubsub.subscriptions.consume"
 _VIEWER = "grant roles/pubsub.viewer on it"
-_SET_TOPIC = "gcloud pubsub subscriptions update --dead-letter-topic=TOPIC --max-delivery-attempts=10"
-_SET_RETRY = "gcloud pubsub subscriptions update --min-retry-delay=10s --max-retry-delay=600s"
+_SET_TOPIC = "gcloud pubsub subscriptions update {} --dead-letter-topic=TOPIC --max-delivery-attempts=10"
+_SET_RETRY = "gcloud pubsub subscriptions update {} --min-retry-delay=10s --max-retry-delay=600s"
 _ANY_SIZE = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))  # as the client has it
 _RECONNECT = ("grpc.max_reconnect_backoff_ms", 10_000)  # after a long outage back in seconds, not minutes
 _RETRY = Retry(predicate=if_exception_type(*PASSING), initial=0.2, maximum=5.0, timeout=30.0)
@@ -178,7 +178,7 @@ class PubSubQueue:
                 raise QueueError(f"{_DIRECT}: {self._unreadable} its dead-letter topic: {_VIEWER}")
             return [f"{self._unreadable} its policies: {_VIEWER}"]
         if self._options.direct_dead_letter and not self._topic:
-            raise QueueError(f"{_DIRECT}: {self._path} has no dead-letter topic: {_SET_TOPIC}")
+            raise QueueError(f"{_DIRECT}: {self._path} has no dead-letter topic: {_SET_TOPIC.format(self._path)}")
         if subscription.push_config.push_endpoint:
             raise QueueError(
                 f"QUEUE_URL: {self._path} is a push subscription: use push://HOST:PORT, or one that is pulled"
@@ -290,13 +290,15 @@ def _warnings(subscription: Subscription, lease: int) -> Iterator[str]:
     """Name what the subscription lacks, and the command that sets it."""
     name = subscription.name
     if not subscription.dead_letter_policy.dead_letter_topic:
-        yield f"{name} has no dead-letter policy: what can never succeed comes again and again: {_SET_TOPIC}"
+        why = f"{name} has no dead-letter policy, so what can never succeed comes again and again"
+        yield MissingPolicy(f"{why}: {_SET_TOPIC.format(name)}")
     if "retry_policy" not in subscription:
-        yield f"{name} has no retry policy: failed messages come again at once: {_SET_RETRY}"
+        why = f"{name} has no retry policy, so failed messages come again at once"
+        yield MissingPolicy(f"{why}: {_SET_RETRY.format(name)}")
     if subscription.ack_deadline_seconds < lease:
         yield (
             f"{name} has an ack deadline of {subscription.ack_deadline_seconds} s, shorter than the {lease} s "
-            f"that messages are held for: gcloud pubsub subscriptions update --ack-deadline={lease}"
+            f"that messages are held for: gcloud pubsub subscriptions update {name} --ack-deadline={lease}"
         )
 
 

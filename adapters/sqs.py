@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from adapters import aws, sqs_sending
 from adapters.awaited import Awaited
-from adapters.base import QueueError, QueueURLError
+from adapters.base import MissingPolicy, QueueError, QueueURLError
 from adapters.leased_letters import LeasedLetters
 from adapters.long_polling import POLL_SECONDS, LongPolling, SQSDelivery
 from adapters.sampled import Sampled
@@ -250,15 +250,17 @@ class SQSQueue:
                     self._client.get_queue_attributes, QueueUrl=self._dead_letter_url, AttributeNames=["QueueArn"]
                 )
         except aws.ERRORS as error:
-            return aws.explain(error, self._dead_letter_url.rpartition("/")[2] if self._dead_letter_url else "")
+            why = aws.explain(error, self._dead_letter_url.rpartition("/")[2] if self._dead_letter_url else "")
+            return MissingPolicy(why) if aws.is_missing(error) else why
         return ""
 
     def _warnings(self, trouble: str) -> Iterator[str]:
         """Name what the queue lacks, and the command that sets it."""
         if not self._dead_letter_url:
-            yield f"{self._name} has no redrive policy, so what can never succeed comes for ever: {self._set_policy}"
+            why = f"{self._name} has no redrive policy, so what can never succeed comes for ever"
+            yield MissingPolicy(f"{why}: {self._set_policy}")
         if trouble:
-            yield f"the dead-letter queue: {trouble}"
+            yield type(trouble)(f"the dead-letter queue: {trouble}")
         if self._max_receives < FEW_RECEIVES:
             yield (
                 f"{self._name} gives messages up after {self._max_receives} receives, and every restart of a worker "

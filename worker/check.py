@@ -1,107 +1,115 @@
-"""Tells whether queue, commercetools and Klaviyo let the worker work, and what to do where they do not."""
+"""Tells whether configuration, queue, commercetools and Klaviyo let the worker work, and what to do where not."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import orjson
-
-from adapters import QueueError, QueueURLError, open_queue
+from adapters import MissingPolicy, QueueError, QueueURLError, open_queue, scheme_of
 from worker import commercetools as ct
 from worker import probe
 from worker.commercetools import Commercetools
-from worker.errors import Misconfigured, Transient, WorkerError
+from worker.errors import KlaviyoMisconfigured, Misconfigured, SettingsError, WorkerError
+from worker.finding import Finding, failed
 from worker.klaviyo import Klaviyo
-from worker.loose import unique
+from worker.loose import as_text, unique
+from worker.subscriptions.client import SCOPE, NotPermitted, Subscriptions
+from worker.subscriptions.health import HEALTHY, explain
+from worker.subscriptions.needs import asked_for, needs
+from worker.transform import HANDLERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
+    from worker.mapping import Mapping
     from worker.settings import Settings
 
-UNEXPECTED, QUEUE, COMMERCETOOLS, KLAVIYO = 1, 3, 4, 5  # exit codes
+UNEXPECTED, USAGE, QUEUE, COMMERCETOOLS, KLAVIYO = range(1, 6)  # exit codes
 _NOBODY = "00000000-0000-4000-8000-000000000000"
-_READS = (
-    (ct.ORDERS, "view_orders"),
-    (ct.PAYMENTS, "view_payments"),
-    (ct.CUSTOMERS, "view_customers"),
-    (ct.CATEGORIES, "view_products"),
-    (ct.PRODUCTS, "view_products"),
-    (ct.INVENTORY, "view_products"),
+_EVENTS, _CATALOG = frozenset({"order", "payment"}), frozenset({"category", "product", "inventory-entry"})
+_CUSTOMER = frozenset({"customer"})
+_READS = (  # what is asked, the scope that takes, and for the handlers of which resource types; see worker/enrich.py
+    (ct.ORDERS, "view_orders", _EVENTS),
+    (ct.PAYMENTS, "view_payments", frozenset({"payment"})),
+    (ct.CUSTOMERS, "view_customers", _EVENTS | _CUSTOMER),
+    (ct.CATEGORIES, "view_products", _EVENTS | _CATALOG),
+    (ct.PRODUCTS, "view_products", _EVENTS | {"product", "inventory-entry"}),
+    (ct.INVENTORY, "view_products", frozenset({"product", "inventory-entry"})),
 )
-_WRITES = ("events:write", "profiles:write", "catalogs:write")
+_WRITES = (("events:write", _EVENTS), ("profiles:write", _CUSTOMER), ("catalogs:write", _CATALOG))
 _IMPORT_JOBS = ("profiles:read", "lists:read", "lists:write")
+_ELSEWHERE = "check the URL, the network and its proxy, or try again later"
 
 Ask = tuple[str, "Callable[[], object]"]  # the scope it needs, and what needs it
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one check found; `exit_code` 0: all is well."""
+def check(
+    read: Callable[[], Settings], key: str, probe_wait: float | None, say: Callable[[str], None]
+) -> Iterator[Finding]:
+    """Yield what is found, service by service; of the configuration alone where that is wrong.
 
-    check: str
-    text: str
-    exit_code: int = 0
-    details: dict[str, str] = field(default_factory=dict)
-
-    def line(self) -> str:
-        """Return it for people."""
-        return f"{self._status:<8}{self.check:<15}{self.text}"
-
-    def json(self) -> bytes:
-        """Return it for scripts."""
-        return orjson.dumps({"check": self.check, "status": self._status, "text": self.text, **self.details})
-
-    @property
-    def _status(self) -> str:
-        return "failed" if self.exit_code else "ok"
-
-
-def check(settings: Settings, probe_wait: float | None, say: Callable[[str], None]) -> Iterator[Finding]:
-    """Yield what is found, service by service.
-
-    `probe_wait`: seconds each bulk call of the probe is given; None: no probe, and nothing is written anywhere.
-    `say` is told what the probe waits for. Raises SettingsError and QueueURLError.
+    `read` reads the settings, `key` is the subscription's. `probe_wait`: seconds each bulk call of the probe is
+    given; None: no probe, and nothing is written anywhere. `say` is told what the probe waits for.
     """
+    try:
+        settings = read()
+        mapping = settings.mapping()
+        queue = _tried("queue", QUEUE, partial(_queue, settings))  # its URL is configuration, but only it can tell
+    except (SettingsError, QueueURLError) as error:
+        for line in str(error).splitlines():
+            yield failed("configuration", USAGE, line, otherwise="correct it")
+        return
+    yield Finding("configuration", "ok", _configuration(settings, mapping))
+    yield queue
     stopping = Event()
-    erasure = settings.mapping().customer.erasure
-    yield _tried("queue", QUEUE, partial(_queue, settings))
+    resources = frozenset(resource for resource, kind in HANDLERS if kind not in mapping.disabled)
     reader = Commercetools(settings, stopping)
-    yield _tried("commercetools", COMMERCETOOLS, partial(_commercetools, reader))
+    yield _tried("commercetools", COMMERCETOOLS, partial(_commercetools, reader, resources))
     client = Klaviyo(settings, stopping)
-    found = _tried("klaviyo", KLAVIYO, partial(_klaviyo, client, erasure=erasure, probing=probe_wait is not None))
+    erasure, probing = mapping.customer.erasure and "customer" in resources, probe_wait is not None
+    found = _tried("klaviyo", KLAVIYO, partial(_klaviyo, client, resources, erasure=erasure, probing=probing))
     yield found
+    yield _tried("subscriptions", COMMERCETOOLS, partial(_subscription, Subscriptions(reader), key, mapping.disabled))
     if probe_wait is not None and not found.exit_code:
         yield _bulk_events(client, probe_wait, say)
 
 
-def _tried(name: str, exit_code: int, ask: Callable[[], str]) -> Finding:
+def _tried(name: str, exit_code: int, ask: Callable[[], str | Finding]) -> Finding:
     try:
-        return Finding(name, ask())
+        found = ask()
     except QueueURLError:
         raise
-    except Transient as error:
-        return Finding(name, f"{error}: check the URL, the network and its proxy, or try again later", exit_code)
     except (QueueError, WorkerError) as error:
-        return Finding(name, str(error), exit_code)
+        return failed(name, exit_code, str(error), otherwise=_ELSEWHERE)
+    return found if isinstance(found, Finding) else Finding(name, "ok", found)
 
 
-def _queue(settings: Settings) -> str:
+def _configuration(settings: Settings, mapping: Mapping) -> str:
+    enabled = sum(kind not in mapping.disabled for _, kind in HANDLERS)
+    file = f"mapping {settings.config}" if settings.config else "no mapping file"
+    return f"{file}, {enabled} of {len(HANDLERS)} handlers enabled, queue {scheme_of(settings.queue_url)}://"
+
+
+def _queue(settings: Settings) -> str | Finding:
     queue = open_queue(settings.queue_url, settings.queue_options)
     try:
-        return "; ".join(["may be consumed", *queue.check()])
+        sentences = queue.check()
     finally:
         queue.close()
+    missing = [sentence for sentence in sentences if isinstance(sentence, MissingPolicy)]
+    if missing:
+        return failed("queue", QUEUE, *missing, otherwise=_ELSEWHERE)
+    return "; ".join(["may be consumed", *sentences])
 
 
-def _commercetools(reader: ct.Reader) -> str:
-    _ask_all([(scope, partial(_read, reader, query)) for query, scope in _READS])
-    text = f"{', '.join(query.path for query, _ in _READS)} may be read"
+def _commercetools(reader: ct.Reader, resources: Collection[str]) -> str:
+    reads = [(query, scope) for query, scope, readers in _READS if not readers.isdisjoint(resources)]
+    _ask_all([(scope, partial(_read, reader, query)) for query, scope in reads])
+    text = f"{', '.join(query.path for query, _ in reads) or 'nothing'} may be read"
     try:
-        _read(reader, ct.DISCOUNT_CODES)
+        if not _EVENTS.isdisjoint(resources):
+            _read(reader, ct.DISCOUNT_CODES)
     except Misconfigured:
         return f"{text}; without the scope view_discount_codes, orders are sent without the names of their codes"
     return text
@@ -114,18 +122,37 @@ def _read(reader: ct.Reader, query: ct.Query) -> None:
         raise found
 
 
-def _klaviyo(client: Klaviyo, *, erasure: bool, probing: bool) -> str:
-    reads = {"catalogs:read": "/api/catalog-items"} | (probe.SCOPES if probing else {})
+def _klaviyo(client: Klaviyo, resources: Collection[str], *, erasure: bool, probing: bool) -> str:
+    reads = {} if _CATALOG.isdisjoint(resources) else {"catalogs:read": "/api/catalog-items"}
+    reads |= probe.SCOPES if probing else {}
     if erasure:
         reads["profiles:read"] = "/api/profiles"
-    _ask_all([(scope, partial(client.call, "GET", f"{path}?page%5Bsize%5D=1")) for scope, path in reads.items()])
-    writes = [*_WRITES, *(["data-privacy:write"] if erasure else [])]
-    text = f"the key has {', '.join(reads)}; it also needs {', '.join(writes)}, which only show when they are used"
+    if not reads:
+        _ask_for_nothing(client)
+    _ask_all([(scope, partial(_look, client, path)) for scope, path in reads.items()])
+    writes = [scope for scope, writers in _WRITES if not writers.isdisjoint(resources)]
+    writes += ["data-privacy:write"] if erasure else []
+    has = f"the key has {', '.join(reads)}; it also" if reads else "the key is known; it"
+    text = f"{has} needs {', '.join(writes) or 'nothing'}, which only show when they are used"
     try:
-        client.call("GET", "/api/profile-bulk-import-jobs?page%5Bsize%5D=1")
+        if "customer" in resources:
+            _look(client, "/api/profile-bulk-import-jobs")
     except Misconfigured:
         return f"{text}; without {', '.join(_IMPORT_JOBS)}, customers go one by one, however many wait"
     return text
+
+
+def _look(client: Klaviyo, path: str) -> None:
+    client.call("GET", f"{path}?page%5Bsize%5D=1")
+
+
+def _ask_for_nothing(client: Klaviyo) -> None:
+    """See whether the key is one: 403 tells that it is, and lacks a scope that nobody needs."""
+    try:
+        _look(client, "/api/catalog-items")
+    except KlaviyoMisconfigured as error:
+        if "answered 403" not in str(error):
+            raise
 
 
 def _ask_all(asks: Sequence[Ask]) -> None:
@@ -144,13 +171,35 @@ def _ask_all(asks: Sequence[Ask]) -> None:
     raise type(first)(f"{first}: {', '.join(unique(scope for scope, _ in refused))}")
 
 
+def _subscription(subscriptions: Subscriptions, key: str, disabled: Collection[str]) -> str | Finding:
+    try:
+        existing = {as_text(entry.get("key")): entry for entry in subscriptions.all()}
+    except NotPermitted:
+        text = f"cannot be told without the scope {SCOPE}, which the worker itself does not need"
+        return Finding("subscriptions", "skipped", text, "give check an API client that has it")
+    say = partial(failed, "subscriptions", COMMERCETOOLS, otherwise="klaviyo-worker subscriptions apply")
+    if key not in existing:
+        others = ", ".join(filter(None, existing))
+        return say(f"there is no subscription {key}" + (f", only {others}" if others else ""))
+    status, missing = as_text(existing[key].get("status")), needs(disabled).without(asked_for(existing[key]))
+    if status != HEALTHY:
+        return say(": ".join(filter(None, [f"{key} is not healthy: {explain(status)[0]}", explain(status)[1]])))
+    if missing:
+        told = [f"{resource} {', '.join(types)}" for resource, types in missing.messages.items()]
+        told += [f"changes of {resource}" for resource in missing.changes]
+        return say(f"{key} does not ask for {', '.join(told)}")
+    return f"{key} is healthy, and asks for all that the handlers need"
+
+
 def _bulk_events(client: Klaviyo, wait: float, say: Callable[[str], None]) -> Finding:
+    again = "stay with KLAVIYO_WORKER_BULK_EVENTS=auto, and probe again"
     try:
         verdict = probe.BulkProbe(client, wait, say).run()
     except Misconfigured as error:
-        return Finding("bulk events", f"{error}: events:write", KLAVIYO)
+        return failed("bulk events", KLAVIYO, f"{error}: events:write", otherwise=again)
     except WorkerError as error:
-        return Finding("bulk events", f"{error}: nothing is known", KLAVIYO)
-    exit_code = UNEXPECTED if verdict.repeat == "undecided" else 0
-    details: dict[str, Any] = {"repeat": verdict.repeat, "recommended": verdict.recommended}
-    return Finding("bulk events", str(verdict), exit_code, details)
+        return failed("bulk events", KLAVIYO, f"{error}: nothing is known", otherwise=again)
+    details = {"repeat": str(verdict.repeat), "recommended": str(verdict.recommended)}
+    if verdict.repeat == "undecided":
+        return failed("bulk events", UNEXPECTED, str(verdict), otherwise=again, details=details)
+    return Finding("bulk events", "ok", str(verdict), details=details)

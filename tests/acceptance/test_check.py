@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tests.acceptance.conftest import Worker
 
 BULK = "POST /api/event-bulk-create-jobs"
+WELL = {"configuration": "ok", "queue": "ok", "commercetools": "ok", "klaviyo": "ok", "subscriptions": "skipped"}
 PROBE = ("check", "--json", "--probe-bulk", "--probe-wait", "3")
 
 
@@ -50,31 +51,43 @@ def test_all_is_well(worker: Worker, sandbox: Sandbox) -> None:
     assert done.returncode == 0, done.stdout
     assert done.stderr == ""
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [
-        ["ok", "queue"],
-        ["ok", "commercetools"],
-        ["ok", "klaviyo"],
+        ["OK", "configuration"],
+        ["OK", "queue"],
+        ["OK", "commercetools"],
+        ["OK", "klaviyo"],
+        ["SKIP", "subscriptions"],
     ]
     for scope in ("events:write", "profiles:write", "catalogs:write"):
         assert scope in done.stdout
     assert not written(sandbox)
-    assert statuses(worker("check", "--json")) == {"queue": "ok", "commercetools": "ok", "klaviyo": "ok"}
+    assert statuses(worker("check", "--json")) == WELL
 
 
 def test_the_first_that_failed_gives_the_exit_code_and_all_are_told(worker: Worker) -> None:
     """A queue that cannot be opened is 3, whatever comes after it."""
     done = worker("check", "--json", env={"QUEUE_URL": "embedded:///proc/nowhere/queue.db"})
     assert done.returncode == 3
-    assert statuses(done) == {"queue": "failed", "commercetools": "ok", "klaviyo": "ok"}
+    assert statuses(done) == WELL | {"queue": "failed"}
     assert findings(done)["queue"]["text"].startswith("QUEUE_URL: cannot open ")
     both = worker("check", env={"QUEUE_URL": "embedded:///proc/nowhere/queue.db", "KLAVIYO_AUTH_KEY": "pk_wrong"})
     assert both.returncode == 3
-    assert both.stdout.count("failed  ") == 2
+    failures = [line for line in both.stdout.splitlines() if line.startswith("FAIL")]
+    assert len(failures) == 2
+    assert all(" → " in line for line in failures)
 
 
 def test_settings_come_first(worker: Worker) -> None:
-    """What is missing is exit code 2, as for every command."""
-    assert worker("check", env={"CT_PROJECT_ID": ""}).returncode == 2
-    assert worker("check", env={"QUEUE_URL": "kafka://topic"}).returncode == 2
+    """What is wrong is exit code 2, as for every command, and a line each; nothing else is asked then."""
+    done = worker("check", env={"CT_PROJECT_ID": "", "KLAVIYO_AUTH_KEY": "pk_s3 cret"})
+    assert done.returncode == 2
+    assert done.stderr == ""
+    assert "s3" not in done.stdout
+    missing, malformed = done.stdout.splitlines()
+    assert missing.startswith("FAIL    configuration  CT_PROJECT_ID is missing → set it (or CT_PROJECT_ID_FILE) to ")
+    assert malformed.startswith("FAIL    configuration  KLAVIYO_AUTH_KEY is malformed → expected ")
+    done = worker("check", "--json", env={"QUEUE_URL": "kafka://topic"})
+    assert done.returncode == 2
+    assert findings(done)["configuration"]["why"] == "QUEUE_URL is malformed"
     assert worker("check", "--probe-bulk", "--probe-wait", "0").returncode == 2
 
 
@@ -114,14 +127,15 @@ def test_a_service_out_of_reach_is_told(service: str, code: int, worker: Worker,
     done = worker(*PROBE, "--retry-seconds", "0")
     assert done.returncode == code
     assert "check the URL, the network" in findings(done)[service]["text"]
-    assert [name for name, status in statuses(done).items() if status == "failed"] == [service]
+    expected = {service} | ({"subscriptions"} if service == "commercetools" else set())
+    assert {name for name, status in statuses(done).items() if status == "failed"} == expected
 
 
 def test_a_refused_key_is_exit_code_5(worker: Worker, sandbox: Sandbox) -> None:
     """And the probe is not even begun."""
     done = worker(*PROBE, env={"KLAVIYO_AUTH_KEY": "pk_wrong"})
     assert done.returncode == 5
-    assert statuses(done) == {"queue": "ok", "commercetools": "ok", "klaviyo": "failed"}
+    assert statuses(done) == WELL | {"klaviyo": "failed"}
     assert "401" in findings(done)["klaviyo"]["text"]
     assert "pk_wrong" not in done.stdout + done.stderr
     assert not written(sandbox)

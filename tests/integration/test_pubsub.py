@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from adapters import QueueError, QueueOptions, pubsub, streaming_pull
+from adapters import MissingPolicy, QueueError, QueueOptions, pubsub, streaming_pull
 from tests.emulator import Emulator, Subscription, bodies
 from tests.integration.conftest import FAILURE, receive
 
@@ -162,9 +162,10 @@ def test_check_names_what_the_subscription_lacks(emulator: Emulator, opened: Ope
     )
     dead, retry, deadline = opened(bare.url).check()
     assert "no dead-letter policy" in dead
+    assert [type(warning) for warning in (dead, retry, deadline)] == [MissingPolicy, MissingPolicy, str]
     assert "no retry policy" in retry
     assert "10 s" in deadline
-    assert all("gcloud pubsub subscriptions update" in warning for warning in (dead, retry, deadline))
+    assert all(f": gcloud pubsub subscriptions update {bare.path} --" in warning for warning in (dead, retry, deadline))
     with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct: .* has no dead-letter topic"):
         opened(bare.url, direct_dead_letter=True).check()
     pushed = Subscription(emulator, push="http://127.0.0.1:1/")

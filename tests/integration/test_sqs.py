@@ -11,6 +11,7 @@ import pytest
 
 from adapters import (
     Failure,
+    MissingPolicy,
     QueueError,
     QueueOptions,
     QueueRefusedError,
@@ -424,6 +425,7 @@ def test_check_names_what_the_queue_lacks(moto: Server, opened: Open) -> None:
     (policy,) = opened(bare).check()
     assert f"aws sqs set-queue-attributes --queue-url {bare.queue_url} --attributes" in policy
     assert "no redrive policy" in policy
+    assert isinstance(policy, MissingPolicy)
     with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct: .* has no dead-letter queue"):
         opened(bare, direct_dead_letter=True).check()
     few = Queue(moto, receives=4)
@@ -431,6 +433,7 @@ def test_check_names_what_the_queue_lacks(moto: Server, opened: Open) -> None:
     dead, receives = opened(few).check()
     assert dead == f"the dead-letter queue: {few.name}-dead does not exist: create it, or correct name or region"
     assert "after 4 receives" in receives
+    assert [type(warning) for warning in (dead, receives)] == [MissingPolicy, str]
     with pytest.raises(QueueError, match=f"KLAVIYO_WORKER_DEAD_LETTER=direct: .* {few.name}-dead does not exist"):
         opened(few, direct_dead_letter=True).check()
     few.client.delete_queue(QueueUrl=few.queue_url)

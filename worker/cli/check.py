@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from worker.cli.base import OK, Command, exit_codes, settings_options
+from worker.cli.base import OK, Command, settings_options
 from worker.settings import Settings, load
 
 
@@ -23,12 +23,16 @@ from worker.settings import Settings, load
     metavar="SECONDS",
     help="How long the events of the probe are given to show.",
 )
+@click.option(
+    "--subscription-key", default="klaviyo-worker", show_default=True, help="Key of the commercetools subscription."
+)
 @settings_options(Settings)
-def check(*, as_json: bool, probe_bulk: bool, probe_wait: float, **flags: Any) -> None:
-    """Tell whether queue, commercetools and Klaviyo may be used.
+def check(*, as_json: bool, probe_bulk: bool, probe_wait: float, subscription_key: str, **flags: Any) -> None:
+    """Tell whether the worker may do its work, service by service.
 
-    Prints a line for each, and exits with the code of the first that failed, refused or out of reach: 3 queue,
-    4 commercetools, 5 Klaviyo. Nothing is written, and no message is received.
+    OK, FAIL why → what to do, or SKIP for what this API client may not see. Exits with the code of the first that
+    failed: 2 configuration, 3 queue, 4 commercetools, 5 Klaviyo, refused or out of reach. Nothing is written, and
+    no message is received.
 
     --probe-bulk does write to the Klaviyo account: one profile (name "klaviyo-worker probe", external id
     klaviyo-worker-probe, no email, no consent) and, each time, three events of the metric "klaviyo-worker probe".
@@ -39,10 +43,8 @@ def check(*, as_json: bool, probe_bulk: bool, probe_wait: float, **flags: Any) -
     from worker.check import check as findings  # noqa: PLC0415
 
     exit_code = OK
-    with exit_codes():
-        for finding in findings(
-            load(Settings, flags), probe_wait if probe_bulk else None, partial(click.echo, err=True)
-        ):
-            click.echo(finding.json() if as_json else finding.line())
-            exit_code = exit_code or finding.exit_code
+    say = partial(click.echo, err=True)
+    for finding in findings(partial(load, Settings, flags), subscription_key, probe_wait if probe_bulk else None, say):
+        click.echo(finding.json() if as_json else finding.line())
+        exit_code = exit_code or finding.exit_code
     sys.exit(exit_code)

@@ -86,7 +86,7 @@ class Subscriptions:
                 case "GET", True:
                     return Answer(200, _shown(self._found(name)))
                 case "POST", True:
-                    return Answer(200, _shown(self._updated(self._found(name), call.json())))
+                    return Answer(200, _shown(self.update(name, call.json())))
                 case "DELETE", True:
                     subscription = self._found(name)
                     _check_version(subscription, int(call.query.get("version", ["0"])[0]))
@@ -114,16 +114,18 @@ class Subscriptions:
         self._held[subscription["id"]] = subscription
         return subscription
 
-    def _updated(self, subscription: Json, body: Json) -> Json:
+    def update(self, name: str, body: Json) -> Json:
+        """Carry out all update actions, or none."""
+        subscription = self._found(name)
         _check_version(subscription, body.get("version"))
         changed = dict(subscription)
         for action in body.get("actions", []):
-            name = _ACTIONS.get(action.get("action"))
-            if name is None:
+            changes = _ACTIONS.get(action.get("action"))
+            if changes is None:
                 raise Refused(400, "InvalidJsonInput", f"unknown action {action.get('action')}")
-            changed[name] = action.get(name)
-            if name == "destination":
-                self._deliver_test(changed[name])
+            changed[changes] = action.get(changes)
+            if changes == "destination":
+                self._deliver_test(changed[changes])
                 changed["status"] = "Healthy"
             self._check(changed)
         if changed != subscription:

@@ -26,6 +26,10 @@ class Conflict(WorkerError):
     """Somebody else was first: read again."""
 
 
+class NotPermitted(CommercetoolsMisconfigured):
+    """The API client lacks the scope, or was not asked for it."""
+
+
 class Subscriptions:
     """The subscriptions of a project."""
 
@@ -87,7 +91,7 @@ def _verdict(response: http.Response) -> WorkerError:
         return Conflict(what)
     if response.status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
         todo = f"use an API client with the scope {SCOPE}, which CT_SCOPE must not leave out"
-        return CommercetoolsMisconfigured(f"{what}: {todo}")
+        return NotPermitted(f"{what}: {todo}")
     if response.status == HTTPStatus.NOT_FOUND or response.status < HTTPStatus.BAD_REQUEST:
         return CommercetoolsMisconfigured(f"{what}: check CT_API_URL and CT_PROJECT_ID")
     message = as_text(error.get("message")) or as_text(document.get("message")) or "no reason given"

@@ -1,0 +1,400 @@
+"""`klaviyo-worker subscriptions` and what `check` says of them, over sockets to the sandbox."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from click.testing import CliRunner
+
+from adapters import MissingPolicy
+from worker import check as checks
+from worker.cli import main
+from worker.sandbox import Fault, Sandbox
+from worker.subscriptions import client
+from worker.transform import HANDLERS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from click.testing import Result
+
+    from adapters import QueueAdapter, QueueOptions
+
+TOPIC = "pubsub://my-project/klaviyo-worker"
+QUEUE = "https://sqs.eu-central-1.amazonaws.com/123456789012/klaviyo-worker"
+GRID = "eventgrid://my-shop.westeurope-1.eventgrid.azure.net"
+PATH = "/sandbox-shop/subscriptions"
+SECRET = "KLAVIYO_WORKER_DESTINATION_SECRET"
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox() as running:
+        yield running
+
+
+class Command:
+    """Runs `klaviyo-worker` with an API client that may manage subscriptions, unless told otherwise."""
+
+    def __init__(self, sandbox: Sandbox, directory: Path) -> None:
+        self.store = sandbox.tokens.subscriptions
+        self._environment = sandbox.environment | {"CT_SCOPE": "", "QUEUE_URL": f"embedded://{directory}/queue.db"}
+
+    def __call__(self, *arguments: str, **environment: str) -> Result:
+        unused = {f"{name}_FILE": None for name in (SECRET, "CT_API_CLIENT")}
+        return CliRunner().invoke(main, arguments, env=unused | self._environment | environment)
+
+    def apply(self, *arguments: str, to: str = TOPIC, **environment: str) -> Result:
+        return self("subscriptions", "apply", "--destination", to, "--wait", "0", *arguments, **environment)
+
+    def checked(self, *arguments: str, **environment: str) -> tuple[int, dict[str, dict[str, Any]]]:
+        """Return the exit code of `check`, and its findings by name."""
+        done = self("check", "--json", "--retry-seconds", "0", *arguments, **environment)
+        findings = [json.loads(line) for line in done.stdout.splitlines()]
+        return done.exit_code, {finding["check"]: finding for finding in findings}
+
+
+@pytest.fixture
+def command(sandbox: Sandbox, tmp_path: Path) -> Command:
+    return Command(sandbox, tmp_path)
+
+
+def written(sandbox: Sandbox) -> list[tuple[str, str, int]]:
+    """Return the requests that change subscriptions."""
+    return [
+        (request.method, request.path.removeprefix(PATH), request.status)
+        for request in sandbox.commercetools.requests
+        if request.method != "GET" and request.path.startswith(PATH)
+    ]
+
+
+def test_applied_once_there_is_nothing_to_do(command: Command, sandbox: Sandbox) -> None:
+    """A plan changes nothing; what it shows is what is done, in one request; and check is content."""
+    assert command("subscriptions", "plan", "--destination", TOPIC).stdout.startswith("+ create subscription klaviyo-")
+    assert not written(sandbox)
+    done = command.apply()
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "applied: version 1; Healthy: it delivers"
+    again = command.apply()
+    assert again.stdout.splitlines() == [
+        "= subscription klaviyo-worker is as it should be",
+        "applied: version 1; Healthy: it delivers",
+    ]
+    assert written(sandbox) == [("POST", "", 201)]
+    code, found = command.checked()
+    assert code == 0
+    assert found["subscriptions"]["text"] == "klaviyo-worker is healthy, and asks for all that the handlers need"
+
+
+def test_a_change_is_one_update(command: Command, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Messages, changes and destination together; the key stays."""
+    (tmp_path / "mapping.toml").write_text('disabled = ["OrderImported", "ResourceUpdated", "ProductDeleted"]')
+    assert command.apply("--config", str(tmp_path / "mapping.toml")).exit_code == 0
+    done = command.apply(to=QUEUE)
+    assert "    + messages     order: OrderImported" in done.stdout.splitlines()
+    (subscription,) = command.store.all()
+    assert (subscription["key"], subscription["version"]) == ("klaviyo-worker", 2)
+    assert subscription["destination"]["queueUrl"] == QUEUE
+    assert written(sandbox)[1:] == [("POST", f"/{subscription['id']}", 200)]
+
+
+def test_json_is_for_scripts(command: Command) -> None:
+    """A line for the plan, one for what came of it."""
+    plan, applied = map(json.loads, command.apply("--json").stdout.splitlines())
+    assert (plan["action"], plan["version"], plan["destination"]["wanted"]) == ("create", None, TOPIC)
+    assert {entry["resourceTypeId"] for entry in plan["add"]["messages"]} == {
+        resource for resource, kind in HANDLERS if not kind.startswith("Resource")
+    }
+    assert applied == {"id": command.store.all()[0]["id"], "version": 1, "status": "Healthy", "deleted": 0}
+
+
+def test_who_was_first_is_not_overwritten_blindly(
+    command: Command, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
+) -> None:
+    """A conflict is read and planned again."""
+    command.apply()
+    all_ = client.Subscriptions.all
+    changes = [{"action": "setChanges", "changes": [{"resourceTypeId": "cart"}]}]
+    others = iter([{"version": 1, "actions": changes}])
+
+    def read(self: client.Subscriptions) -> list[dict[str, Any]]:
+        seen = all_(self)
+        for body in others:
+            command.store.update("key=klaviyo-worker", body)
+        return seen
+
+    monkeypatch.setattr(client.Subscriptions, "all", read)
+    assert command.apply(to=QUEUE).exit_code == 0
+    assert [status for _, _, status in written(sandbox)] == [201, 409, 200]
+    (subscription,) = command.store.all()
+    assert (subscription["version"], len(subscription["changes"])) == (3, 3)
+
+
+def test_who_created_it_first_is_not_in_the_way(
+    command: Command, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
+) -> None:
+    """The key is taken then, which commercetools answers with 400."""
+    command.apply()
+    all_ = client.Subscriptions.all
+    nothing: Iterator[list[dict[str, Any]]] = iter([[]])
+    monkeypatch.setattr(client.Subscriptions, "all", lambda self: next(nothing, all_(self)))
+    assert command.apply().exit_code == 0
+    assert [status for _, _, status in written(sandbox)] == [201, 400]
+
+
+def test_conflicts_without_end_are_told(command: Command, sandbox: Sandbox) -> None:
+    """Exit code 4, after a few tries."""
+    sandbox.commercetools.faults.add(Fault(409, times=None, match=f"POST {PATH}"))
+    done = command.apply()
+    assert done.exit_code == 4
+    assert "answered 409" in done.stderr
+    assert len(written(sandbox)) == 5
+
+
+def test_a_request_of_unknown_fate_is_not_repeated_blindly(command: Command, sandbox: Sandbox) -> None:
+    """It is looked at first what became of it: here, that it was carried out."""
+    sandbox.commercetools.faults.add(Fault(match=f"POST {PATH}", action="after"))
+    assert command.apply().exit_code == 0
+    assert written(sandbox) == [("POST", "", 201)]
+    assert len(command.store.all()) == 1
+
+
+def test_commercetools_cannot_deliver(command: Command) -> None:
+    """Nothing is created; what commercetools says of it is shown, the secret is not."""
+    command.store.unreachable.add("my-shop")
+    done = command.apply(to=GRID, **{SECRET: "grid-s3cret"})
+    assert done.exit_code == 4
+    assert (
+        "400 InvalidInput for subscriptions: A test message could not be delivered to this destination" in done.stderr
+    )
+    assert "s3cret" not in done.output
+    assert "***" in done.stderr
+    assert not command.store.all()
+
+
+def test_a_secret_comes_from_a_file_and_is_renewed_on_request(command: Command, tmp_path: Path) -> None:
+    """It cannot be compared; without --renew a new one is not noticed, and the plan says so."""
+    file = tmp_path / "secret"
+    file.write_text("first-s3cret\n")
+    assert command.apply(to=GRID, **{f"{SECRET}_FILE": str(file)}).exit_code == 0
+    file.write_text("second-s3cret\n")
+    done = command.apply(to=GRID, **{f"{SECRET}_FILE": str(file)})
+    assert "its secret cannot be compared" in done.stdout
+    assert command.store.secrets()[0]["accessKey"] == "first-s3cret"
+    renewed = command.apply("--renew", "--json", to=GRID, **{f"{SECRET}_FILE": str(file)})
+    assert command.store.secrets()[0]["accessKey"] == "second-s3cret"
+    assert "s3cret" not in done.output + renewed.output
+
+
+def test_stale_subscriptions_go_only_on_request(command: Command, sandbox: Sandbox) -> None:
+    """And after a question; others' stay, whatever is asked."""
+    command.apply("--key", "old")
+    command.apply("--key", "elsewhere", to=QUEUE)
+    shown = command.apply()
+    assert "- stale: old sends to the same destination; --delete-stale deletes it" in shown.stdout.splitlines()
+    assert len(command.store.all()) == 3
+    refused = command.apply("--delete-stale")
+    assert refused.exit_code == 1
+    assert "Delete 1 stale subscriptions for good?" in refused.stderr
+    assert len(command.store.all()) == 3
+    done = command.apply("--delete-stale", "--yes")
+    assert done.stdout.splitlines()[-1] == "applied: version 1, 1 stale deleted; Healthy: it delivers"
+    assert [entry["key"] for entry in command.store.all()] == ["elsewhere", "klaviyo-worker"]
+    assert written(sandbox)[-1][0] == "DELETE"
+
+
+def test_one_that_changed_meanwhile_is_not_deleted(command: Command, sandbox: Sandbox) -> None:
+    """Somebody needs it; one that is gone already is no error."""
+    command.apply("--key", "old")
+    sandbox.commercetools.faults.add(Fault(409, match=f"DELETE {PATH}"))
+    done = command.apply("--delete-stale", "--yes")
+    assert done.exit_code == 4
+    assert len(command.store.all()) == 2
+    sandbox.commercetools.faults.add(Fault(404, match=f"DELETE {PATH}"))
+    assert command.apply("--delete-stale", "--yes").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "todo"),
+    [
+        ("TemporaryError", "wait"),
+        ("ManuallySuspended", "ask commercetools' support"),
+        ("Resting\x1b", "look it up"),
+    ],
+)
+def test_a_subscription_that_does_not_deliver_is_explained(command: Command, status: str, todo: str) -> None:
+    """By apply and by check, with exit code 4."""
+    command.apply()
+    command.store.turn("klaviyo-worker", status)
+    done = command.apply()
+    assert done.exit_code == 4
+    assert f"subscription klaviyo-worker is not healthy: {status[:6]}" in done.stderr
+    assert todo in done.stderr
+    assert "\x1b" not in done.output
+    code, found = command.checked()
+    assert (code, found["subscriptions"]["status"]) == (4, "failed")
+    assert todo in found["subscriptions"]["text"]
+
+
+def test_health_is_waited_for(command: Command, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
+    """Until it is healthy; it takes no token."""
+    monkeypatch.setattr(client, "LOOKS", 0.01)
+    command.apply()
+    for status in (503, 503, 400):
+        sandbox.commercetools.faults.add(Fault(status, match=f"GET {PATH}/{command.store.all()[0]['id']}/health"))
+    done = command("subscriptions", "apply", "--destination", TOPIC, "--wait", "60")
+    assert done.exit_code == 0
+    looks = [request.status for request in sandbox.commercetools.requests if request.path.endswith("/health")]
+    assert looks[-4:] == [503, 503, 400, 200]
+
+
+def test_a_commercetools_that_does_not_tell_is_believed(command: Command) -> None:
+    """As a stand-in may be."""
+    command.store.has_health = False
+    done = command.apply()
+    assert done.exit_code == 0
+    assert done.stdout.endswith("applied: version 1; this commercetools does not tell its health\n")
+
+
+@pytest.mark.parametrize("action", ["plan", "apply"])
+def test_a_missing_scope_is_named(action: str, command: Command) -> None:
+    """Exit code 4; nothing is done."""
+    done = command("subscriptions", action, "--destination", TOPIC, CT_SCOPE="view_orders:sandbox-shop")
+    assert done.exit_code == 4
+    assert "403 insufficient_scope for subscriptions: use an API client with the scope manage_subscr" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        (Fault(times=None, body=b"{}", status=200), "without results"),
+        (Fault(times=None, body=b"<html>", status=200), "something that is no JSON"),
+        (Fault(times=None, status=404), "check CT_API_URL and CT_PROJECT_ID"),
+        (Fault(times=None, status=302), "check CT_API_URL and CT_PROJECT_ID"),
+        (Fault(times=None, status=400, body=b'{"errors": [17]}'), "no reason given"),
+        (Fault(times=None, status=503), "503"),
+    ],
+)
+def test_strange_answers_change_nothing(fault: Fault, text: str, command: Command, sandbox: Sandbox) -> None:
+    """Least of all are they taken for "there is none"."""
+    sandbox.commercetools.faults.add(fault_for(fault))
+    done = command.apply("--retry-seconds", "0")
+    assert done.exit_code == 4
+    assert text in done.stderr
+    assert not written(sandbox)
+
+
+def fault_for(fault: Fault) -> Fault:
+    return Fault(fault.status, fault.times, match=f"GET {PATH}", body=fault.body)
+
+
+def test_what_cannot_be_asked_for_is_exit_code_2(command: Command, tmp_path: Path) -> None:
+    """Before commercetools is asked."""
+    assert command("subscriptions", "plan").exit_code == 2
+    assert command.apply(to="kafka://topic").exit_code == 2
+    assert command.apply(to=GRID).exit_code == 2
+    kinds = sorted({kind for _, kind in HANDLERS})
+    (tmp_path / "none.toml").write_text(f"disabled = {json.dumps(kinds)}")
+    done = command.apply("--config", str(tmp_path / "none.toml"))
+    assert (done.exit_code, "leaves no handler" in done.stderr) == (2, True)
+
+
+def test_check_names_what_is_missing(command: Command, tmp_path: Path) -> None:
+    """No subscription, or one that does not cover the handlers; what is disabled is not missed."""
+    code, found = command.checked()
+    assert code == 4
+    assert found["subscriptions"]["text"] == (
+        "there is no subscription klaviyo-worker: klaviyo-worker subscriptions apply"
+    )
+    mapping = tmp_path / "mapping.toml"
+    mapping.write_text('disabled = ["OrderImported", "ResourceUpdated", "ResourceCreated", "ResourceDeleted"]')
+    command.apply("--config", str(mapping), "--key", "mine")
+    code, found = command.checked("--subscription-key", "mine")
+    assert code == 4
+    assert found["subscriptions"]["why"] == (
+        "mine does not ask for order OrderImported, "
+        "changes of customer, changes of category, changes of inventory-entry"
+    )
+    assert command.checked("--subscription-key", "mine", "--config", str(mapping))[0] == 0
+    assert command.checked()[1]["subscriptions"]["why"] == "there is no subscription klaviyo-worker, only mine"
+
+
+def test_check_without_the_right_to_look_fails_nothing(command: Command) -> None:
+    """The worker itself does not need it; nor is it told that all is well."""
+    done = command("check", CT_SCOPE="view_orders:sandbox-shop")
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[-1] == (
+        "SKIP    subscriptions  cannot be told without the scope manage_subscriptions, which the worker itself "
+        "does not need → give check an API client that has it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("resource", "reads", "klaviyo"),
+    [
+        ("order", {"orders", "customers", "categories", "product-projections", "discount-codes"}, "events:write"),
+        ("customer", {"customers"}, "profiles:write"),
+        ("category", {"categories"}, "catalogs:write"),
+        ("inventory-entry", {"inventory", "categories", "product-projections"}, "catalogs:write"),
+    ],
+)
+def test_check_asks_only_for_what_the_handlers_need(
+    resource: str, reads: set[str], klaviyo: str, command: Command, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    """Whoever disables handlers can leave scopes out; a key is proved even where nothing is to be read."""
+    kinds = {kind for handled, kind in HANDLERS if handled == resource}
+    if resource in {"category", "inventory-entry"}:
+        kinds = {kind for kind in kinds if kind.startswith("Resource")}
+    disabled = sorted({kind for _, kind in HANDLERS} - kinds)
+    (tmp_path / "mapping.toml").write_text(f"disabled = {json.dumps(disabled)}")
+    code, found = command.checked("--config", str(tmp_path / "mapping.toml"), CT_SCOPE="view_orders:sandbox-shop")
+    assert code == 0
+    assert f"{len(enabled(disabled))} of {len(HANDLERS)} handlers enabled" in found["configuration"]["text"]
+    asked = {request.path.split("/")[2] for request in sandbox.commercetools.requests} - {"token", "subscriptions"}
+    if not any(kind.startswith("Resource") for kind in kinds):
+        assert asked == reads
+    assert reads <= asked
+    assert klaviyo in found["klaviyo"]["text"]
+    assert command.checked("--config", str(tmp_path / "mapping.toml"), KLAVIYO_AUTH_KEY="pk_wrong")[0] == 5
+
+
+def enabled(disabled: list[str]) -> list[str]:
+    return [kind for _, kind in HANDLERS if kind not in disabled]
+
+
+class Bare:
+    """A queue without policies."""
+
+    def check(self) -> list[str]:
+        return [
+            MissingPolicy("q has no dead-letter policy: gcloud set-dead: letters"),
+            MissingPolicy("q has no retry policy: gcloud set-retry"),
+            "q has a short lease: gcloud set-lease",
+        ]
+
+    def close(self) -> None: ...
+
+
+def test_a_queue_without_its_policies_fails(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 3, with the commands that set them; what is only to be mended fails nothing."""
+
+    def opened(url: str, options: QueueOptions) -> QueueAdapter:
+        del url, options
+        return Bare()  # type: ignore[return-value]
+
+    monkeypatch.setattr(checks, "open_queue", opened)
+    done = command("check", CT_SCOPE="view_orders:sandbox-shop")
+    assert done.exit_code == 3
+    assert done.stdout.splitlines()[1] == (
+        "FAIL    queue          q has no dead-letter policy; q has no retry policy "
+        "→ gcloud set-dead: letters; gcloud set-retry"
+    )
+    monkeypatch.setattr(Bare, "check", lambda _: ["q cannot be read to learn its policies: grant roles/pubsub.viewer"])
+    code, found = command.checked(CT_SCOPE="view_orders:sandbox-shop")
+    assert code == 0
+    assert found["queue"]["text"] == (
+        "may be consumed; q cannot be read to learn its policies: grant roles/pubsub.viewer"
+    )
