@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VERSION = $(shell sed -n 's/^version = //p' setup.cfg)
 
-.PHONY: help demo test check lint types docs format bench faults lock image image-steps emulator clean
+.PHONY: help demo test check lint types docs format bench faults lock image image-steps emulator ct-mock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ image-steps: $(VENV)/ready ## carry out the Dockerfile's steps without docker, a
 emulator: ## start Google's Pub/Sub emulator on port 8085, where gcloud has it (docs/pubsub.md)
 	@command -v gcloud >/dev/null || { echo "gcloud is not installed: https://cloud.google.com/sdk, then gcloud components install beta pubsub-emulator"; exit 1; }
 	gcloud beta emulators pubsub start --project=demo --host-port=127.0.0.1:8085
+
+ct-mock: $(VENV)/ready ## install, with npm, a stand-in for commercetools that others wrote: its tests are skipped without it
+	npm install --prefix $(VENV)/commercetools-mock --no-save --no-audit --no-fund @labdigital/commercetools-mock@4.4.0
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -223,11 +223,16 @@ def test_a_format_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize("url", SECRETS)
 def test_destinations_are_those_of_the_sdk(url: str) -> None:
-    """The model of commercetools' own takes every field, and gives it back."""
-    from commercetools.platform.models import SubscriptionDraft
+    """The models of commercetools' own SDK take every field, and give it back; of an update too."""
+    from commercetools.platform.models import SubscriptionDraft, SubscriptionUpdate
 
     draft = wanted(url).draft()
     assert SubscriptionDraft.deserialize(draft).serialize() == draft
+    before = Wanted("klaviyo-worker", parse(url, SECRETS[url]), needs(("OrderCreated",)))
+    actions = plan(wanted(url), held(before.draft()).all(), renew=True).updates()
+    assert len(actions) == 3
+    update = {"version": 1, "actions": actions}
+    assert SubscriptionUpdate.deserialize(update).serialize() == update
 
 
 def test_the_queue_may_say_where_to_send_to() -> None:
