@@ -1,10 +1,11 @@
-"""docs/subscriptions.md: the request that creates the subscription, for every destination, and its commands."""
+"""docs/subscriptions.md: the commands, the request that creates the subscription, and every destination."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import subprocess
 from base64 import b64encode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 import pytest
+from click.testing import CliRunner
 from commercetools.platform.models import SubscriptionDraft
 
 from tests.deploy import subscribed
 from tests.deploy.pages import commands, page
 from tests.parts import require_command
+from worker.cli import main
+from worker.sandbox import Sandbox
+from worker.subscriptions.destination import parse
 from worker.transform import HANDLERS
 
 if TYPE_CHECKING:
@@ -27,7 +32,8 @@ if TYPE_CHECKING:
 MARK = "run by tests/deploy/test_subscriptions.py"
 PAGE = page("docs/subscriptions.md")
 SHOWN = json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[0])
-DESTINATIONS = [json.loads(text) for text in re.findall(r"^\| .* \| `(\{.*?\})`", PAGE, re.MULTILINE)]
+ROWS = re.findall(r"^\| .* \| `(\S+)`.* \| `(\{.*?\})`", PAGE, re.MULTILINE)
+DESTINATIONS = [json.loads(text) for _, text in ROWS]
 
 
 def test_every_handler_gets_its_notifications() -> None:
@@ -44,6 +50,27 @@ def test_commercetools_own_sdk_reads_the_request(destination: dict[str, Any]) ->
     """It drops what it does not know, and refuses resource types that cannot be subscribed to."""
     body = SHOWN | {"destination": destination}
     assert SubscriptionDraft.deserialize(body).serialize() == body
+
+
+@pytest.mark.parametrize(("url", "shown"), ROWS, ids=[json.loads(text)["type"] for _, text in ROWS])
+def test_a_destination_on_the_command_line_is_the_one_beside_it(url: str, shown: str) -> None:
+    """With the secret of its place."""
+    fields = json.loads(shown)
+    assert parse(url, fields.get("connectionString") or fields.get("accessKey") or "").fields == fields
+
+
+def test_the_commands_print_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a project without subscriptions."""
+    (block,) = re.findall(r"<!-- compared by [^>]*>\n```console\n(.*?)```", PAGE, re.DOTALL)
+    with Sandbox() as sandbox:
+        for name, value in (sandbox.environment | {"CT_SCOPE": ""}).items():
+            monkeypatch.setenv(name, value)
+        for shown in block.removeprefix("$ ").split("\n$ "):
+            command, _, output = shown.partition("\n")
+            whole, _, last = command.partition(" | tail -")
+            done = CliRunner().invoke(main, shlex.split(whole)[1:])
+            assert (done.exit_code, done.stderr) == (0, "")
+            assert done.stdout.splitlines()[-int(last or 0) :] == output.splitlines()
 
 
 def test_all_destinations_are_there() -> None:
