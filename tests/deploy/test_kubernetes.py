@@ -30,7 +30,7 @@ OVERLAYS = ("pubsub-hpa", "pubsub-keda", "servicebus-keda", "sqs-keda")
 PLACEHOLDERS = ("my-project", "my-shop", "123456789012", "00000000-0000-0000-0000-000000000000")
 WORKERS, MESSAGES = 4, 20_000  # docs/kubernetes.md derives both
 NAMES = {name: str(info.validation_alias) for name, info in Settings.model_fields.items()}
-SECRET_NAMES = {NAMES[name] for name in SECRETS}
+SECRET_NAMES = {alias for name, alias in NAMES.items() if name in SECRETS}
 
 # What KEDA's documentation names, required and optional; what it deprecates is left out, and what it reads from the
 # worker's variables: of those it does not notice a change.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -333,36 +334,31 @@ def test_check_without_the_right_to_look_fails_nothing(command: Command) -> None
 
 
 @pytest.mark.parametrize(
-    ("resource", "reads", "klaviyo"),
+    ("kinds", "reads", "writes"),
     [
-        ("order", {"orders", "customers", "categories", "product-projections", "discount-codes"}, "events:write"),
-        ("customer", {"customers"}, "profiles:write"),
-        ("category", {"categories"}, "catalogs:write"),
-        ("inventory-entry", {"inventory", "categories", "product-projections"}, "catalogs:write"),
+        (
+            ["OrderCreated"],
+            {"orders", "customers", "categories", "product-projections", "discount-codes"},
+            {"events:write"},
+        ),
+        (["CustomerCreated"], {"customers"}, {"profiles:write"}),
+        (["CategoryCreated"], {"categories"}, {"catalogs:write"}),
+        (["ProductPublished"], {"inventory", "categories", "product-projections"}, {"catalogs:write"}),
     ],
 )
 def test_check_asks_only_for_what_the_handlers_need(
-    resource: str, reads: set[str], klaviyo: str, command: Command, sandbox: Sandbox, tmp_path: Path
+    kinds: list[str], reads: set[str], writes: set[str], command: Command, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     """Whoever disables handlers can leave scopes out; a key is proved even where nothing is to be read."""
-    kinds = {kind for handled, kind in HANDLERS if handled == resource}
-    if resource in {"category", "inventory-entry"}:
-        kinds = {kind for kind in kinds if kind.startswith("Resource")}
-    disabled = sorted({kind for _, kind in HANDLERS} - kinds)
+    disabled = sorted({kind for _, kind in HANDLERS} - set(kinds))
     (tmp_path / "mapping.toml").write_text(f"disabled = {json.dumps(disabled)}")
     code, found = command.checked("--config", str(tmp_path / "mapping.toml"), CT_SCOPE="view_orders:sandbox-shop")
     assert code == 0
-    assert f"{len(enabled(disabled))} of {len(HANDLERS)} handlers enabled" in found["configuration"]["text"]
+    assert f" 1 of {len(HANDLERS)} handlers enabled" in found["configuration"]["text"]
     asked = {request.path.split("/")[2] for request in sandbox.commercetools.requests} - {"token", "subscriptions"}
-    if not any(kind.startswith("Resource") for kind in kinds):
-        assert asked == reads
-    assert reads <= asked
-    assert klaviyo in found["klaviyo"]["text"]
+    assert asked == reads
+    assert set(re.findall(r"\w+:write", found["klaviyo"]["text"].partition(";")[2])) - {"lists:write"} == writes
     assert command.checked("--config", str(tmp_path / "mapping.toml"), KLAVIYO_AUTH_KEY="pk_wrong")[0] == 5
-
-
-def enabled(disabled: list[str]) -> list[str]:
-    return [kind for _, kind in HANDLERS if kind not in disabled]
 
 
 class Bare:

@@ -124,6 +124,10 @@ def test_messages_and_changes_go_together() -> None:
     """A subscription must never be without any: commercetools refuses it."""
     store = held(wanted().draft() | {"messages": [], "changes": [{"resourceTypeId": "cart"}]})
     assert [action["action"] for action in plan(wanted(), store.all()).updates()] == ["setMessages", "setChanges"]
+    more = wanted().draft()
+    more["messages"].append({"resourceTypeId": "review", "types": ["ReviewCreated"]})
+    fewer = plan(wanted(), held(more).all()).updates()
+    assert [action["action"] for action in fewer] == ["setMessages", "setChanges"]
     moved = plan(wanted(SQS), store.all()).updates()
     assert [action["action"] for action in moved] == ["changeDestination", "setMessages", "setChanges"]
 
@@ -136,6 +140,14 @@ def test_disabled_handlers_are_left_out() -> None:
     assert asked.changes == ()
     assert not needs(KINDS)
     assert needs(("ResourceUpdated",)).changes == ("customer", "category", "inventory-entry")
+
+
+def test_all_types_of_a_resource_are_all_however_it_is_said() -> None:
+    """Without types, with an empty list, and beside an entry that names some."""
+    some: dict[str, Any] = {"resourceTypeId": "order", "types": ["OrderCreated"]}
+    every: dict[str, Any] = {"resourceTypeId": "order"}
+    for entries in ([every], [every | {"types": []}], [every, some], [some, every]):
+        assert asked_for({"messages": entries}).messages == {"order": ()}
 
 
 def test_a_plan_can_be_read() -> None:
@@ -184,6 +196,7 @@ def test_secrets_are_sent_and_never_shown(url: str) -> None:
         for part in (secret, "c2VjcmV0", "s3cret"):
             assert part not in said
             assert part not in target.destination.hide(f"not delivered to {target.draft()}")
+            assert part not in target.destination.hide(f"not with {secret.rpartition('SharedAccessKey=')[2]}")
 
 
 def test_what_differs_beside_a_secret_is_seen() -> None:
