@@ -24,7 +24,11 @@ from worker.settings import Settings, load
     help="How long the events of the probe are given to show.",
 )
 @click.option(
-    "--subscription-key", default="klaviyo-worker", show_default=True, help="Key of the commercetools subscription."
+    "--subscription-key",
+    default="klaviyo-worker",
+    show_default=True,
+    metavar="KEY",
+    help="Key of the commercetools subscription.",
 )
 @settings_options(Settings)
 def check(*, as_json: bool, probe_bulk: bool, probe_wait: float, subscription_key: str, **flags: Any) -> None:

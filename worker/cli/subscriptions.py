@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
-from worker.cli.base import COMMERCETOOLS, Failed, exit_codes, settings_options
+from worker.cli.base import COMMERCETOOLS, Failed, Group, exit_codes, settings_options
 from worker.errors import SettingsError, WorkerError
 from worker.settings import SubscriptionSettings, load
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from worker.subscriptions.plan import Plan, Wanted
 
 
-@click.group()
+@click.group(cls=Group)
 def subscriptions() -> None:
-    """Plan and apply the commercetools subscription that fills the queue.
+    """Plan or apply the commercetools subscription for the queue.
 
     CT_API_CLIENT is one with the scope manage_subscriptions, which the worker itself does not need. The secret of
     a destination, where it has one, is KLAVIYO_WORKER_DESTINATION_SECRET (or its _FILE).
@@ -33,9 +33,14 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     """Add what both commands take."""
     options = (
         click.option(
-            "--destination", default="", help="Where to send to, docs/subscriptions.md.  [default: QUEUE_URL's]"
+            "--destination",
+            default="",
+            metavar="URL",
+            help="Where to send to, docs/subscriptions.md.  [default: QUEUE_URL's]",
         ),
-        click.option("--key", default="klaviyo-worker", show_default=True, help="Key of the subscription."),
+        click.option(
+            "--key", default="klaviyo-worker", show_default=True, metavar="KEY", help="Key of the subscription."
+        ),
         click.option(
             "--format",
             "delivery_format",
@@ -61,13 +66,21 @@ def plan_command(*, as_json: bool, renew: bool, **flags: Any) -> None:
 
 
 @subscriptions.command("apply")
-@click.option("--wait", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds to get healthy.")
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time to get healthy.",
+)
 @click.option("--delete-stale", is_flag=True, help="Delete the other subscriptions to the same destination.")
 @click.option("--yes", is_flag=True, help="Delete them without asking.")
 @_options
 def apply_command(*, wait: float, delete_stale: bool, yes: bool, as_json: bool, renew: bool, **flags: Any) -> None:
-    """Create or change the subscription, and see whether it is healthy. Applied again, it changes nothing.
+    """Create or change the subscription, and watch its health.
 
+    Applied again, it changes nothing.
     Exits with 4 when commercetools refuses, or cannot deliver.
     """
     from worker.subscriptions.apply import apply  # noqa: PLC0415
