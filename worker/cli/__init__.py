@@ -11,6 +11,7 @@ from worker.cli.base import Group
 from worker.cli.check import check
 from worker.cli.dlq import dlq
 from worker.cli.publish import publish
+from worker.cli.replay import replay
 from worker.cli.run import run
 from worker.cli.subscriptions import subscriptions
 from worker.cli.transform import transform
@@ -57,5 +58,6 @@ def demo(*, keep: Path | None) -> None:
     sys.exit(run_demo(keep))
 
 
+dlq.add_command(replay)
 for command in (run, check, publish, transform, dlq, subscriptions):
     main.add_command(command)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 OK, UNEXPECTED, USAGE, QUEUE, COMMERCETOOLS, KLAVIYO, SHUTDOWN_TIMED_OUT = range(7)
 SECRETS = frozenset({"ct_api_client", "destination_secret", "klaviyo_auth_key", "servicebus_connection_string"})
+_STOP = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
 class Failed(click.ClickException):
@@ -103,3 +106,15 @@ def opened(settings: QueueSettings) -> Iterator[QueueAdapter]:
         yield queue
     finally:
         queue.close()
+
+
+def call_on_signals(stop: Callable[[], None]) -> None:
+    """Have SIGTERM and SIGINT call `stop`, in a thread: a handler in the main thread could meet a lock it holds."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)  # before any thread starts: all inherit it
+    Thread(target=_wait_for_signals, args=(stop,), daemon=True).start()
+
+
+def _wait_for_signals(stop: Callable[[], None]) -> None:
+    while True:
+        signal.sigwait(_STOP)
+        stop()

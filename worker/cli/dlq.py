@@ -1,62 +1,228 @@
-"""`klaviyo-worker dlq`: the messages that were given up on."""
+"""`klaviyo-worker dlq list`, `show` and `drop`: the messages that were given up on."""
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import click
 import orjson
 
-from adapters import DeadLetters, QueueError
-from worker.cli.base import Group, exit_codes, opened, settings_options
-from worker.dead_letters import each
-from worker.errors import Ignored, WorkerError
+from adapters import DeadLetters, QueueError, scheme_of
+from worker.cli.base import UNEXPECTED, Failed, Group, exit_codes, opened, settings_options
+from worker.dead_letters import (
+    AT_ONCE,
+    Choice,
+    body_text,
+    each,
+    entry,
+    escaped,
+    given_up_at,
+    parse_since,
+    through,
+    type_of,
+)
 from worker.settings import QueueSettings, load
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
     from adapters import DeadLetter
+    from worker.dead_letters import Entry
+
+SHOWN = 50  # letters listed for people, unless they ask for more
+_KINDS = 20  # rows of the table that counts them
+_LATEST = datetime.max.replace(tzinfo=UTC)
+
+
+def _since(text: str) -> datetime:
+    try:
+        return parse_since(text, datetime.now(UTC))
+    except ValueError:
+        expected = "expected an age like 90s, 30m, 2h, 3d, 1w, or a time like 2026-11-24T18:00"
+        raise click.BadParameter(f"{text!r}: {expected}") from None
+
+
+def choosing(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that choose dead letters; `function` takes them as its `choice`."""
+
+    @click.option("--reason", default="", metavar="TEXT", help="Only those whose reason contains this.")
+    @click.option("--type", "message_type", default="", metavar="TYPE", help="Only those of this type; or unreadable.")
+    @click.option("--since", type=_since, metavar="AGE|TIME", help="Only those given up on since: 90s, 2h, 3d, or UTC.")
+    @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="So many at most.")
+    @wraps(function)
+    def with_choice(
+        *,
+        reason: str,
+        message_type: str,
+        since: datetime | None,
+        limit: int | None,
+        message_ids: Sequence[str] = (),
+        **more: Any,
+    ) -> None:
+        function(choice=Choice(frozenset(message_ids), reason, message_type, since, limit), **more)
+
+    return with_choice
+
+
+@contextmanager
+def opened_dead_letters(settings: QueueSettings) -> Iterator[DeadLetters]:
+    """Open a queue whose dead letters can be read. Raises QueueError."""
+    if scheme_of(settings.queue_url) == "push":
+        raise QueueError(
+            "QUEUE_URL: push:// cannot read dead letters: "
+            "set it to pubsub://PROJECT/SUBSCRIPTION, the subscription that pushes, for this command"
+        )
+    with opened(settings) as queue:
+        if not isinstance(queue, DeadLetters):
+            raise QueueError("QUEUE_URL: the dead letters of this queue cannot be read from here: use its own tools")
+        yield queue
 
 
 @click.group(cls=Group)
 def dlq() -> None:
-    """Look at the messages that were given up on."""
+    """Look at the messages that were given up on, replay or drop them."""
 
 
 @dlq.command("list")
+@choosing
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per dead letter.")
 @settings_options(QueueSettings)
-def dlq_list(*, as_json: bool, **flags: Any) -> None:
-    """List the dead letters, oldest first."""
-    with exit_codes(), opened(load(QueueSettings, flags)) as queue:
-        if not isinstance(queue, DeadLetters):
-            raise QueueError("QUEUE_URL: the dead letters of this queue cannot be read from here")
-        letters = [_dead_letter(letter) for letter in each(queue)]
-    for letter in letters:
-        click.echo(orjson.dumps(letter) if as_json else _readable(letter))
-    if not letters and not as_json:
+def list_(*, choice: Choice, as_json: bool, **flags: Any) -> None:
+    """List the dead letters, and count them by type and reason.
+
+    The oldest come first: 50, unless --limit says otherwise, and with --json all. Nothing is removed.
+    """
+    with exit_codes(), opened_dead_letters(load(QueueSettings, flags)) as queue:
+        letters = replace(choice, limit=None).of(each(queue))
+        found = [(given_up_at(letter) or _LATEST, entry(letter)) for letter in letters]
+    entries = [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
+    shown = entries[: choice.limit or (len(entries) if as_json else SHOWN)]
+    if entries and not as_json:
+        _echo_counts(entries)
+        click.echo()
+    for row in shown:
+        click.echo(escaped(orjson.dumps(row).decode()) if as_json else _line(row))
+    if len(shown) < len(entries):
+        click.echo(f"{len(entries) - len(shown):,} more: --limit {len(entries)} lists them all", err=True)
+    if not entries and not as_json:
         click.echo("no dead letters", err=True)
 
 
-def _dead_letter(letter: DeadLetter) -> dict[str, Any]:
-    from worker.parse import parse  # noqa: PLC0415
+@dlq.command()
+@click.argument("message_id")
+@settings_options(QueueSettings)
+def show(*, message_id: str, **flags: Any) -> None:
+    """Show all of one dead letter.
 
+    Its body may hold personal data.
+    """
+    with exit_codes(), opened_dead_letters(load(QueueSettings, flags)) as queue, closing(each(queue)) as letters:
+        letter = next(Choice(frozenset([message_id])).of(letters), None)
+    if letter is None:
+        raise not_found([message_id])
+    click.echo("This may hold personal data: mind who reads it, and where it is pasted.", err=True)
+    for name, value in _facts(letter):
+        click.echo(f"{name:<18}{escaped(str(value))}")
+    click.echo()
+    click.echo(body_text(letter.delivery.body))
+
+
+@dlq.command()
+@click.argument("message_ids", metavar="[MESSAGE_ID]...", nargs=-1)
+@choosing
+@click.option("--all", "is_all", is_flag=True, help="All of them, whatever they are.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@settings_options(QueueSettings)
+def drop(*, choice: Choice, is_all: bool, yes: bool, **flags: Any) -> None:
+    """Remove dead letters for good.
+
+    Those named, those chosen by options, or --all.
+    """
+    is_chosen = bool(choice.ids or choice.reason or choice.message_type or choice.since)
+    if is_chosen == is_all:
+        raise click.UsageError("say which: MESSAGE_ID, --reason, --type, --since, or --all")
+    if not yes and not sys.stdin.isatty():
+        raise click.UsageError("there is no terminal to ask on: --yes drops without asking")
+    with exit_codes(), opened_dead_letters(load(QueueSettings, flags)) as queue:
+        entries = [entry(letter) for letter in choice.of(each(queue))]
+        found = frozenset(entry.message_id for entry in entries)
+        if missing := choice.ids - found:
+            raise not_found(missing)
+        if not entries:
+            click.echo("no dead letters to drop", err=True)
+            return
+        _echo_counts(entries)
+        if not yes:
+            click.confirm(f"Drop {number_of(len(entries))} for good?", abort=True)
+        _drop(queue, Choice(found))
+
+
+def _drop(queue: DeadLetters, choice: Choice) -> None:
+    """Remove letters, and say how many that were, also when it breaks off."""
+    dropped = 0
     try:
-        notification = parse(letter.delivery.body)
-    except (WorkerError, Ignored):
-        notification = None
-    return {
-        "message_id": letter.delivery.id,
-        "message_type": notification and notification.type,
-        "resource_type": notification and notification.resource_type,
-        "resource_id": notification and notification.resource_id,
-        "reason": letter.failure.reason,
-        "stage": letter.failure.stage,
-        "attempts": letter.delivery.attempt,
-        "dead_lettered_at": letter.dead_lettered_at and letter.dead_lettered_at.isoformat(),
-    }
+        with closing(queue.dead_letters()) as letters:
+            batch: list[DeadLetter] = []
+            for letter in choice.of(through(letters)):
+                batch.append(letter)
+                if len(batch) == AT_ONCE:
+                    letters.remove(batch)
+                    dropped, batch = dropped + len(batch), []
+            letters.remove(batch)
+            dropped += len(batch)
+    finally:
+        click.echo(f"dropped {number_of(dropped)}")
 
 
-def _readable(letter: dict[str, Any]) -> str:
-    about = f"{letter['message_type'] or 'unreadable'} {letter['resource_type'] or ''} {letter['resource_id'] or ''}"
-    when = (letter["dead_lettered_at"] or "")[:19]
-    return f"{when}  {letter['message_id']:>6}  {about.strip()}  [{letter['stage']}] {letter['reason']}"
+def _echo_counts(entries: Iterable[Entry]) -> None:
+    """Print a table: how many letters of a type have a reason, the most first."""
+    counts = Counter((type_of(entry), _why(entry)) for entry in entries).most_common()
+    shown = [("COUNT", "TYPE", "REASON"), *((f"{number:,}", *kind) for kind, number in counts[:_KINDS])]
+    number_width, type_width = (max(len(row[column]) for row in shown) for column in (0, 1))
+    for number, kind, reason in shown:
+        click.echo(f"{number:>{number_width}}  {kind:<{type_width}}  {reason}")
+    if more := counts[_KINDS:]:
+        click.echo(f"{sum(number for _, number in more):>{number_width},}  of {len(more)} other types and reasons")
+
+
+def _line(entry: Entry) -> str:
+    at = entry.dead_lettered_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S") if entry.dead_lettered_at else ""
+    about = " ".join(filter(None, (type_of(entry), entry.resource_type, entry.resource_id)))
+    return f"{at:<19}  {escaped(entry.message_id):>6}  {escaped(about)}  {_why(entry)}"
+
+
+def _why(entry: Entry) -> str:
+    return escaped(f"[{entry.stage}] {entry.reason}")
+
+
+def _facts(letter: DeadLetter) -> Iterator[tuple[str, object]]:
+    about, failure, delivery = entry(letter), letter.failure, letter.delivery
+    yield "message_id", about.message_id
+    yield "message_type", type_of(about)
+    yield "resource", " ".join(filter(None, (about.resource_type, about.resource_id)))
+    yield "reason", failure.reason
+    yield "stage", failure.stage
+    yield "error", failure.error
+    yield "attempts", "" if about.attempts is None else about.attempts
+    yield "published_at", delivery.published_at or ""
+    yield "dead_lettered_at", letter.dead_lettered_at or ""
+    for name, value in delivery.attributes.items():
+        yield "attribute", f"{name}={value}"
+    yield "body", f"{len(delivery.body):,} bytes"
+
+
+def not_found(message_ids: Collection[str]) -> Failed:
+    """Return the error that there are no such dead letters."""
+    names = ", ".join(sorted(map(escaped, message_ids)))
+    return Failed(f"no dead letter {names}: `klaviyo-worker dlq list` lists what there is", UNEXPECTED)
+
+
+def number_of(letters: int) -> str:
+    """Return so many dead letters in words."""
+    return f"{letters:,} dead letter{'' if letters == 1 else 's'}"

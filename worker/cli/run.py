@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from worker.cli.base import SHUTDOWN_TIMED_OUT, Command, exit_codes, settings_options
+from worker.cli.base import SHUTDOWN_TIMED_OUT, Command, call_on_signals, exit_codes, settings_options
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from worker.service import Service
-
-_STOP = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
 @click.command(cls=Command)
@@ -48,7 +42,6 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
     with exit_codes():
         settings = load(Settings, flags)
         configure_logging(settings.log_level, settings.log_format)
-        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)  # before any thread starts: all inherit it
         service: Service | None = None
 
         def stop() -> None:
@@ -57,7 +50,7 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
                 os._exit(0)
             service.stop()
 
-        Thread(target=_call_on_signals, args=(stop,), daemon=True).start()
+        call_on_signals(stop)
         service = Service(settings, dry_run=dry_run)
         try:
             service.run(once=once or dry_run, max_wait=max_wait)
@@ -65,10 +58,3 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
             click.echo(f"Error: {error}", err=True)
             sys.stdout.flush()
             os._exit(SHUTDOWN_TIMED_OUT)  # lanes may hang in calls that no thread can interrupt
-
-
-def _call_on_signals(stop: Callable[[], None]) -> None:
-    """Wait for signals in a thread: a handler in the main thread could meet a lock it already holds."""
-    while True:
-        signal.sigwait(_STOP)
-        stop()

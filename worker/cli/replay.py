@@ -1,0 +1,184 @@
+"""`klaviyo-worker dlq replay`: dead letters are handled once more, and removed once their effect is in Klaviyo."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import nullcontext, suppress
+from itertools import repeat
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+import click
+
+from adapters import Countable, QueueError
+from worker.cli.base import SHUTDOWN_TIMED_OUT, UNEXPECTED, Failed, call_on_signals, exit_codes, settings_options
+from worker.cli.dlq import choosing, not_found, number_of, opened_dead_letters
+from worker.dead_letters import escaped, type_of
+from worker.settings import Settings, load
+
+if TYPE_CHECKING:
+    from adapters import DeadLetters
+    from worker.dead_letters import Choice
+    from worker.replay import Replay, Tally
+
+INTERRUPTED = 130  # as a shell says it of Ctrl-C
+
+
+@click.command()
+@click.argument("message_ids", metavar="[MESSAGE_ID]...", nargs=-1)
+@choosing
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Dead letters a second, at most.")
+@click.option("--canary/--no-canary", default=True, help="Stop if the first fails again (default), or go on.")
+@click.option("--dry-run", is_flag=True, help="Print what would be sent; send and remove nothing.")
+@settings_options(Settings)
+def replay(*, choice: Choice, rate: float | None, canary: bool, dry_run: bool, **flags: Any) -> None:
+    """Handle dead letters once more.
+
+    Those named, those chosen by options, or all. That happens here, and nothing goes back to the queue: a letter is
+    removed once its effect is in Klaviyo, or if there is nothing to do. What fails again, or is interrupted, stays a
+    dead letter. The first goes alone, the canary.
+    """
+    from worker.replay import Options, Replay  # noqa: PLC0415 - keeps --help fast
+
+    interruption = _Interruption()
+    with exit_codes():
+        settings = load(Settings, flags)
+        has_bar = sys.stderr.isatty() and not dry_run
+        _configure_logging(settings, has_bar=has_bar)
+        call_on_signals(interruption)
+        is_one = len(choice.ids) == 1 or choice.limit == 1
+        options = Options(rate, canary=canary and not is_one, dry_run=dry_run)
+        with opened_dead_letters(settings) as queue:
+            progress = _Progress(_expected(queue, choice)) if has_bar else None
+            running = Replay(queue, settings, choice, options, progress or (lambda _: None))
+            interruption.running = running
+            try:
+                _run(running, progress)
+            finally:
+                _echo_summary(running.tally, dry_run=dry_run)
+    _end(running, choice, is_interrupted=interruption.has_come)
+
+
+class _Interruption:
+    """What a signal does: the first finishes what is in flight, the second does not wait for it."""
+
+    def __init__(self) -> None:
+        self.running: Replay | None = None
+        self.has_come = False
+
+    def __call__(self) -> None:
+        self.has_come = True
+        if self.running is None:  # the queue has yet to answer; nothing is held
+            os._exit(INTERRUPTED)
+        self.running.stop()
+
+
+class _Progress:
+    """A progress bar on stderr. Safe for many threads."""
+
+    def __init__(self, length: int | None) -> None:
+        self._bar = click.progressbar(
+            repeat(None), length, "replaying", show_pos=True, item_show_func=self._rate, file=sys.stderr
+        )
+        self._began = time.monotonic()
+        self._lock = Lock()
+
+    def __call__(self, tally: Tally) -> None:
+        """Show how far it is."""
+        with self._lock:
+            self._bar.update(tally.ended - self._bar.pos)
+
+    def __enter__(self) -> None:
+        self._bar.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._bar.render_finish()
+
+    def _rate(self, _: None) -> str:
+        return f"{self._bar.pos / max(time.monotonic() - self._began, 1e-3):.1f}/s"
+
+
+class _AboveTheBar:
+    """Where log lines go while there is a bar: in its place, as it is drawn again below."""
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(f"\r\033[K{text}")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return True
+
+
+def _configure_logging(settings: Settings, *, has_bar: bool) -> None:
+    """Log as the worker does; but a line per message would tear the bar to pieces."""
+    from worker.telemetry import configure_logging, log  # noqa: PLC0415
+
+    configure_logging(settings.log_level, settings.log_format, cast("TextIO", _AboveTheBar()) if has_bar else None)
+    if has_bar:
+        log.handlers[0].addFilter(lambda record: record.getMessage() != "message_processed")
+
+
+def _expected(queue: DeadLetters, choice: Choice) -> int | None:
+    """Return how many letters there will be, at most; None where nobody knows without looking."""
+    known: list[int | None] = [choice.limit, len(choice.ids) or None]
+    if isinstance(queue, Countable):
+        with suppress(QueueError):
+            known.append(queue.counts()[1])
+    return min((number for number in known if number is not None), default=None)
+
+
+def _run(running: Replay, progress: _Progress | None) -> None:
+    from worker.runner import ShutdownTimeoutError  # noqa: PLC0415
+
+    try:
+        with progress or nullcontext():
+            running.run()
+    except ShutdownTimeoutError:
+        click.echo("Error: the grace period ended before all letters in flight did; they stay dead letters", err=True)
+        sys.stdout.flush()
+        os._exit(SHUTDOWN_TIMED_OUT)  # lanes may hang in calls that no thread can interrupt
+
+
+def _echo_summary(tally: Tally, *, dry_run: bool) -> None:
+    """Say how the letters ended: on stdout, unless that holds requests."""
+    outcomes = tally.outcomes
+    rows = [
+        ("would be sent" if dry_run else "replayed", outcomes["sent"], "" if dry_run else "their effect is in Klaviyo"),
+        ("nothing to do", outcomes["ignored"], "" if dry_run else "removed"),
+        ("failed again", tally.failed, "dead letters still"),
+        ("not finished", outcomes["returned"], "dead letters still"),
+    ]
+    for name, number, note in rows:
+        if number or name == rows[0][0]:
+            click.echo(f"{name:<14}{number:>7,}  {note}".rstrip(), err=dry_run)
+        if name == "failed again":
+            for (stage, reason), times in tally.failures.most_common():
+                click.echo(f"  {times:>19,}  [{stage}] {escaped(reason)}", err=dry_run)
+
+
+def _end(running: Replay, choice: Choice, *, is_interrupted: bool) -> None:
+    """Leave with an exit code other than 0 when not all that was asked for is done. Raises Failed."""
+    tally, first = running.tally, running.tally.first_failed
+    if running.queue.has_stopped and first:
+        about, reason = first
+        what = " ".join(filter(None, (about.message_id, type_of(about), about.resource_type, about.resource_id)))
+        raise Failed(
+            f"the first failed again, so no other was tried: {escaped(what)}: {escaped(reason)}. "
+            "Mend that; or choose others with --type, --reason or MESSAGE_ID; or try all with --no-canary",
+            UNEXPECTED,
+        )
+    if is_interrupted:
+        raise Failed("interrupted: what was not replayed is a dead letter still; the same again goes on", INTERRUPTED)
+    if missing := choice.ids - running.queue.handed_out:
+        raise not_found(missing)
+    if not tally.ended:
+        click.echo("no dead letters to replay", err=True)
+    if tally.outcomes["returned"]:
+        raise Failed("gave up waiting for an outage to end: replay the rest later", UNEXPECTED)
+    if tally.failed:
+        raise Failed(f"{number_of(tally.failed)} failed again", UNEXPECTED)
