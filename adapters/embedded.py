@@ -38,6 +38,7 @@ CREATE INDEX IF NOT EXISTS messages_ready ON messages (visible_at, id);
 CREATE TABLE IF NOT EXISTS dead_letters (
     id INTEGER PRIMARY KEY, body BLOB NOT NULL, published_at REAL NOT NULL, attempts INTEGER NOT NULL,
     reason TEXT NOT NULL, stage TEXT NOT NULL, error TEXT NOT NULL, dead_lettered_at REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS dead_letters_oldest ON dead_letters (dead_lettered_at, id);
 """
 _LEASE = """
 UPDATE messages SET lease = ?, visible_at = ?, attempts = attempts + 1
@@ -202,9 +203,15 @@ class EmbeddedQueue:
 
     def buried_after(self, last: tuple[float, int], limit: int) -> list[tuple[tuple[float, int], DeadLetter]]:
         """Return the oldest dead letters after `last`, each with its place in that order."""
+        found: list[tuple[tuple[float, int], DeadLetter]] = []
+        left = RECEIVE_BYTES
         with self._guard():
-            rows = self._db.execute(_BURIED, (*last, limit)).fetchall()
-        return [((row[-1], row[0]), _dead_letter(row)) for row in rows]
+            for row in self._db.execute(_BURIED, (*last, limit)):
+                found.append(((row[-1], row[0]), _dead_letter(row)))
+                left -= len(row[1])
+                if left <= 0:
+                    break
+        return found
 
     def unbury(self, deliveries: Sequence[Delivery]) -> None:
         """Delete dead letters."""

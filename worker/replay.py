@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from worker.settings import Settings
 
 _FAILED = ("dead_lettered", "retried")  # outcomes, where dead letters are replayed
+_BATCH = 50  # messages in a batch, at most: so that progress is seen, and an interruption does not wait long
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +226,7 @@ class Replay:
     def __init__(
         self, queue: DeadLetters, settings: Settings, choice: Choice, options: Options, told: Callable[[Tally], None]
     ) -> None:
-        if settings.bulk_events == "auto":  # old events: where a repeat is refused or doubled, none may go in bulk
-            settings = settings.model_copy(update={"bulk_events": "never"})
+        settings = _adapted(settings)
         self.tally = Tally(Metrics(scheme_of(settings.queue_url)), told)
         self._stages = stages = Stages(settings, self.tally)
         letters = queue.dead_letters()
@@ -253,3 +253,9 @@ class Replay:
     def stop(self) -> None:
         """Finish what is in flight and stop; called again: do not wait."""
         self._runner.stop()
+
+
+def _adapted(settings: Settings) -> Settings:
+    """Return the settings for a replay: no event in bulk, unless all may, as any may have been sent before."""
+    bulk_events = "always" if settings.bulk_events == "always" else "never"
+    return settings.model_copy(update={"bulk_events": bulk_events, "max_batch": min(settings.max_batch, _BATCH)})

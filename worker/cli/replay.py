@@ -168,7 +168,7 @@ def _end(running: Replay, choice: Choice, *, is_interrupted: bool) -> None:
         about, reason = first
         what = " ".join(filter(None, (about.message_id, type_of(about), about.resource_type, about.resource_id)))
         raise Failed(
-            f"the first failed again, so no other was tried: {escaped(what)}: {escaped(reason)}. "
+            f"the first failed again, so no other was tried: {escaped(what)}: {escaped(reason).rstrip('.')}. "
             "Mend that; or choose others with --type, --reason or MESSAGE_ID; or try all with --no-canary",
             UNEXPECTED,
         )
