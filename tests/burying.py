@@ -1,0 +1,39 @@
+"""Dead letters for tests: messages of the embedded queue that were given up on."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from adapters import Failure
+from adapters.embedded import EmbeddedQueue
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+REFUSED = Failure("Klaviyo answered 400: invalid", "send", "Rejected")
+
+
+def bury(queue: EmbeddedQueue, *bodies: bytes | dict[str, Any], failure: Failure = REFUSED) -> list[str]:
+    """Make dead letters and return their ids; what else waits in the queue is buried with them."""
+    queue.publish([body if isinstance(body, bytes) else json.dumps(body).encode() for body in bodies])
+    ids = []
+    while deliveries := queue.receive(500, 0):
+        for delivery in deliveries:
+            queue.dead_letter(delivery, failure)
+            ids.append(delivery.id)
+    return ids
+
+
+def bury_at(path: Path, *bodies: bytes | dict[str, Any], failure: Failure = REFUSED) -> list[str]:
+    """Make dead letters in the queue at a path."""
+    with closing(EmbeddedQueue(path)) as queue:
+        return bury(queue, *bodies, failure=failure)
+
+
+def left_at(path: Path) -> Sequence[str]:
+    """Return the ids of the dead letters in the queue at a path."""
+    with closing(EmbeddedQueue(path)) as queue:
+        return [letter.delivery.id for letter in queue.dead_letters().receive(10_000, 0)]
