@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from worker.settings import Settings
 
 _FAILED = ("dead_lettered", "retried")  # outcomes, where dead letters are replayed
+MAX_WAIT = 600.0  # seconds, in all, to wait for an outage to end
 _BATCH = 50  # messages in a batch, at most: so that progress is seen, and an interruption does not wait long
 
 
@@ -246,7 +247,7 @@ class Replay:
     def run(self) -> None:
         """Replay until there are no more. Raises what Runner.run does with `once`."""
         try:
-            self._runner.run(once=True)
+            self._runner.run(once=True, max_wait=MAX_WAIT)
         finally:
             self._stages.sender.close()
 

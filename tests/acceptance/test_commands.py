@@ -116,7 +116,8 @@ def test_dead_letters_are_readable_for_people_too(worker: Worker) -> None:
     assert worker("dlq", "list").stderr == "no dead letters\n"
     worker.publish(b"[]", message("OrderCreated", "order", "o-1", order={"id": "o-1"}))
     worker("run", "--once")
-    first, second = sorted(worker("dlq", "list").stdout.splitlines(), key=lambda line: "OrderCreated" in line)
+    letters = worker("dlq", "list").stdout.splitlines()[-2:]  # the rest counts them
+    first, second = sorted(letters, key=lambda line: "OrderCreated" in line)
     assert "unreadable  [parse] expected a JSON object; found an array" in first
     assert "OrderCreated order o-1  [transform]" in second
 

@@ -145,9 +145,9 @@ def test_looking_removes_nothing(queue: EmbeddedQueue) -> None:
 
 def test_large_bodies_are_read_a_few_at_a_time(queue: EmbeddedQueue) -> None:
     """Looking through them takes no more memory than handling them."""
-    bury(queue, *[b"x" * 3_000_000] * 5)
+    bury(queue, *[b"x" * 2_100_000] * 3)
     letters = queue.dead_letters()
-    assert [len(letters.receive(100, 0)) for _ in range(4)] == [2, 2, 1, 0]
+    assert [len(letters.receive(100, 0)) for _ in range(3)] == [2, 1, 0]
 
 
 def test_an_entry_holds_no_body() -> None:

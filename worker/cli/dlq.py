@@ -182,7 +182,7 @@ def _drop(queue: DeadLetters, choice: Choice) -> None:
 
 def _echo_counts(entries: Iterable[Entry]) -> None:
     """Print a table: how many letters of a type have a reason, the most first."""
-    counts = Counter((type_of(entry), _why(entry)) for entry in entries).most_common()
+    counts = Counter((escaped(type_of(entry)), _why(entry)) for entry in entries).most_common()
     shown = [("COUNT", "TYPE", "REASON"), *((f"{number:,}", *kind) for kind, number in counts[:_KINDS])]
     number_width, type_width = (max(len(row[column]) for row in shown) for column in (0, 1))
     for number, kind, reason in shown:
