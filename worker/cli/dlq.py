@@ -192,9 +192,12 @@ def _echo_counts(entries: Iterable[Entry]) -> None:
 
 
 def _line(entry: Entry) -> str:
-    at = entry.dead_lettered_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S") if entry.dead_lettered_at else ""
     about = " ".join(filter(None, (type_of(entry), entry.resource_type, entry.resource_id)))
-    return f"{at:<19}  {escaped(entry.message_id):>6}  {escaped(about)}  {_why(entry)}"
+    return f"{_time(entry.dead_lettered_at):<19}  {escaped(entry.message_id):>6}  {escaped(about)}  {_why(entry)}"
+
+
+def _time(at: datetime | None) -> str:
+    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S") if at else ""
 
 
 def _why(entry: Entry) -> str:
@@ -210,8 +213,8 @@ def _facts(letter: DeadLetter) -> Iterator[tuple[str, object]]:
     yield "stage", failure.stage
     yield "error", failure.error
     yield "attempts", "" if about.attempts is None else about.attempts
-    yield "published_at", delivery.published_at or ""
-    yield "dead_lettered_at", letter.dead_lettered_at or ""
+    yield "published_at", _time(delivery.published_at)
+    yield "dead_lettered_at", _time(letter.dead_lettered_at)
     for name, value in delivery.attributes.items():
         yield "attribute", f"{name}={value}"
     yield "body", f"{len(delivery.body):,} bytes"
