@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+import orjson
+
 from worker.errors import Ignored, WorkerError
 from worker.parse import parse
 
@@ -100,6 +102,11 @@ def entry(letter: DeadLetter) -> Entry:
         attempts=letter.delivery.attempt,
         dead_lettered_at=letter.dead_lettered_at,
     )
+
+
+def json_line(entry: Entry) -> str:
+    """Return an entry as a line of `dlq list --json`. Queues may have times of a class of their own."""
+    return escaped(orjson.dumps(entry, default=datetime.isoformat).decode())
 
 
 def type_of(entry: Entry) -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from adapters import DeadLetter, Failure
 from tests.burying import bury
 from tests.conftest import FakeDelivery
-from worker.dead_letters import Choice, body_text, each, entry, escaped, parse_since
+from worker.dead_letters import Choice, body_text, each, entry, escaped, json_line, parse_since
 from worker.sandbox.notifications import message
 
 if TYPE_CHECKING:
@@ -155,6 +155,17 @@ def test_an_entry_holds_no_body() -> None:
     shown = entry(letter(7, body=b'{"email": "grete@example.com"}'))
     assert "grete" not in repr(shown)
     assert shown.message_type is None
+
+
+class Nanoseconds(datetime):
+    """A time as Google's client has it."""
+
+
+@pytest.mark.parametrize("kind", [datetime, Nanoseconds])
+def test_times_of_any_class_are_told_alike(kind: type[datetime]) -> None:
+    """As ISO 8601, whichever queue they come from."""
+    line = json.loads(json_line(entry(letter(at=kind(2026, 11, 24, 4, 6, 54, 123456, tzinfo=UTC)))))
+    assert line["dead_lettered_at"] == "2026-11-24T04:06:54.123456+00:00"
 
 
 @given(st.text())

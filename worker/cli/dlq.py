@@ -11,7 +11,6 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import click
-import orjson
 
 from adapters import DeadLetters, QueueError, scheme_of
 from worker.cli.base import UNEXPECTED, Failed, Group, exit_codes, opened, settings_options
@@ -23,6 +22,7 @@ from worker.dead_letters import (
     entry,
     escaped,
     given_up_at,
+    json_line,
     parse_since,
     through,
     type_of,
@@ -107,7 +107,7 @@ def list_(*, choice: Choice, as_json: bool, **flags: Any) -> None:
         _echo_counts(entries)
         click.echo()
     for row in shown:
-        click.echo(escaped(orjson.dumps(row).decode()) if as_json else _line(row))
+        click.echo(json_line(row) if as_json else _line(row))
     if len(shown) < len(entries):
         click.echo(f"{len(entries) - len(shown):,} more: --limit {len(entries)} lists them all", err=True)
     if not entries and not as_json:
