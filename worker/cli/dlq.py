@@ -128,7 +128,8 @@ def show(*, message_id: str, **flags: Any) -> None:
         raise not_found([message_id])
     click.echo("This may hold personal data: mind who reads it, and where it is pasted.", err=True)
     for name, value in _facts(letter):
-        click.echo(f"{name:<18}{escaped(str(value))}")
+        if value:
+            click.echo(f"{name:<18}{escaped(value)}")
     click.echo()
     click.echo(body_text(letter.delivery.body))
 
@@ -204,7 +205,7 @@ def _why(entry: Entry) -> str:
     return escaped(f"[{entry.stage}] {entry.reason}")
 
 
-def _facts(letter: DeadLetter) -> Iterator[tuple[str, object]]:
+def _facts(letter: DeadLetter) -> Iterator[tuple[str, str]]:
     about, failure, delivery = entry(letter), letter.failure, letter.delivery
     yield "message_id", about.message_id
     yield "message_type", type_of(about)
@@ -212,7 +213,7 @@ def _facts(letter: DeadLetter) -> Iterator[tuple[str, object]]:
     yield "reason", failure.reason
     yield "stage", failure.stage
     yield "error", failure.error
-    yield "attempts", "" if about.attempts is None else about.attempts
+    yield "attempts", str(about.attempts or "")
     yield "published_at", _time(delivery.published_at)
     yield "dead_lettered_at", _time(letter.dead_lettered_at)
     for name, value in delivery.attributes.items():
