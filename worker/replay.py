@@ -13,7 +13,7 @@ from threading import Condition
 from typing import TYPE_CHECKING
 
 from adapters import scheme_of
-from worker.dead_letters import entry, through
+from worker.dead_letters import through
 from worker.dryrun import print_instead
 from worker.metrics import Metrics
 from worker.pipeline import Pipeline
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from adapters import DeadLetter, DeadLetterQueue, DeadLetters, Delivery, Failure
-    from worker.dead_letters import Choice, Entry
+    from worker.dead_letters import Choice
     from worker.model import Job
     from worker.settings import Settings
 
@@ -82,7 +82,7 @@ class Tally(Telemetry):
     def __init__(self, metrics: Metrics, told: Callable[[Tally], None]) -> None:
         super().__init__(metrics)
         self.failures: Counter[tuple[str, str]] = Counter()  # by stage and reason
-        self.first_failed: tuple[Entry, str] | None = None  # and why, this time
+        self.last_failed: DeadLetter | None = None
         self._told = told
         self._changed = Condition()
 
@@ -103,7 +103,7 @@ class Tally(Telemetry):
             for job in jobs:
                 if job.outcome and outcome_name(job) in _FAILED:
                     self.failures[job.outcome.stage, job.outcome.reason] += 1
-                    self._note_first(job)
+                    self.last_failed = job.delivery.letter if isinstance(job.delivery, Again) else None
             super().settled(jobs)
             self._changed.notify_all()
         self._told(self)
@@ -112,10 +112,6 @@ class Tally(Telemetry):
         """Wait until letters have ended."""
         with self._changed:
             self._changed.wait(seconds)
-
-    def _note_first(self, job: Job) -> None:
-        if self.first_failed is None and job.outcome and isinstance(job.delivery, Again):
-            self.first_failed = entry(job.delivery.letter), job.outcome.reason
 
 
 class Pace:
@@ -227,7 +223,7 @@ class Replay:
     def __init__(
         self, queue: DeadLetters, settings: Settings, choice: Choice, options: Options, told: Callable[[Tally], None]
     ) -> None:
-        settings = _adapted(settings)
+        settings = settings.model_copy(update={"max_batch": min(settings.max_batch, _BATCH)})
         self.tally = Tally(Metrics(scheme_of(settings.queue_url)), told)
         self._stages = stages = Stages(settings, self.tally)
         letters = queue.dead_letters()
@@ -254,9 +250,3 @@ class Replay:
     def stop(self) -> None:
         """Finish what is in flight and stop; called again: do not wait."""
         self._runner.stop()
-
-
-def _adapted(settings: Settings) -> Settings:
-    """Return the settings for a replay: no event in bulk, unless all may, as any may have been sent before."""
-    bulk_events = "always" if settings.bulk_events == "always" else "never"
-    return settings.model_copy(update={"bulk_events": bulk_events, "max_batch": min(settings.max_batch, _BATCH)})

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, closing, suppress
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
@@ -204,16 +204,23 @@ def test_a_dry_run_prints_requests_and_does_nothing(dlq: Dlq, path: Path, sandbo
 
 
 def test_an_interruption_finishes_what_is_in_flight(
-    dlq: Dlq, path: Path, sandbox: Sandbox, signals: list[Callable[[], None]]
+    dlq: Dlq, path: Path, sandbox: Sandbox, signals: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And nothing else, however long the next would take; the same command goes on."""
     bury_at(path, *map(order, range(1, 11)))
+    waits_for_its_turn = Event()
+    turn = replay.Pace.turn
+
+    def noted(pace: replay.Pace) -> None:
+        if sandbox.account.events:
+            waits_for_its_turn.set()
+        turn(pace)
 
     def interrupt() -> None:
-        while not sandbox.account.events:
-            time.sleep(0.01)
+        waits_for_its_turn.wait()
         signals[0]()
 
+    monkeypatch.setattr(replay.Pace, "turn", noted)
     interrupting = Thread(target=interrupt)
     interrupting.start()
     result = dlq("replay", "--rate", "0.001")

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.burying import REFUSED, bury
+from tests.unit.test_runner import settings_for
 from worker.dead_letters import Choice, each, through
 from worker.errors import Ignored, Rejected
 from worker.metrics import Metrics
 from worker.model import Disposition, Job, Kind, Operation, Outcome
-from worker.replay import Again, Pace, ReplayQueue, Tally
+from worker.replay import Again, Options, Pace, Replay, ReplayQueue, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from adapters import DeadLetter
     from adapters.embedded import EmbeddedQueue
 
 SENT = Outcome(Disposition.ACK, "send")
@@ -141,9 +143,9 @@ def test_a_canary_that_fails_ends_the_replay(outcome: Outcome, queue: EmbeddedQu
     settle(tally, replay, outcome, replay.receive(10, 0))
     assert replay.has_stopped
     assert (replay.receive(10, 0), replay.backlog()) == ((), 0)
-    assert tally.first_failed
-    about, reason = tally.first_failed
-    assert (about.message_id, reason) == (made[0], outcome.reason)
+    assert tally.last_failed
+    assert tally.last_failed.delivery.id == made[0]
+    assert list(tally.failures) == [(outcome.stage, outcome.reason)]
     assert left(queue) == made
 
 
@@ -182,6 +184,41 @@ def test_letters_go_no_faster_than_the_rate(queue: EmbeddedQueue) -> None:
     assert [after - before for before, after in pairwise(at)] == [0.25, 0.25, 0.25, 3.0, 0.25, 0.25, 0.25]
     assert not replay.receive(10, 0)
     assert clock.now == at[-1]
+
+
+class Endless:
+    """Dead letters that nobody asked for, without end; the replay is told to stop after some."""
+
+    def __init__(self, *letters: DeadLetter) -> None:
+        self._letters = letters
+        self.looks = 0
+        self.replay: Replay | None = None
+
+    def dead_letters(self) -> Endless:
+        return self
+
+    def receive(self, max_messages: int, wait: float) -> Sequence[DeadLetter]:
+        self.looks += 1
+        if self.looks == 3 and self.replay:
+            self.replay.stop()
+        return self._letters
+
+    def remove(self, letters: Sequence[DeadLetter]) -> None:
+        raise AssertionError
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def test_a_replay_that_only_looks_can_be_stopped(queue: EmbeddedQueue) -> None:
+    """Among fifty thousand others, what was asked for may be long in coming."""
+    bury(queue, b"1")
+    endless = Endless(*each(queue))
+    chosen = Choice(message_type="OrderCreated")
+    endless.replay = Replay(endless, settings_for(), chosen, Options(), lambda _: None)
+    endless.replay.run()
+    assert endless.looks == 3
+    assert endless.replay.tally.ended == 0
 
 
 def test_the_replay_has_nothing_of_a_queue_that_leases(queue: EmbeddedQueue) -> None:

@@ -15,7 +15,7 @@ import click
 from adapters import Countable, QueueError
 from worker.cli.base import SHUTDOWN_TIMED_OUT, UNEXPECTED, Failed, call_on_signals, exit_codes, settings_options
 from worker.cli.dlq import choosing, not_found, number_of, opened_dead_letters
-from worker.dead_letters import escaped, type_of
+from worker.dead_letters import entry, escaped, type_of
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
@@ -163,9 +163,9 @@ def _echo_summary(tally: Tally, *, dry_run: bool) -> None:
 
 def _end(running: Replay, choice: Choice, *, is_interrupted: bool) -> None:
     """Leave with an exit code other than 0 when not all that was asked for is done. Raises Failed."""
-    tally, first = running.tally, running.tally.first_failed
-    if running.queue.has_stopped and first:
-        about, reason = first
+    tally, failed = running.tally, running.tally.last_failed
+    if running.queue.has_stopped and failed:
+        about, ((_, reason),) = entry(failed), tally.failures
         what = " ".join(filter(None, (about.message_id, type_of(about), about.resource_type, about.resource_id)))
         raise Failed(
             f"the first failed again, so no other was tried: {escaped(what)}: {escaped(reason).rstrip('.')}. "
