@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from worker.sandbox.server import Answer, Call
+
     Terminal = Callable[..., tuple[int, str]]
 
 BULK, SINGLE = "/api/event-bulk-create-jobs", "/api/events"
@@ -255,6 +257,56 @@ def test_a_replay_that_is_killed_loses_and_doubles_nothing(
     assert len(sandbox.account.events) == 40 * EVENTS_EACH
 
 
+def test_a_signal_before_anything_has_begun_ends_it_at_once(
+    dlq: Dlq, path: Path, signals: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue out of reach may take half a minute to say so."""
+
+    def opening(*_: object) -> None:
+        signals[0]()
+
+    def ended(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr("worker.cli.base.open_queue", opening)
+    monkeypatch.setattr(os, "_exit", ended)
+    assert dlq("replay").exit_code == 130
+
+
+def test_a_second_signal_does_not_wait(
+    dlq: Dlq, path: Path, sandbox: Sandbox, signals: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What hangs stays a dead letter; exit code 6 says that the grace was not enough."""
+    made = bury_at(path, order(1), order(2))
+    asked = Event()
+    answered = Event()
+    handle = sandbox.klaviyo.handle
+
+    def hang(call: Call) -> Answer:
+        asked.set()
+        answered.wait()
+        return handle(call)
+
+    def interrupt() -> None:
+        asked.wait()
+        signals[0]()
+        signals[0]()
+
+    def ended(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(sandbox.klaviyo, "handle", hang)
+    monkeypatch.setattr(os, "_exit", ended)
+    interrupting = Thread(target=interrupt)
+    interrupting.start()
+    result = dlq("replay")
+    assert result.exit_code == 6
+    assert "they stay dead letters" in result.stderr
+    assert left_at(path) == made
+    answered.set()
+    interrupting.join()
+
+
 def test_two_replays_at_once_do_no_harm(dlq: Dlq, path: Path, sandbox: Sandbox) -> None:
     """A worker may run beside them too."""
     bury_at(path, *map(order, range(1, 31)))
@@ -288,6 +340,15 @@ def test_list_counts_first_and_lists_the_oldest(dlq: Dlq, path: Path) -> None:
     assert len(dlq("list", "--limit", "60").stdout.splitlines()) == 3 + 1 + 60
     assert words(dlq("list", "--type", "unreadable").stdout).count("unreadable") == 2
     assert dlq("list", "--reason", "nonsense").stderr == "no dead letters\n"
+
+
+def test_list_counts_no_more_kinds_than_fit_a_screen(dlq: Dlq, path: Path) -> None:
+    """Reasons may be as many as there are letters."""
+    for number in range(25):
+        bury_at(path, b"[]", failure=Failure(f"reason {number}", "parse", "Rejected"))
+    counts, _, _ = dlq("list").stdout.partition("\n\n")
+    assert len(counts.splitlines()) == 1 + 20 + 1
+    assert counts.endswith("\n    5  of 5 other types and reasons")
 
 
 def test_the_json_list_is_complete_and_keeps_its_form(dlq: Dlq, path: Path) -> None:

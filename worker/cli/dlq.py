@@ -161,7 +161,7 @@ def drop(*, choice: Choice, is_all: bool, yes: bool, **flags: Any) -> None:
         _echo_counts(entries)
         if not yes:
             click.confirm(f"Drop {number_of(len(entries))} for good?", abort=True)
-        _drop(queue, Choice(found))
+        _drop(queue, replace(choice, ids=found))
 
 
 def _drop(queue: DeadLetters, choice: Choice) -> None:
