@@ -150,6 +150,7 @@ def test_a_canary_that_fails_spares_the_others(dlq: Dlq, path: Path, sandbox: Sa
     assert left_at(path) == made
     assert dlq("replay", "--no-canary").exit_code == 1
     assert calls(sandbox) == (1 + 30) * EVENTS_EACH
+    assert dlq("replay", made[0]).stderr.endswith("Error: 1 dead letter failed again\n")  # there was no other
 
 
 @pytest.mark.parametrize(("service", "code", "why"), [("commercetools", 4, "refuses"), ("klaviyo", 5, "answered 401")])
@@ -339,6 +340,7 @@ def test_list_counts_first_and_lists_the_oldest(dlq: Dlq, path: Path) -> None:
     assert dlq("list").stderr == "10 more: --limit 60 lists them all\n"
     assert len(dlq("list", "--limit", "60").stdout.splitlines()) == 3 + 1 + 60
     assert words(dlq("list", "--type", "unreadable").stdout).count("unreadable") == 2
+    assert "59  OrderCreated" in dlq("list", "--limit", "1").stdout
     assert dlq("list", "--reason", "nonsense").stderr == "no dead letters\n"
 
 

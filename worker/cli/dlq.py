@@ -53,7 +53,7 @@ def choosing(function: Callable[..., None]) -> Callable[..., None]:
 
     @click.option("--reason", default="", metavar="TEXT", help="Only those whose reason contains this.")
     @click.option("--type", "message_type", default="", metavar="TYPE", help="Only those of this type; or unreadable.")
-    @click.option("--since", type=_since, metavar="AGE|TIME", help="Only those given up on since: 90s, 2h, 3d, or UTC.")
+    @click.option("--since", type=_since, metavar="AGE|TIME", help="Only those given up on since: 2h, 3d, 2026-11-24.")
     @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="So many at most.")
     @wraps(function)
     def with_choice(
