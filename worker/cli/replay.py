@@ -126,7 +126,8 @@ def _configure_logging(settings: Settings, *, has_bar: bool) -> None:
 def _expected(queue: DeadLetters, choice: Choice) -> int | None:
     """Return how many letters there will be, at most; None where nobody knows without looking."""
     known: list[int | None] = [choice.limit, len(choice.ids) or None]
-    if isinstance(queue, Countable):
+    chooses = choice.reason or choice.message_type or choice.since
+    if isinstance(queue, Countable) and not chooses:
         with suppress(QueueError):
             known.append(queue.counts()[1])
     return min((number for number in known if number is not None), default=None)
