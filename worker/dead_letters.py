@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from worker.errors import Ignored, WorkerError
+from worker.loose import printable
 from worker.parse import parse
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def entry(letter: DeadLetter) -> Entry:
 
 def json_line(entry: Entry) -> str:
     """Return an entry as a line of `dlq list --json`. Queues may have times of a class of their own."""
-    return escaped(orjson.dumps(entry, default=datetime.isoformat).decode())
+    return printable(orjson.dumps(entry, default=datetime.isoformat).decode())
 
 
 def type_of(entry: Entry) -> str:
@@ -133,17 +134,10 @@ def parse_since(text: str, now: datetime) -> datetime:
     return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
-def escaped(text: str, keep: str = "") -> str:
-    """Return `text` with what could steer a terminal as JSON escapes, which keeps JSON what it is."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() or char in keep else json.dumps(char)[1:-1] for char in text)
-
-
 def body_text(body: bytes) -> str:
     """Return a body for a person: JSON indented, anything else as text, and what is no text escaped."""
     try:
         text = json.dumps(json.loads(body), indent=2, ensure_ascii=False)
     except (ValueError, RecursionError):
         text = body.decode("utf-8", "backslashreplace")
-    return escaped(text, keep="\n")
+    return printable(text, keep="\n")

@@ -51,6 +51,8 @@ def parse_time(value: Any) -> datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def printable(text: str) -> str:
+def printable(text: str, keep: str = "") -> str:
     """Return `text` with JSON escapes for what a terminal could take for a command; JSON stays the same JSON."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else json.dumps(c)[1:-1] for c in text)

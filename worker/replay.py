@@ -81,7 +81,7 @@ class Tally(Telemetry):
 
     def __init__(self, metrics: Metrics, told: Callable[[Tally], None]) -> None:
         super().__init__(metrics)
-        self.failures: Counter[tuple[str, str]] = Counter()  # by stage and reason
+        self.reasons: Counter[tuple[str, str]] = Counter()  # by stage and reason
         self.last_failed: DeadLetter | None = None
         self._told = told
         self._changed = Condition()
@@ -102,7 +102,7 @@ class Tally(Telemetry):
         with self._changed:
             for job in jobs:
                 if job.outcome and outcome_name(job) in _FAILED:
-                    self.failures[job.outcome.stage, job.outcome.reason] += 1
+                    self.reasons[job.outcome.stage, job.outcome.reason] += 1
                     self.last_failed = job.delivery.letter if isinstance(job.delivery, Again) else None
             super().settled(jobs)
             self._changed.notify_all()

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from adapters import DeadLetter, Failure
 from tests.burying import bury
 from tests.conftest import FakeDelivery
-from worker.dead_letters import Choice, body_text, each, entry, escaped, json_line, parse_since
+from worker.dead_letters import Choice, body_text, each, entry, json_line, parse_since
+from worker.loose import printable
 from worker.sandbox.notifications import message
 
 if TYPE_CHECKING:
@@ -171,9 +172,9 @@ def test_times_of_any_class_are_told_alike(kind: type[datetime]) -> None:
 @given(st.text())
 def test_escaped_texts_cannot_steer_a_terminal(text: str) -> None:
     """Nothing is left but what can be seen, and JSON means what it meant."""
-    assert escaped(text).isprintable()
-    assert json.loads(escaped(json.dumps(text, ensure_ascii=False))) == text
-    assert all(char.isprintable() or char == "\n" for char in escaped(text, keep="\n"))
+    assert printable(text).isprintable()
+    assert json.loads(printable(json.dumps(text, ensure_ascii=False))) == text
+    assert all(char.isprintable() or char == "\n" for char in printable(text, keep="\n"))
 
 
 @given(

@@ -145,7 +145,7 @@ def test_a_canary_that_fails_ends_the_replay(outcome: Outcome, queue: EmbeddedQu
     assert (replay.receive(10, 0), replay.backlog()) == ((), 0)
     assert tally.last_failed
     assert tally.last_failed.delivery.id == made[0]
-    assert list(tally.failures) == [(outcome.stage, outcome.reason)]
+    assert list(tally.reasons) == [(outcome.stage, outcome.reason)]
     assert left(queue) == made
 
 
@@ -159,7 +159,7 @@ def test_failures_after_the_canary_stop_nothing(queue: EmbeddedQueue) -> None:
     settle(tally, replay, AGAIN, rest[2:])
     assert not replay.has_stopped
     assert len(replay.receive(10, 0)) == 2
-    assert dict(tally.failures) == {("send", "Klaviyo answered 400"): 2, ("send", "a defect"): 1}
+    assert dict(tally.reasons) == {("send", "Klaviyo answered 400"): 2, ("send", "a defect"): 1}
     assert (tally.failed, tally.ended) == (3, 4)
 
 

@@ -20,13 +20,13 @@ from worker.dead_letters import (
     body_text,
     each,
     entry,
-    escaped,
     given_up_at,
     json_line,
     parse_since,
     through,
     type_of,
 )
+from worker.loose import printable
 from worker.settings import QueueSettings, load
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def opened_dead_letters(settings: QueueSettings) -> Iterator[DeadLetters]:
 
 @click.group(cls=Group)
 def dlq() -> None:
-    """Look at the messages that were given up on, replay or drop them."""
+    """Look at messages that were given up on, replay or drop them."""
 
 
 @dlq.command("list")
@@ -129,7 +129,7 @@ def show(*, message_id: str, **flags: Any) -> None:
     click.echo("This may hold personal data: mind who reads it, and where it is pasted.", err=True)
     for name, value in _facts(letter):
         if value:
-            click.echo(f"{name:<18}{escaped(value)}")
+            click.echo(f"{name:<18}{printable(value)}")
     click.echo()
     click.echo(body_text(letter.delivery.body))
 
@@ -183,7 +183,7 @@ def _drop(queue: DeadLetters, choice: Choice) -> None:
 
 def _echo_counts(entries: Iterable[Entry]) -> None:
     """Print a table: how many letters of a type have a reason, the most first."""
-    counts = Counter((escaped(type_of(entry)), _why(entry)) for entry in entries).most_common()
+    counts = Counter((printable(type_of(entry)), _why(entry)) for entry in entries).most_common()
     shown = [("COUNT", "TYPE", "REASON"), *((f"{number:,}", *kind) for kind, number in counts[:_KINDS])]
     number_width, type_width = (max(len(row[column]) for row in shown) for column in (0, 1))
     for number, kind, reason in shown:
@@ -194,7 +194,7 @@ def _echo_counts(entries: Iterable[Entry]) -> None:
 
 def _line(entry: Entry) -> str:
     about = " ".join(filter(None, (type_of(entry), entry.resource_type, entry.resource_id)))
-    return f"{_time(entry.dead_lettered_at):<19}  {escaped(entry.message_id):>6}  {escaped(about)}  {_why(entry)}"
+    return f"{_time(entry.dead_lettered_at):<19}  {printable(entry.message_id):>6}  {printable(about)}  {_why(entry)}"
 
 
 def _time(at: datetime | None) -> str:
@@ -202,7 +202,7 @@ def _time(at: datetime | None) -> str:
 
 
 def _why(entry: Entry) -> str:
-    return escaped(f"[{entry.stage}] {entry.reason}")
+    return printable(f"[{entry.stage}] {entry.reason}")
 
 
 def _facts(letter: DeadLetter) -> Iterator[tuple[str, str]]:
@@ -223,7 +223,7 @@ def _facts(letter: DeadLetter) -> Iterator[tuple[str, str]]:
 
 def not_found(message_ids: Collection[str]) -> Failed:
     """Return the error that there are no such dead letters."""
-    names = ", ".join(sorted(map(escaped, message_ids)))
+    names = ", ".join(sorted(map(printable, message_ids)))
     return Failed(f"no dead letter {names}: `klaviyo-worker dlq list` lists what there is", UNEXPECTED)
 
 

@@ -13,9 +13,18 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 import click
 
 from adapters import Countable, QueueError
-from worker.cli.base import SHUTDOWN_TIMED_OUT, UNEXPECTED, Failed, call_on_signals, exit_codes, settings_options
+from worker.cli.base import (
+    SHUTDOWN_TIMED_OUT,
+    UNEXPECTED,
+    Command,
+    Failed,
+    call_on_signals,
+    exit_codes,
+    settings_options,
+)
 from worker.cli.dlq import choosing, not_found, number_of, opened_dead_letters
-from worker.dead_letters import entry, escaped, type_of
+from worker.dead_letters import entry, type_of
+from worker.loose import printable
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # as a shell says it of Ctrl-C
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("message_ids", metavar="[MESSAGE_ID]...", nargs=-1)
 @choosing
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Dead letters a second, at most.")
@@ -158,18 +167,18 @@ def _echo_summary(tally: Tally, *, dry_run: bool) -> None:
         if number or name == rows[0][0]:
             click.echo(f"{name:<14}{number:>7,}  {note}".rstrip(), err=dry_run)
         if name == "failed again":
-            for (stage, reason), times in tally.failures.most_common():
-                click.echo(f"  {times:>19,}  [{stage}] {escaped(reason)}", err=dry_run)
+            for (stage, reason), times in tally.reasons.most_common():
+                click.echo(f"  {times:>19,}  [{stage}] {printable(reason)}", err=dry_run)
 
 
 def _end(running: Replay, choice: Choice, *, is_interrupted: bool) -> None:
     """Leave with an exit code other than 0 when not all that was asked for is done. Raises Failed."""
     tally, failed = running.tally, running.tally.last_failed
     if running.queue.has_stopped and failed:
-        about, ((_, reason),) = entry(failed), tally.failures
+        about, ((_, reason),) = entry(failed), tally.reasons
         what = " ".join(filter(None, (about.message_id, type_of(about), about.resource_type, about.resource_id)))
         raise Failed(
-            f"the first failed again, so no other was tried: {escaped(what)}: {escaped(reason).rstrip('.')}. "
+            f"the first failed again, so no other was tried: {printable(what)}: {printable(reason).rstrip('.')}. "
             "Mend that; or choose others with --type, --reason or MESSAGE_ID; or try all with --no-canary",
             UNEXPECTED,
         )
