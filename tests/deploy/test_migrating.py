@@ -1,0 +1,34 @@
+"""What docs/migrating.md promises of the mapping is there."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from operator import attrgetter
+
+from tests.deploy.pages import page
+from worker.mapping import Mapping
+from worker.settings import Settings
+
+PAGE = page("docs/migrating.md")
+
+
+def test_the_mapping_that_changes_little_is_one() -> None:
+    """It says what the plugin did, in the worker's words."""
+    (block,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    mapping = Mapping.model_validate(tomllib.loads(block))
+    assert mapping.order.raw_line_item
+    assert mapping.order.properties.include == ["*"]
+    assert (mapping.order.fulfilled_order, mapping.order.fulfilled_shipment) == (["Confirmed", "Complete"], [])
+
+
+def test_what_takes_the_place_of_the_plugins_settings_exists() -> None:
+    """Keys of the mapping, in the last column; variables that are the same."""
+    _, _, table = PAGE.partition("| In the mapping file |\n|---|---|\n")
+    rows = table.partition("\n\n")[0].splitlines()
+    keys = [key for row in rows for key in re.findall(r"`([a-z_.]+)`", row.split("|")[2]) if key != "include"]
+    assert len(keys) >= 8
+    for key in keys:
+        attrgetter(key)(Mapping())
+    (same,) = re.findall(r"^\| (.*) \| the same \|$", PAGE.partition("- **Settings.**")[2], re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", same)) <= {str(info.validation_alias) for info in Settings.model_fields.values()}
