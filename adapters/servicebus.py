@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -18,6 +19,7 @@ from azure.servicebus import (
     ServiceBusMessageBatch,
     ServiceBusReceiver,
     ServiceBusSender,
+    ServiceBusSubQueue,
     parse_connection_string,
 )
 from azure.servicebus.exceptions import (
@@ -30,6 +32,8 @@ from adapters.awaited import Awaited
 from adapters.base import QueueError, QueueURLError
 from adapters.loopback import is_loopback
 from adapters.parking import Parking
+from adapters.servicebus_burial import written
+from adapters.servicebus_dead_letters import ServiceBusDeadLetters
 from adapters.servicebus_lease import Lease
 from adapters.servicebus_links import FAILURES, close_soon, in_short, is_refusal, opened
 from adapters.servicebus_message import ServiceBusDelivery
@@ -45,7 +49,6 @@ if TYPE_CHECKING:
 
 CALL_TIMEOUT = 5.0  # seconds for one call, or for opening a receiver
 MAX_BATCH = 1000  # messages in a call to publish
-MAX_REASON = 4096  # characters of a dead letter's reason, and of its description
 _EXPECTED = (
     "QUEUE_URL is malformed: expected servicebus://NAMESPACE.servicebus.windows.net/QUEUE or /TOPIC/SUBSCRIPTION"
 )
@@ -109,7 +112,7 @@ def fits(connection_string: str, entity: Entity) -> None:
 
 
 class ServiceBusQueue:
-    """A queue or a subscription. Implements QueueAdapter and Publisher."""
+    """A queue or a subscription. Implements QueueAdapter, Publisher and DeadLetters."""
 
     def __init__(self, entity: Entity, options: QueueOptions) -> None:
         self._entity = entity
@@ -155,12 +158,9 @@ class ServiceBusQueue:
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
         """Move the message to the queue's dead letters, with a reason in short and in a sentence."""
-        about = {"message_type": failure.message_type, failure.resource_type or "resource": failure.resource_id}
-        known = ", ".join(f"{name} {value}" for name, value in about.items() if value)
-        description = f"{failure.reason} ({known})" if known else failure.reason
-        reason = f"{failure.stage}: {failure.error}"
+        reason, description = written(failure, delivery.attempt, datetime.now(UTC))
         (message,) = _messages([delivery])
-        return self._settlement.bury(message, reason[:MAX_REASON], description[:MAX_REASON])
+        return self._settlement.bury(message, reason, description)
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:  # noqa: ARG002 - the queue decides for how long
         """Renew the locks of these, of what waits to be received, and of what waits to go back."""
@@ -195,6 +195,17 @@ class ServiceBusQueue:
         self._settlement.close()
         if self._credential is not None:
             self._credential.close()
+
+    def dead_letters(self) -> ServiceBusDeadLetters:
+        """Open the dead letters, for which the right to listen is enough."""
+        connect = partial(self._open_receiver, sub_queue=ServiceBusSubQueue.DEAD_LETTER)
+        letters = ServiceBusDeadLetters(connect, self._why)
+        try:
+            letters.check()
+        except QueueError:
+            letters.close()
+            raise
+        return letters
 
     def publish(self, bodies: Iterable[bytes]) -> int:
         """Publish to the queue or the topic, in order, in batches of the size that it takes."""

@@ -22,7 +22,7 @@ class ServiceBusDelivery:
     id: str
     body: bytes = field(repr=False)
     attributes: Mapping[str, str]
-    attempt: int
+    attempt: int | None
     published_at: datetime | None
     message: ServiceBusReceivedMessage = field(repr=False)
 

@@ -174,6 +174,12 @@ class Broker(Handler):  # type: ignore[misc]
         counts = {"ready": len(entity.ready), "locked": len(entity.locked)}
         return counts | {"dead": len(dead.ready) + len(dead.locked) if dead else 0}
 
+    def bury(self, name: str, reason: str, description: str) -> None:
+        """Make dead letters of all messages that are ready."""
+        entity = self._entities[_path(name)]
+        while entity.ready:
+            entity.bury(entity.lock_next()[0], reason, description)
+
     def expire(self, name: str) -> None:
         """End all locks."""
         self._entities[_path(name)].end_locks(float("inf"))
