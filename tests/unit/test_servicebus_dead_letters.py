@@ -120,6 +120,12 @@ def test_what_the_worker_writes_is_read(
     assert (burial.attempt, burial.at) == (attempt, at.replace(microsecond=0))
 
 
+def test_what_is_not_known_is_not_mentioned() -> None:
+    """People read it, in the portal."""
+    at = datetime(2026, 1, 31, 12, tzinfo=UTC)
+    assert written(Failure("Refused", "send", "Rejected"), None, at)[1] == "Refused (2026-01-31T12:00:00Z)"
+
+
 @given(st.text(), st.text(), st.sampled_from(["", " (attempt 1, 2026-01-01T00:00:00Z)"]))
 def test_whatever_the_properties_hold_is_a_line_and_a_known_stage(reason: str, description: str, end: str) -> None:
     """Any client may write them."""
