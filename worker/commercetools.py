@@ -24,7 +24,7 @@ from worker import http
 from worker.chunks import chunked
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient, WorkerError
 from worker.gate import Gates
-from worker.loose import as_dict, as_dicts, as_text, pick_ids
+from worker.loose import as_dict, as_dicts, as_int, as_text, pick_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -158,26 +158,36 @@ class Commercetools:
         except WorkerError as error:
             return dict.fromkeys(chunk, error)
 
+    def page(self, query: Query, where: str = "", after: str = "") -> list[Json]:
+        """Return the first PAGE resources by id, those after one if that is given. Raises WorkerError."""
+        answer = self._gates[query.path](self._get, query, where, after, f"limit={PAGE}&sort=id%20asc&withTotal=false")
+        return as_dicts(answer["results"])
+
+    def count(self, query: Query, where: str = "", after: str = "") -> int:
+        """Return how many resources all pages would give. Raises WorkerError."""
+        return as_int(self._gates[query.path](self._get, query, where, after, "limit=0").get("total")) or 0
+
     def _pages(self, query: Query, chunk: list[str]) -> list[Json]:
         """Read all pages by id: offsets are limited and skip rows while others write."""
         results: list[Json] = []
         after = ""
         while True:
-            where = _where(query, chunk) if not after else f'({_where(query, chunk)}) and id > "{after}"'
-            page = self._gates[query.path](self._get, query, where)
+            page = self.page(query, _where(query, chunk), after)
             results += page
             if len(page) < PAGE:
                 return results
             after = as_text(page[-1].get("id"))
 
-    def _get(self, query: Query, where: str) -> list[Json]:
-        parameters = f"where={quote(where)}&limit={PAGE}&sort=id%20asc&withTotal=false"
+    def _get(self, query: Query, where: str, after: str, parameters: str) -> Json:
+        parts = filter(None, (where, f"id > {_quoted(after)}" if after else ""))
+        if predicate := " and ".join(f"({part})" for part in parts):
+            parameters += f"&where={quote(predicate)}"
         parameters += "".join(f"&expand={quote(path)}" for path in query.expand)
         response = self._authorized(query.path, "GET", f"{self._url}/{query.path}?{parameters}")
-        results = as_dict(_checked(response, query.path)).get("results")
-        if not isinstance(results, list):  # never take a strange answer for "there is none"
+        answer = as_dict(_checked(response, query.path))
+        if not isinstance(answer.get("results"), list):  # never take a strange answer for "there is none"
             raise Transient(f"commercetools answered for {query.path} without results")
-        return as_dicts(results)
+        return answer
 
     def _authorized(self, endpoint: str, method: str, url: str, body: bytes | None = None) -> http.Response:
         token = self._token.get()

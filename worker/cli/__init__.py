@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from worker.cli.backfill import backfill
 from worker.cli.base import Group
 from worker.cli.check import check
 from worker.cli.dlq import dlq
@@ -19,7 +20,8 @@ from worker.cli.transform import transform
 _EXIT_CODES = """
 \b
 Exit codes: 0 ok · 1 unexpected · 2 usage or configuration · 3 queue ·
-4 commercetools credentials · 5 Klaviyo credentials · 6 shutdown timed out
+4 commercetools credentials · 5 Klaviyo credentials · 6 shutdown timed out ·
+7 interrupted
 """
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -59,5 +61,5 @@ def demo(*, keep: Path | None) -> None:
 
 
 dlq.add_command(replay)
-for command in (run, check, publish, transform, dlq, subscriptions):
+for command in (run, check, publish, transform, dlq, subscriptions, backfill):
     main.add_command(command)

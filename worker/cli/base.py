@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from worker.settings import QueueSettings
 
-OK, UNEXPECTED, USAGE, QUEUE, COMMERCETOOLS, KLAVIYO, SHUTDOWN_TIMED_OUT = range(7)
+OK, UNEXPECTED, USAGE, QUEUE, COMMERCETOOLS, KLAVIYO, SHUTDOWN_TIMED_OUT, INTERRUPTED = range(8)
 SECRETS = frozenset({"ct_api_client", "destination_secret", "klaviyo_auth_key", "servicebus_connection_string"})
 _STOP = frozenset({signal.SIGTERM, signal.SIGINT})
 
@@ -70,12 +70,14 @@ class Group(click.Group):
     command_class = Command
 
 
-def settings_options(kind: type[BaseSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def settings_options(
+    kind: type[BaseSettings], without: frozenset[str] = frozenset()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a flag for every setting of `kind` that is no secret; its value stays a text, checked by `load`."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         for name, info in reversed(kind.model_fields.items()):
-            if name not in SECRETS:
+            if name not in SECRETS | without:
                 default = info.get_default()
                 shown = "" if default in (None, "") or info.is_required() else f"  [default: {default}]"
                 text = f"{info.description}{shown}  [env: {info.validation_alias}]"

@@ -182,10 +182,10 @@ class Account(Catalog):
             attributes = resource({"data": entry}, "event-bulk-create", f"{base}/{index}")["attributes"]
             check_fields("event-bulk-create", attributes, BULK_ENTRY, pointer)
             profile = self._event_profile_attributes(attributes.get("profile"), f"{pointer}/profile")
-            events = []
+            events, marked = [], {"backfill": attributes.get("backfill")}
             for number, event in enumerate(entries_of(attributes, "events", pointer=pointer)):
                 at = f"{pointer}/events/data/{number}"
-                events.append(resource({"data": event}, "event", at)["attributes"])
+                events.append(marked | resource({"data": event}, "event", at)["attributes"])
                 check_event(events[-1], f"{at}/attributes", bulk=True)
             planned.append((profile, events))
         if not 0 < sum(len(events) for _, events in planned) <= MAX_BULK_EVENTS:
@@ -227,7 +227,7 @@ class Account(Catalog):
             if not again:
                 return
         self._seen.add(key)
-        names = ("unique_id", "time", "value", "value_currency", "properties")
+        names = ("unique_id", "time", "value", "value_currency", "properties", "backfill")
         identity = {name: profile["attributes"].get(name) for name in ("email", "external_id")}
         event = {name: attributes.get(name) for name in names}
         event |= {"id": secrets.token_urlsafe(8), "time": event["time"] or datetime.now(UTC).isoformat()}

@@ -50,7 +50,7 @@ class _Share:
 class _Record:
     """An event as the bytes of a bulk call, and how it ended; `verdict` None: it is to go alone."""
 
-    profile: bytes
+    profile: bytes  # and, for history, Klaviyo's `backfill`, which an entry has as well as its events
     event: bytes
     share: _Share
     may_go: Callable[[], bool]  # asked last before every try of the call
@@ -232,6 +232,8 @@ def _record(event: Operation, share: _Share, may_go: Callable[[], bool]) -> _Rec
     resource = event.resource or {}
     attributes = {name: value for name, value in resource["attributes"].items() if name != "profile"}
     profile = orjson.dumps(resource["attributes"]["profile"])
+    if attributes.get("backfill"):
+        profile += b',"backfill":true'
     return _Record(profile, orjson.dumps(resource | {"attributes": attributes}), share, may_go)
 
 

@@ -1,0 +1,102 @@
+"""Wires a backfill: settings, files, clients, stages, and a source of records for a queue."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from worker.backfill.display import Pace, shown
+from worker.backfill.listing import listing
+from worker.backfill.progress import Progress
+from worker.backfill.recorder import Recorder
+from worker.backfill.records import as_history
+from worker.backfill.source import Source
+from worker.dryrun import print_instead
+from worker.errors import Transient
+from worker.model import Sent
+from worker.pipeline import Pipeline
+from worker.runner import Runner
+from worker.service import Stages
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from worker.backfill.display import Screen
+    from worker.backfill.files import Checkpoint, Failures
+    from worker.backfill.listing import Listing
+    from worker.backfill.records import Selection
+    from worker.backfill.settings import BackfillSettings
+    from worker.model import Operation
+
+
+class Backfill:
+    """A backfill, ready to run. Raises SettingsError and OSError, when a file cannot be written."""
+
+    def __init__(
+        self,
+        settings: BackfillSettings,
+        selection: Selection,
+        *,
+        limit: int | None = None,
+        checkpoint: Checkpoint | None = None,
+        failures: Failures | None = None,
+        dry_run: bool = False,
+    ) -> None:
+        self.progress = checkpoint.load() if checkpoint else Progress()
+        kept = (None, None) if dry_run else (checkpoint, failures)
+        recorder = Recorder(self.progress, selection.collection.resource_type, *kept)
+        recorder.save()
+        self._recorder = recorder
+        self._selection = selection
+        self._limit = limit
+        self._stages = stages = Stages(settings, recorder)
+        self._listing = listing(stages.commercetools, selection, self.progress.last_id)
+        self._send = self._show if dry_run else stages.sender.send
+        source = Source(self._listing, selection, recorder, limit)
+        pipeline = Pipeline(source, stages.enricher.enrich, self._send_history, stages.mapping, recorder)
+        self._runner = Runner(source, pipeline, settings, recorder, stages.stopping)
+
+    def run(self, screen: Screen) -> Pace:
+        """Work until all records have ended, or until `stop`.
+
+        Raises Misconfigured, ShutdownTimeoutError, OSError; however it ends, the checkpoint says how far it came.
+        """
+        pace = Pace(self._recorder, _count(self._listing, self._limit))
+        try:
+            with shown(self._selection.name, pace, screen):
+                self._runner.run(once=True, max_wait=math.inf)
+        finally:
+            self._stages.sender.close()
+        return pace
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Tell whether it was asked to stop."""
+        return self._runner.is_stopping()
+
+    def stop(self) -> None:
+        """Finish what is in flight and stop; called again: do not wait."""
+        self._runner.stop()
+
+    def _send_history(self, operations: Sequence[Operation]) -> Sequence[Sent]:
+        return self._send(list(map(as_history, operations)))
+
+    def _show(self, operations: Sequence[Operation]) -> Sequence[Sent]:
+        """Print operations, until whoever reads them has seen enough: `| head`."""
+        try:
+            return print_instead(operations)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain too
+            self.stop()
+            return [Sent(None, 0)] * len(operations)
+
+
+def _count(records: Listing, limit: int | None) -> int | None:
+    """Count the records, once; in an outage of commercetools nobody knows."""
+    try:
+        number = records.count()
+    except Transient:
+        return None
+    return number if limit is None else min(number, limit)

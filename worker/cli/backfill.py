@@ -1,0 +1,163 @@
+"""`klaviyo-worker backfill`: what commercetools holds already."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from worker.backfill.settings import BackfillSettings
+from worker.cli.base import (
+    INTERRUPTED,
+    SHUTDOWN_TIMED_OUT,
+    UNEXPECTED,
+    Failed,
+    exit_codes,
+    call_on_signals,
+    settings_options,
+)
+from worker.errors import SettingsError
+from worker.settings import load
+
+if TYPE_CHECKING:
+    from worker.backfill.display import Screen
+    from worker.backfill.records import Selection
+    from worker.backfill.work import Backfill
+
+_OF_A_QUEUE = frozenset({"queue_url", "dead_letter", "pub_sub_port", "metrics_port", "app_type", "park_seconds"})
+_ID = re.compile(r"[\w-]{1,256}", re.ASCII)  # anything else may be an email address, which errors must not repeat
+
+
+@click.command()
+@click.argument("name", metavar="KIND", type=click.Choice(["customers", "orders", "products", "categories"]))
+@click.option("--since", help="Only those since this moment: ISO date or date and time, UTC unless it says otherwise.")
+@click.option("--until", help="Only those before this moment. Orders by creation, all others by last change.")
+@click.option("--ids", help="Only these: ids separated by commas, or a file of ids or failures.")
+@click.option("--limit", type=click.IntRange(min=1), help="Stop after so many records.")
+@click.option("--dry-run", is_flag=True, help="Print what would be sent; send and write nothing.")
+@click.option("--resume", type=click.Path(path_type=Path, dir_okay=False), help="Checkpoint: made, or gone on from.")
+@click.option(
+    "--failures",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to add failed records to.  [default: beside the checkpoint]",
+)
+@settings_options(BackfillSettings, without=_OF_A_QUEUE)
+def backfill(  # noqa: PLR0913 - options
+    *,
+    name: str,
+    since: str | None,
+    until: str | None,
+    ids: str | None,
+    limit: int | None,
+    dry_run: bool,
+    resume: Path | None,
+    failures: Path | None,
+    **flags: Any,
+) -> None:
+    """Send the customers, orders, products or categories that commercetools holds, as the worker sends new ones.
+
+    Events are marked as history, so that no flow begins. The worker may run beside it. What is sent twice has no second
+    effect; an interrupted run with --resume goes on where it was (exit code 7). Records that failed are exit code 1.
+    """
+    from worker.backfill.display import Screen  # noqa: PLC0415 - keeps --help fast
+    from worker.telemetry import configure_logging  # noqa: PLC0415
+
+    with exit_codes():
+        settings = load(BackfillSettings, flags)
+        selection = _selection(name, since, until, ids)
+        screen = Screen(sys.stderr)
+        configure_logging(settings.log_level, settings.log_format, screen)  # type: ignore[arg-type] # all it needs
+        failures = failures or (resume and resume.with_suffix(".failures.jsonl"))
+        try:
+            work = _prepared(settings, selection, limit, None if dry_run else failures, resume, dry_run=dry_run)
+            call_on_signals(work.stop)
+            _run(work, screen, name, resume, failures)
+        except OSError as error:  # what is read and written over the network raises none
+            raise Failed(f"cannot write {error.filename or 'the checkpoint'}: {error.strerror}", UNEXPECTED) from None
+
+
+def _prepared(
+    settings: BackfillSettings,
+    selection: Selection,
+    limit: int | None,
+    failures: Path | None,
+    resume: Path | None,
+    *,
+    dry_run: bool,
+) -> Backfill:
+    from worker.backfill.files import Checkpoint, Failures, describe  # noqa: PLC0415
+    from worker.backfill.work import Backfill  # noqa: PLC0415
+
+    try:
+        return Backfill(
+            settings,
+            selection,
+            limit=limit,
+            checkpoint=Checkpoint(resume, describe(selection, settings.ct_project_id)) if resume else None,
+            failures=Failures(failures) if failures else None,
+            dry_run=dry_run,
+        )
+    except OSError as error:
+        raise SettingsError(f"--resume, --failures: cannot write {error.filename}: {error.strerror}") from None
+
+
+def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failures: Path | None) -> None:
+    """Run to the end, say what was done, and exit with a code that tells whether all of it was."""
+    from worker.backfill.display import summary  # noqa: PLC0415
+    from worker.runner import ShutdownTimeoutError  # noqa: PLC0415
+
+    try:
+        pace = work.run(screen)
+    except ShutdownTimeoutError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.stdout.flush()
+        os._exit(SHUTDOWN_TIMED_OUT)  # lanes may hang in calls that no thread can interrupt
+    for line in summary(name, work.progress, pace):
+        click.echo(line, err=True)
+    if work.progress.failed and failures:
+        click.echo(f"The failures are in {failures}. To try them again: --ids {failures}", err=True)
+    if work.is_interrupted:
+        how = "the same command goes on from there" if resume else "only with --resume FILE it could go on from there"
+        raise Failed(f"interrupted: {how}", INTERRUPTED)
+    if work.progress.failed:
+        sys.exit(UNEXPECTED)
+
+
+def _selection(name: str, since: str | None, until: str | None, ids: str | None) -> Selection:
+    """Return what the options select. Raises SettingsError."""
+    from worker.backfill.records import Selection  # noqa: PLC0415
+
+    if ids is not None and (since or until):
+        raise SettingsError("--ids: names all records already: leave out --since and --until")
+    selection = Selection(name, _moment("--since", since), _moment("--until", until))
+    if selection.since and selection.until and selection.since >= selection.until:
+        raise SettingsError("--until: expected a moment after --since")
+    return selection if ids is None else replace(selection, ids=_ids(ids, selection.collection.resource_type))
+
+
+def _moment(option: str, text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise SettingsError(f"{option}: expected a date or a time like 2026-01-31 or 2026-01-31T12:00:00Z") from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+
+
+def _ids(text: str, resource_type: str) -> tuple[str, ...]:
+    """Return the ids in a text or in the file it names, each once, in order. Raises SettingsError."""
+    from worker.backfill.files import read_ids  # noqa: PLC0415
+
+    path = Path(text.removeprefix("@"))
+    is_file = text.startswith("@") or path.is_file()
+    found = read_ids(path, resource_type) if is_file else [part.strip() for part in text.split(",")]
+    if not found or not all(map(_ID.fullmatch, found)):
+        raise SettingsError("--ids: expected ids of commercetools, separated by commas, or a file with one in a line")
+    return tuple(sorted(set(found)))
