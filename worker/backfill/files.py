@@ -81,43 +81,28 @@ class Checkpoint:
 
 def _progress(document: Any) -> Progress:
     last_id, failed = document["last_id"], document["failed"]
+    if not isinstance(last_id, str) or not isinstance(failed, dict):
+        raise TypeError
     numbers = (document["sent"], document["nothing_to_do"], *failed.values())
-    if not isinstance(last_id, str) or not all(type(number) is int and number >= 0 for number in numbers):
+    if not all(type(number) is int and number >= 0 for number in numbers):
         raise TypeError
     return Progress(last_id, document["sent"], document["nothing_to_do"], Counter(failed))
 
 
 class Failures:
-    """A file that failed records are added to, a JSON line each; a record that fails again is there again.
-
-    Raises OSError.
-    """
+    """A file that failed records are added to, a JSON line each; a record that fails again is there again."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = path.open("ab+")
-        if self._file.tell() and not self._ends_with_newline():  # a line that a crash cut short
-            self._file.write(b"\n")
+        self._path = path
 
     def add(self, line: Json) -> None:
-        """Add a line, which `sync` makes durable."""
-        self._file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-
-    def sync(self) -> None:
-        """Return when all that was added is on disk. Raises OSError."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file, and leave none that is empty."""
-        is_empty = not self._file.seek(0, os.SEEK_END)
-        self._file.close()
-        if is_empty:
-            self.path.unlink(missing_ok=True)
-
-    def _ends_with_newline(self) -> bool:
-        self._file.seek(-1, os.SEEK_END)
-        return self._file.read(1) == b"\n"
+        """Add a line; durable when this returns. Raises OSError."""
+        with self._path.open("ab+") as file:
+            if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+                file.write(b"\n")  # behind a line that a crash cut short
+            file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_ids(path: Path, resource_type: str) -> list[str]:

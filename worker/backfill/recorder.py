@@ -50,7 +50,7 @@ class Recorder(Telemetry):
                 self.save()
 
     def failed(self, record: Record, failure: Failure) -> None:
-        """Note a message that will never be sent."""
+        """Note a message that will never be sent, before the record counts: no later run comes back to it."""
         line = {
             "resource_type": self._resource_type,
             "resource_id": record.id,
@@ -68,11 +68,9 @@ class Recorder(Telemetry):
         """Leave what was given back for the next run."""
 
     def save(self) -> None:
-        """Write down how far all records have ended; failures first, as no later run comes back to them."""
+        """Write down how far all records have ended. Raises OSError."""
         with self._recording:
             self._saved_at = time.monotonic()
-            if self._failures:
-                self._failures.sync()
             if self._checkpoint:
                 self._checkpoint.save(self.progress)
 

@@ -1,0 +1,96 @@
+"""A backfill that is killed or stopped, and gone on with, while the worker runs."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from tests.acceptance.conftest import Worker
+from tests.acceptance.test_run import stop, wait_for
+from worker.sandbox import Sandbox
+from worker.sandbox.notifications import change, message
+from worker.sandbox.shop import Shop, sample_shop
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NUMBER = 60
+ONE_BY_ONE = {"KLAVIYO_WORKER_RATE_SHARE": "1", "KLAVIYO_WORKER_BULK_THRESHOLD": "100000"}
+
+
+def shop() -> Shop:
+    """Return a shop of so many orders of three lines, each shipped, and their customers."""
+    template = sample_shop()
+    (order,) = (order for order in template.orders.values() if len(order["lineItems"]) == 3)
+    buyer = template.customers[order["customerId"]]
+    made = Shop(categories=template.categories, products=template.products)
+    for number in range(NUMBER):
+        lines = [line | {"id": f"line-{number}-{index}"} for index, line in enumerate(order["lineItems"])]
+        customer = buyer | {"id": f"customer-{number}", "email": f"c{number}@mail.example"}
+        customer |= {"customerNumber": f"C-{number}", "addresses": []}  # no event tells the number
+        made.customers[customer["id"]] = customer
+        made.orders[f"order-{number}"] = {name: value for name, value in order.items() if name != "paymentInfo"} | {
+            "id": f"order-{number}",
+            "customerId": customer["id"],
+            "customerEmail": customer["email"],
+            "lineItems": lines,
+            "shipmentState": "Shipped",
+        }
+    return made
+
+
+def checkpoint(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.exists() else {"last_id": ""}
+
+
+def test_killed_and_gone_on_with_beside_the_worker_nothing_is_missing_or_doubled(tmp_path: Path) -> None:
+    """Orders and then customers, each killed with kill -9 once its checkpoint has come some way."""
+    with Sandbox(shop=shop()) as sandbox:
+        worker = Worker(sandbox.environment | ONE_BY_ONE | {"QUEUE_URL": f"embedded://{tmp_path}/queue.db"}, tmp_path)
+        sandbox.klaviyo.latency = 0.2
+        orders = sandbox.shop.orders.values()
+        live = worker.start("run", "--metrics-port", "0")
+        for name in ("orders", "customers"):
+            path = tmp_path / f"{name}.json"
+            killed = worker.start("backfill", name, "--resume", str(path), "--max-batch", "5", "--concurrency", "4")
+            for order in list(orders)[::7]:
+                worker.publish(
+                    message("OrderCreated", "order", order["id"], order=order),
+                    message("OrderShipmentStateChanged", "order", order["id"], shipmentState="Shipped"),
+                    change("ResourceUpdated", "customer", order["customerId"]),
+                )
+            wait_for(lambda path=path: checkpoint(path)["last_id"])
+            killed.kill()
+            killed.wait()
+            assert 0 < checkpoint(path)["sent"] < NUMBER, name
+            done = worker("backfill", name, "--resume", str(path))
+            assert done.returncode == 0, done.stderr
+            assert f"{name}: {NUMBER} done: {NUMBER} sent, 0 with nothing to do, 0 failed" in done.stderr
+        stop(live)
+        found = Counter((event["metric"], event["unique_id"]) for event in sandbox.account.events)
+        expected = Counter((metric, order["id"]) for order in orders for metric in ("Placed Order", "Fulfilled Order"))
+        expected += Counter(("Ordered Product", line["id"]) for order in orders for line in order["lineItems"])
+        assert found == expected
+        numbers = Counter(p["attributes"]["properties"].get("customerNumber") for p in sandbox.account.profiles)
+        assert numbers == Counter(customer["customerNumber"] for customer in sandbox.shop.customers.values())
+
+
+def test_a_stop_finishes_what_is_in_work_and_says_how_to_go_on(tmp_path: Path) -> None:
+    """Its exit code is one that scripts can tell; the next run sends the rest, and nothing again."""
+    with Sandbox(shop=shop()) as sandbox:
+        worker = Worker(sandbox.environment | ONE_BY_ONE, tmp_path)
+        sandbox.klaviyo.latency = 0.2
+        arguments = ("backfill", "customers", "--resume", "c.json", "--max-batch", "2")
+        process = worker.start(*arguments)
+        wait_for(lambda: sandbox.account.profiles)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 7
+        assert "interrupted: the same command goes on from there" in worker.log.read_text()
+        assert 0 < len(sandbox.account.profiles) < NUMBER
+        sandbox.klaviyo.latency = 0.0
+        assert worker(*arguments).returncode == 0
+        imports = [r for r in sandbox.klaviyo.requests if r.path == "/api/profile-import"]
+        assert len(sandbox.account.profiles) == NUMBER
+        assert len(imports) < NUMBER + 20

@@ -1,0 +1,251 @@
+"""The backfill command over real sockets, against the sandbox."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from click.testing import CliRunner
+
+from worker.cli import main
+from worker.commercetools import PAGE
+from worker.sandbox import Fault, Sandbox
+from worker.sandbox.notifications import message
+from worker.sandbox.shop import Shop, uid
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from click.testing import Result
+
+NOBODY = uid("order:nobody")
+BULK = {"KLAVIYO_WORKER_LANES": "1", "KLAVIYO_WORKER_BULK_THRESHOLD": "0"}  # whatever there is
+
+
+@pytest.fixture(autouse=True)
+def signals_are_pytests(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("backfill", "run"):  # modules, which the commands of these names hide
+        monkeypatch.setattr(import_module(f"worker.cli.{name}"), "on_stop_signals", lambda _: None)
+
+
+def backfill(sandbox: Sandbox, *arguments: str, **variables: str) -> Result:
+    """Run to the end; as fast as the sandbox answers, which has no limits."""
+    environment = {"KLAVIYO_WORKER_RATE_SHARE": "1", **sandbox.environment, **variables}
+    return CliRunner().invoke(main, ["backfill", *arguments], env=environment)
+
+
+def events(sandbox: Sandbox) -> Counter[tuple[str, str]]:
+    return Counter((event["metric"], event["unique_id"]) for event in sandbox.account.events)
+
+
+def placed(order: dict[str, Any]) -> Counter[tuple[str, str]]:
+    """Return the events of a new order."""
+    lines = [*order["lineItems"], *order["customLineItems"]]
+    return Counter([("Placed Order", order["id"]), *(("Ordered Product", line["id"]) for line in lines)])
+
+
+def test_orders_become_what_the_worker_would_have_made_of_them(sandbox: Sandbox, tmp_path: Path) -> None:
+    """All their events, with the same ids, in the past, and marked, so that no flow begins; live ones are not."""
+    orders = sandbox.shop.orders
+    done, cancelled, shipped = uid("order:guest"), uid("order:yen"), uid("order:wrapped")
+    orders[done] |= {"orderState": "Complete", "shipmentState": "Shipped"}
+    orders[cancelled] |= {"orderState": "Cancelled", "lastModifiedAt": "2026-11-23T10:00:00.000Z"}
+    orders[shipped] |= {"shipmentState": "Shipped"}
+    result = backfill(sandbox, "orders", "--resume", str(tmp_path / "orders.json"))
+    expected = sum((placed(order) for order in orders.values() if order["id"] != NOBODY), Counter[tuple[str, str]]())
+    expected += Counter({("Fulfilled Order", done): 1, ("Fulfilled Order", shipped): 1})
+    expected[("Cancelled Order", cancelled)] = 1
+    refunds = ("refund-1", "refund-2", "refund-4")  # one is pending
+    expected += Counter(("Refunded Order", uid(f"transaction:{name}")) for name in refunds)
+    assert events(sandbox) == expected
+    assert all(event["backfill"] is True for event in sandbox.account.events)
+    times = {event["metric"]: event["time"][:10] for event in sandbox.account.events if event["unique_id"] != done}
+    assert times["Placed Order"] == "2026-11-20"
+    assert times["Cancelled Order"] == "2026-11-23"
+    assert times["Refunded Order"] == "2026-11-22"
+    assert result.exit_code == 1  # for the order of nobody
+    assert "orders: 11 done: 10 sent, 0 with nothing to do, 1 failed" in result.stderr
+    assert f"--ids {tmp_path}/orders.failures.jsonl" in result.stderr
+    (failure,) = map(json.loads, (tmp_path / "orders.failures.jsonl").read_text().splitlines())
+    assert failure["resource_id"] == NOBODY
+    assert failure["reason"] in result.stderr
+
+
+def test_what_the_worker_sent_is_not_sent_again(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Nor is what the worker sends later; its own events are not marked."""
+    order = sandbox.shop.orders[uid("order:three")]
+    environment = sandbox.environment | {"QUEUE_URL": f"embedded://{tmp_path}/queue.db"}
+    live = json.dumps(message("OrderCreated", "order", order["id"], order=order))
+    for _ in range(2):
+        assert CliRunner().invoke(main, ["publish", "-"], input=live, env=environment).exit_code == 0
+        assert CliRunner().invoke(main, ["run", "--once"], env=environment).exit_code == 0
+        assert backfill(sandbox, "orders", "--ids", order["id"]).exit_code == 0
+    refunds = Counter(("Refunded Order", uid(f"transaction:refund-{number}")) for number in (1, 2))
+    assert events(sandbox) == placed(order) + refunds
+    marked = {event["metric"]: event["backfill"] for event in sandbox.account.events}
+    assert marked == {"Placed Order": None, "Ordered Product": None, "Refunded Order": True}
+
+
+def test_customers_products_and_categories_are_mirrored_in_bulk(sandbox: Sandbox) -> None:
+    """As commercetools holds them; only products that are published."""
+    for name in ("categories", "products", "customers"):
+        result = backfill(sandbox, name, **BULK)
+        assert result.exit_code == 0, result.stderr
+    account, shop = sandbox.account, sandbox.shop
+    assert {profile["attributes"]["external_id"] for profile in account.profiles} == set(shop.customers)
+    assert set(account.items) == set(shop.products)
+    assert set(account.categories) == set(shop.categories)
+    posted = {request.path for request in sandbox.klaviyo.requests if request.method == "POST"}
+    assert {"/api/profile-bulk-import-jobs", "/api/catalog-item-bulk-create-jobs"} <= posted
+
+
+def test_a_descendant_is_written_once(sandbox: Sandbox) -> None:
+    """Every category comes by itself; a category that comes does not bring its descendants along."""
+    backfill(sandbox, "categories", KLAVIYO_WORKER_BULK_THRESHOLD="100")
+    writes = [request for request in sandbox.klaviyo.requests if request.method in {"POST", "PATCH"}]
+    assert len([request for request in writes if request.status in {200, 201}]) == len(sandbox.shop.categories)
+
+
+@pytest.mark.parametrize("number", [PAGE, PAGE + 1])
+def test_every_page_is_read(number: int) -> None:
+    """A full last page is no reason to stop, nor to begin anew; reading costs a query per page, and one for a batch."""
+    template = sandbox_customer()
+    shop = Shop(customers={f"c-{n:04}": template | {"id": f"c-{n:04}", "email": f"c{n}@x.io"} for n in range(number)})
+    with Sandbox(shop=shop) as sandbox:
+        result = backfill(sandbox, "customers")
+        assert f"customers: {number} done: {number} sent" in result.stderr
+        assert len(sandbox.account.profiles) == number
+        listed = [request for request in sandbox.commercetools.requests if "in (" not in str(request.query)]
+        pages = [request for request in listed if request.query.get("limit") == [str(PAGE)]]
+        assert len(pages) == number // PAGE + 1 + (number % PAGE > 0)
+        assert {(request.query["sort"][0], request.query["withTotal"][0]) for request in pages} == {("id asc", "false")}
+
+
+def sandbox_customer() -> dict[str, Any]:
+    return {"version": 1, "createdAt": "2026-11-20T08:30:00.000Z", "lastModifiedAt": "2026-11-20T08:30:00.000Z"}
+
+
+def test_only_what_was_asked_for_is_read(sandbox: Sandbox, tmp_path: Path) -> None:
+    """By time, by number, by name."""
+    grete = uid("customer:grete")
+    sandbox.shop.customers[grete]["lastModifiedAt"] = "2026-11-25T12:00:00.000Z"
+    result = backfill(sandbox, "customers", "--since", "2026-11-25", "--until", "2026-11-25T13:00:00+00:00")
+    assert "customers: 1 done: 1 sent" in result.stderr
+    assert [profile["attributes"]["external_id"] for profile in sandbox.account.profiles] == [grete]
+    assert "customers: 0 done" in backfill(sandbox, "customers", "--until", "2026-11-20").stderr
+    assert "customers: 2 done: 2 sent" in backfill(sandbox, "customers", "--limit", "2").stderr
+    (tmp_path / "ids").write_text(f"{grete}\nnowhere\n")
+    result = backfill(sandbox, "customers", "--ids", f"@{tmp_path}/ids")
+    assert result.exit_code == 1
+    assert "failed: 1 x commercetools has no such customer" in result.stderr
+
+
+def test_a_limited_run_goes_on_where_it_was(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Two records a run: each is sent once, and the counts are of all runs."""
+    arguments = ("customers", "--resume", str(tmp_path / "c.json"), "--limit", "2")
+    for done in (2, 4, 5, 5):
+        assert f"customers: {done} done: {done} sent" in backfill(sandbox, *arguments).stderr
+    imports = [request for request in sandbox.klaviyo.requests if request.path == "/api/profile-import"]
+    assert len(imports) == len(sandbox.shop.customers)
+
+
+def test_a_dry_run_sends_and_writes_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
+    """It prints the requests, as the worker's does."""
+    result = backfill(sandbox, "orders", "--dry-run", "--resume", str(tmp_path / "o.json"))
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {line["path"] for line in lines} == {"/api/events"}
+    assert all(line["body"]["data"]["attributes"]["backfill"] is True for line in lines)
+    assert not sandbox.klaviyo.requests
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_events_go_in_bulk_only_when_told(sandbox: Sandbox) -> None:
+    """A repeat may cost a whole bulk call, and a backfill repeats what others sent."""
+    backfill(sandbox, "orders")
+    bulk = "/api/event-bulk-create-jobs"
+    assert bulk not in {request.path for request in sandbox.klaviyo.requests}
+    with Sandbox() as other:
+        backfill(other, "orders", KLAVIYO_WORKER_BULK_EVENTS="always", **BULK)
+        assert {request.path for request in other.klaviyo.requests} == {bulk}
+        assert events(other) == events(sandbox)
+        assert all(event["backfill"] is True for event in other.account.events)
+
+
+def test_an_outage_fails_no_record(sandbox: Sandbox) -> None:
+    """Of Klaviyo or commercetools, while pages are read or records are sent: all is held until it is over."""
+    sandbox.klaviyo.faults.add(Fault(status=503, times=6))
+    sandbox.commercetools.faults.add(Fault(status=503, times=3, match="GET"))
+    result = backfill(sandbox, "customers", KLAVIYO_WORKER_RETRY_SECONDS="0", KLAVIYO_WORKER_OUTAGE_HOLD="2")
+    assert "customers: 5 done: 5 sent" in result.stderr, result.stderr
+    assert result.exit_code == 0
+
+
+def test_a_refused_record_fails_alone(sandbox: Sandbox, tmp_path: Path) -> None:
+    """It is written down, without what it holds, and can be tried again."""
+    email = sandbox.shop.customers[uid("customer:radia")]["email"]
+    sandbox.klaviyo.faults.add(Fault(status=400, times=1, match="POST /api/profile-import", where=email.encode()))
+    failures = tmp_path / "failures.jsonl"
+    result = backfill(sandbox, "customers", "--failures", str(failures))
+    assert result.exit_code == 1
+    assert "customers: 5 done: 4 sent, 0 with nothing to do, 1 failed" in result.stderr
+    assert "failed: 1 x Klaviyo answered 400 to POST /api/profile-import" in result.stderr
+    texts = result.stderr + failures.read_text()
+    assert not [text for text in sandbox.shop.personal_data() if text in texts]
+    again = backfill(sandbox, "customers", "--ids", str(failures))
+    assert "customers: 1 done: 1 sent" in again.stderr
+    assert len(sandbox.account.profiles) == 5
+
+
+@pytest.mark.parametrize(("variable", "code"), [("KLAVIYO_AUTH_KEY", 5), ("CT_API_CLIENT", 4)])
+def test_refused_credentials_end_it(variable: str, code: int, sandbox: Sandbox, tmp_path: Path) -> None:
+    """With the worker's codes; no record has failed, and a run with better ones begins where that one was."""
+    wrong = {"KLAVIYO_AUTH_KEY": "pk_wrong", "CT_API_CLIENT": '{"clientId": "a", "secret": "b"}'}[variable]
+    arguments = ("customers", "--resume", str(tmp_path / "c.json"))
+    result = backfill(sandbox, *arguments, **{variable: wrong})
+    assert result.exit_code == code
+    assert "Error: " in result.stderr
+    assert "customers: 5 done: 5 sent" in backfill(sandbox, *arguments).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--since", "yesterday"), "--since: expected a date"),
+        (("--until", "2026-13-01"), "--until: expected a date"),
+        (("--since", "2026-01-02", "--until", "2026-01-01"), "--until: expected a moment after --since"),
+        (("--ids", "ada@example.com"), "--ids: expected ids"),
+        (("--ids", ""), "--ids: expected ids"),
+        (("--ids", "@nowhere"), "--ids: cannot read nowhere"),
+        (("--ids", "a", "--since", "2026-01-01"), "--ids: names all records already"),
+        (("--resume", "/proc/nowhere/c.json"), "--resume, --failures: cannot write"),
+        (("--resume", "/etc/hostname"), "--resume: /etc/hostname is damaged"),
+        (("--rate-share", "2"), "KLAVIYO_WORKER_RATE_SHARE is malformed"),
+    ],
+)
+def test_a_malformed_option_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], text: str, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    """The line names the option; no queue is needed, whatever the variable holds."""
+    result = backfill(sandbox, "customers", "--failures", str(tmp_path / "f"), *arguments, QUEUE_URL="nonsense")
+    assert result.exit_code == 2, result.stderr
+    assert result.stderr.startswith(f"Error: {text}")
+    assert result.stderr.count("\n") == 1
+    assert "example.com" not in result.stderr
+
+
+def test_a_disk_that_is_full_ends_it(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress that cannot be written down is none."""
+    saves: list[int] = []
+
+    def save(*_: object) -> None:
+        saves.append(1)
+        if len(saves) > 1:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("worker.backfill.files.Checkpoint.save", save)
+    result = backfill(sandbox, "customers", "--resume", str(tmp_path / "c.json"))
+    assert result.exit_code == 1
+    assert result.stderr.endswith("Error: cannot write the checkpoint: No space left on device\n")
