@@ -26,6 +26,7 @@ class Collection:
     query: ct.Query
     resource_type: str
     dated_by: str  # the field that --since and --until are about
+    batch: int  # messages at the most: some seconds of Klaviyo's limits, or what fills its jobs
     messages: Callable[[Json], Iterable[Json]]
 
 
@@ -57,17 +58,17 @@ def _order(order: Json) -> Iterable[Json]:
         yield _message("PaymentTransactionAdded", "payment", payment_id, changed_at)  # no transaction: all of them
 
 
+_CUSTOMERS, _PRODUCTS = replace(ct.CUSTOMERS, expand=()), ct.PRODUCTS  # projections: what is published
+_CHANGED = "lastModifiedAt"
+_CATEGORY = partial(_created, "CategoryCreated", "category")  # ResourceUpdated would send all descendants of each
 COLLECTIONS = {
-    "customers": Collection(
-        replace(ct.CUSTOMERS, expand=()), "customer", "lastModifiedAt", partial(_created, "CustomerCreated", "customer")
-    ),
-    "orders": Collection(ct.ORDERS, "order", "createdAt", _order),
-    "products": Collection(
-        ct.PRODUCTS, "product", "lastModifiedAt", partial(_created, "ProductPublished", "product")
-    ),  # projections: those that are published
+    "customers": Collection(_CUSTOMERS, "customer", _CHANGED, 1_000, partial(_created, "CustomerCreated", "customer")),
+    "orders": Collection(ct.ORDERS, "order", "createdAt", 60, _order),
+    "products": Collection(_PRODUCTS, "product", _CHANGED, 100, partial(_created, "ProductPublished", "product")),
+    # Not ResourceUpdated, which would send all descendants of each.
     "categories": Collection(
-        ct.CATEGORIES, "category", "lastModifiedAt", partial(_created, "CategoryCreated", "category")
-    ),  # not ResourceUpdated: that would send all descendants of each
+        ct.CATEGORIES, "category", _CHANGED, 100, partial(_created, "CategoryCreated", "category")
+    ),
 }
 
 

@@ -17,8 +17,15 @@ class BackfillSettings(Settings):
         validation_alias="KLAVIYO_WORKER_RATE_SHARE",
         description="Share of Klaviyo's rate limits to use; the rest is the worker's",
     )
+    lanes: int = Field(
+        2,
+        ge=1,
+        le=64,
+        validation_alias="KLAVIYO_WORKER_LANES",
+        description="Batches handled side by side; few, so that they are large",
+    )
     max_batch: int = Field(
-        500, ge=1, le=10_000, validation_alias="KLAVIYO_WORKER_MAX_BATCH", description="Messages in a batch"
+        1_000, ge=1, le=10_000, validation_alias="KLAVIYO_WORKER_MAX_BATCH", description="Messages in a batch"
     )
     max_in_flight: int = Field(
         4_000,

@@ -56,7 +56,7 @@ class Backfill:
         self._send = self._show if dry_run else stages.sender.send
         source = Source(self._listing, selection, recorder, limit)
         pipeline = Pipeline(source, stages.enricher.enrich, self._send_history, stages.mapping, recorder)
-        self._runner = Runner(source, pipeline, settings, recorder, stages.stopping)
+        self._runner = Runner(source, pipeline, _sized(settings, selection), recorder, stages.stopping)
 
     def run(self, screen: Screen) -> Pace:
         """Work until all records have ended, or until `stop`.
@@ -91,6 +91,13 @@ class Backfill:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain too
             self.stop()
             return [Sent(None, 0)] * len(operations)
+
+
+def _sized(settings: BackfillSettings, selection: Selection) -> BackfillSettings:
+    """Return settings whose batches show progress in seconds; where events go in bulk, they may be large."""
+    if selection.name == "orders" and settings.bulk_events == "always":
+        return settings
+    return settings.model_copy(update={"max_batch": min(settings.max_batch, selection.collection.batch)})
 
 
 def _count(records: Listing, limit: int | None) -> int | None:

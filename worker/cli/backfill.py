@@ -123,7 +123,7 @@ def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failure
     if work.progress.failed and failures:
         click.echo(f"The failures are in {failures}. To try them again: --ids {failures}", err=True)
     if work.is_interrupted:
-        how = "the same command goes on from there" if resume else "only with --resume FILE it could go on from there"
+        how = "the same command goes on from there" if resume else "without --resume FILE the next run begins anew"
         raise Failed(f"interrupted: {how}", INTERRUPTED)
     if work.progress.failed:
         sys.exit(UNEXPECTED)
