@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.acceptance.conftest import Worker
 from tests.acceptance.test_run import stop, wait_for
+from tests.integration.test_backfill import backfill, signals_are_pytests  # noqa: F401 - a fixture
 from worker.sandbox import Sandbox
 from worker.sandbox.notifications import change, message
 from worker.sandbox.shop import Shop, sample_shop
@@ -65,8 +66,8 @@ def test_killed_and_gone_on_with_beside_the_worker_nothing_is_missing_or_doubled
             killed.kill()
             killed.wait()
             assert 0 < checkpoint(path)["sent"] < NUMBER, name
-            done = worker("backfill", name, "--resume", str(path))
-            assert done.returncode == 0, done.stderr
+            done = backfill(sandbox, name, "--resume", str(path))
+            assert done.exit_code == 0, done.stderr
             assert f"{name}: {NUMBER} done: {NUMBER} sent, 0 with nothing to do, 0 failed" in done.stderr
         stop(live)
         found = Counter((event["metric"], event["unique_id"]) for event in sandbox.account.events)
@@ -82,7 +83,7 @@ def test_a_stop_finishes_what_is_in_work_and_says_how_to_go_on(tmp_path: Path) -
     with Sandbox(shop=shop()) as sandbox:
         worker = Worker(sandbox.environment | ONE_BY_ONE, tmp_path)
         sandbox.klaviyo.latency = 0.2
-        arguments = ("backfill", "customers", "--resume", "c.json", "--max-batch", "2")
+        arguments = ("backfill", "customers", "--resume", str(tmp_path / "c.json"), "--max-batch", "2")
         process = worker.start(*arguments)
         wait_for(lambda: sandbox.account.profiles)
         process.send_signal(signal.SIGTERM)
@@ -90,7 +91,7 @@ def test_a_stop_finishes_what_is_in_work_and_says_how_to_go_on(tmp_path: Path) -
         assert "interrupted: the same command goes on from there" in worker.log.read_text()
         assert 0 < len(sandbox.account.profiles) < NUMBER
         sandbox.klaviyo.latency = 0.0
-        assert worker(*arguments).returncode == 0
+        assert backfill(sandbox, *arguments[1:]).exit_code == 0
         imports = [r for r in sandbox.klaviyo.requests if r.path == "/api/profile-import"]
         assert len(sandbox.account.profiles) == NUMBER
         assert len(imports) < NUMBER + 20

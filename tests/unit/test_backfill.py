@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.base import Failure
@@ -23,8 +25,9 @@ from worker.backfill.progress import Progress, Record
 from worker.backfill.recorder import Recorder
 from worker.backfill.records import COLLECTIONS, Selection, as_history, bodies
 from worker.backfill.source import Message, Source
+from worker.backfill.work import to_end
 from worker.errors import Ignored, Rejected, SettingsError, Transient
-from worker.model import Kind, Operation
+from worker.model import Disposition, Job, Kind, Operation, Outcome
 from worker.parse import parse
 from worker.send.events import body_of
 from worker.transform.events import event
@@ -64,6 +67,7 @@ def test_only_what_ended_without_a_gap_counts(records: list[list[str]], data: st
 
 
 @pytest.mark.parametrize("name", COLLECTIONS)
+@settings(max_examples=30)
 @given(st.dictionaries(FIELDS, JSON))
 def test_hostile_resources_make_messages_that_can_be_judged(name: str, resource: dict[str, Any]) -> None:
     """At least one each, so that no record passes unseen; what is odd about it fails that record alone."""
@@ -94,6 +98,18 @@ def test_an_order_is_its_history() -> None:
     ]
     assert messages[1].payload["orderState"] == "Complete"
     assert messages[2].payload["shipmentState"] == "Shipped"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("customers", "CustomerCreated"), ("products", "ProductPublished"), ("categories", "CategoryCreated")],
+)
+def test_a_mirror_is_one_message_that_says_nothing(name: str, kind: str) -> None:
+    """What commercetools holds when it is sent counts; an updated category would bring all its descendants along."""
+    (body,) = bodies(Selection(name), {"id": "x", "email": "ada@example.com"})
+    message = parse(body)
+    assert (message.type, message.resource_id, message.time) == (kind, "x", None)
+    assert b"example.com" not in body
 
 
 def placed(unique_id: str) -> Operation:
@@ -241,6 +257,7 @@ class FakeShop:
         return {value: Rejected("refused") if value == "refused" else each for value, each in found.items()}
 
     def count(self, query: Any, where: str, after: str) -> int:
+        self.fail()
         return len(self.resources)
 
     def fail(self) -> None:
@@ -312,6 +329,33 @@ def test_named_records_that_are_not_there_have_failed(caplog: pytest.LogCaptureF
     assert reasons == {"b": "commercetools has no such customer", "refused": "refused"}
 
 
+def test_named_records_go_on_after_the_last_id() -> None:
+    """One that cannot be read now is no failure: all are asked for again."""
+    shop = FakeShop(*customers("a", "b", "c"))
+    named = listing(shop, Selection("customers", ids=("a", "b", "c")), "b")
+    assert named.count() == 1
+    find, down = shop.find, {"c": Transient("down")}
+    shop.find = lambda *_: down  # type: ignore[method-assign, assignment]
+    with pytest.raises(Transient):
+        named.next_page()
+    shop.find = find  # type: ignore[method-assign]
+    assert named.next_page() == [("c", {"id": "c"})]
+    assert named.next_page() == []
+
+
+def test_a_message_that_comes_again_has_not_ended() -> None:
+    """Its record counts once it has."""
+    harness = Harness(FakeShop(*customers("a")))
+    (message,) = harness.receive()
+    again, done = Job(message, 0.0), Job(message, 0.0)
+    again.outcome = Outcome(Disposition.NACK, "send", Transient("down"))
+    done.outcome = Outcome(Disposition.ACK, "transform", Ignored("nothing to do"))
+    harness.recorder.settled([again])
+    assert (harness.recorder.ended, harness.progress.done) == (0, 0)
+    harness.recorder.settled([done])
+    assert (harness.recorder.ended, harness.progress.nothing_to_do) == (1, 1)
+
+
 def test_an_order_that_has_just_changed_is_left_to_the_worker_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the worker sends first may begin flows; customers make no events and need not wait."""
     monkeypatch.setattr(source_module, "SETTLED_AFTER", 0.5)
@@ -369,6 +413,32 @@ def test_the_bar_tells_rate_and_time_left() -> None:
     assert bar("orders", pace_of(500, None)) == "orders 500  50/s"
     assert bar("orders", pace_of(0, 2_000)).endswith("0 of 2,000  0/s")
     assert [duration(each) for each in (42.3, 200, 7_500)] == ["42 s", "3 min 20 s", "2 h 5 min"]
+
+
+def test_what_earlier_runs_did_is_done() -> None:
+    """It counts for the bar, and not for the rate; a limit is of this run."""
+    recorder = Recorder(Progress("x", 50), "order", None, None)
+    pace = Pace(recorder, 150)
+    assert (pace.total, pace.ended, pace.rate, pace.seconds_left) == (200, 50, 0.0, None)
+    shop = FakeShop(*customers("a", "b", "c"))
+    counted = [to_end(listing(shop, Selection("customers"), ""), limit) for limit in (None, 2, 7)]
+    assert counted == [3, 2, 3]
+    shop.errors = [Transient("down")]
+    assert to_end(listing(shop, Selection("customers"), ""), None) is None
+
+
+def test_a_time_without_a_zone_is_utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the machine is."""
+    moment = import_module("worker.cli.backfill")._moment
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        noon = datetime(2026, 1, 31, 12, tzinfo=UTC)
+        assert moment("--since", "2026-01-31T12:00") == moment("--since", "2026-01-31T13:00+01:00") == noon
+        assert moment("--since", "2026-01-31") == datetime(2026, 1, 31, tzinfo=UTC)
+    finally:
+        monkeypatch.delenv("TZ")
+        time.tzset()
 
 
 def test_log_lines_stand_above_the_bar() -> None:

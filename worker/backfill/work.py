@@ -63,7 +63,7 @@ class Backfill:
 
         Raises Misconfigured, ShutdownTimeoutError, OSError; however it ends, the checkpoint says how far it came.
         """
-        pace = Pace(self._recorder, _count(self._listing, self._limit))
+        pace = Pace(self._recorder, to_end(self._listing, self._limit))
         try:
             with shown(self._selection.name, pace, screen):
                 self._runner.run(once=True, max_wait=math.inf)
@@ -100,8 +100,8 @@ def _sized(settings: BackfillSettings, selection: Selection) -> BackfillSettings
     return settings.model_copy(update={"max_batch": min(settings.max_batch, selection.collection.batch)})
 
 
-def _count(records: Listing, limit: int | None) -> int | None:
-    """Count the records, once; in an outage of commercetools nobody knows."""
+def to_end(records: Listing, limit: int | None) -> int | None:
+    """Return how many records there are to end; None: in an outage of commercetools nobody knows."""
     try:
         number = records.count()
     except Transient:

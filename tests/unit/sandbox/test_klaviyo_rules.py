@@ -254,6 +254,17 @@ def test_events_are_read_by_profile_in_order_and_in_pages(call: Caller, sandbox:
         assert call("GET", bad)[0] == 400
 
 
+def test_history_is_marked_on_an_event_or_on_its_entry(call: Caller, sandbox: Sandbox) -> None:
+    """And is recorded so; the mark is true, false or nothing."""
+    assert call("POST", "/api/events", event(backfill=True))[0] == 202
+    assert call("POST", "/api/events", event(unique_id="2"))[0] == 202
+    assert call("POST", "/api/events", event(backfill="yes"))[0] == 400
+    marked = bulk("3")
+    marked["data"]["attributes"]["events-bulk-create"]["data"][0]["attributes"]["backfill"] = True
+    assert call("POST", BULK, marked)[0] == 202
+    assert [each["backfill"] for each in sandbox.account.events] == [True, None, True]
+
+
 def test_events_of_a_bulk_call_show_later() -> None:
     """As long as jobs take; single ones at once."""
     account = Account(job_seconds=3600)
