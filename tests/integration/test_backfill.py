@@ -109,7 +109,7 @@ def test_every_page_is_read() -> None:
     """A full last page is no reason to stop, nor to begin anew; reading costs a query per page."""
     then = "2026-11-20T08:30:00.000Z"
     template = {"version": 1, "createdAt": then, "lastModifiedAt": then}
-    made = [template | {"id": f"c-{n:04}", "email": f"c{n}@mail.example"} for n in range(PAGE)]
+    made: list[dict[str, Any]] = [template | {"id": f"c-{n:04}", "email": f"c{n}@mail.example"} for n in range(PAGE)]
     shop = Shop(customers={customer["id"]: customer for customer in made})
     with Sandbox(shop=shop) as sandbox:
         result = backfill(sandbox, "customers")

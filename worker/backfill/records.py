@@ -66,9 +66,7 @@ COLLECTIONS = {
     "orders": Collection(ct.ORDERS, "order", "createdAt", 60, _order),
     "products": Collection(_PRODUCTS, "product", _CHANGED, 100, partial(_created, "ProductPublished", "product")),
     # Not ResourceUpdated, which would send all descendants of each.
-    "categories": Collection(
-        ct.CATEGORIES, "category", _CHANGED, 100, partial(_created, "CategoryCreated", "category")
-    ),
+    "categories": Collection(ct.CATEGORIES, "category", _CHANGED, 100, _CATEGORY),
 }
 
 
