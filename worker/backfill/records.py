@@ -65,7 +65,6 @@ COLLECTIONS = {
     "customers": Collection(_CUSTOMERS, "customer", _CHANGED, 1_000, partial(_created, "CustomerCreated", "customer")),
     "orders": Collection(ct.ORDERS, "order", "createdAt", 60, _order),
     "products": Collection(_PRODUCTS, "product", _CHANGED, 100, partial(_created, "ProductPublished", "product")),
-    # Not ResourceUpdated, which would send all descendants of each.
     "categories": Collection(ct.CATEGORIES, "category", _CHANGED, 100, _CATEGORY),
 }
 
