@@ -22,6 +22,7 @@ from tests.burying import REFUSED, bury_at, left_at
 from tests.integration.conftest import settings_for
 from worker import replay
 from worker.cli import main
+from worker.cli.base import INTERRUPTED
 from worker.dead_letters import Choice
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.account import Account
@@ -228,7 +229,7 @@ def test_an_interruption_finishes_what_is_in_flight(
     interrupting.start()
     result = dlq("replay", "--rate", "0.001")
     interrupting.join()
-    assert result.exit_code == 130
+    assert result.exit_code == INTERRUPTED
     assert result.stderr.splitlines()[-1].startswith("Error: interrupted: ")
     assert len(left_at(path)) == 10 - len(orders(sandbox))
     assert dlq("replay").exit_code == 0
@@ -271,7 +272,7 @@ def test_a_signal_before_anything_has_begun_ends_it_at_once(
 
     monkeypatch.setattr("worker.cli.base.open_queue", opening)
     monkeypatch.setattr(os, "_exit", ended)
-    assert dlq("replay").exit_code == 130
+    assert dlq("replay").exit_code == INTERRUPTED
 
 
 def test_a_second_signal_does_not_wait(

@@ -17,9 +17,10 @@ from worker.cli.base import (
     INTERRUPTED,
     SHUTDOWN_TIMED_OUT,
     UNEXPECTED,
+    Command,
     Failed,
-    exit_codes,
     call_on_signals,
+    exit_codes,
     settings_options,
 )
 from worker.errors import SettingsError
@@ -30,23 +31,31 @@ if TYPE_CHECKING:
     from worker.backfill.records import Selection
     from worker.backfill.work import Backfill
 
-_OF_A_QUEUE = frozenset({"queue_url", "dead_letter", "pub_sub_port", "metrics_port", "app_type", "park_seconds"})
+_OF_A_QUEUE = frozenset(
+    {
+        "queue_url",
+        "dead_letter",
+        "pub_sub_port",
+        "metrics_port",
+        "status_page",
+        "app_type",
+        "dead_letter_queue_url",
+        "park_seconds",
+    }
+)
+_FILE = click.Path(path_type=Path, dir_okay=False)
 _ID = re.compile(r"[\w-]{1,256}", re.ASCII)  # anything else may be an email address, which errors must not repeat
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("name", metavar="KIND", type=click.Choice(["customers", "orders", "products", "categories"]))
-@click.option("--since", help="Only those since this moment: ISO date or date and time, UTC unless it says otherwise.")
-@click.option("--until", help="Only those before this moment. Orders by creation, all others by last change.")
-@click.option("--ids", help="Only these: ids separated by commas, or a file of ids or failures.")
-@click.option("--limit", type=click.IntRange(min=1), help="Stop after so many records.")
+@click.option("--since", metavar="TIME", help="Only those since then: 2026-01-31, or with a time; UTC, unless it says.")
+@click.option("--until", metavar="TIME", help="Only those before. Orders by creation, others by last change.")
+@click.option("--ids", metavar="IDS|FILE", help="Only these: with commas between, or a file.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after so many records.")
 @click.option("--dry-run", is_flag=True, help="Print what would be sent; send and write nothing.")
-@click.option("--resume", type=click.Path(path_type=Path, dir_okay=False), help="Checkpoint: made, or gone on from.")
-@click.option(
-    "--failures",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="File to add failed records to.  [default: beside the checkpoint]",
-)
+@click.option("--resume", type=_FILE, metavar="FILE", help="Checkpoint: made, or gone on from.")
+@click.option("--failures", type=_FILE, metavar="FILE", help="For what failed.  [default: beside the checkpoint]")
 @settings_options(BackfillSettings, without=_OF_A_QUEUE)
 def backfill(  # noqa: PLR0913 - options
     *,
@@ -60,10 +69,11 @@ def backfill(  # noqa: PLR0913 - options
     failures: Path | None,
     **flags: Any,
 ) -> None:
-    """Send the customers, orders, products or categories that commercetools holds, as the worker sends new ones.
+    """Send what commercetools holds already.
 
-    Events are marked as history, so that no flow begins. The worker may run beside it. What is sent twice has no second
-    effect; an interrupted run with --resume goes on where it was (exit code 7). Records that failed are exit code 1.
+    It is handled as the worker handles news of it, which may run meanwhile, but that events are marked as history, so
+    that no flow begins. What is sent twice has no second effect. Interrupted (exit code 7), the same command with
+    --resume goes on where it was. Exit code 1: some records failed.
     """
     from worker.backfill.display import Screen  # noqa: PLC0415 - keeps --help fast
     from worker.telemetry import configure_logging  # noqa: PLC0415

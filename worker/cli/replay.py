@@ -14,6 +14,7 @@ import click
 
 from adapters import Countable, QueueError
 from worker.cli.base import (
+    INTERRUPTED,
     SHUTDOWN_TIMED_OUT,
     UNEXPECTED,
     Command,
@@ -32,13 +33,11 @@ if TYPE_CHECKING:
     from worker.dead_letters import Choice
     from worker.replay import Replay, Tally
 
-INTERRUPTED = 130  # as a shell says it of Ctrl-C
-
 
 @click.command(cls=Command)
 @click.argument("message_ids", metavar="[MESSAGE_ID]...", nargs=-1)
 @choosing
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Dead letters a second, at most.")
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="So many a second at most.")
 @click.option("--canary/--no-canary", default=True, help="Stop if the first fails again (default), or go on.")
 @click.option("--dry-run", is_flag=True, help="Print what would be sent; send and remove nothing.")
 @settings_options(Settings)
