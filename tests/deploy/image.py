@@ -88,7 +88,7 @@ def show(home: Path) -> None:
     (record,) = packages.glob("klaviyo_worker-*.dist-info/RECORD")
     ours = {line.split("/")[0] for line in record.read_text(encoding="utf-8").splitlines()}
     assert ours == {"..", "adapters", "worker", record.parent.name}, ours
-    assert list(packages.glob("worker/__pycache__/cli.*.pyc")), "nothing is compiled"
+    assert list(packages.glob("worker/cli/__pycache__/*.pyc")), "nothing is compiled"
     size = sum(path.stat().st_size for path in packages.rglob("*") if path.is_file())
     click.echo(f"{len(installed)} distributions, {size / 1e6:.0f} MB in site-packages.")
 
