@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from socket import socket
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -123,8 +125,11 @@ def test_discount_codes_are_optional(worker: Worker, sandbox: Sandbox) -> None:
 @pytest.mark.parametrize(("service", "code"), [("commercetools", 4), ("klaviyo", 5)])
 def test_a_service_out_of_reach_is_told(service: str, code: int, worker: Worker, sandbox: Sandbox) -> None:
     """As what it is: not as refused credentials."""
-    getattr(sandbox, service).stop()
-    done = worker(*PROBE, "--retry-seconds", "0")
+    server = getattr(sandbox, service)
+    server.stop()
+    with socket() as held:  # or the port goes to the next test that asks for one
+        held.bind(("127.0.0.1", urlsplit(server.url).port))
+        done = worker(*PROBE, "--retry-seconds", "0")
     assert done.returncode == code
     assert "check the URL, the network" in findings(done)[service]["text"]
     expected = {service} | ({"subscriptions"} if service == "commercetools" else set())
