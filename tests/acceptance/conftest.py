@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 
 from adapters import Publisher, open_queue
@@ -113,4 +114,4 @@ def settled(worker: Worker) -> set[str]:
 def json_lines(stderr: str) -> list[dict[str, Any]]:
     """Return all lines of a run that are JSON, except one that is still being written."""
     whole = stderr[: stderr.rfind("\n") + 1]
-    return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
+    return [orjson.loads(line) for line in whole.splitlines() if line.startswith("{")]

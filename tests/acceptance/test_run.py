@@ -42,7 +42,7 @@ def wait_for(condition: Any, seconds: float = 20.0) -> None:
     looked_at = time.monotonic()
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(max(0.02, 5 * (time.monotonic() - looked_at)))
+        time.sleep(max(0.02, 10 * (time.monotonic() - looked_at)))
         looked_at = time.monotonic()
 
 

@@ -35,7 +35,7 @@ from tests.servicebus.encoding import split, unbatched
 from tests.servicebus.entities import Entity
 from tests.servicebus.requests import LOST, managed
 
-TICK = 0.1  # seconds between two looks at the locks
+TICK = 0.25  # seconds between two looks at the locks
 NOT_FOUND = "amqp:not-found"
 COMMAND = EventType("command")
 MANAGEMENT = "/$management"

@@ -169,7 +169,7 @@ class Server:
         self._http = _HTTPServer(("127.0.0.1", self._port), _Handler)
         self._http.service = self
         self._port = self._http.server_address[1]
-        Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def stop(self) -> None:
         """Refuse connections, and drop those that are open."""
