@@ -212,6 +212,13 @@ def test_refused_credentials_end_it(variable: str, code: int, sandbox: Sandbox, 
         (("--ids", "ada@example.com"), "--ids: expected ids"),
         (("--ids", ""), "--ids: expected ids"),
         (("--ids", "@nowhere"), "--ids: cannot read nowhere"),
+        (
+            ("--ids", ",".join(["a" * 36] * 7 + ["ada@example.com"])),
+            "--ids: expected ids",
+        ),  # no name of a file
+        (("--since", "0001-01-01T00:00+01:00"), "--since: expected a date"),
+        (("--failures", "/proc/nowhere/f"), "--resume, --failures: cannot write /proc/nowhere/f: No such file"),
+        (("--failures", "same", "--resume", "./same"), "--failures: expected another file"),
         (("--ids", "a", "--since", "2026-01-01"), "--ids: names all records already"),
         (("--resume", "/proc/nowhere/c.json"), "--resume, --failures: cannot write"),
         (("--resume", "/etc/hostname"), "--resume: /etc/hostname is damaged"),
@@ -229,6 +236,16 @@ def test_a_malformed_option_is_one_line_and_exit_code_2(
     assert "example.com" not in result.stderr
 
 
+def test_a_query_that_commercetools_refuses_ends_it(sandbox: Sandbox) -> None:
+    """With its answer, while records are counted and while they are read; exit code 1."""
+    counted = Fault(status=200, body=b'{"results": [], "total": 5}', match="GET")
+    for answers in ((), (counted,)):
+        sandbox.commercetools.faults.add(*answers, Fault(status=400, match="GET"))
+        result = backfill(sandbox, "customers")
+        assert result.exit_code == 1
+        assert result.stderr == "Error: commercetools answered 400 InvalidInput for customers\n"
+
+
 def test_a_disk_that_is_full_ends_it(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Progress that cannot be written down is none."""
     saves: list[int] = []
@@ -241,4 +258,4 @@ def test_a_disk_that_is_full_ends_it(sandbox: Sandbox, tmp_path: Path, monkeypat
     monkeypatch.setattr("worker.backfill.files.Checkpoint.save", save)
     result = backfill(sandbox, "customers", "--resume", str(tmp_path / "c.json"))
     assert result.exit_code == 1
-    assert result.stderr.endswith("Error: cannot write the checkpoint: No space left on device\n")
+    assert result.stderr.endswith("Error: cannot write the checkpoint or the failures: No space left on device\n")

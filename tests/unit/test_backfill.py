@@ -136,10 +136,10 @@ def test_only_events_of_a_backfill_are_marked_as_history() -> None:
 
 def test_a_time_becomes_a_predicate_on_the_right_field() -> None:
     """Orders by their creation, all others by their last change; from the first moment on, before the second."""
-    since, until = datetime(2025, 1, 1, tzinfo=UTC), datetime(2025, 2, 1, 12, 30, tzinfo=UTC)
+    since, until = datetime(2025, 1, 1, tzinfo=UTC), datetime(2025, 2, 1, 12, 30, 0, 250_000, tzinfo=UTC)
     assert Selection("orders").where == ""
     assert Selection("orders", since, until).where == (
-        'createdAt >= "2025-01-01T00:00:00.000Z" and createdAt < "2025-02-01T12:30:00.000Z"'
+        'createdAt >= "2025-01-01T00:00:00.000Z" and createdAt < "2025-02-01T12:30:00.250Z"'
     )
     for name in ("customers", "products", "categories"):
         assert Selection(name, since).where == 'lastModifiedAt >= "2025-01-01T00:00:00.000Z"'

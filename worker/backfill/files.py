@@ -90,10 +90,17 @@ def _progress(document: Any) -> Progress:
 
 
 class Failures:
-    """A file that failed records are added to, a JSON line each; a record that fails again is there again."""
+    """A file that failed records are added to, a JSON line each; a record that fails again is there again.
+
+    Raises OSError when there is no writing to it.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        is_new = not path.exists()
+        path.open("ab").close()  # better now than at the first failure
+        if is_new:
+            path.unlink()
 
     def add(self, line: Json) -> None:
         """Add a line; durable when this returns. Raises OSError."""

@@ -88,7 +88,11 @@ class Selection:
         """Return the predicate of commercetools for the time; "": none."""
         bounds = ((">=", self.since), ("<", self.until))
         field = self.collection.dated_by
-        return " and ".join(f'{field} {sign} "{moment:%Y-%m-%dT%H:%M:%S.000Z}"' for sign, moment in bounds if moment)
+        return " and ".join(f'{field} {sign} "{_written(moment)}"' for sign, moment in bounds if moment)
+
+
+def _written(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def bodies(selection: Selection, resource: Json) -> list[bytes]:

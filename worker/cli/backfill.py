@@ -23,7 +23,7 @@ from worker.cli.base import (
     exit_codes,
     settings_options,
 )
-from worker.errors import SettingsError
+from worker.errors import Rejected, SettingsError
 from worker.settings import load
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ def backfill(  # noqa: PLR0913 - options
         try:
             work = _prepared(settings, selection, limit, None if dry_run else failures, resume, dry_run=dry_run)
             call_on_signals(work.stop)
-            _run(work, screen, name, resume, failures)
+            _run(work, screen, f"dry run of {name}" if dry_run else name, resume, failures)
         except OSError as error:  # what is read and written over the network raises none
-            raise Failed(f"cannot write {error.filename or 'the checkpoint'}: {error.strerror}", UNEXPECTED) from None
+            raise Failed(_unwritten(error), UNEXPECTED) from None
 
 
 def _prepared(
@@ -104,6 +104,8 @@ def _prepared(
     from worker.backfill.files import Checkpoint, Failures, describe  # noqa: PLC0415
     from worker.backfill.work import Backfill  # noqa: PLC0415
 
+    if resume and failures and resume.resolve() == failures.resolve():
+        raise SettingsError("--failures: expected another file than that of --resume")
     try:
         return Backfill(
             settings,
@@ -114,7 +116,11 @@ def _prepared(
             dry_run=dry_run,
         )
     except OSError as error:
-        raise SettingsError(f"--resume, --failures: cannot write {error.filename}: {error.strerror}") from None
+        raise SettingsError(f"--resume, --failures: {_unwritten(error)}") from None
+
+
+def _unwritten(error: OSError) -> str:
+    return f"cannot write {error.filename or 'the checkpoint or the failures'}: {error.strerror}"
 
 
 def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failures: Path | None) -> None:
@@ -124,6 +130,8 @@ def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failure
 
     try:
         pace = work.run(screen)
+    except Rejected as error:
+        raise Failed(str(error), UNEXPECTED) from None
     except ShutdownTimeoutError as error:
         click.echo(f"Error: {error}", err=True)
         sys.stdout.flush()
@@ -156,9 +164,9 @@ def _moment(option: str, text: str | None) -> datetime | None:
         return None
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
         raise SettingsError(f"{option}: expected a date or a time like 2026-01-31 or 2026-01-31T12:00:00Z") from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
 
 
 def _ids(text: str, resource_type: str) -> tuple[str, ...]:
@@ -166,7 +174,7 @@ def _ids(text: str, resource_type: str) -> tuple[str, ...]:
     from worker.backfill.files import read_ids  # noqa: PLC0415
 
     path = Path(text.removeprefix("@"))
-    is_file = text.startswith("@") or path.is_file()
+    is_file = text.startswith("@") or os.path.isfile(path)  # noqa: PTH113 - Path's fails for a name that is too long
     found = read_ids(path, resource_type) if is_file else [part.strip() for part in text.split(",")]
     if not found or not all(map(_ID.fullmatch, found)):
         raise SettingsError("--ids: expected ids of commercetools, separated by commas, or a file with one in a line")
