@@ -153,6 +153,8 @@ def test_a_dry_run_sends_and_writes_nothing(sandbox: Sandbox, tmp_path: Path) ->
     assert all(line["body"]["data"]["attributes"]["backfill"] is True for line in lines)
     assert not sandbox.klaviyo.requests
     assert list(tmp_path.iterdir()) == []
+    assert "dry run of orders: 11 done" in result.stderr
+    assert "The failures are in" not in result.stderr
 
 
 def test_events_go_in_bulk_only_when_told(sandbox: Sandbox) -> None:

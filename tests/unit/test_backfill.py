@@ -155,7 +155,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     """Also over one whose writing was cut short, which left its temporary file."""
     checkpoint = Checkpoint(tmp_path / "c.json", ABOUT)
     assert checkpoint.load() == Progress()
-    (tmp_path / "c.json.tmp").write_text("{")
+    (tmp_path / f"c.json.{os.getpid()}.tmp").write_text("{")
     saved = Progress("o-7", 3, 2, Counter({"bad": 2}))
     checkpoint.save(saved)
     assert checkpoint.load() == saved
@@ -176,6 +176,21 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(Progress("o-8", 4))
     assert checkpoint.load() == Progress("o-7", 3)
+
+
+def test_two_runs_with_one_checkpoint_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each replaces it as a whole, also while the other writes: either's progress is true."""
+    checkpoint, sync, other = Checkpoint(tmp_path / "c.json", ABOUT), os.fsync, os.getpid() + 1
+
+    def meanwhile(_: int) -> None:
+        monkeypatch.setattr(os, "fsync", sync)
+        monkeypatch.setattr(os, "getpid", lambda: other)
+        checkpoint.save(Progress("o-7", 3))
+        assert checkpoint.load() == Progress("o-7", 3)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    checkpoint.save(Progress("o-8", 4))
+    assert checkpoint.load() == Progress("o-8", 4)
 
 
 GOOD = ABOUT | {"last_id": "o-7", "sent": 3, "nothing_to_do": 2, "failed": {"bad": 2}}
@@ -366,6 +381,18 @@ def test_an_order_that_has_just_changed_is_left_to_the_worker_first(monkeypatch:
     assert [message.id for message in harness.receive()] == ["b"]
     assert harness.all() == ["a"]
     assert [message.id for message in Harness(FakeShop(young)).receive()] == ["a"]
+
+
+def test_no_more_is_read_while_much_waits_for_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded, also when all orders have just changed; what waits comes, and then the others."""
+    monkeypatch.setattr(source_module, "SETTLED_AFTER", 0.5)
+    monkeypatch.setattr(source_module, "MAX_LATER", 2)
+    young = {"lastModifiedAt": (datetime.now(UTC) + timedelta(hours=1)).isoformat()}
+    harness = Harness(FakeShop(*({"id": name} | young for name in "abcdef")), "orders")
+    for _ in range(5):
+        assert harness.receive() == []
+    assert harness.source.backlog() == 3  # two orders, and what was not read
+    assert harness.all() == ["a", "b", "c", "d", "e", "f"]
 
 
 def test_what_comes_back_comes_again_but_a_defect_not_for_ever() -> None:

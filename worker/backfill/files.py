@@ -66,7 +66,7 @@ class Checkpoint:
             "nothing_to_do": progress.nothing_to_do,
             "failed": dict(progress.failed),
         }
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")  # others may be at work with it
         with temporary.open("wb") as file:
             file.write(orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
             file.flush()

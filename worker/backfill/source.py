@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from worker.model import Json
 
 SETTLED_AFTER = 60.0  # seconds since an order's last change; the worker has sent by then what it was told about it
+MAX_LATER = 10_000  # messages that wait for their time before no more records are read
 MAX_DEFECTS = 5  # times a message is tried that meets a defect of ours
 
 
@@ -75,7 +76,7 @@ class Source:
 
     def receive(self, max_messages: int, wait: float) -> Sequence[Message]:
         """Return what is ready, or the beginning of the next page. Raises Misconfigured."""
-        if not (taken := self._take(max_messages)) and not self._is_listed:
+        if not (taken := self._take(max_messages)) and not self._is_listed and len(self._later) < MAX_LATER:
             self._list()
             taken = self._take(max_messages)
         if not taken:

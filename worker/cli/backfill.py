@@ -83,9 +83,9 @@ def backfill(  # noqa: PLR0913 - options
         selection = _selection(name, since, until, ids)
         screen = Screen(sys.stderr)
         configure_logging(settings.log_level, settings.log_format, screen)  # type: ignore[arg-type] # all it needs
-        failures = failures or (resume and resume.with_suffix(".failures.jsonl"))
+        failures = None if dry_run else failures or (resume and resume.with_suffix(".failures.jsonl"))
         try:
-            work = _prepared(settings, selection, limit, None if dry_run else failures, resume, dry_run=dry_run)
+            work = _prepared(settings, selection, limit, failures, resume, dry_run=dry_run)
             call_on_signals(work.stop)
             _run(work, screen, f"dry run of {name}" if dry_run else name, resume, failures)
         except OSError as error:  # what is read and written over the network raises none
