@@ -468,12 +468,13 @@ def test_a_time_without_a_zone_is_utc(monkeypatch: pytest.MonkeyPatch) -> None:
         time.tzset()
 
 
-def test_log_lines_stand_above_the_bar() -> None:
-    """The bar is taken away, and drawn again below."""
+def test_log_lines_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar is taken away, and drawn again below; it is never longer than a line."""
+    monkeypatch.setenv("COLUMNS", "4")
     terminal = Terminal()
     screen = Screen(terminal)
     with shown("orders", pace_of(0, 1), screen):
-        screen.draw("bar")
+        screen.draw("bar that is longer")
         screen.write("line\n")
     assert terminal.getvalue() == "bar\r\033[Kline\nbar\r\033[K"
 

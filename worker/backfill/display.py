@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import contextmanager
 from threading import Event, Lock, Thread
@@ -39,7 +40,8 @@ class Screen:
             return written
 
     def draw(self, line: str) -> None:
-        """Replace the line; "": take it away."""
+        """Replace the line, as much of it as one has room for: what wraps cannot be taken away. "": take it away."""
+        line = line[: shutil.get_terminal_size().columns - 1]
         with self._lock:
             self._stream.write(f"{_CLEAR if self._line else ''}{line}")
             self._line = line
