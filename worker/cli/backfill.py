@@ -128,12 +128,13 @@ def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failure
     from worker.backfill.display import summary  # noqa: PLC0415
     from worker.runner import ShutdownTimeoutError  # noqa: PLC0415
 
+    how = "the same command goes on from there" if resume else "without --resume FILE the next run begins anew"
     try:
         pace = work.run(screen)
     except Rejected as error:
         raise Failed(str(error), UNEXPECTED) from None
-    except ShutdownTimeoutError as error:
-        click.echo(f"Error: {error}", err=True)
+    except ShutdownTimeoutError:
+        click.echo(f"Error: interrupted, and what was in work was not finished: {how}", err=True)
         sys.stdout.flush()
         os._exit(SHUTDOWN_TIMED_OUT)  # lanes may hang in calls that no thread can interrupt
     for line in summary(name, work.progress, pace):
@@ -141,7 +142,6 @@ def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failure
     if work.progress.failed and failures:
         click.echo(f"The failures are in {failures}. To try them again: --ids {failures}", err=True)
     if work.is_interrupted:
-        how = "the same command goes on from there" if resume else "without --resume FILE the next run begins anew"
         raise Failed(f"interrupted: {how}", INTERRUPTED)
     if work.progress.failed:
         sys.exit(UNEXPECTED)
