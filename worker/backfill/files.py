@@ -97,10 +97,7 @@ class Failures:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        is_new = not path.exists()
-        path.open("ab").close()  # better now than at the first failure
-        if is_new:
-            path.unlink()
+        path.open("ab").close()  # better now than at the first failure; an empty file may stay
 
     def add(self, line: Json) -> None:
         """Add a line; durable when this returns. Raises OSError."""
