@@ -104,11 +104,13 @@ def test_the_documented_kustomization_is_whole(tmp_path: Path) -> None:
 
 
 def test_the_command_runs_as_the_manifest_says(objects: Objects, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Its checkpoint lies on the volume."""
+    """Its checkpoint and its failures lie on the volume."""
     container = pod_of(objects)["containers"][0]
     mount = container["volumeMounts"][1]["mountPath"]
     arguments = [argument.replace(mount, str(tmp_path)) for argument in container["args"]]
     sandbox.shop.orders = {name: order for name, order in sandbox.shop.orders.items() if order.get("customerEmail")}
     done = CliRunner().invoke(main, arguments, env=objects["ConfigMap"]["data"] | sandbox.environment)
     assert done.exit_code == 0, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == [Path(container["args"][-1]).name]
+    checkpoint = Path(container["args"][-1])
+    kept = {checkpoint.name, checkpoint.with_suffix(".failures.jsonl").name}
+    assert {path.name for path in tmp_path.iterdir()} == kept
