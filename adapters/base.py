@@ -181,10 +181,7 @@ class Countable(Protocol):
     """A queue that can tell how much it holds, whoever put or sent it there."""
 
     def counts(self) -> tuple[int | None, int | None]:
-        """Return the messages not yet settled, and the dead letters; None for what it is not permitted to tell.
-
-        Answers within a second, or raises.
-        """
+        """Return the messages not yet settled, and the dead letters; None for what it is not permitted to tell."""
 
 
 @runtime_checkable

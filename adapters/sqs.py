@@ -18,7 +18,6 @@ from adapters.awaited import Awaited
 from adapters.base import MissingPolicy, QueueError, QueueURLError
 from adapters.leased_letters import LeasedLetters
 from adapters.long_polling import POLL_SECONDS, LongPolling, SQSDelivery
-from adapters.sampled import Sampled
 from adapters.sqs_dead_letters import SQSLetters
 from adapters.sqs_settlement import LEASE, Settlement
 
@@ -93,7 +92,6 @@ class SQSQueue:
         self._dead_letter_region = ""
         self._max_receives = math.inf
         self._awaited = Awaited()
-        self._counted = Sampled(self._counts)
 
     @property
     def lease(self) -> float:
@@ -151,8 +149,12 @@ class SQSQueue:
         return max(counted, len(self._awaited)) or None
 
     def counts(self) -> tuple[int | None, int | None]:
-        """Count both queues, every ten seconds at most."""
-        return self._counted.read()
+        """Count both queues, the dead letters once `check` has looked for them. Raises QueueError."""
+        try:
+            dead = self._count(self._dead_letter_url) if self._dead_letter_url else None
+            return self._count(self._url), dead
+        except aws.ERRORS as error:
+            raise QueueError(f"QUEUE_URL: {aws.explain(error, self._name)}") from None
 
     def check(self) -> Sequence[str]:
         """Look at the queue. Raises QueueError when it cannot be used as asked.
@@ -270,10 +272,6 @@ class SQSQueue:
     def _is_last(self, delivery: Delivery) -> bool:
         """Tell whether the queue gives this message up when it is returned now."""
         return delivery.attempt is not None and delivery.attempt >= self._max_receives
-
-    def _counts(self) -> tuple[int | None, int | None]:
-        dead = self._count(self._dead_letter_url) if self._dead_letter_url else None
-        return self._count(self._url), dead
 
     def _count(self, url: str) -> int | None:
         """Return the messages in a queue, ready, delayed and leased; None when that is not permitted."""

@@ -18,6 +18,7 @@ from worker.metrics import Metrics
 from worker.pipeline import Pipeline
 from worker.remembered import Remembered
 from worker.runner import Runner
+from worker.sampled import Sampled
 from worker.send import Sender
 from worker.status.status import Status
 from worker.systemd import Notifier
@@ -112,7 +113,7 @@ class _State:
 
     def __init__(self, runner: Runner, queue: QueueAdapter, lanes: int, stages: Stages) -> None:
         self._runner = runner
-        self._queue = queue
+        self._counts = Sampled(queue.counts if isinstance(queue, Countable) else lambda: (None, None))
         self._lanes = lanes
         self._stages = stages
         self.has_begun = runner.has_begun
@@ -135,7 +136,7 @@ class _State:
         }
 
     def backlog(self) -> int | None:
-        return self._queue.counts()[0] if isinstance(self._queue, Countable) else None
+        return self._counts.read()[0]
 
     def dead_letters(self) -> int | None:
-        return self._queue.counts()[1] if isinstance(self._queue, Countable) else None
+        return self._counts.read()[1]

@@ -208,20 +208,6 @@ def test_outcomes_are_told_by_type_the_most_frequent_first() -> None:
     ]
 
 
-def test_many_viewers_do_not_ask_the_queue_more_often() -> None:
-    """Counting may be a call that costs money."""
-    asked = []
-
-    class Counting(FakeState):
-        def backlog(self) -> int:
-            asked.append(1)
-            return 120
-
-    told = status(Counting())
-    assert [told.document()["messages"]["backlog"] for _ in range(20)] == [120] * 20
-    assert len(asked) == 1
-
-
 def test_a_queue_that_cannot_count_leaves_the_rest() -> None:
     """The page is the way to find out why."""
     messages = status(FakeState(backlog=RuntimeError("grete@mail.example"))).document()["messages"]

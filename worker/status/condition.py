@@ -41,10 +41,10 @@ class State(Protocol):
         """Return how many seconds ago the oldest of them was published: 0 without any, None if unknown."""
 
     def backlog(self) -> int | None:
-        """Count the messages in the queue; None when it cannot tell. May take a call."""
+        """Count the messages in the queue; None when it cannot tell."""
 
     def dead_letters(self) -> int | None:
-        """Count the dead letters; None when the queue cannot tell. May take a call."""
+        """Count the dead letters; None when the queue cannot tell."""
 
     def at_work(self) -> Mapping[str, Sequence[int]]:
         """Count the messages that each lane handles now, by what lanes are for."""

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from adapters.sampled import Sampled
 from worker.metrics import OUTCOMES, SERVICES
 from worker.status.condition import condition
 from worker.status.history import STEP, History
@@ -31,7 +30,6 @@ class Status:
         self._state = state
         self._telemetry = telemetry
         self._history = History(telemetry.metrics)
-        self._counts = Sampled(lambda: (state.backlog(), state.dead_letters()))
         self._worker = {
             "version": version("klaviyo-worker"),
             "host": socket.gethostname(),
@@ -84,7 +82,7 @@ class Status:
 
     def _counted(self) -> tuple[int | None, int | None]:
         try:
-            return self._counts.read()
+            return self._state.backlog(), self._state.dead_letters()
         except Exception:  # noqa: BLE001 - a queue that cannot tell must not take the page with it; /metrics says why
             return None, None
 

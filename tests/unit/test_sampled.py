@@ -1,0 +1,32 @@
+"""A figure that costs a call is asked for rarely, and not waited for."""
+
+from __future__ import annotations
+
+from threading import Event
+
+import pytest
+
+from worker import sampled
+from worker.sampled import Sampled
+
+
+def test_many_who_ask_make_one_call_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting may be a call that costs money, and there may be many viewers; yet the figure follows the queue."""
+    monkeypatch.setattr(sampled, "PATIENCE", 10.0)  # on a machine that is busy
+    answers = iter(range(9))
+    figure = Sampled(lambda: next(answers))
+    assert [figure.read() for _ in range(20)] == [0] * 20
+    monkeypatch.setattr(sampled, "KEPT_FOR", 0.0)
+    assert figure.read() == 1
+
+
+def test_a_call_that_takes_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scrape has a second for all. The next one has what the call brings."""
+    monkeypatch.setattr(sampled, "PATIENCE", 0.01)
+    goes_on = Event()
+    figure = Sampled(lambda: goes_on.wait(10))
+    with pytest.raises(TimeoutError):
+        figure.read()
+    monkeypatch.setattr(sampled, "PATIENCE", 10.0)
+    goes_on.set()
+    assert figure.read()
