@@ -149,6 +149,8 @@ def test_history_is_bounded() -> None:
     assert (series["ago"][0], series["ago"][-1]) == (STEPS * STEP, STEP)
     assert history.requests_lately() == {("klaviyo", "POST /api/events"): 12}
     assert history.settled_lately() == 12
+    metrics.settled("OrderCreated", "sent", 0.1, 1.0)  # no sample has it yet, but a worker that sends is not idle
+    assert history.settled_lately() == 13
     assert history.batch_lately() == 3 * STEPS - 6.5  # the mean of the last twelve
 
 

@@ -57,9 +57,9 @@ class History:
         return {name: [step[name] for step in steps] for name in ("ago", "sent", "ignored", "failed", "age", "oldest")}
 
     def settled_lately(self) -> int:
-        """Count the messages that were settled within about a minute."""
+        """Count the messages that were settled within about a minute, and until this moment."""
         last = self._kept()[-MINUTE - 1 :]
-        return sum(last[-1].outcomes.values()) - sum(last[0].outcomes.values()) if last else 0
+        return sum(self._metrics.outcomes().values()) - sum(last[0].outcomes.values()) if last else 0
 
     def requests_lately(self) -> dict[tuple[str, str], int]:
         """Count the requests within about a minute, by service and endpoint."""
