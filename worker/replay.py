@@ -77,13 +77,12 @@ class Again:
 
 
 class Tally(Telemetry):
-    """Counts the endings, and why letters failed again. `told` is called after each ending, from any thread."""
+    """Counts the endings, and why letters failed again."""
 
-    def __init__(self, metrics: Metrics, told: Callable[[Tally], None]) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         super().__init__(metrics)
         self.reasons: Counter[tuple[str, str]] = Counter()  # by stage and reason
         self.last_failed: DeadLetter | None = None
-        self._told = told
         self._changed = Condition()
 
     @property
@@ -106,7 +105,6 @@ class Tally(Telemetry):
                     self.last_failed = job.delivery.letter if isinstance(job.delivery, Again) else None
             super().settled(jobs)
             self._changed.notify_all()
-        self._told(self)
 
     def wait(self, seconds: float) -> None:
         """Wait until letters have ended."""
@@ -114,7 +112,7 @@ class Tally(Telemetry):
             self._changed.wait(seconds)
 
 
-class Pace:
+class Throttle:
     """Lets letters through evenly, `rate` a second at most. `wait` takes seconds."""
 
     def __init__(
@@ -146,7 +144,7 @@ class ReplayQueue:
         chosen: Iterator[DeadLetter],
         tally: Tally,
         *,
-        pace: Pace | None,
+        pace: Throttle | None,
         canary: bool,
         removes: bool,
     ) -> None:
@@ -220,11 +218,9 @@ class ReplayQueue:
 class Replay:
     """A replay, ready to run. Raises SettingsError and QueueError."""
 
-    def __init__(
-        self, queue: DeadLetters, settings: Settings, choice: Choice, options: Options, told: Callable[[Tally], None]
-    ) -> None:
+    def __init__(self, queue: DeadLetters, settings: Settings, choice: Choice, options: Options) -> None:
         settings = settings.model_copy(update={"max_batch": min(settings.max_batch, _BATCH)})
-        self.tally = Tally(Metrics(scheme_of(settings.queue_url)), told)
+        self.tally = Tally(Metrics(scheme_of(settings.queue_url)))
         self._stages = stages = Stages(settings, self.tally)
         letters = queue.dead_letters()
         until_stopped = takewhile(lambda _: not stages.stopping.is_set(), through(letters))
@@ -232,7 +228,7 @@ class Replay:
             letters,
             choice.of(until_stopped),
             self.tally,
-            pace=Pace(options.rate, stages.stopping.wait) if options.rate else None,
+            pace=Throttle(options.rate, stages.stopping.wait) if options.rate else None,
             canary=options.canary and not options.dry_run,
             removes=not options.dry_run,
         )

@@ -213,9 +213,9 @@ def test_an_interruption_finishes_what_is_in_flight(
     """And nothing else, however long the next would take; the same command goes on."""
     bury_at(path, *map(order, range(1, 11)))
     waits_for_its_turn = Event()
-    turn = replay.Pace.turn
+    turn = replay.Throttle.turn
 
-    def noted(pace: replay.Pace) -> None:
+    def noted(pace: replay.Throttle) -> None:
         if sandbox.account.events:
             waits_for_its_turn.set()
         turn(pace)
@@ -224,7 +224,7 @@ def test_an_interruption_finishes_what_is_in_flight(
         waits_for_its_turn.wait()
         signals[0]()
 
-    monkeypatch.setattr(replay.Pace, "turn", noted)
+    monkeypatch.setattr(replay.Throttle, "turn", noted)
     interrupting = Thread(target=interrupt)
     interrupting.start()
     result = dlq("replay", "--rate", "0.001")
@@ -317,7 +317,7 @@ def test_two_replays_at_once_do_no_harm(dlq: Dlq, path: Path, sandbox: Sandbox) 
     def run() -> None:
         with closing(open_queue(settings.queue_url)) as queue:
             assert isinstance(queue, DeadLetters)
-            replay.Replay(queue, settings, Choice(), replay.Options(), lambda _: None).run()
+            replay.Replay(queue, settings, Choice(), replay.Options()).run()
 
     other = Thread(target=run)
     other.start()
@@ -504,13 +504,13 @@ def test_a_terminal_shows_progress_and_warnings_only(terminal: Terminal, path: P
     pointer = {"pointer": "/data/attributes/profile/data/attributes/phone_number"}
     refusal = json.dumps({"errors": [{"code": "invalid", "title": "Invalid", "source": pointer}]}).encode()
     code, seen = terminal("replay", "--type", "OrderCreated", "--limit", "5")
-    assert (code, "5/5" in seen) == (0, True)
+    assert (code, "0 of 5" in seen) == (0, True)
     code, seen = terminal("replay", "--type", "OrderImported")  # nobody knows how many there are
-    assert (code, "]  0  0.0/s" in seen) == (0, True)
+    assert (code, "replaying 0  0.0/s" in seen) == (0, True)
     sandbox.klaviyo.faults.add(Fault(400, body=refusal, where=b"phone_number"))
     code, seen = terminal("replay")
     assert code == 0
-    assert "15/15" in seen
+    assert "0 of 15" in seen
     assert "message_processed" not in seen
     assert re.search(r"\r\x1b\[K[0-9:]+ identifier_left_out .*\n", seen)
     assert words(seen).endswith("replayed 15 their effect is in Klaviyo")

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from adapters.base import Failure
 from worker.backfill import source as source_module
-from worker.backfill.display import Pace, Screen, bar, duration, shown, summary
 from worker.backfill.files import Checkpoint, Failures, describe, read_ids
 from worker.backfill.listing import listing
 from worker.backfill.progress import Progress, Record
@@ -26,6 +25,7 @@ from worker.backfill.recorder import Recorder
 from worker.backfill.records import COLLECTIONS, Selection, as_history, bodies
 from worker.backfill.source import Message, Source
 from worker.backfill.work import to_end
+from worker.display import Pace, Screen, bar, duration, shown
 from worker.errors import Ignored, Rejected, SettingsError, Transient
 from worker.model import Disposition, Job, Kind, Operation, Outcome
 from worker.parse import parse
@@ -438,7 +438,7 @@ def test_the_bar_tells_rate_and_time_left() -> None:
     """As far as they are known."""
     assert bar("orders", pace_of(500, 2_000)) == "orders [######                  ] 25%  500 of 2,000  50/s  30 s left"
     assert bar("orders", pace_of(500, None)) == "orders 500  50/s"
-    assert bar("orders", pace_of(0, 2_000)).endswith("0 of 2,000  0/s")
+    assert bar("orders", pace_of(0, 2_000)).endswith("0 of 2,000  0.0/s")
     assert [duration(each) for each in (42.3, 200, 7_500)] == ["42 s", "3 min 20 s", "2 h 5 min"]
 
 
@@ -474,15 +474,16 @@ def test_log_lines_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     screen = Screen(terminal)
     with shown("orders", pace_of(0, 1), screen):
+        drawn = terminal.getvalue()
         screen.draw("bar that is longer")
         screen.write("line\n")
-    assert terminal.getvalue() == "bar\r\033[Kline\nbar\r\033[K"
+    assert terminal.getvalue() == f"{drawn}\r\033[Kbar\r\033[Kline\nbar\r\033[K"
 
 
 def test_the_summary_names_each_reason_once() -> None:
     """With the number of records it befell, the most frequent first."""
     progress = Progress("x", 5, 1, Counter({"rare": 1, "frequent": 3}))
-    assert summary("orders", progress, pace_of(10, 10)) == [
+    assert import_module("worker.cli.backfill")._summary("orders", progress, pace_of(10, 10)) == [
         "orders: 10 done: 5 sent, 1 with nothing to do, 4 failed; this run took 10 s, 1 a second",
         "failed: 3 x frequent",
         "failed: 1 x rare",

@@ -13,7 +13,7 @@ from worker.dead_letters import Choice, each, through
 from worker.errors import Ignored, Rejected
 from worker.metrics import Metrics
 from worker.model import Disposition, Job, Kind, Operation, Outcome
-from worker.replay import Again, Options, Pace, Replay, ReplayQueue, Tally
+from worker.replay import Again, Options, Replay, ReplayQueue, Tally, Throttle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,8 +42,7 @@ class Clock:
 
 def replay_of(queue: EmbeddedQueue, **options: Any) -> tuple[ReplayQueue, Tally]:
     """Return the queue's dead letters to be replayed; all at once, unless told otherwise."""
-    told: list[int] = []
-    tally = Tally(Metrics("embedded"), lambda tally: told.append(tally.ended))
+    tally = Tally(Metrics("embedded"))
     letters = queue.dead_letters()
     options = {"pace": None, "canary": False, "removes": True, "choice": Choice()} | options
     return ReplayQueue(letters, options.pop("choice").of(through(letters)), tally, **options), tally
@@ -175,7 +174,7 @@ def test_letters_go_no_faster_than_the_rate(queue: EmbeddedQueue) -> None:
     """Evenly: time that passed without letters is not made up for."""
     bury(queue, *(b"%d" % number for number in range(8)))
     clock = Clock()
-    replay, _ = replay_of(queue, pace=Pace(4.0, clock.wait, clock))
+    replay, _ = replay_of(queue, pace=Throttle(4.0, clock.wait, clock))
     at = []
     for number in range(8):
         clock.now += 3.0 if number == 4 else 0.0
@@ -215,7 +214,7 @@ def test_a_replay_that_only_looks_can_be_stopped(queue: EmbeddedQueue) -> None:
     bury(queue, b"1")
     endless = Endless(*each(queue))
     chosen = Choice(message_type="OrderCreated")
-    endless.replay = Replay(endless, settings_for(), chosen, Options(), lambda _: None)
+    endless.replay = Replay(endless, settings_for(), chosen, Options())
     endless.replay.run()
     assert endless.looks == 3
     assert endless.replay.tally.ended == 0

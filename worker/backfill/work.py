@@ -7,12 +7,12 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from worker.backfill.display import Pace, shown
 from worker.backfill.listing import listing
 from worker.backfill.progress import Progress
 from worker.backfill.recorder import Recorder
 from worker.backfill.records import as_history
 from worker.backfill.source import Source
+from worker.display import Pace, shown
 from worker.dryrun import print_instead
 from worker.errors import Transient
 from worker.model import Sent
@@ -23,11 +23,11 @@ from worker.service import Stages
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from worker.backfill.display import Screen
     from worker.backfill.files import Checkpoint, Failures
     from worker.backfill.listing import Listing
     from worker.backfill.records import Selection
     from worker.backfill.settings import BackfillSettings
+    from worker.display import Screen
     from worker.model import Operation
 
 

@@ -27,9 +27,10 @@ from worker.errors import Rejected, SettingsError
 from worker.settings import load
 
 if TYPE_CHECKING:
-    from worker.backfill.display import Screen
+    from worker.backfill.progress import Progress
     from worker.backfill.records import Selection
     from worker.backfill.work import Backfill
+    from worker.display import Pace, Screen
 
 _OF_A_QUEUE = frozenset(
     {
@@ -75,7 +76,7 @@ def backfill(  # noqa: PLR0913 - options
     that no flow begins. What is sent twice has no second effect. Interrupted (exit code 7), the same command with
     --resume goes on where it was. Exit code 1: some records failed.
     """
-    from worker.backfill.display import Screen  # noqa: PLC0415 - keeps --help fast
+    from worker.display import Screen  # noqa: PLC0415 - keeps --help fast
     from worker.telemetry import configure_logging  # noqa: PLC0415
 
     with exit_codes():
@@ -125,7 +126,6 @@ def _unwritten(error: OSError) -> str:
 
 def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failures: Path | None) -> None:
     """Run to the end, say what was done, and exit with a code that tells whether all of it was."""
-    from worker.backfill.display import summary  # noqa: PLC0415
     from worker.runner import ShutdownTimeoutError  # noqa: PLC0415
 
     how = "the same command goes on from there" if resume else "without --resume FILE the next run begins anew"
@@ -137,7 +137,7 @@ def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failure
         click.echo(f"Error: interrupted, and what was in work was not finished: {how}", err=True)
         sys.stdout.flush()
         os._exit(SHUTDOWN_TIMED_OUT)  # lanes may hang in calls that no thread can interrupt
-    for line in summary(name, work.progress, pace):
+    for line in _summary(name, work.progress, pace):
         click.echo(line, err=True)
     if work.progress.failed and failures:
         click.echo(f"The failures are in {failures}. To try them again: --ids {failures}", err=True)
@@ -145,6 +145,17 @@ def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failure
         raise Failed(f"interrupted: {how}", INTERRUPTED)
     if work.progress.failed:
         sys.exit(UNEXPECTED)
+
+
+def _summary(name: str, progress: Progress, pace: Pace) -> list[str]:
+    """Return what was done, in all runs, and why records failed: the most frequent reasons first."""
+    from worker.display import duration  # noqa: PLC0415
+
+    failed = progress.failed
+    counts = f"{progress.sent:,} sent, {progress.nothing_to_do:,} with nothing to do, {failed.total():,} failed"
+    pace_text = f"this run took {duration(pace.seconds)}, {pace.rate:,.0f} a second"
+    reasons = [f"failed: {number:,} x {reason}" for reason, number in failed.most_common()]
+    return [f"{name}: {progress.done:,} done: {counts}; {pace_text}", *reasons]
 
 
 def _selection(name: str, since: str | None, until: str | None, ids: str | None) -> Selection:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from contextlib import nullcontext, suppress
-from itertools import repeat
-from threading import Lock
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,6 +28,7 @@ from worker.settings import Settings, load
 if TYPE_CHECKING:
     from adapters import DeadLetters
     from worker.dead_letters import Choice
+    from worker.display import Screen
     from worker.replay import Replay, Tally
 
 
@@ -48,22 +46,24 @@ def replay(*, choice: Choice, rate: float | None, canary: bool, dry_run: bool, *
     removed once its effect is in Klaviyo, or if there is nothing to do. What fails again, or is interrupted, stays a
     dead letter. The first goes alone, the canary.
     """
-    from worker.replay import Options, Replay  # noqa: PLC0415 - keeps --help fast
+    from worker.display import Pace, Screen, shown  # noqa: PLC0415 - keeps --help fast
+    from worker.replay import Options, Replay  # noqa: PLC0415
 
     interruption = _Interruption()
     with exit_codes():
         settings = load(Settings, flags)
-        has_bar = sys.stderr.isatty() and not dry_run
-        _configure_logging(settings, has_bar=has_bar)
+        screen = Screen(sys.stderr)
+        has_bar = screen.isatty() and not dry_run
+        _configure_logging(settings, screen, has_bar=has_bar)
         call_on_signals(interruption)
         is_one = len(choice.ids) == 1 or choice.limit == 1
         options = Options(rate, canary=canary and not is_one, dry_run=dry_run)
         with opened_dead_letters(settings) as queue:
-            progress = _Progress(_expected(queue, choice)) if has_bar else None
-            running = Replay(queue, settings, choice, options, progress or (lambda _: None))
+            expected = _expected(queue, choice) if has_bar else None
+            running = Replay(queue, settings, choice, options)
             interruption.running = running
             try:
-                _run(running, progress)
+                _run(running, shown("replaying", Pace(running.tally, expected), screen) if has_bar else nullcontext())
             finally:
                 _echo_summary(running.tally, dry_run=dry_run)
     _end(running, choice, is_interrupted=interruption.has_come)
@@ -83,50 +83,11 @@ class _Interruption:
         self.running.stop()
 
 
-class _Progress:
-    """A progress bar on stderr. Safe for many threads."""
-
-    def __init__(self, length: int | None) -> None:
-        self._bar = click.progressbar(
-            repeat(None), length, "replaying", show_pos=True, item_show_func=self._rate, file=sys.stderr
-        )
-        self._began = time.monotonic()
-        self._lock = Lock()
-
-    def __call__(self, tally: Tally) -> None:
-        """Show how far it is."""
-        with self._lock:
-            self._bar.update(tally.ended - self._bar.pos)
-
-    def __enter__(self) -> None:
-        self._bar.__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._bar.render_finish()
-
-    def _rate(self, _: None) -> str:
-        return f"{self._bar.pos / max(time.monotonic() - self._began, 1e-3):.1f}/s"
-
-
-class _AboveTheBar:
-    """Where log lines go while there is a bar: in its place, as it is drawn again below."""
-
-    def write(self, text: str) -> None:
-        sys.stderr.write(f"\r\033[K{text}")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-    def isatty(self) -> bool:
-        return True
-
-
-def _configure_logging(settings: Settings, *, has_bar: bool) -> None:
+def _configure_logging(settings: Settings, screen: Screen, *, has_bar: bool) -> None:
     """Log as the worker does; but a line per message would tear the bar to pieces."""
     from worker.telemetry import configure_logging, log  # noqa: PLC0415
 
-    configure_logging(settings.log_level, settings.log_format, cast("TextIO", _AboveTheBar()) if has_bar else None)
+    configure_logging(settings.log_level, settings.log_format, screen)  # type: ignore[arg-type] # all it needs
     if has_bar:
         log.handlers[0].addFilter(lambda record: record.getMessage() != "message_processed")
 
@@ -141,11 +102,11 @@ def _expected(queue: DeadLetters, choice: Choice) -> int | None:
     return min((number for number in known if number is not None), default=None)
 
 
-def _run(running: Replay, progress: _Progress | None) -> None:
+def _run(running: Replay, progress: AbstractContextManager[None]) -> None:
     from worker.runner import ShutdownTimeoutError  # noqa: PLC0415
 
     try:
-        with progress or nullcontext():
+        with progress:
             running.run()
     except ShutdownTimeoutError:
         click.echo("Error: the grace period ended before all letters in flight did; they stay dead letters", err=True)

@@ -1,4 +1,4 @@
-"""What a backfill shows while it works, and says at its end."""
+"""What backfills and replays show while they work."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import shutil
 import time
 from contextlib import contextmanager
 from threading import Event, Lock, Thread
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from worker.telemetry import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from worker.backfill.progress import Progress
-    from worker.backfill.recorder import Recorder
-
 REDRAWN_EVERY, LOGGED_EVERY = 0.5, 60.0  # seconds
 _WIDTH = 24  # of the bar
+_SLOW = 10.0  # a second, below which tenths tell something
 _CLEAR = "\r\033[K"
 
 
@@ -56,19 +54,27 @@ class Screen:
         return self._stream.isatty()
 
 
-class Pace:
-    """How fast records end, since this was made. `total`: how many there are to end; None: nobody knows."""
+class Counter(Protocol):
+    """Counts what has ended, from any thread."""
 
-    def __init__(self, recorder: Recorder, total: int | None) -> None:
-        self._recorder = recorder
-        self._before = recorder.ended
+    @property
+    def ended(self) -> int:
+        """Return how many records or letters."""
+
+
+class Pace:
+    """How fast they end, since this was made. `total`: how many there are to end; None: nobody knows."""
+
+    def __init__(self, counter: Counter, total: int | None) -> None:
+        self._counter = counter
+        self._before = counter.ended
         self._began = time.monotonic()
         self.total = None if total is None else self._before + total
 
     @property
     def ended(self) -> int:
-        """Count the records that have ended, those of earlier runs too."""
-        return self._recorder.ended
+        """Count what has ended, in earlier runs too."""
+        return self._counter.ended
 
     @property
     def seconds(self) -> float:
@@ -77,7 +83,7 @@ class Pace:
 
     @property
     def rate(self) -> float:
-        """Return the records per second of this run."""
+        """Return how many a second in this run."""
         return (self.ended - self._before) / max(self.seconds, 0.001)
 
     @property
@@ -89,12 +95,17 @@ class Pace:
 @contextmanager
 def shown(name: str, pace: Pace, screen: Screen) -> Iterator[None]:
     """Show the pace while the block runs: as a bar on a terminal, else as a log line a minute."""
-    is_over = Event()
-    every, show = (
-        (REDRAWN_EVERY, lambda: screen.draw(bar(name, pace)))
-        if screen.isatty()
-        else (LOGGED_EVERY, lambda: log.info("backfill_progress", extra=_fields(pace)))
-    )
+
+    def draw() -> None:
+        screen.draw(bar(name, pace))
+
+    def tell() -> None:
+        log.info("backfill_progress", extra=_fields(pace))
+
+    is_over, is_bar = Event(), screen.isatty()
+    if is_bar:
+        draw()
+    show, every = (draw, REDRAWN_EVERY) if is_bar else (tell, LOGGED_EVERY)
     thread = Thread(target=_repeat, args=(show, every, is_over), daemon=True)
     thread.start()
     try:
@@ -102,7 +113,7 @@ def shown(name: str, pace: Pace, screen: Screen) -> Iterator[None]:
     finally:
         is_over.set()
         thread.join()
-        if screen.isatty():
+        if is_bar:
             screen.draw("")
 
 
@@ -130,7 +141,8 @@ def bar(name: str, pace: Pace) -> str:
     else:
         line += f"{pace.ended:,}"
     left = pace.seconds_left
-    return f"{line}  {pace.rate:,.0f}/s" + ("" if left is None else f"  {duration(left)} left")
+    rate = f"{pace.rate:,.{int(pace.rate < _SLOW)}f}/s"
+    return f"{line}  {rate}" + ("" if left is None else f"  {duration(left)} left")
 
 
 def duration(seconds: float) -> str:
@@ -140,12 +152,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def summary(name: str, progress: Progress, pace: Pace) -> list[str]:
-    """Return what was done, in all runs, and why records failed: the most frequent reasons first."""
-    failed = progress.failed
-    counts = f"{progress.sent:,} sent, {progress.nothing_to_do:,} with nothing to do, {failed.total():,} failed"
-    pace_text = f"this run took {duration(pace.seconds)}, {pace.rate:,.0f} a second"
-    reasons = [f"failed: {number:,} x {reason}" for reason, number in failed.most_common()]
-    return [f"{name}: {progress.done:,} done: {counts}; {pace_text}", *reasons]
