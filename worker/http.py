@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 MULTIPLE_CHOICES, REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS, INTERNAL_SERVER_ERROR = 300, 408, 425, 429, 500
 MAX_RETRY_AFTER = 3600.0
 CHUNK = 65_536  # bytes read at once, at most
+_ID = re.compile(r"^(/api/[^/]+)/[^/]+")  # in Klaviyo's paths
 BODY_PATIENCE = 10  # read timeouts that a whole answer may take: one is the time between two packets
 
 Observe = Callable[[str, int | None, float], None]
@@ -42,7 +44,7 @@ class Response:
     status: int
     headers: Mapping[str, str]
     body: bytes
-    to: str  # method, host and path
+    to: str  # method, host and path, ids left out
 
     def json(self) -> Any:
         """Return the decoded body; None when it is no JSON."""
@@ -123,9 +125,10 @@ def _read(answer: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
 
 
 def _target(method: str, url: str) -> str:
-    """Name a request by host and path only: a query may hold what belongs to a person."""
+    """Name a request by host and path only: a query may hold what belongs to a person, and an outage is no record's."""
     target = urlsplit(url)
-    return f"{method} {target.netloc}{target.path}"
+    path = _ID.sub(r"\1/{id}", target.path)
+    return f"{method} {target.netloc}{path}"
 
 
 def check_passing(response: Response) -> None:

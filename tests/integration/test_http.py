@@ -58,6 +58,13 @@ def test_an_answer_that_takes_for_ever_is_none(listener: socket.socket, monkeypa
     assert hung_up.wait(5)
 
 
+def test_trouble_is_of_an_endpoint(listener: socket.socket) -> None:
+    """And of no record, or an outage would have as many reasons as there are records."""
+    transport_, url = transport(listener, lambda connection: connection.close())
+    with pytest.raises(Transient, match=r"^no answer to PATCH 127.0.0.1:\d+/api/catalog-items/{id}/variants: "):
+        transport_.request("x", "PATCH", f"{url}api/catalog-items/$custom:::1/variants?page=2", {})
+
+
 @pytest.mark.parametrize("size", [0, 1, 65_536, 300_000])
 @pytest.mark.parametrize("way", ["plain", "gzip", "chunked"])
 def test_whole_answers_come_over_one_connection(way: str, size: int, listener: socket.socket) -> None:
