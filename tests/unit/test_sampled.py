@@ -21,12 +21,22 @@ def test_many_who_ask_make_one_call_in_a_while(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_call_that_takes_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scrape has a second for all. The next one has what the call brings."""
+    """A scrape has a second for all. The next one has what the call brings; meanwhile there is no other."""
     monkeypatch.setattr(sampled, "PATIENCE", 0.01)
+    monkeypatch.setattr(sampled, "KEPT_FOR", 0.0)
     goes_on = Event()
-    figure = Sampled(lambda: goes_on.wait(10))
-    with pytest.raises(TimeoutError):
-        figure.read()
+    asked = []
+
+    def ask() -> bool:
+        asked.append(1)
+        return goes_on.wait(10)
+
+    figure = Sampled(ask)
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            figure.read()
     monkeypatch.setattr(sampled, "PATIENCE", 10.0)
+    monkeypatch.setattr(sampled, "KEPT_FOR", 10.0)
     goes_on.set()
     assert figure.read()
+    assert len(asked) == 1
