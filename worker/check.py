@@ -17,6 +17,7 @@ from worker.loose import as_text, unique
 from worker.subscriptions.client import SCOPE, NotPermitted, Subscriptions
 from worker.subscriptions.health import HEALTHY, explain
 from worker.subscriptions.needs import asked_for, needs
+from worker.subscriptions.plan import KEY
 from worker.transform import HANDLERS
 
 if TYPE_CHECKING:
@@ -177,13 +178,15 @@ def _subscription(subscriptions: Subscriptions, key: str, disabled: Collection[s
     except NotPermitted:
         text = f"cannot be told without the scope {SCOPE}, which the worker itself does not need"
         return Finding("subscriptions", "skipped", text, "give check an API client that has it")
-    say = partial(failed, "subscriptions", COMMERCETOOLS, otherwise="klaviyo-worker subscriptions apply")
+    todo = "klaviyo-worker subscriptions apply" + (f" --key {key}" if key != KEY else "")
+    say = partial(failed, "subscriptions", COMMERCETOOLS, otherwise=todo)
     if key not in existing:
         others = ", ".join(filter(None, existing))
         return say(f"there is no subscription {key}" + (f", only {others}" if others else ""))
     status, missing = as_text(existing[key].get("status")), needs(disabled).without(asked_for(existing[key]))
     if status != HEALTHY:
-        return say(": ".join(filter(None, [f"{key} is not healthy: {explain(status)[0]}", explain(status)[1]])))
+        why, todo = explain(status)
+        return Finding("subscriptions", "failed", f"{key} is not healthy: {why}", todo, COMMERCETOOLS)
     if missing:
         told = [f"{resource} {', '.join(types)}" for resource, types in missing.messages.items()]
         told += [f"changes of {resource}" for resource in missing.changes]

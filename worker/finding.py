@@ -8,6 +8,8 @@ from typing import Literal
 
 import orjson
 
+from worker.loose import printable
+
 Status = Literal["ok", "failed", "skipped"]
 _SHOWN: dict[Status, str] = {"ok": "OK", "failed": "FAIL", "skipped": "SKIP"}
 # Errors say why, then what to do: `QUEUE_URL: x does not exist: create it, or correct the name`.
@@ -29,7 +31,7 @@ class Finding:
     def line(self) -> str:
         """Return it for people."""
         text = f"{self.text} → {self.todo}" if self.todo else self.text
-        return f"{_SHOWN[self.status]:<8}{self.check:<15}{text}"
+        return f"{_SHOWN[self.status]:<8}{self.check:<15}{printable(text)}"
 
     def json(self) -> bytes:
         """Return it for scripts: `text` says it all, `why` and `todo` are its parts."""
