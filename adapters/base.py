@@ -19,7 +19,7 @@ class QueueRefusedError(QueueError):
 
 
 class QueueURLError(QueueError):
-    """The URL does not name a queue; the text says what was expected."""
+    """The URL, or a secret for it, names no queue; the text says what was expected."""
 
 
 class MissingPolicy(str):

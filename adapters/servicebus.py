@@ -96,19 +96,19 @@ def parse_url(url: str) -> Entity:
 
 
 def fits(connection_string: str, entity: Entity) -> None:
-    """Raise QueueError unless a connection string is for this queue; the error does not quote it."""
+    """Raise QueueURLError unless a connection string is for this queue; the error does not quote it."""
     try:
         about = parse_connection_string(connection_string)
         host = urlsplit(about.endpoint).netloc.lower()
     except ValueError:
         expected = "Endpoint=sb://NAMESPACE.servicebus.windows.net/;SharedAccessKeyName=...;SharedAccessKey=..."
-        raise QueueError(f"{_SECRET} is malformed: expected {expected}") from None
+        raise QueueURLError(f"{_SECRET} is malformed: expected {expected}") from None
     if host != entity.host:
-        raise QueueError(f"{_SECRET} is for another namespace than QUEUE_URL, {entity.host}: correct one of them")
+        raise QueueURLError(f"{_SECRET} is for another namespace than QUEUE_URL, {entity.host}: correct one of them")
     if about.entity_path and about.entity_path != entity.name:
-        raise QueueError(f"{_SECRET} is for another queue or topic than QUEUE_URL, {entity}: correct one of them")
+        raise QueueURLError(f"{_SECRET} is for another queue or topic than QUEUE_URL, {entity}: correct one of them")
     if _NO_TLS.search(connection_string) and not is_loopback(urlsplit(f"//{host}").hostname or ""):
-        raise QueueError(f"{_SECRET}: UseDevelopmentEmulator, which turns TLS off, is for this machine only")
+        raise QueueURLError(f"{_SECRET}: UseDevelopmentEmulator, which turns TLS off, is for this machine only")
 
 
 class ServiceBusQueue:

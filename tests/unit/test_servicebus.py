@@ -117,7 +117,7 @@ def test_a_connection_string_fits_its_queue(connection_string: str) -> None:
 )
 def test_a_connection_string_of_something_else_is_refused_and_not_quoted(connection_string: str, said: str) -> None:
     """It is a secret, in the whole traceback."""
-    with pytest.raises(QueueError, match=f"SERVICEBUS_CONNECTION_STRING is .*{said.removeprefix('is ')}") as caught:
+    with pytest.raises(QueueURLError, match=f"SERVICEBUS_CONNECTION_STRING is .*{said.removeprefix('is ')}") as caught:
         open_queue(f"servicebus://{HOST}/orders", QueueOptions(connection_string=connection_string))
     assert "c2VjcmV0" not in "".join(traceback.format_exception_only(caught.value))
 
