@@ -384,11 +384,11 @@ def test_hostile_letters_cannot_steer_the_terminal(dlq: Dlq, path: Path) -> None
 
 
 def test_show_tells_all_of_one_letter(dlq: Dlq, path: Path) -> None:
-    """Every fact, then the body as indented JSON; one that is none is an error."""
+    """The body alone on stdout, as indented JSON, for `transform --explain -`; one that is none is an error."""
     (made,) = bury_at(path, order(1))
-    facts, _, body = dlq("show", made).stdout.partition("\n\n")
-    assert json.loads(body) == order(1)
-    told = dict(line.split(maxsplit=1) for line in facts.splitlines())
+    shown = dlq("show", made)
+    assert json.loads(shown.stdout) == order(1)
+    told = dict(line.split(maxsplit=1) for line in shown.stderr.splitlines() if line)
     assert (told["message_id"], told["resource"], told["reason"]) == (made, "order order-1", REFUSED.reason)
     assert (told["error"], told["attempts"]) == ("Rejected", "1")
     assert told["dead_lettered_at"] >= told["published_at"] > "2026"

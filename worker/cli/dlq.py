@@ -120,7 +120,7 @@ def list_(*, choice: Choice, as_json: bool, **flags: Any) -> None:
 def show(*, message_id: str, **flags: Any) -> None:
     """Show all of one dead letter.
 
-    Its body may hold personal data.
+    Its body, which may hold personal data, goes to stdout; what else is known of it to stderr.
     """
     with exit_codes(), opened_dead_letters(load(QueueSettings, flags)) as queue, closing(each(queue)) as letters:
         letter = next(Choice(frozenset([message_id])).of(letters), None)
@@ -129,8 +129,8 @@ def show(*, message_id: str, **flags: Any) -> None:
     click.echo("This may hold personal data: mind who reads it, and where it is pasted.", err=True)
     for name, value in _facts(letter):
         if value:
-            click.echo(f"{name:<18}{printable(value)}")
-    click.echo()
+            click.echo(f"{name:<18}{printable(value)}", err=True)
+    click.echo(err=True)
     click.echo(body_text(letter.delivery.body))
 
 
