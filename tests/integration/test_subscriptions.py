@@ -176,6 +176,19 @@ def test_commercetools_cannot_deliver(command: Command) -> None:
     assert not command.store.all()
 
 
+def test_what_commercetools_says_is_a_line_and_no_part_of_a_secret(command: Command, sandbox: Sandbox) -> None:
+    """However long, and whatever it could do to a terminal."""
+    secret = "grid-" + "s3cret" * 20
+    body = json.dumps({"errors": [{"code": "No\n", "message": f"one\ntwo\x1b[2J {'x' * 450}{secret}"}]}).encode()
+    sandbox.commercetools.faults.add(Fault(400, match=f"POST {PATH}", body=body))
+    done = command.apply(to=GRID, **{SECRET: secret})
+    assert done.exit_code == 4
+    assert "grid-" not in done.output
+    assert done.stderr.rstrip("\n").isprintable()
+    sandbox.commercetools.faults.add(Fault(400, match=f"GET {PATH}", body=body))
+    assert command("check").stdout.splitlines()[-1].startswith("FAIL    subscriptions  commercetools answered 400 No")
+
+
 def test_a_secret_comes_from_a_file_and_is_renewed_on_request(command: Command, tmp_path: Path) -> None:
     """It cannot be compared; without --renew a new one is not noticed, and the plan says so."""
     file = tmp_path / "secret"
@@ -205,6 +218,17 @@ def test_stale_subscriptions_go_only_on_request(command: Command, sandbox: Sandb
     assert done.stdout.splitlines()[-1] == "applied: version 1, 1 stale deleted; Healthy: it delivers"
     assert [entry["key"] for entry in command.store.all()] == ["elsewhere", "klaviyo-worker"]
     assert written(sandbox)[-1][0] == "DELETE"
+
+
+def test_what_delivers_is_not_deleted_for_one_that_does_not(command: Command) -> None:
+    """Nothing would come any more."""
+    command.apply()
+    command.apply("--key", "old")
+    command.store.turn("klaviyo-worker", "ManuallySuspended")
+    done = command.apply("--delete-stale", "--yes", "--json")
+    assert done.exit_code == 4
+    assert json.loads(done.stdout.splitlines()[-1])["deleted"] == 0
+    assert len(command.store.all()) == 2
 
 
 def test_one_that_changed_meanwhile_is_not_deleted(command: Command, sandbox: Sandbox) -> None:
@@ -237,7 +261,7 @@ def test_a_subscription_that_does_not_deliver_is_explained(command: Command, sta
     assert "\x1b" not in done.output
     code, found = command.checked()
     assert (code, found["subscriptions"]["status"]) == (4, "failed")
-    assert todo in found["subscriptions"]["text"]
+    assert found["subscriptions"]["todo"].startswith(todo)
 
 
 def test_health_is_waited_for(command: Command, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
@@ -258,6 +282,13 @@ def test_a_commercetools_that_does_not_tell_is_believed(command: Command) -> Non
     done = command.apply()
     assert done.exit_code == 0
     assert done.stdout.endswith("applied: version 1; this commercetools does not tell its health\n")
+
+
+def test_an_answer_without_a_subscription_is_no_success(command: Command, sandbox: Sandbox) -> None:
+    """Nothing was created, whatever the status says."""
+    sandbox.commercetools.faults.add(Fault(200, times=None, match=f"POST {PATH}", body=b"{}"))
+    done = command.apply()
+    assert (done.exit_code, "without an id" in done.stderr) == (4, True)
 
 
 @pytest.mark.parametrize("action", ["plan", "apply"])
@@ -315,6 +346,7 @@ def test_check_names_what_is_missing(command: Command, tmp_path: Path) -> None:
     command.apply("--config", str(mapping), "--key", "mine")
     code, found = command.checked("--subscription-key", "mine")
     assert code == 4
+    assert found["subscriptions"]["todo"] == "klaviyo-worker subscriptions apply --key mine"
     assert found["subscriptions"]["why"] == (
         "mine does not ask for order OrderImported, "
         "changes of customer, changes of category, changes of inventory-entry"

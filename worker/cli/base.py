@@ -12,6 +12,7 @@ import click
 
 from adapters import QueueAdapter, QueueError, QueueURLError, open_queue
 from worker.errors import Misconfigured, SettingsError
+from worker.loose import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ class Failed(click.ClickException):
     """One line on stderr and an exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
+        super().__init__(printable(message, keep="\n"))
         self.exit_code = exit_code  # type: ignore[misc] # click's own way, declared as a class variable
 
 

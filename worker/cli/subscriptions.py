@@ -10,6 +10,7 @@ import orjson
 
 from worker.cli.base import COMMERCETOOLS, Failed, Group, exit_codes, settings_options
 from worker.errors import SettingsError, WorkerError
+from worker.loose import printable
 from worker.settings import SubscriptionSettings, load
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def apply_command(*, wait: float, delete_stale: bool, yes: bool, as_json: bool, 
     Exits with 4 when commercetools refuses, or cannot deliver.
     """
     from worker.subscriptions.apply import apply  # noqa: PLC0415
+    from worker.subscriptions.health import DELIVERS  # noqa: PLC0415
 
     with _told():
         client, wanted = _opened(**flags)
@@ -93,9 +95,10 @@ def apply_command(*, wait: float, delete_stale: bool, yes: bool, as_json: bool, 
         if doomed and not yes:
             click.confirm(f"Delete {len(doomed)} stale subscriptions for good?", abort=True, err=True)
         applied = apply(client, plan, renew=renew)
+        status = client.watched(applied, wait)
+        doomed = doomed if status in DELIVERS else ()  # a stale one may be the only one that delivers
         for subscription in doomed:
             client.delete(subscription)
-        status = client.watched(applied, wait)
         _tell(applied, status, deleted=len(doomed), as_json=as_json)
 
 
@@ -125,7 +128,7 @@ def _opened(*, destination: str, key: str, delivery_format: str | None, **flags:
     wanted = Wanted(key, target, needs(settings.mapping().disabled), delivery_format or "")
     if not wanted.needs:
         raise SettingsError("disabled: the mapping leaves no handler, so there is nothing to subscribe to")
-    return Subscriptions(Commercetools(settings, Event())), wanted
+    return Subscriptions(Commercetools(settings, Event()), target.hide), wanted
 
 
 def _planned(client: Subscriptions, wanted: Wanted, *, renew: bool) -> Plan:
@@ -139,27 +142,22 @@ def _show(plan: Plan, *, as_json: bool) -> None:
         _echo_json(plan.document())
         return
     for line in plan.lines():
-        click.echo(_printable(line))
+        click.echo(printable(line))
 
 
 def _tell(applied: Json, status: str, *, deleted: int, as_json: bool) -> None:
     """Print what came of it; raise Failed unless it is healthy, or commercetools does not tell."""
-    from worker.subscriptions.health import HEALTHY, explain  # noqa: PLC0415
+    from worker.subscriptions.health import DELIVERS, explain  # noqa: PLC0415
 
     why, todo = explain(status) if status else ("this commercetools does not tell its health", "")
     if as_json:
         _echo_json({"id": applied.get("id"), "version": applied.get("version"), "status": status, "deleted": deleted})
     else:
         also = f", {deleted} stale deleted" if deleted else ""
-        click.echo(_printable(f"applied: version {applied.get('version')}{also}; {why}"))
-    if status not in {HEALTHY, ""}:
-        raise Failed(_printable(f"subscription {applied.get('key')} is not healthy: {why}: {todo}"), COMMERCETOOLS)
+        click.echo(printable(f"applied: version {applied.get('version')}{also}; {why}"))
+    if status not in DELIVERS:
+        raise Failed(printable(f"subscription {applied.get('key')} is not healthy: {why}: {todo}"), COMMERCETOOLS)
 
 
 def _echo_json(document: Json) -> None:
     click.echo(orjson.dumps(document))
-
-
-def _printable(text: str) -> str:
-    """Replace what could steer a terminal."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)

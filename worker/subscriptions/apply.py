@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from worker.errors import Rejected, Transient
+from worker.errors import Transient
 from worker.subscriptions.client import Conflict
 from worker.subscriptions.plan import plan
 
@@ -20,7 +20,7 @@ def apply(subscriptions: Subscriptions, first: Plan, *, renew: bool) -> Json:
     """Create or change the subscription as planned, and return it as it is then.
 
     Where somebody else was first, or nobody knows whether a request arrived, it is read and planned again.
-    Raises the last of these after TRIES; Rejected, without any secret, and CommercetoolsMisconfigured at once.
+    Raises the last of these after TRIES; Rejected and CommercetoolsMisconfigured at once.
     """
     todo, last = first, None
     for _ in range(TRIES):
@@ -29,8 +29,6 @@ def apply(subscriptions: Subscriptions, first: Plan, *, renew: bool) -> Json:
         except (Conflict, Transient) as error:
             last = error
             todo = plan(first.wanted, subscriptions.all(), renew=renew)
-        except Rejected as error:
-            raise Rejected(first.wanted.destination.hide(str(error)), error.status) from None
     assert last is not None
     raise last
 

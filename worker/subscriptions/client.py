@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient, WorkerError
-from worker.loose import as_dict, as_dicts, as_text
+from worker.loose import as_dict, as_dicts, as_text, printable
 from worker.subscriptions.health import HEALTHY
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from worker import http
     from worker.commercetools import Commercetools
     from worker.model import Json
@@ -31,10 +33,11 @@ class NotPermitted(CommercetoolsMisconfigured):
 
 
 class Subscriptions:
-    """The subscriptions of a project."""
+    """The subscriptions of a project. `hide` takes the secrets out of what commercetools says of a request."""
 
-    def __init__(self, commercetools: Commercetools) -> None:
+    def __init__(self, commercetools: Commercetools, hide: Callable[[str], str] = str) -> None:
         self._commercetools = commercetools
+        self._hide = hide
 
     def all(self) -> list[Json]:
         """Return them. Raises CommercetoolsMisconfigured, Transient or Rejected, as all methods do."""
@@ -45,12 +48,12 @@ class Subscriptions:
 
     def create(self, draft: Json) -> Json:
         """Create one. Raises Conflict when its key is taken."""
-        return self._asked("POST", body=draft)
+        return _with_id(self._asked("POST", body=draft))
 
     def update(self, subscription: Json, actions: list[Json]) -> Json:
         """Carry out all actions, or none. Raises Conflict when it is of another version by now."""
         body = {"version": subscription.get("version"), "actions": actions}
-        return self._asked("POST", f"/{_id(subscription)}", body)
+        return _with_id(self._asked("POST", f"/{_id(subscription)}", body))
 
     def delete(self, subscription: Json) -> None:
         """Delete it; one that is gone is no error. Raises Conflict when it is of another version by now."""
@@ -67,7 +70,7 @@ class Subscriptions:
             if status == HTTPStatus.NOT_FOUND:
                 return ""
             left = until - time.monotonic()
-            if left <= 0:
+            if not left > 0:  # nor is NaN
                 return as_text(self._asked("GET", f"/{_id(subscription)}").get("status")) or f"/health {status}"
             time.sleep(min(LOOKS, left))
 
@@ -75,17 +78,23 @@ class Subscriptions:
         response = self._commercetools.call(_ENDPOINT, method, path, body)
         if response.status < HTTPStatus.MULTIPLE_CHOICES or (gone_is_fine and response.status == HTTPStatus.NOT_FOUND):
             return as_dict(response.json())
-        raise _verdict(response)
+        raise _verdict(response, self._hide)
 
 
 def _id(subscription: Json) -> str:
     return quote(as_text(subscription.get("id")), safe="")
 
 
-def _verdict(response: http.Response) -> WorkerError:
+def _with_id(subscription: Json) -> Json:
+    if not _id(subscription):  # never take a strange answer for "it is done"
+        raise Transient("commercetools answered for subscriptions without an id")
+    return subscription
+
+
+def _verdict(response: http.Response, hide: Callable[[str], str]) -> WorkerError:
     document = as_dict(response.json())
     error = next(iter(as_dicts(document.get("errors"))), {})
-    code = as_text(error.get("code"))[:64]
+    code = printable(as_text(error.get("code")))[:64]
     what = f"commercetools answered {response.status} {code} for subscriptions"
     if response.status == HTTPStatus.CONFLICT or code == "DuplicateField":
         return Conflict(what)
@@ -95,4 +104,4 @@ def _verdict(response: http.Response) -> WorkerError:
     if response.status == HTTPStatus.NOT_FOUND or response.status < HTTPStatus.BAD_REQUEST:
         return CommercetoolsMisconfigured(f"{what}: check CT_API_URL and CT_PROJECT_ID")
     message = as_text(error.get("message")) or as_text(document.get("message")) or "no reason given"
-    return Rejected(f"{what}: {message[:500]}", response.status)
+    return Rejected(f"{what}: {printable(hide(message))[:500]}", response.status)  # cut last: half a secret is one

@@ -6,6 +6,7 @@ https://docs.commercetools.com/api/projects/subscriptions#subscriptionhealthstat
 from __future__ import annotations
 
 HEALTHY = "Healthy"
+DELIVERS = frozenset({HEALTHY, ""})  # "": commercetools does not tell
 CONFIGURATION_ERRORS = frozenset({"ConfigurationError", "ConfigurationErrorDeliveryStopped"})
 _MEND = "look at the queue and at commercetools' right to send to it, then klaviyo-worker subscriptions apply"
 _MEANING = {
