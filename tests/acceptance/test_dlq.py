@@ -387,7 +387,7 @@ def test_show_tells_all_of_one_letter(dlq: Dlq, path: Path) -> None:
     """The body alone on stdout, as indented JSON, for `transform --explain -`; one that is none is an error."""
     (made,) = bury_at(path, order(1))
     shown = dlq("show", made)
-    assert json.loads(shown.stdout) == order(1)
+    assert (shown.stdout[0], json.loads(shown.stdout)) == ("{", order(1))
     told = dict(line.split(maxsplit=1) for line in shown.stderr.splitlines() if line)
     assert (told["message_id"], told["resource"], told["reason"]) == (made, "order order-1", REFUSED.reason)
     assert (told["error"], told["attempts"]) == ("Rejected", "1")

@@ -262,6 +262,7 @@ def test_a_subscription_that_does_not_deliver_is_explained(command: Command, sta
     code, found = command.checked()
     assert (code, found["subscriptions"]["status"]) == (4, "failed")
     assert found["subscriptions"]["todo"].startswith(todo)
+    assert all(line.isprintable() for line in command("check").stdout.splitlines())
 
 
 def test_health_is_waited_for(command: Command, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:

@@ -156,7 +156,7 @@ def _tell(applied: Json, status: str, *, deleted: int, as_json: bool) -> None:
         also = f", {deleted} stale deleted" if deleted else ""
         click.echo(printable(f"applied: version {applied.get('version')}{also}; {why}"))
     if status not in DELIVERS:
-        raise Failed(printable(f"subscription {applied.get('key')} is not healthy: {why}: {todo}"), COMMERCETOOLS)
+        raise Failed(f"subscription {applied.get('key')} is not healthy: {why}: {todo}", COMMERCETOOLS)
 
 
 def _echo_json(document: Json) -> None:
