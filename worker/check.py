@@ -167,7 +167,7 @@ def _ask_all(asks: Sequence[Ask]) -> None:
     if not refused:
         return
     first = refused[0][1]
-    if len({str(error) for _, error in refused}) < len(refused):  # no token: the same words for whatever is asked
+    if not str(first).endswith("scopes"):  # there is no token, or the URL is another's
         raise first
     raise type(first)(f"{first}: {', '.join(unique(scope for scope, _ in refused))}")
 

@@ -293,8 +293,10 @@ class _Token:
             raise CommercetoolsMisconfigured(
                 f"commercetools refuses a token ({error.error}): check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
             ) from None
-        lifetime = float(token.get("expires_in", 0))
-        self._value = token["access_token"]
+        except (AttributeError, TypeError, ValueError):  # oauthlib reads it as if it had the right shape
+            raise Transient("no token from commercetools: an answer of another shape") from None
+        lifetime = float(token.get("expires_in") or 0)
+        self._value = as_text(token["access_token"])
         self._expires_at = time.monotonic() + max(lifetime - TOKEN_MARGIN, lifetime / 2)
 
     def _judged(self, response: requests.Response) -> requests.Response:

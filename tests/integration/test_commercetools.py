@@ -197,6 +197,13 @@ def test_an_authorization_server_that_is_down_is_transient(fault: Fault, sandbox
     assert commercetools_for(sandbox).find(CUSTOMERS, ["x"]) == {"x": []}
 
 
+@pytest.mark.parametrize("body", [b"[]", b"null", b'{"access_token": "t", "token_type": "bearer", "expires_in": "x"}'])
+def test_a_strange_token_is_transient(body: bytes, sandbox: Sandbox) -> None:
+    """As any strange answer is; nor is it an error that nobody can act on."""
+    sandbox.commercetools.faults.add(Fault(status=200, match="POST", body=body))
+    assert commercetools_for(sandbox).find(CUSTOMERS, ["x"]) == {"x": []}
+
+
 def test_a_missing_scope_names_itself(sandbox: Sandbox) -> None:
     """A 403 is a matter of configuration."""
     sandbox.commercetools.faults.add(Fault(status=403, times=1, match="GET"))

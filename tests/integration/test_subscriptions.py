@@ -394,6 +394,17 @@ def test_check_asks_only_for_what_the_handlers_need(
     assert command.checked("--config", str(tmp_path / "mapping.toml"), KLAVIYO_AUTH_KEY="pk_wrong")[0] == 5
 
 
+def test_no_scope_is_blamed_for_what_is_none(command: Command, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Whatever few handlers are enabled."""
+    disabled = sorted({kind for _, kind in HANDLERS} - {"CustomerCreated", "ProductPublished"})
+    (tmp_path / "mapping.toml").write_text(f"disabled = {json.dumps(disabled)}")
+    sandbox.klaviyo.faults.add(Fault(302, times=None, match="GET /api/catalog-items"))
+    client = '{"clientId": "nobody", "secret": "s3cret"}'
+    _, found = command.checked("--config", str(tmp_path / "mapping.toml"), CT_API_CLIENT=client)
+    assert found["commercetools"]["todo"] == "check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
+    assert found["klaviyo"]["todo"] == "check KLAVIYO_API_URL"
+
+
 class Bare:
     """A queue without policies."""
 
