@@ -305,6 +305,7 @@ def test_a_missing_scope_is_named(action: str, command: Command) -> None:
     [
         (Fault(times=None, body=b"{}", status=200), "without results"),
         (Fault(times=None, body=b"<html>", status=200), "something that is no JSON"),
+        (Fault(times=None, status=401), "check CT_API_URL and CT_PROJECT_ID"),
         (Fault(times=None, status=404), "check CT_API_URL and CT_PROJECT_ID"),
         (Fault(times=None, status=302), "check CT_API_URL and CT_PROJECT_ID"),
         (Fault(times=None, status=400, body=b'{"errors": [17]}'), "no reason given"),

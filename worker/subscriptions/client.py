@@ -98,10 +98,10 @@ def _verdict(response: http.Response, hide: Callable[[str], str]) -> WorkerError
     what = f"commercetools answered {response.status} {code} for subscriptions"
     if response.status == HTTPStatus.CONFLICT or code == "DuplicateField":
         return Conflict(what)
-    if response.status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+    if response.status == HTTPStatus.FORBIDDEN:
         todo = f"use an API client with the scope {SCOPE}, which CT_SCOPE must not leave out"
         return NotPermitted(f"{what}: {todo}")
-    if response.status == HTTPStatus.NOT_FOUND or response.status < HTTPStatus.BAD_REQUEST:
+    if response.status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND} or response.status < HTTPStatus.BAD_REQUEST:
         return CommercetoolsMisconfigured(f"{what}: check CT_API_URL and CT_PROJECT_ID")
     message = as_text(error.get("message")) or as_text(document.get("message")) or "no reason given"
     return Rejected(f"{what}: {printable(hide(message))[:500]}", response.status)  # cut last: half a secret is one
