@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import time
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import click
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
 
     from adapters.base import Delivery, Failure, QueueAdapter
     from worker.model import Operation
+
+_PRINTING = Lock()
 
 
 def operation_line(operation: Operation) -> str:
@@ -33,8 +39,13 @@ def operation_line(operation: Operation) -> str:
 
 def print_instead(operations: Sequence[Operation]) -> Sequence[Sent]:
     """Print what would be sent: the send stage of a dry run."""
-    for operation in operations:
-        click.echo(operation_line(operation))
+    with _PRINTING:
+        try:
+            for operation in operations:
+                click.echo(operation_line(operation))
+        except BrokenPipeError:  # `| head` has seen enough: stop in order, so that what is leased goes back
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.kill(os.getpid(), signal.SIGTERM)
     return [Sent(None, 0)] * len(operations)
 
 

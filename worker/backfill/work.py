@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from typing import TYPE_CHECKING
 
 from worker.backfill.listing import listing
@@ -15,7 +13,6 @@ from worker.backfill.source import Source
 from worker.display import Pace, shown
 from worker.dryrun import print_instead
 from worker.errors import Transient
-from worker.model import Sent
 from worker.pipeline import Pipeline
 from worker.runner import Runner
 from worker.service import Stages
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
     from worker.backfill.records import Selection
     from worker.backfill.settings import BackfillSettings
     from worker.display import Screen
-    from worker.model import Operation
+    from worker.model import Operation, Sent
 
 
 class Backfill:
@@ -53,7 +50,7 @@ class Backfill:
         self._limit = limit
         self._stages = stages = Stages(settings, recorder)
         self._listing = listing(stages.commercetools, selection, self.progress.last_id)
-        self._send = self._show if dry_run else stages.sender.send
+        self._send = print_instead if dry_run else stages.sender.send
         source = Source(self._listing, selection, recorder, limit)
         pipeline = Pipeline(source, stages.enricher.enrich, self._send_history, stages.mapping, recorder)
         self._runner = Runner(source, pipeline, _sized(settings, selection), recorder, stages.stopping)
@@ -82,15 +79,6 @@ class Backfill:
 
     def _send_history(self, operations: Sequence[Operation]) -> Sequence[Sent]:
         return self._send(list(map(as_history, operations)))
-
-    def _show(self, operations: Sequence[Operation]) -> Sequence[Sent]:
-        """Print operations, until whoever reads them has seen enough: `| head`."""
-        try:
-            return print_instead(operations)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain too
-            self.stop()
-            return [Sent(None, 0)] * len(operations)
 
 
 def _sized(settings: BackfillSettings, selection: Selection) -> BackfillSettings:

@@ -1,0 +1,31 @@
+"""What a dry run prints, and when nobody reads it any more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from worker.dryrun import print_instead
+from worker.model import Kind, Operation
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def test_a_dry_run_whose_reader_has_seen_enough_stops_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`| head` is no defect: one signal is sent, and what is printed after that goes nowhere."""
+    signals: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        with os.fdopen(write, "w") as closed:
+            monkeypatch.setattr(sys, "stdout", closed)
+            for _ in range(2):
+                (sent,) = print_instead([Operation(Kind.DELETE_CATEGORY, "k")])
+                assert sent.error is None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert signals == [signal.SIGTERM]
