@@ -218,6 +218,8 @@ class PubSubQueue:
         """Open the subscription of the dead letters; to be closed before the queue is."""
         given = self._options.dead_letter_url
         path = _path(given, dead.SETTING) if given else self._dead_letter_path()
+        if path == self._path:
+            raise QueueURLError(f"{dead.SETTING} is QUEUE_URL: set it to the subscription of the dead letters")
         return LeasedLetters(dead.PubSubLetters(self._client, path))
 
     @cached_property

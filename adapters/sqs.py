@@ -196,7 +196,10 @@ class SQSQueue:
     def dead_letters(self) -> LeasedLetters:
         """Open the dead-letter queue: the one that is set, else the redrive policy's."""
         if given := self._options.dead_letter_url:
-            return LeasedLetters(SQSLetters(*_locate(given, _DEAD_LETTERS), None))
+            client, url = _locate(given, _DEAD_LETTERS)
+            if url == self._url:
+                raise QueueURLError(f"{_DEAD_LETTERS} is QUEUE_URL: set it to the queue of the dead letters")
+            return LeasedLetters(SQSLetters(client, url, None))
         if not self._read_policy():
             unknown = f"{self._name} cannot be read to learn its dead-letter queue"
             raise QueueError(f"QUEUE_URL: {unknown}: {_READ}, or set {_DEAD_LETTERS}")

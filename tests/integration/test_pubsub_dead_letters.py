@@ -71,6 +71,12 @@ def test_of_several_one_is_to_be_named(subscription: Subscription, opened: Open)
     assert bodies(opened("pubsub://demo/another-worker", dead_letter_url=other)) == [b"x"]
 
 
+def test_the_queue_itself_is_no_place_of_dead_letters(subscription: Subscription, opened: Open) -> None:
+    """Else `dlq drop` would remove what is still to be handled."""
+    with pytest.raises(QueueURLError, match=r"^DEAD_LETTER_QUEUE_URL is QUEUE_URL: "):
+        opened(subscription.url, dead_letter_url=subscription.url).dead_letters()
+
+
 def test_what_is_missing_is_named(subscription: Subscription, opened: Open, emulator: Emulator) -> None:
     """With what to do: a policy, a subscription for its topic, the right name."""
     with pytest.raises(QueueError, match="has no dead-letter topic: gcloud pubsub subscriptions update"):

@@ -95,6 +95,8 @@ def test_what_is_missing_is_named(queue: Queue, opened: Open, moto: Server) -> N
         opened(queue, dead_letter_url="sqs://nowhere").dead_letters()
     with pytest.raises(QueueURLError, match=r"^DEAD_LETTER_QUEUE_URL is malformed: expected sqs://NAME"):
         opened(queue, dead_letter_url="pubsub://demo/dead").dead_letters()
+    with pytest.raises(QueueURLError, match=r"^DEAD_LETTER_QUEUE_URL is QUEUE_URL: "):  # else `drop` would empty it
+        opened(queue, dead_letter_url=queue.url).dead_letters()
     queue.client.delete_queue(QueueUrl=queue.dead_url)
     with pytest.raises(QueueError, match=f"^QUEUE_URL: its dead letters: {queue.name}-dead does not exist"):
         bodies(opened(queue))
