@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,12 +17,13 @@ from worker.loose import printable
 from worker.parse import parse
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
+    from collections.abc import Collection, Generator, Iterable, Iterator
 
     from adapters import DeadLetter, DeadLetterQueue, DeadLetters
 
 AT_ONCE = 100  # letters asked for at a time, with their bodies
 PATIENCE = 5.0  # seconds without a letter after which there are no more
+CLOCKS = timedelta(seconds=10)  # by which a queue's clock may be ahead
 UNREADABLE = "unreadable"  # in the place of a type
 _AGE = re.compile(r"(\d+)([smhdw])", re.ASCII)
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -63,6 +65,10 @@ class Choice:
             if left == 0 or (self.ids and not missing):
                 return
 
+    def missing(self, found: Collection[str]) -> frozenset[str]:
+        """Return the ids that were not found, unless they are more than the limit let be looked for."""
+        return frozenset() if self.limit and len(found) >= self.limit else self.ids.difference(found)
+
     def _takes(self, letter: DeadLetter) -> bool:
         """Tell whether a letter is meant; the body is read last."""
         if self.ids and letter.delivery.id not in self.ids:
@@ -82,9 +88,15 @@ def each(queue: DeadLetters) -> Generator[DeadLetter]:
 
 
 def through(letters: DeadLetterQueue) -> Iterator[DeadLetter]:
-    """Yield what was not handed out yet. Raises QueueError."""
+    """Yield what was not handed out yet, and not what comes from now on: that may never end. Raises QueueError."""
+    until, found_at = datetime.now(UTC) + CLOCKS, time.monotonic()
     while found := letters.receive(AT_ONCE, PATIENCE):
-        yield from found
+        for letter in found:
+            if (given_up_at(letter) or until) <= until:
+                yield letter
+                found_at = time.monotonic()
+        if time.monotonic() - found_at > PATIENCE:
+            return
 
 
 def entry(letter: DeadLetter) -> Entry:

@@ -10,13 +10,15 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 from click.testing import CliRunner, Result
 
-from adapters import DeadLetters, Failure, open_queue
+from adapters import DeadLetter, DeadLetters, Failure, open_queue
+from adapters.embedded import EmbeddedQueue
 from tests.acceptance.conftest import Worker
 from tests.burying import REFUSED, bury_at, left_at
 from tests.integration.conftest import settings_for
@@ -411,6 +413,30 @@ def test_drop_removes_what_is_chosen(dlq: Dlq, path: Path) -> None:
     assert dlq("drop", "--all", "--limit", "1", "--yes").exit_code == 0
     assert left_at(path) == made[2:3]
     assert dlq("drop", "--since", "2100-01-01", "--yes").stderr == "no dead letters to drop\n"
+
+
+def test_drop_knows_letters_by_more_than_their_ids(dlq: Dlq, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who publishes to Service Bus may use an id twice. And it says so when some could not be had again."""
+    bury_at(path, b"[]", b"[]", b"[]")
+    looks: list[str] = []
+    buried_after = EmbeddedQueue.buried_after
+    same = [("1", "2", "1"), ("1", "2", "1"), ("1", "2", "1"), ("1", "2", "gone")]
+
+    def named(self: EmbeddedQueue, last: tuple[float, int], limit: int) -> list[tuple[tuple[float, int], DeadLetter]]:
+        found = buried_after(self, last, limit)
+        names = same.pop(0) if found else ()
+        return [
+            (place, replace(letter, delivery=replace(letter.delivery, id=name)))  # type: ignore[type-var]
+            for (place, letter), name in zip(found, names, strict=True)
+        ]
+
+    monkeypatch.setattr(EmbeddedQueue, "buried_after", named)
+    monkeypatch.setattr(EmbeddedQueue, "unbury", lambda _, deliveries: looks.extend(each.id for each in deliveries))
+    assert dlq("drop", "--all", "--yes").stdout.endswith("dropped 3 dead letters\n")
+    assert looks == ["1", "2", "1"]
+    short = dlq("drop", "--all", "--yes")
+    assert (short.exit_code, short.stdout.splitlines()[-1]) == (1, "dropped 2 dead letters")
+    assert "1 dead letter not dropped" in short.stderr
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from adapters import DeadLetter, Failure
 from tests.burying import bury
 from tests.conftest import FakeDelivery
-from worker.dead_letters import Choice, body_text, each, entry, json_line, parse_since
+from worker import dead_letters
+from worker.dead_letters import Choice, body_text, each, entry, json_line, parse_since, through
 from worker.loose import printable
 from worker.sandbox.notifications import message
 
@@ -134,6 +135,37 @@ def test_nothing_is_looked_at_beyond_what_is_meant() -> None:
     assert ids(Choice(limit=3), *[]) == []
     assert [each.delivery.id for each in Choice(limit=3).of(letters())] == ["1", "2", "3"]
     assert [each.delivery.id for each in Choice(frozenset("13")).of(letters())] == ["1", "3"]
+
+
+def test_ids_beyond_the_limit_are_not_missed() -> None:
+    """They were not looked for."""
+    choice = Choice(frozenset("123"), limit=2)
+    assert (choice.missing({"1", "2"}), choice.missing({"1"})) == (frozenset(), frozenset("23"))
+
+
+class Growing:
+    """Dead letters of a queue that gets one more whenever it is asked."""
+
+    def __init__(self, *letters: DeadLetter) -> None:
+        self._there = list(letters)
+
+    def receive(self, max_messages: int, wait: float) -> list[DeadLetter]:
+        if self._there:
+            return [self._there.pop(0)]
+        return [letter(9, at=datetime.now(UTC) + HOUR)]
+
+    def remove(self, letters: object) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def test_a_look_ends_though_letters_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker buries meanwhile: what is given up on after the beginning is for the next look."""
+    monkeypatch.setattr(dead_letters, "PATIENCE", 0.01)
+    there = letter(1, at=NOW - 1_000 * HOUR), letter(2), letter(3, published_at=NOW - 1_000 * HOUR)
+    assert [each.delivery.id for each in through(Growing(*there))] == ["1", "2", "3"]
 
 
 def test_looking_removes_nothing(queue: EmbeddedQueue) -> None:

@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import wraps
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -153,7 +154,7 @@ def drop(*, choice: Choice, is_all: bool, yes: bool, **flags: Any) -> None:
     with exit_codes(), opened_dead_letters(load(QueueSettings, flags)) as queue:
         entries = [entry(letter) for letter in choice.of(each(queue))]
         found = frozenset(entry.message_id for entry in entries)
-        if missing := choice.ids - found:
+        if missing := choice.missing(found):
             raise not_found(missing)
         if not entries:
             click.echo("no dead letters to drop", err=True)
@@ -161,24 +162,25 @@ def drop(*, choice: Choice, is_all: bool, yes: bool, **flags: Any) -> None:
         _echo_counts(entries)
         if not yes:
             click.confirm(f"Drop {number_of(len(entries))} for good?", abort=True)
-        _drop(queue, replace(choice, ids=found))
+        dropped = _drop(queue, replace(choice, limit=None), found, len(entries))
+    if dropped < len(entries):
+        left = number_of(len(entries) - dropped)
+        raise Failed(f"{left} not dropped: somebody else has removed them, or looks at them now; try again", UNEXPECTED)
 
 
-def _drop(queue: DeadLetters, choice: Choice) -> None:
-    """Remove letters, and say how many that were, also when it breaks off."""
+def _drop(queue: DeadLetters, choice: Choice, found: Collection[str], wanted: int) -> int:
+    """Remove the letters found; say how many that were, also when it breaks off, and return it."""
     dropped = 0
     try:
         with closing(queue.dead_letters()) as letters:
-            batch: list[DeadLetter] = []
-            for letter in choice.of(through(letters)):
-                batch.append(letter)
-                if len(batch) == AT_ONCE:
-                    letters.remove(batch)
-                    dropped, batch = dropped + len(batch), []
-            letters.remove(batch)
-            dropped += len(batch)
+            fit = (letter for letter in choice.of(through(letters)) if letter.delivery.id in found)
+            chosen = islice(fit, wanted)  # not until all ids were seen: who publishes to Service Bus may repeat them
+            while batch := list(islice(chosen, AT_ONCE)):
+                letters.remove(batch)
+                dropped += len(batch)
     finally:
         click.echo(f"dropped {number_of(dropped)}")
+    return dropped
 
 
 def _echo_counts(entries: Iterable[Entry]) -> None:

@@ -144,7 +144,7 @@ def _end(running: Replay, choice: Choice, *, is_interrupted: bool) -> None:
         )
     if is_interrupted:
         raise Failed("interrupted: what was not replayed is a dead letter still; the same again goes on", INTERRUPTED)
-    if missing := choice.ids - running.queue.handed_out:
+    if missing := choice.missing(running.queue.handed_out):
         raise not_found(missing)
     if not tally.ended:
         click.echo("no dead letters to replay", err=True)
