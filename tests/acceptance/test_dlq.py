@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Protocol
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner, Result
@@ -413,6 +414,13 @@ def test_drop_removes_what_is_chosen(dlq: Dlq, path: Path) -> None:
     assert dlq("drop", "--all", "--limit", "1", "--yes").exit_code == 0
     assert left_at(path) == made[2:3]
     assert dlq("drop", "--since", "2100-01-01", "--yes").stderr == "no dead letters to drop\n"
+
+
+def test_a_look_that_is_interrupted_has_a_code_of_its_own(dlq: Dlq, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `klaviyo-worker --help` says."""
+    monkeypatch.setattr(EmbeddedQueue, "buried_after", Mock(side_effect=KeyboardInterrupt))
+    result = dlq("list")
+    assert (result.exit_code, result.stderr) == (INTERRUPTED, "Error: interrupted\n")
 
 
 def test_drop_knows_letters_by_more_than_their_ids(dlq: Dlq, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

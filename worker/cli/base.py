@@ -46,6 +46,8 @@ def exit_codes() -> Iterator[None]:
         raise Failed(str(error), QUEUE) from None
     except Misconfigured as error:
         raise Failed(str(error), error.exit_code) from None
+    except KeyboardInterrupt:
+        raise Failed("interrupted", INTERRUPTED) from None
 
 
 class Setting(click.Option):
