@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from threading import Event
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from adapters import MissingPolicy, QueueError, QueueURLError, open_queue, schem
 from worker import commercetools as ct
 from worker import probe
 from worker.commercetools import Commercetools
-from worker.errors import KlaviyoMisconfigured, Misconfigured, SettingsError, WorkerError
+from worker.errors import Misconfigured, Rejected, SettingsError, WorkerError
 from worker.finding import Finding, failed
 from worker.klaviyo import Klaviyo
 from worker.loose import as_text, unique
@@ -38,7 +39,11 @@ _READS = (  # what is asked, the scope that takes, and for the handlers of which
     (ct.PRODUCTS, "view_products", _EVENTS | {"product", "inventory-entry"}),
     (ct.INVENTORY, "view_products", frozenset({"product", "inventory-entry"})),
 )
-_WRITES = (("events:write", _EVENTS), ("profiles:write", _CUSTOMER), ("catalogs:write", _CATALOG))
+_WRITES = (  # the scope, what takes it, and for the handlers of which resource types
+    ("events:write", "/api/events", _EVENTS),
+    ("profiles:write", "/api/profile-import", _CUSTOMER),
+    ("catalogs:write", "/api/catalog-items", _CATALOG),
+)
 _IMPORT_JOBS = ("profiles:read", "lists:read", "lists:write")
 _ELSEWHERE = "check the URL, the network and its proxy, or try again later"
 
@@ -126,15 +131,13 @@ def _read(reader: ct.Reader, query: ct.Query) -> None:
 def _klaviyo(client: Klaviyo, resources: Collection[str], *, erasure: bool, probing: bool) -> str:
     reads = {} if _CATALOG.isdisjoint(resources) else {"catalogs:read": "/api/catalog-items"}
     reads |= probe.SCOPES if probing else {}
+    writes = {scope: path for scope, path, writers in _WRITES if not writers.isdisjoint(resources)}
     if erasure:
         reads["profiles:read"] = "/api/profiles"
-    if not reads:
-        _ask_for_nothing(client)
-    _ask_all([(scope, partial(_look, client, path)) for scope, path in reads.items()])
-    writes = [scope for scope, writers in _WRITES if not writers.isdisjoint(resources)]
-    writes += ["data-privacy:write"] if erasure else []
-    has = f"the key has {', '.join(reads)}; it also" if reads else "the key is known; it"
-    text = f"{has} needs {', '.join(writes) or 'nothing'}, which only show when they are used"
+        writes["data-privacy:write"] = "/api/data-privacy-deletion-jobs"
+    asks: list[Ask] = [(scope, partial(_look, client, path)) for scope, path in reads.items()]
+    _ask_all([*asks, *((scope, partial(_write_nothing, client, path)) for scope, path in writes.items())])
+    text = f"may read ({', '.join(reads) or 'nothing'}) and write ({', '.join(writes) or 'nothing'})"
     try:
         if "customer" in resources:
             _look(client, "/api/profile-bulk-import-jobs")
@@ -147,13 +150,10 @@ def _look(client: Klaviyo, path: str) -> None:
     client.call("GET", f"{path}?page%5Bsize%5D=1")
 
 
-def _ask_for_nothing(client: Klaviyo) -> None:
-    """See whether the key is one: 403 tells that it is, and lacks a scope that nobody needs."""
-    try:
-        _look(client, "/api/catalog-items")
-    except KlaviyoMisconfigured as error:
-        if "answered 403" not in str(error):
-            raise
+def _write_nothing(client: Klaviyo, path: str) -> None:
+    """Send an empty document: 403 tells that the scope is missing, any other refusal that it is not."""
+    with suppress(Rejected):
+        client.call("POST", path, {})
 
 
 def _ask_all(asks: Sequence[Ask]) -> None:

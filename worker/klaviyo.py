@@ -109,7 +109,9 @@ def _verdict(method: str, path: str, response: http.Response) -> Exception:
     status = response.status
     if status == HTTPStatus.FORBIDDEN and document is None:
         return Transient(f"{what} with a challenge page")
-    if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+    if status == HTTPStatus.UNAUTHORIZED:
+        return KlaviyoMisconfigured(f"{what}: check KLAVIYO_AUTH_KEY")
+    if status == HTTPStatus.FORBIDDEN:
         return KlaviyoMisconfigured(f"{what}: check KLAVIYO_AUTH_KEY and its scopes")
     if _is_elsewhere(method, status, error):
         return KlaviyoMisconfigured(f"{what}: check KLAVIYO_API_URL")

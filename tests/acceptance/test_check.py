@@ -44,11 +44,12 @@ def statuses(done: CompletedProcess[str]) -> dict[str, str]:
 
 
 def written(sandbox: Sandbox) -> list[str]:
-    return [request.path for request in sandbox.klaviyo.requests if request.method != "GET"]
+    """Return what Klaviyo took: an empty document it refuses."""
+    return [each.path for each in sandbox.klaviyo.requests if each.method != "GET" and each.status < 400]
 
 
 def test_all_is_well(worker: Worker, sandbox: Sandbox) -> None:
-    """One line each; nothing is written; scopes that only writing can show are named."""
+    """One line each; nothing is written."""
     done = worker("check")
     assert done.returncode == 0, done.stdout
     assert done.stderr == ""
@@ -114,6 +115,15 @@ def test_every_missing_scope_of_commercetools_is_named(worker: Worker, sandbox: 
     assert text.endswith("and its scopes: view_payments, view_products")
 
 
+def test_every_missing_scope_of_klaviyo_is_named(worker: Worker, sandbox: Sandbox) -> None:
+    """To read and to write, though nothing is written."""
+    for call in ("GET /api/catalog-items", "POST /api/events", "POST /api/profile-import"):
+        sandbox.klaviyo.faults.add(Fault(403, times=None, match=call))
+    done = worker("check", "--json")
+    assert done.returncode == 5
+    assert findings(done)["klaviyo"]["text"].endswith("and its scopes: catalogs:read, events:write, profiles:write")
+
+
 def test_discount_codes_are_optional(worker: Worker, sandbox: Sandbox) -> None:
     """Orders go through without that scope, so it fails nothing; but it is told."""
     sandbox.commercetools.faults.add(Fault(403, times=None, match="GET /sandbox-shop/discount-codes"))
@@ -141,7 +151,7 @@ def test_a_refused_key_is_exit_code_5(worker: Worker, sandbox: Sandbox) -> None:
     done = worker(*PROBE, env={"KLAVIYO_AUTH_KEY": "pk_wrong"})
     assert done.returncode == 5
     assert statuses(done) == WELL | {"klaviyo": "failed"}
-    assert "401" in findings(done)["klaviyo"]["text"]
+    assert findings(done)["klaviyo"]["text"].endswith("401 to GET /api/catalog-items: check KLAVIYO_AUTH_KEY")
     assert "pk_wrong" not in done.stdout + done.stderr
     assert not written(sandbox)
 

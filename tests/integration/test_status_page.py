@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>\u202e'\"&lt;"
 DOWN = {"klaviyo": HOSTILE, "commercetools": ""}
-REFUSED = "Klaviyo answered 401 to POST /api/events: check KLAVIYO_AUTH_KEY and its scopes"
+REFUSED = "Klaviyo answered 401 to POST /api/events: check KLAVIYO_AUTH_KEY"
 
 
 @pytest.fixture
