@@ -10,6 +10,7 @@ import orjson
 import pytest
 
 from tests.sending import Sender
+from tests.unit.test_runner import wait_for
 from worker.errors import Outage, Rejected, Transient, WorkerError
 from worker.model import Json, Kind, Operation
 from worker.send import events
@@ -107,8 +108,7 @@ class Lanes:
     def all_wait(self, number: int) -> None:
         """Return when so many events wait for a call."""
         calls = self.sender._bulks[0]._calls  # type: ignore[attr-defined]
-        with calls._changed:
-            assert calls._changed.wait_for(lambda: len(calls._waiting) == number, WAIT)
+        wait_for(lambda: len(calls._waiting) == number)  # nobody is notified of that
 
 
 @pytest.fixture

@@ -130,16 +130,16 @@ def test_without_word_from_the_other_side_the_waits_grow(rig: Rig, monkeypatch: 
 
 def test_a_message_kept_too_long_goes_back_to_the_queue() -> None:
     """After a last try when the hold ends; what it waits there is a share of the hold."""
-    rig = Rig(outage_hold=0.3)
-    rig.pipeline.errors["a1"] = Transient("503", retry_after=0.5)
+    rig = Rig(outage_hold=0.6)
+    rig.pipeline.errors["a1"] = Transient("503", retry_after=0.61)
     began = time.monotonic()
     rig.put("a1")
     rig.lane.start()
     wait_for(lambda: rig.pipeline.given_up)
-    assert time.monotonic() - began >= 0.6
+    assert time.monotonic() - began >= 1.2
     ((name, delay),) = rig.pipeline.given_up
     assert name == "a1"
-    assert delay == pytest.approx(0.01)
+    assert delay == pytest.approx(0.02)
     assert rig.pipeline.tried == ["a1"] * 3
     assert not rig.in_flight
     rig.stop()
