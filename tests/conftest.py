@@ -18,6 +18,7 @@ from tests.emulator import Emulator, missing
 from tests.parts import require
 from tests.rigs import RIGS, rig_type
 from worker.sandbox import Sandbox
+from worker.telemetry import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -72,6 +73,14 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on what the machine has set."""
     for name in [name for name in os.environ if name.startswith((*_OURS, *_QUEUES))]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def logger() -> Iterator[None]:
+    """Leave the logger as it was: what a command sets up is not for the tests that follow in its process."""
+    before = (log.handlers, log.propagate, log.level, logging.lastResort)
+    yield
+    log.handlers, log.propagate, log.level, logging.lastResort = before
 
 
 @pytest.fixture

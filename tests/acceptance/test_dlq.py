@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import signal
@@ -30,7 +29,6 @@ from worker.dead_letters import Choice
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.account import Account
 from worker.sandbox.notifications import message
-from worker.telemetry import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,13 +56,11 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], None]]]:
-    """Return what a signal would call; the logger is left as it was."""
+def signals(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """Return what a signal would call."""
     stops: list[Callable[[], None]] = []
     monkeypatch.setattr(sys.modules["worker.cli.replay"], "call_on_signals", stops.append)
-    before = (log.handlers, log.propagate, log.level, logging.lastResort)
-    yield stops
-    log.handlers, log.propagate, log.level, logging.lastResort = before
+    return stops
 
 
 class Dlq(Protocol):

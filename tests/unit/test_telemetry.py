@@ -6,7 +6,6 @@ import io
 import json
 import logging
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,21 +15,10 @@ from worker.metrics import Metrics
 from worker.model import Disposition, Job, Kind, Notification, Operation, Outcome
 from worker.telemetry import Telemetry, configure_logging, log
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 FIELDS = {
     *("message_id", "message_type", "resource_type", "resource_id", "outcome", "reason", "stage", "attempt"),
     *("duration_s", "age_s", "operations"),
 }
-
-
-@pytest.fixture(autouse=True)
-def logger() -> Iterator[None]:
-    """Leave the logger as it was."""
-    before = (log.handlers, log.propagate, log.level, logging.lastResort)
-    yield
-    log.handlers, log.propagate, log.level, logging.lastResort = before
 
 
 def job(outcome: Outcome | None, operations: int = 0) -> Job:
