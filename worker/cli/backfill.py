@@ -15,12 +15,12 @@ import click
 from worker.backfill.settings import BackfillSettings
 from worker.cli.base import (
     INTERRUPTED,
-    SHUTDOWN_TIMED_OUT,
     UNEXPECTED,
     Command,
     Failed,
     call_on_signals,
     exit_codes,
+    leave_lanes,
     settings_options,
 )
 from worker.errors import Rejected, SettingsError
@@ -134,9 +134,7 @@ def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failure
     except Rejected as error:
         raise Failed(str(error), UNEXPECTED) from None
     except ShutdownTimeoutError:
-        click.echo(f"Error: interrupted, and what was in work was not finished: {how}", err=True)
-        sys.stdout.flush()
-        os._exit(SHUTDOWN_TIMED_OUT)  # lanes may hang in calls that no thread can interrupt
+        leave_lanes(f"interrupted, and what was in work was not finished: {how}")
     for line in _summary(name, work.progress, pace):
         click.echo(line, err=True)
     if work.progress.failed and failures:

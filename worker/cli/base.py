@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 import click
 
@@ -111,6 +113,13 @@ def opened(settings: QueueSettings) -> Iterator[QueueAdapter]:
         yield queue
     finally:
         queue.close()
+
+
+def leave_lanes(why: str) -> NoReturn:
+    """Say why, and end at once: lanes may hang in calls that no thread can interrupt."""
+    click.echo(f"Error: {why}", err=True)
+    sys.stdout.flush()
+    os._exit(SHUTDOWN_TIMED_OUT)
 
 
 def call_on_signals(stop: Callable[[], None]) -> None:

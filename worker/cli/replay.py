@@ -12,12 +12,12 @@ import click
 from adapters import Countable, QueueError
 from worker.cli.base import (
     INTERRUPTED,
-    SHUTDOWN_TIMED_OUT,
     UNEXPECTED,
     Command,
     Failed,
     call_on_signals,
     exit_codes,
+    leave_lanes,
     settings_options,
 )
 from worker.cli.dlq import choosing, not_found, number_of, opened_dead_letters
@@ -109,9 +109,7 @@ def _run(running: Replay, progress: AbstractContextManager[None]) -> None:
         with progress:
             running.run()
     except ShutdownTimeoutError:
-        click.echo("Error: the grace period ended before all letters in flight did; they stay dead letters", err=True)
-        sys.stdout.flush()
-        os._exit(SHUTDOWN_TIMED_OUT)  # lanes may hang in calls that no thread can interrupt
+        leave_lanes("the grace period ended before all letters in flight did; they stay dead letters")
 
 
 def _echo_summary(tally: Tally, *, dry_run: bool) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from worker.cli.base import SHUTDOWN_TIMED_OUT, Command, call_on_signals, exit_codes, settings_options
+from worker.cli.base import Command, call_on_signals, exit_codes, leave_lanes, settings_options
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
@@ -55,6 +54,4 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
         try:
             service.run(once=once or dry_run, max_wait=max_wait)
         except ShutdownTimeoutError as error:
-            click.echo(f"Error: {error}", err=True)
-            sys.stdout.flush()
-            os._exit(SHUTDOWN_TIMED_OUT)  # lanes may hang in calls that no thread can interrupt
+            leave_lanes(str(error))
