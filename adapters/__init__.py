@@ -47,10 +47,10 @@ __all__ = [
 ENTRY_POINTS = "klaviyo_worker.adapters"  # where other packages offer queues: scheme = module:open_url
 _HERE = {  # imported on use: a worker on one queue never pays for the client of another
     "embedded": "adapters.embedded:open_url",
-    "pubsub": "adapters.pubsub:open_url",
-    "push": "adapters.push:open_url",
-    "servicebus": "adapters.servicebus:open_url",
-    "sqs": "adapters.sqs:open_url",
+    "pubsub": "adapters.pubsub.queue:open_url",
+    "push": "adapters.push.queue:open_url",
+    "servicebus": "adapters.servicebus.queue:open_url",
+    "sqs": "adapters.sqs.queue:open_url",
 }
 _ALIASES = {"https": "sqs"}  # the URL by which AWS itself names a queue
 _DEFAULTS = QueueOptions()

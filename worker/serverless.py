@@ -10,7 +10,7 @@ from functools import cache
 from threading import Timer
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from adapters.sqs_event import SQSEvent
+from adapters.sqs.lambda_event import SQSEvent
 from worker.errors import Misconfigured, SettingsError
 from worker.metrics import Metrics
 from worker.pipeline import Pipeline

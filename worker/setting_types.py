@@ -9,7 +9,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, SecretStr
 from pydantic_settings import NoDecode
 
-from adapters.loopback import is_loopback
+from adapters.shared.loopback import is_loopback
 
 
 def _http_url(value: str) -> str:

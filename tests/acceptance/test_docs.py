@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from zipfile import ZipFile
 
 from adapters import Publisher, QueueOptions, open_queue
-from adapters.servicebus import fits, parse_url
+from adapters.servicebus.queue import fits, parse_url
 from tests import sqs
 from tests.emulator import Emulator
 from tests.parts import require_command

@@ -10,8 +10,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.pubsub_v1.types import DeadLetterPolicy, RetryPolicy, Subscription
 
-from adapters.pubsub import _warnings
-from adapters.settlement import LEASE
+from adapters.pubsub.queue import _warnings
+from adapters.pubsub.settlement import LEASE
 from tests.deploy.hcl import INFRASTRUCTURE, blocks, resources
 from tests.deploy.pages import commands, flags, page
 from tests.parts import require_command

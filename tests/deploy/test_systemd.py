@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from adapters.loopback import is_loopback
+from adapters.shared.loopback import is_loopback
 from worker.cli.base import SECRETS, USAGE
 from worker.runner import HEARTBEAT
 from worker.settings import Settings, load

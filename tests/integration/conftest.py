@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from adapters import Failure, QueueOptions, open_queue
-from adapters.pubsub import PubSubDelivery, PubSubQueue
+from adapters.pubsub.queue import PubSubDelivery, PubSubQueue
 from worker.commercetools import Commercetools
 from worker.klaviyo import Klaviyo
 from worker.settings import Settings, load

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from adapters import MissingPolicy, QueueError, QueueOptions, pubsub, streaming_pull
+from adapters import MissingPolicy, QueueError, QueueOptions
+from adapters.pubsub import queue as pubsub
+from adapters.pubsub import streaming_pull
 from tests.emulator import Emulator, Subscription, bodies
 from tests.integration.conftest import FAILURE, receive
 

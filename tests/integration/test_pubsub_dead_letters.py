@@ -11,11 +11,11 @@ from google.api_core import exceptions as google
 from google.pubsub_v1.types import PubsubMessage
 
 from adapters import QueueError, QueueURLError
-from adapters.pubsub_dead_letters import _letter
+from adapters.pubsub.dead_letters import _letter
 from tests.emulator import Emulator, Subscription
 
 if TYPE_CHECKING:
-    from adapters.pubsub import PubSubQueue
+    from adapters.pubsub.queue import PubSubQueue
     from tests.integration.conftest import Open
 
 PUBLISHED = datetime(2026, 5, 1, 12, 0, 0, 250_000, UTC)

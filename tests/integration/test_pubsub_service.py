@@ -12,14 +12,16 @@ from google.api_core.exceptions import ServiceUnavailable
 from google.api_core.retry import Retry, if_exception_type
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
-from adapters import QueueError, QueueURLError, open_queue, pubsub, settlement, streaming_pull
+from adapters import QueueError, QueueURLError, open_queue
+from adapters.pubsub import queue as pubsub
+from adapters.pubsub import settlement, streaming_pull
 from tests.integration.conftest import FAILURE, receive
 from tests.pubsub_service import Service, Verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from adapters.pubsub import PubSubDelivery, PubSubQueue
+    from adapters.pubsub.queue import PubSubDelivery, PubSubQueue
     from tests.integration.conftest import Open
 
     Serve = Callable[..., Service]

@@ -19,9 +19,10 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters import Failure, QueueError, QueueOptions, QueueURLError, open_queue, push
-from adapters.oidc import TokenVerifier
-from adapters.push import PushDelivery, PushQueue
+from adapters import Failure, QueueError, QueueOptions, QueueURLError, open_queue
+from adapters.push import queue as push
+from adapters.push.oidc import TokenVerifier
+from adapters.push.queue import PushDelivery, PushQueue
 from tests.emulator import free_port
 
 if TYPE_CHECKING:
@@ -364,7 +365,7 @@ def test_keys_out_of_reach_are_no_refusal() -> None:
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who pulls does without uvicorn; who is pushed to is told what to install."""
-    monkeypatch.delitem(sys.modules, "adapters.push")
+    monkeypatch.delitem(sys.modules, "adapters.push.queue")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(QueueError, match=r"push:// needs uvicorn, .* pip install 'klaviyo-worker\[push\]'"):
         open_queue("push://127.0.0.1")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from adapters import QueueError
-from adapters.sqs_event import SQSEvent
+from adapters.sqs.lambda_event import SQSEvent
 from tests.acceptance.workload import Workload
 from tests.conftest import Scripted
 from worker import serverless

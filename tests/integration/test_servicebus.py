@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from azure.servicebus.amqp import AmqpAnnotatedMessage
 
-from adapters import QueueError, QueueOptions, QueueRefusedError, open_queue, servicebus_links, servicebus_receiving
-from adapters.servicebus import ServiceBusQueue
+from adapters import QueueError, QueueOptions, QueueRefusedError, open_queue
+from adapters.servicebus import connections as servicebus_links
+from adapters.servicebus import receiver as servicebus_receiving
+from adapters.servicebus.queue import ServiceBusQueue
 from tests.integration.conftest import FAILURE
 from tests.parts import require
 from tests.servicebus.broker import Broker, Queue, bodies, missing
@@ -20,7 +22,7 @@ from tests.servicebus.broker import Broker, Queue, bodies, missing
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from adapters.servicebus_message import ServiceBusDelivery
+    from adapters.servicebus.message import ServiceBusDelivery
 
     Open = Callable[..., ServiceBusQueue]
 

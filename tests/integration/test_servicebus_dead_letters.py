@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 from azure.servicebus import ServiceBusReceiver
 
-from adapters import Failure, QueueError, QueueOptions, open_queue, servicebus_dead_letters
-from adapters.servicebus import ServiceBusQueue
+from adapters import Failure, QueueError, QueueOptions, open_queue
+from adapters.servicebus import dead_letters as servicebus_dead_letters
+from adapters.servicebus.queue import ServiceBusQueue
 from tests.parts import require
 from tests.servicebus.broker import Broker, Queue, missing
 from worker.dead_letters import each
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from adapters import DeadLetter
-    from adapters.servicebus_dead_letters import ServiceBusDeadLetters
-    from adapters.servicebus_message import ServiceBusDelivery
+    from adapters.servicebus.dead_letters import ServiceBusDeadLetters
+    from adapters.servicebus.message import ServiceBusDelivery
 
     Look = Callable[[Queue], ServiceBusDeadLetters]
 

@@ -9,19 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from adapters import (
-    Failure,
-    MissingPolicy,
-    QueueError,
-    QueueOptions,
-    QueueRefusedError,
-    QueueURLError,
-    aws,
-    open_queue,
-    sqs_settlement,
-)
-from adapters import long_polling as polling
-from adapters.sqs import SQSQueue
+from adapters import Failure, MissingPolicy, QueueError, QueueOptions, QueueRefusedError, QueueURLError, open_queue
+from adapters.sqs import client as aws
+from adapters.sqs import long_polling as polling
+from adapters.sqs import settlement as sqs_settlement
+from adapters.sqs.queue import SQSQueue
 from tests import sqs
 from tests.integration.conftest import FAILURE
 from tests.sqs import BROKEN, BUSY, DENIED, NO_QUEUE, Answer, Network, Noise, Queue, Server, bodies
@@ -29,7 +21,7 @@ from tests.sqs import BROKEN, BUSY, DENIED, NO_QUEUE, Answer, Network, Noise, Qu
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from adapters.long_polling import SQSDelivery
+    from adapters.sqs.long_polling import SQSDelivery
 
     Open = Callable[..., SQSQueue]
 

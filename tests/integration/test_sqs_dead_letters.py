@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from adapters import QueueError, QueueOptions, QueueURLError, aws, sqs_settlement
-from adapters.sqs import SQSQueue
-from adapters.sqs_dead_letters import SQSLetters
+from adapters import QueueError, QueueOptions, QueueURLError
+from adapters.sqs import client as aws
+from adapters.sqs import settlement as sqs_settlement
+from adapters.sqs.dead_letters import SQSLetters
+from adapters.sqs.queue import SQSQueue
 from tests import sqs
 from tests.sqs import DENIED, Answer, Network, Queue, Server
 

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapters import QueueOptions, pubsub
-from adapters.settlement import LEASE
+from adapters import QueueOptions
+from adapters.pubsub import queue as pubsub
+from adapters.pubsub.settlement import LEASE
 from tests.emulator import Emulator, Network, Subscription, missing
 from tests.rigs.base import Guarantees, Letter
 

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapters import QueueOptions, aws
-from adapters.long_polling import SQSDelivery
-from adapters.sqs import SQSQueue
-from adapters.sqs_sending import MAX_BYTES
-from adapters.sqs_settlement import LEASE, LONGEST_HOLD
+from adapters import QueueOptions
+from adapters.sqs import client as aws
+from adapters.sqs.long_polling import SQSDelivery
+from adapters.sqs.queue import SQSQueue
+from adapters.sqs.sending import MAX_BYTES
+from adapters.sqs.settlement import LEASE, LONGEST_HOLD
 from tests.rigs.base import Guarantees, Letter
 from tests.sqs import Network, Queue, Server, environment, missing
 

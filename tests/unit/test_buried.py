@@ -8,8 +8,9 @@ from google.pubsub_v1.types import PubsubMessage
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters import Failure, buried
-from adapters.pubsub_dead_letters import _letter
+from adapters import Failure
+from adapters.pubsub.dead_letters import _letter
+from adapters.shared import dead_letter_attributes as buried
 
 OURS = ("reason", "stage", "error", "message_type", "resource_type", "resource_id", "message_id", "attempt", "queue")
 THEIRS = ("DeliveryCount", "TopicPublishTime", "Subscription")

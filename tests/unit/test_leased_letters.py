@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from adapters import DeadLetter, Failure, QueueError
-from adapters.leased_letters import LeasedLetters, LetterDelivery
+from adapters.shared.leased_dead_letters import LeasedLetters, LetterDelivery
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

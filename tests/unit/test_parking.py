@@ -5,7 +5,7 @@ from __future__ import annotations
 from queue import SimpleQueue
 from threading import Event
 
-from adapters.parking import Parking
+from adapters.servicebus.delay_queue import Parking
 
 
 def test_items_are_released_when_they_are_due_and_not_in_the_order_they_came() -> None:

@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters import QueueError, QueueOptions, QueueURLError, open_queue
-from adapters.servicebus import Entity, fits, parse_url
-from adapters.servicebus_lease import Lease
-from adapters.servicebus_links import in_short, is_refusal
-from adapters.servicebus_message import body_of
-from adapters.servicebus_receiving import Receiving
-from adapters.servicebus_settlement import Settlement
+from adapters.servicebus.connections import in_short, is_refusal
+from adapters.servicebus.lock_duration import Lease
+from adapters.servicebus.message import body_of
+from adapters.servicebus.queue import Entity, fits, parse_url
+from adapters.servicebus.receiver import Receiving
+from adapters.servicebus.settlement import Settlement
 
 if TYPE_CHECKING:
     from azure.servicebus import ServiceBusReceivedMessage

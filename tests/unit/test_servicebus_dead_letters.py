@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters import Failure, QueueError
-from adapters.servicebus_burial import Burial, read, written
-from adapters.servicebus_dead_letters import ServiceBusDeadLetters
+from adapters.servicebus.dead_letter_reason import Burial, read, written
+from adapters.servicebus.dead_letters import ServiceBusDeadLetters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

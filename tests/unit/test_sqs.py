@@ -10,10 +10,11 @@ from botocore import exceptions as boto
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters import QueueURLError, aws
-from adapters.awaited import Awaited
-from adapters.sqs import parse_url
-from adapters.sqs_sending import MAX_ATTRIBUTES, MAX_VALUE, message_attributes
+from adapters import QueueURLError
+from adapters.shared.redeliveries import Awaited
+from adapters.sqs import client as aws
+from adapters.sqs.queue import parse_url
+from adapters.sqs.sending import MAX_ATTRIBUTES, MAX_VALUE, message_attributes
 
 NAMES = st.from_regex(r"[A-Za-z0-9_-]{1,75}(\.fifo)?", fullmatch=True)
 REGIONS = st.sampled_from(["eu-central-1", "us-gov-west-1", "cn-north-1", "ap-southeast-10", "eusc-de-east-1"])

@@ -6,8 +6,9 @@ import pytest
 from google.auth.exceptions import DefaultCredentialsError
 from google.cloud.pubsub_v1.types import FlowControl
 
-from adapters import QueueError, streaming_pull
-from adapters.streaming_pull import StreamClient, StreamingPull
+from adapters import QueueError
+from adapters.pubsub import streaming_pull
+from adapters.pubsub.streaming_pull import StreamClient, StreamingPull
 
 NO_SERVER = DefaultCredentialsError("no metadata server")  # type: ignore[no-untyped-call]
 

@@ -24,8 +24,8 @@ from azure.servicebus.exceptions import (
 )
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_random_exponential
 
-from adapters.servicebus_lease import let_service_judge
-from adapters.servicebus_links import close, close_soon, in_short
+from adapters.servicebus.connections import close, close_soon, in_short
+from adapters.servicebus.lock_duration import let_service_judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

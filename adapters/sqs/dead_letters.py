@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from adapters import aws, buried
 from adapters.base import DeadLetter, QueueError
-from adapters.leased_letters import LetterDelivery
-from adapters.long_polling import MAX_MESSAGES, POLL_SECONDS, delivery
-from adapters.sqs_settlement import MAX_ENTRIES, THREADS
+from adapters.shared import dead_letter_attributes as buried
+from adapters.shared.leased_dead_letters import LetterDelivery
+from adapters.sqs import client as aws
+from adapters.sqs.long_polling import MAX_MESSAGES, POLL_SECONDS, delivery
+from adapters.sqs.settlement import MAX_ENTRIES, THREADS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,7 +13,7 @@ from botocore.parsers import ResponseParserError
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from adapters.base import QueueError
-from adapters.loopback import is_loopback
+from adapters.shared.loopback import is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Callable

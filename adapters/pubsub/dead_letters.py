@@ -12,10 +12,10 @@ from google.api_core import exceptions as google
 from google.api_core.retry import Retry, if_exception_type
 from google.auth.exceptions import GoogleAuthError
 
-from adapters import buried
 from adapters.base import DeadLetter, QueueError
-from adapters.leased_letters import LetterDelivery
-from adapters.settlement import MAX_IDS, PASSING
+from adapters.pubsub.settlement import MAX_IDS, PASSING
+from adapters.shared import dead_letter_attributes as buried
+from adapters.shared.leased_dead_letters import LetterDelivery
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

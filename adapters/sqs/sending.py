@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from adapters import aws
 from adapters.base import QueueError
-from adapters.batches import batches
+from adapters.shared.batches import batches
+from adapters.sqs import client as aws
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

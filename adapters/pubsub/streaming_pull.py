@@ -21,7 +21,7 @@ from google.cloud.pubsub_v1 import SubscriberClient
 from google.cloud.pubsub_v1.subscriber.scheduler import ThreadScheduler
 
 from adapters.base import QueueRefusedError
-from adapters.inbox import Inbox
+from adapters.shared.inbox import Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -22,8 +22,8 @@ import orjson
 import uvicorn
 
 from adapters.base import QueueError, QueueURLError
-from adapters.inbox import Inbox
-from adapters.oidc import KeysUnavailableError, TokenRefusedError, TokenVerifier
+from adapters.push.oidc import KeysUnavailableError, TokenRefusedError, TokenVerifier
+from adapters.shared.inbox import Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence

@@ -23,13 +23,13 @@ from google.pubsub_v1 import PublisherClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
-from adapters import pubsub_dead_letters as dead
-from adapters.awaited import Awaited
 from adapters.base import MissingPolicy, QueueError, QueueURLError
-from adapters.batches import batches
-from adapters.leased_letters import LeasedLetters
-from adapters.settlement import LEASE, PASSING, Settlement
-from adapters.streaming_pull import StreamClient, StreamingPull
+from adapters.pubsub import dead_letters as dead
+from adapters.pubsub.settlement import LEASE, PASSING, Settlement
+from adapters.pubsub.streaming_pull import StreamClient, StreamingPull
+from adapters.shared.batches import batches
+from adapters.shared.leased_dead_letters import LeasedLetters
+from adapters.shared.redeliveries import Awaited
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

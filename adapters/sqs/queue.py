@@ -13,13 +13,14 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from adapters import aws, sqs_sending
-from adapters.awaited import Awaited
 from adapters.base import MissingPolicy, QueueError, QueueURLError
-from adapters.leased_letters import LeasedLetters
-from adapters.long_polling import POLL_SECONDS, LongPolling, SQSDelivery
-from adapters.sqs_dead_letters import SQSLetters
-from adapters.sqs_settlement import LEASE, Settlement
+from adapters.shared.leased_dead_letters import LeasedLetters
+from adapters.shared.redeliveries import Awaited
+from adapters.sqs import client as aws
+from adapters.sqs import sending as sqs_sending
+from adapters.sqs.dead_letters import SQSLetters
+from adapters.sqs.long_polling import POLL_SECONDS, LongPolling, SQSDelivery
+from adapters.sqs.settlement import LEASE, Settlement
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -8,9 +8,9 @@ from threading import Condition, Event, Thread
 from typing import TYPE_CHECKING
 
 from adapters.base import QueueRefusedError
-from adapters.inbox import Inbox
-from adapters.servicebus_links import close, in_short, is_refusal
-from adapters.servicebus_message import ServiceBusDelivery, delivery_of
+from adapters.servicebus.connections import close, in_short, is_refusal
+from adapters.servicebus.message import ServiceBusDelivery, delivery_of
+from adapters.shared.inbox import Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable

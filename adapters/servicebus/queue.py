@@ -28,17 +28,17 @@ from azure.servicebus.exceptions import (
     MessagingEntityNotFoundError,
 )
 
-from adapters.awaited import Awaited
 from adapters.base import QueueError, QueueURLError
-from adapters.loopback import is_loopback
-from adapters.parking import Parking
-from adapters.servicebus_burial import written
-from adapters.servicebus_dead_letters import ServiceBusDeadLetters
-from adapters.servicebus_lease import Lease
-from adapters.servicebus_links import FAILURES, close_soon, in_short, is_refusal, opened
-from adapters.servicebus_message import ServiceBusDelivery
-from adapters.servicebus_receiving import MOST_AT_ONCE, Receiving
-from adapters.servicebus_settlement import Settlement, Threads
+from adapters.servicebus.connections import FAILURES, close_soon, in_short, is_refusal, opened
+from adapters.servicebus.dead_letter_reason import written
+from adapters.servicebus.dead_letters import ServiceBusDeadLetters
+from adapters.servicebus.delay_queue import Parking
+from adapters.servicebus.lock_duration import Lease
+from adapters.servicebus.message import ServiceBusDelivery
+from adapters.servicebus.receiver import MOST_AT_ONCE, Receiving
+from adapters.servicebus.settlement import Settlement, Threads
+from adapters.shared.loopback import is_loopback
+from adapters.shared.redeliveries import Awaited
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from threading import Lock, Thread, current_thread
 from typing import TYPE_CHECKING
 
-from adapters import aws
 from adapters.base import QueueRefusedError
-from adapters.inbox import Inbox
+from adapters.shared.inbox import Inbox
+from adapters.sqs import client as aws
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -23,14 +23,14 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from adapters import aws
+from adapters.sqs import client as aws
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mypy_boto3_sqs import SQSClient
 
-    from adapters.long_polling import SQSDelivery
+    from adapters.sqs.long_polling import SQSDelivery
 
     Entry = dict[str, Any]
     Call = Callable[..., Any]

@@ -10,12 +10,12 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from adapters.base import DeadLetter, QueueError
-from adapters.servicebus_burial import read
-from adapters.servicebus_lease import SHORTEST_LEASE, lock_end
-from adapters.servicebus_links import FAILURES, close
-from adapters.servicebus_message import ServiceBusDelivery, delivery_of
-from adapters.servicebus_receiving import MOST_AT_ONCE
-from adapters.servicebus_settlement import Settlement, Threads, is_settled
+from adapters.servicebus.connections import FAILURES, close
+from adapters.servicebus.dead_letter_reason import read
+from adapters.servicebus.lock_duration import SHORTEST_LEASE, lock_end
+from adapters.servicebus.message import ServiceBusDelivery, delivery_of
+from adapters.servicebus.receiver import MOST_AT_ONCE
+from adapters.servicebus.settlement import Settlement, Threads, is_settled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
