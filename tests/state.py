@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from worker.limits import Standing
+from worker.klaviyo.rate_limits import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

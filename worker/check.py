@@ -8,12 +8,12 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from adapters import MissingPolicy, QueueError, QueueURLError, open_queue, scheme_of
-from worker import commercetools as ct
 from worker import probe
-from worker.commercetools import Commercetools
+from worker.commercetools import client as ct
+from worker.commercetools.client import Commercetools
 from worker.errors import Misconfigured, Rejected, SettingsError, WorkerError
 from worker.finding import Finding, failed
-from worker.klaviyo import Klaviyo
+from worker.klaviyo.client import Klaviyo
 from worker.loose import as_text, unique
 from worker.subscriptions.client import SCOPE, NotPermitted, Subscriptions
 from worker.subscriptions.health import HEALTHY, explain

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from worker import commercetools as ct
+from worker.commercetools import client as ct
 from worker.errors import Misconfigured, Rejected, Transient, WorkerError
 from worker.loose import as_dict, as_dicts, as_int, as_text, parse_time, pick_ids, unique
 from worker.model import Enriched, Json, Notification

@@ -20,7 +20,7 @@ from worker.transform import HANDLERS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from worker import commercetools as ct
+    from worker.commercetools import client as ct
     from worker.mapping import Mapping
     from worker.model import Json, Notification, Operation
     from worker.offline import Trace

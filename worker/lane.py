@@ -9,7 +9,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from worker.errors import Misconfigured, Transient
-from worker.gate import longest_pause, pause
+from worker.http.circuit_breaker import longest_pause, pause
 from worker.model import Disposition
 
 if TYPE_CHECKING:

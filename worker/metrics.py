@@ -14,7 +14,7 @@ from prometheus_client.exposition import choose_encoder
 
 from adapters import base
 from worker import errors
-from worker.klaviyo import REVISION
+from worker.klaviyo.client import REVISION
 from worker.transform import HANDLERS
 
 if TYPE_CHECKING:

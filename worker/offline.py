@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from worker import commercetools as ct
+from worker.commercetools import client as ct
 from worker.enrich import Enricher
 from worker.errors import Ignored, WorkerError
 from worker.loose import as_dicts

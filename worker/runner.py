@@ -8,7 +8,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from adapters.base import Failure, QueueError, QueueRefusedError
-from worker.gate import LONGEST_PAUSE
+from worker.http.circuit_breaker import LONGEST_PAUSE
 from worker.inflight import InFlight
 from worker.lane import Ends, Lane
 from worker.telemetry import Notice, log

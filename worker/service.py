@@ -9,14 +9,14 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from adapters import Countable, open_queue, scheme_of
-from worker.commercetools import Commercetools
+from worker.commercetools.cache import Remembered
+from worker.commercetools.client import Commercetools
 from worker.dryrun import Peek, print_instead
 from worker.enrich import Enricher
 from worker.health import HealthServer
-from worker.klaviyo import Klaviyo
+from worker.klaviyo.client import Klaviyo
 from worker.metrics import Metrics
 from worker.pipeline import Pipeline
-from worker.remembered import Remembered
 from worker.runner import Runner
 from worker.sampled import Sampled
 from worker.send import Sender

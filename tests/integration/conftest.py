@@ -10,8 +10,8 @@ import pytest
 
 from adapters import Failure, QueueOptions, open_queue
 from adapters.pubsub.queue import PubSubDelivery, PubSubQueue
-from worker.commercetools import Commercetools
-from worker.klaviyo import Klaviyo
+from worker.commercetools.client import Commercetools
+from worker.klaviyo.client import Klaviyo
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:

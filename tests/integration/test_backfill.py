@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from worker.cli import main
-from worker.commercetools import PAGE
+from worker.commercetools.client import PAGE
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.notifications import message
 from worker.sandbox.shop import Shop, uid

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.integration.conftest import commercetools_for
-from worker.commercetools import (
+from worker.commercetools.client import (
     CUSTOMERS,
     DESCENDANTS,
     INVENTORY_BY_SKU,
@@ -24,7 +24,7 @@ from worker.sandbox import Fault, Sandbox
 from worker.sandbox.shop import uid
 
 if TYPE_CHECKING:
-    from worker.commercetools import Found
+    from worker.commercetools.client import Found
 
 
 def ids(found: Found, value: str) -> list[str]:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tests.conftest import Scripted
 from tests.integration.conftest import klaviyo_for, settings_for
 from worker.errors import KlaviyoMisconfigured, Rejected, Throttled, Transient
-from worker.http import pool, proxy_for
-from worker.klaviyo import Klaviyo, endpoint_of
+from worker.http.transport import pool, proxy_for
+from worker.klaviyo.client import Klaviyo, endpoint_of
 from worker.sandbox import Fault
 from worker.transform.catalog import catalog_id
 

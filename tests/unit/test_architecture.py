@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CLIENTS = {"worker.commercetools", "worker.klaviyo", "worker.http"}
+CLIENTS = {"worker.commercetools.client", "worker.klaviyo.client", "worker.http.transport"}
 
 
 def imports(path: Path) -> set[str]:

@@ -35,7 +35,7 @@ from worker.transform.events import event
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from worker.commercetools import Found
+    from worker.commercetools.client import Found
 
 OUTCOMES = ("sent", "ignored", "failed")
 JSON = st.recursive(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from worker.commercetools import (
+from worker.commercetools.cache import Remembered
+from worker.commercetools.client import (
     CATEGORIES,
     MAX_WHERE_BYTES,
     ORDERS,
@@ -24,7 +25,6 @@ from worker.enrich import Enricher
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient
 from worker.mapping import Mapping
 from worker.model import Enriched, Notification
-from worker.remembered import Remembered
 
 if TYPE_CHECKING:
     from collections.abc import Collection

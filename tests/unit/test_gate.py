@@ -13,12 +13,12 @@ import pytest
 from tests.conftest import Scripted
 from tests.unit.test_runner import settings_for
 from worker.errors import KlaviyoMisconfigured, Misconfigured, Outage, Rejected, Throttled, Transient
-from worker.gate import FIRST_PAUSE, LONGEST_PAUSE, OUTAGE_AFTER, Gates, longest_pause, pause
+from worker.http.circuit_breaker import FIRST_PAUSE, LONGEST_PAUSE, OUTAGE_AFTER, Gates, longest_pause, pause
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.gate import Gate
+    from worker.http.circuit_breaker import Gate
 
 DOWN = Transient("503 to POST /api/events")
 
@@ -36,7 +36,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("worker.gate.time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr("worker.http.circuit_breaker.time", SimpleNamespace(monotonic=clock.monotonic))
     return clock
 
 
@@ -265,7 +265,7 @@ def test_an_outage_nobody_asks_about_any_more_is_forgotten(clock: Clock) -> None
 def test_throttling_is_waited_out_for_longer_than_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other side is up, and says when."""
     slept: list[float] = []
-    monkeypatch.setattr("worker.gate._backoff", lambda state: 0.0)
+    monkeypatch.setattr("worker.http.circuit_breaker._backoff", lambda state: 0.0)
     gate_ = gate(retry_seconds=0.1)
     gate_._retrying.sleep = slept.append
     call = Scripted(Throttled("429", 20.0), Throttled("429", 20.0), "fine")

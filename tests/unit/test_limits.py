@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import Transient
-from worker.limits import LONGEST_WAIT, Limits
+from worker.klaviyo.rate_limits import LONGEST_WAIT, Limits
 from worker.sandbox.limiter import Limiter, Throttled
 
 if TYPE_CHECKING:

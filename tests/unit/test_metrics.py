@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import Scripted
 from tests.state import FakeState
-from worker.klaviyo import REVISION
+from worker.klaviyo.client import REVISION
 from worker.metrics import OUTCOMES, SERVICES, STAGES, Metrics
 from worker.transform import HANDLERS
 

@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from worker.commercetools import CATEGORY_NAMES, DISCOUNT_CODES, ORDERS, PRODUCT_CATEGORIES, PRODUCTS, Found, Query
+from worker.commercetools.cache import Remembered
+from worker.commercetools.client import (
+    CATEGORY_NAMES,
+    DISCOUNT_CODES,
+    ORDERS,
+    PRODUCT_CATEGORIES,
+    PRODUCTS,
+    Found,
+    Query,
+)
 from worker.errors import Transient
-from worker.remembered import Remembered
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

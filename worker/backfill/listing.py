@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from worker.commercetools import PAGE
+from worker.commercetools.client import PAGE
 from worker.errors import Rejected, Transient, WorkerError
 from worker.loose import as_text
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from worker import commercetools as ct
     from worker.backfill.records import Selection
+    from worker.commercetools import client as ct
     from worker.model import Json
 
 Page = list[tuple[str, "Json | Rejected"]]  # the id, and its resource or why there is none

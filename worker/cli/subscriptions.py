@@ -116,7 +116,7 @@ def _opened(*, destination: str, key: str, delivery_format: str | None, **flags:
     """Return the client, and what is wanted. Raises SettingsError."""
     from threading import Event  # noqa: PLC0415
 
-    from worker.commercetools import Commercetools  # noqa: PLC0415
+    from worker.commercetools.client import Commercetools  # noqa: PLC0415
     from worker.subscriptions.client import Subscriptions  # noqa: PLC0415
     from worker.subscriptions.destination import of_queue, parse  # noqa: PLC0415
     from worker.subscriptions.needs import needs  # noqa: PLC0415

@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 import orjson
 
-from worker.chunks import chunked
 from worker.errors import Rejected, WorkerError
+from worker.http.chunks import chunked
 from worker.loose import as_text
 from worker.model import Json, Kind, Operation, Sent
 from worker.send.client import completed, pages

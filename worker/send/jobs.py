@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
-from worker.chunks import chunked
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient, WorkerError
+from worker.http.chunks import chunked
 from worker.loose import as_dict, as_dicts, as_int, as_text
 from worker.model import Json, Sent
 from worker.send.client import pages

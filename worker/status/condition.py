@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from worker.limits import Standing
+    from worker.klaviyo.rate_limits import Standing
 
 _WAIT = "Messages are kept and tried again, none is lost. It goes on by itself: nothing is to be restarted."
 _MEND = "Mend that. No message is lost, and it goes on by itself; only a key that was replaced needs a restart."

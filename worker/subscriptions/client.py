@@ -14,8 +14,8 @@ from worker.subscriptions.health import HEALTHY
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker import http
-    from worker.commercetools import Commercetools
+    from worker.commercetools.client import Commercetools
+    from worker.http import transport as http
     from worker.model import Json
 
 SCOPE = "manage_subscriptions"  # also to read: commercetools has no narrower one

@@ -14,10 +14,10 @@ import orjson
 from klaviyo_api import KlaviyoAPI
 from openapi_client.rest import RESTClientObject
 
-from worker import http
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
-from worker.gate import Gates
-from worker.limits import Limits, Standing
+from worker.http import transport as http
+from worker.http.circuit_breaker import Gates
+from worker.klaviyo.rate_limits import Limits, Standing
 from worker.loose import as_dict, as_dicts, as_text
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import cachetools
 
-from worker import commercetools as ct
+from worker.commercetools import client as ct
 from worker.errors import WorkerError
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ import requests
 from commercetools.base_client import RefreshingOAuth2Session
 from oauthlib.oauth2 import BackendApplicationClient, OAuth2Error
 
-from worker import http
-from worker.chunks import chunked
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient, WorkerError
-from worker.gate import Gates
+from worker.http import transport as http
+from worker.http.chunks import chunked
+from worker.http.circuit_breaker import Gates
 from worker.loose import as_dict, as_dicts, as_int, as_text, pick_ids
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from worker.errors import Throttled, Transient
-from worker.http import TOO_MANY_REQUESTS
+from worker.http.transport import TOO_MANY_REQUESTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
