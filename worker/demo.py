@@ -17,12 +17,12 @@ import click
 
 from adapters.embedded import EmbeddedQueue
 from worker.dead_letters import each
-from worker.metrics import Metrics
 from worker.sandbox import Sandbox
 from worker.sandbox.notifications import sample_notifications
 from worker.service import Service
 from worker.settings import Settings, load
-from worker.telemetry import Telemetry, configure_logging, outcome_name
+from worker.telemetry.message_log import Telemetry, configure_logging, outcome_name
+from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -20,7 +20,7 @@ from adapters.base import Failure
 from worker.errors import Ignored, Outdated, Rejected, WorkerError
 from worker.model import Disposition, Job, Kind, Lease, Outcome, Sent
 from worker.parse import parse
-from worker.telemetry import log
+from worker.telemetry.message_log import log
 from worker.transform import handler_for, transform
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from adapters.base import Delivery, QueueAdapter
     from worker.mapping import Mapping
     from worker.model import Enriched, Notification, Operation
-    from worker.telemetry import Telemetry
+    from worker.telemetry.message_log import Telemetry
 
 FIRST_DELAY, LONGEST_DELAY = 2.0, 600.0  # seconds before a nacked message comes again
 OUTDATED_AFTER = 2.0  # seconds from reading commercetools to the effect in Klaviyo; it is read again then

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 from adapters import scheme_of
 from worker.dead_letters import through
 from worker.dryrun import print_instead
-from worker.metrics import Metrics
 from worker.pipeline import Pipeline
 from worker.runner import Runner
 from worker.service import Stages
-from worker.telemetry import Telemetry, outcome_name
+from worker.telemetry.message_log import Telemetry, outcome_name
+from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -11,7 +11,7 @@ from adapters.base import Failure, QueueError, QueueRefusedError
 from worker.http.circuit_breaker import LONGEST_PAUSE
 from worker.inflight import InFlight
 from worker.lane import Ends, Lane
-from worker.telemetry import Notice, log
+from worker.telemetry.message_log import Notice, log
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from worker.model import Job
     from worker.pipeline import Pipeline
     from worker.settings import Settings
-    from worker.telemetry import Telemetry
+    from worker.telemetry.message_log import Telemetry
 
 RECEIVE_WAIT = 1.0  # seconds; how soon an idle loop notices that it is to stop
 DRAIN_WAIT = 0.05  # seconds; how soon `once` notices that the lanes are done

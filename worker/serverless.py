@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from adapters.sqs.lambda_event import SQSEvent
 from worker.errors import Misconfigured, SettingsError
-from worker.metrics import Metrics
 from worker.pipeline import Pipeline
 from worker.runner import Runner, ShutdownTimeoutError
 from worker.service import Stages
 from worker.settings import Settings, load
-from worker.telemetry import Telemetry, configure_logging, log
+from worker.telemetry.message_log import Telemetry, configure_logging, log
+from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

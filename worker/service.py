@@ -13,16 +13,16 @@ from worker.commercetools.cache import Remembered
 from worker.commercetools.client import Commercetools
 from worker.dryrun import Peek, print_instead
 from worker.enrich import Enricher
-from worker.health import HealthServer
+from worker.health.cached_reading import Sampled
+from worker.health.server import HealthServer
+from worker.health.status import Status
+from worker.health.systemd import Notifier
 from worker.klaviyo.client import Klaviyo
-from worker.metrics import Metrics
 from worker.pipeline import Pipeline
 from worker.runner import Runner
-from worker.sampled import Sampled
 from worker.send import Sender
-from worker.status.status import Status
-from worker.systemd import Notifier
-from worker.telemetry import Telemetry, log
+from worker.telemetry.message_log import Telemetry, log
+from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

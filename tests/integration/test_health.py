@@ -13,9 +13,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.state import FakeState
-from worker import health
-from worker.health import HealthServer
-from worker.metrics import Metrics
+from worker.health import server as health
+from worker.health.server import HealthServer
+from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

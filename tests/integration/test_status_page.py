@@ -23,11 +23,11 @@ from tests.state import FakeState
 from tests.unit import test_runner
 from tests.unit.test_runner import wait_for
 from tests.unit.test_status import line
-from worker.health import HealthServer
-from worker.metrics import Metrics
+from worker.health.server import HealthServer
+from worker.health.status import Status
 from worker.service import Service
-from worker.status.status import Status
-from worker.telemetry import Telemetry
+from worker.telemetry.message_log import Telemetry
+from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -136,7 +136,7 @@ def test_the_data_has_no_secret(serve: Serve) -> None:
 
 def test_history_begins_by_itself_and_ends_with_the_server(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when nobody looks: charts are full when somebody does."""
-    monkeypatch.setattr("worker.status.status.STEP", 0.01)
+    monkeypatch.setattr("worker.health.status.STEP", 0.01)
     server = serve()
     wait_for(lambda: len(json.loads(ask(server, "/status.json").body)["history"]["ago"]) > 3)
     (sampling,) = (thread for thread in threads() if thread.name == "status")

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.conftest import Scripted
 from tests.state import FakeState
 from worker.klaviyo.client import REVISION
-from worker.metrics import OUTCOMES, SERVICES, STAGES, Metrics
+from worker.telemetry.metrics import OUTCOMES, SERVICES, STAGES, Metrics
 from worker.transform import HANDLERS
 
 if TYPE_CHECKING:

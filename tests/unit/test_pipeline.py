@@ -14,10 +14,10 @@ from adapters.base import Failure
 from tests.conftest import FakeDelivery
 from worker.errors import KlaviyoMisconfigured, Outage, Rejected, Transient, WorkerError
 from worker.mapping import Mapping
-from worker.metrics import Metrics
 from worker.model import Disposition, Enriched, Job, Lease, Notification, Operation, Sent
 from worker.pipeline import Pipeline
-from worker.telemetry import Telemetry, outcome_name
+from worker.telemetry.message_log import Telemetry, outcome_name
+from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,11 +12,11 @@ from adapters import Failure, QueueError, QueueRefusedError
 from adapters.embedded import EmbeddedQueue
 from tests.conftest import Scripted
 from worker.errors import KlaviyoMisconfigured, Outage, Transient
-from worker.metrics import Metrics
 from worker.model import Disposition, Job, Lease, Notification, Outcome
 from worker.runner import Runner, ShutdownTimeoutError
 from worker.settings import Settings, load
-from worker.telemetry import Telemetry
+from worker.telemetry.message_log import Telemetry
+from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

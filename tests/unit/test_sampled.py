@@ -6,8 +6,8 @@ from threading import Event
 
 import pytest
 
-from worker import sampled
-from worker.sampled import Sampled
+from worker.health import cached_reading as sampled
+from worker.health.cached_reading import Sampled
 
 
 def test_many_who_ask_make_one_call_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

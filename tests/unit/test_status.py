@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from tests.state import FakeState
 from tests.unit.test_runner import settings_for
-from worker.metrics import Metrics
-from worker.status.condition import condition
-from worker.status.failures import LONGEST, MOST, Failures
-from worker.status.history import STEP, STEPS, History
-from worker.status.status import Status, without_secrets
-from worker.telemetry import Telemetry
+from worker.health.condition import condition
+from worker.health.history import STEP, STEPS, History
+from worker.health.status import Status, without_secrets
+from worker.telemetry.message_log import Telemetry
+from worker.telemetry.metrics import Metrics
+from worker.telemetry.recent_failures import LONGEST, MOST, Failures
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

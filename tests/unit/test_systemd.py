@@ -11,8 +11,8 @@ import pytest
 
 from tests.notify_socket import NotifySocket
 from tests.state import FakeState
-from worker import systemd
-from worker.systemd import Notifier
+from worker.health import systemd
+from worker.health.systemd import Notifier
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,9 +11,9 @@ import pytest
 
 from tests.conftest import FakeDelivery
 from worker.errors import Ignored, Outdated, Rejected, Transient
-from worker.metrics import Metrics
 from worker.model import Disposition, Job, Kind, Notification, Operation, Outcome
-from worker.telemetry import Telemetry, configure_logging, log
+from worker.telemetry.message_log import Telemetry, configure_logging, log
+from worker.telemetry.metrics import Metrics
 
 FIELDS = {
     *("message_id", "message_type", "resource_type", "resource_id", "outcome", "reason", "stage", "attempt"),

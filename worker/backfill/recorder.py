@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from adapters.base import Failure
 from worker.backfill.source import Message
-from worker.metrics import Metrics
-from worker.telemetry import Telemetry, log, outcome_name
+from worker.telemetry.message_log import Telemetry, log, outcome_name
+from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -17,7 +17,7 @@ from worker.backfill.progress import Record
 from worker.backfill.records import bodies
 from worker.errors import Rejected, Transient, WorkerError
 from worker.loose import parse_time
-from worker.telemetry import Notice
+from worker.telemetry.message_log import Notice
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -77,7 +77,7 @@ def backfill(  # noqa: PLR0913 - options
     --resume goes on where it was. Exit code 1: some records failed.
     """
     from worker.display import Screen  # noqa: PLC0415 - keeps --help fast
-    from worker.telemetry import configure_logging  # noqa: PLC0415
+    from worker.telemetry.message_log import configure_logging  # noqa: PLC0415
 
     with exit_codes():
         settings = load(BackfillSettings, flags)

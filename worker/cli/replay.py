@@ -85,7 +85,7 @@ class _Interruption:
 
 def _configure_logging(settings: Settings, screen: Screen, *, has_bar: bool) -> None:
     """Log as the worker does; but a line per message would tear the bar to pieces."""
-    from worker.telemetry import configure_logging, log  # noqa: PLC0415
+    from worker.telemetry.message_log import configure_logging, log  # noqa: PLC0415
 
     configure_logging(settings.log_level, settings.log_format, screen)  # type: ignore[arg-type] # all it needs
     if has_bar:

@@ -36,7 +36,7 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
     """
     from worker.runner import ShutdownTimeoutError  # noqa: PLC0415 - keeps --help and publish fast
     from worker.service import Service  # noqa: PLC0415
-    from worker.telemetry import configure_logging, log  # noqa: PLC0415
+    from worker.telemetry.message_log import configure_logging, log  # noqa: PLC0415
 
     with exit_codes():
         settings = load(Settings, flags)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import tenacity
 
 from worker.errors import Misconfigured, Outage, Rejected, Throttled, Transient
-from worker.telemetry import Notice
+from worker.telemetry.message_log import Notice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

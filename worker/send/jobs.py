@@ -15,7 +15,7 @@ from worker.loose import as_dict, as_dicts, as_int, as_text
 from worker.model import Json, Sent
 from worker.send.client import pages
 from worker.send.narrow import narrow
-from worker.telemetry import Notice
+from worker.telemetry.message_log import Notice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -15,7 +15,7 @@ from worker.loose import as_text
 from worker.model import Json, Kind, Operation, Sent
 from worker.send.client import pages
 from worker.send.requests import COLLECTION, deletion, entry_path, update_of
-from worker.telemetry import log
+from worker.telemetry.message_log import log
 from worker.transform.catalog import external_id
 
 if TYPE_CHECKING:

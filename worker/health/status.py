@@ -12,14 +12,14 @@ from importlib.metadata import version
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from worker.metrics import OUTCOMES, SERVICES
-from worker.status.condition import condition
-from worker.status.history import STEP, History
+from worker.health.condition import condition
+from worker.health.history import STEP, History
+from worker.telemetry.metrics import OUTCOMES, SERVICES
 
 if TYPE_CHECKING:
+    from worker.health.condition import State
     from worker.settings import Settings
-    from worker.status.condition import State
-    from worker.telemetry import Telemetry
+    from worker.telemetry.message_log import Telemetry
 
 
 class Status:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from worker.status.page import HEADERS, page
-from worker.telemetry import log
+from worker.health.page import HEADERS, page
+from worker.telemetry.message_log import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from worker.metrics import Metrics, State
-    from worker.status.status import Status
+    from worker.health.status import Status
+    from worker.telemetry.metrics import Metrics, State
 
 TIMEOUT = 10.0  # seconds a client has for everything
 MAX_CONNECTIONS = 32  # at once; one more costs the oldest its connection

@@ -15,12 +15,12 @@ from pythonjsonlogger.json import JsonFormatter
 
 from worker.errors import Ignored, Outdated
 from worker.model import Disposition, Job
-from worker.status.failures import Failures
+from worker.telemetry.recent_failures import Failures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from worker.metrics import Metrics
+    from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger("klaviyo_worker")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from worker.metrics import Metrics
+    from worker.telemetry.metrics import Metrics
 
 STEP = 5.0  # seconds between two samples
 STEPS = 120  # that are kept

@@ -11,7 +11,7 @@ from textwrap import shorten
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Protocol
 
-from worker.telemetry import Notice
+from worker.telemetry.message_log import Notice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
