@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from adapters import scheme_of
 from worker.dead_letters import through
-from worker.dryrun import print_instead
 from worker.pipeline import Pipeline
-from worker.runner import Runner
+from worker.runtime.dry_run import print_instead
+from worker.runtime.runner import Runner
 from worker.service import Stages
 from worker.telemetry.message_log import Telemetry, outcome_name
 from worker.telemetry.metrics import Metrics

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from adapters.sqs.lambda_event import SQSEvent
 from worker.errors import Misconfigured, SettingsError
 from worker.pipeline import Pipeline
-from worker.runner import Runner, ShutdownTimeoutError
+from worker.runtime.runner import Runner, ShutdownTimeoutError
 from worker.service import Stages
 from worker.settings import Settings, load
 from worker.telemetry.message_log import Telemetry, configure_logging, log

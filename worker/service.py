@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from adapters import Countable, open_queue, scheme_of
 from worker.commercetools.cache import Remembered
 from worker.commercetools.client import Commercetools
-from worker.dryrun import Peek, print_instead
 from worker.enrich import Enricher
 from worker.health.cached_reading import Sampled
 from worker.health.server import HealthServer
@@ -19,7 +18,8 @@ from worker.health.status import Status
 from worker.health.systemd import Notifier
 from worker.klaviyo.client import Klaviyo
 from worker.pipeline import Pipeline
-from worker.runner import Runner
+from worker.runtime.dry_run import Peek, print_instead
+from worker.runtime.runner import Runner
 from worker.send import Sender
 from worker.telemetry.message_log import Telemetry, log
 from worker.telemetry.metrics import Metrics

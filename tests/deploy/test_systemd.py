@@ -14,7 +14,7 @@ import pytest
 
 from adapters.shared.loopback import is_loopback
 from worker.cli.base import SECRETS, USAGE
-from worker.runner import HEARTBEAT
+from worker.runtime.runner import HEARTBEAT
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from typing import Any
 import orjson
 import pytest
 
-from worker.dryrun import operation_line
 from worker.mapping import load_mapping
 from worker.offline import follow
+from worker.runtime.dry_run import operation_line
 from worker.transform import HANDLERS
 
 HERE = Path(__file__).parent

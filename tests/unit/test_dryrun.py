@@ -7,8 +7,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from worker.dryrun import print_instead
 from worker.model import Kind, Operation
+from worker.runtime.dry_run import print_instead
 
 if TYPE_CHECKING:
     import pytest

@@ -12,9 +12,9 @@ import pytest
 from tests.conftest import FakeDelivery
 from tests.unit.test_runner import settings_for, wait_for
 from worker.errors import KlaviyoMisconfigured, Outage, Transient
-from worker.inflight import InFlight
-from worker.lane import Ends, Lane
 from worker.model import Job, Notification, Outcome
+from worker.runtime.in_flight import InFlight
+from worker.runtime.lane import Ends, Lane
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -120,7 +120,7 @@ def test_without_word_from_the_other_side_the_waits_grow(rig: Rig, monkeypatch: 
         tries.append(number)
         return 0.01
 
-    monkeypatch.setattr("worker.lane.pause", short)
+    monkeypatch.setattr("worker.runtime.lane.pause", short)
     rig.pipeline.errors["a1"] = Transient("500")
     rig.put("a1")
     rig.lane.start()

@@ -13,7 +13,7 @@ from adapters.embedded import EmbeddedQueue
 from tests.conftest import Scripted
 from worker.errors import KlaviyoMisconfigured, Outage, Transient
 from worker.model import Disposition, Job, Lease, Notification, Outcome
-from worker.runner import Runner, ShutdownTimeoutError
+from worker.runtime.runner import Runner, ShutdownTimeoutError
 from worker.settings import Settings, load
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
@@ -325,7 +325,7 @@ def test_a_message_in_a_while_is_pulled_in_an_outage(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Should only the messages that are held be the trouble, the others must not wait for them."""
-    monkeypatch.setattr("worker.runner.LONGEST_PAUSE", 0.5)
+    monkeypatch.setattr("worker.runtime.runner.LONGEST_PAUSE", 0.5)
     queue.publish([b"a:1"])
     runner, pipeline = runner_for(queue, holding(Outage("500", retry_after=0.1), threading.Event()))
     running(runner)
@@ -410,7 +410,7 @@ def test_a_queue_that_is_only_silent_has_not_accepted_the_worker_yet(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stream tells of a refusal a moment after it was opened: silence counts after a second `park_seconds`."""
-    monkeypatch.setattr("worker.runner.RECEIVE_WAIT", 0.05)
+    monkeypatch.setattr("worker.runtime.runner.RECEIVE_WAIT", 0.05)
     refusals = [QueueRefusedError("QUEUE_URL: gone")]
     silent: list[str] = []
 
@@ -461,7 +461,7 @@ def test_the_heartbeat_tells_a_loop_that_hangs(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A restart helps then; not in an outage, nor while parked, nor at the end."""
-    monkeypatch.setattr("worker.runner.HEARTBEAT", 1.5)
+    monkeypatch.setattr("worker.runtime.runner.HEARTBEAT", 1.5)
     queue.publish([b"a:1"])
     runner, _ = runner_for(queue, holding(Outage("down", retry_after=60), threading.Event()))
     thread = running(runner)
@@ -639,7 +639,7 @@ def test_once_does_not_take_a_queue_out_of_reach_for_empty(
     queue: EmbeddedQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit 3, not 0 with messages left."""
-    monkeypatch.setattr("worker.runner.QUIET", 0.1)
+    monkeypatch.setattr("worker.runtime.runner.QUIET", 0.1)
 
     def unreachable() -> list[str]:
         raise QueueError("cannot reach")
@@ -655,8 +655,8 @@ def test_once_on_a_queue_that_cannot_count_ends_when_it_was_quiet_for_a_while(
     queue: EmbeddedQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pub/Sub tells no backlog: a pause shorter than QUIET is not the end, and many short ones are none either."""
-    monkeypatch.setattr("worker.runner.QUIET", 0.5)
-    monkeypatch.setattr("worker.runner.RECEIVE_WAIT", 0.05)
+    monkeypatch.setattr("worker.runtime.runner.QUIET", 0.5)
+    monkeypatch.setattr("worker.runtime.runner.RECEIVE_WAIT", 0.05)
     queue.backlog = lambda: None  # type: ignore[method-assign,assignment,return-value]
     runner, pipeline = runner_for(queue)
 

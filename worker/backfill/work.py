@@ -11,10 +11,10 @@ from worker.backfill.recorder import Recorder
 from worker.backfill.records import as_history
 from worker.backfill.source import Source
 from worker.display import Pace, shown
-from worker.dryrun import print_instead
 from worker.errors import Transient
 from worker.pipeline import Pipeline
-from worker.runner import Runner
+from worker.runtime.dry_run import print_instead
+from worker.runtime.runner import Runner
 from worker.service import Stages
 
 if TYPE_CHECKING:

@@ -126,7 +126,7 @@ def _unwritten(error: OSError) -> str:
 
 def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failures: Path | None) -> None:
     """Run to the end, say what was done, and exit with a code that tells whether all of it was."""
-    from worker.runner import ShutdownTimeoutError  # noqa: PLC0415
+    from worker.runtime.runner import ShutdownTimeoutError  # noqa: PLC0415
 
     how = "the same command goes on from there" if resume else "without --resume FILE the next run begins anew"
     try:

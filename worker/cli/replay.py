@@ -103,7 +103,7 @@ def _expected(queue: DeadLetters, choice: Choice) -> int | None:
 
 
 def _run(running: Replay, progress: AbstractContextManager[None]) -> None:
-    from worker.runner import ShutdownTimeoutError  # noqa: PLC0415
+    from worker.runtime.runner import ShutdownTimeoutError  # noqa: PLC0415
 
     try:
         with progress:

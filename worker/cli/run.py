@@ -34,7 +34,7 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
     Secrets have no flag: they come from CT_API_CLIENT, KLAVIYO_AUTH_KEY and, for servicebus://,
     SERVICEBUS_CONNECTION_STRING, or from files named by CT_API_CLIENT_FILE and so on.
     """
-    from worker.runner import ShutdownTimeoutError  # noqa: PLC0415 - keeps --help and publish fast
+    from worker.runtime.runner import ShutdownTimeoutError  # noqa: PLC0415 - keeps --help and publish fast
     from worker.service import Service  # noqa: PLC0415
     from worker.telemetry.message_log import configure_logging, log  # noqa: PLC0415
 

@@ -40,9 +40,9 @@ def transform(*, file: BinaryIO, explain: bool, enriched: BinaryIO | None, **fla
     what was looked up, what is sent, what is left out and why, and what becomes of the message. It names fields and
     ids, and holds no personal data; the JSON lines do.
     """
-    from worker.dryrun import operation_line  # noqa: PLC0415
     from worker.explain import account  # noqa: PLC0415
     from worker.offline import documents, follow  # noqa: PLC0415
+    from worker.runtime.dry_run import operation_line  # noqa: PLC0415
 
     failed = False
     with exit_codes():

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from threading import Event
 
-    from worker.inflight import InFlight
     from worker.model import Job
     from worker.pipeline import Pipeline
+    from worker.runtime.in_flight import InFlight
     from worker.settings import Settings
 
 DELAY_AFTER_HOLD = 1 / 30  # of the hold; a message that was kept in vain stays away so long, at least

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from adapters.base import Failure, QueueError, QueueRefusedError
 from worker.http.circuit_breaker import LONGEST_PAUSE
-from worker.inflight import InFlight
-from worker.lane import Ends, Lane
+from worker.runtime.in_flight import InFlight
+from worker.runtime.lane import Ends, Lane
 from worker.telemetry.message_log import Notice, log
 
 if TYPE_CHECKING:
