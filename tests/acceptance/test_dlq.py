@@ -22,10 +22,10 @@ from adapters.embedded import EmbeddedQueue
 from tests.acceptance.conftest import Worker
 from tests.burying import REFUSED, bury_at, left_at
 from tests.integration.conftest import settings_for
-from worker import replay
 from worker.cli import main
-from worker.cli.base import INTERRUPTED
-from worker.dead_letters import Choice
+from worker.cli.options import INTERRUPTED
+from worker.commands.dlq import replay
+from worker.commands.dlq.dead_letters import Choice
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.account import Account
 from worker.sandbox.notifications import message
@@ -59,7 +59,7 @@ def path(tmp_path: Path) -> Path:
 def signals(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
     """Return what a signal would call."""
     stops: list[Callable[[], None]] = []
-    monkeypatch.setattr(sys.modules["worker.cli.replay"], "call_on_signals", stops.append)
+    monkeypatch.setattr(sys.modules["worker.cli.dlq_replay"], "call_on_signals", stops.append)
     return stops
 
 
@@ -269,7 +269,7 @@ def test_a_signal_before_anything_has_begun_ends_it_at_once(
     def ended(code: int) -> None:
         raise SystemExit(code)
 
-    monkeypatch.setattr("worker.cli.base.open_queue", opening)
+    monkeypatch.setattr("worker.cli.options.open_queue", opening)
     monkeypatch.setattr(os, "_exit", ended)
     assert dlq("replay").exit_code == INTERRUPTED
 
@@ -480,7 +480,7 @@ def test_queues_without_dead_letters_say_what_to_do(
         def close(self) -> None:
             """Do nothing."""
 
-    monkeypatch.setattr("worker.cli.base.open_queue", lambda *_: Other())
+    monkeypatch.setattr("worker.cli.options.open_queue", lambda *_: Other())
     other = dlq(*command)
     assert (other.exit_code, other.stderr.count("\n")) == (3, 1)
     assert "cannot be read from here" in other.stderr

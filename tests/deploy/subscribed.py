@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from worker.subscriptions.destination import parse
-from worker.subscriptions.needs import CHANGES, needs
-from worker.subscriptions.plan import KEY, Wanted
+from worker.commands.subscriptions.destination import parse
+from worker.commands.subscriptions.needs import CHANGES, needs
+from worker.commands.subscriptions.plan import KEY, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

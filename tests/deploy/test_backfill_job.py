@@ -14,7 +14,8 @@ from tests.deploy.manifests import by_kind, rendered, validate
 from tests.deploy.pages import ROOT, page
 from tests.deploy.test_kubernetes import NAMES, PLACEHOLDERS, SECRET_NAMES
 from tests.integration.test_backfill import signals_are_pytests  # noqa: F401 - a fixture
-from worker.cli import base, main
+from worker.cli import main
+from worker.cli import options as base
 
 if TYPE_CHECKING:
     from tests.deploy.manifests import Objects

@@ -15,7 +15,7 @@ from adapters.pubsub.settlement import LEASE
 from tests.deploy.hcl import INFRASTRUCTURE, blocks, resources
 from tests.deploy.pages import commands, flags, page
 from tests.parts import require_command
-from worker.subscriptions.needs import needs
+from worker.commands.subscriptions.needs import needs
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,7 @@ from tests.acceptance.conftest import Worker, log_lines, none_left_running  # no
 from tests.acceptance.test_run import ask, wait_for
 from tests.deploy.manifests import by_kind, container_of, environment_of, pod_of, rendered, validate
 from tests.emulator import free_port
-from worker.cli.base import SECRETS
+from worker.cli.options import SECRETS
 from worker.sandbox.notifications import sample_notifications
 from worker.settings import Settings, load
 

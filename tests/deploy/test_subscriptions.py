@@ -21,8 +21,8 @@ from tests.deploy import subscribed
 from tests.deploy.pages import commands, page
 from tests.parts import require_command
 from worker.cli import main
+from worker.commands.subscriptions.destination import parse
 from worker.sandbox import Sandbox
-from worker.subscriptions.destination import parse
 from worker.transform import HANDLERS
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from adapters.shared.loopback import is_loopback
-from worker.cli.base import SECRETS, USAGE
+from worker.cli.options import SECRETS, USAGE
 from worker.runtime.runner import HEARTBEAT
 from worker.settings import Settings, load
 

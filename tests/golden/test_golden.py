@@ -14,8 +14,8 @@ from typing import Any
 import orjson
 import pytest
 
+from worker.commands.transform.trace import follow
 from worker.mapping import load_mapping
-from worker.offline import follow
 from worker.runtime.dry_run import operation_line
 from worker.transform import HANDLERS
 

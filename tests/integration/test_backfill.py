@@ -257,7 +257,7 @@ def test_a_disk_that_is_full_ends_it(sandbox: Sandbox, tmp_path: Path, monkeypat
         if len(saves) > 1:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("worker.backfill.files.Checkpoint.save", save)
+    monkeypatch.setattr("worker.commands.backfill.checkpoint.Checkpoint.save", save)
     result = backfill(sandbox, "customers", "--resume", str(tmp_path / "c.json"))
     assert result.exit_code == 1
     assert result.stderr.endswith("Error: cannot write the checkpoint or the failures: No space left on device\n")

@@ -15,7 +15,7 @@ from adapters.servicebus import dead_letters as servicebus_dead_letters
 from adapters.servicebus.queue import ServiceBusQueue
 from tests.parts import require
 from tests.servicebus.broker import Broker, Queue, missing
-from worker.dead_letters import each
+from worker.commands.dlq.dead_letters import each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

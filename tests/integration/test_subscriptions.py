@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from adapters import MissingPolicy
-from worker import check as checks
 from worker.cli import main
+from worker.commands.check import checks
+from worker.commands.subscriptions import client
 from worker.sandbox import Fault, Sandbox
-from worker.subscriptions import client
 from worker.transform import HANDLERS
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from adapters import QueueOptions, open_queue
 from adapters.embedded import EmbeddedQueue
 from tests.rigs.base import Guarantees, Letter
-from worker.dead_letters import each
+from worker.commands.dlq.dead_letters import each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -17,15 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.base import Failure
-from worker.backfill import source as source_module
-from worker.backfill.files import Checkpoint, Failures, describe, read_ids
-from worker.backfill.listing import listing
-from worker.backfill.progress import Progress, Record
-from worker.backfill.recorder import Recorder
-from worker.backfill.records import COLLECTIONS, Selection, as_history, bodies
-from worker.backfill.source import Message, Source
-from worker.backfill.work import to_end
-from worker.display import Pace, Screen, bar, duration, shown
+from worker.commands.backfill import queue as source_module
+from worker.commands.backfill.backfill import to_end
+from worker.commands.backfill.checkpoint import Checkpoint, Failures, describe, read_ids
+from worker.commands.backfill.listing import listing
+from worker.commands.backfill.progress import Progress, Record
+from worker.commands.backfill.queue import Message, Source
+from worker.commands.backfill.recorder import Recorder
+from worker.commands.backfill.records import COLLECTIONS, Selection, as_history, bodies
+from worker.commands.progress_bar import Pace, Screen, bar, duration, shown
 from worker.errors import Ignored, Rejected, SettingsError, Transient
 from worker.model import Disposition, Job, Kind, Operation, Outcome
 from worker.parse import parse

@@ -8,7 +8,7 @@ import click
 import pytest
 
 from worker.cli import main
-from worker.cli.base import Setting
+from worker.cli.options import Setting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

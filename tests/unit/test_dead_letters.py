@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from adapters import DeadLetter, Failure
 from tests.burying import bury
 from tests.conftest import FakeDelivery
-from worker import dead_letters
-from worker.dead_letters import Choice, body_text, each, entry, json_line, parse_since, through
+from worker.commands.dlq import dead_letters
+from worker.commands.dlq.dead_letters import Choice, body_text, each, entry, json_line, parse_since, through
 from worker.loose import printable
 from worker.sandbox.notifications import message
 

@@ -15,7 +15,7 @@ import pytest
 from adapters import QueueError, open_queue
 from adapters.base import DeadLetters, Failure, Publisher
 from adapters.embedded import EmbeddedQueue
-from worker.dead_letters import each
+from worker.commands.dlq.dead_letters import each
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tests.golden.test_golden import CASES, HERE
 from tests.unit.test_parse import ENVELOPES, json_values, near_notifications
 from worker.cli import main
-from worker.explain import account
+from worker.commands.transform.explain import account
+from worker.commands.transform.trace import Trace, follow
 from worker.loose import printable
 from worker.mapping import Mapping, load_mapping
-from worker.offline import Trace, follow
 
 ORDER = {"id": "o", "customerEmail": "ada@example.com", "totalPrice": {"centAmount": 100, "currencyCode": "EUR"}}
 PERSONAL = {"email", "customerEmail", "firstName", "lastName", "mobile", "phone", "streetName", "city", "postalCode"}

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.golden.test_golden import CASES, HERE
+from worker.commands.transform.explain import account
+from worker.commands.transform.trace import follow
 from worker.errors import Ignored, Rejected, Transient
-from worker.explain import account
 from worker.mapping import Mapping
-from worker.offline import follow
 from worker.send import request_for
 
 ODD: list[Any] = [

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
+from worker.commands.check.bulk_probe import BulkProbe
 from worker.errors import Rejected
-from worker.probe import BulkProbe
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,10 +9,10 @@ import pytest
 
 from tests.burying import REFUSED, bury
 from tests.unit.test_runner import settings_for
-from worker.dead_letters import Choice, each, through
+from worker.commands.dlq.dead_letters import Choice, each, through
+from worker.commands.dlq.replay import Again, Options, Replay, ReplayQueue, Tally, Throttle
 from worker.errors import Ignored, Rejected
 from worker.model import Disposition, Job, Kind, Operation, Outcome
-from worker.replay import Again, Options, Replay, ReplayQueue, Tally, Throttle
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.commands.subscriptions.destination import EXPECTED, SECRET, of_queue, parse, shown
+from worker.commands.subscriptions.health import explain
+from worker.commands.subscriptions.needs import asked_for, needs
+from worker.commands.subscriptions.plan import Wanted, plan
 from worker.errors import SettingsError
 from worker.sandbox.subscriptions import Subscriptions
-from worker.subscriptions.destination import EXPECTED, SECRET, of_queue, parse, shown
-from worker.subscriptions.health import explain
-from worker.subscriptions.needs import asked_for, needs
-from worker.subscriptions.plan import Wanted, plan
 from worker.transform import HANDLERS
 
 PUBSUB = "pubsub://my-project/klaviyo-worker"

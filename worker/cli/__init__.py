@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 from worker.cli.backfill import backfill
-from worker.cli.base import Group
 from worker.cli.check import check
 from worker.cli.dlq import dlq
+from worker.cli.dlq_replay import replay
+from worker.cli.options import Group
 from worker.cli.publish import publish
-from worker.cli.replay import replay
 from worker.cli.run import run
 from worker.cli.subscriptions import subscriptions
 from worker.cli.transform import transform
@@ -55,7 +55,7 @@ def demo(*, keep: Path | None) -> None:
     Puts messages of a sample shop into a queue, runs the worker against a stand-in for Klaviyo, and shows what is
     there then.
     """
-    from worker.demo import run_demo  # noqa: PLC0415
+    from worker.commands.demo import run_demo  # noqa: PLC0415
 
     sys.exit(run_demo(keep))
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from worker.backfill.settings import BackfillSettings
-from worker.cli.base import (
+from worker.cli.options import (
     INTERRUPTED,
     UNEXPECTED,
     Command,
@@ -23,14 +22,15 @@ from worker.cli.base import (
     leave_lanes,
     settings_options,
 )
+from worker.commands.backfill.settings import BackfillSettings
 from worker.errors import Rejected, SettingsError
 from worker.settings import load
 
 if TYPE_CHECKING:
-    from worker.backfill.progress import Progress
-    from worker.backfill.records import Selection
-    from worker.backfill.work import Backfill
-    from worker.display import Pace, Screen
+    from worker.commands.backfill.backfill import Backfill
+    from worker.commands.backfill.progress import Progress
+    from worker.commands.backfill.records import Selection
+    from worker.commands.progress_bar import Pace, Screen
 
 _OF_A_QUEUE = frozenset(
     {
@@ -76,7 +76,7 @@ def backfill(  # noqa: PLR0913 - options
     that no flow begins. What is sent twice has no second effect. Interrupted (exit code 7), the same command with
     --resume goes on where it was. Exit code 1: some records failed.
     """
-    from worker.display import Screen  # noqa: PLC0415 - keeps --help fast
+    from worker.commands.progress_bar import Screen  # noqa: PLC0415 - keeps --help fast
     from worker.telemetry.message_log import configure_logging  # noqa: PLC0415
 
     with exit_codes():
@@ -102,8 +102,8 @@ def _prepared(
     *,
     dry_run: bool,
 ) -> Backfill:
-    from worker.backfill.files import Checkpoint, Failures, describe  # noqa: PLC0415
-    from worker.backfill.work import Backfill  # noqa: PLC0415
+    from worker.commands.backfill.backfill import Backfill  # noqa: PLC0415
+    from worker.commands.backfill.checkpoint import Checkpoint, Failures, describe  # noqa: PLC0415
 
     if resume and failures and resume.resolve() == failures.resolve():
         raise SettingsError("--failures: expected another file than that of --resume")
@@ -147,7 +147,7 @@ def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failure
 
 def _summary(name: str, progress: Progress, pace: Pace) -> list[str]:
     """Return what was done, in all runs, and why records failed: the most frequent reasons first."""
-    from worker.display import duration  # noqa: PLC0415
+    from worker.commands.progress_bar import duration  # noqa: PLC0415
 
     failed = progress.failed
     counts = f"{progress.sent:,} sent, {progress.nothing_to_do:,} with nothing to do, {failed.total():,} failed"
@@ -158,7 +158,7 @@ def _summary(name: str, progress: Progress, pace: Pace) -> list[str]:
 
 def _selection(name: str, since: str | None, until: str | None, ids: str | None) -> Selection:
     """Return what the options select. Raises SettingsError."""
-    from worker.backfill.records import Selection  # noqa: PLC0415
+    from worker.commands.backfill.records import Selection  # noqa: PLC0415
 
     if ids is not None and (since or until):
         raise SettingsError("--ids: names all records already: leave out --since and --until")
@@ -180,7 +180,7 @@ def _moment(option: str, text: str | None) -> datetime | None:
 
 def _ids(text: str, resource_type: str) -> tuple[str, ...]:
     """Return the ids in a text or in the file it names, each once, in order. Raises SettingsError."""
-    from worker.backfill.files import read_ids  # noqa: PLC0415
+    from worker.commands.backfill.checkpoint import read_ids  # noqa: PLC0415
 
     path = Path(text.removeprefix("@"))
     is_file = text.startswith("@") or os.path.isfile(path)  # noqa: PTH113 - Path's fails for a name that is too long

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from worker.cli.base import OK, Command, settings_options
+from worker.cli.options import OK, Command, settings_options
 from worker.settings import Settings, load
 
 
@@ -44,7 +44,7 @@ def check(*, as_json: bool, probe_bulk: bool, probe_wait: float, subscription_ke
     when it cannot tell. To remove what it wrote: search Klaviyo for the profile by its name, then Profile actions,
     Delete profile.
     """
-    from worker.check import check as findings  # noqa: PLC0415
+    from worker.commands.check.checks import check as findings  # noqa: PLC0415
 
     exit_code = OK
     say = partial(click.echo, err=True)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapters import DeadLetters, QueueError, scheme_of
-from worker.cli.base import UNEXPECTED, Failed, Group, exit_codes, opened, settings_options
-from worker.dead_letters import (
+from worker.cli.options import UNEXPECTED, Failed, Group, exit_codes, opened, settings_options
+from worker.commands.dlq.dead_letters import (
     AT_ONCE,
     Choice,
     body_text,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from adapters import DeadLetter
-    from worker.dead_letters import Entry
+    from worker.commands.dlq.dead_letters import Entry
 
 SHOWN = 50  # letters listed for people, unless they ask for more
 _KINDS = 20  # rows of the table that counts them

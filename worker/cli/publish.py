@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 import click
 
 from adapters import Publisher, QueueError
-from worker.cli.base import Command, exit_codes, opened, settings_options
+from worker.cli.options import Command, exit_codes, opened, settings_options
 from worker.settings import QueueSettings, load
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from worker.cli.base import Command, call_on_signals, exit_codes, leave_lanes, settings_options
+from worker.cli.options import Command, call_on_signals, exit_codes, leave_lanes, settings_options
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:

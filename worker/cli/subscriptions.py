@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
-from worker.cli.base import COMMERCETOOLS, Failed, Group, exit_codes, settings_options
+from worker.cli.options import COMMERCETOOLS, Failed, Group, exit_codes, settings_options
 from worker.errors import SettingsError, WorkerError
 from worker.loose import printable
 from worker.settings import SubscriptionSettings, load
@@ -16,9 +16,9 @@ from worker.settings import SubscriptionSettings, load
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from worker.commands.subscriptions.client import Subscriptions
+    from worker.commands.subscriptions.plan import Plan, Wanted
     from worker.model import Json
-    from worker.subscriptions.client import Subscriptions
-    from worker.subscriptions.plan import Plan, Wanted
 
 
 @click.group(cls=Group)
@@ -84,8 +84,8 @@ def apply_command(*, wait: float, delete_stale: bool, yes: bool, as_json: bool, 
     Applied again, it changes nothing.
     Exits with 4 when commercetools refuses, or cannot deliver.
     """
-    from worker.subscriptions.apply import apply  # noqa: PLC0415
-    from worker.subscriptions.health import DELIVERS  # noqa: PLC0415
+    from worker.commands.subscriptions.apply import apply  # noqa: PLC0415
+    from worker.commands.subscriptions.health import DELIVERS  # noqa: PLC0415
 
     with _told():
         client, wanted = _opened(**flags)
@@ -116,11 +116,11 @@ def _opened(*, destination: str, key: str, delivery_format: str | None, **flags:
     """Return the client, and what is wanted. Raises SettingsError."""
     from threading import Event  # noqa: PLC0415
 
+    from worker.commands.subscriptions.client import Subscriptions  # noqa: PLC0415
+    from worker.commands.subscriptions.destination import of_queue, parse  # noqa: PLC0415
+    from worker.commands.subscriptions.needs import needs  # noqa: PLC0415
+    from worker.commands.subscriptions.plan import Wanted  # noqa: PLC0415
     from worker.commercetools.client import Commercetools  # noqa: PLC0415
-    from worker.subscriptions.client import Subscriptions  # noqa: PLC0415
-    from worker.subscriptions.destination import of_queue, parse  # noqa: PLC0415
-    from worker.subscriptions.needs import needs  # noqa: PLC0415
-    from worker.subscriptions.plan import Wanted  # noqa: PLC0415
 
     settings = load(SubscriptionSettings, flags)
     secret = settings.destination_secret.get_secret_value().strip()
@@ -132,7 +132,7 @@ def _opened(*, destination: str, key: str, delivery_format: str | None, **flags:
 
 
 def _planned(client: Subscriptions, wanted: Wanted, *, renew: bool) -> Plan:
-    from worker.subscriptions.plan import plan  # noqa: PLC0415
+    from worker.commands.subscriptions.plan import plan  # noqa: PLC0415
 
     return plan(wanted, client.all(), renew=renew)
 
@@ -147,7 +147,7 @@ def _show(plan: Plan, *, as_json: bool) -> None:
 
 def _tell(applied: Json, status: str, *, deleted: int, as_json: bool) -> None:
     """Print what came of it; raise Failed unless it is healthy, or commercetools does not tell."""
-    from worker.subscriptions.health import DELIVERS, explain  # noqa: PLC0415
+    from worker.commands.subscriptions.health import DELIVERS, explain  # noqa: PLC0415
 
     why, todo = explain(status) if status else ("this commercetools does not tell its health", "")
     if as_json:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import click
 import orjson
 
-from worker.cli.base import UNEXPECTED, Command, exit_codes, settings_options
+from worker.cli.options import UNEXPECTED, Command, exit_codes, settings_options
 from worker.errors import Ignored, SettingsError, WorkerError
 from worker.settings import MappingSettings, load
 
@@ -40,8 +40,8 @@ def transform(*, file: BinaryIO, explain: bool, enriched: BinaryIO | None, **fla
     what was looked up, what is sent, what is left out and why, and what becomes of the message. It names fields and
     ids, and holds no personal data; the JSON lines do.
     """
-    from worker.explain import account  # noqa: PLC0415
-    from worker.offline import documents, follow  # noqa: PLC0415
+    from worker.commands.transform.explain import account  # noqa: PLC0415
+    from worker.commands.transform.trace import documents, follow  # noqa: PLC0415
     from worker.runtime.dry_run import operation_line  # noqa: PLC0415
 
     failed = False

@@ -13,8 +13,8 @@ from threading import Condition
 from typing import TYPE_CHECKING
 
 from adapters.base import Failure
-from worker.backfill.progress import Record
-from worker.backfill.records import bodies
+from worker.commands.backfill.progress import Record
+from worker.commands.backfill.records import bodies
 from worker.errors import Rejected, Transient, WorkerError
 from worker.loose import parse_time
 from worker.telemetry.message_log import Notice
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from adapters.base import Delivery
-    from worker.backfill.listing import Listing
-    from worker.backfill.recorder import Recorder
-    from worker.backfill.records import Selection
+    from worker.commands.backfill.listing import Listing
+    from worker.commands.backfill.recorder import Recorder
+    from worker.commands.backfill.records import Selection
     from worker.model import Json
 
 SETTLED_AFTER = 60.0  # seconds since an order's last change; the worker has sent by then what it was told about it

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from worker.commands.subscriptions.destination import Destination, shown
+from worker.commands.subscriptions.health import CONFIGURATION_ERRORS
+from worker.commands.subscriptions.needs import Needs, asked_for
 from worker.errors import SettingsError
 from worker.loose import as_dict, as_text
-from worker.subscriptions.destination import Destination, shown
-from worker.subscriptions.health import CONFIGURATION_ERRORS
-from worker.subscriptions.needs import Needs, asked_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from worker.backfill.listing import listing
-from worker.backfill.progress import Progress
-from worker.backfill.recorder import Recorder
-from worker.backfill.records import as_history
-from worker.backfill.source import Source
-from worker.display import Pace, shown
+from worker.commands.backfill.listing import listing
+from worker.commands.backfill.progress import Progress
+from worker.commands.backfill.queue import Source
+from worker.commands.backfill.recorder import Recorder
+from worker.commands.backfill.records import as_history
+from worker.commands.progress_bar import Pace, shown
 from worker.errors import Transient
 from worker.pipeline import Pipeline
 from worker.runtime.dry_run import print_instead
@@ -20,11 +20,11 @@ from worker.service import Stages
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from worker.backfill.files import Checkpoint, Failures
-    from worker.backfill.listing import Listing
-    from worker.backfill.records import Selection
-    from worker.backfill.settings import BackfillSettings
-    from worker.display import Screen
+    from worker.commands.backfill.checkpoint import Checkpoint, Failures
+    from worker.commands.backfill.listing import Listing
+    from worker.commands.backfill.records import Selection
+    from worker.commands.backfill.settings import BackfillSettings
+    from worker.commands.progress_bar import Screen
     from worker.model import Operation, Sent
 
 

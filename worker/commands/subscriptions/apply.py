@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from worker.commands.subscriptions.client import Conflict
+from worker.commands.subscriptions.plan import plan
 from worker.errors import Transient
-from worker.subscriptions.client import Conflict
-from worker.subscriptions.plan import plan
 
 if TYPE_CHECKING:
+    from worker.commands.subscriptions.client import Subscriptions
+    from worker.commands.subscriptions.plan import Plan
     from worker.model import Json
-    from worker.subscriptions.client import Subscriptions
-    from worker.subscriptions.plan import Plan
 
 TRIES = 5
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from worker.backfill.progress import Progress
+from worker.commands.backfill.progress import Progress
 from worker.errors import SettingsError
 from worker.loose import as_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from worker.backfill.records import Selection
+    from worker.commands.backfill.records import Selection
     from worker.model import Json
 
 

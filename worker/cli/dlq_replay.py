@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapters import Countable, QueueError
-from worker.cli.base import (
+from worker.cli.dlq import choosing, not_found, number_of, opened_dead_letters
+from worker.cli.options import (
     INTERRUPTED,
     UNEXPECTED,
     Command,
@@ -20,16 +21,15 @@ from worker.cli.base import (
     leave_lanes,
     settings_options,
 )
-from worker.cli.dlq import choosing, not_found, number_of, opened_dead_letters
-from worker.dead_letters import entry, type_of
+from worker.commands.dlq.dead_letters import entry, type_of
 from worker.loose import printable
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
     from adapters import DeadLetters
-    from worker.dead_letters import Choice
-    from worker.display import Screen
-    from worker.replay import Replay, Tally
+    from worker.commands.dlq.dead_letters import Choice
+    from worker.commands.dlq.replay import Replay, Tally
+    from worker.commands.progress_bar import Screen
 
 
 @click.command(cls=Command)
@@ -46,8 +46,8 @@ def replay(*, choice: Choice, rate: float | None, canary: bool, dry_run: bool, *
     removed once its effect is in Klaviyo, or if there is nothing to do. What fails again, or is interrupted, stays a
     dead letter. The first goes alone, the canary.
     """
-    from worker.display import Pace, Screen, shown  # noqa: PLC0415 - keeps --help fast
-    from worker.replay import Options, Replay  # noqa: PLC0415
+    from worker.commands.dlq.replay import Options, Replay  # noqa: PLC0415
+    from worker.commands.progress_bar import Pace, Screen, shown  # noqa: PLC0415 - keeps --help fast
 
     interruption = _Interruption()
     with exit_codes():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapters.embedded import EmbeddedQueue
-from worker.dead_letters import each
+from worker.commands.dlq.dead_letters import each
 from worker.sandbox import Sandbox
 from worker.sandbox.notifications import sample_notifications
 from worker.service import Service

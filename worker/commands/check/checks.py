@@ -8,17 +8,17 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from adapters import MissingPolicy, QueueError, QueueURLError, open_queue, scheme_of
-from worker import probe
+from worker.commands.check import bulk_probe as probe
+from worker.commands.check.finding import Finding, failed
+from worker.commands.subscriptions.client import SCOPE, NotPermitted, Subscriptions
+from worker.commands.subscriptions.health import HEALTHY, explain
+from worker.commands.subscriptions.needs import asked_for, needs
+from worker.commands.subscriptions.plan import KEY
 from worker.commercetools import client as ct
 from worker.commercetools.client import Commercetools
 from worker.errors import Misconfigured, Rejected, SettingsError, WorkerError
-from worker.finding import Finding, failed
 from worker.klaviyo.client import Klaviyo
 from worker.loose import as_text, unique
-from worker.subscriptions.client import SCOPE, NotPermitted, Subscriptions
-from worker.subscriptions.health import HEALTHY, explain
-from worker.subscriptions.needs import asked_for, needs
-from worker.subscriptions.plan import KEY
 from worker.transform import HANDLERS
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from worker.loose import as_text
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from worker.backfill.records import Selection
+    from worker.commands.backfill.records import Selection
     from worker.commercetools import client as ct
     from worker.model import Json
 

@@ -20,10 +20,10 @@ from worker.transform import HANDLERS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from worker.commands.transform.trace import Trace
     from worker.commercetools import client as ct
     from worker.mapping import Mapping
     from worker.model import Json, Notification, Operation
-    from worker.offline import Trace
 
 _INDENT, _WIDTH = 15, 110
 _MANY = 8  # names or ids of a kind that are told

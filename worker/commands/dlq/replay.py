@@ -13,7 +13,7 @@ from threading import Condition
 from typing import TYPE_CHECKING
 
 from adapters import scheme_of
-from worker.dead_letters import through
+from worker.commands.dlq.dead_letters import through
 from worker.pipeline import Pipeline
 from worker.runtime.dry_run import print_instead
 from worker.runtime.runner import Runner
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from adapters import DeadLetter, DeadLetterQueue, DeadLetters, Delivery, Failure
-    from worker.dead_letters import Choice
+    from worker.commands.dlq.dead_letters import Choice
     from worker.model import Job
     from worker.settings import Settings
 

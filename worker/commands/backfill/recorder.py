@@ -7,15 +7,15 @@ from threading import RLock
 from typing import TYPE_CHECKING
 
 from adapters.base import Failure
-from worker.backfill.source import Message
+from worker.commands.backfill.queue import Message
 from worker.telemetry.message_log import Telemetry, log, outcome_name
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from worker.backfill.files import Checkpoint, Failures
-    from worker.backfill.progress import Progress, Record
+    from worker.commands.backfill.checkpoint import Checkpoint, Failures
+    from worker.commands.backfill.progress import Progress, Record
     from worker.model import Job
 
 SAVE_EVERY = 2.0  # seconds
