@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from worker.sandbox import copies, sample_shop
+from worker.sandbox import sample_shop
+from worker.sandbox.commercetools import copies
 from worker.sandbox.notifications import bare, change, message, payload_not_included
 
 if TYPE_CHECKING:

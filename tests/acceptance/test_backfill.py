@@ -11,8 +11,8 @@ from tests.acceptance.conftest import Worker
 from tests.acceptance.test_run import stop, wait_for
 from tests.integration.test_backfill import backfill, signals_are_pytests  # noqa: F401 - a fixture
 from worker.sandbox import Sandbox
+from worker.sandbox.commercetools.shop import Shop, sample_shop
 from worker.sandbox.notifications import change, message
-from worker.sandbox.shop import Shop, sample_shop
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ import pytest
 from tests.acceptance.conftest import NOT_MEASURED, Worker, log_lines
 from tests.acceptance.test_run import wait_for
 from worker.sandbox import Fault, Sandbox
-from worker.sandbox.account import Account
+from worker.sandbox.klaviyo.account import Account
 from worker.sandbox.notifications import message
 
 if TYPE_CHECKING:

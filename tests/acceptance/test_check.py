@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from worker.sandbox import Fault, Sandbox
-from worker.sandbox.account import Account
+from worker.sandbox.klaviyo.account import Account
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

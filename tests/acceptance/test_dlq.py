@@ -27,7 +27,7 @@ from worker.cli.options import INTERRUPTED
 from worker.commands.dlq import replay
 from worker.commands.dlq.dead_letters import Choice
 from worker.sandbox import Fault, Sandbox
-from worker.sandbox.account import Account
+from worker.sandbox.klaviyo.account import Account
 from worker.sandbox.notifications import message
 
 if TYPE_CHECKING:

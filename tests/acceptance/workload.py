@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
+from worker.sandbox.commercetools.shop import uid
 from worker.sandbox.notifications import bare, change, cloudevent, event_grid, eventbridge, message, sns
-from worker.sandbox.shop import uid
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -15,9 +15,9 @@ from tests.acceptance.conftest import NOT_MEASURED, Worker
 from tests.acceptance.workload import Sent, Workload
 from tests.rigs import RIGS
 from worker.sandbox import Fault, Sandbox
-from worker.sandbox.account import Account
+from worker.sandbox.commercetools.shop import uid
+from worker.sandbox.klaviyo.account import Account
 from worker.sandbox.notifications import bare, message, sns
-from worker.sandbox.shop import uid
 
 if TYPE_CHECKING:
     import subprocess

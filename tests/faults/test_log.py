@@ -10,8 +10,8 @@ from tests.faults import scenarios
 from tests.faults.harness import Scenario, Stage
 from tests.rigs.embedded import Embedded
 from worker.sandbox import Fault, Sandbox, sample_shop
-from worker.sandbox.commercetools import CLIENT_SECRET
-from worker.sandbox.klaviyo import KEY
+from worker.sandbox.commercetools.api import CLIENT_SECRET
+from worker.sandbox.klaviyo.api import KEY
 from worker.sandbox.notifications import sample_notifications
 
 if TYPE_CHECKING:

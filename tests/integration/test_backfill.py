@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from worker.cli import main
 from worker.commercetools.client import PAGE
 from worker.sandbox import Fault, Sandbox
+from worker.sandbox.commercetools.shop import Shop, uid
 from worker.sandbox.notifications import message
-from worker.sandbox.shop import Shop, uid
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ from tests.sending import Sender
 from worker.errors import Rejected, Transient
 from worker.model import Operation
 from worker.sandbox import Fault, Sandbox
-from worker.sandbox.account import Account
+from worker.sandbox.klaviyo.account import Account
 from worker.transform.events import event
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from worker import send
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.model import Kind, Operation
 from worker.sandbox import Fault, Sandbox
-from worker.sandbox.account import Account
+from worker.sandbox.klaviyo.account import Account
 from worker.send import jobs
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from worker.commercetools.client import (
 )
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient
 from worker.sandbox import Fault, Sandbox
-from worker.sandbox.shop import uid
+from worker.sandbox.commercetools.shop import uid
 
 if TYPE_CHECKING:
     from worker.commercetools.client import Found
@@ -128,7 +128,7 @@ def test_one_refused_value_does_not_hurt_the_others(sandbox: Sandbox) -> None:
 
     def refusing(request):
         if any("BAD" in where for where in request.query.get("where", [])):
-            from worker.sandbox.commercetools import problem
+            from worker.sandbox.commercetools.api import problem
             from worker.sandbox.server import Answer
 
             return Answer(400, problem(400))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from worker.errors import Transient
 from worker.klaviyo.rate_limits import LONGEST_WAIT, Limits
-from worker.sandbox.limiter import Limiter, Throttled
+from worker.sandbox.klaviyo.rate_limits import Limiter, Throttled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

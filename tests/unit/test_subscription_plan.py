@@ -15,7 +15,7 @@ from worker.commands.subscriptions.health import explain
 from worker.commands.subscriptions.needs import asked_for, needs
 from worker.commands.subscriptions.plan import Wanted, plan
 from worker.errors import SettingsError
-from worker.sandbox.subscriptions import Subscriptions
+from worker.sandbox.commercetools.subscriptions import Subscriptions
 from worker.transform import HANDLERS
 
 PUBSUB = "pubsub://my-project/klaviyo-worker"

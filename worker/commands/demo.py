@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from worker.model import Job
-    from worker.sandbox.account import Account
+    from worker.sandbox.klaviyo.account import Account
     from worker.sandbox.notifications import Sample
 
 _TITLE = 62  # columns

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from worker.sandbox.commercetools.shop import Shop, sample_shop
 from worker.sandbox.sandbox import Sandbox
 from worker.sandbox.server import Fault
-from worker.sandbox.shop import Shop, sample_shop
 
 __all__ = ["Fault", "Sandbox", "Shop", "sample_shop"]

@@ -8,8 +8,8 @@ import shlex
 import signal
 
 from worker.sandbox import Sandbox
-from worker.sandbox.account import BULK_REPEATS, Account
-from worker.sandbox.copies import IDS
+from worker.sandbox.commercetools.copies import IDS
+from worker.sandbox.klaviyo.account import BULK_REPEATS, Account
 
 
 def _parser() -> argparse.ArgumentParser:

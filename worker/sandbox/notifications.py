@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from worker.sandbox.shop import Json, reference, uid
+from worker.sandbox.commercetools.shop import Json, reference, uid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from worker.sandbox.shop import Shop
+    from worker.sandbox.commercetools.shop import Shop
 
 PROJECT = "sandbox-shop"
 _AT = "2026-11-23T10:00:00.123Z"

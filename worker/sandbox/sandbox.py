@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Self
 
 import orjson
 
-from worker.sandbox import commercetools, klaviyo
-from worker.sandbox.account import Account
+from worker.sandbox.commercetools import api as commercetools
+from worker.sandbox.commercetools.shop import sample_shop
+from worker.sandbox.klaviyo import api as klaviyo
+from worker.sandbox.klaviyo.account import Account
 from worker.sandbox.server import Server
-from worker.sandbox.shop import sample_shop
 
 if TYPE_CHECKING:
-    from worker.sandbox.shop import Shop
+    from worker.sandbox.commercetools.shop import Shop
 
 
 class Sandbox:

@@ -8,7 +8,7 @@ import orjson
 import pytest
 import urllib3
 
-from worker.sandbox.klaviyo import KEY
+from worker.sandbox.klaviyo.api import KEY
 
 if TYPE_CHECKING:
     from worker.sandbox import Sandbox

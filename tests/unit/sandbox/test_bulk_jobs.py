@@ -9,8 +9,9 @@ import pytest
 
 from tests.unit.sandbox.conftest import Caller
 from tests.unit.sandbox.test_klaviyo_rules import ITEM, VARIANT, of_item, pointer
-from worker.sandbox import Sandbox, jobs
-from worker.sandbox.account import PREFIX, Account
+from worker.sandbox import Sandbox
+from worker.sandbox.klaviyo import jobs
+from worker.sandbox.klaviyo.account import PREFIX, Account
 
 PROFILES = "/api/profile-bulk-import-jobs"
 PLURAL = {"item": "items", "variant": "variants", "category": "categories"}

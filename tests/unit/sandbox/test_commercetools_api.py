@@ -11,8 +11,8 @@ import pytest
 import urllib3
 
 from worker.sandbox import Sandbox
-from worker.sandbox.commercetools import CLIENT_ID, CLIENT_SECRET, PROJECT
-from worker.sandbox.shop import uid
+from worker.sandbox.commercetools.api import CLIENT_ID, CLIENT_SECRET, PROJECT
+from worker.sandbox.commercetools.shop import uid
 
 BASIC = f"{CLIENT_ID}:{CLIENT_SECRET}"
 GRANT = {"grant_type": "client_credentials"}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.unit.sandbox.test_commercetools_api import Caller, names
 from worker.sandbox import Sandbox, sample_shop
-from worker.sandbox.copies import Copies
-from worker.sandbox.predicate import matches
+from worker.sandbox.commercetools.copies import Copies
+from worker.sandbox.commercetools.predicate import matches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from tests.unit.sandbox.conftest import HEADERS, Caller
 from worker.sandbox import Fault, Sandbox
-from worker.sandbox.account import PREFIX, Account
-from worker.sandbox.klaviyo import KEY, Klaviyo
+from worker.sandbox.klaviyo.account import PREFIX, Account
+from worker.sandbox.klaviyo.api import KEY, Klaviyo
 from worker.sandbox.server import Call
 
 

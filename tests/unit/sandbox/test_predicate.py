@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.sandbox.predicate import PredicateError, matches
+from worker.sandbox.commercetools.predicate import PredicateError, matches
 
 ORDER = {
     "id": "o-1",

@@ -21,7 +21,7 @@ import urllib3
 from tests.unit.sandbox.conftest import HEADERS, Caller
 from tests.unit.sandbox.test_klaviyo_rules import BULK, bulk, event, profile
 from worker.sandbox import Fault, Sandbox
-from worker.sandbox.limiter import Limiter, Throttled
+from worker.sandbox.klaviyo.rate_limits import Limiter, Throttled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

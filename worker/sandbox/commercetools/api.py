@@ -11,14 +11,14 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
-from worker.sandbox.copies import Copies
-from worker.sandbox.predicate import PredicateError, matches
+from worker.sandbox.commercetools.copies import Copies
+from worker.sandbox.commercetools.predicate import PredicateError, matches
+from worker.sandbox.commercetools.subscriptions import Refused, Subscriptions
 from worker.sandbox.server import Answer
-from worker.sandbox.subscriptions import Refused, Subscriptions
 
 if TYPE_CHECKING:
+    from worker.sandbox.commercetools.shop import Shop
     from worker.sandbox.server import Call
-    from worker.sandbox.shop import Shop
 
 PROJECT = "sandbox-shop"
 CLIENT_ID, CLIENT_SECRET = "sandbox-client", "sandbox-client-secret"

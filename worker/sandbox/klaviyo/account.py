@@ -7,8 +7,8 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from worker.sandbox.catalog import PREFIX, Catalog, Json
-from worker.sandbox.rules import (
+from worker.sandbox.klaviyo.catalog import PREFIX, Catalog, Json
+from worker.sandbox.klaviyo.rules import (
     BULK_ENTRY,
     IDENTIFIERS,
     Refused,

@@ -10,13 +10,13 @@ from queue import SimpleQueue
 from threading import RLock, Thread
 from typing import TYPE_CHECKING
 
-from worker.sandbox.catalog import PREFIX
-from worker.sandbox.rules import Refused
+from worker.sandbox.klaviyo.catalog import PREFIX
+from worker.sandbox.klaviyo.rules import Refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.sandbox.catalog import Json
+    from worker.sandbox.klaviyo.catalog import Json
 
 MAX_JOBS = 500  # of the catalog, in progress
 _JOB_EXPIRES = 7 * 24 * 3600  # seconds

@@ -7,14 +7,14 @@ from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from worker.sandbox.predicate import literals
-from worker.sandbox.shop import Json, uid
+from worker.sandbox.commercetools.predicate import literals
+from worker.sandbox.commercetools.shop import Json, uid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from worker.sandbox.predicate import Literal, Path, Predicate
-    from worker.sandbox.shop import Shop
+    from worker.sandbox.commercetools.predicate import Literal, Path, Predicate
+    from worker.sandbox.commercetools.shop import Shop
 
 IDS = (
     "order-1, customer-1, product-1 and inventory-entry-1, and so on, up to N. An order has three lines and is of "

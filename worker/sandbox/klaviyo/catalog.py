@@ -6,7 +6,7 @@ from collections import defaultdict
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from worker.sandbox.rules import Refused, check_catalog, invalid, references
+from worker.sandbox.klaviyo.rules import Refused, check_catalog, invalid, references
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,9 +9,9 @@ from urllib.parse import unquote, urlencode
 
 import orjson
 
-from worker.sandbox.jobs import Job, Jobs
-from worker.sandbox.limiter import Limiter, Throttled
-from worker.sandbox.rules import (
+from worker.sandbox.klaviyo.jobs import Job, Jobs
+from worker.sandbox.klaviyo.rate_limits import Limiter, Throttled
+from worker.sandbox.klaviyo.rules import (
     MAX_PROFILE,
     MB,
     Refused,
@@ -26,8 +26,8 @@ from worker.sandbox.server import Answer, template
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from worker.sandbox.account import Account
-    from worker.sandbox.catalog import Json
+    from worker.sandbox.klaviyo.account import Account
+    from worker.sandbox.klaviyo.catalog import Json
     from worker.sandbox.server import Call
 
 KEY = "pk_sandbox_key"
