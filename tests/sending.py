@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from worker.errors import WorkerError
     from worker.model import Operation
-    from worker.send.client import Client
+    from worker.send.bulk import Client
 
 
 class Sender(send.Sender):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from worker.commercetools import client as ct
 from worker.errors import Misconfigured, Rejected, Transient, WorkerError
-from worker.loose import as_dict, as_dicts, as_int, as_text, parse_time, pick_ids, unique
+from worker.json_access import as_dict, as_dicts, as_int, as_text, parse_time, pick_ids, unique
 from worker.model import Enriched, Json, Notification
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from worker.errors import Rejected, Transient
 from worker.model import Operation
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import Account
-from worker.transform.events import event
+from worker.transform.order_events import event
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -30,7 +30,7 @@ from worker.errors import Ignored, Rejected, SettingsError, Transient
 from worker.model import Disposition, Job, Kind, Operation, Outcome
 from worker.parse import parse
 from worker.send.events import body_of
-from worker.transform.events import event
+from worker.transform.order_events import event
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,12 +14,12 @@ from tests.unit.test_runner import wait_for
 from worker.errors import Outage, Rejected, Transient, WorkerError
 from worker.model import Json, Kind, Operation
 from worker.send import events
-from worker.transform.events import event as event_operation
+from worker.transform.order_events import event as event_operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from worker.send.client import Body
+    from worker.send.bulk import Body
 
 WAIT = 30.0
 

@@ -16,7 +16,7 @@ from tests.burying import bury
 from tests.conftest import FakeDelivery
 from worker.commands.dlq import dead_letters
 from worker.commands.dlq.dead_letters import Choice, body_text, each, entry, json_line, parse_since, through
-from worker.loose import printable
+from worker.json_access import printable
 from worker.sandbox.notifications import message
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from tests.unit.test_parse import ENVELOPES, json_values, near_notifications
 from worker.cli import main
 from worker.commands.transform.explain import account
 from worker.commands.transform.trace import Trace, follow
-from worker.loose import printable
+from worker.json_access import printable
 from worker.mapping import Mapping, load_mapping
 
 ORDER = {"id": "o", "customerEmail": "ada@example.com", "totalPrice": {"centAmount": 100, "currencyCode": "EUR"}}

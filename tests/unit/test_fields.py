@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_parse import json_values
-from worker.loose import pick_ids
+from worker.json_access import pick_ids
 from worker.mapping import Mapping, Properties
 from worker.transform import fields
-from worker.transform.limits import MAX_ARRAY, MAX_PROPERTIES, MAX_TEXT_BYTES, fit
 from worker.transform.prices import catalog_price, price_texts
+from worker.transform.size_limits import MAX_ARRAY, MAX_PROPERTIES, MAX_TEXT_BYTES, fit
 
 
 def cents(amount: int, currency: str = "EUR", digits: int = 2) -> dict[str, object]:

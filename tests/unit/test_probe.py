@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from worker.model import Json
-    from worker.send.client import Body
+    from worker.send.bulk import Body
 
 Calls = list[list[str]]
 

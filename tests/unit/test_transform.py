@@ -11,7 +11,7 @@ from worker.errors import Ignored
 from worker.mapping import Mapping
 from worker.model import Enriched, Notification
 from worker.transform import transform
-from worker.transform.events import event
+from worker.transform.order_events import event
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 

@@ -27,7 +27,7 @@ from worker.commands.dlq.dead_letters import (
     through,
     type_of,
 )
-from worker.loose import printable
+from worker.json_access import printable
 from worker.settings import QueueSettings, load
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from worker.cli.options import (
     settings_options,
 )
 from worker.commands.dlq.dead_letters import entry, type_of
-from worker.loose import printable
+from worker.json_access import printable
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:

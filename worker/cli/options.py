@@ -14,7 +14,7 @@ import click
 
 from adapters import QueueAdapter, QueueError, QueueURLError, open_queue
 from worker.errors import Misconfigured, SettingsError
-from worker.loose import printable
+from worker.json_access import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

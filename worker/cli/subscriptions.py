@@ -10,7 +10,7 @@ import orjson
 
 from worker.cli.options import COMMERCETOOLS, Failed, Group, exit_codes, settings_options
 from worker.errors import SettingsError, WorkerError
-from worker.loose import printable
+from worker.json_access import printable
 from worker.settings import SubscriptionSettings, load
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from worker.errors import CommercetoolsMisconfigured, Rejected, Transient, Worke
 from worker.http import transport as http
 from worker.http.chunks import chunked
 from worker.http.circuit_breaker import Gates
-from worker.loose import as_dict, as_dicts, as_int, as_text, pick_ids
+from worker.json_access import as_dict, as_dicts, as_int, as_text, pick_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator

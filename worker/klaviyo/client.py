@@ -17,8 +17,8 @@ from openapi_client.rest import RESTClientObject
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.http import transport as http
 from worker.http.circuit_breaker import Gates
+from worker.json_access import as_dict, as_dicts, as_text
 from worker.klaviyo.rate_limits import Limits, Standing
-from worker.loose import as_dict, as_dicts, as_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import urllib3
 
     from worker.model import Json
-    from worker.send.client import Body
+    from worker.send.bulk import Body
     from worker.settings import Settings
 
 REVISION = "2026-07-15"  # what our bodies are written for; the SDK's own is newer and moves with it

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 import orjson
 
-from worker.loose import printable
+from worker.json_access import printable
 from worker.model import Sent
 from worker.send import request_for
 

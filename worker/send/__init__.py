@@ -12,15 +12,15 @@ from worker.model import Kind, Operation, Sent
 from worker.send.catalog import BulkCatalog
 from worker.send.events import BulkEvents
 from worker.send.jobs import Jobs
+from worker.send.one_by_one import Single
 from worker.send.profiles import BulkProfiles
 from worker.send.requests import Request, request_for
-from worker.send.single import Single
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
     from threading import Event
 
-    from worker.send.client import Client
+    from worker.send.bulk import Client
     from worker.send.events import Mode
 
 __all__ = ["Request", "Sender", "request_for"]

@@ -10,9 +10,9 @@ import orjson
 
 from worker.errors import Rejected, WorkerError
 from worker.http.chunks import chunked
-from worker.loose import as_text
+from worker.json_access import as_text
 from worker.model import Json, Kind, Operation, Sent
-from worker.send.client import completed, pages
+from worker.send.bulk import completed, pages
 from worker.send.jobs import Entry, JobKind
 from worker.send.requests import COLLECTION, entry_path, update_of
 from worker.transform.catalog import catalog_id, external_id
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from concurrent.futures import Executor
 
-    from worker.send.client import Client, OneByOne
+    from worker.send.bulk import Client, OneByOne
     from worker.send.jobs import Jobs
-    from worker.send.single import Single
+    from worker.send.one_by_one import Single
 
 MAX_ENTRIES = 100  # of a job: https://developers.klaviyo.com/en/reference/bulk_create_catalog_items
 MAX_FILTER_BYTES = 6_000  # of a lookup, percent-encoded; keeps the URI under the 8 KB that proxies take

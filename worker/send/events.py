@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Literal
 import orjson
 
 from worker.errors import Transient, WorkerError
-from worker.loose import as_dict, as_text
+from worker.json_access import as_dict, as_text
 from worker.model import Kind, Operation, Sent
-from worker.send.client import completed
+from worker.send.bulk import completed
 from worker.send.narrow import narrow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from worker.send.client import Client, OneByOne
+    from worker.send.bulk import Client, OneByOne
 
 MAX_EVENTS, MAX_BYTES = 1_000, 5_000_000  # of a call: https://developers.klaviyo.com/en/reference/bulk_create_events
 _REMEMBERED = 50_000  # events sent last, at least; one that is forgotten could be doubled

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient, WorkerError
 from worker.http.chunks import chunked
-from worker.loose import as_dict, as_dicts, as_int, as_text
+from worker.json_access import as_dict, as_dicts, as_int, as_text
 from worker.model import Json, Sent
-from worker.send.client import pages
+from worker.send.bulk import pages
 from worker.send.narrow import narrow
 from worker.telemetry.message_log import Notice
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from threading import Event
 
-    from worker.send.client import Client
+    from worker.send.bulk import Client
 
 MAX_BYTES = 5_000_000  # of a call: https://developers.klaviyo.com/en/reference/bulk_import_profiles
 _AROUND = 200  # bytes of a call around its entries, at most

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from worker.identifiers import BY_STRENGTH
-from worker.loose import as_text
+from worker.json_access import as_text
 from worker.model import Json, Kind, Operation, Sent
-from worker.send.client import completed
+from worker.send.bulk import completed
+from worker.send.identifiers import BY_STRENGTH
 from worker.send.jobs import PROFILES, Entry, JobKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from worker.send.client import OneByOne
+    from worker.send.bulk import OneByOne
     from worker.send.jobs import Jobs
 
 _JOB = JobKind(PROFILES, "profiles", 10_000)  # https://developers.klaviyo.com/en/reference/bulk_import_profiles

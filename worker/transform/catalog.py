@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from worker.loose import as_text
+from worker.json_access import as_text
 from worker.model import Json, Kind, Operation
 from worker.transform import fields
 

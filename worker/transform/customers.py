@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from worker.errors import Ignored
-from worker.loose import as_dict, as_dicts, as_text
+from worker.json_access import as_dict, as_dicts, as_text
 from worker.model import Json, Kind, Operation
 from worker.transform import fields
-from worker.transform.limits import PROFILE_BYTES, fit
 from worker.transform.registry import handles
+from worker.transform.size_limits import PROFILE_BYTES, fit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

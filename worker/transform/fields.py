@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import phonenumbers
 
-from worker.loose import as_dict, as_dicts, as_int, as_text, parse_time
+from worker.json_access import as_dict, as_dicts, as_int, as_text, parse_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from worker.errors import Ignored
-from worker.loose import as_text
+from worker.json_access import as_text
 from worker.model import Kind, Operation
 from worker.transform.catalog import catalog_id
 from worker.transform.products import product_operations, quantity

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from worker.errors import Ignored, Rejected
-from worker.loose import as_dict, as_dicts, as_text
+from worker.json_access import as_dict, as_dicts, as_text
 from worker.transform import fields
-from worker.transform.events import all_line_properties, event, identifiers, left_out, order_properties
+from worker.transform.order_events import all_line_properties, event, identifiers, left_out, order_properties
 from worker.transform.registry import handles
 
 if TYPE_CHECKING:

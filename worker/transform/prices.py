@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from worker.loose import as_dict, as_dicts, as_text, parse_time
+from worker.json_access import as_dict, as_dicts, as_text, parse_time
 from worker.transform.fields import currency, money
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import orjson
 
 from worker.commands.backfill.progress import Progress
 from worker.errors import SettingsError
-from worker.loose import as_text
+from worker.json_access import as_text
 
 if TYPE_CHECKING:
     from pathlib import Path

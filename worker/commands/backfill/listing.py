@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from worker.commercetools.client import PAGE
 from worker.errors import Rejected, Transient, WorkerError
-from worker.loose import as_text
+from worker.json_access import as_text
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

@@ -16,7 +16,7 @@ from adapters.base import Failure
 from worker.commands.backfill.progress import Record
 from worker.commands.backfill.records import bodies
 from worker.errors import Rejected, Transient, WorkerError
-from worker.loose import parse_time
+from worker.json_access import parse_time
 from worker.telemetry.message_log import Notice
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from worker.commercetools import client as ct
-from worker.loose import as_dict, as_text, pick_ids
+from worker.json_access import as_dict, as_text, pick_ids
 from worker.model import Json, Kind, Operation
 
 if TYPE_CHECKING:

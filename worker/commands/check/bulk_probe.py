@@ -14,15 +14,15 @@ from urllib.parse import quote
 from uuid import uuid4
 
 from worker.errors import Rejected
-from worker.loose import as_dict, as_dicts, as_text
+from worker.json_access import as_dict, as_dicts, as_text
 from worker.send import events as bulk
-from worker.transform.events import event
+from worker.transform.order_events import event
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from worker.model import Json
-    from worker.send.client import Client
+    from worker.send.bulk import Client
 
 PROFILE, METRIC = "klaviyo-worker-probe", "klaviyo-worker probe"
 SCOPES = {"profiles:read": "/api/profiles", "events:read": "/api/events"}  # besides events:write

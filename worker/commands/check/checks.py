@@ -17,8 +17,8 @@ from worker.commands.subscriptions.plan import KEY
 from worker.commercetools import client as ct
 from worker.commercetools.client import Commercetools
 from worker.errors import Misconfigured, Rejected, SettingsError, WorkerError
+from worker.json_access import as_text, unique
 from worker.klaviyo.client import Klaviyo
-from worker.loose import as_text, unique
 from worker.transform import HANDLERS
 
 if TYPE_CHECKING:

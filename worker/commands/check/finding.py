@@ -8,7 +8,7 @@ from typing import Literal
 
 import orjson
 
-from worker.loose import printable
+from worker.json_access import printable
 
 Status = Literal["ok", "failed", "skipped"]
 _SHOWN: dict[Status, str] = {"ok": "OK", "failed": "FAIL", "skipped": "SKIP"}

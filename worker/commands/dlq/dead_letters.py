@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from worker.errors import Ignored, WorkerError
-from worker.loose import printable
+from worker.json_access import printable
 from worker.parse import parse
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from worker.commands.subscriptions.health import HEALTHY
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient, WorkerError
-from worker.loose import as_dict, as_dicts, as_text, printable
+from worker.json_access import as_dict, as_dicts, as_text, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

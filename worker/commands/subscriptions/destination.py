@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from worker.errors import SettingsError
-from worker.loose import as_text
+from worker.json_access import as_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from worker.loose import as_dicts, as_text, unique
+from worker.json_access import as_dicts, as_text, unique
 from worker.transform import HANDLERS
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from worker.commands.subscriptions.destination import Destination, shown
 from worker.commands.subscriptions.health import CONFIGURATION_ERRORS
 from worker.commands.subscriptions.needs import Needs, asked_for
 from worker.errors import SettingsError
-from worker.loose import as_dict, as_text
+from worker.json_access import as_dict, as_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

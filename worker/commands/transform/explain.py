@@ -11,7 +11,7 @@ from textwrap import TextWrapper
 from typing import TYPE_CHECKING
 
 from worker.errors import Ignored, Rejected
-from worker.loose import as_dict, as_dicts, printable, unique
+from worker.json_access import as_dict, as_dicts, printable, unique
 from worker.model import Disposition, Kind
 from worker.parse import layers
 from worker.send import request_for

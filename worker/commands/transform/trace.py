@@ -11,7 +11,7 @@ import orjson
 from worker.commercetools import client as ct
 from worker.enrich import Enricher
 from worker.errors import Ignored, WorkerError
-from worker.loose import as_dicts
+from worker.json_access import as_dicts
 from worker.parse import parse
 from worker.transform import handler_for, transform
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
-from worker.loose import as_dict, as_dicts, as_text
+from worker.json_access import as_dict, as_dicts, as_text
 from worker.model import Json, Operation, Sent
 
 Body = Json | bytes | Callable[[], bytes] | None

@@ -10,10 +10,10 @@ import cachetools
 import orjson
 
 from worker.errors import Rejected, Transient, WorkerError
-from worker.identifiers import BY_STRENGTH, invalid_identifier, without
-from worker.loose import as_text
+from worker.json_access import as_text
 from worker.model import Json, Kind, Operation, Sent
-from worker.send.client import pages
+from worker.send.bulk import pages
+from worker.send.identifiers import BY_STRENGTH, invalid_identifier, without
 from worker.send.requests import COLLECTION, deletion, entry_path, update_of
 from worker.telemetry.message_log import log
 from worker.transform.catalog import external_id
@@ -21,7 +21,7 @@ from worker.transform.catalog import external_id
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.send.client import Client
+    from worker.send.bulk import Client
 
 _REMEMBERED, _REMEMBERED_SECONDS = 50_000, 600.0  # catalog entries known to exist; forgetting one costs a call
 _NOT_FOUND, _CONFLICT = 404, 409

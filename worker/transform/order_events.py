@@ -7,10 +7,10 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import Rejected
-from worker.loose import as_dict, as_dicts, as_int, as_text, unique
+from worker.json_access import as_dict, as_dicts, as_int, as_text, unique
 from worker.model import Json, Kind, Operation
 from worker.transform import fields
-from worker.transform.limits import fit
+from worker.transform.size_limits import fit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
