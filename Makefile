@@ -23,6 +23,7 @@ check: lint types test ## what CI runs: ruff, mypy --strict, all tests
 lint: $(VENV)/ready ## ruff (rules and format), hadolint, and whether generated docs are up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m cogapp --check docs/*.md
 	$(BIN)/hadolint Dockerfile
 
@@ -63,7 +64,7 @@ ct-mock: $(VENV)/ready ## install, with npm, a stand-in for commercetools that o
 	npm install --prefix $(VENV)/commercetools-mock --no-save --no-audit --no-fund @labdigital/commercetools-mock@4.4.0
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 $(VENV)/ready: $(VENV)/packages $(VENV)/fauxqs
 	@touch $@

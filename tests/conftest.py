@@ -18,7 +18,7 @@ from tests.emulator import Emulator, missing
 from tests.parts import require
 from tests.rigs import RIGS, rig_type
 from worker.sandbox import Sandbox
-from worker.telemetry.message_log import log
+from worker.telemetry.log import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from worker.errors import WorkerError
+    from worker.klaviyo.client import KlaviyoClient
     from worker.model import Operation
-    from worker.send.bulk import Client
 
 
 class Sender(send.Sender):
     """The worker's own."""
 
-    def __init__(self, client: Client, concurrency: int, **more: Any) -> None:
+    def __init__(self, client: KlaviyoClient, concurrency: int, **more: Any) -> None:
         super().__init__(client, concurrency, Event(), **more)
 
     def send(self, operations: Sequence[Operation]) -> list[WorkerError | None]:  # type: ignore[override]

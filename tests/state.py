@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from worker.klaviyo.rate_limits import Standing
+from worker.telemetry.state import RateLimitStatus
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ _WELL = {
     "is_alive": True,
     "is_stopping": False,
     "at_work": {"events": [12, 0], "profiles": [0, 1], "catalog": [0, 0]},
-    "limits": {"POST /api/events": Standing(350.0, 3500.0, 3100.0, 0.25, 2900.0, 2)},
+    "limits": {"POST /api/events": RateLimitStatus(350.0, 3500.0, 3100.0, 0.25, 2900.0, 2)},
 }
 
 
@@ -77,5 +77,5 @@ class FakeState:
     def at_work(self) -> Mapping[str, Sequence[int]]:
         return dict(self._tell("at_work"))
 
-    def limits(self) -> Mapping[str, Standing]:
+    def limits(self) -> Mapping[str, RateLimitStatus]:
         return dict(self._tell("limits"))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from worker.commercetools import client as ct
+from worker.commercetools import queries
 from worker.errors import Misconfigured, Rejected, Transient, WorkerError
 from worker.json_access import as_dict, as_dicts, as_int, as_text, parse_time, pick_ids, unique
 from worker.model import Enriched, Json, Notification
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 READ_LAG = 5.0  # seconds in which a change may not be readable yet
 
-Ask = tuple[ct.Query, Iterable[str]]
+Ask = tuple[queries.Query, Iterable[str]]
 Plan = Generator[Sequence[Ask], None, Enriched]
 Result = Enriched | WorkerError
 
@@ -37,7 +37,7 @@ class Enricher:
 
     def __init__(
         self,
-        reader: ct.Reader,
+        reader: queries.Reader,
         mapping: Mapping,
         *,
         read_lag: float = READ_LAG,
@@ -55,20 +55,20 @@ class Enricher:
         plans = [PLANS[n.resource_type](Enriched(n, now), known) for n in notifications]
         results: list[Result | None] = [None] * len(plans)
         while pending := [index for index, result in enumerate(results) if result is None]:
-            asks: dict[ct.Query, set[str]] = defaultdict(set)
+            asks: dict[queries.Query, set[str]] = defaultdict(set)
             for index in pending:
                 results[index] = _advance(plans[index], asks)
             self._answer(asks, known)
         return [result for result in results if result is not None]
 
-    def _answer(self, asks: dict[ct.Query, set[str]], known: _Known) -> None:
+    def _answer(self, asks: dict[queries.Query, set[str]], known: _Known) -> None:
         for query, values in asks.items():
             missing = known.missing(query, values)
             if missing:
                 known.learn(query, self._reader.find(query, missing))
 
 
-def _advance(plan: Plan, asks: dict[ct.Query, set[str]]) -> Result | None:
+def _advance(plan: Plan, asks: dict[queries.Query, set[str]]) -> Result | None:
     """Run a plan to its next question, or to its end."""
     try:
         for query, values in next(plan):
@@ -87,26 +87,26 @@ class _Known:
     def __init__(self, mapping: Mapping, read_lag: float) -> None:
         self.mapping = mapping
         self.read_lag = read_lag
-        self._found: dict[ct.Query, ct.Found] = defaultdict(dict)
+        self._found: dict[queries.Query, queries.Found] = defaultdict(dict)
 
-    def missing(self, query: ct.Query, values: set[str]) -> set[str]:
+    def missing(self, query: queries.Query, values: set[str]) -> set[str]:
         return values - self._found[query].keys()
 
-    def learn(self, query: ct.Query, found: ct.Found) -> None:
+    def learn(self, query: queries.Query, found: queries.Found) -> None:
         self._found[query] |= found
 
-    def all(self, query: ct.Query, value: str) -> list[Json]:
+    def all(self, query: queries.Query, value: str) -> list[Json]:
         """Return the resources for a value. Raises why they cannot be had."""
         found = self._found[query].get(value, [])
         if isinstance(found, WorkerError):
             raise found
         return found
 
-    def one(self, query: ct.Query, value: str) -> Json | None:
+    def one(self, query: queries.Query, value: str) -> Json | None:
         """Return the resource for a value, or None. Raises why it cannot be had."""
         return next(iter(self.all(query, value)), None)
 
-    def maybe(self, query: ct.Query, value: str) -> Json | None:
+    def maybe(self, query: queries.Query, value: str) -> Json | None:
         """Return an adornment that no message shall fail for: a refused id is as good as a missing one."""
         try:
             return self.one(query, value)
@@ -118,21 +118,21 @@ def _order(enriched: Enriched, known: _Known) -> Plan:
     notification = enriched.notification
     order = notification.payload.get("order")
     if not isinstance(order, dict):
-        yield [(ct.ORDERS, [notification.resource_id])]
-        order = _existing(ct.ORDERS, enriched, known)
+        yield [(queries.ORDERS, [notification.resource_id])]
+        order = _existing(queries.ORDERS, enriched, known)
     return (yield from _with_order_data(replace(enriched, order=order), known))
 
 
 def _payment(enriched: Enriched, known: _Known) -> Plan:
     notification = enriched.notification
     payment_id = notification.resource_id
-    yield [(ct.PAYMENTS, [payment_id]), (ct.ORDERS_BY_PAYMENT, [payment_id])]
-    payment = _existing(ct.PAYMENTS, enriched, known)
-    orders = sorted(known.all(ct.ORDERS_BY_PAYMENT, payment_id), key=lambda order: as_text(order.get("createdAt")))
+    yield [(queries.PAYMENTS, [payment_id]), (queries.ORDERS_BY_PAYMENT, [payment_id])]
+    payment = _existing(queries.PAYMENTS, enriched, known)
+    orders = sorted(known.all(queries.ORDERS_BY_PAYMENT, payment_id), key=lambda order: as_text(order.get("createdAt")))
     order = orders[0] if orders else None
     customer_id = "" if order else as_text(as_dict(as_dict(payment).get("customer")).get("id"))
-    yield [(ct.CUSTOMERS, [customer_id])]
-    customer = known.maybe(ct.CUSTOMERS, customer_id)
+    yield [(queries.CUSTOMERS, [customer_id])]
+    customer = known.maybe(queries.CUSTOMERS, customer_id)
     enriched = replace(enriched, payment=payment, order=order, customer=customer)
     return (yield from _with_order_data(enriched, known))
 
@@ -144,54 +144,54 @@ def _with_order_data(enriched: Enriched, known: _Known) -> Plan:
     references = [as_dict(info.get("discountCode")) for info in as_dicts(order.get("discountCodes"))]
     codes = pick_ids(references)
     nameless = "" if as_text(order.get("customerEmail")) else as_text(order.get("customerId"))
-    yield [(ct.PRODUCT_CATEGORIES, products), (ct.DISCOUNT_CODES, codes), (ct.CUSTOMERS, [nameless])]
+    yield [(queries.PRODUCT_CATEGORIES, products), (queries.DISCOUNT_CODES, codes), (queries.CUSTOMERS, [nameless])]
     product_categories = {
-        product: pick_ids(as_dict(known.maybe(ct.PRODUCT_CATEGORIES, product)).get("categories"))
+        product: pick_ids(as_dict(known.maybe(queries.PRODUCT_CATEGORIES, product)).get("categories"))
         for product in products
     }
-    categories = yield from _categories(ct.CATEGORY_NAMES, product_categories.values(), known)
+    categories = yield from _categories(queries.CATEGORY_NAMES, product_categories.values(), known)
     return replace(
         enriched,
         product_categories=product_categories,
         categories=categories,
         discount_codes={code: _code(code, known) for code in codes},
-        customer=enriched.customer or known.maybe(ct.CUSTOMERS, nameless),
+        customer=enriched.customer or known.maybe(queries.CUSTOMERS, nameless),
     )
 
 
 def _customer(enriched: Enriched, known: _Known) -> Plan:
     notification = enriched.notification
-    yield [(ct.CUSTOMERS, [notification.resource_id])]
-    return replace(enriched, customer=_existing(ct.CUSTOMERS, enriched, known))
+    yield [(queries.CUSTOMERS, [notification.resource_id])]
+    return replace(enriched, customer=_existing(queries.CUSTOMERS, enriched, known))
 
 
 def _category(enriched: Enriched, known: _Known) -> Plan:
     notification = enriched.notification
-    asks: list[Ask] = [(ct.CATEGORIES, [notification.resource_id])]
+    asks: list[Ask] = [(queries.CATEGORIES, [notification.resource_id])]
     if notification.type == "ResourceUpdated" and known.mapping.category.descendants:
-        asks.append((ct.DESCENDANTS, [notification.resource_id]))
+        asks.append((queries.DESCENDANTS, [notification.resource_id]))
     yield asks
-    category = _existing(ct.CATEGORIES, enriched, known)
-    descendants = known.all(ct.DESCENDANTS, notification.resource_id)[: known.mapping.category.descendants]
+    category = _existing(queries.CATEGORIES, enriched, known)
+    descendants = known.all(queries.DESCENDANTS, notification.resource_id)[: known.mapping.category.descendants]
     ancestors = [pick_ids(entry.get("ancestors")) for entry in (as_dict(category), *descendants)]
-    categories = yield from _categories(ct.CATEGORIES, ancestors, known)
+    categories = yield from _categories(queries.CATEGORIES, ancestors, known)
     return replace(enriched, category=category, descendants=descendants, categories=categories)
 
 
 def _product(enriched: Enriched, known: _Known) -> Plan:
     notification = enriched.notification
-    yield [(ct.PRODUCTS, [notification.resource_id])]
-    product = _existing(ct.PRODUCTS, enriched, known)
+    yield [(queries.PRODUCTS, [notification.resource_id])]
+    product = _existing(queries.PRODUCTS, enriched, known)
     return (yield from _with_product_data(replace(enriched, product=product), known))
 
 
 def _inventory_entry(enriched: Enriched, known: _Known) -> Plan:
     notification = enriched.notification
-    yield [(ct.INVENTORY, [notification.resource_id])]
-    entry = _existing(ct.INVENTORY, enriched, known)
+    yield [(queries.INVENTORY, [notification.resource_id])]
+    entry = _existing(queries.INVENTORY, enriched, known)
     sku = as_text(as_dict(entry).get("sku"))
-    yield [(ct.PRODUCTS_BY_SKU, [sku])]
-    product = known.maybe(ct.PRODUCTS_BY_SKU, sku)
+    yield [(queries.PRODUCTS_BY_SKU, [sku])]
+    product = known.maybe(queries.PRODUCTS_BY_SKU, sku)
     enriched = replace(enriched, inventory_entry=entry, product=product)
     return (yield from _with_product_data(enriched, known))
 
@@ -203,14 +203,14 @@ def _with_product_data(enriched: Enriched, known: _Known) -> Plan:
     product = enriched.product
     variants = [as_dict(product.get("masterVariant")), *as_dicts(product.get("variants"))]
     skus = unique(as_text(variant.get("sku")) for variant in variants)
-    yield [(ct.INVENTORY_BY_SKU, skus)]
+    yield [(queries.INVENTORY_BY_SKU, skus)]
     own = pick_ids(product.get("categories"))
-    categories = yield from _categories(ct.CATEGORY_NAMES, [own], known)
+    categories = yield from _categories(queries.CATEGORY_NAMES, [own], known)
     return replace(
         enriched,
         product_categories={as_text(product.get("id")): own},
         categories=categories,
-        inventory={sku: known.all(ct.INVENTORY_BY_SKU, sku) for sku in skus},
+        inventory={sku: known.all(queries.INVENTORY_BY_SKU, sku) for sku in skus},
     )
 
 
@@ -234,7 +234,7 @@ PLANS: dict[str, Callable[[Enriched, _Known], Plan]] = defaultdict(
 )
 
 
-def _existing(query: ct.Query, enriched: Enriched, known: _Known) -> Json | None:
+def _existing(query: queries.Query, enriched: Enriched, known: _Known) -> Json | None:
     """Return the notification's resource, or None when commercetools has none.
 
     A read may lag behind the message: what is missing or older than the message says is not believed at once.
@@ -259,7 +259,7 @@ def _lags(resource: Json | None, notification: Notification) -> bool:
 
 
 def _categories(
-    query: ct.Query, groups: Iterable[Sequence[str]], known: _Known
+    query: queries.Query, groups: Iterable[Sequence[str]], known: _Known
 ) -> Generator[Sequence[Ask], None, dict[str, Json]]:
     """Return the categories by id, with all their ancestors."""
     ids = unique(category for group in groups for category in group)
@@ -274,6 +274,6 @@ def _categories(
 def _code(code_id: str, known: _Known) -> str:
     """Return a discount code's text. A client without the scope for codes still sends the order."""
     try:
-        return as_text(as_dict(known.maybe(ct.DISCOUNT_CODES, code_id)).get("code"))
+        return as_text(as_dict(known.maybe(queries.DISCOUNT_CODES, code_id)).get("code"))
     except Misconfigured:
         return ""

@@ -17,7 +17,33 @@ Texts are for operators and go to logs and dead letters: no personal data, no se
 
 from __future__ import annotations
 
-from worker.model import Disposition
+from enum import Enum, IntEnum
+
+
+class Disposition(Enum):
+    """What becomes of a delivery: three endings, and two reasons to keep it and try again."""
+
+    ACK = "ack"
+    NACK = "nack"
+    DEAD_LETTER = "dead_letter"
+    HOLD = "hold"  # something is out for the moment; goes back to the queue when that lasts too long
+    PARK = "park"  # the worker is not allowed to work; kept until it is
+
+
+KEPT = frozenset({Disposition.HOLD, Disposition.PARK})
+
+
+class ExitCode(IntEnum):
+    """The exit codes of every command: one for each kind of failure that an operator acts on."""
+
+    OK = 0
+    UNEXPECTED = 1
+    USAGE = 2
+    QUEUE = 3
+    COMMERCETOOLS = 4
+    KLAVIYO = 5
+    SHUTDOWN_TIMED_OUT = 6
+    INTERRUPTED = 7
 
 
 class WorkerError(Exception):
@@ -71,7 +97,7 @@ class Misconfigured(WorkerError):
     """
 
     disposition = Disposition.PARK
-    exit_code = 1
+    exit_code: ExitCode = ExitCode.UNEXPECTED
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
@@ -81,13 +107,13 @@ class Misconfigured(WorkerError):
 class CommercetoolsMisconfigured(Misconfigured):
     """commercetools refuses the credentials, the scope or the project."""
 
-    exit_code = 4
+    exit_code = ExitCode.COMMERCETOOLS
 
 
 class KlaviyoMisconfigured(Misconfigured):
     """Klaviyo refuses the key or its scopes."""
 
-    exit_code = 5
+    exit_code = ExitCode.KLAVIYO
 
 
 class Ignored(Exception):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from worker.errors import KEPT, Disposition
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from datetime import datetime
@@ -15,19 +17,6 @@ if TYPE_CHECKING:
     from worker.errors import WorkerError
 
 Json = dict[str, Any]
-
-
-class Disposition(Enum):
-    """What becomes of a delivery: three endings, and two reasons to keep it and try again."""
-
-    ACK = "ack"
-    NACK = "nack"
-    DEAD_LETTER = "dead_letter"
-    HOLD = "hold"  # something is out for the moment; goes back to the queue when that lasts too long
-    PARK = "park"  # the worker is not allowed to work; kept until it is
-
-
-KEPT = frozenset({Disposition.HOLD, Disposition.PARK})
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from adapters.base import Failure
-from worker.errors import Ignored, Outdated, Rejected, WorkerError
-from worker.model import Disposition, Job, Kind, Lease, Outcome, Sent
+from worker.errors import Disposition, Ignored, Outdated, Rejected, WorkerError
+from worker.model import Job, Kind, Lease, Outcome, Sent
 from worker.parse import parse
-from worker.telemetry.message_log import log
+from worker.telemetry.log import log
 from worker.transform import handler_for, transform
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from worker.pipeline import Pipeline
 from worker.runtime.runner import Runner, ShutdownTimeoutError
 from worker.service import Stages
 from worker.settings import Settings, load
-from worker.telemetry.message_log import Telemetry, configure_logging, log
+from worker.telemetry.log import configure_logging, log
+from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:

@@ -5,28 +5,28 @@ from __future__ import annotations
 import gc
 import os
 from functools import partial
+from importlib.metadata import version
 from threading import Event
 from typing import TYPE_CHECKING
 
-from adapters import Countable, open_queue, scheme_of
+from adapters import open_queue, scheme_of
 from worker.commercetools.cache import Remembered
 from worker.commercetools.client import Commercetools
 from worker.enrich import Enricher
-from worker.health.cached_reading import Sampled
 from worker.health.server import HealthServer
+from worker.health.state import RunningWorkerState
 from worker.health.status import Status
 from worker.health.systemd import Notifier
-from worker.klaviyo.client import Klaviyo
+from worker.klaviyo.client import REVISION, Klaviyo
 from worker.pipeline import Pipeline
 from worker.runtime.dry_run import Peek, print_instead
 from worker.runtime.runner import Runner
 from worker.send import Sender
-from worker.telemetry.message_log import Telemetry, log
+from worker.telemetry.log import log
+from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from adapters import QueueAdapter
     from worker.settings import Settings
 
@@ -63,8 +63,9 @@ class Service:
         send = print_instead if dry_run else stages.sender.send
         pipeline = Pipeline(source, stages.enricher.enrich, send, stages.mapping, self._telemetry)
         self._runner = Runner(source, pipeline, settings, self._telemetry, stages.stopping)
-        self._state = _State(self._runner, queue, settings.threads, stages)
+        self._state = RunningWorkerState(self._runner, queue, settings.threads, stages.commercetools, stages.klaviyo)
         self._telemetry.metrics.watch(self._state)
+        self._telemetry.metrics.set_build_info(version("klaviyo-worker"), REVISION)
         self._systemd = Notifier(self._state, os.environ)
         self._settings = settings
 
@@ -106,37 +107,3 @@ def _collect_garbage_less_often() -> None:
     """Leave alone what start-up made, and look for cycles rarely: JSON has none, and looking costs CPU."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-
-
-class _State:
-    """What health, metrics and status show of a running worker."""
-
-    def __init__(self, runner: Runner, queue: QueueAdapter, lanes: int, stages: Stages) -> None:
-        self._runner = runner
-        self._counts = Sampled(queue.counts if isinstance(queue, Countable) else lambda: (None, None))
-        self._lanes = lanes
-        self._stages = stages
-        self.has_begun = runner.has_begun
-        self.is_alive = runner.is_alive
-        self.is_stopping = runner.is_stopping
-        self.in_flight = runner.in_flight
-        self.waiting = runner.waiting
-        self.oldest_age = runner.oldest_age
-        self.parked = runner.parked
-        self.at_work = runner.at_work
-        self.limits = stages.klaviyo.limits
-
-    def lanes(self) -> int:
-        return self._lanes
-
-    def outages(self) -> Mapping[str, str]:
-        return {
-            "commercetools": self._stages.commercetools.outage(),
-            "klaviyo": self._stages.klaviyo.outage(),
-        }
-
-    def backlog(self) -> int | None:
-        return self._counts.read()[0]
-
-    def dead_letters(self) -> int | None:
-        return self._counts.read()[1]

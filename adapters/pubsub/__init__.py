@@ -1,1 +1,1 @@
-"""pubsub."""
+"""Google Pub/Sub by streaming pull. Read queue.py first."""

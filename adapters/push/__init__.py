@@ -1,1 +1,1 @@
-"""push."""
+"""A Pub/Sub push endpoint for serverless hosts. Read queue.py first."""

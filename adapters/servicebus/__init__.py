@@ -1,1 +1,1 @@
-"""servicebus."""
+"""Azure Service Bus queues and subscriptions. Read queue.py first."""

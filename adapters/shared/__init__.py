@@ -1,1 +1,1 @@
-"""shared."""
+"""What two or more queues use."""

@@ -1,1 +1,1 @@
-"""sqs."""
+"""AWS SQS, polled by the worker or delivered to a Lambda function. Read queue.py first."""

@@ -23,9 +23,9 @@ from tests.acceptance.conftest import Worker
 from tests.burying import REFUSED, bury_at, left_at
 from tests.integration.conftest import settings_for
 from worker.cli import main
-from worker.cli.options import INTERRUPTED
 from worker.commands.dlq import replay
 from worker.commands.dlq.dead_letters import Choice
+from worker.errors import ExitCode
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import Account
 from worker.sandbox.notifications import message
@@ -228,7 +228,7 @@ def test_an_interruption_finishes_what_is_in_flight(
     interrupting.start()
     result = dlq("replay", "--rate", "0.001")
     interrupting.join()
-    assert result.exit_code == INTERRUPTED
+    assert result.exit_code == ExitCode.INTERRUPTED
     assert result.stderr.splitlines()[-1].startswith("Error: interrupted: ")
     assert len(left_at(path)) == 10 - len(orders(sandbox))
     assert dlq("replay").exit_code == 0
@@ -271,7 +271,7 @@ def test_a_signal_before_anything_has_begun_ends_it_at_once(
 
     monkeypatch.setattr("worker.cli.options.open_queue", opening)
     monkeypatch.setattr(os, "_exit", ended)
-    assert dlq("replay").exit_code == INTERRUPTED
+    assert dlq("replay").exit_code == ExitCode.INTERRUPTED
 
 
 def test_a_second_signal_does_not_wait(
@@ -416,7 +416,7 @@ def test_a_look_that_is_interrupted_has_a_code_of_its_own(dlq: Dlq, monkeypatch:
     """As `klaviyo-worker --help` says."""
     monkeypatch.setattr(EmbeddedQueue, "buried_after", Mock(side_effect=KeyboardInterrupt))
     result = dlq("list")
-    assert (result.exit_code, result.stderr) == (INTERRUPTED, "Error: interrupted\n")
+    assert (result.exit_code, result.stderr) == (ExitCode.INTERRUPTED, "Error: interrupted\n")
 
 
 def test_drop_knows_letters_by_more_than_their_ids(dlq: Dlq, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

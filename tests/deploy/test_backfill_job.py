@@ -15,7 +15,7 @@ from tests.deploy.pages import ROOT, page
 from tests.deploy.test_kubernetes import NAMES, PLACEHOLDERS, SECRET_NAMES
 from tests.integration.test_backfill import signals_are_pytests  # noqa: F401 - a fixture
 from worker.cli import main
-from worker.cli import options as base
+from worker.errors import ExitCode
 
 if TYPE_CHECKING:
     from tests.deploy.manifests import Objects
@@ -79,7 +79,12 @@ def test_a_pod_has_a_successor_unless_somebody_must_look(objects: Objects) -> No
     assert pod_of(objects)["restartPolicy"] == "Never"  # the policy needs it
     assert fail["action"] == "FailJob"
     assert fail["onExitCodes"]["containerName"] == pod_of(objects)["containers"][0]["name"]
-    assert set(fail["onExitCodes"]["values"]) == {base.UNEXPECTED, base.USAGE, base.COMMERCETOOLS, base.KLAVIYO}
+    assert set(fail["onExitCodes"]["values"]) == {
+        ExitCode.UNEXPECTED,
+        ExitCode.USAGE,
+        ExitCode.COMMERCETOOLS,
+        ExitCode.KLAVIYO,
+    }
     assert (ignore["action"], ignore["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from adapters.shared.loopback import is_loopback
-from worker.cli.options import SECRETS, USAGE
+from worker.cli.options import SECRETS
+from worker.errors import ExitCode
 from worker.runtime.runner import HEARTBEAT
 from worker.settings import Settings, load
 
@@ -78,7 +79,7 @@ def test_systemd_has_more_patience_than_the_worker() -> None:
     """A stop is never cut short, and exit code 2, which no restart mends, ends the restarts."""
     (stop,), (prevented,), (watchdog,) = map(options, ("TimeoutStopSec", "RestartPreventExitStatus", "WatchdogSec"))
     assert int(stop) > Settings.model_fields["grace_period"].default
-    assert int(prevented) == USAGE
+    assert int(prevented) == ExitCode.USAGE
     assert f"{HEARTBEAT:.0f} s feeds the watchdog no more" in UNIT.read_text(encoding="utf-8")
     page = " ".join((ROOT / "docs/vm.md").read_text(encoding="utf-8").split())
     assert f"come round for {HEARTBEAT:.0f} s | hears nothing from it for {watchdog} s more" in page

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.integration.conftest import commercetools_for
-from worker.commercetools.client import (
+from worker.commercetools.client import PAGE
+from worker.commercetools.queries import (
     CUSTOMERS,
     DESCENDANTS,
     INVENTORY_BY_SKU,
     ORDERS,
     ORDERS_BY_PAYMENT,
-    PAGE,
     PRODUCTS,
     PRODUCTS_BY_SKU,
 )
@@ -24,7 +24,7 @@ from worker.sandbox import Fault, Sandbox
 from worker.sandbox.commercetools.shop import uid
 
 if TYPE_CHECKING:
-    from worker.commercetools.client import Found
+    from worker.commercetools.queries import Found
 
 
 def ids(found: Found, value: str) -> list[str]:

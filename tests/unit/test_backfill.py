@@ -21,13 +21,13 @@ from worker.commands.backfill import queue as source_module
 from worker.commands.backfill.backfill import to_end
 from worker.commands.backfill.checkpoint import Checkpoint, Failures, describe, read_ids
 from worker.commands.backfill.listing import listing
-from worker.commands.backfill.progress import Progress, Record
-from worker.commands.backfill.queue import Message, Source
+from worker.commands.backfill.progress import Message, Progress, Record
+from worker.commands.backfill.queue import Source
 from worker.commands.backfill.recorder import Recorder
 from worker.commands.backfill.records import COLLECTIONS, Selection, as_history, bodies
 from worker.commands.progress_bar import Pace, Screen, bar, duration, shown
-from worker.errors import Ignored, Rejected, SettingsError, Transient
-from worker.model import Disposition, Job, Kind, Operation, Outcome
+from worker.errors import Disposition, Ignored, Rejected, SettingsError, Transient
+from worker.model import Job, Kind, Operation, Outcome
 from worker.parse import parse
 from worker.send.events import body_of
 from worker.transform.order_events import event
@@ -35,7 +35,7 @@ from worker.transform.order_events import event
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from worker.commercetools.client import Found
+    from worker.commercetools.queries import Found
 
 OUTCOMES = ("sent", "ignored", "failed")
 JSON = st.recursive(

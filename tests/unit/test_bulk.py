@@ -15,14 +15,14 @@ from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.model import Json, Kind, Operation
 from worker.send import events as bulk
 from worker.send import jobs
+from worker.send.bulk import MAX_REFUSALS
 from worker.send.events import MAX_BYTES, MAX_EVENTS, BulkEvents
-from worker.send.narrow import MAX_REFUSALS
 from worker.transform.order_events import event as event_operation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from worker.send.bulk import Body
+    from worker.klaviyo.client import Body
     from worker.send.events import Mode
 
 BULK, SINGLE, PROFILE = "/api/event-bulk-create-jobs", "/api/events", "/api/profile-import"

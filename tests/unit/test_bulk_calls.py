@@ -19,7 +19,7 @@ from worker.transform.order_events import event as event_operation
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from worker.send.bulk import Body
+    from worker.klaviyo.client import Body
 
 WAIT = 30.0
 

@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from worker.commercetools.cache import Remembered
-from worker.commercetools.client import (
-    CATEGORIES,
-    MAX_WHERE_BYTES,
-    ORDERS,
-    PRODUCTS,
-    PRODUCTS_BY_SKU,
-    Found,
-    Query,
-    Snapshot,
-    _chunks,
-    _where,
-)
+from worker.commercetools.client import MAX_WHERE_BYTES, _chunks, _where
+from worker.commercetools.queries import CATEGORIES, ORDERS, PRODUCTS, PRODUCTS_BY_SKU, Found, Query, Snapshot
 from worker.enrich import Enricher
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient
 from worker.mapping import Mapping

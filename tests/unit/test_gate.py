@@ -13,7 +13,8 @@ import pytest
 from tests.conftest import Scripted
 from tests.unit.test_runner import settings_for
 from worker.errors import KlaviyoMisconfigured, Misconfigured, Outage, Rejected, Throttled, Transient
-from worker.http.circuit_breaker import FIRST_PAUSE, LONGEST_PAUSE, OUTAGE_AFTER, Gates, longest_pause, pause
+from worker.http.backoff import FIRST_PAUSE, LONGEST_PAUSE, longest_pause, pause
+from worker.http.circuit_breaker import OUTAGE_AFTER, Gates
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ from worker.model import Json, Kind, Operation
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from worker.send.bulk import Body
+    from worker.klaviyo.client import Body
 
 WHO = {"email": "ada", "phone_number": "123", "external_id": "x", "first_name": "Ada"}
 

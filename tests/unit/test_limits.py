@@ -524,17 +524,17 @@ def test_a_raised_limit_is_used_as_far_as_the_burst_allows() -> None:
 
 def test_how_the_limits_stand_can_be_looked_at(limits: Limits, time: VirtualTime) -> None:
     """By endpoint, without taking anything; what answers told of the account goes with its window."""
-    assert limits.standings().keys() == {S, M, L}
-    assert list(limits.standings()[M]) == [10, 150, pytest.approx(150), 0.0, None, 0]
+    assert limits.statuses().keys() == {S, M, L}
+    assert list(limits.statuses()[M]) == [10, 150, pytest.approx(150), 0.0, None, 0]
     for _ in range(3):
         limits.wait(M)
     limits.answered(M, 200, {"RateLimit-Limit": "120", "RateLimit-Remaining": "100", "RateLimit-Reset": "20"}, None)
     for _ in range(2):
-        stands = limits.standings()[M]
+        stands = limits.statuses()[M]
         assert [stands.steady, stands.remaining, stands.waiting] == [pytest.approx(120), 100, 0]
     assert stands.burst_used > 0
     time.wait(21)
-    assert limits.standings()[M].remaining is None
+    assert limits.statuses()[M].remaining is None
     limits.answered(M, 429, {}, 5)
-    stands = limits.standings()[M]
+    stands = limits.statuses()[M]
     assert [stands.burst_used, stands.pace] == [1.0, pytest.approx(60)]

@@ -12,9 +12,9 @@ import pytest
 
 from adapters.base import Failure
 from tests.conftest import FakeDelivery
-from worker.errors import KlaviyoMisconfigured, Outage, Rejected, Transient, WorkerError
+from worker.errors import Disposition, KlaviyoMisconfigured, Outage, Rejected, Transient, WorkerError
 from worker.mapping import Mapping
-from worker.model import Disposition, Enriched, Job, Lease, Notification, Operation, Sent
+from worker.model import Enriched, Job, Lease, Notification, Operation, Sent
 from worker.pipeline import Pipeline
 from worker.telemetry.message_log import Telemetry, outcome_name
 from worker.telemetry.metrics import Metrics

@@ -15,8 +15,8 @@ from worker.errors import Rejected
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from worker.klaviyo.client import Body
     from worker.model import Json
-    from worker.send.bulk import Body
 
 Calls = list[list[str]]
 

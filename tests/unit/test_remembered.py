@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from worker.commercetools.cache import Remembered
-from worker.commercetools.client import (
+from worker.commercetools.queries import (
     CATEGORY_NAMES,
     DISCOUNT_CODES,
     ORDERS,

@@ -11,8 +11,8 @@ from tests.burying import REFUSED, bury
 from tests.unit.test_runner import settings_for
 from worker.commands.dlq.dead_letters import Choice, each, through
 from worker.commands.dlq.replay import Again, Options, Replay, ReplayQueue, Tally, Throttle
-from worker.errors import Ignored, Rejected
-from worker.model import Disposition, Job, Kind, Operation, Outcome
+from worker.errors import Disposition, Ignored, Rejected
+from worker.model import Job, Kind, Operation, Outcome
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:

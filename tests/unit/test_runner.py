@@ -11,8 +11,8 @@ import pytest
 from adapters import Failure, QueueError, QueueRefusedError
 from adapters.embedded import EmbeddedQueue
 from tests.conftest import Scripted
-from worker.errors import KlaviyoMisconfigured, Outage, Transient
-from worker.model import Disposition, Job, Lease, Notification, Outcome
+from worker.errors import Disposition, KlaviyoMisconfigured, Outage, Transient
+from worker.model import Job, Lease, Notification, Outcome
 from worker.runtime.runner import Runner, ShutdownTimeoutError
 from worker.settings import Settings, load
 from worker.telemetry.message_log import Telemetry

@@ -16,7 +16,7 @@ from worker.send import request_for
 from worker.transform.catalog import catalog_id
 
 if TYPE_CHECKING:
-    from worker.send.bulk import Body
+    from worker.klaviyo.client import Body
 
 NOT_FOUND = Rejected("missing", 404)
 CONFLICT = Rejected("exists", 409)

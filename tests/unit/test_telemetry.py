@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 import pytest
 
 from tests.conftest import FakeDelivery
-from worker.errors import Ignored, Outdated, Rejected, Transient
-from worker.model import Disposition, Job, Kind, Notification, Operation, Outcome
-from worker.telemetry.message_log import Telemetry, configure_logging, log
+from worker.errors import Disposition, Ignored, Outdated, Rejected, Transient
+from worker.model import Job, Kind, Notification, Operation, Outcome
+from worker.telemetry.log import configure_logging, log
+from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
 
 FIELDS = {

@@ -12,18 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from worker.cli.options import (
-    INTERRUPTED,
-    UNEXPECTED,
-    Command,
-    Failed,
-    call_on_signals,
-    exit_codes,
-    leave_lanes,
-    settings_options,
-)
+from worker.cli.options import Command, settings_options
+from worker.cli.termination import Failed, call_on_signals, exit_codes, leave_lanes
 from worker.commands.backfill.settings import BackfillSettings
-from worker.errors import Rejected, SettingsError
+from worker.errors import ExitCode, Rejected, SettingsError
 from worker.settings import load
 
 if TYPE_CHECKING:
@@ -77,7 +69,7 @@ def backfill(  # noqa: PLR0913 - options
     --resume goes on where it was. Exit code 1: some records failed.
     """
     from worker.commands.progress_bar import Screen  # noqa: PLC0415 - keeps --help fast
-    from worker.telemetry.message_log import configure_logging  # noqa: PLC0415
+    from worker.telemetry.log import configure_logging  # noqa: PLC0415
 
     with exit_codes():
         settings = load(BackfillSettings, flags)
@@ -90,7 +82,7 @@ def backfill(  # noqa: PLR0913 - options
             call_on_signals(work.stop)
             _run(work, screen, f"dry run of {name}" if dry_run else name, resume, failures)
         except OSError as error:  # what is read and written over the network raises none
-            raise Failed(_unwritten(error), UNEXPECTED) from None
+            raise Failed(_unwritten(error), ExitCode.UNEXPECTED) from None
 
 
 def _prepared(
@@ -132,7 +124,7 @@ def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failure
     try:
         pace = work.run(screen)
     except Rejected as error:
-        raise Failed(str(error), UNEXPECTED) from None
+        raise Failed(str(error), ExitCode.UNEXPECTED) from None
     except ShutdownTimeoutError:
         leave_lanes(f"interrupted, and what was in work was not finished: {how}")
     for line in _summary(name, work.progress, pace):
@@ -140,9 +132,9 @@ def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failure
     if work.progress.failed and failures:
         click.echo(f"The failures are in {failures}. To try them again: --ids {failures}", err=True)
     if work.is_interrupted:
-        raise Failed(f"interrupted: {how}", INTERRUPTED)
+        raise Failed(f"interrupted: {how}", ExitCode.INTERRUPTED)
     if work.progress.failed:
-        sys.exit(UNEXPECTED)
+        sys.exit(ExitCode.UNEXPECTED)
 
 
 def _summary(name: str, progress: Progress, pace: Pace) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from worker.cli.options import OK, Command, settings_options
+from worker.cli.options import Command, settings_options
+from worker.errors import ExitCode
 from worker.settings import Settings, load
 
 
@@ -46,7 +47,7 @@ def check(*, as_json: bool, probe_bulk: bool, probe_wait: float, subscription_ke
     """
     from worker.commands.check.checks import check as findings  # noqa: PLC0415
 
-    exit_code = OK
+    exit_code: int = ExitCode.OK
     say = partial(click.echo, err=True)
     for finding in findings(partial(load, Settings, flags), subscription_key, probe_wait if probe_bulk else None, say):
         click.echo(finding.json() if as_json else finding.line())

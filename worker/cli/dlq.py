@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapters import DeadLetters, QueueError, scheme_of
-from worker.cli.options import UNEXPECTED, Failed, Group, exit_codes, opened, settings_options
+from worker.cli.options import Group, opened, settings_options
+from worker.cli.termination import Failed, exit_codes
 from worker.commands.dlq.dead_letters import (
     AT_ONCE,
     Choice,
@@ -27,6 +28,7 @@ from worker.commands.dlq.dead_letters import (
     through,
     type_of,
 )
+from worker.errors import ExitCode
 from worker.json_access import printable
 from worker.settings import QueueSettings, load
 
@@ -165,7 +167,9 @@ def drop(*, choice: Choice, is_all: bool, yes: bool, **flags: Any) -> None:
         dropped = _drop(queue, replace(choice, limit=None), found, len(entries))
     if dropped < len(entries):
         left = number_of(len(entries) - dropped)
-        raise Failed(f"{left} not dropped: somebody else has removed them, or looks at them now; try again", UNEXPECTED)
+        raise Failed(
+            f"{left} not dropped: somebody else has removed them, or looks at them now; try again", ExitCode.UNEXPECTED
+        )
 
 
 def _drop(queue: DeadLetters, choice: Choice, found: Collection[str], wanted: int) -> int:
@@ -226,7 +230,7 @@ def _facts(letter: DeadLetter) -> Iterator[tuple[str, str]]:
 def not_found(message_ids: Collection[str]) -> Failed:
     """Return the error that there are no such dead letters."""
     names = ", ".join(sorted(map(printable, message_ids)))
-    return Failed(f"no dead letter {names}: `klaviyo-worker dlq list` lists what there is", UNEXPECTED)
+    return Failed(f"no dead letter {names}: `klaviyo-worker dlq list` lists what there is", ExitCode.UNEXPECTED)
 
 
 def number_of(letters: int) -> str:

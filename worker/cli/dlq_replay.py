@@ -11,17 +11,10 @@ import click
 
 from adapters import Countable, QueueError
 from worker.cli.dlq import choosing, not_found, number_of, opened_dead_letters
-from worker.cli.options import (
-    INTERRUPTED,
-    UNEXPECTED,
-    Command,
-    Failed,
-    call_on_signals,
-    exit_codes,
-    leave_lanes,
-    settings_options,
-)
+from worker.cli.options import Command, settings_options
+from worker.cli.termination import Failed, call_on_signals, exit_codes, leave_lanes
 from worker.commands.dlq.dead_letters import entry, type_of
+from worker.errors import ExitCode
 from worker.json_access import printable
 from worker.settings import Settings, load
 
@@ -79,13 +72,13 @@ class _Interruption:
     def __call__(self) -> None:
         self.has_come = True
         if self.running is None:  # the queue has yet to answer; nothing is held
-            os._exit(INTERRUPTED)
+            os._exit(ExitCode.INTERRUPTED)
         self.running.stop()
 
 
 def _configure_logging(settings: Settings, screen: Screen, *, has_bar: bool) -> None:
     """Log as the worker does; but a line per message would tear the bar to pieces."""
-    from worker.telemetry.message_log import configure_logging, log  # noqa: PLC0415
+    from worker.telemetry.log import configure_logging, log  # noqa: PLC0415
 
     configure_logging(settings.log_level, settings.log_format, screen)  # type: ignore[arg-type] # all it needs
     if has_bar:
@@ -138,15 +131,17 @@ def _end(running: Replay, choice: Choice, *, is_interrupted: bool) -> None:
         raise Failed(
             f"the first failed again, so no other was tried: {printable(what)}: {printable(reason).rstrip('.')}. "
             "Mend that; or choose others with --type, --reason or MESSAGE_ID; or try all with --no-canary",
-            UNEXPECTED,
+            ExitCode.UNEXPECTED,
         )
     if is_interrupted:
-        raise Failed("interrupted: what was not replayed is a dead letter still; the same again goes on", INTERRUPTED)
+        raise Failed(
+            "interrupted: what was not replayed is a dead letter still; the same again goes on", ExitCode.INTERRUPTED
+        )
     if missing := choice.missing(running.queue.handed_out):
         raise not_found(missing)
     if not tally.ended:
         click.echo("no dead letters to replay", err=True)
     if tally.outcomes["returned"]:
-        raise Failed("gave up waiting for an outage to end: replay the rest later", UNEXPECTED)
+        raise Failed("gave up waiting for an outage to end: replay the rest later", ExitCode.UNEXPECTED)
     if tally.failed:
-        raise Failed(f"{number_of(tally.failed)} failed again", UNEXPECTED)
+        raise Failed(f"{number_of(tally.failed)} failed again", ExitCode.UNEXPECTED)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
-from adapters import QueueAdapter, QueueError, QueueURLError, open_queue
-from worker.errors import Misconfigured, SettingsError
-from worker.json_access import printable
+from adapters import QueueAdapter, open_queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,32 +18,7 @@ if TYPE_CHECKING:
 
     from worker.settings import QueueSettings
 
-OK, UNEXPECTED, USAGE, QUEUE, COMMERCETOOLS, KLAVIYO, SHUTDOWN_TIMED_OUT, INTERRUPTED = range(8)
 SECRETS = frozenset({"ct_api_client", "destination_secret", "klaviyo_auth_key", "servicebus_connection_string"})
-_STOP = frozenset({signal.SIGTERM, signal.SIGINT})
-
-
-class Failed(click.ClickException):
-    """One line on stderr and an exit code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(printable(message, keep="\n"))
-        self.exit_code = exit_code  # type: ignore[misc] # click's own way, declared as a class variable
-
-
-@contextmanager
-def exit_codes() -> Iterator[None]:
-    """Turn the errors an operator can act on into one line and an exit code."""
-    try:
-        yield
-    except (SettingsError, QueueURLError) as error:
-        raise Failed(str(error), USAGE) from None
-    except QueueError as error:
-        raise Failed(str(error), QUEUE) from None
-    except Misconfigured as error:
-        raise Failed(str(error), error.exit_code) from None
-    except KeyboardInterrupt:
-        raise Failed("interrupted", INTERRUPTED) from None
 
 
 class Setting(click.Option):
@@ -113,22 +82,3 @@ def opened(settings: QueueSettings) -> Iterator[QueueAdapter]:
         yield queue
     finally:
         queue.close()
-
-
-def leave_lanes(why: str) -> NoReturn:
-    """Say why, and end at once: lanes may hang in calls that no thread can interrupt."""
-    click.echo(f"Error: {why}", err=True)
-    sys.stdout.flush()
-    os._exit(SHUTDOWN_TIMED_OUT)
-
-
-def call_on_signals(stop: Callable[[], None]) -> None:
-    """Have SIGTERM and SIGINT call `stop`, in a thread: a handler in the main thread could meet a lock it holds."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)  # before any thread starts: all inherit it
-    Thread(target=_wait_for_signals, args=(stop,), daemon=True).start()
-
-
-def _wait_for_signals(stop: Callable[[], None]) -> None:
-    while True:
-        signal.sigwait(_STOP)
-        stop()

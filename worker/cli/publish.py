@@ -7,7 +7,8 @@ from typing import Any, BinaryIO
 import click
 
 from adapters import Publisher, QueueError
-from worker.cli.options import Command, exit_codes, opened, settings_options
+from worker.cli.options import Command, opened, settings_options
+from worker.cli.termination import exit_codes
 from worker.settings import QueueSettings, load
 
 

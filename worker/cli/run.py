@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from worker.cli.options import Command, call_on_signals, exit_codes, leave_lanes, settings_options
+from worker.cli.options import Command, settings_options
+from worker.cli.termination import call_on_signals, exit_codes, leave_lanes
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
     """
     from worker.runtime.runner import ShutdownTimeoutError  # noqa: PLC0415 - keeps --help and publish fast
     from worker.service import Service  # noqa: PLC0415
-    from worker.telemetry.message_log import configure_logging, log  # noqa: PLC0415
+    from worker.telemetry.log import configure_logging, log  # noqa: PLC0415
 
     with exit_codes():
         settings = load(Settings, flags)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
-from worker.cli.options import COMMERCETOOLS, Failed, Group, exit_codes, settings_options
-from worker.errors import SettingsError, WorkerError
+from worker.cli.options import Group, settings_options
+from worker.cli.termination import Failed, exit_codes
+from worker.errors import ExitCode, SettingsError, WorkerError
 from worker.json_access import printable
 from worker.settings import SubscriptionSettings, load
 
@@ -109,7 +110,7 @@ def _told() -> Iterator[None]:
         try:
             yield
         except WorkerError as error:
-            raise Failed(str(error), COMMERCETOOLS) from None
+            raise Failed(str(error), ExitCode.COMMERCETOOLS) from None
 
 
 def _opened(*, destination: str, key: str, delivery_format: str | None, **flags: Any) -> tuple[Subscriptions, Wanted]:
@@ -156,7 +157,7 @@ def _tell(applied: Json, status: str, *, deleted: int, as_json: bool) -> None:
         also = f", {deleted} stale deleted" if deleted else ""
         click.echo(printable(f"applied: version {applied.get('version')}{also}; {why}"))
     if status not in DELIVERS:
-        raise Failed(f"subscription {applied.get('key')} is not healthy: {why}: {todo}", COMMERCETOOLS)
+        raise Failed(f"subscription {applied.get('key')} is not healthy: {why}: {todo}", ExitCode.COMMERCETOOLS)
 
 
 def _echo_json(document: Json) -> None:

@@ -8,8 +8,9 @@ from typing import Any, BinaryIO
 import click
 import orjson
 
-from worker.cli.options import UNEXPECTED, Command, exit_codes, settings_options
-from worker.errors import Ignored, SettingsError, WorkerError
+from worker.cli.options import Command, settings_options
+from worker.cli.termination import exit_codes
+from worker.errors import ExitCode, Ignored, SettingsError, WorkerError
 from worker.settings import MappingSettings, load
 
 _EXAMPLES = """
@@ -61,7 +62,7 @@ def transform(*, file: BinaryIO, explain: bool, enriched: BinaryIO | None, **fla
                 click.echo(operation_line(operation))
             failed = failed or isinstance(trace.ending, WorkerError)
     if failed:
-        sys.exit(UNEXPECTED)
+        sys.exit(ExitCode.UNEXPECTED)
 
 
 def _ending(ending: Exception, *, hint: bool) -> str:

@@ -21,7 +21,8 @@ from worker.sandbox import Sandbox
 from worker.sandbox.notifications import sample_notifications
 from worker.service import Service
 from worker.settings import Settings, load
-from worker.telemetry.message_log import Telemetry, configure_logging, outcome_name
+from worker.telemetry.log import configure_logging
+from worker.telemetry.message_log import Telemetry, outcome_name
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:

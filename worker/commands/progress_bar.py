@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from worker.telemetry.message_log import log
+from worker.telemetry.log import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import cachetools
 
-from worker.commercetools import client as ct
+from worker.commercetools import queries
 from worker.errors import WorkerError
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from worker.model import Json
 
 MAX_ENTRIES = 20_000
-_REMEMBERED = (ct.PRODUCT_CATEGORIES, ct.CATEGORY_NAMES, ct.DISCOUNT_CODES)
+_REMEMBERED = (queries.PRODUCT_CATEGORIES, queries.CATEGORY_NAMES, queries.DISCOUNT_CODES)
 _REMEMBERED_AS = {query: kept for kept in _REMEMBERED for query in (kept, replace(kept, remember=()))}
 
-Key = tuple[ct.Query, str]
+Key = tuple[queries.Query, str]
 
 
 class Remembered:
@@ -30,13 +30,13 @@ class Remembered:
     What several threads miss at the same moment is read once (single-flight).
     """
 
-    def __init__(self, reader: ct.Reader, ttl: float) -> None:
+    def __init__(self, reader: queries.Reader, ttl: float) -> None:
         self._reader = reader
         self._known: cachetools.TTLCache[Key, Json] = cachetools.TTLCache(MAX_ENTRIES, ttl)
-        self._under_way: dict[Key, Future[ct.Found]] = {}
+        self._under_way: dict[Key, Future[queries.Found]] = {}
         self._lock = Lock()
 
-    def find(self, query: ct.Query, values: Collection[str]) -> ct.Found:
+    def find(self, query: queries.Query, values: Collection[str]) -> queries.Found:
         """Find, from memory where that is allowed; a fresh reading of the same resources renews it."""
         if not query.remember:
             return self._read(query, values)
@@ -45,16 +45,16 @@ class Remembered:
             missing = [value for value, resource in known.items() if resource is None]
             others = {value: self._under_way[query, value] for value in missing if (query, value) in self._under_way}
             mine = [value for value in missing if value not in others]
-            reading: Future[ct.Found] = Future()
+            reading: Future[queries.Found] = Future()
             self._under_way |= {(query, value): reading for value in mine}
-        found: ct.Found = {value: [resource] for value, resource in known.items() if resource is not None}
+        found: queries.Found = {value: [resource] for value, resource in known.items() if resource is not None}
         if mine:
             found |= self._lead(query, mine, reading)
         for value, other in others.items():
             found[value] = other.result()[value]
         return found
 
-    def _lead(self, query: ct.Query, values: list[str], reading: Future[ct.Found]) -> ct.Found:
+    def _lead(self, query: queries.Query, values: list[str], reading: Future[queries.Found]) -> queries.Found:
         """Read for this thread and those that wait for the same."""
         try:
             found = self._read(query, values)
@@ -68,7 +68,7 @@ class Remembered:
                     del self._under_way[query, value]
         return found
 
-    def _read(self, query: ct.Query, values: Collection[str]) -> ct.Found:
+    def _read(self, query: queries.Query, values: Collection[str]) -> queries.Found:
         found = self._reader.find(query, values)
         kept = _REMEMBERED_AS.get(query)
         if kept is not None:

@@ -7,27 +7,22 @@ are raw JSON: docs/decisions/0002-raw-json-over-sdk-models.md.
 from __future__ import annotations
 
 import math
-import os
-import time
-from collections import defaultdict
-from dataclasses import dataclass, replace
-from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import orjson
 import requests
-from commercetools.base_client import RefreshingOAuth2Session
-from oauthlib.oauth2 import BackendApplicationClient, OAuth2Error
 
+from worker.commercetools.queries import Found, Query, _sorted_out
+from worker.commercetools.token import _Token
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient, WorkerError
 from worker.http import transport as http
 from worker.http.chunks import chunked
 from worker.http.circuit_breaker import Gates
-from worker.json_access import as_dict, as_dicts, as_int, as_text, pick_ids
+from worker.json_access import as_dict, as_dicts, as_int, as_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Collection, Iterator
     from threading import Event
 
     from worker.model import Json
@@ -35,79 +30,6 @@ if TYPE_CHECKING:
 
 PAGE = 500  # commercetools' largest
 MAX_WHERE_BYTES = 6_000  # percent-encoded; keeps the URI under the 8 KB its load balancers take
-TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
-_TOKEN = "oauth/token"  # noqa: S105 - the endpoint
-
-Found = dict[str, "list[Json] | WorkerError"]
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """A way to find many resources by many values at once.
-
-    `predicate` takes the comma-separated quoted values; `values` tells which of them a resource answers.
-    `remember` names the fields worth keeping for later batches; none: always read anew.
-    """
-
-    path: str
-    predicate: str
-    values: Callable[[Json], list[str]]
-    expand: tuple[str, ...] = ()
-    remember: tuple[str, ...] = ()
-
-
-def _id(resource: Json) -> list[str]:
-    return [as_text(resource.get("id"))]
-
-
-def _sku(resource: Json) -> list[str]:
-    return [as_text(resource.get("sku"))]
-
-
-def _payments(order: Json) -> list[str]:
-    return pick_ids(as_dict(order.get("paymentInfo")).get("payments"))
-
-
-def _ancestors(category: Json) -> list[str]:
-    return pick_ids(category.get("ancestors"))
-
-
-def _skus(product: Json) -> list[str]:
-    variants = [as_dict(product.get("masterVariant")), *as_dicts(product.get("variants"))]
-    return [sku for variant in variants for sku in _sku(variant)]
-
-
-ORDERS = Query("orders", "id in ({})", _id)
-ORDERS_BY_PAYMENT = Query("orders", "paymentInfo(payments(id in ({})))", _payments)
-PAYMENTS = Query("payments", "id in ({})", _id)
-CUSTOMERS = Query("customers", "id in ({})", _id, expand=("customerGroup",))
-CATEGORIES = Query("categories", "id in ({})", _id)
-CATEGORY_NAMES = replace(CATEGORIES, remember=("id", "name", "ancestors"))
-DESCENDANTS = Query("categories", "ancestors(id in ({}))", _ancestors)
-PRODUCTS = Query("product-projections", "id in ({})", _id)
-PRODUCT_CATEGORIES = replace(PRODUCTS, remember=("id", "categories"))
-PRODUCTS_BY_SKU = Query("product-projections", "masterVariant(sku in ({0})) or variants(sku in ({0}))", _skus)
-INVENTORY = Query("inventory", "id in ({})", _id)
-INVENTORY_BY_SKU = Query("inventory", "sku in ({})", _sku)
-DISCOUNT_CODES = Query("discount-codes", "id in ({})", _id, remember=("id", "code"))
-
-
-class Reader(Protocol):
-    """What enrich asks. The answer has every value: its resources ([]: none), or why they cannot be had."""
-
-    def find(self, query: Query, values: Collection[str]) -> Found:
-        """Find the resources for all values at once. Never raises for a single value."""
-
-
-class Snapshot:
-    """A Reader over resources at hand: `transform --enriched`, golden tests. No network."""
-
-    def __init__(self, resources: dict[str, list[Json]]) -> None:
-        self._resources = resources
-
-    def find(self, query: Query, values: Collection[str]) -> Found:
-        """Find among the resources at hand."""
-        return _sorted_out(query, values, as_dicts(self._resources.get(query.path)))
 
 
 class Commercetools:
@@ -219,14 +141,6 @@ def _checked(response: http.Response, path: str) -> Any:
     raise Rejected(what, response.status)
 
 
-def _sorted_out(query: Query, values: Collection[str], resources: list[Json]) -> Found:
-    by_value: dict[str, list[Json]] = defaultdict(list)
-    for resource in resources:
-        for value in query.values(resource):
-            by_value[value].append(resource)
-    return {value: by_value.get(value, []) for value in values}
-
-
 def _quoted(value: str) -> str:
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
@@ -242,67 +156,3 @@ def _chunks(values: list[str], query: Query) -> Iterator[list[str]]:
     """Cut values so that each query's encoded predicate stays below MAX_WHERE_BYTES."""
     repeats = query.predicate.count("{")
     return chunked(values, lambda value: repeats * len(quote(f",{_quoted(value)}")), MAX_WHERE_BYTES, math.inf)
-
-
-class _Token:
-    """An access token, fetched by one thread at a time while the others wait for it."""
-
-    def __init__(self, settings: CommercetoolsSettings, observe: http.Observe) -> None:
-        self._settings = settings
-        self._observe = observe
-        self._lock = Lock()
-        self._value = ""
-        self._expires_at = 0.0
-        # oauthlib refuses http:// and narrowed scopes unless told so by environment. Settings allow http://
-        # for loopback only; commercetools may grant fewer scopes than asked for.
-        os.environ["OAUTHLIB_RELAX_TOKEN_SCOPE"] = "1"  # noqa: S105 - a switch
-        if settings.ct_token_url.startswith("http://"):
-            os.environ["OAUTHLIB_INSECURE_TRANSPORT"] = "1"
-
-    def get(self) -> str:
-        with self._lock:
-            if time.monotonic() >= self._expires_at:
-                self._fetch()
-            return self._value
-
-    def renew(self, refused: str) -> str:
-        """Return another token than `refused`, which another thread may have fetched already."""
-        with self._lock:
-            if self._value == refused:
-                self._fetch()
-            return self._value
-
-    def _fetch(self) -> None:
-        scope = self._settings.ct_scope.split() or None  # None: all that the API client has
-        client = self._settings.ct_api_client
-        identity = BackendApplicationClient(client_id=client.client_id, scope=scope)
-        began = time.monotonic()
-        try:
-            with RefreshingOAuth2Session(client=identity, scope=scope) as session:
-                session.register_compliance_hook("access_token_response", self._judged)
-                token = session.fetch_token(
-                    self._settings.ct_token_url,
-                    client_id=client.client_id,
-                    client_secret=client.secret.get_secret_value(),
-                    timeout=(self._settings.connect_timeout, self._settings.read_timeout),
-                )
-        except requests.RequestException as error:
-            self._observe(_TOKEN, None, time.monotonic() - began)
-            raise Transient(f"no token from commercetools: {type(error).__name__}") from None
-        except OAuth2Error as error:
-            raise CommercetoolsMisconfigured(
-                f"commercetools refuses a token ({error.error}): check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
-            ) from None
-        except (AttributeError, TypeError, ValueError):  # oauthlib reads it as if it had the right shape
-            raise Transient("no token from commercetools: an answer of another shape") from None
-        lifetime = float(token.get("expires_in") or 0)
-        self._value = as_text(token["access_token"])
-        self._expires_at = time.monotonic() + max(lifetime - TOKEN_MARGIN, lifetime / 2)
-
-    def _judged(self, response: requests.Response) -> requests.Response:
-        """Let oauthlib judge what the authorization server decided, not that it was down."""
-        status = response.status_code
-        self._observe(_TOKEN, status, response.elapsed.total_seconds())
-        if http.passes(status):
-            raise Transient(f"no token from commercetools: {status}", http.retry_after(response.headers))
-        return response

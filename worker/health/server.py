@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from worker.health.page import HEADERS, page
-from worker.telemetry.message_log import log
+from worker.telemetry.log import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from worker.health.status import Status
-    from worker.telemetry.metrics import Metrics, State
+    from worker.telemetry.metrics import Metrics
+    from worker.telemetry.state import WorkerState
 
 TIMEOUT = 10.0  # seconds a client has for everything
 MAX_CONNECTIONS = 32  # at once; one more costs the oldest its connection
@@ -38,7 +39,7 @@ class _Answer(NamedTuple):
 class HealthServer:
     """Answers probes and scrapes, and people where there is a `status` to show, in threads of its own."""
 
-    def __init__(self, port: int, metrics: Metrics, state: State, status: Status | None = None) -> None:
+    def __init__(self, port: int, metrics: Metrics, state: WorkerState, status: Status | None = None) -> None:
         self._port = port
         self._metrics = metrics
         self._state = state

@@ -17,15 +17,15 @@ from worker.health.history import STEP, History
 from worker.telemetry.metrics import OUTCOMES, SERVICES
 
 if TYPE_CHECKING:
-    from worker.health.condition import State
     from worker.settings import Settings
     from worker.telemetry.message_log import Telemetry
+    from worker.telemetry.state import WorkerState
 
 
 class Status:
     """Tells how a worker is, and how it was in the last ten minutes, which a thread of its own samples."""
 
-    def __init__(self, settings: Settings, state: State, telemetry: Telemetry) -> None:
+    def __init__(self, settings: Settings, state: WorkerState, telemetry: Telemetry) -> None:
         self._settings = settings
         self._state = state
         self._telemetry = telemetry

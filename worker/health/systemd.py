@@ -9,34 +9,17 @@ import time
 from math import inf
 from textwrap import shorten
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from worker.telemetry.message_log import Notice
+from worker.telemetry.log import Notice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from worker.telemetry.state import WorkerState
+
 POLL = 1.0  # seconds; how soon a change is told
 _LONGEST = 500  # characters of a status: systemd drops a message of more than 4096 bytes
-
-
-class State(Protocol):
-    """What a running worker tells about itself, from any thread."""
-
-    def has_begun(self) -> bool:
-        """Tell whether the receive loop has come round."""
-
-    def parked(self) -> str:
-        """Return why the worker is not allowed to work; "" when it is."""
-
-    def outages(self) -> Mapping[str, str]:
-        """Return for each service why it cannot answer; "" when it can."""
-
-    def is_alive(self) -> bool:
-        """Tell whether the receive loop comes round."""
-
-    def is_stopping(self) -> bool:
-        """Tell whether the worker is to stop."""
 
 
 class Notifier:
@@ -45,7 +28,7 @@ class Notifier:
     While the worker stops the watchdog is fed in any case: TimeoutStopSec is the limit then.
     """
 
-    def __init__(self, state: State, environment: Mapping[str, str]) -> None:
+    def __init__(self, state: WorkerState, environment: Mapping[str, str]) -> None:
         """`environment` has what systemd sets: NOTIFY_SOCKET, and WATCHDOG_USEC with WATCHDOG_PID."""
         address = environment.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address

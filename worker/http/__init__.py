@@ -1,1 +1,1 @@
-"""http."""
+"""What both clients share: the HTTP transport, retries with backoff and circuit breakers."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from threading import Lock
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import tenacity
 
 from worker.errors import Misconfigured, Outage, Rejected, Throttled, Transient
-from worker.telemetry.message_log import Notice
+from worker.http.backoff import LONGEST_PAUSE, longest_pause, pause
+from worker.telemetry.log import Notice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,23 +21,11 @@ if TYPE_CHECKING:
     from worker.settings import CommercetoolsSettings
 
 OUTAGE_AFTER = 5  # calls to an endpoint that gave up, without one that succeeded in between
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries
-PAUSE_SHARE = 1 / 60  # of the hold; no pause is longer, so that a short hold has its tries too
 THROTTLE_PATIENCE = 60.0  # seconds; Klaviyo's longest window
 ASIDE = 1.0  # seconds after which calls that came while one was finding out come again
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def longest_pause(hold: float) -> float:
-    """Return the longest time between two tries, where messages are kept for `hold`; in seconds."""
-    return min(max(hold * PAUSE_SHARE, FIRST_PAUSE), LONGEST_PAUSE)
-
-
-def pause(tries: int, longest: float) -> float:
-    """Return how long to wait after a number of failed tries, in seconds: doubling, with jitter."""
-    return random.uniform(0.5, 1.0) * min(FIRST_PAUSE * 2.0 ** min(tries, 16), longest)  # noqa: S311
 
 
 class Gates:

@@ -1,1 +1,1 @@
-"""klaviyo."""
+"""The Klaviyo client and its rate limits. Read client.py first."""

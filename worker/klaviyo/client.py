@@ -7,8 +7,9 @@ docs/decisions/0002-raw-json-over-sdk-models.md.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 from klaviyo_api import KlaviyoAPI
@@ -18,21 +19,36 @@ from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.http import transport as http
 from worker.http.circuit_breaker import Gates
 from worker.json_access import as_dict, as_dicts, as_text
-from worker.klaviyo.rate_limits import Limits, Standing
+from worker.klaviyo.rate_limits import Limits
+from worker.model import Json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Iterator, Mapping
     from threading import Event
 
     import urllib3
 
-    from worker.model import Json
-    from worker.send.bulk import Body
     from worker.settings import Settings
+    from worker.telemetry.state import RateLimitStatus
 
 REVISION = "2026-07-15"  # what our bodies are written for; the SDK's own is newer and moves with it
 MEDIA_TYPE = "application/vnd.api+json"
+Body = Json | bytes | Callable[[], bytes] | None
 _ID = re.compile(r"^(\w+ /api/[^/]+)/[^/]+")
+
+
+class KlaviyoClient(Protocol):
+    """What the send stage needs of Klaviyo's HTTP API: implemented by `Klaviyo`, and by fakes in tests."""
+
+    def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+        """Call an endpoint, once or repeatedly, and return the decoded answer. Raises WorkerError.
+
+        `body`: bytes are JSON already; a function is asked for them when the call's turn has come within
+        Klaviyo's limits, and again if the call is throttled. `repeat` False: not sent again when its fate is unknown.
+        """
+
+    def made(self) -> int:
+        """Return how many requests the calling thread has made."""
 
 
 class Klaviyo:
@@ -78,9 +94,9 @@ class Klaviyo:
         """Return why calls are held back; "" when they are not."""
         return self._gates.outage()
 
-    def limits(self) -> Mapping[str, Standing]:
+    def limits(self) -> Mapping[str, RateLimitStatus]:
         """Return how the limits of each endpoint stand."""
-        return self._limits.standings()
+        return self._limits.statuses()
 
     def _call(
         self, endpoint: str, method: str, path: str, content: bytes | Callable[[], bytes] | None
@@ -126,3 +142,12 @@ def _is_elsewhere(method: str, status: int, error: dict[str, Any]) -> bool:
     if status < HTTPStatus.BAD_REQUEST or status in {HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.GONE}:
         return True
     return status == HTTPStatus.NOT_FOUND and method == "POST" and not error
+
+
+def pages(client: KlaviyoClient, path: str) -> Iterator[Json]:
+    """Yield the resources of a list, page by page. Raises WorkerError."""
+    while path:
+        page = client.call("GET", path)
+        yield from as_dicts(page.get("data"))
+        following = as_text(as_dict(page.get("links")).get("next"))
+        path = following[following.find("/api/") :] if "/api/" in following else ""

@@ -14,10 +14,11 @@ import math
 import re
 import time
 from threading import Lock
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from worker.errors import Throttled, Transient
 from worker.http.transport import TOO_MANY_REQUESTS
+from worker.telemetry.state import RateLimitStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,17 +37,6 @@ TIERS = (  # L for all others
     (r"POST /api/event-bulk-create-jobs|\w+ /api/profile-bulk-import-jobs.*", M),
     (r"(GET|POST) /api/events|GET /api/catalog-(?!(item|variant)-bulk-(create|update)-jobs).*", XL),
 )
-
-
-class Standing(NamedTuple):
-    """How an endpoint's limits are used now."""
-
-    burst: float  # the account's calls per second, as its steady ones per minute
-    steady: float
-    pace: float  # calls per minute that this worker may make now
-    burst_used: float  # share of the calls that it may make at once
-    remaining: float | None  # calls of the account's window, as the last answer said; None: no window is known
-    waiting: int  # calls
 
 
 class Limits:
@@ -81,11 +71,11 @@ class Limits:
         else:
             bucket.told(*(_number(headers, f"RateLimit-{name}") for name in ("Limit", "Remaining", "Reset")))
 
-    def standings(self) -> dict[str, Standing]:
+    def statuses(self) -> dict[str, RateLimitStatus]:
         """Return how each endpoint that was called stands."""
         with self._lock:
             buckets = dict(self._buckets)
-        return {endpoint: bucket.standing() for endpoint, bucket in buckets.items()}
+        return {endpoint: bucket.status() for endpoint, bucket in buckets.items()}
 
     def _bucket(self, endpoint: str) -> _Bucket:
         with self._lock:
@@ -124,13 +114,13 @@ class _Bucket:
         with self._lock:
             self._queue = [other for other in self._queue if other is not place]
 
-    def standing(self) -> Standing:
+    def status(self) -> RateLimitStatus:
         with self._lock:
             now = self._count()
             pace = self._pace(now)
             remaining = self._remaining if now < self._guided_until else None
             used = 1 - self._tokens / self._capacity(pace)
-            return Standing(
+            return RateLimitStatus(
                 self._burst, self._steady * STEADY, pace * STEADY, min(max(used, 0.0), 1.0), remaining, len(self._queue)
             )
 

@@ -8,9 +8,8 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from worker.errors import Misconfigured, Transient
-from worker.http.circuit_breaker import longest_pause, pause
-from worker.model import Disposition
+from worker.errors import Disposition, Misconfigured, Transient
+from worker.http.backoff import longest_pause, pause
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -8,10 +8,10 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from adapters.base import Failure, QueueError, QueueRefusedError
-from worker.http.circuit_breaker import LONGEST_PAUSE
+from worker.http.backoff import LONGEST_PAUSE
 from worker.runtime.in_flight import InFlight
 from worker.runtime.lane import Ends, Lane
-from worker.telemetry.message_log import Notice, log
+from worker.telemetry.log import Notice, log
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,7 +6,7 @@ A few operations go one by one (single.py), many of a kind in bulk: events.py, p
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from worker.model import Kind, Operation, Sent
 from worker.send.catalog import BulkCatalog
@@ -17,10 +17,11 @@ from worker.send.profiles import BulkProfiles
 from worker.send.requests import Request, request_for
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
     from threading import Event
 
-    from worker.send.bulk import Client
+    from worker.klaviyo.client import KlaviyoClient
+    from worker.send.bulk import Bulk
     from worker.send.events import Mode
 
 __all__ = ["Request", "Sender", "request_for"]
@@ -35,16 +36,6 @@ PHASES: tuple[frozenset[Kind], ...] = (
 )
 
 
-class Bulk(Protocol):
-    """A way to carry out many operations in few calls."""
-
-    def choose(self, operations: Sequence[Operation]) -> Collection[tuple[Kind, str]]:
-        """Return kind and key of those of a batch that are to go this way; all of a batch are asked for, once."""
-
-    def send(self, operations: Sequence[Operation]) -> Sequence[Sent]:
-        """Carry out operations that were chosen; return what became of each, in their order."""
-
-
 class Sender:
     """Carries out operations: a few side by side, many of a kind in bulk. Safe for many threads.
 
@@ -53,7 +44,7 @@ class Sender:
 
     def __init__(
         self,
-        client: Client,
+        client: KlaviyoClient,
         concurrency: int,
         stopping: Event,
         *,

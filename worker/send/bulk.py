@@ -2,37 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from worker.json_access import as_dict, as_dicts, as_text
-from worker.model import Json, Operation, Sent
+from worker.errors import Rejected
+from worker.model import Kind, Operation, Sent
 
-Body = Json | bytes | Callable[[], bytes] | None
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+
+MAX_REFUSALS = 20  # of one call's parts; two culprits among 1,000 are found without pointers
+
+
+R = TypeVar("R")
+
+
+def narrow(records: list[R], send: Callable[[list[R]], object], blamed: Callable[[list[R], str], list[R]]) -> list[R]:
+    """Send records in as few calls as their culprits allow; return those that are to go alone.
+
+    `send` raises Rejected when what it was given is refused as a whole; `blamed` returns which of it a pointer
+    names. With a pointer each, B culprits cost B more calls; never more than 2 * MAX_REFUSALS.
+    """
+    alone: list[R] = []
+    waiting, refusals = [records], 0
+    while waiting:
+        part = waiting.pop()
+        if refusals and (len(part) <= 1 or refusals == MAX_REFUSALS):
+            alone += part
+            continue
+        try:
+            send(part)
+        except Rejected as refusal:
+            refusals += 1
+            culprits = blamed(part, refusal.pointer)
+            alone += culprits
+            waiting += [_except(culprits, part)] if culprits else _halves(part)
+    return alone
+
+
+def _except(culprits: list[R], records: list[R]) -> list[R]:
+    left_out = set(map(id, culprits))
+    return [record for record in records if id(record) not in left_out]
+
+
+def _halves(records: list[R]) -> list[list[R]]:
+    middle = len(records) // 2
+    return [records[middle:], records[:middle]]
+
+
+class Bulk(Protocol):
+    """A way to carry out many operations in few calls."""
+
+    def choose(self, operations: Sequence[Operation]) -> Collection[tuple[Kind, str]]:
+        """Return kind and key of those of a batch that are to go this way; all of a batch are asked for, once."""
+
+    def send(self, operations: Sequence[Operation]) -> Sequence[Sent]:
+        """Carry out operations that were chosen; return what became of each, in their order."""
+
+
 OneByOne = Callable[[Sequence[Operation]], Iterable[Sent]]
-
-
-class Client(Protocol):
-    """Klaviyo's HTTP API."""
-
-    def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
-        """Call an endpoint, once or repeatedly, and return the decoded answer. Raises WorkerError.
-
-        `body`: bytes are JSON already; a function is asked for them when the call's turn has come within
-        Klaviyo's limits, and again if the call is throttled. `repeat` False: not sent again when its fate is unknown.
-        """
-
-    def made(self) -> int:
-        """Return how many requests the calling thread has made."""
-
-
-def pages(client: Client, path: str) -> Iterator[Json]:
-    """Yield the resources of a list, page by page. Raises WorkerError."""
-    while path:
-        page = client.call("GET", path)
-        yield from as_dicts(page.get("data"))
-        following = as_text(as_dict(page.get("links")).get("next"))
-        path = following[following.find("/api/") :] if "/api/" in following else ""
 
 
 def completed(operations: Sequence[Operation], verdicts: Sequence[Sent | None], one_by_one: OneByOne) -> list[Sent]:

@@ -11,8 +11,9 @@ import orjson
 from worker.errors import Rejected, WorkerError
 from worker.http.chunks import chunked
 from worker.json_access import as_text
+from worker.klaviyo.client import pages
 from worker.model import Json, Kind, Operation, Sent
-from worker.send.bulk import completed, pages
+from worker.send.bulk import completed
 from worker.send.jobs import Entry, JobKind
 from worker.send.requests import COLLECTION, entry_path, update_of
 from worker.transform.catalog import catalog_id, external_id
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from concurrent.futures import Executor
 
-    from worker.send.bulk import Client, OneByOne
+    from worker.klaviyo.client import KlaviyoClient
+    from worker.send.bulk import OneByOne
     from worker.send.jobs import Jobs
     from worker.send.one_by_one import Single
 
@@ -43,7 +45,13 @@ class BulkCatalog:
     """
 
     def __init__(
-        self, client: Client, jobs: Jobs, single: Single, executor: Executor, one_by_one: OneByOne, threshold: int
+        self,
+        client: KlaviyoClient,
+        jobs: Jobs,
+        single: Single,
+        executor: Executor,
+        one_by_one: OneByOne,
+        threshold: int,
     ) -> None:
         self._client = client
         self._jobs = jobs

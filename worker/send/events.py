@@ -19,13 +19,13 @@ import orjson
 from worker.errors import Transient, WorkerError
 from worker.json_access import as_dict, as_text
 from worker.model import Kind, Operation, Sent
-from worker.send.bulk import completed
-from worker.send.narrow import narrow
+from worker.send.bulk import completed, narrow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from worker.send.bulk import Client, OneByOne
+    from worker.klaviyo.client import KlaviyoClient
+    from worker.send.bulk import OneByOne
 
 MAX_EVENTS, MAX_BYTES = 1_000, 5_000_000  # of a call: https://developers.klaviyo.com/en/reference/bulk_create_events
 _REMEMBERED = 50_000  # events sent last, at least; one that is forgotten could be doubled
@@ -68,7 +68,7 @@ class _NothingLeftError(Exception):
 class BulkEvents:
     """Sends events in bulk. Safe for many threads, whose events share calls."""
 
-    def __init__(self, client: Client, one_by_one: OneByOne, mode: Mode, threshold: int) -> None:
+    def __init__(self, client: KlaviyoClient, one_by_one: OneByOne, mode: Mode, threshold: int) -> None:
         self._calls = _Calls(client)
         self._one_by_one = one_by_one
         self._mode = mode
@@ -125,7 +125,7 @@ class _Calls:
     a call's limits, whoever's it is: the longer the wait, the fuller the call.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: KlaviyoClient) -> None:
         self._client = client
         self._waiting: deque[_Record] = deque()
         self._changed = Condition()

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient, WorkerError
 from worker.http.chunks import chunked
 from worker.json_access import as_dict, as_dicts, as_int, as_text
+from worker.klaviyo.client import pages
 from worker.model import Json, Sent
-from worker.send.bulk import pages
-from worker.send.narrow import narrow
-from worker.telemetry.message_log import Notice
+from worker.send.bulk import narrow
+from worker.telemetry.log import Notice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from threading import Event
 
-    from worker.send.bulk import Client
+    from worker.klaviyo.client import KlaviyoClient
 
 MAX_BYTES = 5_000_000  # of a call: https://developers.klaviyo.com/en/reference/bulk_import_profiles
 _AROUND = 200  # bytes of a call around its entries, at most
@@ -67,7 +67,7 @@ class Jobs:
     Import jobs need more scopes than single calls: a key without them sends its entries one by one.
     """
 
-    def __init__(self, client: Client, stopping: Event) -> None:
+    def __init__(self, client: KlaviyoClient, stopping: Event) -> None:
         self._client = client
         self._stopping = stopping
         self._listing: dict[str, Json] = {}

@@ -11,17 +11,17 @@ import orjson
 
 from worker.errors import Rejected, Transient, WorkerError
 from worker.json_access import as_text
+from worker.klaviyo.client import pages
 from worker.model import Json, Kind, Operation, Sent
-from worker.send.bulk import pages
 from worker.send.identifiers import BY_STRENGTH, invalid_identifier, without
 from worker.send.requests import COLLECTION, deletion, entry_path, update_of
-from worker.telemetry.message_log import log
+from worker.telemetry.log import log
 from worker.transform.catalog import external_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.send.bulk import Client
+    from worker.klaviyo.client import KlaviyoClient
 
 _REMEMBERED, _REMEMBERED_SECONDS = 50_000, 600.0  # catalog entries known to exist; forgetting one costs a call
 _NOT_FOUND, _CONFLICT = 404, 409
@@ -30,7 +30,7 @@ _NOT_FOUND, _CONFLICT = 404, 409
 class Single:
     """Carries out one operation at a time. Safe for many threads; remembers which catalog entries exist."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: KlaviyoClient) -> None:
         self._client = client
         self._exists: cachetools.TTLCache[str, bool]
         self._exists = cachetools.TTLCache(_REMEMBERED, _REMEMBERED_SECONDS)

@@ -1,1 +1,1 @@
-"""telemetry."""
+"""Logs and metrics. Read message_log.py for the line that every message gets."""

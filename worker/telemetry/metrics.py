@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import builtins
-import logging
 import time
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
@@ -14,7 +12,7 @@ from prometheus_client.exposition import choose_encoder
 
 from adapters import base
 from worker import errors
-from worker.klaviyo.client import REVISION
+from worker.telemetry.log import log
 from worker.transform import HANDLERS
 
 if TYPE_CHECKING:
@@ -22,7 +20,8 @@ if TYPE_CHECKING:
 
     from prometheus_client import Metric
 
-log = logging.getLogger("klaviyo_worker")
+    from worker.telemetry.state import WorkerState
+
 
 OUTCOMES = ("sent", "ignored", "retried", "dead_lettered", "returned")
 SERVICES = ("klaviyo", "commercetools")
@@ -36,40 +35,6 @@ _SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)
 _TOO_MANY_REQUESTS = 429
 
 T = TypeVar("T")
-
-
-class State(Protocol):
-    """What a running worker tells about itself, at every scrape and probe: from any thread, within a second."""
-
-    def in_flight(self) -> int:
-        """Count the messages received and not yet settled."""
-
-    def waiting(self) -> int:
-        """Count those of them that are held because they could not be handled yet."""
-
-    def oldest_age(self) -> float | None:
-        """Return how many seconds ago the oldest message in flight was published: 0 if none is, None if unknown."""
-
-    def lanes(self) -> int:
-        """Count the lanes."""
-
-    def parked(self) -> str:
-        """Return why the worker is not allowed to work; "" when it is."""
-
-    def outages(self) -> Mapping[str, str]:
-        """Return for each of SERVICES why it cannot answer; "" when it can."""
-
-    def backlog(self) -> int | None:
-        """Count the messages in the queue; None when it cannot tell."""
-
-    def dead_letters(self) -> int | None:
-        """Count the dead letters; None when the queue cannot tell."""
-
-    def is_alive(self) -> bool:
-        """Tell whether the pull loop went round lately, whatever Klaviyo does."""
-
-    def is_stopping(self) -> bool:
-        """Tell whether the worker was asked to stop."""
 
 
 class Metrics:
@@ -100,11 +65,14 @@ class Metrics:
             registry, "last_success_timestamp_seconds", "When a message was last sent or ignored; 0: not yet"
         )
         registry.register(_Process())
-        build = _gauge(registry, "build_info", "1, for what is running", "version", "klaviyo_revision")
-        build.labels(version("klaviyo-worker"), REVISION).set(1)
+        self._build = _gauge(registry, "build_info", "1, for what is running", "version", "klaviyo_revision")
         for kind in (*self._types, "unreadable", OTHER):  # from 0 on, or the first one would be no increase
             for outcome in OUTCOMES:
                 self._processed.labels(kind, outcome)
+
+    def set_build_info(self, version: str, klaviyo_revision: str) -> None:
+        """Publish the versions of what is running."""
+        self._build.labels(version, klaviyo_revision).set(1)
 
     def received(self, messages: int) -> None:
         """Count messages that the queue handed out."""
@@ -144,7 +112,7 @@ class Metrics:
         if service in self._requests:
             self._requests[service].note(endpoint, status, seconds)
 
-    def watch(self, state: State) -> None:
+    def watch(self, state: WorkerState) -> None:
         """Read the gauges from a running worker from now on. Once."""
         self._registry.register(_Gauges(state))
 
@@ -192,7 +160,7 @@ class _Requests:
 class _Gauges:
     """Asks the worker at every scrape. What cannot be told is left out; the rest is there nevertheless."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: WorkerState) -> None:
         self._state = state
 
     def collect(self) -> Iterator[Metric]:

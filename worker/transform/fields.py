@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from collections.abc import Mapping as ReadOnly
 
-    from worker.mapping import Properties
+    from worker.mapping import Mapping, Properties
     from worker.model import Json
 
 MAX_FRACTION_DIGITS = 20  # commercetools' limit for high precision money
@@ -238,3 +238,17 @@ def later(value: Any, seconds: int) -> str:
         return "" if moment is None else (moment + timedelta(seconds=seconds)).isoformat()
     except OverflowError:
         return ""
+
+
+def product_url(slug: Any, product_id: str, variant: Json, mapping: Mapping) -> str:
+    """Fill the product page template, or return "" when there is none."""
+    values = {
+        "productSlug": localized(slug, mapping.locale),
+        "productId": product_id,
+        "sku": as_text(variant.get("sku")),
+        "locale": mapping.locale,
+    }
+    url = mapping.product_url_template
+    for name, value in values.items():
+        url = url.replace("{{" + name + "}}", value)
+    return url

@@ -10,6 +10,7 @@ from worker.errors import Rejected
 from worker.json_access import as_dict, as_dicts, as_int, as_text, unique
 from worker.model import Json, Kind, Operation
 from worker.transform import fields
+from worker.transform.fields import product_url
 from worker.transform.size_limits import fit
 
 if TYPE_CHECKING:
@@ -137,20 +138,6 @@ def custom_line_properties(line: Json, mapping: Mapping) -> Json:
             "RowTotal": fields.money(line.get("totalPrice")),
         }
     )
-
-
-def product_url(slug: Any, product_id: str, variant: Json, mapping: Mapping) -> str:
-    """Fill the product page template, or return "" when there is none."""
-    values = {
-        "productSlug": fields.localized(slug, mapping.locale),
-        "productId": product_id,
-        "sku": as_text(variant.get("sku")),
-        "locale": mapping.locale,
-    }
-    url = mapping.product_url_template
-    for name, value in values.items():
-        url = url.replace("{{" + name + "}}", value)
-    return url
 
 
 def _item_price(line: Json) -> float | None:

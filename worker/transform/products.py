@@ -10,7 +10,7 @@ from worker.json_access import as_dict, as_dicts, as_int, as_text, pick_ids
 from worker.model import Json, Kind, Operation
 from worker.transform import fields
 from worker.transform.catalog import catalog_id, category_operation
-from worker.transform.order_events import product_url
+from worker.transform.fields import product_url
 from worker.transform.prices import catalog_price, price_texts
 from worker.transform.registry import handles
 

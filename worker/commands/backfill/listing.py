@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from worker.commands.backfill.records import Selection
-    from worker.commercetools import client as ct
+    from worker.commercetools import queries
     from worker.model import Json
 
 Page = list[tuple[str, "Json | Rejected"]]  # the id, and its resource or why there is none
@@ -21,13 +21,13 @@ Page = list[tuple[str, "Json | Rejected"]]  # the id, and its resource or why th
 class Shop(Protocol):
     """What a backfill reads: commercetools."""
 
-    def find(self, query: ct.Query, values: Collection[str]) -> ct.Found:
+    def find(self, query: queries.Query, values: Collection[str]) -> queries.Found:
         """Find the resources for all values at once. Never raises for a single value."""
 
-    def page(self, query: ct.Query, where: str, after: str) -> list[Json]:
+    def page(self, query: queries.Query, where: str, after: str) -> list[Json]:
         """Return the next resources by id, PAGE at most. Raises WorkerError."""
 
-    def count(self, query: ct.Query, where: str, after: str) -> int:
+    def count(self, query: queries.Query, where: str, after: str) -> int:
         """Count the resources that pages would give. Raises WorkerError."""
 
 

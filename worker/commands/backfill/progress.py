@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
 
 
 @dataclass(slots=True, eq=False)
@@ -14,6 +19,27 @@ class Record:
     left: int  # messages of it that have not ended
     is_sent: bool = False
     failure: str = ""  # why the first of them failed
+
+
+@dataclass(slots=True, eq=False)
+class Message:
+    """A message of a record. Nobody counts its deliveries: an earlier run, or the worker, may have sent it."""
+
+    record: Record
+    body: bytes = field(repr=False)
+    defects: int = 0
+    attempt: int | None = None
+    published_at: datetime | None = None
+
+    @property
+    def id(self) -> str:
+        """Return the record's id."""
+        return self.record.id
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        """Return nothing."""
+        return {}
 
 
 @dataclass(slots=True)

@@ -6,21 +6,20 @@ import heapq
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import count
 from threading import Condition
 from typing import TYPE_CHECKING
 
 from adapters.base import Failure
-from worker.commands.backfill.progress import Record
+from worker.commands.backfill.progress import Message, Record
 from worker.commands.backfill.records import bodies
 from worker.errors import Rejected, Transient, WorkerError
 from worker.json_access import parse_time
-from worker.telemetry.message_log import Notice
+from worker.telemetry.log import Notice
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from adapters.base import Delivery
     from worker.commands.backfill.listing import Listing
@@ -31,27 +30,6 @@ if TYPE_CHECKING:
 SETTLED_AFTER = 60.0  # seconds since an order's last change; the worker has sent by then what it was told about it
 MAX_LATER = 10_000  # messages that wait for their time before no more records are read
 MAX_DEFECTS = 5  # times a message is tried that meets a defect of ours
-
-
-@dataclass(slots=True, eq=False)
-class Message:
-    """A message of a record. Nobody counts its deliveries: an earlier run, or the worker, may have sent it."""
-
-    record: Record
-    body: bytes = field(repr=False)
-    defects: int = 0
-    attempt: int | None = None
-    published_at: datetime | None = None
-
-    @property
-    def id(self) -> str:
-        """Return the record's id."""
-        return self.record.id
-
-    @property
-    def attributes(self) -> Mapping[str, str]:
-        """Return nothing."""
-        return {}
 
 
 class Source:

@@ -7,8 +7,9 @@ from threading import RLock
 from typing import TYPE_CHECKING
 
 from adapters.base import Failure
-from worker.commands.backfill.queue import Message
-from worker.telemetry.message_log import Telemetry, log, outcome_name
+from worker.commands.backfill.progress import Message
+from worker.telemetry.log import log
+from worker.telemetry.message_log import Telemetry, outcome_name
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from worker.commercetools import client as ct
+from worker.commercetools import queries
 from worker.json_access import as_dict, as_text, pick_ids
 from worker.model import Json, Kind, Operation
 
@@ -23,7 +23,7 @@ _STATES = {"OrderStateChanged": "orderState", "OrderShipmentStateChanged": "ship
 class Collection:
     """The resources of a kind, and the messages that stand for one of them."""
 
-    query: ct.Query
+    query: queries.Query
     resource_type: str
     dated_by: str  # the field that --since and --until are about
     batch: int  # messages at the most: some seconds of Klaviyo's limits, or what fills its jobs
@@ -58,14 +58,14 @@ def _order(order: Json) -> Iterable[Json]:
         yield _message("PaymentTransactionAdded", "payment", payment_id, changed_at)  # no transaction: all of them
 
 
-_CUSTOMERS, _PRODUCTS = replace(ct.CUSTOMERS, expand=()), ct.PRODUCTS  # projections: what is published
+_CUSTOMERS, _PRODUCTS = replace(queries.CUSTOMERS, expand=()), queries.PRODUCTS  # projections: what is published
 _CHANGED = "lastModifiedAt"
 _CATEGORY = partial(_created, "CategoryCreated", "category")  # ResourceUpdated would send all descendants of each
 COLLECTIONS = {
     "customers": Collection(_CUSTOMERS, "customer", _CHANGED, 1_000, partial(_created, "CustomerCreated", "customer")),
-    "orders": Collection(ct.ORDERS, "order", "createdAt", 60, _order),
+    "orders": Collection(queries.ORDERS, "order", "createdAt", 60, _order),
     "products": Collection(_PRODUCTS, "product", _CHANGED, 100, partial(_created, "ProductPublished", "product")),
-    "categories": Collection(ct.CATEGORIES, "category", _CHANGED, 100, _CATEGORY),
+    "categories": Collection(queries.CATEGORIES, "category", _CHANGED, 100, _CATEGORY),
 }
 
 

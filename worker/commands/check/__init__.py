@@ -1,1 +1,1 @@
-"""check."""
+"""`klaviyo-worker check`. Read checks.py first."""

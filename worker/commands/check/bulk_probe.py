@@ -21,8 +21,8 @@ from worker.transform.order_events import event
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from worker.klaviyo.client import KlaviyoClient
     from worker.model import Json
-    from worker.send.bulk import Client
 
 PROFILE, METRIC = "klaviyo-worker-probe", "klaviyo-worker probe"
 SCOPES = {"profiles:read": "/api/profiles", "events:read": "/api/events"}  # besides events:write
@@ -64,7 +64,7 @@ class BulkProbe:
     `patience`: seconds the events are given to show, twice. `say` is told what is being waited for.
     """
 
-    def __init__(self, client: Client, patience: float, say: Callable[[str], None]) -> None:
+    def __init__(self, client: KlaviyoClient, patience: float, say: Callable[[str], None]) -> None:
         self._client = client
         self._patience = patience
         self._say = say

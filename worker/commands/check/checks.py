@@ -14,9 +14,9 @@ from worker.commands.subscriptions.client import SCOPE, NotPermitted, Subscripti
 from worker.commands.subscriptions.health import HEALTHY, explain
 from worker.commands.subscriptions.needs import asked_for, needs
 from worker.commands.subscriptions.plan import KEY
-from worker.commercetools import client as ct
+from worker.commercetools import queries
 from worker.commercetools.client import Commercetools
-from worker.errors import Misconfigured, Rejected, SettingsError, WorkerError
+from worker.errors import ExitCode, Misconfigured, Rejected, SettingsError, WorkerError
 from worker.json_access import as_text, unique
 from worker.klaviyo.client import Klaviyo
 from worker.transform import HANDLERS
@@ -27,17 +27,16 @@ if TYPE_CHECKING:
     from worker.mapping import Mapping
     from worker.settings import Settings
 
-UNEXPECTED, USAGE, QUEUE, COMMERCETOOLS, KLAVIYO = range(1, 6)  # exit codes
 _NOBODY = "00000000-0000-4000-8000-000000000000"
 _EVENTS, _CATALOG = frozenset({"order", "payment"}), frozenset({"category", "product", "inventory-entry"})
 _CUSTOMER = frozenset({"customer"})
 _READS = (  # what is asked, the scope that takes, and for the handlers of which resource types; see worker/enrich.py
-    (ct.ORDERS, "view_orders", _EVENTS),
-    (ct.PAYMENTS, "view_payments", frozenset({"payment"})),
-    (ct.CUSTOMERS, "view_customers", _EVENTS | _CUSTOMER),
-    (ct.CATEGORIES, "view_products", _EVENTS | _CATALOG),
-    (ct.PRODUCTS, "view_products", _EVENTS | {"product", "inventory-entry"}),
-    (ct.INVENTORY, "view_products", frozenset({"product", "inventory-entry"})),
+    (queries.ORDERS, "view_orders", _EVENTS),
+    (queries.PAYMENTS, "view_payments", frozenset({"payment"})),
+    (queries.CUSTOMERS, "view_customers", _EVENTS | _CUSTOMER),
+    (queries.CATEGORIES, "view_products", _EVENTS | _CATALOG),
+    (queries.PRODUCTS, "view_products", _EVENTS | {"product", "inventory-entry"}),
+    (queries.INVENTORY, "view_products", frozenset({"product", "inventory-entry"})),
 )
 _WRITES = (  # the scope, what takes it, and for the handlers of which resource types
     ("events:write", "/api/events", _EVENTS),
@@ -61,22 +60,26 @@ def check(
     try:
         settings = read()
         mapping = settings.mapping()
-        queue = _tried("queue", QUEUE, partial(_queue, settings))  # its URL is configuration, but only it can tell
+        queue = _tried(
+            "queue", ExitCode.QUEUE, partial(_queue, settings)
+        )  # its URL is configuration, but only it can tell
     except (SettingsError, QueueURLError) as error:
         for line in str(error).splitlines():
-            yield failed("configuration", USAGE, line, otherwise="correct it")
+            yield failed("configuration", ExitCode.USAGE, line, otherwise="correct it")
         return
     yield Finding("configuration", "ok", _configuration(settings, mapping))
     yield queue
     stopping = Event()
     resources = frozenset(resource for resource, kind in HANDLERS if kind not in mapping.disabled)
     reader = Commercetools(settings, stopping)
-    yield _tried("commercetools", COMMERCETOOLS, partial(_commercetools, reader, resources))
+    yield _tried("commercetools", ExitCode.COMMERCETOOLS, partial(_commercetools, reader, resources))
     client = Klaviyo(settings, stopping)
     erasure, probing = mapping.customer.erasure and "customer" in resources, probe_wait is not None
-    found = _tried("klaviyo", KLAVIYO, partial(_klaviyo, client, resources, erasure=erasure, probing=probing))
+    found = _tried("klaviyo", ExitCode.KLAVIYO, partial(_klaviyo, client, resources, erasure=erasure, probing=probing))
     yield found
-    yield _tried("subscriptions", COMMERCETOOLS, partial(_subscription, Subscriptions(reader), key, mapping.disabled))
+    yield _tried(
+        "subscriptions", ExitCode.COMMERCETOOLS, partial(_subscription, Subscriptions(reader), key, mapping.disabled)
+    )
     if probe_wait is not None and not found.exit_code:
         yield _bulk_events(client, probe_wait, say)
 
@@ -105,23 +108,23 @@ def _queue(settings: Settings) -> str | Finding:
         queue.close()
     missing = [sentence for sentence in sentences if isinstance(sentence, MissingPolicy)]
     if missing:
-        return failed("queue", QUEUE, *missing, otherwise=_ELSEWHERE)
+        return failed("queue", ExitCode.QUEUE, *missing, otherwise=_ELSEWHERE)
     return "; ".join(["may be consumed", *sentences])
 
 
-def _commercetools(reader: ct.Reader, resources: Collection[str]) -> str:
+def _commercetools(reader: queries.Reader, resources: Collection[str]) -> str:
     reads = [(query, scope) for query, scope, readers in _READS if not readers.isdisjoint(resources)]
     _ask_all([(scope, partial(_read, reader, query)) for query, scope in reads])
     text = f"{', '.join(query.path for query, _ in reads) or 'nothing'} may be read"
     try:
         if not _EVENTS.isdisjoint(resources):
-            _read(reader, ct.DISCOUNT_CODES)
+            _read(reader, queries.DISCOUNT_CODES)
     except Misconfigured:
         return f"{text}; without the scope view_discount_codes, orders are sent without the names of their codes"
     return text
 
 
-def _read(reader: ct.Reader, query: ct.Query) -> None:
+def _read(reader: queries.Reader, query: queries.Query) -> None:
     """Ask as the worker does, for what does not exist."""
     (found,) = reader.find(query, [_NOBODY]).values()
     if isinstance(found, WorkerError):
@@ -179,14 +182,14 @@ def _subscription(subscriptions: Subscriptions, key: str, disabled: Collection[s
         text = f"cannot be told without the scope {SCOPE}, which the worker itself does not need"
         return Finding("subscriptions", "skipped", text, "give check an API client that has it")
     todo = "klaviyo-worker subscriptions apply" + (f" --key {key}" if key != KEY else "")
-    say = partial(failed, "subscriptions", COMMERCETOOLS, otherwise=todo)
+    say = partial(failed, "subscriptions", ExitCode.COMMERCETOOLS, otherwise=todo)
     if key not in existing:
         others = ", ".join(filter(None, existing))
         return say(f"there is no subscription {key}" + (f", only {others}" if others else ""))
     status, missing = as_text(existing[key].get("status")), needs(disabled).without(asked_for(existing[key]))
     if status != HEALTHY:
         why, todo = explain(status)
-        return Finding("subscriptions", "failed", f"{key} is not healthy: {why}", todo, COMMERCETOOLS)
+        return Finding("subscriptions", "failed", f"{key} is not healthy: {why}", todo, ExitCode.COMMERCETOOLS)
     if missing:
         told = [f"{resource} {', '.join(types)}" for resource, types in missing.messages.items()]
         told += [f"changes of {resource}" for resource in missing.changes]
@@ -199,10 +202,10 @@ def _bulk_events(client: Klaviyo, wait: float, say: Callable[[str], None]) -> Fi
     try:
         verdict = probe.BulkProbe(client, wait, say).run()
     except Misconfigured as error:
-        return failed("bulk events", KLAVIYO, f"{error}: events:write", otherwise=again)
+        return failed("bulk events", ExitCode.KLAVIYO, f"{error}: events:write", otherwise=again)
     except WorkerError as error:
-        return failed("bulk events", KLAVIYO, f"{error}: nothing is known", otherwise=again)
+        return failed("bulk events", ExitCode.KLAVIYO, f"{error}: nothing is known", otherwise=again)
     details = {"repeat": str(verdict.repeat), "recommended": str(verdict.recommended)}
     if verdict.repeat == "undecided":
-        return failed("bulk events", UNEXPECTED, str(verdict), otherwise=again, details=details)
+        return failed("bulk events", ExitCode.UNEXPECTED, str(verdict), otherwise=again, details=details)
     return Finding("bulk events", "ok", str(verdict), details=details)

@@ -1,1 +1,1 @@
-"""transform."""
+"""`klaviyo-worker transform`: a trace of one notification, and its explanation."""

@@ -10,9 +10,9 @@ from contextlib import suppress
 from textwrap import TextWrapper
 from typing import TYPE_CHECKING
 
-from worker.errors import Ignored, Rejected
+from worker.errors import Disposition, Ignored, Rejected
 from worker.json_access import as_dict, as_dicts, printable, unique
-from worker.model import Disposition, Kind
+from worker.model import Kind
 from worker.parse import layers
 from worker.send import request_for
 from worker.transform import HANDLERS
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from worker.commands.transform.trace import Trace
-    from worker.commercetools import client as ct
+    from worker.commercetools import queries
     from worker.mapping import Mapping
     from worker.model import Json, Notification, Operation
 
@@ -102,7 +102,7 @@ def _fetched(trace: Trace) -> Iterator[Row]:
         yield "fetched", _lookup(query, found, about)
 
 
-def _lookup(query: ct.Query, found: ct.Found, about: Notification | None) -> str:
+def _lookup(query: queries.Query, found: queries.Found, about: Notification | None) -> str:
     there = [value for value in sorted(found) if found[value]]
     missing = [value for value in sorted(found) if not found[value]]
     brought = [id(entry) for entry in about.payload.values()] if about else []

@@ -1,1 +1,1 @@
-"""commercetools."""
+"""An emulator of commercetools' HTTP API with a sample shop. Read api.py first."""

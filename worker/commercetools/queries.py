@@ -1,0 +1,118 @@
+"""What enrich may ask, and the fields worth keeping."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from worker.json_access import as_dict, as_dicts, as_text, pick_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from worker.errors import WorkerError
+    from worker.model import Json
+
+Found = dict[str, "list[Json] | WorkerError"]
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A way to find many resources by many values at once.
+
+    `predicate` takes the comma-separated quoted values; `values` tells which of them a resource answers.
+    `remember` names the fields worth keeping for later batches; none: always read anew.
+    """
+
+    path: str
+    predicate: str
+    values: Callable[[Json], list[str]]
+    expand: tuple[str, ...] = ()
+    remember: tuple[str, ...] = ()
+
+
+def _id(resource: Json) -> list[str]:
+    return [as_text(resource.get("id"))]
+
+
+def _sku(resource: Json) -> list[str]:
+    return [as_text(resource.get("sku"))]
+
+
+def _payments(order: Json) -> list[str]:
+    return pick_ids(as_dict(order.get("paymentInfo")).get("payments"))
+
+
+def _ancestors(category: Json) -> list[str]:
+    return pick_ids(category.get("ancestors"))
+
+
+def _skus(product: Json) -> list[str]:
+    variants = [as_dict(product.get("masterVariant")), *as_dicts(product.get("variants"))]
+    return [sku for variant in variants for sku in _sku(variant)]
+
+
+ORDERS = Query("orders", "id in ({})", _id)
+
+
+ORDERS_BY_PAYMENT = Query("orders", "paymentInfo(payments(id in ({})))", _payments)
+
+
+PAYMENTS = Query("payments", "id in ({})", _id)
+
+
+CUSTOMERS = Query("customers", "id in ({})", _id, expand=("customerGroup",))
+
+
+CATEGORIES = Query("categories", "id in ({})", _id)
+
+
+CATEGORY_NAMES = replace(CATEGORIES, remember=("id", "name", "ancestors"))
+
+
+DESCENDANTS = Query("categories", "ancestors(id in ({}))", _ancestors)
+
+
+PRODUCTS = Query("product-projections", "id in ({})", _id)
+
+
+PRODUCT_CATEGORIES = replace(PRODUCTS, remember=("id", "categories"))
+
+
+PRODUCTS_BY_SKU = Query("product-projections", "masterVariant(sku in ({0})) or variants(sku in ({0}))", _skus)
+
+
+INVENTORY = Query("inventory", "id in ({})", _id)
+
+
+INVENTORY_BY_SKU = Query("inventory", "sku in ({})", _sku)
+
+
+DISCOUNT_CODES = Query("discount-codes", "id in ({})", _id, remember=("id", "code"))
+
+
+class Reader(Protocol):
+    """What enrich asks. The answer has every value: its resources ([]: none), or why they cannot be had."""
+
+    def find(self, query: Query, values: Collection[str]) -> Found:
+        """Find the resources for all values at once. Never raises for a single value."""
+
+
+class Snapshot:
+    """A Reader over resources at hand: `transform --enriched`, golden tests. No network."""
+
+    def __init__(self, resources: dict[str, list[Json]]) -> None:
+        self._resources = resources
+
+    def find(self, query: Query, values: Collection[str]) -> Found:
+        """Find among the resources at hand."""
+        return _sorted_out(query, values, as_dicts(self._resources.get(query.path)))
+
+
+def _sorted_out(query: Query, values: Collection[str], resources: list[Json]) -> Found:
+    by_value: dict[str, list[Json]] = defaultdict(list)
+    for resource in resources:
+        for value in query.values(resource):
+            by_value[value].append(resource)
+    return {value: by_value.get(value, []) for value in values}

@@ -1,0 +1,57 @@
+"""What a running worker tells of itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapters import Countable
+from worker.health.cached_reading import Sampled
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from adapters import QueueAdapter
+    from worker.commercetools.client import Commercetools
+    from worker.klaviyo.client import Klaviyo
+    from worker.runtime.runner import Runner
+
+
+class RunningWorkerState:
+    """What health, metrics and status show of a running worker."""
+
+    def __init__(
+        self, runner: Runner, queue: QueueAdapter, lanes: int, commercetools: Commercetools, klaviyo: Klaviyo
+    ) -> None:
+        self._runner = runner
+        self._counts = Sampled(queue.counts if isinstance(queue, Countable) else lambda: (None, None))
+        self._lanes = lanes
+        self._commercetools = commercetools
+        self._klaviyo = klaviyo
+        self.has_begun = runner.has_begun
+        self.is_alive = runner.is_alive
+        self.is_stopping = runner.is_stopping
+        self.in_flight = runner.in_flight
+        self.waiting = runner.waiting
+        self.oldest_age = runner.oldest_age
+        self.parked = runner.parked
+        self.at_work = runner.at_work
+        self.limits = klaviyo.limits
+
+    def lanes(self) -> int:
+        """Return the number of lanes."""
+        return self._lanes
+
+    def outages(self) -> Mapping[str, str]:
+        """Return for each service why it cannot answer."""
+        return {
+            "commercetools": self._commercetools.outage(),
+            "klaviyo": self._klaviyo.outage(),
+        }
+
+    def backlog(self) -> int | None:
+        """Return the number of messages in the queue, measured lately."""
+        return self._counts.read()[0]
+
+    def dead_letters(self) -> int | None:
+        """Return the number of dead letters, measured lately."""
+        return self._counts.read()[1]
