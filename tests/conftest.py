@@ -13,10 +13,10 @@ import pytest
 from hypothesis import settings
 
 from adapters.embedded import EmbeddedQueue
-from tests import sqs
-from tests.emulator import Emulator, missing
-from tests.parts import require
 from tests.rigs import RIGS, rig_type
+from tests.support import sqs_fakes as sqs
+from tests.support.pubsub_emulator import Emulator, missing
+from tests.support.requirements import require
 from worker.sandbox import Sandbox
 from worker.telemetry.log import log
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.acceptance.conftest import Worker
 from tests.acceptance.test_run import stop, wait_for
-from tests.integration.test_backfill import backfill, signals_are_pytests  # noqa: F401 - a fixture
+from tests.integration.commands.test_backfill import backfill, signals_are_pytests  # noqa: F401 - a fixture
 from worker.sandbox import Sandbox
 from worker.sandbox.commercetools.shop import Shop, sample_shop
 from worker.sandbox.notifications import change, message

@@ -20,8 +20,8 @@ from click.testing import CliRunner, Result
 from adapters import DeadLetter, DeadLetters, Failure, open_queue
 from adapters.embedded import EmbeddedQueue
 from tests.acceptance.conftest import Worker
-from tests.burying import REFUSED, bury_at, left_at
 from tests.integration.conftest import settings_for
+from tests.support.dead_letters import REFUSED, bury_at, left_at
 from worker.cli import main
 from worker.commands.dlq import replay
 from worker.commands.dlq.dead_letters import Choice

@@ -14,9 +14,9 @@ from zipfile import ZipFile
 
 from adapters import Publisher, QueueOptions, open_queue
 from adapters.servicebus.queue import fits, parse_url
-from tests import sqs
-from tests.emulator import Emulator
-from tests.parts import require_command
+from tests.support import sqs_fakes as sqs
+from tests.support.pubsub_emulator import Emulator
+from tests.support.requirements import require_command
 
 if TYPE_CHECKING:
     import pytest

@@ -12,7 +12,7 @@ import pytest
 from tests.acceptance.conftest import NOT_MEASURED, Worker, events_named, log_lines, settled
 from tests.acceptance.test_run import stop, wait_for
 from tests.acceptance.workload import Workload
-from tests.emulator import Emulator, Network, Subscription
+from tests.support.pubsub_emulator import Emulator, Network, Subscription
 from worker.sandbox import Sandbox
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import pytest
 from tests.acceptance.conftest import NOT_MEASURED, Worker, events_named
 from tests.acceptance.test_run import stop, wait_for
 from tests.acceptance.workload import Workload
-from tests.parts import require
-from tests.sqs import Network, Queue, Server, environment, missing
+from tests.support.requirements import require
+from tests.support.sqs_fakes import Network, Queue, Server, environment, missing
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from tests.acceptance.conftest import Worker, events_named
 from tests.acceptance.test_run import stop, updated, wait_for
-from tests.notify_socket import NotifySocket
+from tests.support.notify_socket import NotifySocket
 from worker.sandbox import Fault
 
 if TYPE_CHECKING:

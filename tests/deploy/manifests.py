@@ -10,7 +10,7 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
-from tests.parts import require_command
+from tests.support.requirements import require_command
 
 if TYPE_CHECKING:
     from pathlib import Path

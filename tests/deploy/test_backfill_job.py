@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from tests.deploy.manifests import by_kind, rendered, validate
 from tests.deploy.pages import ROOT, page
 from tests.deploy.test_kubernetes import NAMES, PLACEHOLDERS, SECRET_NAMES
-from tests.integration.test_backfill import signals_are_pytests  # noqa: F401 - a fixture
+from tests.integration.commands.test_backfill import signals_are_pytests  # noqa: F401 - a fixture
 from worker.cli import main
 from worker.errors import ExitCode
 

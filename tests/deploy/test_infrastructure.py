@@ -14,7 +14,7 @@ from adapters.pubsub.queue import _warnings
 from adapters.pubsub.settlement import LEASE
 from tests.deploy.hcl import INFRASTRUCTURE, blocks, resources
 from tests.deploy.pages import commands, flags, page
-from tests.parts import require_command
+from tests.support.requirements import require_command
 from worker.commands.subscriptions.needs import needs
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from adapters import scheme_of
 from tests.acceptance.conftest import Worker, log_lines, none_left_running  # noqa: F401 - a fixture
 from tests.acceptance.test_run import ask, wait_for
 from tests.deploy.manifests import by_kind, container_of, environment_of, pod_of, rendered, validate
-from tests.emulator import free_port
+from tests.support.pubsub_emulator import free_port
 from worker.cli.options import SECRETS
 from worker.sandbox.notifications import sample_notifications
 from worker.settings import Settings, load

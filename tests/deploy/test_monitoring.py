@@ -16,9 +16,9 @@ from tests.acceptance.conftest import Worker
 from tests.acceptance.test_run import ask, stop, wait_for
 from tests.deploy.manifests import by_kind, rendered
 from tests.deploy.promql import TARGET, Series, exposed, labels_of
-from tests.emulator import free_port
-from tests.state import FakeState
-from tests.unit.test_metrics import busy
+from tests.support.pubsub_emulator import free_port
+from tests.support.worker_state import FakeState
+from tests.unit.telemetry.test_metrics import busy
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.notifications import sample_notifications
 

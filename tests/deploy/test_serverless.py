@@ -19,8 +19,8 @@ from tests.acceptance.conftest import Worker, events_named, log_lines
 from tests.acceptance.test_run import wait_for
 from tests.acceptance.workload import Workload
 from tests.deploy.pages import commands, flags, page
-from tests.emulator import free_port
-from tests.integration.test_push import envelope
+from tests.integration.adapters.test_push import envelope
+from tests.support.pubsub_emulator import free_port
 from worker.settings import Settings
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from commercetools.platform.models import SubscriptionDraft
 
 from tests.deploy import subscribed
 from tests.deploy.pages import commands, page
-from tests.parts import require_command
+from tests.support.requirements import require_command
 from worker.cli import main
 from worker.commands.subscriptions.destination import parse
 from worker.sandbox import Sandbox

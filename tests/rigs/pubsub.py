@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from adapters import QueueOptions
 from adapters.pubsub import queue as pubsub
 from adapters.pubsub.settlement import LEASE
-from tests.emulator import Emulator, Network, Subscription, missing
 from tests.rigs.base import Guarantees, Letter
+from tests.support.pubsub_emulator import Emulator, Network, Subscription, missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

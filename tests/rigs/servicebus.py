@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters import QueueOptions, open_queue
 from tests.rigs.base import Guarantees, Letter
-from tests.servicebus.broker import Broker, Queue, bodies, missing
+from tests.support.servicebus_broker.broker import Broker, Queue, bodies, missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -13,7 +13,7 @@ from adapters.sqs.queue import SQSQueue
 from adapters.sqs.sending import MAX_BYTES
 from adapters.sqs.settlement import LEASE, LONGEST_HOLD
 from tests.rigs.base import Guarantees, Letter
-from tests.sqs import Network, Queue, Server, environment, missing
+from tests.support.sqs_fakes import Network, Queue, Server, environment, missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

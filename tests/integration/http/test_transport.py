@@ -1,0 +1,85 @@
+"""A request, whatever the other side makes of its answer."""
+
+from __future__ import annotations
+
+import gzip
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.unit.runtime.test_runner import settings_for
+from worker.errors import Transient
+from worker.http.transport import Transport, pool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+def transport(listener: socket.socket, serve: Callable[[socket.socket], None]) -> tuple[Transport, str]:
+    """Return a transport, and the address of a server that handles one connection as told."""
+
+    def run() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            serve(connection)
+
+    threading.Thread(target=run, daemon=True).start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    return Transport(pool(url, 1), settings_for(read_timeout=0.5), lambda *_: None), url
+
+
+def test_an_answer_that_takes_for_ever_is_none(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes within the read timeout: the lane would wait as long, and its resources with it."""
+    monkeypatch.setattr("worker.http.transport.BODY_PATIENCE", 1)
+    hung_up = threading.Event()
+
+    def dawdle(connection: socket.socket) -> None:
+        connection.recv(9999)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 40\r\n\r\n")
+        try:
+            for _ in range(40):
+                time.sleep(0.1)
+                connection.sendall(b" ")
+        except OSError:
+            hung_up.set()
+
+    transport_, url = transport(listener, dawdle)
+    with pytest.raises(Transient, match="no answer"):
+        transport_.request("x", "GET", url, {})
+    assert hung_up.wait(5)
+
+
+def test_trouble_is_of_an_endpoint(listener: socket.socket) -> None:
+    """And of no record, or an outage would have as many reasons as there are records."""
+    transport_, url = transport(listener, lambda connection: connection.close())
+    with pytest.raises(Transient, match=r"^no answer to PATCH 127.0.0.1:\d+/api/catalog-items/{id}/variants: "):
+        transport_.request("x", "PATCH", f"{url}api/catalog-items/$custom:::1/variants?page=2", {})
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_536, 300_000])
+@pytest.mark.parametrize("way", ["plain", "gzip", "chunked"])
+def test_whole_answers_come_over_one_connection(way: str, size: int, listener: socket.socket) -> None:
+    """However they are encoded; a connection is used again, as opening one takes longer than most calls."""
+    content = b"x" * size
+    body = gzip.compress(content) if way == "gzip" else content
+    length = b"Transfer-Encoding: chunked" if way == "chunked" else b"Content-Length: %d" % len(body)
+    encoding = b"Content-Encoding: gzip\r\n" if way == "gzip" else b""
+    chunked = (b"%x\r\n%s\r\n" % (size, content) if content else b"") + b"0\r\n\r\n"
+
+    def answer(connection: socket.socket) -> None:
+        for _ in range(3):
+            connection.recv(9999)
+            head = b"HTTP/1.1 200 OK\r\n" + encoding + length + b"\r\n\r\n"
+            connection.sendall(head + (chunked if way == "chunked" else body))
+
+    transport_, url = transport(listener, answer)
+    assert [transport_.request("x", "GET", url, {}).body == content for _ in range(3)] == [True] * 3

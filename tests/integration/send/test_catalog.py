@@ -1,0 +1,294 @@
+"""The catalog in bulk over real sockets: what is missing is created, what exists updated, what is gone deleted."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+from tests.integration.conftest import klaviyo_for
+from tests.support.sender import Sender
+from worker import send
+from worker.errors import Rejected, Transient
+from worker.model import Kind, Operation
+from worker.sandbox import Fault, Sandbox
+from worker.sandbox.klaviyo.account import Account
+from worker.send import jobs
+from worker.transform.catalog import catalog_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+COMMON = {"integration_type": "$custom", "catalog_type": "$default", "description": "", "url": "None"}
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox() as running:
+        yield running
+
+
+@pytest.fixture
+def sender(sandbox: Sandbox) -> Sender:
+    return Sender(klaviyo_for(sandbox), 4)
+
+
+def category(number: int, kind: Kind = Kind.UPSERT_CATEGORY, name: str = "Shirts") -> Operation:
+    attributes = {"external_id": f"c{number}", "name": name, "integration_type": "$custom", "catalog_type": "$default"}
+    return Operation(kind, f"c{number}", {"type": "catalog-category", "attributes": attributes})
+
+
+def item(number: int, title: Any = "Shirt") -> Operation:
+    attributes = COMMON | {"external_id": f"p{number}", "title": title}
+    related = {"categories": {"data": [{"type": "catalog-category", "id": catalog_id(f"c{number % 30}")}]}}
+    resource = {"type": "catalog-item", "attributes": attributes, "relationships": related}
+    return Operation(Kind.UPSERT_ITEM, f"p{number}", resource)
+
+
+def variant(number: int, parent: int | None = None, stock: Any = 1, title: str = "M") -> Operation:
+    sku = f"s{number}"
+    attributes = COMMON | {"external_id": sku, "sku": sku, "title": title, "price": 1.0, "inventory_quantity": stock}
+    of = {"item": {"data": {"type": "catalog-item", "id": catalog_id(f"p{number if parent is None else parent}")}}}
+    return Operation(
+        Kind.UPSERT_VARIANT, sku, {"type": "catalog-variant", "attributes": attributes, "relationships": of}
+    )
+
+
+def stock(number: int, quantity: int, *otherwise: Operation) -> Operation:
+    resource = {
+        "type": "catalog-variant",
+        "id": catalog_id(f"s{number}"),
+        "attributes": {"inventory_quantity": quantity},
+    }
+    return Operation(Kind.UPDATE_INVENTORY, f"s{number}", resource, otherwise=lambda: otherwise)
+
+
+def products(number: int, **more: Any) -> list[Operation]:
+    needed = [category(each, Kind.ENSURE_CATEGORY) for each in range(30)]
+    return [*map(variant, range(number)), *(item(each, **more) for each in range(number)), *needed]
+
+
+def calls(sandbox: Sandbox) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for request in sandbox.klaviyo.requests:
+        parts = request.path.split("/")
+        found[f"{request.method} {parts[2].removeprefix('catalog-')}{'/…' * (len(parts) > 3)}"] += 1
+    return found
+
+
+def test_a_whole_catalog_goes_in_jobs_of_a_hundred(sandbox: Sandbox, sender: Sender) -> None:
+    """Categories, then items, then variants; each lookup and each job a request, and one to see it complete."""
+    assert sender.send(products(250)) == [None] * 530
+    assert (len(sandbox.account.categories), len(sandbox.account.items), len(sandbox.account.variants)) == (
+        30,
+        250,
+        250,
+    )
+    made = calls(sandbox)
+    assert made["POST category-bulk-create-jobs"] == 1
+    assert made["POST item-bulk-create-jobs"] == made["POST variant-bulk-create-jobs"] == 3
+    assert made["GET item-bulk-create-jobs/…"] == 3
+    assert made["GET items"] <= 4
+    assert not {"POST items", "POST variants", "POST categories"} & made.keys()
+
+
+def test_what_exists_is_updated(sandbox: Sandbox, sender: Sender) -> None:
+    """Known from before, or found to exist; a category that is only needed keeps its name."""
+    sender.send(products(50))
+    sandbox.klaviyo.requests.clear()
+    Sender(klaviyo_for(sandbox), 4).send([*products(60, title="New"), *(category(n, name="Hats") for n in range(5))])
+    assert {entry["attributes"]["title"] for entry in sandbox.account.items.values()} == {"New"}
+    names = Counter(entry["attributes"]["name"] for entry in sandbox.account.categories.values())
+    assert names == {"Hats": 5, "Shirts": 25}
+    made = calls(sandbox)
+    assert made["POST item-bulk-update-jobs"] == 1
+    assert made["POST items"] == 0
+    sandbox.klaviyo.requests.clear()
+    sender.send(products(50, title="Newer"))
+    assert "GET items" not in calls(sandbox)
+
+
+def test_what_was_created_meanwhile_is_updated(sandbox: Sandbox, sender: Sender) -> None:
+    """Another worker may create between our lookup and our job."""
+    Sender(klaviyo_for(sandbox), 4).send(products(40))
+    for path in ("items", "variants", "categories"):
+        sandbox.klaviyo.faults.add(Fault(match=f"GET /api/catalog-{path}", status=200, body=b'{"data":[]}'))
+    assert sender.send(products(40, title="New")) == [None] * 110
+    assert {entry["attributes"]["title"] for entry in sandbox.account.items.values()} == {"New"}
+
+
+def test_what_was_deleted_meanwhile_is_created(sandbox: Sandbox, sender: Sender) -> None:
+    """What this process remembers may be gone."""
+    sender.send(products(40))
+    for number in range(7):
+        sandbox.account.delete_entry("catalog-item", catalog_id(f"p{number}"))
+    assert sender.send(products(40, title="New")) == [None] * 110
+    assert len(sandbox.account.items) == len(sandbox.account.variants) == 40
+
+
+def test_one_bad_entry_does_not_stop_its_neighbours(sandbox: Sandbox, sender: Sender) -> None:
+    """Refused with the call, or failed within the job: it is judged alone."""
+    batch = products(50)
+    batch[3] = variant(3, stock="many")
+    batch[4] = variant(4, parent=999)
+    batch[50 + 20] = item(20, title=20)
+    results = sender.send(batch)
+    bad = [number for number, result in enumerate(results) if isinstance(result, Rejected)]
+    assert bad == [3, 4, 20, 70]  # 20: its item is not there
+    assert len(sandbox.account.items) == 49
+    assert len(sandbox.account.variants) == 47
+
+
+def test_deletions_go_in_jobs_and_what_is_gone_is_deleted(sandbox: Sandbox, sender: Sender) -> None:
+    """Unpublishing a whole range; some of it never was in Klaviyo."""
+    sender.send(products(60))
+    sandbox.klaviyo.requests.clear()
+    keys = [f"p{number}" for number in range(70)]
+    operations = [Operation(kind, key) for key in keys for kind in (Kind.DELETE_STALE_VARIANTS, Kind.DELETE_ITEM)]
+    operations += [Operation(Kind.DELETE_CATEGORY, f"c{number}") for number in range(30)]
+    assert sender.send(operations) == [None] * 170
+    assert (sandbox.account.categories, sandbox.account.items, sandbox.account.variants) == ({}, {}, {})
+    made = calls(sandbox)
+    assert made["POST item-bulk-delete-jobs"] == made["POST variant-bulk-delete-jobs"] == 1
+    assert made["DELETE items/…"] == 10
+    assert "DELETE variants/…" not in made
+    assert sender.send(products(60)) == [None] * 150
+
+
+def test_variants_that_moved_to_another_product_survive(sandbox: Sandbox, sender: Sender) -> None:
+    """The old products' variants go before the new products' come."""
+    sender.send(products(40))
+    moved = [variant(number, parent=39 - number) for number in range(40)]
+    stale = [
+        Operation(Kind.DELETE_STALE_VARIANTS, f"p{number}", keep=frozenset({f"s{39 - number}"})) for number in range(40)
+    ]
+    assert sender.send([*moved, *stale]) == [None] * 80
+    assert {entry["item"] for entry in sandbox.account.variants.values()} == {catalog_id(f"p{n}") for n in range(40)}
+    assert sandbox.account.variants["s0"]["item"] == catalog_id("p39")
+
+
+def test_stock_goes_in_a_job_and_brings_the_products_klaviyo_lacks(sandbox: Sandbox, sender: Sender) -> None:
+    """As one by one: the whole product where the variant is missing, nothing where there is no product."""
+    sender.send(products(50))
+    sandbox.klaviyo.requests.clear()
+    changes = [stock(number, 7) for number in range(50)]
+    changes += [stock(50, 7, item(50), variant(50, stock=7)), stock(51, 7)]
+    assert sender.send(changes) == [None] * 52
+    assert {entry["attributes"]["inventory_quantity"] for entry in sandbox.account.variants.values()} == {7}
+    assert len(sandbox.account.variants) == 51
+    assert calls(sandbox)["POST variant-bulk-update-jobs"] == 1
+
+
+def test_a_variant_and_its_stock_in_one_batch_are_one_entry(sandbox: Sandbox, sender: Sender) -> None:
+    """A job that names an entry twice is nobody's wish; the whole variant has the stock too."""
+    sender.send(products(20))
+    both = [*(variant(n, stock=9, title="L") for n in range(20)), *(stock(n, 9) for n in range(20))]
+    assert sender.send(both) == [None] * 40
+    variants = [entry["attributes"] for entry in sandbox.account.variants.values()]
+    assert {(each["inventory_quantity"], each["title"]) for each in variants} == {(9, "L")}
+    assert calls(sandbox)["POST variant-bulk-update-jobs"] == 1
+
+
+@pytest.mark.parametrize(
+    "match",
+    ["GET /api/catalog-items", "POST /api/catalog-item-bulk-create-jobs", "GET /api/catalog-item-bulk-create-jobs"],
+)
+def test_an_outage_is_an_error_for_all_that_need_it(match: str, sandbox: Sandbox) -> None:
+    """In the lookup, the job, or the wait for it; tried again, all is done."""
+    sandbox.klaviyo.faults.add(Fault(match=match, times=None))
+    sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)
+    results = sender.send([item(number) for number in range(20)])
+    assert all(isinstance(result, Transient) for result in results)
+    sandbox.klaviyo.faults.clear()
+    assert sender.send(products(20)) == [None] * 70
+
+
+def test_jobs_that_are_complete_do_not_suffer_from_one_that_is_not(
+    sandbox: Sandbox, sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever time the first took, the second is looked at before its entries go one by one."""
+    monkeypatch.setattr(jobs, "PATIENCE", 0.5)
+    sandbox.klaviyo.faults.add(
+        Fault(match="POST /api/catalog-category-bulk-create-jobs", status=202, body=b'{"data":{"id":"J"}}'),
+        Fault(match="GET /api/catalog-category-bulk-create-jobs/J", status=200, body=b'{"data":{}}', times=None),
+    )
+    assert sender.send([category(number) for number in range(110)]) == [None] * 110
+    assert len(sandbox.account.categories) == 110
+    assert calls(sandbox)["POST categories"] == 100
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        {"status": "complete", "failed_count": 1, "errors": None},
+        {"status": "complete", "failed_count": 1, "errors": [{"meta": {"external_id": catalog_id("c3")}}]},
+    ],
+)
+def test_a_job_that_tells_less_than_it_should_is_not_believed(
+    shown: dict[str, Any], sandbox: Sandbox, sender: Sender
+) -> None:
+    """Which of it failed: nothing is taken for done that may have."""
+    path = "/api/catalog-category-bulk-create-jobs"
+    job = {"type": "catalog-category-bulk-create-job", "id": "J", "attributes": shown}
+    body = orjson.dumps({"data": job})
+    sandbox.klaviyo.faults.add(
+        Fault(match=f"POST {path}", status=202, body=body), Fault(match=f"GET {path}", status=200, body=body)
+    )
+    assert sender.send([category(number) for number in range(20)]) == [None] * 20
+    assert len(sandbox.account.categories) == 20
+
+
+def test_a_worker_that_stops_posts_no_more_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would wait for them, and they could undo what another worker writes meanwhile."""
+    monkeypatch.setattr(jobs, "IN_PROGRESS", 1)
+    with Sandbox(account=Account(job_seconds=60.0)) as sandbox, ThreadPoolExecutor(1) as lane:
+        stopping = Event()
+        sender = send.Sender(klaviyo_for(sandbox), 4, stopping)
+        sending = lane.submit(sender.send, [category(number) for number in range(300)])
+        while not calls(sandbox)["GET category-bulk-create-jobs/…"]:
+            time.sleep(0.01)
+        stopping.set()
+        assert {type(sent.error) for sent in sending.result(5.0)} == {Transient}
+        assert calls(sandbox)["POST category-bulk-create-jobs"] == 1
+
+
+def test_a_category_that_could_not_be_created_is_not_taken_for_there(sandbox: Sandbox) -> None:
+    """An item whose category is missing is refused: an outage must not make dead letters."""
+    sandbox.klaviyo.faults.add(Fault(match="POST /api/catalog-category-bulk-create-jobs", times=None))
+    sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)
+    needed = [category(number, Kind.ENSURE_CATEGORY) for number in range(30)]
+    assert all(isinstance(result, Transient) for result in sender.send(needed))
+    sandbox.klaviyo.faults.clear()
+    assert sender.send(products(40)) == [None] * 110
+    assert len(sandbox.account.categories) == 30
+
+
+def test_an_outage_while_variants_are_listed_fails_their_items_only(sandbox: Sandbox) -> None:
+    """Nothing is deleted on a guess, and the others are done."""
+    sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)
+    sender.send(products(20))
+    sandbox.klaviyo.faults.add(Fault(match=f"GET /api/catalog-items/{catalog_id('p3')}", times=None))
+    results = sender.send([Operation(Kind.DELETE_STALE_VARIANTS, f"p{number}") for number in range(20)])
+    assert [number for number, result in enumerate(results) if result] == [3]
+    assert isinstance(results[3], Transient)
+    assert list(sandbox.account.variants) == ["s3"]
+
+
+def test_a_lookup_that_is_refused_leaves_it_to_single_calls(sandbox: Sandbox, sender: Sender) -> None:
+    """A filter Klaviyo does not like is no fault of any record."""
+    sandbox.klaviyo.faults.add(Fault(match="GET /api/catalog-items", status=400))
+    assert sender.send([item(number) for number in range(0, 600, 30)] + [category(0)]) == [None] * 21
+    assert calls(sandbox)["POST items"] == 20
+
+
+def test_a_handful_goes_one_by_one(sandbox: Sandbox, sender: Sender) -> None:
+    """Up to the threshold of a kind; one more, and all of that kind go in a job."""
+    sender.send([*(category(number) for number in range(11)), *(item(number) for number in range(10))])
+    made = calls(sandbox)
+    assert (made["POST category-bulk-create-jobs"], made["POST categories"]) == (1, 0)
+    assert (made["POST item-bulk-create-jobs"], made["POST items"]) == (0, 10)

@@ -1,0 +1,105 @@
+"""Events in bulk over real sockets: whatever goes wrong, each good one is recorded once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.integration.conftest import klaviyo_for
+from tests.support.sender import Sender
+from worker.errors import Rejected, Transient
+from worker.model import Operation
+from worker.sandbox import Fault, Sandbox
+from worker.sandbox.klaviyo.account import Account
+from worker.transform.order_events import event
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from worker.send.events import Mode
+
+BULK, SINGLE = "/api/event-bulk-create-jobs", "/api/events"
+
+
+@pytest.fixture(params=["within", "ever", "drop", "double"])
+def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    """A Klaviyo for each way it might take ids of earlier calls."""
+    with Sandbox(account=Account(request.param)) as running:
+        yield running
+
+
+def placed(number: int, **more: Any) -> Operation:
+    profile = {"email": f"{number}@example.com"} | more.pop("profile", {})
+    fields = {"metric": "Placed Order", "time": "2026-11-01T10:00:00Z", "value": None, "properties": {}} | more
+    made = event(unique_id=str(number), profile=profile, **fields)
+    return Operation(made.kind, made.key, made.resource, fresh=lambda: True)
+
+
+def sender_for(sandbox: Sandbox, mode: Mode = "auto") -> Sender:
+    return Sender(klaviyo_for(sandbox), 4, bulk_events=mode, bulk_threshold=10)
+
+
+def calls(sandbox: Sandbox) -> Counter[str]:
+    return Counter(request.path for request in sandbox.klaviyo.requests)
+
+
+def recorded(sandbox: Sandbox) -> list[int]:
+    return sorted(int(each["unique_id"]) for each in sandbox.account.events)
+
+
+def test_many_events_are_one_request(sandbox: Sandbox) -> None:
+    """And arrive as they would singly."""
+    assert sender_for(sandbox).send([placed(number) for number in range(100)]) == [None] * 100
+    assert recorded(sandbox) == list(range(100))
+    assert {each["attributes"]["email"] for each in sandbox.account.profiles} == {
+        f"{number}@example.com" for number in range(100)
+    }
+    assert calls(sandbox) == {BULK: 1}
+
+
+def test_only_the_culprits_are_refused(sandbox: Sandbox) -> None:
+    """A bad time, a bad metric and a bad address; a bad phone number costs the number, not the event."""
+    batch = [placed(number) for number in range(100)]
+    batch[7] = placed(7, time="1989-01-01T00:00:00Z")
+    batch[40] = placed(40, metric="x" * 200)
+    batch[80] = placed(80, profile={"email": "nobody"})
+    batch[99] = placed(99, profile={"phone_number": "123"})
+    results = sender_for(sandbox).send(batch)
+    assert [number for number, result in enumerate(results) if isinstance(result, Rejected)] == [7, 40, 80]
+    assert recorded(sandbox) == [number for number in range(100) if number not in {7, 40, 80}]
+    assert calls(sandbox) == {BULK: 5, SINGLE: 5}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(match=f"POST {BULK}", action="after"),
+        Fault(match=f"POST {BULK}", action="truncate"),
+        Fault(match=f"POST {BULK}", action="reset"),
+        Fault(match=f"POST {BULK}", status=500),
+        Fault(match=f"POST {BULK}", status=200, body=b"<html>maintenance</html>"),
+    ],
+    ids=["after", "truncate", "reset", "500", "strange"],
+)
+def test_a_call_of_unknown_fate_is_settled_one_by_one(fault: Fault, sandbox: Sandbox) -> None:
+    """Whether it arrived or not, and whatever Klaviyo makes of repeats in bulk."""
+    sandbox.klaviyo.faults.add(fault)
+    sender = sender_for(sandbox)
+    batch = [placed(number) for number in range(50)]
+    assert all(isinstance(result, Transient) for result in sender.send(batch))
+    assert calls(sandbox) == {BULK: 1}
+    assert sender.send(batch) == [None] * 50
+    assert recorded(sandbox) == list(range(50))
+    assert calls(sandbox) == {BULK: 1, SINGLE: 50}
+
+
+def test_always_sends_a_repeat_in_bulk_again(sandbox: Sandbox) -> None:
+    """For accounts where only repeats inside a call matter; where it refuses them, one by one is the way out."""
+    sender = sender_for(sandbox, "always")
+    for _ in range(2):
+        assert sender.send([placed(number) for number in range(50)]) == [None] * 50
+    expected = sorted([*range(50)] * (1 + (sandbox.account.bulk_repeats == "double")))
+    assert recorded(sandbox) == expected
+    assert calls(sandbox)[BULK] == {"ever": 21}.get(sandbox.account.bulk_repeats, 2)

@@ -1,0 +1,233 @@
+"""Profiles in bulk over real sockets: acknowledged when the job is complete, whoever is at fault alone."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+from tests.integration.conftest import klaviyo_for
+from tests.support.sender import Sender
+from worker import send
+from worker.errors import KlaviyoMisconfigured, Rejected, Transient
+from worker.model import Kind, Operation
+from worker.sandbox import Fault, Sandbox
+from worker.sandbox.klaviyo.account import Account
+from worker.send import jobs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+JOBS, SINGLE = "/api/profile-bulk-import-jobs", "/api/profile-import"
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox() as running:
+        yield running
+
+
+def upsert(number: int, **attributes: Any) -> Operation:
+    who = {"email": f"{number}@example.com", "external_id": f"c{number}", "first_name": "Ada"} | attributes
+    return Operation(Kind.UPSERT_PROFILE, f"c{number}", {"type": "profile", "attributes": who})
+
+
+def upserts(number: int) -> list[Operation]:
+    return [upsert(each) for each in range(number)]
+
+
+def calls(sandbox: Sandbox) -> Counter[str]:
+    return Counter(f"{each.method} {each.path}" for each in sandbox.klaviyo.requests)
+
+
+def emails(sandbox: Sandbox) -> set[str]:
+    return {profile["attributes"]["email"] for profile in sandbox.account.profiles}
+
+
+def test_many_profiles_are_one_job(sandbox: Sandbox) -> None:
+    """Two requests for 500 profiles: the job, and whether it is complete."""
+    assert Sender(klaviyo_for(sandbox), 4).send(upserts(500)) == [None] * 500
+    assert emails(sandbox) == {f"{number}@example.com" for number in range(500)}
+    assert calls(sandbox) == {f"POST {JOBS}": 1, f"GET {JOBS}": 1}
+
+
+def test_a_handful_goes_one_by_one(sandbox: Sandbox) -> None:
+    """A job takes a while; a single call does not."""
+    assert Sender(klaviyo_for(sandbox), 4).send(upserts(10)) == [None] * 10
+    assert calls(sandbox) == {f"POST {SINGLE}": 10}
+
+
+def test_nothing_is_done_before_the_job_is_complete() -> None:
+    """Accepted is not imported."""
+    with Sandbox(account=Account(job_seconds=1.0)) as sandbox:
+        assert Sender(klaviyo_for(sandbox), 4).send(upserts(20)) == [None] * 20
+        assert len(sandbox.account.profiles) == 20
+
+
+def test_one_bad_profile_does_not_stop_its_neighbours(sandbox: Sandbox) -> None:
+    """A call that is refused goes again without the culprits: a bad name is rejected, a bad phone number left out."""
+    batch = upserts(50)
+    batch[7] = upsert(7, first_name=7)
+    batch[30] = upsert(30, phone_number="123")
+    results = Sender(klaviyo_for(sandbox), 4).send(batch)
+    assert [number for number, result in enumerate(results) if result] == [7]
+    assert isinstance(results[7], Rejected)
+    assert emails(sandbox) == {f"{number}@example.com" for number in range(50) if number != 7}
+    assert calls(sandbox)[f"POST {JOBS}"] == 3
+
+
+def test_conflicts_within_a_job_are_resolved_one_by_one(sandbox: Sandbox) -> None:
+    """Identifiers that belong to two profiles fail in the job; a job's other profiles are done."""
+    for attributes in ({"email": "5@example.com"}, {"external_id": "c5"}):
+        sandbox.account.create_profile({"type": "profile", "attributes": attributes})
+    assert Sender(klaviyo_for(sandbox), 4).send(upserts(50)) == [None] * 50
+    (five,) = [p for p in sandbox.account.profiles if p["attributes"].get("email") == "5@example.com"]
+    assert five["attributes"]["first_name"] == "Ada"
+    assert calls(sandbox)[f"POST {SINGLE}"] >= 1
+    assert calls(sandbox)[f"POST {JOBS}"] == 1
+
+
+@pytest.mark.parametrize(
+    "errors", [[], [{"attributes": {"detail": "?"}}], [{"attributes": {"original_payload": None}}]]
+)
+def test_failures_that_name_nobody_send_all_one_by_one(errors: list[Any], sandbox: Sandbox) -> None:
+    """Nothing is taken for done that may have failed."""
+    for attributes in ({"email": "5@example.com"}, {"external_id": "c5"}):
+        sandbox.account.create_profile({"type": "profile", "attributes": attributes})
+    body = orjson.dumps({"data": errors})
+    sandbox.klaviyo.faults.add(Fault(match=f"GET {JOBS}/", status=200, body=body))
+    assert Sender(klaviyo_for(sandbox), 4).send(upserts(20)) == [None] * 20
+    assert calls(sandbox)[f"POST {SINGLE}"] >= 20
+
+
+def test_a_job_that_does_not_tell_how_many_failed_is_asked_for_its_errors(sandbox: Sandbox) -> None:
+    """Klaviyo may show null."""
+    for attributes in ({"email": "5@example.com"}, {"external_id": "c5"}):
+        sandbox.account.create_profile({"type": "profile", "attributes": attributes})
+    job = {"type": "profile-bulk-import-job", "id": "J", "attributes": {"status": "complete", "failed_count": None}}
+    error = {"attributes": {"original_payload": {"attributes": {"external_id": "c5"}}}}
+    sandbox.klaviyo.faults.add(
+        Fault(match=f"POST {JOBS}", status=202, body=orjson.dumps({"data": job})),
+        Fault(match=f"GET {JOBS}/J/import-errors", status=200, body=orjson.dumps({"data": [error]})),
+        Fault(match=f"GET {JOBS}", status=200, body=orjson.dumps({"data": [job]})),
+    )
+    assert Sender(klaviyo_for(sandbox), 4).send(upserts(20)) == [None] * 20
+    (five,) = [p for p in sandbox.account.profiles if p["attributes"].get("email") == "5@example.com"]
+    assert five["attributes"]["first_name"] == "Ada"
+
+
+def test_those_that_share_an_identifier_go_one_by_one(sandbox: Sandbox) -> None:
+    """Which of them a job would write last, nobody says."""
+    batch = [*upserts(20), upsert(20, email="3@example.com")]
+    Sender(klaviyo_for(sandbox), 4).send(batch)
+    assert calls(sandbox)[f"POST {SINGLE}"] >= 2
+    assert [request.path for request in sandbox.klaviyo.requests].count(JOBS) == 2
+
+
+@pytest.mark.parametrize("match", [f"POST {JOBS}", f"GET {JOBS}"])
+def test_an_outage_is_an_error_for_all_and_the_next_try_does_it(match: str, sandbox: Sandbox) -> None:
+    """Whether the job cannot be posted, or nothing is heard of it."""
+    sandbox.klaviyo.faults.add(Fault(match=match, times=None))
+    sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)
+    assert all(isinstance(result, Transient) for result in sender.send(upserts(20)))
+    sandbox.klaviyo.faults.clear()
+    assert sender.send(upserts(20)) == [None] * 20
+    assert len(sandbox.account.profiles) == 20
+
+
+def test_an_outage_in_the_middle_of_a_refused_call_spares_what_was_accepted(sandbox: Sandbox) -> None:
+    """Refused without a pointer, halved, one half accepted, the other met by an outage."""
+    sandbox.klaviyo.faults.add(
+        Fault(match=f"POST {JOBS}", status=400), Fault(match=f"POST {JOBS}", where=b'"c15"', times=None)
+    )
+    results = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4).send(upserts(20))
+    assert [type(result) for result in results] == [type(None)] * 10 + [Transient] * 10
+
+
+@pytest.mark.parametrize("status", ["cancelled", "processing"])
+def test_a_job_that_comes_to_nothing_is_done_one_by_one(
+    status: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled, or not complete in all the time it is given."""
+    monkeypatch.setattr(jobs, "PATIENCE", 0.5)
+    job = {"type": "profile-bulk-import-job", "id": "J", "attributes": {"status": status}}
+    accepted, listed = orjson.dumps({"data": job}), orjson.dumps({"data": [job]})
+    sandbox.klaviyo.faults.add(
+        Fault(match=f"POST {JOBS}", status=202, body=accepted),
+        Fault(match=f"GET {JOBS}", status=200, body=listed, times=None),
+    )
+    assert Sender(klaviyo_for(sandbox), 4).send(upserts(20)) == [None] * 20
+    assert len(sandbox.account.profiles) == 20
+    assert calls(sandbox)[f"POST {SINGLE}"] == 20
+
+
+def test_a_job_that_is_not_listed_is_asked_for_by_its_id(sandbox: Sandbox) -> None:
+    """An account may have more recent jobs than a page shows."""
+    sandbox.klaviyo.faults.add(Fault(match=f"GET {JOBS}", status=200, body=b'{"data":[]}'))
+    assert Sender(klaviyo_for(sandbox), 4).send(upserts(20)) == [None] * 20
+    assert sum(each.startswith(f"GET {JOBS}/") for each in calls(sandbox).elements()) == 1
+
+
+def test_a_job_klaviyo_does_not_know_is_done_one_by_one(sandbox: Sandbox) -> None:
+    """It may have expired, or never have been; nothing is taken for done."""
+    sandbox.klaviyo.faults.add(
+        Fault(match=f"GET {JOBS}/", status=404), Fault(match=f"GET {JOBS}", status=200, body=b'{"data":[]}')
+    )
+    assert Sender(klaviyo_for(sandbox), 4).send(upserts(20)) == [None] * 20
+    assert calls(sandbox)[f"POST {SINGLE}"] == 20
+
+
+@pytest.mark.parametrize("body", [b'{"data":{}}', b"{}", b"[]", b'{"data":[{"id":7}]}'])
+def test_an_answer_without_a_job_is_no_success(body: bytes, sandbox: Sandbox) -> None:
+    """What was accepted cannot be asked about, so nothing is known."""
+    sandbox.klaviyo.faults.add(Fault(match=f"POST {JOBS}", status=202, body=body))
+    assert all(isinstance(result, Transient) for result in Sender(klaviyo_for(sandbox), 4).send(upserts(20)))
+
+
+@pytest.mark.parametrize("match", [f"POST {JOBS}", f"GET {JOBS}"])
+def test_a_key_that_may_not_use_jobs_sends_one_by_one(
+    match: str, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Jobs need scopes for lists; a key that lacks them is said to, once, and the worker is not parked."""
+    sandbox.klaviyo.faults.add(Fault(match=match, status=403, times=None))
+    sender = Sender(klaviyo_for(sandbox), 4)
+    for _ in range(2):
+        assert sender.send(upserts(20)) == [None] * 20
+    assert len(sandbox.account.profiles) == 20
+    assert [record.message for record in caplog.records] == ["bulk_jobs_refused"]
+    sandbox.klaviyo.faults.add(Fault(match=f"POST {SINGLE}", status=401, times=None))
+    assert all(isinstance(result, KlaviyoMisconfigured) for result in sender.send(upserts(20)))
+
+
+def test_lanes_ask_about_their_jobs_together() -> None:
+    """The endpoint takes 150 calls a minute, of which the jobs themselves need some."""
+    with Sandbox(account=Account(job_seconds=2.0)) as sandbox, ThreadPoolExecutor(4) as lanes:
+        sender = Sender(klaviyo_for(sandbox), 4)
+        batches = [[upsert(lane * 100 + number) for number in range(20)] for lane in range(4)]
+        assert list(lanes.map(sender.send, batches)) == [[None] * 20] * 4
+        assert calls(sandbox)[f"POST {JOBS}"] == 4
+        asked = calls(sandbox)[f"GET {JOBS}"]
+    with Sandbox(account=Account(job_seconds=2.0)) as sandbox:
+        assert Sender(klaviyo_for(sandbox), 4).send(upserts(20)) == [None] * 20
+        alone = calls(sandbox)[f"GET {JOBS}"]
+    assert asked <= 2 * alone
+
+
+def test_a_worker_that_stops_does_not_wait_for_a_job() -> None:
+    """Its messages go back; importing a profile again does no harm."""
+    with Sandbox(account=Account(job_seconds=60.0)) as sandbox:
+        stopping = Event()
+        sender = send.Sender(klaviyo_for(sandbox), 4, stopping)
+        results: list[Any] = []
+        lane = Thread(target=lambda: results.extend(sender.send(upserts(20))))
+        lane.start()
+        while not sandbox.klaviyo.requests:
+            time.sleep(0.01)
+        stopping.set()
+        lane.join(5.0)
+        assert [type(result.error) for result in results] == [Transient] * 20

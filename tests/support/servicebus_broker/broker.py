@@ -1,0 +1,173 @@
+"""Starts the broker and talks to it: by commands, and by the SDK where a publisher or an operator would."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import suppress
+from functools import cached_property
+from importlib.util import find_spec
+from threading import Lock, Thread
+from typing import TYPE_CHECKING, Any
+
+from azure.servicebus import ServiceBusClient, ServiceBusMessage, ServiceBusReceiveMode, ServiceBusSubQueue
+
+from tests.support.pubsub_emulator import free_port
+
+if TYPE_CHECKING:
+    from azure.servicebus import ServiceBusReceivedMessage, ServiceBusReceiver, ServiceBusSender
+    from azure.servicebus.amqp import AmqpAnnotatedMessage
+
+
+def missing() -> str:
+    """Return why the broker cannot run, or nothing."""
+    if find_spec("proton") is not None:
+        return ""
+    return "the Service Bus broker needs python-qpid-proton, and that a C compiler: pip install python-qpid-proton"
+
+
+class Broker:
+    """A process of its own; what it holds is gone when it ends."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        command = [sys.executable, "-m", "tests.support.servicebus_broker", str(self.port)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._lock = Lock()
+        self._answer()
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def connection_string(self) -> str:
+        key = "SharedAccessKeyName=tests;SharedAccessKey=c2VjcmV0"
+        return f"Endpoint=sb://{self.host};{key};UseDevelopmentEmulator=true"
+
+    def __call__(self, do: str, **about: Any) -> dict[str, Any]:
+        """Give a command: the broker's public methods are those."""
+        assert self._process.stdin is not None
+        with self._lock:
+            self._process.stdin.write(json.dumps({"do": do, **about}).encode() + b"\n")
+            self._process.stdin.flush()
+            return self._answer()
+
+    def freeze(self) -> None:
+        """Have the broker take connections and say nothing."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+
+class Queue:
+    """A queue on the broker, or a subscription of a topic."""
+
+    def __init__(
+        self, broker: Broker, *, lock: float = 30.0, attempts: int = 5, topic: str = "", name: str = ""
+    ) -> None:
+        self.broker = broker
+        self.name = name or f"q{uuid.uuid4().hex[:8]}"
+        self.topic = topic
+        self._client = ServiceBusClient.from_connection_string(broker.connection_string)
+        broker("create", name=self.name, topic=topic, lock=lock, max_delivery=attempts)
+
+    @property
+    def url(self) -> str:
+        path = f"{self.topic}/{self.name}" if self.topic else self.name.replace("/", "%2F")
+        return f"servicebus://{self.broker.host}/{path}"
+
+    @property
+    def address(self) -> str:
+        return f"{self.topic}/Subscriptions/{self.name}" if self.topic else self.name
+
+    def publish(self, *bodies: bytes | AmqpAnnotatedMessage, **properties: str | int) -> None:
+        """Send messages, as batches where they are plain bytes."""
+        about = dict[Any, Any](properties)
+        plain = [ServiceBusMessage(body, application_properties=about) for body in bodies if isinstance(body, bytes)]
+        for start in range(0, len(plain), 100):
+            self._sender.send_messages(plain[start : start + 100])
+        for body in bodies:
+            if not isinstance(body, bytes):
+                self._sender.send_messages(body)
+
+    @cached_property
+    def _sender(self) -> ServiceBusSender:
+        return self._client.get_topic_sender(self.topic) if self.topic else self._client.get_queue_sender(self.name)
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        _close(self._client)
+
+    def counts(self) -> tuple[int, int, int]:
+        """Count the messages that are ready, locked, and dead."""
+        counts = self.broker("counts", name=self.address)
+        return counts["ready"], counts["locked"], counts["dead"]
+
+    def wait_for(self, *, ready: int = 0, locked: int = 0, dead: int = 0, seconds: float = 15.0) -> None:
+        """Wait until the counts are these."""
+        deadline = time.monotonic() + seconds
+        while self.counts() != (ready, locked, dead):
+            assert time.monotonic() < deadline, f"ready, locked, dead: {self.counts()}"
+            time.sleep(0.02)
+
+    def peek(self, *, dead: bool = False) -> list[ServiceBusReceivedMessage]:
+        """Return all messages, locked or not."""
+        receiver = self._receiver(dead)
+        found: list[ServiceBusReceivedMessage] = []
+        while more := receiver.peek_messages(250, sequence_number=1 + (found[-1].sequence_number or 0 if found else 0)):
+            found += more
+        _close(receiver)
+        return found
+
+    def dead_letters(self, number: int, wait: float = 10.0) -> list[ServiceBusReceivedMessage]:
+        """Take dead letters for good: so many, or what came in time."""
+        receiver = self._receiver(dead=True)
+        taken: list[ServiceBusReceivedMessage] = []
+        deadline = time.monotonic() + wait
+        while len(taken) < number and time.monotonic() < deadline:
+            taken += receiver.receive_messages(number - len(taken), 0.5)
+        _close(receiver)
+        return taken
+
+    def _receiver(self, dead: bool) -> ServiceBusReceiver:
+        about: Any = {
+            "receive_mode": ServiceBusReceiveMode.RECEIVE_AND_DELETE,
+            "sub_queue": ServiceBusSubQueue.DEAD_LETTER if dead else None,
+        }
+        if self.topic:
+            receiver = self._client.get_subscription_receiver(self.topic, self.name, **about)
+        else:
+            receiver = self._client.get_queue_receiver(self.name, **about)
+        return receiver.__enter__()  # in its own time: else the first call's wait bounds the opening too
+
+
+def _close(link: ServiceBusClient | ServiceBusReceiver) -> None:
+    """Close in the background: the SDK waits up to a second for a thread of its own.
+
+    A client closes its receivers, too, and the SDK raises AttributeError where both do so at once.
+    """
+
+    def closing() -> None:
+        with suppress(AttributeError):
+            link.close()
+
+    Thread(target=closing, daemon=True).start()
+
+
+def bodies(messages: list[ServiceBusReceivedMessage]) -> list[bytes]:
+    return [b"".join(message.body) for message in messages]

@@ -1,0 +1,338 @@
+"""Two stand-ins for AWS SQS, and a network in front of them that can fail.
+
+moto is close to what AWS documents, but slow when many messages wait; fauxqs is fast enough for load.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections import defaultdict, deque
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from socket import MSG_DONTWAIT, MSG_PEEK, SHUT_RDWR, socket
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import boto3
+import urllib3
+from botocore.config import Config
+
+from tests.support.pubsub_emulator import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mypy_boto3_sqs import SQSClient
+    from mypy_boto3_sqs.type_defs import MessageTypeDef
+
+    Receipt = tuple[str, str]  # of a message handed out: the queue's URL, and what SQS calls a receipt handle
+
+REGION = "eu-central-1"
+FAUXQS = Path(sys.prefix) / "node_modules" / "fauxqs" / "dist" / "server.js"
+KINDS = ("moto", "fauxqs")
+
+
+def missing(kind: str) -> str:
+    """Return why a stand-in cannot run, or nothing."""
+    if kind == "moto" or (shutil.which("node") and FAUXQS.exists()):
+        return ""
+    return "fauxqs, a stand-in for AWS SQS, needs Node.js: install it, and make again"
+
+
+class Server:
+    """A process of its own, or the one on `port` that another runs; what it holds is gone when it ends."""
+
+    def __init__(self, kind: str, port: int = 0) -> None:
+        self.kind = kind
+        self.port = port or free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        if not port:
+            self.start()
+
+    def start(self) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("COV", "AWS_"))}
+        if self.kind == "moto":
+            command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        else:
+            command = ["node", str(FAUXQS)]
+            environment |= {"FAUXQS_PORT": str(self.port), "FAUXQS_HOST": "127.0.0.1", "FAUXQS_LOGGER": "false"}
+        nothing = subprocess.DEVNULL
+        self._process = subprocess.Popen(command, stdout=nothing, stderr=nothing, env=environment)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=1).close()
+            except urllib.error.HTTPError:
+                return
+            except OSError:
+                assert time.monotonic() < deadline, f"{self.kind} did not start"
+                time.sleep(0.1)
+            else:
+                return
+
+    def kill(self) -> None:
+        assert self._process is not None, "only who started it ends it"
+        self._process.kill()
+        self._process.wait()
+
+
+def environment(port: int) -> dict[str, str]:
+    """Return what leads boto3 to a stand-in, and to no settings of this machine."""
+    return {
+        "AWS_ENDPOINT_URL_SQS": f"http://127.0.0.1:{port}",
+        "AWS_DEFAULT_REGION": REGION,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+
+
+def client(port: int) -> SQSClient:
+    """Return a client of a stand-in."""
+    return boto3.client(
+        "sqs",
+        endpoint_url=f"http://127.0.0.1:{port}",
+        region_name=REGION,
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        config=Config(max_pool_connections=20),
+    )
+
+
+class Queue:
+    """A queue with a redrive policy, and its dead-letter queue."""
+
+    def __init__(self, server: Server, *, receives: int | None = 5, name: str = "") -> None:
+        self.server = server
+        self.name = name or f"q{uuid.uuid4().hex[:8]}"
+        self.client = client(server.port)
+        self._receives = receives
+        self.create()
+
+    def create(self) -> None:
+        """Create everything; also what a server that was restarted has forgotten."""
+        self.dead_url = self.client.create_queue(QueueName=f"{self.name}-dead")["QueueUrl"]
+        self.queue_url = self.client.create_queue(QueueName=self.name)["QueueUrl"]
+        if self._receives:
+            told = self.client.get_queue_attributes(QueueUrl=self.dead_url, AttributeNames=["QueueArn"])
+            policy = {"deadLetterTargetArn": told["Attributes"]["QueueArn"], "maxReceiveCount": self._receives}
+            self.set_attributes(RedrivePolicy=json.dumps(policy))
+
+    @property
+    def url(self) -> str:
+        return f"sqs://{self.name}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"QUEUE_URL": self.url, **environment(self.server.port)}
+
+    def set_attributes(self, **attributes: str) -> None:
+        self.client.set_queue_attributes(QueueUrl=self.queue_url, Attributes=attributes)  # type: ignore[arg-type]
+
+    def publish(self, *bodies: bytes, **attributes: str) -> None:
+        about = {name: {"DataType": "String", "StringValue": value} for name, value in attributes.items()}
+        for start in range(0, len(bodies), 10):
+            some = enumerate(bodies[start : start + 10])
+            entries: Any = [{"Id": str(n), "MessageBody": b.decode(), "MessageAttributes": about} for n, b in some]
+            assert not self.client.send_message_batch(QueueUrl=self.queue_url, Entries=entries).get("Failed")
+
+    def pull(self, at_most: int = 1000, *, wait: float = 0.0, dead: bool = False) -> list[MessageTypeDef]:
+        """Take what is ready and delete it, waiting until there is so much."""
+        url = self.dead_url if dead else self.queue_url
+        taken: list[MessageTypeDef] = []
+        deadline = time.monotonic() + wait
+        while True:
+            batch = self.client.receive_message(
+                QueueUrl=url,
+                MaxNumberOfMessages=min(10, at_most - len(taken)),
+                MessageAttributeNames=["All"],
+                MessageSystemAttributeNames=["All"],
+            ).get("Messages", [])
+            for message in batch:
+                self.client.delete_message(QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
+            taken += batch
+            if len(taken) >= at_most or (not batch and time.monotonic() > deadline):
+                return taken
+            time.sleep(0 if batch else 0.05)
+
+    def wait_for(self, url: str, at_least: int) -> None:
+        """Wait a while until a queue holds so many messages."""
+        deadline = time.monotonic() + 20.0
+        while self.held(url) < at_least and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def held(self, url: str = "") -> int:
+        """Count what was never settled, ready, delayed or leased."""
+        told = self.client.get_queue_attributes(QueueUrl=url or self.queue_url, AttributeNames=["All"])["Attributes"]
+        return sum(int(value) for name, value in told.items() if name.startswith("ApproximateNumberOfMessages"))
+
+    def look(self, url: str) -> list[tuple[bytes, dict[str, str]]]:
+        """Return body and attributes of all that a queue holds; what is leased has no body on moto."""
+        if self.server.kind == "moto":
+            ready = self.client.receive_message(
+                QueueUrl=url, MaxNumberOfMessages=10, VisibilityTimeout=0, MessageAttributeNames=["All"]
+            ).get("Messages", [])
+            seen = [(m["Body"].encode(), _texts(m.get("MessageAttributes", {}))) for m in ready]
+            return seen + [(b"", {})] * (self.held(url) - len(seen))
+        path = f"_fauxqs/queues/{url.rpartition('/')[2]}"
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.server.port}/{path}", timeout=10) as told:
+            queue = json.load(told)["messages"]
+        messages = [*queue["ready"], *queue["delayed"], *(each["message"] for each in queue["inflight"])]
+        return [(m["body"].encode(), _texts(m["messageAttributes"])) for m in messages]
+
+    def dead_letters(self, at_least: int = 0, wait: float = 20.0) -> list[MessageTypeDef]:
+        """Take the dead letters, waiting until there are so many."""
+        return self.pull(at_least, wait=wait, dead=True) if at_least else self.pull(dead=True)
+
+
+def _texts(attributes: Mapping[str, Any]) -> dict[str, str]:
+    return {name: value["StringValue"] for name, value in attributes.items()}
+
+
+def bodies(messages: list[MessageTypeDef]) -> list[bytes]:
+    return [message["Body"].encode() for message in messages]
+
+
+class Answer:
+    """An answer of SQS's own: an error, as its JSON protocol has it, or a document."""
+
+    def __init__(self, status: int, code: str = "", message: str = "because", **document: Any) -> None:
+        self.status = status
+        self.headers = {"x-amzn-query-error": f"{code};Sender"} if code else {}
+        answered = {"__type": f"com.amazonaws.sqs#{code}", "message": message} if code else document
+        self.body = json.dumps(answered).encode()
+
+
+class Noise(Answer):
+    """What a proxy may say instead of SQS."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(status)
+        self.body = body
+
+
+DENIED = Answer(400, "AccessDenied", "not authorized to perform that")
+NO_QUEUE = Answer(400, "AWS.SimpleQueueService.NonExistentQueue")
+BUSY = Answer(400, "ThrottlingException")
+BROKEN = Answer(500, "InternalError")
+
+
+class Network:
+    """A relay to a stand-in that notes what passes, answers by itself as told, and can be taken down.
+
+    `answers[operation]` are given in order before requests are relayed, `always[operation]` for ever.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.port = free_port()
+        self.answers: dict[str, deque[Answer]] = defaultdict(deque)
+        self.always: dict[str, Answer] = {}
+        self.requests: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.links: dict[socket, list[Receipt]] = {}
+        self._gone: list[Receipt] = []  # of messages handed out by links that are no more
+        self._client = client(server.port)
+        self._upstream = f"http://127.0.0.1:{server.port}/"
+        self._pool = urllib3.PoolManager(maxsize=20)
+        self.up()
+
+    def up(self) -> None:
+        network = self
+
+        class Handler(_Handler):
+            relay = network
+
+        self._listener = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self._listener.daemon_threads = True
+        Thread(target=self._listener.serve_forever, args=(0.02,), daemon=True).start()
+
+    def down(self) -> None:
+        """Refuse connections and cut those there are."""
+        self._listener.shutdown()
+        self._listener.server_close()
+        for link in list(self.links):
+            with suppress(OSError):
+                link.shutdown(SHUT_RDWR)
+
+    def end_leases(self) -> None:
+        """Have what was handed out by links that are gone come again now, as when its leases run out."""
+        for link in [link for link in list(self.links) if _is_gone(link)]:  # whose thread has not noticed yet
+            self.ended(link)
+        while self._gone:
+            url, receipt = self._gone.pop()
+            with suppress(self._client.exceptions.ClientError):
+                self._client.change_message_visibility(QueueUrl=url, ReceiptHandle=receipt, VisibilityTimeout=0)
+
+    def ended(self, link: socket) -> None:
+        """Note that a link is gone."""
+        self._gone += self.links.pop(link, ())
+
+    def handle(self, link: socket, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
+        operation, request = headers["X-Amz-Target"].rpartition(".")[2], json.loads(body)
+        self.requests[operation].append(request)
+        waiting = self.answers[operation]
+        answer = waiting.popleft() if waiting else self.always.get(operation)
+        if answer is not None:
+            return answer.status, answer.headers, answer.body
+        told = self._pool.request("POST", self._upstream, body=body, headers=headers, retries=False, timeout=30)
+        if operation == "ReceiveMessage" and told.status == 200:
+            messages = told.json().get("Messages") or []
+            self.links.setdefault(link, []).extend(
+                (request["QueueUrl"], message["ReceiptHandle"]) for message in messages
+            )
+            if _is_gone(link):  # a poll outlives who made it
+                self.ended(link)
+                self.end_leases()
+        kept = {name: value for name, value in told.headers.items() if name.lower() == "x-amzn-query-error"}
+        return told.status, kept, told.data
+
+
+class _Handler(BaseHTTPRequestHandler):
+    relay: Network
+    protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.relay.links[self.connection] = []
+
+    def handle(self) -> None:
+        with suppress(OSError):  # who was killed hangs up without a word
+            super().handle()
+
+    def finish(self) -> None:
+        self.relay.ended(self.connection)
+        with suppress(OSError):
+            super().finish()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        names = {name: value for name, value in self.headers.items() if name.lower() not in {"host", "content-length"}}
+        with suppress(OSError, urllib3.exceptions.HTTPError):
+            status, headers, data = self.relay.handle(self.connection, names, body)
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Type", "application/x-amz-json-1.0")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+def _is_gone(link: socket) -> bool:
+    try:
+        return link.recv(1, MSG_PEEK | MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

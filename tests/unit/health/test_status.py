@@ -1,0 +1,251 @@
+"""What the status page is told: the state in a word, ten minutes of history, few failures, no secret."""
+
+from __future__ import annotations
+
+import configparser
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.support.worker_state import FakeState
+from tests.unit.runtime.test_runner import settings_for
+from worker.health.condition import condition
+from worker.health.history import STEP, STEPS, History
+from worker.health.status import Status, without_secrets
+from worker.telemetry.message_log import Telemetry
+from worker.telemetry.metrics import Metrics
+from worker.telemetry.recent_failures import LONGEST, MOST, Failures
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ROOT = Path(__file__).parents[3]
+DOWN = {"klaviyo": "503 to POST a.klaviyo.com/api/events", "commercetools": ""}
+REFUSED = "check KLAVIYO_AUTH_KEY"
+OUT = "klaviyo: 503 to POST a.klaviyo.com/api/events"
+
+
+def line(**values: Any) -> dict[str, Any]:
+    """Return what the log says of a failure."""
+    return {
+        "outcome": "dead_lettered",
+        "message_type": "OrderCreated",
+        "resource_type": "order",
+        "resource_id": "o-1",
+        "message_id": "7",
+        "stage": "send",
+        "error": "Rejected",
+        "reason": "Klaviyo answered 400",
+        "attempt": 1,
+        "duration_s": 0.1,
+    } | values
+
+
+def status(state: FakeState | None = None, telemetry: Telemetry | None = None, **values: Any) -> Status:
+    return Status(settings_for(**values), state or FakeState(), telemetry or Telemetry(Metrics("embedded")))
+
+
+TELEMETRY = Telemetry(Metrics("embedded"))
+SHOWN = status(telemetry=TELEMETRY)  # made once: hypothesis asks it a hundred times
+
+
+@pytest.mark.parametrize(
+    ("state", "lately", "word", "level", "why"),
+    [
+        ({}, True, "running", "good", []),
+        ({}, False, "running", "good", []),
+        ({"in_flight": 0}, True, "running", "good", []),
+        ({"in_flight": 0}, False, "idle", "quiet", ["the queue has had nothing for this worker within a minute"]),
+        ({"has_begun": False}, False, "starting", "quiet", ["the queue has not answered yet"]),
+        ({"outages": DOWN}, True, "running", "warning", [OUT]),
+        ({"outages": DOWN, "in_flight": 0, "waiting": 0}, False, "running", "warning", [OUT]),
+        ({"outages": DOWN, "waiting": 7}, False, "paused", "warning", [OUT]),
+        ({"parked": REFUSED}, True, "parked", "bad", [REFUSED]),
+        ({"parked": REFUSED, "has_begun": False}, True, "parked", "bad", [REFUSED]),
+        ({"parked": REFUSED, "outages": DOWN}, True, "parked", "bad", [REFUSED, OUT]),
+        ({"is_alive": False, "parked": REFUSED}, True, "stalled", "bad", ["the receive loop does not come round"]),
+        ({"is_stopping": True, "parked": REFUSED, "is_alive": False}, True, "stopping", "quiet", []),
+    ],
+)
+def test_the_state_is_a_word_with_its_reasons(
+    state: Mapping[str, Any], *, lately: bool, word: str, level: str, why: list[str]
+) -> None:
+    """What needs a person most comes first; whoever needs nothing gets no advice."""
+    told = condition(FakeState(**state), settled_lately=lately)
+    assert (told["word"], told["level"], told["why"]) == (word, level, why)
+    assert bool(told["advice"]) == (word in {"parked", "stalled", "stopping"} or OUT in why)
+
+
+def test_failures_are_few_and_the_newest_comes_first() -> None:
+    """A worker that runs for a year keeps no more than one that began."""
+    failures = Failures()
+    for number in range(MOST + 5):
+        failures.note(line(reason=f"reason {number}"))
+    kept = failures.newest()
+    assert [failure["reason"] for failure in kept] == [f"reason {number}" for number in range(MOST + 4, 4, -1)]
+    assert kept[0].keys() >= {"at", "message_type", "stage", "outcome", "resource_type", "resource_id", "attempt"}
+
+
+def test_a_failure_that_comes_again_is_counted() -> None:
+    """An outage of a thousand messages must not push out the one dead letter; its newest message is named."""
+    failures = Failures()
+    failures.note(line(outcome="waiting", message_id="1"))
+    failures.note(line())
+    for number in range(1000):
+        failures.note(line(outcome="waiting", message_type="CustomerCreated", message_id=str(number)))
+    told = [(f["outcome"], f["message_type"], f["message_id"], f["times"]) for f in failures.newest()]
+    assert told == [("waiting", "CustomerCreated", "999", 1001), ("dead_lettered", "OrderCreated", "7", 1)]
+
+
+@example({"reason": "x" * LONGEST, "resource_id": "x" * (LONGEST + 1)})
+@given(st.dictionaries(st.sampled_from(sorted(line())), st.text(st.characters(), max_size=2 * LONGEST)))
+def test_whatever_a_message_holds_the_data_is_json_and_bounded(values: dict[str, Any]) -> None:
+    """Types, ids and reasons are anybody's strings, with halves of characters, quotes and tags."""
+    TELEMETRY.failures = Failures()
+    TELEMETRY.failures.note(line(**values))
+    (failure,) = json.loads(SHOWN.render().decode("ascii"))["failures"]
+    for name, value in values.items():
+        if name in failure:
+            assert failure[name] == (value if len(value) <= LONGEST else f"{value[: LONGEST - 1]}…")
+
+
+def test_charts_show_rates_and_ages_by_step() -> None:
+    """Of what happened between two samples, however long that was; failed is what somebody may look at."""
+    metrics = Metrics("embedded")
+    history = History(metrics)
+    metrics.settled("OrderCreated", "sent", 0.1, 50.0)  # before the first sample: no step has it
+    history.sample(100.0, 0.0)
+    for outcome in ("sent", "sent", "ignored", "retried", "dead_lettered", "returned"):
+        metrics.settled("OrderCreated", outcome, 0.1, 3.0 if outcome == "sent" else 9.0)
+    history.sample(102.0, 7.26)
+    history.sample(107.0, None)
+    assert history.series(110.0) == {
+        "ago": [8.0, 3.0],
+        "sent": [1.0, 0.0],
+        "ignored": [0.5, 0.0],
+        "failed": [1.0, 0.0],
+        "age": [5.0, None],
+        "oldest": [7.3, None],
+    }
+
+
+def test_history_is_bounded() -> None:
+    """Ten minutes, however long the worker runs; a minute of requests and batches."""
+    metrics = Metrics("embedded")
+    history = History(metrics)
+    for number in range(3 * STEPS):
+        metrics.requested("klaviyo", "POST /api/events", 202, 0.1)
+        metrics.batch(number)
+        metrics.settled("OrderCreated", "sent", 0.1, 1.0)
+        history.sample(number * STEP, 0.0)
+    series = history.series(3 * STEPS * STEP)
+    assert {len(values) for values in series.values()} == {STEPS}
+    assert all(before - after == STEP for before, after in pairwise(series["ago"]))
+    assert (series["ago"][0], series["ago"][-1]) == (STEPS * STEP, STEP)
+    assert history.requests_lately() == {("klaviyo", "POST /api/events"): 12}
+    assert history.settled_lately() == 12
+    metrics.settled("OrderCreated", "sent", 0.1, 1.0)  # no sample has it yet, but a worker that sends is not idle
+    assert history.settled_lately() == 13
+    assert history.batch_lately() == 3 * STEPS - 6.5  # the mean of the last twelve
+
+
+def test_before_the_first_sample_there_is_nothing_to_tell() -> None:
+    """The page may be asked for at once."""
+    told = status().document()
+    assert told["history"] == {
+        "step": STEP,
+        "ago": [],
+        "sent": [],
+        "ignored": [],
+        "failed": [],
+        "age": [],
+        "oldest": [],
+    }
+    assert (told["batch"], told["outcomes"], told["failures"]) == (None, [], [])
+
+
+def test_limits_are_those_of_this_worker() -> None:
+    """The share it may use, what it used of that in a minute, and what Klaviyo says is left; none not needed."""
+    metrics = Metrics("embedded")
+    used = FakeState().limits()["POST /api/events"]
+    limits = {"GET /api/events": used._replace(waiting=0), "POST /api/events": used}
+    told = status(FakeState(limits=limits), Telemetry(metrics), rate_share=0.5)
+    told.sample(0.0)
+    for service in ("klaviyo", "commercetools"):
+        metrics.requested(service, "POST /api/events", 202, 0.1)
+    told.sample(5.0)
+    document = told.document()
+    assert document["limits"] == [
+        {
+            "endpoint": "POST /api/events",
+            "used": 1,
+            "steady": 1750,
+            "burst": 175,
+            "burst_used": 0.25,
+            "pace": 3100,
+            "remaining": 2900,
+            "waiting": 2,
+        }
+    ]
+    assert document["services"] == [
+        {"service": "klaviyo", "outage": "", "requests": 1},
+        {"service": "commercetools", "outage": "", "requests": 1},
+    ]
+
+
+def test_outcomes_are_told_by_type_the_most_frequent_first() -> None:
+    """Only of types that there were: a hundred lines of zeros tell nothing."""
+    metrics = Metrics("embedded")
+    for kind, outcome in ((None, "dead_lettered"), ("OrderCreated", "sent"), ("OrderCreated", "ignored")):
+        metrics.settled(kind, outcome, 0.1, None)
+    nothing = {"sent": 0, "ignored": 0, "retried": 0, "dead_lettered": 0, "returned": 0}
+    assert status(telemetry=Telemetry(metrics)).document()["outcomes"] == [
+        nothing | {"type": "OrderCreated", "sent": 1, "ignored": 1},
+        nothing | {"type": "unreadable", "dead_lettered": 1},
+    ]
+
+
+def test_a_queue_that_cannot_count_leaves_the_rest() -> None:
+    """The page is the way to find out why."""
+    messages = status(FakeState(backlog=RuntimeError("grete@mail.example"))).document()["messages"]
+    assert (messages["backlog"], messages["dead_letters"], messages["in_flight"]) == (None, None, 7)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("embedded:///var/lib/queue.db", "embedded:///var/lib/queue.db"),
+        ("pubsub://project/subscription", "pubsub://project/subscription"),
+        ("push://0.0.0.0:8080?audience=x&service_account=a@b.example", "push://0.0.0.0:8080"),
+        ("sqs://name?region=eu-central-1#x", "sqs://name"),
+        ("amqp://user:pa/ss@host/queue", "amqp://host/queue"),
+    ],
+)
+def test_the_queue_is_named(url: str, shown: str) -> None:
+    """As the operator wrote it."""
+    assert without_secrets(url) == shown
+
+
+@given(st.text(st.characters(exclude_characters="?#")), st.text())
+def test_no_secret_of_a_queue_url_is_shown(password: str, token: str) -> None:
+    """What is before an @ or after a ? may be one, in other packages' queues too."""
+    assert without_secrets(f"amqp://user:{password}@host/queue?token={token}") == "amqp://host/queue"
+
+
+def test_the_wheel_holds_what_is_no_module() -> None:
+    """A page that only a checkout has would be missing where it is installed."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    packed = {
+        path
+        for package, patterns in config["options.package_data"].items()
+        for pattern in patterns.split(", ")
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    files = {path for name in ("adapters", "worker") for path in (ROOT / name).rglob("*") if path.is_file()}
+    assert {path for path in files if path.suffix not in {".py", ".pyc"}} == packed

@@ -1,0 +1,367 @@
+"""Events in bulk: who goes, how calls are cut, and how a refusal is narrowed to its culprit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.sender import Sender
+from worker.errors import KlaviyoMisconfigured, Rejected, Transient
+from worker.model import Json, Kind, Operation
+from worker.send import events as bulk
+from worker.send import jobs
+from worker.send.bulk import MAX_REFUSALS
+from worker.send.events import MAX_BYTES, MAX_EVENTS, BulkEvents
+from worker.transform.order_events import event as event_operation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from worker.klaviyo.client import Body
+    from worker.send.events import Mode
+
+BULK, SINGLE, PROFILE = "/api/event-bulk-create-jobs", "/api/events", "/api/profile-import"
+BASE = "/data/attributes/events-bulk-create/data"
+
+
+def event(unique_id: str, *, fresh: bool = True, who: str = "a@example.com", size: int = 0) -> Operation:
+    made = event_operation(
+        metric="Placed Order",
+        unique_id=unique_id,
+        time="2026-11-01T10:00:00Z",
+        value=None,
+        profile={"email": who},
+        properties={"filler": ["x" * 50_000] * (size // 50_000) + ["x" * (size % 50_000)]} if size else {},
+    )
+    return Operation(made.kind, made.key, made.resource, fresh=(lambda: True) if fresh else None)
+
+
+def events(number: int, *, profiles: int = 7) -> list[Operation]:
+    return [event(str(n), who=f"{n % profiles}@example.com") for n in range(number)]
+
+
+class Klaviyo:
+    """Refuses a bulk call whole when it holds a bad event; `pointing` says where the refusal points."""
+
+    def __init__(self, bad: Sequence[str] = (), pointing: str = "none", wrong: int = 0) -> None:
+        self.bad = frozenset(bad)
+        self.pointing = pointing
+        self.wrong = wrong
+        self.calls: list[str] = []  # paths
+        self.bodies: list[bytes] = []  # of bulk calls
+        self.recorded: list[str] = []
+        self.failure: Exception | None = None  # after the effect of the next bulk call
+
+    def made(self) -> int:
+        return len(self.calls)
+
+    def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+        assert method == "POST"
+        self.calls.append(path)
+        if path == PROFILE:
+            return {}
+        if isinstance(body, dict):
+            assert (path, repeat) == (SINGLE, True)
+            self._record([body["data"]["attributes"]["unique_id"]], "")
+        else:
+            assert (path, repeat) == (BULK, False)
+            content = body() if callable(body) else body or b""
+            self.bodies.append(content)
+            places = list(_places(content))
+            self._record([each for *_, each in places], self._pointer(places))
+            if self.failure:
+                raise self.failure
+        return {}
+
+    def _record(self, ids: list[str], pointer: str) -> None:
+        if self.bad & set(ids):
+            raise Rejected("bad", 400, pointer=pointer)
+        self.recorded += ids
+
+    def _pointer(self, places: list[tuple[int, int, str]]) -> str:
+        entry, number, _ = next((place for place in places if place[2] in self.bad), (0, 0, ""))
+        return {
+            "none": "",
+            "whole": BASE,
+            "other": "/data/attributes/profiles/data/0",
+            "event": f"{BASE}/{entry}/attributes/events/data/{number}/attributes/value",
+            "entry": f"{BASE}/{entry}/attributes/profile/data/attributes/email",
+            "bare": f"{BASE}/{entry}",
+            "wrong": f"{BASE}/{self.wrong}/attributes/events/data/{self.wrong % 3}/attributes/value",
+            "far": f"{BASE}/999999/attributes/events/data/0",
+            "far event": f"{BASE}/{entry}/attributes/events/data/999999",
+        }[self.pointing]
+
+
+def _places(body: bytes) -> Iterator[tuple[int, int, str]]:
+    """Yield index of entry, index of event, unique_id; check the layout on the way."""
+    data = orjson.loads(body)["data"]
+    assert data["type"] == "event-bulk-create-job"
+    for number, entry in enumerate(data["attributes"]["events-bulk-create"]["data"]):
+        assert entry["type"] == "event-bulk-create"
+        assert entry["attributes"]["profile"]["data"]["type"] == "profile"
+        for index, each in enumerate(entry["attributes"]["events"]["data"]):
+            assert each["type"] == "event"
+            assert "profile" not in each["attributes"]
+            yield number, index, each["attributes"]["unique_id"]
+
+
+def sender(klaviyo: Klaviyo, mode: Mode = "auto", threshold: int = 0) -> Sender:
+    return Sender(klaviyo, 4, bulk_events=mode, bulk_threshold=threshold)
+
+
+POINTING = ["none", "whole", "other", "event", "entry", "bare", "wrong", "far", "far event"]
+
+
+@given(st.data(), st.integers(2, 60), st.sampled_from(POINTING))
+def test_only_the_culprits_leave_the_batch(data: st.DataObject, number: int, pointing: str) -> None:
+    """Whoever is bad, wherever refusals point: the bad are rejected, the good recorded once, in bounded calls."""
+    bad = data.draw(st.sets(st.integers(0, number - 1)))
+    klaviyo = Klaviyo([str(each) for each in bad], pointing, wrong=data.draw(st.integers(0, 9)))
+    results = sender(klaviyo).send(events(number))
+    assert [isinstance(result, Rejected) for result in results] == [each in bad for each in range(number)]
+    assert sorted(map(int, klaviyo.recorded)) == [each for each in range(number) if each not in bad]
+    calls = Counter(klaviyo.calls)
+    assert calls[BULK] <= 2 * MAX_REFUSALS + 1
+    assert calls[SINGLE] <= number
+    if pointing == "event" and len(bad) < MAX_REFUSALS:
+        assert calls[BULK] <= 1 + len(bad)
+        assert calls[SINGLE] <= 1 + len(bad)
+
+
+@pytest.mark.parametrize(("pointing", "bulk_calls"), [("event", 2), ("none", 20)])
+def test_one_culprit_in_a_full_call_is_found_in_a_few_calls(pointing: str, bulk_calls: int) -> None:
+    """A pointer finds it at once, bisection in two calls for every halving at most."""
+    klaviyo = Klaviyo(["612"], pointing)
+    results = sender(klaviyo).send(events(MAX_EVENTS))
+    assert [number for number, result in enumerate(results) if result] == [612]
+    assert Counter(klaviyo.calls)[BULK] <= bulk_calls
+    assert Counter(klaviyo.calls)[SINGLE] <= 2
+
+
+@pytest.mark.parametrize("pointing", ["event", "none"])
+def test_a_batch_of_nothing_but_culprits_is_not_narrowed_for_ever(pointing: str) -> None:
+    """After so many refusals the rest goes one by one: the bulk endpoint's rate limit is far lower."""
+    klaviyo = Klaviyo([str(number) for number in range(200)], pointing)
+    results = sender(klaviyo).send(events(200))
+    assert all(isinstance(result, Rejected) for result in results)
+    assert Counter(klaviyo.calls) == {BULK: MAX_REFUSALS, SINGLE: 200}
+
+
+def test_a_profile_that_is_refused_takes_only_its_own_events_out() -> None:
+    """They go one by one, where an invalid identifier may be left out."""
+    klaviyo = Klaviyo(["3"], "entry")
+    batch = [event(str(number), who=f"{number // 3}@example.com") for number in range(30)]
+    results = sender(klaviyo).send(batch)
+    assert [number for number, result in enumerate(results) if result] == [3]
+    assert Counter(klaviyo.calls) == {BULK: 2, SINGLE: 3}
+
+
+def test_events_of_a_profile_share_an_entry() -> None:
+    """As Klaviyo wants them: the profile named once, its events below it, nothing lost."""
+    klaviyo = Klaviyo()
+    batch = events(12, profiles=3)
+    assert sender(klaviyo).send(batch) == [None] * 12
+    (body,) = klaviyo.bodies
+    entries = orjson.loads(body)["data"]["attributes"]["events-bulk-create"]["data"]
+    assert len(entries) == 3
+    sent: list[Any] = []
+    for entry in entries:
+        for each in entry["attributes"]["events"]["data"]:
+            attributes = each["attributes"] | {"profile": entry["attributes"]["profile"]}
+            sent.append(each | {"attributes": attributes})
+    by_id = {each["attributes"]["unique_id"]: each for each in sent}
+    assert [by_id[str(number)] for number in range(12)] == [operation.resource for operation in batch]
+
+
+@pytest.mark.parametrize(("number", "calls"), [(1_000, [1_000]), (1_001, [1_000, 1]), (2_500, [1_000, 1_000, 500])])
+def test_a_call_takes_a_thousand_events(number: int, calls: list[int]) -> None:
+    """The next one opens another call."""
+    klaviyo = Klaviyo()
+    assert sender(klaviyo).send(events(number)) == [None] * number
+    assert [len(list(_places(body))) for body in klaviyo.bodies] == calls
+    assert len(klaviyo.calls) == len(calls)
+    assert len(set(klaviyo.recorded)) == len(klaviyo.recorded) == number
+
+
+def test_a_call_is_filled_to_five_megabytes_and_not_beyond() -> None:
+    """Counted on the bytes that are sent; a byte too many opens another call."""
+    probe = Klaviyo()
+    sender(probe).send([event(str(number), size=1_000_000) for number in range(4)])
+    left = MAX_BYTES - len(probe.bodies[0])
+    assert 0 < left < 1_000_000
+    for spare, calls in ((1_000, 1), (-1_000, 2)):
+        klaviyo = Klaviyo()
+        sizes = [1_000_000] * 4 + [left - spare]
+        batch = [event(str(number), size=size) for number, size in enumerate(sizes)]
+        assert sender(klaviyo).send(batch) == [None] * 5
+        assert len(klaviyo.calls) == calls
+        assert max(map(len, klaviyo.bodies)) <= MAX_BYTES
+
+
+@given(st.lists(st.tuples(st.integers(0, 900), st.integers(0, 3)), min_size=1, max_size=30))
+def test_no_call_is_larger_than_the_limit(shapes: list[tuple[int, int]]) -> None:
+    """Whatever the sizes; what alone is larger goes by the single endpoint."""
+    klaviyo = Klaviyo()
+    batch = [event(str(n), who=f"{who}@example.com", size=size) for n, (size, who) in enumerate(shapes)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bulk, "MAX_BYTES", 1_000)
+        patch.setattr(bulk, "MAX_EVENTS", 5)
+        assert sender(klaviyo).send(batch) == [None] * len(batch)
+    assert all(len(body) <= 1_000 and len(list(_places(body))) <= 5 for body in klaviyo.bodies)
+    assert sorted(klaviyo.recorded) == sorted(str(n) for n in range(len(batch)))
+
+
+def test_a_call_that_is_too_large_after_all_is_halved() -> None:
+    """Klaviyo's megabyte may not be ours: a 413 names no record."""
+
+    class Small(Klaviyo):
+        def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+            if callable(body) and len(body()) > 5_000:
+                raise Rejected("too large", 413)
+            return super().call(method, path, body, repeat=repeat)
+
+    klaviyo = Small()
+    assert sender(klaviyo).send(events(100)) == [None] * 100
+    assert sorted(map(int, klaviyo.recorded)) == list(range(100))
+    assert SINGLE not in klaviyo.calls
+
+
+@pytest.mark.parametrize("failure", [Transient("no answer"), Transient("503"), KlaviyoMisconfigured("401")])
+def test_a_call_without_an_answer_is_never_sent_in_bulk_again(failure: Exception) -> None:
+    """Its events may be recorded: each message gets the error, and next time they go one by one."""
+    klaviyo = Klaviyo()
+    klaviyo.failure = failure
+    ours = sender(klaviyo)
+    batch = events(20)
+    assert ours.send(batch) == [failure] * 20
+    assert klaviyo.calls == [BULK]
+    klaviyo.failure = None
+    assert ours.send(batch) == [None] * 20
+    assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 20}
+
+
+def test_what_an_earlier_call_recorded_does_not_share_a_later_failure() -> None:
+    """The parts of a batch that are in Klaviyo are done; the others get the error."""
+
+    class Failing(Klaviyo):
+        def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+            if len(self.bodies) == 1:
+                raise Transient("no answer")
+            return super().call(method, path, body, repeat=repeat)
+
+    klaviyo = Failing()
+    results = sender(klaviyo).send(events(2_000))
+    assert [result is None for result in results] == [True] * 1_000 + [False] * 1_000
+
+
+def test_what_a_failed_call_did_not_hold_goes_with_the_next() -> None:
+    """A call's error is for its own events."""
+
+    class Failing(Klaviyo):
+        def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+            answer = super().call(method, path, body, repeat=repeat)
+            if len(self.bodies) == 1:
+                raise Transient("no answer")
+            return answer
+
+    klaviyo = Failing()
+    results = sender(klaviyo).send(events(1_500))
+    assert [result is None for result in results] == [False] * 1_000 + [True] * 500
+    assert Counter(klaviyo.calls) == {BULK: 2}
+
+
+def test_a_handful_goes_one_by_one() -> None:
+    """Up to the threshold; one more and all go in one call."""
+    few, many = Klaviyo(), Klaviyo()
+    sender(few, threshold=10).send(events(10))
+    sender(many, threshold=10).send(events(11))
+    assert few.calls == [SINGLE] * 10
+    assert many.calls == [BULK]
+
+
+@pytest.mark.parametrize(
+    ("mode", "fresh", "path"),
+    [
+        ("auto", True, BULK),
+        ("auto", False, SINGLE),
+        ("always", True, BULK),
+        ("always", False, BULK),
+        ("never", True, SINGLE),
+        ("never", False, SINGLE),
+    ],
+)
+def test_the_setting_decides_who_goes_in_bulk(mode: Mode, fresh: bool, path: str) -> None:
+    """Auto: what cannot have been sent before."""
+    klaviyo = Klaviyo()
+    assert sender(klaviyo, mode).send([event(str(n), fresh=fresh) for n in range(5)]) == [None] * 5
+    assert set(klaviyo.calls) == {path}
+
+
+def test_those_that_may_not_go_in_bulk_do_not_keep_the_others_back() -> None:
+    """A redelivered message in a batch of new ones."""
+    klaviyo = Klaviyo()
+    profile = Operation(Kind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {"email": "a@example.com"}})
+    assert sender(klaviyo, threshold=5).send([*events(10), event("old", fresh=False), profile]) == [None] * 12
+    assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 1, PROFILE: 1}
+
+
+def test_what_was_sent_lately_goes_one_by_one() -> None:
+    """In bulk or singly, by whatever message: a second copy of it is left to the endpoint that knows repeats."""
+    klaviyo = Klaviyo()
+    ours = sender(klaviyo)
+    ours.send([event(str(n)) for n in range(5)])
+    ours.send([event("single", fresh=False)])
+    klaviyo.calls.clear()
+    ours.send([*(event(str(n)) for n in range(5)), event("single")])
+    assert klaviyo.calls == [SINGLE] * 6
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The events of longest ago are forgotten."""
+    monkeypatch.setattr(bulk, "_REMEMBERED", 10)
+    ours = BulkEvents(Klaviyo(), lambda _: (), "auto", 0)
+    for number in range(100):
+        assert ours.choose([event(str(number))])
+    assert not any(ours.choose([event(str(number))]) for number in range(91, 100))
+    assert ours.choose([event("0")])
+
+
+def test_an_id_that_occurs_twice_in_a_batch_does_not_go_in_bulk() -> None:
+    """Not even for two profiles: Klaviyo may know them as one, and would refuse the whole call."""
+    klaviyo = Klaviyo()
+    twice = [event("twice", who="a@example.com"), event("twice", who="b@example.com")]
+    again = [event("again", fresh=False), event("again")]  # one operation to the sender: the last
+    assert sender(klaviyo).send([*events(5), *twice, *again]) == [None] * 9
+    assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 3}
+    assert sorted(each for *_, each in _places(klaviyo.bodies[0])) == ["0", "1", "2", "3", "4"]
+
+
+def test_always_repeats_no_id_within_a_call() -> None:
+    """The other profile's event goes alone."""
+    klaviyo = Klaviyo()
+    twice = [event("twice", who="a@example.com"), event("twice", who="b@example.com")]
+    assert sender(klaviyo, "always").send([*events(5), *twice, event("0", who="0@example.com")]) == [None] * 8
+    assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 1}
+    ids = [each for *_, each in _places(klaviyo.bodies[0])]
+    assert len(ids) == len(set(ids)) == 6
+
+
+@pytest.mark.parametrize("mode", ["auto", "always"])
+def test_an_event_without_an_id_never_goes_in_bulk(mode: Mode) -> None:
+    """Klaviyo would take two events of a second for one, and refuse the call."""
+    klaviyo = Klaviyo()
+    nameless = [event("", who=f"{n}@example.com") for n in range(3)]
+    assert not BulkEvents(klaviyo, lambda _: (), mode, 0).choose(nameless)
+
+
+def test_what_waits_for_a_call_shows_nobody() -> None:
+    """A repr may end up in a log or a traceback."""
+    record = bulk._record(event("1", who="ada@example.com"), bulk._Share(), lambda: True)
+    entry = jobs.Entry("c1", b'{"email":"ada@example.com"}')
+    assert "ada" not in repr([record, entry])

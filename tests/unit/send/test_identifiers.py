@@ -1,0 +1,139 @@
+"""An identifier that Klaviyo finds invalid is left out where another one remains."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.sender import Sender
+from worker.errors import Rejected
+from worker.model import Json, Kind, Operation
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from worker.klaviyo.client import Body
+
+WHO = {"email": "ada", "phone_number": "123", "external_id": "x", "first_name": "Ada"}
+
+
+class Klaviyo:
+    """Finds identifiers invalid, the first of them per answer."""
+
+    def __init__(self, *invalid: str) -> None:
+        self.invalid = invalid
+        self.taken: list[tuple[str, set[str]]] = []
+        self.calls = 0
+
+    def made(self) -> int:
+        return self.calls
+
+    def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+        assert isinstance(body, dict)
+        self.calls += 1
+        attributes, pointer = body["data"]["attributes"], "/data/attributes"
+        if body["data"]["type"] == "event":
+            attributes, pointer = attributes["profile"]["data"]["attributes"], f"{pointer}/profile/data/attributes"
+        for name in self.invalid:
+            if name in attributes:
+                raise Rejected("invalid", 400, pointer=f"{pointer}/{name}")
+        self.taken.append((f"{method} {path}", set(attributes)))
+        return {}
+
+
+def operation(kind: Kind, names: Collection[str]) -> Operation:
+    attributes: Json = {name: WHO[name] for name in names}
+    if kind is Kind.UPSERT_PROFILE:
+        return Operation(kind, "x", {"type": "profile", "attributes": attributes})
+    profile = {"data": {"type": "profile", "attributes": attributes}}
+    return Operation(kind, "secret", {"type": "event", "attributes": {"unique_id": "1", "profile": profile}})
+
+
+PATHS = {Kind.UPSERT_PROFILE: "POST /api/profile-import", Kind.CREATE_EVENT: "POST /api/events"}
+KINDS = pytest.mark.parametrize("kind", PATHS)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("invalid", "given", "left"),
+    [
+        (["phone_number"], {"email", "phone_number", "first_name"}, {"email", "first_name"}),
+        (["phone_number"], {"external_id", "phone_number"}, {"external_id"}),
+        (["email"], {"email", "phone_number"}, {"phone_number"}),
+        (["email"], {"email", "external_id"}, {"external_id"}),
+        (
+            ["phone_number", "email"],
+            {"email", "phone_number", "external_id", "first_name"},
+            {"external_id", "first_name"},
+        ),
+    ],
+)
+def test_the_record_is_sent_without_it(kind: Kind, invalid: list[str], given: set[str], left: set[str]) -> None:
+    """A mistyped phone number or address must not cost the event or the profile."""
+    klaviyo = Klaviyo(*invalid)
+    assert Sender(klaviyo, 1).send([operation(kind, given)]) == [None]
+    assert klaviyo.taken == [(PATHS[kind], left)]
+    assert klaviyo.calls == 1 + len(invalid)
+
+
+@KINDS
+@pytest.mark.parametrize("given", [{"email"}, {"email", "phone_number"}, {"email", "first_name"}])
+def test_the_only_identifier_is_the_records_verdict(kind: Kind, given: set[str]) -> None:
+    """Without any, nobody could tell whose record it is."""
+    klaviyo = Klaviyo("email", "phone_number")
+    (result,) = Sender(klaviyo, 1).send([operation(kind, given)])
+    assert isinstance(result, Rejected)
+    assert klaviyo.taken == []
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Rejected("no", 400, pointer="/data/attributes/first_name"),
+        Rejected("no", 400, pointer="/data/attributes/phone_number/0"),
+        Rejected("no", 400),
+        Rejected("no", 413, pointer="/data/attributes/phone_number"),
+    ],
+)
+def test_other_refusals_are_final(kind: Kind, refusal: Rejected) -> None:
+    """Only a 400 that points at an identifier is about that identifier."""
+
+    class Refusing(Klaviyo):
+        def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+            self.calls += 1
+            raise refusal
+
+    klaviyo = Refusing()
+    assert Sender(klaviyo, 1).send([operation(kind, WHO)]) == [refusal]
+    assert klaviyo.calls == 1
+
+
+@KINDS
+def test_a_refusal_that_does_not_end_ends_in_a_verdict(kind: Kind) -> None:
+    """Even if Klaviyo goes on to find fault with what is no longer there."""
+
+    class Stubborn(Klaviyo):
+        def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+            self.calls += 1
+            name = "profile/data/attributes/" if path == "/api/events" else ""
+            raise Rejected("no", 400, pointer=f"/data/attributes/{name}phone_number")
+
+    klaviyo = Stubborn()
+    (result,) = Sender(klaviyo, 1).send([operation(kind, WHO)])
+    assert isinstance(result, Rejected)
+    assert klaviyo.calls == 2
+
+
+def test_the_log_names_the_identifier_not_its_value(caplog: pytest.LogCaptureFixture) -> None:
+    """An operator learns that something was left out; nobody's address is in it."""
+    with caplog.at_level(logging.INFO, "klaviyo_worker"):
+        Sender(Klaviyo("phone_number"), 1).send([operation(Kind.CREATE_EVENT, WHO)])
+    (record,) = caplog.records
+    assert record.getMessage() == "identifier_left_out"
+    line = json.dumps(vars(record), default=str)
+    assert '"identifier": "phone_number"' in line
+    assert not {"123", "ada", "secret"} & set(line.split('"'))

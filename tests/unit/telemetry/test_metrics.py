@@ -1,0 +1,356 @@
+"""What Prometheus scrapes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import ProcessCollector
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.conftest import Scripted
+from tests.support.worker_state import FakeState
+from worker.telemetry.metrics import OUTCOMES, SERVICES, STAGES, Metrics
+from worker.transform import HANDLERS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from prometheus_client import Metric
+
+PREFIX = "klaviyo_worker_"
+REQUESTS: dict[str, tuple[str, set[str]]] = {}
+for _service in SERVICES:
+    REQUESTS |= {
+        f"{_service}_requests_total": ("counter", {"endpoint", "status"}),
+        f"{_service}_request_duration_seconds": ("histogram", {"endpoint"}),
+        f"{_service}_rate_limited_total": ("counter", {"endpoint"}),
+    }
+PROCESS = {  # where there is a /proc, as on Linux
+    "process_cpu_seconds_total": ("counter", set[str]()),
+    "process_resident_memory_bytes": ("gauge", set[str]()),
+    "process_virtual_memory_bytes": ("gauge", set[str]()),
+    "process_start_time_seconds": ("gauge", set[str]()),
+    "process_open_fds": ("gauge", set[str]()),
+    "process_max_fds": ("gauge", set[str]()),
+}
+TABLE: Mapping[str, tuple[str, set[str]]] = {
+    "messages_received_total": ("counter", {"adapter"}),
+    "messages_processed_total": ("counter", {"message_type", "outcome"}),
+    "errors_total": ("counter", {"stage", "error_type"}),
+    "message_duration_seconds": ("histogram", set()),
+    "stage_duration_seconds": ("histogram", {"stage"}),
+    "message_age_seconds": ("histogram", set()),
+    "batch_size_messages": ("histogram", set()),
+    "messages_in_flight": ("gauge", set()),
+    "messages_waiting": ("gauge", set()),
+    "oldest_message_age_seconds": ("gauge", set()),
+    "lanes": ("gauge", set()),
+    "parked": ("gauge", set()),
+    "outage": ("gauge", {"service"}),
+    "last_success_timestamp_seconds": ("gauge", set()),
+    "queue_backlog_messages": ("gauge", set()),
+    "dead_letters_messages": ("gauge", set()),
+    "build_info": ("gauge", {"version", "klaviyo_revision"}),
+    **REQUESTS,
+    **(PROCESS if Path("/proc/stat").exists() else {}),
+}
+TYPES = {kind for _, kind in HANDLERS} | {"unreadable", "other"}
+
+
+def families(metrics: Metrics) -> dict[str, Metric]:
+    """Return what a scrape says, by full name without the prefix."""
+    body, content_type = metrics.render()
+    assert content_type == "text/plain; version=0.0.4; charset=utf-8"
+    found = list(text_string_to_metric_families(body.decode()))
+    assert all(family.name.startswith((PREFIX, "process_")) for family in found)
+    names = [family.name.removeprefix(PREFIX) + "_total" * (family.type == "counter") for family in found]
+    assert len(set(names)) == len(names)
+    return dict(zip(names, found, strict=True))
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    """Return the value of a series; None when there is no such series."""
+    values = [
+        sample.value
+        for family in families(metrics).values()
+        for sample in family.samples
+        if sample.name == PREFIX + name and sample.labels == labels
+    ]
+    assert len(values) <= 1
+    return values[0] if values else None
+
+
+def labels_of(metrics: Metrics, name: str, label: str) -> set[str]:
+    """Return the values of a label."""
+    return {sample.labels[label] for sample in families(metrics)[name].samples}
+
+
+def busy(state: FakeState) -> Metrics:
+    """Return metrics after a bit of everything."""
+    metrics = Metrics("pubsub")
+    metrics.watch(state)
+    metrics.set_build_info("1.2.3", "2026-07-15")
+    metrics.received(3)
+    metrics.batch(3)
+    metrics.stage("enrich", 0.2)
+    metrics.settled("OrderCreated", "sent", 0.4, 2.0)
+    metrics.settled(None, "dead_lettered", 0.1, 2.0)
+    metrics.failed("parse", "Rejected")
+    for service in SERVICES:
+        metrics.requested(service, "POST /api/events", 202, 0.3)
+    return metrics
+
+
+def test_the_table_is_complete() -> None:
+    """Every metric that dashboards and alerts use is there, with its type and its labels, and no other."""
+    found = families(busy(FakeState()))
+    assert {name: family.type for name, family in found.items()} == {name: kind for name, (kind, _) in TABLE.items()}
+    for name, (_, labels) in TABLE.items():
+        assert {frozenset(sample.labels) - {"le"} for sample in found[name].samples} == {frozenset(labels)}
+
+
+def test_the_documents_name_every_metric() -> None:
+    """A dashboard is made from docs/operations.md."""
+    text = (Path(__file__).parents[3] / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert [name for name in TABLE if f"`{name}`" not in text] == []
+
+
+def test_names_follow_prometheus() -> None:
+    """Counters end in _total, histograms in a base unit, everything has a help text, no unit is a fraction."""
+    for name, family in families(busy(FakeState())).items():
+        assert family.documentation
+        assert name.endswith("_total") == (family.type == "counter")
+        assert family.type != "histogram" or name.endswith(("_seconds", "_messages"))
+        assert not any(unit in name for unit in ("milli", "_ms", "minute", "hour", "kilo", "percent"))
+        assert not any(sample.name.endswith("_created") for sample in family.samples)
+
+
+def test_an_idle_worker_shows_zeros() -> None:
+    """A counter that appears with its first message would show Prometheus no increase."""
+    metrics = Metrics("pubsub")
+    assert value(metrics, "messages_received_total", adapter="pubsub") == 0
+    assert value(metrics, "messages_processed_total", message_type="OrderCreated", outcome="dead_lettered") == 0
+    assert value(metrics, "last_success_timestamp_seconds") == 0
+    assert labels_of(metrics, "messages_processed_total", "message_type") == TYPES
+    assert labels_of(metrics, "messages_processed_total", "outcome") == set(OUTCOMES)
+
+
+def test_workers_share_nothing() -> None:
+    """Two in a process, as tests have them, count for themselves."""
+    one, other = Metrics("pubsub"), Metrics("embedded")
+    one.received(5)
+    assert value(one, "messages_received_total", adapter="pubsub") == 5
+    assert value(other, "messages_received_total", adapter="embedded") == 0
+
+
+def test_received_and_batches_count_messages() -> None:
+    """The unit is the message, not the call."""
+    metrics = Metrics("pubsub")
+    for number in (30, 12):
+        metrics.received(number)
+        metrics.batch(number)
+    assert value(metrics, "messages_received_total", adapter="pubsub") == 42
+    assert value(metrics, "batch_size_messages_sum") == 42
+    assert value(metrics, "batch_size_messages_bucket", le="20.0") == 1
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_a_settled_message_is_counted_once(outcome: str) -> None:
+    """By type and outcome; a message that comes again or was given up has no success and no age."""
+    metrics, began, done = Metrics("pubsub"), time.time(), outcome in {"sent", "ignored"}
+    metrics.settled("OrderCreated", outcome, 0.3, 4_000.0)
+    counted = families(metrics)["messages_processed_total"].samples
+    assert [sample.labels for sample in counted if sample.value] == [
+        {"message_type": "OrderCreated", "outcome": outcome}
+    ]
+    assert value(metrics, "messages_processed_total", message_type="OrderCreated", outcome=outcome) == 1
+    assert value(metrics, "message_duration_seconds_sum") == 0.3
+    assert value(metrics, "message_age_seconds_count") == done
+    assert (value(metrics, "last_success_timestamp_seconds") or 0) >= began * done
+    assert bool(value(metrics, "last_success_timestamp_seconds")) == done
+
+
+def test_an_age_may_be_unknown_or_ahead() -> None:
+    """Not every queue tells it, and the queue's clock may be ahead of ours."""
+    metrics = Metrics("pubsub")
+    metrics.settled("OrderCreated", "sent", 0.3, None)
+    assert value(metrics, "message_age_seconds_count") == 0
+    metrics.settled("OrderCreated", "sent", 0.3, -5.0)
+    assert (value(metrics, "message_age_seconds_count"), value(metrics, "message_age_seconds_sum")) == (1, 0)
+
+
+def test_buckets_reach_as_far_as_the_waits() -> None:
+    """Work takes milliseconds to a minute; a message may wait for hours, and alerts look at five minutes."""
+    metrics = busy(FakeState())
+    bounds = {
+        name: [float(sample.labels["le"]) for sample in family.samples if sample.name.endswith("_bucket")]
+        for name, family in families(metrics).items()
+        if family.type == "histogram"
+    }
+    for name in ("message_duration_seconds", "stage_duration_seconds", "klaviyo_request_duration_seconds"):
+        assert (bounds[name][0], bounds[name][-2]) == (0.005, 60)
+    assert 300 in bounds["message_age_seconds"]
+    assert bounds["message_age_seconds"][-2] == 86_400
+
+
+@given(st.lists(st.one_of(st.none(), st.text(), st.sampled_from(sorted(TYPES)))))
+def test_no_message_makes_a_label(message_types: list[str | None]) -> None:
+    """Types come from outside: what the worker does not know is `other`, what it cannot read `unreadable`."""
+    metrics = Metrics("pubsub")
+    for message_type in message_types:
+        metrics.settled(message_type, "ignored", 0.1, None)
+    samples = families(metrics)["messages_processed_total"].samples
+    assert {sample.labels["message_type"] for sample in samples} == TYPES
+    counted = {
+        sample.labels["message_type"]: sample.value for sample in samples if sample.labels["outcome"] == "ignored"
+    }
+    assert sum(counted.values()) == len(message_types)
+    assert counted["unreadable"] == message_types.count(None)
+
+
+@given(st.text(), st.text())
+def test_no_error_text_makes_a_label(stage: str, error: str) -> None:
+    """A text given for a class by mistake may quote a person."""
+    metrics = Metrics("pubsub")
+    metrics.failed(stage, f"no {error}")
+    metrics.stage(f"{stage}?", 0.1)
+    metrics.settled("OrderCreated", f"{stage}?", 0.1, None)
+    found = families(metrics)
+    for name, label, allowed in (
+        ("errors_total", "stage", {*STAGES, "other"}),
+        ("errors_total", "error_type", {"other"}),
+        ("stage_duration_seconds", "stage", {"other"}),
+        ("messages_processed_total", "outcome", {*OUTCOMES, "other"}),
+    ):
+        assert {sample.labels[label] for sample in found[name].samples} <= allowed
+
+
+@pytest.mark.parametrize("error", ["Transient", "Rejected", "KlaviyoMisconfigured", "QueueError", "KeyError"])
+def test_failures_are_told_apart_by_class(error: str) -> None:
+    """Ours, the queues' and Python's own."""
+    metrics = Metrics("pubsub")
+    metrics.failed("send", error)
+    assert value(metrics, "errors_total", stage="send", error_type=error) == 1
+
+
+@pytest.mark.parametrize(("status", "label", "limited"), [(202, "202", 0), (429, "429", 1), (None, "none", 0)])
+def test_statuses_are_counted(status: int | None, label: str, limited: int) -> None:
+    """No answer is a status too, and throttling has a counter of its own that starts at 0."""
+    metrics = Metrics("pubsub")
+    metrics.requested("klaviyo", "POST /api/events", status, 0.2)
+    metrics.requested("mail", "POST /api/events", status, 0.2)
+    assert value(metrics, "klaviyo_requests_total", endpoint="POST /api/events", status=label) == 1
+    assert value(metrics, "klaviyo_rate_limited_total", endpoint="POST /api/events") == limited
+    assert families(metrics)["commercetools_requests_total"].samples == []
+
+
+def test_gauges_are_read_at_every_scrape() -> None:
+    """They show the worker as it is now."""
+    state = FakeState()
+    metrics = Metrics("pubsub")
+    metrics.watch(state)
+    shown = {
+        "messages_in_flight": 7,
+        "messages_waiting": 3,
+        "oldest_message_age_seconds": 90,
+        "lanes": 4,
+        "parked": 0,
+        "queue_backlog_messages": 120,
+        "dead_letters_messages": 2,
+    }
+    assert {name: value(metrics, name) for name in shown} == shown
+    state.values |= {
+        "in_flight": 0,
+        "parked": "Klaviyo answered 401",
+        "outages": {"klaviyo": "503", "commercetools": ""},
+    }
+    assert (value(metrics, "messages_in_flight"), value(metrics, "parked")) == (0, 1)
+    assert value(metrics, "outage", service="klaviyo") == 1
+    assert value(metrics, "outage", service="commercetools") == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("backlog", "queue_backlog_messages"),
+        ("dead_letters", "dead_letters_messages"),
+        ("oldest_age", "oldest_message_age_seconds"),
+    ],
+)
+def test_what_a_queue_cannot_tell_is_absent(source: str, name: str) -> None:
+    """A 0 would say that there is nothing, and scale the worker down; an empty queue does say 0."""
+    assert families(busy(FakeState(**{source: None}))).keys() == TABLE.keys() - {name}
+    assert value(busy(FakeState(**{source: 0})), name) == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("in_flight", "messages_in_flight"),
+        ("waiting", "messages_waiting"),
+        ("oldest_age", "oldest_message_age_seconds"),
+        ("lanes", "lanes"),
+        ("parked", "parked"),
+        ("outages", "outage"),
+        ("backlog", "queue_backlog_messages"),
+        ("dead_letters", "dead_letters_messages"),
+    ],
+)
+def test_a_gauge_that_fails_is_left_out(source: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The rest of the scrape is there; one line says which is missing, without the error's text."""
+    metrics = busy(FakeState(**{source: OSError("grete@mail.example")}))
+    with caplog.at_level(logging.WARNING, "klaviyo_worker"):
+        found = families(metrics)
+    assert found.keys() == TABLE.keys() - {name}
+    (record,) = caplog.records
+    fields: dict[str, Any] = vars(record)
+    assert (record.getMessage(), fields["metric"], fields["error"]) == ("metric_unavailable", name, "OSError")
+    assert "grete" not in str(fields)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc here")
+def test_the_process_is_there_under_the_usual_names() -> None:
+    """Of the one that is scraped: dashboards for any process work."""
+    found = families(Metrics("pubsub"))
+    assert found["process_resident_memory_bytes"].samples[0].value > 10_000_000
+    assert 0 < found["process_start_time_seconds"].samples[0].value <= time.time()
+
+
+def test_a_process_that_cannot_be_read_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sandbox may show another /proc than Linux does: the worker's own metrics are there."""
+    metrics = busy(FakeState())
+    monkeypatch.setattr(ProcessCollector, "collect", Scripted(ValueError("invalid literal")))
+    assert families(metrics).keys() == TABLE.keys() - PROCESS.keys()
+    assert [vars(record)["metric"] for record in caplog.records] == ["process"]
+
+
+def test_what_runs_is_named() -> None:
+    """The version of the worker, and the Klaviyo revision its bodies are written for."""
+    metrics = Metrics("pubsub")
+    metrics.set_build_info("1.2.3", "2026-07-15")
+    assert value(metrics, "build_info", version="1.2.3", klaviyo_revision="2026-07-15") == 1
+
+
+def test_the_counters_can_be_read() -> None:
+    """As a scrape would tell them: the status page shows the same numbers."""
+    metrics = Metrics("embedded")
+    metrics.settled("OrderCreated", "sent", 0.1, 2.0)
+    metrics.settled("OrderCreated", "sent", 0.1, 3.0)
+    metrics.settled(None, "dead_lettered", 0.1, 9.0)
+    metrics.batch(3)
+    metrics.requested("klaviyo", "POST /api/events", 202, 0.1)
+    metrics.requested("klaviyo", "POST /api/events", 429, 0.1)
+    metrics.requested("commercetools", "orders", None, 0.1)
+    counted = {key: number for key, number in metrics.outcomes().items() if number}
+    assert counted == {("OrderCreated", "sent"): 2, ("unreadable", "dead_lettered"): 1}
+    assert metrics.requests() == {("klaviyo", "POST /api/events"): 2, ("commercetools", "orders"): 1}
+    assert metrics.ages() == (2, 5.0)
+    assert metrics.batches() == (1, 3.0)
