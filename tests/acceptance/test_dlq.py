@@ -59,7 +59,7 @@ def path(tmp_path: Path) -> Path:
 def signals(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
     """Return what a signal would call."""
     stops: list[Callable[[], None]] = []
-    monkeypatch.setattr(sys.modules["worker.cli.dlq_replay"], "call_on_signals", stops.append)
+    monkeypatch.setattr(sys.modules["worker.cli.dlq_replay"], "on_signals", stops.append)
     return stops
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from worker.cli.options import Command, settings_options
-from worker.cli.termination import Failed, call_on_signals, exit_codes, leave_lanes
+from worker.cli.termination import CommandError, exit_without_waiting, handle_errors, on_signals
 from worker.commands.backfill.settings import BackfillSettings
 from worker.errors import ExitCode, Rejected, SettingsError
 from worker.settings import load
@@ -71,7 +71,7 @@ def backfill(  # noqa: PLR0913 - options
     from worker.commands.progress_bar import Screen  # noqa: PLC0415 - keeps --help fast
     from worker.telemetry.log import configure_logging  # noqa: PLC0415
 
-    with exit_codes():
+    with handle_errors():
         settings = load(BackfillSettings, flags)
         selection = _selection(name, since, until, ids)
         screen = Screen(sys.stderr)
@@ -79,10 +79,10 @@ def backfill(  # noqa: PLR0913 - options
         failures = None if dry_run else failures or (resume and resume.with_suffix(".failures.jsonl"))
         try:
             work = _prepared(settings, selection, limit, failures, resume, dry_run=dry_run)
-            call_on_signals(work.stop)
+            on_signals(work.stop)
             _run(work, screen, f"dry run of {name}" if dry_run else name, resume, failures)
         except OSError as error:  # what is read and written over the network raises none
-            raise Failed(_unwritten(error), ExitCode.UNEXPECTED) from None
+            raise CommandError(_unwritten(error), ExitCode.UNEXPECTED) from None
 
 
 def _prepared(
@@ -124,15 +124,15 @@ def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failure
     try:
         pace = work.run(screen)
     except Rejected as error:
-        raise Failed(str(error), ExitCode.UNEXPECTED) from None
+        raise CommandError(str(error), ExitCode.UNEXPECTED) from None
     except ShutdownTimeoutError:
-        leave_lanes(f"interrupted, and what was in work was not finished: {how}")
+        exit_without_waiting(f"interrupted, and what was in work was not finished: {how}")
     for line in _summary(name, work.progress, pace):
         click.echo(line, err=True)
     if work.progress.failed and failures:
         click.echo(f"The failures are in {failures}. To try them again: --ids {failures}", err=True)
     if work.is_interrupted:
-        raise Failed(f"interrupted: {how}", ExitCode.INTERRUPTED)
+        raise CommandError(f"interrupted: {how}", ExitCode.INTERRUPTED)
     if work.progress.failed:
         sys.exit(ExitCode.UNEXPECTED)
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapters import DeadLetters, QueueError, scheme_of
-from worker.cli.options import Group, opened, settings_options
-from worker.cli.termination import Failed, exit_codes
+from worker.cli.options import Group, open_configured_queue, settings_options
+from worker.cli.termination import CommandError, handle_errors
 from worker.commands.dlq.dead_letters import (
     AT_ONCE,
     Choice,
@@ -81,7 +81,7 @@ def opened_dead_letters(settings: QueueSettings) -> Iterator[DeadLetters]:
             "QUEUE_URL: push:// cannot read dead letters: "
             "set it to pubsub://PROJECT/SUBSCRIPTION, the subscription that pushes, for this command"
         )
-    with opened(settings) as queue:
+    with open_configured_queue(settings) as queue:
         if not isinstance(queue, DeadLetters):
             raise QueueError("QUEUE_URL: the dead letters of this queue cannot be read from here: use its own tools")
         yield queue
@@ -101,7 +101,7 @@ def list_(*, choice: Choice, as_json: bool, **flags: Any) -> None:
 
     The oldest come first: 50, unless --limit says otherwise, and with --json all. Nothing is removed.
     """
-    with exit_codes(), opened_dead_letters(load(QueueSettings, flags)) as queue:
+    with handle_errors(), opened_dead_letters(load(QueueSettings, flags)) as queue:
         letters = replace(choice, limit=None).of(each(queue))
         found = [(given_up_at(letter) or _LATEST, entry(letter)) for letter in letters]
     entries = [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
@@ -125,7 +125,7 @@ def show(*, message_id: str, **flags: Any) -> None:
 
     Its body, which may hold personal data, goes to stdout; what else is known of it to stderr.
     """
-    with exit_codes(), opened_dead_letters(load(QueueSettings, flags)) as queue, closing(each(queue)) as letters:
+    with handle_errors(), opened_dead_letters(load(QueueSettings, flags)) as queue, closing(each(queue)) as letters:
         letter = next(Choice(frozenset([message_id])).of(letters), None)
     if letter is None:
         raise not_found([message_id])
@@ -153,7 +153,7 @@ def drop(*, choice: Choice, is_all: bool, yes: bool, **flags: Any) -> None:
         raise click.UsageError("say which: MESSAGE_ID, --reason, --type, --since, or --all")
     if not yes and not sys.stdin.isatty():
         raise click.UsageError("there is no terminal to ask on: --yes drops without asking")
-    with exit_codes(), opened_dead_letters(load(QueueSettings, flags)) as queue:
+    with handle_errors(), opened_dead_letters(load(QueueSettings, flags)) as queue:
         entries = [entry(letter) for letter in choice.of(each(queue))]
         found = frozenset(entry.message_id for entry in entries)
         if missing := choice.missing(found):
@@ -167,7 +167,7 @@ def drop(*, choice: Choice, is_all: bool, yes: bool, **flags: Any) -> None:
         dropped = _drop(queue, replace(choice, limit=None), found, len(entries))
     if dropped < len(entries):
         left = number_of(len(entries) - dropped)
-        raise Failed(
+        raise CommandError(
             f"{left} not dropped: somebody else has removed them, or looks at them now; try again", ExitCode.UNEXPECTED
         )
 
@@ -227,10 +227,10 @@ def _facts(letter: DeadLetter) -> Iterator[tuple[str, str]]:
     yield "body", f"{len(delivery.body):,} bytes"
 
 
-def not_found(message_ids: Collection[str]) -> Failed:
+def not_found(message_ids: Collection[str]) -> CommandError:
     """Return the error that there are no such dead letters."""
     names = ", ".join(sorted(map(printable, message_ids)))
-    return Failed(f"no dead letter {names}: `klaviyo-worker dlq list` lists what there is", ExitCode.UNEXPECTED)
+    return CommandError(f"no dead letter {names}: `klaviyo-worker dlq list` lists what there is", ExitCode.UNEXPECTED)
 
 
 def number_of(letters: int) -> str:

@@ -12,7 +12,7 @@ import click
 from adapters import Countable, QueueError
 from worker.cli.dlq import choosing, not_found, number_of, opened_dead_letters
 from worker.cli.options import Command, settings_options
-from worker.cli.termination import Failed, call_on_signals, exit_codes, leave_lanes
+from worker.cli.termination import CommandError, exit_without_waiting, handle_errors, on_signals
 from worker.commands.dlq.dead_letters import entry, type_of
 from worker.errors import ExitCode
 from worker.json_access import printable
@@ -43,12 +43,12 @@ def replay(*, choice: Choice, rate: float | None, canary: bool, dry_run: bool, *
     from worker.commands.progress_bar import Pace, Screen, shown  # noqa: PLC0415 - keeps --help fast
 
     interruption = _Interruption()
-    with exit_codes():
+    with handle_errors():
         settings = load(Settings, flags)
         screen = Screen(sys.stderr)
         has_bar = screen.isatty() and not dry_run
         _configure_logging(settings, screen, has_bar=has_bar)
-        call_on_signals(interruption)
+        on_signals(interruption)
         is_one = len(choice.ids) == 1 or choice.limit == 1
         options = Options(rate, canary=canary and not is_one, dry_run=dry_run)
         with opened_dead_letters(settings) as queue:
@@ -102,7 +102,7 @@ def _run(running: Replay, progress: AbstractContextManager[None]) -> None:
         with progress:
             running.run()
     except ShutdownTimeoutError:
-        leave_lanes("the grace period ended before all letters in flight did; they stay dead letters")
+        exit_without_waiting("the grace period ended before all letters in flight did; they stay dead letters")
 
 
 def _echo_summary(tally: Tally, *, dry_run: bool) -> None:
@@ -123,18 +123,18 @@ def _echo_summary(tally: Tally, *, dry_run: bool) -> None:
 
 
 def _end(running: Replay, choice: Choice, *, is_interrupted: bool) -> None:
-    """Leave with an exit code other than 0 when not all that was asked for is done. Raises Failed."""
+    """Leave with an exit code other than 0 when not all that was asked for is done. Raises CommandError."""
     tally, failed = running.tally, running.tally.last_failed
     if running.queue.has_stopped and failed:
         about, ((_, reason),) = entry(failed), tally.reasons
         what = " ".join(filter(None, (about.message_id, type_of(about), about.resource_type, about.resource_id)))
-        raise Failed(
+        raise CommandError(
             f"the first failed again, so no other was tried: {printable(what)}: {printable(reason).rstrip('.')}. "
             "Mend that; or choose others with --type, --reason or MESSAGE_ID; or try all with --no-canary",
             ExitCode.UNEXPECTED,
         )
     if is_interrupted:
-        raise Failed(
+        raise CommandError(
             "interrupted: what was not replayed is a dead letter still; the same again goes on", ExitCode.INTERRUPTED
         )
     if missing := choice.missing(running.queue.handed_out):
@@ -142,6 +142,6 @@ def _end(running: Replay, choice: Choice, *, is_interrupted: bool) -> None:
     if not tally.ended:
         click.echo("no dead letters to replay", err=True)
     if tally.outcomes["returned"]:
-        raise Failed("gave up waiting for an outage to end: replay the rest later", ExitCode.UNEXPECTED)
+        raise CommandError("gave up waiting for an outage to end: replay the rest later", ExitCode.UNEXPECTED)
     if tally.failed:
-        raise Failed(f"{number_of(tally.failed)} failed again", ExitCode.UNEXPECTED)
+        raise CommandError(f"{number_of(tally.failed)} failed again", ExitCode.UNEXPECTED)

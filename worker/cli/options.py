@@ -75,7 +75,7 @@ def _metavar(info: FieldInfo) -> str:
 
 
 @contextmanager
-def opened(settings: QueueSettings) -> Iterator[QueueAdapter]:
+def open_configured_queue(settings: QueueSettings) -> Iterator[QueueAdapter]:
     """Open the queue, and close it in the end."""
     queue = open_queue(settings.queue_url, settings.queue_options)
     try:

@@ -7,8 +7,8 @@ from typing import Any, BinaryIO
 import click
 
 from adapters import Publisher, QueueError
-from worker.cli.options import Command, opened, settings_options
-from worker.cli.termination import exit_codes
+from worker.cli.options import Command, open_configured_queue, settings_options
+from worker.cli.termination import handle_errors
 from worker.settings import QueueSettings, load
 
 
@@ -20,7 +20,7 @@ def publish(*, file: BinaryIO, **flags: Any) -> None:
 
     FILE may be - for stdin. Lines are taken as they are. Prints how many there were.
     """
-    with exit_codes(), opened(load(QueueSettings, flags)) as queue:
+    with handle_errors(), open_configured_queue(load(QueueSettings, flags)) as queue:
         if not isinstance(queue, Publisher):
             raise QueueError("QUEUE_URL: this queue cannot be published to from here")
         click.echo(queue.publish(line.removesuffix(b"\n") for line in file))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from worker.cli.options import Command, settings_options
-from worker.cli.termination import call_on_signals, exit_codes, leave_lanes
+from worker.cli.termination import exit_without_waiting, handle_errors, on_signals
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
     from worker.service import Service  # noqa: PLC0415
     from worker.telemetry.log import configure_logging, log  # noqa: PLC0415
 
-    with exit_codes():
+    with handle_errors():
         settings = load(Settings, flags)
         configure_logging(settings.log_level, settings.log_format)
         service: Service | None = None
@@ -50,9 +50,9 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
                 os._exit(0)
             service.stop()
 
-        call_on_signals(stop)
+        on_signals(stop)
         service = Service(settings, dry_run=dry_run)
         try:
             service.run(once=once or dry_run, max_wait=max_wait)
         except ShutdownTimeoutError as error:
-            leave_lanes(str(error))
+            exit_without_waiting(str(error))

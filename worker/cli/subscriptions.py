@@ -9,7 +9,7 @@ import click
 import orjson
 
 from worker.cli.options import Group, settings_options
-from worker.cli.termination import Failed, exit_codes
+from worker.cli.termination import CommandError, handle_errors
 from worker.errors import ExitCode, SettingsError, WorkerError
 from worker.json_access import printable
 from worker.settings import SubscriptionSettings, load
@@ -106,11 +106,11 @@ def apply_command(*, wait: float, delete_stale: bool, yes: bool, as_json: bool, 
 @contextmanager
 def _told() -> Iterator[None]:
     """Turn whatever commercetools has against it into one line and exit code 4."""
-    with exit_codes():
+    with handle_errors():
         try:
             yield
         except WorkerError as error:
-            raise Failed(str(error), ExitCode.COMMERCETOOLS) from None
+            raise CommandError(str(error), ExitCode.COMMERCETOOLS) from None
 
 
 def _opened(*, destination: str, key: str, delivery_format: str | None, **flags: Any) -> tuple[Subscriptions, Wanted]:
@@ -147,7 +147,7 @@ def _show(plan: Plan, *, as_json: bool) -> None:
 
 
 def _tell(applied: Json, status: str, *, deleted: int, as_json: bool) -> None:
-    """Print what came of it; raise Failed unless it is healthy, or commercetools does not tell."""
+    """Print what came of it; raise CommandError unless it is healthy, or commercetools does not tell."""
     from worker.commands.subscriptions.health import DELIVERS, explain  # noqa: PLC0415
 
     why, todo = explain(status) if status else ("this commercetools does not tell its health", "")
@@ -157,7 +157,7 @@ def _tell(applied: Json, status: str, *, deleted: int, as_json: bool) -> None:
         also = f", {deleted} stale deleted" if deleted else ""
         click.echo(printable(f"applied: version {applied.get('version')}{also}; {why}"))
     if status not in DELIVERS:
-        raise Failed(f"subscription {applied.get('key')} is not healthy: {why}: {todo}", ExitCode.COMMERCETOOLS)
+        raise CommandError(f"subscription {applied.get('key')} is not healthy: {why}: {todo}", ExitCode.COMMERCETOOLS)
 
 
 def _echo_json(document: Json) -> None:

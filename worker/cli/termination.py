@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _STOP = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
-class Failed(click.ClickException):
+class CommandError(click.ClickException):
     """One line on stderr and an exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -31,28 +31,28 @@ class Failed(click.ClickException):
 
 
 @contextmanager
-def exit_codes() -> Iterator[None]:
+def handle_errors() -> Iterator[None]:
     """Turn the errors an operator can act on into one line and an exit code."""
     try:
         yield
     except (SettingsError, QueueURLError) as error:
-        raise Failed(str(error), ExitCode.USAGE) from None
+        raise CommandError(str(error), ExitCode.USAGE) from None
     except QueueError as error:
-        raise Failed(str(error), ExitCode.QUEUE) from None
+        raise CommandError(str(error), ExitCode.QUEUE) from None
     except Misconfigured as error:
-        raise Failed(str(error), error.exit_code) from None
+        raise CommandError(str(error), error.exit_code) from None
     except KeyboardInterrupt:
-        raise Failed("interrupted", ExitCode.INTERRUPTED) from None
+        raise CommandError("interrupted", ExitCode.INTERRUPTED) from None
 
 
-def leave_lanes(why: str) -> NoReturn:
+def exit_without_waiting(why: str) -> NoReturn:
     """Say why, and end at once: lanes may hang in calls that no thread can interrupt."""
     click.echo(f"Error: {why}", err=True)
     sys.stdout.flush()
     os._exit(ExitCode.SHUTDOWN_TIMED_OUT)
 
 
-def call_on_signals(stop: Callable[[], None]) -> None:
+def on_signals(stop: Callable[[], None]) -> None:
     """Have SIGTERM and SIGINT call `stop`, in a thread: a handler in the main thread could meet a lock it holds."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)  # before any thread starts: all inherit it
     Thread(target=_wait_for_signals, args=(stop,), daemon=True).start()

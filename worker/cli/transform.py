@@ -9,7 +9,7 @@ import click
 import orjson
 
 from worker.cli.options import Command, settings_options
-from worker.cli.termination import exit_codes
+from worker.cli.termination import handle_errors
 from worker.errors import ExitCode, Ignored, SettingsError, WorkerError
 from worker.settings import MappingSettings, load
 
@@ -46,7 +46,7 @@ def transform(*, file: BinaryIO, explain: bool, enriched: BinaryIO | None, **fla
     from worker.runtime.dry_run import operation_line  # noqa: PLC0415
 
     failed = False
-    with exit_codes():
+    with handle_errors():
         mapping = load(MappingSettings, flags).mapping()
         snapshot = _snapshot(enriched)
         if explain and not enriched:

@@ -28,7 +28,7 @@ BULK = {"KLAVIYO_WORKER_LANES": "1", "KLAVIYO_WORKER_BULK_THRESHOLD": "0"}  # wh
 @pytest.fixture(autouse=True)
 def signals_are_pytests(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("backfill", "run"):  # modules, which the commands of these names hide
-        monkeypatch.setattr(import_module(f"worker.cli.{name}"), "call_on_signals", lambda _: None)
+        monkeypatch.setattr(import_module(f"worker.cli.{name}"), "on_signals", lambda _: None)
 
 
 def backfill(sandbox: Sandbox, *arguments: str, **variables: str) -> Result:
