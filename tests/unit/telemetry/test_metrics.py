@@ -116,8 +116,8 @@ def test_the_table_is_complete() -> None:
 
 
 def test_the_documents_name_every_metric() -> None:
-    """A dashboard is made from docs/operations.md."""
-    text = (Path(__file__).parents[3] / "docs" / "operations.md").read_text(encoding="utf-8")
+    """A dashboard is made from docs/metrics-and-logs.md."""
+    text = (Path(__file__).parents[3] / "docs" / "metrics-and-logs.md").read_text(encoding="utf-8")
     assert [name for name in TABLE if f"`{name}`" not in text] == []
 
 
