@@ -87,12 +87,12 @@ class _Known:
     def __init__(self, mapping: Mapping, read_lag: float) -> None:
         self.mapping = mapping
         self.read_lag = read_lag
-        self._found: dict[queries.Query, queries.Found] = defaultdict(dict)
+        self._found: dict[queries.Query, queries.QueryResult] = defaultdict(dict)
 
     def missing(self, query: queries.Query, values: set[str]) -> set[str]:
         return values - self._found[query].keys()
 
-    def learn(self, query: queries.Query, found: queries.Found) -> None:
+    def learn(self, query: queries.Query, found: queries.QueryResult) -> None:
         self._found[query] |= found
 
     def all(self, query: queries.Query, value: str) -> list[Json]:

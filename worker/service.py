@@ -10,7 +10,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from adapters import open_queue, scheme_of
-from worker.commercetools.cache import Remembered
+from worker.commercetools.cache import CachedReader
 from worker.commercetools.client import Commercetools
 from worker.enrich import Enricher
 from worker.health.server import HealthServer
@@ -40,7 +40,7 @@ class Stages:
         requested = telemetry.metrics.requested
         self.commercetools = Commercetools(settings, self.stopping, partial(requested, "commercetools"))
         self.klaviyo = Klaviyo(settings, self.stopping, partial(requested, "klaviyo"))
-        self.enricher = Enricher(Remembered(self.commercetools, settings.catalog_ttl), self.mapping)
+        self.enricher = Enricher(CachedReader(self.commercetools, settings.catalog_ttl), self.mapping)
         self.sender = Sender(
             self.klaviyo,
             settings.concurrency,

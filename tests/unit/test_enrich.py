@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from worker.commercetools.cache import Remembered
+from worker.commercetools.cache import CachedReader
 from worker.commercetools.client import MAX_WHERE_BYTES, _chunks, _where
-from worker.commercetools.queries import CATEGORIES, ORDERS, PRODUCTS, PRODUCTS_BY_SKU, Found, Query, Snapshot
+from worker.commercetools.queries import (
+    CATEGORIES,
+    ORDERS,
+    PRODUCTS,
+    PRODUCTS_BY_SKU,
+    InMemoryReader,
+    Query,
+    QueryResult,
+)
 from worker.enrich import Enricher
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient
 from worker.mapping import Mapping
@@ -22,7 +30,7 @@ if TYPE_CHECKING:
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 
 
-class CountingReader(Snapshot):
+class CountingReader(InMemoryReader):
     """A snapshot that counts queries and can fail for a path or a value."""
 
     def __init__(self, resources: dict[str, list[dict[str, Any]]]) -> None:
@@ -31,7 +39,7 @@ class CountingReader(Snapshot):
         self.asked: list[tuple[str, frozenset[str]]] = []
         self.errors: dict[str, Exception] = {}
 
-    def find(self, query: Query, values: Collection[str]) -> Found:
+    def find(self, query: Query, values: Collection[str]) -> QueryResult:
         self.queries[query.path] += 1
         self.asked.append((query.path, frozenset(values)))
         found = super().find(query, values)
@@ -211,7 +219,7 @@ def test_what_is_deleted_is_believed_at_once(enricher: Enricher) -> None:
 def test_a_read_older_than_its_message_is_not_believed_at_once(payload: dict[str, Any]) -> None:
     """The last change of a customer must not be lost to a replica that lags."""
     shop = {"customers": [{"id": "c", "version": 4, "email": "ada@example.com"}]}
-    enricher = Enricher(Snapshot(shop), Mapping(), now=lambda: NOW)
+    enricher = Enricher(InMemoryReader(shop), Mapping(), now=lambda: NOW)
     for age, expected in ((1, Transient), (60, Enriched)):
         moment = (NOW - timedelta(seconds=age)).isoformat()
         (result,) = enricher.enrich([Notification("ResourceUpdated", "customer", "c", moment, payload)])
@@ -252,7 +260,7 @@ def test_missing_scopes_for_what_is_needed_park(enricher: Enricher, reader: Coun
 
 def test_catalog_data_is_remembered_for_orders_but_read_anew_for_its_own_messages(reader: CountingReader) -> None:
     """Orders reuse categories for a while; a product message always mirrors what is there now."""
-    enricher = Enricher(Remembered(reader, 60), Mapping(), now=lambda: NOW)
+    enricher = Enricher(CachedReader(reader, 60), Mapping(), now=lambda: NOW)
     one(enricher, about("order", "o1", "OrderStateChanged"))
     one(enricher, about("order", "o2", "OrderStateChanged"))
     assert reader.queries["product-projections"] == 1
@@ -264,7 +272,7 @@ def test_catalog_data_is_remembered_for_orders_but_read_anew_for_its_own_message
 
 def test_reading_a_category_anew_renews_what_orders_remember(reader: CountingReader) -> None:
     """A renamed category shows in the next order, not a cache's lifetime later."""
-    enricher = Enricher(Remembered(reader, 60), Mapping(), now=lambda: NOW)
+    enricher = Enricher(CachedReader(reader, 60), Mapping(), now=lambda: NOW)
     one(enricher, about("order", "o1", "OrderStateChanged"))
     renamed = [dict(entry) for entry in SHOP["categories"]]
     renamed[1]["name"] = {"en": "Denim"}

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 MAX_ENTRIES = 20_000
 _REMEMBERED = (queries.PRODUCT_CATEGORIES, queries.CATEGORY_NAMES, queries.DISCOUNT_CODES)
-_REMEMBERED_AS = {query: kept for kept in _REMEMBERED for query in (kept, replace(kept, remember=()))}
+_REMEMBERED_AS = {query: kept for kept in _REMEMBERED for query in (kept, replace(kept, cached_fields=()))}
 
 Key = tuple[queries.Query, str]
 
 
-class Remembered:
+class CachedReader:
     """A Reader that remembers, for `ttl` seconds, what queries say may be remembered. Safe for many threads.
 
     What several threads miss at the same moment is read once (single-flight).
@@ -33,28 +33,30 @@ class Remembered:
     def __init__(self, reader: queries.Reader, ttl: float) -> None:
         self._reader = reader
         self._known: cachetools.TTLCache[Key, Json] = cachetools.TTLCache(MAX_ENTRIES, ttl)
-        self._under_way: dict[Key, Future[queries.Found]] = {}
+        self._under_way: dict[Key, Future[queries.QueryResult]] = {}
         self._lock = Lock()
 
-    def find(self, query: queries.Query, values: Collection[str]) -> queries.Found:
+    def find(self, query: queries.Query, values: Collection[str]) -> queries.QueryResult:
         """Find, from memory where that is allowed; a fresh reading of the same resources renews it."""
-        if not query.remember:
+        if not query.cached_fields:
             return self._read(query, values)
         with self._lock:
             known = {value: self._known.get((query, value)) for value in values}
             missing = [value for value, resource in known.items() if resource is None]
             others = {value: self._under_way[query, value] for value in missing if (query, value) in self._under_way}
             mine = [value for value in missing if value not in others]
-            reading: Future[queries.Found] = Future()
+            reading: Future[queries.QueryResult] = Future()
             self._under_way |= {(query, value): reading for value in mine}
-        found: queries.Found = {value: [resource] for value, resource in known.items() if resource is not None}
+        found: queries.QueryResult = {value: [resource] for value, resource in known.items() if resource is not None}
         if mine:
             found |= self._lead(query, mine, reading)
         for value, other in others.items():
             found[value] = other.result()[value]
         return found
 
-    def _lead(self, query: queries.Query, values: list[str], reading: Future[queries.Found]) -> queries.Found:
+    def _lead(
+        self, query: queries.Query, values: list[str], reading: Future[queries.QueryResult]
+    ) -> queries.QueryResult:
         """Read for this thread and those that wait for the same."""
         try:
             found = self._read(query, values)
@@ -68,12 +70,12 @@ class Remembered:
                     del self._under_way[query, value]
         return found
 
-    def _read(self, query: queries.Query, values: Collection[str]) -> queries.Found:
+    def _read(self, query: queries.Query, values: Collection[str]) -> queries.QueryResult:
         found = self._reader.find(query, values)
         kept = _REMEMBERED_AS.get(query)
         if kept is not None:
             resources = {value: each[0] for value, each in found.items() if not isinstance(each, WorkerError) and each}
             with self._lock:
                 for value, resource in resources.items():
-                    self._known[kept, value] = {name: resource.get(name) for name in kept.remember}
+                    self._known[kept, value] = {name: resource.get(name) for name in kept.cached_fields}
         return found

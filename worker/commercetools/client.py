@@ -13,12 +13,12 @@ from urllib.parse import quote
 import orjson
 import requests
 
-from worker.commercetools.queries import Found, Query, _sorted_out
+from worker.commercetools.queries import Query, QueryResult, group_by_value
 from worker.commercetools.token import _Token
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient, WorkerError
 from worker.http import transport as http
 from worker.http.chunks import chunked
-from worker.http.circuit_breaker import Gates
+from worker.http.circuit_breaker import CircuitBreakers
 from worker.json_access import as_dict, as_dicts, as_int, as_text
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from worker.model import Json
     from worker.settings import CommercetoolsSettings
 
-PAGE = 500  # commercetools' largest
+PAGE_SIZE = 500  # commercetools' largest
 MAX_WHERE_BYTES = 6_000  # percent-encoded; keeps the URI under the 8 KB its load balancers take
 
 
@@ -40,19 +40,19 @@ class Commercetools:
     ) -> None:
         self._token = _Token(settings, observe)
         self._url = f"{settings.ct_api_url}/{quote(settings.ct_project_id, safe='')}"
-        self._gates = Gates("commercetools", settings, stopping)
+        self._gates = CircuitBreakers("commercetools", settings, stopping)
         self._transport = http.Transport(http.pool(self._url, settings.threads), settings, observe)
 
-    def find(self, query: Query, values: Collection[str]) -> Found:
+    def find(self, query: Query, values: Collection[str]) -> QueryResult:
         """Find by chunked queries; a chunk that fails fails only its own values."""
-        found: Found = {}
+        found: QueryResult = {}
         for chunk in _chunks(sorted(values), query):
             found |= self._find_chunk(query, chunk)
         return found
 
-    def outage(self) -> str:
+    def outage_reason(self) -> str:
         """Return why calls are held back; "" when they are not."""
-        return self._gates.outage()
+        return self._gates.outage_reason()
 
     def call(self, endpoint: str, method: str, path: str = "", body: Json | None = None) -> http.Response:
         """Call `endpoint` + `path` and return its answer; what is no GET is not sent again when its fate is unknown.
@@ -64,14 +64,14 @@ class Commercetools:
         request = gate if method == "GET" else gate.once
         return request(self._authorized, endpoint, method, f"{self._url}/{endpoint}{path}", content)
 
-    def look(self, endpoint: str, path: str) -> http.Response:
+    def get_public(self, endpoint: str, path: str) -> http.Response:
         """Return the answer, whatever its status, of a page that takes no token. Raises Transient: there is none."""
         return self._request(endpoint, "GET", f"{self._url}/{endpoint}{path}")
 
-    def _find_chunk(self, query: Query, chunk: list[str]) -> Found:
+    def _find_chunk(self, query: Query, chunk: list[str]) -> QueryResult:
         """Query one chunk. A value commercetools refuses (400) must not hurt the others: halve until found."""
         try:
-            return _sorted_out(query, chunk, self._pages(query, chunk))
+            return group_by_value(query, chunk, self._pages(query, chunk))
         except Rejected as error:
             if len(chunk) == 1:
                 return {chunk[0]: error}
@@ -81,8 +81,10 @@ class Commercetools:
             return dict.fromkeys(chunk, error)
 
     def page(self, query: Query, where: str = "", after: str = "") -> list[Json]:
-        """Return the first PAGE resources by id, those after one if that is given. Raises WorkerError."""
-        answer = self._gates[query.path](self._get, query, where, after, f"limit={PAGE}&sort=id%20asc&withTotal=false")
+        """Return the first PAGE_SIZE resources by id, those after one if that is given. Raises WorkerError."""
+        answer = self._gates[query.path](
+            self._get, query, where, after, f"limit={PAGE_SIZE}&sort=id%20asc&withTotal=false"
+        )
         return as_dicts(answer["results"])
 
     def count(self, query: Query, where: str = "", after: str = "") -> int:
@@ -96,7 +98,7 @@ class Commercetools:
         while True:
             page = self.page(query, _where(query, chunk), after)
             results += page
-            if len(page) < PAGE:
+            if len(page) < PAGE_SIZE:
                 return results
             after = as_text(page[-1].get("id"))
 
@@ -116,7 +118,7 @@ class Commercetools:
         response = self._request(endpoint, method, url, body, token)
         if response.status == requests.codes.unauthorized:  # revoked before its time
             response = self._request(endpoint, method, url, body, self._token.renew(token))
-        http.check_passing(response)
+        http.raise_for_transient(response)
         return response
 
     def _request(

@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from worker.errors import WorkerError
     from worker.model import Json
 
-Found = dict[str, "list[Json] | WorkerError"]
+QueryResult = dict[str, "list[Json] | WorkerError"]
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
     """A way to find many resources by many values at once.
 
-    `predicate` takes the comma-separated quoted values; `values` tells which of them a resource answers.
-    `remember` names the fields worth keeping for later batches; none: always read anew.
+    `predicate` takes the comma-separated quoted values; `keys_of` tells which of them a resource answers.
+    `cached_fields` names the fields worth keeping for later batches; none: always read anew.
     """
 
     path: str
     predicate: str
-    values: Callable[[Json], list[str]]
+    keys_of: Callable[[Json], list[str]]
     expand: tuple[str, ...] = ()
-    remember: tuple[str, ...] = ()
+    cached_fields: tuple[str, ...] = ()
 
 
 def _id(resource: Json) -> list[str]:
@@ -68,7 +68,7 @@ CUSTOMERS = Query("customers", "id in ({})", _id, expand=("customerGroup",))
 CATEGORIES = Query("categories", "id in ({})", _id)
 
 
-CATEGORY_NAMES = replace(CATEGORIES, remember=("id", "name", "ancestors"))
+CATEGORY_NAMES = replace(CATEGORIES, cached_fields=("id", "name", "ancestors"))
 
 
 DESCENDANTS = Query("categories", "ancestors(id in ({}))", _ancestors)
@@ -77,7 +77,7 @@ DESCENDANTS = Query("categories", "ancestors(id in ({}))", _ancestors)
 PRODUCTS = Query("product-projections", "id in ({})", _id)
 
 
-PRODUCT_CATEGORIES = replace(PRODUCTS, remember=("id", "categories"))
+PRODUCT_CATEGORIES = replace(PRODUCTS, cached_fields=("id", "categories"))
 
 
 PRODUCTS_BY_SKU = Query("product-projections", "masterVariant(sku in ({0})) or variants(sku in ({0}))", _skus)
@@ -89,30 +89,31 @@ INVENTORY = Query("inventory", "id in ({})", _id)
 INVENTORY_BY_SKU = Query("inventory", "sku in ({})", _sku)
 
 
-DISCOUNT_CODES = Query("discount-codes", "id in ({})", _id, remember=("id", "code"))
+DISCOUNT_CODES = Query("discount-codes", "id in ({})", _id, cached_fields=("id", "code"))
 
 
 class Reader(Protocol):
     """What enrich asks. The answer has every value: its resources ([]: none), or why they cannot be had."""
 
-    def find(self, query: Query, values: Collection[str]) -> Found:
+    def find(self, query: Query, values: Collection[str]) -> QueryResult:
         """Find the resources for all values at once. Never raises for a single value."""
 
 
-class Snapshot:
+class InMemoryReader:
     """A Reader over resources at hand: `transform --enriched`, golden tests. No network."""
 
     def __init__(self, resources: dict[str, list[Json]]) -> None:
         self._resources = resources
 
-    def find(self, query: Query, values: Collection[str]) -> Found:
+    def find(self, query: Query, values: Collection[str]) -> QueryResult:
         """Find among the resources at hand."""
-        return _sorted_out(query, values, as_dicts(self._resources.get(query.path)))
+        return group_by_value(query, values, as_dicts(self._resources.get(query.path)))
 
 
-def _sorted_out(query: Query, values: Collection[str], resources: list[Json]) -> Found:
+def group_by_value(query: Query, values: Collection[str], resources: list[Json]) -> QueryResult:
+    """Return the resources for each value."""
     by_value: dict[str, list[Json]] = defaultdict(list)
     for resource in resources:
-        for value in query.values(resource):
+        for value in query.keys_of(resource):
             by_value[value].append(resource)
     return {value: by_value.get(value, []) for value in values}

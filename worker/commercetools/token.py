@@ -83,6 +83,6 @@ class _Token:
         """Let oauthlib judge what the authorization server decided, not that it was down."""
         status = response.status_code
         self._observe(_TOKEN, status, response.elapsed.total_seconds())
-        if http.passes(status):
+        if http.is_transient(status):
             raise Transient(f"no token from commercetools: {status}", http.retry_after(response.headers))
         return response

@@ -35,7 +35,7 @@ class RunningWorkerState:
         self.oldest_age = runner.oldest_age
         self.parked = runner.parked
         self.at_work = runner.at_work
-        self.limits = klaviyo.limits
+        self.limits = klaviyo.rate_limit_status
 
     def lanes(self) -> int:
         """Return the number of lanes."""
@@ -44,8 +44,8 @@ class RunningWorkerState:
     def outages(self) -> Mapping[str, str]:
         """Return for each service why it cannot answer."""
         return {
-            "commercetools": self._commercetools.outage(),
-            "klaviyo": self._klaviyo.outage(),
+            "commercetools": self._commercetools.outage_reason(),
+            "klaviyo": self._klaviyo.outage_reason(),
         }
 
     def backlog(self) -> int | None:

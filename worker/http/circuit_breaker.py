@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import tenacity
 
 from worker.errors import Misconfigured, Outage, Rejected, Throttled, Transient
-from worker.http.backoff import LONGEST_PAUSE, longest_pause, pause
+from worker.http.backoff import MAX_BACKOFF, backoff, max_backoff
 from worker.telemetry.log import Notice
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from worker.errors import WorkerError
     from worker.settings import CommercetoolsSettings
 
-OUTAGE_AFTER = 5  # calls to an endpoint that gave up, without one that succeeded in between
+FAILURE_THRESHOLD = 5  # calls to an endpoint that gave up, without one that succeeded in between
 THROTTLE_PATIENCE = 60.0  # seconds; Klaviyo's longest window
 ASIDE = 1.0  # seconds after which calls that came while one was finding out come again
 
@@ -28,32 +28,32 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Gates:
+class CircuitBreakers:
     """The gates of one service, by endpoint: one part of a service may be down while others work."""
 
     def __init__(self, service: str, settings: CommercetoolsSettings, stopping: Event) -> None:
         self._service = service
         self._settings = settings
         self._stopping = stopping
-        self._gates: dict[str, Gate] = {}
+        self._gates: dict[str, CircuitBreaker] = {}
 
-    def __getitem__(self, endpoint: str) -> Gate:
+    def __getitem__(self, endpoint: str) -> CircuitBreaker:
         """Return the gate of an endpoint. Endpoints must be few: no ids in them."""
         if gate := self._gates.get(endpoint):
             return gate
-        gate = Gate({"service": self._service, "endpoint": endpoint}, self._settings, self._stopping)
+        gate = CircuitBreaker({"service": self._service, "endpoint": endpoint}, self._settings, self._stopping)
         return self._gates.setdefault(endpoint, gate)
 
-    def outage(self) -> str:
+    def outage_reason(self) -> str:
         """Return why calls are held back, "" when none are."""
-        return next(filter(None, (gate.outage() for gate in list(self._gates.values()))), "")
+        return next(filter(None, (gate.outage_reason() for gate in list(self._gates.values()))), "")
 
 
-class Gate:
+class CircuitBreaker:
     """Calls again what failed for the moment; in an outage lets one call through in a while, to see if it is over.
 
     A call that raises Transient is repeated for about `retry_seconds`, with waits that grow from 0.2 s and full
-    jitter; Retry-After is obeyed, and Throttled waited out for longer. Once calls have given up OUTAGE_AFTER times
+    jitter; Retry-After is obeyed, and Throttled waited out for longer. Once calls have given up FAILURE_THRESHOLD times
     in a row the gate closes: it raises Outage at once, without a request, until a pause is over. Then one call
     tries, once, and opens the gate or begins a longer pause. Misconfigured closes it at once, for `park_seconds`.
     """
@@ -102,10 +102,10 @@ class Gate:
         self._passed()
         return result
 
-    def outage(self) -> str:
+    def outage_reason(self) -> str:
         """Return why calls are held back, "" when they are not."""
         with self._lock:
-            is_out = isinstance(self._closed_by, Transient) and time.monotonic() < self._open_at + 2 * LONGEST_PAUSE
+            is_out = isinstance(self._closed_by, Transient) and time.monotonic() < self._open_at + 2 * MAX_BACKOFF
             return str(self._closed_by) if is_out else ""
 
     def _enter(self) -> bool:
@@ -138,11 +138,11 @@ class Gate:
                 return _again(self._closed_by, max(self._open_at - time.monotonic(), 0.0))
             if isinstance(error, Misconfigured):
                 seconds = self._settings.park_seconds
-            elif self._failures < OUTAGE_AFTER and self._closed_by is None:
+            elif self._failures < FAILURE_THRESHOLD and self._closed_by is None:
                 return error
             else:
-                longest = longest_pause(self._settings.outage_hold)
-                seconds = max(error.retry_after or 0.0, pause(self._pauses, longest))
+                longest = max_backoff(self._settings.outage_hold)
+                seconds = max(error.retry_after or 0.0, backoff(self._pauses, longest))
                 self._outage.log(str(error), **self._about)
             self._pauses += 1
             self._closed_by, self._open_at, self._trying_since = error, time.monotonic() + seconds, None

@@ -28,7 +28,7 @@ MULTIPLE_CHOICES, REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS, INTERNAL_SERVER
 MAX_RETRY_AFTER = 3600.0
 CHUNK = 65_536  # bytes read at once, at most
 _ID = re.compile(r"^(/api/[^/]+)/[^/]+")  # in Klaviyo's paths
-BODY_PATIENCE = 10  # read timeouts that a whole answer may take: one is the time between two packets
+BODY_TIMEOUT_FACTOR = 10  # read timeouts that a whole answer may take: one is the time between two packets
 
 Observe = Callable[[str, int | None, float], None]
 
@@ -44,7 +44,7 @@ class Response:
     status: int
     headers: Mapping[str, str]
     body: bytes
-    to: str  # method, host and path, ids left out
+    target: str  # method, host and path, ids left out
 
     def json(self) -> Any:
         """Return the decoded body; None when it is no JSON."""
@@ -82,15 +82,15 @@ class Transport:
         self._here = local()
 
     @property
-    def made(self) -> int:
+    def requests_sent(self) -> int:
         """Return how many requests the calling thread has made."""
-        return getattr(self._here, "made", 0)
+        return getattr(self._here, "requests_sent", 0)
 
     def request(
         self, endpoint: str, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> Response:
         """Send one request. Raises Transient when there is no whole answer."""
-        self._here.made = self.made + 1
+        self._here.requests_sent = self.requests_sent + 1
         began = time.monotonic()
         status = None
         try:
@@ -104,7 +104,7 @@ class Transport:
                 redirect=False,
                 preload_content=False,
             )
-            content = _read(answer, began + BODY_PATIENCE * self._read_timeout)
+            content = _read(answer, began + BODY_TIMEOUT_FACTOR * self._read_timeout)
             status = answer.status
         except urllib3.exceptions.HTTPError as error:
             raise Transient(f"no answer to {_target(method, url)}: {type(error).__name__}") from None
@@ -131,18 +131,18 @@ def _target(method: str, url: str) -> str:
     return f"{method} {target.netloc}{path}"
 
 
-def check_passing(response: Response) -> None:
+def raise_for_transient(response: Response) -> None:
     """Raise Transient or Throttled when an answer says nothing about the request, only about the moment."""
     status = response.status
     if status == TOO_MANY_REQUESTS:
-        raise Throttled(f"{status} to {response.to}", retry_after(response.headers))
-    if passes(status):
-        raise Transient(f"{status} to {response.to}", retry_after(response.headers))
+        raise Throttled(f"{status} to {response.target}", retry_after(response.headers))
+    if is_transient(status):
+        raise Transient(f"{status} to {response.target}", retry_after(response.headers))
     if status < MULTIPLE_CHOICES and response.body and response.json() is None:  # a maintenance page, a proxy
-        raise Transient(f"{status} to {response.to} with something that is no JSON")
+        raise Transient(f"{status} to {response.target} with something that is no JSON")
 
 
-def passes(status: int) -> bool:
+def is_transient(status: int) -> bool:
     """Tell whether a status is about the moment, not about the request; proxies have 5xx of their own."""
     return status >= INTERNAL_SERVER_ERROR or status in {REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS}
 

@@ -17,9 +17,9 @@ from openapi_client.rest import RESTClientObject
 
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.http import transport as http
-from worker.http.circuit_breaker import Gates
+from worker.http.circuit_breaker import CircuitBreakers
 from worker.json_access import as_dict, as_dicts, as_text
-from worker.klaviyo.rate_limits import Limits
+from worker.klaviyo.rate_limits import RateLimiter
 from worker.model import Json
 
 if TYPE_CHECKING:
@@ -38,17 +38,17 @@ _ID = re.compile(r"^(\w+ /api/[^/]+)/[^/]+")
 
 
 class KlaviyoClient(Protocol):
-    """What the send stage needs of Klaviyo's HTTP API: implemented by `Klaviyo`, and by fakes in tests."""
+    """The part of Klaviyo's HTTP API that the send stage uses. `Klaviyo` implements it, and fakes in tests."""
 
-    def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
-        """Call an endpoint, once or repeatedly, and return the decoded answer. Raises WorkerError.
+    def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
+        """Call an endpoint with retries and return the decoded response. Raises WorkerError.
 
-        `body`: bytes are JSON already; a function is asked for them when the call's turn has come within
-        Klaviyo's limits, and again if the call is throttled. `repeat` False: not sent again when its fate is unknown.
+        `body`: bytes are encoded JSON. A function is called before every request, after the rate limiter has
+        granted it. `idempotent` False: a request with an unknown result is not repeated.
         """
 
-    def made(self) -> int:
-        """Return how many requests the calling thread has made."""
+    def requests_sent(self) -> int:
+        """Return the number of requests that the calling thread has sent."""
 
 
 class Klaviyo:
@@ -62,8 +62,8 @@ class Klaviyo:
         configuration.proxy = http.proxy_for(settings.klaviyo_api_url)
         pool: urllib3.PoolManager = RESTClientObject(configuration).pool_manager
         self._transport = http.Transport(pool, settings, observe)
-        self._gates = Gates("klaviyo", settings, stopping)
-        self._limits = Limits(settings.rate_share, stopping)
+        self._gates = CircuitBreakers("klaviyo", settings, stopping)
+        self._limits = RateLimiter(settings.rate_share, stopping)
         self._host: str = configuration.host
         self._headers = {
             "User-Agent": "klaviyo-worker",
@@ -73,28 +73,28 @@ class Klaviyo:
             "Authorization": configuration.auth_settings()["Klaviyo-API-Key"]["value"],
         }
 
-    def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+    def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
         """Call an endpoint, trying again for a while when it cannot answer now; return the decoded answer.
 
         `body`: bytes are JSON already; a function is asked for them before every try, once the limits let it pass.
-        `repeat` False: not sent again when its fate is unknown.
+        `idempotent` False: never sent twice if the result is unknown.
         Raises Transient, Rejected (with the status) or KlaviyoMisconfigured.
         """
         content = orjson.dumps(body) if isinstance(body, dict) else body
         endpoint = endpoint_of(method, path)
         gate = self._gates[endpoint]
-        response = (gate if repeat else gate.once)(self._call, endpoint, method, path, content)
+        response = (gate if idempotent else gate.once)(self._call, endpoint, method, path, content)
         return as_dict(response.json())
 
-    def made(self) -> int:
+    def requests_sent(self) -> int:
         """Return how many requests the calling thread has made."""
-        return self._transport.made
+        return self._transport.requests_sent
 
-    def outage(self) -> str:
+    def outage_reason(self) -> str:
         """Return why calls are held back; "" when they are not."""
-        return self._gates.outage()
+        return self._gates.outage_reason()
 
-    def limits(self) -> Mapping[str, RateLimitStatus]:
+    def rate_limit_status(self) -> Mapping[str, RateLimitStatus]:
         """Return how the limits of each endpoint stand."""
         return self._limits.statuses()
 
@@ -105,7 +105,7 @@ class Klaviyo:
         content = content() if callable(content) else content
         response = self._transport.request(endpoint, method, self._host + path, self._headers, content)
         self._limits.answered(endpoint, response.status, response.headers, http.retry_after(response.headers))
-        http.check_passing(response)
+        http.raise_for_transient(response)
         if response.status >= HTTPStatus.MULTIPLE_CHOICES:
             raise _verdict(method, path, response)
         return response
@@ -144,7 +144,7 @@ def _is_elsewhere(method: str, status: int, error: dict[str, Any]) -> bool:
     return status == HTTPStatus.NOT_FOUND and method == "POST" and not error
 
 
-def pages(client: KlaviyoClient, path: str) -> Iterator[Json]:
+def iter_resources(client: KlaviyoClient, path: str) -> Iterator[Json]:
     """Yield the resources of a list, page by page. Raises WorkerError."""
     while path:
         page = client.call("GET", path)

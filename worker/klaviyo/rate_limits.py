@@ -39,7 +39,7 @@ TIERS = (  # L for all others
 )
 
 
-class Limits:
+class RateLimiter:
     """Paces calls, per endpoint, to a share (0 < share <= 1) of the account's limits. Safe for many threads."""
 
     def __init__(self, share: float, stopping: Event, now: Callable[[], float] = time.monotonic) -> None:

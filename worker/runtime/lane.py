@@ -9,7 +9,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from worker.errors import Disposition, Misconfigured, Transient
-from worker.http.backoff import longest_pause, pause
+from worker.http.backoff import backoff, max_backoff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -48,8 +48,8 @@ class Lane(Thread):
         self._settings = settings
         self._stopping = stopping
         self._ends = ends
-        self._longest_pause = longest_pause(settings.outage_hold)
-        self._hold = settings.outage_hold + min(settings.outage_hold, self._longest_pause)  # a last try, for sure
+        self._max_backoff = max_backoff(settings.outage_hold)
+        self._hold = settings.outage_hold + min(settings.outage_hold, self._max_backoff)  # a last try, for sure
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         self._kept: list[Job] = []  # in the order they came
         self._ended = False
@@ -157,7 +157,7 @@ class Lane(Thread):
                 refusals.append(cause)
             else:  # the last try is when the hold ends
                 last = max(job.failed_at + self._hold, now)
-                job.due_at = min(now + (asked or pause(job.tries - 1, self._longest_pause)), last)
+                job.due_at = min(now + (asked or backoff(job.tries - 1, self._max_backoff)), last)
         self._kept = [*jobs, *self._kept]
         self._in_flight.keep(jobs)
         for refusal in refusals:  # told last: the runner sees then that the worker is parked

@@ -8,7 +8,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from adapters.base import Failure, QueueError, QueueRefusedError
-from worker.http.backoff import LONGEST_PAUSE
+from worker.http.backoff import MAX_BACKOFF
 from worker.runtime.in_flight import InFlight
 from worker.runtime.lane import Ends, Lane
 from worker.telemetry.log import Notice, log
@@ -194,7 +194,7 @@ class Runner:
         now = time.monotonic()
         is_refused = self._queue_refused and now < self._refused_at + self._settings.park_seconds
         is_stuck = self._in_flight.is_stuck
-        if is_stuck and now >= self._pulled_at + LONGEST_PAUSE:
+        if is_stuck and now >= self._pulled_at + MAX_BACKOFF:
             self._pulled_at = now
             return min(1, self._in_flight.wait_for_room(0.0))
         if is_stuck or is_refused or self._in_flight.parked():

@@ -11,7 +11,7 @@ import orjson
 from worker.errors import Rejected, WorkerError
 from worker.http.chunks import chunked
 from worker.json_access import as_text
-from worker.klaviyo.client import pages
+from worker.klaviyo.client import iter_resources
 from worker.model import Json, Kind, Operation, Sent
 from worker.send.bulk import completed
 from worker.send.jobs import Entry, JobKind
@@ -112,7 +112,7 @@ class BulkCatalog:
         fields = f"fields%5B{_TYPES[collection][0]}%5D=id"
         for literals in _filters(key for key in writes if key not in existing):
             path = f"/api/{collection}?filter=any(ids,%5B{literals}%5D)&{fields}"
-            existing |= {external_id(as_text(entry.get("id"))) for entry in pages(self._client, path)}
+            existing |= {external_id(as_text(entry.get("id"))) for entry in iter_resources(self._client, path)}
         for key in existing & writes.keys():
             self._single.remember(entry_path(writes[key]))
         return existing

@@ -149,11 +149,11 @@ class _Calls:
     def _make(self, share: _Share) -> None:
         """Make a call, and those that follow from its refusal, and end all its records."""
         load: list[_Record] = []
-        before = self._client.made()
+        before = self._client.requests_sent()
         try:
             self._end(self._call(load), None)
         except WorkerError as error:
-            self._end(load or self._take_back(share), Sent(error, min(self._client.made() - before, 1)))
+            self._end(load or self._take_back(share), Sent(error, min(self._client.requests_sent() - before, 1)))
         except BaseException:  # a defect: what no call took is not left to others, as nobody would learn of its end
             own = self._take_back(share, has_turn=not load)
             self._end([*load, *own], Sent(Transient("a bulk call of events broke off"), 1))
@@ -164,7 +164,7 @@ class _Calls:
 
         def send(part: list[_Record]) -> None:
             with suppress(_NothingLeftError):
-                self._client.call("POST", PATH, partial(self._body, part), repeat=False)
+                self._client.call("POST", PATH, partial(self._body, part), idempotent=False)
                 self._end(part, Sent(None, 1))
 
         return narrow(load, send, _culprits)

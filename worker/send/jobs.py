@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient, WorkerError
 from worker.http.chunks import chunked
 from worker.json_access import as_dict, as_dicts, as_int, as_text
-from worker.klaviyo.client import pages
+from worker.klaviyo.client import iter_resources
 from worker.model import Json, Sent
 from worker.send.bulk import narrow
 from worker.telemetry.log import Notice
@@ -88,7 +88,7 @@ class Jobs:
 
     def _post(self, kind: JobKind, chunk: list[Entry], jobs: list[_Job]) -> None:
         """Start a job, or several where a refusal is narrowed."""
-        before = self._client.made()
+        before = self._client.requests_sent()
 
         def send(part: list[Entry]) -> None:
             jobs.append(_Job(self._start(kind, part), part, time.monotonic()))
@@ -98,7 +98,7 @@ class Jobs:
         except KlaviyoMisconfigured as error:
             self._refused.log(str(error), job=kind.type)
         except WorkerError as error:
-            verdict = Sent(error, min(self._client.made() - before, 1))
+            verdict = Sent(error, min(self._client.requests_sent() - before, 1))
             for entry in chunk:  # those that have a job get another in the end
                 entry.verdict = verdict
 
@@ -165,7 +165,7 @@ class Jobs:
         errors = as_dicts(shown.get("errors"))
         if count != 0 and kind.type == PROFILES:
             path = f"{kind.path}/{job.id}/import-errors?page%5Bsize%5D=100"
-            errors = [as_dict(error.get("attributes")) for error in pages(self._client, path)]
+            errors = [as_dict(error.get("attributes")) for error in iter_resources(self._client, path)]
         failed = set(map(_key_of, errors))
         is_told = len(failed) >= (count or 0) and failed <= {entry.key for entry in job.entries if entry.key}
         return failed if is_told else None

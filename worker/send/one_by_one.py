@@ -11,7 +11,7 @@ import orjson
 
 from worker.errors import Rejected, Transient, WorkerError
 from worker.json_access import as_text
-from worker.klaviyo.client import pages
+from worker.klaviyo.client import iter_resources
 from worker.model import Json, Kind, Operation, Sent
 from worker.send.identifiers import BY_STRENGTH, invalid_identifier, without
 from worker.send.requests import COLLECTION, deletion, entry_path, update_of
@@ -52,17 +52,19 @@ class Single:
 
     def send(self, operation: Operation) -> Sent:
         """Carry out an operation; return what became of it."""
-        before, error = self._client.made(), None
+        before, error = self._client.requests_sent(), None
         try:
             self._special[operation.kind](operation)
         except WorkerError as failure:
             error = failure
-        return Sent(error, self._client.made() - before)
+        return Sent(error, self._client.requests_sent() - before)
 
     def stale_variants(self, operation: Operation) -> list[Operation]:
         """Return the deletions of the item's variants in Klaviyo that commercetools no longer has."""
         try:
-            found = list(pages(self._client, f"{entry_path(operation)}/variants?fields%5Bcatalog-variant%5D=id"))
+            found = list(
+                iter_resources(self._client, f"{entry_path(operation)}/variants?fields%5Bcatalog-variant%5D=id")
+            )
         except Rejected as error:
             if error.status != _NOT_FOUND:
                 raise
@@ -142,7 +144,7 @@ class Single:
         """Request the deletion of every profile with this external_id: the endpoint itself takes none."""
         literal = orjson.dumps(operation.key).decode()
         path = f"/api/profiles?filter={quote(f'equals(external_id,{literal})')}&fields%5Bprofile%5D=id"
-        for profile in pages(self._client, path):
+        for profile in iter_resources(self._client, path):
             request = deletion(as_text(profile.get("id")))
             self._client.call(request.method, request.path, request.body)
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from worker.cli import main
-from worker.commercetools.client import PAGE
+from worker.commercetools.client import PAGE_SIZE
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.commercetools.shop import Shop, uid
 from worker.sandbox.notifications import message
@@ -109,14 +109,16 @@ def test_every_page_is_read() -> None:
     """A full last page is no reason to stop, nor to begin anew; reading costs a query per page."""
     then = "2026-11-20T08:30:00.000Z"
     template = {"version": 1, "createdAt": then, "lastModifiedAt": then}
-    made: list[dict[str, Any]] = [template | {"id": f"c-{n:04}", "email": f"c{n}@mail.example"} for n in range(PAGE)]
+    made: list[dict[str, Any]] = [
+        template | {"id": f"c-{n:04}", "email": f"c{n}@mail.example"} for n in range(PAGE_SIZE)
+    ]
     shop = Shop(customers={customer["id"]: customer for customer in made})
     with Sandbox(shop=shop) as sandbox:
         result = backfill(sandbox, "customers")
-        assert f"customers: {PAGE} done: {PAGE} sent" in result.stderr
-        assert len(sandbox.account.profiles) == PAGE
+        assert f"customers: {PAGE_SIZE} done: {PAGE_SIZE} sent" in result.stderr
+        assert len(sandbox.account.profiles) == PAGE_SIZE
         listed = [request for request in sandbox.commercetools.requests if "in (" not in str(request.query)]
-        pages = [request for request in listed if request.query.get("limit") == [str(PAGE)]]
+        pages = [request for request in listed if request.query.get("limit") == [str(PAGE_SIZE)]]
         assert len(pages) == 2  # the last is empty
         assert {(request.query["sort"][0], request.query["withTotal"][0]) for request in pages} == {("id asc", "false")}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.integration.conftest import commercetools_for
-from worker.commercetools.client import PAGE
+from worker.commercetools.client import PAGE_SIZE
 from worker.commercetools.queries import (
     CUSTOMERS,
     DESCENDANTS,
@@ -24,10 +24,10 @@ from worker.sandbox import Fault, Sandbox
 from worker.sandbox.commercetools.shop import uid
 
 if TYPE_CHECKING:
-    from worker.commercetools.queries import Found
+    from worker.commercetools.queries import QueryResult
 
 
-def ids(found: Found, value: str) -> list[str]:
+def ids(found: QueryResult, value: str) -> list[str]:
     resources = found[value]
     assert isinstance(resources, list), resources
     return [resource["id"] for resource in resources]
@@ -62,11 +62,11 @@ def test_hundreds_of_ids_are_a_few_requests_that_all_fit(sandbox: Sandbox) -> No
 def test_a_result_of_many_pages_is_read_to_the_end(sandbox: Sandbox) -> None:
     """Pages go by id: nothing is skipped and nothing comes twice."""
     template = next(iter(sandbox.shop.inventory.values()))
-    for number in range(2 * PAGE + 7):
+    for number in range(2 * PAGE_SIZE + 7):
         name = f"{number:05}"
         sandbox.shop.inventory[name] = template | {"id": name, "sku": "MANY"}
     found = ids(commercetools_for(sandbox).find(INVENTORY_BY_SKU, ["MANY"]), "MANY")
-    assert found == [f"{number:05}" for number in range(2 * PAGE + 7)]
+    assert found == [f"{number:05}" for number in range(2 * PAGE_SIZE + 7)]
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 520, 522])

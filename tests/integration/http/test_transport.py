@@ -39,7 +39,7 @@ def transport(listener: socket.socket, serve: Callable[[socket.socket], None]) -
 
 def test_an_answer_that_takes_for_ever_is_none(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte comes within the read timeout: the lane would wait as long, and its resources with it."""
-    monkeypatch.setattr("worker.http.transport.BODY_PATIENCE", 1)
+    monkeypatch.setattr("worker.http.transport.BODY_TIMEOUT_FACTOR", 1)
     hung_up = threading.Event()
 
     def dawdle(connection: socket.socket) -> None:

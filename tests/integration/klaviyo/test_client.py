@@ -69,9 +69,9 @@ def test_what_must_not_be_done_twice_is_tried_once(action: str, sandbox: Sandbox
     sandbox.klaviyo.faults.add(Fault(status=503, times=1, action=action))
     client = klaviyo_for(sandbox)
     with pytest.raises(Transient):
-        client.call("POST", "/api/profile-import", PROFILE, repeat=False)
+        client.call("POST", "/api/profile-import", PROFILE, idempotent=False)
     assert len(sandbox.klaviyo.requests) == 1
-    client.call("POST", "/api/profile-import", orjson.dumps(PROFILE), repeat=False)
+    client.call("POST", "/api/profile-import", orjson.dumps(PROFILE), idempotent=False)
     assert len(sandbox.account.profiles) == 1
 
 

@@ -35,7 +35,7 @@ from worker.transform.order_events import event
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from worker.commercetools.queries import Found
+    from worker.commercetools.queries import QueryResult
 
 OUTCOMES = ("sent", "ignored", "failed")
 JSON = st.recursive(
@@ -266,7 +266,7 @@ class FakeShop:
         self.fail()
         return [resource for resource in self.resources if str(resource.get("id", "")) > after][:2]
 
-    def find(self, query: Any, values: Any) -> Found:
+    def find(self, query: Any, values: Any) -> QueryResult:
         self.fail()
         found = {value: [r for r in self.resources if r["id"] == value] for value in values}
         return {value: Rejected("refused") if value == "refused" else each for value, each in found.items()}

@@ -30,11 +30,11 @@ class FakeKlaviyo:
         self.calls: Calls = []
         self._run = ""
 
-    def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+    def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
         """Take a bulk call, or answer a query."""
         if method == "POST":
             assert isinstance(body, bytes)
-            assert not repeat
+            assert not idempotent
             self._take(orjson.loads(body))
             return {}
         if path.startswith("/api/profiles"):
@@ -43,7 +43,7 @@ class FakeKlaviyo:
         events = [{"Run": self._run, "Event": name} for name in names] + [{"Run": "another", "Event": "A"}]
         return {"data": [{"attributes": {"event_properties": each}} for each in events]}
 
-    def made(self) -> int:
+    def requests_sent(self) -> int:
         return 0
 
     def _take(self, document: dict[str, Any]) -> None:

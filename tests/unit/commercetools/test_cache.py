@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from worker.commercetools.cache import Remembered
+from worker.commercetools.cache import CachedReader
 from worker.commercetools.queries import (
     CATEGORY_NAMES,
     DISCOUNT_CODES,
     ORDERS,
     PRODUCT_CATEGORIES,
     PRODUCTS,
-    Found,
     Query,
+    QueryResult,
 )
 from worker.errors import Transient
 
@@ -37,7 +37,7 @@ class SlowReader:
         self.may_answer.set()
         self.error: Exception | None = None
 
-    def find(self, query: Query, values: Collection[str]) -> Found:
+    def find(self, query: Query, values: Collection[str]) -> QueryResult:
         self.asked.append((query.path, frozenset(values)))
         self.begun.set()
         assert self.may_answer.wait(WAIT)
@@ -62,7 +62,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 @pytest.mark.parametrize("query", [PRODUCT_CATEGORIES, CATEGORY_NAMES, DISCOUNT_CODES], ids=lambda query: query.path)
 def test_what_is_known_is_not_read_again(query: Query, reader: SlowReader) -> None:
     """Only what is new is asked for, and only what is needed is kept."""
-    remembered = Remembered(reader, 60)
+    remembered = CachedReader(reader, 60)
     remembered.find(query, ["a", "b"])
     found = remembered.find(query, ["a", "b", "c"])
     assert reader.asked == [(query.path, frozenset("ab")), (query.path, frozenset("c"))]
@@ -72,7 +72,7 @@ def test_what_is_known_is_not_read_again(query: Query, reader: SlowReader) -> No
 
 def test_what_must_be_current_is_always_read(reader: SlowReader) -> None:
     """An order, or a product for its own message."""
-    remembered = Remembered(reader, 60)
+    remembered = CachedReader(reader, 60)
     for query in (ORDERS, PRODUCTS):
         remembered.find(query, ["a"])
         remembered.find(query, ["a"])
@@ -81,7 +81,7 @@ def test_what_must_be_current_is_always_read(reader: SlowReader) -> None:
 
 def test_what_does_not_exist_is_asked_for_again(reader: SlowReader) -> None:
     """It may be created at any moment."""
-    remembered = Remembered(reader, 60)
+    remembered = CachedReader(reader, 60)
     assert remembered.find(CATEGORY_NAMES, ["none"]) == {"none": []}
     assert remembered.find(CATEGORY_NAMES, ["none"]) == {"none": []}
     assert len(reader.asked) == 2
@@ -89,7 +89,7 @@ def test_what_does_not_exist_is_asked_for_again(reader: SlowReader) -> None:
 
 def test_nothing_is_remembered_without_a_lifetime(reader: SlowReader) -> None:
     """KLAVIYO_WORKER_CATALOG_TTL=0."""
-    remembered = Remembered(reader, 0)
+    remembered = CachedReader(reader, 0)
     remembered.find(CATEGORY_NAMES, ["a"])
     remembered.find(CATEGORY_NAMES, ["a"])
     assert len(reader.asked) == 2
@@ -97,7 +97,7 @@ def test_nothing_is_remembered_without_a_lifetime(reader: SlowReader) -> None:
 
 def test_what_several_threads_miss_is_read_once(reader: SlowReader, threads: ThreadPoolExecutor) -> None:
     """A backlog of orders of one product, at the start: one query, not one for each lane."""
-    remembered = Remembered(reader, 60)
+    remembered = CachedReader(reader, 60)
     reader.may_answer.clear()
     first = threads.submit(remembered.find, CATEGORY_NAMES, ["a", "b"])
     assert reader.begun.wait(WAIT)
@@ -113,7 +113,7 @@ def test_a_reading_that_fails_fails_all_that_wait_for_it_and_is_not_remembered(
     error: Exception, reader: SlowReader, threads: ThreadPoolExecutor
 ) -> None:
     """Nobody waits for ever, and the next one asks again."""
-    remembered = Remembered(reader, 60)
+    remembered = CachedReader(reader, 60)
     reader.error = error
     reader.may_answer.clear()
     first = threads.submit(remembered.find, CATEGORY_NAMES, ["a"])
@@ -133,7 +133,7 @@ def test_threads_that_miss_each_others_values_do_not_wait_for_each_other(
     reader: SlowReader, threads: ThreadPoolExecutor
 ) -> None:
     """Each reads its own before it waits for the other's."""
-    remembered = Remembered(reader, 60)
+    remembered = CachedReader(reader, 60)
     reader.may_answer.clear()
     first = threads.submit(remembered.find, CATEGORY_NAMES, ["a", "b"])
     assert reader.begun.wait(WAIT)

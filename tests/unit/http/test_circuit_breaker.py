@@ -13,13 +13,13 @@ import pytest
 from tests.conftest import Scripted
 from tests.unit.runtime.test_runner import settings_for
 from worker.errors import KlaviyoMisconfigured, Misconfigured, Outage, Rejected, Throttled, Transient
-from worker.http.backoff import FIRST_PAUSE, LONGEST_PAUSE, longest_pause, pause
-from worker.http.circuit_breaker import OUTAGE_AFTER, Gates
+from worker.http.backoff import MAX_BACKOFF, MIN_BACKOFF, backoff, max_backoff
+from worker.http.circuit_breaker import FAILURE_THRESHOLD, CircuitBreakers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.http.circuit_breaker import Gate
+    from worker.http.circuit_breaker import CircuitBreaker
 
 DOWN = Transient("503 to POST /api/events")
 
@@ -41,11 +41,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def gates(**values: Any) -> Gates:
-    return Gates("klaviyo", settings_for(**{"retry_seconds": 0, "park_seconds": 30} | values), threading.Event())
+def gates(**values: Any) -> CircuitBreakers:
+    return CircuitBreakers(
+        "klaviyo", settings_for(**{"retry_seconds": 0, "park_seconds": 30} | values), threading.Event()
+    )
 
 
-def gate(**values: Any) -> Gate:
+def gate(**values: Any) -> CircuitBreaker:
     return gates(**values)["POST /api/events"]
 
 
@@ -56,15 +58,15 @@ def failing(error: Exception) -> Callable[[], None]:
     return call
 
 
-def closed(error: Exception = DOWN, **values: Any) -> Gate:
+def closed(error: Exception = DOWN, **values: Any) -> CircuitBreaker:
     closed = gate(**values)
-    for _ in range(OUTAGE_AFTER):
+    for _ in range(FAILURE_THRESHOLD):
         with pytest.raises(type(error) if isinstance(error, Misconfigured) else Transient):
             closed(failing(error))
     return closed
 
 
-def held_back(closed: Gate) -> float:
+def held_back(closed: CircuitBreaker) -> float:
     """Return for how long a call is held back, which must not be made; 0: it is made."""
     call = Scripted(None)
     try:
@@ -86,25 +88,25 @@ def test_a_glitch_stays_between_us_and_the_other_side() -> None:
 def test_some_calls_in_a_row_that_fail_are_an_outage(clock: Clock) -> None:
     """Then no request is made until a pause is over; before that every call is."""
     gate_ = gate()
-    for _ in range(OUTAGE_AFTER - 1):
+    for _ in range(FAILURE_THRESHOLD - 1):
         with pytest.raises(Transient) as error:
             gate_(failing(DOWN))
         assert not isinstance(error.value, Outage)
-    assert gate_.outage() == ""
+    assert gate_.outage_reason() == ""
     with pytest.raises(Outage) as last:
         gate_(failing(DOWN))
-    assert str(last.value) == gate_.outage() == str(DOWN)
+    assert str(last.value) == gate_.outage_reason() == str(DOWN)
     assert last.value.retry_after == pytest.approx(held_back(gate_))
-    assert FIRST_PAUSE / 2 <= held_back(gate_) <= FIRST_PAUSE
-    clock.now += FIRST_PAUSE
+    assert MIN_BACKOFF / 2 <= held_back(gate_) <= MIN_BACKOFF
+    clock.now += MIN_BACKOFF
     assert held_back(gate_) == 0
-    assert gate_.outage() == ""
+    assert gate_.outage_reason() == ""
 
 
 def test_calls_that_succeed_or_are_judged_in_between_are_no_outage() -> None:
     """One record that cannot be answered must not hold back its neighbours."""
     gate_ = gate()
-    for answer in [None, Rejected("400", 400), Throttled("429", 61.0)] * OUTAGE_AFTER:
+    for answer in [None, Rejected("400", 400), Throttled("429", 61.0)] * FAILURE_THRESHOLD:
         with pytest.raises(Transient):
             gate_(failing(DOWN))
         if answer is None:
@@ -112,11 +114,11 @@ def test_calls_that_succeed_or_are_judged_in_between_are_no_outage() -> None:
         else:
             with pytest.raises(type(answer)):
                 gate_(failing(answer))
-    assert gate_.outage() == ""
+    assert gate_.outage_reason() == ""
 
 
 def test_pauses_grow_and_one_call_in_a_pause_finds_out(clock: Clock) -> None:
-    """With jitter, so that many workers do not come at once; never longer than LONGEST_PAUSE."""
+    """With jitter, so that many workers do not come at once; never longer than MAX_BACKOFF."""
     gate_ = closed()
     pauses = []
     for _ in range(10):
@@ -126,8 +128,8 @@ def test_pauses_grow_and_one_call_in_a_pause_finds_out(clock: Clock) -> None:
         with pytest.raises(Outage):
             gate_(call)
         assert len(call.calls) == 1
-    assert pauses[0] < 1.01 * FIRST_PAUSE < pauses[2] < pauses[4]
-    assert all(LONGEST_PAUSE / 2 <= seconds <= LONGEST_PAUSE for seconds in pauses[6:])
+    assert pauses[0] < 1.01 * MIN_BACKOFF < pauses[2] < pauses[4]
+    assert all(MAX_BACKOFF / 2 <= seconds <= MAX_BACKOFF for seconds in pauses[6:])
     assert len(set(pauses)) == len(pauses)
 
 
@@ -180,7 +182,7 @@ def test_calls_begun_before_an_outage_do_not_lengthen_it(clock: Clock) -> None:
     fail.set()
     for thread in threads:
         thread.join(5)
-    assert held_back(gate_) <= FIRST_PAUSE
+    assert held_back(gate_) <= MIN_BACKOFF
 
 
 @pytest.mark.parametrize("error", [DOWN, KeyError("x")])
@@ -202,10 +204,10 @@ def test_calls_begun_before_an_outage_do_not_stand_for_the_one_that_finds_out(er
     threads = [threading.Thread(target=call, args=arguments) for arguments in ((0, error), (1, None))]
     threads[0].start()
     begun[0].wait(5)
-    for _ in range(OUTAGE_AFTER):
+    for _ in range(FAILURE_THRESHOLD):
         with pytest.raises(Transient):
             gate_(failing(DOWN))
-    clock.now += FIRST_PAUSE
+    clock.now += MIN_BACKOFF
     threads[1].start()
     begun[1].wait(5)
     end[0].set()
@@ -220,7 +222,7 @@ def test_calls_begun_before_an_outage_do_not_stand_for_the_one_that_finds_out(er
 def test_a_defect_while_finding_out_does_not_close_the_gate_for_ever(clock: Clock) -> None:
     """The next call finds out."""
     gate_ = closed()
-    clock.now += FIRST_PAUSE
+    clock.now += MIN_BACKOFF
     with pytest.raises(KeyError):
         gate_(failing(KeyError("x")))
     assert held_back(gate_) == 0
@@ -233,7 +235,7 @@ def test_refused_credentials_hold_back_all_calls_at_once(clock: Clock) -> None:
     with pytest.raises(KlaviyoMisconfigured) as error:
         gate_(failing(refused))
     assert error.value.retry_after == 30
-    assert gate_.outage() == ""
+    assert gate_.outage_reason() == ""
     clock.now += 20
     assert held_back(gate_) == 10
     clock.now += 10
@@ -247,20 +249,20 @@ def test_refused_credentials_hold_back_all_calls_at_once(clock: Clock) -> None:
 def test_endpoints_have_gates_of_their_own() -> None:
     """The catalog may be down while events go on."""
     both = gates()
-    for _ in range(OUTAGE_AFTER):
+    for _ in range(FAILURE_THRESHOLD):
         with pytest.raises(Transient):
             both["POST /api/events"](failing(DOWN))
     assert held_back(both["POST /api/events"])
     assert not held_back(both["POST /api/profile-import"])
-    assert both.outage() == str(DOWN)
+    assert both.outage_reason() == str(DOWN)
 
 
 def test_an_outage_nobody_asks_about_any_more_is_forgotten(clock: Clock) -> None:
     """No gauge stays red because the last message for an endpoint has gone back to the queue."""
     gate_ = closed()
-    assert gate_.outage()
-    clock.now += FIRST_PAUSE + 2 * LONGEST_PAUSE
-    assert gate_.outage() == ""
+    assert gate_.outage_reason()
+    clock.now += MIN_BACKOFF + 2 * MAX_BACKOFF
+    assert gate_.outage_reason() == ""
 
 
 def test_throttling_is_waited_out_for_longer_than_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +281,7 @@ def test_throttling_is_waited_out_for_longer_than_a_failure(monkeypatch: pytest.
 def test_a_shutdown_ends_the_retries() -> None:
     """At once, whatever was asked for."""
     stopping = threading.Event()
-    gate_ = Gates("klaviyo", settings_for(retry_seconds=60), stopping)["x"]
+    gate_ = CircuitBreakers("klaviyo", settings_for(retry_seconds=60), stopping)["x"]
     threading.Timer(0.1, stopping.set).start()
     began = time.monotonic()
     with pytest.raises(Throttled):
@@ -292,10 +294,10 @@ def test_an_outage_is_said_when_it_begins_and_when_it_is_over(caplog: pytest.Log
     caplog.set_level("INFO", "klaviyo_worker")
     gate_ = closed()
     for _ in range(3):
-        clock.now += LONGEST_PAUSE
+        clock.now += MAX_BACKOFF
         with pytest.raises(Outage):
             gate_(failing(DOWN))
-    clock.now += LONGEST_PAUSE
+    clock.now += MAX_BACKOFF
     gate_(Scripted(None))
     gate_(Scripted(None))
     assert [record.message for record in caplog.records] == ["outage", "outage_over"]
@@ -306,10 +308,10 @@ def test_an_outage_is_said_when_it_begins_and_when_it_is_over(caplog: pytest.Log
 
 def test_pauses_have_a_bound_whatever_the_number_of_tries() -> None:
     """No overflow after a weekend."""
-    assert pause(10**6, LONGEST_PAUSE) <= LONGEST_PAUSE
+    assert backoff(10**6, MAX_BACKOFF) <= MAX_BACKOFF
 
 
 @pytest.mark.parametrize(("hold", "longest"), [(0, 1), (60, 1), (600, 10), (1800, 30), (86400, 30)])
 def test_a_short_hold_has_short_pauses(hold: float, longest: float) -> None:
     """A last try that no gate lets through would end the hold in vain."""
-    assert longest_pause(hold) == longest
+    assert max_backoff(hold) == longest

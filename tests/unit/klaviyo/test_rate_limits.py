@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import Transient
-from worker.klaviyo.rate_limits import LONGEST_WAIT, Limits
+from worker.klaviyo.rate_limits import LONGEST_WAIT, RateLimiter
 from worker.sandbox.klaviyo.rate_limits import Limiter, Throttled
 
 if TYPE_CHECKING:
@@ -86,18 +86,18 @@ def time() -> VirtualTime:
 
 
 @pytest.fixture
-def fresh(time: VirtualTime) -> Limits:
+def fresh(time: VirtualTime) -> RateLimiter:
     """Return the limits of a worker that has just started."""
-    return Limits(1.0, time, time.now)
+    return RateLimiter(1.0, time, time.now)
 
 
 @pytest.fixture
-def limits(fresh: Limits, time: VirtualTime) -> Limits:
+def limits(fresh: RateLimiter, time: VirtualTime) -> RateLimiter:
     """Return the limits of a rested worker that has found nobody else on the account."""
     return alone(fresh, time, S, M, L)
 
 
-def alone(limits: Limits, time: VirtualTime, *endpoints: str) -> Limits:
+def alone(limits: RateLimiter, time: VirtualTime, *endpoints: str) -> RateLimiter:
     """Let answers tell of no other callers, and let a minute pass."""
     for endpoint in endpoints:
         for _ in range(1000):
@@ -106,7 +106,7 @@ def alone(limits: Limits, time: VirtualTime, *endpoints: str) -> Limits:
     return limits
 
 
-def waits(limits: Limits, time: VirtualTime, endpoint: str, calls: int) -> list[float]:
+def waits(limits: RateLimiter, time: VirtualTime, endpoint: str, calls: int) -> list[float]:
     """Return how long each of some calls in a row waits."""
     taken = []
     for _ in range(calls):
@@ -116,7 +116,7 @@ def waits(limits: Limits, time: VirtualTime, endpoint: str, calls: int) -> list[
     return taken
 
 
-def pace(limits: Limits, time: VirtualTime, endpoint: str) -> float:
+def pace(limits: RateLimiter, time: VirtualTime, endpoint: str) -> float:
     """Return the calls per second once nothing is saved up."""
     while not waits(limits, time, endpoint, 1)[0]:
         pass
@@ -150,7 +150,7 @@ def window(limit: object = None, remaining: object = None, reset: object = None)
     ],
 )
 def test_who_is_alone_may_use_what_is_documented(
-    fresh: Limits, time: VirtualTime, endpoint: str, at_once: int, per_minute: int
+    fresh: RateLimiter, time: VirtualTime, endpoint: str, at_once: int, per_minute: int
 ) -> None:
     """A few calls go at once, so that one second never sees more than the burst; the others at the steady pace."""
     limits = alone(fresh, time, endpoint)
@@ -162,14 +162,14 @@ def test_who_is_alone_may_use_what_is_documented(
     ("endpoint", "at_once", "per_second"), [(S, 1, 1 / 3), (M, 2, 2.5 / 3), (L, 20, 11.7 / 3), (XL, 96, 58 / 3)]
 )
 def test_a_worker_starts_as_one_of_four(
-    fresh: Limits, time: VirtualTime, endpoint: str, at_once: int, per_second: float
+    fresh: RateLimiter, time: VirtualTime, endpoint: str, at_once: int, per_second: float
 ) -> None:
     """Others may start with it: it sends little at once, but a message's few calls do not wait."""
     assert waits(fresh, time, endpoint, at_once) == [0] * at_once
     assert pace(fresh, time, endpoint) == pytest.approx(per_second, rel=0.02)
 
 
-def test_a_worker_finds_out_that_it_is_alone(fresh: Limits, time: VirtualTime) -> None:
+def test_a_worker_finds_out_that_it_is_alone(fresh: RateLimiter, time: VirtualTime) -> None:
     """What remains falls by its own calls only: a minute later it goes at the whole pace, whatever was at first."""
     remaining, end = 150, time.now() + 20
     while time.now() < end:
@@ -181,14 +181,14 @@ def test_a_worker_finds_out_that_it_is_alone(fresh: Limits, time: VirtualTime) -
 
 
 @pytest.mark.parametrize(("calls", "part"), [(1, 1), (2, 1 / 2), (4, 1 / 4), (8, 1 / 8), (40, 1 / 16)])
-def test_a_worker_leaves_others_their_part(fresh: Limits, time: VirtualTime, calls: int, part: float) -> None:
+def test_a_worker_leaves_others_their_part(fresh: RateLimiter, time: VirtualTime, calls: int, part: float) -> None:
     """Of `calls` calls one is its own: it takes a little more than that part; a sixteenth is the least."""
     for number in range(300):
         fresh.answered(L, 200, window(remaining=99_999 - calls * number, reset=60), None)
     assert pace(fresh, time, L) == pytest.approx(part**0.8 * 700 / 60, rel=0.02)
 
 
-def test_a_worker_takes_over_from_those_that_leave(fresh: Limits, time: VirtualTime) -> None:
+def test_a_worker_takes_over_from_those_that_leave(fresh: RateLimiter, time: VirtualTime) -> None:
     """A dozen calls of its own show that it is alone now; what remains of another window tells nothing of them."""
     for number in range(100):
         fresh.answered(M, 202, window(remaining=9_999 - 4 * number, reset=60), None)
@@ -212,7 +212,7 @@ def test_no_window_is_ever_overdrawn(
 ) -> None:
     """Whatever is called when, and whatever the answers: no second has more than the burst, no minute much more."""
     time = VirtualTime()
-    limits = Limits(share, time, time.now)
+    limits = RateLimiter(share, time, time.now)
     if not fresh:
         alone(limits, time, endpoint)
     calls = []
@@ -234,18 +234,18 @@ def test_no_window_is_ever_overdrawn(
 
 def test_a_share_is_a_share_of_both_limits(time: VirtualTime) -> None:
     """Half of the account: half of the burst, half of the pace."""
-    limits = alone(Limits(0.5, time, time.now), time, L)
+    limits = alone(RateLimiter(0.5, time, time.now), time, L)
     assert waits(limits, time, L, 32)[30:] == [0, pytest.approx(60 / 350 / 3, abs=MOMENT)]
     assert pace(limits, time, L) == pytest.approx(350 / 60, rel=0.01)
 
 
 def test_a_small_share_is_slow_but_not_nothing(time: VirtualTime) -> None:
     """A share of less than a call per second is still a call now and then."""
-    limits = alone(Limits(0.1, time, time.now), time, S)
+    limits = alone(RateLimiter(0.1, time, time.now), time, S)
     assert waits(limits, time, S, 3) == [0, pytest.approx(10, abs=MOMENT), pytest.approx(10, abs=MOMENT)]
 
 
-def test_endpoints_do_not_share_their_limits(limits: Limits, time: VirtualTime) -> None:
+def test_endpoints_do_not_share_their_limits(limits: RateLimiter, time: VirtualTime) -> None:
     """What one endpoint used up, or was refused, slows no other."""
     alone(limits, time, "POST /api/catalog-items")
     limits.answered(L, 429, {}, 30)
@@ -255,14 +255,14 @@ def test_endpoints_do_not_share_their_limits(limits: Limits, time: VirtualTime) 
 
 @pytest.mark.parametrize(("limit", "per_second"), [(750, 12.5), (350, 350 / 60), (10**9, 52.5)])
 def test_an_account_may_have_another_steady_limit(
-    limits: Limits, time: VirtualTime, limit: int, per_second: float
+    limits: RateLimiter, time: VirtualTime, limit: int, per_second: float
 ) -> None:
     """The pace follows RateLimit-Limit, though never so far that a second could see more than the burst."""
     limits.answered(L, 200, window(limit=limit), None)
     assert pace(limits, time, L) == pytest.approx(per_second, rel=0.02)
 
 
-def test_the_pace_follows_what_is_left_of_the_window(limits: Limits, time: VirtualTime) -> None:
+def test_the_pace_follows_what_is_left_of_the_window(limits: RateLimiter, time: VirtualTime) -> None:
     """Ten calls in twenty seconds: half a call per second, with little at once, until the window ends."""
     waits(limits, time, L, 63)
     limits.answered(L, 202, window(700, 10, 20), None)
@@ -273,13 +273,13 @@ def test_the_pace_follows_what_is_left_of_the_window(limits: Limits, time: Virtu
     assert pace(limits, time, L) == pytest.approx(700 / 60, rel=0.01)
 
 
-def test_what_was_saved_up_is_not_spent_on_a_window_nearly_used_up(limits: Limits, time: VirtualTime) -> None:
+def test_what_was_saved_up_is_not_spent_on_a_window_nearly_used_up(limits: RateLimiter, time: VirtualTime) -> None:
     """Other processes may have used the window while this one was idle."""
     limits.answered(L, 202, window(700, 14, 60), None)
     assert waits(limits, time, L, 2)[1] > 1
 
 
-def test_a_wait_may_reach_beyond_the_end_of_the_window(limits: Limits, time: VirtualTime) -> None:
+def test_a_wait_may_reach_beyond_the_end_of_the_window(limits: RateLimiter, time: VirtualTime) -> None:
     """One call left for 40 s means that the next two wait about that long, not twice: a new window begins."""
     start = time.now()
     limits.answered(L, 200, window(700, 1, 40), None)
@@ -294,7 +294,7 @@ def test_a_wait_may_reach_beyond_the_end_of_the_window(limits: Limits, time: Vir
     assert moments == [pytest.approx(40, abs=0.1), pytest.approx(40 + 60 / 700, abs=0.1)]
 
 
-def test_an_empty_window_is_waited_out(limits: Limits, time: VirtualTime) -> None:
+def test_an_empty_window_is_waited_out(limits: RateLimiter, time: VirtualTime) -> None:
     """Nothing remains: nothing is called before the reset, and then at the even pace."""
     limits.answered(L, 200, window(700, 0, 17), None)
     assert waits(limits, time, L, 1)[0] == pytest.approx(17 + 60 / 700, abs=MOMENT)
@@ -302,7 +302,7 @@ def test_an_empty_window_is_waited_out(limits: Limits, time: VirtualTime) -> Non
 
 
 @pytest.mark.parametrize("asked", [7.0, 1.0, 0.0, None])
-def test_a_429_is_waited_out(limits: Limits, time: VirtualTime, asked: float | None) -> None:
+def test_a_429_is_waited_out(limits: RateLimiter, time: VirtualTime, asked: float | None) -> None:
     """Retry-After is obeyed, and a second it is when there is none; after that the pace is half, then whole again."""
     limits.answered(L, 429, {}, asked)
     first, second = waits(limits, time, L, 2)
@@ -314,21 +314,21 @@ def test_a_429_is_waited_out(limits: Limits, time: VirtualTime, asked: float | N
     assert pace(limits, time, L) == pytest.approx(700 / 60, rel=0.01)
 
 
-def test_a_429_takes_half_of_what_goes_at_once(limits: Limits, time: VirtualTime) -> None:
+def test_a_429_takes_half_of_what_goes_at_once(limits: RateLimiter, time: VirtualTime) -> None:
     """After a pause and a short rest less is sent at once than before."""
     limits.answered(L, 429, {}, 1)
     time.wait(1 + 6)
     assert 31 <= waits(limits, time, L, 63).count(0) < 45
 
 
-def test_many_refusals_in_one_pause_count_once(limits: Limits, time: VirtualTime) -> None:
+def test_many_refusals_in_one_pause_count_once(limits: RateLimiter, time: VirtualTime) -> None:
     """Calls in flight together are refused together; the longest pause counts."""
     for asked in (2, 5, 3):
         limits.answered(L, 429, {}, asked)
     assert waits(limits, time, L, 1)[0] == pytest.approx(5 + 2 * 60 / 700, abs=MOMENT)
 
 
-def test_the_pace_never_falls_to_nothing(limits: Limits, time: VirtualTime) -> None:
+def test_the_pace_never_falls_to_nothing(limits: RateLimiter, time: VirtualTime) -> None:
     """However often it is refused, a sixteenth remains."""
     for _ in range(20):
         limits.answered(L, 429, {}, 1)
@@ -359,14 +359,14 @@ def test_the_pace_never_falls_to_nothing(limits: Limits, time: VirtualTime) -> N
     ],
     ids=str,
 )
-def test_nonsense_changes_nothing(limits: Limits, time: VirtualTime, headers: Mapping[str, str]) -> None:
+def test_nonsense_changes_nothing(limits: RateLimiter, time: VirtualTime, headers: Mapping[str, str]) -> None:
     """A proxy's headers, or a slip of Klaviyo's, neither stop the endpoint nor end the pacing."""
     limits.answered(L, 200, headers, None)
     assert waits(limits, time, L, 63) == [0] * 63
     assert pace(limits, time, L) == pytest.approx(700 / 60, rel=0.01)
 
 
-def test_a_wait_too_long_is_the_queues(limits: Limits, time: VirtualTime) -> None:
+def test_a_wait_too_long_is_the_queues(limits: RateLimiter, time: VirtualTime) -> None:
     """It is refused at once, with the time to come again; who was refused is in nobody's way."""
     limits.answered(L, 429, {}, 300)
     before = time.now()
@@ -379,7 +379,7 @@ def test_a_wait_too_long_is_the_queues(limits: Limits, time: VirtualTime) -> Non
     assert waits(limits, time, L, 1)[0] == pytest.approx(2 * 60 / 700, abs=MOMENT)
 
 
-def test_who_waits_is_served_in_turn(limits: Limits, time: VirtualTime) -> None:
+def test_who_waits_is_served_in_turn(limits: RateLimiter, time: VirtualTime) -> None:
     """Of a crowd each waits for its own time, as many as a minute has room for; the others need not try."""
     start = time.now()
     served: list[tuple[int, float]] = []
@@ -400,7 +400,7 @@ def test_who_waits_is_served_in_turn(limits: Limits, time: VirtualTime) -> None:
     assert all(after is not None and after > LONGEST_WAIT for after in refused)
 
 
-def test_a_pause_concerns_those_who_wait_already(limits: Limits, time: VirtualTime) -> None:
+def test_a_pause_concerns_those_who_wait_already(limits: RateLimiter, time: VirtualTime) -> None:
     """A 429 that another thread gets is noticed before the call, not after."""
     start = time.now()
     waits(limits, time, M, 7)
@@ -418,7 +418,7 @@ def test_a_pause_concerns_those_who_wait_already(limits: Limits, time: VirtualTi
     assert moments == [pytest.approx(start + 0.1 + 20 + 2 * 0.4, abs=0.02)]
 
 
-def test_a_wait_ends_after_a_minute_whatever_happens_meanwhile(limits: Limits, time: VirtualTime) -> None:
+def test_a_wait_ends_after_a_minute_whatever_happens_meanwhile(limits: RateLimiter, time: VirtualTime) -> None:
     """Pauses that follow each other must not hold a message without end."""
     start = time.now()
     limits.answered(L, 429, {}, 50)
@@ -440,7 +440,7 @@ def test_a_wait_ends_after_a_minute_whatever_happens_meanwhile(limits: Limits, t
 def test_stopping_ends_every_wait_at_once() -> None:
     """Threads that wait give up when the worker stops; none goes that had to wait."""
     stopping = Event()
-    limits = Limits(1.0, stopping, lambda: 0.0)
+    limits = RateLimiter(1.0, stopping, lambda: 0.0)
     with ThreadPoolExecutor(40) as threads:
         calls = [threads.submit(limits.wait, M) for _ in range(40)]
         served = list(islice(as_completed(calls, timeout=60), 2))
@@ -453,7 +453,7 @@ def test_what_need_not_wait_is_not_stopped() -> None:
     """The last calls of a worker that stops go on while they may."""
     stopping = Event()
     stopping.set()
-    limits = Limits(1.0, stopping, lambda: 0.0)
+    limits = RateLimiter(1.0, stopping, lambda: 0.0)
     for _ in range(2):
         limits.wait(M)
     with pytest.raises(Transient):
@@ -471,7 +471,7 @@ def run_workers(endpoint: str, limit: dict[int, int], number: int, share: float 
     end = time.now() + 120
     statuses: list[list[int]] = [[] for _ in range(number)]
 
-    def work(worker: int, limits: Limits) -> None:
+    def work(worker: int, limits: RateLimiter) -> None:
         time.wait(worker / number)
         while time.now() < end - 1:
             limits.wait(endpoint)
@@ -486,7 +486,7 @@ def run_workers(endpoint: str, limit: dict[int, int], number: int, share: float 
             limits.answered(endpoint, status, headers, retry_after)
             statuses[worker].append(status)
 
-    workers = [Limits(share, time, time.now) for _ in range(number)]
+    workers = [RateLimiter(share, time, time.now) for _ in range(number)]
     time.run(*(partial(work, *worker) for worker in enumerate(workers) for _ in range(4)))
     return statuses
 
@@ -522,7 +522,7 @@ def test_a_raised_limit_is_used_as_far_as_the_burst_allows() -> None:
     assert statuses.count(202) == len(statuses) >= 0.95 * 7 * 120
 
 
-def test_how_the_limits_stand_can_be_looked_at(limits: Limits, time: VirtualTime) -> None:
+def test_how_the_limits_stand_can_be_looked_at(limits: RateLimiter, time: VirtualTime) -> None:
     """By endpoint, without taking anything; what answers told of the account goes with its window."""
     assert limits.statuses().keys() == {S, M, L}
     assert list(limits.statuses()[M]) == [10, 150, pytest.approx(150), 0.0, None, 0]

@@ -120,7 +120,7 @@ def test_without_word_from_the_other_side_the_waits_grow(rig: Rig, monkeypatch: 
         tries.append(number)
         return 0.01
 
-    monkeypatch.setattr("worker.runtime.lane.pause", short)
+    monkeypatch.setattr("worker.runtime.lane.backoff", short)
     rig.pipeline.errors["a1"] = Transient("500")
     rig.put("a1")
     rig.lane.start()

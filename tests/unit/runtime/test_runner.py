@@ -325,7 +325,7 @@ def test_a_message_in_a_while_is_pulled_in_an_outage(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Should only the messages that are held be the trouble, the others must not wait for them."""
-    monkeypatch.setattr("worker.runtime.runner.LONGEST_PAUSE", 0.5)
+    monkeypatch.setattr("worker.runtime.runner.MAX_BACKOFF", 0.5)
     queue.publish([b"a:1"])
     runner, pipeline = runner_for(queue, holding(Outage("500", retry_after=0.1), threading.Event()))
     running(runner)

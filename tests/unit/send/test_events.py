@@ -57,19 +57,19 @@ class Klaviyo:
         self.recorded: list[str] = []
         self.failure: Exception | None = None  # after the effect of the next bulk call
 
-    def made(self) -> int:
+    def requests_sent(self) -> int:
         return len(self.calls)
 
-    def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+    def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
         assert method == "POST"
         self.calls.append(path)
         if path == PROFILE:
             return {}
         if isinstance(body, dict):
-            assert (path, repeat) == (SINGLE, True)
+            assert (path, idempotent) == (SINGLE, True)
             self._record([body["data"]["attributes"]["unique_id"]], "")
         else:
-            assert (path, repeat) == (BULK, False)
+            assert (path, idempotent) == (BULK, False)
             content = body() if callable(body) else body or b""
             self.bodies.append(content)
             places = list(_places(content))
@@ -221,10 +221,10 @@ def test_a_call_that_is_too_large_after_all_is_halved() -> None:
     """Klaviyo's megabyte may not be ours: a 413 names no record."""
 
     class Small(Klaviyo):
-        def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+        def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
             if callable(body) and len(body()) > 5_000:
                 raise Rejected("too large", 413)
-            return super().call(method, path, body, repeat=repeat)
+            return super().call(method, path, body, idempotent=idempotent)
 
     klaviyo = Small()
     assert sender(klaviyo).send(events(100)) == [None] * 100
@@ -250,10 +250,10 @@ def test_what_an_earlier_call_recorded_does_not_share_a_later_failure() -> None:
     """The parts of a batch that are in Klaviyo are done; the others get the error."""
 
     class Failing(Klaviyo):
-        def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+        def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
             if len(self.bodies) == 1:
                 raise Transient("no answer")
-            return super().call(method, path, body, repeat=repeat)
+            return super().call(method, path, body, idempotent=idempotent)
 
     klaviyo = Failing()
     results = sender(klaviyo).send(events(2_000))
@@ -264,8 +264,8 @@ def test_what_a_failed_call_did_not_hold_goes_with_the_next() -> None:
     """A call's error is for its own events."""
 
     class Failing(Klaviyo):
-        def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
-            answer = super().call(method, path, body, repeat=repeat)
+        def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
+            answer = super().call(method, path, body, idempotent=idempotent)
             if len(self.bodies) == 1:
                 raise Transient("no answer")
             return answer

@@ -39,10 +39,10 @@ class Klaviyo:
         self._made: dict[int, int] = {}
         self._lock = Lock()
 
-    def made(self) -> int:
+    def requests_sent(self) -> int:
         return self._made.get(get_ident(), 0)
 
-    def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+    def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
         if not callable(body):
             assert isinstance(body, dict)
             self.single.append(body["data"]["attributes"]["unique_id"])
@@ -65,7 +65,7 @@ class Klaviyo:
             for each in entry["attributes"]["events"]["data"]
         }
         with self._lock:
-            self._made[get_ident()] = self.made() + 1
+            self._made[get_ident()] = self.requests_sent() + 1
             self.loads.append(load)
         self.after(load)
         return {}

@@ -28,10 +28,10 @@ class Klaviyo:
         self.taken: list[tuple[str, set[str]]] = []
         self.calls = 0
 
-    def made(self) -> int:
+    def requests_sent(self) -> int:
         return self.calls
 
-    def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+    def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
         assert isinstance(body, dict)
         self.calls += 1
         attributes, pointer = body["data"]["attributes"], "/data/attributes"
@@ -103,7 +103,7 @@ def test_other_refusals_are_final(kind: Kind, refusal: Rejected) -> None:
     """Only a 400 that points at an identifier is about that identifier."""
 
     class Refusing(Klaviyo):
-        def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+        def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
             self.calls += 1
             raise refusal
 
@@ -117,7 +117,7 @@ def test_a_refusal_that_does_not_end_ends_in_a_verdict(kind: Kind) -> None:
     """Even if Klaviyo goes on to find fault with what is no longer there."""
 
     class Stubborn(Klaviyo):
-        def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+        def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
             self.calls += 1
             name = "profile/data/attributes/" if path == "/api/events" else ""
             raise Rejected("no", 400, pointer=f"/data/attributes/{name}phone_number")

@@ -33,10 +33,10 @@ class Klaviyo:
     def answer(self, call: str, *answers: Any) -> None:
         self.script[call].extend(answers)
 
-    def made(self) -> int:
+    def requests_sent(self) -> int:
         return len(self.calls)
 
-    def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+    def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
         name = f"{method} {path}"
         with self._lock:
             assert body is None or isinstance(body, dict)
@@ -300,7 +300,7 @@ def test_an_erasure_takes_in_all_pages_and_odd_answers(klaviyo: Klaviyo, sender:
 def test_no_operation_swallows_an_outage(kind: Kind, error: Exception, klaviyo: Klaviyo) -> None:
     """Whatever is asked for, an answer that never came is an error for its message."""
 
-    def unavailable(method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+    def unavailable(method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
         raise error
 
     klaviyo.call = unavailable  # type: ignore[method-assign]
@@ -320,11 +320,11 @@ def test_events_do_not_wait_for_what_the_limits_keep_waiting() -> None:
     may_delete, deleting = threading.Event(), threading.Semaphore(0)
 
     class Slow(Klaviyo):
-        def call(self, method: str, path: str, body: Body = None, *, repeat: bool = True) -> Json:
+        def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
             if path.startswith("/api/profiles?"):
                 deleting.release()
                 assert may_delete.wait(5.0)
-            return super().call(method, path, body, repeat=repeat)
+            return super().call(method, path, body, idempotent=idempotent)
 
     sender = Sender(Slow(), concurrency=2)
     with ThreadPoolExecutor(2) as lanes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from worker.commercetools.client import PAGE
+from worker.commercetools.client import PAGE_SIZE
 from worker.errors import Rejected, Transient, WorkerError
 from worker.json_access import as_text
 
@@ -21,11 +21,11 @@ Page = list[tuple[str, "Json | Rejected"]]  # the id, and its resource or why th
 class Shop(Protocol):
     """What a backfill reads: commercetools."""
 
-    def find(self, query: queries.Query, values: Collection[str]) -> queries.Found:
+    def find(self, query: queries.Query, values: Collection[str]) -> queries.QueryResult:
         """Find the resources for all values at once. Never raises for a single value."""
 
     def page(self, query: queries.Query, where: str, after: str) -> list[Json]:
-        """Return the next resources by id, PAGE at most. Raises WorkerError."""
+        """Return the next resources by id, PAGE_SIZE at most. Raises WorkerError."""
 
     def count(self, query: queries.Query, where: str, after: str) -> int:
         """Count the resources that pages would give. Raises WorkerError."""
@@ -80,10 +80,10 @@ class _Named:
         self._ids = [record_id for record_id in selection.ids if record_id > after]
 
     def next_page(self) -> Page:
-        ids = self._ids[:PAGE]
+        ids = self._ids[:PAGE_SIZE]
         found = self._shop.find(self._query, ids)
         page = [(record_id, self._judged(found[record_id])) for record_id in ids]
-        del self._ids[:PAGE]
+        del self._ids[:PAGE_SIZE]
         return page
 
     def count(self) -> int:

@@ -113,7 +113,7 @@ class BulkProbe:
             )
             for name in names
         ]
-        self._client.call("POST", bulk.PATH, bulk.body_of(events), repeat=False)
+        self._client.call("POST", bulk.PATH, bulk.body_of(events), idempotent=False)
 
     def _wait_for(self, *names: str) -> float | None:
         """Return the seconds until the events showed, or None when they did not in time."""

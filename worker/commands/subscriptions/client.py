@@ -64,7 +64,7 @@ class Subscriptions:
         """Return the status, once it is healthy or `wait` seconds are over; "" where commercetools does not tell."""
         until = time.monotonic() + wait
         while True:
-            status = self._commercetools.look(_ENDPOINT, f"/{_id(subscription)}/health").status
+            status = self._commercetools.get_public(_ENDPOINT, f"/{_id(subscription)}/health").status
             if status == HTTPStatus.OK:
                 return HEALTHY
             if status == HTTPStatus.NOT_FOUND:

@@ -102,7 +102,7 @@ def _fetched(trace: Trace) -> Iterator[Row]:
         yield "fetched", _lookup(query, found, about)
 
 
-def _lookup(query: queries.Query, found: queries.Found, about: Notification | None) -> str:
+def _lookup(query: queries.Query, found: queries.QueryResult, about: Notification | None) -> str:
     there = [value for value in sorted(found) if found[value]]
     missing = [value for value in sorted(found) if not found[value]]
     brought = [id(entry) for entry in about.payload.values()] if about else []

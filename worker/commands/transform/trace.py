@@ -37,7 +37,7 @@ class Trace:
     body: bytes = field(repr=False)
     stage: str = "parse"
     notification: Notification | None = None
-    lookups: list[tuple[queries.Query, queries.Found]] = field(default_factory=list, repr=False)
+    lookups: list[tuple[queries.Query, queries.QueryResult]] = field(default_factory=list, repr=False)
     enriched: Enriched | None = None
     operations: Sequence[Operation] = ()
     ending: Ignored | WorkerError | None = None
@@ -70,7 +70,7 @@ def _follow(trace: Trace, snapshot: dict[str, list[Json]], mapping: Mapping) -> 
     trace.notification = parse(trace.body)
     handler_for(trace.notification, mapping)
     trace.stage = "enrich"
-    reader = _Recorder(queries.Snapshot(_with_payload(snapshot, trace.notification)), trace.lookups)
+    reader = _Recorder(queries.InMemoryReader(_with_payload(snapshot, trace.notification)), trace.lookups)
     (enriched,) = Enricher(reader, mapping, read_lag=0.0).enrich([trace.notification])
     if isinstance(enriched, WorkerError):
         raise enriched
@@ -82,11 +82,11 @@ def _follow(trace: Trace, snapshot: dict[str, list[Json]], mapping: Mapping) -> 
 class _Recorder:
     """A Reader that notes what another is asked and what it answers."""
 
-    def __init__(self, reader: queries.Reader, lookups: list[tuple[queries.Query, queries.Found]]) -> None:
+    def __init__(self, reader: queries.Reader, lookups: list[tuple[queries.Query, queries.QueryResult]]) -> None:
         self._reader = reader
         self._lookups = lookups
 
-    def find(self, query: queries.Query, values: Collection[str]) -> queries.Found:
+    def find(self, query: queries.Query, values: Collection[str]) -> queries.QueryResult:
         """Find with the other."""
         found = self._reader.find(query, values)
         self._lookups.append((query, found))
