@@ -3,8 +3,8 @@
 WorkerError          nack       could not be done, and repeating it here would not help: a defect
 ├── Transient        hold       could not be done now
 │   ├── Throttled               the other side asks for fewer requests
-│   ├── Outdated                done, but so late that it has to be compared with what is true now
-│   └── Outage                  the other side has not answered for a while
+│   ├── StaleWrite                done, but so late that it has to be compared with what is true now
+│   └── CircuitOpen                  the other side has not answered for a while
 ├── Rejected         dead letter  can never succeed
 └── Misconfigured    park       nobody's message is at fault: credentials, scopes, project
     ├── CommercetoolsMisconfigured   exit code 4
@@ -30,7 +30,7 @@ class Disposition(Enum):
     PARK = "park"  # the worker is not allowed to work; kept until it is
 
 
-KEPT = frozenset({Disposition.HOLD, Disposition.PARK})
+HELD = frozenset({Disposition.HOLD, Disposition.PARK})
 
 
 class ExitCode(IntEnum):
@@ -66,11 +66,11 @@ class Throttled(Transient):
     """The other side asks for fewer requests (429). It is up."""
 
 
-class Outdated(Transient):
+class StaleWrite(Transient):
     """Was done, but so long after commercetools was read that somebody may have written a newer state before."""
 
 
-class Outage(Transient):
+class CircuitOpen(Transient):
     """The other side has failed for a while. Calls are held back until one that is let through succeeds."""
 
 

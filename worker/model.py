@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from worker.errors import KEPT, Disposition
+from worker.errors import HELD, Disposition
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,7 +53,7 @@ class Enriched:
     discount_codes: Mapping[str, str] = field(default_factory=dict, repr=False)  # id -> code
 
 
-class Kind(Enum):
+class OperationKind(Enum):
     """What can be asked of Klaviyo. The value is the name in logs and in `klaviyo-worker transform`."""
 
     CREATE_EVENT = "create_event"
@@ -83,7 +83,7 @@ class Operation:
     this event before; None: somebody can.
     """
 
-    kind: Kind
+    kind: OperationKind
     key: str
     resource: Json | None = field(default=None, repr=False)
     keep: frozenset[str] = frozenset()
@@ -92,7 +92,7 @@ class Operation:
     fresh: Callable[[], bool] | None = field(default=None, repr=False, compare=False)
 
 
-class Sent(NamedTuple):
+class SendResult(NamedTuple):
     """What became of an operation; `error` None: its effect is in Klaviyo. `requests`: how many that took."""
 
     error: WorkerError | None
@@ -136,7 +136,7 @@ class Lease:
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class Message:
     """One delivery's way through the pipeline; the only thing here that changes."""
 
     delivery: Delivery
@@ -161,6 +161,6 @@ class Job:
         return self.notification.resource_type, self.notification.resource_id
 
     @property
-    def is_kept(self) -> bool:
+    def is_held(self) -> bool:
         """Tell whether its last try ended with keeping it."""
-        return self.outcome is not None and self.outcome.disposition in KEPT
+        return self.outcome is not None and self.outcome.disposition in HELD

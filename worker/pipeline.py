@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from adapters.base import Failure
-from worker.errors import Disposition, Ignored, Outdated, Rejected, WorkerError
-from worker.model import Job, Kind, Lease, Outcome, Sent
+from worker.errors import Disposition, Ignored, Rejected, StaleWrite, WorkerError
+from worker.model import Lease, Message, OperationKind, Outcome, SendResult
 from worker.parse import parse
 from worker.telemetry.log import log
 from worker.transform import handler_for, transform
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 FIRST_DELAY, LONGEST_DELAY = 2.0, 600.0  # seconds before a nacked message comes again
 OUTDATED_AFTER = 2.0  # seconds from reading commercetools to the effect in Klaviyo; it is read again then
 SHORTEST_LEASE = 10.0  # seconds, where nothing can extend it: Pub/Sub's shortest ack deadline
-_STATES = frozenset(Kind) - {Kind.CREATE_EVENT, Kind.DELETE_PROFILE}
+_STATES = frozenset(OperationKind) - {OperationKind.CREATE_EVENT, OperationKind.DELETE_PROFILE}
 _SEVERITY = (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)
 
 
@@ -48,7 +48,7 @@ class Enrich(Protocol):
 class Send(Protocol):
     """The send stage."""
 
-    def __call__(self, operations: Sequence[Operation]) -> Sequence[Sent]:
+    def __call__(self, operations: Sequence[Operation]) -> Sequence[SendResult]:
         """Carry out the operations; return what became of each, in their order."""
 
 
@@ -62,35 +62,35 @@ class Pipeline:
         self._mapping = mapping
         self._telemetry = telemetry
 
-    def accept(self, delivery: Delivery) -> Job:
+    def accept(self, delivery: Delivery) -> Message:
         """Parse a delivery. Done before lanes are chosen, as the lane depends on the resource."""
         now = time.monotonic()
         # Half: the client may have held the message for a while before it was received.
-        job = Job(delivery, received_at=now, lease=Lease(now + (self._queue.lease or SHORTEST_LEASE) / 2))
+        job = Message(delivery, received_at=now, lease=Lease(now + (self._queue.lease or SHORTEST_LEASE) / 2))
         with self._telemetry.stage("parse"):
             _guarded(job, "parse", partial(_parse, job, self._mapping))
         return job
 
-    def process(self, jobs: Sequence[Job]) -> list[Job]:
+    def process(self, jobs: Sequence[Message]) -> list[Message]:
         """Take a batch through the stages and settle it; return the jobs to be kept and processed again."""
         for job in jobs:
-            if job.is_kept:
+            if job.is_held:
                 job.outcome, job.operations = None, ()
         for name, stage in (("enrich", self._enrich), ("transform", self._transform), ("send", self._send)):
             with self._telemetry.stage(name):
                 stage([job for job in jobs if job.outcome is None])
         self._telemetry.processed(jobs)
-        self._settle([job for job in jobs if not job.is_kept])
-        return [job for job in jobs if job.is_kept]
+        self._settle([job for job in jobs if not job.is_held])
+        return [job for job in jobs if job.is_held]
 
-    def give_up(self, jobs: Sequence[Job], delay: float) -> None:
+    def give_up(self, jobs: Sequence[Message], delay: float) -> None:
         """Return kept jobs to the queue, for `delay` seconds at least: what they waited for takes too long."""
         for job in jobs:
             assert job.outcome is not None
             job.outcome = replace(job.outcome, disposition=Disposition.NACK, delay=max(delay, _delay(job)))
         self._settle(jobs)
 
-    def _enrich(self, jobs: Sequence[Job]) -> None:
+    def _enrich(self, jobs: Sequence[Message]) -> None:
         notifications = [job.notification for job in jobs if job.notification is not None]
         try:
             results = self._enrich_all(notifications)
@@ -102,11 +102,11 @@ class Pipeline:
             else:
                 job.enriched = result
 
-    def _transform(self, jobs: Sequence[Job]) -> None:
+    def _transform(self, jobs: Sequence[Message]) -> None:
         for job in jobs:
             _guarded(job, "transform", partial(_transform, job, self._mapping))
 
-    def _send(self, jobs: Sequence[Job]) -> None:
+    def _send(self, jobs: Sequence[Message]) -> None:
         operations = [operation for job in jobs for operation in job.operations]
         begun = [job.begun for job in jobs]
         for job in jobs:
@@ -115,14 +115,14 @@ class Pipeline:
         try:
             results = iter(self._send_all(operations))
         except Exception as defect:  # noqa: BLE001 - a defect of ours must not lose the batch
-            results = iter([Sent(_defect("send", defect), 0)] * len(operations))
+            results = iter([SendResult(_defect("send", defect), 0)] * len(operations))
         for job, was_begun in zip(jobs, begun, strict=True):
             sent = [next(results) for _ in job.operations]
             job.requests += sum(each.requests for each in sent)
             job.begun = was_begun or (job.begun and any(each.requests for each in sent))
             job.outcome = _ended(job, [each.error for each in sent if each.error is not None])
 
-    def _settle(self, jobs: Sequence[Job]) -> None:
+    def _settle(self, jobs: Sequence[Message]) -> None:
         """Tell the queue. Acks come last: what must come again is safe before what is done is forgotten."""
         retried: dict[tuple[float, Failure], list[Delivery]] = defaultdict(list)
         acked: list[Delivery] = []
@@ -151,12 +151,12 @@ def _about(failure: Failure, about: Notification | None) -> Failure:
     return replace(failure, message_type=about.type, resource_type=about.resource_type, resource_id=about.resource_id)
 
 
-def _parse(job: Job, mapping: Mapping) -> None:
+def _parse(job: Message, mapping: Mapping) -> None:
     job.notification = parse(job.delivery.body)
     handler_for(job.notification, mapping)  # raises Ignored, so that nothing is fetched in vain
 
 
-def _transform(job: Job, mapping: Mapping) -> None:
+def _transform(job: Message, mapping: Mapping) -> None:
     assert job.enriched is not None
     is_first = job.delivery.attempt == 1 and not job.begun
     job.operations = transform(job.enriched, mapping, job.lease.is_ours if is_first else None)
@@ -164,30 +164,32 @@ def _transform(job: Job, mapping: Mapping) -> None:
         job.outcome = Outcome(Disposition.ACK, "send")
 
 
-def _ended(job: Job, errors: Sequence[WorkerError]) -> Outcome:
+def _ended(job: Message, errors: Sequence[WorkerError]) -> Outcome:
     """Return how a job ends whose operations were carried out, or not."""
     worst = min(errors, key=lambda error: _SEVERITY.index(error.disposition), default=None)
     if worst is None and not job.operations:  # never ack what nothing was done for
         worst = _defect("send", AssertionError())
     if worst is None and _is_outdated(job):
         job.written = job.operations
-        worst = Outdated("written long after it was read: read again")
+        worst = StaleWrite("written long after it was read: read again")
     return Outcome(Disposition.ACK, "send") if worst is None else _failed(job, "send", worst)
 
 
-def _is_outdated(job: Job) -> bool:
+def _is_outdated(job: Message) -> bool:
     """Tell whether a newer state may have been written before this one: jobs and rate limits take their time."""
     assert job.enriched is not None
     age = (datetime.now(UTC) - job.enriched.as_of).total_seconds()
     return age > OUTDATED_AFTER and any(operation.kind in _STATES for operation in job.operations)
 
 
-def _sends_events_first(job: Job) -> bool:
+def _sends_events_first(job: Message) -> bool:
     """Tell whether a next delivery could take events for new that this one sends."""
-    return job.delivery.attempt == 1 and any(operation.kind is Kind.CREATE_EVENT for operation in job.operations)
+    return job.delivery.attempt == 1 and any(
+        operation.kind is OperationKind.CREATE_EVENT for operation in job.operations
+    )
 
 
-def _guarded(job: Job, stage: str, work: Callable[[], None]) -> None:
+def _guarded(job: Message, stage: str, work: Callable[[], None]) -> None:
     """Run a pure stage for one job. What it raises is about this message: repeating cannot help."""
     try:
         work()
@@ -199,11 +201,11 @@ def _guarded(job: Job, stage: str, work: Callable[[], None]) -> None:
         job.outcome = _failed(job, stage, Rejected(_where(error)))
 
 
-def _failed(job: Job, stage: str, error: WorkerError) -> Outcome:
+def _failed(job: Message, stage: str, error: WorkerError) -> Outcome:
     return Outcome(error.disposition, stage, error, _delay(job))
 
 
-def _delay(job: Job) -> float:
+def _delay(job: Message) -> float:
     """Return how long a nacked message is to stay away: doubling with every attempt."""
     return min(FIRST_DELAY * 2.0 ** min((job.delivery.attempt or 1) - 1, 16), LONGEST_DELAY)
 

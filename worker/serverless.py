@@ -14,7 +14,7 @@ from adapters.sqs.lambda_event import SQSEvent
 from worker.errors import Misconfigured, SettingsError
 from worker.pipeline import Pipeline
 from worker.runtime.runner import Runner, ShutdownTimeoutError
-from worker.service import Stages
+from worker.service import Components
 from worker.settings import Settings, load
 from worker.telemetry.log import configure_logging, log
 from worker.telemetry.message_log import Telemetry
@@ -72,7 +72,7 @@ class _Warm(NamedTuple):
 
     settings: Settings
     telemetry: Telemetry
-    stages: Stages
+    stages: Components
 
 
 @cache
@@ -80,4 +80,4 @@ def _warm() -> _Warm:
     settings = load(Settings, {"grace_period": GRACE_SECONDS})
     configure_logging(settings.log_level, settings.log_format)
     telemetry = Telemetry(Metrics("sqs"))
-    return _Warm(settings, telemetry, Stages(settings, telemetry))
+    return _Warm(settings, telemetry, Components(settings, telemetry))

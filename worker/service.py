@@ -19,7 +19,7 @@ from worker.health.status import Status
 from worker.health.systemd import Notifier
 from worker.klaviyo.client import REVISION, Klaviyo
 from worker.pipeline import Pipeline
-from worker.runtime.dry_run import Peek, print_instead
+from worker.runtime.dry_run import DryRunQueue, print_instead
 from worker.runtime.runner import Runner
 from worker.send import Sender
 from worker.telemetry.log import log
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from worker.settings import Settings
 
 
-class Stages:
+class Components:
     """The clients and what is done with them, whatever queue the messages come from. Raises SettingsError."""
 
     def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
@@ -50,16 +50,16 @@ class Stages:
         )
 
 
-class Service:
+class Worker:
     """A worker, ready to run. Raises SettingsError and QueueError."""
 
     def __init__(self, settings: Settings, *, dry_run: bool = False, telemetry: Telemetry | None = None) -> None:
         self._telemetry = telemetry or Telemetry(Metrics(scheme_of(settings.queue_url)))
-        self._stages = stages = Stages(settings, self._telemetry)
+        self._stages = stages = Components(settings, self._telemetry)
         queue = open_queue(settings.queue_url, settings.queue_options)
         for warning in queue.check():
             log.warning("queue_warning", extra={"reason": warning})
-        source: QueueAdapter = Peek(queue, settings.max_in_flight) if dry_run else queue
+        source: QueueAdapter = DryRunQueue(queue, settings.max_in_flight) if dry_run else queue
         send = print_instead if dry_run else stages.sender.send
         pipeline = Pipeline(source, stages.enricher.enrich, send, stages.mapping, self._telemetry)
         self._runner = Runner(source, pipeline, settings, self._telemetry, stages.stopping)

@@ -12,9 +12,9 @@ import pytest
 
 from adapters.base import Failure
 from tests.conftest import FakeDelivery
-from worker.errors import Disposition, KlaviyoMisconfigured, Outage, Rejected, Transient, WorkerError
+from worker.errors import CircuitOpen, Disposition, KlaviyoMisconfigured, Rejected, Transient, WorkerError
 from worker.mapping import Mapping
-from worker.model import Enriched, Job, Lease, Notification, Operation, Sent
+from worker.model import Enriched, Lease, Message, Notification, Operation, SendResult
 from worker.pipeline import Pipeline
 from worker.telemetry.message_log import Telemetry, outcome_name
 from worker.telemetry.metrics import Metrics
@@ -66,11 +66,13 @@ class Stages:
         now = datetime.now(UTC) - timedelta(seconds=self.age)
         return [self.enrich_errors.get(n.resource_id) or _with_customer(n, now, self.name) for n in notifications]  # type: ignore[misc]
 
-    def send(self, operations: Sequence[Operation]) -> list[Sent]:
+    def send(self, operations: Sequence[Operation]) -> list[SendResult]:
         self.sent += operations
         if self.crash_in == "send":
             raise KeyError("ada@example.com")
-        return [Sent((self.send_errors.get(operation.key) or [None])[0], self.requests) for operation in operations]
+        return [
+            SendResult((self.send_errors.get(operation.key) or [None])[0], self.requests) for operation in operations
+        ]
 
 
 def _with_customer(notification: Notification, now: datetime, name: str) -> Enriched:
@@ -100,7 +102,7 @@ def updated(customer: str, attempt: int | None = 1) -> FakeDelivery:
     return FakeDelivery(json.dumps(body).encode(), id=customer, attempt=attempt)
 
 
-def run(pipeline: Pipeline, *deliveries: FakeDelivery) -> list[Job]:
+def run(pipeline: Pipeline, *deliveries: FakeDelivery) -> list[Message]:
     return pipeline.process([pipeline.accept(delivery) for delivery in deliveries])
 
 
@@ -278,7 +280,7 @@ def test_events_tried_again_in_place_are_not_fresh(of_orders: Pipeline, stages: 
 def test_events_that_never_left_stay_fresh(of_orders: Pipeline, stages: Stages) -> None:
     """In an outage most calls are held back; their messages may go in bulk later, and back to the queue for nothing."""
     stages.requests = 0
-    stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [Outage("down")]
+    stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [CircuitOpen("down")]
     (job,) = run(of_orders, created(1))
     assert not job.begun
     of_orders.process([job])
@@ -348,7 +350,7 @@ def test_a_failed_second_reading_leaves_the_comparison_for_later(
     stages.age = 2.5
     kept = run(pipeline, updated("a"))
     stages.age = 0.0
-    stages.enrich_errors["a"] = Outage("down")
+    stages.enrich_errors["a"] = CircuitOpen("down")
     assert pipeline.process(kept) == kept
     del stages.enrich_errors["a"]
     stages.sent.clear()
@@ -366,7 +368,7 @@ def test_events_are_not_read_again(of_orders: Pipeline, recorded: RecordingQueue
 
 def test_what_was_begun_stays_begun(of_orders: Pipeline, stages: Stages) -> None:
     """A later try that was held back without a request does not undo the first."""
-    stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [Outage("down")]
+    stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [CircuitOpen("down")]
     (job,) = run(of_orders, created(1))
     stages.requests = 0
     of_orders.process([job])
@@ -396,7 +398,7 @@ def test_a_message_with_one_failed_operation_is_not_acked(recorded: RecordingQue
     line = {"id": "l1", "totalPrice": {"centAmount": 1, "fractionDigits": 2, "currencyCode": "EUR"}}
     order = {"id": "o", "customerEmail": "ada@example.com", "lineItems": [line, line | {"id": "l2"}]}
     body = {"notificationType": "Message", "type": "OrderCreated", "resource": {"typeId": "order", "id": "o"}}
-    answers = [Sent(None, 1), Sent(None, 1), Sent(Transient("503"), 3)]
+    answers = [SendResult(None, 1), SendResult(None, 1), SendResult(Transient("503"), 3)]
     pipeline = Pipeline(
         recorded,  # type: ignore[arg-type]
         lambda notifications: [Enriched(n, datetime.now(UTC), order=order) for n in notifications],

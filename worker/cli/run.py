@@ -12,7 +12,7 @@ from worker.cli.termination import exit_without_waiting, handle_errors, on_signa
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
-    from worker.service import Service
+    from worker.service import Worker
 
 
 @click.command(cls=Command)
@@ -36,13 +36,13 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
     SERVICEBUS_CONNECTION_STRING, or from files named by CT_API_CLIENT_FILE and so on.
     """
     from worker.runtime.runner import ShutdownTimeoutError  # noqa: PLC0415 - keeps --help and publish fast
-    from worker.service import Service  # noqa: PLC0415
+    from worker.service import Worker  # noqa: PLC0415
     from worker.telemetry.log import configure_logging, log  # noqa: PLC0415
 
     with handle_errors():
         settings = load(Settings, flags)
         configure_logging(settings.log_level, settings.log_format)
-        service: Service | None = None
+        service: Worker | None = None
 
         def stop() -> None:
             if service is None:  # the queue has yet to answer, which may take half a minute; nothing is held
@@ -51,7 +51,7 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
             service.stop()
 
         on_signals(stop)
-        service = Service(settings, dry_run=dry_run)
+        service = Worker(settings, dry_run=dry_run)
         try:
             service.run(once=once or dry_run, max_wait=max_wait)
         except ShutdownTimeoutError as error:

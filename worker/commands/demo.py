@@ -19,7 +19,7 @@ from adapters.embedded import EmbeddedQueue
 from worker.commands.dlq.dead_letters import each
 from worker.sandbox import Sandbox
 from worker.sandbox.notifications import sample_notifications
-from worker.service import Service
+from worker.service import Worker
 from worker.settings import Settings, load
 from worker.telemetry.log import configure_logging
 from worker.telemetry.message_log import Telemetry, outcome_name
@@ -28,7 +28,7 @@ from worker.telemetry.metrics import Metrics
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from worker.model import Job
+    from worker.model import Message
     from worker.sandbox.klaviyo.account import Account
     from worker.sandbox.notifications import Sample
 
@@ -44,7 +44,7 @@ class _Recorder(Telemetry):
         self.endings: dict[str, tuple[str, str, Counter[str]]] = {}
         self._recording = Lock()
 
-    def settled(self, jobs: Iterable[Job]) -> None:
+    def settled(self, jobs: Iterable[Message]) -> None:
         """Remember the endings, and log as usual."""
         jobs = list(jobs)
         with self._recording:
@@ -93,7 +93,7 @@ def _work(sandbox: Sandbox, path: Path, samples: Sequence[Sample]) -> list[tuple
     environment = sandbox.environment | {"QUEUE_URL": f"embedded://{path}"}
     flags = {name: environment.get(str(info.validation_alias)) for name, info in Settings.model_fields.items()}
     recorder = _Recorder()
-    Service(load(Settings, flags), telemetry=recorder).run(once=True, max_wait=60)
+    Worker(load(Settings, flags), telemetry=recorder).run(once=True, max_wait=60)
     return [recorder.endings[name] for name in sorted(recorder.endings, key=int)]
 
 

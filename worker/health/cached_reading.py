@@ -16,7 +16,7 @@ KEPT_FOR = 10.0  # seconds
 PATIENCE = 0.5  # seconds to wait for the call; it goes on, and who asks next has what it brings
 
 
-class Sampled(Generic[T]):
+class CachedReading(Generic[T]):
     """What `ask` returned or raised at its last call, which was not long ago. Safe for many threads."""
 
     def __init__(self, ask: Callable[[], T]) -> None:

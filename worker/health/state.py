@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapters import Countable
-from worker.health.cached_reading import Sampled
+from worker.health.cached_reading import CachedReading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +23,7 @@ class RunningWorkerState:
         self, runner: Runner, queue: QueueAdapter, lanes: int, commercetools: Commercetools, klaviyo: Klaviyo
     ) -> None:
         self._runner = runner
-        self._counts = Sampled(queue.counts if isinstance(queue, Countable) else lambda: (None, None))
+        self._counts = CachedReading(queue.counts if isinstance(queue, Countable) else lambda: (None, None))
         self._lanes = lanes
         self._commercetools = commercetools
         self._klaviyo = klaviyo

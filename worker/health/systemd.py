@@ -11,7 +11,7 @@ from textwrap import shorten
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
-from worker.telemetry.log import Notice
+from worker.telemetry.log import ConditionLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -37,7 +37,7 @@ class Notifier:
         self._feed_at = 0.0 if watchdog else inf  # monotonic seconds
         self._state = state
         self._told: list[str] = []
-        self._unheard = Notice("systemd_not_notified", "systemd_notified", logging.WARNING)
+        self._unheard = ConditionLog("systemd_not_notified", "systemd_notified", logging.WARNING)
         self._ended = Event()
         self._thread = Thread(target=self._run, name="systemd", daemon=True)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import tenacity
 
-from worker.errors import Misconfigured, Outage, Rejected, Throttled, Transient
+from worker.errors import CircuitOpen, Misconfigured, Rejected, Throttled, Transient
 from worker.http.backoff import MAX_BACKOFF, backoff, max_backoff
-from worker.telemetry.log import Notice
+from worker.telemetry.log import ConditionLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -54,7 +54,7 @@ class CircuitBreaker:
 
     A call that raises Transient is repeated for about `retry_seconds`, with waits that grow from 0.2 s and full
     jitter; Retry-After is obeyed, and Throttled waited out for longer. Once calls have given up FAILURE_THRESHOLD times
-    in a row the gate closes: it raises Outage at once, without a request, until a pause is over. Then one call
+    in a row the gate closes: it raises CircuitOpen at once, without a request, until a pause is over. Then one call
     tries, once, and opens the gate or begins a longer pause. Misconfigured closes it at once, for `park_seconds`.
     """
 
@@ -62,7 +62,7 @@ class CircuitBreaker:
         self._about = about
         self._settings = settings
         self._stopping = stopping
-        self._outage = Notice("outage", "outage_over", logging.WARNING)
+        self._outage = ConditionLog("outage", "outage_over", logging.WARNING)
         self._lock = Lock()
         self._failures = 0  # calls in a row that gave up
         self._pauses = 0
@@ -131,7 +131,7 @@ class CircuitBreaker:
             self._outage.log("", **self._about)
 
     def _failed(self, error: Transient | Misconfigured, finds_out: bool) -> Transient | Misconfigured:
-        """Note that a call gave up; return what to raise: an Outage when the gate is closed."""
+        """Note that a call gave up; return what to raise: an CircuitOpen when the gate is closed."""
         with self._lock:
             self._failures += 1
             if self._closed_by is not None and not finds_out:  # begun before the gate was closed
@@ -158,7 +158,7 @@ class CircuitBreaker:
 
 def _again(error: WorkerError, seconds: float) -> Transient | Misconfigured:
     """Return a new error of the same meaning: one object raised in many threads would collect their tracebacks."""
-    return type(error)(str(error), seconds) if isinstance(error, Misconfigured) else Outage(str(error), seconds)
+    return type(error)(str(error), seconds) if isinstance(error, Misconfigured) else CircuitOpen(str(error), seconds)
 
 
 _backoff = tenacity.wait_random_exponential(multiplier=0.2, max=5)

@@ -13,7 +13,7 @@ import click
 import orjson
 
 from worker.json_access import printable
-from worker.model import Sent
+from worker.model import SendResult
 from worker.send import request_for
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def operation_line(operation: Operation) -> str:
     return printable(orjson.dumps(line).decode())
 
 
-def print_instead(operations: Sequence[Operation]) -> Sequence[Sent]:
+def print_instead(operations: Sequence[Operation]) -> Sequence[SendResult]:
     """Print what would be sent: the send stage of a dry run."""
     with _PRINTING:
         try:
@@ -46,10 +46,10 @@ def print_instead(operations: Sequence[Operation]) -> Sequence[Sent]:
         except BrokenPipeError:  # `| head` has seen enough: stop in order, so that what is leased goes back
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             os.kill(os.getpid(), signal.SIGTERM)
-    return [Sent(None, 0)] * len(operations)
+    return [SendResult(None, 0)] * len(operations)
 
 
-class Peek:
+class DryRunQueue:
     """A queue whose messages are looked at once and then all returned, as if they had not been received."""
 
     def __init__(self, queue: QueueAdapter, at_most: int) -> None:

@@ -6,12 +6,12 @@ from datetime import UTC, datetime
 from threading import Condition
 from typing import TYPE_CHECKING
 
-from worker.errors import Misconfigured, Outage
+from worker.errors import CircuitOpen, Misconfigured
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from worker.model import Job
+    from worker.model import Message
 
 
 class InFlight:
@@ -20,7 +20,7 @@ class InFlight:
     def __init__(self, max_messages: int, max_bytes: int) -> None:
         self._max_messages = max_messages
         self._max_bytes = max_bytes
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[int, Message] = {}
         self._kept: dict[int, Exception | None] = {}  # what each waits for
         self._bytes = 0
         self._changed = Condition()
@@ -28,18 +28,18 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[Message]:
         """Return all jobs."""
         with self._changed:
             return list(self._jobs.values())
 
-    def add(self, job: Job) -> None:
+    def add(self, job: Message) -> None:
         """Note a job that was received."""
         with self._changed:
             self._jobs[id(job)] = job
             self._bytes += len(job.delivery.body)
 
-    def remove(self, jobs: Sequence[Job]) -> None:
+    def remove(self, jobs: Sequence[Message]) -> None:
         """Forget jobs that were settled."""
         with self._changed:
             for job in jobs:
@@ -48,7 +48,7 @@ class InFlight:
                     self._bytes -= len(job.delivery.body)
             self._changed.notify_all()
 
-    def keep(self, jobs: Sequence[Job]) -> None:
+    def keep(self, jobs: Sequence[Message]) -> None:
         """Note jobs that have to wait, and for what."""
         with self._changed:
             self._kept |= {id(job): job.outcome.cause if job.outcome else None for job in jobs if id(job) in self._jobs}
@@ -93,7 +93,7 @@ class InFlight:
     def is_stuck(self) -> bool:
         """Tell whether there are jobs, and all have to wait while an outage lasts."""
         with self._changed:
-            return self.is_idle and any(isinstance(cause, Outage) for cause in self._kept.values())
+            return self.is_idle and any(isinstance(cause, CircuitOpen) for cause in self._kept.values())
 
     def parked(self) -> str:
         """Return what the worker is not allowed to do; "" when it may work."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from threading import Event
 
-    from worker.model import Job
+    from worker.model import Message
     from worker.pipeline import Pipeline
     from worker.runtime.in_flight import InFlight
     from worker.settings import Settings
@@ -24,10 +24,10 @@ DELAY_AFTER_HOLD = 1 / 30  # of the hold; a message that was kept in vain stays 
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
+class LaneCallbacks:
     """What a lane tells the runner."""
 
-    give_back: Callable[[Sequence[Job]], None]  # return messages to the queue that the lane still has at its end
+    give_back: Callable[[Sequence[Message]], None]  # return messages to the queue that the lane still has at its end
     fail: Callable[[Exception], None]  # end the run
     refused: Callable[[Misconfigured], None]  # a message waits because the worker is not allowed to work
 
@@ -40,7 +40,7 @@ class Lane(Thread):
     """
 
     def __init__(
-        self, pipeline: Pipeline, in_flight: InFlight, settings: Settings, stopping: Event, ends: Ends
+        self, pipeline: Pipeline, in_flight: InFlight, settings: Settings, stopping: Event, ends: LaneCallbacks
     ) -> None:
         super().__init__(daemon=True)
         self._pipeline = pipeline
@@ -50,12 +50,12 @@ class Lane(Thread):
         self._ends = ends
         self._max_backoff = max_backoff(settings.outage_hold)
         self._hold = settings.outage_hold + min(settings.outage_hold, self._max_backoff)  # a last try, for sure
-        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
-        self._kept: list[Job] = []  # in the order they came
+        self._inbox: SimpleQueue[Message | None] = SimpleQueue()
+        self._kept: list[Message] = []  # in the order they came
         self._ended = False
         self.at_work = 0  # messages in the batch that is being handled
 
-    def put(self, job: Job) -> None:
+    def put(self, job: Message) -> None:
         """Have a job handled."""
         self._inbox.put(job)
 
@@ -63,7 +63,7 @@ class Lane(Thread):
         """Have the lane end after what was put before."""
         self._inbox.put(None)
 
-    def take_back(self) -> list[Job]:
+    def take_back(self) -> list[Message]:
         """Return what was put and not begun."""
         return [job for job in _emptied(self._inbox) if job is not None]
 
@@ -76,13 +76,13 @@ class Lane(Thread):
         if self._kept:
             self._guarded(self._ends.give_back, self._kept)
 
-    def _guarded(self, work: Callable[[Sequence[Job]], None], jobs: Sequence[Job]) -> None:
+    def _guarded(self, work: Callable[[Sequence[Message]], None], jobs: Sequence[Message]) -> None:
         try:
             work(jobs)
         except Exception as error:  # noqa: BLE001 - a lane that dies would stop its resources for ever
             self._ends.fail(error)
 
-    def _next_batch(self) -> list[Job]:
+    def _next_batch(self) -> list[Message]:
         """Wait for jobs, new ones or kept ones whose time has come; [] at the end."""
         while not self._ended and not self._stopping.is_set():
             batch = self._due()
@@ -93,11 +93,11 @@ class Lane(Thread):
                 return batch
         return []
 
-    def _due(self) -> list[Job]:
+    def _due(self) -> list[Message]:
         """Take a batch out of what is kept: what is due, but nothing before an earlier job of its resource."""
         now = time.monotonic()
-        due: list[Job] = []
-        later: list[Job] = []
+        due: list[Message] = []
+        later: list[Message] = []
         held_up = set()
         for job in self._kept:
             if job.due_at <= now and job.key not in held_up and len(due) < self._settings.max_batch:
@@ -108,7 +108,7 @@ class Lane(Thread):
         self._kept = later
         return due
 
-    def _add_arrived(self, batch: list[Job]) -> None:
+    def _add_arrived(self, batch: list[Message]) -> None:
         """Add what arrived to the batch, or to what is kept of its resource; wait for the first when there is none."""
         held_up = {job.key: job.due_at for job in reversed(self._kept)}  # the first of a resource counts
         wait = None if not held_up else max(min(held_up.values()) - time.monotonic(), 0.0)
@@ -128,7 +128,7 @@ class Lane(Thread):
         except Empty:
             return
 
-    def _work(self, batch: Sequence[Job]) -> None:
+    def _work(self, batch: Sequence[Message]) -> None:
         kept = self._pipeline.process(batch)
         self._in_flight.remove([job for job in batch if job not in kept])
         now = time.monotonic()
@@ -142,12 +142,12 @@ class Lane(Thread):
             kept = [job for job in kept if job not in spent]
         self._keep(kept, now)
 
-    def _is_spent(self, job: Job, now: float) -> bool:
+    def _is_spent(self, job: Message, now: float) -> bool:
         """Tell whether a message was kept as long as it may be. One that is parked may be kept for ever."""
         is_held = job.outcome is not None and job.outcome.disposition is Disposition.HOLD
         return is_held and now - job.failed_at >= self._hold
 
-    def _keep(self, jobs: Sequence[Job], now: float) -> None:
+    def _keep(self, jobs: Sequence[Message], now: float) -> None:
         refusals = []
         for job in jobs:
             cause = job.outcome.cause if job.outcome else None
@@ -164,12 +164,12 @@ class Lane(Thread):
             self._ends.refused(refusal)
 
 
-def _is_parked(job: Job) -> bool:
+def _is_parked(job: Message) -> bool:
     """Tell whether a job waits for the worker's permission, which no hold bounds."""
     return job.outcome is not None and job.outcome.disposition is Disposition.PARK
 
 
-def _emptied(inbox: SimpleQueue[Job | None]) -> Iterator[Job | None]:
+def _emptied(inbox: SimpleQueue[Message | None]) -> Iterator[Message | None]:
     while True:
         try:
             yield inbox.get_nowait()

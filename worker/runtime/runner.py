@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from adapters.base import Failure, QueueError, QueueRefusedError
 from worker.http.backoff import MAX_BACKOFF
 from worker.runtime.in_flight import InFlight
-from worker.runtime.lane import Ends, Lane
-from worker.telemetry.log import Notice, log
+from worker.runtime.lane import Lane, LaneCallbacks
+from worker.telemetry.log import ConditionLog, log
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapters.base import Delivery, QueueAdapter
     from worker.errors import Misconfigured
-    from worker.model import Job
+    from worker.model import Message
     from worker.pipeline import Pipeline
     from worker.settings import Settings
     from worker.telemetry.message_log import Telemetry
@@ -60,14 +60,14 @@ class Runner:
         self._once = False
         self._fatal: Exception | None = None
         self._in_flight = InFlight(settings.max_in_flight, settings.max_in_flight_bytes)
-        ends = Ends(self._give_back, self._fail, self._refused)
+        ends = LaneCallbacks(self._give_back, self._fail, self._refused)
         self._lanes = [Lane(pipeline, self._in_flight, settings, stopping, ends) for _ in range(settings.threads)]
         self._queue_refused = ""
         self._refused_at = 0.0  # monotonic seconds, as all times here
         self._pulled_at = 0.0
         self._has_begun = False
-        self._parked = Notice("parked", "unparked", logging.ERROR)
-        self._stuck = Notice("pulling_paused", "pulling_resumed", logging.WARNING)
+        self._parked = ConditionLog("parked", "unparked", logging.ERROR)
+        self._stuck = ConditionLog("pulling_paused", "pulling_resumed", logging.WARNING)
         self._heartbeat = time.monotonic()
 
     def stop(self) -> None:
@@ -203,12 +203,12 @@ class Runner:
         self._pulled_at = now
         return self._in_flight.wait_for_room(RECEIVE_WAIT)
 
-    def _dispatch(self, job: Job) -> None:
+    def _dispatch(self, job: Message) -> None:
         self._in_flight.add(job)
         effect, lanes = EFFECTS.get(job.key[0], 0), self._settings.lanes
         self._lanes[effect * lanes + hash(job.key) % lanes].put(job)
 
-    def _give_back(self, jobs: Sequence[Job]) -> None:
+    def _give_back(self, jobs: Sequence[Message]) -> None:
         """Return messages unhandled, once they cannot come back to this very worker.
 
         A lane may still be at work on them: the jobs are its own to change. What was begun costs a delivery

@@ -8,7 +8,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from worker.model import Kind, Operation, Sent
+from worker.model import Operation, OperationKind, SendResult
 from worker.send.catalog import BulkCatalog
 from worker.send.events import BulkEvents
 from worker.send.jobs import Jobs
@@ -27,12 +27,21 @@ if TYPE_CHECKING:
 __all__ = ["Request", "Sender", "request_for"]
 
 # What later phases need must be there first; within a phase operations go side by side.
-PHASES: tuple[frozenset[Kind], ...] = (
-    frozenset({Kind.CREATE_EVENT, Kind.UPSERT_PROFILE, Kind.UPSERT_CATEGORY, Kind.ENSURE_CATEGORY}),
-    frozenset({Kind.UPSERT_ITEM, Kind.DELETE_PROFILE}),
-    frozenset({Kind.DELETE_STALE_VARIANTS, Kind.DELETE_VARIANT}),  # first: a sku may have moved to another product
-    frozenset({Kind.UPSERT_VARIANT, Kind.UPDATE_INVENTORY}),
-    frozenset({Kind.DELETE_ITEM, Kind.DELETE_CATEGORY}),
+PHASES: tuple[frozenset[OperationKind], ...] = (
+    frozenset(
+        {
+            OperationKind.CREATE_EVENT,
+            OperationKind.UPSERT_PROFILE,
+            OperationKind.UPSERT_CATEGORY,
+            OperationKind.ENSURE_CATEGORY,
+        }
+    ),
+    frozenset({OperationKind.UPSERT_ITEM, OperationKind.DELETE_PROFILE}),
+    frozenset(
+        {OperationKind.DELETE_STALE_VARIANTS, OperationKind.DELETE_VARIANT}
+    ),  # first: a sku may have moved to another product
+    frozenset({OperationKind.UPSERT_VARIANT, OperationKind.UPDATE_INVENTORY}),
+    frozenset({OperationKind.DELETE_ITEM, OperationKind.DELETE_CATEGORY}),
 )
 
 
@@ -53,10 +62,10 @@ class Sender:
     ) -> None:
         events, profiles, catalog = (ThreadPoolExecutor(concurrency, thread_name_prefix="klaviyo") for _ in range(3))
         # As with the lanes: no order waits for threads that the limits for deletions, say, keep waiting.
-        self._executors = dict.fromkeys(Kind, catalog) | {
-            Kind.CREATE_EVENT: events,
-            Kind.UPSERT_PROFILE: profiles,
-            Kind.DELETE_PROFILE: profiles,
+        self._executors = dict.fromkeys(OperationKind, catalog) | {
+            OperationKind.CREATE_EVENT: events,
+            OperationKind.UPSERT_PROFILE: profiles,
+            OperationKind.DELETE_PROFILE: profiles,
         }
         self._single = Single(client)
         jobs = Jobs(client, stopping)
@@ -66,14 +75,14 @@ class Sender:
             BulkCatalog(client, jobs, self._single, catalog, self._one_by_one, bulk_threshold),
         )
 
-    def send(self, operations: Sequence[Operation]) -> list[Sent]:
+    def send(self, operations: Sequence[Operation]) -> list[SendResult]:
         """Carry out the operations; return what became of each, in their order.
 
         Operations of one kind and key are done once: the last counts for all of them.
         """
         ways = {name: bulk for bulk in self._bulks for name in bulk.choose(operations)}
         distinct = {(operation.kind, operation.key): operation for operation in operations}
-        results: dict[tuple[Kind, str], Sent] = {}
+        results: dict[tuple[OperationKind, str], SendResult] = {}
         for phase in PHASES:
             group = {name: operation for name, operation in distinct.items() if name[0] in phase}
             singly = {name: operation for name, operation in group.items() if name not in ways}
@@ -90,7 +99,7 @@ class Sender:
         for executor in set(self._executors.values()):
             executor.shutdown(wait=False, cancel_futures=True)
 
-    def _one_by_one(self, operations: Sequence[Operation]) -> Iterable[Sent]:
+    def _one_by_one(self, operations: Sequence[Operation]) -> Iterable[SendResult]:
         """Begin to carry out operations of one effect side by side, and yield their results."""
         if len(operations) <= 1:  # an idle worker pays for no thread hop
             return map(self._single.send, operations)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from worker.errors import Rejected
-from worker.model import Kind, Operation, Sent
+from worker.model import Operation, OperationKind, SendResult
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -54,17 +54,19 @@ def _halves(records: list[R]) -> list[list[R]]:
 class Bulk(Protocol):
     """A way to carry out many operations in few calls."""
 
-    def choose(self, operations: Sequence[Operation]) -> Collection[tuple[Kind, str]]:
+    def choose(self, operations: Sequence[Operation]) -> Collection[tuple[OperationKind, str]]:
         """Return kind and key of those of a batch that are to go this way; all of a batch are asked for, once."""
 
-    def send(self, operations: Sequence[Operation]) -> Sequence[Sent]:
+    def send(self, operations: Sequence[Operation]) -> Sequence[SendResult]:
         """Carry out operations that were chosen; return what became of each, in their order."""
 
 
-OneByOne = Callable[[Sequence[Operation]], Iterable[Sent]]
+OneByOne = Callable[[Sequence[Operation]], Iterable[SendResult]]
 
 
-def completed(operations: Sequence[Operation], verdicts: Sequence[Sent | None], one_by_one: OneByOne) -> list[Sent]:
+def completed(
+    operations: Sequence[Operation], verdicts: Sequence[SendResult | None], one_by_one: OneByOne
+) -> list[SendResult]:
     """Carry out one by one what a bulk call left without a verdict (None), and return all results."""
     alone = [operation for operation, verdict in zip(operations, verdicts, strict=True) if verdict is None]
     rest = iter(one_by_one(alone))

@@ -12,7 +12,7 @@ from worker.errors import Rejected, WorkerError
 from worker.http.chunks import chunked
 from worker.json_access import as_text
 from worker.klaviyo.client import iter_resources
-from worker.model import Json, Kind, Operation, Sent
+from worker.model import Json, Operation, OperationKind, SendResult
 from worker.send.bulk import completed
 from worker.send.jobs import Entry, JobKind
 from worker.send.requests import COLLECTION, entry_path, update_of
@@ -34,8 +34,8 @@ _TYPES = {
     "catalog-items": ("catalog-item", "items"),
     "catalog-variants": ("catalog-variant", "variants"),
 }
-_FULL = frozenset({Kind.UPSERT_CATEGORY, Kind.UPSERT_ITEM, Kind.UPSERT_VARIANT})
-_NOTHING_TO_DO = Sent(None, 0)
+_FULL = frozenset({OperationKind.UPSERT_CATEGORY, OperationKind.UPSERT_ITEM, OperationKind.UPSERT_VARIANT})
+_NOTHING_TO_DO = SendResult(None, 0)
 
 
 class BulkCatalog:
@@ -60,33 +60,33 @@ class BulkCatalog:
         self._one_by_one = one_by_one
         self._threshold = threshold
 
-    def choose(self, operations: Sequence[Operation]) -> list[tuple[Kind, str]]:
+    def choose(self, operations: Sequence[Operation]) -> list[tuple[OperationKind, str]]:
         """Return the names of the operations that are to go in bulk: those of which there is more than a handful."""
         names = {(operation.kind, operation.key) for operation in operations if operation.kind in COLLECTION}
         sizes = Counter(kind for kind, _ in names)
         return [name for name in names if sizes[name[0]] > self._threshold]
 
-    def send(self, operations: Sequence[Operation]) -> list[Sent]:
+    def send(self, operations: Sequence[Operation]) -> list[SendResult]:
         """Carry out operations of one phase; return what became of each, in their order."""
         groups: dict[str, list[Operation]] = defaultdict(list)
         for operation in operations:
             groups[COLLECTION[operation.kind]].append(operation)
-        results: dict[tuple[Kind, str], Sent] = {}
+        results: dict[tuple[OperationKind, str], SendResult] = {}
         for collection, group in groups.items():
             names = [(operation.kind, operation.key) for operation in group]
             results |= zip(names, self._work(collection, group), strict=True)
         return [results[operation.kind, operation.key] for operation in operations]
 
-    def _work(self, collection: str, operations: list[Operation]) -> list[Sent]:
+    def _work(self, collection: str, operations: list[Operation]) -> list[SendResult]:
         match operations[0].kind:
-            case Kind.DELETE_STALE_VARIANTS:
+            case OperationKind.DELETE_STALE_VARIANTS:
                 return self._delete_stale_variants(operations)
-            case Kind.DELETE_ITEM | Kind.DELETE_CATEGORY | Kind.DELETE_VARIANT:
+            case OperationKind.DELETE_ITEM | OperationKind.DELETE_CATEGORY | OperationKind.DELETE_VARIANT:
                 return self._delete(collection, operations)
             case _:
                 return self._write(collection, operations)
 
-    def _write(self, collection: str, operations: list[Operation]) -> list[Sent]:
+    def _write(self, collection: str, operations: list[Operation]) -> list[SendResult]:
         """Create what is missing and update what exists. Of two writes to an entry the full one counts for both."""
         writes = {operation.key: operation for operation in sorted(operations, key=lambda o: o.kind in _FULL)}
         try:
@@ -94,10 +94,12 @@ class BulkCatalog:
         except Rejected:
             return list(self._one_by_one(operations))
         except WorkerError as error:
-            return [Sent(error, 1)] * len(operations)
-        done: dict[str, Sent | None] = dict.fromkeys(existing, _NOTHING_TO_DO)
-        creations = [o for key, o in writes.items() if key not in existing and o.kind is not Kind.UPDATE_INVENTORY]
-        updates = [o for key, o in writes.items() if key in existing and o.kind is not Kind.ENSURE_CATEGORY]
+            return [SendResult(error, 1)] * len(operations)
+        done: dict[str, SendResult | None] = dict.fromkeys(existing, _NOTHING_TO_DO)
+        creations = [
+            o for key, o in writes.items() if key not in existing and o.kind is not OperationKind.UPDATE_INVENTORY
+        ]
+        updates = [o for key, o in writes.items() if key in existing and o.kind is not OperationKind.ENSURE_CATEGORY]
         for verb, group in (("create", creations), ("update", updates)):
             done |= zip((o.key for o in group), self._jobs.run(*_job(collection, verb, group)), strict=True)
         for operation in creations:
@@ -117,12 +119,12 @@ class BulkCatalog:
             self._single.remember(entry_path(writes[key]))
         return existing
 
-    def _delete(self, collection: str, operations: list[Operation]) -> list[Sent]:
+    def _delete(self, collection: str, operations: list[Operation]) -> list[SendResult]:
         for operation in operations:
             self._single.forget(entry_path(operation))
         return completed(operations, self._jobs.run(*_job(collection, "delete", operations)), self._one_by_one)
 
-    def _delete_stale_variants(self, operations: list[Operation]) -> list[Sent]:
+    def _delete_stale_variants(self, operations: list[Operation]) -> list[SendResult]:
         """Delete the variants that commercetools no longer has, of all the items at once."""
         found = list(self._executor.map(self._stale_variants, operations))
         stale = {o.key: o for deletions in found if not isinstance(deletions, WorkerError) for o in deletions}
@@ -130,9 +132,9 @@ class BulkCatalog:
         work = self._delete("catalog-variants", [*stale.values()]) if is_many else self._one_by_one([*stale.values()])
         deleted = dict(zip(stale, work, strict=True))
         return [
-            Sent(deletions, 1)
+            SendResult(deletions, 1)
             if isinstance(deletions, WorkerError)
-            else Sent(next((e for o in deletions if (e := deleted[o.key].error)), None), 1 + len(deletions))
+            else SendResult(next((e for o in deletions if (e := deleted[o.key].error)), None), 1 + len(deletions))
             for deletions in found
         ]
 
@@ -153,7 +155,7 @@ def _job(collection: str, verb: str, operations: list[Operation]) -> tuple[JobKi
 def _resource(of_one: str, verb: str, operation: Operation) -> Json | None:
     if verb == "delete":
         return {"type": of_one, "id": catalog_id(operation.key)}
-    if verb == "create" or operation.kind is Kind.UPDATE_INVENTORY:
+    if verb == "create" or operation.kind is OperationKind.UPDATE_INVENTORY:
         return operation.resource
     return update_of(operation)
 

@@ -18,7 +18,7 @@ import orjson
 
 from worker.errors import Transient, WorkerError
 from worker.json_access import as_dict, as_text
-from worker.model import Kind, Operation, Sent
+from worker.model import Operation, OperationKind, SendResult
 from worker.send.bulk import completed, narrow
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class _Record:
     share: _Share
     may_go: Callable[[], bool]  # asked last before every try of the call
     has_ended: bool = False
-    verdict: Sent | None = None
+    verdict: SendResult | None = None
 
 
 _Entries = dict[bytes, list[_Record]]  # by profile, in the order of the call
@@ -76,14 +76,14 @@ class BulkEvents:
         self._sent, self._sent_before = set[int](), set[int]()  # hashes: one that two events share costs a call
         self._lock = Lock()
 
-    def choose(self, operations: Sequence[Operation]) -> list[tuple[Kind, str]]:
+    def choose(self, operations: Sequence[Operation]) -> list[tuple[OperationKind, str]]:
         """Return the names of the events that are to go in bulk; none, when they are only a handful.
 
         All events count as sent from now on: what becomes of a call may never be known.
         """
         same: dict[tuple[str, str], list[Operation]] = defaultdict(list)
         for operation in operations:
-            if operation.kind is Kind.CREATE_EVENT:
+            if operation.kind is OperationKind.CREATE_EVENT:
                 same[_id(operation)].append(operation)
         with self._lock:
             chosen = [events[-1] for event_id, events in same.items() if self._may_go(event_id, events)]
@@ -107,7 +107,7 @@ class BulkEvents:
     def _still_may_go(self, event: Operation) -> Callable[[], bool]:
         return event.fresh if self._mode == "auto" and event.fresh else lambda: True
 
-    def send(self, operations: Sequence[Operation]) -> list[Sent]:
+    def send(self, operations: Sequence[Operation]) -> list[SendResult]:
         """Send the events, no metric and unique_id twice; return what became of each, in their order.
 
         A call that fails leaves its error to its events; a refused one is narrowed, see narrow.py.
@@ -153,10 +153,10 @@ class _Calls:
         try:
             self._end(self._call(load), None)
         except WorkerError as error:
-            self._end(load or self._take_back(share), Sent(error, min(self._client.requests_sent() - before, 1)))
+            self._end(load or self._take_back(share), SendResult(error, min(self._client.requests_sent() - before, 1)))
         except BaseException:  # a defect: what no call took is not left to others, as nobody would learn of its end
             own = self._take_back(share, has_turn=not load)
-            self._end([*load, *own], Sent(Transient("a bulk call of events broke off"), 1))
+            self._end([*load, *own], SendResult(Transient("a bulk call of events broke off"), 1))
             raise
 
     def _call(self, load: list[_Record]) -> list[_Record]:
@@ -165,7 +165,7 @@ class _Calls:
         def send(part: list[_Record]) -> None:
             with suppress(_NothingLeftError):
                 self._client.call("POST", PATH, partial(self._body, part), idempotent=False)
-                self._end(part, Sent(None, 1))
+                self._end(part, SendResult(None, 1))
 
         return narrow(load, send, _culprits)
 
@@ -208,7 +208,7 @@ class _Calls:
             self._changed.notify_all()
         return own
 
-    def _end(self, records: Iterable[_Record], verdict: Sent | None) -> None:
+    def _end(self, records: Iterable[_Record], verdict: SendResult | None) -> None:
         with self._changed:
             for record in records:
                 if not record.has_ended:

@@ -13,9 +13,9 @@ from worker.errors import KlaviyoMisconfigured, Rejected, Transient, WorkerError
 from worker.http.chunks import chunked
 from worker.json_access import as_dict, as_dicts, as_int, as_text
 from worker.klaviyo.client import iter_resources
-from worker.model import Json, Sent
+from worker.model import Json, SendResult
 from worker.send.bulk import narrow
-from worker.telemetry.log import Notice
+from worker.telemetry.log import ConditionLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -52,7 +52,7 @@ class Entry:
 
     key: str
     body: bytes
-    verdict: Sent | None = None
+    verdict: SendResult | None = None
 
 
 class _Job(NamedTuple):
@@ -73,9 +73,9 @@ class Jobs:
         self._listing: dict[str, Json] = {}
         self._listed_at = float("-inf")  # monotonic seconds
         self._lock = Lock()
-        self._refused = Notice("bulk_jobs_refused", "bulk_jobs_allowed", logging.WARNING)
+        self._refused = ConditionLog("bulk_jobs_refused", "bulk_jobs_allowed", logging.WARNING)
 
-    def run(self, kind: JobKind, entries: Sequence[Entry]) -> list[Sent | None]:
+    def run(self, kind: JobKind, entries: Sequence[Entry]) -> list[SendResult | None]:
         """Have entries worked on; return what became of each, None for those that must go alone."""
         chunks = list(_chunks(kind, entries))
         for first in range(0, len(chunks), IN_PROGRESS):
@@ -98,7 +98,7 @@ class Jobs:
         except KlaviyoMisconfigured as error:
             self._refused.log(str(error), job=kind.type)
         except WorkerError as error:
-            verdict = Sent(error, min(self._client.requests_sent() - before, 1))
+            verdict = SendResult(error, min(self._client.requests_sent() - before, 1))
             for entry in chunk:  # those that have a job get another in the end
                 entry.verdict = verdict
 
@@ -124,10 +124,10 @@ class Jobs:
             self._refused.log(str(error), job=kind.type)
         except WorkerError as error:
             for entry in job.entries:
-                entry.verdict = Sent(error, 1)
+                entry.verdict = SendResult(error, 1)
             return
         for entry in job.entries:
-            entry.verdict = None if failed is None or entry.key in failed else Sent(None, 1)
+            entry.verdict = None if failed is None or entry.key in failed else SendResult(None, 1)
 
     def _ended(self, kind: JobKind, job: _Job) -> Json:
         """Return the job as it ended, or as it is when that takes too long. Raises WorkerError."""

@@ -12,7 +12,7 @@ import orjson
 from worker.errors import Rejected, Transient, WorkerError
 from worker.json_access import as_text
 from worker.klaviyo.client import iter_resources
-from worker.model import Json, Kind, Operation, Sent
+from worker.model import Json, Operation, OperationKind, SendResult
 from worker.send.identifiers import BY_STRENGTH, invalid_identifier, without
 from worker.send.requests import COLLECTION, deletion, entry_path, update_of
 from worker.telemetry.log import log
@@ -35,29 +35,29 @@ class Single:
         self._exists: cachetools.TTLCache[str, bool]
         self._exists = cachetools.TTLCache(_REMEMBERED, _REMEMBERED_SECONDS)
         self._lock = Lock()
-        self._special: dict[Kind, Callable[[Operation], None]] = {
-            Kind.CREATE_EVENT: self._create_event,
-            Kind.UPSERT_PROFILE: self._upsert_profile,
-            Kind.DELETE_PROFILE: self._delete_profile,
-            Kind.UPSERT_CATEGORY: self._upsert,
-            Kind.ENSURE_CATEGORY: self._ensure,
-            Kind.UPSERT_ITEM: self._upsert,
-            Kind.UPSERT_VARIANT: self._upsert,
-            Kind.UPDATE_INVENTORY: self._update_inventory,
-            Kind.DELETE_STALE_VARIANTS: self._delete_stale_variants,
-            Kind.DELETE_ITEM: self._delete,
-            Kind.DELETE_CATEGORY: self._delete,
-            Kind.DELETE_VARIANT: self._delete,
+        self._special: dict[OperationKind, Callable[[Operation], None]] = {
+            OperationKind.CREATE_EVENT: self._create_event,
+            OperationKind.UPSERT_PROFILE: self._upsert_profile,
+            OperationKind.DELETE_PROFILE: self._delete_profile,
+            OperationKind.UPSERT_CATEGORY: self._upsert,
+            OperationKind.ENSURE_CATEGORY: self._ensure,
+            OperationKind.UPSERT_ITEM: self._upsert,
+            OperationKind.UPSERT_VARIANT: self._upsert,
+            OperationKind.UPDATE_INVENTORY: self._update_inventory,
+            OperationKind.DELETE_STALE_VARIANTS: self._delete_stale_variants,
+            OperationKind.DELETE_ITEM: self._delete,
+            OperationKind.DELETE_CATEGORY: self._delete,
+            OperationKind.DELETE_VARIANT: self._delete,
         }
 
-    def send(self, operation: Operation) -> Sent:
+    def send(self, operation: Operation) -> SendResult:
         """Carry out an operation; return what became of it."""
         before, error = self._client.requests_sent(), None
         try:
             self._special[operation.kind](operation)
         except WorkerError as failure:
             error = failure
-        return Sent(error, self._client.requests_sent() - before)
+        return SendResult(error, self._client.requests_sent() - before)
 
     def stale_variants(self, operation: Operation) -> list[Operation]:
         """Return the deletions of the item's variants in Klaviyo that commercetools no longer has."""
@@ -70,7 +70,7 @@ class Single:
                 raise
             return []
         keys = [external_id(as_text(variant.get("id"))) for variant in found]
-        return [Operation(Kind.DELETE_VARIANT, key) for key in keys if key not in operation.keep]
+        return [Operation(OperationKind.DELETE_VARIANT, key) for key in keys if key not in operation.keep]
 
     def knows(self, entry: str) -> bool:
         """Tell whether the catalog entry at this path was seen lately."""

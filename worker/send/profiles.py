@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from worker.json_access import as_text
-from worker.model import Json, Kind, Operation, Sent
+from worker.model import Json, Operation, OperationKind, SendResult
 from worker.send.bulk import completed
 from worker.send.identifiers import BY_STRENGTH
 from worker.send.jobs import PROFILES, Entry, JobKind
@@ -30,17 +30,19 @@ class BulkProfiles:
         self._one_by_one = one_by_one
         self._threshold = threshold
 
-    def choose(self, operations: Sequence[Operation]) -> list[tuple[Kind, str]]:
+    def choose(self, operations: Sequence[Operation]) -> list[tuple[OperationKind, str]]:
         """Return the names of the upserts that are to go in bulk; none, when they are only a handful.
 
         Two that share an identifier go one by one: nothing is said about their order within a job.
         """
-        upserts = {operation.key: operation for operation in operations if operation.kind is Kind.UPSERT_PROFILE}
+        upserts = {
+            operation.key: operation for operation in operations if operation.kind is OperationKind.UPSERT_PROFILE
+        }
         named = Counter(identifier for upsert in upserts.values() for identifier in _identifiers(upsert))
         chosen = [key for key, upsert in upserts.items() if all(named[each] == 1 for each in _identifiers(upsert))]
-        return [(Kind.UPSERT_PROFILE, key) for key in chosen] if len(chosen) > self._threshold else []
+        return [(OperationKind.UPSERT_PROFILE, key) for key in chosen] if len(chosen) > self._threshold else []
 
-    def send(self, operations: Sequence[Operation]) -> list[Sent]:
+    def send(self, operations: Sequence[Operation]) -> list[SendResult]:
         """Import the profiles; return what became of each, in their order."""
         entries = [Entry(_external_id(upsert), orjson.dumps(upsert.resource)) for upsert in operations]
         return completed(operations, self._jobs.run(_JOB, entries), self._one_by_one)

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from worker.model import Json, Kind, Operation
+from worker.model import Json, Operation, OperationKind
 from worker.transform.catalog import catalog_id
 
 COLLECTION = {
-    Kind.UPSERT_CATEGORY: "catalog-categories",
-    Kind.ENSURE_CATEGORY: "catalog-categories",
-    Kind.DELETE_CATEGORY: "catalog-categories",
-    Kind.UPSERT_ITEM: "catalog-items",
-    Kind.DELETE_ITEM: "catalog-items",
-    Kind.DELETE_STALE_VARIANTS: "catalog-items",
-    Kind.UPSERT_VARIANT: "catalog-variants",
-    Kind.UPDATE_INVENTORY: "catalog-variants",
-    Kind.DELETE_VARIANT: "catalog-variants",
+    OperationKind.UPSERT_CATEGORY: "catalog-categories",
+    OperationKind.ENSURE_CATEGORY: "catalog-categories",
+    OperationKind.DELETE_CATEGORY: "catalog-categories",
+    OperationKind.UPSERT_ITEM: "catalog-items",
+    OperationKind.DELETE_ITEM: "catalog-items",
+    OperationKind.DELETE_STALE_VARIANTS: "catalog-items",
+    OperationKind.UPSERT_VARIANT: "catalog-variants",
+    OperationKind.UPDATE_INVENTORY: "catalog-variants",
+    OperationKind.DELETE_VARIANT: "catalog-variants",
 }
 _CREATE_ONLY = frozenset({"external_id", "integration_type", "catalog_type"})
 
@@ -34,17 +34,17 @@ class Request:
 def request_for(operation: Operation) -> Request:
     """Return the request that carries out an operation, or the first of them: its whole meaning for a reader."""
     match operation.kind:
-        case Kind.CREATE_EVENT:
+        case OperationKind.CREATE_EVENT:
             return Request("POST", "/api/events", {"data": operation.resource})
-        case Kind.UPSERT_PROFILE:
+        case OperationKind.UPSERT_PROFILE:
             return Request("POST", "/api/profile-import", {"data": operation.resource})
-        case Kind.DELETE_PROFILE:
+        case OperationKind.DELETE_PROFILE:
             return deletion(f"the profile with external_id {operation.key}")
-        case Kind.DELETE_STALE_VARIANTS:
+        case OperationKind.DELETE_STALE_VARIANTS:
             return Request("GET", entry_path(operation) + "/variants", {"keep": sorted(operation.keep)})
-        case Kind.DELETE_ITEM | Kind.DELETE_CATEGORY | Kind.DELETE_VARIANT:
+        case OperationKind.DELETE_ITEM | OperationKind.DELETE_CATEGORY | OperationKind.DELETE_VARIANT:
             return Request("DELETE", entry_path(operation))
-        case Kind.UPDATE_INVENTORY:
+        case OperationKind.UPDATE_INVENTORY:
             return Request("PATCH", entry_path(operation), {"data": operation.resource})
         case _:
             return Request("POST", f"/api/{COLLECTION[operation.kind]}", {"data": operation.resource})
@@ -60,7 +60,7 @@ def update_of(operation: Operation) -> Json:
     resource = operation.resource or {}
     attributes = {n: v for n, v in resource["attributes"].items() if n not in _CREATE_ONLY}
     update = {"type": resource["type"], "id": catalog_id(operation.key), "attributes": attributes}
-    if operation.kind is not Kind.UPSERT_VARIANT and "relationships" in resource:
+    if operation.kind is not OperationKind.UPSERT_VARIANT and "relationships" in resource:
         update["relationships"] = resource["relationships"]  # a variant never changes its item
     return update
 

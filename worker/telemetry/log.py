@@ -16,7 +16,7 @@ log = logging.getLogger("klaviyo_worker")
 AT_MOST_EVERY = 60.0  # seconds between two lines that say the same
 
 
-class Notice:
+class ConditionLog:
     """Says that something is the case: when it begins, once a minute while it lasts, and when it is over.
 
     Safe for many threads.

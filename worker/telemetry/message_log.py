@@ -10,14 +10,14 @@ from datetime import UTC, datetime
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from worker.errors import Disposition, Ignored, Outdated
+from worker.errors import Disposition, Ignored, StaleWrite
 from worker.telemetry.log import log
-from worker.telemetry.recent_failures import Failures
+from worker.telemetry.recent_failures import RecentFailures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from worker.model import Job
+    from worker.model import Message
     from worker.telemetry.metrics import Metrics
 
 
@@ -35,7 +35,7 @@ class Telemetry:
     def __init__(self, metrics: Metrics) -> None:
         self.outcomes: Counter[str] = Counter()
         self.metrics = metrics
-        self.failures = Failures()
+        self.failures = RecentFailures()
         self._lock = Lock()
 
     def received(self, messages: int) -> None:
@@ -50,24 +50,24 @@ class Telemetry:
         yield
         self.metrics.stage(name, time.monotonic() - began)
 
-    def processed(self, jobs: Sequence[Job]) -> None:
+    def processed(self, jobs: Sequence[Message]) -> None:
         """Count a batch that went through the stages, and what failed in it, for good or for now."""
         self.metrics.batch(len(jobs))
         for job in jobs:
-            if job.outcome and job.outcome.cause and not isinstance(job.outcome.cause, Ignored | Outdated):
+            if job.outcome and job.outcome.cause and not isinstance(job.outcome.cause, Ignored | StaleWrite):
                 self.metrics.failed(job.outcome.stage, job.outcome.error)
-                if job.is_kept:
+                if job.is_held:
                     self.failures.note(_canonical(job, "waiting"))
 
-    def settled(self, jobs: Iterable[Job]) -> None:
+    def settled(self, jobs: Iterable[Message]) -> None:
         """Report deliveries that reached an ending."""
         self._report((job, outcome_name(job)) for job in jobs)
 
-    def returned(self, jobs: Iterable[Job]) -> None:
+    def returned(self, jobs: Iterable[Message]) -> None:
         """Report deliveries that went back to the queue unhandled."""
         self._report((job, "returned") for job in jobs)
 
-    def _report(self, endings: Iterable[tuple[Job, str]]) -> None:
+    def _report(self, endings: Iterable[tuple[Message, str]]) -> None:
         for job, outcome in endings:
             with self._lock:
                 self.outcomes[outcome] += 1
@@ -78,7 +78,7 @@ class Telemetry:
             log.log(_LEVELS.get(outcome, logging.INFO), "message_processed", extra=line)
 
 
-def outcome_name(job: Job) -> str:
+def outcome_name(job: Message) -> str:
     """Return the outcome of a settled job as logs name it: sent, ignored, retried, dead_lettered."""
     assert job.outcome is not None
     if job.outcome.disposition is Disposition.ACK and not job.operations:
@@ -86,7 +86,7 @@ def outcome_name(job: Job) -> str:
     return _OUTCOMES[job.outcome.disposition]
 
 
-def _canonical(job: Job, outcome: str) -> dict[str, Any]:
+def _canonical(job: Message, outcome: str) -> dict[str, Any]:
     notification, delivery, ending = job.notification, job.delivery, job.outcome
     published = delivery.published_at
     age = (datetime.now(UTC) - published).total_seconds() if published else None

@@ -15,7 +15,7 @@ _SAME = ("outcome", "stage", "error", "reason")  # what makes two failures one, 
 _TOLD = (*_SAME, "message_type", "resource_type", "resource_id", "message_id", "attempt")
 
 
-class Failures:
+class RecentFailures:
     """The last MOST different failures, each with its newest message. Safe for many threads.
 
     One that comes again is counted, so that an outage of a thousand messages does not push out all others.

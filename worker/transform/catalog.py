@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from worker.json_access import as_text
-from worker.model import Json, Kind, Operation
+from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ def external_id(entry_id: str) -> str:
     return entry_id.removeprefix(_PREFIX)
 
 
-def category_operation(kind: Kind, category: Json, categories: ReadOnly[str, Json], mapping: Mapping) -> Operation:
+def category_operation(
+    kind: OperationKind, category: Json, categories: ReadOnly[str, Json], mapping: Mapping
+) -> Operation:
     """Return an operation that writes a category under its breadcrumb."""
     category_id = as_text(category.get("id"))
     attributes = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from worker.model import Kind, Operation
+from worker.model import Operation, OperationKind
 from worker.transform.catalog import category_operation
 from worker.transform.registry import handles
 
@@ -33,8 +33,8 @@ def category_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation
     """Mirror the category as commercetools holds it now; its name is part of its descendants' names."""
     category = enriched.category
     if category is None:
-        yield Operation(Kind.DELETE_CATEGORY, enriched.notification.resource_id)
+        yield Operation(OperationKind.DELETE_CATEGORY, enriched.notification.resource_id)
         return
-    yield category_operation(Kind.UPSERT_CATEGORY, category, enriched.categories, mapping)
+    yield category_operation(OperationKind.UPSERT_CATEGORY, category, enriched.categories, mapping)
     for descendant in enriched.descendants[: mapping.category.descendants]:
-        yield category_operation(Kind.UPSERT_CATEGORY, descendant, enriched.categories, mapping)
+        yield category_operation(OperationKind.UPSERT_CATEGORY, descendant, enriched.categories, mapping)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from worker.errors import Ignored
 from worker.json_access import as_dict, as_dicts, as_text
-from worker.model import Json, Kind, Operation
+from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
 from worker.transform.registry import handles
 from worker.transform.size_limits import PROFILE_BYTES, fit
@@ -47,7 +47,7 @@ def customer_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation
     if not {"email", "phone_number"} & attributes.keys():
         raise Ignored("the customer has neither an email address nor a valid phone number")
     key = as_text(customer.get("id")) or enriched.notification.resource_id
-    yield Operation(Kind.UPSERT_PROFILE, key, {"type": "profile", "attributes": attributes}, cut=cut)
+    yield Operation(OperationKind.UPSERT_PROFILE, key, {"type": "profile", "attributes": attributes}, cut=cut)
 
 
 def _created(enriched: Enriched, mapping: Mapping) -> Json | None:
@@ -119,4 +119,4 @@ def _is_erasure(notification: Notification, mapping: Mapping) -> None:
 )
 def customer_erased(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:  # noqa: ARG001
     """Request the deletion of the profile; it is found by its external_id, as commercetools tells no more."""
-    yield Operation(Kind.DELETE_PROFILE, enriched.notification.resource_id)
+    yield Operation(OperationKind.DELETE_PROFILE, enriched.notification.resource_id)

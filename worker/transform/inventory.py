@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from worker.errors import Ignored
 from worker.json_access import as_text
-from worker.model import Kind, Operation
+from worker.model import Operation, OperationKind
 from worker.transform.catalog import catalog_id
 from worker.transform.products import product_operations, quantity
 from worker.transform.registry import handles
@@ -32,4 +32,4 @@ def inventory_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operatio
     attributes = {"inventory_quantity": stock, "inventory_policy": 1}
     variant = {"type": "catalog-variant", "id": catalog_id(sku), "attributes": attributes}
     whole = partial(product_operations, enriched, mapping) if enriched.product else None
-    yield Operation(Kind.UPDATE_INVENTORY, sku, variant, otherwise=whole)
+    yield Operation(OperationKind.UPDATE_INVENTORY, sku, variant, otherwise=whole)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from worker.errors import Rejected
 from worker.json_access import as_dict, as_dicts, as_int, as_text, unique
-from worker.model import Json, Kind, Operation
+from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
 from worker.transform.fields import product_url
 from worker.transform.size_limits import fit
@@ -38,7 +38,7 @@ def event(*, metric: str, unique_id: str, time: str, value: Any, profile: Json, 
     )
     resource = {"type": "event", "attributes": {"properties": fitted, **attributes}}
     key = "\0".join((metric, unique_id, *(str(profile.get(name)) for name in ("email", "external_id"))))
-    return Operation(Kind.CREATE_EVENT, key, resource, cut=cut)
+    return Operation(OperationKind.CREATE_EVENT, key, resource, cut=cut)
 
 
 def identifiers(order: Json, enriched: Enriched) -> Json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from worker.json_access import as_dict, as_dicts, as_int, as_text, pick_ids
-from worker.model import Json, Kind, Operation
+from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
 from worker.transform.catalog import catalog_id, category_operation
 from worker.transform.fields import product_url
@@ -43,12 +43,14 @@ def product_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]
     """Mirror the product as commercetools shows it now: published, or gone."""
     if enriched.product is None:
         product_id = enriched.notification.resource_id
-        yield Operation(Kind.DELETE_STALE_VARIANTS, product_id)
-        yield Operation(Kind.DELETE_ITEM, product_id)
+        yield Operation(OperationKind.DELETE_STALE_VARIANTS, product_id)
+        yield Operation(OperationKind.DELETE_ITEM, product_id)
         return
     yield from product_operations(enriched, mapping)
     yield Operation(
-        Kind.DELETE_STALE_VARIANTS, as_text(enriched.product.get("id")), keep=frozenset(_skus(enriched.product))
+        OperationKind.DELETE_STALE_VARIANTS,
+        as_text(enriched.product.get("id")),
+        keep=frozenset(_skus(enriched.product)),
     )
 
 
@@ -57,12 +59,12 @@ def product_operations(enriched: Enriched, mapping: Mapping) -> Iterable[Operati
     product = as_dict(enriched.product)
     product_id = as_text(product.get("id"))
     for category in _categories(product_id, enriched):
-        yield category_operation(Kind.ENSURE_CATEGORY, category, enriched.categories, mapping)
-    yield Operation(Kind.UPSERT_ITEM, product_id, _item(product, enriched, mapping))
+        yield category_operation(OperationKind.ENSURE_CATEGORY, category, enriched.categories, mapping)
+    yield Operation(OperationKind.UPSERT_ITEM, product_id, _item(product, enriched, mapping))
     for variant in _variants(product):
         sku = as_text(variant.get("sku"))
         if sku:
-            yield Operation(Kind.UPSERT_VARIANT, sku, _variant(product, variant, enriched, mapping))
+            yield Operation(OperationKind.UPSERT_VARIANT, sku, _variant(product, variant, enriched, mapping))
 
 
 def quantity(entries: Iterable[Json], channel: str) -> int | None:

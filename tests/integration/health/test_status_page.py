@@ -25,7 +25,7 @@ from tests.unit.runtime import test_runner
 from tests.unit.runtime.test_runner import wait_for
 from worker.health.server import HealthServer
 from worker.health.status import Status
-from worker.service import Service
+from worker.service import Worker
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
 
@@ -154,7 +154,7 @@ def test_a_worker_shows_how_it_is_unless_told_not_to(
     settings = settings_for(
         sandbox, queue_url=f"embedded://{tmp_path}/q.db", metrics_port=port, status_page=setting, catalog_ttl=0
     )
-    service = Service(settings)
+    service = Worker(settings)
     running = Thread(target=service.run, kwargs={"once": False, "max_wait": 0.0})
     running.start()
     try:

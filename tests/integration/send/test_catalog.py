@@ -15,7 +15,7 @@ from tests.integration.conftest import klaviyo_for
 from tests.support.sender import Sender
 from worker import send
 from worker.errors import Rejected, Transient
-from worker.model import Kind, Operation
+from worker.model import Operation, OperationKind
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import Account
 from worker.send import jobs
@@ -38,7 +38,7 @@ def sender(sandbox: Sandbox) -> Sender:
     return Sender(klaviyo_for(sandbox), 4)
 
 
-def category(number: int, kind: Kind = Kind.UPSERT_CATEGORY, name: str = "Shirts") -> Operation:
+def category(number: int, kind: OperationKind = OperationKind.UPSERT_CATEGORY, name: str = "Shirts") -> Operation:
     attributes = {"external_id": f"c{number}", "name": name, "integration_type": "$custom", "catalog_type": "$default"}
     return Operation(kind, f"c{number}", {"type": "catalog-category", "attributes": attributes})
 
@@ -47,7 +47,7 @@ def item(number: int, title: Any = "Shirt") -> Operation:
     attributes = COMMON | {"external_id": f"p{number}", "title": title}
     related = {"categories": {"data": [{"type": "catalog-category", "id": catalog_id(f"c{number % 30}")}]}}
     resource = {"type": "catalog-item", "attributes": attributes, "relationships": related}
-    return Operation(Kind.UPSERT_ITEM, f"p{number}", resource)
+    return Operation(OperationKind.UPSERT_ITEM, f"p{number}", resource)
 
 
 def variant(number: int, parent: int | None = None, stock: Any = 1, title: str = "M") -> Operation:
@@ -55,7 +55,7 @@ def variant(number: int, parent: int | None = None, stock: Any = 1, title: str =
     attributes = COMMON | {"external_id": sku, "sku": sku, "title": title, "price": 1.0, "inventory_quantity": stock}
     of = {"item": {"data": {"type": "catalog-item", "id": catalog_id(f"p{number if parent is None else parent}")}}}
     return Operation(
-        Kind.UPSERT_VARIANT, sku, {"type": "catalog-variant", "attributes": attributes, "relationships": of}
+        OperationKind.UPSERT_VARIANT, sku, {"type": "catalog-variant", "attributes": attributes, "relationships": of}
     )
 
 
@@ -65,11 +65,11 @@ def stock(number: int, quantity: int, *otherwise: Operation) -> Operation:
         "id": catalog_id(f"s{number}"),
         "attributes": {"inventory_quantity": quantity},
     }
-    return Operation(Kind.UPDATE_INVENTORY, f"s{number}", resource, otherwise=lambda: otherwise)
+    return Operation(OperationKind.UPDATE_INVENTORY, f"s{number}", resource, otherwise=lambda: otherwise)
 
 
 def products(number: int, **more: Any) -> list[Operation]:
-    needed = [category(each, Kind.ENSURE_CATEGORY) for each in range(30)]
+    needed = [category(each, OperationKind.ENSURE_CATEGORY) for each in range(30)]
     return [*map(variant, range(number)), *(item(each, **more) for each in range(number)), *needed]
 
 
@@ -149,8 +149,12 @@ def test_deletions_go_in_jobs_and_what_is_gone_is_deleted(sandbox: Sandbox, send
     sender.send(products(60))
     sandbox.klaviyo.requests.clear()
     keys = [f"p{number}" for number in range(70)]
-    operations = [Operation(kind, key) for key in keys for kind in (Kind.DELETE_STALE_VARIANTS, Kind.DELETE_ITEM)]
-    operations += [Operation(Kind.DELETE_CATEGORY, f"c{number}") for number in range(30)]
+    operations = [
+        Operation(kind, key)
+        for key in keys
+        for kind in (OperationKind.DELETE_STALE_VARIANTS, OperationKind.DELETE_ITEM)
+    ]
+    operations += [Operation(OperationKind.DELETE_CATEGORY, f"c{number}") for number in range(30)]
     assert sender.send(operations) == [None] * 170
     assert (sandbox.account.categories, sandbox.account.items, sandbox.account.variants) == ({}, {}, {})
     made = calls(sandbox)
@@ -165,7 +169,8 @@ def test_variants_that_moved_to_another_product_survive(sandbox: Sandbox, sender
     sender.send(products(40))
     moved = [variant(number, parent=39 - number) for number in range(40)]
     stale = [
-        Operation(Kind.DELETE_STALE_VARIANTS, f"p{number}", keep=frozenset({f"s{39 - number}"})) for number in range(40)
+        Operation(OperationKind.DELETE_STALE_VARIANTS, f"p{number}", keep=frozenset({f"s{39 - number}"}))
+        for number in range(40)
     ]
     assert sender.send([*moved, *stale]) == [None] * 80
     assert {entry["item"] for entry in sandbox.account.variants.values()} == {catalog_id(f"p{n}") for n in range(40)}
@@ -261,7 +266,7 @@ def test_a_category_that_could_not_be_created_is_not_taken_for_there(sandbox: Sa
     """An item whose category is missing is refused: an outage must not make dead letters."""
     sandbox.klaviyo.faults.add(Fault(match="POST /api/catalog-category-bulk-create-jobs", times=None))
     sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)
-    needed = [category(number, Kind.ENSURE_CATEGORY) for number in range(30)]
+    needed = [category(number, OperationKind.ENSURE_CATEGORY) for number in range(30)]
     assert all(isinstance(result, Transient) for result in sender.send(needed))
     sandbox.klaviyo.faults.clear()
     assert sender.send(products(40)) == [None] * 110
@@ -273,7 +278,7 @@ def test_an_outage_while_variants_are_listed_fails_their_items_only(sandbox: San
     sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)
     sender.send(products(20))
     sandbox.klaviyo.faults.add(Fault(match=f"GET /api/catalog-items/{catalog_id('p3')}", times=None))
-    results = sender.send([Operation(Kind.DELETE_STALE_VARIANTS, f"p{number}") for number in range(20)])
+    results = sender.send([Operation(OperationKind.DELETE_STALE_VARIANTS, f"p{number}") for number in range(20)])
     assert [number for number, result in enumerate(results) if result] == [3]
     assert isinstance(results[3], Transient)
     assert list(sandbox.account.variants) == ["s3"]

@@ -15,7 +15,7 @@ from tests.integration.conftest import klaviyo_for
 from tests.support.sender import Sender
 from worker import send
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
-from worker.model import Kind, Operation
+from worker.model import Operation, OperationKind
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import Account
 from worker.send import jobs
@@ -34,7 +34,7 @@ def sandbox() -> Iterator[Sandbox]:
 
 def upsert(number: int, **attributes: Any) -> Operation:
     who = {"email": f"{number}@example.com", "external_id": f"c{number}", "first_name": "Ada"} | attributes
-    return Operation(Kind.UPSERT_PROFILE, f"c{number}", {"type": "profile", "attributes": who})
+    return Operation(OperationKind.UPSERT_PROFILE, f"c{number}", {"type": "profile", "attributes": who})
 
 
 def upserts(number: int) -> list[Operation]:

@@ -21,13 +21,13 @@ from worker.commands.backfill import queue as source_module
 from worker.commands.backfill.backfill import to_end
 from worker.commands.backfill.checkpoint import Checkpoint, Failures, describe, read_ids
 from worker.commands.backfill.listing import listing
-from worker.commands.backfill.progress import Message, Progress, Record
+from worker.commands.backfill.progress import Progress, Record, RecordDelivery
 from worker.commands.backfill.queue import Source
 from worker.commands.backfill.recorder import Recorder
 from worker.commands.backfill.records import COLLECTIONS, Selection, as_history, bodies
 from worker.commands.progress_bar import Pace, Screen, bar, duration, shown
 from worker.errors import Disposition, Ignored, Rejected, SettingsError, Transient
-from worker.model import Job, Kind, Operation, Outcome
+from worker.model import Message, Operation, OperationKind, Outcome
 from worker.parse import parse
 from worker.send.events import body_of
 from worker.transform.order_events import event
@@ -124,7 +124,7 @@ def test_only_events_of_a_backfill_are_marked_as_history() -> None:
     assert live.resource is not None
     assert operation.resource["attributes"] == live.resource["attributes"] | {"backfill": True}
     assert operation.key == live.key
-    profile = Operation(Kind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {}})
+    profile = Operation(OperationKind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {}})
     assert as_history(profile) is profile
     (entry,) = orjson.loads(body_of([operation, as_history(placed("2"))]))["data"]["attributes"]["events-bulk-create"][
         "data"
@@ -289,7 +289,7 @@ class Harness:
         self.recorder = Recorder(self.progress, selection.collection.resource_type, None, None)
         self.source = Source(listing(shop, selection, ""), selection, self.recorder, limit)
 
-    def receive(self, number: int = 10) -> list[Message]:
+    def receive(self, number: int = 10) -> list[RecordDelivery]:
         return list(self.source.receive(number, 0.0))
 
     def all(self) -> list[str]:
@@ -362,7 +362,7 @@ def test_a_message_that_comes_again_has_not_ended() -> None:
     """Its record counts once it has."""
     harness = Harness(FakeShop(*customers("a")))
     (message,) = harness.receive()
-    again, done = Job(message, 0.0), Job(message, 0.0)
+    again, done = Message(message, 0.0), Message(message, 0.0)
     again.outcome = Outcome(Disposition.NACK, "send", Transient("down"))
     done.outcome = Outcome(Disposition.ACK, "transform", Ignored("nothing to do"))
     harness.recorder.settled([again])
@@ -400,7 +400,7 @@ def test_what_comes_back_comes_again_but_a_defect_not_for_ever() -> None:
     harness = Harness(FakeShop(*customers("a")))
     for _ in range(20):
         (message,) = harness.receive()
-        harness.source.nack([message], 0.0, Failure("down", "send", "Outage"))
+        harness.source.nack([message], 0.0, Failure("down", "send", "CircuitOpen"))
     for _ in range(source_module.MAX_DEFECTS):
         (message,) = harness.receive()
         harness.source.nack([message], 0.0, Failure("KeyError", "send", "WorkerError"))
@@ -412,7 +412,7 @@ def test_a_later_message_waits_for_its_time() -> None:
     """A hint of the pipeline, which a source keeps."""
     harness = Harness(FakeShop(*customers("a")))
     (message,) = harness.receive()
-    harness.source.nack([message], 0.3, Failure("down", "send", "Outage"))
+    harness.source.nack([message], 0.3, Failure("down", "send", "CircuitOpen"))
     assert harness.receive() == []
     assert harness.source.backlog() == 1
     assert harness.all() == ["a"]

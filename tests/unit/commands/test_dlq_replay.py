@@ -12,7 +12,7 @@ from tests.unit.runtime.test_runner import settings_for
 from worker.commands.dlq.dead_letters import Choice, each, through
 from worker.commands.dlq.replay import Again, Options, Replay, ReplayQueue, Tally, Throttle
 from worker.errors import Disposition, Ignored, Rejected
-from worker.model import Job, Kind, Operation, Outcome
+from worker.model import Message, Operation, OperationKind, Outcome
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def replay_of(queue: EmbeddedQueue, **options: Any) -> tuple[ReplayQueue, Tally]
 
 def settle(tally: Tally, replay: ReplayQueue, outcome: Outcome, deliveries: Sequence[Again]) -> None:
     """Do what the pipeline does when deliveries have ended."""
-    operations = [Operation(Kind.CREATE_EVENT, "k")] if outcome is not IGNORED else []
-    jobs = [Job(delivery, 0.0, outcome=outcome, operations=operations) for delivery in deliveries]
+    operations = [Operation(OperationKind.CREATE_EVENT, "k")] if outcome is not IGNORED else []
+    jobs = [Message(delivery, 0.0, outcome=outcome, operations=operations) for delivery in deliveries]
     if outcome.disposition is Disposition.ACK:
         replay.ack(deliveries)
     tally.settled(jobs)

@@ -7,14 +7,14 @@ from threading import Event
 import pytest
 
 from worker.health import cached_reading as sampled
-from worker.health.cached_reading import Sampled
+from worker.health.cached_reading import CachedReading
 
 
 def test_many_who_ask_make_one_call_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting may be a call that costs money, and there may be many viewers; yet the figure follows the queue."""
     monkeypatch.setattr(sampled, "PATIENCE", 10.0)  # on a machine that is busy
     answers = iter(range(9))
-    figure = Sampled(lambda: next(answers))
+    figure = CachedReading(lambda: next(answers))
     assert [figure.read() for _ in range(20)] == [0] * 20
     monkeypatch.setattr(sampled, "KEPT_FOR", 0.0)
     assert figure.read() == 1
@@ -31,7 +31,7 @@ def test_a_call_that_takes_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatc
         asked.append(1)
         return goes_on.wait(10)
 
-    figure = Sampled(ask)
+    figure = CachedReading(ask)
     for _ in range(2):
         with pytest.raises(TimeoutError):
             figure.read()

@@ -19,7 +19,7 @@ from worker.health.history import STEP, STEPS, History
 from worker.health.status import Status, without_secrets
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
-from worker.telemetry.recent_failures import LONGEST, MOST, Failures
+from worker.telemetry.recent_failures import LONGEST, MOST, RecentFailures
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,7 +83,7 @@ def test_the_state_is_a_word_with_its_reasons(
 
 def test_failures_are_few_and_the_newest_comes_first() -> None:
     """A worker that runs for a year keeps no more than one that began."""
-    failures = Failures()
+    failures = RecentFailures()
     for number in range(MOST + 5):
         failures.note(line(reason=f"reason {number}"))
     kept = failures.newest()
@@ -93,7 +93,7 @@ def test_failures_are_few_and_the_newest_comes_first() -> None:
 
 def test_a_failure_that_comes_again_is_counted() -> None:
     """An outage of a thousand messages must not push out the one dead letter; its newest message is named."""
-    failures = Failures()
+    failures = RecentFailures()
     failures.note(line(outcome="waiting", message_id="1"))
     failures.note(line())
     for number in range(1000):
@@ -106,7 +106,7 @@ def test_a_failure_that_comes_again_is_counted() -> None:
 @given(st.dictionaries(st.sampled_from(sorted(line())), st.text(st.characters(), max_size=2 * LONGEST)))
 def test_whatever_a_message_holds_the_data_is_json_and_bounded(values: dict[str, Any]) -> None:
     """Types, ids and reasons are anybody's strings, with halves of characters, quotes and tags."""
-    TELEMETRY.failures = Failures()
+    TELEMETRY.failures = RecentFailures()
     TELEMETRY.failures.note(line(**values))
     (failure,) = json.loads(SHOWN.render().decode("ascii"))["failures"]
     for name, value in values.items():

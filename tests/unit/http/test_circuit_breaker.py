@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import Scripted
 from tests.unit.runtime.test_runner import settings_for
-from worker.errors import KlaviyoMisconfigured, Misconfigured, Outage, Rejected, Throttled, Transient
+from worker.errors import CircuitOpen, KlaviyoMisconfigured, Misconfigured, Rejected, Throttled, Transient
 from worker.http.backoff import MAX_BACKOFF, MIN_BACKOFF, backoff, max_backoff
 from worker.http.circuit_breaker import FAILURE_THRESHOLD, CircuitBreakers
 
@@ -71,7 +71,7 @@ def held_back(closed: CircuitBreaker) -> float:
     call = Scripted(None)
     try:
         closed(call)
-    except (Outage, Misconfigured) as error:
+    except (CircuitOpen, Misconfigured) as error:
         assert call.calls == []
         assert error.retry_after
         return error.retry_after
@@ -91,9 +91,9 @@ def test_some_calls_in_a_row_that_fail_are_an_outage(clock: Clock) -> None:
     for _ in range(FAILURE_THRESHOLD - 1):
         with pytest.raises(Transient) as error:
             gate_(failing(DOWN))
-        assert not isinstance(error.value, Outage)
+        assert not isinstance(error.value, CircuitOpen)
     assert gate_.outage_reason() == ""
-    with pytest.raises(Outage) as last:
+    with pytest.raises(CircuitOpen) as last:
         gate_(failing(DOWN))
     assert str(last.value) == gate_.outage_reason() == str(DOWN)
     assert last.value.retry_after == pytest.approx(held_back(gate_))
@@ -125,7 +125,7 @@ def test_pauses_grow_and_one_call_in_a_pause_finds_out(clock: Clock) -> None:
         pauses.append(held_back(gate_))
         clock.now += pauses[-1] + 0.001
         call = Scripted(DOWN, DOWN)
-        with pytest.raises(Outage):
+        with pytest.raises(CircuitOpen):
             gate_(call)
         assert len(call.calls) == 1
     assert pauses[0] < 1.01 * MIN_BACKOFF < pauses[2] < pauses[4]
@@ -295,7 +295,7 @@ def test_an_outage_is_said_when_it_begins_and_when_it_is_over(caplog: pytest.Log
     gate_ = closed()
     for _ in range(3):
         clock.now += MAX_BACKOFF
-        with pytest.raises(Outage):
+        with pytest.raises(CircuitOpen):
             gate_(failing(DOWN))
     clock.now += MAX_BACKOFF
     gate_(Scripted(None))

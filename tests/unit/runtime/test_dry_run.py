@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from worker.model import Kind, Operation
+from worker.model import Operation, OperationKind
 from worker.runtime.dry_run import print_instead
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def test_a_dry_run_whose_reader_has_seen_enough_stops_in_order(monkeypatch: pyte
         with os.fdopen(write, "w") as closed:
             monkeypatch.setattr(sys, "stdout", closed)
             for _ in range(2):
-                (sent,) = print_instead([Operation(Kind.DELETE_CATEGORY, "k")])
+                (sent,) = print_instead([Operation(OperationKind.DELETE_CATEGORY, "k")])
                 assert sent.error is None
     finally:
         signal.signal(signal.SIGTERM, before)

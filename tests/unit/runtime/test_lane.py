@@ -11,10 +11,10 @@ import pytest
 
 from tests.conftest import FakeDelivery
 from tests.unit.runtime.test_runner import settings_for, wait_for
-from worker.errors import KlaviyoMisconfigured, Outage, Transient
-from worker.model import Job, Notification, Outcome
+from worker.errors import CircuitOpen, KlaviyoMisconfigured, Transient
+from worker.model import Message, Notification, Outcome
 from worker.runtime.in_flight import InFlight
-from worker.runtime.lane import Ends, Lane
+from worker.runtime.lane import Lane, LaneCallbacks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,14 +32,14 @@ class Pipeline:
         self.batches: list[list[str]] = []
         self.given_up: list[tuple[str, float]] = []
 
-    def process(self, jobs: Sequence[Job]) -> list[Job]:
+    def process(self, jobs: Sequence[Message]) -> list[Message]:
         self.batches.append([job.delivery.id for job in jobs])
         for job in jobs:
             error = self.errors.get(job.delivery.id)
             job.outcome = Outcome(error.disposition, "send", error) if error else None
-        return [job for job in jobs if job.is_kept]
+        return [job for job in jobs if job.is_held]
 
-    def give_up(self, jobs: Sequence[Job], delay: float) -> None:
+    def give_up(self, jobs: Sequence[Message], delay: float) -> None:
         self.given_up += [(job.delivery.id, delay) for job in jobs]
 
     @property
@@ -57,7 +57,7 @@ class Rig:
         self.given_back: list[str] = []
         self.refusals: list[tuple[str, str]] = []  # and what the worker shows to be parked for at that time
         self.failures: list[Exception] = []
-        ends = Ends(
+        ends = LaneCallbacks(
             lambda jobs: self.given_back.extend(job.delivery.id for job in jobs),
             self.failures.append,
             lambda error: self.refusals.append((str(error), self.in_flight.parked())),
@@ -68,7 +68,7 @@ class Rig:
     def put(self, *names: str) -> None:
         """Have messages handled; `a1` and `a2` are about the same resource."""
         for name in names:
-            job = Job(FakeDelivery(b"x", id=name), time.monotonic(), Notification("T", "thing", name[0], None, {}))
+            job = Message(FakeDelivery(b"x", id=name), time.monotonic(), Notification("T", "thing", name[0], None, {}))
             self.in_flight.add(job)
             self.lane.put(job)
 
@@ -205,7 +205,7 @@ def test_a_hold_that_ends_while_the_worker_stops_costs_nothing() -> None:
     rig = Rig(outage_hold=0)
     process = rig.pipeline.process
 
-    def stopped_meanwhile(jobs: Sequence[Job]) -> list[Job]:
+    def stopped_meanwhile(jobs: Sequence[Message]) -> list[Message]:
         rig.stopping.set()
         return process(jobs)
 
@@ -234,10 +234,10 @@ def test_batches_of_what_waited_have_their_limit() -> None:
 def test_the_worker_is_stuck_when_all_it_holds_waits_for_an_outage_to_end() -> None:
     """Not when a record waits for a reason of its own, nor when anything can be worked on."""
     in_flight = InFlight(10, 1000)
-    a, b = (Job(FakeDelivery(b"x", id=name), 0.0) for name in "ab")
+    a, b = (Message(FakeDelivery(b"x", id=name), 0.0) for name in "ab")
     in_flight.add(a)
     in_flight.add(b)
-    a.outcome = Outcome(Outage.disposition, "send", Outage("down"))
+    a.outcome = Outcome(CircuitOpen.disposition, "send", CircuitOpen("down"))
     b.outcome = Outcome(Transient.disposition, "enrich", Transient("not readable yet"))
     in_flight.keep([a])
     assert (in_flight.is_idle, in_flight.is_stuck) == (False, False)
@@ -254,9 +254,9 @@ def test_the_age_of_the_oldest_message_counts_from_its_publishing() -> None:
     in_flight, now = InFlight(10, 1000), datetime.now(UTC)
     assert in_flight.oldest_age() == 0
     young, old, ahead = (
-        Job(FakeDelivery(b"x", published_at=now - timedelta(seconds=age)), 0.0) for age in (60, 3600, -60)
+        Message(FakeDelivery(b"x", published_at=now - timedelta(seconds=age)), 0.0) for age in (60, 3600, -60)
     )
-    untold = Job(FakeDelivery(b"x"), 0.0)
+    untold = Message(FakeDelivery(b"x"), 0.0)
     in_flight.add(untold)
     assert in_flight.oldest_age() is None
     in_flight.add(ahead)
@@ -287,10 +287,10 @@ def test_kept_messages_of_a_resource_stay_in_their_order(first: float, second: f
 
 def test_waiting_for_an_earlier_message_is_no_work(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lane sleeps until the first message of a resource is due, however early the others would be."""
-    looks: list[list[Job]] = []
+    looks: list[list[Message]] = []
     look = rig.lane._due
 
-    def counted() -> list[Job]:
+    def counted() -> list[Message]:
         looks.append(look())
         return looks[-1]
 

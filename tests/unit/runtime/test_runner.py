@@ -11,8 +11,8 @@ import pytest
 from adapters import Failure, QueueError, QueueRefusedError
 from adapters.embedded import EmbeddedQueue
 from tests.conftest import Scripted
-from worker.errors import Disposition, KlaviyoMisconfigured, Outage, Transient
-from worker.model import Job, Lease, Notification, Outcome
+from worker.errors import CircuitOpen, Disposition, KlaviyoMisconfigured, Transient
+from worker.model import Lease, Message, Notification, Outcome
 from worker.runtime.runner import Runner, ShutdownTimeoutError
 from worker.settings import Settings, load
 from worker.telemetry.message_log import Telemetry
@@ -36,30 +36,30 @@ ENVIRONMENT = {
 class Pipeline:
     """Acks everything, at the pace and with the parking it is told; notes what it saw."""
 
-    def __init__(self, queue: EmbeddedQueue, work: Callable[[Sequence[Job]], list[Job]]) -> None:
+    def __init__(self, queue: EmbeddedQueue, work: Callable[[Sequence[Message]], list[Message]]) -> None:
         self._queue = queue
         self._work = work
         self.batches: list[tuple[int, list[bytes]]] = []
         self.given_up: list[tuple[bytes, float]] = []
 
-    def accept(self, delivery: Delivery) -> Job:
+    def accept(self, delivery: Delivery) -> Message:
         resource = delivery.body.decode().partition(":")[0]
         lease = Lease(time.monotonic() + (self._queue.lease or 0.0))
-        return Job(delivery, time.monotonic(), Notification("T", resource, resource, None, {}), lease=lease)
+        return Message(delivery, time.monotonic(), Notification("T", resource, resource, None, {}), lease=lease)
 
-    def process(self, jobs: Sequence[Job]) -> list[Job]:
+    def process(self, jobs: Sequence[Message]) -> list[Message]:
         kept = self._work(jobs)
         done = [job for job in jobs if job not in kept]
         self.batches.append((threading.get_ident(), [job.delivery.body for job in done]))
         self._queue.ack([job.delivery for job in done])
         return kept
 
-    def give_up(self, jobs: Sequence[Job], delay: float) -> None:
+    def give_up(self, jobs: Sequence[Message], delay: float) -> None:
         self.given_up += [(job.delivery.body, delay) for job in jobs]
-        self._queue.nack([job.delivery for job in jobs], delay, Failure("503", "send", "Outage"))
+        self._queue.nack([job.delivery for job in jobs], delay, Failure("503", "send", "CircuitOpen"))
 
 
-def nothing_special(jobs: Sequence[Job]) -> list[Job]:
+def nothing_special(jobs: Sequence[Message]) -> list[Message]:
     del jobs
     return []
 
@@ -70,7 +70,7 @@ def queue(tmp_path: Path) -> EmbeddedQueue:
 
 
 def runner_for(
-    queue: Any, work: Callable[[Sequence[Job]], list[Job]] = nothing_special, **values: Any
+    queue: Any, work: Callable[[Sequence[Message]], list[Message]] = nothing_special, **values: Any
 ) -> tuple[Runner, Pipeline]:
     pipeline = Pipeline(queue, work)
     settings = settings_for(**{"park_seconds": 0.05} | values)
@@ -123,7 +123,7 @@ def test_a_resource_stays_in_its_lane_and_in_order(queue: EmbeddedQueue) -> None
 def test_batches_grow_with_the_backlog_up_to_their_limit(queue: EmbeddedQueue) -> None:
     """What waits is taken together; nobody waits for a batch to fill."""
 
-    def slow(jobs: Sequence[Job]) -> list[Job]:
+    def slow(jobs: Sequence[Message]) -> list[Message]:
         del jobs
         time.sleep(0.05)
         return []
@@ -141,7 +141,7 @@ def test_no_more_is_held_than_allowed(limit: dict[str, int], queue: EmbeddedQueu
     """Messages and bytes in flight are bounded, whatever waits in the queue."""
     most = 0
 
-    def watching(jobs: Sequence[Job]) -> list[Job]:
+    def watching(jobs: Sequence[Message]) -> list[Message]:
         nonlocal most
         del jobs
         most = max(most, len(runner._in_flight))
@@ -161,7 +161,7 @@ def test_events_profiles_and_the_catalog_do_not_wait_for_each_other(queue: Embed
     queue.publish([b"customer:1", b"product:1", b"order:1", b"payment:1"])
     release = threading.Event()
 
-    def work(jobs: Sequence[Job]) -> list[Job]:
+    def work(jobs: Sequence[Message]) -> list[Message]:
         if jobs[0].key[0] in {"customer", "product"}:
             assert release.wait(10)
         return []
@@ -182,7 +182,7 @@ def test_a_message_is_ours_for_as_long_as_its_lease_is_extended(tmp_path: Path) 
     queue.publish([b"order:1"])
     ours: list[bool] = []
 
-    def work(jobs: Sequence[Job]) -> list[Job]:
+    def work(jobs: Sequence[Message]) -> list[Message]:
         time.sleep(1.5)
         ours.extend(job.lease.is_ours() for job in jobs)
         return []
@@ -195,7 +195,7 @@ def test_leases_of_held_messages_are_extended(tmp_path: Path) -> None:
     """Work that takes longer than a lease is not done twice."""
     queue = EmbeddedQueue(tmp_path / "q.db", lease=0.3)
 
-    def slow(jobs: Sequence[Job]) -> list[Job]:
+    def slow(jobs: Sequence[Message]) -> list[Message]:
         del jobs
         time.sleep(1)
         return []
@@ -232,10 +232,10 @@ def test_leases_are_extended_again_whatever_one_try_meets(
     assert vars(record)["reason"] == "unexpected RuntimeError"
 
 
-def parking(times: int) -> Callable[[Sequence[Job]], list[Job]]:
+def parking(times: int) -> Callable[[Sequence[Message]], list[Message]]:
     left = [times]
 
-    def work(jobs: Sequence[Job]) -> list[Job]:
+    def work(jobs: Sequence[Message]) -> list[Message]:
         if left[0] == 0:
             return []
         left[0] -= 1
@@ -272,10 +272,10 @@ def test_a_parked_worker_pulls_nothing(queue: EmbeddedQueue) -> None:
     assert left == [b"b:1"]
 
 
-def holding(error: Exception, until: threading.Event) -> Callable[[Sequence[Job]], list[Job]]:
+def holding(error: Exception, until: threading.Event) -> Callable[[Sequence[Message]], list[Message]]:
     """Keep every job that is named `a`, until told otherwise."""
 
-    def work(jobs: Sequence[Job]) -> list[Job]:
+    def work(jobs: Sequence[Message]) -> list[Message]:
         kept = [] if until.is_set() else [job for job in jobs if job.delivery.body.startswith(b"a")]
         for job in kept:
             job.outcome = Outcome(Disposition.HOLD, "send", error)
@@ -308,7 +308,7 @@ def test_pulling_pauses_while_all_that_is_held_waits_for_an_outage(
     """What nobody can handle stays where others, or a later worker, can get it; it goes on by itself."""
     over = threading.Event()
     queue.publish([b"a:1"])
-    runner, pipeline = runner_for(queue, holding(Outage("down", retry_after=0.1), over))
+    runner, pipeline = runner_for(queue, holding(CircuitOpen("down", retry_after=0.1), over))
     running(runner)
     wait_for(lambda: runner.waiting() == 1)
     time.sleep(1.3)  # longer than a pull that was under way
@@ -327,7 +327,7 @@ def test_a_message_in_a_while_is_pulled_in_an_outage(
     """Should only the messages that are held be the trouble, the others must not wait for them."""
     monkeypatch.setattr("worker.runtime.runner.MAX_BACKOFF", 0.5)
     queue.publish([b"a:1"])
-    runner, pipeline = runner_for(queue, holding(Outage("500", retry_after=0.1), threading.Event()))
+    runner, pipeline = runner_for(queue, holding(CircuitOpen("500", retry_after=0.1), threading.Event()))
     running(runner)
     wait_for(lambda: runner.waiting() == 1)
     time.sleep(1.1)
@@ -351,7 +351,7 @@ def test_pulling_goes_on_while_a_message_waits_for_a_reason_of_its_own(
 def test_stopping_in_an_outage_returns_what_is_held_at_no_price(queue: EmbeddedQueue) -> None:
     """At once: nobody waits for the end of an outage."""
     queue.publish([b"a:1", b"a:2"])
-    runner, _ = runner_for(queue, holding(Outage("down", retry_after=600), threading.Event()))
+    runner, _ = runner_for(queue, holding(CircuitOpen("down", retry_after=600), threading.Event()))
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
     wait_for(lambda: runner.waiting() == 2)
@@ -445,12 +445,12 @@ def test_once_waits_for_an_outage_to_end_but_not_for_ever(
     over = threading.Event()
     threading.Timer(0.5, over.set).start()
     queue.publish([b"a:1"])
-    runner, pipeline = runner_for(queue, holding(Outage("down", retry_after=0.1), over))
+    runner, pipeline = runner_for(queue, holding(CircuitOpen("down", retry_after=0.1), over))
     runner.run(once=True, max_wait=60)
     assert handled(pipeline) == [b"a:1"]
     queue = EmbeddedQueue(queue._path)
     queue.publish([b"a:2"])
-    runner, _ = runner_for(queue, holding(Outage("down", retry_after=0.1), threading.Event()))
+    runner, _ = runner_for(queue, holding(CircuitOpen("down", retry_after=0.1), threading.Event()))
     runner.run(once=True, max_wait=0.3)
     assert "gave_up_waiting" in [record.message for record in caplog.records]
     (again,) = EmbeddedQueue(queue._path).receive(9, 0)
@@ -463,7 +463,7 @@ def test_the_heartbeat_tells_a_loop_that_hangs(
     """A restart helps then; not in an outage, nor while parked, nor at the end."""
     monkeypatch.setattr("worker.runtime.runner.HEARTBEAT", 1.5)
     queue.publish([b"a:1"])
-    runner, _ = runner_for(queue, holding(Outage("down", retry_after=60), threading.Event()))
+    runner, _ = runner_for(queue, holding(CircuitOpen("down", retry_after=60), threading.Event()))
     thread = running(runner)
     wait_for(lambda: runner.waiting() == 1)
     time.sleep(2)
@@ -492,7 +492,7 @@ def test_stopping_returns_what_was_not_begun_at_once(queue: EmbeddedQueue) -> No
     """What waits behind a batch goes back while the lane still works on it; the batch is finished."""
     begun, release = threading.Event(), threading.Event()
 
-    def slow(jobs: Sequence[Job]) -> list[Job]:
+    def slow(jobs: Sequence[Message]) -> list[Message]:
         del jobs
         begun.set()
         release.wait(10)
@@ -524,7 +524,7 @@ def test_nothing_goes_back_before_pulling_has_ended(queue: EmbeddedQueue) -> Non
         time.sleep(0.5)
         calls.append("stop")
 
-    def slow(jobs: Sequence[Job]) -> list[Job]:
+    def slow(jobs: Sequence[Message]) -> list[Message]:
         begun.set()
         time.sleep(0.1)
         return list(jobs)
@@ -548,7 +548,7 @@ def test_what_was_begun_is_no_first_delivery_again(begun: bool, attempt: int, qu
     """Its events may be in Klaviyo; only what was never begun goes back as if it had not been received."""
     working = threading.Event()
 
-    def parking(jobs: Sequence[Job]) -> list[Job]:
+    def parking(jobs: Sequence[Message]) -> list[Message]:
         for job in jobs:
             job.begun = begun
         working.set()
@@ -568,7 +568,7 @@ def test_the_grace_period_ends_the_waiting(queue: EmbeddedQueue) -> None:
     """What hangs goes back to the queue, and the caller is told."""
     release = threading.Event()
 
-    def hanging(jobs: Sequence[Job]) -> list[Job]:
+    def hanging(jobs: Sequence[Message]) -> list[Message]:
         release.wait(10)
         return list(jobs)
 
@@ -581,7 +581,7 @@ def test_the_grace_period_ends_the_waiting(queue: EmbeddedQueue) -> None:
     release.set()
 
 
-def slowly(jobs: Sequence[Job]) -> list[Job]:
+def slowly(jobs: Sequence[Message]) -> list[Message]:
     del jobs
     time.sleep(0.5)
     return []
@@ -676,7 +676,7 @@ def test_lanes_tell_what_they_have_at_work(queue: EmbeddedQueue) -> None:
     """By what they are for; nothing once it is done."""
     go_on = threading.Event()
 
-    def work(jobs: Sequence[Job]) -> list[Job]:
+    def work(jobs: Sequence[Message]) -> list[Message]:
         go_on.wait(10)
         return nothing_special(jobs)
 

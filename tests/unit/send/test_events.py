@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support.sender import Sender
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
-from worker.model import Json, Kind, Operation
+from worker.model import Json, Operation, OperationKind
 from worker.send import events as bulk
 from worker.send import jobs
 from worker.send.bulk import MAX_REFUSALS
@@ -306,7 +306,9 @@ def test_the_setting_decides_who_goes_in_bulk(mode: Mode, fresh: bool, path: str
 def test_those_that_may_not_go_in_bulk_do_not_keep_the_others_back() -> None:
     """A redelivered message in a batch of new ones."""
     klaviyo = Klaviyo()
-    profile = Operation(Kind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {"email": "a@example.com"}})
+    profile = Operation(
+        OperationKind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {"email": "a@example.com"}}
+    )
     assert sender(klaviyo, threshold=5).send([*events(10), event("old", fresh=False), profile]) == [None] * 12
     assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 1, PROFILE: 1}
 

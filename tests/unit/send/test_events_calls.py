@@ -11,8 +11,8 @@ import pytest
 
 from tests.support.sender import Sender
 from tests.unit.runtime.test_runner import wait_for
-from worker.errors import Outage, Rejected, Transient, WorkerError
-from worker.model import Json, Kind, Operation
+from worker.errors import CircuitOpen, Rejected, Transient, WorkerError
+from worker.model import Json, Operation, OperationKind
 from worker.send import events
 from worker.transform.order_events import event as event_operation
 
@@ -84,7 +84,7 @@ def event(name: str, fresh: Callable[[], bool] = always) -> Operation:
         profile={"email": f"{name}@example.com"},
         properties={},
     )
-    return Operation(Kind.CREATE_EVENT, made.key, made.resource, fresh=fresh)
+    return Operation(OperationKind.CREATE_EVENT, made.key, made.resource, fresh=fresh)
 
 
 def names(lane: str, number: int = 5) -> list[str]:
@@ -185,7 +185,7 @@ def test_a_call_that_gets_no_answer_is_an_error_for_all_in_it(lanes: Lanes, klav
 
 def test_a_call_that_is_held_back_concerns_its_own_lane_only(lanes: Lanes, klaviyo: Klaviyo) -> None:
     """The others try themselves, and may come through."""
-    klaviyo.before = Outage("down")
+    klaviyo.before = CircuitOpen("down")
     first, second = sent_by(lanes, "a", "b")
     klaviyo.turn.release()
     assert first.result(WAIT) == [klaviyo.before] * 5

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.sender import Sender
 from worker.errors import Rejected
-from worker.model import Json, Kind, Operation
+from worker.model import Json, Operation, OperationKind
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -44,15 +44,15 @@ class Klaviyo:
         return {}
 
 
-def operation(kind: Kind, names: Collection[str]) -> Operation:
+def operation(kind: OperationKind, names: Collection[str]) -> Operation:
     attributes: Json = {name: WHO[name] for name in names}
-    if kind is Kind.UPSERT_PROFILE:
+    if kind is OperationKind.UPSERT_PROFILE:
         return Operation(kind, "x", {"type": "profile", "attributes": attributes})
     profile = {"data": {"type": "profile", "attributes": attributes}}
     return Operation(kind, "secret", {"type": "event", "attributes": {"unique_id": "1", "profile": profile}})
 
 
-PATHS = {Kind.UPSERT_PROFILE: "POST /api/profile-import", Kind.CREATE_EVENT: "POST /api/events"}
+PATHS = {OperationKind.UPSERT_PROFILE: "POST /api/profile-import", OperationKind.CREATE_EVENT: "POST /api/events"}
 KINDS = pytest.mark.parametrize("kind", PATHS)
 
 
@@ -71,7 +71,9 @@ KINDS = pytest.mark.parametrize("kind", PATHS)
         ),
     ],
 )
-def test_the_record_is_sent_without_it(kind: Kind, invalid: list[str], given: set[str], left: set[str]) -> None:
+def test_the_record_is_sent_without_it(
+    kind: OperationKind, invalid: list[str], given: set[str], left: set[str]
+) -> None:
     """A mistyped phone number or address must not cost the event or the profile."""
     klaviyo = Klaviyo(*invalid)
     assert Sender(klaviyo, 1).send([operation(kind, given)]) == [None]
@@ -81,7 +83,7 @@ def test_the_record_is_sent_without_it(kind: Kind, invalid: list[str], given: se
 
 @KINDS
 @pytest.mark.parametrize("given", [{"email"}, {"email", "phone_number"}, {"email", "first_name"}])
-def test_the_only_identifier_is_the_records_verdict(kind: Kind, given: set[str]) -> None:
+def test_the_only_identifier_is_the_records_verdict(kind: OperationKind, given: set[str]) -> None:
     """Without any, nobody could tell whose record it is."""
     klaviyo = Klaviyo("email", "phone_number")
     (result,) = Sender(klaviyo, 1).send([operation(kind, given)])
@@ -99,7 +101,7 @@ def test_the_only_identifier_is_the_records_verdict(kind: Kind, given: set[str])
         Rejected("no", 413, pointer="/data/attributes/phone_number"),
     ],
 )
-def test_other_refusals_are_final(kind: Kind, refusal: Rejected) -> None:
+def test_other_refusals_are_final(kind: OperationKind, refusal: Rejected) -> None:
     """Only a 400 that points at an identifier is about that identifier."""
 
     class Refusing(Klaviyo):
@@ -113,7 +115,7 @@ def test_other_refusals_are_final(kind: Kind, refusal: Rejected) -> None:
 
 
 @KINDS
-def test_a_refusal_that_does_not_end_ends_in_a_verdict(kind: Kind) -> None:
+def test_a_refusal_that_does_not_end_ends_in_a_verdict(kind: OperationKind) -> None:
     """Even if Klaviyo goes on to find fault with what is no longer there."""
 
     class Stubborn(Klaviyo):
@@ -131,7 +133,7 @@ def test_a_refusal_that_does_not_end_ends_in_a_verdict(kind: Kind) -> None:
 def test_the_log_names_the_identifier_not_its_value(caplog: pytest.LogCaptureFixture) -> None:
     """An operator learns that something was left out; nobody's address is in it."""
     with caplog.at_level(logging.INFO, "klaviyo_worker"):
-        Sender(Klaviyo("phone_number"), 1).send([operation(Kind.CREATE_EVENT, WHO)])
+        Sender(Klaviyo("phone_number"), 1).send([operation(OperationKind.CREATE_EVENT, WHO)])
     (record,) = caplog.records
     assert record.getMessage() == "identifier_left_out"
     line = json.dumps(vars(record), default=str)

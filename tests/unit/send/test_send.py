@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.sender import Sender
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
-from worker.model import Json, Kind, Operation
+from worker.model import Json, Operation, OperationKind
 from worker.send import request_for
 from worker.transform.catalog import catalog_id
 
@@ -63,10 +63,10 @@ def sender(klaviyo: Klaviyo) -> Sender:
 
 
 def event(key: str) -> Operation:
-    return Operation(Kind.CREATE_EVENT, key, {"type": "event", "attributes": {"unique_id": key}})
+    return Operation(OperationKind.CREATE_EVENT, key, {"type": "event", "attributes": {"unique_id": key}})
 
 
-def entry(kind: Kind, key: str, **more: Any) -> Operation:
+def entry(kind: OperationKind, key: str, **more: Any) -> Operation:
     resource = {
         "type": "catalog-x",
         "attributes": {"external_id": key, "integration_type": "$custom", "catalog_type": "$default", "title": "T"},
@@ -83,7 +83,7 @@ CATEGORY = f"/api/catalog-categories/{catalog_id('c')}"
 def test_results_come_in_the_order_of_the_operations(sender: Sender, klaviyo: Klaviyo) -> None:
     """Whatever is done side by side, each operation gets its own result."""
     klaviyo.answer("POST /api/events", *[{}] * 3)
-    operations = [entry(Kind.UPSERT_ITEM, "p"), *(event(str(number)) for number in range(20))]
+    operations = [entry(OperationKind.UPSERT_ITEM, "p"), *(event(str(number)) for number in range(20))]
     error = Rejected("no", 400)
     klaviyo.answer("POST /api/catalog-items", error)
     assert sender.send(operations) == [error, *[None] * 20]
@@ -91,8 +91,8 @@ def test_results_come_in_the_order_of_the_operations(sender: Sender, klaviyo: Kl
 
 def test_one_key_in_a_batch_is_sent_once_with_its_last_state(sender: Sender, klaviyo: Klaviyo) -> None:
     """Ten updates of a customer in one batch are one call."""
-    old = Operation(Kind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {"email": "old"}})
-    new = Operation(Kind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {"email": "new"}})
+    old = Operation(OperationKind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {"email": "old"}})
+    new = Operation(OperationKind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {"email": "new"}})
     assert sender.send([old, new]) == [None, None]
     assert klaviyo.calls == [("POST /api/profile-import", {"data": new.resource})]
 
@@ -101,11 +101,11 @@ def test_what_others_need_comes_first(sender: Sender, klaviyo: Klaviyo) -> None:
     """Categories before items before variants before deletions."""
     sender.send(
         [
-            Operation(Kind.DELETE_ITEM, "gone"),
-            Operation(Kind.DELETE_STALE_VARIANTS, "p", keep=frozenset({"s"})),
-            entry(Kind.UPSERT_VARIANT, "s"),
-            entry(Kind.UPSERT_ITEM, "p"),
-            entry(Kind.ENSURE_CATEGORY, "c"),
+            Operation(OperationKind.DELETE_ITEM, "gone"),
+            Operation(OperationKind.DELETE_STALE_VARIANTS, "p", keep=frozenset({"s"})),
+            entry(OperationKind.UPSERT_VARIANT, "s"),
+            entry(OperationKind.UPSERT_ITEM, "p"),
+            entry(OperationKind.ENSURE_CATEGORY, "c"),
         ]
     )
     assert [name.split("?")[0] for name in klaviyo.names] == [
@@ -120,7 +120,7 @@ def test_what_others_need_comes_first(sender: Sender, klaviyo: Klaviyo) -> None:
 def test_an_entry_that_exists_is_updated_without_what_only_a_creation_takes(sender: Sender, klaviyo: Klaviyo) -> None:
     """Creating is no upsert in Klaviyo: a conflict becomes an update."""
     klaviyo.answer("POST /api/catalog-items", CONFLICT)
-    assert sender.send([entry(Kind.UPSERT_ITEM, "p")]) == [None]
+    assert sender.send([entry(OperationKind.UPSERT_ITEM, "p")]) == [None]
     update = {"type": "catalog-x", "id": catalog_id("p"), "attributes": {"title": "T"}, "relationships": {"r": {}}}
     assert klaviyo.calls[1] == (f"PATCH {ITEM}", {"data": update})
 
@@ -128,7 +128,7 @@ def test_an_entry_that_exists_is_updated_without_what_only_a_creation_takes(send
 def test_a_variant_never_changes_its_item(sender: Sender, klaviyo: Klaviyo) -> None:
     """Klaviyo takes no relationships when a variant is updated."""
     klaviyo.answer("POST /api/catalog-variants", CONFLICT)
-    assert sender.send([entry(Kind.UPSERT_VARIANT, "s")]) == [None]
+    assert sender.send([entry(OperationKind.UPSERT_VARIANT, "s")]) == [None]
     name, body = klaviyo.calls[1]
     assert name == f"PATCH {VARIANT}"
     assert body is not None
@@ -137,19 +137,19 @@ def test_a_variant_never_changes_its_item(sender: Sender, klaviyo: Klaviyo) -> N
 
 def test_a_known_entry_costs_one_call(sender: Sender, klaviyo: Klaviyo) -> None:
     """What this process has written is updated at once; when it is gone, created again."""
-    sender.send([entry(Kind.UPSERT_ITEM, "p")])
-    sender.send([entry(Kind.UPSERT_ITEM, "p")])
+    sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
+    sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
     assert klaviyo.names == ["POST /api/catalog-items", f"PATCH {ITEM}"]
     klaviyo.answer(f"PATCH {ITEM}", NOT_FOUND)
-    assert sender.send([entry(Kind.UPSERT_ITEM, "p")]) == [None]
+    assert sender.send([entry(OperationKind.UPSERT_ITEM, "p")]) == [None]
     assert klaviyo.names[2:] == [f"PATCH {ITEM}", "POST /api/catalog-items"]
 
 
 def test_a_deleted_entry_is_no_longer_known(sender: Sender, klaviyo: Klaviyo) -> None:
     """A product published again after it was unpublished is created."""
-    sender.send([entry(Kind.UPSERT_ITEM, "p")])
-    sender.send([Operation(Kind.DELETE_ITEM, "p")])
-    sender.send([entry(Kind.UPSERT_ITEM, "p")])
+    sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
+    sender.send([Operation(OperationKind.DELETE_ITEM, "p")])
+    sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
     assert klaviyo.names == ["POST /api/catalog-items", f"DELETE {ITEM}", "POST /api/catalog-items"]
 
 
@@ -157,7 +157,7 @@ def test_an_entry_that_comes_and_goes_is_tried_again_later(sender: Sender, klavi
     """Another worker may delete between our two calls."""
     klaviyo.answer("POST /api/catalog-items", CONFLICT)
     klaviyo.answer(f"PATCH {ITEM}", NOT_FOUND)
-    (error,) = sender.send([entry(Kind.UPSERT_ITEM, "p")])
+    (error,) = sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
     assert isinstance(error, Transient)
 
 
@@ -165,14 +165,16 @@ def test_a_category_a_product_needs_is_created_once_and_never_overwritten(sender
     """Its own messages keep its name; the product only needs it to exist."""
     klaviyo.answer("POST /api/catalog-categories", CONFLICT)
     for _ in range(3):
-        assert sender.send([entry(Kind.ENSURE_CATEGORY, "c")]) == [None]
+        assert sender.send([entry(OperationKind.ENSURE_CATEGORY, "c")]) == [None]
     assert klaviyo.names == ["POST /api/catalog-categories"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "path"), [(Kind.DELETE_ITEM, ITEM), (Kind.DELETE_CATEGORY, CATEGORY)], ids=["item", "category"]
+    ("kind", "path"),
+    [(OperationKind.DELETE_ITEM, ITEM), (OperationKind.DELETE_CATEGORY, CATEGORY)],
+    ids=["item", "category"],
 )
-def test_deleting_what_is_gone_is_success(kind: Kind, path: str, sender: Sender, klaviyo: Klaviyo) -> None:
+def test_deleting_what_is_gone_is_success(kind: OperationKind, path: str, sender: Sender, klaviyo: Klaviyo) -> None:
     """A redelivered deletion has no second effect."""
     key = path[-1]
     klaviyo.answer(f"DELETE {path}", NOT_FOUND, Rejected("no", 400))
@@ -193,7 +195,7 @@ def test_variants_commercetools_no_longer_has_are_deleted_page_by_page(sender: S
         },
     )
     klaviyo.answer(f"GET {following}", {"data": [{"id": catalog_id("old/2")}], "links": {"next": None}})
-    assert sender.send([Operation(Kind.DELETE_STALE_VARIANTS, "p", keep=frozenset({"s"}))]) == [None]
+    assert sender.send([Operation(OperationKind.DELETE_STALE_VARIANTS, "p", keep=frozenset({"s"}))]) == [None]
     deleted = [name for name in klaviyo.names if name.startswith("DELETE")]
     assert deleted == [
         "DELETE /api/catalog-variants/$custom:::$default:::old%201",
@@ -205,28 +207,28 @@ def test_a_sku_that_moves_to_another_product_survives(sender: Sender, klaviyo: K
     """In one batch the old product's variants go before the new product's come."""
     variants = f"GET {ITEM}/variants?fields%5Bcatalog-variant%5D=id"
     klaviyo.answer(variants, {"data": [{"id": catalog_id("s")}]})
-    sender.send([entry(Kind.UPSERT_VARIANT, "s"), Operation(Kind.DELETE_STALE_VARIANTS, "p")])
+    sender.send([entry(OperationKind.UPSERT_VARIANT, "s"), Operation(OperationKind.DELETE_STALE_VARIANTS, "p")])
     assert klaviyo.names == [variants, f"DELETE {VARIANT}", "POST /api/catalog-variants"]
 
 
 def test_an_item_klaviyo_never_had_has_no_variants(sender: Sender, klaviyo: Klaviyo) -> None:
     """Deleting a product that was never synced is nothing to do."""
     klaviyo.answer(f"GET {ITEM}/variants?fields%5Bcatalog-variant%5D=id", NOT_FOUND)
-    assert sender.send([Operation(Kind.DELETE_STALE_VARIANTS, "p")]) == [None]
+    assert sender.send([Operation(OperationKind.DELETE_STALE_VARIANTS, "p")]) == [None]
 
 
 def test_a_variant_klaviyo_lacks_brings_its_whole_product(sender: Sender, klaviyo: Klaviyo) -> None:
     """Stock that changes before the product was ever sent is not skipped."""
     klaviyo.answer(f"PATCH {VARIANT}", NOT_FOUND, NOT_FOUND)
-    whole = [entry(Kind.UPSERT_ITEM, "p"), entry(Kind.UPSERT_VARIANT, "s")]
-    stock = Operation(Kind.UPDATE_INVENTORY, "s", {"type": "catalog-variant"}, otherwise=lambda: whole)
+    whole = [entry(OperationKind.UPSERT_ITEM, "p"), entry(OperationKind.UPSERT_VARIANT, "s")]
+    stock = Operation(OperationKind.UPDATE_INVENTORY, "s", {"type": "catalog-variant"}, otherwise=lambda: whole)
     assert sender.send([stock]) == [None]
     assert klaviyo.names == [f"PATCH {VARIANT}", "POST /api/catalog-items", "POST /api/catalog-variants"]
-    assert sender.send([Operation(Kind.UPDATE_INVENTORY, "s", {"type": "catalog-variant"})]) == [None]
+    assert sender.send([Operation(OperationKind.UPDATE_INVENTORY, "s", {"type": "catalog-variant"})]) == [None]
 
 
 PROFILE = Operation(
-    Kind.UPSERT_PROFILE,
+    OperationKind.UPSERT_PROFILE,
     "c",
     {"type": "profile", "attributes": {"email": "e", "phone_number": "p", "external_id": "x", "title": "t"}},
 )
@@ -271,8 +273,8 @@ def test_erasure_finds_the_profile_and_requests_its_deletion(sender: Sender, kla
     """The deletion endpoint takes no external_id; whoever is not there needs no deletion."""
     find = "GET /api/profiles?filter=equals%28external_id%2C%22c%22%29&fields%5Bprofile%5D=id"
     klaviyo.answer(find, {"data": [{"id": "01A"}]})
-    assert sender.send([Operation(Kind.DELETE_PROFILE, "c")]) == [None]
-    assert sender.send([Operation(Kind.DELETE_PROFILE, "c")]) == [None]
+    assert sender.send([Operation(OperationKind.DELETE_PROFILE, "c")]) == [None]
+    assert sender.send([Operation(OperationKind.DELETE_PROFILE, "c")]) == [None]
     assert klaviyo.names == [find, "POST /api/data-privacy-deletion-jobs", find]
     body = klaviyo.calls[1][1]
     assert body is not None
@@ -285,8 +287,8 @@ def test_an_erasure_takes_in_all_pages_and_odd_answers(klaviyo: Klaviyo, sender:
     following = "https://a.klaviyo.com/api/profiles?page=2"
     klaviyo.answer(first, {"data": [{"id": "01A"}], "links": {"next": following}}, {"data": None})
     klaviyo.answer("GET /api/profiles?page=2", {"data": [{"id": "01B"}]})
-    assert sender.send([Operation(Kind.DELETE_PROFILE, "c")]) == [None]
-    assert sender.send([Operation(Kind.DELETE_PROFILE, "c"), event("e")]) == [None, None]
+    assert sender.send([Operation(OperationKind.DELETE_PROFILE, "c")]) == [None]
+    assert sender.send([Operation(OperationKind.DELETE_PROFILE, "c"), event("e")]) == [None, None]
     erased = [
         body["data"]["attributes"]["profile"]["data"]["id"]
         for name, body in klaviyo.calls
@@ -295,9 +297,9 @@ def test_an_erasure_takes_in_all_pages_and_odd_answers(klaviyo: Klaviyo, sender:
     assert erased == ["01A", "01B"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.UPSERT_PROFILE])
+@pytest.mark.parametrize("kind", [kind for kind in OperationKind if kind is not OperationKind.UPSERT_PROFILE])
 @pytest.mark.parametrize("error", [Transient("503"), KlaviyoMisconfigured("401")], ids=["transient", "misconfigured"])
-def test_no_operation_swallows_an_outage(kind: Kind, error: Exception, klaviyo: Klaviyo) -> None:
+def test_no_operation_swallows_an_outage(kind: OperationKind, error: Exception, klaviyo: Klaviyo) -> None:
     """Whatever is asked for, an answer that never came is an error for its message."""
 
     def unavailable(method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
@@ -307,8 +309,8 @@ def test_no_operation_swallows_an_outage(kind: Kind, error: Exception, klaviyo: 
     assert Sender(klaviyo, concurrency=1).send([entry(kind, "k")]) == [error]
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_every_operation_has_a_request_to_show(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", OperationKind)
+def test_every_operation_has_a_request_to_show(kind: OperationKind) -> None:
     """`klaviyo-worker transform` can print any operation."""
     request = request_for(entry(kind, "k"))
     assert request.path.startswith("/api/")
@@ -328,7 +330,7 @@ def test_events_do_not_wait_for_what_the_limits_keep_waiting() -> None:
 
     sender = Sender(Slow(), concurrency=2)
     with ThreadPoolExecutor(2) as lanes:
-        erasures = lanes.submit(sender.send, [Operation(Kind.DELETE_PROFILE, str(each)) for each in range(4)])
+        erasures = lanes.submit(sender.send, [Operation(OperationKind.DELETE_PROFILE, str(each)) for each in range(4)])
         assert all(deleting.acquire(timeout=5.0) for _ in range(2))
         assert lanes.submit(sender.send, [event("a"), event("b")]).result(5.0) == [None, None]
         may_delete.set()

@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 import pytest
 
 from tests.conftest import FakeDelivery
-from worker.errors import Disposition, Ignored, Outdated, Rejected, Transient
-from worker.model import Job, Kind, Notification, Operation, Outcome
+from worker.errors import Disposition, Ignored, Rejected, StaleWrite, Transient
+from worker.model import Message, Notification, Operation, OperationKind, Outcome
 from worker.telemetry.log import configure_logging, log
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
@@ -22,11 +22,11 @@ FIELDS = {
 }
 
 
-def job(outcome: Outcome | None, operations: int = 0) -> Job:
+def job(outcome: Outcome | None, operations: int = 0) -> Message:
     delivery = FakeDelivery(b"{}", id="7", attempt=2, published_at=datetime.now(UTC))
     notification = Notification("OrderCreated", "order", "o-1", None, {})
-    sent = (Operation(Kind.CREATE_EVENT, "k", cut=("Items",)),) * operations
-    return Job(delivery, 0.0, notification, operations=sent, outcome=outcome)
+    sent = (Operation(OperationKind.CREATE_EVENT, "k", cut=("Items",)),) * operations
+    return Message(delivery, 0.0, notification, operations=sent, outcome=outcome)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_failures_are_remembered_and_nothing_else() -> None:
     telemetry = Telemetry(Metrics("embedded"))
     held = job(Outcome(Disposition.HOLD, "enrich", Transient("500")))
     ignored = job(Outcome(Disposition.ACK, "parse", Ignored("no handler")))
-    outdated = job(Outcome(Disposition.HOLD, "send", Outdated("read again")))
+    outdated = job(Outcome(Disposition.HOLD, "send", StaleWrite("read again")))
     buried = job(Outcome(Disposition.DEAD_LETTER, "send", Rejected("400")), 1)
     telemetry.processed([held, ignored, outdated, buried])
     telemetry.settled([ignored, buried, job(Outcome(Disposition.ACK, "send"), 1)])

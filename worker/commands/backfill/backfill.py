@@ -15,7 +15,7 @@ from worker.errors import Transient
 from worker.pipeline import Pipeline
 from worker.runtime.dry_run import print_instead
 from worker.runtime.runner import Runner
-from worker.service import Stages
+from worker.service import Components
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from worker.commands.backfill.records import Selection
     from worker.commands.backfill.settings import BackfillSettings
     from worker.commands.progress_bar import Screen
-    from worker.model import Operation, Sent
+    from worker.model import Operation, SendResult
 
 
 class Backfill:
@@ -48,7 +48,7 @@ class Backfill:
         self._recorder = recorder
         self._selection = selection
         self._limit = limit
-        self._stages = stages = Stages(settings, recorder)
+        self._stages = stages = Components(settings, recorder)
         self._listing = listing(stages.commercetools, selection, self.progress.last_id)
         self._send = print_instead if dry_run else stages.sender.send
         source = Source(self._listing, selection, recorder, limit)
@@ -77,7 +77,7 @@ class Backfill:
         """Finish what is in flight and stop; called again: do not wait."""
         self._runner.stop()
 
-    def _send_history(self, operations: Sequence[Operation]) -> Sequence[Sent]:
+    def _send_history(self, operations: Sequence[Operation]) -> Sequence[SendResult]:
         return self._send(list(map(as_history, operations)))
 
 

@@ -22,7 +22,7 @@ class Record:
 
 
 @dataclass(slots=True, eq=False)
-class Message:
+class RecordDelivery:
     """A message of a record. Nobody counts its deliveries: an earlier run, or the worker, may have sent it."""
 
     record: Record

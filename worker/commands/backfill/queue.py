@@ -12,11 +12,11 @@ from threading import Condition
 from typing import TYPE_CHECKING
 
 from adapters.base import Failure
-from worker.commands.backfill.progress import Message, Record
+from worker.commands.backfill.progress import Record, RecordDelivery
 from worker.commands.backfill.records import bodies
 from worker.errors import Rejected, Transient, WorkerError
 from worker.json_access import parse_time
-from worker.telemetry.log import Notice
+from worker.telemetry.log import ConditionLog
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,13 +46,13 @@ class Source:
         self._recorder = recorder
         self._limit = limit
         self._is_listed = False
-        self._unread = Notice("page_not_read", "page_read", logging.WARNING)
-        self._ready: deque[Message] = deque()
-        self._later: list[tuple[float, int, Message]] = []  # a heap by monotonic seconds
+        self._unread = ConditionLog("page_not_read", "page_read", logging.WARNING)
+        self._ready: deque[RecordDelivery] = deque()
+        self._later: list[tuple[float, int, RecordDelivery]] = []  # a heap by monotonic seconds
         self._numbers = count()
         self._changed = Condition()
 
-    def receive(self, max_messages: int, wait: float) -> Sequence[Message]:
+    def receive(self, max_messages: int, wait: float) -> Sequence[RecordDelivery]:
         """Return what is ready, or the beginning of the next page. Raises Misconfigured."""
         if not (taken := self._take(max_messages)) and not self._is_listed and len(self._later) < MAX_LATER:
             self._list()
@@ -68,7 +68,7 @@ class Source:
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
         """Have the messages come again; one that meets a defect again and again has failed."""
         for message in deliveries:
-            assert isinstance(message, Message)
+            assert isinstance(message, RecordDelivery)
             if failure and failure.error == WorkerError.__name__:
                 message.defects += 1
             if failure and message.defects >= MAX_DEFECTS:
@@ -101,7 +101,7 @@ class Source:
         """Write down how far all records have ended. Raises OSError."""
         self._recorder.save()
 
-    def _take(self, max_messages: int) -> list[Message]:
+    def _take(self, max_messages: int) -> list[RecordDelivery]:
         now = time.monotonic()
         with self._changed:
             while self._later and self._later[0][0] <= now:
@@ -132,7 +132,7 @@ class Source:
         self._recorder.begin(record)
         delay = self._until_settled(resource)
         for body in messages:
-            self._put(Message(record, body), delay)
+            self._put(RecordDelivery(record, body), delay)
 
     def _until_settled(self, resource: Json) -> float:
         """Return how long the worker may still be about to send what the order's last change was.
@@ -145,7 +145,7 @@ class Source:
         age = (datetime.now(UTC) - changed_at).total_seconds()
         return min(max(SETTLED_AFTER - age, 0.0), SETTLED_AFTER)
 
-    def _put(self, message: Message, delay: float) -> None:
+    def _put(self, message: RecordDelivery, delay: float) -> None:
         with self._changed:
             if delay > 0:
                 heapq.heappush(self._later, (time.monotonic() + delay, next(self._numbers), message))

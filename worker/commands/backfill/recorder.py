@@ -7,7 +7,7 @@ from threading import RLock
 from typing import TYPE_CHECKING
 
 from adapters.base import Failure
-from worker.commands.backfill.progress import Message
+from worker.commands.backfill.progress import RecordDelivery
 from worker.telemetry.log import log
 from worker.telemetry.message_log import Telemetry, outcome_name
 from worker.telemetry.metrics import Metrics
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from worker.commands.backfill.checkpoint import Checkpoint, Failures
     from worker.commands.backfill.progress import Progress, Record
-    from worker.model import Job
+    from worker.model import Message
 
 SAVE_EVERY = 2.0  # seconds
 
@@ -42,7 +42,7 @@ class Recorder(Telemetry):
         with self._recording:
             self.progress.begin(record)
 
-    def settled(self, jobs: Iterable[Job]) -> None:
+    def settled(self, jobs: Iterable[Message]) -> None:
         """Note the messages that have ended, and in a while write it down. Raises OSError."""
         with self._recording:
             for job in jobs:
@@ -65,7 +65,7 @@ class Recorder(Telemetry):
                 self._failures.add(line)
             self._end(record, failure=failure.reason)
 
-    def returned(self, jobs: Iterable[Job]) -> None:
+    def returned(self, jobs: Iterable[Message]) -> None:
         """Leave what was given back for the next run."""
 
     def save(self) -> None:
@@ -75,9 +75,9 @@ class Recorder(Telemetry):
             if self._checkpoint:
                 self._checkpoint.save(self.progress)
 
-    def _note(self, job: Job) -> None:
+    def _note(self, job: Message) -> None:
         message, outcome = job.delivery, outcome_name(job)
-        assert isinstance(message, Message)
+        assert isinstance(message, RecordDelivery)
         if outcome == "dead_lettered":
             assert job.outcome is not None
             kind = job.notification.type if job.notification else ""

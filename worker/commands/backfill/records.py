@@ -10,7 +10,7 @@ import orjson
 
 from worker.commercetools import queries
 from worker.json_access import as_dict, as_text, pick_ids
-from worker.model import Json, Kind, Operation
+from worker.model import Json, Operation, OperationKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -102,7 +102,7 @@ def bodies(selection: Selection, resource: Json) -> list[bytes]:
 
 def as_history(operation: Operation) -> Operation:
     """Return the operation with its event marked, so that no flow begins: Klaviyo's `backfill`, revision 2026-07-15."""
-    if operation.kind is not Kind.CREATE_EVENT or operation.resource is None:
+    if operation.kind is not OperationKind.CREATE_EVENT or operation.resource is None:
         return operation
     resource = operation.resource
     return replace(operation, resource=resource | {"attributes": resource["attributes"] | {"backfill": True}})

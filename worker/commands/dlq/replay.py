@@ -17,7 +17,7 @@ from worker.commands.dlq.dead_letters import through
 from worker.pipeline import Pipeline
 from worker.runtime.dry_run import print_instead
 from worker.runtime.runner import Runner
-from worker.service import Stages
+from worker.service import Components
 from worker.telemetry.message_log import Telemetry, outcome_name
 from worker.telemetry.metrics import Metrics
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from adapters import DeadLetter, DeadLetterQueue, DeadLetters, Delivery, Failure
     from worker.commands.dlq.dead_letters import Choice
-    from worker.model import Job
+    from worker.model import Message
     from worker.settings import Settings
 
 _FAILED = ("dead_lettered", "retried")  # outcomes, where dead letters are replayed
@@ -95,7 +95,7 @@ class Tally(Telemetry):
         """Count those that failed again."""
         return sum(self.outcomes[outcome] for outcome in _FAILED)
 
-    def settled(self, jobs: Iterable[Job]) -> None:
+    def settled(self, jobs: Iterable[Message]) -> None:
         """Count endings."""
         jobs = list(jobs)
         with self._changed:
@@ -221,7 +221,7 @@ class Replay:
     def __init__(self, queue: DeadLetters, settings: Settings, choice: Choice, options: Options) -> None:
         settings = settings.model_copy(update={"max_batch": min(settings.max_batch, _BATCH)})
         self.tally = Tally(Metrics(scheme_of(settings.queue_url)))
-        self._stages = stages = Stages(settings, self.tally)
+        self._stages = stages = Components(settings, self.tally)
         letters = queue.dead_letters()
         until_stopped = takewhile(lambda _: not stages.stopping.is_set(), through(letters))
         self.queue = ReplayQueue(

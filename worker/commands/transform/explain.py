@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from worker.errors import Disposition, Ignored, Rejected
 from worker.json_access import as_dict, as_dicts, printable, unique
-from worker.model import Kind
+from worker.model import OperationKind
 from worker.parse import layers
 from worker.send import request_for
 from worker.transform import HANDLERS
@@ -126,7 +126,7 @@ def _sent(trace: Trace) -> Iterator[Row]:
 
 def _content(operation: Operation) -> Iterator[str]:
     attributes = as_dict(as_dict(operation.resource).get("attributes"))
-    if operation.kind is Kind.CREATE_EVENT:
+    if operation.kind is OperationKind.CREATE_EVENT:
         yield _event(attributes)
         yield f"profile: {', '.join(attributes['profile']['data']['attributes'])}"
     else:
@@ -135,7 +135,7 @@ def _content(operation: Operation) -> Iterator[str]:
             yield f"attributes: {', '.join(names)}"
     if properties := as_dict(attributes.get("properties")):
         yield f"properties: {', '.join(properties)}"
-    if operation.kind is Kind.DELETE_STALE_VARIANTS:
+    if operation.kind is OperationKind.DELETE_STALE_VARIANTS:
         yield f"kept: {_listed(sorted(operation.keep)) or 'none'}"
     if operation.cut:
         yield f"cut to Klaviyo's limits: {_listed(unique(operation.cut))}"
