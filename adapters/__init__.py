@@ -13,13 +13,13 @@ from adapters.base import (
     DeadLetters,
     Delivery,
     Failure,
-    MissingPolicy,
     Publisher,
     QueueAdapter,
     QueueError,
     QueueOptions,
     QueueRefusedError,
     QueueURLError,
+    QueueWarning,
 )
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ __all__ = [
     "DeadLetters",
     "Delivery",
     "Failure",
-    "MissingPolicy",
     "Publisher",
     "QueueAdapter",
     "QueueError",
     "QueueOptions",
     "QueueRefusedError",
     "QueueURLError",
+    "QueueWarning",
     "open_queue",
     "scheme_of",
 ]
@@ -66,7 +66,7 @@ def scheme_of(url: str) -> str:
     try:
         scheme = urlsplit(url).scheme
     except ValueError:  # its text may quote what the URL holds
-        raise QueueURLError("QUEUE_URL is malformed: expected a URL; found one whose host is none") from None
+        raise QueueURLError("QUEUE_URL is malformed", todo="expected a URL with a valid host") from None
     return _ALIASES.get(scheme, scheme)
 
 
@@ -75,8 +75,8 @@ def _opener(scheme: str) -> Callable[[str, QueueOptions], QueueAdapter]:
     try:
         return cast("Callable[[str, QueueOptions], QueueAdapter]", _offered(scheme).load())
     except ModuleNotFoundError as error:
-        hint = f": pip install 'klaviyo-worker[{scheme}]'" if scheme in _HERE else ""
-        raise QueueError(f"QUEUE_URL: {scheme}:// needs {error.name}, which is not installed{hint}") from None
+        todo = f"pip install 'klaviyo-worker[{scheme}]'" if scheme in _HERE else ""
+        raise QueueError(f"QUEUE_URL: {scheme}:// needs {error.name}, which is not installed", todo=todo) from None
     except (ImportError, AttributeError, SyntaxError) as error:
         raise QueueError(f"QUEUE_URL: what offers {scheme}:// is broken: {error}") from None
 
@@ -89,4 +89,4 @@ def _offered(scheme: str) -> EntryPoint:
     if scheme in offered:
         return offered[scheme]
     known = ", ".join(f"{name}://" for name in sorted({*_HERE, *offered}))
-    raise QueueURLError(f"QUEUE_URL is malformed: expected one of {known}; found {scheme or 'no scheme'}")
+    raise QueueURLError("QUEUE_URL is malformed", todo=f"expected one of {known}; found {scheme or 'no scheme'}")

@@ -11,7 +11,15 @@ if TYPE_CHECKING:
 
 
 class QueueError(Exception):
-    """The queue cannot be used: unreachable, missing, or not permitted. The text says what to do."""
+    """The queue cannot be used: unreachable, missing, or not permitted.
+
+    `reason` says what is wrong, `todo` what to do about it ("" if there is no advice). The text joins both.
+    """
+
+    def __init__(self, reason: str, *, todo: str = "") -> None:
+        super().__init__(f"{reason}: {todo}" if todo else reason)
+        self.reason = reason
+        self.todo = todo
 
 
 class QueueRefusedError(QueueError):
@@ -22,13 +30,19 @@ class QueueURLError(QueueError):
     """The URL, or a secret for it, names no queue; the text says what was expected."""
 
 
-class MissingPolicy(str):
-    """A sentence of `check` about a policy that is missing: `klaviyo-worker check` fails for it, a worker does not.
+@dataclass(frozen=True, slots=True)
+class QueueWarning:
+    """Something about a queue that an operator should change. It does not stop a worker.
 
-    Like the text of a QueueError it says why, then what to do: `why: set ...`.
+    `is_missing_policy`: the queue lacks a policy that delivery relies on. `klaviyo-worker check` then fails.
     """
 
-    __slots__ = ()
+    reason: str
+    todo: str = ""
+    is_missing_policy: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.todo}" if self.todo else self.reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +140,11 @@ class QueueAdapter(Protocol):
         when that is nothing.
         """
 
-    def check(self) -> Sequence[str]:
-        """Raise QueueError unless this process may consume; return one sentence per thing to mend.
+    def check(self) -> Sequence[QueueWarning]:
+        """Return what an operator should change about the queue. Raises QueueError unless this process may consume.
 
-        A policy that is missing is a MissingPolicy; one that must not be looked at is none.
+        A missing policy has `is_missing_policy`. A policy that this process has no permission to read is reported
+        as unreadable, not as missing.
         """
 
     def stop(self) -> None:

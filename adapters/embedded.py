@@ -23,12 +23,12 @@ from adapters.base import DeadLetter, Failure, QueueError, QueueURLError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from adapters.base import Delivery, QueueOptions
+    from adapters.base import Delivery, QueueOptions, QueueWarning
 
 log = logging.getLogger("klaviyo_worker.embedded")
 POLL_SECONDS = 0.005  # a look costs some microseconds
 RECEIVE_BYTES = 4_000_000  # of bodies handed out at a time, but for the last: flow control counts them afterwards
-_EXPECTED = "QUEUE_URL is malformed: expected embedded:///path/queue.db[?lease=SECONDS&max_attempts=N]"
+_EXPECTED = "expected embedded:///path/queue.db[?lease=SECONDS&max_attempts=N]"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS messages (
     id INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL, published_at REAL NOT NULL,
@@ -84,9 +84,9 @@ def open_url(url: str, _options: QueueOptions) -> EmbeddedQueue:
         lease = float(options.pop("lease", EmbeddedQueue.LEASE_SECONDS))
         max_attempts = int(options.pop("max_attempts", EmbeddedQueue.MAX_ATTEMPTS))
     except ValueError:
-        raise QueueURLError(_EXPECTED) from None
+        raise QueueURLError("QUEUE_URL is malformed", todo=_EXPECTED) from None
     if options or not path.strip("/") or not 0 < lease < float("inf") or max_attempts < 1:
-        raise QueueURLError(_EXPECTED)
+        raise QueueURLError("QUEUE_URL is malformed", todo=_EXPECTED)
     return EmbeddedQueue(Path(path).expanduser(), lease=lease, max_attempts=max_attempts)
 
 
@@ -184,7 +184,7 @@ class EmbeddedQueue:
             waiting, dead = self._db.execute(query).fetchone()
             return int(waiting), int(dead)
 
-    def check(self) -> Sequence[str]:
+    def check(self) -> Sequence[QueueWarning]:
         """Raise QueueError unless the file can be written."""
         with self._transaction():
             return ()

@@ -18,6 +18,10 @@ Texts are for operators and go to logs and dead letters: no personal data, no se
 from __future__ import annotations
 
 from enum import Enum, IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Disposition(Enum):
@@ -47,9 +51,17 @@ class ExitCode(IntEnum):
 
 
 class WorkerError(Exception):
-    """A message could not be handled; `disposition` says what becomes of it."""
+    """A message could not be handled; `disposition` says what becomes of it.
+
+    `reason` says what is wrong, `todo` what to do about it ("" if there is no advice). The text joins both.
+    """
 
     disposition = Disposition.NACK
+
+    def __init__(self, reason: str, *, todo: str = "") -> None:
+        super().__init__(f"{reason}: {todo}" if todo else reason)
+        self.reason = reason
+        self.todo = todo
 
 
 class Transient(WorkerError):
@@ -93,15 +105,19 @@ class Rejected(WorkerError):
 class Misconfigured(WorkerError):
     """The worker itself is not allowed or not able: no message is at fault.
 
-    `retry_after`: seconds until it is asked again whether that has changed.
+    `retry_after`: seconds until it is asked again whether that has changed. `lacks_scope`: a missing scope can
+    be the cause.
     """
 
     disposition = Disposition.PARK
     exit_code: ExitCode = ExitCode.UNEXPECTED
 
-    def __init__(self, reason: str, retry_after: float | None = None) -> None:
-        super().__init__(reason)
+    def __init__(
+        self, reason: str, retry_after: float | None = None, *, todo: str = "", lacks_scope: bool = False
+    ) -> None:
+        super().__init__(reason, todo=todo)
         self.retry_after = retry_after
+        self.lacks_scope = lacks_scope
 
 
 class CommercetoolsMisconfigured(Misconfigured):
@@ -121,4 +137,15 @@ class Ignored(Exception):
 
 
 class SettingsError(Exception):
-    """Settings are missing or malformed: one line per variable."""
+    """Settings are missing or malformed. The text has a line for each of `problems`."""
+
+    def __init__(self, reason: str, *, todo: str = "", problems: Sequence[SettingsError] = ()) -> None:
+        super().__init__(f"{reason}: {todo}" if todo else reason)
+        self.reason = reason
+        self.todo = todo
+        self.problems = tuple(problems) or (self,)
+
+    @classmethod
+    def joined(cls, problems: Sequence[SettingsError]) -> SettingsError:
+        """Return one error for several settings."""
+        return cls("\n".join(map(str, problems)), problems=problems)

@@ -127,5 +127,6 @@ def load_mapping(path: Path | None, **overrides: str) -> Mapping:
     try:
         return Mapping.model_validate(document | {name: value for name, value in overrides.items() if value})
     except ValidationError as errors:
-        lines = (f"{path or 'mapping'}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in errors.errors())
-        raise SettingsError("\n".join(lines)) from None
+        where = path or "mapping"
+        problems = [SettingsError(f"{where}: {'.'.join(map(str, e['loc']))}: {e['msg']}") for e in errors.errors()]
+        raise SettingsError.joined(problems) from None

@@ -43,7 +43,7 @@ def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
     batch = SQSEvent(event, _left(context))
     if batch.lease <= STOP_BEFORE:  # Lambda's default; nothing would ever be done, and all be buried
         found = f"the function has {batch.lease:.0f} s, expected more than {STOP_BEFORE:.0f}"
-        raise SettingsError(f"Timeout: {found}: set 60")
+        raise SettingsError(f"Timeout: {found}", todo="set 60")
     warm = _warm()
     stages = warm.stages
     pipeline = Pipeline(batch, stages.enricher.enrich, stages.sender.send, stages.mapping, warm.telemetry)

@@ -58,7 +58,7 @@ class Worker:
         self._stages = stages = Components(settings, self._telemetry)
         queue = open_queue(settings.queue_url, settings.queue_options)
         for warning in queue.check():
-            log.warning("queue_warning", extra={"reason": warning})
+            log.warning("queue_warning", extra={"reason": str(warning)})
         source: QueueAdapter = DryRunQueue(queue, settings.max_in_flight) if dry_run else queue
         send = print_instead if dry_run else stages.sender.send
         pipeline = Pipeline(source, stages.enricher.enrich, send, stages.mapping, self._telemetry)

@@ -316,12 +316,13 @@ def load(kind: type[S], flags: ReadOnly[str, Any]) -> S:
     try:
         return kind(**given)
     except ValidationError as errors:
-        raise SettingsError("\n".join(_line(kind, error) for error in errors.errors())) from None
+        raise SettingsError.joined([_problem(kind, error) for error in errors.errors()]) from None
 
 
-def _line(kind: type[BaseSettings], error: ErrorDetails) -> str:
+def _problem(kind: type[BaseSettings], error: ErrorDetails) -> SettingsError:
     name = str(error["loc"][0])
     info = next(info for info in kind.model_fields.values() if info.validation_alias == name)
     if error["type"] == "missing":
-        return f"{name} is missing: set it (or {name}_FILE) to the {info.description}"
-    return f"{name} is malformed: {error['msg'].removeprefix('Value error, ')} — {info.description}"
+        return SettingsError(f"{name} is missing", todo=f"set it (or {name}_FILE) to the {info.description}")
+    problem = error["msg"].removeprefix("Value error, ")
+    return SettingsError(f"{name} is malformed", todo=f"{problem} — {info.description}")

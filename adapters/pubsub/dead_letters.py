@@ -48,18 +48,20 @@ def subscription_of(topic: str, publisher: PublisherClient, subscriber: Subscrib
         found = list(publisher.list_topic_subscriptions(request=request, retry=_RETRY, timeout=CALL_TIMEOUT))
     except google.PermissionDenied:
         what = f"not permitted to list the subscriptions of {topic}"
-        raise QueueError(f"QUEUE_URL: {what}: grant roles/pubsub.viewer on it, or set {SETTING}") from None
+        raise QueueError(f"QUEUE_URL: {what}", todo=f"grant roles/pubsub.viewer on it, or set {SETTING}") from None
     except google.NotFound:
-        raise QueueError(f"QUEUE_URL: its dead-letter topic {topic} does not exist: create it") from None
+        raise QueueError(f"QUEUE_URL: its dead-letter topic {topic} does not exist", todo="create it") from None
     except (google.GoogleAPIError, GoogleAuthError) as error:
         raise QueueError(f"QUEUE_URL: cannot reach Pub/Sub for {topic}: {error}") from None
     pulled = [path for path in found if _is_pulled(path, subscriber)]
     if not pulled:
         what = f"its dead-letter topic {topic} has no subscription that is pulled"
-        raise QueueError(f"QUEUE_URL: {what}: create one, as it forgets what it is sent, or set {SETTING}")
+        raise QueueError(f"QUEUE_URL: {what}", todo=f"create one, as it forgets what it is sent, or set {SETTING}")
     if len(pulled) > 1:
         urls = ", ".join(sorted(_url(path) for path in pulled))
-        raise QueueError(f"QUEUE_URL: its dead-letter topic {topic} has several: set {SETTING} to one of {urls}")
+        raise QueueError(
+            f"QUEUE_URL: its dead-letter topic {topic} has several", todo=f"set {SETTING} to one of {urls}"
+        )
     return pulled[0]
 
 

@@ -23,7 +23,7 @@ from google.pubsub_v1 import PublisherClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
-from adapters.base import MissingPolicy, QueueError, QueueURLError
+from adapters.base import QueueError, QueueURLError, QueueWarning
 from adapters.pubsub import dead_letters as dead
 from adapters.pubsub.settlement import LEASE, PASSING, Settlement
 from adapters.pubsub.streaming_pull import StreamClient, StreamingPull
@@ -49,7 +49,7 @@ BURY_PATIENCE = 5.0  # seconds to publish a dead letter; else the message goes a
 MAX_BATCH = 1000  # messages in a call to publish, Pub/Sub's limit
 MAX_BATCH_BYTES = 5_000_000  # of bodies in a call to publish, half of Pub/Sub's limit
 MAX_ATTRIBUTE = 1024  # bytes of an attribute's value
-_EXPECTED = "is malformed: expected pubsub://PROJECT/SUBSCRIPTION"
+_EXPECTED = "expected pubsub://PROJECT/SUBSCRIPTION"
 _URL = re.compile(r"(?i:pubsub)://(?P<project>[^/?#]+)/(?P<subscription>[A-Za-z][A-Za-z0-9._~+%-]{2,254})")
 _DIRECT = "KLAVIYO_WORKER_DEAD_LETTER=direct"
 _CONSUME = "pubsub.subscriptions.consume"
@@ -79,14 +79,14 @@ def open_url(url: str, options: QueueOptions) -> PubSubQueue:
     try:
         return PubSubQueue(path, options)
     except GoogleAuthError as error:
-        hint = "set GOOGLE_APPLICATION_CREDENTIALS, or run under a service account"
-        raise QueueError(f"QUEUE_URL: no Google credentials ({type(error).__name__}): {hint}") from None
+        todo = "set GOOGLE_APPLICATION_CREDENTIALS, or run under a service account"
+        raise QueueError(f"QUEUE_URL: no Google credentials ({type(error).__name__})", todo=todo) from None
 
 
 def _path(url: str, setting: str) -> str:
     named = _URL.fullmatch(url)
     if named is None:
-        raise QueueURLError(f"{setting} {_EXPECTED}")
+        raise QueueURLError(f"{setting} is malformed", todo=_EXPECTED)
     return f"projects/{named['project']}/subscriptions/{named['subscription']}"
 
 
@@ -169,19 +169,19 @@ class PubSubQueue:
         """Count what was sent back and is expected again; Pub/Sub itself does not tell."""
         return len(self._awaited) or None
 
-    def check(self) -> Sequence[str]:
+    def check(self) -> Sequence[QueueWarning]:
         """Look at the subscription. Raises QueueError when it cannot be used as asked."""
         subscription = self._described()
         self._may_consume()
         if subscription is None:
             if self._options.direct_dead_letter:
-                raise QueueError(f"{_DIRECT}: {self._unreadable} its dead-letter topic: {_VIEWER}")
-            return [f"{self._unreadable} its policies: {_VIEWER}"]
+                raise QueueError(f"{_DIRECT}: {self._unreadable} its dead-letter topic", todo=_VIEWER)
+            return [QueueWarning(f"{self._unreadable} its policies", _VIEWER)]
         if self._options.direct_dead_letter and not self._topic:
-            raise QueueError(f"{_DIRECT}: {self._path} has no dead-letter topic: {_SET_TOPIC.format(self._path)}")
+            raise QueueError(f"{_DIRECT}: {self._path} has no dead-letter topic", todo=_SET_TOPIC.format(self._path))
         if subscription.push_config.push_endpoint:
             raise QueueError(
-                f"QUEUE_URL: {self._path} is a push subscription: use push://HOST:PORT, or one that is pulled"
+                f"QUEUE_URL: {self._path} is a push subscription", todo="use push://HOST:PORT, or one that is pulled"
             )
         return list(_warnings(subscription, self._lease))
 
@@ -200,7 +200,7 @@ class PubSubQueue:
         """Publish to the subscription's topic, in order."""
         subscription = self._described()
         if subscription is None:
-            raise QueueError(f"QUEUE_URL: {self._unreadable} its topic: {_VIEWER}")
+            raise QueueError(f"QUEUE_URL: {self._unreadable} its topic", todo=_VIEWER)
         stored = 0
         for batch in batches(bodies, MAX_BATCH, MAX_BATCH_BYTES):
             if b"" in batch:
@@ -219,7 +219,7 @@ class PubSubQueue:
         given = self._options.dead_letter_url
         path = _path(given, dead.SETTING) if given else self._dead_letter_path()
         if path == self._path:
-            raise QueueURLError(f"{dead.SETTING} is QUEUE_URL: set it to the subscription of the dead letters")
+            raise QueueURLError(f"{dead.SETTING} is QUEUE_URL", todo="set it to the subscription of the dead letters")
         return LeasedLetters(dead.PubSubLetters(self._client, path))
 
     @cached_property
@@ -239,7 +239,7 @@ class PubSubQueue:
         except google.PermissionDenied:
             return None
         except google.NotFound:
-            raise QueueError(f"QUEUE_URL: {self._path} does not exist: create it, or correct the name") from None
+            raise QueueError(f"QUEUE_URL: {self._path} does not exist", todo="create it, or correct the name") from None
         except (google.GoogleAPIError, GoogleAuthError) as error:
             raise QueueError(f"QUEUE_URL: cannot reach Pub/Sub for {self._path}: {error}") from None
         self._topic = subscription.dead_letter_policy.dead_letter_topic
@@ -249,9 +249,10 @@ class PubSubQueue:
 
     def _dead_letter_path(self) -> str:
         if self._described() is None:
-            raise QueueError(f"QUEUE_URL: {self._unreadable} its dead-letter topic: {_VIEWER}, or set {dead.SETTING}")
+            todo = f"{_VIEWER}, or set {dead.SETTING}"
+            raise QueueError(f"QUEUE_URL: {self._unreadable} its dead-letter topic", todo=todo)
         if not self._topic:
-            raise QueueError(f"QUEUE_URL: {self._path} has no dead-letter topic: {_SET_TOPIC}")
+            raise QueueError(f"QUEUE_URL: {self._path} has no dead-letter topic", todo=_SET_TOPIC.format(self._path))
         return dead.subscription_of(self._topic, self._publisher, self._client)
 
     def _may_consume(self) -> None:
@@ -263,7 +264,9 @@ class PubSubQueue:
         except google.GoogleAPIError as error:
             raise QueueError(f"QUEUE_URL: cannot ask Pub/Sub what is permitted on {self._path}: {error}") from None
         if _CONSUME not in allowed.permissions:
-            raise QueueError(f"QUEUE_URL: not permitted to consume {self._path}: grant roles/pubsub.subscriber on it")
+            raise QueueError(
+                f"QUEUE_URL: not permitted to consume {self._path}", todo="grant roles/pubsub.subscriber on it"
+            )
 
     def _is_last(self, delivery: Delivery) -> bool:
         """Tell whether the subscription gives this message up when it is returned now."""
@@ -288,20 +291,19 @@ class PubSubQueue:
         return True
 
 
-def _warnings(subscription: Subscription, lease: int) -> Iterator[str]:
+def _warnings(subscription: Subscription, lease: int) -> Iterator[QueueWarning]:
     """Name what the subscription lacks, and the command that sets it."""
     name = subscription.name
     if not subscription.dead_letter_policy.dead_letter_topic:
         why = f"{name} has no dead-letter policy, so what can never succeed comes again and again"
-        yield MissingPolicy(f"{why}: {_SET_TOPIC.format(name)}")
+        yield QueueWarning(why, _SET_TOPIC.format(name), is_missing_policy=True)
     if "retry_policy" not in subscription:
         why = f"{name} has no retry policy, so failed messages come again at once"
-        yield MissingPolicy(f"{why}: {_SET_RETRY.format(name)}")
+        yield QueueWarning(why, _SET_RETRY.format(name), is_missing_policy=True)
     if subscription.ack_deadline_seconds < lease:
-        yield (
-            f"{name} has an ack deadline of {subscription.ack_deadline_seconds} s, shorter than the {lease} s "
-            f"that messages are held for: gcloud pubsub subscriptions update {name} --ack-deadline={lease}"
-        )
+        deadline = f"an ack deadline of {subscription.ack_deadline_seconds} s"
+        why = f"{name} has {deadline}, shorter than the {lease} s that messages are held for"
+        yield QueueWarning(why, f"gcloud pubsub subscriptions update {name} --ack-deadline={lease}")
 
 
 def _messages(deliveries: Sequence[Delivery]) -> list[Message]:

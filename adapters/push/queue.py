@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl, urlsplit
 import orjson
 import uvicorn
 
-from adapters.base import QueueError, QueueURLError
+from adapters.base import QueueError, QueueURLError, QueueWarning
 from adapters.push.oidc import KeysUnavailableError, TokenRefusedError, TokenVerifier
 from adapters.shared.inbox import Inbox
 
@@ -36,9 +36,7 @@ MAX_BODY = 15_000_000  # bytes; a Pub/Sub message of 10 MB is 13.4 MB in base64
 BODY_SECONDS = 30.0  # for a request's body to arrive
 STOP_SECONDS = 5.0  # for answers to leave once all is settled
 KEEP_ALIVE = 620  # seconds, longer than Google's front ends, so that they hang up first
-_EXPECTED = (
-    "QUEUE_URL is malformed: expected push://HOST[:PORT][?audience=AUDIENCE&service_account=EMAIL], both or neither"
-)
+_EXPECTED = "expected push://HOST[:PORT][?audience=AUDIENCE&service_account=EMAIL], both or neither"
 _DONE, _UNAUTHORIZED, _WRONG_METHOD, _TOO_SLOW, _TOO_LARGE, _TOO_MANY = 204, 401, 405, 408, 413, 429
 _FAILED, _LATER = 500, 503
 
@@ -66,9 +64,9 @@ def open_url(url: str, options: QueueOptions) -> PushQueue:
     try:
         port = options.port if parts.port is None else parts.port
     except ValueError:
-        raise QueueURLError(_EXPECTED) from None
+        raise QueueURLError("QUEUE_URL is malformed", todo=_EXPECTED) from None
     if not parts.hostname or parts.path.strip("/") or query or len(guards) == 1 or not all(guards):
-        raise QueueURLError(_EXPECTED)
+        raise QueueURLError("QUEUE_URL is malformed", todo=_EXPECTED)
     verifier = TokenVerifier(*guards) if guards else None
     return PushQueue(parts.hostname, port, options, verifier)
 
@@ -117,18 +115,15 @@ class PushQueue:
     def backlog(self) -> None:
         """Return None: who is pushed to cannot see the queue."""
 
-    def check(self) -> Sequence[str]:
+    def check(self) -> Sequence[QueueWarning]:
         """Warn of what the endpoint cannot do, and of an endpoint open to everybody."""
         warnings = []
         if self._verifier is None:
-            warnings.append(
-                "push:// takes messages from anybody who can reach it: "
-                "add ?audience=AUDIENCE&service_account=EMAIL to QUEUE_URL"
-            )
+            open_to_all = "push:// takes messages from every client that can reach it"
+            warnings.append(QueueWarning(open_to_all, "add ?audience=AUDIENCE&service_account=EMAIL to QUEUE_URL"))
         if self._options.direct_dead_letter:
-            warnings.append(
-                "KLAVIYO_WORKER_DEAD_LETTER=direct has no effect on push://: the subscription's policy counts"
-            )
+            no_effect = "KLAVIYO_WORKER_DEAD_LETTER=direct has no effect on push://: the subscription's policy counts"
+            warnings.append(QueueWarning(no_effect))
         return warnings
 
     def stop(self) -> None:

@@ -35,9 +35,11 @@ class ServiceBusDeadLetters:
     are locked too, and let go by `close`; a lock that ends before only has to be had once more.
     """
 
-    def __init__(self, connect: Callable[..., ServiceBusReceiver], why: Callable[[BaseException], str]) -> None:
+    def __init__(
+        self, connect: Callable[..., ServiceBusReceiver], explain: Callable[[BaseException], QueueError]
+    ) -> None:
         self._connect = connect
-        self._why = why
+        self._explain = explain
         self._looking = Threads(connect)
         self._settlement = Settlement(connect)
         self._locked: dict[int, ServiceBusReceivedMessage] = {}  # by sequence number, as all here
@@ -70,7 +72,7 @@ class ServiceBusDeadLetters:
             try:
                 self._lock_and_complete(left)
             except FAILURES as error:
-                raise QueueError(f"QUEUE_URL: {self._why(error)}") from None
+                raise self._explain(error) from None
             there = left and left & {_number(message) for message in self._peek(left, 1)}
         if there:
             why = "somebody else has locked them, or locks end before all letters ahead of them are locked"
@@ -95,7 +97,7 @@ class ServiceBusDeadLetters:
 
         for error in self._looking.run([partial(peek, number) for number in numbers]):
             if error is not None:
-                raise QueueError(f"QUEUE_URL: {self._why(error)}")
+                raise self._explain(error)
         return found
 
     def _lock_and_complete(self, left: set[int]) -> None:

@@ -45,13 +45,11 @@ if TYPE_CHECKING:
 
     from azure.servicebus import ServiceBusReceivedMessage
 
-    from adapters.base import Delivery, Failure, QueueOptions
+    from adapters.base import Delivery, Failure, QueueOptions, QueueWarning
 
 CALL_TIMEOUT = 5.0  # seconds for one call, or for opening a receiver
 MAX_BATCH = 1000  # messages in a call to publish
-_EXPECTED = (
-    "QUEUE_URL is malformed: expected servicebus://NAMESPACE.servicebus.windows.net/QUEUE or /TOPIC/SUBSCRIPTION"
-)
+_EXPECTED = "expected servicebus://NAMESPACE.servicebus.windows.net/QUEUE or /TOPIC/SUBSCRIPTION"
 _SECRET = "SERVICEBUS_CONNECTION_STRING"  # noqa: S105 - its name
 _NO_TLS = re.compile(r";\s*UseDevelopmentEmulator\s*=\s*true", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~/-]{0,259}")
@@ -85,13 +83,13 @@ def parse_url(url: str) -> Entity:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        raise QueueURLError(_EXPECTED) from None
+        raise QueueURLError("QUEUE_URL is malformed", todo=_EXPECTED) from None
     names = [unquote(name) for name in parts.path.removeprefix("/").split("/")]
     is_host = parts.hostname is not None and re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)+|localhost", parts.hostname)
     if not is_host or parts.username is not None or parts.query or parts.fragment or len(names) > 2:  # noqa: PLR2004
-        raise QueueURLError(_EXPECTED)
+        raise QueueURLError("QUEUE_URL is malformed", todo=_EXPECTED)
     if not all(_NAME.fullmatch(name) for name in names):
-        raise QueueURLError(_EXPECTED)
+        raise QueueURLError("QUEUE_URL is malformed", todo=_EXPECTED)
     return Entity(f"{parts.hostname}:{port}" if port else str(parts.hostname), *names)
 
 
@@ -102,11 +100,15 @@ def fits(connection_string: str, entity: Entity) -> None:
         host = urlsplit(about.endpoint).netloc.lower()
     except ValueError:
         expected = "Endpoint=sb://NAMESPACE.servicebus.windows.net/;SharedAccessKeyName=...;SharedAccessKey=..."
-        raise QueueURLError(f"{_SECRET} is malformed: expected {expected}") from None
+        raise QueueURLError(f"{_SECRET} is malformed", todo=f"expected {expected}") from None
     if host != entity.host:
-        raise QueueURLError(f"{_SECRET} is for another namespace than QUEUE_URL, {entity.host}: correct one of them")
+        raise QueueURLError(
+            f"{_SECRET} is for another namespace than QUEUE_URL, {entity.host}", todo="correct one of them"
+        )
     if about.entity_path and about.entity_path != entity.name:
-        raise QueueURLError(f"{_SECRET} is for another queue or topic than QUEUE_URL, {entity}: correct one of them")
+        raise QueueURLError(
+            f"{_SECRET} is for another queue or topic than QUEUE_URL, {entity}", todo="correct one of them"
+        )
     if _NO_TLS.search(connection_string) and not is_loopback(urlsplit(f"//{host}").hostname or ""):
         raise QueueURLError(f"{_SECRET}: UseDevelopmentEmulator, which turns TLS off, is for this machine only")
 
@@ -173,7 +175,7 @@ class ServiceBusQueue:
         """Count what was sent back and is expected again; to ask Service Bus takes the right to manage it."""
         return len(self._awaited) or None
 
-    def check(self) -> Sequence[str]:
+    def check(self) -> Sequence[QueueWarning]:
         """Peek, which takes the right to listen. Raises QueueError when that is not possible."""
         threads = Threads(self._open_receiver)
         try:
@@ -181,7 +183,7 @@ class ServiceBusQueue:
         finally:
             threads.close(0.0)
         if error is not None:
-            raise QueueError(f"QUEUE_URL: {self._why(error)}") from None
+            raise self._explain(error) from None
         return []
 
     def stop(self) -> None:
@@ -199,7 +201,7 @@ class ServiceBusQueue:
     def dead_letters(self) -> ServiceBusDeadLetters:
         """Open the dead letters, for which the right to listen is enough."""
         connect = partial(self._open_receiver, sub_queue=ServiceBusSubQueue.DEAD_LETTER)
-        letters = ServiceBusDeadLetters(connect, self._why)
+        letters = ServiceBusDeadLetters(connect, self._explain)
         try:
             letters.check()
         except QueueError:
@@ -218,7 +220,7 @@ class ServiceBusQueue:
         except MessageSizeExceededError:
             raise QueueError(f"QUEUE_URL: {stored} messages were published, then one was too large") from None
         except FAILURES as error:
-            raise QueueError(f"QUEUE_URL: {stored} messages were published, then: {self._why(error)}") from None
+            raise self._explain(error, f"{stored} messages were published, then: ") from None
         finally:
             close_soon(sender)
         return stored
@@ -244,15 +246,16 @@ class ServiceBusQueue:
         client, name = self._make_client(_PUBLISH_RETRIES), self._entity.name
         return client.get_topic_sender(name) if self._entity.subscription else client.get_queue_sender(name)
 
-    def _why(self, error: BaseException) -> str:
-        """Return what is wrong with the queue, and what to do."""
+    def _explain(self, error: BaseException, prefix: str = "") -> QueueError:
+        """Return an error that says what is wrong with the queue, and what to do."""
+        reason, todo = f"cannot reach {self._entity}: {in_short(error)}", ""
         if isinstance(error, MessagingEntityNotFoundError):
-            return f"{self._entity} does not exist: create it, or correct the name"
-        if isinstance(error, MessagingEntityDisabledError):
-            return f"{self._entity} is disabled: set its status to Active"
-        if is_refusal(error):
-            return f"not permitted to use {self._entity} ({in_short(error)}): {_ROLE}"
-        return f"cannot reach {self._entity}: {in_short(error)}"
+            reason, todo = f"{self._entity} does not exist", "create it, or correct the name"
+        elif isinstance(error, MessagingEntityDisabledError):
+            reason, todo = f"{self._entity} is disabled", "set its status to Active"
+        elif is_refusal(error):
+            reason, todo = f"not permitted to use {self._entity} ({in_short(error)})", _ROLE
+        return QueueError(f"QUEUE_URL: {prefix}{reason}", todo=todo)
 
 
 def _deliveries(deliveries: Sequence[Delivery]) -> list[ServiceBusDelivery]:

@@ -63,12 +63,12 @@ def connect(region: str = "") -> SQSClient:
         session = boto3.Session(region_name=region or None)
         client = session.client("sqs", region_name=session.region_name or os.environ.get("AWS_REGION"), config=config)
     except boto.NoRegionError:
-        raise QueueError(f"QUEUE_URL: no AWS region: {_SET_REGION}") from None
+        raise QueueError("QUEUE_URL: no AWS region", todo=_SET_REGION) from None
     except (boto.BotoCoreError, ValueError) as error:  # a profile that is not there, an endpoint that is no URL
         raise QueueError(f"QUEUE_URL: AWS's own settings are no use: {error}") from None
     endpoint = urlsplit(client.meta.endpoint_url)
     if endpoint.scheme != "https" and not is_loopback(endpoint.hostname or ""):
-        raise QueueError(f"AWS_ENDPOINT_URL_SQS: {endpoint.netloc}: {_ENCRYPTED}")
+        raise QueueError(f"AWS_ENDPOINT_URL_SQS: {endpoint.netloc}", todo=_ENCRYPTED)
     return client
 
 
@@ -120,14 +120,20 @@ def reason(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def explain(error: BaseException, queue: str) -> str:
-    """Say to an operator what is wrong with `queue`, and what to do."""
+def explain(error: BaseException, queue: str) -> tuple[str, str]:
+    """Return what is wrong with `queue`, and what to do about it ("" if that is not known)."""
     if is_missing(error):
-        return f"{queue} does not exist: create it, or correct name or region"
+        return f"{queue} does not exist", "create it, or correct name or region"
     if isinstance(error, _NO_CREDENTIALS):
-        return f"no AWS credentials ({type(error).__name__}): {_SET_CREDENTIALS}"
+        return f"no AWS credentials ({type(error).__name__})", _SET_CREDENTIALS
     if is_denied(error):
-        return f"not permitted on {queue}: {reason(error)}"
+        return f"not permitted on {queue}: {reason(error)}", ""
     if is_refusal(error):
-        return f"SQS refuses {queue}: {reason(error)}"
-    return f"cannot reach SQS for {queue}: {reason(error)}"
+        return f"SQS refuses {queue}: {reason(error)}", ""
+    return f"cannot reach SQS for {queue}: {reason(error)}", ""
+
+
+def queue_error(error: BaseException, queue: str, about: str = "QUEUE_URL") -> QueueError:
+    """Return an error that explains `error`; `about` is the setting that names `queue`."""
+    reason, todo = explain(error, queue)
+    return QueueError(f"{about}: {reason}", todo=todo)

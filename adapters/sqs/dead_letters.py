@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from adapters.base import DeadLetter, QueueError
+from adapters.base import DeadLetter
 from adapters.shared import dead_letter_attributes as buried
 from adapters.shared.leased_dead_letters import LetterDelivery
 from adapters.sqs import client as aws
@@ -48,7 +48,7 @@ class SQSLetters:
             ).get("Messages", ())
             return [(message["ReceiptHandle"], self._letter(message)) for message in found]
         except aws.ERRORS as error:
-            raise QueueError(f"QUEUE_URL: its dead letters: {aws.explain(error, self._name)}") from None
+            raise aws.queue_error(error, self._name, "QUEUE_URL: its dead letters") from None
 
     def extend(self, handles: Sequence[str], seconds: int) -> dict[str, str]:
         """Change the visibility timeouts."""
@@ -83,7 +83,7 @@ class SQSLetters:
             done = {int(each["Id"]) for each in answer.get("Successful", ())}
             why = {int(each["Id"]): f"{each['Code']}: {each.get('Message', '')}" for each in answer.get("Failed", ())}
         except aws.ERRORS as error:
-            trouble.append(aws.explain(error, self._name))
+            trouble.append(": ".join(filter(None, aws.explain(error, self._name))))
             return dict.fromkeys(handles, trouble[0])
         return {handle: why.get(number, "no answer") for number, handle in enumerate(handles) if number not in done}
 

@@ -13,7 +13,7 @@ from adapters.base import QueueError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from adapters.base import Delivery, Failure
+    from adapters.base import Delivery, Failure, QueueWarning
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class SQSEvent:
             records = [_record(entry) for entry in event["Records"]]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             what = f"expected the event of an SQS event source ({type(error).__name__}: {error})"
-            raise QueueError(f"{what}: invoke this function by one, not by hand") from None
+            raise QueueError(what, todo="invoke this function by one, not by hand") from None
         self.lease = seconds
         self._waiting = records
         self._left = {record.id for record in records}
@@ -71,7 +71,7 @@ class SQSEvent:
         """Count what was not handed out yet: what comes again does so in another invocation."""
         return len(self._waiting)
 
-    def check(self) -> Sequence[str]:
+    def check(self) -> Sequence[QueueWarning]:
         """Return nothing: what was brought may be handled."""
         return ()
 

@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from adapters.base import MissingPolicy, QueueError, QueueURLError
+from adapters.base import QueueError, QueueURLError, QueueWarning
 from adapters.shared.leased_dead_letters import LeasedLetters
 from adapters.shared.redeliveries import Awaited
 from adapters.sqs import client as aws
@@ -33,7 +33,7 @@ log = logging.getLogger("klaviyo_worker.sqs")
 
 FEW_RECEIVES = 5  # a maxReceiveCount below is used up by a few restarts of the worker
 SELDOM = 3600.0  # seconds until poison comes again that no redrive policy ends
-_EXPECTED = "is malformed: expected sqs://NAME[?region=REGION] or https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
+_EXPECTED = "expected sqs://NAME[?region=REGION] or https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
 _NAME = r"(?P<name>[A-Za-z0-9_-]{1,80}|[A-Za-z0-9_-]{1,75}\.fifo)"
 _REGION = r"(?P<region>[a-z]{2,}(-[a-z]+)+-[0-9]+)"
 _BY_NAME = re.compile(rf"sqs://{_NAME}/?(\?region={_REGION})?")
@@ -53,7 +53,7 @@ def parse_url(url: str, setting: str = "QUEUE_URL") -> tuple[str, str]:
     """Return the queue's name and its region, "" where that is left to AWS's variables. Raises QueueURLError."""
     named = _BY_NAME.fullmatch(url) or _BY_URL.fullmatch(url)
     if named is None:
-        raise QueueURLError(f"{setting} {_EXPECTED}")
+        raise QueueURLError(f"{setting} is malformed", todo=_EXPECTED)
     return named["name"], named["region"] or ""
 
 
@@ -66,7 +66,7 @@ def _locate(url: str, setting: str) -> tuple[SQSClient, str]:
     try:
         return client, aws.insist(client.get_queue_url, QueueName=name)["QueueUrl"]
     except aws.ERRORS as error:
-        raise QueueError(f"{setting}: {aws.explain(error, name)}") from None
+        raise aws.queue_error(error, name, setting) from None
 
 
 class SQSQueue:
@@ -155,9 +155,9 @@ class SQSQueue:
             dead = self._count(self._dead_letter_url) if self._dead_letter_url else None
             return self._count(self._url), dead
         except aws.ERRORS as error:
-            raise QueueError(f"QUEUE_URL: {aws.explain(error, self._name)}") from None
+            raise aws.queue_error(error, self._name) from None
 
-    def check(self) -> Sequence[str]:
+    def check(self) -> Sequence[QueueWarning]:
         """Look at the queue. Raises QueueError when it cannot be used as asked.
 
         Whether messages may be received, deleted and extended is not tested: AWS tells only who does it, and a
@@ -166,17 +166,19 @@ class SQSQueue:
         if self._polling.trouble:
             raise QueueError(f"QUEUE_URL: SQS does not hand out messages: {self._polling.trouble}")
         if self._options.direct_dead_letter and self._is_fifo:
-            raise QueueError(f"{_DIRECT} is not for FIFO queues, like {self._name}: leave it to the redrive policy")
+            raise QueueError(
+                f"{_DIRECT} is not for FIFO queues, like {self._name}", todo="leave it to the redrive policy"
+            )
         if not self._read_policy():
             if self._options.direct_dead_letter:
-                raise QueueError(f"{_DIRECT}: {self._name} cannot be read to learn its dead-letter queue: {_READ}")
-            return [f"{self._name} cannot be read to learn its redrive policy: {_READ}"]
+                raise QueueError(f"{_DIRECT}: {self._name} cannot be read to learn its dead-letter queue", todo=_READ)
+            return [QueueWarning(f"{self._name} cannot be read to learn its redrive policy", _READ)]
         if self._options.direct_dead_letter and not self._dead_letter_url:
-            raise QueueError(f"{_DIRECT}: {self._name} has no dead-letter queue: {self._set_policy}")
-        trouble = self._dead_letter_trouble()
-        if self._options.direct_dead_letter and trouble:
-            raise QueueError(f"{_DIRECT}: the dead-letter queue: {trouble}")
-        return list(self._warnings(trouble))
+            raise QueueError(f"{_DIRECT}: {self._name} has no dead-letter queue", todo=self._set_policy)
+        unusable = self._dead_letter_warning()
+        if self._options.direct_dead_letter and unusable:
+            raise QueueError(f"{_DIRECT}: {unusable.reason}", todo=unusable.todo)
+        return list(self._warnings(unusable))
 
     def stop(self) -> None:
         """Wait for the polls under way and return what was not received."""
@@ -199,13 +201,13 @@ class SQSQueue:
         if given := self._options.dead_letter_url:
             client, url = _locate(given, _DEAD_LETTERS)
             if url == self._url:
-                raise QueueURLError(f"{_DEAD_LETTERS} is QUEUE_URL: set it to the queue of the dead letters")
+                raise QueueURLError(f"{_DEAD_LETTERS} is QUEUE_URL", todo="set it to the queue of the dead letters")
             return LeasedLetters(SQSLetters(client, url, None))
         if not self._read_policy():
             unknown = f"{self._name} cannot be read to learn its dead-letter queue"
-            raise QueueError(f"QUEUE_URL: {unknown}: {_READ}, or set {_DEAD_LETTERS}")
+            raise QueueError(f"QUEUE_URL: {unknown}", todo=f"{_READ}, or set {_DEAD_LETTERS}")
         if not self._dead_letter_url:
-            raise QueueError(f"QUEUE_URL: {self._name} has no dead-letter queue: {self._set_policy}")
+            raise QueueError(f"QUEUE_URL: {self._name} has no dead-letter queue", todo=self._set_policy)
         client = aws.connect(self._dead_letter_region)
         receives = None if math.isinf(self._max_receives) else int(self._max_receives)
         return LeasedLetters(SQSLetters(client, self._dead_letter_url, receives))
@@ -235,7 +237,7 @@ class SQSQueue:
         except aws.ERRORS as error:
             if aws.is_denied(error):
                 return False
-            raise QueueError(f"QUEUE_URL: {aws.explain(error, self._name)}") from None
+            raise aws.queue_error(error, self._name) from None
         return True
 
     def _note_dead_letters(self, arn: str | None) -> None:
@@ -248,29 +250,30 @@ class SQSQueue:
         host = self._url.rsplit("/", 2)[0].replace(ours, self._dead_letter_region)
         self._dead_letter_url = f"{host}/{account}/{name}"
 
-    def _dead_letter_trouble(self) -> str:
-        """Return why the dead-letter queue cannot be looked at; "" when it can, or there is none."""
+    def _dead_letter_warning(self) -> QueueWarning | None:
+        """Return why the dead-letter queue cannot be used. None if it can, or if there is none."""
         try:
             if self._dead_letter_url:
                 aws.insist(
                     self._client.get_queue_attributes, QueueUrl=self._dead_letter_url, AttributeNames=["QueueArn"]
                 )
         except aws.ERRORS as error:
-            why = aws.explain(error, self._dead_letter_url.rpartition("/")[2] if self._dead_letter_url else "")
-            return MissingPolicy(why) if aws.is_missing(error) else why
-        return ""
+            reason, todo = aws.explain(error, (self._dead_letter_url or "").rpartition("/")[2])
+            return QueueWarning(f"the dead-letter queue: {reason}", todo, is_missing_policy=aws.is_missing(error))
+        return None
 
-    def _warnings(self, trouble: str) -> Iterator[str]:
+    def _warnings(self, unusable: QueueWarning | None) -> Iterator[QueueWarning]:
         """Name what the queue lacks, and the command that sets it."""
         if not self._dead_letter_url:
             why = f"{self._name} has no redrive policy, so what can never succeed comes for ever"
-            yield MissingPolicy(f"{why}: {self._set_policy}")
-        if trouble:
-            yield type(trouble)(f"the dead-letter queue: {trouble}")
+            yield QueueWarning(why, self._set_policy, is_missing_policy=True)
+        if unusable:
+            yield unusable
         if self._max_receives < FEW_RECEIVES:
-            yield (
+            yield QueueWarning(
                 f"{self._name} gives messages up after {self._max_receives} receives, and every restart of a worker "
-                f"costs some of them one: set maxReceiveCount to 10: {self._set_policy}"
+                "costs some of them one",
+                f"set maxReceiveCount to 10: {self._set_policy}",
             )
 
     def _is_last(self, delivery: Delivery) -> bool:

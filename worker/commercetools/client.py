@@ -139,7 +139,9 @@ def _checked(response: http.Response, path: str) -> Any:
     error = next(iter(as_dicts(as_dict(response.json()).get("errors"))), {})
     what = f"commercetools answered {response.status} {as_text(error.get('code'))[:64]} for {path}"
     if response.status in {401, 403, 404} or response.status < requests.codes.bad_request:
-        raise CommercetoolsMisconfigured(f"{what}: check CT_API_URL, CT_PROJECT_ID, CT_API_CLIENT and its scopes")
+        raise CommercetoolsMisconfigured(
+            what, todo="check CT_API_URL, CT_PROJECT_ID, CT_API_CLIENT and its scopes", lacks_scope=True
+        )
     raise Rejected(what, response.status)
 
 

@@ -71,7 +71,7 @@ class _Token:
             raise Transient(f"no token from commercetools: {type(error).__name__}") from None
         except OAuth2Error as error:
             raise CommercetoolsMisconfigured(
-                f"commercetools refuses a token ({error.error}): check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
+                f"commercetools refuses a token ({error.error})", todo="check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
             ) from None
         except (AttributeError, TypeError, ValueError):  # oauthlib reads it as if it had the right shape
             raise Transient("no token from commercetools: an answer of another shape") from None

@@ -126,11 +126,11 @@ def _verdict(method: str, path: str, response: http.Response) -> Exception:
     if status == HTTPStatus.FORBIDDEN and document is None:
         return Transient(f"{what} with a challenge page")
     if status == HTTPStatus.UNAUTHORIZED:
-        return KlaviyoMisconfigured(f"{what}: check KLAVIYO_AUTH_KEY")
+        return KlaviyoMisconfigured(what, todo="check KLAVIYO_AUTH_KEY")
     if status == HTTPStatus.FORBIDDEN:
-        return KlaviyoMisconfigured(f"{what}: check KLAVIYO_AUTH_KEY and its scopes")
+        return KlaviyoMisconfigured(what, todo="check KLAVIYO_AUTH_KEY and its scopes", lacks_scope=True)
     if _is_elsewhere(method, status, error):
-        return KlaviyoMisconfigured(f"{what}: check KLAVIYO_API_URL")
+        return KlaviyoMisconfigured(what, todo="check KLAVIYO_API_URL")
     reason = " ".join(filter(None, (as_text(error.get(name))[:100] for name in ("code", "title"))))
     pointer = as_text(as_dict(error.get("source")).get("pointer"))[:200]
     duplicate = as_text(as_dict(error.get("meta")).get("duplicate_profile_id"))

@@ -19,6 +19,7 @@ from worker.send import request_for
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from adapters import QueueWarning
     from adapters.base import Delivery, Failure, QueueAdapter
     from worker.model import Operation
 
@@ -93,7 +94,7 @@ class DryRunQueue:
         """Count what will still be looked at: nothing, once the queue had no more."""
         return None if self._left and self._queue.backlog() is None else self._left
 
-    def check(self) -> Sequence[str]:
+    def check(self) -> Sequence[QueueWarning]:
         """Check the queue."""
         return self._queue.check()
 

@@ -23,6 +23,8 @@ from adapters import Delivery, Failure, QueueAdapter, QueueError, QueueOptions, 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from adapters import QueueWarning
+
 MAX_ATTEMPTS = 20
 POLL_SECONDS = 0.05
 _NAME = re.compile(r"\d{13}\.\d{3}\..+")  # other files are nobody's messages
@@ -118,7 +120,7 @@ class DirectoryQueue:
         """Count the files."""
         return len(self._names())
 
-    def check(self) -> Sequence[str]:
+    def check(self) -> Sequence[QueueWarning]:
         """Raise QueueError unless the directory can be written."""
         if not os.access(self._path, os.R_OK | os.W_OK | os.X_OK):
             raise QueueError(f"QUEUE_URL: {self._path} is no directory that can be written: create it")

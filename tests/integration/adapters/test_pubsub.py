@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from adapters import MissingPolicy, QueueError, QueueOptions
+from adapters import QueueError, QueueOptions
 from adapters.pubsub import queue as pubsub
 from adapters.pubsub import streaming_pull
 from tests.integration.conftest import FAILURE, receive
@@ -163,11 +163,12 @@ def test_check_names_what_the_subscription_lacks(emulator: Emulator, opened: Ope
         request={"subscription": update, "update_mask": {"paths": ["ack_deadline_seconds"]}}
     )
     dead, retry, deadline = opened(bare.url).check()
-    assert "no dead-letter policy" in dead
-    assert [type(warning) for warning in (dead, retry, deadline)] == [MissingPolicy, MissingPolicy, str]
-    assert "no retry policy" in retry
-    assert "10 s" in deadline
-    assert all(f": gcloud pubsub subscriptions update {bare.path} --" in warning for warning in (dead, retry, deadline))
+    assert "no dead-letter policy" in dead.reason
+    assert [warning.is_missing_policy for warning in (dead, retry, deadline)] == [True, True, False]
+    assert "no retry policy" in retry.reason
+    assert "10 s" in deadline.reason
+    command = f"gcloud pubsub subscriptions update {bare.path} --"
+    assert all(warning.todo.startswith(command) for warning in (dead, retry, deadline))
     with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct: .* has no dead-letter topic"):
         opened(bare.url, direct_dead_letter=True).check()
     pushed = Subscription(emulator, push="http://127.0.0.1:1/")

@@ -79,8 +79,13 @@ def test_the_queue_itself_is_no_place_of_dead_letters(subscription: Subscription
 
 def test_what_is_missing_is_named(subscription: Subscription, opened: Open, emulator: Emulator) -> None:
     """With what to do: a policy, a subscription for its topic, the right name."""
-    with pytest.raises(QueueError, match="has no dead-letter topic: gcloud pubsub subscriptions update"):
-        opened(Subscription(emulator, bare=True).url).dead_letters()
+    bare = Subscription(emulator, bare=True)
+    with pytest.raises(QueueError) as missing:
+        opened(bare.url).dead_letters()
+    assert str(missing.value) == (
+        f"QUEUE_URL: {bare.path} has no dead-letter topic: gcloud pubsub subscriptions update {bare.path} "
+        "--dead-letter-topic=TOPIC --max-delivery-attempts=10"
+    )
     subscription.subscriber.delete_subscription(subscription=subscription._path("subscriptions", "dead"))
     with pytest.raises(QueueError, match="has no subscription that is pulled: create one"):
         opened(subscription.url).dead_letters()

@@ -142,7 +142,7 @@ def test_who_may_not_read_the_subscription_is_warned_and_works(serve: Serve, ope
     serve().answers["GetSubscription"].extend([grpc.StatusCode.PERMISSION_DENIED] * 3)
     queue = opened(URL)
     (warning,) = queue.check()
-    assert "grant roles/pubsub.viewer" in warning
+    assert "grant roles/pubsub.viewer" in warning.todo
     with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct: .* grant roles/pubsub.viewer"):
         opened(URL, direct_dead_letter=True).check()
     with pytest.raises(QueueError, match=r"grant roles/pubsub.viewer"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from adapters import Failure, MissingPolicy, QueueError, QueueOptions, QueueRefusedError, QueueURLError, open_queue
+from adapters import Failure, QueueError, QueueOptions, QueueRefusedError, QueueURLError, open_queue
 from adapters.sqs import client as aws
 from adapters.sqs import long_polling as polling
 from adapters.sqs import settlement as sqs_settlement
@@ -413,17 +413,17 @@ def test_check_names_what_the_queue_lacks(moto: Server, opened: Open) -> None:
     """One sentence each, with the command that mends it."""
     bare = Queue(moto, receives=None)
     (policy,) = opened(bare).check()
-    assert f"aws sqs set-queue-attributes --queue-url {bare.queue_url} --attributes" in policy
-    assert "no redrive policy" in policy
-    assert isinstance(policy, MissingPolicy)
+    assert f"aws sqs set-queue-attributes --queue-url {bare.queue_url} --attributes" in policy.todo
+    assert "no redrive policy" in policy.reason
+    assert policy.is_missing_policy
     with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct: .* has no dead-letter queue"):
         opened(bare, direct_dead_letter=True).check()
     few = Queue(moto, receives=4)
     few.client.delete_queue(QueueUrl=few.dead_url)
     dead, receives = opened(few).check()
-    assert dead == f"the dead-letter queue: {few.name}-dead does not exist: create it, or correct name or region"
-    assert "after 4 receives" in receives
-    assert [type(warning) for warning in (dead, receives)] == [MissingPolicy, str]
+    assert str(dead) == f"the dead-letter queue: {few.name}-dead does not exist: create it, or correct name or region"
+    assert "after 4 receives" in receives.reason
+    assert (dead.is_missing_policy, receives.is_missing_policy) == (True, False)
     with pytest.raises(QueueError, match=f"KLAVIYO_WORKER_DEAD_LETTER=direct: .* {few.name}-dead does not exist"):
         opened(few, direct_dead_letter=True).check()
     few.client.delete_queue(QueueUrl=few.queue_url)
@@ -438,7 +438,7 @@ def test_who_may_not_read_the_queue_is_warned_and_works(
     network.always["GetQueueAttributes"] = DENIED
     queue = Queue(moto)
     (warning,) = opened(queue).check()
-    assert warning.endswith("grant sqs:GetQueueAttributes on it")
+    assert warning.todo == "grant sqs:GetQueueAttributes on it"
     with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct: .* grant sqs:GetQueueAttributes on it"):
         opened(queue, direct_dead_letter=True).check()
     assert opened(queue).counts() == (None, None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.testing import CliRunner
 
-from adapters import MissingPolicy
+from adapters import QueueWarning
 from worker.cli import main
 from worker.commands.check import checks
 from worker.commands.subscriptions import client
@@ -409,11 +409,11 @@ def test_no_scope_is_blamed_for_what_is_none(command: Command, sandbox: Sandbox,
 class Bare:
     """A queue without policies."""
 
-    def check(self) -> list[str]:
+    def check(self) -> list[QueueWarning]:
         return [
-            MissingPolicy("q has no dead-letter policy: gcloud set-dead: letters"),
-            MissingPolicy("q has no retry policy: gcloud set-retry"),
-            "q has a short lease: gcloud set-lease",
+            QueueWarning("q has no dead-letter policy", "gcloud set-dead: letters", is_missing_policy=True),
+            QueueWarning("q has no retry policy", "gcloud set-retry", is_missing_policy=True),
+            QueueWarning("q has a short lease", "gcloud set-lease"),
         ]
 
     def close(self) -> None: ...
@@ -433,7 +433,8 @@ def test_a_queue_without_its_policies_fails(command: Command, monkeypatch: pytes
         "FAIL    queue          q has no dead-letter policy; q has no retry policy "
         "→ gcloud set-dead: letters; gcloud set-retry"
     )
-    monkeypatch.setattr(Bare, "check", lambda _: ["q cannot be read to learn its policies: grant roles/pubsub.viewer"])
+    unreadable = QueueWarning("q cannot be read to learn its policies", "grant roles/pubsub.viewer")
+    monkeypatch.setattr(Bare, "check", lambda _: [unreadable])
     code, found = command.checked(CT_SCOPE="view_orders:sandbox-shop")
     assert code == 0
     assert found["queue"]["text"] == (

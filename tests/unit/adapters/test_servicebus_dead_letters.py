@@ -76,7 +76,7 @@ def _letters(letters: list[Any], locked: Iterable[Any] = ()) -> tuple[ServiceBus
             asked.append(options)
         return receiver
 
-    return ServiceBusDeadLetters(connect, str), asked
+    return ServiceBusDeadLetters(connect, lambda error: QueueError(str(error))), asked
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from adapters import Failure, QueueError, QueueRefusedError
+from adapters import Failure, QueueError, QueueRefusedError, QueueWarning
 from adapters.embedded import EmbeddedQueue
 from tests.conftest import Scripted
 from worker.errors import CircuitOpen, Disposition, KlaviyoMisconfigured, Transient
@@ -641,7 +641,7 @@ def test_once_does_not_take_a_queue_out_of_reach_for_empty(
     """Exit 3, not 0 with messages left."""
     monkeypatch.setattr("worker.runtime.runner.QUIET", 0.1)
 
-    def unreachable() -> list[str]:
+    def unreachable() -> list[QueueWarning]:
         raise QueueError("cannot reach")
 
     queue.backlog = lambda: None  # type: ignore[method-assign,assignment,return-value]

@@ -21,6 +21,7 @@ from worker.telemetry.log import ConditionLog
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from adapters import QueueWarning
     from adapters.base import Delivery
     from worker.commands.backfill.listing import Listing
     from worker.commands.backfill.recorder import Recorder
@@ -89,7 +90,7 @@ class Source:
         with self._changed:
             return len(self._ready) + len(self._later) + (not self._is_listed)
 
-    def check(self) -> Sequence[str]:
+    def check(self) -> Sequence[QueueWarning]:
         """Find nothing to mend."""
         return ()
 

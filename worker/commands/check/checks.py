@@ -7,7 +7,7 @@ from functools import partial
 from threading import Event
 from typing import TYPE_CHECKING
 
-from adapters import MissingPolicy, QueueError, QueueURLError, open_queue, scheme_of
+from adapters import QueueError, QueueURLError, open_queue, scheme_of
 from worker.commands.check import bulk_probe as probe
 from worker.commands.check.finding import Finding, failed
 from worker.commands.subscriptions.client import SCOPE, NotPermitted, Subscriptions
@@ -64,8 +64,8 @@ def check(
             "queue", ExitCode.QUEUE, partial(_queue, settings)
         )  # its URL is configuration, but only it can tell
     except (SettingsError, QueueURLError) as error:
-        for line in str(error).splitlines():
-            yield failed("configuration", ExitCode.USAGE, line, otherwise="correct it")
+        for problem in error.problems if isinstance(error, SettingsError) else [error]:
+            yield failed("configuration", ExitCode.USAGE, problem, otherwise="correct it")
         return
     yield Finding("configuration", "ok", _configuration(settings, mapping))
     yield queue
@@ -90,7 +90,7 @@ def _tried(name: str, exit_code: int, ask: Callable[[], str | Finding]) -> Findi
     except QueueURLError:
         raise
     except (QueueError, WorkerError) as error:
-        return failed(name, exit_code, str(error), otherwise=_ELSEWHERE)
+        return failed(name, exit_code, error, otherwise=_ELSEWHERE)
     return found if isinstance(found, Finding) else Finding(name, "ok", found)
 
 
@@ -103,13 +103,13 @@ def _configuration(settings: Settings, mapping: Mapping) -> str:
 def _queue(settings: Settings) -> str | Finding:
     queue = open_queue(settings.queue_url, settings.queue_options)
     try:
-        sentences = queue.check()
+        warnings = queue.check()
     finally:
         queue.close()
-    missing = [sentence for sentence in sentences if isinstance(sentence, MissingPolicy)]
+    missing = [warning for warning in warnings if warning.is_missing_policy]
     if missing:
         return failed("queue", ExitCode.QUEUE, *missing, otherwise=_ELSEWHERE)
-    return "; ".join(["may be consumed", *sentences])
+    return "; ".join(["may be consumed", *map(str, warnings)])
 
 
 def _commercetools(reader: queries.Reader, resources: Collection[str]) -> str:
@@ -170,9 +170,10 @@ def _ask_all(asks: Sequence[Ask]) -> None:
     if not refused:
         return
     first = refused[0][1]
-    if not str(first).endswith("scopes"):  # there is no token, or the URL is another's
+    if not first.lacks_scope:  # there is no token, or the URL is another's
         raise first
-    raise type(first)(f"{first}: {', '.join(unique(scope for scope, _ in refused))}")
+    scopes = ", ".join(unique(scope for scope, _ in refused))
+    raise type(first)(first.reason, todo=f"{first.todo}: {scopes}")
 
 
 def _subscription(subscriptions: Subscriptions, key: str, disabled: Collection[str]) -> str | Finding:
@@ -182,10 +183,10 @@ def _subscription(subscriptions: Subscriptions, key: str, disabled: Collection[s
         text = f"cannot be told without the scope {SCOPE}, which the worker itself does not need"
         return Finding("subscriptions", "skipped", text, "give check an API client that has it")
     todo = "klaviyo-worker subscriptions apply" + (f" --key {key}" if key != KEY else "")
-    say = partial(failed, "subscriptions", ExitCode.COMMERCETOOLS, otherwise=todo)
     if key not in existing:
         others = ", ".join(filter(None, existing))
-        return say(f"there is no subscription {key}" + (f", only {others}" if others else ""))
+        text = f"there is no subscription {key}" + (f", only {others}" if others else "")
+        return Finding("subscriptions", "failed", text, todo, ExitCode.COMMERCETOOLS)
     status, missing = as_text(existing[key].get("status")), needs(disabled).without(asked_for(existing[key]))
     if status != HEALTHY:
         why, todo = explain(status)
@@ -193,7 +194,8 @@ def _subscription(subscriptions: Subscriptions, key: str, disabled: Collection[s
     if missing:
         told = [f"{resource} {', '.join(types)}" for resource, types in missing.messages.items()]
         told += [f"changes of {resource}" for resource in missing.changes]
-        return say(f"{key} does not ask for {', '.join(told)}")
+        text = f"{key} does not ask for {', '.join(told)}"
+        return Finding("subscriptions", "failed", text, todo, ExitCode.COMMERCETOOLS)
     return f"{key} is healthy, and asks for all that the handlers need"
 
 
@@ -202,10 +204,10 @@ def _bulk_events(client: Klaviyo, wait: float, say: Callable[[str], None]) -> Fi
     try:
         verdict = probe.BulkProbe(client, wait, say).run()
     except Misconfigured as error:
-        return failed("bulk events", ExitCode.KLAVIYO, f"{error}: events:write", otherwise=again)
+        return Finding("bulk events", "failed", error.reason, f"{error.todo}: events:write", ExitCode.KLAVIYO)
     except WorkerError as error:
-        return failed("bulk events", ExitCode.KLAVIYO, f"{error}: nothing is known", otherwise=again)
+        return Finding("bulk events", "failed", f"{error.reason}: nothing is known", again, ExitCode.KLAVIYO)
     details = {"repeat": str(verdict.repeat), "recommended": str(verdict.recommended)}
     if verdict.repeat == "undecided":
-        return failed("bulk events", ExitCode.UNEXPECTED, str(verdict), otherwise=again, details=details)
+        return Finding("bulk events", "failed", str(verdict), again, ExitCode.UNEXPECTED, details)
     return Finding("bulk events", "ok", str(verdict), details=details)

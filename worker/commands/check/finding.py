@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import orjson
 
@@ -12,9 +11,6 @@ from worker.json_access import printable
 
 Status = Literal["ok", "failed", "skipped"]
 _SHOWN: dict[Status, str] = {"ok": "OK", "failed": "FAIL", "skipped": "SKIP"}
-# Errors say why, then what to do: `QUEUE_URL: x does not exist: create it, or correct the name`.
-_VERBS = "add|ask|aws|check|correct|create|expected|gcloud|grant|klaviyo-worker|leave|pip|probe|set|use|wait|write"
-_TODO = re.compile(rf": (?=(?:{_VERBS})\b)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +37,19 @@ class Finding:
         return orjson.dumps(about | self.details)
 
 
-def failed(check: str, exit_code: int, *texts: str, otherwise: str, details: dict[str, str] | None = None) -> Finding:
-    """Return a failure for the texts of errors; `otherwise` is what to do where they do not say."""
-    parts = [_parted(text) for text in texts]
-    todo = "; ".join(dict.fromkeys(todo for _, todo in parts if todo)) or otherwise
-    return Finding(check, "failed", "; ".join(why for why, _ in parts), todo, exit_code, details or {})
+class Problem(Protocol):
+    """An error or a warning with structured advice."""
+
+    @property
+    def reason(self) -> str:
+        """Return what is wrong."""
+
+    @property
+    def todo(self) -> str:
+        """Return what to do about it; "" if there is no advice."""
 
 
-def _parted(text: str) -> tuple[str, str]:
-    """Return why, and what to do; "" when the text does not say."""
-    found = _TODO.search(text)
-    return (text[: found.start()], text[found.end() :]) if found else (text, "")
+def failed(check: str, exit_code: int, *problems: Problem, otherwise: str) -> Finding:
+    """Return a failed check. `otherwise` is what to do if no problem has advice of its own."""
+    todo = "; ".join(dict.fromkeys(problem.todo for problem in problems if problem.todo)) or otherwise
+    return Finding(check, "failed", "; ".join(problem.reason for problem in problems), todo, exit_code)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
 
-    from adapters import DeadLetter, DeadLetterQueue, DeadLetters, Delivery, Failure
+    from adapters import DeadLetter, DeadLetterQueue, DeadLetters, Delivery, Failure, QueueWarning
     from worker.commands.dlq.dead_letters import Choice
     from worker.model import Message
     from worker.settings import Settings
@@ -198,7 +198,7 @@ class ReplayQueue:
         """Return 1 while there may be more letters to hand out, 0 when there are none."""
         return 0 if self._has_ended or self.has_stopped else 1
 
-    def check(self) -> Sequence[str]:
+    def check(self) -> Sequence[QueueWarning]:
         """Find nothing to mend."""
         return ()
 

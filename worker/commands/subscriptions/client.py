@@ -100,8 +100,8 @@ def _verdict(response: http.Response, hide: Callable[[str], str]) -> WorkerError
         return Conflict(what)
     if response.status == HTTPStatus.FORBIDDEN:
         todo = f"use an API client with the scope {SCOPE}, which CT_SCOPE must not leave out"
-        return NotPermitted(f"{what}: {todo}")
+        return NotPermitted(what, todo=todo)
     if response.status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND} or response.status < HTTPStatus.BAD_REQUEST:
-        return CommercetoolsMisconfigured(f"{what}: check CT_API_URL and CT_PROJECT_ID")
+        return CommercetoolsMisconfigured(what, todo="check CT_API_URL and CT_PROJECT_ID")
     message = as_text(error.get("message")) or as_text(document.get("message")) or "no reason given"
     return Rejected(f"{what}: {printable(hide(message))[:500]}", response.status)  # cut last: half a secret is one

@@ -1,0 +1,41 @@
+"""`klaviyo-worker check`: the advice of errors and warnings reaches the operator, however it is worded."""
+
+from __future__ import annotations
+
+import pytest
+
+from adapters import QueueError, QueueWarning
+from worker.commands.check.finding import failed
+from worker.errors import ExitCode, KlaviyoMisconfigured, SettingsError, WorkerError
+
+
+@pytest.mark.parametrize("kind", [KlaviyoMisconfigured, QueueError, QueueWarning, SettingsError, WorkerError])
+def test_advice_is_structured(kind: type[WorkerError]) -> None:
+    """No wording of the advice makes `check` lose it."""
+    problem = kind("the key is refused", todo="replace the key")
+    assert str(problem) == "the key is refused: replace the key"
+    result = failed("klaviyo", ExitCode.KLAVIYO, problem, otherwise="try again later")
+    assert (result.text, result.todo) == ("the key is refused", "replace the key")
+
+
+def test_reason_with_colons_is_not_advice() -> None:
+    """A reason that happens to contain a verb after a colon is not cut."""
+    problem = QueueError("cannot reach the queue: set by peer")
+    result = failed("queue", ExitCode.QUEUE, problem, otherwise="check the network")
+    assert (result.text, result.todo) == ("cannot reach the queue: set by peer", "check the network")
+
+
+def test_advice_of_several_problems_is_listed_once() -> None:
+    """Two policies that one command sets have one advice."""
+    problems = [QueueWarning("no dead-letter policy", "set both"), QueueWarning("no retry policy", "set both")]
+    result = failed("queue", ExitCode.QUEUE, *problems, otherwise="")
+    assert (result.text, result.todo) == ("no dead-letter policy; no retry policy", "set both")
+
+
+def test_settings_error_keeps_its_problems_apart() -> None:
+    """Several malformed settings are one error with a line for each."""
+    problems = [SettingsError("A is missing", todo="set it"), SettingsError("B is malformed")]
+    error = SettingsError.joined(problems)
+    assert str(error) == "A is missing: set it\nB is malformed"
+    assert error.problems == tuple(problems)
+    assert problems[0].problems == (problems[0],)
