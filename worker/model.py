@@ -88,7 +88,7 @@ class Operation:
     resource: Json | None = field(default=None, repr=False)
     keep: frozenset[str] = frozenset()
     otherwise: Callable[[], Iterable[Operation]] | None = field(default=None, repr=False, compare=False)
-    cut: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
+    truncated: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
     fresh: Callable[[], bool] | None = field(default=None, repr=False, compare=False)
 
 

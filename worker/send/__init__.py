@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from worker.model import Operation, OperationKind, SendResult
 from worker.send.catalog import BulkCatalog
 from worker.send.events import BulkEvents
-from worker.send.jobs import Jobs
-from worker.send.one_by_one import Single
+from worker.send.jobs import BulkJobs
+from worker.send.one_by_one import SingleSender
 from worker.send.profiles import BulkProfiles
 from worker.send.requests import Request, request_for
 
@@ -67,8 +67,8 @@ class Sender:
             OperationKind.UPSERT_PROFILE: profiles,
             OperationKind.DELETE_PROFILE: profiles,
         }
-        self._single = Single(client)
-        jobs = Jobs(client, stopping)
+        self._single = SingleSender(client)
+        jobs = BulkJobs(client, stopping)
         self._bulks: tuple[Bulk, ...] = (
             BulkEvents(client, self._one_by_one, bulk_events, bulk_threshold),
             BulkProfiles(jobs, self._one_by_one, bulk_threshold),
@@ -80,7 +80,7 @@ class Sender:
 
         Operations of one kind and key are done once: the last counts for all of them.
         """
-        ways = {name: bulk for bulk in self._bulks for name in bulk.choose(operations)}
+        ways = {name: bulk for bulk in self._bulks for name in bulk.select(operations)}
         distinct = {(operation.kind, operation.key): operation for operation in operations}
         results: dict[tuple[OperationKind, str], SendResult] = {}
         for phase in PHASES:

@@ -18,7 +18,9 @@ MAX_REFUSALS = 20  # of one call's parts; two culprits among 1,000 are found wit
 R = TypeVar("R")
 
 
-def narrow(records: list[R], send: Callable[[list[R]], object], blamed: Callable[[list[R], str], list[R]]) -> list[R]:
+def isolate_rejected(
+    records: list[R], send: Callable[[list[R]], object], blamed: Callable[[list[R], str], list[R]]
+) -> list[R]:
     """Send records in as few calls as their culprits allow; return those that are to go alone.
 
     `send` raises Rejected when what it was given is refused as a whole; `blamed` returns which of it a pointer
@@ -54,7 +56,7 @@ def _halves(records: list[R]) -> list[list[R]]:
 class Bulk(Protocol):
     """A way to carry out many operations in few calls."""
 
-    def choose(self, operations: Sequence[Operation]) -> Collection[tuple[OperationKind, str]]:
+    def select(self, operations: Sequence[Operation]) -> Collection[tuple[OperationKind, str]]:
         """Return kind and key of those of a batch that are to go this way; all of a batch are asked for, once."""
 
     def send(self, operations: Sequence[Operation]) -> Sequence[SendResult]:
@@ -64,7 +66,7 @@ class Bulk(Protocol):
 OneByOne = Callable[[Sequence[Operation]], Iterable[SendResult]]
 
 
-def completed(
+def with_fallback(
     operations: Sequence[Operation], verdicts: Sequence[SendResult | None], one_by_one: OneByOne
 ) -> list[SendResult]:
     """Carry out one by one what a bulk call left without a verdict (None), and return all results."""

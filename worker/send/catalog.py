@@ -13,9 +13,9 @@ from worker.http.chunks import chunked
 from worker.json_access import as_text
 from worker.klaviyo.client import iter_resources
 from worker.model import Json, Operation, OperationKind, SendResult
-from worker.send.bulk import completed
-from worker.send.jobs import Entry, JobKind
-from worker.send.requests import COLLECTION, entry_path, update_of
+from worker.send.bulk import with_fallback
+from worker.send.jobs import BulkJobType, JobEntry
+from worker.send.requests import COLLECTION, entry_path, update_body
 from worker.transform.catalog import catalog_id, external_id
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from worker.klaviyo.client import KlaviyoClient
     from worker.send.bulk import OneByOne
-    from worker.send.jobs import Jobs
-    from worker.send.one_by_one import Single
+    from worker.send.jobs import BulkJobs
+    from worker.send.one_by_one import SingleSender
 
 MAX_ENTRIES = 100  # of a job: https://developers.klaviyo.com/en/reference/bulk_create_catalog_items
 MAX_FILTER_BYTES = 6_000  # of a lookup, percent-encoded; keeps the URI under the 8 KB that proxies take
@@ -47,8 +47,8 @@ class BulkCatalog:
     def __init__(
         self,
         client: KlaviyoClient,
-        jobs: Jobs,
-        single: Single,
+        jobs: BulkJobs,
+        single: SingleSender,
         executor: Executor,
         one_by_one: OneByOne,
         threshold: int,
@@ -60,7 +60,7 @@ class BulkCatalog:
         self._one_by_one = one_by_one
         self._threshold = threshold
 
-    def choose(self, operations: Sequence[Operation]) -> list[tuple[OperationKind, str]]:
+    def select(self, operations: Sequence[Operation]) -> list[tuple[OperationKind, str]]:
         """Return the names of the operations that are to go in bulk: those of which there is more than a handful."""
         names = {(operation.kind, operation.key) for operation in operations if operation.kind in COLLECTION}
         sizes = Counter(kind for kind, _ in names)
@@ -106,7 +106,7 @@ class BulkCatalog:
             created = done[operation.key]
             if created and created.error is None:
                 self._single.remember(entry_path(operation))
-        return completed(operations, [done.get(operation.key) for operation in operations], self._one_by_one)
+        return with_fallback(operations, [done.get(operation.key) for operation in operations], self._one_by_one)
 
     def _existing(self, collection: str, writes: Mapping[str, Operation]) -> set[str]:
         """Return the keys of the entries that exist. Raises WorkerError."""
@@ -122,7 +122,7 @@ class BulkCatalog:
     def _delete(self, collection: str, operations: list[Operation]) -> list[SendResult]:
         for operation in operations:
             self._single.forget(entry_path(operation))
-        return completed(operations, self._jobs.run(*_job(collection, "delete", operations)), self._one_by_one)
+        return with_fallback(operations, self._jobs.run(*_job(collection, "delete", operations)), self._one_by_one)
 
     def _delete_stale_variants(self, operations: list[Operation]) -> list[SendResult]:
         """Delete the variants that commercetools no longer has, of all the items at once."""
@@ -145,11 +145,11 @@ class BulkCatalog:
             return error
 
 
-def _job(collection: str, verb: str, operations: list[Operation]) -> tuple[JobKind, list[Entry]]:
+def _job(collection: str, verb: str, operations: list[Operation]) -> tuple[BulkJobType, list[JobEntry]]:
     """Return a kind of job and its entries."""
     of_one, of_many = _TYPES[collection]
-    entries = [Entry(operation.key, orjson.dumps(_resource(of_one, verb, operation))) for operation in operations]
-    return JobKind(f"{of_one}-bulk-{verb}-job", of_many, MAX_ENTRIES), entries
+    entries = [JobEntry(operation.key, orjson.dumps(_resource(of_one, verb, operation))) for operation in operations]
+    return BulkJobType(f"{of_one}-bulk-{verb}-job", of_many, MAX_ENTRIES), entries
 
 
 def _resource(of_one: str, verb: str, operation: Operation) -> Json | None:
@@ -157,7 +157,7 @@ def _resource(of_one: str, verb: str, operation: Operation) -> Json | None:
         return {"type": of_one, "id": catalog_id(operation.key)}
     if verb == "create" or operation.kind is OperationKind.UPDATE_INVENTORY:
         return operation.resource
-    return update_of(operation)
+    return update_body(operation)
 
 
 def _filters(keys: Iterable[str]) -> Iterator[str]:

@@ -19,7 +19,7 @@ import orjson
 from worker.errors import Transient, WorkerError
 from worker.json_access import as_dict, as_text
 from worker.model import Operation, OperationKind, SendResult
-from worker.send.bulk import completed, narrow
+from worker.send.bulk import isolate_rejected, with_fallback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -39,7 +39,7 @@ Mode = Literal["auto", "always", "never"]
 
 
 @dataclass(slots=True)
-class _Share:
+class _Submission:
     """How many of a lane's records no call has taken yet, and how many have not ended."""
 
     untaken: int = 0
@@ -47,18 +47,18 @@ class _Share:
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class _Record:
+class _BulkEvent:
     """An event as the bytes of a bulk call, and how it ended; `verdict` None: it is to go alone."""
 
     profile: bytes  # and, for history, Klaviyo's `backfill`, which an entry has as well as its events
     event: bytes
-    share: _Share
+    share: _Submission
     may_go: Callable[[], bool]  # asked last before every try of the call
     has_ended: bool = False
     verdict: SendResult | None = None
 
 
-_Entries = dict[bytes, list[_Record]]  # by profile, in the order of the call
+_Entries = dict[bytes, list[_BulkEvent]]  # by profile, in the order of the call
 
 
 class _NothingLeftError(Exception):
@@ -69,14 +69,14 @@ class BulkEvents:
     """Sends events in bulk. Safe for many threads, whose events share calls."""
 
     def __init__(self, client: KlaviyoClient, one_by_one: OneByOne, mode: Mode, threshold: int) -> None:
-        self._calls = _Calls(client)
+        self._calls = _CallBatcher(client)
         self._one_by_one = one_by_one
         self._mode = mode
         self._threshold = threshold
         self._sent, self._sent_before = set[int](), set[int]()  # hashes: one that two events share costs a call
         self._lock = Lock()
 
-    def choose(self, operations: Sequence[Operation]) -> list[tuple[OperationKind, str]]:
+    def select(self, operations: Sequence[Operation]) -> list[tuple[OperationKind, str]]:
         """Return the names of the events that are to go in bulk; none, when they are only a handful.
 
         All events count as sent from now on: what becomes of a call may never be known.
@@ -112,13 +112,13 @@ class BulkEvents:
 
         A call that fails leaves its error to its events; a refused one is narrowed, see narrow.py.
         """
-        share = _Share()
+        share = _Submission()
         records = [_record(event, share, self._still_may_go(event)) for event in operations]
         self._calls.send([record for record in records if _fits(record)], share)
-        return completed(operations, [record.verdict for record in records], self._one_by_one)
+        return with_fallback(operations, [record.verdict for record in records], self._one_by_one)
 
 
-class _Calls:
+class _CallBatcher:
     """Bulk calls that several lanes fill together (group commit).
 
     One lane at a time waits for its turn within Klaviyo's limits. When it comes, it takes all that waits, up to
@@ -127,11 +127,11 @@ class _Calls:
 
     def __init__(self, client: KlaviyoClient) -> None:
         self._client = client
-        self._waiting: deque[_Record] = deque()
+        self._waiting: deque[_BulkEvent] = deque()
         self._changed = Condition()
         self._is_next_taken = False  # a lane waits for the next call's turn
 
-    def send(self, records: Sequence[_Record], share: _Share) -> None:
+    def send(self, records: Sequence[_BulkEvent], share: _Submission) -> None:
         """Return once every record has ended."""
         with self._changed:
             share.untaken = share.open = len(records)
@@ -139,16 +139,16 @@ class _Calls:
         while self._is_mine_to_make(share):
             self._make(share)
 
-    def _is_mine_to_make(self, share: _Share) -> bool:
+    def _is_mine_to_make(self, share: _Submission) -> bool:
         """Wait until the share has ended, False, or the next call is this lane's to make, True."""
         with self._changed:
             self._changed.wait_for(lambda: not share.open or (share.untaken and not self._is_next_taken))
             self._is_next_taken = self._is_next_taken or share.open > 0
             return share.open > 0
 
-    def _make(self, share: _Share) -> None:
+    def _make(self, share: _Submission) -> None:
         """Make a call, and those that follow from its refusal, and end all its records."""
-        load: list[_Record] = []
+        load: list[_BulkEvent] = []
         before = self._client.requests_sent()
         try:
             self._end(self._call(load), None)
@@ -159,17 +159,17 @@ class _Calls:
             self._end([*load, *own], SendResult(Transient("a bulk call of events broke off"), 1))
             raise
 
-    def _call(self, load: list[_Record]) -> list[_Record]:
+    def _call(self, load: list[_BulkEvent]) -> list[_BulkEvent]:
         """Send what waits when the call's turn has come, the load; return which of it must go alone."""
 
-        def send(part: list[_Record]) -> None:
+        def send(part: list[_BulkEvent]) -> None:
             with suppress(_NothingLeftError):
                 self._client.call("POST", PATH, partial(self._body, part), idempotent=False)
                 self._end(part, SendResult(None, 1))
 
-        return narrow(load, send, _culprits)
+        return isolate_rejected(load, send, _culprits)
 
-    def _body(self, records: list[_Record]) -> bytes:
+    def _body(self, records: list[_BulkEvent]) -> bytes:
         """Return the call as bytes, at every try. With no records yet, this is its turn to take what waits."""
         if not records:
             records.extend(self._take())
@@ -180,9 +180,9 @@ class _Calls:
             raise _NothingLeftError
         return _body(_entries(records))
 
-    def _take(self) -> list[_Record]:
+    def _take(self) -> list[_BulkEvent]:
         """Take what the next call has room for, and leave the one after it to others."""
-        taken: list[_Record] = []
+        taken: list[_BulkEvent] = []
         profiles: set[bytes] = set()
         size = len(_HEAD + _TAIL)
         with self._changed:
@@ -198,7 +198,7 @@ class _Calls:
             self._changed.notify_all()
         return taken
 
-    def _take_back(self, share: _Share, *, has_turn: bool = True) -> list[_Record]:
+    def _take_back(self, share: _Submission, *, has_turn: bool = True) -> list[_BulkEvent]:
         """Take out a lane's own records, and leave the next call, if it was this lane's to make, to others."""
         with self._changed:
             own = [record for record in self._waiting if record.share is share]
@@ -208,7 +208,7 @@ class _Calls:
             self._changed.notify_all()
         return own
 
-    def _end(self, records: Iterable[_Record], verdict: SendResult | None) -> None:
+    def _end(self, records: Iterable[_BulkEvent], verdict: SendResult | None) -> None:
         with self._changed:
             for record in records:
                 if not record.has_ended:
@@ -228,26 +228,26 @@ def _is_fresh(event: Operation) -> bool:
     return event.fresh is not None and event.fresh()
 
 
-def _record(event: Operation, share: _Share, may_go: Callable[[], bool]) -> _Record:
+def _record(event: Operation, share: _Submission, may_go: Callable[[], bool]) -> _BulkEvent:
     resource = event.resource or {}
     attributes = {name: value for name, value in resource["attributes"].items() if name != "profile"}
     profile = orjson.dumps(resource["attributes"]["profile"])
     if attributes.get("backfill"):
         profile += b',"backfill":true'
-    return _Record(profile, orjson.dumps(resource | {"attributes": attributes}), share, may_go)
+    return _BulkEvent(profile, orjson.dumps(resource | {"attributes": attributes}), share, may_go)
 
 
-def _fits(record: _Record) -> bool:
+def _fits(record: _BulkEvent) -> bool:
     return len(_HEAD + _TAIL) + _size(record, set()) <= MAX_BYTES
 
 
-def _size(record: _Record, profiles: set[bytes]) -> int:
+def _size(record: _BulkEvent, profiles: set[bytes]) -> int:
     """Return how many bytes a record adds to a call that names these profiles; a comma is counted for each."""
     entry = 0 if record.profile in profiles else len(b"".join(_ENTRY)) + len(record.profile) + 1
     return entry + len(record.event) + 1
 
 
-def _entries(records: Iterable[_Record]) -> _Entries:
+def _entries(records: Iterable[_BulkEvent]) -> _Entries:
     entries: _Entries = defaultdict(list)
     for record in records:
         entries[record.profile].append(record)
@@ -256,7 +256,7 @@ def _entries(records: Iterable[_Record]) -> _Entries:
 
 def body_of(events: Iterable[Operation]) -> bytes:
     """Return the body of one call with these events."""
-    return _body(_entries(_record(event, _Share(), lambda: True) for event in events))
+    return _body(_entries(_record(event, _Submission(), lambda: True) for event in events))
 
 
 def _body(entries: _Entries) -> bytes:
@@ -269,7 +269,7 @@ def _body(entries: _Entries) -> bytes:
     return b"".join((_HEAD, b",".join(written), _TAIL))
 
 
-def _culprits(records: list[_Record], pointer: str) -> list[_Record]:
+def _culprits(records: list[_BulkEvent], pointer: str) -> list[_BulkEvent]:
     """Return the event a pointer names, or all of the profile it names; [] when it names none that is there."""
     match = _CULPRIT.match(pointer)
     entry = list(_entries(records).values())[int(match[1]) :][:1] if match else []

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from worker.errors import Rejected
     from worker.model import Json
 
-BY_STRENGTH = ("email", "external_id", "phone_number")
+IDENTIFIER_PRIORITY = ("email", "external_id", "phone_number")
 _INVALID = re.compile(r"/data/attributes/(?:profile/data/attributes/)?(email|phone_number)")
 _BAD_REQUEST = 400
 
@@ -20,13 +20,13 @@ def invalid_identifier(refusal: Rejected) -> str:
     return match[1] if match else ""
 
 
-def without(resource: Json, identifier: str) -> Json | None:
+def drop_identifier(resource: Json, identifier: str) -> Json | None:
     """Return a profile or event without an identifier; None when it has none of that name, or no other."""
     attributes = resource["attributes"]
     if resource["type"] == "event":
-        profile = without(attributes["profile"]["data"], identifier)
+        profile = drop_identifier(attributes["profile"]["data"], identifier)
         return profile and resource | {"attributes": attributes | {"profile": {"data": profile}}}
     rest = {name: value for name, value in attributes.items() if name != identifier}
-    if len(rest) == len(attributes) or not any(rest.get(name) for name in BY_STRENGTH):
+    if len(rest) == len(attributes) or not any(rest.get(name) for name in IDENTIFIER_PRIORITY):
         return None
     return resource | {"attributes": rest}

@@ -14,7 +14,7 @@ from worker.http.chunks import chunked
 from worker.json_access import as_dict, as_dicts, as_int, as_text
 from worker.klaviyo.client import iter_resources
 from worker.model import Json, SendResult
-from worker.send.bulk import narrow
+from worker.send.bulk import isolate_rejected
 from worker.telemetry.log import ConditionLog
 
 if TYPE_CHECKING:
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from worker.klaviyo.client import KlaviyoClient
 
 MAX_BYTES = 5_000_000  # of a call: https://developers.klaviyo.com/en/reference/bulk_import_profiles
-_AROUND = 200  # bytes of a call around its entries, at most
-IN_PROGRESS = 25  # jobs of one batch at a time; Klaviyo takes 500 of an account
-FIRST_LOOK, LONGEST_LOOK = 0.25, 5.0  # seconds until Klaviyo is asked how far a job is
-PATIENCE = 120.0  # seconds for a job; after that its entries go one by one
+ENVELOPE_BYTES = 200  # bytes of a call around its entries, at most
+MAX_CONCURRENT_JOBS = 25  # jobs of one batch at a time; Klaviyo takes 500 of an account
+FIRST_POLL, MAX_POLL = 0.25, 5.0  # seconds until Klaviyo is asked how far a job is
+JOB_TIMEOUT = 120.0  # seconds for a job; after that its entries go one by one
 PROFILES = "profile-bulk-import-job"
 _CULPRIT = re.compile(r"/data/attributes/\w+/data/(\d+)(?:/|$)")
 _ENDED = frozenset({"complete", "cancelled"})
 
 
-class JobKind(NamedTuple):
+class BulkJobType(NamedTuple):
     """A kind of job: its JSON:API type, what its entries are called, and how many a call takes."""
 
     type: str
@@ -47,7 +47,7 @@ class JobKind(NamedTuple):
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Entry:
+class JobEntry:
     """What a job is to work on: external id and JSON. `verdict` None: it must go alone."""
 
     key: str
@@ -55,13 +55,13 @@ class Entry:
     verdict: SendResult | None = None
 
 
-class _Job(NamedTuple):
+class _BulkJob(NamedTuple):
     id: str
-    entries: list[Entry]
+    entries: list[JobEntry]
     posted_at: float  # monotonic seconds
 
 
-class Jobs:
+class BulkJobs:
     """Has Klaviyo work on many entries at once. Safe for many threads, which share what they ask about jobs.
 
     Import jobs need more scopes than single calls: a key without them sends its entries one by one.
@@ -75,26 +75,26 @@ class Jobs:
         self._lock = Lock()
         self._refused = ConditionLog("bulk_jobs_refused", "bulk_jobs_allowed", logging.WARNING)
 
-    def run(self, kind: JobKind, entries: Sequence[Entry]) -> list[SendResult | None]:
+    def run(self, kind: BulkJobType, entries: Sequence[JobEntry]) -> list[SendResult | None]:
         """Have entries worked on; return what became of each, None for those that must go alone."""
         chunks = list(_chunks(kind, entries))
-        for first in range(0, len(chunks), IN_PROGRESS):
-            jobs: list[_Job] = []
-            for chunk in chunks[first : first + IN_PROGRESS]:
+        for first in range(0, len(chunks), MAX_CONCURRENT_JOBS):
+            jobs: list[_BulkJob] = []
+            for chunk in chunks[first : first + MAX_CONCURRENT_JOBS]:
                 self._post(kind, chunk, jobs)
             for job in jobs:
-                self._conclude(kind, job)
+                self._wait_for(kind, job)
         return [entry.verdict for entry in entries]
 
-    def _post(self, kind: JobKind, chunk: list[Entry], jobs: list[_Job]) -> None:
+    def _post(self, kind: BulkJobType, chunk: list[JobEntry], jobs: list[_BulkJob]) -> None:
         """Start a job, or several where a refusal is narrowed."""
         before = self._client.requests_sent()
 
-        def send(part: list[Entry]) -> None:
-            jobs.append(_Job(self._start(kind, part), part, time.monotonic()))
+        def send(part: list[JobEntry]) -> None:
+            jobs.append(_BulkJob(self._start(kind, part), part, time.monotonic()))
 
         try:
-            narrow(chunk, send, _culprits)
+            isolate_rejected(chunk, send, _culprits)
         except KlaviyoMisconfigured as error:
             self._refused.log(str(error), job=kind.type)
         except WorkerError as error:
@@ -102,7 +102,7 @@ class Jobs:
             for entry in chunk:  # those that have a job get another in the end
                 entry.verdict = verdict
 
-    def _start(self, kind: JobKind, entries: list[Entry]) -> str:
+    def _start(self, kind: BulkJobType, entries: list[JobEntry]) -> str:
         if self._stopping.is_set():  # nobody would wait for it, and it could undo what others write meanwhile
             raise Transient(f"stopped before a {kind.type} was posted")
         head = f'{{"data":{{"type":"{kind.type}","attributes":{{"{kind.member}":{{"data":['.encode()
@@ -112,7 +112,7 @@ class Jobs:
             raise Transient(f"Klaviyo answered to POST {kind.path} without a job")
         return job_id
 
-    def _conclude(self, kind: JobKind, job: _Job) -> None:
+    def _wait_for(self, kind: BulkJobType, job: _BulkJob) -> None:
         """Wait for a job and give its entries their verdicts; those that failed, or may have, get none."""
         try:
             failed = self._failed(kind, job, self._ended(kind, job))
@@ -129,19 +129,19 @@ class Jobs:
         for entry in job.entries:
             entry.verdict = None if failed is None or entry.key in failed else SendResult(None, 1)
 
-    def _ended(self, kind: JobKind, job: _Job) -> Json:
+    def _ended(self, kind: BulkJobType, job: _BulkJob) -> Json:
         """Return the job as it ended, or as it is when that takes too long. Raises WorkerError."""
-        looked_at, pause = job.posted_at, FIRST_LOOK
+        looked_at, pause = job.posted_at, FIRST_POLL
         while True:  # once at least: those before it may have taken all the time
             if self._stopping.wait(max(looked_at + pause - time.monotonic(), 0.0)):
                 raise Transient(f"stopped while Klaviyo worked on a {kind.type}")
             looking_at = time.monotonic()
-            shown = as_dict(self._look(kind, job.id, looked_at).get("attributes"))
-            if shown.get("status") in _ENDED or looking_at - job.posted_at > PATIENCE:
+            shown = as_dict(self._poll(kind, job.id, looked_at).get("attributes"))
+            if shown.get("status") in _ENDED or looking_at - job.posted_at > JOB_TIMEOUT:
                 return shown
-            looked_at, pause = looking_at, min(pause * 1.5, LONGEST_LOOK)
+            looked_at, pause = looking_at, min(pause * 1.5, MAX_POLL)
 
-    def _look(self, kind: JobKind, job_id: str, looked_at: float) -> Json:
+    def _poll(self, kind: BulkJobType, job_id: str, looked_at: float) -> Json:
         """Return a job as it is. All import jobs are read in one call, as there may be few: 150 a minute."""
         if kind.type == PROFILES:
             with self._lock:
@@ -152,12 +152,12 @@ class Jobs:
                     return found
         return as_dict(self._client.call("GET", f"{kind.path}/{job_id}").get("data"))
 
-    def _recent(self, kind: JobKind) -> dict[str, Json]:
+    def _recent(self, kind: BulkJobType) -> dict[str, Json]:
         fields = f"fields%5B{kind.type}%5D=status,failed_count"
         path = f"{kind.path}?sort=-created_at&page%5Bsize%5D=100&{fields}"
         return {as_text(job.get("id")): job for job in as_dicts(self._client.call("GET", path).get("data"))}
 
-    def _failed(self, kind: JobKind, job: _Job, shown: Json) -> set[str] | None:
+    def _failed(self, kind: BulkJobType, job: _BulkJob, shown: Json) -> set[str] | None:
         """Return the external ids of what failed; None when that cannot be told. Raises WorkerError."""
         if shown.get("status") != "complete":
             return None
@@ -171,12 +171,12 @@ class Jobs:
         return failed if is_told else None
 
 
-def _chunks(kind: JobKind, entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+def _chunks(kind: BulkJobType, entries: Sequence[JobEntry]) -> Iterator[list[JobEntry]]:
     """Split entries so that each call is within the limits."""
-    return chunked(entries, lambda entry: len(entry.body) + 1, MAX_BYTES - _AROUND, kind.most)
+    return chunked(entries, lambda entry: len(entry.body) + 1, MAX_BYTES - ENVELOPE_BYTES, kind.most)
 
 
-def _culprits(entries: list[Entry], pointer: str) -> list[Entry]:
+def _culprits(entries: list[JobEntry], pointer: str) -> list[JobEntry]:
     match = _CULPRIT.match(pointer)
     return entries[int(match[1]) :][:1] if match else []
 

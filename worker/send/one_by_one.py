@@ -13,8 +13,8 @@ from worker.errors import Rejected, Transient, WorkerError
 from worker.json_access import as_text
 from worker.klaviyo.client import iter_resources
 from worker.model import Json, Operation, OperationKind, SendResult
-from worker.send.identifiers import BY_STRENGTH, invalid_identifier, without
-from worker.send.requests import COLLECTION, deletion, entry_path, update_of
+from worker.send.identifiers import IDENTIFIER_PRIORITY, drop_identifier, invalid_identifier
+from worker.send.requests import COLLECTION, deletion_request, entry_path, update_body
 from worker.telemetry.log import log
 from worker.transform.catalog import external_id
 
@@ -27,7 +27,7 @@ _REMEMBERED, _REMEMBERED_SECONDS = 50_000, 600.0  # catalog entries known to exi
 _NOT_FOUND, _CONFLICT = 404, 409
 
 
-class Single:
+class SingleSender:
     """Carries out one operation at a time. Safe for many threads; remembers which catalog entries exist."""
 
     def __init__(self, client: KlaviyoClient) -> None:
@@ -115,7 +115,7 @@ class Single:
     def _import_strongest(self, resource: Json) -> None:
         """Import with the phone number left out, then with nothing but the strongest identifier."""
         attributes = dict(resource["attributes"])
-        strongest = next(name for name in BY_STRENGTH if name in attributes)
+        strongest = next(name for name in IDENTIFIER_PRIORITY if name in attributes)
         without_phone = {n: v for n, v in attributes.items() if n != "phone_number" or n == strongest}
         alone = {n: v for n, v in without_phone.items() if n != "external_id" or n == strongest}
         try:
@@ -134,7 +134,7 @@ class Single:
             self._client.call(method, path, {"data": resource})
         except Rejected as error:
             identifier = invalid_identifier(error)
-            rest = without(resource, identifier) if identifier else None
+            rest = drop_identifier(resource, identifier) if identifier else None
             if rest is None:
                 raise
             log.warning("identifier_left_out", extra={"identifier": identifier, "resource": resource["type"]})
@@ -145,7 +145,7 @@ class Single:
         literal = orjson.dumps(operation.key).decode()
         path = f"/api/profiles?filter={quote(f'equals(external_id,{literal})')}&fields%5Bprofile%5D=id"
         for profile in iter_resources(self._client, path):
-            request = deletion(as_text(profile.get("id")))
+            request = deletion_request(as_text(profile.get("id")))
             self._client.call(request.method, request.path, request.body)
 
     def _upsert(self, operation: Operation) -> None:
@@ -186,7 +186,7 @@ class Single:
         return True
 
     def _update(self, operation: Operation) -> None:
-        self._client.call("PATCH", entry_path(operation), {"data": update_of(operation)})
+        self._client.call("PATCH", entry_path(operation), {"data": update_body(operation)})
 
     def _update_inventory(self, operation: Operation) -> None:
         """Update the stock. Klaviyo lacks the variant: write the product, or nothing when it has none."""

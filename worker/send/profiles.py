@@ -9,28 +9,28 @@ import orjson
 
 from worker.json_access import as_text
 from worker.model import Json, Operation, OperationKind, SendResult
-from worker.send.bulk import completed
-from worker.send.identifiers import BY_STRENGTH
-from worker.send.jobs import PROFILES, Entry, JobKind
+from worker.send.bulk import with_fallback
+from worker.send.identifiers import IDENTIFIER_PRIORITY
+from worker.send.jobs import PROFILES, BulkJobType, JobEntry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from worker.send.bulk import OneByOne
-    from worker.send.jobs import Jobs
+    from worker.send.jobs import BulkJobs
 
-_JOB = JobKind(PROFILES, "profiles", 10_000)  # https://developers.klaviyo.com/en/reference/bulk_import_profiles
+_JOB = BulkJobType(PROFILES, "profiles", 10_000)  # https://developers.klaviyo.com/en/reference/bulk_import_profiles
 
 
 class BulkProfiles:
     """Upserts profiles in bulk; those that fail go one by one, where conflicts are resolved."""
 
-    def __init__(self, jobs: Jobs, one_by_one: OneByOne, threshold: int) -> None:
+    def __init__(self, jobs: BulkJobs, one_by_one: OneByOne, threshold: int) -> None:
         self._jobs = jobs
         self._one_by_one = one_by_one
         self._threshold = threshold
 
-    def choose(self, operations: Sequence[Operation]) -> list[tuple[OperationKind, str]]:
+    def select(self, operations: Sequence[Operation]) -> list[tuple[OperationKind, str]]:
         """Return the names of the upserts that are to go in bulk; none, when they are only a handful.
 
         Two that share an identifier go one by one: nothing is said about their order within a job.
@@ -44,8 +44,8 @@ class BulkProfiles:
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
         """Import the profiles; return what became of each, in their order."""
-        entries = [Entry(_external_id(upsert), orjson.dumps(upsert.resource)) for upsert in operations]
-        return completed(operations, self._jobs.run(_JOB, entries), self._one_by_one)
+        entries = [JobEntry(_external_id(upsert), orjson.dumps(upsert.resource)) for upsert in operations]
+        return with_fallback(operations, self._jobs.run(_JOB, entries), self._one_by_one)
 
 
 def _attributes(upsert: Operation) -> Json:
@@ -59,4 +59,4 @@ def _external_id(upsert: Operation) -> str:
 
 def _identifiers(upsert: Operation) -> list[tuple[str, str]]:
     attributes = _attributes(upsert)
-    return [(name, as_text(attributes[name])) for name in BY_STRENGTH if name in attributes]
+    return [(name, as_text(attributes[name])) for name in IDENTIFIER_PRIORITY if name in attributes]

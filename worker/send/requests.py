@@ -39,7 +39,7 @@ def request_for(operation: Operation) -> Request:
         case OperationKind.UPSERT_PROFILE:
             return Request("POST", "/api/profile-import", {"data": operation.resource})
         case OperationKind.DELETE_PROFILE:
-            return deletion(f"the profile with external_id {operation.key}")
+            return deletion_request(f"the profile with external_id {operation.key}")
         case OperationKind.DELETE_STALE_VARIANTS:
             return Request("GET", entry_path(operation) + "/variants", {"keep": sorted(operation.keep)})
         case OperationKind.DELETE_ITEM | OperationKind.DELETE_CATEGORY | OperationKind.DELETE_VARIANT:
@@ -55,7 +55,7 @@ def entry_path(operation: Operation) -> str:
     return f"/api/{COLLECTION[operation.kind]}/{quote(catalog_id(operation.key), safe='$:')}"
 
 
-def update_of(operation: Operation) -> Json:
+def update_body(operation: Operation) -> Json:
     """Return the resource that updates what UPSERT_* would create."""
     resource = operation.resource or {}
     attributes = {n: v for n, v in resource["attributes"].items() if n not in _CREATE_ONLY}
@@ -65,7 +65,7 @@ def update_of(operation: Operation) -> Json:
     return update
 
 
-def deletion(profile_id: str) -> Request:
+def deletion_request(profile_id: str) -> Request:
     """Return the request to erase a profile by Klaviyo's id."""
     profile = {"data": {"type": "profile", "id": profile_id, "attributes": {}}}
     data = {"type": "data-privacy-deletion-job", "attributes": {"profile": profile}}

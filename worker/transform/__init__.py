@@ -48,6 +48,6 @@ def transform(enriched: Enriched, mapping: Mapping, fresh: Callable[[], bool] | 
     operations = tuple(handler.function(enriched, mapping))
     if not operations:
         raise Ignored("nothing to send")
-    if fresh and handler.fresh:
+    if fresh and handler.once_per_resource:
         return tuple(replace(operation, fresh=fresh) for operation in operations)
     return operations

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from worker.model import Enriched
 
 
-def _left_out(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
+def _omissions(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
     if enriched.descendants and len(enriched.descendants) == mapping.category.descendants:
         yield f"descendants after the first {mapping.category.descendants}, if any: by category.descendants"
 
@@ -26,8 +26,8 @@ def _left_out(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
     "ResourceUpdated",
     "ResourceDeleted",
     resource="category",
-    sends="catalog category upsert (descendants too), or delete",
-    left_out=_left_out,
+    effect="catalog category upsert (descendants too), or delete",
+    omissions=_omissions,
 )
 def category_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
     """Mirror the category as commercetools holds it now; its name is part of its descendants' names."""

@@ -9,7 +9,7 @@ from worker.json_access import as_dict, as_dicts, as_text
 from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
 from worker.transform.registry import handles
-from worker.transform.size_limits import PROFILE_BYTES, fit
+from worker.transform.size_limits import PROFILE_BYTES, truncate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from worker.model import Enriched, Notification
 
 
-def _left_out(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
+def _omissions(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
     customer = enriched.customer or _created(enriched, mapping)
     if customer is None:
         return
-    yield from fields.empty(_own_attributes(customer) | _own_properties(customer))
-    yield from fields.invalid_phone(_address(customer))
-    yield from fields.filtered_out(
+    yield from fields.report_empty(_own_attributes(customer) | _own_properties(customer))
+    yield from fields.report_invalid_phone(_address(customer))
+    yield from fields.report_filtered(
         as_dict(customer.get("custom")).get("fields"), mapping.customer.custom_fields, "customer.custom_fields"
     )
 
@@ -34,20 +34,22 @@ def _left_out(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
     "ResourceCreated",
     "ResourceUpdated",
     resource="customer",
-    sends="profile upsert",
-    left_out=_left_out,
+    effect="profile upsert",
+    omissions=_omissions,
 )
 def customer_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
     """Upsert the profile with what commercetools holds now, so that the order of messages does not matter."""
     customer = enriched.customer or _created(enriched, mapping)
     if customer is None:
         raise Ignored("commercetools no longer has the customer")
-    properties, cut = fit(_properties(customer, mapping), PROFILE_BYTES)
+    properties, truncated = truncate(_properties(customer, mapping), PROFILE_BYTES)
     attributes = fields.compact(_own_attributes(customer)) | ({"properties": properties} if properties else {})
     if not {"email", "phone_number"} & attributes.keys():
         raise Ignored("the customer has neither an email address nor a valid phone number")
     key = as_text(customer.get("id")) or enriched.notification.resource_id
-    yield Operation(OperationKind.UPSERT_PROFILE, key, {"type": "profile", "attributes": attributes}, cut=cut)
+    yield Operation(
+        OperationKind.UPSERT_PROFILE, key, {"type": "profile", "attributes": attributes}, truncated=truncated
+    )
 
 
 def _created(enriched: Enriched, mapping: Mapping) -> Json | None:
@@ -74,7 +76,7 @@ def _own_attributes(customer: Json) -> Json:
 
 
 def _properties(customer: Json, mapping: Mapping) -> Json:
-    custom = fields.filtered(as_dict(customer.get("custom")).get("fields"), mapping.customer.custom_fields)
+    custom = fields.filter_properties(as_dict(customer.get("custom")).get("fields"), mapping.customer.custom_fields)
     return custom | fields.compact(_own_properties(customer))
 
 
@@ -91,7 +93,7 @@ def _own_properties(customer: Json) -> Json:
 def _group(customer: Json) -> str:
     """Return the group's key; the reference is expanded when the customer is fetched."""
     group = as_dict(customer.get("customerGroup"))
-    return fields.first(as_text(as_dict(group.get("obj")).get("key")), as_text(group.get("key")))
+    return fields.first_nonempty(as_text(as_dict(group.get("obj")).get("key")), as_text(group.get("key")))
 
 
 def _address(customer: Json) -> Json:
@@ -104,7 +106,7 @@ def _address(customer: Json) -> Json:
     return next(found, addresses[0] if addresses else {})
 
 
-def _is_erasure(notification: Notification, mapping: Mapping) -> None:
+def _check_erasure(notification: Notification, mapping: Mapping) -> None:
     if notification.payload.get("dataErasure") is not True:
         raise Ignored("deleted without dataErasure: the profile stays")
     if not mapping.customer.erasure:
@@ -114,8 +116,8 @@ def _is_erasure(notification: Notification, mapping: Mapping) -> None:
 @handles(
     "ResourceDeleted",
     resource="customer",
-    sends="data-privacy deletion, with dataErasure (off by default)",
-    precheck=_is_erasure,
+    effect="data-privacy deletion, with dataErasure (off by default)",
+    precheck=_check_erasure,
 )
 def customer_erased(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:  # noqa: ARG001
     """Request the deletion of the profile; it is found by its external_id, as commercetools tells no more."""

@@ -22,7 +22,7 @@ MAX_FRACTION_DIGITS = 20  # commercetools' limit for high precision money
 MAX_MINOR_UNITS = 2**63
 
 
-def first(*values: str) -> str:
+def first_nonempty(*values: str) -> str:
     """Return the first text that is not empty, or ""."""
     return next((value for value in values if value), "")
 
@@ -32,7 +32,7 @@ def compact(values: Json) -> Json:
     return {name: value for name, value in values.items() if value or isinstance(value, int | float)}
 
 
-def empty(values: Json) -> Iterator[str]:
+def report_empty(values: Json) -> Iterator[str]:
     """Tell what `compact` leaves out."""
     if names := [name for name in values if name not in compact(values)]:
         yield f"without a value: {', '.join(names)}"
@@ -99,7 +99,7 @@ def attribute_text(value: Any, locale: str) -> str:
     if isinstance(value, list):
         return next(filter(None, (attribute_text(entry, locale) for entry in value)), "")
     if isinstance(value, dict) and "label" in value:
-        return first(localized(value["label"], locale), as_text(value.get("key")))
+        return first_nonempty(localized(value["label"], locale), as_text(value.get("key")))
     return localized(value, locale)
 
 
@@ -128,7 +128,7 @@ def _more_street(address: Json) -> str:
 
 
 def _region(address: Json) -> str:
-    return first(as_text(address.get("region")), as_text(address.get("state")))
+    return first_nonempty(as_text(address.get("region")), as_text(address.get("state")))
 
 
 def location(address: Any) -> Json:
@@ -163,7 +163,7 @@ def address_properties(address: Any) -> Json:
             "Country": country,
             "CountryCode": country,
             "Zip": as_text(address.get("postalCode")),
-            "Phone": first(as_text(address.get("mobile")), as_text(address.get("phone"))),
+            "Phone": first_nonempty(as_text(address.get("mobile")), as_text(address.get("phone"))),
         }
     )
 
@@ -179,7 +179,7 @@ def phone(address: Any) -> str:
     return next(filter(None, (_e164(text, country) for text in candidates)), "")
 
 
-def invalid_phone(address: Any) -> Iterator[str]:
+def report_invalid_phone(address: Any) -> Iterator[str]:
     """Tell that an address has numbers and none of them is valid."""
     if _joined(as_dict(address), "mobile", "phone") and not phone(address):
         yield "phone_number: neither mobile nor phone of the address is a valid number"
@@ -208,14 +208,14 @@ def breadcrumbs(category: Json, categories: ReadOnly[str, Json], locale: str) ->
     return list(accumulate(names, lambda above, name: f"{above} > {name}" if above and name else above or name))
 
 
-def filtered(values: Any, rules: Properties) -> Json:
+def filter_properties(values: Any, rules: Properties) -> Json:
     """Apply include, exclude and rename to properties, leaving out the empty ones."""
     chosen = {rules.map.get(name, name): value for name, value in as_dict(values).items() if _is_wanted(name, rules)}
     return compact(chosen)
 
 
-def filtered_out(values: Any, rules: Properties, section: str) -> Iterator[str]:
-    """Tell what `filtered` leaves out or renames; `section` is the name of `rules` in the mapping."""
+def report_filtered(values: Any, rules: Properties, section: str) -> Iterator[str]:
+    """Tell what `filter_properties` leaves out or renames; `section` is the name of `rules` in the mapping."""
     names = list(as_dict(values))
     excluded = [name for name in names if name in rules.exclude]
     others = [name for name in names if name not in excluded and not _is_wanted(name, rules)]
@@ -231,7 +231,7 @@ def _is_wanted(name: str, rules: Properties) -> bool:
     return (not rules.include or "*" in rules.include or name in rules.include) and name not in rules.exclude
 
 
-def later(value: Any, seconds: int) -> str:
+def add_seconds(value: Any, seconds: int) -> str:
     """Return an RFC 3339 time moved by `seconds`, or "" when it is none."""
     moment = parse_time(value)
     try:

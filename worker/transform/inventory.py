@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from worker.model import Enriched
 
 
-@handles("ResourceCreated", "ResourceUpdated", resource="inventory-entry", sends="variant inventory_quantity")
+@handles("ResourceCreated", "ResourceUpdated", resource="inventory-entry", effect="variant inventory_quantity")
 def inventory_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
     """Set the variant's stock; where Klaviyo lacks the variant, write the whole product instead."""
     entry = enriched.inventory_entry

@@ -11,7 +11,7 @@ from worker.json_access import as_dict, as_dicts, as_int, as_text, unique
 from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
 from worker.transform.fields import product_url
-from worker.transform.size_limits import fit
+from worker.transform.size_limits import truncate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from worker.model import Enriched
 
 
-def event(*, metric: str, unique_id: str, time: str, value: Any, profile: Json, properties: Json) -> Operation:
+def event_operation(
+    *, metric: str, unique_id: str, time: str, value: Any, profile: Json, properties: Json
+) -> Operation:
     """Return the operation that records one event. `value` is a commercetools money.
 
     `unique_id` makes a repeated event harmless: Klaviyo keeps the first per profile and metric.
     """
-    fitted, cut = fit(properties)
+    fitted, truncated = truncate(properties)
     attributes = fields.compact(
         {
             "time": time,
@@ -38,7 +40,7 @@ def event(*, metric: str, unique_id: str, time: str, value: Any, profile: Json, 
     )
     resource = {"type": "event", "attributes": {"properties": fitted, **attributes}}
     key = "\0".join((metric, unique_id, *(str(profile.get(name)) for name in ("email", "external_id"))))
-    return Operation(OperationKind.CREATE_EVENT, key, resource, cut=cut)
+    return Operation(OperationKind.CREATE_EVENT, key, resource, truncated=truncated)
 
 
 def identifiers(order: Json, enriched: Enriched) -> Json:
@@ -52,32 +54,32 @@ def identifiers(order: Json, enriched: Enriched) -> Json:
 def _identifiers(order: Json, enriched: Enriched) -> Json:
     customer = as_dict(enriched.customer)
     return {
-        "email": fields.first(as_text(order.get("customerEmail")), as_text(customer.get("email"))),
-        "external_id": fields.first(as_text(order.get("customerId")), as_text(customer.get("id"))),
+        "email": fields.first_nonempty(as_text(order.get("customerEmail")), as_text(customer.get("email"))),
+        "external_id": fields.first_nonempty(as_text(order.get("customerId")), as_text(customer.get("id"))),
     }
 
 
 def order_properties(order: Json, lines: list[Json], enriched: Enriched, mapping: Mapping) -> Json:
     """Return the properties of every order event, as Klaviyo's flows and templates name them."""
-    custom = fields.filtered(as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields)
-    raw = fields.filtered(order, mapping.order.properties) if mapping.order.properties.include else {}
+    custom = fields.filter_properties(as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields)
+    raw = fields.filter_properties(order, mapping.order.properties) if mapping.order.properties.include else {}
     return fields.compact(raw | custom | fields.compact(_own_properties(order, lines, enriched)))
 
 
-def left_out(order: Json, enriched: Enriched, mapping: Mapping) -> Iterator[str]:
+def omissions(order: Json, enriched: Enriched, mapping: Mapping) -> Iterator[str]:
     """Tell what order events do without."""
     if not order:
         return
     lines = all_line_properties(order, enriched, mapping)
-    yield from fields.empty(_identifiers(order, enriched) | _own_properties(order, lines, enriched))
+    yield from fields.report_empty(_identifiers(order, enriched) | _own_properties(order, lines, enriched))
     if lacking := sum("SKU" not in line for line in lines):
         yield f"SKU: {lacking} of {len(lines)} lines have none"
-    yield from fields.filtered_out(
+    yield from fields.report_filtered(
         as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields, "order.custom_fields"
     )
     wanted = mapping.order.properties.include  # of the raw ones, what is not named there is not missed
     raw = order if "*" in wanted else {name: order[name] for name in wanted if name in order}
-    yield from fields.filtered_out(raw, mapping.order.properties, "order.properties")
+    yield from fields.report_filtered(raw, mapping.order.properties, "order.properties")
 
 
 def _own_properties(order: Json, lines: list[Json], enriched: Enriched) -> Json:

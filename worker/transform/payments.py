@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from worker.errors import Ignored, Rejected
 from worker.json_access import as_dict, as_dicts, as_text
 from worker.transform import fields
-from worker.transform.order_events import all_line_properties, event, identifiers, left_out, order_properties
+from worker.transform.order_events import all_line_properties, event_operation, identifiers, omissions, order_properties
 from worker.transform.registry import handles
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from worker.model import Enriched, Json, Notification, Operation
 
 
-def _may_be_refund(notification: Notification, mapping: Mapping) -> None:
+def _check_refund(notification: Notification, mapping: Mapping) -> None:
     payload = notification.payload
     transaction = as_dict(payload.get("transaction"))
     if transaction and transaction.get("type") != "Refund":
@@ -27,20 +27,20 @@ def _may_be_refund(notification: Notification, mapping: Mapping) -> None:
         raise Ignored("no event for a transaction in this state: see payment.refund_states")
 
 
-def _left_out(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
+def _omissions(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
     counted = [_counts(transaction, enriched.notification, mapping) for transaction in _transactions(enriched)]
     if others := counted.count(False):
         yield f"{others} of {len(counted)} transactions: no refund, or its state is not in payment.refund_states"
-    yield from left_out(as_dict(enriched.order), enriched, mapping)
+    yield from omissions(as_dict(enriched.order), enriched, mapping)
 
 
 @handles(
     "PaymentTransactionAdded",
     "PaymentTransactionStateChanged",
     resource="payment",
-    sends="Refunded Order, per refund transaction",
-    precheck=_may_be_refund,
-    left_out=_left_out,
+    effect="Refunded Order, per refund transaction",
+    precheck=_check_refund,
+    omissions=_omissions,
 )
 def payment_transaction(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
     """Refunded Order with the transaction's own amount; its id keeps several refunds of an order apart."""
@@ -60,10 +60,10 @@ def payment_transaction(enriched: Enriched, mapping: Mapping) -> Iterable[Operat
             "Reason": _reason(transaction, mapping),
             "TransactionId": as_text(transaction.get("id")),
         }
-        yield event(
+        yield event_operation(
             metric=mapping.metrics.refunded_order,
             unique_id=as_text(transaction.get("id")),
-            time=fields.first(as_text(transaction.get("timestamp")), enriched.notification.time or ""),
+            time=fields.first_nonempty(as_text(transaction.get("timestamp")), enriched.notification.time or ""),
             value=money,
             profile=profile,
             properties=properties | fields.compact(refund),

@@ -26,22 +26,22 @@ def catalog_price(variant: Json, mapping: Mapping, as_of: datetime) -> float:
     windowed = [price for price in prices if _windowed(price) and _holds(price, as_of)]
     plain = [price for price in prices if not _windowed(price) and not price.get("customerGroup")]
     chosen = min(windowed, key=_window) if windowed else next(iter(plain), {})
-    return amount_of(chosen) or 0.0
+    return price_amount(chosen) or 0.0
 
 
-def price_texts(variant: Json) -> tuple[Json, Json]:
+def price_metadata(variant: Json) -> tuple[Json, Json]:
     """Return `{price_EUR: 10.0, price_DE: 12.0}` and `{currency_DE: "EUR"}` of all prices; the first of a kind wins."""
     amounts: Json = {}
     currencies: Json = {}
     for price in as_dicts(variant.get("prices")):
         country, code = as_text(price.get("country")), currency(price.get("value"))
-        amounts.setdefault(f"price_{country or code}", amount_of(price))
+        amounts.setdefault(f"price_{country or code}", price_amount(price))
         if country:
             currencies.setdefault(f"currency_{country}", code)
     return amounts, currencies
 
 
-def amount_of(price: Any) -> float | None:
+def price_amount(price: Any) -> float | None:
     """Return the discounted value of a price when it has one, else its value."""
     price = as_dict(price)
     discounted = money(as_dict(price.get("discounted")).get("value"))

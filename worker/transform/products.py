@@ -11,7 +11,7 @@ from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
 from worker.transform.catalog import catalog_id, category_operation
 from worker.transform.fields import product_url
-from worker.transform.prices import catalog_price, price_texts
+from worker.transform.prices import catalog_price, price_metadata
 from worker.transform.registry import handles
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from worker.model import Enriched
 
 
-def _left_out(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
+def _omissions(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
     for variant in _variants(as_dict(enriched.product)) if enriched.product else ():
         name = f"variant {as_int(variant.get('id'))}"
         if not as_text(variant.get("sku")):
@@ -36,8 +36,8 @@ def _left_out(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
     "ProductDeleted",
     "ResourceDeleted",
     resource="product",
-    sends="catalog item + variants upsert, or delete",
-    left_out=_left_out,
+    effect="catalog item + variants upsert, or delete",
+    omissions=_omissions,
 )
 def product_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
     """Mirror the product as commercetools shows it now: published, or gone."""
@@ -140,7 +140,7 @@ def _common(product: Json, variant: Json, enriched: Enriched, mapping: Mapping) 
 
 def _metadata(product: Json, variant: Json) -> Json:
     """Return all languages and prices as flat JSON texts: Klaviyo takes no nested metadata."""
-    prices, currencies = price_texts(variant)
+    prices, currencies = price_metadata(variant)
     texts = {
         "title_json": _by_locale("title", product.get("name")),
         "slug_json": _by_locale("slug", product.get("slug")),

@@ -10,7 +10,7 @@ from worker.model import Enriched, Notification, Operation
 
 HandlerFunction = Callable[[Enriched, Mapping], Iterable[Operation]]
 Precheck = Callable[[Notification, Mapping], None]
-LeftOut = Callable[[Enriched, Mapping], Iterable[str]]
+Omissions = Callable[[Enriched, Mapping], Iterable[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,11 @@ class Handler:
 
     resource_type: str
     type: str
-    sends: str  # for people: `klaviyo-worker handlers`, docs/mapping.md
+    effect: str  # for people: `klaviyo-worker handlers`, docs/mapping.md
     function: HandlerFunction
     precheck: Precheck | None = None
-    fresh: bool = False
-    left_out: LeftOut | None = None
+    once_per_resource: bool = False
+    omissions: Omissions | None = None
 
 
 HANDLERS: dict[tuple[str, str], Handler] = {}
@@ -32,22 +32,22 @@ HANDLERS: dict[tuple[str, str], Handler] = {}
 def handles(
     *types: str,
     resource: str,
-    sends: str,
+    effect: str,
     precheck: Precheck | None = None,
-    fresh: bool = False,
-    left_out: LeftOut | None = None,
+    once_per_resource: bool = False,
+    omissions: Omissions | None = None,
 ) -> Callable[[HandlerFunction], HandlerFunction]:
     """Register a handler for message types (or ResourceCreated, ...) of a commercetools resource type.
 
     `precheck` raises Ignored when the notification alone shows that there is nothing to do, before
-    anything is fetched for it. `fresh`: a resource has one message of this type, and no message before it
-    makes events with the same unique_id; its first delivery may go to Klaviyo in bulk. `left_out` tells a person
+    anything is fetched for it. `once_per_resource`: a resource has one message of this type, and no message before it
+    makes events with the same unique_id; its first delivery may go to Klaviyo in bulk. `omissions` tells a person
     what is not sent, and why: by names, never by values.
     """
 
     def register(function: HandlerFunction) -> HandlerFunction:
         for kind in types:
-            HANDLERS[resource, kind] = Handler(resource, kind, sends, function, precheck, fresh, left_out)
+            HANDLERS[resource, kind] = Handler(resource, kind, effect, function, precheck, once_per_resource, omissions)
         return function
 
     return register

@@ -22,16 +22,16 @@ PROFILE_BYTES = 80_000  # of 100 KB, leaving room for the other attributes
 _ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"{[]}"))
 
 
-def fit(properties: Json, max_bytes: int = EVENT_BYTES) -> tuple[Json, list[str]]:
+def truncate(properties: Json, max_bytes: int = EVENT_BYTES) -> tuple[Json, list[str]]:
     """Return properties within every limit, and the paths of what had to be cut."""
     if _is_small(properties):
         return properties, []
-    cut: list[str] = []
-    fitted = _clamp(properties, MAX_DEPTH, "", cut)
+    truncated: list[str] = []
+    fitted = _clamp(properties, MAX_DEPTH, "", truncated)
     if len(fitted) > MAX_PROPERTIES:
-        cut.append("*")
+        truncated.append("*")
         fitted = dict(islice(fitted.items(), MAX_PROPERTIES))
-    return _shrink(fitted, max_bytes, cut), cut
+    return _shrink(fitted, max_bytes, truncated), truncated
 
 
 def _is_small(properties: Json) -> bool:
@@ -49,34 +49,34 @@ def _is_small(properties: Json) -> bool:
     return deepest <= MAX_DEPTH
 
 
-def _clamp(value: Any, depth: int, path: str, cut: list[str]) -> Any:
+def _clamp(value: Any, depth: int, path: str, truncated: list[str]) -> Any:
     if isinstance(value, str):
-        return _clamp_text(value, path, cut)
+        return _clamp_text(value, path, truncated)
     if not isinstance(value, dict | list):
         return value
     if depth == 0:
-        cut.append(path)
+        truncated.append(path)
         return None
     if isinstance(value, dict):
-        return {key: _clamp(entry, depth - 1, f"{path}.{key}".lstrip("."), cut) for key, entry in value.items()}
+        return {key: _clamp(entry, depth - 1, f"{path}.{key}".lstrip("."), truncated) for key, entry in value.items()}
     if len(value) > MAX_ARRAY:
-        cut.append(path)
-    return [_clamp(entry, depth - 1, f"{path}[]", cut) for entry in value[:MAX_ARRAY]]
+        truncated.append(path)
+    return [_clamp(entry, depth - 1, f"{path}[]", truncated) for entry in value[:MAX_ARRAY]]
 
 
-def _clamp_text(text: str, path: str, cut: list[str]) -> str:
+def _clamp_text(text: str, path: str, truncated: list[str]) -> str:
     if len(text) * 4 <= MAX_TEXT_BYTES or len(raw := text.encode()) <= MAX_TEXT_BYTES:
         return text
-    cut.append(path)
+    truncated.append(path)
     return raw[:MAX_TEXT_BYTES].decode(errors="ignore")
 
 
-def _shrink(properties: Json, max_bytes: int, cut: list[str]) -> Json:
+def _shrink(properties: Json, max_bytes: int, truncated: list[str]) -> Json:
     """Halve the largest property until the whole fits; arrays lose their last items, others go."""
     sizes = {name: len(orjson.dumps(value)) for name, value in properties.items()}
     while sum(sizes.values()) > max_bytes:
         largest = max(sizes, key=lambda name: sizes[name])
-        cut.append(largest)
+        truncated.append(largest)
         value = properties[largest]
         if isinstance(value, list) and len(value) > 1:
             value = value[: len(value) // 2]

@@ -217,7 +217,7 @@ def test_jobs_that_are_complete_do_not_suffer_from_one_that_is_not(
     sandbox: Sandbox, sender: Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever time the first took, the second is looked at before its entries go one by one."""
-    monkeypatch.setattr(jobs, "PATIENCE", 0.5)
+    monkeypatch.setattr(jobs, "JOB_TIMEOUT", 0.5)
     sandbox.klaviyo.faults.add(
         Fault(match="POST /api/catalog-category-bulk-create-jobs", status=202, body=b'{"data":{"id":"J"}}'),
         Fault(match="GET /api/catalog-category-bulk-create-jobs/J", status=200, body=b'{"data":{}}', times=None),
@@ -250,7 +250,7 @@ def test_a_job_that_tells_less_than_it_should_is_not_believed(
 
 def test_a_worker_that_stops_posts_no_more_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody would wait for them, and they could undo what another worker writes meanwhile."""
-    monkeypatch.setattr(jobs, "IN_PROGRESS", 1)
+    monkeypatch.setattr(jobs, "MAX_CONCURRENT_JOBS", 1)
     with Sandbox(account=Account(job_seconds=60.0)) as sandbox, ThreadPoolExecutor(1) as lane:
         stopping = Event()
         sender = send.Sender(klaviyo_for(sandbox), 4, stopping)

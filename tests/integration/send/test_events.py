@@ -13,7 +13,7 @@ from worker.errors import Rejected, Transient
 from worker.model import Operation
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import Account
-from worker.transform.order_events import event
+from worker.transform.order_events import event_operation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 def placed(number: int, **more: Any) -> Operation:
     profile = {"email": f"{number}@example.com"} | more.pop("profile", {})
     fields = {"metric": "Placed Order", "time": "2026-11-01T10:00:00Z", "value": None, "properties": {}} | more
-    made = event(unique_id=str(number), profile=profile, **fields)
+    made = event_operation(unique_id=str(number), profile=profile, **fields)
     return Operation(made.kind, made.key, made.resource, fresh=lambda: True)
 
 

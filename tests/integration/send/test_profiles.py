@@ -154,7 +154,7 @@ def test_a_job_that_comes_to_nothing_is_done_one_by_one(
     status: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cancelled, or not complete in all the time it is given."""
-    monkeypatch.setattr(jobs, "PATIENCE", 0.5)
+    monkeypatch.setattr(jobs, "JOB_TIMEOUT", 0.5)
     job = {"type": "profile-bulk-import-job", "id": "J", "attributes": {"status": status}}
     accepted, listed = orjson.dumps({"data": job}), orjson.dumps({"data": [job]})
     sandbox.klaviyo.faults.add(

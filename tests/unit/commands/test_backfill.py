@@ -30,7 +30,7 @@ from worker.errors import Disposition, Ignored, Rejected, SettingsError, Transie
 from worker.model import Message, Operation, OperationKind, Outcome
 from worker.parse import parse
 from worker.send.events import body_of
-from worker.transform.order_events import event
+from worker.transform.order_events import event_operation
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -114,7 +114,9 @@ def test_a_mirror_is_one_message_that_says_nothing(name: str, kind: str) -> None
 
 def placed(unique_id: str) -> Operation:
     profile = {"email": "ada@example.com"}
-    return event(metric="M", unique_id=unique_id, time="2025-01-01", value=None, profile=profile, properties={})
+    return event_operation(
+        metric="M", unique_id=unique_id, time="2025-01-01", value=None, profile=profile, properties={}
+    )
 
 
 def test_only_events_of_a_backfill_are_marked_as_history() -> None:

@@ -17,7 +17,7 @@ from worker.send import events as bulk
 from worker.send import jobs
 from worker.send.bulk import MAX_REFUSALS
 from worker.send.events import MAX_BYTES, MAX_EVENTS, BulkEvents
-from worker.transform.order_events import event as event_operation
+from worker.transform.order_events import event_operation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -329,9 +329,9 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk, "_REMEMBERED", 10)
     ours = BulkEvents(Klaviyo(), lambda _: (), "auto", 0)
     for number in range(100):
-        assert ours.choose([event(str(number))])
-    assert not any(ours.choose([event(str(number))]) for number in range(91, 100))
-    assert ours.choose([event("0")])
+        assert ours.select([event(str(number))])
+    assert not any(ours.select([event(str(number))]) for number in range(91, 100))
+    assert ours.select([event("0")])
 
 
 def test_an_id_that_occurs_twice_in_a_batch_does_not_go_in_bulk() -> None:
@@ -359,11 +359,11 @@ def test_an_event_without_an_id_never_goes_in_bulk(mode: Mode) -> None:
     """Klaviyo would take two events of a second for one, and refuse the call."""
     klaviyo = Klaviyo()
     nameless = [event("", who=f"{n}@example.com") for n in range(3)]
-    assert not BulkEvents(klaviyo, lambda _: (), mode, 0).choose(nameless)
+    assert not BulkEvents(klaviyo, lambda _: (), mode, 0).select(nameless)
 
 
 def test_what_waits_for_a_call_shows_nobody() -> None:
     """A repr may end up in a log or a traceback."""
-    record = bulk._record(event("1", who="ada@example.com"), bulk._Share(), lambda: True)
-    entry = jobs.Entry("c1", b'{"email":"ada@example.com"}')
+    record = bulk._record(event("1", who="ada@example.com"), bulk._Submission(), lambda: True)
+    entry = jobs.JobEntry("c1", b'{"email":"ada@example.com"}')
     assert "ada" not in repr([record, entry])

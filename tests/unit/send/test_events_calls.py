@@ -14,7 +14,7 @@ from tests.unit.runtime.test_runner import wait_for
 from worker.errors import CircuitOpen, Rejected, Transient, WorkerError
 from worker.model import Json, Operation, OperationKind
 from worker.send import events
-from worker.transform.order_events import event as event_operation
+from worker.transform.order_events import event_operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

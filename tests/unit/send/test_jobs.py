@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.send import catalog, jobs
-from worker.send.jobs import Entry, JobKind
+from worker.send.jobs import BulkJobType, JobEntry
 from worker.transform.catalog import catalog_id
 
-KIND = JobKind("catalog-item-bulk-create-job", "items", 100)
+KIND = BulkJobType("catalog-item-bulk-create-job", "items", 100)
 FRAME = len(b'{"data":{"type":"catalog-item-bulk-create-job","attributes":{"items":{"data":[]}}}}')
 
 
 @given(st.lists(st.integers(1, 6_000_000), max_size=300))
 def test_a_job_takes_no_more_than_klaviyo_does(sizes: list[int]) -> None:
     """A hundred entries and five megabytes; nothing is left out, and only what alone is too large is too large."""
-    entries = [Entry(str(number), b"") for number in range(len(sizes))]
+    entries = [JobEntry(str(number), b"") for number in range(len(sizes))]
     for entry, size in zip(entries, sizes, strict=True):
         entry.body = _Sized(size)
     chunks = list(jobs._chunks(KIND, entries))
@@ -31,8 +31,8 @@ def test_a_job_takes_no_more_than_klaviyo_does(sizes: list[int]) -> None:
 
 def test_a_job_is_filled() -> None:
     """As few as possible: they are limited too."""
-    assert [len(chunk) for chunk in jobs._chunks(KIND, [Entry("", b"{}")] * 250)] == [100, 100, 50]
-    large = Entry("", b"x" * 1_000_000)
+    assert [len(chunk) for chunk in jobs._chunks(KIND, [JobEntry("", b"{}")] * 250)] == [100, 100, 50]
+    large = JobEntry("", b"x" * 1_000_000)
     assert [len(chunk) for chunk in jobs._chunks(KIND, [large] * 9)] == [4, 4, 1]
 
 

@@ -25,7 +25,7 @@ FIELDS = {
 def job(outcome: Outcome | None, operations: int = 0) -> Message:
     delivery = FakeDelivery(b"{}", id="7", attempt=2, published_at=datetime.now(UTC))
     notification = Notification("OrderCreated", "order", "o-1", None, {})
-    sent = (Operation(OperationKind.CREATE_EVENT, "k", cut=("Items",)),) * operations
+    sent = (Operation(OperationKind.CREATE_EVENT, "k", truncated=("Items",)),) * operations
     return Message(delivery, 0.0, notification, operations=sent, outcome=outcome)
 
 

@@ -13,8 +13,8 @@ from tests.unit.test_parse import json_values
 from worker.json_access import pick_ids
 from worker.mapping import Mapping, Properties
 from worker.transform import fields
-from worker.transform.prices import catalog_price, price_texts
-from worker.transform.size_limits import MAX_ARRAY, MAX_PROPERTIES, MAX_TEXT_BYTES, fit
+from worker.transform.prices import catalog_price, price_metadata
+from worker.transform.size_limits import MAX_ARRAY, MAX_PROPERTIES, MAX_TEXT_BYTES, truncate
 
 
 def cents(amount: int, currency: str = "EUR", digits: int = 2) -> dict[str, object]:
@@ -136,16 +136,16 @@ def test_only_valid_phone_numbers_are_sent(address: object, expected: str) -> No
 def test_property_rules_choose_leave_out_and_rename() -> None:
     """Empty values are left out; 0 and false are values."""
     values = {"a": 1, "b": "", "c": 0, "d": False, "e": None, "f": "x", "g": []}
-    assert fields.filtered(values, Properties()) == {"a": 1, "c": 0, "d": False, "f": "x"}
+    assert fields.filter_properties(values, Properties()) == {"a": 1, "c": 0, "d": False, "f": "x"}
     rules = Properties(include=["a", "f"], exclude=["f"], map={"a": "A"})
-    assert fields.filtered(values, rules) == {"A": 1}
+    assert fields.filter_properties(values, rules) == {"A": 1}
 
 
 def test_times_move_and_bad_ones_do_not_raise() -> None:
     """Ordered Product comes a second after Placed Order."""
-    assert fields.later("2026-12-31T23:59:59.500Z", 1) == "2027-01-01T00:00:00.500000+00:00"
-    assert fields.later("9999-12-31T23:59:59Z", 1) == ""
-    assert fields.later("yesterday", 1) == ""
+    assert fields.add_seconds("2026-12-31T23:59:59.500Z", 1) == "2027-01-01T00:00:00.500000+00:00"
+    assert fields.add_seconds("9999-12-31T23:59:59Z", 1) == ""
+    assert fields.add_seconds("yesterday", 1) == ""
 
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
@@ -193,7 +193,7 @@ def test_the_catalog_shows_the_price_that_holds(prices: object, options: dict[st
 def test_all_prices_are_kept_as_texts() -> None:
     """Templates can show any currency or country."""
     variant = {"prices": [price(100), price(120, country="DE"), price(300, "USD", country="US"), price(999)]}
-    assert price_texts(variant) == (
+    assert price_metadata(variant) == (
         {"price_EUR": 1, "price_DE": 1.2, "price_US": 3},
         {"currency_DE": "EUR", "currency_US": "USD"},
     )
@@ -209,19 +209,19 @@ def test_fields_are_total(value: object) -> None:
     fields.location(value)
     fields.address_properties(value)
     fields.phone({"phone": value, "country": value})
-    fields.filtered(value, Properties())
-    fields.later(value, 1)
+    fields.filter_properties(value, Properties())
+    fields.add_seconds(value, 1)
     pick_ids(value)
     fields.image_url({"images": value})
     catalog_price({"prices": value}, Mapping(), NOW)
-    price_texts({"prices": value})
+    price_metadata({"prices": value})
 
 
 @given(st.dictionaries(st.text(), json_values, max_size=8))
 def test_what_fits_is_not_touched(properties: dict[str, object]) -> None:
     """Cutting begins where Klaviyo's limits do."""
-    fitted, cut = fit(properties)
-    assert (fitted, cut) == (properties, [])
+    fitted, truncated = truncate(properties)
+    assert (fitted, truncated) == (properties, [])
 
 
 def _nested(depth: int) -> object:
@@ -230,7 +230,7 @@ def _nested(depth: int) -> object:
 
 def test_what_does_not_fit_is_cut_and_named() -> None:
     """Last items go first, and the paths say where."""
-    fitted, cut = fit(
+    fitted, truncated = truncate(
         {
             "long": "é" * MAX_TEXT_BYTES,
             "many": list(range(MAX_ARRAY + 5)),
@@ -241,23 +241,23 @@ def test_what_does_not_fit_is_cut_and_named() -> None:
     assert len(fitted["long"].encode()) <= MAX_TEXT_BYTES
     assert fitted["many"] == list(range(MAX_ARRAY))
     assert len(fitted) == MAX_PROPERTIES
-    assert {"long", "many", "*"} <= set(cut)
-    assert any(path.startswith("deep.inner") for path in cut)
+    assert {"long", "many", "*"} <= set(truncated)
+    assert any(path.startswith("deep.inner") for path in truncated)
 
 
 @pytest.mark.parametrize("text", ["]]]]", "}}}}", '\\"]]]]', "[]]]]", "é]]]]"])
 def test_brackets_in_a_text_do_not_hide_how_deep_the_rest_is(text: str) -> None:
     """Klaviyo counts levels, not brackets."""
-    fitted, cut = fit({"text": text, "deep": _nested(12)})
+    fitted, truncated = truncate({"text": text, "deep": _nested(12)})
     assert fitted["text"] == text
-    assert cut == ["deep" + ".inner" * 9]
+    assert truncated == ["deep" + ".inner" * 9]
 
 
 def test_the_whole_is_cut_to_size_from_the_end_of_its_largest_list() -> None:
     """An order of thousands of lines keeps its first ones, and everything that is small."""
     items = [{"name": "x" * 2_000, "number": number} for number in range(3_000)]
-    fitted, cut = fit({"Items": items, "OrderId": "1", "note": "y" * 50_000})
+    fitted, truncated = truncate({"Items": items, "OrderId": "1", "note": "y" * 50_000})
     assert fitted["OrderId"] == "1"
     assert fitted["Items"] == items[:1_500]
-    assert cut == ["Items"]
-    assert fit({"OrderId": "1", "note": "y" * 50_000}, max_bytes=1_000) == ({"OrderId": "1"}, ["note"])
+    assert truncated == ["Items"]
+    assert truncate({"OrderId": "1", "note": "y" * 50_000}, max_bytes=1_000) == ({"OrderId": "1"}, ["note"])

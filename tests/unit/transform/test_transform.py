@@ -11,7 +11,7 @@ from worker.errors import Ignored
 from worker.mapping import Mapping
 from worker.model import Enriched, Notification
 from worker.transform import transform
-from worker.transform.order_events import event
+from worker.transform.order_events import event_operation
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 
@@ -60,15 +60,15 @@ def test_an_order_of_ten_thousand_lines_fits() -> None:
     placed, *lines = transform(Enriched(about("order", "OrderCreated"), NOW, order=order), Mapping())
     assert placed.resource is not None
     assert len(placed.resource["attributes"]["properties"]["Items"]) == 4_000
-    assert "Items" in placed.cut
+    assert "Items" in placed.truncated
     assert len(lines) == 10_000
 
 
 def test_the_same_event_of_another_profile_is_another_operation() -> None:
     """OrderCustomerSet records the order for the customer it now belongs to."""
     fields: dict[str, Any] = {"metric": "M", "unique_id": "1", "time": "", "value": None, "properties": {}}
-    guest = event(**fields, profile={"email": "a@example.com"})
-    customer = event(**fields, profile={"email": "a@example.com", "external_id": "x"})
+    guest = event_operation(**fields, profile={"email": "a@example.com"})
+    customer = event_operation(**fields, profile={"email": "a@example.com", "external_id": "x"})
     assert guest.key != customer.key
 
 

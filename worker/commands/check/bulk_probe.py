@@ -16,7 +16,7 @@ from uuid import uuid4
 from worker.errors import Rejected
 from worker.json_access import as_dict, as_dicts, as_text
 from worker.send import events as bulk
-from worker.transform.order_events import event
+from worker.transform.order_events import event_operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,7 +103,7 @@ class BulkProbe:
         about = "Written by klaviyo-worker check --probe-bulk. May be deleted."
         profile: Json = {"external_id": PROFILE, "first_name": "klaviyo-worker", "last_name": "probe"}
         events = [
-            event(
+            event_operation(
                 metric=METRIC,
                 unique_id=f"{self._run}-{name}",
                 time=self._time,

@@ -84,7 +84,7 @@ def _handler(trace: Trace) -> Iterator[Row]:
     handler = HANDLERS.get((about.resource_type, about.type))
     if handler:
         function = handler.function
-        yield "handler", f"{function.__name__} in {function.__module__.replace('.', '/')}.py: {handler.sends}"
+        yield "handler", f"{function.__name__} in {function.__module__.replace('.', '/')}.py: {handler.effect}"
         yield "", inspect.getdoc(function) or ""
         return
     handled = [each.type for each in HANDLERS.values() if each.resource_type == about.resource_type]
@@ -137,8 +137,8 @@ def _content(operation: Operation) -> Iterator[str]:
         yield f"properties: {', '.join(properties)}"
     if operation.kind is OperationKind.DELETE_STALE_VARIANTS:
         yield f"kept: {_listed(sorted(operation.keep)) or 'none'}"
-    if operation.cut:
-        yield f"cut to Klaviyo's limits: {_listed(unique(operation.cut))}"
+    if operation.truncated:
+        yield f"cut to Klaviyo's limits: {_listed(unique(operation.truncated))}"
     if operation.otherwise:
         instead = [f"{each.kind.value} {each.key}" for each in operation.otherwise()]
         yield f"where Klaviyo does not have it: {_listed(instead)}"
@@ -155,7 +155,7 @@ def _left_out(trace: Trace, mapping: Mapping) -> Iterator[Row]:
         return
     about = trace.enriched.notification
     handler = HANDLERS[about.resource_type, about.type]
-    for line in handler.left_out(trace.enriched, mapping) if handler.left_out else ():
+    for line in handler.omissions(trace.enriched, mapping) if handler.omissions else ():
         yield "left out", line
 
 
