@@ -120,6 +120,6 @@ def test_a_librarys_warning_is_told_without_its_text() -> None:
     library.error("cannot greet %s", "grete@mail.example", exc_info=ValueError("grete@mail.example"))
     library.info("nobody asked")
     (line,) = map(json.loads, stream.getvalue().splitlines())
-    assert line.pop("where").startswith("test_telemetry.py:")
+    assert line.pop("where").startswith("test_message_log.py:")
     assert line.pop("time")
     assert line == {"event": "library_warning", "level": "ERROR", "library": "some.library", "error": "ValueError"}
