@@ -25,7 +25,7 @@ BULK = "/api/event-bulk-create-jobs"
 
 @pytest.fixture
 def account(request: pytest.FixtureRequest) -> Account:
-    return Account(getattr(request, "param", "double"))
+    return Account(getattr(request, "param", "duplicate"))
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def assert_exactly_once(account: Account, count: int = ORDERS) -> None:
     assert set(Counter((each["metric"], each["unique_id"]) for each in account.events).values()) == {1}
 
 
-REPEATS = pytest.mark.parametrize("account", ["within", "ever", "drop", "double"], indirect=True)
+REPEATS = pytest.mark.parametrize("account", ["ignore", "refuse", "drop", "duplicate"], indirect=True)
 
 
 @REPEATS
@@ -77,7 +77,7 @@ def test_messages_that_come_twice_add_nothing(worker: Worker, sandbox: Sandbox, 
     assert_exactly_once(account, FEWER)
 
 
-@pytest.mark.parametrize("account", ["within", "ever", "drop"], indirect=True)
+@pytest.mark.parametrize("account", ["ignore", "refuse", "drop"], indirect=True)
 def test_another_process_adds_nothing_either(worker: Worker, sandbox: Sandbox, account: Account) -> None:
     """It cannot know what was sent; a call that is refused for it is narrowed, in a bounded number of calls."""
     backlog = orders(sandbox)
@@ -88,7 +88,7 @@ def test_another_process_adds_nothing_either(worker: Worker, sandbox: Sandbox, a
         assert_exactly_once(account)
     requests = Counter(request.path for request in sandbox.klaviyo.requests)
     assert requests[BULK] < ORDERS
-    if account.bulk_repeats != "ever":
+    if account.bulk_repeats != "refuse":
         assert requests.total() < 2 * ORDERS / 5
 
 
@@ -102,7 +102,7 @@ def test_one_by_one_when_so_set(worker: Worker, sandbox: Sandbox, account: Accou
     assert len(account.events) == 160
 
 
-@pytest.mark.parametrize("action", ["respond", "reset", "after", "truncate"])
+@pytest.mark.parametrize("action", ["respond", "reset", "lose_response", "truncate"])
 def test_bulk_calls_that_fail_double_nothing(action: str, worker: Worker, sandbox: Sandbox, account: Account) -> None:
     """Recorded or not, nobody knows: their events go one by one."""
     sandbox.klaviyo.faults.add(Fault(status=503, times=3, match=f"POST {BULK}", action=action))
@@ -117,7 +117,7 @@ def test_a_worker_that_is_stopped_in_the_middle_doubles_nothing(
     worker: Worker, sandbox: Sandbox, account: Account
 ) -> None:
     """Messages go back to the queue while their bulk call, which did arrive, is still without an answer."""
-    sandbox.klaviyo.faults.add(Fault(action="after", seconds=15, times=None, match=f"POST {BULK}"))
+    sandbox.klaviyo.faults.add(Fault(action="lose_response", seconds=15, times=None, match=f"POST {BULK}"))
     worker.publish(*orders(sandbox))
     process = worker.start("run", "--grace-period", "0.1")
     wait_for(lambda: account.events)
@@ -132,7 +132,7 @@ def test_a_killed_worker_doubles_nothing(worker: Worker, sandbox: Sandbox, accou
     """Kill -9 while bulk calls are under way: what comes again is known to come again."""
     queue = {"QUEUE_URL": worker.environment["QUEUE_URL"] + "?lease=1"}
     worker.publish(*orders(sandbox, FEWER))
-    sandbox.klaviyo.faults.add(Fault(action="after", seconds=0.5, times=None, match=f"POST {BULK}"))
+    sandbox.klaviyo.faults.add(Fault(action="lose_response", seconds=0.5, times=None, match=f"POST {BULK}"))
     process = worker.start("run", env=queue)
     wait_for(lambda: account.events)
     process.send_signal(signal.SIGKILL)

@@ -25,7 +25,7 @@ PROBE = ("check", "--json", "--probe-bulk", "--probe-wait", "3")
 
 @pytest.fixture
 def account(request: pytest.FixtureRequest) -> Account:
-    return Account(*getattr(request, "param", ("within",)))
+    return Account(*getattr(request, "param", ("ignore",)))
 
 
 @pytest.fixture
@@ -185,10 +185,10 @@ def test_erasure_needs_more(worker: Worker) -> None:
 @pytest.mark.parametrize(
     ("account", "repeat", "recommended"),
     [
-        (("within", 0.3), "ignored", "always"),
-        (("ever", 0.3), "refused", "auto"),
+        (("ignore", 0.3), "ignored", "always"),
+        (("refuse", 0.3), "refused", "auto"),
         (("drop", 0.3), "dropped", "auto"),
-        (("double", 0.3), "doubled", "auto"),
+        (("duplicate", 0.3), "doubled", "auto"),
     ],
     indirect=["account"],
 )
@@ -215,7 +215,7 @@ def test_the_probe_writes_what_it_says(worker: Worker, account: Account) -> None
         assert name in text
 
 
-@pytest.mark.parametrize("account", [("within", 3600.0)], indirect=True)
+@pytest.mark.parametrize("account", [("ignore", 3600.0)], indirect=True)
 def test_events_that_never_show_decide_nothing(worker: Worker) -> None:
     """Exit code 1, and the recommendation that is always safe."""
     done = worker("check", "--json", "--probe-bulk", "--probe-wait", "1")
@@ -229,7 +229,7 @@ def test_events_that_never_show_decide_nothing(worker: Worker) -> None:
     [
         (Fault(403, times=None, match=BULK), "and its scopes: events:write"),
         (Fault(400, times=None, match=BULK), "nothing is known"),
-        (Fault(match=BULK, action="after"), "nothing is known"),
+        (Fault(match=BULK, action="lose_response"), "nothing is known"),
         (Fault(503, times=None, match=BULK), "nothing is known"),
     ],
     ids=["scope", "refused", "unknown fate", "down"],

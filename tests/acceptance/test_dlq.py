@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from worker.sandbox.server import Answer, Call
+    from worker.sandbox.server import ApiRequest, ApiResponse
 
     Terminal = Callable[..., tuple[int, str]]
 
@@ -46,7 +46,7 @@ PERSONAL = b'{"email": "grete@example.com\x1b[2J"}'
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
     """A shop with forty orders, and a Klaviyo that doubles an event which is repeated in bulk."""
-    with Sandbox(account=Account("double"), copies=40) as running:
+    with Sandbox(account=Account("duplicate"), copies=40) as running:
         yield running
 
 
@@ -105,7 +105,7 @@ def test_replay_removes_what_has_its_effect(dlq: Dlq, path: Path, sandbox: Sandb
     """What fails again stays and says why; what has nothing to do goes; neighbours do not mind."""
     ignored = message("OrderTeleported", "order", "order-9")
     made = bury_at(path, *map(order, range(1, 6)), ignored)
-    sandbox.klaviyo.faults.add(Fault(400, times=None, match="POST", where=b"order-3"))
+    sandbox.klaviyo.faults.add(Fault(400, times=None, match="POST", contains=b"order-3"))
     result = dlq("replay")
     assert result.exit_code == 1
     assert words(result.stdout).startswith(
@@ -283,10 +283,10 @@ def test_a_second_signal_does_not_wait(
     answered = Event()
     handle = sandbox.klaviyo.handle
 
-    def hang(call: Call) -> Answer:
+    def hang(request: ApiRequest) -> ApiResponse:
         asked.set()
         answered.wait()
-        return handle(call)
+        return handle(request)
 
     def interrupt() -> None:
         asked.wait()
@@ -537,7 +537,7 @@ def test_a_terminal_shows_progress_and_warnings_only(terminal: Terminal, path: P
     assert (code, "0 of 5" in seen) == (0, True)
     code, seen = terminal("replay", "--type", "OrderImported")  # nobody knows how many there are
     assert (code, "replaying 0  0.0/s" in seen) == (0, True)
-    sandbox.klaviyo.faults.add(Fault(400, body=refusal, where=b"phone_number"))
+    sandbox.klaviyo.faults.add(Fault(400, body=refusal, contains=b"phone_number"))
     code, seen = terminal("replay")
     assert code == 0
     assert "0 of 15" in seen

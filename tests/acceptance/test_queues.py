@@ -119,7 +119,7 @@ def test_a_shutdown_that_takes_too_long_returns_the_message_and_exits_6(
     sandbox.klaviyo.faults.add(Fault(action="hang", seconds=30, times=1))
     rig.publish([json.dumps(updated(customer)).encode()])
     process = worker.start("run", "--grace-period", "0.3")
-    wait_for(lambda: sandbox.klaviyo.faults.met)
+    wait_for(lambda: sandbox.klaviyo.faults.triggered)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 6
     with closing(rig.opener()()) as queue:

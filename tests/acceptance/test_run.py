@@ -190,7 +190,7 @@ def test_once_serves_no_metrics(worker: Worker) -> None:
     assert (done.returncode, "metrics_not_served" in done.stderr) == (0, False)
 
 
-@pytest.mark.parametrize("action", ["respond", "reset", "after", "truncate"])
+@pytest.mark.parametrize("action", ["respond", "reset", "lose_response", "truncate"])
 def test_klaviyo_failing_once_costs_nothing(action: str, worker: Worker, sandbox: Sandbox) -> None:
     """An answer that does not come is asked for again, and what did arrive is not doubled."""
     order = next(order for order in sandbox.shop.orders.values() if len(order["lineItems"]) == 3)

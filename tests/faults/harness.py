@@ -156,7 +156,7 @@ class Stage:
     def fail(self, service: str, *faults: Fault) -> None:
         """Have a service fail from now on; without faults, refuse connections."""
         server = self._server(service)
-        self._failing[service] = server.faults.met
+        self._failing[service] = server.faults.triggered
         if faults:
             server.faults.add(*faults)
         else:
@@ -177,7 +177,7 @@ class Stage:
         Of two services one will do: what cannot be read from the first is never sent to the second.
         """
         deadline = time.monotonic() + 20
-        while all(self._server(name).faults.met == met for name, met in self._failing.items()):
+        while all(self._server(name).faults.triggered == met for name, met in self._failing.items()):
             assert time.monotonic() < deadline, "no request met the fault"
             self.wait(0.02)
 
@@ -306,18 +306,18 @@ def _refusing(order: str) -> list[Fault]:
     """Return the faults of a Klaviyo that takes nothing about an order, and does not say which record it means."""
     body = b'{"errors": [{"status": 400, "code": "invalid", "title": "Invalid input.", "detail": "As asked for."}]}'
     endpoints = ("POST /api/events", "POST /api/event-bulk-create-jobs")
-    where = f'"{order}"'.encode()
-    return [Fault(status=400, times=None, match=match, where=where, body=body) for match in endpoints]
+    quoted = f'"{order}"'.encode()
+    return [Fault(status=400, times=None, match=match, contains=quoted, body=body) for match in endpoints]
 
 
 def _poison(sandbox: Sandbox) -> list[Sent]:
     """Return messages that no attempt can help."""
-    order = sandbox.shop.orders[uid("order:nobody")]
-    nobody = message("OrderCreated", "order", order["id"], order=order)
+    order = sandbox.shop.orders[uid("order:anonymous")]
+    anonymous = message("OrderCreated", "order", order["id"], order=order)
     again = message("OrderCreated", "order", order["id"], sequence=2, order=order)
     return [
         Sent("unreadable JSON", b'{"notificationType": "Message", "torn', frozenset()),
         Sent("JSON of something else", b'{"hello": "world"}', frozenset()),
-        Sent("an order that names nobody", bare(nobody), frozenset()),
-        Sent("an order that names nobody, by SNS", sns(again), frozenset()),
+        Sent("an order without a customer", bare(anonymous), frozenset()),
+        Sent("an order without a customer, by SNS", sns(again), frozenset()),
     ]

@@ -25,7 +25,7 @@ _API = "GET /sandbox-shop/"  # commercetools without its authorization
 THROTTLED = _ALWAYS(status=429, headers={"Retry-After": "1"}, probability=0.5)
 ERROR_500, ERROR_503, ERROR_524 = (_ALWAYS(status=status) for status in (500, 503, 524))
 CUT_OFF = _ALWAYS(action="truncate", probability=0.4)
-ANSWER_LOST = _ALWAYS(action="after", probability=0.4)
+ANSWER_LOST = _ALWAYS(action="lose_response", probability=0.4)
 RESET = _ALWAYS(action="reset", probability=0.4)
 HANGS = _ALWAYS(action="hang", seconds=HANG)
 SLOW = _ALWAYS(action="slow", seconds=0.3)
@@ -94,7 +94,7 @@ def _revoked_tokens(stage: Stage) -> None:
     for _ in range(4):
         stage.publish(0.25)
         stage.under_way("commercetools", 1)
-        stage.sandbox.tokens.revoke_tokens()
+        stage.sandbox.commercetools_api.revoke_tokens()
 
 
 def _not_readable_yet(stage: Stage) -> None:

@@ -58,7 +58,7 @@ def test_the_log_of_a_full_fault_run_names_nobody(tmp_path: Path) -> None:
             stage.abandon()
         log = "\n".join(path.read_text() for path in stage.logs)
         said = "\n".join([log, *_decoded(log)]).lower()
-        private = {*_people(sandbox), KEY, CLIENT_SECRET, *sandbox.tokens._tokens}
+        private = {*_people(sandbox), KEY, CLIENT_SECRET, *sandbox.commercetools_api._tokens}
     assert {text for text in private if text.lower() in said} == set()
     assert {"grete.hermannsdotter@mail.example", "customer-0@example.com", "invalidenstrasse"} <= {
         text.lower() for text in private

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 import pytest
 
-from worker.commands.transform.trace import follow
+from worker.commands.transform.trace import trace_notification
 from worker.mapping import load_mapping
 from worker.runtime.dry_run import operation_line
 from worker.transform import HANDLERS
@@ -26,7 +26,7 @@ CASES = sorted(path.parent.name for path in HERE.glob("*/notification.json"))
 def outcome(folder: Path) -> dict[str, Any]:
     snapshot = folder / "commercetools.json"
     mapping = folder / "mapping.toml"
-    trace = follow(
+    trace = trace_notification(
         (folder / "notification.json").read_bytes(),
         orjson.loads(snapshot.read_bytes()) if snapshot.exists() else {},
         load_mapping(mapping if mapping.exists() else None),

@@ -41,8 +41,8 @@ def transform(*, file: BinaryIO, explain: bool, enriched: BinaryIO | None, **fla
     what was looked up, what is sent, what is left out and why, and what becomes of the message. It names fields and
     ids, and holds no personal data; the JSON lines do.
     """
-    from worker.commands.transform.explain import account  # noqa: PLC0415
-    from worker.commands.transform.trace import documents, follow  # noqa: PLC0415
+    from worker.commands.transform.explain import explain_trace  # noqa: PLC0415
+    from worker.commands.transform.trace import documents, trace_notification  # noqa: PLC0415
     from worker.runtime.dry_run import operation_line  # noqa: PLC0415
 
     failed = False
@@ -52,10 +52,10 @@ def transform(*, file: BinaryIO, explain: bool, enriched: BinaryIO | None, **fla
         if explain and not enriched:
             click.echo("without --enriched, only what a message itself brings is known of commercetools", err=True)
         for number, body in enumerate(documents(file.read()), 1):
-            trace = follow(body, snapshot, mapping)
+            trace = trace_notification(body, snapshot, mapping)
             if explain:
                 click.echo("\n" * (number > 1), nl=False)
-                click.echo(account(number, trace, mapping))
+                click.echo(explain_trace(number, trace, mapping))
             elif trace.ending is not None:
                 click.echo(_ending(trace.ending, hint=not enriched), err=True)
             for operation in trace.operations:

@@ -31,9 +31,8 @@ def _parser() -> argparse.ArgumentParser:
         "--bulk-repeats",
         choices=BULK_REPEATS,
         default="drop",
-        help="what becomes of a bulk call that repeats an event of an earlier one, which Klaviyo does not document: "
-        "the repeat is ignored (within), the call is refused (ever), the call is accepted and dropped (drop), the "
-        "repeat is recorded once more (double); default: drop",
+        help="what to do with a bulk call that repeats an event of an earlier call, which Klaviyo does not document: "
+        "ignore the repeated event, refuse the call, accept and drop the call, or record a duplicate (default: drop)",
     )
     parser.add_argument("--job-seconds", type=float, default=0.0, help="how long bulk jobs take (default: 0)")
     return parser

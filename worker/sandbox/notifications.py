@@ -207,7 +207,7 @@ def _orders(shop: Shop) -> Iterator[Entry]:
         return of(kind, name, order=shop.orders[uid(f"order:{name}")], **fields)
 
     yield "OrderCreated", full("OrderCreated", "three"), "sent"
-    yield "OrderCreated, once more", full("OrderCreated", "three"), "sent"
+    yield "OrderCreated, duplicate", full("OrderCreated", "three"), "sent"
     yield "OrderCreated by a guest", full("OrderCreated", "guest"), "sent"
     yield "OrderCreated in yen", full("OrderCreated", "yen"), "sent"
     yield "OrderCreated, fractions of a cent", full("OrderCreated", "precise"), "sent"
@@ -304,16 +304,16 @@ def _ignored() -> list[Sample]:
     return [
         Sample("commercetools' test notification", event_grid(subscription), "ignored"),
         Sample("Event notification", bare(event(key="nightly-import")), "ignored"),
-        Sample("a type nobody knows", bare(message("OrderTeleported", "order", uid("order:three"))), "ignored"),
+        Sample("an unknown type", bare(message("OrderTeleported", "order", uid("order:three"))), "ignored"),
     ]
 
 
 def _bad(shop: Shop) -> list[Sample]:
-    nobody = uid("order:nobody")
-    nameless = sns_raw(message("OrderCreated", "order", nobody, order=shop.orders[nobody]))
+    anonymous = uid("order:anonymous")
+    nameless = sns_raw(message("OrderCreated", "order", anonymous, order=shop.orders[anonymous]))
     orphan = bare(payload_not_included("PaymentTransactionAdded", "payment", uid("payment:orphan")))
     bodies = {
-        "an order that names nobody": nameless,
+        "an order without a customer": nameless,
         "a refund of a payment without order": orphan,
         "malformed JSON": b'{"notificationType": "Message", ',
         "a JSON array": b"[1, 2, 3]",

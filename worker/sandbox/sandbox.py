@@ -39,13 +39,19 @@ class Sandbox:
     ) -> None:
         self.shop = shop or sample_shop()
         self.account = account or Account()
-        self.tokens = commercetools.Commercetools(self.shop, token_lifetime, copies)
+        self.commercetools_api = commercetools.Commercetools(self.shop, token_lifetime, copies)
         self.commercetools = Server(
-            self.tokens.handle, commercetools.problem, dict, dict, port=commercetools_port, latency=latency, seed=seed
+            self.commercetools_api.handle,
+            commercetools.error_document,
+            dict,
+            dict,
+            port=commercetools_port,
+            latency=latency,
+            seed=seed,
         )
         self.klaviyo = Server(
             klaviyo.Klaviyo(self.account, rate_limits=rate_limits).handle,
-            klaviyo.problem,
+            klaviyo.error_document,
             self.account.state,
             self.account.counts,
             port=klaviyo_port,

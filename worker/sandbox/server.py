@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 GZIP_FROM = 1_024  # bytes
-ACTIONS = frozenset({"respond", "reset", "hang", "slow", "after", "truncate"})
+ACTIONS = frozenset({"respond", "reset", "hang", "slow", "lose_response", "truncate"})
 _THIRD_SEGMENT = re.compile(r"^(/[^/]+/[^/]+)/[^/]+")
 _NO_CONTENT = 204
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ApiRequest:
     """A request as a service sees it; `query` holds decoded values."""
 
     method: str
@@ -44,7 +44,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ApiResponse:
     """An answer: a JSON document (None: an empty body) with status and headers."""
 
     status: int
@@ -53,7 +53,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class LoggedRequest:
     """A line of the request log. `status` 0: no answer was given. `at`: seconds since the epoch."""
 
     method: str
@@ -66,18 +66,23 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong, for which requests, how often (None: until cleared).
+    """A failure that the server injects into matching requests.
 
-    `match` is a prefix of "METHOD /path", `where` something the body holds. Actions: `respond` instead of
-    handling; `reset` without an answer; `hang` for `seconds`, then close; `slow`: handle after `seconds`;
-    `after`: handle, then reset after `seconds`, so that the effect is there and nobody knows; `truncate`: handle,
-    then reset halfway through the answer.
+    `times`: how many requests fail, or None for all until the faults are cleared. `match`: a prefix of
+    "METHOD /path". `contains`: bytes that the body must contain. Actions:
+
+    - `respond`: send `status` instead of handling the request
+    - `reset`: reset the connection without a response
+    - `hang`: close the connection after `seconds`
+    - `slow`: handle the request after `seconds`
+    - `lose_response`: handle the request, then reset the connection after `seconds`
+    - `truncate`: handle the request, then reset the connection halfway through the response
     """
 
     status: int = 503
     times: int | None = 1
     match: str = ""
-    where: bytes = b""
+    contains: bytes = b""
     action: str = "respond"
     seconds: float = 0.0
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -101,7 +106,7 @@ class Faults:
         self._random = random.Random(seed)
         self._lock = Lock()
         self._waiting: list[list[Any]] = []  # [fault, times left]
-        self.met = 0  # requests that met a fault
+        self.triggered = 0  # requests that met a fault
 
     def add(self, *faults: Fault) -> None:
         """Put faults in force."""
@@ -113,17 +118,17 @@ class Faults:
         with self._lock:
             self._waiting.clear()
 
-    def take(self, call: Call) -> Fault | None:
+    def take(self, request: ApiRequest) -> Fault | None:
         """Return the fault this request meets, if any."""
         if not self._waiting:
             return None
-        name = f"{call.method} {call.path}"
+        name = f"{request.method} {request.path}"
         with self._lock:
             for entry in self._waiting:
                 fault, left = entry
-                hit = name.startswith(fault.match) and fault.where in call.body
+                hit = name.startswith(fault.match) and fault.contains in request.body
                 if hit and self._random.random() < fault.probability:
-                    self.met += 1
+                    self.triggered += 1
                     if left is not None:
                         entry[1] = left - 1
                         self._waiting = [entry for entry in self._waiting if entry[1] != 0]
@@ -136,7 +141,7 @@ class Server:
 
     def __init__(
         self,
-        handle: Callable[[Call], Answer],
+        handle: Callable[[ApiRequest], ApiResponse],
         explain: Callable[[int], Any],
         state: Callable[[], dict[str, Any]],
         counts: Callable[[], dict[str, int]],
@@ -151,7 +156,7 @@ class Server:
         self._counts = counts
         self.latency = latency
         self.faults = Faults(seed)
-        self.requests: list[Request] = []
+        self.requests: list[LoggedRequest] = []
         self._counted: dict[str, Counter[str]] = defaultdict(Counter)  # endpoint -> status -> requests
         self._lock = Lock()
         self._port = port
@@ -179,7 +184,7 @@ class Server:
             self._http.drop_connections()
             self._http = None
 
-    def note(self, request: Request) -> None:
+    def note(self, request: LoggedRequest) -> None:
         """Add a line to the request log."""
         endpoint = f"{request.method} {template(request.path)}"
         with self._lock:
@@ -240,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(411)  # no client of ours sends chunks
             self.close_connection = True
             return
-        call = Call(
+        request = ApiRequest(
             self.command,
             parts.path,
             parse_qs(parts.query, keep_blank_values=True),
@@ -249,45 +254,47 @@ class _Handler(BaseHTTPRequestHandler):
             self.path,
         )
         if parts.path.startswith("/_sandbox/"):
-            self._send(_control(self.server.service, call))
+            self._send(_control(self.server.service, request))
         else:
-            self._answer(call)
+            self._answer(request)
 
     do_GET = do_POST = do_PATCH = do_PUT = do_DELETE = do_HEAD = _serve
 
-    def _answer(self, call: Call) -> None:
+    def _answer(self, request: ApiRequest) -> None:
         service = self.server.service
-        fault = service.faults.take(call)
+        fault = service.faults.take(request)
         action = fault.action if fault else ""
         if service.latency:
             time.sleep(service.latency)
         if fault and action in {"hang", "slow"}:
             time.sleep(fault.seconds)
         if action in {"reset", "hang"}:
-            self._note(call, 0)
+            self._note(request, 0)
             self._reset()
             return
         if fault and action == "respond":
-            self._note(call, fault.status)
-            self._send(Answer(fault.status, service.explain(fault.status), fault.headers), fault.body)
+            self._note(request, fault.status)
+            self._send(ApiResponse(fault.status, service.explain(fault.status), fault.headers), fault.body)
             return
         try:
-            answer = service.handle(call)
+            answer = service.handle(request)
         except Exception:
-            self._note(call, 500)
-            self._send(Answer(500, service.explain(500)))
+            self._note(request, 500)
+            self._send(ApiResponse(500, service.explain(500)))
             raise
-        self._note(call, answer.status)
-        if fault and action == "after":
+        self._note(request, answer.status)
+        if fault and action == "lose_response":
             time.sleep(fault.seconds)
             self._reset()
         else:
             self._send(answer, truncate=action == "truncate")
 
-    def _note(self, call: Call, status: int) -> None:
-        self.server.service.note(Request(call.method, call.path, call.query, status, len(call.body), time.time()))
+    def _note(self, request: ApiRequest, status: int) -> None:
+        self.server.service.note(
+            LoggedRequest(request.method, request.path, request.query, status, len(request.body), time.time())
+        )
 
-    def _send(self, answer: Answer, raw: bytes | None = None, *, truncate: bool = False) -> None:
+    def _send(self, answer: ApiResponse, raw: bytes | None = None, *, truncate: bool = False) -> None:
         body = raw if raw is not None else b"" if answer.document is None else orjson.dumps(answer.document)
         headers = {"Content-Type": "application/json"} if body else {}
         headers |= answer.headers
@@ -312,27 +319,27 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
 
 
-def _control(service: Server, call: Call) -> Answer:
+def _control(service: Server, request: ApiRequest) -> ApiResponse:
     """Serve tests in another process: state, counts, request log, faults."""
-    match call.method, call.path.removeprefix("/_sandbox/"):
+    match request.method, request.path.removeprefix("/_sandbox/"):
         case "GET", "state":
-            return Answer(200, service.state())
+            return ApiResponse(200, service.state())
         case "GET", "counts":
-            return Answer(200, service.counts())
+            return ApiResponse(200, service.counts())
         case "GET", "requests":
-            return Answer(200, list(service.requests))
+            return ApiResponse(200, list(service.requests))
         case "POST", "faults":
             try:
-                service.faults.add(*(_fault(entry) for entry in call.json()))
+                service.faults.add(*(_fault(entry) for entry in request.json()))
             except (TypeError, ValueError, AttributeError) as error:
-                return Answer(400, {"error": f"expected a list of faults: {error}"})
-            return Answer(200, {})
+                return ApiResponse(400, {"error": f"expected a list of faults: {error}"})
+            return ApiResponse(200, {})
         case "DELETE", "faults":
             service.faults.clear()
-            return Answer(200, {})
-    return Answer(404, {"error": "expected state, counts, requests or faults"})
+            return ApiResponse(200, {})
+    return ApiResponse(404, {"error": "expected state, counts, requests or faults"})
 
 
 def _fault(fields: dict[str, Any]) -> Fault:
-    texts = {name: fields[name].encode() for name in ("where", "body") if fields.get(name) is not None}
+    texts = {name: fields[name].encode() for name in ("contains", "body") if fields.get(name) is not None}
     return Fault(**(fields | texts))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from click.testing import Result
 
-NOBODY = uid("order:nobody")
+ANONYMOUS = uid("order:anonymous")
 BULK = {"KLAVIYO_WORKER_LANES": "1", "KLAVIYO_WORKER_BULK_THRESHOLD": "0"}  # whatever there is
 
 
@@ -55,7 +55,7 @@ def test_orders_become_what_the_worker_would_have_made_of_them(sandbox: Sandbox,
     orders[cancelled] |= {"orderState": "Cancelled", "lastModifiedAt": "2026-11-23T10:00:00.000Z"}
     orders[shipped] |= {"shipmentState": "Shipped"}
     result = backfill(sandbox, "orders", "--resume", str(tmp_path / "orders.json"))
-    expected = sum((placed(order) for order in orders.values() if order["id"] != NOBODY), Counter[tuple[str, str]]())
+    expected = sum((placed(order) for order in orders.values() if order["id"] != ANONYMOUS), Counter[tuple[str, str]]())
     expected += Counter({("Fulfilled Order", done): 1, ("Fulfilled Order", shipped): 1})
     expected[("Cancelled Order", cancelled)] = 1
     refunds = ("refund-1", "refund-2", "refund-4")  # one is pending
@@ -70,7 +70,7 @@ def test_orders_become_what_the_worker_would_have_made_of_them(sandbox: Sandbox,
     assert "orders: 11 done: 10 sent, 0 with nothing to do, 1 failed" in result.stderr
     assert f"--ids {tmp_path}/orders.failures.jsonl" in result.stderr
     (failure,) = map(json.loads, (tmp_path / "orders.failures.jsonl").read_text().splitlines())
-    assert failure["resource_id"] == NOBODY
+    assert failure["resource_id"] == ANONYMOUS
     assert failure["reason"] in result.stderr
 
 
@@ -183,7 +183,7 @@ def test_an_outage_fails_no_record(sandbox: Sandbox) -> None:
 def test_a_refused_record_fails_alone(sandbox: Sandbox, tmp_path: Path) -> None:
     """It is written down, without what it holds, and can be tried again."""
     email = sandbox.shop.customers[uid("customer:radia")]["email"]
-    sandbox.klaviyo.faults.add(Fault(status=400, times=1, match="POST /api/profile-import", where=email.encode()))
+    sandbox.klaviyo.faults.add(Fault(status=400, times=1, match="POST /api/profile-import", contains=email.encode()))
     failures = tmp_path / "failures.jsonl"
     result = backfill(sandbox, "customers", "--failures", str(failures))
     assert result.exit_code == 1

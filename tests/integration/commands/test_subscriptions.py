@@ -41,7 +41,7 @@ class Command:
     """Runs `klaviyo-worker` with an API client that may manage subscriptions, unless told otherwise."""
 
     def __init__(self, sandbox: Sandbox, directory: Path) -> None:
-        self.store = sandbox.tokens.subscriptions
+        self.store = sandbox.commercetools_api.subscriptions
         self._environment = sandbox.environment | {"CT_SCOPE": "", "QUEUE_URL": f"embedded://{directory}/queue.db"}
 
     def __call__(self, *arguments: str, **environment: str) -> Result:
@@ -157,7 +157,7 @@ def test_conflicts_without_end_are_told(command: Command, sandbox: Sandbox) -> N
 
 def test_a_request_of_unknown_fate_is_not_repeated_blindly(command: Command, sandbox: Sandbox) -> None:
     """It is looked at first what became of it: here, that it was carried out."""
-    sandbox.commercetools.faults.add(Fault(match=f"POST {PATH}", action="after"))
+    sandbox.commercetools.faults.add(Fault(match=f"POST {PATH}", action="lose_response"))
     assert command.apply().exit_code == 0
     assert written(sandbox) == [("POST", "", 201)]
     assert len(command.store.all()) == 1
@@ -197,9 +197,9 @@ def test_a_secret_comes_from_a_file_and_is_renewed_on_request(command: Command, 
     file.write_text("second-s3cret\n")
     done = command.apply(to=GRID, **{f"{SECRET}_FILE": str(file)})
     assert "its secret cannot be compared" in done.stdout
-    assert command.store.secrets()[0]["accessKey"] == "first-s3cret"
+    assert command.store.destinations()[0]["accessKey"] == "first-s3cret"
     renewed = command.apply("--renew", "--json", to=GRID, **{f"{SECRET}_FILE": str(file)})
-    assert command.store.secrets()[0]["accessKey"] == "second-s3cret"
+    assert command.store.destinations()[0]["accessKey"] == "second-s3cret"
     assert "s3cret" not in done.output + renewed.output
 
 
@@ -224,7 +224,7 @@ def test_what_delivers_is_not_deleted_for_one_that_does_not(command: Command) ->
     """Nothing would come any more."""
     command.apply()
     command.apply("--key", "old")
-    command.store.turn("klaviyo-worker", "ManuallySuspended")
+    command.store.set_status("klaviyo-worker", "ManuallySuspended")
     done = command.apply("--delete-stale", "--yes", "--json")
     assert done.exit_code == 4
     assert json.loads(done.stdout.splitlines()[-1])["deleted"] == 0
@@ -253,7 +253,7 @@ def test_one_that_changed_meanwhile_is_not_deleted(command: Command, sandbox: Sa
 def test_a_subscription_that_does_not_deliver_is_explained(command: Command, status: str, todo: str) -> None:
     """By apply and by check, with exit code 4."""
     command.apply()
-    command.store.turn("klaviyo-worker", status)
+    command.store.set_status("klaviyo-worker", status)
     done = command.apply()
     assert done.exit_code == 4
     assert f"subscription klaviyo-worker is not healthy: {status[:6]}" in done.stderr

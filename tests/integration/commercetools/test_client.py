@@ -121,17 +121,17 @@ def test_retry_after_beyond_our_patience_is_passed_on(sandbox: Sandbox) -> None:
 
 def test_one_refused_value_does_not_hurt_the_others(sandbox: Sandbox) -> None:
     """A malformed id makes commercetools refuse the whole query; the others are found all the same."""
-    sandbox.commercetools.faults.add(Fault(status=400, times=None, match="GET", where=b""))
+    sandbox.commercetools.faults.add(Fault(status=400, times=None, match="GET", contains=b""))
     sandbox.commercetools.faults.clear()
     customers = list(sandbox.shop.customers)
-    original = sandbox.tokens.handle
+    original = sandbox.commercetools_api.handle
 
     def refusing(request):
         if any("BAD" in where for where in request.query.get("where", [])):
-            from worker.sandbox.commercetools.api import problem
-            from worker.sandbox.server import Answer
+            from worker.sandbox.commercetools.api import error_document
+            from worker.sandbox.server import ApiResponse
 
-            return Answer(400, problem(400))
+            return ApiResponse(400, error_document(400))
         return original(request)
 
     sandbox.commercetools.handle = refusing
@@ -144,9 +144,9 @@ def test_a_revoked_token_is_renewed_at_once(sandbox: Sandbox) -> None:
     """A 401 before the token's time is no misconfiguration."""
     client = commercetools_for(sandbox)
     client.find(CUSTOMERS, ["x"])
-    sandbox.tokens.revoke_tokens()
+    sandbox.commercetools_api.revoke_tokens()
     assert client.find(CUSTOMERS, ["x"]) == {"x": []}
-    assert sandbox.tokens.tokens_issued == 2
+    assert sandbox.commercetools_api.tokens_issued == 2
 
 
 def test_many_threads_share_one_token(sandbox: Sandbox) -> None:
@@ -157,8 +157,8 @@ def test_many_threads_share_one_token(sandbox: Sandbox) -> None:
         with ThreadPoolExecutor(16) as threads:
             results = list(threads.map(lambda _: client.find(CUSTOMERS, ["x"]), range(64)))
         assert results == [{"x": []}] * 64
-        assert sandbox.tokens.tokens_issued == expected
-        sandbox.tokens.revoke_tokens()
+        assert sandbox.commercetools_api.tokens_issued == expected
+        sandbox.commercetools_api.revoke_tokens()
 
 
 def test_a_short_lived_token_is_renewed_before_its_end() -> None:
@@ -170,7 +170,7 @@ def test_a_short_lived_token_is_renewed_before_its_end() -> None:
 
         time.sleep(0.6)
         client.find(CUSTOMERS, ["x"])
-        assert sandbox.tokens.tokens_issued == 2
+        assert sandbox.commercetools_api.tokens_issued == 2
         assert {request.status for request in sandbox.commercetools.requests} == {200}
 
 

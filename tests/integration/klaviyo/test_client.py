@@ -63,7 +63,7 @@ def test_what_passes_is_tried_again(status: int, sandbox: Sandbox) -> None:
     assert [request.status for request in sandbox.klaviyo.requests] == [status, status, 201]
 
 
-@pytest.mark.parametrize("action", ["respond", "reset", "truncate", "after"])
+@pytest.mark.parametrize("action", ["respond", "reset", "truncate", "lose_response"])
 def test_what_must_not_be_done_twice_is_tried_once(action: str, sandbox: Sandbox) -> None:
     """Nobody knows what became of a bulk call without an answer. Its body is taken as it is."""
     sandbox.klaviyo.faults.add(Fault(status=503, times=1, action=action))
@@ -110,7 +110,7 @@ def test_an_odd_retry_after_is_survived(header: str, sandbox: Sandbox) -> None:
     klaviyo_for(sandbox).call("POST", "/api/profile-import", PROFILE)
 
 
-@pytest.mark.parametrize("action", ["reset", "truncate", "hang", "after"])
+@pytest.mark.parametrize("action", ["reset", "truncate", "hang", "lose_response"])
 def test_a_lost_answer_is_asked_for_again(action: str, sandbox: Sandbox) -> None:
     """Writes are idempotent, so repeating one is right."""
     sandbox.klaviyo.faults.add(Fault(action=action, times=1, seconds=1.0))

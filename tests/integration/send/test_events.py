@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BULK, SINGLE = "/api/event-bulk-create-jobs", "/api/events"
 
 
-@pytest.fixture(params=["within", "ever", "drop", "double"])
+@pytest.fixture(params=["ignore", "refuse", "drop", "duplicate"])
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """A Klaviyo for each way it might take ids of earlier calls."""
     with Sandbox(account=Account(request.param)) as running:
@@ -75,13 +75,13 @@ def test_only_the_culprits_are_refused(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(match=f"POST {BULK}", action="after"),
+        Fault(match=f"POST {BULK}", action="lose_response"),
         Fault(match=f"POST {BULK}", action="truncate"),
         Fault(match=f"POST {BULK}", action="reset"),
         Fault(match=f"POST {BULK}", status=500),
         Fault(match=f"POST {BULK}", status=200, body=b"<html>maintenance</html>"),
     ],
-    ids=["after", "truncate", "reset", "500", "strange"],
+    ids=["lose_response", "truncate", "reset", "500", "strange"],
 )
 def test_a_call_of_unknown_fate_is_settled_one_by_one(fault: Fault, sandbox: Sandbox) -> None:
     """Whether it arrived or not, and whatever Klaviyo makes of repeats in bulk."""
@@ -100,6 +100,6 @@ def test_always_sends_a_repeat_in_bulk_again(sandbox: Sandbox) -> None:
     sender = sender_for(sandbox, "always")
     for _ in range(2):
         assert sender.send([placed(number) for number in range(50)]) == [None] * 50
-    expected = sorted([*range(50)] * (1 + (sandbox.account.bulk_repeats == "double")))
+    expected = sorted([*range(50)] * (1 + (sandbox.account.bulk_repeats == "duplicate")))
     assert recorded(sandbox) == expected
-    assert calls(sandbox)[BULK] == {"ever": 21}.get(sandbox.account.bulk_repeats, 2)
+    assert calls(sandbox)[BULK] == {"refuse": 21}.get(sandbox.account.bulk_repeats, 2)

@@ -143,7 +143,7 @@ def test_an_outage_is_an_error_for_all_and_the_next_try_does_it(match: str, sand
 def test_an_outage_in_the_middle_of_a_refused_call_spares_what_was_accepted(sandbox: Sandbox) -> None:
     """Refused without a pointer, halved, one half accepted, the other met by an outage."""
     sandbox.klaviyo.faults.add(
-        Fault(match=f"POST {JOBS}", status=400), Fault(match=f"POST {JOBS}", where=b'"c15"', times=None)
+        Fault(match=f"POST {JOBS}", status=400), Fault(match=f"POST {JOBS}", contains=b'"c15"', times=None)
     )
     results = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4).send(upserts(20))
     assert [type(result) for result in results] == [type(None)] * 10 + [Transient] * 10

@@ -174,10 +174,10 @@ def test_a_plan_can_be_read() -> None:
 def test_a_destination_that_could_not_be_reached_is_sent_again(status: str) -> None:
     """That is what makes commercetools try again; one that is only slow, or suspended, is left alone."""
     store = held(wanted().draft())
-    store.turn("klaviyo-worker", status)
+    store.set_status("klaviyo-worker", status)
     assert [action["action"] for action in plan(wanted(), store.all()).updates()] == ["changeDestination"]
     for harmless in ("TemporaryError", "ManuallySuspended", "Resting"):
-        store.turn("klaviyo-worker", harmless)
+        store.set_status("klaviyo-worker", harmless)
         assert plan(wanted(), store.all()).action == "none"
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tests.golden.test_golden import CASES, HERE
 from tests.unit.test_parse import ENVELOPES, json_values, near_notifications
 from worker.cli import main
-from worker.commands.transform.explain import account
-from worker.commands.transform.trace import Trace, follow
+from worker.commands.transform.explain import explain_trace
+from worker.commands.transform.trace import Trace, trace_notification
 from worker.json_access import printable
 from worker.mapping import Mapping, load_mapping
 
@@ -37,7 +37,7 @@ def told(document: Any, snapshot: dict[str, Any] | None = None, **mapping: Any) 
     """Return the account in one line."""
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
     chosen = Mapping.model_validate(mapping)
-    return " ".join(account(1, follow(body, snapshot or {}, chosen), chosen).split())
+    return " ".join(explain_trace(1, trace_notification(body, snapshot or {}, chosen), chosen).split())
 
 
 def golden(case: str) -> tuple[Trace, Mapping]:
@@ -45,7 +45,7 @@ def golden(case: str) -> tuple[Trace, Mapping]:
     snapshot, mapping = folder / "commercetools.json", folder / "mapping.toml"
     chosen = load_mapping(mapping if mapping.exists() else None)
     held = json.loads(snapshot.read_bytes()) if snapshot.exists() else {}
-    return follow((folder / "notification.json").read_bytes(), held, chosen), chosen
+    return trace_notification((folder / "notification.json").read_bytes(), held, chosen), chosen
 
 
 def test_an_account_reads_like_this() -> None:
@@ -67,7 +67,7 @@ def test_an_account_reads_like_this() -> None:
    left out    newsletter, nickname: by customer.custom_fields.include
    left out    the name shoeSize: it is sent as Shoe size, by customer.custom_fields.map
    ends        acknowledged, once all of it is in Klaviyo; a dead letter, if Klaviyo refuses any"""
-    assert account(3, *golden("customer-ResourceUpdated")) == expected
+    assert explain_trace(3, *golden("customer-ResourceUpdated")) == expected
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_an_id_is_never_broken() -> None:
     skus = [f"{'x' * number}-shirt-blue" for number in range(1, 30, 4)]
     product = {"id": "id-1", "masterVariant": {}, "variants": [{"sku": sku} for sku in skus]}
     body = json.dumps(message("ProductPublished", "product")).encode()
-    text = account(1, follow(body, {"product-projections": [product]}, Mapping()), Mapping())
+    text = explain_trace(1, trace_notification(body, {"product-projections": [product]}, Mapping()), Mapping())
     kept = text.partition("kept: ")[2].partition("left out")[0]
     assert all(re.search(rf"(?<!\S){sku}(?![^\s,])", kept) for sku in skus)
 
@@ -313,7 +313,7 @@ def test_what_is_read_is_believed_unless_the_message_comes_from_the_future() -> 
 def test_what_is_said_to_lack_a_value_is_not_sent(case: str) -> None:
     """The account does not contradict the request."""
     trace, mapping = golden(case)
-    text = " ".join(account(1, trace, mapping).split())
+    text = " ".join(explain_trace(1, trace, mapping).split())
     lacking = set(text.partition("without a value: ")[2].partition(" left out ")[0].partition(" ends ")[0].split(", "))
     for operation in trace.operations[:1]:
         attributes = (operation.resource or {}).get("attributes", {})
@@ -327,7 +327,7 @@ def test_an_account_holds_nothing_personal() -> None:
         trace, mapping = golden(case)
         held = [list(found.values()) for _, found in trace.lookups]
         personal = {*_values(json.loads(trace.body)), *_values(held)}
-        text = account(1, trace, mapping)
+        text = explain_trace(1, trace, mapping)
         assert not [value for value in personal if re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text)], case
         looked_for |= personal
     assert {"ada@example.com", "Lovelace"} <= looked_for
@@ -346,7 +346,7 @@ def _values(document: Any) -> list[str]:
 @example(b'{" ": 1}')
 def test_any_bytes_have_an_account(body: bytes) -> None:
     """One that a terminal can show, and whose lines cannot be taken for requests."""
-    lines = account(1, follow(body, {}, Mapping()), Mapping()).splitlines()
+    lines = explain_trace(1, trace_notification(body, {}, Mapping()), Mapping()).splitlines()
     assert lines[-1].strip()
     assert all(line.isprintable() and line[0] in "1 " for line in lines)
 
@@ -357,7 +357,10 @@ def test_hostile_names_cannot_steer_a_terminal(kind: str, name: str, value: str)
     order = ORDER | {"id": value, "custom": {"fields": {name: value}}}
     for document in (message(kind, "order"), message("OrderCreated", "order", order=order)):
         body = json.dumps(document).encode()
-        assert all(line.isprintable() for line in account(1, follow(body, {}, Mapping()), Mapping()).splitlines())
+        assert all(
+            line.isprintable()
+            for line in explain_trace(1, trace_notification(body, {}, Mapping()), Mapping()).splitlines()
+        )
 
 
 @given(json_values)
@@ -368,7 +371,7 @@ def test_json_for_a_terminal_is_the_same_json(value: Any) -> None:
     assert printable(text).isprintable()
 
 
-def test_the_requests_follow_each_account_as_they_are_without_it() -> None:
+def test_the_requests_follow_each_explanation_as_they_are_without_it() -> None:
     """`grep '^{'` gives what there is without --explain."""
     documents = [message("OrderCreated", "order", order=ORDER), message("OrderCreated", "order", order=ORDER)]
     content = b"\n".join(json.dumps(document).encode() for document in documents)

@@ -73,14 +73,14 @@ def test_a_bad_token_request_is_refused(
     """In the form of commercetools' errors."""
     answer = call.token(identity, **form)
     assert (answer[0], answer[1]["statusCode"], answer[1]["errors"][0]["code"]) == (status, status, code)
-    assert sandbox.tokens.tokens_issued == 0
+    assert sandbox.commercetools_api.tokens_issued == 0
 
 
 def test_a_token_counts_until_it_is_revoked_or_expires(call: Caller, sandbox: Sandbox) -> None:
     """401 invalid_token then, as for one never issued or another scheme."""
     token = call.token()[1]["access_token"]
     assert call.get("orders", token=token)[0] == 200
-    sandbox.tokens.revoke_tokens()
+    sandbox.commercetools_api.revoke_tokens()
     for bad in (token, "invented"):
         status, document = call.get("orders", token=bad)
         assert (status, document["errors"][0]["code"]) == (401, "invalid_token")

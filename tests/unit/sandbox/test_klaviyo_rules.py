@@ -16,7 +16,7 @@ from tests.unit.sandbox.conftest import HEADERS, Caller
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import PREFIX, Account
 from worker.sandbox.klaviyo.api import KEY, Klaviyo
-from worker.sandbox.server import Call
+from worker.sandbox.server import ApiRequest
 
 
 def event(**attributes: Any) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def test_a_bulk_call_names_its_profile_once(call: Caller, sandbox: Sandbox) -> N
 
 def test_a_refused_repeat_leaves_nothing_behind() -> None:
     """Neither events nor profiles, whether the id was sent singly or in bulk."""
-    with Sandbox(account=Account("ever")) as sandbox:
+    with Sandbox(account=Account("refuse")) as sandbox:
         call = Caller(sandbox)
         call("POST", "/api/events", event(unique_id="1"))
         mixed = bulk("1")
@@ -223,7 +223,7 @@ def test_a_refused_repeat_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("repeats", "status", "events"), [("within", 202, 2), ("ever", 400, 1), ("drop", 202, 1), ("double", 202, 3)]
+    ("repeats", "status", "events"), [("ignore", 202, 2), ("refuse", 400, 1), ("drop", 202, 1), ("duplicate", 202, 3)]
 )
 def test_ids_of_earlier_calls_are_an_open_question(repeats: str, status: int, events: int) -> None:
     """Klaviyo does not say; the sandbox plays each answer."""
@@ -583,7 +583,7 @@ def test_an_account_may_have_other_limits(factor: float, steady: int, burst: int
     """A multiple of the documented ones, in headers and in deed."""
     klaviyo = Klaviyo(Account(), rate_limits=factor)
     path = "/api/data-privacy-deletion-jobs"
-    answers = [klaviyo.handle(Call("POST", path, {}, HEADERS, b"{}", path)) for _ in range(2 * burst + 1)]
+    answers = [klaviyo.handle(ApiRequest("POST", path, {}, HEADERS, b"{}", path)) for _ in range(2 * burst + 1)]
     assert answers[0].headers["RateLimit-Limit"] == str(steady)
     assert answers[0].headers["RateLimit-Remaining"] == str(steady - 1)
     statuses = [answer.status for answer in answers]
@@ -597,7 +597,7 @@ def test_unknown_paths_are_not_found(call: Caller) -> None:
 
 def test_state_and_faults_are_there_for_other_processes(call: Caller, sandbox: Sandbox) -> None:
     """A test that runs the sandbox elsewhere can look and can break things."""
-    call("POST", "/_sandbox/faults", [{"status": 500, "times": 1, "match": "POST /api/events", "where": "ada"}])
+    call("POST", "/_sandbox/faults", [{"status": 500, "times": 1, "match": "POST /api/events", "contains": "ada"}])
     assert [call("POST", "/api/events", event())[0] for _ in range(2)] == [500, 202]
     call("POST", "/_sandbox/faults", [{"times": None}])
     call("DELETE", "/_sandbox/faults")
@@ -656,5 +656,5 @@ def test_no_body_is_too_strange(data: st.DataObject) -> None:
     container, key = data.draw(st.sampled_from(spots(body)))
     container[key] = data.draw(JSON)
     klaviyo = Klaviyo(Account(), rate_limits=False)
-    answer = klaviyo.handle(Call("POST", path, {}, HEADERS, orjson.dumps(body), path))
+    answer = klaviyo.handle(ApiRequest("POST", path, {}, HEADERS, orjson.dumps(body), path))
     assert answer.status in {200, 201, 202, 400, 404}

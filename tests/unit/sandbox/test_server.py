@@ -26,7 +26,7 @@ from worker.sandbox.klaviyo.rate_limits import Limiter, Throttled
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from worker.sandbox.server import Answer
+    from worker.sandbox.server import ApiResponse
 
 
 def connect(sandbox: Sandbox) -> http.client.HTTPConnection:
@@ -71,7 +71,7 @@ def test_a_chunked_body_is_refused_rather_than_misread(sandbox: Sandbox) -> None
     assert not sandbox.klaviyo.requests
 
 
-@pytest.mark.parametrize(("action", "effects"), [("reset", 0), ("after", 1), ("truncate", 1)])
+@pytest.mark.parametrize(("action", "effects"), [("reset", 0), ("lose_response", 1), ("truncate", 1)])
 def test_a_reset_is_a_reset(action: str, effects: int, sandbox: Sandbox) -> None:
     """RST, not a polite close; `after` and `truncate` leave their effect behind."""
     sandbox.klaviyo.faults.add(Fault(action=action))
@@ -110,7 +110,7 @@ def test_slow_and_latency_only_delay(sandbox: Sandbox, call: Caller) -> None:
 
 def test_faults_hit_what_they_match_as_often_as_they_say(sandbox: Sandbox, call: Caller) -> None:
     """Prefix of method and path, text in the body, times."""
-    sandbox.klaviyo.faults.add(Fault(status=503, times=2, match="POST /api/events", where=b"ada@"))
+    sandbox.klaviyo.faults.add(Fault(status=503, times=2, match="POST /api/events", contains=b"ada@"))
     assert call("POST", "/api/profile-import", profile(email="ada@example.com"))[0] == 201
     other = profile(email="grace@example.com")
     bodies = [event(), event(profile=other), event(), event()]
@@ -229,7 +229,7 @@ def test_a_malformed_fault_from_outside_is_refused(body: bytes, call: Caller, sa
 def test_a_failing_handler_is_a_500_that_shows_in_the_log(sandbox: Sandbox, call: Caller) -> None:
     """A mistake in the stand-in must not look like a broken connection."""
 
-    def broken(_: object) -> Answer:
+    def broken(_: object) -> ApiResponse:
         raise KeyError("mistake")
 
     sandbox.klaviyo.handle = broken
@@ -282,7 +282,7 @@ def test_it_runs_on_its_own_until_interrupted() -> None:
 
 def test_its_options_reach_shop_and_account() -> None:
     """Copies, limits, repeats, slow jobs."""
-    options = ("--copies", "3", "--rate-limits", "10", "--bulk-repeats", "double", "--job-seconds", "60")
+    options = ("--copies", "3", "--rate-limits", "10", "--bulk-repeats", "duplicate", "--job-seconds", "60")
     with process(*options) as (_, exported):
         url = exported["KLAVIYO_API_URL"]
 

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.golden.test_golden import CASES, HERE
-from worker.commands.transform.explain import account
-from worker.commands.transform.trace import follow
+from worker.commands.transform.explain import explain_trace
+from worker.commands.transform.trace import trace_notification
 from worker.errors import Ignored, Rejected, Transient
 from worker.mapping import Mapping
 from worker.send import request_for
@@ -78,8 +78,8 @@ def test_odd_values_anywhere_have_a_clear_outcome(name: str, data: st.DataObject
         document = _replaced(document, path, data.draw(st.sampled_from(ODD)))
     resources = document["commercetools"] if isinstance(document["commercetools"], dict) else {}
     snapshot = {path: entries for path, entries in resources.items() if isinstance(entries, list)}
-    trace = follow(orjson.dumps(document["notification"]), snapshot, MAPPING)
-    told = account(1, trace, MAPPING)
+    trace = trace_notification(orjson.dumps(document["notification"]), snapshot, MAPPING)
+    told = explain_trace(1, trace, MAPPING)
     if trace.ending is None:
         assert all(request_for(operation).path.startswith("/api/") for operation in trace.operations)
     else:

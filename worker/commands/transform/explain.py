@@ -37,7 +37,7 @@ _BECOMES = {
 Row = tuple[str, str]
 
 
-def account(number: int, trace: Trace, mapping: Mapping) -> str:
+def explain_trace(number: int, trace: Trace, mapping: Mapping) -> str:
     """Return the account of one notification, the `number`th, in lines of which none starts with a brace."""
     about = trace.notification
     title = f"{about.type} of {about.resource_type} {about.resource_id}" if about else "not about a resource"

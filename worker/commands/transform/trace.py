@@ -53,20 +53,20 @@ def documents(content: bytes) -> Iterator[bytes]:
         yield content
 
 
-def follow(body: bytes, snapshot: dict[str, list[Json]], mapping: Mapping) -> Trace:
+def trace_notification(body: bytes, snapshot: dict[str, list[Json]], mapping: Mapping) -> Trace:
     """Take a notification through the stages but the sending.
 
     `snapshot` and the message's payload are what commercetools holds.
     """
     trace = Trace(body)
     try:
-        _follow(trace, snapshot, mapping)
+        _run_stages(trace, snapshot, mapping)
     except (Ignored, WorkerError) as ending:
         trace.ending = ending
     return trace
 
 
-def _follow(trace: Trace, snapshot: dict[str, list[Json]], mapping: Mapping) -> None:
+def _run_stages(trace: Trace, snapshot: dict[str, list[Json]], mapping: Mapping) -> None:
     trace.notification = parse(trace.body)
     handler_for(trace.notification, mapping)
     trace.stage = "enrich"

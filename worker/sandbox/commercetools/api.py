@@ -13,12 +13,12 @@ from urllib.parse import parse_qs
 
 from worker.sandbox.commercetools.copies import Copies
 from worker.sandbox.commercetools.predicate import PredicateError, matches
-from worker.sandbox.commercetools.subscriptions import Refused, Subscriptions
-from worker.sandbox.server import Answer
+from worker.sandbox.commercetools.subscriptions import ApiError, Subscriptions
+from worker.sandbox.server import ApiResponse
 
 if TYPE_CHECKING:
     from worker.sandbox.commercetools.shop import Shop
-    from worker.sandbox.server import Call
+    from worker.sandbox.server import ApiRequest
 
 PROJECT = "sandbox-shop"
 CLIENT_ID, CLIENT_SECRET = "sandbox-client", "sandbox-client-secret"
@@ -28,7 +28,7 @@ MAX_LIMIT, DEFAULT_LIMIT, MAX_OFFSET = 500, 20, 10_000
 _SORT = re.compile(r"(id|createdAt|lastModifiedAt)( asc| desc)?")
 
 
-def problem(status: int, code: str = "", message: str = "", **details: Any) -> Any:
+def error_document(status: int, code: str = "", message: str = "", **details: Any) -> Any:
     """Return an error document as commercetools forms it."""
     codes = {400: "InvalidInput", 401: "invalid_token", 403: "insufficient_scope", 404: "ResourceNotFound"}
     code = code or codes.get(status, "General")
@@ -57,66 +57,68 @@ class Commercetools:
         with self._lock:
             self._tokens.clear()
 
-    def handle(self, call: Call) -> Answer:
+    def handle(self, request: ApiRequest) -> ApiResponse:
         """Answer a request."""
-        answer = self._answer(call)
-        correlation = call.headers.get("X-Correlation-ID") or f"{PROJECT}/{secrets.token_hex(8)}"
+        answer = self._answer(request)
+        correlation = request.headers.get("X-Correlation-ID") or f"{PROJECT}/{secrets.token_hex(8)}"
         return replace(answer, headers={**answer.headers, "X-Correlation-ID": correlation})
 
-    def _answer(self, call: Call) -> Answer:
-        if len(call.target) > MAX_URI:
-            return Answer(413, problem(413))
-        if call.path == "/oauth/token":
-            return self._token(call)
-        parts = call.path.strip("/").split("/")
+    def _answer(self, request: ApiRequest) -> ApiResponse:
+        if len(request.target) > MAX_URI:
+            return ApiResponse(413, error_document(413))
+        if request.path == "/oauth/token":
+            return self._token(request)
+        parts = request.path.strip("/").split("/")
         is_subscription = parts[:2] == [PROJECT, "subscriptions"]
         if is_subscription and parts[3:] == ["health"]:
-            return self._subscription(call, parts)
-        scopes = self._scopes(call.headers.get("Authorization", ""))
+            return self._subscription(request, parts)
+        scopes = self._scopes(request.headers.get("Authorization", ""))
         if scopes is None:
-            return Answer(401, problem(401))
+            return ApiResponse(401, error_document(401))
         if is_subscription:
             allowed = f"manage_subscriptions:{PROJECT}" in scopes
-            return self._subscription(call, parts) if allowed else Answer(403, problem(403))
-        return self._read(call, parts)
+            return self._subscription(request, parts) if allowed else ApiResponse(403, error_document(403))
+        return self._read(request, parts)
 
-    def _read(self, call: Call, parts: list[str]) -> Answer:
-        if call.method != "GET" or parts[0] != PROJECT or len(parts) not in {2, 3}:
-            return Answer(404, problem(404))
+    def _read(self, request: ApiRequest, parts: list[str]) -> ApiResponse:
+        if request.method != "GET" or parts[0] != PROJECT or len(parts) not in {2, 3}:
+            return ApiResponse(404, error_document(404))
         collection = self._shop.collection(parts[1])
         if collection is None:
-            return Answer(404, problem(404))
+            return ApiResponse(404, error_document(404))
         if len(parts) == 2:  # noqa: PLR2004 - /project/collection
-            return self._query(parts[1], collection, call)
+            return self._query(parts[1], collection, request)
         resource = collection.get(parts[2]) or self._copies.get(parts[1], parts[2])
-        return Answer(200, resource) if resource else Answer(404, problem(404))
+        return ApiResponse(200, resource) if resource else ApiResponse(404, error_document(404))
 
-    def _subscription(self, call: Call, parts: list[str]) -> Answer:
+    def _subscription(self, request: ApiRequest, parts: list[str]) -> ApiResponse:
         try:
             if parts[3:]:
                 return self.subscriptions.health(parts[2])
-            return self.subscriptions.answer(call, "".join(parts[2:]))
-        except Refused as refusal:
-            return Answer(refusal.status, problem(refusal.status, refusal.code, str(refusal), **refusal.details))
+            return self.subscriptions.answer(request, "".join(parts[2:]))
+        except ApiError as refusal:
+            return ApiResponse(
+                refusal.status, error_document(refusal.status, refusal.code, str(refusal), **refusal.details)
+            )
 
-    def _token(self, call: Call) -> Answer:
+    def _token(self, request: ApiRequest) -> ApiResponse:
         credentials = base64.b64encode(f"{CLIENT_ID}:{CLIENT_SECRET}".encode()).decode()
-        if call.headers.get("Authorization") != f"Basic {credentials}":
-            return Answer(401, problem(401, "invalid_client", "Please provide valid client credentials."))
-        form = parse_qs((call.body or call.target.partition("?")[2].encode()).decode())
+        if request.headers.get("Authorization") != f"Basic {credentials}":
+            return ApiResponse(401, error_document(401, "invalid_client", "Please provide valid client credentials."))
+        form = parse_qs((request.body or request.target.partition("?")[2].encode()).decode())
         if form.get("grant_type") != ["client_credentials"]:
-            return Answer(400, problem(400, "unsupported_grant_type"))
+            return ApiResponse(400, error_document(400, "unsupported_grant_type"))
         available = [f"{scope}:{PROJECT}" for scope in SCOPES]
         asked = " ".join(form.get("scope", [])).split()
         granted = [scope for scope in asked if scope in available] if asked else available
         if not granted:
-            return Answer(400, problem(400, "invalid_scope", f"None of {asked} can be granted."))
+            return ApiResponse(400, error_document(400, "invalid_scope", f"None of {asked} can be granted."))
         token = secrets.token_urlsafe(24)
         with self._lock:
             self._tokens[token] = (time.monotonic() + self._lifetime, granted)
             self.tokens_issued += 1
         document = {"access_token": token, "token_type": "Bearer", "expires_in": self._lifetime}
-        return Answer(200, document | {"scope": " ".join(granted)})
+        return ApiResponse(200, document | {"scope": " ".join(granted)})
 
     def _scopes(self, authorization: str) -> list[str] | None:
         """Return the scopes of a token; None when it is not valid. Only subscriptions ask for theirs."""
@@ -125,21 +127,21 @@ class Commercetools:
             ends, scopes = self._tokens.get(token, (0.0, []))
         return scopes if scheme == "Bearer" and ends > time.monotonic() else None
 
-    def _query(self, path: str, collection: dict[str, Any], call: Call) -> Answer:
+    def _query(self, path: str, collection: dict[str, Any], request: ApiRequest) -> ApiResponse:
         try:
-            limit = int(call.query.get("limit", [str(DEFAULT_LIMIT)])[0])
-            offset = int(call.query.get("offset", ["0"])[0])
-            tests = [matches(where) for where in call.query.get("where", [])]
+            limit = int(request.query.get("limit", [str(DEFAULT_LIMIT)])[0])
+            offset = int(request.query.get("offset", ["0"])[0])
+            tests = [matches(where) for where in request.query.get("where", [])]
         except (PredicateError, ValueError) as error:
-            return Answer(400, problem(400, message=f"Malformed parameter: {error}"))
-        sorts = call.query.get("sort", [])
+            return ApiResponse(400, error_document(400, message=f"Malformed parameter: {error}"))
+        sorts = request.query.get("sort", [])
         if not (0 <= limit <= MAX_LIMIT and 0 <= offset <= MAX_OFFSET and all(map(_SORT.fullmatch, sorts))):
-            return Answer(400, problem(400, message="Malformed parameter: limit, offset or sort"))
+            return ApiResponse(400, error_document(400, message="Malformed parameter: limit, offset or sort"))
         candidates = [*collection.values(), *self._copies.candidates(path, tests)]
         found = [resource for resource in candidates if all(test(resource) for test in tests)]
         for sort in reversed(sorts):
             field, _, direction = sort.partition(" ")
             found.sort(key=lambda resource: str(resource.get(field, "")), reverse=direction == "desc")
         page = found[offset : offset + limit]
-        total = {} if call.query.get("withTotal") == ["false"] else {"total": len(found)}
-        return Answer(200, {"limit": limit, "offset": offset, "count": len(page), **total, "results": page})
+        total = {} if request.query.get("withTotal") == ["false"] else {"total": len(found)}
+        return ApiResponse(200, {"limit": limit, "offset": offset, "count": len(page), **total, "results": page})

@@ -339,7 +339,7 @@ def _orders(products: dict[str, Json], customers: dict[str, Json]) -> dict[str, 
         _order("paid-twice", [line_item("paid-twice", 1, jeans)], grete, paymentInfo=_two_payments()),
         _discounted(jeans, katherine),
         _order("hundred", [line_item("hundred", n, (jeans, shirt, socks)[n % 3]) for n in range(100)], grete),
-        _order("nobody", [line_item("nobody", 1, socks)], None),
+        _order("anonymous", [line_item("anonymous", 1, socks)], None),
         imported,
         _order("recurring", [line_item("recurring", 1, socks)], grete, origin="RecurringOrder"),
     )

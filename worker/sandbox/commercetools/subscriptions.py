@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from worker.sandbox.server import Answer
+from worker.sandbox.server import ApiResponse
 
 if TYPE_CHECKING:
-    from worker.sandbox.server import Call
+    from worker.sandbox.server import ApiRequest
 
     Json = dict[str, Any]
 
@@ -35,7 +35,7 @@ _ACTIONS = {"setMessages": "messages", "setChanges": "changes", "changeDestinati
 _BY_KEY = "key="
 
 
-class Refused(Exception):
+class ApiError(Exception):
     """What commercetools answers instead."""
 
     def __init__(self, status: int, code: str, message: str, **details: Any) -> None:
@@ -57,46 +57,46 @@ class Subscriptions:
         with self._lock:
             return [_shown(subscription) for subscription in self._held.values()]
 
-    def secrets(self) -> list[Json]:
+    def destinations(self) -> list[Json]:
         """Return their destinations, with nothing hidden."""
         with self._lock:
             return [subscription["destination"] for subscription in self._held.values()]
 
-    def turn(self, key: str, status: str) -> None:
+    def set_status(self, key: str, status: str) -> None:
         """Change the status of one."""
         with self._lock:
             self._found(_BY_KEY + key)["status"] = status
 
-    def health(self, name: str) -> Answer:
-        """Answer /health, which takes no token."""
+    def health(self, name: str) -> ApiResponse:
+        """Respond to /health, which takes no token."""
         subscription = self._held.get(name)
         if subscription is None or not self.has_health:
-            raise Refused(404, "ResourceNotFound", f"The Resource with ID '{name}' was not found.")
-        return Answer(_HEALTH.get(subscription["status"], 400), {})
+            raise ApiError(404, "ResourceNotFound", f"The Resource with ID '{name}' was not found.")
+        return ApiResponse(_HEALTH.get(subscription["status"], 400), {})
 
-    def answer(self, call: Call, name: str) -> Answer:
-        """Answer a request; `name` is an id, key=KEY, or "" for all of them. Raises Refused."""
+    def answer(self, request: ApiRequest, name: str) -> ApiResponse:
+        """Respond to a request; `name` is an id, key=KEY, or "" for all of them. Raises ApiError."""
         with self._lock:
-            match call.method, bool(name):
+            match request.method, bool(name):
                 case "GET", False:
                     shown = [_shown(subscription) for subscription in self._held.values()]
-                    return Answer(200, {"limit": 20, "offset": 0, "count": len(shown), "results": shown})
+                    return ApiResponse(200, {"limit": 20, "offset": 0, "count": len(shown), "results": shown})
                 case "POST", False:
-                    return Answer(201, _shown(self.create(call.json())))
+                    return ApiResponse(201, _shown(self.create(request.json())))
                 case "GET", True:
-                    return Answer(200, _shown(self._found(name)))
+                    return ApiResponse(200, _shown(self._found(name)))
                 case "POST", True:
-                    return Answer(200, _shown(self.update(name, call.json())))
+                    return ApiResponse(200, _shown(self.update(name, request.json())))
                 case "DELETE", True:
                     subscription = self._found(name)
-                    _check_version(subscription, int(call.query.get("version", ["0"])[0]))
-                    return Answer(200, _shown(self._held.pop(subscription["id"])))
-        raise Refused(404, "ResourceNotFound", "not found")
+                    _check_version(subscription, int(request.query.get("version", ["0"])[0]))
+                    return ApiResponse(200, _shown(self._held.pop(subscription["id"])))
+        raise ApiError(404, "ResourceNotFound", "not found")
 
     def create(self, draft: Json) -> Json:
         """Create one from a draft, after a test message."""
         if len(self._held) >= MAX_SUBSCRIPTIONS:
-            raise Refused(400, "MaxResourceLimitExceeded", f"at most {MAX_SUBSCRIPTIONS} subscriptions")
+            raise ApiError(400, "MaxResourceLimitExceeded", f"at most {MAX_SUBSCRIPTIONS} subscriptions")
         now = datetime.now(UTC).isoformat()
         subscription = {
             "id": str(uuid.uuid4()),
@@ -122,7 +122,7 @@ class Subscriptions:
         for action in body.get("actions", []):
             changes = _ACTIONS.get(action.get("action"))
             if changes is None:
-                raise Refused(400, "InvalidJsonInput", f"unknown action {action.get('action')}")
+                raise ApiError(400, "InvalidJsonInput", f"unknown action {action.get('action')}")
             changed[changes] = action.get(changes)
             if changes == "destination":
                 self._deliver_test(changed[changes])
@@ -137,36 +137,36 @@ class Subscriptions:
         for subscription in self._held.values():
             if name in {subscription["id"], f"{_BY_KEY}{subscription.get('key')}"}:
                 return subscription
-        raise Refused(404, "ResourceNotFound", f"The Resource with ID '{name}' was not found.")
+        raise ApiError(404, "ResourceNotFound", f"The Resource with ID '{name}' was not found.")
 
     def _check(self, subscription: Json) -> None:
         key, destination = subscription.get("key"), subscription.get("destination") or {}
         required = REQUIRED.get(str(destination.get("type")))
         if key is not None and not _KEY.fullmatch(key):
-            raise Refused(400, "InvalidField", "key")
+            raise ApiError(400, "InvalidField", "key")
         twins = [
             other for other in self._held.values() if other["id"] != subscription["id"] and other.get("key") == key
         ]
         if key is not None and twins:
-            raise Refused(400, "DuplicateField", f"A duplicate value '{key}' exists for field 'key'.", field="key")
+            raise ApiError(400, "DuplicateField", f"A duplicate value '{key}' exists for field 'key'.", field="key")
         if required is None or not required <= {name for name, value in destination.items() if value}:
-            raise Refused(400, "InvalidJsonInput", f"destination: expected one of {', '.join(REQUIRED)}, complete")
+            raise ApiError(400, "InvalidJsonInput", f"destination: expected one of {', '.join(REQUIRED)}, complete")
         if destination["type"] == "EventGrid" and subscription["format"].get("type") != "CloudEvents":
-            raise Refused(400, "InvalidInput", "Event Grid takes the format CloudEvents only")
+            raise ApiError(400, "InvalidInput", "Event Grid takes the format CloudEvents only")
         if not subscription["messages"] and not subscription["changes"]:
-            raise Refused(400, "InvalidInput", "must contain at least one of 'messages', 'changes', 'events'")
+            raise ApiError(400, "InvalidInput", "must contain at least one of 'messages', 'changes', 'events'")
 
     def _deliver_test(self, destination: Json) -> None:
         if any(text in str(destination) for text in self.unreachable):
             message = f"A test message could not be delivered to this destination: {destination}."
-            raise Refused(400, "InvalidInput", f"{message} Please make sure your destination is correctly configured.")
+            raise ApiError(400, "InvalidInput", f"{message} Please make sure your destination is correctly configured.")
 
 
 def _check_version(subscription: Json, version: Any) -> None:
     if version != subscription["version"]:
         current = subscription["version"]
         message = f"Expected version {version} of {subscription['id']}, which has {current}"
-        raise Refused(409, "ConcurrentModification", message, currentVersion=current)
+        raise ApiError(409, "ConcurrentModification", message, currentVersion=current)
 
 
 def _shown(subscription: Json) -> Json:

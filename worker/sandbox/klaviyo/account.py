@@ -11,7 +11,7 @@ from worker.sandbox.klaviyo.catalog import PREFIX, Catalog, Json
 from worker.sandbox.klaviyo.rules import (
     BULK_ENTRY,
     IDENTIFIERS,
-    Refused,
+    ApiError,
     check_event,
     check_fields,
     check_profile,
@@ -23,17 +23,17 @@ from worker.sandbox.klaviyo.rules import (
 __all__ = ["BULK_REPEATS", "PREFIX", "Account", "Json"]
 
 MAX_BULK_EVENTS = 1_000
-BULK_REPEATS = ("within", "ever", "drop", "double")
+BULK_REPEATS = ("ignore", "refuse", "drop", "duplicate")
 _MATCHED_BY = ("email", "phone_number", "external_id", "anonymous_id")
 
 
 class Account(Catalog):
     """Profiles, events and the custom catalog of one account. Safe for many threads.
 
-    `bulk_repeats` chooses what nobody documents: whether a bulk call that repeats a unique_id of an
-    *earlier* call is taken and the repeat ignored ("within": only repeats inside one call count), refused
-    ("ever"), answered with 202 and dropped whole ("drop"), or taken and the repeat recorded once more ("double").
-    `job_seconds`: how long bulk jobs take, and how long it is until events of a bulk call can be read back.
+    `bulk_repeats` selects the treatment of a bulk call that repeats a unique_id of an *earlier* call, which Klaviyo
+    does not document. "ignore": accept the call and ignore the repeated event. "refuse": refuse the call. "drop":
+    answer 202 and drop the whole call. "duplicate": accept the call and record the event again.
+    `job_seconds`: how long a bulk job takes, and how long until the events of a bulk call can be read.
     """
 
     def __init__(self, bulk_repeats: str = "drop", job_seconds: float = 0.0) -> None:
@@ -66,7 +66,7 @@ class Account(Catalog):
     # Profiles
 
     def import_profile(self, data: Json) -> tuple[int, Json]:
-        """Create or update a profile; return status and profile. Raises Refused."""
+        """Create or update a profile; return status and profile. Raises ApiError."""
         attributes = data["attributes"]
         check_profile(attributes)
         with self.lock:
@@ -79,7 +79,7 @@ class Account(Catalog):
             return 200, found[0]
 
     def create_profile(self, data: Json) -> Json:
-        """Create a profile. Raises Refused: invalid, or one exists with one of the identifiers."""
+        """Create a profile. Raises ApiError: invalid, or one exists with one of the identifiers."""
         attributes = data["attributes"]
         check_profile(attributes)
         if not any(attributes.get(name) for name in IDENTIFIERS):
@@ -93,7 +93,7 @@ class Account(Catalog):
             return profile
 
     def update_profile(self, profile_id: str, data: Json) -> Json:
-        """Update a profile by Klaviyo's id. Raises Refused."""
+        """Update a profile by Klaviyo's id. Raises ApiError."""
         attributes = data["attributes"]
         check_profile(attributes)
         if data.get("id") != profile_id:
@@ -107,10 +107,10 @@ class Account(Catalog):
             return profile
 
     def profile(self, profile_id: str) -> Json:
-        """Return a profile by Klaviyo's id. Raises Refused when there is none."""
+        """Return a profile by Klaviyo's id. Raises ApiError when there is none."""
         found = self._by_id.get(profile_id)
         if found is None:
-            raise Refused(404, "not_found", "A profile with this id does not exist.")
+            raise ApiError(404, "not_found", "A profile with this id does not exist.")
         return found
 
     def find_profiles(self, name: str, value: str) -> list[Json]:
@@ -120,7 +120,7 @@ class Account(Catalog):
             return [found] if found else []
 
     def request_deletion(self, profile: Json) -> None:
-        """Delete a profile by exactly one of id, email, phone number. Raises Refused."""
+        """Delete a profile by exactly one of id, email, phone number. Raises ApiError."""
         named = {"id": profile.get("id"), **(profile.get("attributes") or {})}
         given = {name: value for name, value in named.items() if value is not None}
         if len(given) != 1 or not given.keys() <= {"id", "email", "phone_number"}:
@@ -166,7 +166,7 @@ class Account(Catalog):
     # Events
 
     def create_event(self, attributes: Json) -> None:
-        """Record an event, once per profile, metric and unique_id. Raises Refused."""
+        """Record an event, once per profile, metric and unique_id. Raises ApiError."""
         check_event(attributes)
         with self.lock:
             profile = self._event_profile(attributes.get("profile"), "/data/attributes/profile")
@@ -174,7 +174,7 @@ class Account(Catalog):
             self._record(attributes, profile)
 
     def create_events(self, entries: list[Json]) -> None:
-        """Record a bulk call of event-bulk-create entries, all or none. Raises Refused."""
+        """Record a bulk call of event-bulk-create entries, all or none. Raises ApiError."""
         base = "/data/attributes/events-bulk-create/data"
         planned: list[tuple[Json, list[Json]]] = []  # the profile, its events
         for index, entry in enumerate(entries):
@@ -199,7 +199,7 @@ class Account(Catalog):
             identity = self._identity(profile)
             keys += [_key(event, identity) for event in events if event.get("unique_id")]
         known = any(key in self._seen for key in keys)
-        if len(set(keys)) < len(keys) or (known and self.bulk_repeats == "ever"):
+        if len(set(keys)) < len(keys) or (known and self.bulk_repeats == "refuse"):
             raise invalid("'unique_id' is repeated for the same profile and metric.", base)
         self.accepted_events += sum(len(events) for _, events in planned)
         if known and self.bulk_repeats == "drop":
@@ -207,7 +207,7 @@ class Account(Catalog):
         for attributes, events in planned:
             profile = self._import_for_event(attributes)
             for event in events:
-                self._record(event, profile, self.job_seconds, again=self.bulk_repeats == "double")
+                self._record(event, profile, self.job_seconds, again=self.bulk_repeats == "duplicate")
 
     def _identity(self, attributes: Json) -> str:
         """Return the id of the profile these attributes find, else the strongest of them."""
@@ -259,9 +259,9 @@ class Account(Catalog):
         return self._by_identifier.get((name, value or ""), profile) is not profile
 
 
-def _duplicate(profile: Json) -> Refused:
+def _duplicate(profile: Json) -> ApiError:
     detail = "A profile already exists with one of these identifiers."
-    return Refused(409, "duplicate_profile", detail, "/data/attributes", {"duplicate_profile_id": profile["id"]})
+    return ApiError(409, "duplicate_profile", detail, "/data/attributes", {"duplicate_profile_id": profile["id"]})
 
 
 def _metric(attributes: Json) -> str:

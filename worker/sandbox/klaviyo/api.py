@@ -14,21 +14,21 @@ from worker.sandbox.klaviyo.rate_limits import Limiter, Throttled
 from worker.sandbox.klaviyo.rules import (
     MAX_PROFILE,
     MB,
-    Refused,
+    ApiError,
     check_bulk_profile,
     check_catalog,
     entries_of,
     invalid,
     resource,
 )
-from worker.sandbox.server import Answer, template
+from worker.sandbox.server import ApiResponse, template
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from worker.sandbox.klaviyo.account import Account
     from worker.sandbox.klaviyo.catalog import Json
-    from worker.sandbox.server import Call
+    from worker.sandbox.server import ApiRequest
 
 KEY = "pk_sandbox_key"
 MEDIA_TYPE = "application/vnd.api+json"
@@ -49,10 +49,10 @@ _ANY = ("any", "equals")
 _TIERS = {"S": {1: 3, 60: 60}, "M": {1: 10, 60: 150}, "L": {1: 75, 60: 750}, "XL": {1: 350, 60: 3500}}
 
 
-def problem(status: int) -> Any:
+def error_document(status: int) -> Any:
     """Return an error document as Klaviyo forms it."""
     codes = {401: "not_authenticated", 403: "permission_denied", 429: "throttled", 400: "invalid"}
-    return Refused(status, codes.get(status, "error"), "As asked for.").document()
+    return ApiError(status, codes.get(status, "error"), "As asked for.").document()
 
 
 def _tier(endpoint: str) -> str:
@@ -82,27 +82,27 @@ class Klaviyo:
             for tier, limits in _TIERS.items()
         }
 
-    def handle(self, call: Call) -> Answer:
+    def handle(self, request: ApiRequest) -> ApiResponse:
         """Answer a request."""
         headers: dict[str, str] = {}
         try:
-            _authenticate(call)
-            headers = self._throttle(call)
-            _check_form(call)
-            status, document = self._route(call)
+            _authenticate(request)
+            headers = self._throttle(request)
+            _check_form(request)
+            status, document = self._route(request)
         except Throttled as throttled:
             headers = {"Retry-After": str(throttled.seconds)}
-            status, document = 429, problem(429)
-        except Refused as refused:
+            status, document = 429, error_document(429)
+        except ApiError as refused:
             status, document = refused.status, refused.document()
         if document is not None:
             headers["Content-Type"] = MEDIA_TYPE
-        return Answer(status, document, headers)
+        return ApiResponse(status, document, headers)
 
-    def _throttle(self, call: Call) -> dict[str, str]:
+    def _throttle(self, request: ApiRequest) -> dict[str, str]:
         if self._limiter is None:
             return {}
-        endpoint = f"{call.method} {template(call.path)}"
+        endpoint = f"{request.method} {template(request.path)}"
         limits = self._limits[_tier(endpoint)]
         remaining, reset = self._limiter.take(endpoint, limits)
         return {
@@ -111,109 +111,111 @@ class Klaviyo:
             "RateLimit-Reset": str(reset),
         }
 
-    def _route(self, call: Call) -> tuple[int, Any]:
-        parts = [unquote(part) for part in call.path.strip("/").split("/")][1:]
+    def _route(self, request: ApiRequest) -> tuple[int, Any]:
+        parts = [unquote(part) for part in request.path.strip("/").split("/")][1:]
         name = parts[0] if parts else ""
         if name in _KINDS:
-            return self._catalog(call, _KINDS[name], parts[1:])
+            return self._catalog(request, _KINDS[name], parts[1:])
         if name.endswith("-jobs") and (name == "profile-bulk-import-jobs" or _CATALOG_JOBS.fullmatch(name[:-1])):
-            return self._bulk(call, name[:-1], parts[1:])
+            return self._bulk(request, name[:-1], parts[1:])
         if name in {"profiles", "profile-import"}:
-            return self._profiles(call, parts)
-        match (call.method, *parts):
+            return self._profiles(request, parts)
+        match (request.method, *parts):
             case ("POST", "events"):
-                self._account.create_event(resource(_body(call), "event")["attributes"])
+                self._account.create_event(resource(_body(request), "event")["attributes"])
                 return 202, None
             case ("GET", "events"):
-                return 200, _page(_events(self._account, call), call, 200, largest=MAX_EVENTS_PAGE)
+                return 200, _page(_events(self._account, request), request, 200, largest=MAX_EVENTS_PAGE)
             case ("POST", "event-bulk-create-jobs"):
-                data = resource(_body(call), "event-bulk-create-job")
+                data = resource(_body(request), "event-bulk-create-job")
                 self._account.create_events(entries_of(data["attributes"], "events-bulk-create"))
                 return 202, None
             case ("POST", "data-privacy-deletion-jobs"):
-                data = resource(_body(call), "data-privacy-deletion-job")
+                data = resource(_body(request), "data-privacy-deletion-job")
                 self._account.request_deletion(resource(data["attributes"].get("profile"), "profile", bare=True))
                 return 202, None
         raise _no_route()
 
-    def _profiles(self, call: Call, parts: list[str]) -> tuple[int, Any]:
+    def _profiles(self, request: ApiRequest, parts: list[str]) -> tuple[int, Any]:
         account = self._account
-        match (call.method, *parts):
+        match (request.method, *parts):
             case ("POST", "profile-import"):
-                status, profile = account.import_profile(resource(_body(call), "profile"))
+                status, profile = account.import_profile(resource(_body(request), "profile"))
                 return status, {"data": profile}
             case ("POST", "profiles"):
-                return 201, {"data": account.create_profile(resource(_body(call), "profile"))}
+                return 201, {"data": account.create_profile(resource(_body(request), "profile"))}
             case ("GET", "profiles"):
-                name, values = _filter(call, dict.fromkeys(("id", "email", "phone_number", "external_id"), _ANY))
+                name, values = _filter(request, dict.fromkeys(("id", "email", "phone_number", "external_id"), _ANY))
                 found = [each for value in values or () for each in account.find_profiles(name, value)]
-                return 200, _page(found if name else list(account.profiles), call, DEFAULT_PAGE)
+                return 200, _page(found if name else list(account.profiles), request, DEFAULT_PAGE)
             case ("GET", "profiles", profile_id):
                 return 200, {"data": account.profile(profile_id)}
             case ("PATCH", "profiles", profile_id):
-                return 200, {"data": account.update_profile(profile_id, resource(_body(call), "profile"))}
+                return 200, {"data": account.update_profile(profile_id, resource(_body(request), "profile"))}
         raise _no_route()
 
-    def _catalog(self, call: Call, kind: str, rest: list[str]) -> tuple[int, Any]:
+    def _catalog(self, request: ApiRequest, kind: str, rest: list[str]) -> tuple[int, Any]:
         account = self._account
-        match (call.method, *rest):
+        match (request.method, *rest):
             case ("POST",):
-                return 201, {"data": _shown(account.create_entry(kind, resource(_body(call), kind)))}
+                return 201, {"data": _shown(account.create_entry(kind, resource(_body(request), kind)))}
             case ("GET",):
-                found = self._found_entries(call, kind)
-                return 200, _page(found, call, MAX_PAGE, _shown)
+                found = self._found_entries(request, kind)
+                return 200, _page(found, request, MAX_PAGE, _shown)
             case ("GET", entry_id):
                 return 200, {"data": _shown(account.entry(kind, entry_id))}
             case ("PATCH", entry_id):
-                return 200, {"data": _shown(account.update_entry(kind, entry_id, resource(_body(call), kind)))}
+                return 200, {"data": _shown(account.update_entry(kind, entry_id, resource(_body(request), kind)))}
             case ("DELETE", entry_id):
                 account.delete_entry(kind, entry_id)
                 return 204, None
             case ("GET", item_id, "variants") if kind == "catalog-item":
                 account.entry(kind, item_id)
-                return 200, _page(account.variants_of(item_id), call, MAX_PAGE, _shown)
+                return 200, _page(account.variants_of(item_id), request, MAX_PAGE, _shown)
         raise _no_route()
 
-    def _found_entries(self, call: Call, kind: str) -> list[Json]:
+    def _found_entries(self, request: ApiRequest, kind: str) -> list[Json]:
         item = {"item.id": ("equals",)} if kind == "catalog-variant" else {}
-        name, values = _filter(call, {"ids": ("any",), **item})
+        name, values = _filter(request, {"ids": ("any",), **item})
         if name == "item.id":
             return [variant for item_id in values or () for variant in self._account.variants_of(item_id)]
         return self._account.entries(kind, values)
 
-    def _bulk(self, call: Call, kind: str, rest: list[str]) -> tuple[int, Any]:
-        match (call.method, *rest):
+    def _bulk(self, request: ApiRequest, kind: str, rest: list[str]) -> tuple[int, Any]:
+        match (request.method, *rest):
             case ("POST",) if kind == "profile-bulk-import-job":
-                profiles = entries_of(resource(_body(call), kind)["attributes"], "profiles", MAX_PROFILES)
+                profiles = entries_of(resource(_body(request), kind)["attributes"], "profiles", MAX_PROFILES)
                 for index, entry in enumerate(profiles):
                     check_bulk_profile(entry, f"/data/attributes/profiles/data/{index}")
                 return 202, {"data": self._jobs.start(kind, profiles, self._account.import_profile)}
             case ("POST",):
-                return 202, {"data": self._start_catalog_job(call, kind)}
+                return 202, {"data": self._start_catalog_job(request, kind)}
             case ("GET",):
-                return 200, self._listed_jobs(call, kind)
+                return 200, self._listed_jobs(request, kind)
             case ("GET", job_id):
                 return 200, {"data": self._jobs.get(kind, job_id).document()}
             case ("GET", job_id, "import-errors") if kind == "profile-bulk-import-job":
-                return 200, _page(self._jobs.get(kind, job_id).errors or [], call, DEFAULT_PAGE)
+                return 200, _page(self._jobs.get(kind, job_id).errors or [], request, DEFAULT_PAGE)
         raise _no_route()
 
-    def _listed_jobs(self, call: Call, kind: str) -> Json:
+    def _listed_jobs(self, request: ApiRequest, kind: str) -> Json:
         of_catalog = kind.startswith("catalog-")
-        _check_parameters(call, {"filter", "page[cursor]", *(() if of_catalog else ("page[size]", "sort", "include"))})
-        _, statuses = _filter(call, {"status": ("equals",) if of_catalog else _ANY})
+        _check_parameters(
+            request, {"filter", "page[cursor]", *(() if of_catalog else ("page[size]", "sort", "include"))}
+        )
+        _, statuses = _filter(request, {"status": ("equals",) if of_catalog else _ANY})
         jobs = [job for job in self._jobs.of_kind(kind) if statuses is None or job.status in statuses]
-        order = call.query.get("sort", ["created_at"])[0]
+        order = request.query.get("sort", ["created_at"])[0]
         if order not in {"created_at", "-created_at"}:
             raise invalid("Unknown sort; expected created_at or -created_at.", "")
         jobs = jobs[::-1] if order.startswith("-") else jobs
-        return _page(jobs, call, MAX_PAGE if of_catalog else DEFAULT_PAGE, Job.document)
+        return _page(jobs, request, MAX_PAGE if of_catalog else DEFAULT_PAGE, Job.document)
 
-    def _start_catalog_job(self, call: Call, job_kind: str) -> Json:
+    def _start_catalog_job(self, request: ApiRequest, job_kind: str) -> Json:
         match = _CATALOG_JOBS.fullmatch(job_kind)
         assert match is not None
         kind, verb, account = match[1], match[2], self._account
-        entries = entries_of(resource(_body(call), job_kind)["attributes"], _PLURAL[kind], MAX_ENTRIES)
+        entries = entries_of(resource(_body(request), job_kind)["attributes"], _PLURAL[kind], MAX_ENTRIES)
         for index, entry in enumerate(entries):
             pointer = f"/data/attributes/{_PLURAL[kind]}/data/{index}"
             resource({"data": entry}, kind, pointer, bare=verb == "delete")
@@ -229,41 +231,44 @@ class Klaviyo:
         return self._jobs.start(job_kind, entries, work[verb])
 
 
-def _authenticate(call: Call) -> None:
-    if call.headers.get("Authorization") != f"Klaviyo-API-Key {KEY}":
-        raise Refused(401, "not_authenticated", "Incorrect authentication credentials.")
+def _authenticate(request: ApiRequest) -> None:
+    if request.headers.get("Authorization") != f"Klaviyo-API-Key {KEY}":
+        raise ApiError(401, "not_authenticated", "Incorrect authentication credentials.")
 
 
-def _check_form(call: Call) -> None:
-    if not _REVISION.fullmatch(call.headers.get("revision", "")):
+def _check_form(request: ApiRequest) -> None:
+    if not _REVISION.fullmatch(request.headers.get("revision", "")):
         raise invalid("A 'revision' header like 2026-07-15 is required.", "")
-    if call.body and call.headers.get("Content-Type", "").partition(";")[0] not in {MEDIA_TYPE, "application/json"}:
-        raise Refused(415, "unsupported_media_type", f"Expected {MEDIA_TYPE}.")
-    limit = MAX_PROFILE if template(call.path).startswith(("/api/profiles", "/api/profile-import")) else 5 * MB
-    if len(call.body) > limit:
-        raise Refused(413, "payload_too_large", f"The body may have {limit} bytes.")
+    if request.body and request.headers.get("Content-Type", "").partition(";")[0] not in {
+        MEDIA_TYPE,
+        "application/json",
+    }:
+        raise ApiError(415, "unsupported_media_type", f"Expected {MEDIA_TYPE}.")
+    limit = MAX_PROFILE if template(request.path).startswith(("/api/profiles", "/api/profile-import")) else 5 * MB
+    if len(request.body) > limit:
+        raise ApiError(413, "payload_too_large", f"The body may have {limit} bytes.")
 
 
-def _no_route() -> Refused:
-    return Refused(404, "not_found", "The requested path could not be found.")
+def _no_route() -> ApiError:
+    return ApiError(404, "not_found", "The requested path could not be found.")
 
 
-def _body(call: Call) -> Any:
+def _body(request: ApiRequest) -> Any:
     try:
-        return call.json()
+        return request.json()
     except ValueError:
         raise invalid("The body is not JSON.") from None
 
 
-def _check_parameters(call: Call, known: set[str]) -> None:
-    for name in call.query.keys() - known:
+def _check_parameters(request: ApiRequest, known: set[str]) -> None:
+    for name in request.query.keys() - known:
         if not name.startswith("fields["):
             raise invalid(f"'{name}' is not a valid query parameter here.", "")
 
 
-def _filter(call: Call, names: Mapping[str, tuple[str, ...]]) -> tuple[str, list[str] | None]:
-    """Return the field and the values a filter names, or nothing; `names`: fields, operators. Raises Refused."""
-    text = call.query.get("filter", [""])[0]
+def _filter(request: ApiRequest, names: Mapping[str, tuple[str, ...]]) -> tuple[str, list[str] | None]:
+    """Return the field and the values a filter names, or nothing; `names`: fields, operators. Raises ApiError."""
+    text = request.query.get("filter", [""])[0]
     match = _FILTER.fullmatch(text)
     if not text:
         return "", None
@@ -274,20 +279,20 @@ def _filter(call: Call, names: Mapping[str, tuple[str, ...]]) -> tuple[str, list
 
 
 def _page(
-    entries: list[Any], call: Call, size: int, show: Callable[[Any], Json] = dict, largest: int = MAX_PAGE
+    entries: list[Any], request: ApiRequest, size: int, show: Callable[[Any], Json] = dict, largest: int = MAX_PAGE
 ) -> Json:
-    """Return a page of entries, with the link to the next one. Raises Refused."""
+    """Return a page of entries, with the link to the next one. Raises ApiError."""
     try:
-        start = int(call.query.get("page[cursor]", ["0"])[0])
-        size = int(call.query.get("page[size]", [str(size)])[0])
+        start = int(request.query.get("page[cursor]", ["0"])[0])
+        size = int(request.query.get("page[size]", [str(size)])[0])
     except ValueError:
         raise invalid("Malformed page[cursor] or page[size].", "") from None
     if not 1 <= size <= largest or start < 0:
         raise invalid(f"page[size] must be between 1 and {largest}.", "")
     following = None
     if start + size < len(entries):
-        query = urlencode({**call.query, "page[cursor]": [str(start + size)]}, doseq=True)
-        following = f"http://{call.headers.get('Host', '')}{call.target.partition('?')[0]}?{query}"
+        query = urlencode({**request.query, "page[cursor]": [str(start + size)]}, doseq=True)
+        following = f"http://{request.headers.get('Host', '')}{request.target.partition('?')[0]}?{query}"
     return {"data": [show(entry) for entry in entries[start : start + size]], "links": {"next": following}}
 
 
@@ -303,13 +308,13 @@ def _shown(entry: Json) -> Json:
     return shown
 
 
-def _events(account: Account, call: Call) -> list[Json]:
-    """Return the events asked for, as the API shows them. Raises Refused.
+def _events(account: Account, request: ApiRequest) -> list[Json]:
+    """Return the events asked for, as the API shows them. Raises ApiError.
 
     `metric_id` is no filter here: Klaviyo's takes no custom metrics, and there are no others.
     """
-    _, profiles = _filter(call, {"profile_id": ("equals",)})
-    sort = call.query.get("sort", [""])[0]
+    _, profiles = _filter(request, {"profile_id": ("equals",)})
+    sort = request.query.get("sort", [""])[0]
     if sort.removeprefix("-") not in {"", "datetime", "timestamp"}:
         raise invalid("Unknown sort; expected datetime or timestamp.", "")
     found = [each for each in account.shown_events() if profiles is None or each["profile_id"] in profiles]

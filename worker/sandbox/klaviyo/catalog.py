@@ -6,7 +6,7 @@ from collections import defaultdict
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from worker.sandbox.klaviyo.rules import Refused, check_catalog, invalid, references
+from worker.sandbox.klaviyo.rules import ApiError, check_catalog, invalid, references
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,14 +27,14 @@ class Catalog:
         self._by_item: dict[str, dict[str, Json]] = defaultdict(dict)  # item id -> variants by id
 
     def create_entry(self, kind: str, data: Json) -> Json:
-        """Create a catalog entry. Raises Refused: invalid, exists, or refers to what does not exist."""
+        """Create a catalog entry. Raises ApiError: invalid, exists, or refers to what does not exist."""
         attributes = data["attributes"]
         check_catalog(kind, attributes, create=True)
         external_id = attributes["external_id"]
         with self.lock:
             entries = self.collection(kind)
             if external_id in entries:
-                raise Refused(409, "duplicate_resource", f"{_named(kind, external_id)} already exists.")
+                raise ApiError(409, "duplicate_resource", f"{_named(kind, external_id)} already exists.")
             entry: Json = {"type": kind, "id": PREFIX + external_id, "attributes": dict(attributes)}
             entry |= self._relationships(kind, data, create=True)
             entries[external_id] = entry
@@ -43,7 +43,7 @@ class Catalog:
             return entry
 
     def update_entry(self, kind: str, entry_id: str, data: Json) -> Json:
-        """Update a catalog entry in part. Raises Refused."""
+        """Update a catalog entry in part. Raises ApiError."""
         check_catalog(kind, data["attributes"], create=False)
         if data.get("id") != entry_id:
             raise invalid("'id' must match the path.", "/data/id")
@@ -54,7 +54,7 @@ class Catalog:
             return entry
 
     def delete_entry(self, kind: str, entry_id: str) -> None:
-        """Delete a catalog entry, an item's variants with it. Raises Refused when there is none."""
+        """Delete a catalog entry, an item's variants with it. Raises ApiError when there is none."""
         with self.lock:
             entry = self.entry(kind, entry_id)
             del self.collection(kind)[entry_id.removeprefix(PREFIX)]
@@ -68,11 +68,11 @@ class Catalog:
                     item["categories"] = [each for each in item.get("categories", []) if each != entry_id]
 
     def entry(self, kind: str, entry_id: str) -> Json:
-        """Return a catalog entry. Raises Refused when there is none."""
+        """Return a catalog entry. Raises ApiError when there is none."""
         external_id = entry_id.removeprefix(PREFIX)
         found = self.collection(kind).get(external_id) if entry_id.startswith(PREFIX) else None
         if found is None:
-            raise Refused(404, "not_found", f"{_named(kind, external_id)} does not exist.")
+            raise ApiError(404, "not_found", f"{_named(kind, external_id)} does not exist.")
         return found
 
     def entries(self, kind: str, ids: Sequence[str] | None = None) -> list[Json]:

@@ -11,7 +11,7 @@ from threading import RLock, Thread
 from typing import TYPE_CHECKING
 
 from worker.sandbox.klaviyo.catalog import PREFIX
-from worker.sandbox.klaviyo.rules import Refused
+from worker.sandbox.klaviyo.rules import ApiError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,11 +77,11 @@ class Jobs:
             Thread(target=self._work_off, daemon=True).start()
 
     def start(self, kind: str, entries: list[Json], work: Callable[[Json], object]) -> Json:
-        """Accept a job that works on each entry. Raises Refused when too many are in progress."""
+        """Accept a job that works on each entry. Raises ApiError when too many are in progress."""
         with self._lock:
             job = Job(kind, len(entries))
             if job.is_of_catalog and self._going_on >= MAX_JOBS:
-                raise Refused(429, "throttled", f"At most {MAX_JOBS} jobs can be in progress.")
+                raise ApiError(429, "throttled", f"At most {MAX_JOBS} jobs can be in progress.")
             self._going_on += job.is_of_catalog
             job.begins = job.created + self._seconds / 2
             self._jobs[job.id] = job
@@ -99,10 +99,10 @@ class Jobs:
             self._finish(job, entries, work)
 
     def get(self, kind: str, job_id: str) -> Job:
-        """Return a job. Raises Refused when there is none."""
+        """Return a job. Raises ApiError when there is none."""
         job = self._jobs.get(job_id)
         if job is None or job.kind != kind:
-            raise Refused(404, "not_found", f"A {kind} with this id does not exist.")
+            raise ApiError(404, "not_found", f"A {kind} with this id does not exist.")
         return job
 
     def of_kind(self, kind: str) -> list[Job]:
@@ -115,7 +115,7 @@ class Jobs:
         for entry in entries:
             try:
                 work(entry)
-            except Refused as refused:
+            except ApiError as refused:
                 errors.append(_job_error(job.kind, entry, refused))
         with self._lock:
             self._going_on -= job.is_of_catalog
@@ -123,7 +123,7 @@ class Jobs:
         job.errors = errors
 
 
-def _job_error(kind: str, entry: Json, refused: Refused) -> Json:
+def _job_error(kind: str, entry: Json, refused: ApiError) -> Json:
     error = refused.document()["errors"][0]
     if kind.startswith("catalog-"):
         external_id = entry.get("attributes", {}).get("external_id") or entry["id"].removeprefix(PREFIX)

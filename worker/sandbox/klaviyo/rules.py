@@ -70,7 +70,7 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)"
 
 
 @dataclass
-class Refused(Exception):
+class ApiError(Exception):
     """A refusal, in the words Klaviyo uses."""
 
     status: int
@@ -91,13 +91,13 @@ def _title(status: int) -> str:
     return titles.get(status, "Conflict." if status == 409 else "Error.")  # noqa: PLR2004
 
 
-def invalid(detail: str, pointer: str = "/data") -> Refused:
+def invalid(detail: str, pointer: str = "/data") -> ApiError:
     """Return a 400."""
-    return Refused(400, "invalid", detail, pointer)
+    return ApiError(400, "invalid", detail, pointer)
 
 
 def resource(document: Any, kind: str, pointer: str = "/data", *, bare: bool = False) -> dict[str, Any]:
-    """Return the JSON:API object of this type; `bare`: an id may do for attributes. Raises Refused."""
+    """Return the JSON:API object of this type; `bare`: an id may do for attributes. Raises ApiError."""
     data = document.get("data") if isinstance(document, dict) else None
     if not isinstance(data, dict) or not isinstance(data.get("attributes", {} if bare else None), dict):
         raise invalid("'data' with 'attributes' is required.", pointer)
@@ -112,7 +112,7 @@ def resource(document: Any, kind: str, pointer: str = "/data", *, bare: bool = F
 def entries_of(
     attributes: dict[str, Any], name: str, limit: int | None = None, *, pointer: str = "/data/attributes"
 ) -> list[Any]:
-    """Return the entries of a bulk body, as they came. Raises Refused."""
+    """Return the entries of a bulk body, as they came. Raises ApiError."""
     holder = attributes.get(name)
     entries = holder.get("data") if isinstance(holder, dict) else None
     if not isinstance(entries, list) or not entries:
@@ -123,7 +123,7 @@ def entries_of(
 
 
 def references(relation: Any, kind: str, pointer: str, *, many: bool = True) -> list[str]:
-    """Return the ids a JSON:API relationship names. Raises Refused."""
+    """Return the ids a JSON:API relationship names. Raises ApiError."""
     data = relation.get("data") if isinstance(relation, dict) else None
     found = data if many and isinstance(data, list) else [data]
     ids = [entry.get("id") for entry in found if isinstance(entry, dict) and entry.get("type") == kind]
@@ -133,7 +133,7 @@ def references(relation: Any, kind: str, pointer: str, *, many: bool = True) -> 
 
 
 def check_event(attributes: dict[str, Any], pointer: str = "/data/attributes", *, bulk: bool = False) -> None:
-    """Check the attributes of an event; its profile apart, which bulk calls name once for many. Raises Refused."""
+    """Check the attributes of an event; its profile apart, which bulk calls name once for many. Raises ApiError."""
     check_fields("event", attributes, _BULK_EVENT if bulk else _EVENT, pointer)
     for name in ("properties", "metric"):
         if not isinstance(attributes.get(name), dict):
@@ -149,7 +149,7 @@ def check_event(attributes: dict[str, Any], pointer: str = "/data/attributes", *
 
 
 def check_profile(attributes: dict[str, Any], pointer: str = "/data/attributes", *, of_event: bool = False) -> None:
-    """Check the attributes of a profile. Raises Refused."""
+    """Check the attributes of a profile. Raises ApiError."""
     check_fields("profile", attributes, _EVENT_PROFILE if of_event else _PROFILE, pointer)
     email, phone = attributes.get("email"), attributes.get("phone_number")
     if email is not None and (len(email) > MAX_EMAIL or not _EMAIL.fullmatch(email)):
@@ -165,7 +165,7 @@ def check_profile(attributes: dict[str, Any], pointer: str = "/data/attributes",
 
 
 def check_bulk_profile(entry: Any, pointer: str) -> None:
-    """Check a profile of a bulk import. Raises Refused."""
+    """Check a profile of a bulk import. Raises ApiError."""
     attributes = resource({"data": entry}, "profile", pointer)["attributes"]
     check_profile(attributes, f"{pointer}/attributes")
     if not entry.get("id") and not any(attributes.get(name) for name in IDENTIFIERS):
@@ -175,7 +175,7 @@ def check_bulk_profile(entry: Any, pointer: str) -> None:
 
 
 def check_catalog(kind: str, attributes: dict[str, Any], pointer: str = "/data/attributes", *, create: bool) -> None:
-    """Check the attributes of a catalog entry. Raises Refused."""
+    """Check the attributes of a catalog entry. Raises ApiError."""
     allowed = {k: v for k, v in CATALOG[kind].items() if create or k not in _CREATE_ONLY}
     check_fields(kind, attributes, allowed, pointer)
     for name in REQUIRED[kind] if create else ():
@@ -194,7 +194,7 @@ def check_catalog(kind: str, attributes: dict[str, Any], pointer: str = "/data/a
 
 
 def check_fields(kind: str, attributes: dict[str, Any], allowed: dict[str, type], pointer: str) -> None:
-    """Check names and types; null is a value of every type. Raises Refused."""
+    """Check names and types; null is a value of every type. Raises ApiError."""
     for name, value in attributes.items():
         if name not in allowed:
             raise invalid(f"'{name}' is not a valid field for the resource '{kind}'.", f"{pointer}/{name}")
@@ -203,7 +203,7 @@ def check_fields(kind: str, attributes: dict[str, Any], allowed: dict[str, type]
 
 
 def check_properties(properties: dict[str, Any], pointer: str) -> None:
-    """Check event properties against Klaviyo's limits. Raises Refused."""
+    """Check event properties against Klaviyo's limits. Raises ApiError."""
     if len(properties) > MAX_PROPERTIES:
         raise invalid(f"An event can have at most {MAX_PROPERTIES} properties.", pointer)
     _check_value(properties, MAX_DEPTH, pointer)
