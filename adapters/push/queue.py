@@ -14,6 +14,7 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from http import HTTPStatus
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
@@ -37,8 +38,6 @@ BODY_SECONDS = 30.0  # for a request's body to arrive
 STOP_SECONDS = 5.0  # for answers to leave once all is settled
 KEEP_ALIVE = 620  # seconds, longer than Google's front ends, so that they hang up first
 _EXPECTED = "expected push://HOST[:PORT][?audience=AUDIENCE&service_account=EMAIL], both or neither"
-_DONE, _UNAUTHORIZED, _WRONG_METHOD, _TOO_SLOW, _TOO_LARGE, _TOO_MANY = 204, 401, 405, 408, 413, 429
-_FAILED, _LATER = 500, 503
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,17 +95,17 @@ class PushQueue:
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Answer 204."""
-        _answer(deliveries, _DONE)
+        _answer(deliveries, HTTPStatus.NO_CONTENT)
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
         """Answer 503. When the message comes again is up to the subscription's retry policy."""
         del delay, failure
-        _answer(deliveries, _LATER)
+        _answer(deliveries, HTTPStatus.SERVICE_UNAVAILABLE)
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
         """Answer 500: the subscription's policy moves the message to the dead letters in the end."""
         del failure
-        _answer([delivery], _FAILED)
+        _answer([delivery], HTTPStatus.INTERNAL_SERVER_ERROR)
         return False
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
@@ -129,7 +128,7 @@ class PushQueue:
     def stop(self) -> None:
         """Take no more requests, and answer 503 to those not received."""
         self._stopping = True
-        _answer(self._inbox.clear(), _LATER)
+        _answer(self._inbox.clear(), HTTPStatus.SERVICE_UNAVAILABLE)
         if self._server is not None:
             self._server.should_exit = True
 
@@ -172,20 +171,20 @@ class PushQueue:
     async def _status(self, scope: Any, receive: Callable[[], Awaitable[Any]]) -> int:
         headers = dict(scope["headers"])
         if scope["method"] != "POST":
-            return _WRONG_METHOD
+            return HTTPStatus.METHOD_NOT_ALLOWED
         if refusal := await self._refusal(headers):
             return refusal
         size = int(headers.get(b"content-length", MAX_BODY))  # the server has seen to it that it is a number
         if size > MAX_BODY:
-            return _TOO_LARGE
+            return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
         if not self._open.add(size, self._options):
-            return _TOO_MANY
+            return HTTPStatus.TOO_MANY_REQUESTS
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await _body(receive)
-            return _TOO_LARGE if body is None else await self._settled(body, receive)
+            return HTTPStatus.REQUEST_ENTITY_TOO_LARGE if body is None else await self._settled(body, receive)
         except TimeoutError:
-            return _TOO_SLOW
+            return HTTPStatus.REQUEST_TIMEOUT
         finally:
             self._open.remove(size)
 
@@ -205,14 +204,14 @@ class PushQueue:
         delivery = _delivery(body, answer)
         self._inbox.put(delivery)
         if self._stopping:  # `stop` has cleared the inbox
-            _answer(self._inbox.clear(), _LATER)
+            _answer(self._inbox.clear(), HTTPStatus.SERVICE_UNAVAILABLE)
         gone = asyncio.ensure_future(receive())  # all that comes after the body
         await asyncio.wait({answered, gone}, return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
         if answered.done():
             return answered.result()
         self._inbox.remove(delivery)  # it is sent again; if it is in work already, that goes on
-        return _LATER
+        return HTTPStatus.SERVICE_UNAVAILABLE
 
     async def _refusal(self, headers: dict[bytes, bytes]) -> int | None:
         """Return the status for a sender that is not Pub/Sub, or cannot be told; None to go on."""
@@ -223,10 +222,10 @@ class PushQueue:
             await asyncio.to_thread(self._verifier.verify, authorization)
         except TokenRefusedError as error:
             log.warning("push_refused", extra={"reason": str(error)})
-            return _UNAUTHORIZED
+            return HTTPStatus.UNAUTHORIZED
         except KeysUnavailableError as error:
             log.warning("push_not_verified", extra={"reason": str(error)})
-            return _LATER
+            return HTTPStatus.SERVICE_UNAVAILABLE
         return None
 
 

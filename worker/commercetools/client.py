@@ -7,11 +7,11 @@ are raw JSON: docs/decisions/0002-raw-json-over-sdk-models.md.
 from __future__ import annotations
 
 import math
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import orjson
-import requests
 
 from worker.commercetools.queries import Query, QueryResult, group_by_value
 from worker.commercetools.token import _Token
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from worker.settings import CommercetoolsSettings
 
 PAGE_SIZE = 500  # commercetools' largest
+_MISCONFIGURED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND})
 MAX_WHERE_BYTES = 6_000  # percent-encoded; keeps the URI under the 8 KB its load balancers take
 
 
@@ -116,7 +117,7 @@ class Commercetools:
     def _authorized(self, endpoint: str, method: str, url: str, body: bytes | None = None) -> http.Response:
         token = self._token.get()
         response = self._request(endpoint, method, url, body, token)
-        if response.status == requests.codes.unauthorized:  # revoked before its time
+        if response.status == HTTPStatus.UNAUTHORIZED:  # revoked before its time
             response = self._request(endpoint, method, url, body, self._token.renew(token))
         http.raise_for_transient(response)
         return response
@@ -134,11 +135,11 @@ class Commercetools:
 
 def _checked(response: http.Response, path: str) -> Any:
     """Return the decoded body of a 200. Raises what any other status means."""
-    if response.status == requests.codes.ok:
+    if response.status == HTTPStatus.OK:
         return response.json()
     error = next(iter(as_dicts(as_dict(response.json()).get("errors"))), {})
     what = f"commercetools answered {response.status} {as_text(error.get('code'))[:64]} for {path}"
-    if response.status in {401, 403, 404} or response.status < requests.codes.bad_request:
+    if response.status < HTTPStatus.BAD_REQUEST or response.status in _MISCONFIGURED:
         raise CommercetoolsMisconfigured(
             what, todo="check CT_API_URL, CT_PROJECT_ID, CT_API_CLIENT and its scopes", lacks_scope=True
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from threading import local
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from worker.settings import CommercetoolsSettings
 
-MULTIPLE_CHOICES, REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS, INTERNAL_SERVER_ERROR = 300, 408, 425, 429, 500
+_TRANSIENT = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 MAX_RETRY_AFTER = 3600.0
 CHUNK = 65_536  # bytes read at once, at most
 _ID = re.compile(r"^(/api/[^/]+)/[^/]+")  # in Klaviyo's paths
@@ -134,17 +135,19 @@ def _target(method: str, url: str) -> str:
 def raise_for_transient(response: Response) -> None:
     """Raise Transient or Throttled when an answer says nothing about the request, only about the moment."""
     status = response.status
-    if status == TOO_MANY_REQUESTS:
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
         raise Throttled(f"{status} to {response.target}", retry_after(response.headers))
     if is_transient(status):
         raise Transient(f"{status} to {response.target}", retry_after(response.headers))
-    if status < MULTIPLE_CHOICES and response.body and response.json() is None:  # a maintenance page, a proxy
+    if (
+        status < HTTPStatus.MULTIPLE_CHOICES and response.body and response.json() is None
+    ):  # a maintenance page, a proxy
         raise Transient(f"{status} to {response.target} with something that is no JSON")
 
 
 def is_transient(status: int) -> bool:
     """Tell whether a status is about the moment, not about the request; proxies have 5xx of their own."""
-    return status >= INTERNAL_SERVER_ERROR or status in {REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS}
+    return status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _TRANSIENT
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 import re
 import time
+from http import HTTPStatus
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from worker.errors import Throttled, Transient
-from worker.http.transport import TOO_MANY_REQUESTS
 from worker.telemetry.state import RateLimitStatus
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class RateLimiter:
     def answered(self, endpoint: str, status: int, headers: Mapping[str, str], retry_after: float | None) -> None:
         """Learn from an answer: its RateLimit-* headers, or a 429 and the seconds it asks for (None: one)."""
         bucket = self._bucket(endpoint)
-        if status == TOO_MANY_REQUESTS:
+        if status == HTTPStatus.TOO_MANY_REQUESTS:
             bucket.throttled(max(retry_after or 0.0, 1.0))
         else:
             bucket.told(*(_number(headers, f"RateLimit-{name}") for name in ("Limit", "Remaining", "Reset")))
