@@ -237,7 +237,7 @@ class _Scene:
     def worker(self, kind: Kind, port: int | None = None) -> Worker:
         """Start a worker with default settings; with a port for its metrics where several run."""
         self._workers += 1
-        metrics = {} if port is None else {"KLAVIYO_WORKER_METRICS_PORT": str(port)}
+        metrics = {} if port is None else {"KLAVIYO_WORKER_HTTP_PORT": str(port)}
         environment = {**self.sandbox.environment, **self.queue.environment, **kind.settings, **metrics}
         return Worker(environment, self._directory / f"worker-{self._workers}.log")
 

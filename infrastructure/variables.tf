@@ -10,7 +10,7 @@ variable "name" {
 }
 
 variable "direct_dead_letter" {
-  description = "Let the worker bury messages itself, with the reason: KLAVIYO_WORKER_DEAD_LETTER=direct."
+  description = "Let the worker bury messages itself, with the reason: KLAVIYO_WORKER_DEAD_LETTER_MODE=direct."
   type        = bool
   default     = false
 }

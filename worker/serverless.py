@@ -77,7 +77,7 @@ class _Warm(NamedTuple):
 
 @cache
 def _warm() -> _Warm:
-    settings = load(Settings, {"grace_period": GRACE_SECONDS})
+    settings = load(Settings, {"shutdown_grace_period": GRACE_SECONDS})
     configure_logging(settings.log_level, settings.log_format)
     telemetry = Telemetry(Metrics("sqs"))
     return _Warm(settings, telemetry, Components(settings, telemetry))

@@ -40,10 +40,10 @@ class Components:
         requested = telemetry.metrics.requested
         self.commercetools = Commercetools(settings, self.stopping, partial(requested, "commercetools"))
         self.klaviyo = Klaviyo(settings, self.stopping, partial(requested, "klaviyo"))
-        self.enricher = Enricher(CachedReader(self.commercetools, settings.catalog_ttl), self.mapping)
+        self.enricher = Enricher(CachedReader(self.commercetools, settings.cache_ttl), self.mapping)
         self.sender = Sender(
             self.klaviyo,
-            settings.concurrency,
+            settings.max_requests,
             self.stopping,
             bulk_events=settings.bulk_events,
             bulk_threshold=settings.bulk_threshold,
@@ -72,7 +72,7 @@ class Worker:
     def run(self, *, once: bool, max_wait: float) -> None:
         """Work until stopped, or with `once` until the queue is empty; see Runner.run for what it raises."""
         _collect_garbage_less_often()
-        health = self._serve() if self._settings.metrics_port and not once else None
+        health = self._serve() if self._settings.http_port and not once else None
         if not once:
             self._systemd.start()
         log.info("started")
@@ -91,13 +91,13 @@ class Worker:
 
     def _serve(self) -> HealthServer | None:
         """Serve health, metrics and status. That the port is taken is no reason not to work."""
-        port, is_shown = self._settings.metrics_port, self._settings.status_page == "on"
+        port, is_shown = self._settings.http_port, self._settings.status_page == "on"
         status = Status(self._settings, self._state, self._telemetry) if is_shown else None
         server = HealthServer(port, self._telemetry.metrics, self._state, status)
         try:
             server.start()
         except OSError as error:
-            hint = "another worker on this host? Give each a KLAVIYO_WORKER_METRICS_PORT of its own, or 0 for none"
+            hint = "another worker on this host? Give each a KLAVIYO_WORKER_HTTP_PORT of its own, or 0 for none"
             log.warning("metrics_not_served", extra={"port": port, "reason": f"{error.strerror}: {hint}"})
             return None
         return server

@@ -145,10 +145,10 @@ class CommercetoolsSettings(_Sourced):
     read_timeout: float = Field(
         30.0, gt=0, validation_alias="KLAVIYO_WORKER_READ_TIMEOUT", description="Seconds without an answer"
     )
-    retry_seconds: float = Field(
+    retry_timeout: float = Field(
         10.0,
         ge=0,
-        validation_alias="KLAVIYO_WORKER_RETRY_SECONDS",
+        validation_alias="KLAVIYO_WORKER_RETRY_TIMEOUT",
         description="Seconds a request is tried again before its message has to wait",
     )
     outage_hold: float = Field(
@@ -157,10 +157,10 @@ class CommercetoolsSettings(_Sourced):
         validation_alias="KLAVIYO_WORKER_OUTAGE_HOLD",
         description="Seconds a message is kept and tried again in an outage before it goes back to the queue",
     )
-    park_seconds: float = Field(
+    park_retry_interval: float = Field(
         30.0,
         gt=0,
-        validation_alias="KLAVIYO_WORKER_PARK_SECONDS",
+        validation_alias="KLAVIYO_WORKER_PARK_RETRY_INTERVAL",
         description="Seconds between tries while the worker is parked: credentials or queue refused",
     )
 
@@ -204,10 +204,11 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         validation_alias="PUB_SUB_PORT",
         description="Port that push:// listens on when QUEUE_URL names none",
     )
-    dead_letter: Literal["queue", "direct"] = Field(
-        "queue",
-        validation_alias="KLAVIYO_WORKER_DEAD_LETTER",
-        description="queue: the queue's own policy gives up on a message; direct: bury it at once, with its reason",
+    dead_letter_mode: Literal["policy", "direct"] = Field(
+        "policy",
+        validation_alias="KLAVIYO_WORKER_DEAD_LETTER_MODE",
+        description="policy: the queue's own policy dead-letters a message; direct: the worker does, at once and with "
+        "the reason",
     )
     klaviyo_api_url: Url = Field("https://a.klaviyo.com", validation_alias="KLAVIYO_API_URL", description="Klaviyo API")
     lanes: int = Field(
@@ -220,11 +221,11 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
     max_batch: int = Field(
         250, ge=1, le=10_000, validation_alias="KLAVIYO_WORKER_MAX_BATCH", description="Messages in a batch"
     )
-    concurrency: int = Field(
+    max_requests: int = Field(
         16,
         ge=1,
         le=256,
-        validation_alias="KLAVIYO_WORKER_CONCURRENCY",
+        validation_alias="KLAVIYO_WORKER_MAX_REQUESTS",
         description="Klaviyo requests for events under way at once, and as many each for profiles and the catalog",
     )
     bulk_events: Literal["auto", "always", "never"] = Field(
@@ -247,30 +248,30 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         validation_alias="KLAVIYO_WORKER_MAX_IN_FLIGHT_BYTES",
         description="Bytes of messages held at once",
     )
-    rate_share: float = Field(
+    rate_limit_share: float = Field(
         1.0,
         gt=0,
         le=1,
-        validation_alias="KLAVIYO_WORKER_RATE_SHARE",
+        validation_alias="KLAVIYO_WORKER_RATE_LIMIT_SHARE",
         description="Share of Klaviyo's rate limits that this worker may use, like 0.5",
     )
-    catalog_ttl: float = Field(
+    cache_ttl: float = Field(
         300.0,
         ge=0,
-        validation_alias="KLAVIYO_WORKER_CATALOG_TTL",
+        validation_alias="KLAVIYO_WORKER_CACHE_TTL",
         description="Seconds that categories and products are remembered for order events",
     )
-    grace_period: float = Field(
+    shutdown_grace_period: float = Field(
         25.0,
         ge=0,
-        validation_alias="KLAVIYO_WORKER_GRACE_PERIOD",
+        validation_alias="KLAVIYO_WORKER_SHUTDOWN_GRACE_PERIOD",
         description="Seconds to finish what is in flight after SIGTERM",
     )
-    metrics_port: int = Field(
+    http_port: int = Field(
         9090,
         ge=0,
         le=65535,
-        validation_alias="KLAVIYO_WORKER_METRICS_PORT",
+        validation_alias="KLAVIYO_WORKER_HTTP_PORT",
         description="Port of /livez, /readyz, /metrics and the status page; 0: none",
     )
     status_page: Literal["on", "off"] = Field(
@@ -296,7 +297,7 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
             super().queue_options,
             max_messages=self.max_in_flight,
             max_bytes=self.max_in_flight_bytes,
-            direct_dead_letter=self.dead_letter == "direct",
+            direct_dead_letter=self.dead_letter_mode == "direct",
             port=self.pub_sub_port,
         )
 

@@ -51,7 +51,7 @@ MAX_BATCH_BYTES = 5_000_000  # of bodies in a call to publish, half of Pub/Sub's
 MAX_ATTRIBUTE = 1024  # bytes of an attribute's value
 _EXPECTED = "expected pubsub://PROJECT/SUBSCRIPTION"
 _URL = re.compile(r"(?i:pubsub)://(?P<project>[^/?#]+)/(?P<subscription>[A-Za-z][A-Za-z0-9._~+%-]{2,254})")
-_DIRECT = "KLAVIYO_WORKER_DEAD_LETTER=direct"
+_DIRECT = "KLAVIYO_WORKER_DEAD_LETTER_MODE=direct"
 _CONSUME = "pubsub.subscriptions.consume"
 _VIEWER = "grant roles/pubsub.viewer on it"
 _SET_TOPIC = "gcloud pubsub subscriptions update {} --dead-letter-topic=TOPIC --max-delivery-attempts=10"

@@ -121,7 +121,9 @@ class PushQueue:
             open_to_all = "push:// takes messages from every client that can reach it"
             warnings.append(QueueWarning(open_to_all, "add ?audience=AUDIENCE&service_account=EMAIL to QUEUE_URL"))
         if self._options.direct_dead_letter:
-            no_effect = "KLAVIYO_WORKER_DEAD_LETTER=direct has no effect on push://: the subscription's policy counts"
+            no_effect = (
+                "KLAVIYO_WORKER_DEAD_LETTER_MODE=direct has no effect on push://: the subscription's policy counts"
+            )
             warnings.append(QueueWarning(no_effect))
         return warnings
 

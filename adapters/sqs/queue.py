@@ -39,7 +39,7 @@ _REGION = r"(?P<region>[a-z]{2,}(-[a-z]+)+-[0-9]+)"
 _BY_NAME = re.compile(rf"sqs://{_NAME}/?(\?region={_REGION})?")
 _BY_URL = re.compile(rf"https://sqs\.{_REGION}\.amazonaws\.(com|com\.cn|eu)/[0-9]{{12}}/{_NAME}")
 _DEAD_LETTERS = "DEAD_LETTER_QUEUE_URL"
-_DIRECT = "KLAVIYO_WORKER_DEAD_LETTER=direct"
+_DIRECT = "KLAVIYO_WORKER_DEAD_LETTER_MODE=direct"
 _READ = "grant sqs:GetQueueAttributes on it"
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NUMBER = 60
-ONE_BY_ONE = {"KLAVIYO_WORKER_RATE_SHARE": "1", "KLAVIYO_WORKER_BULK_THRESHOLD": "100000"}
+ONE_BY_ONE = {"KLAVIYO_WORKER_RATE_LIMIT_SHARE": "1", "KLAVIYO_WORKER_BULK_THRESHOLD": "100000"}
 
 
 def shop() -> Shop:
@@ -52,10 +52,10 @@ def test_killed_and_gone_on_with_beside_the_worker_nothing_is_missing_or_doubled
         worker = Worker(sandbox.environment | ONE_BY_ONE | {"QUEUE_URL": f"embedded://{tmp_path}/queue.db"}, tmp_path)
         sandbox.klaviyo.latency = 0.2
         orders = sandbox.shop.orders.values()
-        live = worker.start("run", "--metrics-port", "0")
+        live = worker.start("run", "--http-port", "0")
         for name in ("orders", "customers"):
             path = tmp_path / f"{name}.json"
-            killed = worker.start("backfill", name, "--resume", str(path), "--max-batch", "5", "--concurrency", "4")
+            killed = worker.start("backfill", name, "--resume", str(path), "--max-batch", "5", "--max-requests", "4")
             for order in list(orders)[::7]:
                 worker.publish(
                     message("OrderCreated", "order", order["id"], order=order),

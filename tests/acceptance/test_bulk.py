@@ -119,7 +119,7 @@ def test_a_worker_that_is_stopped_in_the_middle_doubles_nothing(
     """Messages go back to the queue while their bulk call, which did arrive, is still without an answer."""
     sandbox.klaviyo.faults.add(Fault(action="lose_response", seconds=15, times=None, match=f"POST {BULK}"))
     worker.publish(*orders(sandbox))
-    process = worker.start("run", "--grace-period", "0.1")
+    process = worker.start("run", "--shutdown-grace-period", "0.1")
     wait_for(lambda: account.events)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 6

@@ -139,7 +139,7 @@ def test_a_service_out_of_reach_is_told(service: str, code: int, worker: Worker,
     server.stop()
     with socket() as held:  # or the port goes to the next test that asks for one
         held.bind(("127.0.0.1", urlsplit(server.url).port))
-        done = worker(*PROBE, "--retry-seconds", "0")
+        done = worker(*PROBE, "--retry-timeout", "0")
     assert done.returncode == code
     assert "check the URL, the network" in findings(done)[service]["text"]
     expected = {service} | ({"subscriptions"} if service == "commercetools" else set())

@@ -174,7 +174,7 @@ def test_an_outage_is_not_waited_for_without_end(
     monkeypatch.setattr(replay, "MAX_WAIT", 0.1)
     made = bury_at(path, *map(order, range(1, 5)))
     sandbox.klaviyo.faults.add(Fault(503, times=None))
-    result = dlq("replay", "--retry-seconds", "0")
+    result = dlq("replay", "--retry-timeout", "0")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "Error: gave up waiting for an outage to end: replay the rest later"
     assert left_at(path) == made

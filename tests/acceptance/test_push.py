@@ -24,7 +24,7 @@ def test_pushed_messages_have_every_effect_once_and_failures_come_again(
     worker = Worker(sandbox.environment | environment, tmp_path)
     workload = Workload(sandbox, 200)
     sandbox.klaviyo.faults.add(Fault(status=503, times=5, match="POST /api/events"))
-    process = worker.start("run", "--retry-seconds", "0")
+    process = worker.start("run", "--retry-timeout", "0")
     wait_for(lambda: "listening" in worker.log.read_text())
     poison = b"{}"
     subscription.publish(*workload.bodies, poison)

@@ -118,7 +118,7 @@ def test_a_shutdown_that_takes_too_long_returns_the_message_and_exits_6(
     customer = next(iter(sandbox.shop.customers))
     sandbox.klaviyo.faults.add(Fault(action="hang", seconds=30, times=1))
     rig.publish([json.dumps(updated(customer)).encode()])
-    process = worker.start("run", "--grace-period", "0.3")
+    process = worker.start("run", "--shutdown-grace-period", "0.3")
     wait_for(lambda: sandbox.klaviyo.faults.triggered)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 6
@@ -133,7 +133,7 @@ def test_two_workers_share_the_load(worker: Worker, sandbox: Sandbox, rig: Rig, 
     workload = Workload(sandbox, 600)
     other = Worker(worker.environment, tmp_path / "other")
     other.directory.mkdir()
-    limit = ("--max-in-flight", "40", "--max-batch", "10", "--metrics-port", "0")
+    limit = ("--max-in-flight", "40", "--max-batch", "10", "--http-port", "0")
     processes = [one.start("run", *limit) for one in (worker, other)]
     left = iter(workload.bodies)
     wait_for(lambda: _both_had_some(rig, left, worker, other), 40)
@@ -159,7 +159,7 @@ def test_once_drains_the_queue_and_waits_for_redeliveries(worker: Worker, sandbo
     """Where the queue does not tell its backlog, quiet for ten seconds and nothing sent back is the end."""
     workload = Workload(sandbox, 100)
     rig.publish(workload.bodies)
-    done = worker("run", "--once", "--retry-seconds", "0")
+    done = worker("run", "--once", "--retry-timeout", "0")
     assert done.returncode == 0, done.stderr
     workload.assert_exactly_once()
     assert rig.left() == []

@@ -111,7 +111,7 @@ def test_failed_enrichment_is_never_acked(style: str, worker: Worker, sandbox: S
         sandbox.commercetools.stop()
     else:
         sandbox.commercetools.faults.add(Fault(status=500, times=None, match="GET /" if style == "500" else ""))
-    done = worker("run", "--once", "--max-wait", "0.1", "--retry-seconds", "0.3")
+    done = worker("run", "--once", "--max-wait", "0.1", "--retry-timeout", "0.3")
     assert done.returncode == 0
     assert [line["outcome"] for line in log_lines(done.stderr)] == ["returned"]
     assert "gave_up_waiting" in done.stderr
@@ -130,7 +130,7 @@ def test_what_an_outage_costs(seconds: float, attempts: int, worker: Worker, san
     customers = [name for name, customer in sandbox.shop.customers.items() if customer.get("email")]
     sandbox.klaviyo.stop()
     worker.publish(*map(updated, customers))
-    process = worker.start("run", "--outage-hold", "3", "--retry-seconds", "0.2", "--metrics-port", "0")
+    process = worker.start("run", "--outage-hold", "3", "--retry-timeout", "0.2", "--http-port", "0")
     wait_for(lambda: sandbox.commercetools.requests)
     time.sleep(seconds)
     assert process.poll() is None
@@ -149,7 +149,7 @@ def test_health_and_metrics_tell_that_the_worker_is_parked(worker: Worker, sandb
     customer = next(iter(sandbox.shop.customers))
     sandbox.klaviyo.faults.add(Fault(status=401, times=None))
     worker.publish(updated(customer))
-    process = worker.start("run", "--metrics-port", str(port), "--park-seconds", "0.2")
+    process = worker.start("run", "--http-port", str(port), "--park-retry-interval", "0.2")
     wait_for(lambda: ask(port, "/readyz")[0] == 503)
     assert "KLAVIYO_AUTH_KEY" in ask(port, "/readyz")[1]
     assert ask(port, "/livez")[0] == 200
@@ -174,19 +174,19 @@ def test_a_metrics_port_that_is_taken_is_said_and_costs_no_message(worker: Worke
     worker.publish(updated(next(iter(sandbox.shop.customers))))
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
-        process = worker.start("run", "--metrics-port", port)
+        process = worker.start("run", "--http-port", port)
         wait_for(lambda: sandbox.account.profiles)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     (line,) = [line for line in worker.log.read_text().splitlines() if "metrics_not_served" in line]
     assert port in line
-    assert "KLAVIYO_WORKER_METRICS_PORT" in line
+    assert "KLAVIYO_WORKER_HTTP_PORT" in line
 
 
 def test_once_serves_no_metrics(worker: Worker) -> None:
     """Nobody scrapes a run that ends by itself, and it may share a host with a worker that is scraped."""
     with socket.create_server(("", 0)) as taken:
-        done = worker("run", "--once", "--metrics-port", str(taken.getsockname()[1]))
+        done = worker("run", "--once", "--http-port", str(taken.getsockname()[1]))
     assert (done.returncode, "metrics_not_served" in done.stderr) == (0, False)
 
 
@@ -219,7 +219,7 @@ def test_a_running_worker_parks_while_its_key_is_refused(worker: Worker, sandbox
     customer = next(iter(sandbox.shop.customers.values()))
     worker.publish(updated(customer["id"]))
     sandbox.klaviyo.faults.add(Fault(status=401, times=3))
-    process = worker.start("run", "--park-seconds", "0.1")
+    process = worker.start("run", "--park-retry-interval", "0.1")
     wait_for(lambda: sandbox.account.profiles)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
@@ -251,7 +251,7 @@ def test_a_shutdown_that_takes_too_long_returns_the_messages_and_exits_6(worker:
     customer = next(iter(sandbox.shop.customers))
     sandbox.klaviyo.faults.add(Fault(action="hang", seconds=15, times=1))
     worker.publish(updated(customer))
-    process = worker.start("run", "--grace-period", "0.3")
+    process = worker.start("run", "--shutdown-grace-period", "0.3")
     wait_for(lambda: sandbox.klaviyo.requests or sandbox.commercetools.requests)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
@@ -265,7 +265,7 @@ def test_a_second_signal_does_not_wait(worker: Worker, sandbox: Sandbox) -> None
     customer = next(iter(sandbox.shop.customers))
     sandbox.klaviyo.faults.add(Fault(action="hang", seconds=15, times=1))
     worker.publish(updated(customer))
-    process = worker.start("run", "--grace-period", "60")
+    process = worker.start("run", "--shutdown-grace-period", "60")
     wait_for(lambda: sandbox.commercetools.requests)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from worker.sandbox import Sandbox
 
-RUN = ("run", "--metrics-port", "0", "--park-seconds", "0.2")
+RUN = ("run", "--http-port", "0", "--park-retry-interval", "0.2")
 
 
 def test_systemd_is_told_how_it_goes(worker: Worker, sandbox: Sandbox) -> None:

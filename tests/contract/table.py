@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from tests.rigs.base import Guarantees
 
-_AT_ONCE = {"always": "always", "asked": "with `KLAVIYO_WORKER_DEAD_LETTER=direct`"}
+_AT_ONCE = {"always": "always", "asked": "with `KLAVIYO_WORKER_DEAD_LETTER_MODE=direct`"}
 _ROWS: dict[str, Callable[[Guarantees], str]] = {
     "order": lambda queue: "oldest first" if queue.in_order else "none",
     "lease, extended while a message is held": lambda queue: (

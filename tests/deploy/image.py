@@ -106,7 +106,7 @@ def drain_as_user(scratch: Path) -> None:
     with Sandbox() as sandbox:
         bodies = [sample.body for sample in sample_notifications(sandbox.shop)]
         environment = sandbox.environment | {"QUEUE_URL": f"embedded://{state}/queue.db", "HOME": "/nowhere"}
-        environment |= {"KLAVIYO_WORKER_METRICS_PORT": "0", "KLAVIYO_WORKER_LOG_FORMAT": "json"}
+        environment |= {"KLAVIYO_WORKER_HTTP_PORT": "0", "KLAVIYO_WORKER_LOG_FORMAT": "json"}
         _run([*command, "publish", "-"], scratch, environment, b"\n".join(bodies) + b"\n")
         log = _run([*command, "run", "--once"], scratch, environment).stderr
         events = len(sandbox.account.events)

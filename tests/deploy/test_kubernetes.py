@@ -127,7 +127,7 @@ def test_the_pod_is_bounded_and_probed(objects: Objects) -> None:
         "readiness": "/readyz",
     }
     assert {probe["port"] for probe in probes.values()} == {"metrics"}
-    served = Settings.model_fields["metrics_port"].default
+    served = Settings.model_fields["http_port"].default
     assert container["ports"] == [{"name": "metrics", "containerPort": served}]
     assert objects["Service"]["spec"]["ports"] == [{"name": "metrics", "port": served, "targetPort": "metrics"}]
 
@@ -137,7 +137,7 @@ def test_a_roll_out_leaves_no_gap_and_time_to_finish(objects: Objects) -> None:
     spec, pod = objects["Deployment"]["spec"], pod_of(objects)
     assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
     assert "replicas" not in spec
-    assert pod["terminationGracePeriodSeconds"] >= Settings.model_fields["grace_period"].default + 60
+    assert pod["terminationGracePeriodSeconds"] >= Settings.model_fields["shutdown_grace_period"].default + 60
     assert objects["PodDisruptionBudget"]["spec"]["maxUnavailable"] == 1
     assert {rule["whenUnsatisfiable"] for rule in pod["topologySpreadConstraints"]} == {"ScheduleAnyway"}
     assert container_of(objects)["image"] == f"klaviyo-worker:{version('klaviyo-worker')}"
@@ -294,7 +294,7 @@ def test_the_container_runs_as_the_manifest_says(sandbox: Sandbox, tmp_path: Pat
     secrets.mkdir()
     home.mkdir()
     ours = {name: value for name, value in sandbox.environment.items() if name not in SECRET_NAMES}
-    ours |= {"QUEUE_URL": f"embedded://{tmp_path}/queue.db", "KLAVIYO_WORKER_METRICS_PORT": str(port)}
+    ours |= {"QUEUE_URL": f"embedded://{tmp_path}/queue.db", "KLAVIYO_WORKER_HTTP_PORT": str(port)}
     ours |= {"HOME": str(home), "TMPDIR": str(home)}
     worker = Worker(environment_of(objects) | secrets_in(secrets, objects, sandbox) | ours, home)
     worker.publish(sample_notifications(sandbox.shop)[0].body)

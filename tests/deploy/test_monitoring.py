@@ -60,7 +60,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exposed]:
         worker = Worker(sandbox.environment | {"QUEUE_URL": f"embedded://{directory}/queue.db"}, directory)
         worker.publish(*(sample.body for sample in sample_notifications(sandbox.shop)))
         sandbox.klaviyo.faults.add(Fault(429, match="POST /api/profile-import", headers={"Retry-After": "600"}))
-        process = worker.start("run", "--metrics-port", str(port))
+        process = worker.start("run", "--http-port", str(port))
         try:
             wait_for(lambda: _only_waits(ask(port, "/metrics")[1]))
             yield exposed(ask(port, "/metrics")[1])

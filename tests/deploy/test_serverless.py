@@ -145,17 +145,17 @@ def test_times_and_ports_fit_each_other() -> None:
     assert PUSH["--max-delivery-attempts"] == "100"
     assert int(SERVICE["--concurrency"]) <= Settings.model_fields["max_in_flight"].default
     for found in (SERVICE, POOL):
-        assert int(_pairs(found["--set-env-vars"])["KLAVIYO_WORKER_GRACE_PERIOD"]) < KILLED_AFTER
-    assert int(APP["--termination-grace-period"]) > Settings.model_fields["grace_period"].default
+        assert int(_pairs(found["--set-env-vars"])["KLAVIYO_WORKER_SHUTDOWN_GRACE_PERIOD"]) < KILLED_AFTER
+    assert int(APP["--termination-grace-period"]) > Settings.model_fields["shutdown_grace_period"].default
     assert settings["QUEUE_URL"].rpartition(":")[2] == SERVICE["--port"]
     probe = _pairs(SERVICE["--liveness-probe"])
-    assert probe["httpGet.port"] == str(Settings.model_fields["metrics_port"].default)
+    assert probe["httpGet.port"] == str(Settings.model_fields["http_port"].default)
 
 
 def test_the_worker_runs_as_the_cloud_run_service(sandbox: Sandbox, tmp_path: Path) -> None:
     """With the settings of the page; Cloud Run has checked the token, and taken off its signature."""
     port, metrics = free_port(), free_port()
-    worker = Worker(_as_on_cloud_run(sandbox, tmp_path, port) | {"KLAVIYO_WORKER_METRICS_PORT": str(metrics)}, tmp_path)
+    worker = Worker(_as_on_cloud_run(sandbox, tmp_path, port) | {"KLAVIYO_WORKER_HTTP_PORT": str(metrics)}, tmp_path)
     workload = Workload(sandbox, 10)
     process = worker.start("run")
     wait_for(lambda: events_named(worker, "listening"))

@@ -78,7 +78,7 @@ def test_secrets_are_credentials() -> None:
 def test_systemd_has_more_patience_than_the_worker() -> None:
     """A stop is never cut short, and exit code 2, which no restart mends, ends the restarts."""
     (stop,), (prevented,), (watchdog,) = map(options, ("TimeoutStopSec", "RestartPreventExitStatus", "WatchdogSec"))
-    assert int(stop) > Settings.model_fields["grace_period"].default
+    assert int(stop) > Settings.model_fields["shutdown_grace_period"].default
     assert int(prevented) == ExitCode.USAGE
     assert f"{HEARTBEAT:.0f} s feeds the watchdog no more" in UNIT.read_text(encoding="utf-8")
     page = " ".join((ROOT / "docs/vm.md").read_text(encoding="utf-8").split())

@@ -34,11 +34,11 @@ AHEAD = timedelta(seconds=5)  # by which commercetools' clock is ahead where wha
 SETTINGS = {
     "KLAVIYO_WORKER_CONNECT_TIMEOUT": "1",
     "KLAVIYO_WORKER_READ_TIMEOUT": "1",
-    "KLAVIYO_WORKER_RETRY_SECONDS": "0.3",
-    "KLAVIYO_WORKER_PARK_SECONDS": "0.5",
+    "KLAVIYO_WORKER_RETRY_TIMEOUT": "0.3",
+    "KLAVIYO_WORKER_PARK_RETRY_INTERVAL": "0.5",
     "KLAVIYO_WORKER_OUTAGE_HOLD": "60",
-    "KLAVIYO_WORKER_METRICS_PORT": "0",
-    "KLAVIYO_WORKER_DEAD_LETTER": "direct",
+    "KLAVIYO_WORKER_HTTP_PORT": "0",
+    "KLAVIYO_WORKER_DEAD_LETTER_MODE": "direct",
     "KLAVIYO_WORKER_MAX_BATCH": "10",  # so that a fault meets some batches and spares others
     "KLAVIYO_WORKER_MAX_IN_FLIGHT": "40",
     "KLAVIYO_WORKER_LOG_FORMAT": "json",

@@ -34,7 +34,7 @@ NOT_JSON = _ALWAYS(status=200, body=_PAGE, headers=_HTML)
 REFUSED_KEY = _ALWAYS(status=401)
 REFUSED_TOKEN = _ALWAYS(status=401, match=_API)
 _IMPATIENT = {"KLAVIYO_WORKER_READ_TIMEOUT": "0.5"}
-_SLOWLY = {"KLAVIYO_WORKER_CONCURRENCY": "2"}
+_SLOWLY = {"KLAVIYO_WORKER_MAX_REQUESTS": "2"}
 # Google's emulator sends more than a worker asks for. What a stopped worker had not read yet is leased for a minute.
 _ROOMY = {"KLAVIYO_WORKER_MAX_IN_FLIGHT": "500"}
 # Few enough lanes and so low a threshold that profiles and the catalog go in jobs, as they do from a long backlog.

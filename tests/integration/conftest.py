@@ -26,7 +26,7 @@ def settings_for(sandbox: Sandbox, **values: Any) -> Settings:
     """Return settings that point at a sandbox."""
     environment = {"CT_SCOPE": "", **sandbox.environment}
     flags = {name: environment.get(str(info.validation_alias)) for name, info in Settings.model_fields.items()}
-    return load(Settings, flags | {"retry_seconds": 2} | values)
+    return load(Settings, flags | {"retry_timeout": 2} | values)
 
 
 def commercetools_for(sandbox: Sandbox, **values: Any) -> Commercetools:

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 _OF_A_QUEUE = frozenset(
     {
         "queue_url",
-        "dead_letter",
+        "dead_letter_mode",
         "pub_sub_port",
-        "metrics_port",
+        "http_port",
         "status_page",
         "app_type",
         "dead_letter_queue_url",
-        "park_seconds",
+        "park_retry_interval",
     }
 )
 _FILE = click.Path(path_type=Path, dir_okay=False)

@@ -105,7 +105,7 @@ class Status:
 
     def _limits(self, requests: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
         """Return how much of the limits was used that were needed within a minute, the most used first."""
-        share = self._settings.rate_share
+        share = self._settings.rate_limit_share
         lines = [
             {
                 "endpoint": endpoint,

@@ -52,10 +52,10 @@ class CircuitBreakers:
 class CircuitBreaker:
     """Calls again what failed for the moment; in an outage lets one call through in a while, to see if it is over.
 
-    A call that raises Transient is repeated for about `retry_seconds`, with waits that grow from 0.2 s and full
+    A call that raises Transient is repeated for about `retry_timeout`, with waits that grow from 0.2 s and full
     jitter; Retry-After is obeyed, and Throttled waited out for longer. Once calls have given up FAILURE_THRESHOLD times
     in a row the gate closes: it raises CircuitOpen at once, without a request, until a pause is over. Then one call
-    tries, once, and opens the gate or begins a longer pause. Misconfigured closes it at once, for `park_seconds`.
+    tries, once, and opens the gate or begins a longer pause. Misconfigured closes it at once, for `park_retry_interval`.
     """
 
     def __init__(self, about: Mapping[str, str], settings: CommercetoolsSettings, stopping: Event) -> None:
@@ -137,7 +137,7 @@ class CircuitBreaker:
             if self._closed_by is not None and not finds_out:  # begun before the gate was closed
                 return _again(self._closed_by, max(self._open_at - time.monotonic(), 0.0))
             if isinstance(error, Misconfigured):
-                seconds = self._settings.park_seconds
+                seconds = self._settings.park_retry_interval
             elif self._failures < FAILURE_THRESHOLD and self._closed_by is None:
                 return error
             else:
@@ -151,7 +151,7 @@ class CircuitBreaker:
     def _is_enough(self, state: tenacity.RetryCallState) -> bool:
         """Tell whether to give up rather than wait once more."""
         error = state.outcome.exception() if state.outcome else None
-        patience = THROTTLE_PATIENCE if isinstance(error, Throttled) else self._settings.retry_seconds
+        patience = THROTTLE_PATIENCE if isinstance(error, Throttled) else self._settings.retry_timeout
         is_over = (state.seconds_since_start or 0.0) + state.upcoming_sleep >= patience
         return is_over or self._stopping.is_set()
 

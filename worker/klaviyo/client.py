@@ -58,12 +58,12 @@ class Klaviyo:
         key = settings.klaviyo_auth_key.get_secret_value()
         sdk = KlaviyoAPI(key, max_retries=1, test_host=settings.klaviyo_api_url)
         configuration = sdk.api_client.configuration
-        configuration.connection_pool_maxsize = 3 * settings.concurrency + settings.threads
+        configuration.connection_pool_maxsize = 3 * settings.max_requests + settings.threads
         configuration.proxy = http.proxy_for(settings.klaviyo_api_url)
         pool: urllib3.PoolManager = RESTClientObject(configuration).pool_manager
         self._transport = http.Transport(pool, settings, observe)
         self._gates = CircuitBreakers("klaviyo", settings, stopping)
-        self._limits = RateLimiter(settings.rate_share, stopping)
+        self._limits = RateLimiter(settings.rate_limit_share, stopping)
         self._host: str = configuration.host
         self._headers = {
             "User-Agent": "klaviyo-worker",

@@ -153,7 +153,7 @@ class Lane(Thread):
             cause = job.outcome.cause if job.outcome else None
             asked = cause.retry_after if isinstance(cause, Transient | Misconfigured) else None
             if isinstance(cause, Misconfigured):
-                job.due_at = now + (asked or self._settings.park_seconds)
+                job.due_at = now + (asked or self._settings.park_retry_interval)
                 refusals.append(cause)
             else:  # the last try is when the hold ends
                 last = max(job.failed_at + self._hold, now)

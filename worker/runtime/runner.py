@@ -185,14 +185,14 @@ class Runner:
                 raise
             self._queue_refused, self._refused_at = str(error), time.monotonic()
             return ()
-        if deliveries or time.monotonic() > self._refused_at + 2 * self._settings.park_seconds:
+        if deliveries or time.monotonic() > self._refused_at + 2 * self._settings.park_retry_interval:
             self._queue_refused = ""
         return deliveries
 
     def _room(self) -> int:
         """Return how many messages may be received now; wait a moment when none."""
         now = time.monotonic()
-        is_refused = self._queue_refused and now < self._refused_at + self._settings.park_seconds
+        is_refused = self._queue_refused and now < self._refused_at + self._settings.park_retry_interval
         is_stuck = self._in_flight.is_stuck
         if is_stuck and now >= self._pulled_at + MAX_BACKOFF:
             self._pulled_at = now
@@ -248,7 +248,7 @@ class Runner:
 
     def _finish(self) -> None:
         """Return at once what no lane has begun, and let the lanes end inside the grace period."""
-        deadline = time.monotonic() + self._settings.grace_period
+        deadline = time.monotonic() + self._settings.shutdown_grace_period
         try:
             self._queue.stop()
         except Exception as error:  # noqa: BLE001 - whatever it is, what is held must go back

@@ -169,7 +169,7 @@ def test_check_names_what_the_subscription_lacks(emulator: Emulator, opened: Ope
     assert "10 s" in deadline.reason
     command = f"gcloud pubsub subscriptions update {bare.path} --"
     assert all(warning.todo.startswith(command) for warning in (dead, retry, deadline))
-    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct: .* has no dead-letter topic"):
+    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: .* has no dead-letter topic"):
         opened(bare.url, direct_dead_letter=True).check()
     pushed = Subscription(emulator, push="http://127.0.0.1:1/")
     with pytest.raises(QueueError, match="is a push subscription: use push://HOST:PORT"):

@@ -143,7 +143,7 @@ def test_who_may_not_read_the_subscription_is_warned_and_works(serve: Serve, ope
     queue = opened(URL)
     (warning,) = queue.check()
     assert "grant roles/pubsub.viewer" in warning.todo
-    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct: .* grant roles/pubsub.viewer"):
+    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: .* grant roles/pubsub.viewer"):
         opened(URL, direct_dead_letter=True).check()
     with pytest.raises(QueueError, match=r"grant roles/pubsub.viewer"):
         queue.publish([b"x"])

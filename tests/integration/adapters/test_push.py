@@ -251,7 +251,7 @@ def test_the_url_names_host_port_and_whose_tokens_count() -> None:
     assert (queue.host, queue.port, queue.lease) == ("127.0.0.1", port, None)
     anybody, direct = map(str, queue.check())
     assert "audience" in anybody
-    assert "KLAVIYO_WORKER_DEAD_LETTER" in direct
+    assert "KLAVIYO_WORKER_DEAD_LETTER_MODE" in direct
     assert open_queue(f"push://[::1]:80?audience={AUDIENCE}&service_account={ACCOUNT}").check() == []
     half = (f"service_account={ACCOUNT}", f"audience={AUDIENCE}", "audience=", "audience=&service_account=")
     rest = ("push://", "push://h:port", "push://h/path", "push://h?x=1")

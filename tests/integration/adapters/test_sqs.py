@@ -416,7 +416,7 @@ def test_check_names_what_the_queue_lacks(moto: Server, opened: Open) -> None:
     assert f"aws sqs set-queue-attributes --queue-url {bare.queue_url} --attributes" in policy.todo
     assert "no redrive policy" in policy.reason
     assert policy.is_missing_policy
-    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct: .* has no dead-letter queue"):
+    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: .* has no dead-letter queue"):
         opened(bare, direct_dead_letter=True).check()
     few = Queue(moto, receives=4)
     few.client.delete_queue(QueueUrl=few.dead_url)
@@ -424,7 +424,7 @@ def test_check_names_what_the_queue_lacks(moto: Server, opened: Open) -> None:
     assert str(dead) == f"the dead-letter queue: {few.name}-dead does not exist: create it, or correct name or region"
     assert "after 4 receives" in receives.reason
     assert (dead.is_missing_policy, receives.is_missing_policy) == (True, False)
-    with pytest.raises(QueueError, match=f"KLAVIYO_WORKER_DEAD_LETTER=direct: .* {few.name}-dead does not exist"):
+    with pytest.raises(QueueError, match=f"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: .* {few.name}-dead does not exist"):
         opened(few, direct_dead_letter=True).check()
     few.client.delete_queue(QueueUrl=few.queue_url)
     with pytest.raises(QueueError, match=f"QUEUE_URL: {few.name} does not exist: create it"):
@@ -439,7 +439,9 @@ def test_who_may_not_read_the_queue_is_warned_and_works(
     queue = Queue(moto)
     (warning,) = opened(queue).check()
     assert warning.todo == "grant sqs:GetQueueAttributes on it"
-    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct: .* grant sqs:GetQueueAttributes on it"):
+    with pytest.raises(
+        QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: .* grant sqs:GetQueueAttributes on it"
+    ):
         opened(queue, direct_dead_letter=True).check()
     assert opened(queue).counts() == (None, None)
 
@@ -711,7 +713,7 @@ def test_fifo_queues_are_read_and_not_written(moto: Server, opened: Open) -> Non
         ours.publish([b"x"])
     ours.close()
     direct = open_queue("sqs://orders.fifo", QueueOptions(direct_dead_letter=True))
-    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER=direct is not for FIFO queues"):
+    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct is not for FIFO queues"):
         direct.check()
     direct.close()
 

@@ -33,7 +33,7 @@ def signals_are_pytests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def backfill(sandbox: Sandbox, *arguments: str, **variables: str) -> Result:
     """Run to the end; as fast as the sandbox answers, which has no limits."""
-    environment = {"KLAVIYO_WORKER_RATE_SHARE": "1", **sandbox.environment, **variables}
+    environment = {"KLAVIYO_WORKER_RATE_LIMIT_SHARE": "1", **sandbox.environment, **variables}
     return CliRunner().invoke(main, ["backfill", *arguments], env=environment)
 
 
@@ -175,7 +175,7 @@ def test_an_outage_fails_no_record(sandbox: Sandbox) -> None:
     """Of Klaviyo or commercetools, while pages are read or records are sent: all is held until it is over."""
     sandbox.klaviyo.faults.add(Fault(status=503, times=6))
     sandbox.commercetools.faults.add(Fault(status=503, times=3, match="GET"))
-    result = backfill(sandbox, "customers", KLAVIYO_WORKER_RETRY_SECONDS="0", KLAVIYO_WORKER_OUTAGE_HOLD="2")
+    result = backfill(sandbox, "customers", KLAVIYO_WORKER_RETRY_TIMEOUT="0", KLAVIYO_WORKER_OUTAGE_HOLD="2")
     assert "customers: 5 done: 5 sent" in result.stderr, result.stderr
     assert result.exit_code == 0
 
@@ -226,7 +226,7 @@ def test_refused_credentials_end_it(variable: str, code: int, sandbox: Sandbox, 
         (("--ids", "a", "--since", "2026-01-01"), "--ids: names all records already"),
         (("--resume", "/proc/nowhere/c.json"), "--resume, --failures: cannot write"),
         (("--resume", "/etc/hostname"), "--resume: /etc/hostname is damaged"),
-        (("--rate-share", "2"), "KLAVIYO_WORKER_RATE_SHARE is malformed"),
+        (("--rate-limit-share", "2"), "KLAVIYO_WORKER_RATE_LIMIT_SHARE is malformed"),
     ],
 )
 def test_a_malformed_option_is_one_line_and_exit_code_2(

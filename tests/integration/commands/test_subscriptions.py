@@ -53,7 +53,7 @@ class Command:
 
     def checked(self, *arguments: str, **environment: str) -> tuple[int, dict[str, dict[str, Any]]]:
         """Return the exit code of `check`, and its findings by name."""
-        done = self("check", "--json", "--retry-seconds", "0", *arguments, **environment)
+        done = self("check", "--json", "--retry-timeout", "0", *arguments, **environment)
         findings = [json.loads(line) for line in done.stdout.splitlines()]
         return done.exit_code, {finding["check"]: finding for finding in findings}
 
@@ -315,7 +315,7 @@ def test_a_missing_scope_is_named(action: str, command: Command) -> None:
 def test_strange_answers_change_nothing(fault: Fault, text: str, command: Command, sandbox: Sandbox) -> None:
     """Least of all are they taken for "there is none"."""
     sandbox.commercetools.faults.add(fault_for(fault))
-    done = command.apply("--retry-seconds", "0")
+    done = command.apply("--retry-timeout", "0")
     assert done.exit_code == 4
     assert text in done.stderr
     assert not written(sandbox)

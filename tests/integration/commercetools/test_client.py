@@ -88,7 +88,7 @@ def test_a_broken_connection_is_tried_again(action: str, sandbox: Sandbox) -> No
 
 def test_an_outage_is_transient(sandbox: Sandbox) -> None:
     """Whether it answers 500 or refuses connections: the message will come again."""
-    client = commercetools_for(sandbox, retry_seconds=0.2)
+    client = commercetools_for(sandbox, retry_timeout=0.2)
     sandbox.commercetools.faults.add(Fault(status=500, times=None, match="GET"))
     assert isinstance(client.find(CUSTOMERS, ["x"])["x"], Transient)
     sandbox.commercetools.stop()
@@ -101,7 +101,7 @@ def test_an_outage_is_transient(sandbox: Sandbox) -> None:
 def test_a_strange_answer_is_never_taken_for_nothing(body: bytes, sandbox: Sandbox) -> None:
     """A maintenance page must not delete products or forget orders."""
     sandbox.commercetools.faults.add(Fault(status=200, times=None, match="GET", body=body))
-    assert isinstance(commercetools_for(sandbox, retry_seconds=0.1).find(PRODUCTS, ["x"])["x"], Transient)
+    assert isinstance(commercetools_for(sandbox, retry_timeout=0.1).find(PRODUCTS, ["x"])["x"], Transient)
 
 
 def test_a_redirect_is_a_matter_of_configuration(sandbox: Sandbox) -> None:

@@ -152,7 +152,7 @@ def test_a_worker_shows_how_it_is_unless_told_not_to(
     """Off: not even that there is such a page; health and metrics stay."""
     port = free_port()
     settings = settings_for(
-        sandbox, queue_url=f"embedded://{tmp_path}/q.db", metrics_port=port, status_page=setting, catalog_ttl=0
+        sandbox, queue_url=f"embedded://{tmp_path}/q.db", http_port=port, status_page=setting, cache_ttl=0
     )
     service = Worker(settings)
     running = Thread(target=service.run, kwargs={"once": False, "max_wait": 0.0})

@@ -121,7 +121,7 @@ def test_a_lost_answer_is_asked_for_again(action: str, sandbox: Sandbox) -> None
 def test_a_shutdown_ends_the_waiting(sandbox: Sandbox) -> None:
     """Nobody waits for a Retry-After while the process is to stop."""
     stopping = Event()
-    client = Klaviyo(settings_for(sandbox, retry_seconds=60), stopping)
+    client = Klaviyo(settings_for(sandbox, retry_timeout=60), stopping)
     stopping.set()
     sandbox.klaviyo.faults.add(Fault(status=503, times=None, headers={"Retry-After": "30"}))
     began = time.monotonic()
@@ -179,15 +179,15 @@ def test_a_strange_answer_is_never_taken_for_success(sandbox: Sandbox) -> None:
     """A maintenance page with status 200 has recorded no event."""
     sandbox.klaviyo.faults.add(Fault(status=200, times=None, body=b"<html>maintenance</html>"))
     with pytest.raises(Transient, match="no JSON"):
-        klaviyo_for(sandbox, retry_seconds=0.1).call("POST", "/api/events", PROFILE)
+        klaviyo_for(sandbox, retry_timeout=0.1).call("POST", "/api/events", PROFILE)
 
 
 def test_a_challenge_page_is_transient(sandbox: Sandbox) -> None:
     """Cloudflare answers 403 in HTML now and then; the key is fine."""
     sandbox.klaviyo.faults.add(Fault(status=403, times=1, body=b"<html>Just a moment...</html>"))
-    klaviyo_for(sandbox, retry_seconds=0)  # no retry needed to tell
+    klaviyo_for(sandbox, retry_timeout=0)  # no retry needed to tell
     with pytest.raises(Transient, match="challenge"):
-        klaviyo_for(sandbox, retry_seconds=0).call("POST", "/api/profile-import", PROFILE)
+        klaviyo_for(sandbox, retry_timeout=0).call("POST", "/api/profile-import", PROFILE)
 
 
 def test_the_proxy_of_the_environment_is_used(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +212,7 @@ def test_connections_are_reused(sandbox: Sandbox) -> None:
 
 def test_in_an_outage_only_the_first_calls_wait(sandbox: Sandbox) -> None:
     """Once one call gave up, others are tried once, until Klaviyo answers again."""
-    client = klaviyo_for(sandbox, retry_seconds=0.5)
+    client = klaviyo_for(sandbox, retry_timeout=0.5)
     sandbox.klaviyo.faults.add(Fault(status=503, times=None))
     for _ in range(3):
         with pytest.raises(Transient):

@@ -206,7 +206,7 @@ def test_a_variant_and_its_stock_in_one_batch_are_one_entry(sandbox: Sandbox, se
 def test_an_outage_is_an_error_for_all_that_need_it(match: str, sandbox: Sandbox) -> None:
     """In the lookup, the job, or the wait for it; tried again, all is done."""
     sandbox.klaviyo.faults.add(Fault(match=match, times=None))
-    sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)
+    sender = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4)
     results = sender.send([item(number) for number in range(20)])
     assert all(isinstance(result, Transient) for result in results)
     sandbox.klaviyo.faults.clear()
@@ -265,7 +265,7 @@ def test_a_worker_that_stops_posts_no_more_jobs(monkeypatch: pytest.MonkeyPatch)
 def test_a_category_that_could_not_be_created_is_not_taken_for_there(sandbox: Sandbox) -> None:
     """An item whose category is missing is refused: an outage must not make dead letters."""
     sandbox.klaviyo.faults.add(Fault(match="POST /api/catalog-category-bulk-create-jobs", times=None))
-    sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)
+    sender = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4)
     needed = [category(number, OperationKind.ENSURE_CATEGORY) for number in range(30)]
     assert all(isinstance(result, Transient) for result in sender.send(needed))
     sandbox.klaviyo.faults.clear()
@@ -275,7 +275,7 @@ def test_a_category_that_could_not_be_created_is_not_taken_for_there(sandbox: Sa
 
 def test_an_outage_while_variants_are_listed_fails_their_items_only(sandbox: Sandbox) -> None:
     """Nothing is deleted on a guess, and the others are done."""
-    sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)
+    sender = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4)
     sender.send(products(20))
     sandbox.klaviyo.faults.add(Fault(match=f"GET /api/catalog-items/{catalog_id('p3')}", times=None))
     results = sender.send([Operation(OperationKind.DELETE_STALE_VARIANTS, f"p{number}") for number in range(20)])

@@ -133,7 +133,7 @@ def test_those_that_share_an_identifier_go_one_by_one(sandbox: Sandbox) -> None:
 def test_an_outage_is_an_error_for_all_and_the_next_try_does_it(match: str, sandbox: Sandbox) -> None:
     """Whether the job cannot be posted, or nothing is heard of it."""
     sandbox.klaviyo.faults.add(Fault(match=match, times=None))
-    sender = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4)
+    sender = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4)
     assert all(isinstance(result, Transient) for result in sender.send(upserts(20)))
     sandbox.klaviyo.faults.clear()
     assert sender.send(upserts(20)) == [None] * 20
@@ -145,7 +145,7 @@ def test_an_outage_in_the_middle_of_a_refused_call_spares_what_was_accepted(sand
     sandbox.klaviyo.faults.add(
         Fault(match=f"POST {JOBS}", status=400), Fault(match=f"POST {JOBS}", contains=b'"c15"', times=None)
     )
-    results = Sender(klaviyo_for(sandbox, retry_seconds=0.1), 4).send(upserts(20))
+    results = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4).send(upserts(20))
     assert [type(result) for result in results] == [type(None)] * 10 + [Transient] * 10
 
 

@@ -56,7 +56,7 @@ def test_settings_are_listed_apart_from_a_commands_own_options(path: str) -> Non
 def test_a_setting_shows_what_it_takes() -> None:
     """A choice, a number, a file, a URL."""
     text = " ".join(HELP["klaviyo-worker run"].get_help().split())
-    shown = "--bulk-events auto|always|never", "--lanes INTEGER", "--rate-share NUMBER", "--config FILE"
+    shown = "--bulk-events auto|always|never", "--lanes INTEGER", "--rate-limit-share NUMBER", "--config FILE"
     for flag in (*shown, "--queue-url URL", "--ct-project-id TEXT"):
         assert f"{flag} " in text
     files = [option.opts for option in options("klaviyo-worker run") if isinstance(option.type, click.Path)]

@@ -88,7 +88,7 @@ def test_what_does_not_exist_is_asked_for_again(reader: SlowReader) -> None:
 
 
 def test_nothing_is_remembered_without_a_lifetime(reader: SlowReader) -> None:
-    """KLAVIYO_WORKER_CATALOG_TTL=0."""
+    """KLAVIYO_WORKER_CACHE_TTL=0."""
     remembered = CachedReader(reader, 0)
     remembered.find(CATEGORY_NAMES, ["a"])
     remembered.find(CATEGORY_NAMES, ["a"])

@@ -174,7 +174,7 @@ def test_limits_are_those_of_this_worker() -> None:
     metrics = Metrics("embedded")
     used = FakeState().limits()["POST /api/events"]
     limits = {"GET /api/events": used._replace(waiting=0), "POST /api/events": used}
-    told = status(FakeState(limits=limits), Telemetry(metrics), rate_share=0.5)
+    told = status(FakeState(limits=limits), Telemetry(metrics), rate_limit_share=0.5)
     told.sample(0.0)
     for service in ("klaviyo", "commercetools"):
         metrics.requested(service, "POST /api/events", 202, 0.1)

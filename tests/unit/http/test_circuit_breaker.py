@@ -43,7 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def gates(**values: Any) -> CircuitBreakers:
     return CircuitBreakers(
-        "klaviyo", settings_for(**{"retry_seconds": 0, "park_seconds": 30} | values), threading.Event()
+        "klaviyo", settings_for(**{"retry_timeout": 0, "park_retry_interval": 30} | values), threading.Event()
     )
 
 
@@ -81,7 +81,7 @@ def held_back(closed: CircuitBreaker) -> float:
 def test_a_glitch_stays_between_us_and_the_other_side() -> None:
     """A call that fails is made again, soon, and its answer is the answer."""
     call = Scripted(DOWN, DOWN, "fine")
-    assert gate(retry_seconds=5)(call) == "fine"
+    assert gate(retry_timeout=5)(call) == "fine"
     assert len(call.calls) == 3
 
 
@@ -143,7 +143,7 @@ def test_retry_after_lengthens_the_pause(clock: Clock) -> None:
 
 def test_while_one_call_finds_out_the_others_are_held_back() -> None:
     """A service that answers nothing must not be asked by everybody at once."""
-    gate_ = closed(retry_seconds=0)
+    gate_ = closed(retry_timeout=0)
     gate_._open_at = 0.0
     begun, answer = threading.Event(), threading.Event()
 
@@ -229,8 +229,8 @@ def test_a_defect_while_finding_out_does_not_close_the_gate_for_ever(clock: Cloc
 
 
 def test_refused_credentials_hold_back_all_calls_at_once(clock: Clock) -> None:
-    """Not an outage: the worker parks, and one call in `park_seconds` finds out."""
-    gate_ = gate(park_seconds=30)
+    """Not an outage: the worker parks, and one call in `park_retry_interval` finds out."""
+    gate_ = gate(park_retry_interval=30)
     refused = KlaviyoMisconfigured("401: check KLAVIYO_AUTH_KEY")
     with pytest.raises(KlaviyoMisconfigured) as error:
         gate_(failing(refused))
@@ -269,7 +269,7 @@ def test_throttling_is_waited_out_for_longer_than_a_failure(monkeypatch: pytest.
     """The other side is up, and says when."""
     slept: list[float] = []
     monkeypatch.setattr("worker.http.circuit_breaker._backoff", lambda state: 0.0)
-    gate_ = gate(retry_seconds=0.1)
+    gate_ = gate(retry_timeout=0.1)
     gate_._retrying.sleep = slept.append
     call = Scripted(Throttled("429", 20.0), Throttled("429", 20.0), "fine")
     assert gate_(call) == "fine"
@@ -281,7 +281,7 @@ def test_throttling_is_waited_out_for_longer_than_a_failure(monkeypatch: pytest.
 def test_a_shutdown_ends_the_retries() -> None:
     """At once, whatever was asked for."""
     stopping = threading.Event()
-    gate_ = CircuitBreakers("klaviyo", settings_for(retry_seconds=60), stopping)["x"]
+    gate_ = CircuitBreakers("klaviyo", settings_for(retry_timeout=60), stopping)["x"]
     threading.Timer(0.1, stopping.set).start()
     began = time.monotonic()
     with pytest.raises(Throttled):

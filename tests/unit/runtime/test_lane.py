@@ -62,7 +62,7 @@ class Rig:
             self.failures.append,
             lambda error: self.refusals.append((str(error), self.in_flight.parked())),
         )
-        settings = settings_for(**{"outage_hold": 60, "park_seconds": 0.05} | values)
+        settings = settings_for(**{"outage_hold": 60, "park_retry_interval": 0.05} | values)
         self.lane = Lane(self.pipeline, self.in_flight, settings, self.stopping, ends)  # type: ignore[arg-type]
 
     def put(self, *names: str) -> None:

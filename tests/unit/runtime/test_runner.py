@@ -73,7 +73,7 @@ def runner_for(
     queue: Any, work: Callable[[Sequence[Message]], list[Message]] = nothing_special, **values: Any
 ) -> tuple[Runner, Pipeline]:
     pipeline = Pipeline(queue, work)
-    settings = settings_for(**{"park_seconds": 0.05} | values)
+    settings = settings_for(**{"park_retry_interval": 0.05} | values)
     return Runner(queue, pipeline, settings, Telemetry(Metrics("embedded")), threading.Event()), pipeline  # type: ignore[arg-type]
 
 
@@ -409,7 +409,7 @@ def test_the_loop_has_begun_when_the_queue_has_answered(
 def test_a_queue_that_is_only_silent_has_not_accepted_the_worker_yet(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stream tells of a refusal a moment after it was opened: silence counts after a second `park_seconds`."""
+    """A stream tells of a refusal a moment after it was opened: silence counts after a second `park_retry_interval`."""
     monkeypatch.setattr("worker.runtime.runner.RECEIVE_WAIT", 0.05)
     refusals = [QueueRefusedError("QUEUE_URL: gone")]
     silent: list[str] = []
@@ -423,7 +423,7 @@ def test_a_queue_that_is_only_silent_has_not_accepted_the_worker_yet(
         return []
 
     queue.receive = refusing  # type: ignore[method-assign]
-    runner, _ = runner_for(queue, park_seconds=0.5)
+    runner, _ = runner_for(queue, park_retry_interval=0.5)
     running(runner)
     wait_for(lambda: silent and not silent[-1])
     assert silent[:4] == ["QUEUE_URL: gone"] * 4
@@ -533,7 +533,7 @@ def test_nothing_goes_back_before_pulling_has_ended(queue: EmbeddedQueue) -> Non
     queue.stop = ending  # type: ignore[method-assign]
     queue.nack = lambda *given: (calls.append("nack"), give_back(*given))  # type: ignore[method-assign,assignment,func-returns-value]
     queue.publish([b"a:1", b"b:1"])
-    runner, _ = runner_for(queue, slow, park_seconds=60)
+    runner, _ = runner_for(queue, slow, park_retry_interval=60)
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
     begun.wait(5)
@@ -555,7 +555,7 @@ def test_what_was_begun_is_no_first_delivery_again(begun: bool, attempt: int, qu
         return list(jobs)
 
     queue.publish([b"a:1"])
-    runner, _ = runner_for(queue, parking, park_seconds=60)
+    runner, _ = runner_for(queue, parking, park_retry_interval=60)
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
     working.wait(5)
@@ -573,7 +573,7 @@ def test_the_grace_period_ends_the_waiting(queue: EmbeddedQueue) -> None:
         return list(jobs)
 
     queue.publish([b"a:1"])
-    runner, _ = runner_for(queue, hanging, grace_period=0.1)
+    runner, _ = runner_for(queue, hanging, shutdown_grace_period=0.1)
     threading.Timer(0.3, runner.stop).start()
     with pytest.raises(ShutdownTimeoutError, match="1 messages"):
         runner.run()

@@ -10,11 +10,11 @@ from worker.settings import Settings
 class BackfillSettings(Settings):
     """The worker's settings, with defaults for large batches and for half of Klaviyo's limits."""
 
-    rate_share: float = Field(
+    rate_limit_share: float = Field(
         0.5,
         gt=0,
         le=1,
-        validation_alias="KLAVIYO_WORKER_RATE_SHARE",
+        validation_alias="KLAVIYO_WORKER_RATE_LIMIT_SHARE",
         description="Share of Klaviyo's rate limits to use; the rest is the worker's",
     )
     lanes: int = Field(
