@@ -18,8 +18,8 @@ class Guarantees:
     """In what queues differ. tests/contract holds each queue against its own; docs/adapters.md shows them.
 
     `dead_letter`: whether a message can become a dead letter at once, with its reason: `always` does, `asked` does
-    with KLAVIYO_WORKER_DEAD_LETTER_MODE=direct. `gave_up`: whether the last reason is kept with a message that the queue
-    itself gave up on. `backlog`: whose word it is.
+    with KLAVIYO_WORKER_DEAD_LETTER_MODE=direct. `gave_up`: whether the last reason is kept with a message that the
+    queue itself gave up on. `backlog`: whose word it is.
     """
 
     in_order: bool  # oldest first, as long as nothing comes again

@@ -55,7 +55,8 @@ class CircuitBreaker:
     A call that raises Transient is repeated for about `retry_timeout`, with waits that grow from 0.2 s and full
     jitter; Retry-After is obeyed, and Throttled waited out for longer. Once calls have given up FAILURE_THRESHOLD times
     in a row the gate closes: it raises CircuitOpen at once, without a request, until a pause is over. Then one call
-    tries, once, and opens the gate or begins a longer pause. Misconfigured closes it at once, for `park_retry_interval`.
+    tries, once, and opens the gate or begins a longer pause. Misconfigured closes it at once, for
+    `park_retry_interval`.
     """
 
     def __init__(self, about: Mapping[str, str], settings: CommercetoolsSettings, stopping: Event) -> None:
