@@ -74,22 +74,22 @@ class OperationKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One wish to Klaviyo: idempotent, and complete in itself.
+    """One write to Klaviyo: idempotent and self-contained.
 
-    Two operations of a kind with the same `key` in one batch are one: the last state counts. `resource`
-    is the JSON:API object (`type`, `id`, `attributes`, `relationships`); None where the key says all.
-    `keep` are the variants DELETE_STALE_VARIANTS leaves alone; `otherwise` gives what to do instead
-    when Klaviyo does not have what is to be updated. `fresh` tells, at any time, whether nobody can have sent
-    this event before; None: somebody can.
+    If a batch has several operations with the same kind and `key`, only the last one counts. `resource` is the
+    JSON:API object (`type`, `id`, `attributes`, `relationships`); None if the key is enough. `keep_skus` are the
+    variants that DELETE_STALE_VARIANTS keeps. `fallback` returns the operations to send instead if Klaviyo does not
+    have the object to update. `is_first_delivery` returns True as long as no worker can have sent this event before;
+    None if one might have.
     """
 
     kind: OperationKind
     key: str
     resource: Json | None = field(default=None, repr=False)
-    keep: frozenset[str] = frozenset()
-    otherwise: Callable[[], Iterable[Operation]] | None = field(default=None, repr=False, compare=False)
+    keep_skus: frozenset[str] = frozenset()
+    fallback: Callable[[], Iterable[Operation]] | None = field(default=None, repr=False, compare=False)
     truncated: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
-    fresh: Callable[[], bool] | None = field(default=None, repr=False, compare=False)
+    is_first_delivery: Callable[[], bool] | None = field(default=None, repr=False, compare=False)
 
 
 class SendResult(NamedTuple):
@@ -125,13 +125,13 @@ class Lease:
 
     until: float = 0.0
 
-    def is_ours(self) -> bool:
+    def is_valid(self) -> bool:
         """Tell whether nobody else can have had the message by now."""
         return time.monotonic() < self.until
 
-    def extended(self, since: float, seconds: float) -> None:
+    def extend(self, since: float, seconds: float) -> None:
         """Note an extension. A lease that may have ended before may have been somebody else's meanwhile."""
-        if self.is_ours():
+        if self.is_valid():
             self.until = since + seconds
 
 
@@ -146,9 +146,9 @@ class Message:
     operations: Sequence[Operation] = ()
     outcome: Outcome | None = None
     requests: int = 0  # made to Klaviyo for it; one that many messages share counts for each
-    tries: int = 0  # times it was tried before in this process
-    written: Sequence[Operation] = ()  # done, but perhaps outdated by then
-    begun: bool = False  # the first delivery, and its events may be in Klaviyo by now
+    retries: int = 0  # times it was tried before in this process
+    last_sent: Sequence[Operation] = ()  # done, but perhaps outdated by then
+    events_may_be_sent: bool = False  # the first delivery, and its events may be in Klaviyo by now
     failed_at: float = 0.0  # when the first of them failed
     due_at: float = 0.0  # when to try again
     lease: Lease = field(default_factory=Lease)

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from worker.model import Enriched, Notification, Operation
     from worker.telemetry.message_log import Telemetry
 
-FIRST_DELAY, LONGEST_DELAY = 2.0, 600.0  # seconds before a nacked message comes again
-OUTDATED_AFTER = 2.0  # seconds from reading commercetools to the effect in Klaviyo; it is read again then
-SHORTEST_LEASE = 10.0  # seconds, where nothing can extend it: Pub/Sub's shortest ack deadline
-_STATES = frozenset(OperationKind) - {OperationKind.CREATE_EVENT, OperationKind.DELETE_PROFILE}
+FIRST_DELAY, MAX_DELAY = 2.0, 600.0  # seconds before a nacked message comes again
+STALE_AFTER = 2.0  # seconds from reading commercetools to the effect in Klaviyo; it is read again then
+MIN_LEASE = 10.0  # seconds, where nothing can extend it: Pub/Sub's shortest ack deadline
+_STATE_WRITES = frozenset(OperationKind) - {OperationKind.CREATE_EVENT, OperationKind.DELETE_PROFILE}
 _SEVERITY = (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)
 
 
@@ -66,7 +66,7 @@ class Pipeline:
         """Parse a delivery. Done before lanes are chosen, as the lane depends on the resource."""
         now = time.monotonic()
         # Half: the client may have held the message for a while before it was received.
-        job = Message(delivery, received_at=now, lease=Lease(now + (self._queue.lease or SHORTEST_LEASE) / 2))
+        job = Message(delivery, received_at=now, lease=Lease(now + (self._queue.lease or MIN_LEASE) / 2))
         with self._telemetry.stage("parse"):
             _guarded(job, "parse", partial(_parse, job, self._mapping))
         return job
@@ -83,7 +83,7 @@ class Pipeline:
         self._settle([job for job in jobs if not job.is_held])
         return [job for job in jobs if job.is_held]
 
-    def give_up(self, jobs: Sequence[Message], delay: float) -> None:
+    def return_to_queue(self, jobs: Sequence[Message], delay: float) -> None:
         """Return kept jobs to the queue, for `delay` seconds at least: what they waited for takes too long."""
         for job in jobs:
             assert job.outcome is not None
@@ -108,10 +108,10 @@ class Pipeline:
 
     def _send(self, jobs: Sequence[Message]) -> None:
         operations = [operation for job in jobs for operation in job.operations]
-        begun = [job.begun for job in jobs]
+        begun = [job.events_may_be_sent for job in jobs]
         for job in jobs:
-            job.written = ()  # from now on, no longer what Klaviyo has for sure
-            job.begun = job.begun or _sends_events_first(job)
+            job.last_sent = ()  # from now on, no longer what Klaviyo has for sure
+            job.events_may_be_sent = job.events_may_be_sent or _sends_events_first(job)
         try:
             results = iter(self._send_all(operations))
         except Exception as defect:  # noqa: BLE001 - a defect of ours must not lose the batch
@@ -119,8 +119,8 @@ class Pipeline:
         for job, was_begun in zip(jobs, begun, strict=True):
             sent = [next(results) for _ in job.operations]
             job.requests += sum(each.requests for each in sent)
-            job.begun = was_begun or (job.begun and any(each.requests for each in sent))
-            job.outcome = _ended(job, [each.error for each in sent if each.error is not None])
+            job.events_may_be_sent = was_begun or (job.events_may_be_sent and any(each.requests for each in sent))
+            job.outcome = _outcome_of(job, [each.error for each in sent if each.error is not None])
 
     def _settle(self, jobs: Sequence[Message]) -> None:
         """Tell the queue. Acks come last: what must come again is safe before what is done is forgotten."""
@@ -135,7 +135,7 @@ class Pipeline:
                 case Disposition.NACK:
                     retried[job.outcome.delay, failure].append(job.delivery)
                 case Disposition.DEAD_LETTER:
-                    if not self._queue.dead_letter(job.delivery, _about(failure, job.notification)):
+                    if not self._queue.dead_letter(job.delivery, _with_message(failure, job.notification)):
                         job.outcome = replace(job.outcome, disposition=Disposition.NACK)
         for (delay, failure), deliveries in retried.items():
             self._queue.nack(deliveries, delay, failure)
@@ -144,7 +144,7 @@ class Pipeline:
         self._telemetry.settled(jobs)
 
 
-def _about(failure: Failure, about: Notification | None) -> Failure:
+def _with_message(failure: Failure, about: Notification | None) -> Failure:
     """Add to a dead letter's reason what message it is, as far as it could be read."""
     if about is None:
         return failure
@@ -158,28 +158,28 @@ def _parse(job: Message, mapping: Mapping) -> None:
 
 def _transform(job: Message, mapping: Mapping) -> None:
     assert job.enriched is not None
-    is_first = job.delivery.attempt == 1 and not job.begun
-    job.operations = transform(job.enriched, mapping, job.lease.is_ours if is_first else None)
-    if job.written and job.operations == job.written:
+    is_first = job.delivery.attempt == 1 and not job.events_may_be_sent
+    job.operations = transform(job.enriched, mapping, job.lease.is_valid if is_first else None)
+    if job.last_sent and job.operations == job.last_sent:
         job.outcome = Outcome(Disposition.ACK, "send")
 
 
-def _ended(job: Message, errors: Sequence[WorkerError]) -> Outcome:
+def _outcome_of(job: Message, errors: Sequence[WorkerError]) -> Outcome:
     """Return how a job ends whose operations were carried out, or not."""
     worst = min(errors, key=lambda error: _SEVERITY.index(error.disposition), default=None)
     if worst is None and not job.operations:  # never ack what nothing was done for
         worst = _defect("send", AssertionError())
-    if worst is None and _is_outdated(job):
-        job.written = job.operations
+    if worst is None and _is_stale(job):
+        job.last_sent = job.operations
         worst = StaleWrite("written long after it was read: read again")
     return Outcome(Disposition.ACK, "send") if worst is None else _failed(job, "send", worst)
 
 
-def _is_outdated(job: Message) -> bool:
+def _is_stale(job: Message) -> bool:
     """Tell whether a newer state may have been written before this one: jobs and rate limits take their time."""
     assert job.enriched is not None
     age = (datetime.now(UTC) - job.enriched.as_of).total_seconds()
-    return age > OUTDATED_AFTER and any(operation.kind in _STATES for operation in job.operations)
+    return age > STALE_AFTER and any(operation.kind in _STATE_WRITES for operation in job.operations)
 
 
 def _sends_events_first(job: Message) -> bool:
@@ -198,7 +198,7 @@ def _guarded(job: Message, stage: str, work: Callable[[], None]) -> None:
     except WorkerError as error:
         job.outcome = _failed(job, stage, error)
     except Exception as error:  # noqa: BLE001 - hostile data must not stop the worker
-        job.outcome = _failed(job, stage, Rejected(_where(error)))
+        job.outcome = _failed(job, stage, Rejected(_describe(error)))
 
 
 def _failed(job: Message, stage: str, error: WorkerError) -> Outcome:
@@ -207,16 +207,16 @@ def _failed(job: Message, stage: str, error: WorkerError) -> Outcome:
 
 def _delay(job: Message) -> float:
     """Return how long a nacked message is to stay away: doubling with every attempt."""
-    return min(FIRST_DELAY * 2.0 ** min((job.delivery.attempt or 1) - 1, 16), LONGEST_DELAY)
+    return min(FIRST_DELAY * 2.0 ** min((job.delivery.attempt or 1) - 1, 16), MAX_DELAY)
 
 
 def _defect(stage: str, error: Exception) -> WorkerError:
-    where = _where(error)
+    where = _describe(error)
     log.error("defect", extra={"stage": stage, "reason": where})
     return WorkerError(where)
 
 
-def _where(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     """Describe an error of ours by class and place: its text may quote what belongs to a person."""
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))

@@ -64,7 +64,7 @@ class Worker:
         pipeline = Pipeline(source, stages.enricher.enrich, send, stages.mapping, self._telemetry)
         self._runner = Runner(source, pipeline, settings, self._telemetry, stages.stopping)
         self._state = RunningWorkerState(self._runner, queue, settings.threads, stages.commercetools, stages.klaviyo)
-        self._telemetry.metrics.watch(self._state)
+        self._telemetry.metrics.observe_worker(self._state)
         self._telemetry.metrics.set_build_info(version("klaviyo-worker"), REVISION)
         self._systemd = Notifier(self._state, os.environ)
         self._settings = settings

@@ -17,7 +17,7 @@ from tests.acceptance.test_run import ask, stop, wait_for
 from tests.deploy.manifests import by_kind, rendered
 from tests.deploy.promql import TARGET, Series, exposed, labels_of
 from tests.support.pubsub_emulator import free_port
-from tests.support.worker_state import FakeState
+from tests.support.worker_state import FakeWorkerState
 from tests.unit.telemetry.test_metrics import busy
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.notifications import sample_notifications
@@ -77,7 +77,7 @@ def _only_waits(text: str) -> bool:
 @pytest.fixture
 def series() -> Exposed:
     """The same metrics without a worker."""
-    return exposed(busy(FakeState()).render()[0].decode())
+    return exposed(busy(FakeWorkerState()).render()[0].decode())
 
 
 def complaints(queries: list[tuple[str, set[str]]], series: Exposed) -> list[str]:

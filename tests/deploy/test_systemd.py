@@ -15,7 +15,7 @@ import pytest
 from adapters.shared.loopback import is_loopback
 from worker.cli.options import SECRETS
 from worker.errors import ExitCode
-from worker.runtime.runner import HEARTBEAT
+from worker.runtime.runner import STALL_TIMEOUT
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
@@ -80,9 +80,9 @@ def test_systemd_has_more_patience_than_the_worker() -> None:
     (stop,), (prevented,), (watchdog,) = map(options, ("TimeoutStopSec", "RestartPreventExitStatus", "WatchdogSec"))
     assert int(stop) > Settings.model_fields["shutdown_grace_period"].default
     assert int(prevented) == ExitCode.USAGE
-    assert f"{HEARTBEAT:.0f} s feeds the watchdog no more" in UNIT.read_text(encoding="utf-8")
+    assert f"{STALL_TIMEOUT:.0f} s feeds the watchdog no more" in UNIT.read_text(encoding="utf-8")
     page = " ".join((ROOT / "docs/vm.md").read_text(encoding="utf-8").split())
-    assert f"come round for {HEARTBEAT:.0f} s | hears nothing from it for {watchdog} s more" in page
+    assert f"come round for {STALL_TIMEOUT:.0f} s | hears nothing from it for {watchdog} s more" in page
     assert f"has not after {stop} s" in page
 
 

@@ -1,4 +1,4 @@
-"""A running worker, as metrics and health see it."""
+"""A fake of the running worker that metrics and health read."""
 
 from __future__ import annotations
 
@@ -9,73 +9,73 @@ from worker.telemetry.state import RateLimitStatus
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_WELL = {
+_HEALTHY = {
     "in_flight": 7,
-    "waiting": 3,
+    "held": 3,
     "oldest_age": 90.0,
     "lanes": 4,
-    "parked": "",
-    "outages": {"klaviyo": "", "commercetools": ""},
+    "parked_reason": "",
+    "outage_reasons": {"klaviyo": "", "commercetools": ""},
     "backlog": 120,
     "dead_letters": 2,
-    "has_begun": True,
+    "has_polled": True,
     "is_alive": True,
     "is_stopping": False,
-    "at_work": {"events": [12, 0], "profiles": [0, 1], "catalog": [0, 0]},
-    "limits": {"POST /api/events": RateLimitStatus(350.0, 3500.0, 3100.0, 0.25, 2900.0, 2)},
+    "batch_sizes": {"events": [12, 0], "profiles": [0, 1], "catalog": [0, 0]},
+    "rate_limit_status": {"POST /api/events": RateLimitStatus(350.0, 3500.0, 3100.0, 0.25, 2900.0, 2)},
 }
 
 
-class FakeState:
-    """Tells what it was given; all is well unless told otherwise. An exception is raised."""
+class FakeWorkerState:
+    """A healthy worker, except for the given values. A value that is an exception is raised."""
 
     def __init__(self, **values: Any) -> None:
-        self.values = _WELL | values
+        self.values = _HEALTHY | values
 
-    def _tell(self, name: str) -> Any:
+    def _value(self, name: str) -> Any:
         value = self.values[name]
         if isinstance(value, Exception):
             raise value
         return value
 
     def in_flight(self) -> int:
-        return int(self._tell("in_flight"))
+        return int(self._value("in_flight"))
 
-    def waiting(self) -> int:
-        return int(self._tell("waiting"))
+    def held(self) -> int:
+        return int(self._value("held"))
 
     def oldest_age(self) -> float | None:
-        seconds: float | None = self._tell("oldest_age")
+        seconds: float | None = self._value("oldest_age")
         return seconds
 
     def lanes(self) -> int:
-        return int(self._tell("lanes"))
+        return int(self._value("lanes"))
 
-    def parked(self) -> str:
-        return str(self._tell("parked"))
+    def parked_reason(self) -> str:
+        return str(self._value("parked_reason"))
 
-    def outages(self) -> Mapping[str, str]:
-        return dict(self._tell("outages"))
+    def outage_reasons(self) -> Mapping[str, str]:
+        return dict(self._value("outage_reasons"))
 
     def backlog(self) -> int | None:
-        number: int | None = self._tell("backlog")
+        number: int | None = self._value("backlog")
         return number
 
     def dead_letters(self) -> int | None:
-        number: int | None = self._tell("dead_letters")
+        number: int | None = self._value("dead_letters")
         return number
 
-    def has_begun(self) -> bool:
-        return bool(self._tell("has_begun"))
+    def has_polled(self) -> bool:
+        return bool(self._value("has_polled"))
 
     def is_alive(self) -> bool:
-        return bool(self._tell("is_alive"))
+        return bool(self._value("is_alive"))
 
     def is_stopping(self) -> bool:
-        return bool(self._tell("is_stopping"))
+        return bool(self._value("is_stopping"))
 
-    def at_work(self) -> Mapping[str, Sequence[int]]:
-        return dict(self._tell("at_work"))
+    def batch_sizes(self) -> Mapping[str, Sequence[int]]:
+        return dict(self._value("batch_sizes"))
 
-    def limits(self) -> Mapping[str, RateLimitStatus]:
-        return dict(self._tell("limits"))
+    def rate_limit_status(self) -> Mapping[str, RateLimitStatus]:
+        return dict(self._value("rate_limit_status"))

@@ -187,7 +187,7 @@ def test_what_was_kept_too_long_goes_back_for_a_while(
 ) -> None:
     """With its reason, and ever longer: attempts are scarce."""
     stages.enrich_errors["a"] = Transient("500")
-    pipeline.give_up(run(pipeline, updated("a", attempt)), 60.0)
+    pipeline.return_to_queue(run(pipeline, updated("a", attempt)), 60.0)
     assert recorded.settled == [("nack", "a", delay, "500")]
 
 
@@ -247,7 +247,7 @@ def created(attempt: int | None) -> FakeDelivery:
 
 
 def is_fresh(operation: Operation) -> bool:
-    return operation.fresh is not None and operation.fresh()
+    return operation.is_first_delivery is not None and operation.is_first_delivery()
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_events_tried_again_in_place_are_not_fresh(of_orders: Pipeline, stages: 
     for _ in range(2):
         jobs = of_orders.process(jobs)
     assert [is_fresh(operation) for operation in stages.sent] == [True, False, False]
-    assert jobs[0].begun
+    assert jobs[0].events_may_be_sent
 
 
 def test_events_that_never_left_stay_fresh(of_orders: Pipeline, stages: Stages) -> None:
@@ -282,7 +282,7 @@ def test_events_that_never_left_stay_fresh(of_orders: Pipeline, stages: Stages) 
     stages.requests = 0
     stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [CircuitOpen("down")]
     (job,) = run(of_orders, created(1))
-    assert not job.begun
+    assert not job.events_may_be_sent
     of_orders.process([job])
     assert [is_fresh(operation) for operation in stages.sent] == [True, True]
 
@@ -305,7 +305,7 @@ def test_events_that_may_be_in_klaviyo_are_begun_fresh_or_not(
     job = of_orders.accept(created(attempt))
     job.lease.until -= 31
     of_orders.process([job])
-    assert job.begun is begun
+    assert job.events_may_be_sent is begun
 
 
 def test_a_state_written_long_after_it_was_read_is_read_again(
@@ -372,16 +372,16 @@ def test_what_was_begun_stays_begun(of_orders: Pipeline, stages: Stages) -> None
     (job,) = run(of_orders, created(1))
     stages.requests = 0
     of_orders.process([job])
-    assert job.begun
+    assert job.events_may_be_sent
 
 
 def test_a_lease_that_may_have_ended_is_not_ours_again() -> None:
     """Somebody else may have had the message in between, whatever the queue says to an extension."""
     kept, lost = Lease(time.monotonic() + 60), Lease(time.monotonic() - 1)
     for lease in (kept, lost):
-        lease.extended(time.monotonic(), 60)
-    assert kept.is_ours()
-    assert not lost.is_ours()
+        lease.extend(time.monotonic(), 60)
+    assert kept.is_valid()
+    assert not lost.is_valid()
 
 
 def test_what_nothing_was_done_for_is_never_acked(

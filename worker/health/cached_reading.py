@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-KEPT_FOR = 10.0  # seconds
-PATIENCE = 0.5  # seconds to wait for the call; it goes on, and who asks next has what it brings
+MAX_AGE = 10.0  # seconds
+READ_TIMEOUT = 0.5  # seconds to wait for the call; it goes on, and who asks next has what it brings
 
 
 class CachedReading(Generic[T]):
@@ -30,7 +30,7 @@ class CachedReading(Generic[T]):
         """Return the figure, asking for it when it is old. Raises what `ask` raises, and TimeoutError."""
         with self._lock:
             now = time.monotonic()
-            if self._asked is None or (self._asked.done() and now > self._asked_at + KEPT_FOR):
+            if self._asked is None or (self._asked.done() and now > self._asked_at + MAX_AGE):
                 self._asked, self._asked_at = self._pool.submit(self._ask), now
             asked = self._asked
-        return asked.result(PATIENCE)
+        return asked.result(READ_TIMEOUT)

@@ -79,12 +79,12 @@ class HealthServer:
 
     def _readyz(self) -> _Answer:
         """Say whether the worker can work, and what is in the way. An outage passes without anybody's help."""
-        parked = self._state.parked()
+        parked = self._state.parked_reason()
         ready = not parked
         document = {
             "ready": ready,
             "parked": parked or None,
-            "outages": {service: reason or None for service, reason in self._state.outages().items()},
+            "outages": {service: reason or None for service, reason in self._state.outage_reasons().items()},
             "stopping": self._state.is_stopping(),
         }
         return _json(ready, document)

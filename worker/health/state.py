@@ -27,21 +27,21 @@ class RunningWorkerState:
         self._lanes = lanes
         self._commercetools = commercetools
         self._klaviyo = klaviyo
-        self.has_begun = runner.has_begun
+        self.has_polled = runner.has_polled
         self.is_alive = runner.is_alive
         self.is_stopping = runner.is_stopping
         self.in_flight = runner.in_flight
-        self.waiting = runner.waiting
+        self.held = runner.held
         self.oldest_age = runner.oldest_age
-        self.parked = runner.parked
-        self.at_work = runner.at_work
-        self.limits = klaviyo.rate_limit_status
+        self.parked_reason = runner.parked_reason
+        self.batch_sizes = runner.batch_sizes
+        self.rate_limit_status = klaviyo.rate_limit_status
 
     def lanes(self) -> int:
         """Return the number of lanes."""
         return self._lanes
 
-    def outages(self) -> Mapping[str, str]:
+    def outage_reasons(self) -> Mapping[str, str]:
         """Return for each service why it cannot answer."""
         return {
             "commercetools": self._commercetools.outage_reason(),

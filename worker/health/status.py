@@ -34,7 +34,7 @@ class Status:
             "version": version("klaviyo-worker"),
             "host": socket.gethostname(),
             "process": os.getpid(),
-            "queue": without_secrets(settings.queue_url),
+            "queue": redacted(settings.queue_url),
             "started": _now(),
         }
         self._ended = Event()
@@ -66,14 +66,14 @@ class Status:
             "messages": {
                 "in_flight": state.in_flight(),
                 "max_in_flight": self._settings.max_in_flight,
-                "waiting": state.waiting(),
+                "waiting": state.held(),
                 "oldest_age": state.oldest_age(),
                 "backlog": backlog,
                 "dead_letters": dead_letters,
             },
             "history": {"step": STEP, **self._history.series(time.monotonic())},
             "services": self._services(requests),
-            "lanes": state.at_work(),
+            "lanes": state.batch_sizes(),
             "batch": self._history.batch_lately(),
             "outcomes": self._outcomes(),
             "limits": self._limits(requests),
@@ -90,7 +90,7 @@ class Status:
         made: Counter[str] = Counter()
         for (service, _), number in requests.items():
             made[service] += number
-        outages = self._state.outages()
+        outages = self._state.outage_reasons()
         return [{"service": name, "outage": outages[name], "requests": made[name]} for name in SERVICES]
 
     def _outcomes(self) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ class Status:
                 "remaining": None if standing.remaining is None else round(standing.remaining),
                 "waiting": standing.waiting,
             }
-            for endpoint, standing in self._state.limits().items()
+            for endpoint, standing in self._state.rate_limit_status().items()
         ]
         needed = [line for line in lines if line["used"] or line["waiting"]]
         return sorted(needed, key=lambda line: (-line["used"] / max(line["steady"], 1), line["endpoint"]))
@@ -128,7 +128,7 @@ class Status:
             self.sample(time.monotonic())
 
 
-def without_secrets(queue_url: str) -> str:
+def redacted(queue_url: str) -> str:
     """Return a QUEUE_URL without its query, and without who asks and by which password."""
     scheme, _, rest = queue_url.partition("://")
     place = rest.partition("?")[0].partition("#")[0]

@@ -66,7 +66,7 @@ class Notifier:
         return min(POLL, pause if pause > 0 else self._interval)
 
     def _lines(self) -> Iterator[str]:
-        if self._state.has_begun():
+        if self._state.has_polled():
             yield "READY=1"
         if self._state.is_stopping():
             yield "STOPPING=1"
@@ -75,12 +75,12 @@ class Notifier:
     def _status(self) -> str:
         if self._state.is_stopping():
             return "stopping"
-        if parked := self._state.parked():
+        if parked := self._state.parked_reason():
             return f"parked: {parked}"
-        outages = [f"{service}: {reason}" for service, reason in self._state.outages().items() if reason]
+        outages = [f"{service}: {reason}" for service, reason in self._state.outage_reasons().items() if reason]
         if outages:
             return f"outage of {', '.join(outages)}"
-        return "running" if self._state.has_begun() else "starting"
+        return "running" if self._state.has_polled() else "starting"
 
     def _send(self, message: str) -> bool:
         """Send one datagram; tell whether it was taken. Work goes on without systemd."""

@@ -54,12 +54,12 @@ class InFlight:
             self._kept |= {id(job): job.outcome.cause if job.outcome else None for job in jobs if id(job) in self._jobs}
             self._changed.notify_all()
 
-    def wait_for_room(self, seconds: float) -> int:
+    def wait_for_capacity(self, seconds: float) -> int:
         """Return how many messages may be received; wait for a change first when none."""
         with self._changed:
-            if self._room() <= 0:
+            if self._capacity() <= 0:
                 self._changed.wait(seconds)
-            return max(self._room(), 0)
+            return max(self._capacity(), 0)
 
     def wait_for_change(self, seconds: float) -> None:
         """Wait until something was settled or has to wait."""
@@ -72,7 +72,7 @@ class InFlight:
             self._changed.notify_all()
 
     @property
-    def waiting(self) -> int:
+    def held(self) -> int:
         """Count the jobs that have to wait."""
         return len(self._kept)
 
@@ -90,15 +90,15 @@ class InFlight:
         return len(self._kept) >= len(self._jobs)
 
     @property
-    def is_stuck(self) -> bool:
+    def is_blocked(self) -> bool:
         """Tell whether there are jobs, and all have to wait while an outage lasts."""
         with self._changed:
             return self.is_idle and any(isinstance(cause, CircuitOpen) for cause in self._kept.values())
 
-    def parked(self) -> str:
+    def parked_reason(self) -> str:
         """Return what the worker is not allowed to do; "" when it may work."""
         with self._changed:
             return next((str(cause) for cause in self._kept.values() if isinstance(cause, Misconfigured)), "")
 
-    def _room(self) -> int:
+    def _capacity(self) -> int:
         return self._max_messages - len(self._jobs) if self._bytes < self._max_bytes else 0

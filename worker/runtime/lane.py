@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from worker.runtime.in_flight import InFlight
     from worker.settings import Settings
 
-DELAY_AFTER_HOLD = 1 / 30  # of the hold; a message that was kept in vain stays away so long, at least
+NACK_DELAY_SHARE = 1 / 30  # of the hold; a message that was kept in vain stays away so long, at least
 
 
 @dataclass(frozen=True, slots=True)
 class LaneCallbacks:
     """What a lane tells the runner."""
 
-    give_back: Callable[[Sequence[Message]], None]  # return messages to the queue that the lane still has at its end
+    return_unprocessed: Callable[
+        [Sequence[Message]], None
+    ]  # return messages to the queue that the lane still has at its end
     fail: Callable[[Exception], None]  # end the run
     refused: Callable[[Misconfigured], None]  # a message waits because the worker is not allowed to work
 
@@ -53,7 +55,7 @@ class Lane(Thread):
         self._inbox: SimpleQueue[Message | None] = SimpleQueue()
         self._kept: list[Message] = []  # in the order they came
         self._ended = False
-        self.at_work = 0  # messages in the batch that is being handled
+        self.batch_sizes = 0  # messages in the batch that is being handled
 
     def put(self, job: Message) -> None:
         """Have a job handled."""
@@ -63,18 +65,18 @@ class Lane(Thread):
         """Have the lane end after what was put before."""
         self._inbox.put(None)
 
-    def take_back(self) -> list[Message]:
+    def drain_inbox(self) -> list[Message]:
         """Return what was put and not begun."""
         return [job for job in _emptied(self._inbox) if job is not None]
 
     def run(self) -> None:
         """Work until the end; what has to wait then goes back to the queue."""
         while batch := self._next_batch():
-            self.at_work = len(batch)
+            self.batch_sizes = len(batch)
             self._guarded(self._work, batch)
-            self.at_work = 0
+            self.batch_sizes = 0
         if self._kept:
-            self._guarded(self._ends.give_back, self._kept)
+            self._guarded(self._ends.return_unprocessed, self._kept)
 
     def _guarded(self, work: Callable[[Sequence[Message]], None], jobs: Sequence[Message]) -> None:
         try:
@@ -133,16 +135,16 @@ class Lane(Thread):
         self._in_flight.remove([job for job in batch if job not in kept])
         now = time.monotonic()
         for job in kept:
-            job.tries += 1
+            job.retries += 1
             job.failed_at = 0.0 if _is_parked(job) else job.failed_at or now
-        spent = [job for job in kept if self._is_spent(job, now)]
+        spent = [job for job in kept if self._hold_expired(job, now)]
         if spent and not self._stopping.is_set():
-            self._pipeline.give_up(spent, self._settings.outage_hold * DELAY_AFTER_HOLD)
+            self._pipeline.return_to_queue(spent, self._settings.outage_hold * NACK_DELAY_SHARE)
             self._in_flight.remove(spent)
             kept = [job for job in kept if job not in spent]
         self._keep(kept, now)
 
-    def _is_spent(self, job: Message, now: float) -> bool:
+    def _hold_expired(self, job: Message, now: float) -> bool:
         """Tell whether a message was kept as long as it may be. One that is parked may be kept for ever."""
         is_held = job.outcome is not None and job.outcome.disposition is Disposition.HOLD
         return is_held and now - job.failed_at >= self._hold
@@ -157,7 +159,7 @@ class Lane(Thread):
                 refusals.append(cause)
             else:  # the last try is when the hold ends
                 last = max(job.failed_at + self._hold, now)
-                job.due_at = min(now + (asked or backoff(job.tries - 1, self._max_backoff)), last)
+                job.due_at = min(now + (asked or backoff(job.retries - 1, self._max_backoff)), last)
         self._kept = [*jobs, *self._kept]
         self._in_flight.keep(jobs)
         for refusal in refusals:  # told last: the runner sees then that the worker is parked

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 RECEIVE_WAIT = 1.0  # seconds; how soon an idle loop notices that it is to stop
 DRAIN_WAIT = 0.05  # seconds; how soon `once` notices that the lanes are done
-QUIET = 10.0  # seconds without a message after which `once` takes a queue that cannot tell for empty
-HEARTBEAT = 60.0  # seconds after which a loop that did not come round is taken for dead
-LANES = ("events", "profiles", "catalog")  # none waits for the jobs of others
-# Resources by the place in LANES of the lanes that are theirs.
-EFFECTS = {"customer": 1, "category": 2, "product": 2, "inventory-entry": 2}
+IDLE_TIMEOUT = 10.0  # seconds without a message after which `once` takes a queue that cannot tell for empty
+STALL_TIMEOUT = 60.0  # seconds after which a loop that did not come round is taken for dead
+LANE_GROUPS = ("events", "profiles", "catalog")  # none waits for the jobs of others
+# Resources by the place in LANE_GROUPS of the lanes that are theirs.
+LANE_GROUP = {"customer": 1, "category": 2, "product": 2, "inventory-entry": 2}
 _INTERRUPTED = Failure("was in work when the worker stopped", "send", "Interrupted")
 
 
@@ -55,12 +55,12 @@ class Runner:
         self._settings = settings
         self._telemetry = telemetry
         self._stopping = stopping
-        self._hurry = Event()
+        self._abort = Event()
         self._pulling_ended = Event()
         self._once = False
         self._fatal: Exception | None = None
         self._in_flight = InFlight(settings.max_in_flight, settings.max_in_flight_bytes)
-        ends = LaneCallbacks(self._give_back, self._fail, self._refused)
+        ends = LaneCallbacks(self._return_unprocessed, self._fail, self._refused)
         self._lanes = [Lane(pipeline, self._in_flight, settings, stopping, ends) for _ in range(settings.threads)]
         self._queue_refused = ""
         self._refused_at = 0.0  # monotonic seconds, as all times here
@@ -73,17 +73,17 @@ class Runner:
     def stop(self) -> None:
         """Stop pulling and finish; called again: do not wait for what is in flight."""
         if self._stopping.is_set():
-            self._hurry.set()
+            self._abort.set()
         self._stopping.set()
         self._in_flight.wake()
 
-    def has_begun(self) -> bool:
+    def has_polled(self) -> bool:
         """Tell whether the receive loop has come round: the queue gave messages, none, or a refusal."""
         return self._has_begun
 
     def is_alive(self) -> bool:
         """Tell whether the receive loop comes round, or has ended in order."""
-        return self._pulling_ended.is_set() or time.monotonic() - self._heartbeat < HEARTBEAT
+        return self._pulling_ended.is_set() or time.monotonic() - self._heartbeat < STALL_TIMEOUT
 
     def is_stopping(self) -> bool:
         """Tell whether no more messages are pulled, for good."""
@@ -93,25 +93,25 @@ class Runner:
         """Count the messages received and not settled."""
         return len(self._in_flight)
 
-    def waiting(self) -> int:
+    def held(self) -> int:
         """Count those of them that have to wait."""
-        return self._in_flight.waiting
+        return self._in_flight.held
 
     def oldest_age(self) -> float | None:
         """Return how many seconds ago the oldest of the messages in flight was published; see InFlight."""
         return self._in_flight.oldest_age()
 
-    def at_work(self) -> dict[str, list[int]]:
+    def batch_sizes(self) -> dict[str, list[int]]:
         """Count the messages that each lane handles now, by what lanes are for; 0: it is idle."""
         number = self._settings.lanes
         return {
-            name: [lane.at_work for lane in self._lanes[effect * number : (effect + 1) * number]]
-            for effect, name in enumerate(LANES)
+            name: [lane.batch_sizes for lane in self._lanes[effect * number : (effect + 1) * number]]
+            for effect, name in enumerate(LANE_GROUPS)
         }
 
-    def parked(self) -> str:
+    def parked_reason(self) -> str:
         """Return why the worker is parked; "" when it is not."""
-        return self._queue_refused or self._in_flight.parked()
+        return self._queue_refused or self._in_flight.parked_reason()
 
     def run(self, *, once: bool = False, max_wait: float = 600.0) -> None:
         """Work until `stop`; with `once`, until the queue is empty.
@@ -154,15 +154,15 @@ class Runner:
     def _report(self) -> None:
         """Say that the worker is parked, or has to wait, and that it is over; at most once a minute each."""
         held = {"held": len(self._in_flight)}
-        self._parked.log(self.parked(), **held)
-        self._stuck.log("all that is held waits for an outage to end" if self._in_flight.is_stuck else "", **held)
+        self._parked.log(self.parked_reason(), **held)
+        self._stuck.log("all that is held waits for an outage to end" if self._in_flight.is_blocked else "", **held)
 
     def _nothing_left(self, quiet: float, waited: float, max_wait: float) -> bool:
         """Tell whether `once` is done: nothing in flight and nothing to come that is worth the wait."""
         if not self._in_flight.is_idle:
             return False
         backlog = len(self._in_flight) or self._queue.backlog()
-        if backlog is None and quiet >= QUIET:
+        if backlog is None and quiet >= IDLE_TIMEOUT:
             self._queue.check()  # a queue out of reach is quiet too
             return True
         if not backlog:
@@ -174,7 +174,7 @@ class Runner:
 
     def _receive(self) -> Sequence[Delivery]:
         """Receive what there is room for; nothing, a moment later, when there is none."""
-        room = self._room()
+        room = self._capacity()
         if room <= 0:
             return ()
         is_draining = self._once and len(self._in_flight) > 0
@@ -189,26 +189,26 @@ class Runner:
             self._queue_refused = ""
         return deliveries
 
-    def _room(self) -> int:
+    def _capacity(self) -> int:
         """Return how many messages may be received now; wait a moment when none."""
         now = time.monotonic()
         is_refused = self._queue_refused and now < self._refused_at + self._settings.park_retry_interval
-        is_stuck = self._in_flight.is_stuck
-        if is_stuck and now >= self._pulled_at + MAX_BACKOFF:
+        is_blocked = self._in_flight.is_blocked
+        if is_blocked and now >= self._pulled_at + MAX_BACKOFF:
             self._pulled_at = now
-            return min(1, self._in_flight.wait_for_room(0.0))
-        if is_stuck or is_refused or self._in_flight.parked():
+            return min(1, self._in_flight.wait_for_capacity(0.0))
+        if is_blocked or is_refused or self._in_flight.parked_reason():
             self._in_flight.wait_for_change(DRAIN_WAIT if self._once else RECEIVE_WAIT)
             return 0
         self._pulled_at = now
-        return self._in_flight.wait_for_room(RECEIVE_WAIT)
+        return self._in_flight.wait_for_capacity(RECEIVE_WAIT)
 
     def _dispatch(self, job: Message) -> None:
         self._in_flight.add(job)
-        effect, lanes = EFFECTS.get(job.key[0], 0), self._settings.lanes
+        effect, lanes = LANE_GROUP.get(job.key[0], 0), self._settings.lanes
         self._lanes[effect * lanes + hash(job.key) % lanes].put(job)
 
-    def _give_back(self, jobs: Sequence[Message]) -> None:
+    def _return_unprocessed(self, jobs: Sequence[Message]) -> None:
         """Return messages unhandled, once they cannot come back to this very worker.
 
         A lane may still be at work on them: the jobs are its own to change. What was begun costs a delivery
@@ -217,7 +217,7 @@ class Runner:
         self._pulling_ended.wait()
         returned: dict[bool, list[Delivery]] = {False: [], True: []}  # begun or not
         for job in jobs:
-            returned[job.begun].append(job.delivery)
+            returned[job.events_may_be_sent].append(job.delivery)
         self._queue.nack(returned[False])
         if returned[True]:
             self._queue.nack(returned[True], failure=_INTERRUPTED)
@@ -235,7 +235,7 @@ class Runner:
 
     def _keep_leases(self) -> None:
         """Extend the leases of all that is held, long before they end."""
-        while (lease := self._queue.lease) is not None and not self._hurry.wait(lease / 3):
+        while (lease := self._queue.lease) is not None and not self._abort.wait(lease / 3):
             jobs, began = self._in_flight.jobs(), time.monotonic()
             try:
                 self._queue.extend([job.delivery for job in jobs], lease)
@@ -244,7 +244,7 @@ class Runner:
                 log.warning("leases_not_extended", extra={"reason": reason})
             else:
                 for job in jobs:
-                    job.lease.extended(began, lease)
+                    job.lease.extend(began, lease)
 
     def _finish(self) -> None:
         """Return at once what no lane has begun, and let the lanes end inside the grace period."""
@@ -256,23 +256,23 @@ class Runner:
         self._pulling_ended.set()
         try:
             if self._stopping.is_set():
-                self._give_back([job for lane in self._lanes for job in lane.take_back()])
+                self._return_unprocessed([job for lane in self._lanes for job in lane.drain_inbox()])
         except Exception as error:  # noqa: BLE001 - likewise
             self._fail(error)
         for lane in self._lanes:
             lane.end()
-        while any(lane.is_alive() for lane in self._lanes) and not self._hurry.is_set():
+        while any(lane.is_alive() for lane in self._lanes) and not self._abort.is_set():
             if self._stopping.is_set() and time.monotonic() > deadline:
                 break
-            self._hurry.wait(0.02)
-        self._hurry.set()
+            self._abort.wait(0.02)
+        self._abort.set()
 
     def _close(self) -> int:
         """Return to the queue what the lanes still hold, close it, and return how many that were."""
         left = self._in_flight.jobs()
         try:
             if left:
-                self._give_back(left)
+                self._return_unprocessed(left)
             self._queue.close()
         except Exception as error:  # noqa: BLE001 - the first error is the one that is raised
             self._fail(error)

@@ -105,7 +105,7 @@ class BulkEvents:
             self._sent, self._sent_before = set(), self._sent
 
     def _still_may_go(self, event: Operation) -> Callable[[], bool]:
-        return event.fresh if self._mode == "auto" and event.fresh else lambda: True
+        return event.is_first_delivery if self._mode == "auto" and event.is_first_delivery else lambda: True
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
         """Send the events, no metric and unique_id twice; return what became of each, in their order.
@@ -225,7 +225,7 @@ def _id(event: Operation) -> tuple[str, str]:
 
 
 def _is_fresh(event: Operation) -> bool:
-    return event.fresh is not None and event.fresh()
+    return event.is_first_delivery is not None and event.is_first_delivery()
 
 
 def _record(event: Operation, share: _Submission, may_go: Callable[[], bool]) -> _BulkEvent:

@@ -70,7 +70,7 @@ class SingleSender:
                 raise
             return []
         keys = [external_id(as_text(variant.get("id"))) for variant in found]
-        return [Operation(OperationKind.DELETE_VARIANT, key) for key in keys if key not in operation.keep]
+        return [Operation(OperationKind.DELETE_VARIANT, key) for key in keys if key not in operation.keep_skus]
 
     def knows(self, entry: str) -> bool:
         """Tell whether the catalog entry at this path was seen lately."""
@@ -195,7 +195,7 @@ class SingleSender:
         except Rejected as error:
             if error.status != _NOT_FOUND:
                 raise
-            for other in operation.otherwise() if operation.otherwise else ():
+            for other in operation.fallback() if operation.fallback else ():
                 self._special[other.kind](other)
 
     def _delete_stale_variants(self, operation: Operation) -> None:

@@ -41,7 +41,7 @@ def request_for(operation: Operation) -> Request:
         case OperationKind.DELETE_PROFILE:
             return deletion_request(f"the profile with external_id {operation.key}")
         case OperationKind.DELETE_STALE_VARIANTS:
-            return Request("GET", entry_path(operation) + "/variants", {"keep": sorted(operation.keep)})
+            return Request("GET", entry_path(operation) + "/variants", {"keep": sorted(operation.keep_skus)})
         case OperationKind.DELETE_ITEM | OperationKind.DELETE_CATEGORY | OperationKind.DELETE_VARIANT:
             return Request("DELETE", entry_path(operation))
         case OperationKind.UPDATE_INVENTORY:

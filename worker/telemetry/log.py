@@ -13,7 +13,7 @@ from pythonjsonlogger.json import JsonFormatter
 log = logging.getLogger("klaviyo_worker")
 
 
-AT_MOST_EVERY = 60.0  # seconds between two lines that say the same
+REPEAT_INTERVAL = 60.0  # seconds between two lines that say the same
 
 
 class ConditionLog:
@@ -38,7 +38,7 @@ class ConditionLog:
         with self._lock:
             began = now if self._since is None else self._since
             fields["for_s"] = round(now - began)
-            if reason and (self._since is None or now >= self._said_at + AT_MOST_EVERY):
+            if reason and (self._since is None or now >= self._said_at + REPEAT_INTERVAL):
                 self._since, self._said_at = began, now
                 log.log(self._level, self._event, extra={"reason": reason, **fields})
             elif not reason and self._since is not None:
@@ -58,10 +58,10 @@ def configure_logging(level: str, style: str, stream: TextIO | None = None) -> N
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(level)
-    logging.lastResort = _Libraries(logging.WARNING)
+    logging.lastResort = LibraryWarningHandler(logging.WARNING)
 
 
-class _Libraries(logging.Handler):
+class LibraryWarningHandler(logging.Handler):
     """Says that a library warned, and where: its text may quote what belongs to a person."""
 
     def emit(self, record: logging.LogRecord) -> None:

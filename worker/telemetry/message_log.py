@@ -57,7 +57,7 @@ class Telemetry:
             if job.outcome and job.outcome.cause and not isinstance(job.outcome.cause, Ignored | StaleWrite):
                 self.metrics.failed(job.outcome.stage, job.outcome.error)
                 if job.is_held:
-                    self.failures.note(_canonical(job, "waiting"))
+                    self.failures.note(_canonical_fields(job, "waiting"))
 
     def settled(self, jobs: Iterable[Message]) -> None:
         """Report deliveries that reached an ending."""
@@ -71,7 +71,7 @@ class Telemetry:
         for job, outcome in endings:
             with self._lock:
                 self.outcomes[outcome] += 1
-            line = _canonical(job, outcome)
+            line = _canonical_fields(job, outcome)
             self.metrics.settled(line["message_type"], outcome, line["duration_s"], line["age_s"])
             if outcome in _LEVELS:
                 self.failures.note(line)
@@ -86,7 +86,7 @@ def outcome_name(job: Message) -> str:
     return _OUTCOMES[job.outcome.disposition]
 
 
-def _canonical(job: Message, outcome: str) -> dict[str, Any]:
+def _canonical_fields(job: Message, outcome: str) -> dict[str, Any]:
     notification, delivery, ending = job.notification, job.delivery, job.outcome
     published = delivery.published_at
     age = (datetime.now(UTC) - published).total_seconds() if published else None

@@ -112,7 +112,7 @@ class Metrics:
         if service in self._requests:
             self._requests[service].note(endpoint, status, seconds)
 
-    def watch(self, state: WorkerState) -> None:
+    def observe_worker(self, state: WorkerState) -> None:
         """Read the gauges from a running worker from now on. Once."""
         self._registry.register(_Gauges(state))
 
@@ -167,10 +167,10 @@ class _Gauges:
         state = self._state
         readings: tuple[tuple[str, str, Callable[[], float | None]], ...] = (
             ("messages_in_flight", "Messages received and not settled", state.in_flight),
-            ("messages_waiting", "Messages held because they could not be handled yet", state.waiting),
+            ("messages_waiting", "Messages held because they could not be handled yet", state.held),
             ("oldest_message_age_seconds", "Since the oldest message in flight was published", state.oldest_age),
             ("lanes", "Batches handled side by side", state.lanes),
-            ("parked", "1 while the worker is not allowed to work", lambda: bool(state.parked())),
+            ("parked", "1 while the worker is not allowed to work", lambda: bool(state.parked_reason())),
             ("queue_backlog_messages", "Messages in the queue; absent when it cannot tell", state.backlog),
             ("dead_letters_messages", "Dead letters; absent when the queue cannot tell", state.dead_letters),
         )
@@ -178,7 +178,7 @@ class _Gauges:
             value = _read(name, read)
             if value is not None:
                 yield GaugeMetricFamily(_name(name), text, value)
-        outages = _read("outage", lambda: {service: bool(state.outages()[service]) for service in SERVICES})
+        outages = _read("outage", lambda: {service: bool(state.outage_reasons()[service]) for service in SERVICES})
         if outages is not None:
             family = GaugeMetricFamily(_name("outage"), "1 while a service cannot answer", labels=("service",))
             for service, out in outages.items():

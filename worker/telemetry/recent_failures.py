@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MOST = 20  # reasons kept
-LONGEST = 300  # characters of each text
+MAX_FAILURES = 20  # reasons kept
+MAX_TEXT = 300  # characters of each text
 _SAME = ("outcome", "stage", "error", "reason")  # what makes two failures one, that came twice
 _TOLD = (*_SAME, "message_type", "resource_type", "resource_id", "message_id", "attempt")
 
 
 class RecentFailures:
-    """The last MOST different failures, each with its newest message. Safe for many threads.
+    """The last MAX_FAILURES different failures, each with its newest message. Safe for many threads.
 
     One that comes again is counted, so that an outage of a thousand messages does not push out all others.
     """
@@ -33,7 +33,7 @@ class RecentFailures:
         with self._lock:
             before = self._failures.pop(same, None)
             self._failures[same] = told | {"times": before["times"] + 1 if before else 1}
-            if len(self._failures) > MOST:
+            if len(self._failures) > MAX_FAILURES:
                 del self._failures[next(iter(self._failures))]
 
     def newest(self) -> list[dict[str, Any]]:
@@ -43,4 +43,4 @@ class RecentFailures:
 
 
 def _bounded(value: Any) -> Any:
-    return f"{value[: LONGEST - 1]}…" if isinstance(value, str) and len(value) > LONGEST else value
+    return f"{value[: MAX_TEXT - 1]}…" if isinstance(value, str) and len(value) > MAX_TEXT else value

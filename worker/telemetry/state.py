@@ -25,7 +25,7 @@ class WorkerState(Protocol):
     def in_flight(self) -> int:
         """Count the messages received and not yet settled."""
 
-    def waiting(self) -> int:
+    def held(self) -> int:
         """Count those of them that are held because they could not be handled yet."""
 
     def oldest_age(self) -> float | None:
@@ -34,10 +34,10 @@ class WorkerState(Protocol):
     def lanes(self) -> int:
         """Count the lanes."""
 
-    def parked(self) -> str:
+    def parked_reason(self) -> str:
         """Return why the worker is not allowed to work; "" when it is."""
 
-    def outages(self) -> Mapping[str, str]:
+    def outage_reasons(self) -> Mapping[str, str]:
         """Return for each of SERVICES why it cannot answer; "" when it can."""
 
     def backlog(self) -> int | None:
@@ -52,11 +52,11 @@ class WorkerState(Protocol):
     def is_stopping(self) -> bool:
         """Tell whether the worker was asked to stop."""
 
-    def has_begun(self) -> bool:
+    def has_polled(self) -> bool:
         """Tell whether the receive loop has come round."""
 
-    def at_work(self) -> Mapping[str, Sequence[int]]:
+    def batch_sizes(self) -> Mapping[str, Sequence[int]]:
         """Count the messages that each lane handles now, by what lanes are for."""
 
-    def limits(self) -> Mapping[str, RateLimitStatus]:
+    def rate_limit_status(self) -> Mapping[str, RateLimitStatus]:
         """Return how Klaviyo's limits stand, by endpoint."""

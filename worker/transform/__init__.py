@@ -49,5 +49,5 @@ def transform(enriched: Enriched, mapping: Mapping, fresh: Callable[[], bool] | 
     if not operations:
         raise Ignored("nothing to send")
     if fresh and handler.once_per_resource:
-        return tuple(replace(operation, fresh=fresh) for operation in operations)
+        return tuple(replace(operation, is_first_delivery=fresh) for operation in operations)
     return operations

@@ -32,4 +32,4 @@ def inventory_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operatio
     attributes = {"inventory_quantity": stock, "inventory_policy": 1}
     variant = {"type": "catalog-variant", "id": catalog_id(sku), "attributes": attributes}
     whole = partial(product_operations, enriched, mapping) if enriched.product else None
-    yield Operation(OperationKind.UPDATE_INVENTORY, sku, variant, otherwise=whole)
+    yield Operation(OperationKind.UPDATE_INVENTORY, sku, variant, fallback=whole)

@@ -50,7 +50,7 @@ def product_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]
     yield Operation(
         OperationKind.DELETE_STALE_VARIANTS,
         as_text(enriched.product.get("id")),
-        keep=frozenset(_skus(enriched.product)),
+        keep_skus=frozenset(_skus(enriched.product)),
     )
 
 

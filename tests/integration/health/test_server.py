@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.worker_state import FakeState
+from tests.support.worker_state import FakeWorkerState
 from worker.health import server as health
 from worker.health.server import HealthServer
 from worker.telemetry.metrics import Metrics
@@ -37,8 +37,8 @@ def serve() -> Iterator[Serve]:
     servers: list[HealthServer] = []
 
     def start(**state: Any) -> HealthServer:
-        told, metrics = FakeState(**state), Metrics("embedded")
-        metrics.watch(told)
+        told, metrics = FakeWorkerState(**state), Metrics("embedded")
+        metrics.observe_worker(told)
         server = HealthServer(0, metrics, told)
         server.start()
         servers.append(server)
@@ -79,7 +79,7 @@ def is_over(connection: socket.socket, more: bytes = b"") -> bool:
 def test_a_worker_whose_loop_goes_round_is_alive(serve: Serve) -> None:
     """Whatever Klaviyo does: an outage must not restart every pod."""
     down = {"klaviyo": "503 to POST /api/events", "commercetools": "no answer"}
-    server = serve(outages=down, parked="Klaviyo answered 401", is_stopping=True)
+    server = serve(outage_reasons=down, parked_reason="Klaviyo answered 401", is_stopping=True)
     answer = ask(server, "/livez")
     assert (answer.status, json.loads(answer.body)) == (200, {"status": "ok"})
     assert answer.headers["Content-Type"] == "application/json"
@@ -106,9 +106,9 @@ def test_a_worker_that_can_work_is_ready(serve: Serve) -> None:
 @pytest.mark.parametrize(
     ("state", "status", "shown"),
     [
-        ({"parked": "check KLAVIYO_AUTH_KEY"}, 503, {"ready": False, "parked": "check KLAVIYO_AUTH_KEY"}),
+        ({"parked_reason": "check KLAVIYO_AUTH_KEY"}, 503, {"ready": False, "parked": "check KLAVIYO_AUTH_KEY"}),
         (
-            {"outages": {"klaviyo": "503", "commercetools": ""}},
+            {"outage_reasons": {"klaviyo": "503", "commercetools": ""}},
             200,
             {"ready": True, "outages": {"klaviyo": "503", "commercetools": None}},
         ),
@@ -248,7 +248,7 @@ def test_requests_are_not_logged(
 
 def test_a_port_that_is_taken_is_an_error(serve: Serve) -> None:
     """Two workers on a machine need two ports: the second one must not seem healthy by the first."""
-    server = HealthServer(serve().port, Metrics("embedded"), FakeState())
+    server = HealthServer(serve().port, Metrics("embedded"), FakeWorkerState())
     with pytest.raises(OSError, match="in use"):
         server.start()
     server.stop()

@@ -19,7 +19,7 @@ from tests.integration.health.test_server import Answer, ask
 from tests.support.chromium import Browser
 from tests.support.pubsub_emulator import free_port
 from tests.support.requirements import require_command
-from tests.support.worker_state import FakeState
+from tests.support.worker_state import FakeWorkerState
 from tests.unit.health.test_status import line
 from tests.unit.runtime import test_runner
 from tests.unit.runtime.test_runner import wait_for
@@ -48,7 +48,7 @@ def serve() -> Iterator[Serve]:
 
     def start(telemetry: Telemetry | None = None, **state: Any) -> HealthServer:
         telemetry = telemetry or Telemetry(Metrics("embedded"))
-        told = FakeState(**state)
+        told = FakeWorkerState(**state)
         shown = Status(test_runner.settings_for(queue_url="sqs://key:s3cret@queue?token=s3cret"), told, telemetry)
         servers.append(HealthServer(0, telemetry.metrics, told, shown))
         servers[-1].start()
@@ -197,7 +197,7 @@ def busy() -> Telemetry:
 
 def test_a_person_sees_the_state_first(serve: Serve, browser: Browser) -> None:
     """In large, with why and what to do, read out when it changes; and nothing else is asked for."""
-    server = serve(busy(), parked=REFUSED)
+    server = serve(busy(), parked_reason=REFUSED)
     shown(browser, server)
     assert browser.evaluate("document.title") == "parked · klaviyo-worker"
     assert text(browser, "[role=status]").split("\n")[:2] == ["parked", REFUSED]
@@ -254,7 +254,7 @@ def test_the_page_follows_the_worker(serve: Serve, browser: Browser) -> None:
 
 def test_hostile_texts_stay_texts(serve: Serve, browser: Browser) -> None:
     """Types, ids and reasons are anybody's: they are shown as they are, and turn nothing else round."""
-    shown(browser, serve(busy(), outages=DOWN))
+    shown(browser, serve(busy(), outage_reasons=DOWN))
     assert HOSTILE in browser.evaluate("document.querySelector('#why').textContent")
     assert HOSTILE in browser.evaluate("document.querySelector('#failures').textContent")
     assert browser.evaluate("document.querySelectorAll('main img, main script').length") == 0
@@ -265,7 +265,7 @@ def test_hostile_texts_stay_texts(serve: Serve, browser: Browser) -> None:
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_can_be_read_on_a_phone_and_at_night(serve: Serve, browser: Browser, *, dark: bool) -> None:
     """Nothing is wider than 360 px, and all text has the contrast that WCAG AA asks for."""
-    shown(browser, serve(busy(), outages=DOWN), width=360, dark=dark)
+    shown(browser, serve(busy(), outage_reasons=DOWN), width=360, dark=dark)
     assert browser.evaluate("document.documentElement.scrollWidth") == 360
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == (
         "rgb(22, 23, 25)" if dark else "rgb(251, 250, 248)"

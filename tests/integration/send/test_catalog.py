@@ -65,7 +65,7 @@ def stock(number: int, quantity: int, *otherwise: Operation) -> Operation:
         "id": catalog_id(f"s{number}"),
         "attributes": {"inventory_quantity": quantity},
     }
-    return Operation(OperationKind.UPDATE_INVENTORY, f"s{number}", resource, otherwise=lambda: otherwise)
+    return Operation(OperationKind.UPDATE_INVENTORY, f"s{number}", resource, fallback=lambda: otherwise)
 
 
 def products(number: int, **more: Any) -> list[Operation]:
@@ -169,7 +169,7 @@ def test_variants_that_moved_to_another_product_survive(sandbox: Sandbox, sender
     sender.send(products(40))
     moved = [variant(number, parent=39 - number) for number in range(40)]
     stale = [
-        Operation(OperationKind.DELETE_STALE_VARIANTS, f"p{number}", keep=frozenset({f"s{39 - number}"}))
+        Operation(OperationKind.DELETE_STALE_VARIANTS, f"p{number}", keep_skus=frozenset({f"s{39 - number}"}))
         for number in range(40)
     ]
     assert sender.send([*moved, *stale]) == [None] * 80

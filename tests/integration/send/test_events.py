@@ -34,7 +34,7 @@ def placed(number: int, **more: Any) -> Operation:
     profile = {"email": f"{number}@example.com"} | more.pop("profile", {})
     fields = {"metric": "Placed Order", "time": "2026-11-01T10:00:00Z", "value": None, "properties": {}} | more
     made = event_operation(unique_id=str(number), profile=profile, **fields)
-    return Operation(made.kind, made.key, made.resource, fresh=lambda: True)
+    return Operation(made.kind, made.key, made.resource, is_first_delivery=lambda: True)
 
 
 def sender_for(sandbox: Sandbox, mode: Mode = "auto") -> Sender:

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.support.worker_state import FakeState
+from tests.support.worker_state import FakeWorkerState
 from tests.unit.runtime.test_runner import settings_for
 from worker.health.condition import condition
 from worker.health.history import STEP, STEPS, History
-from worker.health.status import Status, without_secrets
+from worker.health.status import Status, redacted
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
-from worker.telemetry.recent_failures import LONGEST, MOST, RecentFailures
+from worker.telemetry.recent_failures import MAX_FAILURES, MAX_TEXT, RecentFailures
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,8 +46,8 @@ def line(**values: Any) -> dict[str, Any]:
     } | values
 
 
-def status(state: FakeState | None = None, telemetry: Telemetry | None = None, **values: Any) -> Status:
-    return Status(settings_for(**values), state or FakeState(), telemetry or Telemetry(Metrics("embedded")))
+def status(state: FakeWorkerState | None = None, telemetry: Telemetry | None = None, **values: Any) -> Status:
+    return Status(settings_for(**values), state or FakeWorkerState(), telemetry or Telemetry(Metrics("embedded")))
 
 
 TELEMETRY = Telemetry(Metrics("embedded"))
@@ -61,22 +61,28 @@ SHOWN = status(telemetry=TELEMETRY)  # made once: hypothesis asks it a hundred t
         ({}, False, "running", "good", []),
         ({"in_flight": 0}, True, "running", "good", []),
         ({"in_flight": 0}, False, "idle", "quiet", ["the queue has had nothing for this worker within a minute"]),
-        ({"has_begun": False}, False, "starting", "quiet", ["the queue has not answered yet"]),
-        ({"outages": DOWN}, True, "running", "warning", [OUT]),
-        ({"outages": DOWN, "in_flight": 0, "waiting": 0}, False, "running", "warning", [OUT]),
-        ({"outages": DOWN, "waiting": 7}, False, "paused", "warning", [OUT]),
-        ({"parked": REFUSED}, True, "parked", "bad", [REFUSED]),
-        ({"parked": REFUSED, "has_begun": False}, True, "parked", "bad", [REFUSED]),
-        ({"parked": REFUSED, "outages": DOWN}, True, "parked", "bad", [REFUSED, OUT]),
-        ({"is_alive": False, "parked": REFUSED}, True, "stalled", "bad", ["the receive loop does not come round"]),
-        ({"is_stopping": True, "parked": REFUSED, "is_alive": False}, True, "stopping", "quiet", []),
+        ({"has_polled": False}, False, "starting", "quiet", ["the queue has not answered yet"]),
+        ({"outage_reasons": DOWN}, True, "running", "warning", [OUT]),
+        ({"outage_reasons": DOWN, "in_flight": 0, "held": 0}, False, "running", "warning", [OUT]),
+        ({"outage_reasons": DOWN, "held": 7}, False, "paused", "warning", [OUT]),
+        ({"parked_reason": REFUSED}, True, "parked", "bad", [REFUSED]),
+        ({"parked_reason": REFUSED, "has_polled": False}, True, "parked", "bad", [REFUSED]),
+        ({"parked_reason": REFUSED, "outage_reasons": DOWN}, True, "parked", "bad", [REFUSED, OUT]),
+        (
+            {"is_alive": False, "parked_reason": REFUSED},
+            True,
+            "stalled",
+            "bad",
+            ["the receive loop does not come round"],
+        ),
+        ({"is_stopping": True, "parked_reason": REFUSED, "is_alive": False}, True, "stopping", "quiet", []),
     ],
 )
 def test_the_state_is_a_word_with_its_reasons(
     state: Mapping[str, Any], *, lately: bool, word: str, level: str, why: list[str]
 ) -> None:
     """What needs a person most comes first; whoever needs nothing gets no advice."""
-    told = condition(FakeState(**state), settled_lately=lately)
+    told = condition(FakeWorkerState(**state), settled_lately=lately)
     assert (told["word"], told["level"], told["why"]) == (word, level, why)
     assert bool(told["advice"]) == (word in {"parked", "stalled", "stopping"} or OUT in why)
 
@@ -84,10 +90,10 @@ def test_the_state_is_a_word_with_its_reasons(
 def test_failures_are_few_and_the_newest_comes_first() -> None:
     """A worker that runs for a year keeps no more than one that began."""
     failures = RecentFailures()
-    for number in range(MOST + 5):
+    for number in range(MAX_FAILURES + 5):
         failures.note(line(reason=f"reason {number}"))
     kept = failures.newest()
-    assert [failure["reason"] for failure in kept] == [f"reason {number}" for number in range(MOST + 4, 4, -1)]
+    assert [failure["reason"] for failure in kept] == [f"reason {number}" for number in range(MAX_FAILURES + 4, 4, -1)]
     assert kept[0].keys() >= {"at", "message_type", "stage", "outcome", "resource_type", "resource_id", "attempt"}
 
 
@@ -102,8 +108,8 @@ def test_a_failure_that_comes_again_is_counted() -> None:
     assert told == [("waiting", "CustomerCreated", "999", 1001), ("dead_lettered", "OrderCreated", "7", 1)]
 
 
-@example({"reason": "x" * LONGEST, "resource_id": "x" * (LONGEST + 1)})
-@given(st.dictionaries(st.sampled_from(sorted(line())), st.text(st.characters(), max_size=2 * LONGEST)))
+@example({"reason": "x" * MAX_TEXT, "resource_id": "x" * (MAX_TEXT + 1)})
+@given(st.dictionaries(st.sampled_from(sorted(line())), st.text(st.characters(), max_size=2 * MAX_TEXT)))
 def test_whatever_a_message_holds_the_data_is_json_and_bounded(values: dict[str, Any]) -> None:
     """Types, ids and reasons are anybody's strings, with halves of characters, quotes and tags."""
     TELEMETRY.failures = RecentFailures()
@@ -111,7 +117,7 @@ def test_whatever_a_message_holds_the_data_is_json_and_bounded(values: dict[str,
     (failure,) = json.loads(SHOWN.render().decode("ascii"))["failures"]
     for name, value in values.items():
         if name in failure:
-            assert failure[name] == (value if len(value) <= LONGEST else f"{value[: LONGEST - 1]}…")
+            assert failure[name] == (value if len(value) <= MAX_TEXT else f"{value[: MAX_TEXT - 1]}…")
 
 
 def test_charts_show_rates_and_ages_by_step() -> None:
@@ -172,9 +178,9 @@ def test_before_the_first_sample_there_is_nothing_to_tell() -> None:
 def test_limits_are_those_of_this_worker() -> None:
     """The share it may use, what it used of that in a minute, and what Klaviyo says is left; none not needed."""
     metrics = Metrics("embedded")
-    used = FakeState().limits()["POST /api/events"]
+    used = FakeWorkerState().rate_limit_status()["POST /api/events"]
     limits = {"GET /api/events": used._replace(waiting=0), "POST /api/events": used}
-    told = status(FakeState(limits=limits), Telemetry(metrics), rate_limit_share=0.5)
+    told = status(FakeWorkerState(rate_limit_status=limits), Telemetry(metrics), rate_limit_share=0.5)
     told.sample(0.0)
     for service in ("klaviyo", "commercetools"):
         metrics.requested(service, "POST /api/events", 202, 0.1)
@@ -212,7 +218,7 @@ def test_outcomes_are_told_by_type_the_most_frequent_first() -> None:
 
 def test_a_queue_that_cannot_count_leaves_the_rest() -> None:
     """The page is the way to find out why."""
-    messages = status(FakeState(backlog=RuntimeError("grete@mail.example"))).document()["messages"]
+    messages = status(FakeWorkerState(backlog=RuntimeError("grete@mail.example"))).document()["messages"]
     assert (messages["backlog"], messages["dead_letters"], messages["in_flight"]) == (None, None, 7)
 
 
@@ -228,13 +234,13 @@ def test_a_queue_that_cannot_count_leaves_the_rest() -> None:
 )
 def test_the_queue_is_named(url: str, shown: str) -> None:
     """As the operator wrote it."""
-    assert without_secrets(url) == shown
+    assert redacted(url) == shown
 
 
 @given(st.text(st.characters(exclude_characters="?#")), st.text())
 def test_no_secret_of_a_queue_url_is_shown(password: str, token: str) -> None:
     """What is before an @ or after a ? may be one, in other packages' queues too."""
-    assert without_secrets(f"amqp://user:{password}@host/queue?token={token}") == "amqp://host/queue"
+    assert redacted(f"amqp://user:{password}@host/queue?token={token}") == "amqp://host/queue"
 
 
 def test_the_wheel_holds_what_is_no_module() -> None:

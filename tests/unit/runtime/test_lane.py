@@ -39,7 +39,7 @@ class Pipeline:
             job.outcome = Outcome(error.disposition, "send", error) if error else None
         return [job for job in jobs if job.is_held]
 
-    def give_up(self, jobs: Sequence[Message], delay: float) -> None:
+    def return_to_queue(self, jobs: Sequence[Message], delay: float) -> None:
         self.given_up += [(job.delivery.id, delay) for job in jobs]
 
     @property
@@ -60,7 +60,7 @@ class Rig:
         ends = LaneCallbacks(
             lambda jobs: self.given_back.extend(job.delivery.id for job in jobs),
             self.failures.append,
-            lambda error: self.refusals.append((str(error), self.in_flight.parked())),
+            lambda error: self.refusals.append((str(error), self.in_flight.parked_reason())),
         )
         settings = settings_for(**{"outage_hold": 60, "park_retry_interval": 0.05} | values)
         self.lane = Lane(self.pipeline, self.in_flight, settings, self.stopping, ends)  # type: ignore[arg-type]
@@ -93,10 +93,10 @@ def test_what_has_to_wait_is_tried_again_until_it_succeeds(rig: Rig) -> None:
     rig.put("a1")
     rig.lane.start()
     wait_for(lambda: rig.pipeline.tried.count("a1") > 2)
-    assert rig.in_flight.waiting == len(rig.in_flight) == 1
+    assert rig.in_flight.held == len(rig.in_flight) == 1
     rig.pipeline.errors.clear()
     wait_for(lambda: not rig.in_flight)
-    assert rig.in_flight.waiting == 0
+    assert rig.in_flight.held == 0
     assert (rig.pipeline.given_up, rig.given_back, rig.failures) == ([], [], [])
 
 
@@ -105,7 +105,7 @@ def test_others_of_the_same_resource_wait_behind_it_in_their_order(rig: Rig) -> 
     rig.pipeline.errors["a1"] = Transient("503", retry_after=0.5)
     rig.put("a1")
     rig.lane.start()
-    wait_for(lambda: rig.in_flight.waiting)
+    wait_for(lambda: rig.in_flight.held)
     rig.pipeline.errors.clear()
     rig.put("a2", "b1", "a3")
     wait_for(lambda: not rig.in_flight)
@@ -164,11 +164,11 @@ def test_a_parked_message_is_kept_for_as_long_as_it_takes() -> None:
     rig.put("a1")
     rig.lane.start()
     wait_for(lambda: rig.pipeline.tried.count("a1") > 3)
-    assert rig.in_flight.parked() == "401"
+    assert rig.in_flight.parked_reason() == "401"
     assert rig.refusals[0] == ("401", "401")
     rig.pipeline.errors.clear()
     wait_for(lambda: not rig.in_flight)
-    assert rig.in_flight.parked() == ""
+    assert rig.in_flight.parked_reason() == ""
     assert rig.pipeline.given_up == []
     rig.stop()
 
@@ -192,9 +192,9 @@ def test_what_waits_at_the_end_goes_back(rig: Rig) -> None:
     rig.pipeline.errors |= {"a1": Transient("503", retry_after=3600), "b1": KlaviyoMisconfigured("401", 3600)}
     rig.put("a1", "b1")
     rig.lane.start()
-    wait_for(lambda: rig.in_flight.waiting == 2)
+    wait_for(lambda: rig.in_flight.held == 2)
     rig.put("a2")
-    wait_for(lambda: rig.in_flight.waiting == 3)
+    wait_for(lambda: rig.in_flight.held == 3)
     rig.stop()
     assert rig.given_back == ["a1", "b1", "a2"]
     assert rig.pipeline.tried == ["a1", "b1"]
@@ -224,7 +224,7 @@ def test_batches_of_what_waited_have_their_limit() -> None:
     rig.pipeline.errors |= {f"{name}1": SOON for name in "abcdefg"}
     rig.put(*(f"{name}1" for name in "abcdefg"))
     rig.lane.start()
-    wait_for(lambda: rig.in_flight.waiting == 7)
+    wait_for(lambda: rig.in_flight.held == 7)
     rig.pipeline.errors.clear()
     wait_for(lambda: not rig.in_flight)
     assert max(map(len, rig.pipeline.batches)) == 3
@@ -240,13 +240,13 @@ def test_the_worker_is_stuck_when_all_it_holds_waits_for_an_outage_to_end() -> N
     a.outcome = Outcome(CircuitOpen.disposition, "send", CircuitOpen("down"))
     b.outcome = Outcome(Transient.disposition, "enrich", Transient("not readable yet"))
     in_flight.keep([a])
-    assert (in_flight.is_idle, in_flight.is_stuck) == (False, False)
+    assert (in_flight.is_idle, in_flight.is_blocked) == (False, False)
     in_flight.keep([b])
-    assert (in_flight.is_idle, in_flight.is_stuck) == (True, True)
+    assert (in_flight.is_idle, in_flight.is_blocked) == (True, True)
     in_flight.remove([a])
-    assert (in_flight.is_idle, in_flight.is_stuck) == (True, False)
+    assert (in_flight.is_idle, in_flight.is_blocked) == (True, False)
     in_flight.remove([b])
-    assert (in_flight.is_idle, in_flight.is_stuck, len(in_flight)) == (True, False, 0)
+    assert (in_flight.is_idle, in_flight.is_blocked, len(in_flight)) == (True, False, 0)
 
 
 def test_the_age_of_the_oldest_message_counts_from_its_publishing() -> None:
@@ -298,6 +298,6 @@ def test_waiting_for_an_earlier_message_is_no_work(rig: Rig, monkeypatch: pytest
     rig.pipeline.errors |= {"a1": Transient("503", retry_after=60), "a2": SOON}
     rig.put("a1", "a2")
     rig.lane.start()
-    wait_for(lambda: rig.in_flight.waiting == 2)
+    wait_for(lambda: rig.in_flight.held == 2)
     time.sleep(0.3)
     assert len(looks) <= 3

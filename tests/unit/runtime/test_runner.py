@@ -54,7 +54,7 @@ class Pipeline:
         self._queue.ack([job.delivery for job in done])
         return kept
 
-    def give_up(self, jobs: Sequence[Message], delay: float) -> None:
+    def return_to_queue(self, jobs: Sequence[Message], delay: float) -> None:
         self.given_up += [(job.delivery.body, delay) for job in jobs]
         self._queue.nack([job.delivery for job in jobs], delay, Failure("503", "send", "CircuitOpen"))
 
@@ -184,7 +184,7 @@ def test_a_message_is_ours_for_as_long_as_its_lease_is_extended(tmp_path: Path) 
 
     def work(jobs: Sequence[Message]) -> list[Message]:
         time.sleep(1.5)
-        ours.extend(job.lease.is_ours() for job in jobs)
+        ours.extend(job.lease.is_valid() for job in jobs)
         return []
 
     runner_for(queue, work)[0].run(once=True)
@@ -310,7 +310,7 @@ def test_pulling_pauses_while_all_that_is_held_waits_for_an_outage(
     queue.publish([b"a:1"])
     runner, pipeline = runner_for(queue, holding(CircuitOpen("down", retry_after=0.1), over))
     running(runner)
-    wait_for(lambda: runner.waiting() == 1)
+    wait_for(lambda: runner.held() == 1)
     time.sleep(1.3)  # longer than a pull that was under way
     queue.publish([b"b:1", b"b:2"])
     time.sleep(0.5)
@@ -318,7 +318,7 @@ def test_pulling_pauses_while_all_that_is_held_waits_for_an_outage(
     assert [record.message for record in caplog.records] == ["pulling_paused"]
     over.set()
     wait_for(lambda: len(handled(pipeline)) == 3)
-    assert runner.waiting() == runner.in_flight() == 0
+    assert runner.held() == runner.in_flight() == 0
 
 
 def test_a_message_in_a_while_is_pulled_in_an_outage(
@@ -329,11 +329,11 @@ def test_a_message_in_a_while_is_pulled_in_an_outage(
     queue.publish([b"a:1"])
     runner, pipeline = runner_for(queue, holding(CircuitOpen("500", retry_after=0.1), threading.Event()))
     running(runner)
-    wait_for(lambda: runner.waiting() == 1)
+    wait_for(lambda: runner.held() == 1)
     time.sleep(1.1)
     queue.publish([b"b:1", b"b:2"])
     wait_for(lambda: len(handled(pipeline)) == 2)
-    assert runner.waiting() == 1
+    assert runner.held() == 1
 
 
 def test_pulling_goes_on_while_a_message_waits_for_a_reason_of_its_own(
@@ -343,7 +343,7 @@ def test_pulling_goes_on_while_a_message_waits_for_a_reason_of_its_own(
     queue.publish([b"a:1"])
     runner, pipeline = runner_for(queue, holding(Transient("not readable yet", 60), threading.Event()))
     running(runner)
-    wait_for(lambda: runner.waiting() == 1)
+    wait_for(lambda: runner.held() == 1)
     queue.publish([b"b:1"])
     wait_for(lambda: handled(pipeline) == [b"b:1"])
 
@@ -354,7 +354,7 @@ def test_stopping_in_an_outage_returns_what_is_held_at_no_price(queue: EmbeddedQ
     runner, _ = runner_for(queue, holding(CircuitOpen("down", retry_after=600), threading.Event()))
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
-    wait_for(lambda: runner.waiting() == 2)
+    wait_for(lambda: runner.held() == 2)
     runner.stop()
     thread.join(5)
     assert not thread.is_alive()
@@ -378,9 +378,9 @@ def test_a_queue_that_refuses_parks_the_worker(
     queue.publish([b"a:1"])
     runner, pipeline = runner_for(queue)
     running(runner)
-    wait_for(lambda: runner.parked() == "QUEUE_URL: gone")
+    wait_for(lambda: runner.parked_reason() == "QUEUE_URL: gone")
     wait_for(lambda: handled(pipeline) == [b"a:1"])
-    wait_for(lambda: not runner.parked())
+    wait_for(lambda: not runner.parked_reason())
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["parked"]
 
 
@@ -401,9 +401,9 @@ def test_the_loop_has_begun_when_the_queue_has_answered(
     runner, _ = runner_for(queue)
     running(runner)
     assert asked.wait(10)
-    assert not runner.has_begun()
+    assert not runner.has_polled()
     release.set()
-    wait_for(runner.has_begun)
+    wait_for(runner.has_polled)
 
 
 def test_a_queue_that_is_only_silent_has_not_accepted_the_worker_yet(
@@ -418,7 +418,7 @@ def test_a_queue_that_is_only_silent_has_not_accepted_the_worker_yet(
         del max_messages, wait
         if refusals:
             raise refusals.pop()
-        silent.append(runner.parked())
+        silent.append(runner.parked_reason())
         time.sleep(0.05)
         return []
 
@@ -461,11 +461,11 @@ def test_the_heartbeat_tells_a_loop_that_hangs(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A restart helps then; not in an outage, nor while parked, nor at the end."""
-    monkeypatch.setattr("worker.runtime.runner.HEARTBEAT", 1.5)
+    monkeypatch.setattr("worker.runtime.runner.STALL_TIMEOUT", 1.5)
     queue.publish([b"a:1"])
     runner, _ = runner_for(queue, holding(CircuitOpen("down", retry_after=60), threading.Event()))
     thread = running(runner)
-    wait_for(lambda: runner.waiting() == 1)
+    wait_for(lambda: runner.held() == 1)
     time.sleep(2)
     assert runner.is_alive()
     assert not runner.is_stopping()
@@ -550,7 +550,7 @@ def test_what_was_begun_is_no_first_delivery_again(begun: bool, attempt: int, qu
 
     def parking(jobs: Sequence[Message]) -> list[Message]:
         for job in jobs:
-            job.begun = begun
+            job.events_may_be_sent = begun
         working.set()
         return list(jobs)
 
@@ -639,7 +639,7 @@ def test_once_does_not_take_a_queue_out_of_reach_for_empty(
     queue: EmbeddedQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit 3, not 0 with messages left."""
-    monkeypatch.setattr("worker.runtime.runner.QUIET", 0.1)
+    monkeypatch.setattr("worker.runtime.runner.IDLE_TIMEOUT", 0.1)
 
     def unreachable() -> list[QueueWarning]:
         raise QueueError("cannot reach")
@@ -654,8 +654,8 @@ def test_once_does_not_take_a_queue_out_of_reach_for_empty(
 def test_once_on_a_queue_that_cannot_count_ends_when_it_was_quiet_for_a_while(
     queue: EmbeddedQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pub/Sub tells no backlog: a pause shorter than QUIET is not the end, and many short ones are none either."""
-    monkeypatch.setattr("worker.runtime.runner.QUIET", 0.5)
+    """Pub/Sub tells no backlog: a pause shorter than IDLE_TIMEOUT is not the end, nor are many short ones."""
+    monkeypatch.setattr("worker.runtime.runner.IDLE_TIMEOUT", 0.5)
     monkeypatch.setattr("worker.runtime.runner.RECEIVE_WAIT", 0.05)
     queue.backlog = lambda: None  # type: ignore[method-assign,assignment,return-value]
     runner, pipeline = runner_for(queue)
@@ -681,19 +681,19 @@ def test_lanes_tell_what_they_have_at_work(queue: EmbeddedQueue) -> None:
         return nothing_special(jobs)
 
     runner, _ = runner_for(queue, work, lanes=2)
-    assert runner.at_work() == {"events": [0, 0], "profiles": [0, 0], "catalog": [0, 0]}
+    assert runner.batch_sizes() == {"events": [0, 0], "profiles": [0, 0], "catalog": [0, 0]}
     queue.publish([b"customer:1", b"product:1"])
     thread = threading.Thread(target=runner.run)
     thread.start()
     try:
-        wait_for(lambda: sum(map(sum, runner.at_work().values())) == 2)
-        assert {name: sum(lanes) for name, lanes in runner.at_work().items()} == {
+        wait_for(lambda: sum(map(sum, runner.batch_sizes().values())) == 2)
+        assert {name: sum(lanes) for name, lanes in runner.batch_sizes().items()} == {
             "events": 0,
             "profiles": 1,
             "catalog": 1,
         }
         go_on.set()
-        wait_for(lambda: not sum(map(sum, runner.at_work().values())))
+        wait_for(lambda: not sum(map(sum, runner.batch_sizes().values())))
     finally:
         go_on.set()
         runner.stop()

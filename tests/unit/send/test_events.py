@@ -38,7 +38,7 @@ def event(unique_id: str, *, fresh: bool = True, who: str = "a@example.com", siz
         profile={"email": who},
         properties={"filler": ["x" * 50_000] * (size // 50_000) + ["x" * (size % 50_000)]} if size else {},
     )
-    return Operation(made.kind, made.key, made.resource, fresh=(lambda: True) if fresh else None)
+    return Operation(made.kind, made.key, made.resource, is_first_delivery=(lambda: True) if fresh else None)
 
 
 def events(number: int, *, profiles: int = 7) -> list[Operation]:

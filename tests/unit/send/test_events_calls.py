@@ -84,7 +84,7 @@ def event(name: str, fresh: Callable[[], bool] = always) -> Operation:
         profile={"email": f"{name}@example.com"},
         properties={},
     )
-    return Operation(OperationKind.CREATE_EVENT, made.key, made.resource, fresh=fresh)
+    return Operation(OperationKind.CREATE_EVENT, made.key, made.resource, is_first_delivery=fresh)
 
 
 def names(lane: str, number: int = 5) -> list[str]:

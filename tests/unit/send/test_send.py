@@ -102,7 +102,7 @@ def test_what_others_need_comes_first(sender: Sender, klaviyo: Klaviyo) -> None:
     sender.send(
         [
             Operation(OperationKind.DELETE_ITEM, "gone"),
-            Operation(OperationKind.DELETE_STALE_VARIANTS, "p", keep=frozenset({"s"})),
+            Operation(OperationKind.DELETE_STALE_VARIANTS, "p", keep_skus=frozenset({"s"})),
             entry(OperationKind.UPSERT_VARIANT, "s"),
             entry(OperationKind.UPSERT_ITEM, "p"),
             entry(OperationKind.ENSURE_CATEGORY, "c"),
@@ -195,7 +195,7 @@ def test_variants_commercetools_no_longer_has_are_deleted_page_by_page(sender: S
         },
     )
     klaviyo.answer(f"GET {following}", {"data": [{"id": catalog_id("old/2")}], "links": {"next": None}})
-    assert sender.send([Operation(OperationKind.DELETE_STALE_VARIANTS, "p", keep=frozenset({"s"}))]) == [None]
+    assert sender.send([Operation(OperationKind.DELETE_STALE_VARIANTS, "p", keep_skus=frozenset({"s"}))]) == [None]
     deleted = [name for name in klaviyo.names if name.startswith("DELETE")]
     assert deleted == [
         "DELETE /api/catalog-variants/$custom:::$default:::old%201",
@@ -221,7 +221,7 @@ def test_a_variant_klaviyo_lacks_brings_its_whole_product(sender: Sender, klaviy
     """Stock that changes before the product was ever sent is not skipped."""
     klaviyo.answer(f"PATCH {VARIANT}", NOT_FOUND, NOT_FOUND)
     whole = [entry(OperationKind.UPSERT_ITEM, "p"), entry(OperationKind.UPSERT_VARIANT, "s")]
-    stock = Operation(OperationKind.UPDATE_INVENTORY, "s", {"type": "catalog-variant"}, otherwise=lambda: whole)
+    stock = Operation(OperationKind.UPDATE_INVENTORY, "s", {"type": "catalog-variant"}, fallback=lambda: whole)
     assert sender.send([stock]) == [None]
     assert klaviyo.names == [f"PATCH {VARIANT}", "POST /api/catalog-items", "POST /api/catalog-variants"]
     assert sender.send([Operation(OperationKind.UPDATE_INVENTORY, "s", {"type": "catalog-variant"})]) == [None]

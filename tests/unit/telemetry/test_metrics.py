@@ -14,7 +14,7 @@ from prometheus_client import ProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import Scripted
-from tests.support.worker_state import FakeState
+from tests.support.worker_state import FakeWorkerState
 from worker.telemetry.metrics import OUTCOMES, SERVICES, STAGES, Metrics
 from worker.transform import HANDLERS
 
@@ -91,10 +91,10 @@ def labels_of(metrics: Metrics, name: str, label: str) -> set[str]:
     return {sample.labels[label] for sample in families(metrics)[name].samples}
 
 
-def busy(state: FakeState) -> Metrics:
+def busy(state: FakeWorkerState) -> Metrics:
     """Return metrics after a bit of everything."""
     metrics = Metrics("pubsub")
-    metrics.watch(state)
+    metrics.observe_worker(state)
     metrics.set_build_info("1.2.3", "2026-07-15")
     metrics.received(3)
     metrics.batch(3)
@@ -109,7 +109,7 @@ def busy(state: FakeState) -> Metrics:
 
 def test_the_table_is_complete() -> None:
     """Every metric that dashboards and alerts use is there, with its type and its labels, and no other."""
-    found = families(busy(FakeState()))
+    found = families(busy(FakeWorkerState()))
     assert {name: family.type for name, family in found.items()} == {name: kind for name, (kind, _) in TABLE.items()}
     for name, (_, labels) in TABLE.items():
         assert {frozenset(sample.labels) - {"le"} for sample in found[name].samples} == {frozenset(labels)}
@@ -123,7 +123,7 @@ def test_the_documents_name_every_metric() -> None:
 
 def test_names_follow_prometheus() -> None:
     """Counters end in _total, histograms in a base unit, everything has a help text, no unit is a fraction."""
-    for name, family in families(busy(FakeState())).items():
+    for name, family in families(busy(FakeWorkerState())).items():
         assert family.documentation
         assert name.endswith("_total") == (family.type == "counter")
         assert family.type != "histogram" or name.endswith(("_seconds", "_messages"))
@@ -187,7 +187,7 @@ def test_an_age_may_be_unknown_or_ahead() -> None:
 
 def test_buckets_reach_as_far_as_the_waits() -> None:
     """Work takes milliseconds to a minute; a message may wait for hours, and alerts look at five minutes."""
-    metrics = busy(FakeState())
+    metrics = busy(FakeWorkerState())
     bounds = {
         name: [float(sample.labels["le"]) for sample in family.samples if sample.name.endswith("_bucket")]
         for name, family in families(metrics).items()
@@ -252,9 +252,9 @@ def test_statuses_are_counted(status: int | None, label: str, limited: int) -> N
 
 def test_gauges_are_read_at_every_scrape() -> None:
     """They show the worker as it is now."""
-    state = FakeState()
+    state = FakeWorkerState()
     metrics = Metrics("pubsub")
-    metrics.watch(state)
+    metrics.observe_worker(state)
     shown = {
         "messages_in_flight": 7,
         "messages_waiting": 3,
@@ -267,8 +267,8 @@ def test_gauges_are_read_at_every_scrape() -> None:
     assert {name: value(metrics, name) for name in shown} == shown
     state.values |= {
         "in_flight": 0,
-        "parked": "Klaviyo answered 401",
-        "outages": {"klaviyo": "503", "commercetools": ""},
+        "parked_reason": "Klaviyo answered 401",
+        "outage_reasons": {"klaviyo": "503", "commercetools": ""},
     }
     assert (value(metrics, "messages_in_flight"), value(metrics, "parked")) == (0, 1)
     assert value(metrics, "outage", service="klaviyo") == 1
@@ -285,26 +285,26 @@ def test_gauges_are_read_at_every_scrape() -> None:
 )
 def test_what_a_queue_cannot_tell_is_absent(source: str, name: str) -> None:
     """A 0 would say that there is nothing, and scale the worker down; an empty queue does say 0."""
-    assert families(busy(FakeState(**{source: None}))).keys() == TABLE.keys() - {name}
-    assert value(busy(FakeState(**{source: 0})), name) == 0
+    assert families(busy(FakeWorkerState(**{source: None}))).keys() == TABLE.keys() - {name}
+    assert value(busy(FakeWorkerState(**{source: 0})), name) == 0
 
 
 @pytest.mark.parametrize(
     ("source", "name"),
     [
         ("in_flight", "messages_in_flight"),
-        ("waiting", "messages_waiting"),
+        ("held", "messages_waiting"),
         ("oldest_age", "oldest_message_age_seconds"),
         ("lanes", "lanes"),
-        ("parked", "parked"),
-        ("outages", "outage"),
+        ("parked_reason", "parked"),
+        ("outage_reasons", "outage"),
         ("backlog", "queue_backlog_messages"),
         ("dead_letters", "dead_letters_messages"),
     ],
 )
 def test_a_gauge_that_fails_is_left_out(source: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
     """The rest of the scrape is there; one line says which is missing, without the error's text."""
-    metrics = busy(FakeState(**{source: OSError("grete@mail.example")}))
+    metrics = busy(FakeWorkerState(**{source: OSError("grete@mail.example")}))
     with caplog.at_level(logging.WARNING, "klaviyo_worker"):
         found = families(metrics)
     assert found.keys() == TABLE.keys() - {name}
@@ -326,7 +326,7 @@ def test_a_process_that_cannot_be_read_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A sandbox may show another /proc than Linux does: the worker's own metrics are there."""
-    metrics = busy(FakeState())
+    metrics = busy(FakeWorkerState())
     monkeypatch.setattr(ProcessCollector, "collect", Scripted(ValueError("invalid literal")))
     assert families(metrics).keys() == TABLE.keys() - PROCESS.keys()
     assert [vars(record)["metric"] for record in caplog.records] == ["process"]

@@ -87,4 +87,6 @@ def always() -> bool:
 def test_only_a_new_order_makes_fresh_events(kind: str, first: bool) -> None:
     """All other messages repeat the id of an event, or come more than once for an order."""
     operations = transform(Enriched(about("order", kind), NOW, order=ORDER), Mapping(), always if first else None)
-    assert {operation.fresh for operation in operations} == {always if first and kind == "OrderCreated" else None}
+    assert {operation.is_first_delivery for operation in operations} == {
+        always if first and kind == "OrderCreated" else None
+    }

@@ -136,11 +136,11 @@ def _content(operation: Operation) -> Iterator[str]:
     if properties := as_dict(attributes.get("properties")):
         yield f"properties: {', '.join(properties)}"
     if operation.kind is OperationKind.DELETE_STALE_VARIANTS:
-        yield f"kept: {_listed(sorted(operation.keep)) or 'none'}"
+        yield f"kept: {_listed(sorted(operation.keep_skus)) or 'none'}"
     if operation.truncated:
         yield f"cut to Klaviyo's limits: {_listed(unique(operation.truncated))}"
-    if operation.otherwise:
-        instead = [f"{each.kind.value} {each.key}" for each in operation.otherwise()]
+    if operation.fallback:
+        instead = [f"{each.kind.value} {each.key}" for each in operation.fallback()]
         yield f"where Klaviyo does not have it: {_listed(instead)}"
 
 
