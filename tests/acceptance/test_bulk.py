@@ -120,7 +120,7 @@ def test_a_worker_that_is_stopped_in_the_middle_doubles_nothing(
     sandbox.klaviyo.faults.add(Fault(action="lose_response", seconds=15, times=None, match=f"POST {BULK}"))
     worker.publish(*orders(sandbox))
     process = worker.start("run", "--shutdown-grace-period", "0.1")
-    wait_for(lambda: account.events)
+    wait_for(lambda: any(request.path == BULK for request in sandbox.klaviyo.requests))
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 6
     sandbox.klaviyo.faults.clear()
