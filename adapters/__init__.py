@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
 from adapters.base import (
-    Countable,
+    Counts,
     DeadLetter,
     DeadLetterQueue,
-    DeadLetters,
     Delivery,
     Failure,
-    Publisher,
+    InertQueue,
     QueueAdapter,
     QueueError,
     QueueOptions,
     QueueRefusedError,
     QueueURLError,
     QueueWarning,
+    SupportsCounts,
+    SupportsDeadLetters,
+    SupportsPublish,
 )
 
 if TYPE_CHECKING:
@@ -27,19 +29,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENTRY_POINTS",
-    "Countable",
+    "Counts",
     "DeadLetter",
     "DeadLetterQueue",
-    "DeadLetters",
     "Delivery",
     "Failure",
-    "Publisher",
+    "InertQueue",
     "QueueAdapter",
     "QueueError",
     "QueueOptions",
     "QueueRefusedError",
     "QueueURLError",
     "QueueWarning",
+    "SupportsCounts",
+    "SupportsDeadLetters",
+    "SupportsPublish",
     "open_queue",
     "scheme_of",
 ]

@@ -1,9 +1,9 @@
-"""What a queue must do for the worker. Every adapter is a noun in a file of its own and keeps this contract."""
+"""The contract between the worker and its queues: what an adapter must implement."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -23,11 +23,11 @@ class QueueError(Exception):
 
 
 class QueueRefusedError(QueueError):
-    """The queue is missing or not permitted. Somebody may mend that while the worker waits."""
+    """The queue is missing or not permitted. The worker parks and retries until an operator has fixed it."""
 
 
 class QueueURLError(QueueError):
-    """The URL, or a secret for it, names no queue; the text says what was expected."""
+    """The URL of the queue, or a secret that belongs to it, is invalid. The text says what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,34 +47,34 @@ class QueueWarning:
 
 @dataclass(frozen=True, slots=True)
 class QueueOptions:
-    """What a worker asks of its queue; an adapter uses what applies to it."""
+    """Settings of the worker that concern queues. An adapter ignores the ones that do not apply to it."""
 
-    max_messages: int = 2_000  # received and not settled, at once
-    max_bytes: int = 8_000_000  # of their bodies
-    direct_dead_letter: bool = False  # bury with a reason at once, instead of by the queue's own policy
-    port: int = 6789  # to listen on, where messages are pushed and the URL names no port
-    connection_string: str = field(default="", repr=False)  # where a queue needs one: Azure Service Bus
-    dead_letter_url: str = ""  # where dead letters are looked through; "": where the queue's own policy puts them
+    max_messages: int = 2_000  # limit of messages received and not settled
+    max_bytes: int = 8_000_000  # limit of the total size of their bodies
+    direct_dead_letter: bool = False  # dead-letter at once and with a reason, not by the queue's own policy
+    port: int = 6789  # to listen on, if messages are pushed and the URL names no port
+    connection_string: str = field(default="", repr=False)  # for Azure Service Bus
+    dead_letter_url: str = ""  # dead-letter queue to read; "": the one of the queue's own policy
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a delivery goes back to the queue or to the dead letters. Holds no personal data."""
+    """Why a message is returned or dead-lettered. Holds no personal data."""
 
     reason: str  # one sentence for an operator
-    stage: str  # parse, enrich, transform, send; queue when the queue itself gave up
+    stage: str  # parse, enrich, transform or send; queue if the queue itself dead-lettered the message
     error: str  # class name of the error
-    message_type: str = ""  # as far as it is known; only dead letters need it
+    message_type: str = ""  # this and the following if known; only dead letters need them
     resource_type: str = ""
     resource_id: str = ""
 
 
 class Delivery(Protocol):
-    """One message as the queue handed it over. `id` is for logs only: a replay changes it."""
+    """One hand-over of a message by the queue. An adapter adds what it needs to settle it."""
 
     @property
     def id(self) -> str:
-        """The queue's own name for this message."""
+        """The queue's id of the message, for logs. Redeliveries keep it; a queue's own redrive can change it."""
 
     @property
     def body(self) -> bytes:
@@ -82,62 +82,72 @@ class Delivery(Protocol):
 
     @property
     def attributes(self) -> Mapping[str, str]:
-        """What the publisher or the queue attached."""
+        """The attributes that the publisher or the queue attached to the message."""
 
     @property
     def attempt(self) -> int | None:
-        """1 for the first delivery; None where the queue does not count."""
+        """Number of this delivery, 1 for the first; None if the queue does not count."""
 
     @property
     def published_at(self) -> datetime | None:
-        """When the queue took the message; None where it does not tell."""
+        """When the queue accepted the message; None if unknown."""
 
 
 class QueueAdapter(Protocol):
-    """A queue that leases messages, at least once, to any number of workers.
+    """A queue that delivers at least once and leases each delivery to one of any number of workers.
 
-    All methods may be called from several threads. Settling (`ack`, `nack`, `dead_letter`) and `extend` never
-    raise for a lease that is lost already: the message will come again, which is no error.
+    The worker calls `receive` from one thread, `extend` from another, and `ack`, `nack` and `dead_letter` from all.
+    Settling a delivery whose lease has ended, and extending such a lease, must do nothing and raise nothing: the
+    queue redelivers the message.
     """
 
     @property
-    def lease(self) -> float | None:
-        """Seconds a delivery stays ours without `extend`, as far as is known; None where nothing can extend it."""
+    def lease_seconds(self) -> float | None:
+        """Seconds that a delivery stays leased without `extend`, at least; None if it needs no extension.
+
+        The worker reads it before each extension, so it can change.
+        """
 
     def receive(self, max_messages: int, wait: float) -> Sequence[Delivery]:
-        """Return up to `max_messages`, waiting at most `wait` seconds for the first; [] when idle.
+        """Return up to `max_messages` deliveries, or [] if none arrives within `wait` seconds.
 
-        Raises QueueError when the queue can no longer be read, QueueRefusedError when another try may succeed.
+        Return as soon as there is one; do not wait for more. Called in a loop, `max_messages` is at least 1, and
+        `wait` is a second or less. Retry transient errors here and return [].
+
+        Raises QueueError if the queue can no longer be read: the worker returns its messages and exits. Raises
+        QueueRefusedError if credentials or permissions are refused: the worker parks and calls again later.
         """
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Remove the messages for good."""
+        """Remove the messages permanently. Retry transient errors while the leases last; then give no error."""
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """Return the messages, to be redelivered no sooner than `delay` seconds from now.
+        """Return the messages; the queue redelivers each of them after at least `delay` seconds.
 
-        `delay` is a hint that a queue clamps to what it can. `failure` is kept with the message where
-        the queue can, so that a message the queue's own policy gives up on says why. None: the messages
-        were not handled at all, which costs no delivery attempt where the queue can take it back.
+        A queue reduces `delay` to the longest it can. Store `failure` with the messages if the queue can: it is the
+        reason of a dead letter if the queue's own policy then dead-letters the message. `failure` is None if the
+        worker did not handle the messages: the delivery must then not count as an attempt if the queue can undo that.
         """
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
-        """Move the message to the dead letters with its reason; where a queue cannot, nack it.
+        """Move the message to the dead-letter queue with its reason; if that is impossible, nack it.
 
-        Returns whether it is a dead letter now; if not, it comes again until the queue's policy gives up.
+        Return whether the message is a dead letter now. False: it is redelivered until the queue's policy
+        dead-letters it.
         """
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Keep the leases for `seconds` from now; nothing to do where nothing can extend them.
+        """Make the leases end `seconds` from now.
 
-        Raises QueueError when the queue cannot be told: the leases may end.
+        Called every third of `lease_seconds` with all deliveries that are not settled. Include the messages that
+        the adapter holds itself. Raises QueueError if some leases could not be extended.
         """
 
     def backlog(self) -> int | None:
-        """Count the messages not yet settled: ready, delayed and leased.
+        """Count the messages that are not settled: ready, delayed and leased.
 
-        A queue that does not tell answers with what this worker sent back and expects again, or None
-        when that is nothing.
+        `run --once` ends when the backlog is 0. A queue that cannot count returns the number of messages that this
+        worker returned and that were not redelivered yet, or None instead of 0.
         """
 
     def check(self) -> Sequence[QueueWarning]:
@@ -148,60 +158,99 @@ class QueueAdapter(Protocol):
         """
 
     def stop(self) -> None:
-        """Stop pulling and return what `receive` never handed out. Settling goes on until `close`."""
+        """Stop pulling and return the messages that `receive` did not hand out.
+
+        Called once `receive` is no longer called. Messages are still settled and extended until `close`.
+        """
 
     def close(self) -> None:
-        """Stop, and let go of the connection. Idempotent."""
+        """Stop, if not done yet, and close the connections. Idempotent."""
+
+
+class InertQueue:
+    """A base for queues of messages that need no lease, and that need no action when they are not acked."""
+
+    @property
+    def lease_seconds(self) -> float | None:
+        """None: there is nothing to extend."""
+        return None
+
+    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
+        """Do nothing."""
+
+    def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:  # noqa: ARG002 - nothing to move
+        """Report success."""
+        return True
+
+    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
+        """Do nothing."""
+
+    def check(self) -> Sequence[QueueWarning]:
+        """Return no warnings."""
+        return ()
+
+    def stop(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A message given up on."""
+    """A dead-lettered message."""
 
     delivery: Delivery
-    failure: Failure  # "" for what the queue does not tell
-    dead_lettered_at: datetime | None  # None where the queue does not tell
+    failure: Failure  # fields that the queue does not keep are ""
+    dead_lettered_at: datetime | None  # None if the queue does not keep it
 
 
 class DeadLetterQueue(Protocol):
-    """The dead letters of a queue, looked through once. Methods may be called from several threads.
+    """One pass through the dead letters of a queue. Methods can be called from several threads.
 
-    What was handed out stays with this object until it is removed or `close` is called; an object that vanishes
-    with its process loses nothing, its letters are dead letters still.
+    Dead letters that were returned stay reserved for this object until they are removed or it is closed. If its
+    process dies, all of them are still dead letters.
     """
 
     def receive(self, max_messages: int, wait: float) -> Sequence[DeadLetter]:
-        """Return letters that were not handed out yet, the oldest first as far as the queue knows.
+        """Return up to `max_messages` dead letters that were not returned before, the oldest first if known.
 
-        Waits at most `wait` seconds for the first; [] when there are no more. Raises QueueError.
+        Wait up to `wait` seconds for the first; return [] if there are no more. Raises QueueError.
         """
 
-    def remove(self, letters: Sequence[DeadLetter]) -> None:
-        """Remove letters for good. Raises QueueError when that cannot be told: they may still be there."""
+    def remove(self, dead_letters: Sequence[DeadLetter]) -> None:
+        """Remove dead letters permanently. Raises QueueError if some of them may still exist."""
 
     def close(self) -> None:
-        """Leave all others as they were, for whoever looks next. Idempotent."""
+        """Release the others, unchanged, for the next reader. Idempotent."""
+
+
+class Counts(NamedTuple):
+    """The size of a queue; None for a figure that this process has no permission to read."""
+
+    backlog: int | None  # messages not settled: ready, delayed and leased
+    dead_letters: int | None
 
 
 @runtime_checkable
-class Publisher(Protocol):
+class SupportsPublish(Protocol):
     """A queue that `klaviyo-worker publish` can fill."""
 
     def publish(self, bodies: Iterable[bytes]) -> int:
-        """Store the messages durably and return how many. Raises QueueError, saying what of them was stored."""
+        """Store the messages durably and return their number. Raises QueueError with the number stored before."""
 
 
 @runtime_checkable
-class Countable(Protocol):
-    """A queue that can tell how much it holds, whoever put or sent it there."""
+class SupportsCounts(Protocol):
+    """A queue that can count all its messages, whichever process published or returned them."""
 
-    def counts(self) -> tuple[int | None, int | None]:
-        """Return the messages not yet settled, and the dead letters; None for what it is not permitted to tell."""
+    def counts(self) -> Counts:
+        """Count the messages and the dead letters. Raises QueueError."""
 
 
 @runtime_checkable
-class DeadLetters(Protocol):
+class SupportsDeadLetters(Protocol):
     """A queue whose dead letters `klaviyo-worker dlq` can read."""
 
     def dead_letters(self) -> DeadLetterQueue:
-        """Open the dead letters. Raises QueueError when there are none to be had: no such queue, no right to it."""
+        """Start a pass through the dead letters. Raises QueueError if there is no dead-letter queue or no access."""

@@ -18,7 +18,7 @@ from threading import Lock, RLock
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from adapters.base import DeadLetter, Failure, QueueError, QueueURLError
+from adapters.base import Counts, DeadLetter, Failure, QueueError, QueueURLError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,18 +87,18 @@ def open_url(url: str, _options: QueueOptions) -> EmbeddedQueue:
         raise QueueURLError("QUEUE_URL is malformed", todo=_EXPECTED) from None
     if options or not path.strip("/") or not 0 < lease < float("inf") or max_attempts < 1:
         raise QueueURLError("QUEUE_URL is malformed", todo=_EXPECTED)
-    return EmbeddedQueue(Path(path).expanduser(), lease=lease, max_attempts=max_attempts)
+    return EmbeddedQueue(Path(path).expanduser(), lease_seconds=lease, max_attempts=max_attempts)
 
 
 class EmbeddedQueue:
-    """A queue in one SQLite file. Implements QueueAdapter, Publisher, Countable and DeadLetters."""
+    """A queue in one SQLite file. Implements QueueAdapter, SupportsPublish, SupportsCounts and SupportsDeadLetters."""
 
     LEASE_SECONDS = 60.0
     MAX_ATTEMPTS = 20  # with delays up to ten minutes: an outage of two hours
 
-    def __init__(self, path: Path, *, lease: float = LEASE_SECONDS, max_attempts: int = MAX_ATTEMPTS) -> None:
+    def __init__(self, path: Path, *, lease_seconds: float = LEASE_SECONDS, max_attempts: int = MAX_ATTEMPTS) -> None:
         self._path = path
-        self._lease = lease
+        self._lease_seconds = lease_seconds
         self._max_attempts = max_attempts
         self._lock = RLock()
         try:
@@ -111,9 +111,9 @@ class EmbeddedQueue:
             raise QueueError(f"QUEUE_URL: cannot open {path}: {error}") from error
 
     @property
-    def lease(self) -> float:
+    def lease_seconds(self) -> float:
         """Seconds a message stays invisible to others once received."""
-        return self._lease
+        return self._lease_seconds
 
     def publish(self, bodies: Iterable[bytes]) -> int:
         """Store the messages in one transaction that survives a power loss; return how many."""
@@ -177,12 +177,12 @@ class EmbeddedQueue:
         with self._guard():
             return int(self._db.execute("SELECT count(*) FROM messages").fetchone()[0])
 
-    def counts(self) -> tuple[int, int]:
+    def counts(self) -> Counts:
         """Count the messages not yet settled, and the dead letters."""
         with self._guard():
             query = "SELECT (SELECT count(*) FROM messages), (SELECT count(*) FROM dead_letters)"
             waiting, dead = self._db.execute(query).fetchone()
-            return int(waiting), int(dead)
+            return Counts(int(waiting), int(dead))
 
     def check(self) -> Sequence[QueueWarning]:
         """Raise QueueError unless the file can be written."""
@@ -227,7 +227,8 @@ class EmbeddedQueue:
     def _lease_ready(self, max_messages: int) -> list[EmbeddedDelivery]:
         token, now = uuid.uuid4().hex, time.time()
         with self._transaction():
-            rows = self._db.execute(_LEASE, (token, now + self._lease, now, max_messages, RECEIVE_BYTES)).fetchall()
+            values = (token, now + self._lease_seconds, now, max_messages, RECEIVE_BYTES)
+            rows = self._db.execute(_LEASE, values).fetchall()
         leased = [_delivery(row) for row in sorted(rows)]  # RETURNING promises no order
         for delivery in leased:
             if delivery.attempt > self._max_attempts:
@@ -279,9 +280,9 @@ class EmbeddedDeadLetters:
             self._last = found[-1][0] if found else self._last
         return [letter for _, letter in found]
 
-    def remove(self, letters: Sequence[DeadLetter]) -> None:
+    def remove(self, dead_letters: Sequence[DeadLetter]) -> None:
         """Delete the rows, in one transaction."""
-        self._queue.unbury([letter.delivery for letter in letters])
+        self._queue.unbury([letter.delivery for letter in dead_letters])
 
     def close(self) -> None:
         """Do nothing: nothing was taken."""

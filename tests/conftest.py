@@ -95,7 +95,7 @@ def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixtur
 @pytest.fixture
 def queue(tmp_path: Path) -> Iterator[EmbeddedQueue]:
     """An empty embedded queue."""
-    queue = EmbeddedQueue(tmp_path / "queue.db", lease=30, max_attempts=3)
+    queue = EmbeddedQueue(tmp_path / "queue.db", lease_seconds=30, max_attempts=3)
     yield queue
     queue.close()
 

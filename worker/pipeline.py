@@ -66,7 +66,7 @@ class Pipeline:
         """Parse a delivery. Done before lanes are chosen, as the lane depends on the resource."""
         now = time.monotonic()
         # Half: the client may have held the message for a while before it was received.
-        job = Message(delivery, received_at=now, lease=Lease(now + (self._queue.lease or MIN_LEASE) / 2))
+        job = Message(delivery, received_at=now, lease=Lease(now + (self._queue.lease_seconds or MIN_LEASE) / 2))
         with self._telemetry.stage("parse"):
             _guarded(job, "parse", partial(_parse, job, self._mapping))
         return job

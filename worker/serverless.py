@@ -41,8 +41,8 @@ def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
     QueueError when the event is of something else; the whole batch comes again then.
     """
     batch = SQSEvent(event, _left(context))
-    if batch.lease <= STOP_BEFORE:  # Lambda's default; nothing would ever be done, and all be buried
-        found = f"the function has {batch.lease:.0f} s, expected more than {STOP_BEFORE:.0f}"
+    if batch.lease_seconds <= STOP_BEFORE:  # Lambda's default; nothing would ever be done, and all be buried
+        found = f"the function has {batch.lease_seconds:.0f} s, expected more than {STOP_BEFORE:.0f}"
         raise SettingsError(f"Timeout: {found}", todo="set 60")
     warm = _warm()
     stages = warm.stages
@@ -51,7 +51,7 @@ def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
     timer = Timer(_left(context) - STOP_BEFORE, runner.stop)  # asked again: a cold start takes its time
     timer.start()
     try:
-        runner.run(once=True, max_wait=batch.lease)
+        runner.run(once=True, max_wait=batch.lease_seconds)
     except (Misconfigured, ShutdownTimeoutError) as error:
         log.error("not_all_done", extra={"reason": str(error), "returned": len(batch.left())})
     finally:

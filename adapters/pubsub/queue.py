@@ -25,7 +25,7 @@ from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransp
 
 from adapters.base import QueueError, QueueURLError, QueueWarning
 from adapters.pubsub import dead_letters as dead
-from adapters.pubsub.settlement import LEASE, PASSING, Settlement
+from adapters.pubsub.settlement import LEASE_SECONDS, PASSING, Settlement
 from adapters.pubsub.streaming_pull import StreamClient, StreamingPull
 from adapters.shared.batches import batches
 from adapters.shared.leased_dead_letters import LeasedLetters
@@ -91,18 +91,18 @@ def _path(url: str, setting: str) -> str:
 
 
 class PubSubQueue:
-    """A subscription. Implements QueueAdapter, Publisher and DeadLetters."""
+    """A subscription. Implements QueueAdapter, SupportsPublish and SupportsDeadLetters."""
 
-    def __init__(self, path: str, options: QueueOptions, *, lease: int = LEASE) -> None:
+    def __init__(self, path: str, options: QueueOptions, *, lease_seconds: int = LEASE_SECONDS) -> None:
         self._path = path
-        self._lease = lease
+        self._lease_seconds = lease_seconds
         self._options = options
         self._client = SubscriberClient(transport=_transport(SubscriberGrpcTransport))
         flow_control = FlowControl(
             max_messages=options.max_messages,
             max_bytes=options.max_bytes,
             max_lease_duration=LONGEST_HOLD,
-            min_duration_per_lease_extension=lease,
+            min_duration_per_lease_extension=lease_seconds,
         )
         self._settlement = Settlement(self._client, path)
         self._stream = StreamingPull(_stream_client, path, flow_control)
@@ -112,9 +112,9 @@ class PubSubQueue:
         self._awaited = Awaited()
 
     @property
-    def lease(self) -> float:
+    def lease_seconds(self) -> float:
         """Seconds. The client extends leases too, but only as long as its stream lives."""
-        return self._lease
+        return self._lease_seconds
 
     def receive(self, max_messages: int, wait: float) -> Sequence[PubSubDelivery]:
         """Return what the stream brought."""
@@ -183,7 +183,7 @@ class PubSubQueue:
             raise QueueError(
                 f"QUEUE_URL: {self._path} is a push subscription", todo="use push://HOST:PORT, or one that is pulled"
             )
-        return list(_warnings(subscription, self._lease))
+        return list(_warnings(subscription, self._lease_seconds))
 
     def stop(self) -> None:
         """Stop the stream and return what was not received."""

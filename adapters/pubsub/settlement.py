@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klaviyo_worker.pubsub")
 
-LEASE = 60  # seconds, an int to the client; a crash costs this much before a message comes again
-ACK_PATIENCE, NACK_PATIENCE = LEASE, 3.0  # seconds to reach Pub/Sub; a nack that is lost costs a lease at most
+LEASE_SECONDS = 60  # seconds, an int to the client; a crash costs this much before a message comes again
+ACK_PATIENCE, NACK_PATIENCE = LEASE_SECONDS, 3.0  # seconds to reach Pub/Sub; a nack that is lost costs a lease at most
 TIMEOUT = 3.0  # seconds for one call
 MAX_IDS = 1000  # ack ids in a call, whose limit is 512 KiB
 PASSING = (

@@ -73,7 +73,7 @@ def open_url(url: str, options: QueueOptions) -> PushQueue:
 class PushQueue:
     """An endpoint that Pub/Sub pushes to. Implements QueueAdapter; listens from the first `receive` on."""
 
-    lease = None  # Pub/Sub waits for the answer, as long as the subscription's ack deadline
+    lease_seconds = None  # Pub/Sub waits for the answer, as long as the subscription's ack deadline
 
     def __init__(self, host: str, port: int, options: QueueOptions, verifier: TokenVerifier | None = None) -> None:
         self.host, self.port = host, port

@@ -59,9 +59,9 @@ class ServiceBusDeadLetters:
             self._next = _number(found[-1]) + 1 if found else self._next
         return [_dead_letter(message) for message in found]
 
-    def remove(self, letters: Sequence[DeadLetter]) -> None:
+    def remove(self, dead_letters: Sequence[DeadLetter]) -> None:
         """Lock and complete them. Raises QueueError when some are still there in the end."""
-        deliveries = [letter.delivery for letter in letters]
+        deliveries = [letter.delivery for letter in dead_letters]
         asked = {_number(each.message) for each in deliveries if isinstance(each, ServiceBusDelivery)}
         left = set(asked)
         with self._lock:

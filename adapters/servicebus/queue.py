@@ -114,7 +114,7 @@ def fits(connection_string: str, entity: Entity) -> None:
 
 
 class ServiceBusQueue:
-    """A queue or a subscription. Implements QueueAdapter, Publisher and DeadLetters."""
+    """A queue or a subscription. Implements QueueAdapter, SupportsPublish and SupportsDeadLetters."""
 
     def __init__(self, entity: Entity, options: QueueOptions) -> None:
         self._entity = entity
@@ -132,7 +132,7 @@ class ServiceBusQueue:
         self._lease = Lease()
 
     @property
-    def lease(self) -> float:
+    def lease_seconds(self) -> float:
         """Seconds a lock lasts, as the messages tell; the shortest there is until one came."""
         return self._lease.seconds
 

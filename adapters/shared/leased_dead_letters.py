@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from adapters.base import DeadLetter
 
-LEASE = 60  # seconds; a look that is killed hides its letters for so long
+LEASE_SECONDS = 60  # seconds; a look that is killed hides its letters for so long
 PAUSE = 0.1  # seconds before a queue is asked again that answered at once, with nothing
 
 
@@ -59,7 +59,7 @@ class _Lease:
 class LeasedLetters:
     """Implements DeadLetterQueue. A letter whose lease was lost comes again to nobody: only its handle is noted."""
 
-    def __init__(self, source: Source, *, seconds: int = LEASE) -> None:
+    def __init__(self, source: Source, *, seconds: int = LEASE_SECONDS) -> None:
         self._source = source
         self._seconds = seconds
         self._lock = Lock()
@@ -74,11 +74,13 @@ class LeasedLetters:
         """Return letters that were not handed out yet."""
         return self._looks.submit(self._look, max_messages, wait).result()
 
-    def remove(self, letters: Sequence[DeadLetter]) -> None:
+    def remove(self, dead_letters: Sequence[DeadLetter]) -> None:
         """Remove letters for good; those whose lease was lost may still be there."""
         now = time.monotonic()
         with self._lock:
-            held = {id_: self._leases[id_] for letter in letters if (id_ := letter.delivery.id) not in self._removed}
+            held = {
+                id_: self._leases[id_] for letter in dead_letters if (id_ := letter.delivery.id) not in self._removed
+            }
         failed = self._source.remove([lease.handle for lease in held.values()])
         ended = {lease.handle: "its lease had ended" for lease in held.values() if lease.until < now}
         left = {**ended, **failed}

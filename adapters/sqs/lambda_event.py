@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from adapters.base import QueueError
+from adapters.base import InertQueue, QueueError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from adapters.base import Delivery, Failure, QueueWarning
+    from adapters.base import Delivery, Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Record:
     published_at: datetime
 
 
-class SQSEvent:
+class SQSEvent(InertQueue):
     """Implements QueueAdapter for a batch that Lambda leases and settles: `left` tells it what must come again.
 
     `seconds`: how long the function may take. Lambda sees to it that the leases last longer.
@@ -39,10 +39,15 @@ class SQSEvent:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             what = f"expected the event of an SQS event source ({type(error).__name__}: {error})"
             raise QueueError(what, todo="invoke this function by one, not by hand") from None
-        self.lease = seconds
+        self._seconds = seconds
         self._waiting = records
         self._left = {record.id for record in records}
         self._lock = Lock()
+
+    @property
+    def lease_seconds(self) -> float:
+        """Seconds until Lambda ends the function."""
+        return self._seconds
 
     def receive(self, max_messages: int, wait: float) -> Sequence[Record]:
         """Return what was not handed out yet; once that is nothing, after `wait` seconds."""
@@ -56,31 +61,18 @@ class SQSEvent:
         with self._lock:
             self._left -= {delivery.id for delivery in deliveries}
 
-    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """Leave them: they come again when the queue's visibility timeout ends."""
-
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
         """Leave it to the queue's redrive policy."""
         del delivery, failure
         return False
 
-    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Do nothing: the leases outlast the function."""
-
     def backlog(self) -> int:
         """Count what was not handed out yet: what comes again does so in another invocation."""
         return len(self._waiting)
 
-    def check(self) -> Sequence[QueueWarning]:
-        """Return nothing: what was brought may be handled."""
-        return ()
-
     def stop(self) -> None:
         """Hand out no more."""
         self._waiting = []
-
-    def close(self) -> None:
-        """Do nothing: nothing is open."""
 
     def left(self) -> list[str]:
         """Return the ids of the messages that must come again."""

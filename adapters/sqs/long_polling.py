@@ -56,10 +56,10 @@ class LongPolling:
     when they are there: what is taken may be larger than wanted by those of `MAX_RECEIVERS` polls.
     """
 
-    def __init__(self, client: SQSClient, queue_url: str, *, lease: float, poll_seconds: int) -> None:
+    def __init__(self, client: SQSClient, queue_url: str, *, lease_seconds: float, poll_seconds: int) -> None:
         self._client = client
         self._queue_url = queue_url
-        self._lease = lease
+        self._lease_seconds = lease_seconds
         self._poll_seconds = poll_seconds
         self._inbox: Inbox[SQSDelivery] = Inbox()
         self._lock = Lock()  # guards all below
@@ -114,7 +114,7 @@ class LongPolling:
 
     def _drop_ended(self) -> None:
         """Forget what waited longer than its lease: somebody else may have it by now. The lock is held."""
-        began = time.monotonic() - self._lease
+        began = time.monotonic() - self._lease_seconds
         self._coming -= self._inbox.drop(lambda delivery: max(delivery.received_at, self._extended_at) <= began)
 
     def _poll_more(self) -> None:
@@ -160,7 +160,7 @@ class LongPolling:
             QueueUrl=self._queue_url,
             MaxNumberOfMessages=at_most,
             WaitTimeSeconds=self._poll_seconds,
-            VisibilityTimeout=math.ceil(self._lease),
+            VisibilityTimeout=math.ceil(self._lease_seconds),
             MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
             MessageAttributeNames=["All"],
         )

@@ -13,14 +13,14 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from adapters.base import QueueError, QueueURLError, QueueWarning
+from adapters.base import Counts, QueueError, QueueURLError, QueueWarning
 from adapters.shared.leased_dead_letters import LeasedLetters
 from adapters.shared.redeliveries import Awaited
 from adapters.sqs import client as aws
 from adapters.sqs import sending as sqs_sending
 from adapters.sqs.dead_letters import SQSLetters
 from adapters.sqs.long_polling import POLL_SECONDS, LongPolling, SQSDelivery
-from adapters.sqs.settlement import LEASE, Settlement
+from adapters.sqs.settlement import LEASE_SECONDS, Settlement
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -70,7 +70,7 @@ def _locate(url: str, setting: str) -> tuple[SQSClient, str]:
 
 
 class SQSQueue:
-    """A queue. Implements QueueAdapter, Publisher, Countable and DeadLetters."""
+    """A queue. Implements QueueAdapter, SupportsPublish, SupportsCounts and SupportsDeadLetters."""
 
     def __init__(
         self,
@@ -78,26 +78,26 @@ class SQSQueue:
         url: str,
         options: QueueOptions,
         *,
-        lease: float = LEASE,
+        lease_seconds: float = LEASE_SECONDS,
         poll_seconds: int = POLL_SECONDS,
     ) -> None:
-        """`lease`: seconds that messages are received for, whatever the queue's own visibility timeout is."""
+        """`lease_seconds`: seconds that messages are received for, whatever the queue's own visibility timeout is."""
         self._client = client
         self._url = url
         self._name = url.rpartition("/")[2]
         self._options = options
-        self._lease = lease
+        self._lease_seconds = lease_seconds
         self._settlement = Settlement(client, url)
-        self._polling = LongPolling(client, url, lease=lease, poll_seconds=poll_seconds)
+        self._polling = LongPolling(client, url, lease_seconds=lease_seconds, poll_seconds=poll_seconds)
         self._dead_letter_url: str | None = None  # "" when the queue has none, None when it is not known
         self._dead_letter_region = ""
         self._max_receives = math.inf
         self._awaited = Awaited()
 
     @property
-    def lease(self) -> float:
+    def lease_seconds(self) -> float:
         """Seconds."""
-        return self._lease
+        return self._lease_seconds
 
     def receive(self, max_messages: int, wait: float) -> Sequence[SQSDelivery]:
         """Return what the polls brought."""
@@ -149,11 +149,11 @@ class SQSQueue:
             counted = 0
         return max(counted, len(self._awaited)) or None
 
-    def counts(self) -> tuple[int | None, int | None]:
+    def counts(self) -> Counts:
         """Count both queues, the dead letters once `check` has looked for them. Raises QueueError."""
         try:
             dead = self._count(self._dead_letter_url) if self._dead_letter_url else None
-            return self._count(self._url), dead
+            return Counts(self._count(self._url), dead)
         except aws.ERRORS as error:
             raise aws.queue_error(error, self._name) from None
 

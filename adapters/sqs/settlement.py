@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klaviyo_worker.sqs")
 
-LEASE = 60.0  # seconds; a crash costs this much before a message comes again
-ACK_PATIENCE, NACK_PATIENCE = LEASE, 3.0  # seconds to reach SQS; a nack that is lost costs a lease at most
+LEASE_SECONDS = 60.0  # seconds; a crash costs this much before a message comes again
+ACK_PATIENCE, NACK_PATIENCE = LEASE_SECONDS, 3.0  # seconds to reach SQS; a nack that is lost costs a lease at most
 LONGEST_HOLD = 12 * 3600 - 60  # seconds from receiving a message to the end of its lease: SQS's limit less a minute
 MAX_ENTRIES = 10  # in a call, SQS's limit
 THREADS = 16  # calls under way at once

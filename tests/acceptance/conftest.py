@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from adapters import Publisher, open_queue
+from adapters import SupportsPublish, open_queue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +65,7 @@ class Worker:
     def publish(self, *bodies: bytes | dict[str, Any]) -> None:
         """Put messages into the queue. The command that does so has tests of its own."""
         with closing(open_queue(self.environment["QUEUE_URL"])) as queue:
-            assert isinstance(queue, Publisher)
+            assert isinstance(queue, SupportsPublish)
             queue.publish([body if isinstance(body, bytes) else json.dumps(body).encode() for body in bodies])
 
     def dead_letters(self) -> list[dict[str, Any]]:

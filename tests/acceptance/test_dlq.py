@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import pytest
 from click.testing import CliRunner, Result
 
-from adapters import DeadLetter, DeadLetters, Failure, open_queue
+from adapters import DeadLetter, Failure, SupportsDeadLetters, open_queue
 from adapters.embedded import EmbeddedQueue
 from tests.acceptance.conftest import Worker
 from tests.integration.conftest import settings_for
@@ -315,7 +315,7 @@ def test_two_replays_at_once_do_no_harm(dlq: Dlq, path: Path, sandbox: Sandbox) 
 
     def run() -> None:
         with closing(open_queue(settings.queue_url)) as queue:
-            assert isinstance(queue, DeadLetters)
+            assert isinstance(queue, SupportsDeadLetters)
             replay.Replay(queue, settings, Choice(), replay.Options()).run()
 
     other = Thread(target=run)

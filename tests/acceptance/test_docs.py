@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import ZipFile
 
-from adapters import Publisher, QueueOptions, open_queue
+from adapters import QueueOptions, SupportsPublish, open_queue
 from adapters.servicebus.queue import fits, parse_url
 from tests.support import sqs_fakes as sqs
 from tests.support.pubsub_emulator import Emulator
@@ -83,7 +83,7 @@ def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch, tm
     url, arn, dead_arn = names.split()
     with closing(open_queue("sqs://klaviyo-worker", QueueOptions(direct_dead_letter=True))) as queue:
         assert queue.check() == []
-        assert isinstance(queue, Publisher)
+        assert isinstance(queue, SupportsPublish)
         assert queue.publish([b"{}"]) == 1
     checkout = tmp_path / "checkout"
     (checkout / "build").mkdir(parents=True)

@@ -15,7 +15,7 @@ _AT_ONCE = {"always": "always", "asked": "with `KLAVIYO_WORKER_DEAD_LETTER_MODE=
 _ROWS: dict[str, Callable[[Guarantees], str]] = {
     "order": lambda queue: "oldest first" if queue.in_order else "none",
     "lease, extended while a message is held": lambda queue: (
-        "the queue's own" if queue.lease is None else _seconds(queue.lease)
+        "the queue's own" if queue.lease_seconds is None else _seconds(queue.lease_seconds)
     ),
     "a message returned unhandled (shutdown, dry run)": lambda queue: (
         "spends no attempt" if queue.unhandled_is_free else "spends an attempt"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from adapters import Delivery, Failure, Publisher, QueueAdapter, QueueError, open_queue
+from adapters import Delivery, Failure, QueueAdapter, QueueError, SupportsPublish, open_queue
 from tests.rigs import MORE
 
 if TYPE_CHECKING:
@@ -199,10 +199,10 @@ def test_leases_last_as_long_as_promised(rig: Rig, opened: Open) -> None:
     """Known before anything is received, or learnt from what is."""
     rig.publish([b"x"])
     queue = opened()
-    assert queue.lease == rig.guarantees.lease or rig.guarantees.lease is None
+    assert queue.lease_seconds == rig.guarantees.lease_seconds or rig.guarantees.lease_seconds is None
     receive(queue, 1)
-    assert queue.lease is not None
-    assert rig.lease * 0.8 < queue.lease <= rig.lease
+    assert queue.lease_seconds is not None
+    assert rig.lease_seconds * 0.8 < queue.lease_seconds <= rig.lease_seconds
 
 
 @with_short_leases
@@ -211,11 +211,11 @@ def test_an_extended_lease_holds(rig: Rig, opened: Open) -> None:
     rig.publish([b"held"])
     queue, other = opened(), opened()
     held = receive(queue, 1)
-    until = time.monotonic() + 2.5 * rig.lease
+    until = time.monotonic() + 2.5 * rig.lease_seconds
     while time.monotonic() < until:
-        assert queue.lease is not None
-        queue.extend(held, queue.lease)
-        assert other.receive(1, queue.lease / 4) == []
+        assert queue.lease_seconds is not None
+        queue.extend(held, queue.lease_seconds)
+        assert other.receive(1, queue.lease_seconds / 4) == []
     queue.ack(held)
     queue.close()
     assert rig.left() == []
@@ -230,7 +230,7 @@ def test_a_lost_lease_is_no_error(rig: Rig, opened: Open) -> None:
     rig.lose(held)
     again = receive(queue, 1)
     assert [(delivery.body, delivery.attempt) for delivery in again] == [(b"x", 2)]
-    queue.extend(held, rig.lease)
+    queue.extend(held, rig.lease_seconds)
     queue.nack(held, 0.0, FAILURE)
     queue.ack(again)
     queue.ack(held)
@@ -338,7 +338,7 @@ def test_an_extension_under_way_undoes_no_ack(rig: Rig, opened: Open) -> None:
 
     def extend() -> None:
         while not acked.is_set():
-            queue.extend(got, rig.lease)
+            queue.extend(got, rig.lease_seconds)
             extended.set()
 
     with ThreadPoolExecutor(1) as pool:
@@ -348,7 +348,7 @@ def test_an_extension_under_way_undoes_no_ack(rig: Rig, opened: Open) -> None:
             queue.ack([delivery])
         acked.set()
         extending.result()
-    again = receive(queue, 1, wait=1.5 * rig.lease)  # a stand-in may have handed another one out twice
+    again = receive(queue, 1, wait=1.5 * rig.lease_seconds)  # a stand-in may have handed another one out twice
     assert set(bodies(again)).isdisjoint(bodies(got))
 
 
@@ -384,6 +384,6 @@ def test_a_good_queue_checks_well_and_one_that_is_not_there_is_an_error(rig: Rig
 def test_the_queue_can_be_published_to(rig: Rig, opened: Open) -> None:
     """`klaviyo-worker publish` fills it, in as many calls as the service wants."""
     queue = opened()
-    assert isinstance(queue, Publisher)
+    assert isinstance(queue, SupportsPublish)
     assert queue.publish(iter(numbered(25))) == 25
     assert bodies(receive(queue, 25)) == numbered(25)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from adapters import DeadLetter, DeadLetterQueue, DeadLetters, Failure, QueueAdapter
+from adapters import DeadLetter, DeadLetterQueue, Failure, QueueAdapter, SupportsDeadLetters
 from tests.contract.test_contract import FAILURE, HOSTILE, SOON, numbered, receive
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def queue(rig: Rig) -> Iterator[QueueAdapter]:
     opened = rig.opener(direct_dead_letter=True)()
-    if not isinstance(opened, DeadLetters):
+    if not isinstance(opened, SupportsDeadLetters):
         opened.close()
         pytest.skip("the dead letters of this queue cannot be looked through")
     opened.check()
@@ -29,7 +29,7 @@ def queue(rig: Rig) -> Iterator[QueueAdapter]:
 
 @pytest.fixture
 def letters(queue: QueueAdapter) -> Iterator[DeadLetterQueue]:
-    assert isinstance(queue, DeadLetters)
+    assert isinstance(queue, SupportsDeadLetters)
     opened = queue.dead_letters()
     yield opened
     opened.close()
@@ -100,7 +100,7 @@ def test_each_of_hundreds_is_handed_out_once_and_all_are_there_for_who_looks_nex
     rig: Rig, queue: QueueAdapter, letters: DeadLetterQueue
 ) -> None:
     """No more at a time than asked for. Closing gives them back at once, not when their leases end, and so again."""
-    assert isinstance(queue, DeadLetters)
+    assert isinstance(queue, SupportsDeadLetters)
     bury(rig, queue, numbered(300))
     for _ in range(2):
         found: list[DeadLetter] = []
@@ -120,7 +120,7 @@ def test_a_removed_letter_is_gone_for_good_and_all_others_stay(
     rig: Rig, queue: QueueAdapter, letters: DeadLetterQueue
 ) -> None:
     """Whoever looks next, and for the service itself. Removing twice is no error."""
-    assert isinstance(queue, DeadLetters)
+    assert isinstance(queue, SupportsDeadLetters)
     bury(rig, queue, numbered(25))
     removed = [letter for letter in look(letters, 25) if letter.delivery.body < b"020"]
     assert len(removed) == 20

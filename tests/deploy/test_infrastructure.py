@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.pubsub_v1.types import DeadLetterPolicy, RetryPolicy, Subscription
 
 from adapters.pubsub.queue import _warnings
-from adapters.pubsub.settlement import LEASE
+from adapters.pubsub.settlement import LEASE_SECONDS
 from tests.deploy.hcl import INFRASTRUCTURE, blocks, resources
 from tests.deploy.pages import commands, flags, page
 from tests.support.requirements import require_command
@@ -100,7 +100,7 @@ def test_the_worker_has_nothing_to_warn_about() -> None:
             maximum_backoff=Duration(seconds=int(retried["maximum_backoff"].removesuffix("s"))),
         ),
     )
-    assert list(_warnings(subscription, LEASE)) == []
+    assert list(_warnings(subscription, LEASE_SECONDS)) == []
 
 
 def test_rights_are_those_of_the_documentation() -> None:

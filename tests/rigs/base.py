@@ -23,7 +23,7 @@ class Guarantees:
     """
 
     in_order: bool  # oldest first, as long as nothing comes again
-    lease: float | None  # seconds, as it is by default; None: the queue's own to decide
+    lease_seconds: float | None  # seconds, as it is by default; None: the queue's own to decide
     longest_delay: float  # seconds that a nack may ask for
     unhandled_is_free: bool  # a message returned unhandled spends no delivery attempt
     dead_letter: Literal["always", "asked"]
@@ -51,7 +51,7 @@ class Rig(Protocol):
     guarantees: ClassVar[Guarantees]
     environment: dict[str, str]  # with QUEUE_URL
     missing_url: str  # of a queue that does not exist
-    lease: float  # seconds
+    lease_seconds: float  # seconds
     attempts: int  # deliveries after which the queue gives a message up
 
     def __init__(self, server: Any, directory: Path, *, kills: bool = False) -> None: ...

@@ -27,7 +27,7 @@ class Directory:
 
     guarantees: ClassVar = Guarantees(
         in_order=True,
-        lease=60.0,
+        lease_seconds=60.0,
         longest_delay=float("inf"),
         unhandled_is_free=True,
         dead_letter="always",
@@ -39,7 +39,7 @@ class Directory:
     attempts = 20
 
     def __init__(self, server: str, directory: Path, *, kills: bool = False) -> None:
-        self.lease = 2.0 if kills else 60.0
+        self.lease_seconds = 2.0 if kills else 60.0
         self._path = directory / "messages"
         self._path.mkdir()
         self.environment = {"QUEUE_URL": f"directory://{self._path}", "PYTHONPATH": f"{server}:{EXAMPLE}"}
@@ -68,7 +68,7 @@ class Directory:
                 sys.path.remove(str(EXAMPLE))
 
     def opener(self, **options: Any) -> Callable[[], QueueAdapter]:
-        return partial(_open, self.environment["QUEUE_URL"], self.lease, options)
+        return partial(_open, self.environment["QUEUE_URL"], self.lease_seconds, options)
 
     def publish(self, bodies: Sequence[bytes]) -> None:
         for body in bodies:
@@ -91,13 +91,13 @@ class Directory:
         """Do nothing: its leases are short."""
 
     def lose(self, deliveries: Sequence[Delivery]) -> None:
-        time.sleep(self.lease)
+        time.sleep(self.lease_seconds)
 
     def close(self) -> None:
         """Do nothing: nothing is open."""
 
 
-def _open(url: str, lease: float, options: dict[str, Any]) -> QueueAdapter:
+def _open(url: str, lease_seconds: float, options: dict[str, Any]) -> QueueAdapter:
     queue = open_queue(url, QueueOptions(**options))
-    vars(queue)["_lease"] = lease
+    vars(queue)["_lease_seconds"] = lease_seconds
     return queue

@@ -27,7 +27,7 @@ class Embedded:
 
     guarantees: ClassVar = Guarantees(
         in_order=True,
-        lease=EmbeddedQueue.LEASE_SECONDS,
+        lease_seconds=EmbeddedQueue.LEASE_SECONDS,
         longest_delay=float("inf"),
         unhandled_is_free=True,
         dead_letter="always",
@@ -39,10 +39,10 @@ class Embedded:
     attempts = EmbeddedQueue.MAX_ATTEMPTS
 
     def __init__(self, server: None, directory: Path, *, kills: bool = False) -> None:
-        self.lease = 2.0 if kills else EmbeddedQueue.LEASE_SECONDS
+        self.lease_seconds = 2.0 if kills else EmbeddedQueue.LEASE_SECONDS
         self._path = directory / "queue.db"
         self._queue = EmbeddedQueue(self._path)
-        self.environment = {"QUEUE_URL": f"embedded://{self._path}?lease={self.lease}"}
+        self.environment = {"QUEUE_URL": f"embedded://{self._path}?lease={self.lease_seconds}"}
         self.missing_url = "embedded:///proc/nowhere/queue.db"
 
     @staticmethod
@@ -73,7 +73,7 @@ class Embedded:
         """Do nothing: its leases are short."""
 
     def lose(self, deliveries: Sequence[Delivery]) -> None:
-        time.sleep(self.lease)
+        time.sleep(self.lease_seconds)
 
     def close(self) -> None:
         self._queue.close()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters import QueueOptions
 from adapters.pubsub import queue as pubsub
-from adapters.pubsub.settlement import LEASE
+from adapters.pubsub.settlement import LEASE_SECONDS
 from tests.rigs.base import Guarantees, Letter
 from tests.support.pubsub_emulator import Emulator, Network, Subscription, missing
 
@@ -31,7 +31,7 @@ class PubSub:
 
     guarantees: ClassVar = Guarantees(
         in_order=False,
-        lease=LEASE,
+        lease_seconds=LEASE_SECONDS,
         longest_delay=pubsub.LONGEST_DELAY,
         unhandled_is_free=False,
         dead_letter="asked",
@@ -43,8 +43,8 @@ class PubSub:
     attempts = 5
 
     def __init__(self, server: Emulator, directory: Path, *, kills: bool = False) -> None:
-        self._lease = SHORTEST if kills else LEASE
-        self.lease = float(self._lease)
+        self._lease = SHORTEST if kills else LEASE_SECONDS
+        self.lease_seconds = float(self._lease)
         self._subscription = Subscription(server, minimum_backoff=1.0 if kills else None)
         self._network = Network(server) if kills else None
         self._dead: list[Letter] = []
@@ -66,7 +66,7 @@ class PubSub:
             emulator.kill()
 
     def opener(self, **options: Any) -> Callable[[], QueueAdapter]:
-        return partial(pubsub.PubSubQueue, self._subscription.path, QueueOptions(**options), lease=self._lease)
+        return partial(pubsub.PubSubQueue, self._subscription.path, QueueOptions(**options), lease_seconds=self._lease)
 
     def publish(self, bodies: Sequence[bytes]) -> None:
         self._subscription.publish(*bodies)

@@ -23,7 +23,7 @@ class ServiceBus:
 
     guarantees: ClassVar = Guarantees(
         in_order=False,
-        lease=None,
+        lease_seconds=None,
         longest_delay=float("inf"),
         unhandled_is_free=False,
         dead_letter="always",
@@ -35,8 +35,8 @@ class ServiceBus:
     attempts = 10
 
     def __init__(self, server: Broker, directory: Path, *, kills: bool = False) -> None:
-        self.lease = 4.0 if kills else 60.0
-        self._queue = Queue(server, lock=self.lease, attempts=self.attempts)
+        self.lease_seconds = 4.0 if kills else 60.0
+        self._queue = Queue(server, lock=self.lease_seconds, attempts=self.attempts)
         self._connection_string = server.connection_string
         self.environment = {
             "QUEUE_URL": self._queue.url,

@@ -11,7 +11,7 @@ from adapters.sqs import client as aws
 from adapters.sqs.long_polling import SQSDelivery
 from adapters.sqs.queue import SQSQueue
 from adapters.sqs.sending import MAX_BYTES
-from adapters.sqs.settlement import LEASE, LONGEST_HOLD
+from adapters.sqs.settlement import LEASE_SECONDS, LONGEST_HOLD
 from tests.rigs.base import Guarantees, Letter
 from tests.support.sqs_fakes import Network, Queue, Server, environment, missing
 
@@ -30,7 +30,7 @@ class SQS:
 
     guarantees: ClassVar = Guarantees(
         in_order=False,
-        lease=LEASE,
+        lease_seconds=LEASE_SECONDS,
         longest_delay=LONGEST_HOLD,
         unhandled_is_free=False,
         dead_letter="asked",
@@ -42,7 +42,7 @@ class SQS:
     attempts = 5
 
     def __init__(self, server: Server, directory: Path, *, kills: bool = False) -> None:
-        self.lease = 2.0 if kills else LEASE
+        self.lease_seconds = 2.0 if kills else LEASE_SECONDS
         self._queue = Queue(server, receives=self.attempts)
         self._network = Network(server) if kills else None
         port = self._network.port if self._network else server.port
@@ -63,7 +63,7 @@ class SQS:
             server.kill()
 
     def opener(self, **options: Any) -> Callable[[], QueueAdapter]:
-        return partial(_open, self._queue.queue_url, self.lease, options)
+        return partial(_open, self._queue.queue_url, self.lease_seconds, options)
 
     def publish(self, bodies: Sequence[bytes]) -> None:
         self._queue.publish(*bodies)
@@ -96,5 +96,5 @@ class SQS:
             self._network.down()
 
 
-def _open(url: str, lease: float, options: dict[str, Any]) -> QueueAdapter:
-    return SQSQueue(aws.connect(), url, QueueOptions(**options), lease=lease, poll_seconds=1)
+def _open(url: str, lease_seconds: float, options: dict[str, Any]) -> QueueAdapter:
+    return SQSQueue(aws.connect(), url, QueueOptions(**options), lease_seconds=lease_seconds, poll_seconds=1)

@@ -32,7 +32,7 @@ class RecordingQueue:
     settled: list[tuple[str, str, float, str]] = field(default_factory=list)
     buries: bool = True
     buried: list[Failure] = field(default_factory=list)
-    lease: float = 60.0
+    lease_seconds: float = 60.0
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         self.settled += [("ack", d.id, 0.0, "") for d in deliveries]

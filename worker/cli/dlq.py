@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapters import DeadLetters, QueueError, scheme_of
+from adapters import QueueError, SupportsDeadLetters, scheme_of
 from worker.cli.options import Group, open_configured_queue, settings_options
 from worker.cli.termination import CommandError, handle_errors
 from worker.commands.dlq.dead_letters import (
@@ -74,7 +74,7 @@ def choosing(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def opened_dead_letters(settings: QueueSettings) -> Iterator[DeadLetters]:
+def opened_dead_letters(settings: QueueSettings) -> Iterator[SupportsDeadLetters]:
     """Open a queue whose dead letters can be read. Raises QueueError."""
     if scheme_of(settings.queue_url) == "push":
         raise QueueError(
@@ -82,7 +82,7 @@ def opened_dead_letters(settings: QueueSettings) -> Iterator[DeadLetters]:
             "set it to pubsub://PROJECT/SUBSCRIPTION, the subscription that pushes, for this command"
         )
     with open_configured_queue(settings) as queue:
-        if not isinstance(queue, DeadLetters):
+        if not isinstance(queue, SupportsDeadLetters):
             raise QueueError("QUEUE_URL: the dead letters of this queue cannot be read from here: use its own tools")
         yield queue
 
@@ -172,7 +172,7 @@ def drop(*, choice: Choice, is_all: bool, yes: bool, **flags: Any) -> None:
         )
 
 
-def _drop(queue: DeadLetters, choice: Choice, found: Collection[str], wanted: int) -> int:
+def _drop(queue: SupportsDeadLetters, choice: Choice, found: Collection[str], wanted: int) -> int:
     """Remove the letters found; say how many that were, also when it breaks off, and return it."""
     dropped = 0
     try:

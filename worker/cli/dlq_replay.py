@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapters import Countable, QueueError
+from adapters import QueueError, SupportsCounts
 from worker.cli.dlq import choosing, not_found, number_of, opened_dead_letters
 from worker.cli.options import Command, settings_options
 from worker.cli.termination import CommandError, exit_without_waiting, handle_errors, on_signals
@@ -19,7 +19,7 @@ from worker.json_access import printable
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
-    from adapters import DeadLetters
+    from adapters import SupportsDeadLetters
     from worker.commands.dlq.dead_letters import Choice
     from worker.commands.dlq.replay import Replay, Tally
     from worker.commands.progress_bar import Screen
@@ -85,13 +85,13 @@ def _configure_logging(settings: Settings, screen: Screen, *, has_bar: bool) -> 
         log.handlers[0].addFilter(lambda record: record.getMessage() != "message_processed")
 
 
-def _expected(queue: DeadLetters, choice: Choice) -> int | None:
+def _expected(queue: SupportsDeadLetters, choice: Choice) -> int | None:
     """Return how many letters there will be, at most; None where nobody knows without looking."""
     known: list[int | None] = [choice.limit, len(choice.ids) or None]
     chooses = choice.reason or choice.message_type or choice.since
-    if isinstance(queue, Countable) and not chooses:
+    if isinstance(queue, SupportsCounts) and not chooses:
         with suppress(QueueError):
-            known.append(queue.counts()[1])
+            known.append(queue.counts().dead_letters)
     return min((number for number in known if number is not None), default=None)
 
 

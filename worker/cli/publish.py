@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from adapters import Publisher, QueueError
+from adapters import QueueError, SupportsPublish
 from worker.cli.options import Command, open_configured_queue, settings_options
 from worker.cli.termination import handle_errors
 from worker.settings import QueueSettings, load
@@ -21,6 +21,6 @@ def publish(*, file: BinaryIO, **flags: Any) -> None:
     FILE may be - for stdin. Lines are taken as they are. Prints how many there were.
     """
     with handle_errors(), open_configured_queue(load(QueueSettings, flags)) as queue:
-        if not isinstance(queue, Publisher):
+        if not isinstance(queue, SupportsPublish):
             raise QueueError("QUEUE_URL: this queue cannot be published to from here")
         click.echo(queue.publish(line.removesuffix(b"\n") for line in file))

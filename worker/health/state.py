@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapters import Countable
+from adapters import Counts, SupportsCounts
 from worker.health.cached_reading import CachedReading
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class RunningWorkerState:
         self, runner: Runner, queue: QueueAdapter, lanes: int, commercetools: Commercetools, klaviyo: Klaviyo
     ) -> None:
         self._runner = runner
-        self._counts = CachedReading(queue.counts if isinstance(queue, Countable) else lambda: (None, None))
+        self._counts = CachedReading(queue.counts if isinstance(queue, SupportsCounts) else lambda: Counts(None, None))
         self._lanes = lanes
         self._commercetools = commercetools
         self._klaviyo = klaviyo
@@ -50,8 +50,8 @@ class RunningWorkerState:
 
     def backlog(self) -> int | None:
         """Return the number of messages in the queue, measured lately."""
-        return self._counts.read()[0]
+        return self._counts.read().backlog
 
     def dead_letters(self) -> int | None:
         """Return the number of dead letters, measured lately."""
-        return self._counts.read()[1]
+        return self._counts.read().dead_letters

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 import orjson
 
+from adapters import InertQueue
 from worker.json_access import printable
 from worker.model import SendResult
 from worker.send import request_for
@@ -19,8 +20,7 @@ from worker.send import request_for
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapters import QueueWarning
-    from adapters.base import Delivery, Failure, QueueAdapter
+    from adapters import Delivery, QueueAdapter, QueueWarning
     from worker.model import Operation
 
 _PRINTING = Lock()
@@ -50,7 +50,7 @@ def print_instead(operations: Sequence[Operation]) -> Sequence[SendResult]:
     return [SendResult(None, 0)] * len(operations)
 
 
-class DryRunQueue:
+class DryRunQueue(InertQueue):
     """A queue whose messages are looked at once and then all returned, as if they had not been received."""
 
     def __init__(self, queue: QueueAdapter, at_most: int) -> None:
@@ -59,9 +59,9 @@ class DryRunQueue:
         self._seen: list[Delivery] = []
 
     @property
-    def lease(self) -> float | None:
+    def lease_seconds(self) -> float | None:
         """The queue's own."""
-        return self._queue.lease
+        return self._queue.lease_seconds
 
     def receive(self, max_messages: int, wait: float) -> Sequence[Delivery]:
         """Receive what was not seen yet."""
@@ -76,14 +76,6 @@ class DryRunQueue:
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Keep the messages leased until `close`."""
-
-    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """Keep the messages leased until `close`."""
-
-    def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
-        """Keep the message leased until `close`."""
-        del delivery, failure
-        return True
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
         """Extend all that was seen, whatever is still in work."""

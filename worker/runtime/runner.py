@@ -235,7 +235,7 @@ class Runner:
 
     def _keep_leases(self) -> None:
         """Extend the leases of all that is held, long before they end."""
-        while (lease := self._queue.lease) is not None and not self._abort.wait(lease / 3):
+        while (lease := self._queue.lease_seconds) is not None and not self._abort.wait(lease / 3):
             jobs, began = self._in_flight.jobs(), time.monotonic()
             try:
                 self._queue.extend([job.delivery for job in jobs], lease)

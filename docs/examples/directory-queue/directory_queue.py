@@ -52,18 +52,18 @@ def open_url(url: str, options: QueueOptions) -> QueueAdapter:
 
 
 class DirectoryQueue:
-    """Implements QueueAdapter and Publisher."""
+    """Implements QueueAdapter and SupportsPublish."""
 
-    def __init__(self, path: Path, lease: float = 60.0) -> None:
+    def __init__(self, path: Path, lease_seconds: float = 60.0) -> None:
         self._path = path
         self._dead = path / "dead"
-        self._lease = lease
+        self._lease_seconds = lease_seconds
         self._lock = Lock()  # a lease that is extended has a path that changes under who settles it
 
     @property
-    def lease(self) -> float:
+    def lease_seconds(self) -> float:
         """Seconds."""
-        return self._lease
+        return self._lease_seconds
 
     def publish(self, bodies: Iterable[bytes]) -> int:
         """Write a file per message, whole before it can be seen."""
@@ -142,7 +142,7 @@ class DirectoryQueue:
         """Lease a file; None when another worker was faster."""
         _, attempts, id_ = name.split(".", 2)
         attempt = int(attempts) + 1
-        path = self._named(time.time() + self._lease, attempt, id_)
+        path = self._named(time.time() + self._lease_seconds, attempt, id_)
         try:
             (self._path / name).rename(path)
             published_at = datetime.fromtimestamp(path.stat().st_mtime, UTC)

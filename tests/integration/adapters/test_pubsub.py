@@ -210,7 +210,7 @@ def test_a_stream_takes_its_connection_with_it(subscription: Subscription, opene
 
 def test_leases_outlive_the_stream(subscription: Subscription) -> None:
     """The client extends nothing once its stream has ended; held and waiting messages stay ours all the same."""
-    queue = pubsub.PubSubQueue(subscription.path, QueueOptions(), lease=10)
+    queue = pubsub.PubSubQueue(subscription.path, QueueOptions(), lease_seconds=10)
     subscription.publish(b"held")
     held = receive(queue, 1)
     subscription.publish(b"waiting")

@@ -248,7 +248,7 @@ def test_the_url_names_host_port_and_whose_tokens_count() -> None:
     port = free_port()
     queue = open_queue("push://127.0.0.1", QueueOptions(port=port, direct_dead_letter=True))
     assert isinstance(queue, PushQueue)
-    assert (queue.host, queue.port, queue.lease) == ("127.0.0.1", port, None)
+    assert (queue.host, queue.port, queue.lease_seconds) == ("127.0.0.1", port, None)
     anybody, direct = map(str, queue.check())
     assert "audience" in anybody
     assert "KLAVIYO_WORKER_DEAD_LETTER_MODE" in direct

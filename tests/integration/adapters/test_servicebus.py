@@ -89,7 +89,7 @@ def test_messages_come_in_batches_and_are_gone_once_acked(broker: Broker, opened
     assert {delivery.attempt for delivery in got} == {1}
     assert 0 <= time.time() - (got[0].published_at.timestamp() if got[0].published_at else 0) < 60
     assert "no text" not in repr(got)
-    assert 25 < adapter.lease <= 30
+    assert 25 < adapter.lease_seconds <= 30
     adapter.ack(got)
     assert queue.counts() == (0, 0, 0)
 
@@ -258,7 +258,7 @@ def test_leases_last_as_long_as_they_are_extended(broker: Broker, opened: Open) 
     adapter.receive(19, 0)  # more are on their way, and nobody takes them
     for _ in range(12):
         time.sleep(0.4)
-        adapter.extend(held, adapter.lease)
+        adapter.extend(held, adapter.lease_seconds)
     rest = receive(adapter, 29 - len(held), wait=5.0)
     assert {delivery.attempt for delivery in rest} <= {1}
     assert queue.counts() == (0, 30, 0)
@@ -274,9 +274,9 @@ def test_a_clock_that_is_wrong_loses_nothing(
     queue.publish(b"1", b"2", b"3")
     adapter = opened(queue)
     held = receive(adapter, 3)
-    assert 0 < adapter.lease < 32
-    adapter.extend(held, adapter.lease)
-    assert 0 < adapter.lease < 32
+    assert 0 < adapter.lease_seconds < 32
+    adapter.extend(held, adapter.lease_seconds)
+    assert 0 < adapter.lease_seconds < 32
     adapter.ack(held[:1])
     adapter.nack(held[1:2])
     assert adapter.dead_letter(held[2], FAILURE)

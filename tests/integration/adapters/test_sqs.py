@@ -51,9 +51,11 @@ def opened() -> Iterator[Open]:
     """Open queues, with polls that end soon, as closing waits for them; closed in the end."""
     queues: list[SQSQueue] = []
 
-    def open_(queue: Queue, lease: float = 60.0, **options: Any) -> SQSQueue:
+    def open_(queue: Queue, lease_seconds: float = 60.0, **options: Any) -> SQSQueue:
         client = aws.connect()
-        queues.append(SQSQueue(client, queue.queue_url, QueueOptions(**options), lease=lease, poll_seconds=1))
+        queues.append(
+            SQSQueue(client, queue.queue_url, QueueOptions(**options), lease_seconds=lease_seconds, poll_seconds=1)
+        )
         return queues[-1]
 
     yield open_
@@ -105,7 +107,7 @@ def test_leases_are_extended_of_what_is_held_and_of_what_waits(queue: Queue, ope
     """Past the time they were received for, which is ours to say, not the queue's."""
     queue.set_attributes(VisibilityTimeout="0")
     queue.publish(b"held", b"waiting")
-    ours = opened(queue, lease=2.0)
+    ours = opened(queue, lease_seconds=2.0)
     held = receive(ours, 1)
     ours.receive(1, 0)  # what its poll brings waits
     deadline = time.monotonic() + 10
@@ -123,7 +125,7 @@ def test_what_waited_longer_than_its_lease_is_not_handed_out(queue: Queue, netwo
     """A parked worker leaves it in the inbox, and SQS may not be told to extend it: it comes again by itself."""
     network.always["ChangeMessageVisibilityBatch"] = DENIED
     queue.publish(b"a")
-    ours = opened(queue, lease=1.0)
+    ours = opened(queue, lease_seconds=1.0)
     ours.receive(1, 0)  # what its poll brings waits
     deadline = time.monotonic() + 10
     while not ours._polling.waiting() and time.monotonic() < deadline:
@@ -140,7 +142,7 @@ def test_what_waited_longer_than_its_lease_is_not_handed_out(queue: Queue, netwo
 def test_a_lease_that_ended_is_no_error(queue: Queue, opened: Open, caplog: pytest.LogCaptureFixture) -> None:
     """The message came again by then; the first holder's acks and nacks change nothing for the second."""
     queue.publish(b"x")
-    ours = opened(queue, lease=1.0)
+    ours = opened(queue, lease_seconds=1.0)
     late = receive(ours, 1)
     (again,) = receive(ours, 1)
     assert again.attempt == 2

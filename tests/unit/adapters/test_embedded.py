@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from adapters import QueueError, open_queue
-from adapters.base import DeadLetters, Failure, Publisher
+from adapters.base import Failure, SupportsDeadLetters, SupportsPublish
 from adapters.embedded import EmbeddedQueue
 from worker.commands.dlq.dead_letters import each
 
@@ -55,7 +55,7 @@ def test_a_nacked_message_waits_and_counts_its_attempts(queue: EmbeddedQueue) ->
 
 def test_the_lease_ends_and_the_message_comes_again(tmp_path: Path) -> None:
     """A worker that died leaves its messages to the others; its late ack changes nothing."""
-    queue = EmbeddedQueue(tmp_path / "q.db", lease=0.1)
+    queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=0.1)
     queue.publish([b"x"])
     first = queue.receive(1, 0)
     (second,) = queue.receive(1, 2)
@@ -71,7 +71,7 @@ def test_the_lease_ends_and_the_message_comes_again(tmp_path: Path) -> None:
 
 def test_an_extended_lease_holds(tmp_path: Path) -> None:
     """Work that takes longer than the lease keeps its message."""
-    queue = EmbeddedQueue(tmp_path / "q.db", lease=0.1)
+    queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=0.1)
     queue.publish([b"x"])
     held = queue.receive(1, 0)
     queue.extend(held, 30)
@@ -123,7 +123,7 @@ def test_giving_up_is_logged(queue: EmbeddedQueue, caplog: pytest.LogCaptureFixt
 
 def test_a_message_that_kills_its_workers_ends_in_the_dead_letters(tmp_path: Path) -> None:
     """Nobody nacks it, so the lease's end counts."""
-    queue = EmbeddedQueue(tmp_path / "q.db", lease=0.01, max_attempts=2)
+    queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=0.01, max_attempts=2)
     queue.publish([b"poison", b"good"])
     for _ in range(2):
         assert len(queue.receive(10, 1)) == 2
@@ -142,7 +142,7 @@ def test_a_queue_survives_its_process(tmp_path: Path) -> None:
 
 
 def _consume(path: str, done: str) -> None:
-    queue = EmbeddedQueue(Path(path), lease=0.3, max_attempts=100)
+    queue = EmbeddedQueue(Path(path), lease_seconds=0.3, max_attempts=100)
     while deliveries := queue.receive(7, 1.0):
         with open(done, "ab") as file:  # noqa: PTH123
             file.writelines(delivery.body + b"\n" for delivery in deliveries)
@@ -182,8 +182,8 @@ def test_publish_is_all_or_nothing(queue: EmbeddedQueue) -> None:
 
 def test_the_queue_can_be_published_to_and_has_dead_letters(queue: EmbeddedQueue) -> None:
     """The commands that need more than the basic contract find it."""
-    assert isinstance(queue, Publisher)
-    assert isinstance(queue, DeadLetters)
+    assert isinstance(queue, SupportsPublish)
+    assert isinstance(queue, SupportsDeadLetters)
     queue.check()
 
 
@@ -212,7 +212,7 @@ def test_options_and_home_directories_in_the_url(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HOME", str(tmp_path))
     queue = open_queue("embedded://~/deep/er/q.db?lease=5&max_attempts=2")
     assert (tmp_path / "deep/er/q.db").exists()
-    assert queue.lease == 5
+    assert queue.lease_seconds == 5
 
 
 def test_a_queue_that_breaks_says_so(tmp_path: Path) -> None:

@@ -225,4 +225,4 @@ def test_the_replay_has_nothing_of_a_queue_that_leases(queue: EmbeddedQueue) -> 
     replay, _ = replay_of(queue)
     replay.extend([], 5.0)
     replay.stop()
-    assert (replay.lease, replay.check()) == (None, ())
+    assert (replay.lease_seconds, replay.check()) == (None, ())

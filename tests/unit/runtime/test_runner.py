@@ -44,7 +44,7 @@ class Pipeline:
 
     def accept(self, delivery: Delivery) -> Message:
         resource = delivery.body.decode().partition(":")[0]
-        lease = Lease(time.monotonic() + (self._queue.lease or 0.0))
+        lease = Lease(time.monotonic() + (self._queue.lease_seconds or 0.0))
         return Message(delivery, time.monotonic(), Notification("T", resource, resource, None, {}), lease=lease)
 
     def process(self, jobs: Sequence[Message]) -> list[Message]:
@@ -66,7 +66,7 @@ def nothing_special(jobs: Sequence[Message]) -> list[Message]:
 
 @pytest.fixture
 def queue(tmp_path: Path) -> EmbeddedQueue:
-    return EmbeddedQueue(tmp_path / "q.db", lease=30)
+    return EmbeddedQueue(tmp_path / "q.db", lease_seconds=30)
 
 
 def runner_for(
@@ -178,7 +178,7 @@ def test_events_profiles_and_the_catalog_do_not_wait_for_each_other(queue: Embed
 
 def test_a_message_is_ours_for_as_long_as_its_lease_is_extended(tmp_path: Path) -> None:
     """Until then its events are surely new, however long they wait."""
-    queue = EmbeddedQueue(tmp_path / "q.db", lease=0.6)
+    queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=0.6)
     queue.publish([b"order:1"])
     ours: list[bool] = []
 
@@ -193,7 +193,7 @@ def test_a_message_is_ours_for_as_long_as_its_lease_is_extended(tmp_path: Path) 
 
 def test_leases_of_held_messages_are_extended(tmp_path: Path) -> None:
     """Work that takes longer than a lease is not done twice."""
-    queue = EmbeddedQueue(tmp_path / "q.db", lease=0.3)
+    queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=0.3)
 
     def slow(jobs: Sequence[Message]) -> list[Message]:
         del jobs
@@ -222,7 +222,7 @@ def test_leases_are_extended_again_whatever_one_try_meets(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or all that is held would be handled a second time; the text of a stranger's error is not shown."""
-    queue = EmbeddedQueue(tmp_path / "q.db", lease=1.2)
+    queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=1.2)
     monkeypatch.setattr(queue, "extend", failing_once(queue.extend, RuntimeError("of somebody")))
     queue.publish([b"a:x"])
     runner, pipeline = runner_for(queue, lambda _: time.sleep(1.6) or [])  # type: ignore[func-returns-value]
@@ -596,7 +596,7 @@ def test_a_queue_that_breaks_ends_the_run(method: str, queue: EmbeddedQueue) -> 
         calls.append(1)
         raise QueueError("disk full")
 
-    queue._lease = 0.3
+    queue._lease_seconds = 0.3
     queue.publish([b"a:1"])
     setattr(queue, method, broken)
     runner, _ = runner_for(queue, slowly)

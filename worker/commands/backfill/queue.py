@@ -11,7 +11,7 @@ from itertools import count
 from threading import Condition
 from typing import TYPE_CHECKING
 
-from adapters.base import Failure
+from adapters.base import Failure, InertQueue
 from worker.commands.backfill.progress import Record, RecordDelivery
 from worker.commands.backfill.records import bodies
 from worker.errors import Rejected, Transient, WorkerError
@@ -21,7 +21,6 @@ from worker.telemetry.log import ConditionLog
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapters import QueueWarning
     from adapters.base import Delivery
     from worker.commands.backfill.listing import Listing
     from worker.commands.backfill.recorder import Recorder
@@ -33,13 +32,11 @@ MAX_LATER = 10_000  # messages that wait for their time before no more records a
 MAX_DEFECTS = 5  # times a message is tried that meets a defect of ours
 
 
-class Source:
+class Source(InertQueue):
     """A QueueAdapter of records. An order that was changed a moment ago is left to the worker first.
 
     `limit`: records at the most.
     """
-
-    lease = None
 
     def __init__(self, listing: Listing, selection: Selection, recorder: Recorder, limit: int | None) -> None:
         self._listing = listing
@@ -77,22 +74,10 @@ class Source:
             else:
                 self._put(message, delay)
 
-    def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
-        """Agree: the recorder is told."""
-        del delivery, failure
-        return True
-
-    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Do nothing: messages are nobody else's."""
-
     def backlog(self) -> int:
         """Count what is still to be received; records that were not read yet are one."""
         with self._changed:
             return len(self._ready) + len(self._later) + (not self._is_listed)
-
-    def check(self) -> Sequence[QueueWarning]:
-        """Find nothing to mend."""
-        return ()
 
     def stop(self) -> None:
         """Read no more."""

@@ -19,7 +19,7 @@ from worker.parse import parse
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Iterable, Iterator
 
-    from adapters import DeadLetter, DeadLetterQueue, DeadLetters
+    from adapters import DeadLetter, DeadLetterQueue, SupportsDeadLetters
 
 AT_ONCE = 100  # letters asked for at a time, with their bodies
 PATIENCE = 5.0  # seconds without a letter after which there are no more
@@ -81,7 +81,7 @@ class Choice:
         return not self.message_type or self.message_type.lower() == type_of(entry(letter)).lower()
 
 
-def each(queue: DeadLetters) -> Generator[DeadLetter]:
+def each(queue: SupportsDeadLetters) -> Generator[DeadLetter]:
     """Yield all dead letters of a queue, and leave them. Raises QueueError."""
     with closing(queue.dead_letters()) as letters:
         yield from through(letters)

@@ -12,7 +12,7 @@ from itertools import islice, takewhile
 from threading import Condition
 from typing import TYPE_CHECKING
 
-from adapters import scheme_of
+from adapters import InertQueue, scheme_of
 from worker.commands.dlq.dead_letters import through
 from worker.pipeline import Pipeline
 from worker.runtime.dry_run import print_instead
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
 
-    from adapters import DeadLetter, DeadLetterQueue, DeadLetters, Delivery, Failure, QueueWarning
+    from adapters import DeadLetter, DeadLetterQueue, Delivery, SupportsDeadLetters
     from worker.commands.dlq.dead_letters import Choice
     from worker.model import Message
     from worker.settings import Settings
@@ -130,13 +130,11 @@ class Throttle:
         self._next = max(self._next, self._clock()) + self._interval
 
 
-class ReplayQueue:
+class ReplayQueue(InertQueue):
     """The chosen dead letters as a queue that ends. Implements QueueAdapter.
 
     What is acked is removed; all else stays a dead letter.
     """
-
-    lease = None  # the dead letters keep their leases themselves
 
     def __init__(
         self,
@@ -183,27 +181,9 @@ class ReplayQueue:
         if self._removes:
             self._letters.remove([again.letter for again in deliveries if isinstance(again, Again)])
 
-    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """Leave the letters where they are."""
-
-    def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
-        """Leave the letter where it is."""
-        del delivery, failure
-        return True
-
-    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Do nothing: there is no lease."""
-
     def backlog(self) -> int:
         """Return 1 while there may be more letters to hand out, 0 when there are none."""
         return 0 if self._has_ended or self.has_stopped else 1
-
-    def check(self) -> Sequence[QueueWarning]:
-        """Find nothing to mend."""
-        return ()
-
-    def stop(self) -> None:
-        """Do nothing: what was handed out is dispatched."""
 
     def close(self) -> None:
         """Leave all others as they were."""
@@ -218,7 +198,7 @@ class ReplayQueue:
 class Replay:
     """A replay, ready to run. Raises SettingsError and QueueError."""
 
-    def __init__(self, queue: DeadLetters, settings: Settings, choice: Choice, options: Options) -> None:
+    def __init__(self, queue: SupportsDeadLetters, settings: Settings, choice: Choice, options: Options) -> None:
         settings = settings.model_copy(update={"max_batch": min(settings.max_batch, _BATCH)})
         self.tally = Tally(Metrics(scheme_of(settings.queue_url)))
         self._stages = stages = Components(settings, self.tally)
