@@ -19,7 +19,7 @@ from worker.json_access import as_dict, as_dicts, as_int, as_text, parse_time, p
 from worker.model import Enriched, Json, Notification
 
 if TYPE_CHECKING:
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
 
 READ_LAG = 5.0  # seconds in which a change may not be readable yet
 
@@ -38,7 +38,7 @@ class Enricher:
     def __init__(
         self,
         reader: queries.Reader,
-        mapping: Mapping,
+        mapping: MappingConfig,
         *,
         read_lag: float = READ_LAG,
         now: Callable[[], datetime] = _utc_now,
@@ -84,7 +84,7 @@ def _advance(plan: Plan, asks: dict[queries.Query, set[str]]) -> Result | None:
 class _Known:
     """What a batch has read so far."""
 
-    def __init__(self, mapping: Mapping, read_lag: float) -> None:
+    def __init__(self, mapping: MappingConfig, read_lag: float) -> None:
         self.mapping = mapping
         self.read_lag = read_lag
         self._found: dict[queries.Query, queries.QueryResult] = defaultdict(dict)
@@ -168,11 +168,11 @@ def _customer(enriched: Enriched, known: _Known) -> Plan:
 def _category(enriched: Enriched, known: _Known) -> Plan:
     notification = enriched.notification
     asks: list[Ask] = [(queries.CATEGORIES, [notification.resource_id])]
-    if notification.type == "ResourceUpdated" and known.mapping.category.descendants:
+    if notification.type == "ResourceUpdated" and known.mapping.category.max_descendants:
         asks.append((queries.DESCENDANTS, [notification.resource_id]))
     yield asks
     category = _existing(queries.CATEGORIES, enriched, known)
-    descendants = known.all(queries.DESCENDANTS, notification.resource_id)[: known.mapping.category.descendants]
+    descendants = known.all(queries.DESCENDANTS, notification.resource_id)[: known.mapping.category.max_descendants]
     ancestors = [pick_ids(entry.get("ancestors")) for entry in (as_dict(category), *descendants)]
     categories = yield from _categories(queries.CATEGORIES, ancestors, known)
     return replace(enriched, category=category, descendants=descendants, categories=categories)

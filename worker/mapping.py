@@ -1,4 +1,4 @@
-"""What a merchant may change about the mapping. Defaults are good; the TOML file (`--config`) is optional."""
+"""The mapping: how commercetools data becomes Klaviyo data. Every value of the TOML file (`--config`) has a default."""
 
 from __future__ import annotations
 
@@ -8,30 +8,33 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from worker.errors import SettingsError
+from worker.renamed import MAPPING_KEYS
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from pydantic_core import ErrorDetails
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Properties(_Section):
-    """Which properties to send, under which name."""
+class PropertyRules(_Section):
+    """Rules that select and rename properties."""
 
-    include: list[str] = Field([], description="Send only these; empty: all.")
-    exclude: list[str] = Field([], description="Never send these.")
-    map: dict[str, str] = Field({}, description="Rename: commercetools name = Klaviyo name.")
+    include: list[str] = Field([], description="PropertyRules to send; empty: all.")
+    exclude: list[str] = Field([], description="PropertyRules not to send.")
+    rename: dict[str, str] = Field({}, description="New names: commercetools name = Klaviyo name.")
 
 
-class RawProperties(Properties):
-    """Raw order properties to add to order events: none unless included."""
+class RawPropertyRules(PropertyRules):
+    """Rules for raw order properties, of which none is sent by default."""
 
     include: list[str] = Field([], description='Raw order properties to add; ["*"]: all; empty: none.')
 
 
-class Metrics(_Section):
+class MetricNames(_Section):
     """The names of the Klaviyo metrics."""
 
     placed_order: str = Field("Placed Order", description="Metric of a new order.")
@@ -41,92 +44,103 @@ class Metrics(_Section):
     refunded_order: str = Field("Refunded Order", description="Metric of each refund.")
 
 
-class Order(_Section):
-    """Orders."""
+class OrderMapping(_Section):
+    """The mapping of orders."""
 
-    fulfilled_order: list[str] = Field(["Complete"], description="Order states that mean fulfilled.")
-    cancelled_order: list[str] = Field(["Cancelled"], description="Order states that mean cancelled.")
-    fulfilled_shipment: list[str] = Field(["Shipped"], description="Shipment states that mean fulfilled.")
+    fulfilled_states: list[str] = Field(["Complete"], description="Order states that mean fulfilled.")
+    cancelled_states: list[str] = Field(["Cancelled"], description="Order states that mean cancelled.")
+    fulfilled_shipment_states: list[str] = Field(["Shipped"], description="Shipment states that mean fulfilled.")
     brand_attribute: str = Field("brand", description="Product attribute that holds the brand.")
     raw_line_item: bool = Field(default=False, description="Add the raw line item to Ordered Product.")
-    properties: RawProperties = Field(RawProperties(), description="Raw order properties on order events.")
-    custom_fields: Properties = Field(Properties(), description="Custom fields on order events.")
+    properties: RawPropertyRules = Field(RawPropertyRules(), description="Raw order properties on order events.")
+    custom_fields: PropertyRules = Field(PropertyRules(), description="Custom fields on order events.")
 
 
-class Customer(_Section):
-    """Customers."""
+class CustomerMapping(_Section):
+    """The mapping of customers."""
 
-    custom_fields: Properties = Field(Properties(), description="Custom fields on profiles.")
+    custom_fields: PropertyRules = Field(PropertyRules(), description="Custom fields on profiles.")
     erasure: bool = Field(
         default=False,
         description="Request deletion in Klaviyo when commercetools deletes a customer with dataErasure.",
     )
 
 
-class Payment(_Section):
-    """Payments."""
+class PaymentMapping(_Section):
+    """The mapping of payments."""
 
     refund_states: list[str] = Field(["Success"], description="Transaction states in which a refund counts.")
     reason_field: str = Field("reason", description="Custom field of a transaction that holds the refund's reason.")
 
 
-class Category(_Section):
-    """Categories."""
+class CategoryMapping(_Section):
+    """The mapping of categories."""
 
-    descendants: int = Field(
-        500, ge=0, le=10_000, description="Descendants sent again when a category changes, at the most."
+    max_descendants: int = Field(
+        500, ge=0, le=10_000, description="Maximum number of descendants sent again when a category changes."
     )
 
 
-class Price(_Section):
-    """Which price of a variant is the catalog's."""
+class PriceMapping(_Section):
+    """The choice of the price that is sent to the catalog."""
 
     channel: str = Field("", description="Id of the distribution channel whose prices count; empty: none.")
     country: str = Field("", description="Country whose prices are preferred; empty: none.")
 
 
-class Inventory(_Section):
-    """Which stock is the catalog's."""
+class InventoryMapping(_Section):
+    """The choice of the stock that is sent to the catalog."""
 
-    channel: str = Field("", description="Id of the supply channel whose stock counts; empty: stock without one.")
+    channel: str = Field("", description="Id of the supply channel whose stock counts; empty: stock without a channel.")
 
 
-class Mapping(_Section):
-    """How commercetools data becomes Klaviyo data."""
+class MappingConfig(_Section):
+    """The whole mapping file."""
 
-    locale: str = Field("en-US", description="Preferred locale of texts (PREFERRED_LOCALE wins).")
-    currency: str = Field("", description="Preferred currency of prices (PREFERRED_CURRENCY wins); empty: any.")
+    locale: str = Field("en-US", description="Preferred locale of texts; PREFERRED_LOCALE takes precedence.")
+    currency: str = Field(
+        "", description="Preferred currency of prices; PREFERRED_CURRENCY takes precedence; empty: any."
+    )
     product_url_template: str = Field(
         "",
-        description="Product page, with {{productSlug}} {{productId}} {{sku}} {{locale}} "
-        "(PRODUCT_URL_TEMPLATE wins); empty: url is the text None.",
+        description="URL of the product page, with {{productSlug}} {{productId}} {{sku}} {{locale}}; "
+        "PRODUCT_URL_TEMPLATE takes precedence; empty: url is the text None.",
     )
-    disabled: list[str] = Field([], description="Message types to leave alone, as `klaviyo-worker handlers` names.")
-    metrics: Metrics = Metrics()
-    order: Order = Order()
-    customer: Customer = Customer()
-    payment: Payment = Payment()
-    category: Category = Category()
-    price: Price = Price()
-    inventory: Inventory = Inventory()
+    disabled_types: list[str] = Field([], description="Message types to ignore; `klaviyo-worker handlers` lists them.")
+    metrics: MetricNames = MetricNames()
+    order: OrderMapping = OrderMapping()
+    customer: CustomerMapping = CustomerMapping()
+    payment: PaymentMapping = PaymentMapping()
+    category: CategoryMapping = CategoryMapping()
+    price: PriceMapping = PriceMapping()
+    inventory: InventoryMapping = InventoryMapping()
 
 
-def load_mapping(path: Path | None, **overrides: str) -> Mapping:
-    """Read the mapping file, if any, with `overrides` (environment) on top.
+def load_mapping(path: Path | None, **overrides: str) -> MappingConfig:
+    """Return the mapping of the file, if any, with `overrides` (from the environment) on top.
 
-    Raises SettingsError with one line per mistake, each naming the file and the key.
+    Raises SettingsError with one line per mistake. Each line names the file and the key.
     """
-    document: dict[str, Any] = {}
-    if path is not None:
-        try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"KLAVIYO_WORKER_CONFIG: cannot read {path}: {error}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise SettingsError(f"KLAVIYO_WORKER_CONFIG: {path} is not TOML: {error}") from None
+    document = {} if path is None else _read(path)
     try:
-        return Mapping.model_validate(document | {name: value for name, value in overrides.items() if value})
+        return MappingConfig.model_validate(document | {name: value for name, value in overrides.items() if value})
     except ValidationError as errors:
-        where = path or "mapping"
-        problems = [SettingsError(f"{where}: {'.'.join(map(str, e['loc']))}: {e['msg']}") for e in errors.errors()]
-        raise SettingsError.joined(problems) from None
+        raise SettingsError(
+            "\n".join(f"{path or 'mapping'}: {_describe(error)}" for error in errors.errors())
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"KLAVIYO_WORKER_CONFIG: cannot read {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"KLAVIYO_WORKER_CONFIG: {path} is not TOML: {error}") from None
+
+
+def _describe(error: ErrorDetails) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if new := MAPPING_KEYS.get(key):
+        return f"{key} was renamed: use {new}"
+    return f"{key}: {error['msg']}"

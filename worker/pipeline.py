@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from adapters.base import Delivery, QueueAdapter
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
     from worker.model import Enriched, Notification, Operation
     from worker.telemetry.message_log import Telemetry
 
@@ -55,7 +55,9 @@ class Send(Protocol):
 class Pipeline:
     """Takes deliveries through the stages. Safe for many threads; keeps nothing between batches."""
 
-    def __init__(self, queue: QueueAdapter, enrich: Enrich, send: Send, mapping: Mapping, telemetry: Telemetry) -> None:
+    def __init__(
+        self, queue: QueueAdapter, enrich: Enrich, send: Send, mapping: MappingConfig, telemetry: Telemetry
+    ) -> None:
         self._queue = queue
         self._enrich_all = enrich
         self._send_all = send
@@ -151,12 +153,12 @@ def _with_message(failure: Failure, about: Notification | None) -> Failure:
     return replace(failure, message_type=about.type, resource_type=about.resource_type, resource_id=about.resource_id)
 
 
-def _parse(job: Message, mapping: Mapping) -> None:
+def _parse(job: Message, mapping: MappingConfig) -> None:
     job.notification = parse(job.delivery.body)
     handler_for(job.notification, mapping)  # raises Ignored, so that nothing is fetched in vain
 
 
-def _transform(job: Message, mapping: Mapping) -> None:
+def _transform(job: Message, mapping: MappingConfig) -> None:
     assert job.enriched is not None
     is_first = job.delivery.attempt == 1 and not job.events_may_be_sent
     job.operations = transform(job.enriched, mapping, job.lease.is_valid if is_first else None)

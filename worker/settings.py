@@ -16,11 +16,11 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from adapters.base import QueueOptions
 from worker.errors import SettingsError
-from worker.mapping import Mapping, load_mapping
+from worker.mapping import MappingConfig, load_mapping
 from worker.setting_types import Client, Key, Text, Url  # noqa: TC001 - read by pydantic
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping as ReadOnly
+    from collections.abc import Mapping
 
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
@@ -108,7 +108,7 @@ class MappingSettings(_Sourced):
         description="Product page, like https://shop.example/p/{{productSlug}}",
     )
 
-    def mapping(self) -> Mapping:
+    def mapping(self) -> MappingConfig:
         """Load the mapping. Raises SettingsError."""
         return load_mapping(
             self.config,
@@ -307,7 +307,7 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         return 3 * self.lanes
 
 
-def load(kind: type[S], flags: ReadOnly[str, Any]) -> S:
+def load(kind: type[S], flags: Mapping[str, Any]) -> S:
     """Read settings; `flags` are command-line values by field name, which win.
 
     Raises SettingsError with one line per variable: its name, what was expected, what to do.

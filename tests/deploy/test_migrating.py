@@ -7,7 +7,7 @@ import tomllib
 from operator import attrgetter
 
 from tests.deploy.pages import page
-from worker.mapping import Mapping
+from worker.mapping import MappingConfig
 from worker.settings import Settings
 
 PAGE = page("docs/migrating.md")
@@ -16,10 +16,10 @@ PAGE = page("docs/migrating.md")
 def test_the_mapping_that_changes_little_is_one() -> None:
     """It says what the plugin did, in the worker's words."""
     (block,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
-    mapping = Mapping.model_validate(tomllib.loads(block))
+    mapping = MappingConfig.model_validate(tomllib.loads(block))
     assert mapping.order.raw_line_item
     assert mapping.order.properties.include == ["*"]
-    assert (mapping.order.fulfilled_order, mapping.order.fulfilled_shipment) == (["Confirmed", "Complete"], [])
+    assert (mapping.order.fulfilled_states, mapping.order.fulfilled_shipment_states) == (["Confirmed", "Complete"], [])
 
 
 def test_what_takes_the_place_of_the_plugins_settings_exists() -> None:
@@ -29,6 +29,6 @@ def test_what_takes_the_place_of_the_plugins_settings_exists() -> None:
     keys = [key for row in rows for key in re.findall(r"`([a-z_.]+)`", row.split("|")[2]) if key != "include"]
     assert len(keys) >= 8
     for key in keys:
-        attrgetter(key)(Mapping())
+        attrgetter(key)(MappingConfig())
     (same,) = re.findall(r"^\| (.*) \| the same \|$", PAGE.partition("- **Settings.**")[2], re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", same)) <= {str(info.validation_alias) for info in Settings.model_fields.values()}

@@ -21,7 +21,7 @@ from worker.commercetools.queries import (
 )
 from worker.enrich import Enricher
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient
-from worker.mapping import Mapping
+from worker.mapping import MappingConfig
 from worker.model import Enriched, Notification
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def reader() -> CountingReader:
 
 @pytest.fixture
 def enricher(reader: CountingReader) -> Enricher:
-    return Enricher(reader, Mapping(), now=lambda: NOW)
+    return Enricher(reader, MappingConfig(), now=lambda: NOW)
 
 
 def about(resource_type: str, resource_id: str, kind: str = "ResourceUpdated", **payload: Any) -> Notification:
@@ -219,7 +219,7 @@ def test_what_is_deleted_is_believed_at_once(enricher: Enricher) -> None:
 def test_a_read_older_than_its_message_is_not_believed_at_once(payload: dict[str, Any]) -> None:
     """The last change of a customer must not be lost to a replica that lags."""
     shop = {"customers": [{"id": "c", "version": 4, "email": "ada@example.com"}]}
-    enricher = Enricher(InMemoryReader(shop), Mapping(), now=lambda: NOW)
+    enricher = Enricher(InMemoryReader(shop), MappingConfig(), now=lambda: NOW)
     for age, expected in ((1, Transient), (60, Enriched)):
         moment = (NOW - timedelta(seconds=age)).isoformat()
         (result,) = enricher.enrich([Notification("ResourceUpdated", "customer", "c", moment, payload)])
@@ -260,7 +260,7 @@ def test_missing_scopes_for_what_is_needed_park(enricher: Enricher, reader: Coun
 
 def test_catalog_data_is_remembered_for_orders_but_read_anew_for_its_own_messages(reader: CountingReader) -> None:
     """Orders reuse categories for a while; a product message always mirrors what is there now."""
-    enricher = Enricher(CachedReader(reader, 60), Mapping(), now=lambda: NOW)
+    enricher = Enricher(CachedReader(reader, 60), MappingConfig(), now=lambda: NOW)
     one(enricher, about("order", "o1", "OrderStateChanged"))
     one(enricher, about("order", "o2", "OrderStateChanged"))
     assert reader.queries["product-projections"] == 1
@@ -272,7 +272,7 @@ def test_catalog_data_is_remembered_for_orders_but_read_anew_for_its_own_message
 
 def test_reading_a_category_anew_renews_what_orders_remember(reader: CountingReader) -> None:
     """A renamed category shows in the next order, not a cache's lifetime later."""
-    enricher = Enricher(CachedReader(reader, 60), Mapping(), now=lambda: NOW)
+    enricher = Enricher(CachedReader(reader, 60), MappingConfig(), now=lambda: NOW)
     one(enricher, about("order", "o1", "OrderStateChanged"))
     renamed = [dict(entry) for entry in SHOP["categories"]]
     renamed[1]["name"] = {"en": "Denim"}

@@ -13,7 +13,7 @@ import pytest
 from adapters.base import Failure
 from tests.conftest import FakeDelivery
 from worker.errors import CircuitOpen, Disposition, KlaviyoMisconfigured, Rejected, Transient, WorkerError
-from worker.mapping import Mapping
+from worker.mapping import MappingConfig
 from worker.model import Enriched, Lease, Message, Notification, Operation, SendResult
 from worker.pipeline import Pipeline
 from worker.telemetry.message_log import Telemetry, outcome_name
@@ -94,7 +94,7 @@ def recorded() -> RecordingQueue:
 
 @pytest.fixture
 def pipeline(stages: Stages, recorded: RecordingQueue) -> Pipeline:
-    return Pipeline(recorded, stages.enrich, stages.send, Mapping(), Telemetry(Metrics("embedded")))  # type: ignore[arg-type]
+    return Pipeline(recorded, stages.enrich, stages.send, MappingConfig(), Telemetry(Metrics("embedded")))  # type: ignore[arg-type]
 
 
 def updated(customer: str, attempt: int | None = 1) -> FakeDelivery:
@@ -255,7 +255,7 @@ def of_orders(stages: Stages, recorded: RecordingQueue) -> Pipeline:
     def enrich(notifications: Sequence[Notification]) -> list[Enriched]:
         return [Enriched(n, datetime.now(UTC) - timedelta(seconds=stages.age), order=ORDER) for n in notifications]
 
-    return Pipeline(recorded, enrich, stages.send, Mapping(), Telemetry(Metrics("embedded")))  # type: ignore[arg-type]
+    return Pipeline(recorded, enrich, stages.send, MappingConfig(), Telemetry(Metrics("embedded")))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("attempt", "fresh"), [(1, True), (2, False), (None, False)])
@@ -403,7 +403,7 @@ def test_a_message_with_one_failed_operation_is_not_acked(recorded: RecordingQue
         recorded,  # type: ignore[arg-type]
         lambda notifications: [Enriched(n, datetime.now(UTC), order=order) for n in notifications],
         lambda operations: answers[: len(operations)],
-        Mapping(),
+        MappingConfig(),
         Telemetry(Metrics("embedded")),
     )
     (job,) = run(pipeline, FakeDelivery(json.dumps(body).encode()))

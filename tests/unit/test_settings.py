@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import pytest
 
+from worker import renamed
 from worker.errors import SettingsError
-from worker.mapping import load_mapping
+from worker.mapping import MappingConfig, load_mapping
 from worker.settings import MappingSettings, QueueSettings, Settings, load
 
 if TYPE_CHECKING:
@@ -149,8 +151,8 @@ def test_the_mapping_file_is_optional_and_the_environment_wins(tmp_path: Path, m
     [
         ("locale = 5", "locale: "),
         ("colour = 'red'", "colour: "),
-        ("[order]\nfulfilled_order = 'Complete'", "order.fulfilled_order: "),
-        ("[category]\ndescendants = -1", "category.descendants: "),
+        ("[order]\nfulfilled_states = 'Complete'", "order.fulfilled_states: "),
+        ("[category]\nmax_descendants = -1", "category.max_descendants: "),
         ("locale = ", "is not TOML"),
     ],
 )
@@ -162,6 +164,17 @@ def test_a_mistake_in_the_mapping_file_names_the_key(text: str, expected: str, t
         load_mapping(file)
     assert expected in str(error.value)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(("old", "new"), renamed.MAPPING_KEYS.items())
+def test_a_former_key_of_the_mapping_file_names_its_replacement(old: str, new: str, tmp_path: Path) -> None:
+    """A renamed key is an error, also if its value would be valid."""
+    file = tmp_path / "mapping.toml"
+    file.write_text(f'{old} = ["Complete"]')
+    with pytest.raises(SettingsError) as error:
+        load_mapping(file)
+    assert str(error.value) == f"{file}: {old} was renamed: use {new}"
+    assert attrgetter(new)(MappingConfig()) is not None
 
 
 def test_the_queue_is_told_where_its_dead_letters_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,9 +126,9 @@ def _opened(*, destination: str, key: str, delivery_format: str | None, **flags:
     settings = load(SubscriptionSettings, flags)
     secret = settings.destination_secret.get_secret_value().strip()
     target = parse(destination or of_queue(settings.queue_url), secret)
-    wanted = Wanted(key, target, needs(settings.mapping().disabled), delivery_format or "")
+    wanted = Wanted(key, target, needs(settings.mapping().disabled_types), delivery_format or "")
     if not wanted.needs:
-        raise SettingsError("disabled: the mapping leaves no handler, so there is nothing to subscribe to")
+        raise SettingsError("disabled_types: the mapping leaves no handler, so there is nothing to subscribe to")
     return Subscriptions(Commercetools(settings, Event()), target.hide), wanted
 
 

@@ -15,7 +15,7 @@ from worker.transform.registry import HANDLERS, Handler, handles
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
     from worker.model import Enriched, Notification, Operation
 
 __all__ = ["HANDLERS", "Handler", "handler_for", "handles", "transform"]
@@ -24,7 +24,7 @@ for _module in ("orders", "payments", "customers", "categories", "products", "in
     import_module(f"worker.transform.{_module}")  # fills HANDLERS
 
 
-def handler_for(notification: Notification, mapping: Mapping) -> Handler:
+def handler_for(notification: Notification, mapping: MappingConfig) -> Handler:
     """Return the handler of a notification worth fetching data for.
 
     Raises Ignored: no handler, disabled, or the notification itself shows that there is nothing to do.
@@ -32,14 +32,16 @@ def handler_for(notification: Notification, mapping: Mapping) -> Handler:
     handler = HANDLERS.get((notification.resource_type, notification.type))
     if handler is None:
         raise Ignored("no handler for this type")
-    if notification.type in mapping.disabled:
+    if notification.type in mapping.disabled_types:
         raise Ignored("disabled in the mapping")
     if handler.precheck:
         handler.precheck(notification, mapping)
     return handler
 
 
-def transform(enriched: Enriched, mapping: Mapping, fresh: Callable[[], bool] | None = None) -> Sequence[Operation]:
+def transform(
+    enriched: Enriched, mapping: MappingConfig, fresh: Callable[[], bool] | None = None
+) -> Sequence[Operation]:
     """Return what Klaviyo is to do. `fresh` tells whether nobody can have handled the message; None: somebody can.
 
     Raises Ignored (nothing) or Rejected (can never be done).

@@ -9,9 +9,9 @@ from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping as ReadOnly
+    from collections.abc import Mapping
 
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
 
 _PREFIX = "$custom:::$default:::"
 
@@ -27,7 +27,7 @@ def external_id(entry_id: str) -> str:
 
 
 def category_operation(
-    kind: OperationKind, category: Json, categories: ReadOnly[str, Json], mapping: Mapping
+    kind: OperationKind, category: Json, categories: Mapping[str, Json], mapping: MappingConfig
 ) -> Operation:
     """Return an operation that writes a category under its breadcrumb."""
     category_id = as_text(category.get("id"))

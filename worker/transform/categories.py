@@ -11,13 +11,13 @@ from worker.transform.registry import handles
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
     from worker.model import Enriched
 
 
-def _omissions(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
-    if enriched.descendants and len(enriched.descendants) == mapping.category.descendants:
-        yield f"descendants after the first {mapping.category.descendants}, if any: by category.descendants"
+def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
+    if enriched.descendants and len(enriched.descendants) == mapping.category.max_descendants:
+        yield f"descendants after the first {mapping.category.max_descendants}, if any: by category.max_descendants"
 
 
 @handles(
@@ -29,12 +29,12 @@ def _omissions(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
     effect="catalog category upsert (descendants too), or delete",
     omissions=_omissions,
 )
-def category_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+def category_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
     """Mirror the category as commercetools holds it now; its name is part of its descendants' names."""
     category = enriched.category
     if category is None:
         yield Operation(OperationKind.DELETE_CATEGORY, enriched.notification.resource_id)
         return
     yield category_operation(OperationKind.UPSERT_CATEGORY, category, enriched.categories, mapping)
-    for descendant in enriched.descendants[: mapping.category.descendants]:
+    for descendant in enriched.descendants[: mapping.category.max_descendants]:
         yield category_operation(OperationKind.UPSERT_CATEGORY, descendant, enriched.categories, mapping)

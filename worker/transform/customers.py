@@ -14,11 +14,11 @@ from worker.transform.size_limits import PROFILE_BYTES, truncate
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
     from worker.model import Enriched, Notification
 
 
-def _omissions(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
+def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     customer = enriched.customer or _created(enriched, mapping)
     if customer is None:
         return
@@ -37,7 +37,7 @@ def _omissions(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
     effect="profile upsert",
     omissions=_omissions,
 )
-def customer_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+def customer_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
     """Upsert the profile with what commercetools holds now, so that the order of messages does not matter."""
     customer = enriched.customer or _created(enriched, mapping)
     if customer is None:
@@ -52,7 +52,7 @@ def customer_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation
     )
 
 
-def _created(enriched: Enriched, mapping: Mapping) -> Json | None:
+def _created(enriched: Enriched, mapping: MappingConfig) -> Json | None:
     """Return the customer of a CustomerCreated that commercetools does not show.
 
     Never where erasure is on: there, a message that comes late must not bring an erased person back.
@@ -75,7 +75,7 @@ def _own_attributes(customer: Json) -> Json:
     }
 
 
-def _properties(customer: Json, mapping: Mapping) -> Json:
+def _properties(customer: Json, mapping: MappingConfig) -> Json:
     custom = fields.filter_properties(as_dict(customer.get("custom")).get("fields"), mapping.customer.custom_fields)
     return custom | fields.compact(_own_properties(customer))
 
@@ -106,7 +106,7 @@ def _address(customer: Json) -> Json:
     return next(found, addresses[0] if addresses else {})
 
 
-def _check_erasure(notification: Notification, mapping: Mapping) -> None:
+def _check_erasure(notification: Notification, mapping: MappingConfig) -> None:
     if notification.payload.get("dataErasure") is not True:
         raise Ignored("deleted without dataErasure: the profile stays")
     if not mapping.customer.erasure:
@@ -119,6 +119,6 @@ def _check_erasure(notification: Notification, mapping: Mapping) -> None:
     effect="data-privacy deletion, with dataErasure (off by default)",
     precheck=_check_erasure,
 )
-def customer_erased(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:  # noqa: ARG001
+def customer_erased(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:  # noqa: ARG001
     """Request the deletion of the profile; it is found by its external_id, as commercetools tells no more."""
     yield Operation(OperationKind.DELETE_PROFILE, enriched.notification.resource_id)

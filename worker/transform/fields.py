@@ -12,10 +12,9 @@ import phonenumbers
 from worker.json_access import as_dict, as_dicts, as_int, as_text, parse_time
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from collections.abc import Mapping as ReadOnly
+    from collections.abc import Iterable, Iterator, Mapping
 
-    from worker.mapping import Mapping, Properties
+    from worker.mapping import MappingConfig, PropertyRules
     from worker.model import Json
 
 MAX_FRACTION_DIGITS = 20  # commercetools' limit for high precision money
@@ -195,12 +194,12 @@ def _e164(text: str, country: str | None) -> str:
     return phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.E164)
 
 
-def breadcrumb(category: Json, categories: ReadOnly[str, Json], locale: str) -> str:
+def breadcrumb(category: Json, categories: Mapping[str, Json], locale: str) -> str:
     """Return the names from the root to the category: `Women > Pants > Jeans`."""
     return breadcrumbs(category, categories, locale)[-1]
 
 
-def breadcrumbs(category: Json, categories: ReadOnly[str, Json], locale: str) -> list[str]:
+def breadcrumbs(category: Json, categories: Mapping[str, Json], locale: str) -> list[str]:
     """Return the breadcrumbs of the category's ancestors, from the root, and its own."""
     ids = [as_text(ancestor.get("id")) for ancestor in as_dicts(category.get("ancestors"))]
     path = [*(categories[ancestor] for ancestor in ids if ancestor in categories), category]
@@ -208,13 +207,13 @@ def breadcrumbs(category: Json, categories: ReadOnly[str, Json], locale: str) ->
     return list(accumulate(names, lambda above, name: f"{above} > {name}" if above and name else above or name))
 
 
-def filter_properties(values: Any, rules: Properties) -> Json:
+def filter_properties(values: Any, rules: PropertyRules) -> Json:
     """Apply include, exclude and rename to properties, leaving out the empty ones."""
-    chosen = {rules.map.get(name, name): value for name, value in as_dict(values).items() if _is_wanted(name, rules)}
+    chosen = {rules.rename.get(name, name): value for name, value in as_dict(values).items() if _is_wanted(name, rules)}
     return compact(chosen)
 
 
-def report_filtered(values: Any, rules: Properties, section: str) -> Iterator[str]:
+def report_filtered(values: Any, rules: PropertyRules, section: str) -> Iterator[str]:
     """Tell what `filter_properties` leaves out or renames; `section` is the name of `rules` in the mapping."""
     names = list(as_dict(values))
     excluded = [name for name in names if name in rules.exclude]
@@ -223,11 +222,11 @@ def report_filtered(values: Any, rules: Properties, section: str) -> Iterator[st
         if unwanted:
             yield f"{', '.join(unwanted)}: by {section}.{key}"
     for name in names:
-        if name in rules.map and _is_wanted(name, rules):
-            yield f"the name {name}: it is sent as {rules.map[name]}, by {section}.map"
+        if name in rules.rename and _is_wanted(name, rules):
+            yield f"the name {name}: it is sent as {rules.rename[name]}, by {section}.rename"
 
 
-def _is_wanted(name: str, rules: Properties) -> bool:
+def _is_wanted(name: str, rules: PropertyRules) -> bool:
     return (not rules.include or "*" in rules.include or name in rules.include) and name not in rules.exclude
 
 
@@ -240,7 +239,7 @@ def add_seconds(value: Any, seconds: int) -> str:
         return ""
 
 
-def product_url(slug: Any, product_id: str, variant: Json, mapping: Mapping) -> str:
+def product_url(slug: Any, product_id: str, variant: Json, mapping: MappingConfig) -> str:
     """Fill the product page template, or return "" when there is none."""
     values = {
         "productSlug": localized(slug, mapping.locale),

@@ -15,12 +15,12 @@ from worker.transform.registry import handles
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
     from worker.model import Enriched
 
 
 @handles("ResourceCreated", "ResourceUpdated", resource="inventory-entry", effect="variant inventory_quantity")
-def inventory_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+def inventory_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
     """Set the variant's stock; where Klaviyo lacks the variant, write the whole product instead."""
     entry = enriched.inventory_entry
     if entry is None:

@@ -16,7 +16,7 @@ from worker.transform.size_limits import truncate
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
     from worker.model import Enriched
 
 
@@ -59,14 +59,14 @@ def _identifiers(order: Json, enriched: Enriched) -> Json:
     }
 
 
-def order_properties(order: Json, lines: list[Json], enriched: Enriched, mapping: Mapping) -> Json:
+def order_properties(order: Json, lines: list[Json], enriched: Enriched, mapping: MappingConfig) -> Json:
     """Return the properties of every order event, as Klaviyo's flows and templates name them."""
     custom = fields.filter_properties(as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields)
     raw = fields.filter_properties(order, mapping.order.properties) if mapping.order.properties.include else {}
     return fields.compact(raw | custom | fields.compact(_own_properties(order, lines, enriched)))
 
 
-def omissions(order: Json, enriched: Enriched, mapping: Mapping) -> Iterator[str]:
+def omissions(order: Json, enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     """Tell what order events do without."""
     if not order:
         return
@@ -100,13 +100,13 @@ def _own_properties(order: Json, lines: list[Json], enriched: Enriched) -> Json:
     }
 
 
-def all_line_properties(order: Json, enriched: Enriched, mapping: Mapping) -> list[Json]:
+def all_line_properties(order: Json, enriched: Enriched, mapping: MappingConfig) -> list[Json]:
     """Return the entries of `Items`: line items, then custom line items."""
     lines = [line_properties(line, enriched, mapping) for line in as_dicts(order.get("lineItems"))]
     return lines + [custom_line_properties(line, mapping) for line in as_dicts(order.get("customLineItems"))]
 
 
-def line_properties(line: Json, enriched: Enriched, mapping: Mapping) -> Json:
+def line_properties(line: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
     """Return a line item as an entry of `Items`."""
     variant = as_dict(line.get("variant"))
     product_id = as_text(line.get("productId"))
@@ -128,7 +128,7 @@ def line_properties(line: Json, enriched: Enriched, mapping: Mapping) -> Json:
     )
 
 
-def custom_line_properties(line: Json, mapping: Mapping) -> Json:
+def custom_line_properties(line: Json, mapping: MappingConfig) -> Json:
     """Return a custom line item (gift wrapping, a fee) as an entry of `Items`."""
     return fields.compact(
         {
@@ -148,7 +148,7 @@ def _item_price(line: Json) -> float | None:
     return fields.money(price.get("value")) if discounted is None else discounted
 
 
-def _category_names(product_id: str, enriched: Enriched, mapping: Mapping) -> list[str]:
+def _category_names(product_id: str, enriched: Enriched, mapping: MappingConfig) -> list[str]:
     """Return the breadcrumbs of the product's categories and of each of their ancestors."""
     ids = enriched.product_categories.get(product_id, ())
     found = [enriched.categories[category_id] for category_id in ids if category_id in enriched.categories]

@@ -14,17 +14,17 @@ from worker.transform.registry import handles
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
     from worker.model import Enriched, Json, Notification, Operation
 
 _PLACED = "Placed Order; Ordered Product per line"
 
 
-def _omissions(enriched: Enriched, mapping: Mapping) -> Iterable[str]:
+def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterable[str]:
     return omissions(as_dict(enriched.order), enriched, mapping)
 
 
-def _omissions_of_placed(enriched: Enriched, mapping: Mapping) -> Iterable[str]:
+def _omissions_of_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[str]:
     billing = as_dict(enriched.order).get("billingAddress")
     return chain(_omissions(enriched, mapping), fields.report_invalid_phone(billing))
 
@@ -38,7 +38,7 @@ def _omissions_of_placed(enriched: Enriched, mapping: Mapping) -> Iterable[str]:
     omissions=_omissions_of_placed,
 )
 @handles("OrderCreated", resource="order", effect=_PLACED, once_per_resource=True, omissions=_omissions_of_placed)
-def order_placed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
     """Placed Order, and an Ordered Product a second later for every line."""
     order = _order(enriched)
     profile = identifiers(order, enriched)
@@ -66,12 +66,12 @@ def order_placed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
         )
 
 
-def _check_order_state(notification: Notification, mapping: Mapping) -> None:
+def _check_order_state(notification: Notification, mapping: MappingConfig) -> None:
     state = notification.payload.get("orderState")
-    wanted = {*mapping.order.fulfilled_order, *mapping.order.cancelled_order}
+    wanted = {*mapping.order.fulfilled_states, *mapping.order.cancelled_states}
     if isinstance(state, str) and state not in wanted:
         raise Ignored(
-            f"no event for order state {_safe_state(state)}: see order.fulfilled_order, order.cancelled_order"
+            f"no event for order state {_safe_state(state)}: see order.fulfilled_states, order.cancelled_states"
         )
 
 
@@ -82,22 +82,22 @@ def _check_order_state(notification: Notification, mapping: Mapping) -> None:
     precheck=_check_order_state,
     omissions=_omissions,
 )
-def order_state_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+def order_state_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
     """Fulfilled Order or Cancelled Order; a payload that was not included leaves the order's own state."""
     order = _order(enriched)
     state = fields.first_nonempty(
         as_text(enriched.notification.payload.get("orderState")), as_text(order.get("orderState"))
     )
-    if state in mapping.order.fulfilled_order:
+    if state in mapping.order.fulfilled_states:
         yield _status_event(mapping.metrics.fulfilled_order, order, enriched, mapping)
-    if state in mapping.order.cancelled_order:
+    if state in mapping.order.cancelled_states:
         yield _status_event(mapping.metrics.cancelled_order, order, enriched, mapping)
 
 
-def _check_shipment_state(notification: Notification, mapping: Mapping) -> None:
+def _check_shipment_state(notification: Notification, mapping: MappingConfig) -> None:
     state = notification.payload.get("shipmentState")
-    if isinstance(state, str) and state not in mapping.order.fulfilled_shipment:
-        raise Ignored(f"no event for shipment state {_safe_state(state)}: see order.fulfilled_shipment")
+    if isinstance(state, str) and state not in mapping.order.fulfilled_shipment_states:
+        raise Ignored(f"no event for shipment state {_safe_state(state)}: see order.fulfilled_shipment_states")
 
 
 @handles(
@@ -107,16 +107,16 @@ def _check_shipment_state(notification: Notification, mapping: Mapping) -> None:
     precheck=_check_shipment_state,
     omissions=_omissions,
 )
-def order_shipment_state_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+def order_shipment_state_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
     """Fulfilled Order once the shipment is under way."""
     order = _order(enriched)
     payload = enriched.notification.payload
     state = fields.first_nonempty(as_text(payload.get("shipmentState")), as_text(order.get("shipmentState")))
-    if state in mapping.order.fulfilled_shipment:
+    if state in mapping.order.fulfilled_shipment_states:
         yield _status_event(mapping.metrics.fulfilled_order, order, enriched, mapping)
 
 
-def _status_event(metric: str, order: Json, enriched: Enriched, mapping: Mapping) -> Operation:
+def _status_event(metric: str, order: Json, enriched: Enriched, mapping: MappingConfig) -> Operation:
     return event_operation(
         metric=metric,
         unique_id=_id(order, enriched),

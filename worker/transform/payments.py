@@ -13,11 +13,11 @@ from worker.transform.registry import handles
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
     from worker.model import Enriched, Json, Notification, Operation
 
 
-def _check_refund(notification: Notification, mapping: Mapping) -> None:
+def _check_refund(notification: Notification, mapping: MappingConfig) -> None:
     payload = notification.payload
     transaction = as_dict(payload.get("transaction"))
     if transaction and transaction.get("type") != "Refund":
@@ -27,7 +27,7 @@ def _check_refund(notification: Notification, mapping: Mapping) -> None:
         raise Ignored("no event for a transaction in this state: see payment.refund_states")
 
 
-def _omissions(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
+def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     counted = [_counts(transaction, enriched.notification, mapping) for transaction in _transactions(enriched)]
     if others := counted.count(False):
         yield f"{others} of {len(counted)} transactions: no refund, or its state is not in payment.refund_states"
@@ -42,7 +42,7 @@ def _omissions(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
     precheck=_check_refund,
     omissions=_omissions,
 )
-def payment_transaction(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+def payment_transaction(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
     """Refunded Order with the transaction's own amount; its id keeps several refunds of an order apart."""
     refunds = [t for t in _transactions(enriched) if _counts(t, enriched.notification, mapping)]
     if not refunds:
@@ -81,7 +81,7 @@ def _transactions(enriched: Enriched) -> list[Json]:
     return [t for t in known if not changed or t.get("id") == changed]
 
 
-def _counts(transaction: Json, notification: Notification, mapping: Mapping) -> bool:
+def _counts(transaction: Json, notification: Notification, mapping: MappingConfig) -> bool:
     """Judge by the state the message reports; without one, by the payment's own."""
     state = notification.payload.get("state") or transaction.get("state")
     return (
@@ -91,6 +91,6 @@ def _counts(transaction: Json, notification: Notification, mapping: Mapping) -> 
     )
 
 
-def _reason(transaction: Json, mapping: Mapping) -> str:
+def _reason(transaction: Json, mapping: MappingConfig) -> str:
     custom = as_dict(as_dict(transaction.get("custom")).get("fields"))
     return as_text(custom.get(mapping.payment.reason_field))

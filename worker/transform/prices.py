@@ -9,14 +9,14 @@ from worker.json_access import as_dict, as_dicts, as_text, parse_time
 from worker.transform.fields import currency, money
 
 if TYPE_CHECKING:
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
     from worker.model import Json
 
 _NEVER = datetime.max.replace(tzinfo=UTC)
 _ALWAYS = datetime.min.replace(tzinfo=UTC)
 
 
-def catalog_price(variant: Json, mapping: Mapping, as_of: datetime) -> float:
+def catalog_price(variant: Json, mapping: MappingConfig, as_of: datetime) -> float:
     """Return the price that holds at `as_of`, in major units; 0 when there is none.
 
     A price whose validity window holds wins (earliest validFrom, then earliest validUntil); else the
@@ -48,7 +48,7 @@ def price_amount(price: Any) -> float | None:
     return money(price.get("value")) if discounted is None else discounted
 
 
-def _eligible(prices: list[Json], mapping: Mapping) -> list[Json]:
+def _eligible(prices: list[Json], mapping: MappingConfig) -> list[Json]:
     """Keep the preferred currency and channel; of those the preferred country's, when there are any."""
     prices = [
         price

@@ -17,11 +17,11 @@ from worker.transform.registry import handles
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
     from worker.model import Enriched
 
 
-def _omissions(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
+def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     for variant in _variants(as_dict(enriched.product)) if enriched.product else ():
         name = f"variant {as_int(variant.get('id'))}"
         if not as_text(variant.get("sku")):
@@ -39,7 +39,7 @@ def _omissions(enriched: Enriched, mapping: Mapping) -> Iterator[str]:
     effect="catalog item + variants upsert, or delete",
     omissions=_omissions,
 )
-def product_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+def product_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
     """Mirror the product as commercetools shows it now: published, or gone."""
     if enriched.product is None:
         product_id = enriched.notification.resource_id
@@ -54,7 +54,7 @@ def product_changed(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]
     )
 
 
-def product_operations(enriched: Enriched, mapping: Mapping) -> Iterable[Operation]:
+def product_operations(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
     """Yield what makes the product complete in Klaviyo: its categories, the item, the variants."""
     product = as_dict(enriched.product)
     product_id = as_text(product.get("id"))
@@ -93,7 +93,7 @@ def _categories(product_id: str, enriched: Enriched) -> list[Json]:
     return list(found.values())
 
 
-def _item(product: Json, enriched: Enriched, mapping: Mapping) -> Json:
+def _item(product: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
     product_id = as_text(product.get("id"))
     master = as_dict(product.get("masterVariant"))
     categories = [catalog_id(as_text(category.get("id"))) for category in _categories(product_id, enriched)]
@@ -106,7 +106,7 @@ def _item(product: Json, enriched: Enriched, mapping: Mapping) -> Json:
     }
 
 
-def _variant(product: Json, variant: Json, enriched: Enriched, mapping: Mapping) -> Json:
+def _variant(product: Json, variant: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
     sku = as_text(variant.get("sku"))
     parent = {"type": "catalog-item", "id": catalog_id(as_text(product.get("id")))}
     return {
@@ -122,7 +122,7 @@ def _variant(product: Json, variant: Json, enriched: Enriched, mapping: Mapping)
     }
 
 
-def _common(product: Json, variant: Json, enriched: Enriched, mapping: Mapping) -> Json:
+def _common(product: Json, variant: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
     """Return the attributes an item and its variants share."""
     return {
         "integration_type": "$custom",
@@ -154,7 +154,7 @@ def _by_locale(prefix: str, texts: Any) -> Json:
     return {f"{prefix}_{locale}": text for locale, text in as_dict(texts).items() if as_text(text)}
 
 
-def _stock(variant: Json, enriched: Enriched, mapping: Mapping) -> int:
+def _stock(variant: Json, enriched: Enriched, mapping: MappingConfig) -> int:
     """Return the stock: of the inventory entries, else as the projection shows it (which lags), else 0."""
     channel = mapping.inventory.channel
     known = quantity(enriched.inventory.get(as_text(variant.get("sku")), ()), channel)

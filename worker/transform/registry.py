@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from worker.mapping import Mapping
+from worker.mapping import MappingConfig
 from worker.model import Enriched, Notification, Operation
 
-HandlerFunction = Callable[[Enriched, Mapping], Iterable[Operation]]
-Precheck = Callable[[Notification, Mapping], None]
-Omissions = Callable[[Enriched, Mapping], Iterable[str]]
+HandlerFunction = Callable[[Enriched, MappingConfig], Iterable[Operation]]
+Precheck = Callable[[Notification, MappingConfig], None]
+Omissions = Callable[[Enriched, MappingConfig], Iterable[str]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ def test_applied_once_there_is_nothing_to_do(command: Command, sandbox: Sandbox)
 
 def test_a_change_is_one_update(command: Command, sandbox: Sandbox, tmp_path: Path) -> None:
     """Messages, changes and destination together; the key stays."""
-    (tmp_path / "mapping.toml").write_text('disabled = ["OrderImported", "ResourceUpdated", "ProductDeleted"]')
+    (tmp_path / "mapping.toml").write_text('disabled_types = ["OrderImported", "ResourceUpdated", "ProductDeleted"]')
     assert command.apply("--config", str(tmp_path / "mapping.toml")).exit_code == 0
     done = command.apply(to=QUEUE)
     assert "    + messages     order: OrderImported" in done.stdout.splitlines()
@@ -331,7 +331,7 @@ def test_what_cannot_be_asked_for_is_exit_code_2(command: Command, tmp_path: Pat
     assert command.apply(to="kafka://topic").exit_code == 2
     assert command.apply(to=GRID).exit_code == 2
     kinds = sorted({kind for _, kind in HANDLERS})
-    (tmp_path / "none.toml").write_text(f"disabled = {json.dumps(kinds)}")
+    (tmp_path / "none.toml").write_text(f"disabled_types = {json.dumps(kinds)}")
     done = command.apply("--config", str(tmp_path / "none.toml"))
     assert (done.exit_code, "leaves no handler" in done.stderr) == (2, True)
 
@@ -344,7 +344,7 @@ def test_check_names_what_is_missing(command: Command, tmp_path: Path) -> None:
         "there is no subscription klaviyo-worker: klaviyo-worker subscriptions apply"
     )
     mapping = tmp_path / "mapping.toml"
-    mapping.write_text('disabled = ["OrderImported", "ResourceUpdated", "ResourceCreated", "ResourceDeleted"]')
+    mapping.write_text('disabled_types = ["OrderImported", "ResourceUpdated", "ResourceCreated", "ResourceDeleted"]')
     command.apply("--config", str(mapping), "--key", "mine")
     code, found = command.checked("--subscription-key", "mine")
     assert code == 4
@@ -385,7 +385,7 @@ def test_check_asks_only_for_what_the_handlers_need(
 ) -> None:
     """Whoever disables handlers can leave scopes out; a key is proved even where nothing is to be read."""
     disabled = sorted({kind for _, kind in HANDLERS} - set(kinds))
-    (tmp_path / "mapping.toml").write_text(f"disabled = {json.dumps(disabled)}")
+    (tmp_path / "mapping.toml").write_text(f"disabled_types = {json.dumps(disabled)}")
     code, found = command.checked("--config", str(tmp_path / "mapping.toml"), CT_SCOPE="view_orders:sandbox-shop")
     assert code == 0
     assert f" 1 of {len(HANDLERS)} handlers enabled" in found["configuration"]["text"]
@@ -398,7 +398,7 @@ def test_check_asks_only_for_what_the_handlers_need(
 def test_no_scope_is_blamed_for_what_is_none(command: Command, sandbox: Sandbox, tmp_path: Path) -> None:
     """Whatever few handlers are enabled."""
     disabled = sorted({kind for _, kind in HANDLERS} - {"CustomerCreated", "ProductPublished"})
-    (tmp_path / "mapping.toml").write_text(f"disabled = {json.dumps(disabled)}")
+    (tmp_path / "mapping.toml").write_text(f"disabled_types = {json.dumps(disabled)}")
     sandbox.klaviyo.faults.add(Fault(302, times=None, match="GET /api/catalog-items"))
     client = '{"clientId": "nobody", "secret": "s3cret"}'
     _, found = command.checked("--config", str(tmp_path / "mapping.toml"), CT_API_CLIENT=client)

@@ -18,7 +18,7 @@ from worker.cli import main
 from worker.commands.transform.explain import explain_trace
 from worker.commands.transform.trace import Trace, trace_notification
 from worker.json_access import printable
-from worker.mapping import Mapping, load_mapping
+from worker.mapping import MappingConfig, load_mapping
 
 ORDER = {"id": "o", "customerEmail": "ada@example.com", "totalPrice": {"centAmount": 100, "currencyCode": "EUR"}}
 PERSONAL = {"email", "customerEmail", "firstName", "lastName", "mobile", "phone", "streetName", "city", "postalCode"}
@@ -36,11 +36,11 @@ def change(kind: str, resource: str, **payload: Any) -> dict[str, Any]:
 def told(document: Any, snapshot: dict[str, Any] | None = None, **mapping: Any) -> str:
     """Return the account in one line."""
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
-    chosen = Mapping.model_validate(mapping)
+    chosen = MappingConfig.model_validate(mapping)
     return " ".join(explain_trace(1, trace_notification(body, snapshot or {}, chosen), chosen).split())
 
 
-def golden(case: str) -> tuple[Trace, Mapping]:
+def golden(case: str) -> tuple[Trace, MappingConfig]:
     folder = HERE / case
     snapshot, mapping = folder / "commercetools.json", folder / "mapping.toml"
     chosen = load_mapping(mapping if mapping.exists() else None)
@@ -65,7 +65,7 @@ def test_an_account_reads_like_this() -> None:
                location
                properties: Shoe size, customerNumber, customerGroup, locale, dateOfBirth, isEmailVerified
    left out    newsletter, nickname: by customer.custom_fields.include
-   left out    the name shoeSize: it is sent as Shoe size, by customer.custom_fields.map
+   left out    the name shoeSize: it is sent as Shoe size, by customer.custom_fields.rename
    ends        acknowledged, once all of it is in Klaviyo; a dead letter, if Klaviyo refuses any"""
     assert explain_trace(3, *golden("customer-ResourceUpdated")) == expected
 
@@ -139,7 +139,9 @@ def test_an_id_is_never_broken() -> None:
     skus = [f"{'x' * number}-shirt-blue" for number in range(1, 30, 4)]
     product = {"id": "id-1", "masterVariant": {}, "variants": [{"sku": sku} for sku in skus]}
     body = json.dumps(message("ProductPublished", "product")).encode()
-    text = explain_trace(1, trace_notification(body, {"product-projections": [product]}, Mapping()), Mapping())
+    text = explain_trace(
+        1, trace_notification(body, {"product-projections": [product]}, MappingConfig()), MappingConfig()
+    )
     kept = text.partition("kept: ")[2].partition("left out")[0]
     assert all(re.search(rf"(?<!\S){sku}(?![^\s,])", kept) for sku in skus)
 
@@ -158,8 +160,8 @@ def test_ignored_ones_name_the_handler_and_the_setting() -> None:
     """So that it can be changed."""
     text = told(message("OrderStateChanged", "order", orderState="Open"))
     assert "handler order_state_changed in worker/transform/orders.py" in text
-    assert "no event for order state Open: see order.fulfilled_order, order.cancelled_order" in text
-    text = told(message("OrderCreated", "order", order=ORDER), disabled=["OrderCreated"])
+    assert "no event for order state Open: see order.fulfilled_states, order.cancelled_states" in text
+    text = told(message("OrderCreated", "order", order=ORDER), disabled_types=["OrderCreated"])
     assert "disabled in the mapping" in text
     assert "fetched" not in text
 
@@ -179,13 +181,13 @@ def test_what_was_cut_is_named() -> None:
 def test_what_the_mapping_leaves_out_or_renames_is_named() -> None:
     """With the setting that does so."""
     order = ORDER | {"custom": {"fields": {"a": 1, "b": 2, "c": 3, "d": 4}}, "origin": "Customer"}
-    rules = {"include": ["a", "b"], "exclude": ["b"], "map": {"a": "A", "b": "B"}}
+    rules = {"include": ["a", "b"], "exclude": ["b"], "rename": {"a": "A", "b": "B"}}
     text = told(
         message("OrderCreated", "order", order=order),
         order={"custom_fields": rules, "properties": {"include": ["*"], "exclude": ["origin"]}},
     )
     assert "left out b: by order.custom_fields.exclude left out c, d: by order.custom_fields.include" in text
-    assert "left out the name a: it is sent as A, by order.custom_fields.map" in text
+    assert "left out the name a: it is sent as A, by order.custom_fields.rename" in text
     assert "left out origin: by order.properties.exclude" in text
     assert "name b" not in text
 
@@ -242,7 +244,7 @@ def test_what_the_mapping_leaves_out_or_renames_is_named() -> None:
         (
             change("ResourceUpdated", "category"),
             {"categories": [{"id": "id-1"}, *({"id": f"d{n}", "ancestors": [{"id": "id-1"}]} for n in range(501))]},
-            "descendants after the first 500, if any: by category.descendants",
+            "descendants after the first 500, if any: by category.max_descendants",
         ),
         (
             change("ResourceCreated", "inventory-entry"),
@@ -346,7 +348,7 @@ def _values(document: Any) -> list[str]:
 @example(b'{" ": 1}')
 def test_any_bytes_have_an_account(body: bytes) -> None:
     """One that a terminal can show, and whose lines cannot be taken for requests."""
-    lines = explain_trace(1, trace_notification(body, {}, Mapping()), Mapping()).splitlines()
+    lines = explain_trace(1, trace_notification(body, {}, MappingConfig()), MappingConfig()).splitlines()
     assert lines[-1].strip()
     assert all(line.isprintable() and line[0] in "1 " for line in lines)
 
@@ -359,7 +361,7 @@ def test_hostile_names_cannot_steer_a_terminal(kind: str, name: str, value: str)
         body = json.dumps(document).encode()
         assert all(
             line.isprintable()
-            for line in explain_trace(1, trace_notification(body, {}, Mapping()), Mapping()).splitlines()
+            for line in explain_trace(1, trace_notification(body, {}, MappingConfig()), MappingConfig()).splitlines()
         )
 
 

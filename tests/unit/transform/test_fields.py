@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_parse import json_values
 from worker.json_access import pick_ids
-from worker.mapping import Mapping, Properties
+from worker.mapping import MappingConfig, PropertyRules
 from worker.transform import fields
 from worker.transform.prices import catalog_price, price_metadata
 from worker.transform.size_limits import MAX_ARRAY, MAX_PROPERTIES, MAX_TEXT_BYTES, truncate
@@ -136,8 +136,8 @@ def test_only_valid_phone_numbers_are_sent(address: object, expected: str) -> No
 def test_property_rules_choose_leave_out_and_rename() -> None:
     """Empty values are left out; 0 and false are values."""
     values = {"a": 1, "b": "", "c": 0, "d": False, "e": None, "f": "x", "g": []}
-    assert fields.filter_properties(values, Properties()) == {"a": 1, "c": 0, "d": False, "f": "x"}
-    rules = Properties(include=["a", "f"], exclude=["f"], map={"a": "A"})
+    assert fields.filter_properties(values, PropertyRules()) == {"a": 1, "c": 0, "d": False, "f": "x"}
+    rules = PropertyRules(include=["a", "f"], exclude=["f"], rename={"a": "A"})
     assert fields.filter_properties(values, rules) == {"A": 1}
 
 
@@ -187,7 +187,7 @@ def price(amount: int, currency: str = "EUR", **more: object) -> dict[str, objec
 )
 def test_the_catalog_shows_the_price_that_holds(prices: object, options: dict[str, object], expected: float) -> None:
     """Currency, channel, country, validity, customer group and discount all have their say."""
-    assert catalog_price({"prices": prices}, Mapping.model_validate(options), NOW) == expected
+    assert catalog_price({"prices": prices}, MappingConfig.model_validate(options), NOW) == expected
 
 
 def test_all_prices_are_kept_as_texts() -> None:
@@ -209,11 +209,11 @@ def test_fields_are_total(value: object) -> None:
     fields.location(value)
     fields.address_properties(value)
     fields.phone({"phone": value, "country": value})
-    fields.filter_properties(value, Properties())
+    fields.filter_properties(value, PropertyRules())
     fields.add_seconds(value, 1)
     pick_ids(value)
     fields.image_url({"images": value})
-    catalog_price({"prices": value}, Mapping(), NOW)
+    catalog_price({"prices": value}, MappingConfig(), NOW)
     price_metadata({"prices": value})
 
 

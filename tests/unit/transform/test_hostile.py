@@ -14,7 +14,7 @@ from tests.golden.test_golden import CASES, HERE
 from worker.commands.transform.explain import explain_trace
 from worker.commands.transform.trace import trace_notification
 from worker.errors import Ignored, Rejected, Transient
-from worker.mapping import Mapping
+from worker.mapping import MappingConfig
 from worker.send import request_for
 
 ODD: list[Any] = [
@@ -62,7 +62,7 @@ def _case(name: str) -> dict[str, Any]:
 
 
 DOCUMENTS = {name: _case(name) for name in CASES}
-MAPPING = Mapping.model_validate(
+MAPPING = MappingConfig.model_validate(
     {"order": {"properties": {"include": ["*"]}, "raw_line_item": True}, "customer": {"erasure": True}}
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from worker.errors import Ignored
-from worker.mapping import Mapping
+from worker.mapping import MappingConfig
 from worker.model import Enriched, Notification
 from worker.transform import transform
 from worker.transform.order_events import event_operation
@@ -23,7 +23,7 @@ def about(resource_type: str, kind: str, **payload: Any) -> Notification:
 def test_a_new_customer_that_cannot_be_read_is_sent_as_the_message_tells() -> None:
     """A read that lags must not lose a profile."""
     notification = about("customer", "CustomerCreated", customer={"id": "id-1", "email": "ada@example.com"})
-    (operation,) = transform(Enriched(notification, NOW), Mapping())
+    (operation,) = transform(Enriched(notification, NOW), MappingConfig())
     assert operation.resource is not None
     assert operation.resource["attributes"] == {"email": "ada@example.com", "external_id": "id-1"}
 
@@ -31,7 +31,7 @@ def test_a_new_customer_that_cannot_be_read_is_sent_as_the_message_tells() -> No
 def test_an_erased_customer_does_not_come_back() -> None:
     """With erasure on, a late CustomerCreated is not believed against commercetools."""
     notification = about("customer", "CustomerCreated", customer={"id": "id-1", "email": "ada@example.com"})
-    mapping = Mapping.model_validate({"customer": {"erasure": True}})
+    mapping = MappingConfig.model_validate({"customer": {"erasure": True}})
     with pytest.raises(Ignored, match="no longer"):
         transform(Enriched(notification, NOW), mapping)
 
@@ -41,14 +41,14 @@ def test_odd_states_make_no_event(state: object) -> None:
     """And never reach a log line as they are."""
     order = {"id": "id-1", "customerEmail": "ada@example.com"}
     with pytest.raises(Ignored) as reason:
-        transform(Enriched(about("order", "OrderStateChanged", orderState=state), NOW, order=order), Mapping())
+        transform(Enriched(about("order", "OrderStateChanged", orderState=state), NOW, order=order), MappingConfig())
     assert "Ünknown" not in str(reason.value)
 
 
 def test_a_line_without_an_id_still_has_a_unique_id() -> None:
     """Two deliveries of the message must make one event."""
     order = {"id": "o", "customerEmail": "a@example.com", "lineItems": [{"variant": {"sku": "S"}, "name": {"en": "N"}}]}
-    operations = transform(Enriched(about("order", "OrderCreated"), NOW, order=order), Mapping())
+    operations = transform(Enriched(about("order", "OrderCreated"), NOW, order=order), MappingConfig())
     ids = [operation.resource["attributes"]["unique_id"] for operation in operations if operation.resource]
     assert ids == ["o", "o:S"]
 
@@ -57,7 +57,7 @@ def test_an_order_of_ten_thousand_lines_fits() -> None:
     """Klaviyo's limits hold by construction, and the operation says what was cut."""
     line = {"productId": "p" * 36, "name": {"en": "A product"}, "quantity": 1, "variant": {"sku": "S"}}
     order = {"id": "o", "customerEmail": "a@example.com", "lineItems": [line | {"id": str(n)} for n in range(10_000)]}
-    placed, *lines = transform(Enriched(about("order", "OrderCreated"), NOW, order=order), Mapping())
+    placed, *lines = transform(Enriched(about("order", "OrderCreated"), NOW, order=order), MappingConfig())
     assert placed.resource is not None
     assert len(placed.resource["attributes"]["properties"]["Items"]) == 4_000
     assert "Items" in placed.truncated
@@ -86,7 +86,7 @@ def always() -> bool:
 )
 def test_only_a_new_order_makes_fresh_events(kind: str, first: bool) -> None:
     """All other messages repeat the id of an event, or come more than once for an order."""
-    operations = transform(Enriched(about("order", kind), NOW, order=ORDER), Mapping(), always if first else None)
+    operations = transform(Enriched(about("order", kind), NOW, order=ORDER), MappingConfig(), always if first else None)
     assert {operation.is_first_delivery for operation in operations} == {
         always if first and kind == "OrderCreated" else None
     }

@@ -24,7 +24,7 @@ from worker.transform import HANDLERS
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
     from worker.settings import Settings
 
 _NOBODY = "00000000-0000-4000-8000-000000000000"
@@ -70,7 +70,7 @@ def check(
     yield Finding("configuration", "ok", _configuration(settings, mapping))
     yield queue
     stopping = Event()
-    resources = frozenset(resource for resource, kind in HANDLERS if kind not in mapping.disabled)
+    resources = frozenset(resource for resource, kind in HANDLERS if kind not in mapping.disabled_types)
     reader = Commercetools(settings, stopping)
     yield _tried("commercetools", ExitCode.COMMERCETOOLS, partial(_commercetools, reader, resources))
     client = Klaviyo(settings, stopping)
@@ -78,7 +78,9 @@ def check(
     found = _tried("klaviyo", ExitCode.KLAVIYO, partial(_klaviyo, client, resources, erasure=erasure, probing=probing))
     yield found
     yield _tried(
-        "subscriptions", ExitCode.COMMERCETOOLS, partial(_subscription, Subscriptions(reader), key, mapping.disabled)
+        "subscriptions",
+        ExitCode.COMMERCETOOLS,
+        partial(_subscription, Subscriptions(reader), key, mapping.disabled_types),
     )
     if probe_wait is not None and not found.exit_code:
         yield _bulk_events(client, probe_wait, say)
@@ -94,8 +96,8 @@ def _tried(name: str, exit_code: int, ask: Callable[[], str | Finding]) -> Findi
     return found if isinstance(found, Finding) else Finding(name, "ok", found)
 
 
-def _configuration(settings: Settings, mapping: Mapping) -> str:
-    enabled = sum(kind not in mapping.disabled for _, kind in HANDLERS)
+def _configuration(settings: Settings, mapping: MappingConfig) -> str:
+    enabled = sum(kind not in mapping.disabled_types for _, kind in HANDLERS)
     file = f"mapping {settings.config}" if settings.config else "no mapping file"
     return f"{file}, {enabled} of {len(HANDLERS)} handlers enabled, queue {scheme_of(settings.queue_url)}://"
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from worker.commands.transform.trace import Trace
     from worker.commercetools import queries
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
     from worker.model import Json, Notification, Operation
 
 _INDENT, _WIDTH = 15, 110
@@ -37,7 +37,7 @@ _BECOMES = {
 Row = tuple[str, str]
 
 
-def explain_trace(number: int, trace: Trace, mapping: Mapping) -> str:
+def explain_trace(number: int, trace: Trace, mapping: MappingConfig) -> str:
     """Return the account of one notification, the `number`th, in lines of which none starts with a brace."""
     about = trace.notification
     title = f"{about.type} of {about.resource_type} {about.resource_id}" if about else "not about a resource"
@@ -150,7 +150,7 @@ def _event(attributes: Json) -> str:
     return f"metric: {metric}; unique_id: {attributes['unique_id']}; time: {attributes.get('time')}{value}"
 
 
-def _left_out(trace: Trace, mapping: Mapping) -> Iterator[Row]:
+def _left_out(trace: Trace, mapping: MappingConfig) -> Iterator[Row]:
     if trace.enriched is None:
         return
     about = trace.enriched.notification

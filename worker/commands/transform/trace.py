@@ -18,7 +18,7 @@ from worker.transform import handler_for, transform
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-    from worker.mapping import Mapping
+    from worker.mapping import MappingConfig
     from worker.model import Enriched, Json, Notification, Operation
 
 # Where a message's own payload stands, and which collection it stands in for.
@@ -53,7 +53,7 @@ def documents(content: bytes) -> Iterator[bytes]:
         yield content
 
 
-def trace_notification(body: bytes, snapshot: dict[str, list[Json]], mapping: Mapping) -> Trace:
+def trace_notification(body: bytes, snapshot: dict[str, list[Json]], mapping: MappingConfig) -> Trace:
     """Take a notification through the stages but the sending.
 
     `snapshot` and the message's payload are what commercetools holds.
@@ -66,7 +66,7 @@ def trace_notification(body: bytes, snapshot: dict[str, list[Json]], mapping: Ma
     return trace
 
 
-def _run_stages(trace: Trace, snapshot: dict[str, list[Json]], mapping: Mapping) -> None:
+def _run_stages(trace: Trace, snapshot: dict[str, list[Json]], mapping: MappingConfig) -> None:
     trace.notification = parse(trace.body)
     handler_for(trace.notification, mapping)
     trace.stage = "enrich"
