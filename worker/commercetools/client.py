@@ -41,7 +41,7 @@ class Commercetools:
     ) -> None:
         self._token = _Token(settings, observe)
         self._url = f"{settings.ct_api_url}/{quote(settings.ct_project_id, safe='')}"
-        self._gates = CircuitBreakers("commercetools", settings, stopping)
+        self._breakers = CircuitBreakers("commercetools", settings, stopping)
         self._transport = http.Transport(http.pool(self._url, settings.threads), settings, observe)
 
     def find(self, query: Query, values: Collection[str]) -> QueryResult:
@@ -53,16 +53,16 @@ class Commercetools:
 
     def outage_reason(self) -> str:
         """Return why calls are held back; "" when they are not."""
-        return self._gates.outage_reason()
+        return self._breakers.outage_reason()
 
     def call(self, endpoint: str, method: str, path: str = "", body: Json | None = None) -> http.Response:
         """Call `endpoint` + `path` and return its answer; what is no GET is not sent again when its fate is unknown.
 
         Raises Transient, and CommercetoolsMisconfigured when there is no token to be had; not for what is refused.
         """
-        gate = self._gates[endpoint]
+        breaker = self._breakers[endpoint]
         content = None if body is None else orjson.dumps(body)
-        request = gate if method == "GET" else gate.once
+        request = breaker if method == "GET" else breaker.call_once
         return request(self._authorized, endpoint, method, f"{self._url}/{endpoint}{path}", content)
 
     def get_public(self, endpoint: str, path: str) -> http.Response:
@@ -83,14 +83,14 @@ class Commercetools:
 
     def page(self, query: Query, where: str = "", after: str = "") -> list[Json]:
         """Return the first PAGE_SIZE resources by id, those after one if that is given. Raises WorkerError."""
-        answer = self._gates[query.path](
+        answer = self._breakers[query.path](
             self._get, query, where, after, f"limit={PAGE_SIZE}&sort=id%20asc&withTotal=false"
         )
         return as_dicts(answer["results"])
 
     def count(self, query: Query, where: str = "", after: str = "") -> int:
         """Return how many resources all pages would give. Raises WorkerError."""
-        return as_int(self._gates[query.path](self._get, query, where, after, "limit=0").get("total")) or 0
+        return as_int(self._breakers[query.path](self._get, query, where, after, "limit=0").get("total")) or 0
 
     def _pages(self, query: Query, chunk: list[str]) -> list[Json]:
         """Read all pages by id: offsets are limited and skip rows while others write."""

@@ -1,9 +1,13 @@
-"""Stands before each endpoint of the other side: retries, outages, refused credentials."""
+"""A circuit breaker per endpoint: retries with backoff, and an open circuit during outages.
+
+docs/decisions/0012-hold-and-circuit-breakers.md describes why.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from enum import Enum
 from threading import Lock
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -17,62 +21,75 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from threading import Event
 
-    from worker.errors import WorkerError
     from worker.settings import CommercetoolsSettings
 
-FAILURE_THRESHOLD = 5  # calls to an endpoint that gave up, without one that succeeded in between
-THROTTLE_PATIENCE = 60.0  # seconds; Klaviyo's longest window
-ASIDE = 1.0  # seconds after which calls that came while one was finding out come again
+FAILURE_THRESHOLD = 5  # consecutive failed calls that open a circuit
+THROTTLE_TIMEOUT = 60.0  # seconds that a throttled call is retried: Klaviyo's longest window
+PROBE_WAIT = 1.0  # seconds; minimum retry delay of calls that are rejected while a probe is running
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class CircuitBreakers:
-    """The gates of one service, by endpoint: one part of a service may be down while others work."""
+    """The circuit breakers of one service, by endpoint: one endpoint can fail while others work."""
 
     def __init__(self, service: str, settings: CommercetoolsSettings, stopping: Event) -> None:
         self._service = service
         self._settings = settings
         self._stopping = stopping
-        self._gates: dict[str, CircuitBreaker] = {}
+        self._breakers: dict[str, CircuitBreaker] = {}
 
     def __getitem__(self, endpoint: str) -> CircuitBreaker:
-        """Return the gate of an endpoint. Endpoints must be few: no ids in them."""
-        if gate := self._gates.get(endpoint):
-            return gate
-        gate = CircuitBreaker({"service": self._service, "endpoint": endpoint}, self._settings, self._stopping)
-        return self._gates.setdefault(endpoint, gate)
+        """Return the circuit breaker of an endpoint. An endpoint must not contain ids: breakers are never removed."""
+        if breaker := self._breakers.get(endpoint):
+            return breaker
+        breaker = CircuitBreaker({"service": self._service, "endpoint": endpoint}, self._settings, self._stopping)
+        return self._breakers.setdefault(endpoint, breaker)
 
     def outage_reason(self) -> str:
-        """Return why calls are held back, "" when none are."""
-        return next(filter(None, (gate.outage_reason() for gate in list(self._gates.values()))), "")
+        """Return why a circuit is open, or "" if the service has no outage."""
+        return next(filter(None, (breaker.outage_reason() for breaker in list(self._breakers.values()))), "")
+
+
+class CircuitState(Enum):
+    """The state of a circuit."""
+
+    CLOSED = "closed"  # calls are sent
+    OPEN = "open"  # calls fail without a request; the first one after the backoff becomes the probe
+    HALF_OPEN = "half_open"  # the probe is running; all other calls fail without a request
+
+
+_NO_CAUSE = Transient("")
 
 
 class CircuitBreaker:
-    """Calls again what failed for the moment; in an outage lets one call through in a while, to see if it is over.
+    """Retries the calls to one endpoint, and stops calling it during an outage.
 
-    A call that raises Transient is repeated for about `retry_timeout`, with waits that grow from 0.2 s and full
-    jitter; Retry-After is obeyed, and Throttled waited out for longer. Once calls have given up FAILURE_THRESHOLD times
-    in a row the gate closes: it raises CircuitOpen at once, without a request, until a pause is over. Then one call
-    tries, once, and opens the gate or begins a longer pause. Misconfigured closes it at once, for
+    A call that raises Transient is retried for about `retry_timeout`, after random delays of up to 0.2 s at first and
+    up to 5 s later. Retry-After is obeyed. A call that raises Throttled is retried for up to THROTTLE_TIMEOUT.
+
+    After FAILURE_THRESHOLD failed calls in a row the circuit opens: calls raise CircuitOpen without a request. After a
+    backoff, one call is let through as a probe, without retries. The probe closes the circuit if it succeeds. If it
+    fails, the circuit opens again with a longer backoff. Misconfigured opens the circuit immediately, for
     `park_retry_interval`.
     """
 
-    def __init__(self, about: Mapping[str, str], settings: CommercetoolsSettings, stopping: Event) -> None:
-        self._about = about
+    def __init__(self, labels: Mapping[str, str], settings: CommercetoolsSettings, stopping: Event) -> None:
+        self._labels = labels  # fields of the log lines
         self._settings = settings
         self._stopping = stopping
         self._outage = ConditionLog("outage", "outage_over", logging.WARNING)
         self._lock = Lock()
-        self._failures = 0  # calls in a row that gave up
-        self._pauses = 0
-        self._closed_by: WorkerError | None = None
-        self._open_at = 0.0  # monotonic seconds
-        self._trying_since: float | None = None
+        self._state = CircuitState.CLOSED
+        self._failures = 0  # consecutive failed calls
+        self._openings = 0  # since the circuit was last closed
+        self._cause: Transient | Misconfigured = _NO_CAUSE  # the error that opened the circuit
+        self._open_until = 0.0  # monotonic seconds
+        self._probing_since = 0.0  # monotonic seconds
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Transient),
-            stop=self._is_enough,
+            stop=self._stop,
             wait=_wait,
             sleep=tenacity.sleep_using_event(stopping),
             reraise=True,
@@ -80,92 +97,121 @@ class CircuitBreaker:
         self._only_throttled = self._retrying.copy(retry=tenacity.retry_if_exception_type(Throttled))
 
     def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function` until it returns. Raises Transient, Misconfigured, or at once whatever else it raises."""
+        """Call `function` with retries. Raises its last error, or CircuitOpen or Misconfigured without calling it."""
         return self._guarded(self._only_throttled if self._failures else self._retrying, function, *args, **kwargs)
 
-    def once(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function`, and again only while it is throttled: then nothing was done. Raises as a call does."""
+    def call_once(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `function`, and retry it only if it was throttled: then it had no effect. Raises as a call does."""
         return self._guarded(self._only_throttled, function, *args, **kwargs)
 
     def _guarded(self, retrying: tenacity.Retrying, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        finds_out = self._enter()
+        is_probe = self._before_call()
         try:
             result = retrying(function, *args, **kwargs)
-        except (Rejected, Throttled):  # the other side is up
-            self._passed()
+        except (Rejected, Throttled):  # the service is up
+            self._on_success()
             raise
         except (Transient, Misconfigured) as error:
-            raise self._failed(error, finds_out) from None
+            raise self._on_failure(error, is_probe) from None
         except BaseException:
-            if finds_out:
-                self._trying_since = None
+            if is_probe:
+                self._abandon_probe()
             raise
-        self._passed()
+        self._on_success()
         return result
 
     def outage_reason(self) -> str:
-        """Return why calls are held back, "" when they are not."""
-        with self._lock:
-            is_out = isinstance(self._closed_by, Transient) and time.monotonic() < self._open_at + 2 * MAX_BACKOFF
-            return str(self._closed_by) if is_out else ""
+        """Return why the circuit is open, or "" if the endpoint has no outage.
 
-    def _enter(self) -> bool:
-        """Let the call through, or raise why not, with the seconds until it is worth coming again.
-
-        Returns whether the gate is closed, and the call is the one that finds out.
+        An outage counts as over if no call has probed the endpoint for twice the longest backoff.
         """
+        with self._lock:
+            if self._state is CircuitState.CLOSED or isinstance(self._cause, Misconfigured):
+                return ""
+            return str(self._cause) if time.monotonic() < self._open_until + 2 * MAX_BACKOFF else ""
+
+    def _before_call(self) -> bool:
+        """Return whether the call is the probe. Raises CircuitOpen or Misconfigured if the call must not be sent."""
         now = time.monotonic()
         with self._lock:
-            if self._closed_by is None:
+            if self._state is CircuitState.CLOSED:
                 return False
-            if self._trying_since is not None:
-                raise _again(self._closed_by, max(ASIDE, now - self._trying_since))
-            if now < self._open_at:
-                raise _again(self._closed_by, self._open_at - now)
-            self._trying_since = now
+            if self._state is CircuitState.HALF_OPEN:
+                raise _copy_of(self._cause, max(PROBE_WAIT, now - self._probing_since))
+            if now < self._open_until:
+                raise _copy_of(self._cause, self._open_until - now)
+            self._half_open(now)
             return True
 
-    def _passed(self) -> None:
+    def _on_success(self) -> None:
         with self._lock:
-            self._failures = self._pauses = 0
-            self._closed_by = self._trying_since = None
-            self._outage.log("", **self._about)
+            self._close()
 
-    def _failed(self, error: Transient | Misconfigured, finds_out: bool) -> Transient | Misconfigured:
-        """Note that a call gave up; return what to raise: an CircuitOpen when the gate is closed."""
+    def _on_failure(self, error: Transient | Misconfigured, is_probe: bool) -> Transient | Misconfigured:
+        """Count a failed call and return the error to raise: a CircuitOpen if the circuit is open now."""
         with self._lock:
             self._failures += 1
-            if self._closed_by is not None and not finds_out:  # begun before the gate was closed
-                return _again(self._closed_by, max(self._open_at - time.monotonic(), 0.0))
-            if isinstance(error, Misconfigured):
-                seconds = self._settings.park_retry_interval
-            elif self._failures < FAILURE_THRESHOLD and self._closed_by is None:
+            is_closed = self._state is CircuitState.CLOSED
+            if not is_closed and not is_probe:  # a call that started before the circuit opened
+                return _copy_of(self._cause, max(self._open_until - time.monotonic(), 0.0))
+            if is_closed and isinstance(error, Transient) and self._failures < FAILURE_THRESHOLD:
                 return error
-            else:
-                longest = max_backoff(self._settings.outage_hold)
-                seconds = max(error.retry_after or 0.0, backoff(self._pauses, longest))
-                self._outage.log(str(error), **self._about)
-            self._pauses += 1
-            self._closed_by, self._open_at, self._trying_since = error, time.monotonic() + seconds, None
-            return _again(error, seconds)
+            seconds = self._open_seconds(error)
+            self._open(error, seconds)
+            return _copy_of(error, seconds)
 
-    def _is_enough(self, state: tenacity.RetryCallState) -> bool:
-        """Tell whether to give up rather than wait once more."""
+    def _abandon_probe(self) -> None:
+        """Let the next call probe: this one ended with an unexpected error, which says nothing about the service."""
+        with self._lock:
+            if self._state is CircuitState.HALF_OPEN:
+                self._state = CircuitState.OPEN
+
+    # The transitions. The caller holds the lock.
+
+    def _close(self) -> None:
+        self._state = CircuitState.CLOSED
+        self._failures = 0
+        self._openings = 0
+        self._cause = _NO_CAUSE  # an error keeps its traceback alive
+        self._outage.log("", **self._labels)
+
+    def _open(self, cause: Transient | Misconfigured, seconds: float) -> None:
+        self._state = CircuitState.OPEN
+        self._openings += 1
+        self._cause = cause
+        self._open_until = time.monotonic() + seconds
+        if isinstance(cause, Transient):
+            self._outage.log(str(cause), **self._labels)
+
+    def _half_open(self, now: float) -> None:
+        self._state = CircuitState.HALF_OPEN
+        self._probing_since = now
+
+    def _open_seconds(self, cause: Transient | Misconfigured) -> float:
+        """Return how long the circuit must stay open."""
+        if isinstance(cause, Misconfigured):
+            return self._settings.park_retry_interval
+        return max(cause.retry_after or 0.0, backoff(self._openings, max_backoff(self._settings.outage_hold)))
+
+    def _stop(self, state: tenacity.RetryCallState) -> bool:
+        """Return whether to stop retrying: the next delay would exceed the timeout, or the worker stops."""
         error = state.outcome.exception() if state.outcome else None
-        patience = THROTTLE_PATIENCE if isinstance(error, Throttled) else self._settings.retry_timeout
-        is_over = (state.seconds_since_start or 0.0) + state.upcoming_sleep >= patience
-        return is_over or self._stopping.is_set()
+        timeout = THROTTLE_TIMEOUT if isinstance(error, Throttled) else self._settings.retry_timeout
+        return (state.seconds_since_start or 0.0) + state.upcoming_sleep >= timeout or self._stopping.is_set()
 
 
-def _again(error: WorkerError, seconds: float) -> Transient | Misconfigured:
-    """Return a new error of the same meaning: one object raised in many threads would collect their tracebacks."""
-    return type(error)(str(error), seconds) if isinstance(error, Misconfigured) else CircuitOpen(str(error), seconds)
+def _copy_of(error: Transient | Misconfigured, seconds: float) -> Transient | Misconfigured:
+    """Return an equivalent error. One object raised in many threads would collect the tracebacks of all."""
+    if isinstance(error, Misconfigured):
+        return type(error)(error.reason, seconds, todo=error.todo, lacks_scope=error.lacks_scope)
+    return CircuitOpen(str(error), seconds)
 
 
-_backoff = tenacity.wait_random_exponential(multiplier=0.2, max=5)
+_retry_delay = tenacity.wait_random_exponential(multiplier=0.2, max=5)
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
+    """Return the delay before the next retry, in seconds."""
     error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after if isinstance(error, Transient) else None
-    return max(asked or 0.0, _backoff(state))
+    retry_after = error.retry_after if isinstance(error, Transient) else None
+    return max(retry_after or 0.0, _retry_delay(state))

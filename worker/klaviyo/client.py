@@ -62,7 +62,7 @@ class Klaviyo:
         configuration.proxy = http.proxy_for(settings.klaviyo_api_url)
         pool: urllib3.PoolManager = RESTClientObject(configuration).pool_manager
         self._transport = http.Transport(pool, settings, observe)
-        self._gates = CircuitBreakers("klaviyo", settings, stopping)
+        self._breakers = CircuitBreakers("klaviyo", settings, stopping)
         self._limits = RateLimiter(settings.rate_limit_share, stopping)
         self._host: str = configuration.host
         self._headers = {
@@ -82,8 +82,8 @@ class Klaviyo:
         """
         content = orjson.dumps(body) if isinstance(body, dict) else body
         endpoint = endpoint_of(method, path)
-        gate = self._gates[endpoint]
-        response = (gate if idempotent else gate.once)(self._call, endpoint, method, path, content)
+        breaker = self._breakers[endpoint]
+        response = (breaker if idempotent else breaker.call_once)(self._call, endpoint, method, path, content)
         return as_dict(response.json())
 
     def requests_sent(self) -> int:
@@ -92,7 +92,7 @@ class Klaviyo:
 
     def outage_reason(self) -> str:
         """Return why calls are held back; "" when they are not."""
-        return self._gates.outage_reason()
+        return self._breakers.outage_reason()
 
     def rate_limit_status(self) -> Mapping[str, RateLimitStatus]:
         """Return how the limits of each endpoint stand."""
@@ -112,7 +112,7 @@ class Klaviyo:
 
 
 def endpoint_of(method: str, path: str) -> str:
-    """Return what Klaviyo's limits, our gates and our metrics tell apart: `PATCH /api/catalog-items/{id}`."""
+    """Return the endpoint that rate limits, breakers and metrics are kept for: `PATCH /api/catalog-items/{id}`."""
     return _ID.sub(r"\1/{id}", f"{method} {path.partition('?')[0]}")
 
 

@@ -1,4 +1,4 @@
-"""What stands before an endpoint: retries, outages, refused credentials."""
+"""Circuit breakers and backoff: retries, outages, rejected credentials."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DOWN = Transient("503 to POST /api/events")
 
 
 class Clock:
-    """A clock that stands until it is moved."""
+    """A clock that only moves when a test moves it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -41,14 +41,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def gates(**values: Any) -> CircuitBreakers:
+def breakers_with(**values: Any) -> CircuitBreakers:
     return CircuitBreakers(
         "klaviyo", settings_for(**{"retry_timeout": 0, "park_retry_interval": 30} | values), threading.Event()
     )
 
 
-def gate(**values: Any) -> CircuitBreaker:
-    return gates(**values)["POST /api/events"]
+def breaker_with(**values: Any) -> CircuitBreaker:
+    return breakers_with(**values)["POST /api/events"]
 
 
 def failing(error: Exception) -> Callable[[], None]:
@@ -58,19 +58,19 @@ def failing(error: Exception) -> Callable[[], None]:
     return call
 
 
-def closed(error: Exception = DOWN, **values: Any) -> CircuitBreaker:
-    closed = gate(**values)
+def opened(error: Exception = DOWN, **values: Any) -> CircuitBreaker:
+    breaker = breaker_with(**values)
     for _ in range(FAILURE_THRESHOLD):
         with pytest.raises(type(error) if isinstance(error, Misconfigured) else Transient):
-            closed(failing(error))
-    return closed
+            breaker(failing(error))
+    return breaker
 
 
-def held_back(closed: CircuitBreaker) -> float:
-    """Return for how long a call is held back, which must not be made; 0: it is made."""
+def rejected_for(breaker: CircuitBreaker) -> float:
+    """Return the retry delay of a call that is rejected without a request, or 0 if the call is let through."""
     call = Scripted(None)
     try:
-        closed(call)
+        breaker(call)
     except (CircuitOpen, Misconfigured) as error:
         assert call.calls == []
         assert error.retry_after
@@ -78,91 +78,91 @@ def held_back(closed: CircuitBreaker) -> float:
     return 0.0
 
 
-def test_a_glitch_stays_between_us_and_the_other_side() -> None:
-    """A call that fails is made again, soon, and its answer is the answer."""
+def test_transient_error_is_retried() -> None:
+    """The caller gets the result of the retry."""
     call = Scripted(DOWN, DOWN, "fine")
-    assert gate(retry_timeout=5)(call) == "fine"
+    assert breaker_with(retry_timeout=5)(call) == "fine"
     assert len(call.calls) == 3
 
 
-def test_some_calls_in_a_row_that_fail_are_an_outage(clock: Clock) -> None:
-    """Then no request is made until a pause is over; before that every call is."""
-    gate_ = gate()
+def test_consecutive_failures_open_the_circuit(clock: Clock) -> None:
+    """Calls are sent up to the threshold. After that none is sent until the backoff is over."""
+    breaker = breaker_with()
     for _ in range(FAILURE_THRESHOLD - 1):
         with pytest.raises(Transient) as error:
-            gate_(failing(DOWN))
+            breaker(failing(DOWN))
         assert not isinstance(error.value, CircuitOpen)
-    assert gate_.outage_reason() == ""
+    assert breaker.outage_reason() == ""
     with pytest.raises(CircuitOpen) as last:
-        gate_(failing(DOWN))
-    assert str(last.value) == gate_.outage_reason() == str(DOWN)
-    assert last.value.retry_after == pytest.approx(held_back(gate_))
-    assert MIN_BACKOFF / 2 <= held_back(gate_) <= MIN_BACKOFF
+        breaker(failing(DOWN))
+    assert str(last.value) == breaker.outage_reason() == str(DOWN)
+    assert last.value.retry_after == pytest.approx(rejected_for(breaker))
+    assert MIN_BACKOFF / 2 <= rejected_for(breaker) <= MIN_BACKOFF
     clock.now += MIN_BACKOFF
-    assert held_back(gate_) == 0
-    assert gate_.outage_reason() == ""
+    assert rejected_for(breaker) == 0
+    assert breaker.outage_reason() == ""
 
 
-def test_calls_that_succeed_or_are_judged_in_between_are_no_outage() -> None:
-    """One record that cannot be answered must not hold back its neighbours."""
-    gate_ = gate()
+def test_success_or_rejection_resets_the_count_of_failures() -> None:
+    """One record for which the service always fails must not block the other records."""
+    breaker = breaker_with()
     for answer in [None, Rejected("400", 400), Throttled("429", 61.0)] * FAILURE_THRESHOLD:
         with pytest.raises(Transient):
-            gate_(failing(DOWN))
+            breaker(failing(DOWN))
         if answer is None:
-            gate_(Scripted(None))
+            breaker(Scripted(None))
         else:
             with pytest.raises(type(answer)):
-                gate_(failing(answer))
-    assert gate_.outage_reason() == ""
+                breaker(failing(answer))
+    assert breaker.outage_reason() == ""
 
 
-def test_pauses_grow_and_one_call_in_a_pause_finds_out(clock: Clock) -> None:
-    """With jitter, so that many workers do not come at once; never longer than MAX_BACKOFF."""
-    gate_ = closed()
-    pauses = []
+def test_backoff_grows_and_each_one_ends_with_a_single_probe(clock: Clock) -> None:
+    """Jitter spreads the probes of many workers. No backoff is longer than MAX_BACKOFF."""
+    breaker = opened()
+    delays = []
     for _ in range(10):
-        pauses.append(held_back(gate_))
-        clock.now += pauses[-1] + 0.001
+        delays.append(rejected_for(breaker))
+        clock.now += delays[-1] + 0.001
         call = Scripted(DOWN, DOWN)
         with pytest.raises(CircuitOpen):
-            gate_(call)
+            breaker(call)
         assert len(call.calls) == 1
-    assert pauses[0] < 1.01 * MIN_BACKOFF < pauses[2] < pauses[4]
-    assert all(MAX_BACKOFF / 2 <= seconds <= MAX_BACKOFF for seconds in pauses[6:])
-    assert len(set(pauses)) == len(pauses)
+    assert delays[0] < 1.01 * MIN_BACKOFF < delays[2] < delays[4]
+    assert all(MAX_BACKOFF / 2 <= seconds <= MAX_BACKOFF for seconds in delays[6:])
+    assert len(set(delays)) == len(delays)
 
 
-def test_retry_after_lengthens_the_pause(clock: Clock) -> None:
-    """The other side knows best."""
-    gate_ = closed(Transient("503", 120.0))
-    assert held_back(gate_) == pytest.approx(120)
+def test_retry_after_extends_the_backoff(clock: Clock) -> None:
+    """The circuit stays open for at least the seconds that the service asked for."""
+    breaker = opened(Transient("503", 120.0))
+    assert rejected_for(breaker) == pytest.approx(120)
     clock.now += 120
-    assert held_back(gate_) == 0
+    assert rejected_for(breaker) == 0
 
 
-def test_while_one_call_finds_out_the_others_are_held_back() -> None:
-    """A service that answers nothing must not be asked by everybody at once."""
-    gate_ = closed(retry_timeout=0)
-    gate_._open_at = 0.0
-    begun, answer = threading.Event(), threading.Event()
+def test_calls_are_rejected_while_a_probe_is_running() -> None:
+    """Only one call at a time is sent to a service that is down."""
+    breaker = opened(retry_timeout=0)
+    breaker._open_until = 0.0
+    started, answer = threading.Event(), threading.Event()
 
     def slow() -> None:
-        begun.set()
+        started.set()
         answer.wait(10)
 
-    thread = threading.Thread(target=gate_, args=(slow,))
+    thread = threading.Thread(target=breaker, args=(slow,))
     thread.start()
-    begun.wait(5)
-    assert held_back(gate_) == pytest.approx(1.0, abs=0.5)
+    started.wait(5)
+    assert rejected_for(breaker) == pytest.approx(1.0, abs=0.5)
     answer.set()
     thread.join(5)
-    assert held_back(gate_) == 0
+    assert rejected_for(breaker) == 0
 
 
-def test_calls_begun_before_an_outage_do_not_lengthen_it(clock: Clock) -> None:
-    """Sixteen at once that fail are one failure."""
-    gate_ = gate()
+def test_calls_started_before_an_outage_do_not_extend_it(clock: Clock) -> None:
+    """Sixteen concurrent calls that fail open the circuit once."""
+    breaker = breaker_with()
     entered, fail = threading.Semaphore(0), threading.Event()
 
     def slow() -> None:
@@ -172,7 +172,7 @@ def test_calls_begun_before_an_outage_do_not_lengthen_it(clock: Clock) -> None:
 
     def call() -> None:
         with pytest.raises(Transient):
-            gate_(slow)
+            breaker(slow)
 
     threads = [threading.Thread(target=call) for _ in range(16)]
     for thread in threads:
@@ -182,136 +182,140 @@ def test_calls_begun_before_an_outage_do_not_lengthen_it(clock: Clock) -> None:
     fail.set()
     for thread in threads:
         thread.join(5)
-    assert held_back(gate_) <= MIN_BACKOFF
+    assert rejected_for(breaker) <= MIN_BACKOFF
 
 
 @pytest.mark.parametrize("error", [DOWN, KeyError("x")])
-def test_calls_begun_before_an_outage_do_not_stand_for_the_one_that_finds_out(error: Exception, clock: Clock) -> None:
-    """They may take as long as the read timeout; only one call at a time asks a service that is down."""
-    gate_ = gate()
-    begun, end = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+def test_call_started_before_an_outage_does_not_end_the_probe(error: Exception, clock: Clock) -> None:
+    """It can last as long as the read timeout. When it fails, the running probe stays the only call."""
+    breaker = breaker_with()
+    started, end = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
 
     def slow(number: int, answer: Exception | None) -> None:
-        begun[number].set()
+        started[number].set()
         end[number].wait(10)
         if answer:
             raise answer
 
     def call(number: int, answer: Exception | None) -> None:
         with suppress(Transient, KeyError):
-            gate_(slow, number, answer)
+            breaker(slow, number, answer)
 
     threads = [threading.Thread(target=call, args=arguments) for arguments in ((0, error), (1, None))]
     threads[0].start()
-    begun[0].wait(5)
+    started[0].wait(5)
     for _ in range(FAILURE_THRESHOLD):
         with pytest.raises(Transient):
-            gate_(failing(DOWN))
+            breaker(failing(DOWN))
     clock.now += MIN_BACKOFF
     threads[1].start()
-    begun[1].wait(5)
+    started[1].wait(5)
     end[0].set()
     threads[0].join(5)
     clock.now += 10
-    assert held_back(gate_) == 10
+    assert rejected_for(breaker) == 10
     end[1].set()
     threads[1].join(5)
-    assert held_back(gate_) == 0
+    assert rejected_for(breaker) == 0
 
 
-def test_a_defect_while_finding_out_does_not_close_the_gate_for_ever(clock: Clock) -> None:
-    """The next call finds out."""
-    gate_ = closed()
+def test_unexpected_error_of_a_probe_lets_the_next_call_probe(clock: Clock) -> None:
+    """The circuit must not stay half-open."""
+    breaker = opened()
     clock.now += MIN_BACKOFF
     with pytest.raises(KeyError):
-        gate_(failing(KeyError("x")))
-    assert held_back(gate_) == 0
+        breaker(failing(KeyError("x")))
+    assert rejected_for(breaker) == 0
 
 
-def test_refused_credentials_hold_back_all_calls_at_once(clock: Clock) -> None:
-    """Not an outage: the worker parks, and one call in `park_retry_interval` finds out."""
-    gate_ = gate(park_retry_interval=30)
-    refused = KlaviyoMisconfigured("401: check KLAVIYO_AUTH_KEY")
-    with pytest.raises(KlaviyoMisconfigured) as error:
-        gate_(failing(refused))
-    assert error.value.retry_after == 30
-    assert gate_.outage_reason() == ""
+def test_rejected_credentials_open_the_circuit_immediately(clock: Clock) -> None:
+    """This is not an outage: the worker parks, and one call per `park_retry_interval` is the probe."""
+    breaker = breaker_with(park_retry_interval=30)
+    refused = KlaviyoMisconfigured("403", todo="check KLAVIYO_AUTH_KEY and its scopes", lacks_scope=True)
+    for call in (failing(refused), Scripted(None)):
+        with pytest.raises(KlaviyoMisconfigured) as error:
+            breaker(call)
+        assert error.value is not refused
+        assert (str(error.value), error.value.todo) == (str(refused), refused.todo)
+        assert error.value.lacks_scope
+        assert error.value.retry_after == 30
+    assert breaker.outage_reason() == ""
     clock.now += 20
-    assert held_back(gate_) == 10
+    assert rejected_for(breaker) == 10
     clock.now += 10
     with pytest.raises(KlaviyoMisconfigured):
-        gate_(failing(refused))
-    assert held_back(gate_) == 30
+        breaker(failing(refused))
+    assert rejected_for(breaker) == 30
     clock.now += 30
-    assert held_back(gate_) == 0
+    assert rejected_for(breaker) == 0
 
 
-def test_endpoints_have_gates_of_their_own() -> None:
-    """The catalog may be down while events go on."""
-    both = gates()
+def test_each_endpoint_has_its_own_circuit() -> None:
+    """The catalog can be down while events are sent."""
+    breakers = breakers_with()
     for _ in range(FAILURE_THRESHOLD):
         with pytest.raises(Transient):
-            both["POST /api/events"](failing(DOWN))
-    assert held_back(both["POST /api/events"])
-    assert not held_back(both["POST /api/profile-import"])
-    assert both.outage_reason() == str(DOWN)
+            breakers["POST /api/events"](failing(DOWN))
+    assert rejected_for(breakers["POST /api/events"])
+    assert not rejected_for(breakers["POST /api/profile-import"])
+    assert breakers.outage_reason() == str(DOWN)
 
 
-def test_an_outage_nobody_asks_about_any_more_is_forgotten(clock: Clock) -> None:
-    """No gauge stays red because the last message for an endpoint has gone back to the queue."""
-    gate_ = closed()
-    assert gate_.outage_reason()
+def test_outage_without_further_calls_expires(clock: Clock) -> None:
+    """The gauge must not report an outage after the last message for the endpoint was returned to the queue."""
+    breaker = opened()
+    assert breaker.outage_reason()
     clock.now += MIN_BACKOFF + 2 * MAX_BACKOFF
-    assert gate_.outage_reason() == ""
+    assert breaker.outage_reason() == ""
 
 
-def test_throttling_is_waited_out_for_longer_than_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other side is up, and says when."""
+def test_throttled_call_is_retried_for_longer_than_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service is up and states when to retry."""
     slept: list[float] = []
-    monkeypatch.setattr("worker.http.circuit_breaker._backoff", lambda state: 0.0)
-    gate_ = gate(retry_timeout=0.1)
-    gate_._retrying.sleep = slept.append
+    monkeypatch.setattr("worker.http.circuit_breaker._retry_delay", lambda state: 0.0)
+    breaker = breaker_with(retry_timeout=0.1)
+    breaker._retrying.sleep = slept.append
     call = Scripted(Throttled("429", 20.0), Throttled("429", 20.0), "fine")
-    assert gate_(call) == "fine"
+    assert breaker(call) == "fine"
     assert slept == [20.0, 20.0]
     with pytest.raises(Throttled):
-        gate_(failing(Throttled("429", 61.0)))
+        breaker(failing(Throttled("429", 61.0)))
 
 
-def test_a_shutdown_ends_the_retries() -> None:
-    """At once, whatever was asked for."""
+def test_shutdown_ends_the_retries() -> None:
+    """A retry delay does not delay the shutdown."""
     stopping = threading.Event()
-    gate_ = CircuitBreakers("klaviyo", settings_for(retry_timeout=60), stopping)["x"]
+    breaker = CircuitBreakers("klaviyo", settings_for(retry_timeout=60), stopping)["x"]
     threading.Timer(0.1, stopping.set).start()
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(Throttled):
-        gate_(failing(Throttled("429", 50.0)))
-    assert time.monotonic() - began < 10
+        breaker(failing(Throttled("429", 50.0)))
+    assert time.monotonic() - start < 10
 
 
-def test_an_outage_is_said_when_it_begins_and_when_it_is_over(caplog: pytest.LogCaptureFixture, clock: Clock) -> None:
-    """One line each, and one a minute in between."""
+def test_start_and_end_of_an_outage_are_logged(caplog: pytest.LogCaptureFixture, clock: Clock) -> None:
+    """One line each, and one line per minute in between."""
     caplog.set_level("INFO", "klaviyo_worker")
-    gate_ = closed()
+    breaker = opened()
     for _ in range(3):
         clock.now += MAX_BACKOFF
         with pytest.raises(CircuitOpen):
-            gate_(failing(DOWN))
+            breaker(failing(DOWN))
     clock.now += MAX_BACKOFF
-    gate_(Scripted(None))
-    gate_(Scripted(None))
+    breaker(Scripted(None))
+    breaker(Scripted(None))
     assert [record.message for record in caplog.records] == ["outage", "outage_over"]
     assert vars(caplog.records[0])["endpoint"] == "POST /api/events"
     assert vars(caplog.records[0])["service"] == "klaviyo"
     assert vars(caplog.records[0])["reason"] == str(DOWN)
 
 
-def test_pauses_have_a_bound_whatever_the_number_of_tries() -> None:
-    """No overflow after a weekend."""
+def test_backoff_is_bounded_for_any_number_of_retries() -> None:
+    """The exponent must not overflow in an outage of days."""
     assert backoff(10**6, MAX_BACKOFF) <= MAX_BACKOFF
 
 
 @pytest.mark.parametrize(("hold", "longest"), [(0, 1), (60, 1), (600, 10), (1800, 30), (86400, 30)])
-def test_a_short_hold_has_short_pauses(hold: float, longest: float) -> None:
-    """A last try that no gate lets through would end the hold in vain."""
+def test_short_hold_has_a_short_backoff(hold: float, longest: float) -> None:
+    """A circuit that is still open at the last retry would end the hold without a request."""
     assert max_backoff(hold) == longest
