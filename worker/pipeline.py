@@ -1,8 +1,8 @@
 """The journey of a message: parse -> enrich -> transform -> send, then settle.
 
-A delivery is acked only when its effect is in Klaviyo or there is nothing to do. Everything else is an error
-that says what becomes of the message (worker/errors.py): dead letter, nack, or kept and tried again. Stages see
-only jobs still without an outcome, so one bad message never stops its neighbours.
+A message is acked only when its effect is in Klaviyo, or when there is nothing to do. Every other result is an error.
+Its class determines what happens to the message: dead-letter, nack, or hold in memory and retry (worker/errors.py).
+Each stage processes only the messages without an outcome, so a bad message never blocks the others of its batch.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ if TYPE_CHECKING:
     from worker.model import Enriched, Notification, Operation
     from worker.telemetry.message_log import Telemetry
 
-FIRST_DELAY, MAX_DELAY = 2.0, 600.0  # seconds before a nacked message comes again
-STALE_AFTER = 2.0  # seconds from reading commercetools to the effect in Klaviyo; it is read again then
-MIN_LEASE = 10.0  # seconds, where nothing can extend it: Pub/Sub's shortest ack deadline
+FIRST_DELAY, MAX_DELAY = 2.0, 600.0  # seconds before a nacked message is redelivered
+STALE_AFTER = 2.0  # seconds between reading commercetools and the effect in Klaviyo
+MIN_LEASE = 10.0  # seconds; assumed if the queue reports no lease: Pub/Sub's shortest ack deadline
 _STATE_WRITES = frozenset(OperationKind) - {OperationKind.CREATE_EVENT, OperationKind.DELETE_PROFILE}
-_SEVERITY = (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)
+_SEVERITY = (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)  # the first one wins
 
 
 class Enrich(Protocol):
     """The enrich stage."""
 
     def __call__(self, notifications: Sequence[Notification]) -> Sequence[Enriched | WorkerError]:
-        """Return every notification with its data, or why it cannot be had, in their order."""
+        """Return the enriched notifications in order, with an error in place of each that could not be enriched."""
 
 
 class Send(Protocol):
     """The send stage."""
 
     def __call__(self, operations: Sequence[Operation]) -> Sequence[SendResult]:
-        """Carry out the operations; return what became of each, in their order."""
+        """Carry out the operations and return their results in order."""
 
 
 class Pipeline:
-    """Takes deliveries through the stages. Safe for many threads; keeps nothing between batches."""
+    """The stages between a delivery and its settlement. Thread-safe; keeps no state between batches."""
 
     def __init__(
         self, queue: QueueAdapter, enrich: Enrich, send: Send, mapping: MappingConfig, telemetry: Telemetry
@@ -65,161 +65,171 @@ class Pipeline:
         self._telemetry = telemetry
 
     def accept(self, delivery: Delivery) -> Message:
-        """Parse a delivery. Done before lanes are chosen, as the lane depends on the resource."""
+        """Parse a delivery. The runner calls this first, because the resource determines the message's lane."""
         now = time.monotonic()
-        # Half: the client may have held the message for a while before it was received.
-        job = Message(delivery, received_at=now, lease=Lease(now + (self._queue.lease_seconds or MIN_LEASE) / 2))
+        # Half of the lease: the queue's client may have buffered the message before `receive` returned it.
+        lease = Lease(now + (self._queue.lease_seconds or MIN_LEASE) / 2)
+        message = Message(delivery, received_at=now, lease=lease)
         with self._telemetry.stage("parse"):
-            _guarded(job, "parse", partial(_parse, job, self._mapping))
-        return job
+            _run_pure_stage(message, "parse", partial(_parse, message, self._mapping))
+        return message
 
-    def process(self, jobs: Sequence[Message]) -> list[Message]:
-        """Take a batch through the stages and settle it; return the jobs to be kept and processed again."""
-        for job in jobs:
-            if job.is_held:
-                job.outcome, job.operations = None, ()
+    def process(self, messages: Sequence[Message]) -> list[Message]:
+        """Take a batch through the stages and settle it. Return the messages to hold and process again."""
+        for message in messages:
+            if message.is_held:
+                message.outcome = None
+                message.operations = ()
         for name, stage in (("enrich", self._enrich), ("transform", self._transform), ("send", self._send)):
             with self._telemetry.stage(name):
-                stage([job for job in jobs if job.outcome is None])
-        self._telemetry.processed(jobs)
-        self._settle([job for job in jobs if not job.is_held])
-        return [job for job in jobs if job.is_held]
+                stage([message for message in messages if message.outcome is None])
+        self._telemetry.processed(messages)
+        self._settle([message for message in messages if not message.is_held])
+        return [message for message in messages if message.is_held]
 
-    def return_to_queue(self, jobs: Sequence[Message], delay: float) -> None:
-        """Return kept jobs to the queue, for `delay` seconds at least: what they waited for takes too long."""
-        for job in jobs:
-            assert job.outcome is not None
-            job.outcome = replace(job.outcome, disposition=Disposition.NACK, delay=max(delay, _delay(job)))
-        self._settle(jobs)
+    def return_to_queue(self, messages: Sequence[Message], delay: float) -> None:
+        """Nack messages that were held too long. The queue redelivers them after at least `delay` seconds."""
+        for message in messages:
+            assert message.outcome is not None
+            delay_of_message = max(delay, _nack_delay(message))
+            message.outcome = replace(message.outcome, disposition=Disposition.NACK, delay=delay_of_message)
+        self._settle(messages)
 
-    def _enrich(self, jobs: Sequence[Message]) -> None:
-        notifications = [job.notification for job in jobs if job.notification is not None]
+    def _enrich(self, messages: Sequence[Message]) -> None:
+        notifications = [message.notification for message in messages if message.notification is not None]
         try:
             results = self._enrich_all(notifications)
-        except Exception as defect:  # noqa: BLE001 - a defect of ours must not lose the batch
-            results = [_defect("enrich", defect)] * len(jobs)
-        for job, result in zip(jobs, results, strict=True):
+        except Exception as defect:  # noqa: BLE001 - a defect must not lose the batch
+            results = [_report_defect("enrich", defect)] * len(messages)
+        for message, result in zip(messages, results, strict=True):
             if isinstance(result, WorkerError):
-                job.outcome = _failed(job, "enrich", result)
+                message.outcome = _failure_outcome(message, "enrich", result)
             else:
-                job.enriched = result
+                message.enriched = result
 
-    def _transform(self, jobs: Sequence[Message]) -> None:
-        for job in jobs:
-            _guarded(job, "transform", partial(_transform, job, self._mapping))
+    def _transform(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            _run_pure_stage(message, "transform", partial(_transform, message, self._mapping))
 
-    def _send(self, jobs: Sequence[Message]) -> None:
-        operations = [operation for job in jobs for operation in job.operations]
-        begun = [job.events_may_be_sent for job in jobs]
-        for job in jobs:
-            job.last_sent = ()  # from now on, no longer what Klaviyo has for sure
-            job.events_may_be_sent = job.events_may_be_sent or _sends_events_first(job)
+    def _send(self, messages: Sequence[Message]) -> None:
+        operations = [operation for message in messages for operation in message.operations]
+        were_sent_before = [message.events_may_be_sent for message in messages]
+        for message in messages:
+            message.last_sent = ()  # from here on, Klaviyo may no longer match the last recorded state
+            message.events_may_be_sent = message.events_may_be_sent or _is_first_delivery_of_events(message)
         try:
             results = iter(self._send_all(operations))
-        except Exception as defect:  # noqa: BLE001 - a defect of ours must not lose the batch
-            results = iter([SendResult(_defect("send", defect), 0)] * len(operations))
-        for job, was_begun in zip(jobs, begun, strict=True):
-            sent = [next(results) for _ in job.operations]
-            job.requests += sum(each.requests for each in sent)
-            job.events_may_be_sent = was_begun or (job.events_may_be_sent and any(each.requests for each in sent))
-            job.outcome = _outcome_of(job, [each.error for each in sent if each.error is not None])
+        except Exception as defect:  # noqa: BLE001 - a defect must not lose the batch
+            results = iter([SendResult(_report_defect("send", defect), 0)] * len(operations))
+        for message, was_sent_before in zip(messages, were_sent_before, strict=True):
+            own_results = [next(results) for _ in message.operations]
+            requests = sum(result.requests for result in own_results)
+            message.requests += requests
+            message.events_may_be_sent = was_sent_before or (message.events_may_be_sent and requests > 0)
+            message.outcome = _send_outcome(message, [result.error for result in own_results if result.error])
 
-    def _settle(self, jobs: Sequence[Message]) -> None:
-        """Tell the queue. Acks come last: what must come again is safe before what is done is forgotten."""
-        retried: dict[tuple[float, Failure], list[Delivery]] = defaultdict(list)
+    def _settle(self, messages: Sequence[Message]) -> None:
+        """Settle with the queue. Ack last, so that a crash in between cannot lose a message to be redelivered."""
+        nacked: dict[tuple[float, Failure], list[Delivery]] = defaultdict(list)
         acked: list[Delivery] = []
-        for job in jobs:
-            assert job.outcome is not None
-            failure = Failure(job.outcome.reason, job.outcome.stage, job.outcome.error)
-            match job.outcome.disposition:
+        for message in messages:
+            assert message.outcome is not None
+            failure = Failure(message.outcome.reason, message.outcome.stage, message.outcome.error)
+            match message.outcome.disposition:
                 case Disposition.ACK:
-                    acked.append(job.delivery)
+                    acked.append(message.delivery)
                 case Disposition.NACK:
-                    retried[job.outcome.delay, failure].append(job.delivery)
+                    nacked[message.outcome.delay, failure].append(message.delivery)
                 case Disposition.DEAD_LETTER:
-                    if not self._queue.dead_letter(job.delivery, _with_message(failure, job.notification)):
-                        job.outcome = replace(job.outcome, disposition=Disposition.NACK)
-        for (delay, failure), deliveries in retried.items():
+                    if not self._queue.dead_letter(message.delivery, _with_message(failure, message.notification)):
+                        message.outcome = replace(message.outcome, disposition=Disposition.NACK)
+        for (delay, failure), deliveries in nacked.items():
             self._queue.nack(deliveries, delay, failure)
         if acked:
             self._queue.ack(acked)
-        self._telemetry.settled(jobs)
+        self._telemetry.settled(messages)
 
 
-def _with_message(failure: Failure, about: Notification | None) -> Failure:
-    """Add to a dead letter's reason what message it is, as far as it could be read."""
-    if about is None:
+def _with_message(failure: Failure, notification: Notification | None) -> Failure:
+    """Add the message's type and resource to the reason of a dead letter, if the message could be parsed."""
+    if notification is None:
         return failure
-    return replace(failure, message_type=about.type, resource_type=about.resource_type, resource_id=about.resource_id)
-
-
-def _parse(job: Message, mapping: MappingConfig) -> None:
-    job.notification = parse(job.delivery.body)
-    handler_for(job.notification, mapping)  # raises Ignored, so that nothing is fetched in vain
-
-
-def _transform(job: Message, mapping: MappingConfig) -> None:
-    assert job.enriched is not None
-    is_first = job.delivery.attempt == 1 and not job.events_may_be_sent
-    job.operations = transform(job.enriched, mapping, job.lease.is_valid if is_first else None)
-    if job.last_sent and job.operations == job.last_sent:
-        job.outcome = Outcome(Disposition.ACK, "send")
-
-
-def _outcome_of(job: Message, errors: Sequence[WorkerError]) -> Outcome:
-    """Return how a job ends whose operations were carried out, or not."""
-    worst = min(errors, key=lambda error: _SEVERITY.index(error.disposition), default=None)
-    if worst is None and not job.operations:  # never ack what nothing was done for
-        worst = _defect("send", AssertionError())
-    if worst is None and _is_stale(job):
-        job.last_sent = job.operations
-        worst = StaleWrite("written long after it was read: read again")
-    return Outcome(Disposition.ACK, "send") if worst is None else _failed(job, "send", worst)
-
-
-def _is_stale(job: Message) -> bool:
-    """Tell whether a newer state may have been written before this one: jobs and rate limits take their time."""
-    assert job.enriched is not None
-    age = (datetime.now(UTC) - job.enriched.as_of).total_seconds()
-    return age > STALE_AFTER and any(operation.kind in _STATE_WRITES for operation in job.operations)
-
-
-def _sends_events_first(job: Message) -> bool:
-    """Tell whether a next delivery could take events for new that this one sends."""
-    return job.delivery.attempt == 1 and any(
-        operation.kind is OperationKind.CREATE_EVENT for operation in job.operations
+    return replace(
+        failure,
+        message_type=notification.type,
+        resource_type=notification.resource_type,
+        resource_id=notification.resource_id,
     )
 
 
-def _guarded(job: Message, stage: str, work: Callable[[], None]) -> None:
-    """Run a pure stage for one job. What it raises is about this message: repeating cannot help."""
+def _parse(message: Message, mapping: MappingConfig) -> None:
+    message.notification = parse(message.delivery.body)
+    handler_for(message.notification, mapping)  # raises Ignored here, before any data is fetched
+
+
+def _transform(message: Message, mapping: MappingConfig) -> None:
+    assert message.enriched is not None
+    is_first = message.delivery.attempt == 1 and not message.events_may_be_sent
+    message.operations = transform(message.enriched, mapping, message.lease.is_valid if is_first else None)
+    if message.last_sent and message.operations == message.last_sent:
+        message.outcome = Outcome(Disposition.ACK, "send")
+
+
+def _send_outcome(message: Message, errors: Sequence[WorkerError]) -> Outcome:
+    """Return the outcome of a message from the errors of its operations."""
+    worst = min(errors, key=lambda error: _SEVERITY.index(error.disposition), default=None)
+    if worst is None and not message.operations:  # a defect: never ack a message without an effect
+        worst = _report_defect("send", AssertionError())
+    if worst is None and _is_stale(message):
+        message.last_sent = message.operations
+        worst = StaleWrite("written long after it was read: read it again")
+    return Outcome(Disposition.ACK, "send") if worst is None else _failure_outcome(message, "send", worst)
+
+
+def _is_stale(message: Message) -> bool:
+    """Return whether another worker can have written a newer state first: bulk jobs and rate limits delay writes."""
+    assert message.enriched is not None
+    age = (datetime.now(UTC) - message.enriched.as_of).total_seconds()
+    return age > STALE_AFTER and any(operation.kind in _STATE_WRITES for operation in message.operations)
+
+
+def _is_first_delivery_of_events(message: Message) -> bool:
+    """Return whether the next delivery could mistake events that this one sends for new."""
+    return message.delivery.attempt == 1 and any(
+        operation.kind is OperationKind.CREATE_EVENT for operation in message.operations
+    )
+
+
+def _run_pure_stage(message: Message, stage: str, work: Callable[[], None]) -> None:
+    """Run a pure stage for one message. A retry would fail the same way, so an unexpected error dead-letters it."""
     try:
         work()
     except Ignored as reason:
-        job.outcome = Outcome(Disposition.ACK, stage, reason)
+        message.outcome = Outcome(Disposition.ACK, stage, reason)
     except WorkerError as error:
-        job.outcome = _failed(job, stage, error)
+        message.outcome = _failure_outcome(message, stage, error)
     except Exception as error:  # noqa: BLE001 - hostile data must not stop the worker
-        job.outcome = _failed(job, stage, Rejected(_describe(error)))
+        message.outcome = _failure_outcome(message, stage, Rejected(_describe(error)))
 
 
-def _failed(job: Message, stage: str, error: WorkerError) -> Outcome:
-    return Outcome(error.disposition, stage, error, _delay(job))
+def _failure_outcome(message: Message, stage: str, error: WorkerError) -> Outcome:
+    return Outcome(error.disposition, stage, error, _nack_delay(message))
 
 
-def _delay(job: Message) -> float:
-    """Return how long a nacked message is to stay away: doubling with every attempt."""
-    return min(FIRST_DELAY * 2.0 ** min((job.delivery.attempt or 1) - 1, 16), MAX_DELAY)
+def _nack_delay(message: Message) -> float:
+    """Return the seconds before a nacked message is redelivered. They double with every attempt."""
+    return min(FIRST_DELAY * 2.0 ** min((message.delivery.attempt or 1) - 1, 16), MAX_DELAY)
 
 
-def _defect(stage: str, error: Exception) -> WorkerError:
-    where = _describe(error)
-    log.error("defect", extra={"stage": stage, "reason": where})
-    return WorkerError(where)
+def _report_defect(stage: str, error: Exception) -> WorkerError:
+    """Log an unexpected error and return it as a WorkerError, which nacks the message."""
+    description = _describe(error)
+    log.error("defect", extra={"stage": stage, "reason": description})
+    return WorkerError(description)
 
 
 def _describe(error: Exception) -> str:
-    """Describe an error of ours by class and place: its text may quote what belongs to a person."""
+    """Describe an unexpected error by class and source lines. Its text is left out: it can quote personal data."""
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
     return f"unexpected {type(error).__name__} at {places}; please report it"
