@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from worker.commands.subscriptions.destination import parse
-from worker.commands.subscriptions.needs import CHANGES, needs
 from worker.commands.subscriptions.plan import KEY, Wanted
+from worker.commands.subscriptions.spec import CHANGES, needs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,7 +15,7 @@ from adapters.pubsub.settlement import LEASE_SECONDS
 from tests.deploy.hcl import INFRASTRUCTURE, blocks, resources
 from tests.deploy.pages import commands, flags, page
 from tests.support.requirements import require_command
-from worker.commands.subscriptions.needs import needs
+from worker.commands.subscriptions.spec import needs
 
 if TYPE_CHECKING:
     from pathlib import Path

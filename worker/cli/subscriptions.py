@@ -119,8 +119,8 @@ def _opened(*, destination: str, key: str, delivery_format: str | None, **flags:
 
     from worker.commands.subscriptions.client import Subscriptions  # noqa: PLC0415
     from worker.commands.subscriptions.destination import of_queue, parse  # noqa: PLC0415
-    from worker.commands.subscriptions.needs import needs  # noqa: PLC0415
     from worker.commands.subscriptions.plan import Wanted  # noqa: PLC0415
+    from worker.commands.subscriptions.spec import needs  # noqa: PLC0415
     from worker.commercetools.client import Commercetools  # noqa: PLC0415
 
     settings = load(SubscriptionSettings, flags)

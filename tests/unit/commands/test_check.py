@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adapters import QueueError, QueueWarning
-from worker.commands.check.finding import failed
+from worker.commands.check.check_result import failed
 from worker.errors import ExitCode, KlaviyoMisconfigured, SettingsError, WorkerError
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from worker.commands.subscriptions.destination import EXPECTED, SECRET, of_queue, parse, shown
 from worker.commands.subscriptions.health import explain
-from worker.commands.subscriptions.needs import asked_for, needs
 from worker.commands.subscriptions.plan import Wanted, plan
+from worker.commands.subscriptions.spec import asked_for, needs
 from worker.errors import SettingsError
 from worker.sandbox.commercetools.subscriptions import Subscriptions
 from worker.transform import HANDLERS

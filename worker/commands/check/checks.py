@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from adapters import QueueError, QueueURLError, open_queue, scheme_of
 from worker.commands.check import bulk_probe as probe
-from worker.commands.check.finding import Finding, failed
+from worker.commands.check.check_result import Finding, failed
 from worker.commands.subscriptions.client import SCOPE, NotPermitted, Subscriptions
 from worker.commands.subscriptions.health import HEALTHY, explain
-from worker.commands.subscriptions.needs import asked_for, needs
 from worker.commands.subscriptions.plan import KEY
+from worker.commands.subscriptions.spec import asked_for, needs
 from worker.commercetools import queries
 from worker.commercetools.client import Commercetools
 from worker.errors import ExitCode, Misconfigured, Rejected, SettingsError, WorkerError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from worker.commands.subscriptions.destination import Destination, shown
 from worker.commands.subscriptions.health import CONFIGURATION_ERRORS
-from worker.commands.subscriptions.needs import Needs, asked_for
+from worker.commands.subscriptions.spec import Needs, asked_for
 from worker.errors import SettingsError
 from worker.json_access import as_dict, as_text
 
