@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from worker.commands.subscriptions.destination import parse
-from worker.commands.subscriptions.plan import KEY, Wanted
-from worker.commands.subscriptions.spec import CHANGES, needs
+from worker.commands.subscriptions.plan import KEY, DesiredSubscription
+from worker.commands.subscriptions.spec import CHANGE_TYPES, required_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def draft() -> dict[str, Any]:
     """Return the body that creates the subscription, for the topic of docs/pubsub.md."""
-    return Wanted(KEY, parse("pubsub://my-project/klaviyo-worker", ""), needs()).draft()
+    return DesiredSubscription(KEY, parse("pubsub://my-project/klaviyo-worker", ""), required_spec()).draft()
 
 
 def lines() -> Iterator[str]:
@@ -37,5 +37,5 @@ def lines() -> Iterator[str]:
 def delivered(messages: dict[str, list[str]], changes: list[str]) -> set[tuple[str, str]]:
     """Return the kinds of notification that come of a subscription, as HANDLERS names them."""
     return {(resource, kind) for resource, kinds in messages.items() for kind in kinds} | {
-        (resource, kind) for resource in changes for kind in CHANGES
+        (resource, kind) for resource in changes for kind in CHANGE_TYPES
     }

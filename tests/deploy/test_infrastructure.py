@@ -15,7 +15,7 @@ from adapters.pubsub.settlement import LEASE_SECONDS
 from tests.deploy.hcl import INFRASTRUCTURE, blocks, resources
 from tests.deploy.pages import commands, flags, page
 from tests.support.requirements import require_command
-from worker.commands.subscriptions.spec import needs
+from worker.commands.subscriptions.spec import required_spec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,9 +29,9 @@ def test_commercetools_is_asked_for_what_the_handlers_want() -> None:
     """Everything, and nothing else."""
     subscription = resources("commercetools_subscription")["worker"]
     assert {block["resource_type_id"]: block["types"] for block in subscription["message"]} == {
-        resource: list(types) for resource, types in needs().messages.items()
+        resource: list(types) for resource, types in required_spec().messages.items()
     }
-    assert [block["resource_type_ids"] for block in subscription["changes"]] == [list(needs().changes)]
+    assert [block["resource_type_ids"] for block in subscription["changes"]] == [list(required_spec().changes)]
     assert subscription["format"] == [{"type": "Platform"}]
 
 

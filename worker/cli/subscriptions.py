@@ -1,4 +1,4 @@
-"""`klaviyo-worker subscriptions`: what commercetools is to send, and where to."""
+"""`klaviyo-worker subscriptions`: the commercetools subscription that feeds the queue."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from worker.commands.subscriptions.client import Subscriptions
-    from worker.commands.subscriptions.plan import Plan, Wanted
+    from worker.commands.subscriptions.plan import DesiredSubscription, Plan
     from worker.model import Json
 
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 def subscriptions() -> None:
     """Plan or apply the commercetools subscription for the queue.
 
-    CT_API_CLIENT is one with the scope manage_subscriptions, which the worker itself does not need. The secret of
-    a destination, where it has one, is KLAVIYO_WORKER_DESTINATION_SECRET (or its _FILE).
+    CT_API_CLIENT must have the scope manage_subscriptions, which the worker itself does not need. If the
+    destination needs a secret, set KLAVIYO_WORKER_DESTINATION_SECRET (or KLAVIYO_WORKER_DESTINATION_SECRET_FILE).
     """
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add what both commands take."""
+    """Add the options that both commands have."""
     options = (
         click.option(
             "--destination",
             default="",
             metavar="URL",
-            help="Where to send to, docs/subscriptions.md.  [default: QUEUE_URL's]",
+            help="Destination of the notifications, see docs/subscriptions.md.  [default: from QUEUE_URL]",
         ),
         click.option(
             "--key", default="klaviyo-worker", show_default=True, metavar="KEY", help="Key of the subscription."
@@ -47,10 +47,10 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             "--format",
             "delivery_format",
             type=click.Choice(["Platform", "CloudEvents"]),
-            help="Format, for a new one.  [default: Platform; CloudEvents on Event Grid]",
+            help="Format of a new subscription.  [default: Platform; CloudEvents for Event Grid]",
         ),
-        click.option("--renew", is_flag=True, help="Send the destination again: its secret has changed."),
-        click.option("--json", "as_json", is_flag=True, help="JSON lines."),
+        click.option("--renew", is_flag=True, help="Send the destination again, with its new secret."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON lines."),
         settings_options(SubscriptionSettings),
     )
     for option in reversed(options):
@@ -61,10 +61,10 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 @subscriptions.command("plan")
 @_options
 def plan_command(*, as_json: bool, renew: bool, **flags: Any) -> None:
-    """Show what `apply` would do. Changes nothing."""
-    with _told():
-        client, wanted = _opened(**flags)
-        _show(_planned(client, wanted, renew=renew), as_json=as_json)
+    """Show what `apply` would change."""
+    with _commercetools_errors():
+        client, desired = _connect(**flags)
+        _print_plan(_make_plan(client, desired, renew=renew), as_json=as_json)
 
 
 @subscriptions.command("apply")
@@ -74,38 +74,39 @@ def plan_command(*, as_json: bool, renew: bool, **flags: Any) -> None:
     default=60.0,
     show_default=True,
     metavar="SECONDS",
-    help="Time to get healthy.",
+    help="How long to wait until the subscription is healthy.",
 )
 @click.option("--delete-stale", is_flag=True, help="Delete the other subscriptions to the same destination.")
-@click.option("--yes", is_flag=True, help="Delete them without asking.")
+@click.option("--yes", is_flag=True, help="Delete them without asking for confirmation.")
 @_options
 def apply_command(*, wait: float, delete_stale: bool, yes: bool, as_json: bool, renew: bool, **flags: Any) -> None:
-    """Create or change the subscription, and watch its health.
+    """Create or change the subscription, and wait until it is healthy.
 
-    Applied again, it changes nothing.
-    Exits with 4 when commercetools refuses, or cannot deliver.
+    If the subscription is up to date, nothing is changed. Exits with 4 if commercetools refuses the subscription or
+    cannot deliver notifications.
     """
     from worker.commands.subscriptions.apply import apply  # noqa: PLC0415
-    from worker.commands.subscriptions.health import DELIVERS  # noqa: PLC0415
+    from worker.commands.subscriptions.health import DELIVERING  # noqa: PLC0415
 
-    with _told():
-        client, wanted = _opened(**flags)
-        plan = _planned(client, wanted, renew=renew)
-        _show(plan, as_json=as_json)
-        doomed = plan.stale if delete_stale else ()
-        if doomed and not yes:
-            click.confirm(f"Delete {len(doomed)} stale subscriptions for good?", abort=True, err=True)
+    with _commercetools_errors():
+        client, desired = _connect(**flags)
+        plan = _make_plan(client, desired, renew=renew)
+        _print_plan(plan, as_json=as_json)
+        to_delete = plan.stale if delete_stale else ()
+        if to_delete and not yes:
+            click.confirm(f"Permanently delete stale subscriptions: {len(to_delete)}?", abort=True, err=True)
         applied = apply(client, plan, renew=renew)
-        status = client.watched(applied, wait)
-        doomed = doomed if status in DELIVERS else ()  # a stale one may be the only one that delivers
-        for subscription in doomed:
+        status = client.wait_until_healthy(applied, wait)
+        if status not in DELIVERING:  # a stale subscription can be the only one that delivers
+            to_delete = ()
+        for subscription in to_delete:
             client.delete(subscription)
-        _tell(applied, status, deleted=len(doomed), as_json=as_json)
+        _report(applied, status, deleted=len(to_delete), as_json=as_json)
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Turn whatever commercetools has against it into one line and exit code 4."""
+def _commercetools_errors() -> Iterator[None]:
+    """Turn every error of commercetools into one line and exit code 4."""
     with handle_errors():
         try:
             yield
@@ -113,32 +114,35 @@ def _told() -> Iterator[None]:
             raise CommandError(str(error), ExitCode.COMMERCETOOLS) from None
 
 
-def _opened(*, destination: str, key: str, delivery_format: str | None, **flags: Any) -> tuple[Subscriptions, Wanted]:
-    """Return the client, and what is wanted. Raises SettingsError."""
+def _connect(
+    *, destination: str, key: str, delivery_format: str | None, **flags: Any
+) -> tuple[Subscriptions, DesiredSubscription]:
+    """Return a client and the desired subscription. Raises SettingsError."""
     from threading import Event  # noqa: PLC0415
 
     from worker.commands.subscriptions.client import Subscriptions  # noqa: PLC0415
-    from worker.commands.subscriptions.destination import of_queue, parse  # noqa: PLC0415
-    from worker.commands.subscriptions.plan import Wanted  # noqa: PLC0415
-    from worker.commands.subscriptions.spec import needs  # noqa: PLC0415
+    from worker.commands.subscriptions.destination import from_queue_url, parse  # noqa: PLC0415
+    from worker.commands.subscriptions.plan import DesiredSubscription  # noqa: PLC0415
+    from worker.commands.subscriptions.spec import required_spec  # noqa: PLC0415
     from worker.commercetools.client import Commercetools  # noqa: PLC0415
 
     settings = load(SubscriptionSettings, flags)
     secret = settings.destination_secret.get_secret_value().strip()
-    target = parse(destination or of_queue(settings.queue_url), secret)
-    wanted = Wanted(key, target, needs(settings.mapping().disabled_types), delivery_format or "")
-    if not wanted.needs:
-        raise SettingsError("disabled_types: the mapping leaves no handler, so there is nothing to subscribe to")
-    return Subscriptions(Commercetools(settings, Event()), target.hide), wanted
+    target = parse(destination or from_queue_url(settings.queue_url), secret)
+    spec = required_spec(settings.mapping().disabled_types)
+    if not spec:
+        raise SettingsError("disabled_types: the mapping disables every handler, so there is nothing to subscribe to")
+    desired = DesiredSubscription(key, target, spec, delivery_format or "")
+    return Subscriptions(Commercetools(settings, Event()), target.redact), desired
 
 
-def _planned(client: Subscriptions, wanted: Wanted, *, renew: bool) -> Plan:
+def _make_plan(client: Subscriptions, desired: DesiredSubscription, *, renew: bool) -> Plan:
     from worker.commands.subscriptions.plan import plan  # noqa: PLC0415
 
-    return plan(wanted, client.all(), renew=renew)
+    return plan(desired, client.all(), renew=renew)
 
 
-def _show(plan: Plan, *, as_json: bool) -> None:
+def _print_plan(plan: Plan, *, as_json: bool) -> None:
     if as_json:
         _echo_json(plan.document())
         return
@@ -146,18 +150,20 @@ def _show(plan: Plan, *, as_json: bool) -> None:
         click.echo(printable(line))
 
 
-def _tell(applied: Json, status: str, *, deleted: int, as_json: bool) -> None:
-    """Print what came of it; raise CommandError unless it is healthy, or commercetools does not tell."""
-    from worker.commands.subscriptions.health import DELIVERS, explain  # noqa: PLC0415
+def _report(applied: Json, status: str, *, deleted: int, as_json: bool) -> None:
+    """Print the result. Raises CommandError if commercetools reports that it cannot deliver."""
+    from worker.commands.subscriptions.health import DELIVERING, explain_status  # noqa: PLC0415
 
-    why, todo = explain(status) if status else ("this commercetools does not tell its health", "")
+    health, todo = explain_status(status) if status else ("this commercetools does not report health", "")
     if as_json:
         _echo_json({"id": applied.get("id"), "version": applied.get("version"), "status": status, "deleted": deleted})
     else:
         also = f", {deleted} stale deleted" if deleted else ""
-        click.echo(printable(f"applied: version {applied.get('version')}{also}; {why}"))
-    if status not in DELIVERS:
-        raise CommandError(f"subscription {applied.get('key')} is not healthy: {why}: {todo}", ExitCode.COMMERCETOOLS)
+        click.echo(printable(f"applied: version {applied.get('version')}{also}; {health}"))
+    if status not in DELIVERING:
+        raise CommandError(
+            f"subscription {applied.get('key')} is not healthy: {health}: {todo}", ExitCode.COMMERCETOOLS
+        )
 
 
 def _echo_json(document: Json) -> None:

@@ -78,11 +78,11 @@ def test_applied_once_there_is_nothing_to_do(command: Command, sandbox: Sandbox)
     assert not written(sandbox)
     done = command.apply()
     assert (done.exit_code, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == "applied: version 1; Healthy: it delivers"
+    assert done.stdout.splitlines()[-1] == "applied: version 1; Healthy: commercetools delivers notifications"
     again = command.apply()
     assert again.stdout.splitlines() == [
-        "= subscription klaviyo-worker is as it should be",
-        "applied: version 1; Healthy: it delivers",
+        "= subscription klaviyo-worker is up to date",
+        "applied: version 1; Healthy: commercetools delivers notifications",
     ]
     assert written(sandbox) == [("POST", "", 201)]
     code, found = command.checked()
@@ -196,7 +196,7 @@ def test_a_secret_comes_from_a_file_and_is_renewed_on_request(command: Command, 
     assert command.apply(to=GRID, **{f"{SECRET}_FILE": str(file)}).exit_code == 0
     file.write_text("second-s3cret\n")
     done = command.apply(to=GRID, **{f"{SECRET}_FILE": str(file)})
-    assert "its secret cannot be compared" in done.stdout
+    assert "? the secret cannot be compared because commercetools hides it; --renew sends it again" in done.stdout
     assert command.store.destinations()[0]["accessKey"] == "first-s3cret"
     renewed = command.apply("--renew", "--json", to=GRID, **{f"{SECRET}_FILE": str(file)})
     assert command.store.destinations()[0]["accessKey"] == "second-s3cret"
@@ -212,10 +212,13 @@ def test_stale_subscriptions_go_only_on_request(command: Command, sandbox: Sandb
     assert len(command.store.all()) == 3
     refused = command.apply("--delete-stale")
     assert refused.exit_code == 1
-    assert "Delete 1 stale subscriptions for good?" in refused.stderr
+    assert "Permanently delete stale subscriptions: 1?" in refused.stderr
     assert len(command.store.all()) == 3
     done = command.apply("--delete-stale", "--yes")
-    assert done.stdout.splitlines()[-1] == "applied: version 1, 1 stale deleted; Healthy: it delivers"
+    assert (
+        done.stdout.splitlines()[-1]
+        == "applied: version 1, 1 stale deleted; Healthy: commercetools delivers notifications"
+    )
     assert [entry["key"] for entry in command.store.all()] == ["elsewhere", "klaviyo-worker"]
     assert written(sandbox)[-1][0] == "DELETE"
 
@@ -267,7 +270,7 @@ def test_a_subscription_that_does_not_deliver_is_explained(command: Command, sta
 
 def test_health_is_waited_for(command: Command, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
     """Until it is healthy; it takes no token."""
-    monkeypatch.setattr(client, "LOOKS", 0.01)
+    monkeypatch.setattr(client, "POLL_INTERVAL", 0.01)
     command.apply()
     for status in (503, 503, 400):
         sandbox.commercetools.faults.add(Fault(status, match=f"GET {PATH}/{command.store.all()[0]['id']}/health"))
@@ -282,14 +285,14 @@ def test_a_commercetools_that_does_not_tell_is_believed(command: Command) -> Non
     command.store.has_health = False
     done = command.apply()
     assert done.exit_code == 0
-    assert done.stdout.endswith("applied: version 1; this commercetools does not tell its health\n")
+    assert done.stdout.endswith("applied: version 1; this commercetools does not report health\n")
 
 
 def test_an_answer_without_a_subscription_is_no_success(command: Command, sandbox: Sandbox) -> None:
     """Nothing was created, whatever the status says."""
     sandbox.commercetools.faults.add(Fault(200, times=None, match=f"POST {PATH}", body=b"{}"))
     done = command.apply()
-    assert (done.exit_code, "without an id" in done.stderr) == (4, True)
+    assert (done.exit_code, "commercetools returned a subscription without an id" in done.stderr) == (4, True)
 
 
 @pytest.mark.parametrize("action", ["plan", "apply"])
@@ -303,7 +306,7 @@ def test_a_missing_scope_is_named(action: str, command: Command) -> None:
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
-        (Fault(times=None, body=b"{}", status=200), "without results"),
+        (Fault(times=None, body=b"{}", status=200), "commercetools returned no results for subscriptions"),
         (Fault(times=None, body=b"<html>", status=200), "something that is no JSON"),
         (Fault(times=None, status=401), "check CT_API_URL and CT_PROJECT_ID"),
         (Fault(times=None, status=404), "check CT_API_URL and CT_PROJECT_ID"),
@@ -333,7 +336,7 @@ def test_what_cannot_be_asked_for_is_exit_code_2(command: Command, tmp_path: Pat
     kinds = sorted({kind for _, kind in HANDLERS})
     (tmp_path / "none.toml").write_text(f"disabled_types = {json.dumps(kinds)}")
     done = command.apply("--config", str(tmp_path / "none.toml"))
-    assert (done.exit_code, "leaves no handler" in done.stderr) == (2, True)
+    assert (done.exit_code, "disables every handler" in done.stderr) == (2, True)
 
 
 def test_check_names_what_is_missing(command: Command, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.commands.subscriptions.destination import EXPECTED, SECRET, of_queue, parse, shown
-from worker.commands.subscriptions.health import explain
-from worker.commands.subscriptions.plan import Wanted, plan
-from worker.commands.subscriptions.spec import asked_for, needs
+from worker.commands.subscriptions.destination import EXPECTED, SECRET_VARIABLE, display_name, from_queue_url, parse
+from worker.commands.subscriptions.health import explain_status
+from worker.commands.subscriptions.plan import DesiredSubscription, plan
+from worker.commands.subscriptions.spec import required_spec, spec_of
 from worker.errors import SettingsError
 from worker.sandbox.commercetools.subscriptions import Subscriptions
 from worker.transform import HANDLERS
@@ -63,8 +63,10 @@ SHAPELESS = dict.fromkeys(("id", "version", "destination", "messages", "changes"
 }
 
 
-def wanted(url: str = PUBSUB, disabled: tuple[str, ...] = (), key: str = "klaviyo-worker", kind: str = "") -> Wanted:
-    return Wanted(key, parse(url, SECRETS[url]), needs(disabled), kind)
+def desired(
+    url: str = PUBSUB, disabled: tuple[str, ...] = (), key: str = "klaviyo-worker", kind: str = ""
+) -> DesiredSubscription:
+    return DesiredSubscription(key, parse(url, SECRETS[url]), required_spec(disabled), kind)
 
 
 def held(*drafts: dict[str, Any]) -> Subscriptions:
@@ -74,11 +76,11 @@ def held(*drafts: dict[str, Any]) -> Subscriptions:
     return store
 
 
-def applied(store: Subscriptions, target: Wanted) -> None:
+def applied(store: Subscriptions, target: DesiredSubscription) -> None:
     """Carry a plan out as commercetools would."""
     todo = plan(target, store.all())
     if todo.current is None:
-        store.create(todo.wanted.draft())
+        store.create(todo.desired.draft())
     else:
         store.update(todo.current["id"], {"version": todo.current["version"], "actions": todo.updates()})
 
@@ -93,27 +95,27 @@ def test_what_was_applied_leaves_nothing_to_do(
     url: str, disabled: list[str], was: tuple[str, list[dict[str, Any]], list[dict[str, Any]]] | None
 ) -> None:
     """Whatever was there before, with secrets that commercetools hides; and it asks for just what is needed."""
-    target = wanted(url, tuple(disabled))
+    target = desired(url, tuple(disabled))
     store = held()
     if was:
-        before = wanted(was[0]).draft() | {"messages": was[1], "changes": was[2]}
+        before = desired(was[0]).draft() | {"messages": was[1], "changes": was[2]}
         store = held(before)
     applied(store, target)
     again = plan(target, store.all())
     assert again.action == "none"
     assert not again.updates()
     (there,) = store.all()
-    asked = asked_for(there)
+    asked = spec_of(there)
     assert {resource: set(types) for resource, types in asked.messages.items()} == {
-        resource: set(types) for resource, types in target.needs.messages.items()
+        resource: set(types) for resource, types in target.spec.messages.items()
     }
-    assert set(asked.changes) == set(target.needs.changes)
+    assert set(asked.changes) == set(target.spec.changes)
 
 
 @given(st.lists(st.fixed_dictionaries({}, optional=SHAPELESS)))
 def test_answers_of_any_shape_make_a_plan(existing: list[dict[str, Any]]) -> None:
     """Odd data is no reason to fail: a plan, or what cannot be had."""
-    target = wanted()
+    target = desired()
     todo = plan(target, existing)
     assert todo.action in {"create", "change", "none"}
     assert list(todo.lines())
@@ -122,24 +124,24 @@ def test_answers_of_any_shape_make_a_plan(existing: list[dict[str, Any]]) -> Non
 
 def test_messages_and_changes_go_together() -> None:
     """A subscription must never be without any: commercetools refuses it."""
-    store = held(wanted().draft() | {"messages": [], "changes": [{"resourceTypeId": "cart"}]})
-    assert [action["action"] for action in plan(wanted(), store.all()).updates()] == ["setMessages", "setChanges"]
-    more = wanted().draft()
+    store = held(desired().draft() | {"messages": [], "changes": [{"resourceTypeId": "cart"}]})
+    assert [action["action"] for action in plan(desired(), store.all()).updates()] == ["setMessages", "setChanges"]
+    more = desired().draft()
     more["messages"].append({"resourceTypeId": "review", "types": ["ReviewCreated"]})
-    fewer = plan(wanted(), held(more).all()).updates()
+    fewer = plan(desired(), held(more).all()).updates()
     assert [action["action"] for action in fewer] == ["setMessages", "setChanges"]
-    moved = plan(wanted(SQS), store.all()).updates()
+    moved = plan(desired(SQS), store.all()).updates()
     assert [action["action"] for action in moved] == ["changeDestination", "setMessages", "setChanges"]
 
 
 def test_disabled_handlers_are_left_out() -> None:
     """And a resource type with none left is not asked for at all."""
-    asked = needs(("OrderImported", "CategoryCreated", "ResourceUpdated", "ResourceCreated", "ResourceDeleted"))
+    asked = required_spec(("OrderImported", "CategoryCreated", "ResourceUpdated", "ResourceCreated", "ResourceDeleted"))
     assert "OrderImported" not in asked.messages["order"]
     assert "category" not in asked.messages
     assert asked.changes == ()
-    assert not needs(KINDS)
-    assert needs(("ResourceUpdated",)).changes == ("customer", "category", "inventory-entry")
+    assert not required_spec(KINDS)
+    assert required_spec(("ResourceUpdated",)).changes == ("customer", "category", "inventory-entry")
 
 
 def test_all_types_of_a_resource_are_all_however_it_is_said() -> None:
@@ -147,15 +149,15 @@ def test_all_types_of_a_resource_are_all_however_it_is_said() -> None:
     some: dict[str, Any] = {"resourceTypeId": "order", "types": ["OrderCreated"]}
     every: dict[str, Any] = {"resourceTypeId": "order"}
     for entries in ([every], [every | {"types": []}], [every, some], [some, every]):
-        assert asked_for({"messages": entries}).messages == {"order": ()}
+        assert spec_of({"messages": entries}).messages == {"order": ()}
 
 
 def test_a_plan_can_be_read() -> None:
     """What comes, what goes, where to; all types of a resource are more than those that are needed."""
-    draft = wanted(SQS).draft()
+    draft = desired(SQS).draft()
     draft["messages"] = [*draft["messages"][1:], {"resourceTypeId": "review"}, {"resourceTypeId": "order", "types": []}]
     draft["changes"] = [{"resourceTypeId": "product"}, *draft["changes"][1:]]
-    assert list(plan(wanted(), held(draft).all()).lines()) == [
+    assert list(plan(desired(), held(draft).all()).lines()) == [
         "~ change subscription klaviyo-worker, version 1",
         f"    - destination  {SQS}",
         f"    + destination  {PUBSUB}",
@@ -164,27 +166,27 @@ def test_a_plan_can_be_read() -> None:
         "    - changes      product",
         "    + changes      customer",
     ]
-    assert next(plan(wanted(), held().all()).lines()) == "+ create subscription klaviyo-worker"
-    assert list(plan(wanted(), held(wanted().draft()).all()).lines()) == [
-        "= subscription klaviyo-worker is as it should be"
+    assert next(plan(desired(), held().all()).lines()) == "+ create subscription klaviyo-worker"
+    assert list(plan(desired(), held(desired().draft()).all()).lines()) == [
+        "= subscription klaviyo-worker is up to date"
     ]
 
 
 @pytest.mark.parametrize("status", ["ConfigurationError", "ConfigurationErrorDeliveryStopped"])
 def test_a_destination_that_could_not_be_reached_is_sent_again(status: str) -> None:
     """That is what makes commercetools try again; one that is only slow, or suspended, is left alone."""
-    store = held(wanted().draft())
+    store = held(desired().draft())
     store.set_status("klaviyo-worker", status)
-    assert [action["action"] for action in plan(wanted(), store.all()).updates()] == ["changeDestination"]
+    assert [action["action"] for action in plan(desired(), store.all()).updates()] == ["changeDestination"]
     for harmless in ("TemporaryError", "ManuallySuspended", "Resting"):
         store.set_status("klaviyo-worker", harmless)
-        assert plan(wanted(), store.all()).action == "none"
+        assert plan(desired(), store.all()).action == "none"
 
 
 @pytest.mark.parametrize("url", SECRETS)
 def test_secrets_are_sent_and_never_shown(url: str) -> None:
     """Not in a plan, its JSON or a repr; and they can only be renewed, not compared."""
-    target, secret = wanted(url), SECRETS[url]
+    target, secret = desired(url), SECRETS[url]
     store = held(target.draft())
     todo = plan(target, store.all(), renew=True)
     assert [action["action"] for action in todo.updates()] == ["changeDestination"]
@@ -195,43 +197,43 @@ def test_secrets_are_sent_and_never_shown(url: str) -> None:
         said = "\n".join([*todo.lines(), *unchanged.lines(), json.dumps(todo.document()), repr(todo), repr(target)])
         for part in (secret, "c2VjcmV0", "s3cret"):
             assert part not in said
-            assert part not in target.destination.hide(f"not delivered to {target.draft()}")
-            assert part not in target.destination.hide(f"not with {secret.rpartition('SharedAccessKey=')[2]}")
+            assert part not in target.destination.redact(f"not delivered to {target.draft()}")
+            assert part not in target.destination.redact(f"not with {secret.rpartition('SharedAccessKey=')[2]}")
 
 
 def test_what_differs_beside_a_secret_is_seen() -> None:
     """Another key's name, another way to sign in."""
-    store = held(wanted(SERVICEBUS).draft())
+    store = held(desired(SERVICEBUS).draft())
     other = parse(SERVICEBUS, CONNECTION.replace("=commercetools", "=sender"))
-    assert plan(Wanted("klaviyo-worker", other, needs()), store.all()).action == "change"
-    assert plan(wanted(f"{SQS}?access_key={KEY}"), held(wanted(SQS).draft()).all()).action == "change"
+    assert plan(DesiredSubscription("klaviyo-worker", other, required_spec()), store.all()).action == "change"
+    assert plan(desired(f"{SQS}?access_key={KEY}"), held(desired(SQS).draft()).all()).action == "change"
 
 
 def test_stale_is_only_what_sends_to_the_same_destination() -> None:
     """Others' subscriptions are none of our business; an event source of EventBridge belongs to one alone."""
-    mine, other = wanted().draft(), wanted(SQS, key="other").draft()
-    old = wanted(key="old").draft()
+    mine, other = desired().draft(), desired(SQS, key="other").draft()
+    old = desired(key="old").draft()
     nameless = {name: value for name, value in old.items() if name != "key"}
     store = held(mine, other, old, nameless)
-    todo = plan(wanted(), store.all())
+    todo = plan(desired(), store.all())
     assert [entry.get("key") for entry in todo.stale] == ["old", None]
     stale = [line for line in todo.lines() if line.startswith("- stale")]
     assert len(stale) == 2
     assert store.all()[3]["id"] in stale[1]
-    bridged = held(wanted(EVENTBRIDGE).draft(), wanted(EVENTBRIDGE, key="old").draft())
-    assert plan(wanted(EVENTBRIDGE), bridged.all()).stale == ()
+    bridged = held(desired(EVENTBRIDGE).draft(), desired(EVENTBRIDGE, key="old").draft())
+    assert plan(desired(EVENTBRIDGE), bridged.all()).stale == ()
 
 
 def test_a_format_cannot_be_changed() -> None:
     """There is no such action; what is not asked for is left as it is."""
-    assert wanted().draft()["format"] == {"type": "Platform"}
-    assert wanted(EVENTGRID).draft()["format"] == {"type": "CloudEvents", "cloudEventsVersion": "1.0"}
-    store = held(wanted(kind="CloudEvents").draft())
-    assert plan(wanted(), store.all()).action == "none"
+    assert desired().draft()["format"] == {"type": "Platform"}
+    assert desired(EVENTGRID).draft()["format"] == {"type": "CloudEvents", "cloudEventsVersion": "1.0"}
+    store = held(desired(kind="CloudEvents").draft())
+    assert plan(desired(), store.all()).action == "none"
     with pytest.raises(SettingsError, match="CloudEvents, which commercetools cannot change to Platform: use another"):
-        plan(wanted(kind="Platform"), store.all())
+        plan(desired(kind="Platform"), store.all())
     with pytest.raises(SettingsError, match="cannot change to CloudEvents"):
-        plan(wanted(EVENTGRID), held(wanted().draft()).all())
+        plan(desired(EVENTGRID), held(desired().draft()).all())
 
 
 @pytest.mark.parametrize("url", SECRETS)
@@ -239,10 +241,10 @@ def test_destinations_are_those_of_the_sdk(url: str) -> None:
     """The models of commercetools' own SDK take every field, and give it back; of an update too."""
     from commercetools.platform.models import SubscriptionDraft, SubscriptionUpdate
 
-    draft = wanted(url).draft()
+    draft = desired(url).draft()
     assert SubscriptionDraft.deserialize(draft).serialize() == draft
-    before = Wanted("klaviyo-worker", parse(url, SECRETS[url]), needs(("OrderCreated",)))
-    actions = plan(wanted(url), held(before.draft()).all(), renew=True).updates()
+    before = DesiredSubscription("klaviyo-worker", parse(url, SECRETS[url]), required_spec(("OrderCreated",)))
+    actions = plan(desired(url), held(before.draft()).all(), renew=True).updates()
     assert len(actions) == 3
     update = {"version": 1, "actions": actions}
     assert SubscriptionUpdate.deserialize(update).serialize() == update
@@ -250,12 +252,12 @@ def test_destinations_are_those_of_the_sdk(url: str) -> None:
 
 def test_the_queue_may_say_where_to_send_to() -> None:
     """Where its URL names more than what is read."""
-    assert of_queue(SQS) == SQS
-    assert of_queue(SERVICEBUS) == SERVICEBUS
-    assert of_queue(f"{SERVICEBUS}/subscription") == SERVICEBUS
+    assert from_queue_url(SQS) == SQS
+    assert from_queue_url(SERVICEBUS) == SERVICEBUS
+    assert from_queue_url(f"{SERVICEBUS}/subscription") == SERVICEBUS
     for url in ("pubsub://p/subscription", "sqs://name?region=eu-central-1", "embedded://q", "push://h:1", ""):
-        with pytest.raises(SettingsError, match="--destination is missing: QUEUE_URL does not say"):
-            of_queue(url)
+        with pytest.raises(SettingsError, match="--destination is missing: QUEUE_URL does not name one: set it to "):
+            from_queue_url(url)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +286,7 @@ def test_a_malformed_destination_is_named_not_quoted(url: str) -> None:
 
 @pytest.mark.parametrize("url", [url for url, secret in SECRETS.items() if secret])
 def test_a_missing_secret_is_named(url: str) -> None:
-    with pytest.raises(SettingsError, match=f"{SECRET} is missing: set it"):
+    with pytest.raises(SettingsError, match=f"{SECRET_VARIABLE} is missing: set it"):
         parse(url, "")
 
 
@@ -308,12 +310,12 @@ def test_a_connection_string_must_fit(secret: str, why: str) -> None:
 @given(st.dictionaries(st.sampled_from(["type", "connectionString", "uri", "queueUrl", "topicArn"]), ANYTHING))
 def test_any_destination_has_a_name(fields: dict[str, Any]) -> None:
     """Also one of a kind that came later."""
-    assert shown(fields)
-    assert shown({"type": "ConfluentCloud", "apiSecret": "s3cret"}) == "ConfluentCloud"
+    assert display_name(fields)
+    assert display_name({"type": "ConfluentCloud", "apiSecret": "s3cret"}) == "ConfluentCloud"
 
 
 def test_every_status_says_what_to_do() -> None:
     """Also one that came later."""
     for status in ("TemporaryError", "ConfigurationErrorDeliveryStopped", "ManuallySuspended", "Resting", ""):
-        assert all(explain(status))
-    assert explain("Healthy") == ("Healthy: it delivers", "")
+        assert all(explain_status(status))
+    assert explain_status("Healthy") == ("Healthy: commercetools delivers notifications", "")

@@ -11,9 +11,9 @@ from adapters import QueueError, QueueURLError, open_queue, scheme_of
 from worker.commands.check import bulk_probe as probe
 from worker.commands.check.check_result import Finding, failed
 from worker.commands.subscriptions.client import SCOPE, NotPermitted, Subscriptions
-from worker.commands.subscriptions.health import HEALTHY, explain
+from worker.commands.subscriptions.health import HEALTHY, explain_status
 from worker.commands.subscriptions.plan import KEY
-from worker.commands.subscriptions.spec import asked_for, needs
+from worker.commands.subscriptions.spec import required_spec, spec_of
 from worker.commercetools import queries
 from worker.commercetools.client import Commercetools
 from worker.errors import ExitCode, Misconfigured, Rejected, SettingsError, WorkerError
@@ -189,9 +189,9 @@ def _subscription(subscriptions: Subscriptions, key: str, disabled: Collection[s
         others = ", ".join(filter(None, existing))
         text = f"there is no subscription {key}" + (f", only {others}" if others else "")
         return Finding("subscriptions", "failed", text, todo, ExitCode.COMMERCETOOLS)
-    status, missing = as_text(existing[key].get("status")), needs(disabled).without(asked_for(existing[key]))
+    status, missing = as_text(existing[key].get("status")), required_spec(disabled).minus(spec_of(existing[key]))
     if status != HEALTHY:
-        why, todo = explain(status)
+        why, todo = explain_status(status)
         return Finding("subscriptions", "failed", f"{key} is not healthy: {why}", todo, ExitCode.COMMERCETOOLS)
     if missing:
         told = [f"{resource} {', '.join(types)}" for resource, types in missing.messages.items()]

@@ -1,4 +1,4 @@
-"""The commercetools subscription that brings the worker its notifications: what it must ask for, and how it gets there.
+"""The commercetools subscription that sends notifications to the worker's queue: compare, create, change, check.
 
 https://docs.commercetools.com/api/projects/subscriptions
 """

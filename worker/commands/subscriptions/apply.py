@@ -1,4 +1,4 @@
-"""Carries a plan out."""
+"""Applying a plan."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ if TYPE_CHECKING:
     from worker.commands.subscriptions.plan import Plan
     from worker.model import Json
 
-TRIES = 5
+MAX_ATTEMPTS = 5
 
 
 def apply(subscriptions: Subscriptions, first: Plan, *, renew: bool) -> Json:
-    """Create or change the subscription as planned, and return it as it is then.
+    """Create or change the subscription as planned, and return its new state.
 
-    Where somebody else was first, or nobody knows whether a request arrived, it is read and planned again.
-    Raises the last of these after TRIES; Rejected and CommercetoolsMisconfigured at once.
+    After a conflict, or a request whose result is unknown, read the subscriptions and plan again.
+    Raises the last of these errors after MAX_ATTEMPTS; Rejected and CommercetoolsMisconfigured at once.
     """
-    todo, last = first, None
-    for _ in range(TRIES):
+    current, last = first, None
+    for _ in range(MAX_ATTEMPTS):
         try:
-            return _carried_out(subscriptions, todo)
+            return _execute(subscriptions, current)
         except (Conflict, Transient) as error:
             last = error
-            todo = plan(first.wanted, subscriptions.all(), renew=renew)
+            current = plan(first.desired, subscriptions.all(), renew=renew)
     assert last is not None
     raise last
 
 
-def _carried_out(subscriptions: Subscriptions, todo: Plan) -> Json:
+def _execute(subscriptions: Subscriptions, todo: Plan) -> Json:
     if todo.current is None:
-        return subscriptions.create(todo.wanted.draft())
+        return subscriptions.create(todo.desired.draft())
     updates = todo.updates()
     return subscriptions.update(todo.current, updates) if updates else todo.current

@@ -1,4 +1,4 @@
-"""commercetools' Subscriptions API."""
+"""A client of commercetools' Subscriptions API."""
 
 from __future__ import annotations
 
@@ -18,80 +18,81 @@ if TYPE_CHECKING:
     from worker.http import transport as http
     from worker.model import Json
 
-SCOPE = "manage_subscriptions"  # also to read: commercetools has no narrower one
-MOST = 500  # subscriptions in an answer; a project may have 50
-LOOKS = 1.0  # seconds between two looks at the health
+SCOPE = "manage_subscriptions"  # for reading too: commercetools has no narrower scope
+PAGE_SIZE = 500  # a project can have 50 subscriptions, so one page holds all
+POLL_INTERVAL = 1.0  # seconds between two requests for the health
 _ENDPOINT = "subscriptions"
 
 
 class Conflict(WorkerError):
-    """Somebody else was first: read again."""
+    """Another client has changed the subscription: read it again."""
 
 
 class NotPermitted(CommercetoolsMisconfigured):
-    """The API client lacks the scope, or was not asked for it."""
+    """The API client lacks the scope, or CT_SCOPE leaves it out."""
 
 
 class Subscriptions:
-    """The subscriptions of a project. `hide` takes the secrets out of what commercetools says of a request."""
+    """The subscriptions of a project. `redact` removes secrets from commercetools' error messages."""
 
-    def __init__(self, commercetools: Commercetools, hide: Callable[[str], str] = str) -> None:
+    def __init__(self, commercetools: Commercetools, redact: Callable[[str], str] = str) -> None:
         self._commercetools = commercetools
-        self._hide = hide
+        self._redact = redact
 
     def all(self) -> list[Json]:
-        """Return them. Raises CommercetoolsMisconfigured, Transient or Rejected, as all methods do."""
-        results = self._asked("GET", f"?limit={MOST}").get("results")
-        if not isinstance(results, list):  # never take a strange answer for "there is none"
-            raise Transient("commercetools answered for subscriptions without results")
+        """Return all subscriptions. Raises CommercetoolsMisconfigured, Transient or Rejected, as all methods do."""
+        results = self._request("GET", f"?limit={PAGE_SIZE}").get("results")
+        if not isinstance(results, list):  # a malformed response does not mean that there are none
+            raise Transient("commercetools returned no results for subscriptions")
         return as_dicts(results)
 
     def create(self, draft: Json) -> Json:
-        """Create one. Raises Conflict when its key is taken."""
-        return _with_id(self._asked("POST", body=draft))
+        """Create a subscription. Raises Conflict if its key is taken."""
+        return _require_id(self._request("POST", body=draft))
 
     def update(self, subscription: Json, actions: list[Json]) -> Json:
-        """Carry out all actions, or none. Raises Conflict when it is of another version by now."""
+        """Apply all update actions, or none. Raises Conflict if the version has changed."""
         body = {"version": subscription.get("version"), "actions": actions}
-        return _with_id(self._asked("POST", f"/{_id(subscription)}", body))
+        return _require_id(self._request("POST", f"/{_id(subscription)}", body))
 
     def delete(self, subscription: Json) -> None:
-        """Delete it; one that is gone is no error. Raises Conflict when it is of another version by now."""
+        """Delete a subscription, if it still exists. Raises Conflict if the version has changed."""
         version = quote(str(subscription.get("version")), safe="")
-        self._asked("DELETE", f"/{_id(subscription)}?version={version}", gone_is_fine=True)
+        self._request("DELETE", f"/{_id(subscription)}?version={version}", may_be_missing=True)
 
-    def watched(self, subscription: Json, wait: float) -> str:
-        """Return the status, once it is healthy or `wait` seconds are over; "" where commercetools does not tell."""
-        until = time.monotonic() + wait
+    def wait_until_healthy(self, subscription: Json, wait: float) -> str:
+        """Wait up to `wait` seconds until it is healthy; return its status, or "" if commercetools reports none."""
+        deadline = time.monotonic() + wait
         while True:
             status = self._commercetools.get_public(_ENDPOINT, f"/{_id(subscription)}/health").status
             if status == HTTPStatus.OK:
                 return HEALTHY
             if status == HTTPStatus.NOT_FOUND:
                 return ""
-            left = until - time.monotonic()
-            if not left > 0:  # nor is NaN
-                return as_text(self._asked("GET", f"/{_id(subscription)}").get("status")) or f"/health {status}"
-            time.sleep(min(LOOKS, left))
+            left = deadline - time.monotonic()
+            if not left > 0:  # also True for NaN
+                return as_text(self._request("GET", f"/{_id(subscription)}").get("status")) or f"/health {status}"
+            time.sleep(min(POLL_INTERVAL, left))
 
-    def _asked(self, method: str, path: str = "", body: Json | None = None, *, gone_is_fine: bool = False) -> Json:
+    def _request(self, method: str, path: str = "", body: Json | None = None, *, may_be_missing: bool = False) -> Json:
         response = self._commercetools.call(_ENDPOINT, method, path, body)
-        if response.status < HTTPStatus.MULTIPLE_CHOICES or (gone_is_fine and response.status == HTTPStatus.NOT_FOUND):
+        is_missing = may_be_missing and response.status == HTTPStatus.NOT_FOUND
+        if response.status < HTTPStatus.MULTIPLE_CHOICES or is_missing:
             return as_dict(response.json())
-        raise _verdict(response, self._hide)
+        raise _error_from(response, self._redact)
 
 
 def _id(subscription: Json) -> str:
     return quote(as_text(subscription.get("id")), safe="")
 
 
-def _with_id(subscription: Json) -> Json:
-    if not _id(subscription):  # never take a strange answer for "it is done"
-        raise Transient("commercetools answered for subscriptions without an id")
+def _require_id(subscription: Json) -> Json:
+    if not _id(subscription):  # a malformed response does not mean success
+        raise Transient("commercetools returned a subscription without an id")
     return subscription
 
 
-def _verdict(response: http.Response, hide: Callable[[str], str]) -> WorkerError:
+def _error_from(response: http.Response, redact: Callable[[str], str]) -> WorkerError:
     document = as_dict(response.json())
     error = next(iter(as_dicts(document.get("errors"))), {})
     code = printable(as_text(error.get("code")))[:64]
@@ -99,9 +100,10 @@ def _verdict(response: http.Response, hide: Callable[[str], str]) -> WorkerError
     if response.status == HTTPStatus.CONFLICT or code == "DuplicateField":
         return Conflict(what)
     if response.status == HTTPStatus.FORBIDDEN:
-        todo = f"use an API client with the scope {SCOPE}, which CT_SCOPE must not leave out"
+        todo = f"use an API client with the scope {SCOPE}, and include it in CT_SCOPE if that is set"
         return NotPermitted(what, todo=todo)
     if response.status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND} or response.status < HTTPStatus.BAD_REQUEST:
         return CommercetoolsMisconfigured(what, todo="check CT_API_URL and CT_PROJECT_ID")
     message = as_text(error.get("message")) or as_text(document.get("message")) or "no reason given"
-    return Rejected(f"{what}: {printable(hide(message))[:500]}", response.status)  # cut last: half a secret is one
+    redacted = printable(redact(message))[:500]  # truncated last: otherwise a part of a secret could remain
+    return Rejected(f"{what}: {redacted}", response.status)

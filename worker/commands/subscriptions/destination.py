@@ -1,4 +1,4 @@
-"""Where commercetools sends to, as people name it and as commercetools does.
+"""The destination of a subscription: as a URL on the command line, and as fields of commercetools' API.
 
 https://docs.commercetools.com/api/projects/subscriptions#destination
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from worker.model import Json
 
-SECRET = "KLAVIYO_WORKER_DESTINATION_SECRET"  # noqa: S105 - its name
+SECRET_VARIABLE = "KLAVIYO_WORKER_DESTINATION_SECRET"  # noqa: S105 - a name
 EXPECTED = (
     "pubsub://PROJECT/TOPIC, https://sqs.REGION.amazonaws.com/ACCOUNT/QUEUE, sns://arn:aws:sns:REGION:ACCOUNT:TOPIC, "
     "eventbridge://ACCOUNT/REGION, servicebus://NAMESPACE.servicebus.windows.net/QUEUE "
@@ -40,47 +40,47 @@ _EVENTGRID = re.compile(r"eventgrid://(?P<host>[a-z0-9-]+(\.[a-z0-9-]+)+)(?P<pat
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """`fields` are what commercetools is sent, secrets included; `name` is what of them can be shown and compared."""
+    """A destination. `fields` is the API form, with secrets; `name` has none and can be shown and compared."""
 
     fields: Json = field(repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def name(self) -> str:
-        """Return it as a URL without its secrets."""
-        return shown(self.fields)
+        """Return the destination as a URL without secrets."""
+        return display_name(self.fields)
 
     @property
     def format(self) -> str:
-        """Return the format it takes; "" where it takes any."""
+        """Return the format that the destination requires; "" if it accepts any."""
         return "CloudEvents" if self.fields["type"] == "EventGrid" else ""
 
-    def hide(self, text: str) -> str:
-        """Return `text` without the secrets."""
+    def redact(self, text: str) -> str:
+        """Return `text` with the secrets replaced."""
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return text
 
 
 def parse(url: str, secret: str) -> Destination:
-    """Return what `--destination` names. Raises SettingsError, which quotes neither URL nor secret."""
-    for pattern, read in _READERS.items():
+    """Parse the value of `--destination`. Raises SettingsError, which quotes neither URL nor secret."""
+    for pattern, build in _BUILDERS.items():
         if found := pattern.fullmatch(url):
-            return read(found, secret)
-    raise SettingsError(f"--destination is malformed: expected {EXPECTED}")
+            return build(found, secret)
+    raise SettingsError("--destination is malformed", todo=f"expected {EXPECTED}")
 
 
-def of_queue(url: str) -> str:
-    """Return the destination that QUEUE_URL names by itself. Raises SettingsError where it names only what is read."""
+def from_queue_url(url: str) -> str:
+    """Return the destination that QUEUE_URL implies. Raises SettingsError if it names only a source to read from."""
     if _SQS.fullmatch(url):
         return url
     if url.startswith("servicebus://"):
-        return "/".join(url.split("/")[:4])  # of a topic's subscription: the topic
-    raise SettingsError(f"--destination is missing: QUEUE_URL does not say where to send to: set it to {EXPECTED}")
+        return "/".join(url.split("/")[:4])  # for a topic's subscription, return the topic
+    raise SettingsError("--destination is missing: QUEUE_URL does not name one", todo=f"set it to {EXPECTED}")
 
 
-def shown(fields: Json) -> str:
-    """Return the name of a destination as commercetools shows it, with its secrets hidden, or as it is sent."""
+def display_name(fields: Json) -> str:
+    """Return a destination's name. `fields` can have its secrets, or asterisks in their place."""
     kind = as_text(fields.get("type"))
     return _NAMES.get(kind, _unknown)({name: as_text(value) for name, value in fields.items()})
 
@@ -92,17 +92,17 @@ def _pubsub(found: re.Match[str], secret: str) -> Destination:
 
 def _sqs(found: re.Match[str], secret: str) -> Destination:
     fields = {"type": "SQS", "queueUrl": f"https://{found['rest']}", "region": found["region"]}
-    return _on_aws(fields, found["access_key"], secret)
+    return _with_aws_login(fields, found["access_key"], secret)
 
 
 def _sns(found: re.Match[str], secret: str) -> Destination:
-    return _on_aws({"type": "SNS", "topicArn": found["arn"]}, found["access_key"], secret)
+    return _with_aws_login({"type": "SNS", "topicArn": found["arn"]}, found["access_key"], secret)
 
 
-def _on_aws(fields: Json, access_key: str | None, secret: str) -> Destination:
+def _with_aws_login(fields: Json, access_key: str | None, secret: str) -> Destination:
     if access_key is None:
         return Destination(fields | {"authenticationMode": "IAM"})
-    secret = _set(secret, "the secret of that access key")
+    secret = _require_secret(secret, "the secret of the access key")
     key = {"authenticationMode": "Credentials", "accessKey": access_key, "accessSecret": secret}
     return Destination(fields | key, (secret,))
 
@@ -113,23 +113,25 @@ def _eventbridge(found: re.Match[str], secret: str) -> Destination:
 
 
 def _servicebus(found: re.Match[str], secret: str) -> Destination:
-    expected = "a connection string with Send, Endpoint=sb://…;SharedAccessKeyName=…;SharedAccessKey=…"
-    parts = _connection(_set(secret, expected))
+    expected = "a connection string with the right Send, Endpoint=sb://…;SharedAccessKeyName=…;SharedAccessKey=…"
+    parts = _parse_connection_string(_require_secret(secret, expected))
     if not parts.get("sharedaccesskey"):
-        raise SettingsError(f"{SECRET} is malformed: expected {expected}")
-    if _host(parts) != found["host"] or parts.get("entitypath", found["entity"]) != found["entity"]:
-        raise SettingsError(f"{SECRET} is for another queue or topic than --destination: correct one of them")
-    whole = secret if "entitypath" in parts else f"{secret.rstrip(';')};EntityPath={found['entity']}"
-    return Destination({"type": "AzureServiceBus", "connectionString": whole}, (secret, parts["sharedaccesskey"]))
+        raise SettingsError(f"{SECRET_VARIABLE} is malformed", todo=f"expected {expected}")
+    if _host_of(parts) != found["host"] or parts.get("entitypath", found["entity"]) != found["entity"]:
+        raise SettingsError(
+            f"{SECRET_VARIABLE} is for another queue or topic than --destination", todo="correct one of them"
+        )
+    complete = secret if "entitypath" in parts else f"{secret.rstrip(';')};EntityPath={found['entity']}"
+    return Destination({"type": "AzureServiceBus", "connectionString": complete}, (secret, parts["sharedaccesskey"]))
 
 
 def _eventgrid(found: re.Match[str], secret: str) -> Destination:
-    secret = _set(secret, "an access key of the topic")
+    secret = _require_secret(secret, "an access key of the topic")
     uri = f"https://{found['host']}{found['path'] or '/api/events'}"
     return Destination({"type": "EventGrid", "uri": uri, "accessKey": secret}, (secret,))
 
 
-_READERS: dict[re.Pattern[str], Callable[[re.Match[str], str], Destination]] = {
+_BUILDERS: dict[re.Pattern[str], Callable[[re.Match[str], str], Destination]] = {
     _PUBSUB: _pubsub,
     _SQS: _sqs,
     _SNS: _sns,
@@ -144,12 +146,13 @@ def _aws_key(fields: dict[str, str]) -> str:
 
 
 def _service_bus_name(fields: dict[str, str]) -> str:
-    parts = _connection(fields.get("connectionString", ""))
-    return f"servicebus://{_host(parts)}/{parts.get('entitypath', '')}, by key {parts.get('sharedaccesskeyname', '')}"
+    parts = _parse_connection_string(fields.get("connectionString", ""))
+    entity, key_name = parts.get("entitypath", ""), parts.get("sharedaccesskeyname", "")
+    return f"servicebus://{_host_of(parts)}/{entity}, by key {key_name}"
 
 
 def _unknown(fields: dict[str, str]) -> str:
-    return fields.get("type", "")[:64] or "nowhere"
+    return fields.get("type", "")[:64] or "none"
 
 
 _NAMES: dict[str, Callable[[dict[str, str]], str]] = {
@@ -162,19 +165,19 @@ _NAMES: dict[str, Callable[[dict[str, str]], str]] = {
 }
 
 
-def _set(secret: str, expected: str) -> str:
+def _require_secret(secret: str, expected: str) -> str:
     if not secret:
-        raise SettingsError(f"{SECRET} is missing: set it (or {SECRET}_FILE) to {expected}")
+        raise SettingsError(f"{SECRET_VARIABLE} is missing", todo=f"set it (or {SECRET_VARIABLE}_FILE) to {expected}")
     return secret
 
 
-def _connection(text: str) -> dict[str, str]:
-    """Return the parts of a connection string, by name in lower case."""
+def _parse_connection_string(text: str) -> dict[str, str]:
+    """Return the parts of a connection string by name, in lower case."""
     pairs = (part.partition("=") for part in text.split(";"))
     return {name.strip().lower(): value.strip() for name, _, value in pairs}
 
 
-def _host(parts: dict[str, str]) -> str:
+def _host_of(parts: dict[str, str]) -> str:
     try:
         return urlsplit(parts.get("endpoint", "")).netloc.lower()
     except ValueError:

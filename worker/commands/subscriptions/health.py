@@ -1,4 +1,4 @@
-"""What the status of a subscription means, and what to do about it.
+"""The health statuses of a subscription: what each means, and what to do about it.
 
 https://docs.commercetools.com/api/projects/subscriptions#subscriptionhealthstatus
 """
@@ -6,26 +6,32 @@ https://docs.commercetools.com/api/projects/subscriptions#subscriptionhealthstat
 from __future__ import annotations
 
 HEALTHY = "Healthy"
-DELIVERS = frozenset({HEALTHY, ""})  # "": commercetools does not tell
+DELIVERING = frozenset({HEALTHY, ""})  # "": commercetools does not report health
 CONFIGURATION_ERRORS = frozenset({"ConfigurationError", "ConfigurationErrorDeliveryStopped"})
-_MEND = "look at the queue and at commercetools' right to send to it, then klaviyo-worker subscriptions apply"
+_FIX = "check the queue and commercetools' permission to send to it, then run klaviyo-worker subscriptions apply"
 _MEANING = {
-    HEALTHY: ("it delivers", ""),
-    "TemporaryError": ("the queue does not answer commercetools", "wait, it goes on by itself when the queue is back"),
+    HEALTHY: ("commercetools delivers notifications", ""),
+    "TemporaryError": (
+        "commercetools cannot reach the queue at the moment",
+        "wait, delivery resumes when the queue is available again",
+    ),
     "ConfigurationError": (
-        "queue, right or key are gone; what happens meanwhile is kept for a time and delivered later",
-        _MEND,
+        "the queue, the permission or the key is missing; commercetools stores notifications for a limited time",
+        _FIX,
     ),
     "ConfigurationErrorDeliveryStopped": (
-        "queue, right or key were gone for too long; nothing is kept any more, what happens meanwhile is lost",
-        _MEND,
+        "the queue, the permission or the key was missing for too long; notifications are lost from now on",
+        _FIX,
     ),
-    "ManuallySuspended": ("commercetools stopped it, as it went on and off", "ask commercetools' support to lift it"),
+    "ManuallySuspended": (
+        "commercetools suspended delivery because it failed and recovered repeatedly",
+        "ask commercetools' support to lift the suspension",
+    ),
 }
 
 
-def explain(status: str) -> tuple[str, str]:
-    """Return what a status means and what to do about it; "" where there is nothing to do."""
-    unknown = ("not known to this version", "look it up in commercetools' documentation of subscriptions")
+def explain_status(status: str) -> tuple[str, str]:
+    """Return what a status means and what to do about it; "" if there is nothing to do."""
+    unknown = ("this version does not know the status", "look it up in commercetools' documentation of subscriptions")
     meaning, todo = _MEANING.get(status, unknown)
     return f"{status[:64] or 'no status'}: {meaning}", todo

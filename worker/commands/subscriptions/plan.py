@@ -1,13 +1,13 @@
-"""What is to be done to the subscriptions there are, so that the worker gets what it needs. Pure."""
+"""A plan: the difference between the existing subscriptions and the desired one. Pure functions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from worker.commands.subscriptions.destination import Destination, shown
+from worker.commands.subscriptions.destination import Destination, display_name
 from worker.commands.subscriptions.health import CONFIGURATION_ERRORS
-from worker.commands.subscriptions.spec import Needs, asked_for
+from worker.commands.subscriptions.spec import SubscriptionSpec, spec_of
 from worker.errors import SettingsError
 from worker.json_access import as_dict, as_text
 
@@ -21,35 +21,40 @@ _INDENT = " " * 4
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """The subscription as it should be. `format` "": Platform where it is made, and whatever is there already."""
+class DesiredSubscription:
+    """The subscription as it should be. `format` "": the existing format, or Platform for a new subscription."""
 
     key: str
     destination: Destination
-    needs: Needs
+    spec: SubscriptionSpec
     format: str = ""
 
     def draft(self) -> Json:
-        """Return the body that creates it, secrets included."""
+        """Return the body that creates the subscription, with secrets."""
         kind = self.format or self.destination.format or "Platform"
         version = {"cloudEventsVersion": "1.0"} if kind == "CloudEvents" else {}
         return {
             "key": self.key,
             "destination": self.destination.fields,
-            **self.needs.fields(),
+            **self.spec.fields(),
             "format": {"type": kind} | version,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to do. `current` None: create it; `destination_now` "": the destination stays as it is."""
+    """The changes to make.
 
-    wanted: Wanted
+    `current`: the existing subscription, or None if it must be created. `old_destination`: the destination to
+    replace, or "" to keep it. `added`, `removed`: what to request in addition, and no longer. `stale`: other
+    subscriptions to the same destination.
+    """
+
+    desired: DesiredSubscription
     current: Json | None
-    added: Needs
-    removed: Needs
-    destination_now: str
+    added: SubscriptionSpec
+    removed: SubscriptionSpec
+    old_destination: str
     stale: tuple[Json, ...]
 
     @property
@@ -60,14 +65,17 @@ class Plan:
         return "change" if self.updates() else "none"
 
     def updates(self) -> list[Json]:
-        """Return the update actions, for one update: a subscription must never be without any message or change."""
+        """Return the update actions.
+
+        Messages and changes are always set together because commercetools refuses a subscription without either.
+        """
         if self.current is None:
             return []
         actions: list[Json] = []
-        if self.destination_now:
-            actions.append({"action": "changeDestination", "destination": self.wanted.destination.fields})
+        if self.old_destination:
+            actions.append({"action": "changeDestination", "destination": self.desired.destination.fields})
         if self.added or self.removed:
-            fields = self.wanted.needs.fields()
+            fields = self.desired.spec.fields()
             actions += [
                 {"action": "setMessages", "messages": fields["messages"]},
                 {"action": "setChanges", "changes": fields["changes"]},
@@ -75,27 +83,27 @@ class Plan:
         return actions
 
     def lines(self) -> Iterator[str]:
-        """Yield it for people."""
-        key = self.wanted.key
+        """Yield the plan as text for people."""
+        key = self.desired.key
         if self.current is None:
             yield f"+ create subscription {key}"
         elif self.action == "change":
             yield f"~ change subscription {key}, version {self.current.get('version')}"
         else:
-            yield f"= subscription {key} is as it should be"
+            yield f"= subscription {key} is up to date"
         yield from self._details()
         for subscription in self.stale:
             yield f"- stale: {name_of(subscription)} sends to the same destination; --delete-stale deletes it"
 
     def _details(self) -> Iterator[str]:
-        if self.destination_now and self.current is not None:
-            yield f"{_INDENT}- destination  {self.destination_now}"
-        if self.destination_now:
-            yield f"{_INDENT}+ destination  {self.wanted.destination.name}"
-        elif self.wanted.destination.secrets:
-            yield f"{_INDENT}? its secret cannot be compared, as commercetools hides it; --renew sends it again"
+        if self.old_destination and self.current is not None:
+            yield f"{_INDENT}- destination  {self.old_destination}"
+        if self.old_destination:
+            yield f"{_INDENT}+ destination  {self.desired.destination.name}"
+        elif self.desired.destination.secrets:
+            yield f"{_INDENT}? the secret cannot be compared because commercetools hides it; --renew sends it again"
         if self.current is None:
-            yield f"{_INDENT}+ format       {self.wanted.draft()['format']['type']}"
+            yield f"{_INDENT}+ format       {self.desired.draft()['format']['type']}"
         for sign, difference in (("-", self.removed), ("+", self.added)):
             for resource, types in difference.messages.items():
                 yield f"{_INDENT}{sign} messages     {resource}: {', '.join(types) or 'all others'}"
@@ -103,52 +111,54 @@ class Plan:
                 yield f"{_INDENT}{sign} changes      {', '.join(difference.changes)}"
 
     def document(self) -> Json:
-        """Return it for scripts."""
+        """Return the plan as JSON for scripts."""
         return {
-            "key": self.wanted.key,
+            "key": self.desired.key,
             "action": self.action,
             "version": self.current and self.current.get("version"),
-            "destination": {"now": self.destination_now or None, "wanted": self.wanted.destination.name},
+            "destination": {"now": self.old_destination or None, "wanted": self.desired.destination.name},
             "add": self.added.fields(),
             "remove": self.removed.fields(),
             "stale": [{"id": as_text(entry.get("id")), "key": as_text(entry.get("key"))} for entry in self.stale],
         }
 
 
-def plan(wanted: Wanted, existing: Sequence[Json], *, renew: bool = False) -> Plan:
-    """Compare what is wanted with all subscriptions of the project.
+def plan(desired: DesiredSubscription, existing: Sequence[Json], *, renew: bool = False) -> Plan:
+    """Compare the desired subscription with all subscriptions of the project.
 
-    A destination's secret cannot be compared, as commercetools hides it: `renew` sends it again. So does a status
-    that says that commercetools cannot deliver. Stale is another subscription to the same destination; not on
-    EventBridge, where each has an event source of its own. Raises SettingsError for a format that cannot be had.
+    The destination is sent again if `renew` is set, because its secret cannot be compared, and if the status is a
+    configuration error. Raises SettingsError if the format would have to change.
     """
-    current = next((entry for entry in existing if as_text(entry.get("key")) == wanted.key), None)
+    current = next((entry for entry in existing if as_text(entry.get("key")) == desired.key), None)
     others = [entry for entry in existing if entry is not current]
-    stale = tuple(entry for entry in others if _sends_there(entry, wanted.destination))
+    stale = tuple(entry for entry in others if _has_destination(entry, desired.destination))
     if current is None:
-        return Plan(wanted, None, wanted.needs, Needs({}, ()), "nowhere", stale)
-    _check_format(wanted, current)
-    now, asked = shown(as_dict(current.get("destination"))), asked_for(current)
+        return Plan(desired, None, desired.spec, SubscriptionSpec({}, ()), "none", stale)
+    _check_format(desired, current)
+    destination = display_name(as_dict(current.get("destination")))
+    spec = spec_of(current)
     is_broken = as_text(current.get("status")) in CONFIGURATION_ERRORS
-    moves = renew or is_broken or now != wanted.destination.name
-    return Plan(wanted, current, wanted.needs.without(asked), asked.without(wanted.needs), now if moves else "", stale)
+    moves = renew or is_broken or destination != desired.destination.name
+    old_destination = destination if moves else ""
+    return Plan(desired, current, desired.spec.minus(spec), spec.minus(desired.spec), old_destination, stale)
 
 
 def name_of(subscription: Json) -> str:
-    """Return what people find a subscription by."""
+    """Return the key of a subscription, or its id if it has none."""
     return as_text(subscription.get("key")) or f"the one without a key, id {as_text(subscription.get('id'))[:64]}"
 
 
-def _sends_there(subscription: Json, destination: Destination) -> bool:
+def _has_destination(subscription: Json, destination: Destination) -> bool:
+    """Return True for the same destination. On EventBridge each subscription has its own event source."""
     fields = as_dict(subscription.get("destination"))
-    return fields.get("type") != "EventBridge" and shown(fields) == destination.name
+    return fields.get("type") != "EventBridge" and display_name(fields) == destination.name
 
 
-def _check_format(wanted: Wanted, current: Json) -> None:
-    asked = wanted.format or wanted.destination.format
-    has = as_text(as_dict(current.get("format")).get("type")) or "Platform"
-    if asked and asked != has:
+def _check_format(desired: DesiredSubscription, current: Json) -> None:
+    wanted = desired.format or desired.destination.format
+    existing = as_text(as_dict(current.get("format")).get("type")) or "Platform"
+    if wanted and wanted != existing:
         raise SettingsError(
-            f"subscription {wanted.key} has the format {has}, which commercetools cannot change to {asked}: "
-            "use another --key, and delete this one once that one is healthy"
+            f"subscription {desired.key} has the format {existing}, which commercetools cannot change to {wanted}",
+            todo="use another --key, and delete this subscription when the new one is healthy",
         )

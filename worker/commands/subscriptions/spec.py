@@ -1,4 +1,4 @@
-"""What a subscription asks commercetools for, and what the worker's handlers need of it."""
+"""The messages and changes that a subscription requests, and those that the worker's handlers need."""
 
 from __future__ import annotations
 
@@ -13,29 +13,34 @@ if TYPE_CHECKING:
 
     from worker.model import Json
 
-CHANGES = ("ResourceCreated", "ResourceUpdated", "ResourceDeleted")  # a change subscription cannot choose among them
-TOLD_BY_MESSAGES = frozenset({"product"})  # docs/decisions/0020-one-commercetools-subscription.md
+CHANGE_TYPES = ("ResourceCreated", "ResourceUpdated", "ResourceDeleted")  # a change subscription brings all three
+COVERED_BY_MESSAGES = frozenset({"product"})  # docs/decisions/0020-one-commercetools-subscription.md
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
-    """Messages by resource type, none of a type: all; and the resource types whose changes are told."""
+class SubscriptionSpec:
+    """The content of a subscription.
+
+    `messages`: message types by resource type; an empty tuple means all types. `changes`: resource types whose
+    creations, updates and deletions are requested.
+    """
 
     messages: Mapping[str, tuple[str, ...]]
     changes: tuple[str, ...]
 
-    def without(self, other: Needs) -> Needs:
-        """Return what is here and not in `other`; a resource type with no message types stands for all others."""
+    def minus(self, other: SubscriptionSpec) -> SubscriptionSpec:
+        """Return what is here and not in `other`. An empty tuple of message types then means "all others"."""
         messages = {}
         for resource, types in self.messages.items():
-            theirs = other.messages.get(resource)
-            left = tuple(kind for kind in types if kind not in (theirs or ()))
-            if theirs is None or (theirs and (left or not types)):
-                messages[resource] = left
-        return Needs(messages, tuple(resource for resource in self.changes if resource not in other.changes))
+            known = other.messages.get(resource)
+            missing = tuple(kind for kind in types if kind not in (known or ()))
+            if known is None or (known and (missing or not types)):
+                messages[resource] = missing
+        changes = tuple(resource for resource in self.changes if resource not in other.changes)
+        return SubscriptionSpec(messages, changes)
 
     def fields(self) -> Json:
-        """Return it as a subscription has it."""
+        """Return the spec in the form of commercetools' API."""
         messages = [
             {"resourceTypeId": resource, "types": list(types)} if types else {"resourceTypeId": resource}
             for resource, types in self.messages.items()
@@ -43,30 +48,30 @@ class Needs:
         return {"messages": messages, "changes": [{"resourceTypeId": resource} for resource in self.changes]}
 
     def __bool__(self) -> bool:
-        """Tell whether it asks for anything."""
+        """Return True if the spec requests anything."""
         return bool(self.messages or self.changes)
 
 
-def needs(disabled: Collection[str] = ()) -> Needs:
-    """Return what the handlers need, without those of the types that the mapping has disabled."""
+def required_spec(disabled: Collection[str] = ()) -> SubscriptionSpec:
+    """Return what the handlers need, except those of the types that the mapping disables."""
     enabled = [(resource, kind) for resource, kind in HANDLERS if kind not in disabled]
     messages: dict[str, tuple[str, ...]] = {}
     for resource, kind in enabled:
-        if kind not in CHANGES:
+        if kind not in CHANGE_TYPES:
             messages[resource] = (*messages.get(resource, ()), kind)
-    changed = (resource for resource, kind in enabled if kind in CHANGES and resource not in TOLD_BY_MESSAGES)
-    return Needs(messages, tuple(unique(changed)))
+    changed = (resource for resource, kind in enabled if kind in CHANGE_TYPES and resource not in COVERED_BY_MESSAGES)
+    return SubscriptionSpec(messages, tuple(unique(changed)))
 
 
-def asked_for(subscription: Json) -> Needs:
-    """Return what a subscription asks for; what has no shape is left out."""
+def spec_of(subscription: Json) -> SubscriptionSpec:
+    """Return what a subscription requests, without malformed entries."""
     messages: dict[str, tuple[str, ...]] = {}
     for entry in as_dicts(subscription.get("messages")):
         resource = as_text(entry.get("resourceTypeId"))
-        given = entry.get("types")
-        types = unique(map(as_text, given)) if isinstance(given, list) else []
+        listed = entry.get("types")
+        types = unique(map(as_text, listed)) if isinstance(listed, list) else []
         known = messages.get(resource)
         messages[resource] = () if not types or known == () else tuple(unique([*(known or ()), *types]))
     messages.pop("", None)
     changes = (as_text(entry.get("resourceTypeId")) for entry in as_dicts(subscription.get("changes")))
-    return Needs(messages, tuple(unique(changes)))
+    return SubscriptionSpec(messages, tuple(unique(changes)))
