@@ -1,6 +1,8 @@
-"""[Operation] -> what became of each. The only stage that writes to Klaviyo; every write may be repeated.
+"""The send stage: write operations to Klaviyo and return a result for each.
 
-A few operations go one by one (single.py), many of a kind in bulk: events.py, profiles.py, catalog.py.
+This is the only stage that writes to Klaviyo. Every operation can be repeated without a second effect.
+A few operations are sent one at a time (one_by_one.py). Many operations of a kind are sent in bulk: events.py for
+events, profiles.py for profiles, catalog.py for catalog entries.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ if TYPE_CHECKING:
     from threading import Event
 
     from worker.klaviyo.client import KlaviyoClient
-    from worker.send.bulk import Bulk
-    from worker.send.events import Mode
+    from worker.send.bulk import BulkSender, OperationId
+    from worker.send.events import BulkMode
 
 __all__ = ["Request", "Sender", "request_for"]
 
-# What later phases need must be there first; within a phase operations go side by side.
+# Phases run one after the other: a variant needs its item, an item its categories.
+# The operations of one phase run concurrently.
 PHASES: tuple[frozenset[OperationKind], ...] = (
     frozenset(
         {
@@ -37,18 +40,17 @@ PHASES: tuple[frozenset[OperationKind], ...] = (
         }
     ),
     frozenset({OperationKind.UPSERT_ITEM, OperationKind.DELETE_PROFILE}),
-    frozenset(
-        {OperationKind.DELETE_STALE_VARIANTS, OperationKind.DELETE_VARIANT}
-    ),  # first: a sku may have moved to another product
+    # Variants are deleted before they are written: a SKU can move from one product to another.
+    frozenset({OperationKind.DELETE_STALE_VARIANTS, OperationKind.DELETE_VARIANT}),
     frozenset({OperationKind.UPSERT_VARIANT, OperationKind.UPDATE_INVENTORY}),
     frozenset({OperationKind.DELETE_ITEM, OperationKind.DELETE_CATEGORY}),
 )
 
 
 class Sender:
-    """Carries out operations: a few side by side, many of a kind in bulk. Safe for many threads.
+    """The send stage: single calls for a few operations, bulk calls for many. Safe for many threads.
 
-    `stopping` ends the wait for jobs that Klaviyo works on.
+    `stopping` ends the wait for Klaviyo's bulk jobs.
     """
 
     def __init__(
@@ -57,11 +59,11 @@ class Sender:
         concurrency: int,
         stopping: Event,
         *,
-        bulk_events: Mode = "auto",
+        bulk_events: BulkMode = "auto",
         bulk_threshold: int = 10,
     ) -> None:
+        # Each lane has its own threads, so that slow deletions of profiles cannot block order events.
         events, profiles, catalog = (ThreadPoolExecutor(concurrency, thread_name_prefix="klaviyo") for _ in range(3))
-        # As with the lanes: no order waits for threads that the limits for deletions, say, keep waiting.
         self._executors = dict.fromkeys(OperationKind, catalog) | {
             OperationKind.CREATE_EVENT: events,
             OperationKind.UPSERT_PROFILE: profiles,
@@ -69,38 +71,38 @@ class Sender:
         }
         self._single = SingleSender(client)
         jobs = BulkJobs(client, stopping)
-        self._bulks: tuple[Bulk, ...] = (
-            BulkEvents(client, self._one_by_one, bulk_events, bulk_threshold),
-            BulkProfiles(jobs, self._one_by_one, bulk_threshold),
-            BulkCatalog(client, jobs, self._single, catalog, self._one_by_one, bulk_threshold),
+        self._bulk_senders: tuple[BulkSender, ...] = (
+            BulkEvents(client, self._send_one_by_one, bulk_events, bulk_threshold),
+            BulkProfiles(jobs, self._send_one_by_one, bulk_threshold),
+            BulkCatalog(client, jobs, self._single, catalog, self._send_one_by_one, bulk_threshold),
         )
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
-        """Carry out the operations; return what became of each, in their order.
+        """Send the operations and return their results in the same order.
 
-        Operations of one kind and key are done once: the last counts for all of them.
+        If several operations have the same kind and key, only the last is sent. Its result counts for all of them.
         """
-        ways = {name: bulk for bulk in self._bulks for name in bulk.select(operations)}
+        bulk_sender_of = {name: sender for sender in self._bulk_senders for name in sender.select(operations)}
         distinct = {(operation.kind, operation.key): operation for operation in operations}
-        results: dict[tuple[OperationKind, str], SendResult] = {}
+        results: dict[OperationId, SendResult] = {}
         for phase in PHASES:
             group = {name: operation for name, operation in distinct.items() if name[0] in phase}
-            singly = {name: operation for name, operation in group.items() if name not in ways}
-            under_way = self._one_by_one(list(singly.values()))
-            for bulk in self._bulks:
-                theirs = {name: operation for name, operation in group.items() if ways.get(name) is bulk}
-                if theirs:
-                    results |= zip(theirs, bulk.send(list(theirs.values())), strict=True)
-            results |= zip(singly, under_way, strict=True)
+            single = {name: operation for name, operation in group.items() if name not in bulk_sender_of}
+            single_results = self._send_one_by_one(list(single.values()))  # they run during the bulk calls below
+            for sender in self._bulk_senders:
+                bulk = {name: operation for name, operation in group.items() if bulk_sender_of.get(name) is sender}
+                if bulk:
+                    results |= zip(bulk, sender.send(list(bulk.values())), strict=True)
+            results |= zip(single, single_results, strict=True)
         return [results[operation.kind, operation.key] for operation in operations]
 
     def close(self) -> None:
-        """Drop what has not begun."""
+        """Cancel the calls that have not started. Do not wait for the others."""
         for executor in set(self._executors.values()):
             executor.shutdown(wait=False, cancel_futures=True)
 
-    def _one_by_one(self, operations: Sequence[Operation]) -> Iterable[SendResult]:
-        """Begin to carry out operations of one effect side by side, and yield their results."""
-        if len(operations) <= 1:  # an idle worker pays for no thread hop
+    def _send_one_by_one(self, operations: Sequence[Operation]) -> Iterable[SendResult]:
+        """Start to send operations of one lane concurrently; yield their results in the same order."""
+        if len(operations) <= 1:  # in the calling thread: a thread switch would only add latency
             return map(self._single.send, operations)
         return self._executors[operations[0].kind].map(self._single.send, operations)

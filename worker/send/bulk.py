@@ -1,4 +1,4 @@
-"""What sending needs of Klaviyo's client, and of each other."""
+"""Parts that the bulk senders share: their interface, the search for rejected records, the fallback."""
 
 from __future__ import annotations
 
@@ -11,20 +11,32 @@ from worker.model import Operation, OperationKind, SendResult
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-
-MAX_REFUSALS = 20  # of one call's parts; two culprits among 1,000 are found without pointers
-
+MAX_REFUSALS = 20  # refused calls per batch; enough to find two rejected records among 1,000 without pointers
 
 R = TypeVar("R")
+OperationId = tuple[OperationKind, str]  # kind and key
+BulkResult = SendResult | None  # None: the bulk call did not decide; the operation must be sent on its own
+OneByOne = Callable[[Sequence[Operation]], Iterable[SendResult]]
+
+
+class BulkSender(Protocol):
+    """A way to send many operations in a few calls."""
+
+    def select(self, operations: Sequence[Operation]) -> Collection[OperationId]:
+        """Return the ids of the operations to send in bulk. Called once per batch, with the whole batch."""
+
+    def send(self, operations: Sequence[Operation]) -> Sequence[SendResult]:
+        """Send selected operations and return their results in the same order."""
 
 
 def isolate_rejected(
-    records: list[R], send: Callable[[list[R]], object], blamed: Callable[[list[R], str], list[R]]
+    records: list[R], send: Callable[[list[R]], object], culprits: Callable[[list[R], str], list[R]]
 ) -> list[R]:
-    """Send records in as few calls as their culprits allow; return those that are to go alone.
+    """Send records in as few calls as possible; return the records that must be sent on their own.
 
-    `send` raises Rejected when what it was given is refused as a whole; `blamed` returns which of it a pointer
-    names. With a pointer each, B culprits cost B more calls; never more than 2 * MAX_REFUSALS.
+    `send` raises Rejected if Klaviyo refuses the whole call. `culprits` returns the records that the pointer of the
+    refusal names. Without culprits, the records of the call are halved. If every refusal has a pointer, each rejected
+    record costs one call more. There are at most 2 * MAX_REFUSALS calls.
     """
     alone: list[R] = []
     waiting, refusals = [records], 0
@@ -37,15 +49,15 @@ def isolate_rejected(
             send(part)
         except Rejected as refusal:
             refusals += 1
-            culprits = blamed(part, refusal.pointer)
-            alone += culprits
-            waiting += [_except(culprits, part)] if culprits else _halves(part)
+            found = culprits(part, refusal.pointer)
+            alone += found
+            waiting += [_without(found, part)] if found else _halves(part)
     return alone
 
 
-def _except(culprits: list[R], records: list[R]) -> list[R]:
-    left_out = set(map(id, culprits))
-    return [record for record in records if id(record) not in left_out]
+def _without(excluded: list[R], records: list[R]) -> list[R]:
+    ids = set(map(id, excluded))
+    return [record for record in records if id(record) not in ids]
 
 
 def _halves(records: list[R]) -> list[list[R]]:
@@ -53,23 +65,10 @@ def _halves(records: list[R]) -> list[list[R]]:
     return [records[middle:], records[:middle]]
 
 
-class Bulk(Protocol):
-    """A way to carry out many operations in few calls."""
-
-    def select(self, operations: Sequence[Operation]) -> Collection[tuple[OperationKind, str]]:
-        """Return kind and key of those of a batch that are to go this way; all of a batch are asked for, once."""
-
-    def send(self, operations: Sequence[Operation]) -> Sequence[SendResult]:
-        """Carry out operations that were chosen; return what became of each, in their order."""
-
-
-OneByOne = Callable[[Sequence[Operation]], Iterable[SendResult]]
-
-
 def with_fallback(
-    operations: Sequence[Operation], verdicts: Sequence[SendResult | None], one_by_one: OneByOne
+    operations: Sequence[Operation], results: Sequence[BulkResult], one_by_one: OneByOne
 ) -> list[SendResult]:
-    """Carry out one by one what a bulk call left without a verdict (None), and return all results."""
-    alone = [operation for operation, verdict in zip(operations, verdicts, strict=True) if verdict is None]
-    rest = iter(one_by_one(alone))
-    return [next(rest) if verdict is None else verdict for verdict in verdicts]
+    """Send the undecided operations one by one, and return the results of all."""
+    undecided = [operation for operation, result in zip(operations, results, strict=True) if result is None]
+    others = iter(one_by_one(undecided))
+    return [next(others) if result is None else result for result in results]

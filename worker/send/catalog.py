@@ -1,9 +1,9 @@
-"""Catalog entries in bulk: jobs that create what is missing, update what exists, delete what is gone."""
+"""Bulk writes of catalog entries: jobs that create, update and delete."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 import orjson
@@ -23,25 +23,26 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from worker.klaviyo.client import KlaviyoClient
-    from worker.send.bulk import OneByOne
+    from worker.send.bulk import BulkResult, OneByOne, OperationId
     from worker.send.jobs import BulkJobs
     from worker.send.one_by_one import SingleSender
 
-MAX_ENTRIES = 100  # of a job: https://developers.klaviyo.com/en/reference/bulk_create_catalog_items
-MAX_FILTER_BYTES = 6_000  # of a lookup, percent-encoded; keeps the URI under the 8 KB that proxies take
-_TYPES = {
+MAX_ENTRIES = 100  # per job: https://developers.klaviyo.com/en/reference/bulk_create_catalog_items
+MAX_FILTER_BYTES = 6_000  # of a percent-encoded filter; proxies accept URIs of 8 KB
+_TYPES = {  # collection -> JSON:API type, name of the entries in a job
     "catalog-categories": ("catalog-category", "categories"),
     "catalog-items": ("catalog-item", "items"),
     "catalog-variants": ("catalog-variant", "variants"),
 }
-_FULL = frozenset({OperationKind.UPSERT_CATEGORY, OperationKind.UPSERT_ITEM, OperationKind.UPSERT_VARIANT})
-_NOTHING_TO_DO = SendResult(None, 0)
+_FULL_WRITES = frozenset({OperationKind.UPSERT_CATEGORY, OperationKind.UPSERT_ITEM, OperationKind.UPSERT_VARIANT})
+_NO_CALLS = SendResult(None, 0)
 
 
 class BulkCatalog:
-    """Writes catalog entries in bulk. Which of them exist is asked first, many in a call.
+    """Bulk sender for catalog entries. It looks up which entries exist, many per call, before it writes.
 
-    What a job could not do goes one by one: what was created or deleted meanwhile is sorted out there.
+    Failed entries are sent one by one. The single calls handle entries that another process has just created or
+    deleted.
     """
 
     def __init__(
@@ -60,24 +61,24 @@ class BulkCatalog:
         self._one_by_one = one_by_one
         self._threshold = threshold
 
-    def select(self, operations: Sequence[Operation]) -> list[tuple[OperationKind, str]]:
-        """Return the names of the operations that are to go in bulk: those of which there is more than a handful."""
+    def select(self, operations: Sequence[Operation]) -> list[OperationId]:
+        """Return the ids of the operations of every kind that exceeds the threshold."""
         names = {(operation.kind, operation.key) for operation in operations if operation.kind in COLLECTION}
         sizes = Counter(kind for kind, _ in names)
         return [name for name in names if sizes[name[0]] > self._threshold]
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
-        """Carry out operations of one phase; return what became of each, in their order."""
+        """Send operations of one phase and return their results in the same order."""
         groups: dict[str, list[Operation]] = defaultdict(list)
         for operation in operations:
             groups[COLLECTION[operation.kind]].append(operation)
-        results: dict[tuple[OperationKind, str], SendResult] = {}
+        results: dict[OperationId, SendResult] = {}
         for collection, group in groups.items():
             names = [(operation.kind, operation.key) for operation in group]
-            results |= zip(names, self._work(collection, group), strict=True)
+            results |= zip(names, self._send_group(collection, group), strict=True)
         return [results[operation.kind, operation.key] for operation in operations]
 
-    def _work(self, collection: str, operations: list[Operation]) -> list[SendResult]:
+    def _send_group(self, collection: str, operations: list[Operation]) -> list[SendResult]:
         match operations[0].kind:
             case OperationKind.DELETE_STALE_VARIANTS:
                 return self._delete_stale_variants(operations)
@@ -87,30 +88,30 @@ class BulkCatalog:
                 return self._write(collection, operations)
 
     def _write(self, collection: str, operations: list[Operation]) -> list[SendResult]:
-        """Create what is missing and update what exists. Of two writes to an entry the full one counts for both."""
-        writes = {operation.key: operation for operation in sorted(operations, key=lambda o: o.kind in _FULL)}
+        """Create missing entries and update existing ones. A full write to an entry replaces a partial one."""
+        writes = {operation.key: operation for operation in sorted(operations, key=lambda o: o.kind in _FULL_WRITES)}
         try:
-            existing = self._existing(collection, writes)
+            existing = self._find_existing(collection, writes)
         except Rejected:
             return list(self._one_by_one(operations))
         except WorkerError as error:
             return [SendResult(error, 1)] * len(operations)
-        done: dict[str, SendResult | None] = dict.fromkeys(existing, _NOTHING_TO_DO)
+        results: dict[str, BulkResult] = dict.fromkeys(existing, _NO_CALLS)
         creations = [
             o for key, o in writes.items() if key not in existing and o.kind is not OperationKind.UPDATE_INVENTORY
         ]
         updates = [o for key, o in writes.items() if key in existing and o.kind is not OperationKind.ENSURE_CATEGORY]
         for verb, group in (("create", creations), ("update", updates)):
-            done |= zip((o.key for o in group), self._jobs.run(*_job(collection, verb, group)), strict=True)
+            results |= zip((o.key for o in group), self._jobs.run(*_job(collection, verb, group)), strict=True)
         for operation in creations:
-            created = done[operation.key]
-            if created and created.error is None:
+            result = results[operation.key]
+            if result and result.error is None:
                 self._single.remember(entry_path(operation))
-        return with_fallback(operations, [done.get(operation.key) for operation in operations], self._one_by_one)
+        return with_fallback(operations, [results.get(operation.key) for operation in operations], self._one_by_one)
 
-    def _existing(self, collection: str, writes: Mapping[str, Operation]) -> set[str]:
-        """Return the keys of the entries that exist. Raises WorkerError."""
-        existing = {key for key, operation in writes.items() if self._single.knows(entry_path(operation))}
+    def _find_existing(self, collection: str, writes: Mapping[str, Operation]) -> set[str]:
+        """Return the keys of the entries that exist in Klaviyo. Raises WorkerError."""
+        existing = {key for key, operation in writes.items() if self._single.is_known(entry_path(operation))}
         fields = f"fields%5B{_TYPES[collection][0]}%5D=id"
         for literals in _filters(key for key in writes if key not in existing):
             path = f"/api/{collection}?filter=any(ids,%5B{literals}%5D)&{fields}"
@@ -125,43 +126,54 @@ class BulkCatalog:
         return with_fallback(operations, self._jobs.run(*_job(collection, "delete", operations)), self._one_by_one)
 
     def _delete_stale_variants(self, operations: list[Operation]) -> list[SendResult]:
-        """Delete the variants that commercetools no longer has, of all the items at once."""
-        found = list(self._executor.map(self._stale_variants, operations))
-        stale = {o.key: o for deletions in found if not isinstance(deletions, WorkerError) for o in deletions}
-        is_many = len(stale) > self._threshold
-        work = self._delete("catalog-variants", [*stale.values()]) if is_many else self._one_by_one([*stale.values()])
-        deleted = dict(zip(stale, work, strict=True))
-        return [
-            SendResult(deletions, 1)
-            if isinstance(deletions, WorkerError)
-            else SendResult(next((e for o in deletions if (e := deleted[o.key].error)), None), 1 + len(deletions))
-            for deletions in found
-        ]
+        """Delete the variants that commercetools no longer has, for all items together."""
+        stale_variants = list(self._executor.map(self._stale_variants, operations))
+        deletions = {deletion.key: deletion for stale in stale_variants for deletion in stale.deletions}
+        if len(deletions) > self._threshold:
+            results: Iterable[SendResult] = self._delete("catalog-variants", list(deletions.values()))
+        else:
+            results = self._one_by_one(list(deletions.values()))
+        result_of = dict(zip(deletions, results, strict=True))
+        return [stale.result(result_of) for stale in stale_variants]
 
-    def _stale_variants(self, operation: Operation) -> list[Operation] | WorkerError:
+    def _stale_variants(self, operation: Operation) -> _StaleVariants:
         try:
-            return self._single.stale_variants(operation)
+            return _StaleVariants(self._single.stale_variants(operation))
         except WorkerError as error:
-            return error
+            return _StaleVariants([], error)
+
+
+class _StaleVariants(NamedTuple):
+    """The deletions of an item's stale variants, or the error that prevented their lookup."""
+
+    deletions: list[Operation]
+    error: WorkerError | None = None
+
+    def result(self, result_of: Mapping[str, SendResult]) -> SendResult:
+        """Return the item's result: the first error, and the number of requests. `result_of` is by variant."""
+        errors = (result_of[deletion.key].error for deletion in self.deletions)
+        return SendResult(self.error or next(filter(None, errors), None), 1 + len(self.deletions))
 
 
 def _job(collection: str, verb: str, operations: list[Operation]) -> tuple[BulkJobType, list[JobEntry]]:
-    """Return a kind of job and its entries."""
-    of_one, of_many = _TYPES[collection]
-    entries = [JobEntry(operation.key, orjson.dumps(_resource(of_one, verb, operation))) for operation in operations]
-    return BulkJobType(f"{of_one}-bulk-{verb}-job", of_many, MAX_ENTRIES), entries
+    """Return the type of a job and its entries."""
+    resource_type, member = _TYPES[collection]
+    entries = [
+        JobEntry(operation.key, orjson.dumps(_resource(resource_type, verb, operation))) for operation in operations
+    ]
+    return BulkJobType(f"{resource_type}-bulk-{verb}-job", member, MAX_ENTRIES), entries
 
 
-def _resource(of_one: str, verb: str, operation: Operation) -> Json | None:
+def _resource(resource_type: str, verb: str, operation: Operation) -> Json | None:
     if verb == "delete":
-        return {"type": of_one, "id": catalog_id(operation.key)}
+        return {"type": resource_type, "id": catalog_id(operation.key)}
     if verb == "create" or operation.kind is OperationKind.UPDATE_INVENTORY:
         return operation.resource
     return update_body(operation)
 
 
 def _filters(keys: Iterable[str]) -> Iterator[str]:
-    """Yield lists of ids for `any(ids,[...])`, percent-encoded, each short enough for a URI."""
+    """Yield percent-encoded lists of ids for `any(ids,[...])`, each short enough for a URI."""
     literals = (quote(orjson.dumps(catalog_id(key)), safe="$:") for key in keys)
     chunks = chunked(literals, lambda literal: len(literal) + 1, MAX_FILTER_BYTES, MAX_ENTRIES)
     return map(",".join, chunks)

@@ -1,4 +1,4 @@
-"""Klaviyo's bulk jobs: posted in chunks, waited for, and what in them did not succeed."""
+"""Klaviyo's bulk jobs: started in chunks, polled until they end, with a result for each entry."""
 
 from __future__ import annotations
 
@@ -22,158 +22,180 @@ if TYPE_CHECKING:
     from threading import Event
 
     from worker.klaviyo.client import KlaviyoClient
+    from worker.send.bulk import BulkResult
 
 MAX_BYTES = 5_000_000  # of a call: https://developers.klaviyo.com/en/reference/bulk_import_profiles
-ENVELOPE_BYTES = 200  # bytes of a call around its entries, at most
-MAX_CONCURRENT_JOBS = 25  # jobs of one batch at a time; Klaviyo takes 500 of an account
-FIRST_POLL, MAX_POLL = 0.25, 5.0  # seconds until Klaviyo is asked how far a job is
-JOB_TIMEOUT = 120.0  # seconds for a job; after that its entries go one by one
+ENVELOPE_BYTES = 200  # upper bound of a call's bytes around its entries
+MAX_CONCURRENT_JOBS = 25  # per batch; Klaviyo accepts 500 per account
+FIRST_POLL = 0.25  # seconds from the start of a job to its first poll
+MAX_POLL = 5.0  # longest interval between two polls, in seconds
+JOB_TIMEOUT = 120.0  # seconds until the entries of an unfinished job are sent one by one
 PROFILES = "profile-bulk-import-job"
 _CULPRIT = re.compile(r"/data/attributes/\w+/data/(\d+)(?:/|$)")
 _ENDED = frozenset({"complete", "cancelled"})
 
 
 class BulkJobType(NamedTuple):
-    """A kind of job: its JSON:API type, what its entries are called, and how many a call takes."""
+    """A type of bulk job: its JSON:API type, the name of its entries, the most entries of a call."""
 
     type: str
     member: str
-    most: int
+    max_entries: int
 
     @property
     def path(self) -> str:
-        """Return the endpoint."""
+        """Return the path of the endpoint."""
         return f"/api/{self.type}s"
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class JobEntry:
-    """What a job is to work on: external id and JSON. `verdict` None: it must go alone."""
+    """An entry of a bulk job: its external id, its JSON and its result."""
 
     key: str
     body: bytes
-    verdict: SendResult | None = None
+    result: BulkResult = None
 
 
 class _BulkJob(NamedTuple):
     id: str
     entries: list[JobEntry]
-    posted_at: float  # monotonic seconds
+    started_at: float  # monotonic seconds
+
+
+class _Failures(NamedTuple):
+    """The external ids of a job's failed entries. If `is_complete` is False, any other entry can have failed too."""
+
+    keys: frozenset[str]
+    is_complete: bool
+
+    def can_include(self, entry: JobEntry) -> bool:
+        """Return whether the entry failed or can have failed."""
+        return not self.is_complete or entry.key in self.keys
+
+
+_UNKNOWN = _Failures(frozenset(), is_complete=False)
 
 
 class BulkJobs:
-    """Has Klaviyo work on many entries at once. Safe for many threads, which share what they ask about jobs.
+    """A runner of bulk jobs. Safe for many threads, which share their polls.
 
-    Import jobs need more scopes than single calls: a key without them sends its entries one by one.
+    Import jobs need more scopes than single calls. If the key lacks them, all entries must be sent one by one.
     """
 
     def __init__(self, client: KlaviyoClient, stopping: Event) -> None:
         self._client = client
         self._stopping = stopping
-        self._listing: dict[str, Json] = {}
+        self._recent: dict[str, Json] = {}  # job id -> import job, as of the latest list
         self._listed_at = float("-inf")  # monotonic seconds
         self._lock = Lock()
-        self._refused = ConditionLog("bulk_jobs_refused", "bulk_jobs_allowed", logging.WARNING)
+        self._refusal_log = ConditionLog("bulk_jobs_refused", "bulk_jobs_allowed", logging.WARNING)
 
-    def run(self, kind: BulkJobType, entries: Sequence[JobEntry]) -> list[SendResult | None]:
-        """Have entries worked on; return what became of each, None for those that must go alone."""
-        chunks = list(_chunks(kind, entries))
+    def run(self, job_type: BulkJobType, entries: Sequence[JobEntry]) -> list[BulkResult]:
+        """Process the entries in jobs and return their results in the same order."""
+        chunks = list(_chunks(job_type, entries))
         for first in range(0, len(chunks), MAX_CONCURRENT_JOBS):
             jobs: list[_BulkJob] = []
             for chunk in chunks[first : first + MAX_CONCURRENT_JOBS]:
-                self._post(kind, chunk, jobs)
+                self._start_jobs(job_type, chunk, jobs)
             for job in jobs:
-                self._wait_for(kind, job)
-        return [entry.verdict for entry in entries]
+                self._wait_for(job_type, job)
+        return [entry.result for entry in entries]
 
-    def _post(self, kind: BulkJobType, chunk: list[JobEntry], jobs: list[_BulkJob]) -> None:
-        """Start a job, or several where a refusal is narrowed."""
+    def _start_jobs(self, job_type: BulkJobType, chunk: list[JobEntry], jobs: list[_BulkJob]) -> None:
+        """Start one job for the chunk, or several without its rejected entries; append them to `jobs`."""
         before = self._client.requests_sent()
 
         def send(part: list[JobEntry]) -> None:
-            jobs.append(_BulkJob(self._start(kind, part), part, time.monotonic()))
+            jobs.append(_BulkJob(self._start(job_type, part), part, time.monotonic()))
 
         try:
             isolate_rejected(chunk, send, _culprits)
         except KlaviyoMisconfigured as error:
-            self._refused.log(str(error), job=kind.type)
+            self._refusal_log.log(str(error), job=job_type.type)
         except WorkerError as error:
-            verdict = SendResult(error, min(self._client.requests_sent() - before, 1))
-            for entry in chunk:  # those that have a job get another in the end
-                entry.verdict = verdict
+            result = SendResult(error, min(self._client.requests_sent() - before, 1))
+            for entry in chunk:  # entries of a started job get its result later
+                entry.result = result
 
-    def _start(self, kind: BulkJobType, entries: list[JobEntry]) -> str:
-        if self._stopping.is_set():  # nobody would wait for it, and it could undo what others write meanwhile
-            raise Transient(f"stopped before a {kind.type} was posted")
-        head = f'{{"data":{{"type":"{kind.type}","attributes":{{"{kind.member}":{{"data":['.encode()
+    def _start(self, job_type: BulkJobType, entries: list[JobEntry]) -> str:
+        """Start a job and return its id. Raises WorkerError."""
+        # After a stop, no process waits for the job. It could overwrite newer data of another worker.
+        if self._stopping.is_set():
+            raise Transient(f"the worker stopped before it could start a {job_type.type}")
+        head = f'{{"data":{{"type":"{job_type.type}","attributes":{{"{job_type.member}":{{"data":['.encode()
         body = b"".join((head, b",".join(entry.body for entry in entries), b"]}}}}"))
-        job_id = as_text(as_dict(self._client.call("POST", kind.path, body).get("data")).get("id"))
+        job_id = as_text(as_dict(self._client.call("POST", job_type.path, body).get("data")).get("id"))
         if not job_id:
-            raise Transient(f"Klaviyo answered to POST {kind.path} without a job")
+            raise Transient(f"Klaviyo's response to POST {job_type.path} names no job")
         return job_id
 
-    def _wait_for(self, kind: BulkJobType, job: _BulkJob) -> None:
-        """Wait for a job and give its entries their verdicts; those that failed, or may have, get none."""
+    def _wait_for(self, job_type: BulkJobType, job: _BulkJob) -> None:
+        """Wait until the job ends and set the results of its entries. Failed entries are left undecided."""
+        failures = _UNKNOWN
         try:
-            failed = self._failed(kind, job, self._ended(kind, job))
-            self._refused.log("")
-        except Rejected:
-            failed = None
+            failures = self._failures(job_type, job, self._poll_until_ended(job_type, job))
+            self._refusal_log.log("")
+        except Rejected:  # Klaviyo does not know the job
+            pass
         except KlaviyoMisconfigured as error:
-            failed = None
-            self._refused.log(str(error), job=kind.type)
+            self._refusal_log.log(str(error), job=job_type.type)
         except WorkerError as error:
             for entry in job.entries:
-                entry.verdict = SendResult(error, 1)
+                entry.result = SendResult(error, 1)
             return
         for entry in job.entries:
-            entry.verdict = None if failed is None or entry.key in failed else SendResult(None, 1)
+            entry.result = None if failures.can_include(entry) else SendResult(None, 1)
 
-    def _ended(self, kind: BulkJobType, job: _BulkJob) -> Json:
-        """Return the job as it ended, or as it is when that takes too long. Raises WorkerError."""
-        looked_at, pause = job.posted_at, FIRST_POLL
-        while True:  # once at least: those before it may have taken all the time
-            if self._stopping.wait(max(looked_at + pause - time.monotonic(), 0.0)):
-                raise Transient(f"stopped while Klaviyo worked on a {kind.type}")
-            looking_at = time.monotonic()
-            shown = as_dict(self._poll(kind, job.id, looked_at).get("attributes"))
-            if shown.get("status") in _ENDED or looking_at - job.posted_at > JOB_TIMEOUT:
-                return shown
-            looked_at, pause = looking_at, min(pause * 1.5, MAX_POLL)
+    def _poll_until_ended(self, job_type: BulkJobType, job: _BulkJob) -> Json:
+        """Return the attributes of the job when it has ended or JOB_TIMEOUT is over. Raises WorkerError."""
+        polled_at = job.started_at
+        pause = FIRST_POLL
+        while True:  # poll at least once: earlier jobs of the batch can have used up the timeout
+            if self._stopping.wait(max(polled_at + pause - time.monotonic(), 0.0)):
+                raise Transient(f"the worker stopped while Klaviyo processed a {job_type.type}")
+            previous_poll, polled_at = polled_at, time.monotonic()
+            attributes = as_dict(self._poll(job_type, job.id, previous_poll).get("attributes"))
+            if attributes.get("status") in _ENDED or polled_at - job.started_at > JOB_TIMEOUT:
+                return attributes
+            pause = min(pause * 1.5, MAX_POLL)
 
-    def _poll(self, kind: BulkJobType, job_id: str, looked_at: float) -> Json:
-        """Return a job as it is. All import jobs are read in one call, as there may be few: 150 a minute."""
-        if kind.type == PROFILES:
+    def _poll(self, job_type: BulkJobType, job_id: str, since: float) -> Json:
+        """Return the job as read after `since` (monotonic seconds).
+
+        All threads share a list of the recent import jobs, because the endpoint accepts only 150 calls a minute.
+        """
+        if job_type.type == PROFILES:
             with self._lock:
-                if self._listed_at <= looked_at:
+                if self._listed_at <= since:
                     self._listed_at = time.monotonic()
-                    self._listing = self._recent(kind)
-                if found := self._listing.get(job_id):
+                    self._recent = self._list_recent(job_type)
+                if found := self._recent.get(job_id):
                     return found
-        return as_dict(self._client.call("GET", f"{kind.path}/{job_id}").get("data"))
+        return as_dict(self._client.call("GET", f"{job_type.path}/{job_id}").get("data"))
 
-    def _recent(self, kind: BulkJobType) -> dict[str, Json]:
-        fields = f"fields%5B{kind.type}%5D=status,failed_count"
-        path = f"{kind.path}?sort=-created_at&page%5Bsize%5D=100&{fields}"
+    def _list_recent(self, job_type: BulkJobType) -> dict[str, Json]:
+        fields = f"fields%5B{job_type.type}%5D=status,failed_count"
+        path = f"{job_type.path}?sort=-created_at&page%5Bsize%5D=100&{fields}"
         return {as_text(job.get("id")): job for job in as_dicts(self._client.call("GET", path).get("data"))}
 
-    def _failed(self, kind: BulkJobType, job: _BulkJob, shown: Json) -> set[str] | None:
-        """Return the external ids of what failed; None when that cannot be told. Raises WorkerError."""
-        if shown.get("status") != "complete":
-            return None
-        count = as_int(shown.get("failed_count"))  # may be null
-        errors = as_dicts(shown.get("errors"))
-        if count != 0 and kind.type == PROFILES:
-            path = f"{kind.path}/{job.id}/import-errors?page%5Bsize%5D=100"
+    def _failures(self, job_type: BulkJobType, job: _BulkJob, attributes: Json) -> _Failures:
+        """Return which entries of an ended job failed. Raises WorkerError."""
+        if attributes.get("status") != "complete":
+            return _UNKNOWN
+        count = as_int(attributes.get("failed_count"))  # None: Klaviyo can return null
+        errors = as_dicts(attributes.get("errors"))
+        if count != 0 and job_type.type == PROFILES:
+            path = f"{job_type.path}/{job.id}/import-errors?page%5Bsize%5D=100"
             errors = [as_dict(error.get("attributes")) for error in iter_resources(self._client, path)]
-        failed = set(map(_key_of, errors))
-        is_told = len(failed) >= (count or 0) and failed <= {entry.key for entry in job.entries if entry.key}
-        return failed if is_told else None
+        keys = frozenset(map(_key_of, errors))
+        known = {entry.key for entry in job.entries if entry.key}
+        return _Failures(keys, is_complete=len(keys) >= (count or 0) and keys <= known)
 
 
-def _chunks(kind: BulkJobType, entries: Sequence[JobEntry]) -> Iterator[list[JobEntry]]:
-    """Split entries so that each call is within the limits."""
-    return chunked(entries, lambda entry: len(entry.body) + 1, MAX_BYTES - ENVELOPE_BYTES, kind.most)
+def _chunks(job_type: BulkJobType, entries: Sequence[JobEntry]) -> Iterator[list[JobEntry]]:
+    """Split entries into the calls that Klaviyo's limits require."""
+    return chunked(entries, lambda entry: len(entry.body) + 1, MAX_BYTES - ENVELOPE_BYTES, job_type.max_entries)
 
 
 def _culprits(entries: list[JobEntry], pointer: str) -> list[JobEntry]:
@@ -182,7 +204,7 @@ def _culprits(entries: list[JobEntry], pointer: str) -> list[JobEntry]:
 
 
 def _key_of(error: Json) -> str:
-    """Return the external id of the entry an error is about: catalog jobs name it, import jobs quote the entry."""
+    """Return the external id of a failed entry, or "". Catalog jobs name it; import jobs quote the entry."""
     quoted = as_dict(error.get("original_payload"))
-    about = (as_dict(error.get("meta")), as_dict(quoted.get("attributes")), quoted)
-    return next(filter(None, (as_text(each.get("external_id")) for each in about)), "")
+    sources = (as_dict(error.get("meta")), as_dict(quoted.get("attributes")), quoted)
+    return next(filter(None, (as_text(source.get("external_id")) for source in sources)), "")

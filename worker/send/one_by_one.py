@@ -1,7 +1,8 @@
-"""Operations one by one: what exists is updated, what is gone created, conflicts are resolved."""
+"""Single calls: one operation at a time, with conflicts resolved."""
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from threading import Lock
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -23,19 +24,20 @@ if TYPE_CHECKING:
 
     from worker.klaviyo.client import KlaviyoClient
 
-_REMEMBERED, _REMEMBERED_SECONDS = 50_000, 600.0  # catalog entries known to exist; forgetting one costs a call
-_NOT_FOUND, _CONFLICT = 404, 409
+# The cache of catalog entries that exist. A miss costs one call.
+_CACHE_SIZE = 50_000
+_CACHE_SECONDS = 600.0
 
 
 class SingleSender:
-    """Carries out one operation at a time. Safe for many threads; remembers which catalog entries exist."""
+    """A sender for single operations that remembers which catalog entries exist. Safe for many threads."""
 
     def __init__(self, client: KlaviyoClient) -> None:
         self._client = client
-        self._exists: cachetools.TTLCache[str, bool]
-        self._exists = cachetools.TTLCache(_REMEMBERED, _REMEMBERED_SECONDS)
+        self._existing: cachetools.TTLCache[str, bool]
+        self._existing = cachetools.TTLCache(_CACHE_SIZE, _CACHE_SECONDS)
         self._lock = Lock()
-        self._special: dict[OperationKind, Callable[[Operation], None]] = {
+        self._methods: dict[OperationKind, Callable[[Operation], None]] = {
             OperationKind.CREATE_EVENT: self._create_event,
             OperationKind.UPSERT_PROFILE: self._upsert_profile,
             OperationKind.DELETE_PROFILE: self._delete_profile,
@@ -51,56 +53,57 @@ class SingleSender:
         }
 
     def send(self, operation: Operation) -> SendResult:
-        """Carry out an operation; return what became of it."""
-        before, error = self._client.requests_sent(), None
+        """Send an operation and return its result."""
+        before = self._client.requests_sent()
+        error = None
         try:
-            self._special[operation.kind](operation)
+            self._methods[operation.kind](operation)
         except WorkerError as failure:
             error = failure
         return SendResult(error, self._client.requests_sent() - before)
 
     def stale_variants(self, operation: Operation) -> list[Operation]:
-        """Return the deletions of the item's variants in Klaviyo that commercetools no longer has."""
+        """Return operations that delete the item's variants which Klaviyo has and commercetools has not."""
         try:
             found = list(
                 iter_resources(self._client, f"{entry_path(operation)}/variants?fields%5Bcatalog-variant%5D=id")
             )
         except Rejected as error:
-            if error.status != _NOT_FOUND:
+            if error.status != HTTPStatus.NOT_FOUND:
                 raise
             return []
         keys = [external_id(as_text(variant.get("id"))) for variant in found]
         return [Operation(OperationKind.DELETE_VARIANT, key) for key in keys if key not in operation.keep_skus]
 
-    def knows(self, entry: str) -> bool:
-        """Tell whether the catalog entry at this path was seen lately."""
+    def is_known(self, entry: str) -> bool:
+        """Return whether the catalog entry at this path is known to exist."""
         with self._lock:
-            return entry in self._exists
+            return entry in self._existing
 
     def remember(self, entry: str) -> None:
-        """Note that a catalog entry exists."""
+        """Record that the catalog entry at this path exists."""
         with self._lock:
-            self._exists[entry] = True
+            self._existing[entry] = True
 
     def forget(self, entry: str) -> None:
-        """Note that a catalog entry may be gone."""
+        """Discard the record that a catalog entry exists."""
         with self._lock:
-            self._exists.pop(entry, None)
+            self._existing.pop(entry, None)
 
     def _create_event(self, operation: Operation) -> None:
         self._write_profile("POST", "/api/events", operation.resource or {})
 
     def _upsert_profile(self, operation: Operation) -> None:
-        """Import the profile. A 409 names another profile with one of its identifiers: write to that one.
+        """Import the profile; if it conflicts with another profile, update that one.
 
-        When that conflicts too, the identifiers belong to several profiles, and Klaviyo merges none of them
-        by itself: give up the weaker ones rather than the update.
+        The 409 response names a profile that has one of the identifiers. If its update conflicts too, the identifiers
+        belong to several profiles. Klaviyo does not merge them, so the weaker identifiers are dropped.
         """
         resource = operation.resource or {}
         try:
             return self._import(resource)
         except Rejected as error:
-            if error.status != _CONFLICT:
+            if error.status != HTTPStatus.CONFLICT:
                 raise
             duplicate = error.duplicate_id
         try:
@@ -108,40 +111,40 @@ class SingleSender:
                 path = f"/api/profiles/{quote(duplicate, safe='')}"
                 return self._write_profile("PATCH", path, resource | {"id": duplicate})
         except Rejected as error:
-            if error.status != _CONFLICT:
+            if error.status != HTTPStatus.CONFLICT:
                 raise
         return self._import_strongest(resource)
 
     def _import_strongest(self, resource: Json) -> None:
-        """Import with the phone number left out, then with nothing but the strongest identifier."""
+        """Import the profile without its phone number; if that conflicts, with its strongest identifier only."""
         attributes = dict(resource["attributes"])
         strongest = next(name for name in IDENTIFIER_PRIORITY if name in attributes)
         without_phone = {n: v for n, v in attributes.items() if n != "phone_number" or n == strongest}
-        alone = {n: v for n, v in without_phone.items() if n != "external_id" or n == strongest}
+        strongest_only = {n: v for n, v in without_phone.items() if n != "external_id" or n == strongest}
         try:
             self._import(resource | {"attributes": without_phone})
         except Rejected as error:
-            if error.status != _CONFLICT:
+            if error.status != HTTPStatus.CONFLICT:
                 raise
-            self._import(resource | {"attributes": alone})
+            self._import(resource | {"attributes": strongest_only})
 
     def _import(self, resource: Json) -> None:
         self._write_profile("POST", "/api/profile-import", resource)
 
     def _write_profile(self, method: str, path: str, resource: Json) -> None:
-        """Write a profile or an event, without an invalid email or phone where something else identifies it."""
+        """Write a profile or an event. Drop an invalid email or phone number if another identifier remains."""
         try:
             self._client.call(method, path, {"data": resource})
         except Rejected as error:
             identifier = invalid_identifier(error)
-            rest = drop_identifier(resource, identifier) if identifier else None
-            if rest is None:
+            remaining = drop_identifier(resource, identifier) if identifier else None
+            if remaining is None:
                 raise
             log.warning("identifier_left_out", extra={"identifier": identifier, "resource": resource["type"]})
-            self._write_profile(method, path, rest)
+            self._write_profile(method, path, remaining)
 
     def _delete_profile(self, operation: Operation) -> None:
-        """Request the deletion of every profile with this external_id: the endpoint itself takes none."""
+        """Request the deletion of every profile with this external_id. The endpoint accepts Klaviyo's ids only."""
         literal = orjson.dumps(operation.key).decode()
         path = f"/api/profiles?filter={quote(f'equals(external_id,{literal})')}&fields%5Bprofile%5D=id"
         for profile in iter_resources(self._client, path):
@@ -149,54 +152,50 @@ class SingleSender:
             self._client.call(request.method, request.path, request.body)
 
     def _upsert(self, operation: Operation) -> None:
-        """Create, or update what exists; what this process has seen exist is updated at once."""
+        """Create the entry, or update it if it exists. An entry that is known to exist is updated first."""
         entry = entry_path(operation)
-        if self.knows(entry):
-            try:
-                self._update(operation)
-            except Rejected as error:
-                if error.status != _NOT_FOUND:
-                    raise
-            else:
-                return
-        if not self._created(operation):
-            try:
-                self._update(operation)
-            except Rejected as error:
-                if error.status != _NOT_FOUND:
-                    raise
-                raise Transient(f"another process deleted {operation.kind.value} meanwhile") from None
+        if self.is_known(entry) and self._update(operation):
+            return
+        if not self._create(operation) and not self._update(operation):
+            raise Transient(f"{operation.kind.value}: another process has just deleted the entry")
         self.remember(entry)
 
     def _ensure(self, operation: Operation) -> None:
-        """Create what is missing and leave alone what is there."""
+        """Create the entry; leave it unchanged if it exists."""
         entry = entry_path(operation)
-        if not self.knows(entry):
-            self._created(operation)
+        if not self.is_known(entry):
+            self._create(operation)
             self.remember(entry)
 
-    def _created(self, operation: Operation) -> bool:
-        """Create the entry; False when it exists."""
+    def _create(self, operation: Operation) -> bool:
+        """Create the entry and return True; return False if it exists already."""
         try:
             self._client.call("POST", f"/api/{COLLECTION[operation.kind]}", {"data": operation.resource})
         except Rejected as error:
-            if error.status != _CONFLICT:
+            if error.status != HTTPStatus.CONFLICT:
                 raise
             return False
         return True
 
-    def _update(self, operation: Operation) -> None:
-        self._client.call("PATCH", entry_path(operation), {"data": update_body(operation)})
+    def _update(self, operation: Operation) -> bool:
+        """Update the entry and return True; return False if it does not exist."""
+        try:
+            self._client.call("PATCH", entry_path(operation), {"data": update_body(operation)})
+        except Rejected as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            return False
+        return True
 
     def _update_inventory(self, operation: Operation) -> None:
-        """Update the stock. Klaviyo lacks the variant: write the product, or nothing when it has none."""
+        """Update the stock of a variant. If Klaviyo has no such variant, send the fallback, if there is one."""
         try:
             self._client.call("PATCH", entry_path(operation), {"data": operation.resource})
         except Rejected as error:
-            if error.status != _NOT_FOUND:
+            if error.status != HTTPStatus.NOT_FOUND:
                 raise
-            for other in operation.fallback() if operation.fallback else ():
-                self._special[other.kind](other)
+            for fallback in operation.fallback() if operation.fallback else ():
+                self._methods[fallback.kind](fallback)
 
     def _delete_stale_variants(self, operation: Operation) -> None:
         for variant in self.stale_variants(operation):
@@ -208,5 +207,5 @@ class SingleSender:
         try:
             self._client.call("DELETE", path)
         except Rejected as error:
-            if error.status != _NOT_FOUND:  # gone already: that is what was wanted
+            if error.status != HTTPStatus.NOT_FOUND:  # deleted already
                 raise

@@ -1,4 +1,4 @@
-"""Profiles in bulk: import jobs, acknowledged when Klaviyo says they are complete."""
+"""Bulk upserts of profiles by Klaviyo's import jobs."""
 
 from __future__ import annotations
 
@@ -16,36 +16,34 @@ from worker.send.jobs import PROFILES, BulkJobType, JobEntry
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from worker.send.bulk import OneByOne
+    from worker.send.bulk import OneByOne, OperationId
     from worker.send.jobs import BulkJobs
 
-_JOB = BulkJobType(PROFILES, "profiles", 10_000)  # https://developers.klaviyo.com/en/reference/bulk_import_profiles
+_IMPORT = BulkJobType(PROFILES, "profiles", 10_000)  # https://developers.klaviyo.com/en/reference/bulk_import_profiles
 
 
 class BulkProfiles:
-    """Upserts profiles in bulk; those that fail go one by one, where conflicts are resolved."""
+    """Bulk sender for profiles. Failed profiles are sent one by one, which resolves conflicts."""
 
     def __init__(self, jobs: BulkJobs, one_by_one: OneByOne, threshold: int) -> None:
         self._jobs = jobs
         self._one_by_one = one_by_one
         self._threshold = threshold
 
-    def select(self, operations: Sequence[Operation]) -> list[tuple[OperationKind, str]]:
-        """Return the names of the upserts that are to go in bulk; none, when they are only a handful.
+    def select(self, operations: Sequence[Operation]) -> list[OperationId]:
+        """Return the ids of the upserts to send in bulk; none if there are too few.
 
-        Two that share an identifier go one by one: nothing is said about their order within a job.
+        Upserts that share an identifier are sent one by one: Klaviyo documents no order within a job.
         """
-        upserts = {
-            operation.key: operation for operation in operations if operation.kind is OperationKind.UPSERT_PROFILE
-        }
-        named = Counter(identifier for upsert in upserts.values() for identifier in _identifiers(upsert))
-        chosen = [key for key, upsert in upserts.items() if all(named[each] == 1 for each in _identifiers(upsert))]
-        return [(OperationKind.UPSERT_PROFILE, key) for key in chosen] if len(chosen) > self._threshold else []
+        upserts = {o.key: o for o in operations if o.kind is OperationKind.UPSERT_PROFILE}
+        uses = Counter(identifier for upsert in upserts.values() for identifier in _identifiers(upsert))
+        selected = [key for key, upsert in upserts.items() if all(uses[each] == 1 for each in _identifiers(upsert))]
+        return [(OperationKind.UPSERT_PROFILE, key) for key in selected] if len(selected) > self._threshold else []
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
-        """Import the profiles; return what became of each, in their order."""
+        """Import the profiles and return their results in the same order."""
         entries = [JobEntry(_external_id(upsert), orjson.dumps(upsert.resource)) for upsert in operations]
-        return with_fallback(operations, self._jobs.run(_JOB, entries), self._one_by_one)
+        return with_fallback(operations, self._jobs.run(_IMPORT, entries), self._one_by_one)
 
 
 def _attributes(upsert: Operation) -> Json:

@@ -1,4 +1,4 @@
-"""What an operation is as a request: paths and bodies."""
+"""Requests for operations: paths and bodies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Request:
 
 
 def request_for(operation: Operation) -> Request:
-    """Return the request that carries out an operation, or the first of them: its whole meaning for a reader."""
+    """Return the request that an operation sends first; it shows a reader the whole operation."""
     match operation.kind:
         case OperationKind.CREATE_EVENT:
             return Request("POST", "/api/events", {"data": operation.resource})
@@ -51,22 +51,23 @@ def request_for(operation: Operation) -> Request:
 
 
 def entry_path(operation: Operation) -> str:
-    """Return the path of the catalog entry an operation is about."""
+    """Return the path of the catalog entry that an operation writes."""
     return f"/api/{COLLECTION[operation.kind]}/{quote(catalog_id(operation.key), safe='$:')}"
 
 
 def update_body(operation: Operation) -> Json:
-    """Return the resource that updates what UPSERT_* would create."""
+    """Return the resource to update an entry that exists, for an UPSERT_* operation."""
     resource = operation.resource or {}
     attributes = {n: v for n, v in resource["attributes"].items() if n not in _CREATE_ONLY}
     update = {"type": resource["type"], "id": catalog_id(operation.key), "attributes": attributes}
+    # Klaviyo accepts no relationships in the update of a variant.
     if operation.kind is not OperationKind.UPSERT_VARIANT and "relationships" in resource:
-        update["relationships"] = resource["relationships"]  # a variant never changes its item
+        update["relationships"] = resource["relationships"]
     return update
 
 
 def deletion_request(profile_id: str) -> Request:
-    """Return the request to erase a profile by Klaviyo's id."""
+    """Return the request to delete a profile and its data. `profile_id` is Klaviyo's id."""
     profile = {"data": {"type": "profile", "id": profile_id, "attributes": {}}}
     data = {"type": "data-privacy-deletion-job", "attributes": {"profile": profile}}
     return Request("POST", "/api/data-privacy-deletion-jobs", {"data": data})

@@ -18,7 +18,7 @@ from worker.transform.order_events import event_operation
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from worker.send.events import Mode
+    from worker.send.events import BulkMode
 
 BULK, SINGLE = "/api/event-bulk-create-jobs", "/api/events"
 
@@ -37,7 +37,7 @@ def placed(number: int, **more: Any) -> Operation:
     return Operation(made.kind, made.key, made.resource, is_first_delivery=lambda: True)
 
 
-def sender_for(sandbox: Sandbox, mode: Mode = "auto") -> Sender:
+def sender_for(sandbox: Sandbox, mode: BulkMode = "auto") -> Sender:
     return Sender(klaviyo_for(sandbox), 4, bulk_events=mode, bulk_threshold=10)
 
 

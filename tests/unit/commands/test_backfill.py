@@ -29,7 +29,7 @@ from worker.commands.progress_bar import Pace, Screen, bar, duration, shown
 from worker.errors import Disposition, Ignored, Rejected, SettingsError, Transient
 from worker.model import Message, Operation, OperationKind, Outcome
 from worker.parse import parse
-from worker.send.events import body_of
+from worker.send.events import bulk_body
 from worker.transform.order_events import event_operation
 
 if TYPE_CHECKING:
@@ -128,12 +128,12 @@ def test_only_events_of_a_backfill_are_marked_as_history() -> None:
     assert operation.key == live.key
     profile = Operation(OperationKind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {}})
     assert as_history(profile) is profile
-    (entry,) = orjson.loads(body_of([operation, as_history(placed("2"))]))["data"]["attributes"]["events-bulk-create"][
-        "data"
-    ]
+    (entry,) = orjson.loads(bulk_body([operation, as_history(placed("2"))]))["data"]["attributes"][
+        "events-bulk-create"
+    ]["data"]
     assert entry["attributes"]["backfill"] is True
     assert [each["attributes"]["backfill"] for each in entry["attributes"]["events"]["data"]] == [True, True]
-    assert b"backfill" not in body_of([live])
+    assert b"backfill" not in bulk_body([live])
 
 
 def test_a_time_becomes_a_predicate_on_the_right_field() -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from worker.klaviyo.client import Body
-    from worker.send.events import Mode
+    from worker.send.events import BulkMode
 
 BULK, SINGLE, PROFILE = "/api/event-bulk-create-jobs", "/api/events", "/api/profile-import"
 BASE = "/data/attributes/events-bulk-create/data"
@@ -111,7 +111,7 @@ def _places(body: bytes) -> Iterator[tuple[int, int, str]]:
             yield number, index, each["attributes"]["unique_id"]
 
 
-def sender(klaviyo: Klaviyo, mode: Mode = "auto", threshold: int = 0) -> Sender:
+def sender(klaviyo: Klaviyo, mode: BulkMode = "auto", threshold: int = 0) -> Sender:
     return Sender(klaviyo, 4, bulk_events=mode, bulk_threshold=threshold)
 
 
@@ -296,7 +296,7 @@ def test_a_handful_goes_one_by_one() -> None:
         ("never", False, SINGLE),
     ],
 )
-def test_the_setting_decides_who_goes_in_bulk(mode: Mode, fresh: bool, path: str) -> None:
+def test_the_setting_decides_who_goes_in_bulk(mode: BulkMode, fresh: bool, path: str) -> None:
     """Auto: what cannot have been sent before."""
     klaviyo = Klaviyo()
     assert sender(klaviyo, mode).send([event(str(n), fresh=fresh) for n in range(5)]) == [None] * 5
@@ -326,7 +326,7 @@ def test_what_was_sent_lately_goes_one_by_one() -> None:
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The events of longest ago are forgotten."""
-    monkeypatch.setattr(bulk, "_REMEMBERED", 10)
+    monkeypatch.setattr(bulk, "REMEMBERED_EVENTS", 10)
     ours = BulkEvents(Klaviyo(), lambda _: (), "auto", 0)
     for number in range(100):
         assert ours.select([event(str(number))])
@@ -355,7 +355,7 @@ def test_always_repeats_no_id_within_a_call() -> None:
 
 
 @pytest.mark.parametrize("mode", ["auto", "always"])
-def test_an_event_without_an_id_never_goes_in_bulk(mode: Mode) -> None:
+def test_an_event_without_an_id_never_goes_in_bulk(mode: BulkMode) -> None:
     """Klaviyo would take two events of a second for one, and refuse the call."""
     klaviyo = Klaviyo()
     nameless = [event("", who=f"{n}@example.com") for n in range(3)]
@@ -364,6 +364,6 @@ def test_an_event_without_an_id_never_goes_in_bulk(mode: Mode) -> None:
 
 def test_what_waits_for_a_call_shows_nobody() -> None:
     """A repr may end up in a log or a traceback."""
-    record = bulk._record(event("1", who="ada@example.com"), bulk._Submission(), lambda: True)
+    record = bulk._bulk_event(event("1", who="ada@example.com"), bulk._Submission(), lambda: True)
     entry = jobs.JobEntry("c1", b'{"email":"ada@example.com"}')
     assert "ada" not in repr([record, entry])

@@ -107,7 +107,7 @@ class Lanes:
 
     def all_wait(self, number: int) -> None:
         """Return when so many events wait for a call."""
-        calls = self.sender._bulks[0]._calls  # type: ignore[attr-defined]
+        calls = self.sender._bulk_senders[0]._batcher  # type: ignore[attr-defined]
         wait_for(lambda: len(calls._waiting) == number)  # nobody is notified of that
 
 

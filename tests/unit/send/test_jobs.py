@@ -25,7 +25,7 @@ def test_a_job_takes_no_more_than_klaviyo_does(sizes: list[int]) -> None:
     chunks = list(jobs._chunks(KIND, entries))
     assert [entry for chunk in chunks for entry in chunk] == entries
     for chunk in chunks:
-        assert 1 <= len(chunk) <= KIND.most
+        assert 1 <= len(chunk) <= KIND.max_entries
         assert FRAME + sum(len(entry.body) + 1 for entry in chunk) <= jobs.MAX_BYTES or len(chunk) == 1
 
 

@@ -48,7 +48,7 @@ class Verdict:
     seen: str
 
     @property
-    def recommended(self) -> bulk.Mode:
+    def recommended(self) -> bulk.BulkMode:
         """Return the value for KLAVIYO_WORKER_BULK_EVENTS."""
         return "always" if self.repeat == "ignored" else "auto"
 
@@ -113,7 +113,7 @@ class BulkProbe:
             )
             for name in names
         ]
-        self._client.call("POST", bulk.PATH, bulk.body_of(events), idempotent=False)
+        self._client.call("POST", bulk.PATH, bulk.bulk_body(events), idempotent=False)
 
     def _wait_for(self, *names: str) -> float | None:
         """Return the seconds until the events showed, or None when they did not in time."""
