@@ -14,7 +14,7 @@ from urllib.parse import quote
 import orjson
 
 from worker.commercetools.queries import Query, QueryResult, group_by_value
-from worker.commercetools.token import _Token
+from worker.commercetools.token import AccessToken
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient, WorkerError
 from worker.http import transport as http
 from worker.http.chunks import chunked
@@ -39,7 +39,7 @@ class Commercetools:
     def __init__(
         self, settings: CommercetoolsSettings, stopping: Event, observe: http.Observe = http.unobserved
     ) -> None:
-        self._token = _Token(settings, observe)
+        self._token = AccessToken(settings, observe)
         self._url = f"{settings.ct_api_url}/{quote(settings.ct_project_id, safe='')}"
         self._breakers = CircuitBreakers("commercetools", settings, stopping)
         self._transport = http.Transport(http.pool(self._url, settings.threads), settings, observe)
@@ -118,7 +118,7 @@ class Commercetools:
         token = self._token.get()
         response = self._request(endpoint, method, url, body, token)
         if response.status == HTTPStatus.UNAUTHORIZED:  # revoked before its time
-            response = self._request(endpoint, method, url, body, self._token.renew(token))
+            response = self._request(endpoint, method, url, body, self._token.replace(token))
         http.raise_for_transient(response)
         return response
 

@@ -1,15 +1,15 @@
-"""The access token of commercetools: fetched when needed, renewed before it expires."""
+"""The access token of commercetools."""
 
 from __future__ import annotations
 
-import os
 import time
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import requests
 from commercetools.base_client import RefreshingOAuth2Session
 from oauthlib.oauth2 import BackendApplicationClient, OAuth2Error
+from requests.adapters import HTTPAdapter
 
 from worker.errors import CommercetoolsMisconfigured, Transient
 from worker.http import transport as http
@@ -18,71 +18,86 @@ from worker.json_access import as_text
 if TYPE_CHECKING:
     from worker.settings import CommercetoolsSettings
 
-TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
+TOKEN_MARGIN = 300.0  # seconds before its expiry at which a token is replaced
+_ENDPOINT = "oauth/token"
 
 
-_TOKEN = "oauth/token"  # noqa: S105 - the endpoint
-
-
-class _Token:
-    """An access token, fetched by one thread at a time while the others wait for it."""
+class AccessToken:
+    """An access token for many threads: one thread fetches it while the others wait."""
 
     def __init__(self, settings: CommercetoolsSettings, observe: http.Observe) -> None:
         self._settings = settings
         self._observe = observe
         self._lock = Lock()
         self._value = ""
-        self._expires_at = 0.0
-        # oauthlib refuses http:// and narrowed scopes unless told so by environment. Settings allow http://
-        # for loopback only; commercetools may grant fewer scopes than asked for.
-        os.environ["OAUTHLIB_RELAX_TOKEN_SCOPE"] = "1"  # noqa: S105 - a switch
-        if settings.ct_token_url.startswith("http://"):
-            os.environ["OAUTHLIB_INSECURE_TRANSPORT"] = "1"
+        self._expires_at = 0.0  # monotonic seconds
 
     def get(self) -> str:
+        """Return a valid token. Raises Transient and CommercetoolsMisconfigured."""
         with self._lock:
             if time.monotonic() >= self._expires_at:
                 self._fetch()
             return self._value
 
-    def renew(self, refused: str) -> str:
-        """Return another token than `refused`, which another thread may have fetched already."""
+    def replace(self, rejected: str) -> str:
+        """Return a token other than `rejected`, which another thread can have replaced already. Raises as get does."""
         with self._lock:
-            if self._value == refused:
+            if self._value == rejected:
                 self._fetch()
             return self._value
 
     def _fetch(self) -> None:
-        scope = self._settings.ct_scope.split() or None  # None: all that the API client has
-        client = self._settings.ct_api_client
-        identity = BackendApplicationClient(client_id=client.client_id, scope=scope)
-        began = time.monotonic()
+        start = time.monotonic()
         try:
-            with RefreshingOAuth2Session(client=identity, scope=scope) as session:
-                session.register_compliance_hook("access_token_response", self._judged)
-                token = session.fetch_token(
-                    self._settings.ct_token_url,
-                    client_id=client.client_id,
-                    client_secret=client.secret.get_secret_value(),
-                    timeout=(self._settings.connect_timeout, self._settings.read_timeout),
-                )
+            token = self._request()
         except requests.RequestException as error:
-            self._observe(_TOKEN, None, time.monotonic() - began)
+            self._observe(_ENDPOINT, None, time.monotonic() - start)
             raise Transient(f"no token from commercetools: {type(error).__name__}") from None
         except OAuth2Error as error:
             raise CommercetoolsMisconfigured(
                 f"commercetools refuses a token ({error.error})", todo="check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
             ) from None
-        except (AttributeError, TypeError, ValueError):  # oauthlib reads it as if it had the right shape
-            raise Transient("no token from commercetools: an answer of another shape") from None
+        except (AttributeError, TypeError, ValueError):  # oauthlib does not check the shape of the response
+            raise Transient("no token from commercetools: malformed response") from None
         lifetime = float(token.get("expires_in") or 0)
         self._value = as_text(token["access_token"])
         self._expires_at = time.monotonic() + max(lifetime - TOKEN_MARGIN, lifetime / 2)
 
-    def _judged(self, response: requests.Response) -> requests.Response:
-        """Let oauthlib judge what the authorization server decided, not that it was down."""
+    def _request(self) -> dict[str, Any]:
+        client = self._settings.ct_api_client
+        scheme, _, address = self._settings.ct_token_url.partition("://")
+        url = f"https://{address}"
+        with RefreshingOAuth2Session(client=BackendApplicationClient(client_id=client.client_id)) as session:
+            session.register_compliance_hook("access_token_response", self._check_response)
+            if scheme == "http":
+                session.mount(url, _PlainHTTPAdapter())
+            token: dict[str, Any] = session.fetch_token(
+                url,
+                client_id=client.client_id,
+                client_secret=client.secret.get_secret_value(),
+                # Not given to the session, which would refuse a token with fewer scopes. None: all of the API client.
+                scope=self._settings.ct_scope.split() or None,
+                timeout=(self._settings.connect_timeout, self._settings.read_timeout),
+            )
+            return token
+
+    def _check_response(self, response: requests.Response) -> requests.Response:
+        """Raise Transient if the server could not decide. Leave its decisions to oauthlib."""
         status = response.status_code
-        self._observe(_TOKEN, status, response.elapsed.total_seconds())
+        self._observe(_ENDPOINT, status, response.elapsed.total_seconds())
         if http.is_transient(status):
             raise Transient(f"no token from commercetools: {status}", http.retry_after(response.headers))
         return response
+
+
+class _PlainHTTPAdapter(HTTPAdapter):
+    """Sends requests for https:// URLs over http://.
+
+    oauthlib accepts http:// only if an environment variable allows it for the whole process. The settings accept it
+    for loopback addresses.
+    """
+
+    def send(self, request: requests.PreparedRequest, *arguments: Any, **options: Any) -> requests.Response:
+        """Send a request over http://."""
+        request.url = f"http{(request.url or '').removeprefix('https')}"
+        return super().send(request, *arguments, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -202,6 +203,21 @@ def test_a_strange_token_is_transient(body: bytes, sandbox: Sandbox) -> None:
     """As any strange answer is; nor is it an error that nobody can act on."""
     sandbox.commercetools.faults.add(Fault(status=200, match="POST", body=body))
     assert commercetools_for(sandbox).find(CUSTOMERS, ["x"]) == {"x": []}
+
+
+def test_token_with_fewer_scopes_is_accepted(sandbox: Sandbox) -> None:
+    """commercetools grants the intersection of CT_SCOPE and the API client's scopes."""
+    client = commercetools_for(sandbox, ct_scope="view_orders:sandbox-shop view_tax_categories:sandbox-shop")
+    assert client.find(CUSTOMERS, ["x"]) == {"x": []}
+
+
+def test_client_does_not_change_the_environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Lambda function or an importing program shares the environment with other code."""
+    for name in [name for name in os.environ if name.startswith("OAUTHLIB_")]:
+        monkeypatch.delenv(name)
+    before = dict(os.environ)
+    assert commercetools_for(sandbox, ct_scope="view_orders:sandbox-shop other").find(CUSTOMERS, ["x"]) == {"x": []}
+    assert dict(os.environ) == before
 
 
 def test_a_missing_scope_names_itself(sandbox: Sandbox) -> None:
