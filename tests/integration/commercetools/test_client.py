@@ -206,7 +206,7 @@ def test_a_strange_token_is_transient(body: bytes, sandbox: Sandbox) -> None:
 
 
 def test_token_with_fewer_scopes_is_accepted(sandbox: Sandbox) -> None:
-    """commercetools grants the intersection of CT_SCOPE and the API client's scopes."""
+    """The granted scopes are those of CT_SCOPE that the API client has."""
     client = commercetools_for(sandbox, ct_scope="view_orders:sandbox-shop view_tax_categories:sandbox-shop")
     assert client.find(CUSTOMERS, ["x"]) == {"x": []}
 
