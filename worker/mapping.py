@@ -23,8 +23,8 @@ class _Section(BaseModel):
 class PropertyRules(_Section):
     """Rules that select and rename properties."""
 
-    include: list[str] = Field([], description="PropertyRules to send; empty: all.")
-    exclude: list[str] = Field([], description="PropertyRules not to send.")
+    include: list[str] = Field([], description="Properties to send; empty: all.")
+    exclude: list[str] = Field([], description="Properties not to send.")
     rename: dict[str, str] = Field({}, description="New names: commercetools name = Klaviyo name.")
 
 

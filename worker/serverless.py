@@ -53,7 +53,7 @@ def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
     try:
         runner.run(once=True, max_wait=batch.lease_seconds)
     except (Misconfigured, ShutdownTimeoutError) as error:
-        log.error("not_all_done", extra={"reason": str(error), "returned": len(batch.left())})
+        log.error("batch_incomplete", extra={"reason": str(error), "returned": len(batch.left())})
     finally:
         timer.cancel()
         if stages.stopping.is_set():  # its clients have given up for good

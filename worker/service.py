@@ -98,7 +98,7 @@ class Worker:
             server.start()
         except OSError as error:
             hint = "another worker on this host? Give each a KLAVIYO_WORKER_HTTP_PORT of its own, or 0 for none"
-            log.warning("metrics_not_served", extra={"port": port, "reason": f"{error.strerror}: {hint}"})
+            log.warning("http_port_unavailable", extra={"port": port, "reason": f"{error.strerror}: {hint}"})
             return None
         return server
 

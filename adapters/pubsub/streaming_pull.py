@@ -180,5 +180,7 @@ class StreamingPull:
                 raise QueueRefusedError(f"QUEUE_URL: Pub/Sub refuses the subscription: {error}")
         self._close()
         self._open_at = now + self._pause
-        log.warning("stream_ended", extra={"error": type(error).__name__, "reason": str(error), "again_s": self._pause})
+        log.warning(
+            "stream_ended", extra={"error": type(error).__name__, "reason": str(error), "retry_in_s": self._pause}
+        )
         self._pause = min(self._pause * 2, LONGEST_PAUSE)

@@ -43,7 +43,7 @@ class Lease:
             self._behind = 0.0
         if is_wrong and not self._is_wrong:
             reason = f"a lock seems to end in {seconds:.0f} s: the clock of this machine is wrong, set it"
-            log.warning("clock_wrong", extra={"reason": reason})
+            log.warning("clock_skew", extra={"reason": reason})
         self._is_wrong = is_wrong
         self.seconds = SHORTEST_LEASE if is_wrong else seconds
 

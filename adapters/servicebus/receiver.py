@@ -132,7 +132,7 @@ class Receiving:
         if is_refusal(error):
             self._refusal = in_short(error)
             self._refused_since = self._refused_since or time.monotonic()
-        about = {"error": type(error).__name__, "reason": in_short(error), "again_s": self._pause}
+        about = {"error": type(error).__name__, "reason": in_short(error), "retry_in_s": self._pause}
         log.warning("receiver_ended", extra=about)
         self._stopping.wait(self._pause)
         self._pause = min(self._pause * 2, LONGEST_PAUSE)

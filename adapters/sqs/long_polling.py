@@ -189,7 +189,7 @@ class LongPolling:
         if now < self._resume_at:  # another poll of the same moment
             return
         self._resume_at = now + self._pause
-        about = {"error": aws.code(error), "reason": reason, "again_s": self._pause}
+        about = {"error": aws.code(error), "reason": reason, "retry_in_s": self._pause}
         log.warning("receive_failed", extra=about)
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
 

@@ -114,7 +114,7 @@ def test_failed_enrichment_is_never_acked(style: str, worker: Worker, sandbox: S
     done = worker("run", "--once", "--max-wait", "0.1", "--retry-timeout", "0.3")
     assert done.returncode == 0
     assert [line["outcome"] for line in log_lines(done.stderr)] == ["returned"]
-    assert "gave_up_waiting" in done.stderr
+    assert "wait_timed_out" in done.stderr
     assert sandbox.account.profiles == []
     if style == "refused":
         sandbox.commercetools.start()
@@ -178,7 +178,7 @@ def test_a_metrics_port_that_is_taken_is_said_and_costs_no_message(worker: Worke
         wait_for(lambda: sandbox.account.profiles)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
-    (line,) = [line for line in worker.log.read_text().splitlines() if "metrics_not_served" in line]
+    (line,) = [line for line in worker.log.read_text().splitlines() if "http_port_unavailable" in line]
     assert port in line
     assert "KLAVIYO_WORKER_HTTP_PORT" in line
 
@@ -187,7 +187,7 @@ def test_once_serves_no_metrics(worker: Worker) -> None:
     """Nobody scrapes a run that ends by itself, and it may share a host with a worker that is scraped."""
     with socket.create_server(("", 0)) as taken:
         done = worker("run", "--once", "--http-port", str(taken.getsockname()[1]))
-    assert (done.returncode, "metrics_not_served" in done.stderr) == (0, False)
+    assert (done.returncode, "http_port_unavailable" in done.stderr) == (0, False)
 
 
 @pytest.mark.parametrize("action", ["respond", "reset", "lose_response", "truncate"])

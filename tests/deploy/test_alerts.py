@@ -29,26 +29,26 @@ WELL = {
     "messages_in_flight": f"0x{LONG}",
     "oldest_message_age_seconds": f"0x{LONG}",
     "queue_backlog_messages": f"0x{LONG}",
-    "dead_letters_messages": f"3x{LONG}",
+    "dead_letter_messages": f"3x{LONG}",
     "batch_size_messages_sum": f"0+10x{LONG}",
     'messages_processed_total{outcome="sent"}': f"0+10x{LONG}",
     'messages_processed_total{outcome="retried"}': f"0x{LONG}",
     'messages_processed_total{outcome="dead_lettered"}': f"0x{LONG}",
-    'errors_total{error_type="Rejected"}': f"0x{LONG}",
-    'errors_total{error_type="Throttled"}': f"0x{LONG}",
-    'klaviyo_rate_limited_total{endpoint="POST /api/events"}': f"0x{LONG}",
-    'commercetools_rate_limited_total{endpoint="/orders"}': f"0x{LONG}",
+    'message_failures_total{error_type="Rejected"}': f"0x{LONG}",
+    'message_failures_total{error_type="Throttled"}': f"0x{LONG}",
+    'klaviyo_requests_total{endpoint="POST /api/events",status="429"}': f"0x{LONG}",
+    'commercetools_requests_total{endpoint="/orders",status="429"}': f"0x{LONG}",
 }
-UNTOLD = {"queue_backlog_messages": "", "dead_letters_messages": ""}  # as on Pub/Sub
+UNTOLD = {"queue_backlog_messages": "", "dead_letter_messages": ""}  # as on Pub/Sub
 IDLE = {"last_success_timestamp_seconds": f"60x{LONG}", "batch_size_messages_sum": f"0x{LONG}"}
-OUT = {'outage{service="klaviyo"}': f"1x{LONG}", 'errors_total{error_type="Rejected"}': f"0+10x{LONG}"}
+OUT = {'outage{service="klaviyo"}': f"1x{LONG}", 'message_failures_total{error_type="Rejected"}': f"0+10x{LONG}"}
 BRIEFLY_OUT = {
     'outage{service="klaviyo"}': f"1x24 0x{LONG}",
-    'errors_total{error_type="Rejected"}': f"0+10x24 240x{LONG}",
+    'message_failures_total{error_type="Rejected"}': f"0+10x24 240x{LONG}",
 }
 DEAD, AGAIN = (f'messages_processed_total{{outcome="{outcome}"}}' for outcome in ("dead_lettered", "retried"))
 KLAVIYO, COMMERCETOOLS = list(WELL)[-2:]
-REFUSED, THROTTLED = (f'errors_total{{error_type="{error}"}}' for error in ("Rejected", "Throttled"))
+REFUSED, THROTTLED = (f'message_failures_total{{error_type="{error}"}}' for error in ("Rejected", "Throttled"))
 
 CASES: dict[str, tuple[list[dict[str, str]], Firing]] = {
     "all is well": ([{}, {}], {"1": [], "30": [], "120": []}),
@@ -103,10 +103,10 @@ CASES: dict[str, tuple[list[dict[str, str]], Firing]] = {
     "an outage of minutes": ([BRIEFLY_OUT], {"10": [], "14": [], "20": [], "30": []}),
     "a dead letter": ([{DEAD: f"0x10 1x{LONG}"}, {}], {"5": [], "6": ["DeadLetters"], "25": []}),
     "a dead letter of the queue's own": (
-        [{"dead_letters_messages": f"3x10 4x{LONG}"}] * 2,
+        [{"dead_letter_messages": f"3x10 4x{LONG}"}] * 2,
         {"5": [], "6": ["DeadLetters"], "25": []},
     ),
-    "dead letters cleared away": ([{"dead_letters_messages": f"3x10 0x{LONG}"}], {"6": [], "15": []}),
+    "dead letters cleared away": ([{"dead_letter_messages": f"3x10 0x{LONG}"}], {"6": [], "15": []}),
     "an attempt spent": ([{AGAIN: f"0x10 1x{LONG}"} | UNTOLD], {"5": [], "6": ["Retried"], "25": []}),
     "one of ten tries fails": ([{REFUSED: f"0+1x{LONG}"}, {}], {"4": [], "20": ["ErrorRatio"], "120": ["ErrorRatio"]}),
     "one of two hundred fails": (

@@ -70,8 +70,8 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exposed]:
 
 
 def _only_waits(text: str) -> bool:
-    gauges = dict(re.findall(r"^klaviyo_worker_messages_(in_flight|waiting) (.+)", text, re.MULTILINE))
-    return 'error_type="Throttled"' in text and gauges["in_flight"] == gauges["waiting"] != "0.0"
+    gauges = dict(re.findall(r"^klaviyo_worker_messages_(in_flight|held) (.+)", text, re.MULTILINE))
+    return 'error_type="Throttled"' in text and gauges["in_flight"] == gauges["held"] != "0.0"
 
 
 @pytest.fixture
@@ -148,8 +148,8 @@ def test_a_mistake_would_be_found(expression: str, complaint: str, series: Expos
 
 def test_a_metric_without_samples_exists() -> None:
     """A counter with labels has its first sample with its first error."""
-    series = exposed("# HELP errors_total Errors\n# TYPE errors_total counter\n")
-    assert labels_of("sum by (job) (rate(errors_total[5m]))", series) == {"job"}
+    series = exposed("# HELP message_failures_total Errors\n# TYPE message_failures_total counter\n")
+    assert labels_of("sum by (job) (rate(message_failures_total[5m]))", series) == {"job"}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=by_alert)

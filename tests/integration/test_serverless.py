@@ -132,7 +132,7 @@ def test_a_refused_key_loses_nothing(sandbox: Sandbox, caplog: pytest.LogCapture
     sandbox.klaviyo.faults.add(Fault(status=401, times=None))
     answer = sqs_handler(event_of(*workload.bodies), Context())
     assert len(failed(answer)) > 15
-    (record,) = [record for record in caplog.records if record.message == "not_all_done"]
+    (record,) = [record for record in caplog.records if record.message == "batch_incomplete"]
     assert "KLAVIYO_AUTH_KEY" in vars(record)["reason"]
     sandbox.klaviyo.faults.clear()
     assert failed(sqs_handler(event_of(*workload.bodies), Context())) == []

@@ -153,9 +153,9 @@ class Runner:
 
     def _report(self) -> None:
         """Say that the worker is parked, or has to wait, and that it is over; at most once a minute each."""
-        held = {"held": len(self._in_flight)}
-        self._parked.log(self.parked_reason(), **held)
-        self._stuck.log("all that is held waits for an outage to end" if self._in_flight.is_blocked else "", **held)
+        fields = {"messages": len(self._in_flight)}
+        self._parked.log(self.parked_reason(), **fields)
+        self._stuck.log("all that is held waits for an outage to end" if self._in_flight.is_blocked else "", **fields)
 
     def _nothing_left(self, quiet: float, waited: float, max_wait: float) -> bool:
         """Tell whether `once` is done: nothing in flight and nothing to come that is worth the wait."""
@@ -169,7 +169,7 @@ class Runner:
             return backlog == 0
         if waited < max_wait:
             return False
-        log.warning("gave_up_waiting", extra={"waiting": backlog, "waited_s": round(waited)})
+        log.warning("wait_timed_out", extra={"waiting": backlog, "waited_s": round(waited)})
         return True
 
     def _receive(self) -> Sequence[Delivery]:

@@ -140,7 +140,7 @@ class SingleSender:
             remaining = drop_identifier(resource, identifier) if identifier else None
             if remaining is None:
                 raise
-            log.warning("identifier_left_out", extra={"identifier": identifier, "resource": resource["type"]})
+            log.warning("identifier_dropped", extra={"identifier": identifier, "resource": resource["type"]})
             self._write_profile(method, path, remaining)
 
     def _delete_profile(self, operation: Operation) -> None:

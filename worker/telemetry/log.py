@@ -37,7 +37,7 @@ class ConditionLog:
         now = time.monotonic()
         with self._lock:
             began = now if self._since is None else self._since
-            fields["for_s"] = round(now - began)
+            fields["duration_s"] = round(now - began)
             if reason and (self._since is None or now >= self._said_at + REPEAT_INTERVAL):
                 self._since, self._said_at = began, now
                 log.log(self._level, self._event, extra={"reason": reason, **fields})

@@ -104,5 +104,5 @@ def _canonical_fields(job: Message, outcome: str) -> dict[str, Any]:
         "age_s": None if age is None else round(max(age, 0.0), 3),
         "operations": len(job.operations),
         "requests": job.requests,
-        "cut": sorted({path for operation in job.operations for path in operation.truncated}) or None,
+        "truncated": sorted({path for operation in job.operations for path in operation.truncated}) or None,
     }

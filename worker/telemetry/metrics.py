@@ -52,7 +52,7 @@ class Metrics:
         self._requests = {service: _Requests(service, registry) for service in SERVICES}
         self._received = _counter(registry, "messages_received_total", "Messages received", "adapter").labels(adapter)
         self._processed = _counter(registry, "messages_processed_total", "Messages settled", "message_type", "outcome")
-        self._failures = _counter(registry, "errors_total", "Messages that failed", "stage", "error_type")
+        self._failures = _counter(registry, "message_failures_total", "Messages that failed", "stage", "error_type")
         self._duration = _histogram(
             registry, "message_duration_seconds", "From receiving a message to settling it", _SECONDS
         )
@@ -139,18 +139,17 @@ class Metrics:
 
 
 class _Requests:
-    """The three metrics of one service."""
+    """The metrics of one service."""
 
     def __init__(self, service: str, registry: CollectorRegistry) -> None:
         self._count = _counter(registry, f"{service}_requests_total", "Requests", "endpoint", "status")
-        self._limited = _counter(registry, f"{service}_rate_limited_total", "Requests answered with 429", "endpoint")
         self._duration = _histogram(
             registry, f"{service}_request_duration_seconds", "From request to answer", _SECONDS, "endpoint"
         )
 
     def note(self, endpoint: str, status: int | None, seconds: float) -> None:
         self._count.labels(endpoint, "none" if status is None else status).inc()
-        self._limited.labels(endpoint).inc(status == _TOO_MANY_REQUESTS)  # by 0 too: the series must be there
+        self._count.labels(endpoint, _TOO_MANY_REQUESTS).inc(0)  # from 0 on, or increase() misses the first one
         self._duration.labels(endpoint).observe(seconds)
 
     def by_endpoint(self) -> dict[str, int]:
@@ -167,12 +166,12 @@ class _Gauges:
         state = self._state
         readings: tuple[tuple[str, str, Callable[[], float | None]], ...] = (
             ("messages_in_flight", "Messages received and not settled", state.in_flight),
-            ("messages_waiting", "Messages held because they could not be handled yet", state.held),
+            ("messages_held", "Messages held because they could not be handled yet", state.held),
             ("oldest_message_age_seconds", "Since the oldest message in flight was published", state.oldest_age),
             ("lanes", "Batches handled side by side", state.lanes),
             ("parked", "1 while the worker is not allowed to work", lambda: bool(state.parked_reason())),
             ("queue_backlog_messages", "Messages in the queue; absent when it cannot tell", state.backlog),
-            ("dead_letters_messages", "Dead letters; absent when the queue cannot tell", state.dead_letters),
+            ("dead_letter_messages", "Dead letters; absent when the queue cannot tell", state.dead_letters),
         )
         for name, text, read in readings:
             value = _read(name, read)

@@ -282,7 +282,7 @@ def test_a_clock_that_is_wrong_loses_nothing(
     assert adapter.dead_letter(held[2], FAILURE)
     ready, locked, dead = queue.counts()
     assert (ready + locked, dead) == (1, 1)
-    assert {record.message for record in caplog.records} <= {"clock_wrong"}
+    assert {record.message for record in caplog.records} <= {"clock_skew"}
 
 
 def test_what_is_settled_while_it_is_extended_is_not_lost(

@@ -578,7 +578,7 @@ def test_other_trouble_is_outlasted_without_end(
     ours = opened(queue)
     ours._polling._pause = polling.FIRST_PAUSE
     assert len(receive(ours, 1)) == 1
-    assert [vars(record)["again_s"] for record in caplog.records] == [0.05, 0.1, 0.1]
+    assert [vars(record)["retry_in_s"] for record in caplog.records] == [0.05, 0.1, 0.1]
     assert ours._polling._pause == 0.05
 
 

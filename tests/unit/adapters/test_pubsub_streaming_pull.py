@@ -41,7 +41,7 @@ def test_credentials_that_cannot_be_had_now_are_asked_for_again(
     for _ in range(20):
         assert pull.take(1, 0.01) == []
     assert 3 <= connect.tries <= 12
-    assert [vars(record)["again_s"] for record in caplog.records][:4] == [0.01, 0.02, 0.04, 0.04]
+    assert [vars(record)["retry_in_s"] for record in caplog.records][:4] == [0.01, 0.02, 0.04, 0.04]
     assert pull.stop() == []
 
 

@@ -227,7 +227,7 @@ def test_a_lease_that_cannot_be_is_not_believed(
     for _ in range(2):
         learnt.note([_locked(seconds - 2.0, stored_ago), _locked(seconds, stored_ago)])
     assert learnt.seconds == pytest.approx(lease, abs=0.5)
-    assert [record.message for record in caplog.records] == ["clock_wrong"] * warnings
+    assert [record.message for record in caplog.records] == ["clock_skew"] * warnings
 
 
 def test_what_is_known_of_the_clock_is_remembered() -> None:

@@ -452,7 +452,7 @@ def test_once_waits_for_an_outage_to_end_but_not_for_ever(
     queue.publish([b"a:2"])
     runner, _ = runner_for(queue, holding(CircuitOpen("down", retry_after=0.1), threading.Event()))
     runner.run(once=True, max_wait=0.3)
-    assert "gave_up_waiting" in [record.message for record in caplog.records]
+    assert "wait_timed_out" in [record.message for record in caplog.records]
     (again,) = EmbeddedQueue(queue._path).receive(9, 0)
     assert (again.body, again.attempt) == (b"a:2", 1)
 
@@ -632,7 +632,7 @@ def test_once_gives_up_waiting_for_redeliveries(queue: EmbeddedQueue, caplog: py
     queue.nack(queue.receive(1, 0), delay=60)
     runner, _ = runner_for(queue)
     runner.run(once=True, max_wait=0.1)
-    assert [record.message for record in caplog.records] == ["gave_up_waiting"]
+    assert [record.message for record in caplog.records] == ["wait_timed_out"]
 
 
 def test_once_does_not_take_a_queue_out_of_reach_for_empty(

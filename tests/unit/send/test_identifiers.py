@@ -135,7 +135,7 @@ def test_the_log_names_the_identifier_not_its_value(caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.INFO, "klaviyo_worker"):
         Sender(Klaviyo("phone_number"), 1).send([operation(OperationKind.CREATE_EVENT, WHO)])
     (record,) = caplog.records
-    assert record.getMessage() == "identifier_left_out"
+    assert record.getMessage() == "identifier_dropped"
     line = json.dumps(vars(record), default=str)
     assert '"identifier": "phone_number"' in line
     assert not {"123", "ada", "secret"} & set(line.split('"'))

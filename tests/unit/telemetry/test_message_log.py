@@ -52,7 +52,7 @@ def test_every_message_has_one_canonical_line(outcome: Outcome, operations: int,
         level,
         operations,
     )
-    assert line["cut"] == (["Items"] if operations else None)
+    assert line["truncated"] == (["Items"] if operations else None)
     assert telemetry.outcomes == {name: 1}
 
 

@@ -29,7 +29,6 @@ for _service in SERVICES:
     REQUESTS |= {
         f"{_service}_requests_total": ("counter", {"endpoint", "status"}),
         f"{_service}_request_duration_seconds": ("histogram", {"endpoint"}),
-        f"{_service}_rate_limited_total": ("counter", {"endpoint"}),
     }
 PROCESS = {  # where there is a /proc, as on Linux
     "process_cpu_seconds_total": ("counter", set[str]()),
@@ -42,20 +41,20 @@ PROCESS = {  # where there is a /proc, as on Linux
 TABLE: Mapping[str, tuple[str, set[str]]] = {
     "messages_received_total": ("counter", {"adapter"}),
     "messages_processed_total": ("counter", {"message_type", "outcome"}),
-    "errors_total": ("counter", {"stage", "error_type"}),
+    "message_failures_total": ("counter", {"stage", "error_type"}),
     "message_duration_seconds": ("histogram", set()),
     "stage_duration_seconds": ("histogram", {"stage"}),
     "message_age_seconds": ("histogram", set()),
     "batch_size_messages": ("histogram", set()),
     "messages_in_flight": ("gauge", set()),
-    "messages_waiting": ("gauge", set()),
+    "messages_held": ("gauge", set()),
     "oldest_message_age_seconds": ("gauge", set()),
     "lanes": ("gauge", set()),
     "parked": ("gauge", set()),
     "outage": ("gauge", {"service"}),
     "last_success_timestamp_seconds": ("gauge", set()),
     "queue_backlog_messages": ("gauge", set()),
-    "dead_letters_messages": ("gauge", set()),
+    "dead_letter_messages": ("gauge", set()),
     "build_info": ("gauge", {"version", "klaviyo_revision"}),
     **REQUESTS,
     **(PROCESS if Path("/proc/stat").exists() else {}),
@@ -223,8 +222,8 @@ def test_no_error_text_makes_a_label(stage: str, error: str) -> None:
     metrics.settled("OrderCreated", f"{stage}?", 0.1, None)
     found = families(metrics)
     for name, label, allowed in (
-        ("errors_total", "stage", {*STAGES, "other"}),
-        ("errors_total", "error_type", {"other"}),
+        ("message_failures_total", "stage", {*STAGES, "other"}),
+        ("message_failures_total", "error_type", {"other"}),
         ("stage_duration_seconds", "stage", {"other"}),
         ("messages_processed_total", "outcome", {*OUTCOMES, "other"}),
     ):
@@ -236,7 +235,7 @@ def test_failures_are_told_apart_by_class(error: str) -> None:
     """Ours, the queues' and Python's own."""
     metrics = Metrics("pubsub")
     metrics.failed("send", error)
-    assert value(metrics, "errors_total", stage="send", error_type=error) == 1
+    assert value(metrics, "message_failures_total", stage="send", error_type=error) == 1
 
 
 @pytest.mark.parametrize(("status", "label", "limited"), [(202, "202", 0), (429, "429", 1), (None, "none", 0)])
@@ -246,7 +245,7 @@ def test_statuses_are_counted(status: int | None, label: str, limited: int) -> N
     metrics.requested("klaviyo", "POST /api/events", status, 0.2)
     metrics.requested("mail", "POST /api/events", status, 0.2)
     assert value(metrics, "klaviyo_requests_total", endpoint="POST /api/events", status=label) == 1
-    assert value(metrics, "klaviyo_rate_limited_total", endpoint="POST /api/events") == limited
+    assert value(metrics, "klaviyo_requests_total", endpoint="POST /api/events", status="429") == limited
     assert families(metrics)["commercetools_requests_total"].samples == []
 
 
@@ -257,12 +256,12 @@ def test_gauges_are_read_at_every_scrape() -> None:
     metrics.observe_worker(state)
     shown = {
         "messages_in_flight": 7,
-        "messages_waiting": 3,
+        "messages_held": 3,
         "oldest_message_age_seconds": 90,
         "lanes": 4,
         "parked": 0,
         "queue_backlog_messages": 120,
-        "dead_letters_messages": 2,
+        "dead_letter_messages": 2,
     }
     assert {name: value(metrics, name) for name in shown} == shown
     state.values |= {
@@ -279,7 +278,7 @@ def test_gauges_are_read_at_every_scrape() -> None:
     ("source", "name"),
     [
         ("backlog", "queue_backlog_messages"),
-        ("dead_letters", "dead_letters_messages"),
+        ("dead_letters", "dead_letter_messages"),
         ("oldest_age", "oldest_message_age_seconds"),
     ],
 )
@@ -293,13 +292,13 @@ def test_what_a_queue_cannot_tell_is_absent(source: str, name: str) -> None:
     ("source", "name"),
     [
         ("in_flight", "messages_in_flight"),
-        ("held", "messages_waiting"),
+        ("held", "messages_held"),
         ("oldest_age", "oldest_message_age_seconds"),
         ("lanes", "lanes"),
         ("parked_reason", "parked"),
         ("outage_reasons", "outage"),
         ("backlog", "queue_backlog_messages"),
-        ("dead_letters", "dead_letters_messages"),
+        ("dead_letters", "dead_letter_messages"),
     ],
 )
 def test_a_gauge_that_fails_is_left_out(source: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
