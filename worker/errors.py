@@ -1,18 +1,18 @@
-"""Every error the worker raises, and what becomes of the message it befalls.
+"""The errors of the worker. The class of an error determines what happens to the message.
 
-WorkerError          nack       could not be done, and repeating it here would not help: a defect
-├── Transient        hold       could not be done now
-│   ├── Throttled               the other side asks for fewer requests
-│   ├── StaleWrite                done, but so late that it has to be compared with what is true now
-│   └── CircuitOpen                  the other side has not answered for a while
-├── Rejected         dead letter  can never succeed
-└── Misconfigured    park       nobody's message is at fault: credentials, scopes, project
-    ├── CommercetoolsMisconfigured   exit code 4
-    └── KlaviyoMisconfigured         exit code 5
-Ignored              ack        nothing to do: a result, not an error
-SettingsError        exit code 2
+WorkerError                          nack         a defect: retrying in this process would not help
+├── Transient                        hold         failed for now, can succeed later
+│   ├── Throttled                                 answered with 429
+│   ├── StaleWrite                                written so late that the current state must be read again
+│   └── CircuitOpen                               not sent, because the service keeps failing
+├── Rejected                         dead-letter  can never succeed
+└── Misconfigured                    park         credentials, scopes or project are refused
+    ├── CommercetoolsMisconfigured                exit code 4
+    └── KlaviyoMisconfigured                      exit code 5
+Ignored                              ack          nothing to do: a result, not an error
+SettingsError                        -            exit code 2
 
-Texts are for operators and go to logs and dead letters: no personal data, no secrets.
+The texts are written for operators and appear in logs and dead letters. They contain no personal data and no secrets.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 class Disposition(Enum):
-    """What becomes of a delivery: three endings, and two reasons to keep it and try again."""
+    """The fate of a delivery: settled in one of three ways, or held for one of two reasons."""
 
     ACK = "ack"
     NACK = "nack"
     DEAD_LETTER = "dead_letter"
-    HOLD = "hold"  # something is out for the moment; goes back to the queue when that lasts too long
-    PARK = "park"  # the worker is not allowed to work; kept until it is
+    HOLD = "hold"  # an outage: hold and retry, and nack if it lasts longer than KLAVIYO_WORKER_OUTAGE_HOLD
+    PARK = "park"  # credentials or permissions are refused: hold without a time limit
 
 
 HELD = frozenset({Disposition.HOLD, Disposition.PARK})
 
 
 class ExitCode(IntEnum):
-    """The exit codes of every command: one for each kind of failure that an operator acts on."""
+    """The exit codes of all commands, one for each kind of failure that needs a different reaction."""
 
     OK = 0
     UNEXPECTED = 1
@@ -51,7 +51,7 @@ class ExitCode(IntEnum):
 
 
 class WorkerError(Exception):
-    """A message could not be handled; `disposition` says what becomes of it.
+    """A message could not be processed; `disposition` determines what happens to it.
 
     `reason` says what is wrong, `todo` what to do about it ("" if there is no advice). The text joins both.
     """
@@ -65,7 +65,10 @@ class WorkerError(Exception):
 
 
 class Transient(WorkerError):
-    """Could not be done now: outage, throttling, timeout. `retry_after`: seconds until it is worth another try."""
+    """A failure that can disappear by itself: outage, throttling, timeout.
+
+    `retry_after`: seconds to wait before a retry; None if unknown.
+    """
 
     disposition = Disposition.HOLD
 
@@ -75,22 +78,22 @@ class Transient(WorkerError):
 
 
 class Throttled(Transient):
-    """The other side asks for fewer requests (429). It is up."""
+    """The service is up and answered with 429."""
 
 
 class StaleWrite(Transient):
-    """Was done, but so long after commercetools was read that somebody may have written a newer state before."""
+    """The write succeeded, but so long after commercetools was read that it may have overwritten a newer state."""
 
 
 class CircuitOpen(Transient):
-    """The other side has failed for a while. Calls are held back until one that is let through succeeds."""
+    """The circuit breaker rejected the call because the service keeps failing."""
 
 
 class Rejected(WorkerError):
-    """Can never succeed: unreadable, or refused for what this record holds.
+    """The message can never succeed: it is unreadable, or Klaviyo or commercetools rejects its data.
 
-    `status` is the HTTP status of a refusal; `duplicate_id` the profile Klaviyo names in a 409; `pointer` the
-    JSON pointer to what is wrong with the request, "" when Klaviyo names nothing.
+    `status` is the HTTP status of the response. `duplicate_id` is the profile that Klaviyo names in a 409.
+    `pointer` is Klaviyo's JSON pointer to the invalid part of the request, "" if there is none.
     """
 
     disposition = Disposition.DEAD_LETTER
@@ -103,10 +106,9 @@ class Rejected(WorkerError):
 
 
 class Misconfigured(WorkerError):
-    """The worker itself is not allowed or not able: no message is at fault.
+    """The configuration is at fault, not the message: credentials, scopes or project are refused.
 
-    `retry_after`: seconds until it is asked again whether that has changed. `lacks_scope`: a missing scope can
-    be the cause.
+    `retry_after`: seconds until the next check whether it is fixed. `lacks_scope`: a missing scope can be the cause.
     """
 
     disposition = Disposition.PARK
@@ -133,7 +135,7 @@ class KlaviyoMisconfigured(Misconfigured):
 
 
 class Ignored(Exception):
-    """There is nothing to do for this message; the text says why."""
+    """There is nothing to do for the message; the text is the reason."""
 
 
 class SettingsError(Exception):

@@ -1,4 +1,4 @@
-"""Read JSON that may have any shape: odd data gives something empty, never an error."""
+"""Readers for JSON of any shape. Unexpected data gives an empty value, never an error."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ if TYPE_CHECKING:
 
 
 def as_dict(value: Any) -> Json:
-    """Return `value` when it is an object, else an empty one."""
+    """Return `value` if it is an object, else an empty object."""
     return value if isinstance(value, dict) else {}
 
 
 def as_dicts(value: Any) -> list[Json]:
-    """Return the objects in `value` when it is an array, else none."""
+    """Return the objects in `value` if it is an array, else an empty list."""
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def as_text(value: Any) -> str:
-    """Return `value` without outer white space when it is a text, else ""."""
+    """Return `value` without surrounding white space if it is a string, else ""."""
     return value.strip() if isinstance(value, str) else ""
 
 
 def as_int(value: Any) -> int | None:
-    """Return `value` when it is a whole number (a bool is none), else None."""
+    """Return `value` if it is an integer and not a boolean, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def unique(values: Iterable[str]) -> list[str]:
-    """Return the texts that are not empty, once each, in order."""
+    """Return the non-empty strings in order, without duplicates."""
     return list(dict.fromkeys(value for value in values if value))
 
 
 def pick_ids(references: Any) -> list[str]:
-    """Return the ids of commercetools references, once each."""
+    """Return the ids of commercetools references, without duplicates."""
     return unique(as_text(reference.get("id")) for reference in as_dicts(references))
 
 
 def parse_time(value: Any) -> datetime | None:
-    """Return an RFC 3339 time, or None."""
+    """Return an RFC 3339 time as a datetime, or None. The default time zone is UTC."""
     try:
         moment = datetime.fromisoformat(as_text(value))
     except ValueError:
@@ -52,7 +52,10 @@ def parse_time(value: Any) -> datetime | None:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return `text` with JSON escapes for what a terminal could take for a command; JSON stays the same JSON."""
+    """Return `text` with JSON escapes for characters that could control a terminal. JSON keeps its meaning.
+
+    `keep` lists characters that are not escaped.
+    """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else json.dumps(c)[1:-1] for c in text)

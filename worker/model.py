@@ -21,25 +21,25 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """A commercetools notification, freed from its envelope.
+    """A commercetools notification without its envelope.
 
-    `type` is the message type (`OrderCreated`, also when the payload was not included) or the change
-    (`ResourceUpdated`). `payload` is the whole notification; message fields stand at its top level.
+    `type` is the message type (`OrderCreated`, even if the payload was not included) or the change
+    (`ResourceUpdated`). `payload` is the whole notification, with the message's fields at the top level.
     """
 
     type: str
     resource_type: str
     resource_id: str
-    time: str | None  # RFC 3339, when it happened
+    time: str | None  # of the change, RFC 3339
     payload: Json = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Enriched:
-    """A notification with the commercetools data its handler needs; None: commercetools has no such thing."""
+    """A notification with the commercetools data that its handler needs. None: commercetools has no such resource."""
 
     notification: Notification
-    as_of: datetime  # when commercetools was read; prices are judged by it
+    as_of: datetime  # when commercetools was read; prices valid at this time are used
     order: Json | None = field(default=None, repr=False)
     payment: Json | None = field(default=None, repr=False)
     customer: Json | None = field(default=None, repr=False)
@@ -54,7 +54,7 @@ class Enriched:
 
 
 class OperationKind(Enum):
-    """What can be asked of Klaviyo. The value is the name in logs and in `klaviyo-worker transform`."""
+    """The kinds of writes to Klaviyo. The value is the name in logs and in `klaviyo-worker transform`."""
 
     CREATE_EVENT = "create_event"
     UPSERT_PROFILE = "upsert_profile"
@@ -67,9 +67,9 @@ class OperationKind(Enum):
     UPSERT_VARIANT = "upsert_variant"
     UPDATE_INVENTORY = "update_inventory"
     DELETE_STALE_VARIANTS = "delete_stale_variants"
-    DELETE_VARIANT = "delete_variant"  # what DELETE_STALE_VARIANTS finds
+    DELETE_VARIANT = "delete_variant"  # one for each variant that DELETE_STALE_VARIANTS finds
 
-    __hash__ = object.__hash__  # members are single; Enum's own is Python code, called some sixty times a message
+    __hash__ = object.__hash__  # faster: Enum's own is Python code, and a message needs about sixty hashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,74 +93,77 @@ class Operation:
 
 
 class SendResult(NamedTuple):
-    """What became of an operation; `error` None: its effect is in Klaviyo. `requests`: how many that took."""
+    """The result of an operation."""
 
-    error: WorkerError | None
-    requests: int
+    error: WorkerError | None  # None: the effect is in Klaviyo
+    requests: int  # sent to Klaviyo for it
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a delivery ends, in which stage, and what caused it (None: its effect is in Klaviyo)."""
+    """How a delivery ends, in which stage, and why."""
 
     disposition: Disposition
     stage: str
-    cause: Exception | None = None
-    delay: float = 0.0  # seconds, for NACK
+    cause: Exception | None = None  # None: the effect is in Klaviyo
+    delay: float = 0.0  # seconds before the redelivery, for NACK
 
     @property
     def reason(self) -> str:
-        """Return one sentence for an operator, without personal data; "" for an effect."""
+        """Return one sentence for an operator, without personal data; "" if the effect is in Klaviyo."""
         return "" if self.cause is None else str(self.cause)
 
     @property
     def error(self) -> str:
-        """Return the class of the cause."""
+        """Return the class name of the cause; "" if the effect is in Klaviyo."""
         return "" if self.cause is None else type(self.cause).__name__
 
 
 @dataclass(slots=True)
 class Lease:
-    """How long a message is ours for sure, in monotonic seconds."""
+    """The time until which no other worker can receive a message."""
 
-    until: float = 0.0
+    until: float = 0.0  # monotonic seconds
 
     def is_valid(self) -> bool:
-        """Tell whether nobody else can have had the message by now."""
+        """Return whether no other worker can have received the message yet."""
         return time.monotonic() < self.until
 
     def extend(self, since: float, seconds: float) -> None:
-        """Note an extension. A lease that may have ended before may have been somebody else's meanwhile."""
+        """Extend the lease to `seconds` after `since`. A lease that has expired stays expired.
+
+        Another worker may have received the message in between, even if the queue accepted the extension.
+        """
         if self.is_valid():
             self.until = since + seconds
 
 
 @dataclass(slots=True, eq=False)
 class Message:
-    """One delivery's way through the pipeline; the only thing here that changes."""
+    """A delivery on its way through the pipeline. Mutable. All times are monotonic seconds."""
 
     delivery: Delivery
-    received_at: float  # monotonic seconds, as all times here
+    received_at: float
     notification: Notification | None = None
     enriched: Enriched | None = None
     operations: Sequence[Operation] = ()
     outcome: Outcome | None = None
-    requests: int = 0  # made to Klaviyo for it; one that many messages share counts for each
-    retries: int = 0  # times it was tried before in this process
-    last_sent: Sequence[Operation] = ()  # done, but perhaps outdated by then
-    events_may_be_sent: bool = False  # the first delivery, and its events may be in Klaviyo by now
-    failed_at: float = 0.0  # when the first of them failed
-    due_at: float = 0.0  # when to try again
+    requests: int = 0  # sent to Klaviyo for it; a shared bulk request counts for each of its messages
+    retries: int = 0  # in this process
+    last_sent: Sequence[Operation] = ()  # carried out, but possibly stale (see errors.StaleWrite)
+    events_may_be_sent: bool = False  # True if this is the first delivery and its events may be in Klaviyo
+    failed_at: float = 0.0  # when the first attempt of this process failed
+    due_at: float = 0.0  # when to retry
     lease: Lease = field(default_factory=Lease)
 
     @property
     def key(self) -> tuple[str, str]:
-        """Return what it is about; messages with the same key are handled in their order."""
+        """Return the resource. Messages with the same key are processed in order."""
         if self.notification is None:
             return "", self.delivery.id
         return self.notification.resource_type, self.notification.resource_id
 
     @property
     def is_held(self) -> bool:
-        """Tell whether its last try ended with keeping it."""
+        """Return whether the message is held or parked after its last attempt."""
         return self.outcome is not None and self.outcome.disposition in HELD

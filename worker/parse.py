@@ -1,4 +1,4 @@
-"""bytes -> Notification. Pure; knows every envelope and both delivery formats of commercetools."""
+"""The parse stage: bytes -> Notification. Pure. Opens all envelopes and reads both delivery formats of commercetools."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from worker.model import Json, Notification
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MAX_WRAPPERS = 6
-MAX_ID_LENGTH = 256  # commercetools' own limit for ids and keys
+MAX_ENVELOPES = 6  # nested
+MAX_ID_LENGTH = 256  # commercetools' limit for ids and keys
 _CHANGES = frozenset({"ResourceCreated", "ResourceUpdated", "ResourceDeleted"})
 
 
 def parse(body: bytes) -> Notification:
-    """Return the notification in `body`. Raises Rejected (unreadable) or Ignored (not about a resource)."""
+    """Return the notification in `body`. Raises Rejected (unreadable) or Ignored (no resource)."""
     *_, (_, document) = layers(body)
     return _notification(document)
 
 
 def layers(body: bytes) -> Iterator[tuple[str, Json]]:
-    """Yield every envelope with its name, and last, with "", what is in the innermost: the notification, hopefully.
+    """Yield the name and content of every envelope from the outside in, then "" and the innermost document.
 
-    They nest (EventBridge inside SQS). Raises Rejected where one cannot be opened.
+    Envelopes can be nested (EventBridge inside SQS). Raises Rejected if one cannot be opened.
     """
     content: Any = body
-    for _ in range(MAX_WRAPPERS):
+    for _ in range(MAX_ENVELOPES):
         document = content if isinstance(content, dict) else _document(content)
-        envelope, content = _opened(document)
+        envelope, content = _open_envelope(document)
         yield envelope, document
         if not envelope:
             return
-    raise Rejected(f"expected a commercetools notification; found more than {MAX_WRAPPERS} nested envelopes")
+    raise Rejected(f"expected a commercetools notification; found more than {MAX_ENVELOPES} nested envelopes")
 
 
 def _document(text: Any) -> Json:
@@ -49,18 +49,18 @@ def _document(text: Any) -> Json:
     try:
         document = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        # The decoder's message never quotes the body; error.doc would.
+        # `error.msg` never quotes the body, unlike `error.doc`.
         raise Rejected(f"expected a JSON object; the body is not JSON ({error.msg} at {error.pos})") from None
     if not isinstance(document, dict):
         raise Rejected(f"expected a JSON object; found {_json_type(document)}")
     return document
 
 
-def _opened(document: Json) -> tuple[str, Any]:
-    """Return an envelope's name and what it holds; "" when `document` is none."""
+def _open_envelope(document: Json) -> tuple[str, Any]:
+    """Return the envelope's name and content; "" and None if `document` is not an envelope."""
     if "notificationType" in document:
         return "", None
-    if "specversion" in document:  # structured mode; also Event Grid
+    if "specversion" in document:  # structured mode, also of Event Grid
         return "CloudEvents", document.get("data", "")
     if document.get("Type") == "Notification" and "Message" in document:
         return "SNS", document["Message"]
@@ -84,9 +84,9 @@ def _base64(data: Any) -> bytes:
 def _notification(payload: Json) -> Notification:
     kind = payload.get("notificationType")
     if not isinstance(kind, str):
-        raise Rejected("expected a commercetools notification with `notificationType`, a text")
+        raise Rejected("expected a commercetools notification with `notificationType`, a string")
     if kind == "Event":
-        raise Ignored("an Event notification names no resource")
+        raise Ignored("an Event notification has no resource")
     if kind != "Message" and kind not in _CHANGES:
         raise Ignored("unknown notificationType")
     resource = payload.get("resource")
@@ -103,21 +103,21 @@ def _notification(payload: Json) -> Notification:
 
 
 def _message_type(payload: Json) -> str:
-    """Return the message's type; a payload that did not fit the queue carries it elsewhere."""
-    absent = payload.get("payloadNotIncluded")
-    kind = payload.get("type") or (absent.get("payloadType") if isinstance(absent, dict) else None)
+    """Return the message type. commercetools moves it to `payloadNotIncluded` if the payload was too large."""
+    not_included = payload.get("payloadNotIncluded")
+    kind = payload.get("type") or (not_included.get("payloadType") if isinstance(not_included, dict) else None)
     if not isinstance(kind, str) or not kind:
-        raise Rejected("expected `type` or `payloadNotIncluded.payloadType`, a text, in a Message")
+        raise Rejected("expected `type` or `payloadNotIncluded.payloadType`, a string, in a Message")
     return kind
 
 
 def _identifier(resource: Json, name: str) -> str:
     value = resource.get(name)
     if not isinstance(value, str) or not value or len(value) > MAX_ID_LENGTH or not value.isprintable():
-        raise Rejected(f"expected `resource.{name}`, a text of 1 to {MAX_ID_LENGTH} printable characters")
+        raise Rejected(f"expected `resource.{name}`, a string of 1 to {MAX_ID_LENGTH} printable characters")
     return value
 
 
 def _json_type(value: Any) -> str:
-    names = {list: "an array", str: "a text", bool: "a boolean", type(None): "null", dict: "an object"}
+    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null", dict: "an object"}
     return names.get(type(value), "a number")

@@ -1,4 +1,4 @@
-"""bytes -> Notification."""
+"""The parse stage: bytes -> Notification."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import Ignored, Rejected
-from worker.parse import MAX_WRAPPERS, parse
+from worker.parse import MAX_ENVELOPES, parse
 
 STATE_CHANGED = {
     "notificationType": "Message",
@@ -51,7 +51,7 @@ def push(text: str) -> dict[str, object]:
 ENVELOPES = {
     "bare": STATE_CHANGED,
     "cloudevent": cloudevent(STATE_CHANGED),
-    "cloudevent_with_text": cloudevent(TEXT),
+    "cloudevent_with_string": cloudevent(TEXT),
     "pubsub_push": push(TEXT),
     "pubsub_push_of_cloudevent": push(json.dumps(cloudevent(STATE_CHANGED))),
     "sqs": sqs(TEXT),
@@ -63,8 +63,8 @@ ENVELOPES = {
 
 
 @pytest.mark.parametrize("name", ENVELOPES)
-def test_every_envelope_holds_the_same_notification(name: str) -> None:
-    """The worker does not care how a queue wraps a notification."""
+def test_notification_is_the_same_in_every_envelope(name: str) -> None:
+    """The envelope does not affect the notification."""
     notification = parse(json.dumps(ENVELOPES[name]).encode())
     assert (notification.type, notification.resource_type, notification.resource_id) == (
         "OrderStateChanged",
@@ -75,13 +75,13 @@ def test_every_envelope_holds_the_same_notification(name: str) -> None:
     assert notification.payload == STATE_CHANGED
 
 
-def test_a_byte_order_mark_is_no_obstacle() -> None:
-    """Some publishers put one before the JSON."""
+def test_byte_order_mark_is_skipped() -> None:
+    """Some publishers write one before the JSON."""
     assert parse(b"\xef\xbb\xbf" + TEXT.encode()).resource_id == "o-1"
 
 
-def test_a_change_is_named_by_its_notification_type() -> None:
-    """ResourceUpdated has no type of its own; it happened at modifiedAt."""
+def test_type_of_a_change_is_its_notification_type() -> None:
+    """ResourceUpdated has no `type`; its time is `modifiedAt`."""
     change = {
         "notificationType": "ResourceUpdated",
         "resource": {"typeId": "customer", "id": "c"},
@@ -91,8 +91,8 @@ def test_a_change_is_named_by_its_notification_type() -> None:
     assert (notification.type, notification.time) == ("ResourceUpdated", "2026-01-01T00:00:00Z")
 
 
-def test_a_payload_that_was_not_included_still_has_a_type() -> None:
-    """Commercetools names it in payloadNotIncluded when the message outgrew the queue."""
+def test_type_is_read_from_payload_not_included() -> None:
+    """If the payload is too large for the queue, commercetools puts its type into payloadNotIncluded."""
     message = {k: v for k, v in STATE_CHANGED.items() if k != "type"}
     message["payloadNotIncluded"] = {"reason": "too big", "payloadType": "OrderCreated"}
     assert parse(json.dumps(message).encode()).type == "OrderCreated"
@@ -109,7 +109,7 @@ def test_a_payload_that_was_not_included_still_has_a_type() -> None:
         (b"12", "found a number"),
         (b"null", "found null"),
         (b"true", "found a boolean"),
-        (b'"' + b"x" * 1_000_000 + b'"', "found a text"),
+        (b'"' + b"x" * 1_000_000 + b'"', "found a string"),
         (b'{"a":' * 2_000, "not JSON"),
         (b"{}", "`notificationType`"),
         (b'{"notificationType": 7}', "`notificationType`"),
@@ -123,15 +123,15 @@ def test_a_payload_that_was_not_included_still_has_a_type() -> None:
         (b'{"message": {"data": 5}, "subscription": "s"}', "base64"),
     ],
 )
-def test_what_cannot_be_read_is_rejected_with_what_was_expected(body: bytes, expected: str) -> None:
-    """A dead letter says what was expected instead."""
+def test_unreadable_body_is_rejected_with_what_was_expected(body: bytes, expected: str) -> None:
+    """The reason of the dead letter names what was expected."""
     with pytest.raises(Rejected, match="expected") as error:
         parse(body)
     assert expected in str(error.value)
 
 
 @pytest.mark.parametrize("identifier", ["", "x" * 257, "a\nb", 5, None])
-def test_an_id_that_is_no_id_is_rejected(identifier: object) -> None:
+def test_invalid_resource_id_is_rejected(identifier: object) -> None:
     """Hostile ids never reach a query or a log."""
     message = STATE_CHANGED | {"resource": {"typeId": "order", "id": identifier}}
     with pytest.raises(Rejected, match=r"resource\.id"):
@@ -139,23 +139,23 @@ def test_an_id_that_is_no_id_is_rejected(identifier: object) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Event", "SomethingNew"])
-def test_notifications_without_a_resource_are_ignored(kind: str) -> None:
-    """Event notifications and kinds yet to come are acked, not dead-lettered."""
+def test_notification_without_a_resource_is_ignored(kind: str) -> None:
+    """Event notifications and unknown notification types are acked, not dead-lettered."""
     with pytest.raises(Ignored):
         parse(json.dumps({"notificationType": kind, "id": "1"}).encode())
 
 
-def test_envelopes_do_not_nest_without_end() -> None:
-    """A body made of envelopes only cannot keep the worker busy."""
+def test_too_many_nested_envelopes_are_rejected() -> None:
+    """A body that consists only of envelopes cannot keep the worker busy."""
     text = TEXT
-    for _ in range(MAX_WRAPPERS + 1):
+    for _ in range(MAX_ENVELOPES + 1):
         text = json.dumps(sqs(text))
     with pytest.raises(Rejected, match="nested envelopes"):
         parse(text.encode())
 
 
-def test_a_rejection_never_quotes_the_body() -> None:
-    """Reasons go to logs and dead letters, where nobody's data belongs."""
+def test_rejection_does_not_quote_the_body() -> None:
+    """Reasons appear in logs and dead letters, so they must not contain personal data."""
     with pytest.raises(Rejected) as error:
         parse(b'{"email": "ada@example.com" ada@example.com}')
     assert "ada" not in str(error.value)
@@ -180,8 +180,8 @@ near_notifications = st.dictionaries(
 
 
 @given(st.binary() | json_values.map(lambda value: json.dumps(value).encode()))
-def test_any_bytes_have_a_clear_outcome(body: bytes) -> None:
-    """Whatever arrives is parsed, rejected or ignored; nothing else can happen."""
+def test_any_bytes_are_parsed_rejected_or_ignored(body: bytes) -> None:
+    """No input raises another error."""
     try:
         parse(body)
     except (Rejected, Ignored) as outcome:
@@ -189,8 +189,8 @@ def test_any_bytes_have_a_clear_outcome(body: bytes) -> None:
 
 
 @given(near_notifications)
-def test_anything_like_a_notification_has_a_clear_outcome(document: dict[str, object]) -> None:
-    """Odd values in the places that parse looks at are no exception."""
+def test_any_notification_like_object_is_parsed_rejected_or_ignored(document: dict[str, object]) -> None:
+    """Unexpected values in the fields that parse reads raise no other error."""
     try:
         notification = parse(json.dumps(document).encode())
     except (Rejected, Ignored) as outcome:
