@@ -1,4 +1,4 @@
-"""The parse stage: bytes -> Notification. Pure. Opens all envelopes and reads both delivery formats of commercetools."""
+"""The parse stage: bytes -> Notification. Pure. Opens all envelopes, reads both delivery formats of commercetools."""
 
 from __future__ import annotations
 

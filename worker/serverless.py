@@ -1,7 +1,7 @@
-"""AWS Lambda: an SQS event source brings the messages, and takes back those that are not done.
+"""The AWS Lambda entry point, for an SQS event source.
 
 The event source mapping must have `FunctionResponseTypes: [ReportBatchItemFailures]`. Without it Lambda ignores the
-answer and deletes all messages, those too that failed. docs/sqs.md has a template.
+response and deletes all messages, even those that failed. docs/sqs.md has a template.
 """
 
 from __future__ import annotations
@@ -23,32 +23,31 @@ from worker.telemetry.metrics import Metrics
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-STOP_BEFORE = 5.0  # seconds before Lambda ends the function; nothing is begun any more
-GRACE_SECONDS = 4.0  # of them for what is in work
+STOP_BEFORE = 5.0  # seconds before Lambda ends the function, from which no message is started
+GRACE_SECONDS = 4.0  # of these, for the messages in progress
 
 
 class Context(Protocol):
-    """What Lambda tells of an invocation."""
+    """The part of Lambda's context object that is used here."""
 
     def get_remaining_time_in_millis(self) -> int:
         """Return the milliseconds until Lambda ends the function."""
 
 
 def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    """Handle the records of an SQS event. Returns which of them must come again: `{"batchItemFailures": […]}`.
+    """Process the records of an SQS event. Return those to redeliver: `{"batchItemFailures": […]}`.
 
-    What cannot be handled yet is tried again until the function's time is nearly over. Raises SettingsError, and
-    QueueError when the event is of something else; the whole batch comes again then.
+    Held messages are retried until STOP_BEFORE. Raises SettingsError, and QueueError if the event is not from SQS;
+    SQS then redelivers the whole batch.
     """
-    batch = SQSEvent(event, _left(context))
-    if batch.lease_seconds <= STOP_BEFORE:  # Lambda's default; nothing would ever be done, and all be buried
+    batch = SQSEvent(event, _seconds_left(context))
+    if batch.lease_seconds <= STOP_BEFORE:  # Lambda's default is 3: every message would be dead-lettered unprocessed
         found = f"the function has {batch.lease_seconds:.0f} s, expected more than {STOP_BEFORE:.0f}"
         raise SettingsError(f"Timeout: {found}", todo="set 60")
-    warm = _warm()
-    stages = warm.stages
-    pipeline = Pipeline(batch, stages.enricher.enrich, stages.sender.send, stages.mapping, warm.telemetry)
-    runner = Runner(batch, pipeline, warm.settings, warm.telemetry, stages.stopping)
-    timer = Timer(_left(context) - STOP_BEFORE, runner.stop)  # asked again: a cold start takes its time
+    settings, telemetry, components = _warm_state()
+    pipeline = Pipeline(batch, components.enricher.enrich, components.sender.send, components.mapping, telemetry)
+    runner = Runner(batch, pipeline, settings, telemetry, components.stopping)
+    timer = Timer(_seconds_left(context) - STOP_BEFORE, runner.stop)  # read again: a cold start takes seconds
     timer.start()
     try:
         runner.run(once=True, max_wait=batch.lease_seconds)
@@ -56,28 +55,28 @@ def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
         log.error("batch_incomplete", extra={"reason": str(error), "returned": len(batch.left())})
     finally:
         timer.cancel()
-        if stages.stopping.is_set():  # its clients have given up for good
-            stages.sender.close()
-            _warm.cache_clear()
+        if components.stopping.is_set():  # its clients are stopped permanently
+            components.sender.close()
+            _warm_state.cache_clear()
     return {"batchItemFailures": [{"itemIdentifier": name} for name in batch.left()]}
 
 
-def _left(context: Context) -> float:
+def _seconds_left(context: Context) -> float:
     """Return the seconds until Lambda ends the function."""
     return context.get_remaining_time_in_millis() / 1000
 
 
-class _Warm(NamedTuple):
-    """What is kept from one invocation to the next: connections, tokens, limits, what is remembered of the catalog."""
+class _WarmState(NamedTuple):
+    """State that is kept between invocations: connections, tokens, rate limits, the commercetools cache."""
 
     settings: Settings
     telemetry: Telemetry
-    stages: Components
+    components: Components
 
 
 @cache
-def _warm() -> _Warm:
+def _warm_state() -> _WarmState:
     settings = load(Settings, {"shutdown_grace_period": GRACE_SECONDS})
     configure_logging(settings.log_level, settings.log_format)
     telemetry = Telemetry(Metrics("sqs"))
-    return _Warm(settings, telemetry, Components(settings, telemetry))
+    return _WarmState(settings, telemetry, Components(settings, telemetry))

@@ -1,4 +1,4 @@
-"""Wires the worker: settings -> clients -> stages -> runner."""
+"""The wiring of the worker: settings -> clients -> stages -> runner."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Components:
-    """The clients and what is done with them, whatever queue the messages come from. Raises SettingsError."""
+    """The clients and stages that are the same for every queue. Raises SettingsError."""
 
     def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
         self.stopping = Event()
@@ -51,26 +51,28 @@ class Components:
 
 
 class Worker:
-    """A worker, ready to run. Raises SettingsError and QueueError."""
+    """A worker that is ready to run. Raises SettingsError and QueueError."""
 
     def __init__(self, settings: Settings, *, dry_run: bool = False, telemetry: Telemetry | None = None) -> None:
         self._telemetry = telemetry or Telemetry(Metrics(scheme_of(settings.queue_url)))
-        self._stages = stages = Components(settings, self._telemetry)
+        self._components = components = Components(settings, self._telemetry)
         queue = open_queue(settings.queue_url, settings.queue_options)
         for warning in queue.check():
             log.warning("queue_warning", extra={"reason": str(warning)})
         source: QueueAdapter = DryRunQueue(queue, settings.max_in_flight) if dry_run else queue
-        send = print_instead if dry_run else stages.sender.send
-        pipeline = Pipeline(source, stages.enricher.enrich, send, stages.mapping, self._telemetry)
-        self._runner = Runner(source, pipeline, settings, self._telemetry, stages.stopping)
-        self._state = RunningWorkerState(self._runner, queue, settings.threads, stages.commercetools, stages.klaviyo)
+        send = print_instead if dry_run else components.sender.send
+        pipeline = Pipeline(source, components.enricher.enrich, send, components.mapping, self._telemetry)
+        self._runner = Runner(source, pipeline, settings, self._telemetry, components.stopping)
+        self._state = RunningWorkerState(
+            self._runner, queue, settings.threads, components.commercetools, components.klaviyo
+        )
         self._telemetry.metrics.observe_worker(self._state)
         self._telemetry.metrics.set_build_info(version("klaviyo-worker"), REVISION)
         self._systemd = Notifier(self._state, os.environ)
         self._settings = settings
 
     def run(self, *, once: bool, max_wait: float) -> None:
-        """Work until stopped, or with `once` until the queue is empty; see Runner.run for what it raises."""
+        """Run until stopped, or with `once` until the queue is empty. Raises the errors of Runner.run."""
         _collect_garbage_less_often()
         health = self._serve() if self._settings.http_port and not once else None
         if not once:
@@ -79,31 +81,32 @@ class Worker:
         try:
             self._runner.run(once=once, max_wait=max_wait)
         finally:
-            self._stages.sender.close()
+            self._components.sender.close()
             if health:
                 health.stop()
             self._systemd.stop()
             log.info("stopped", extra=dict(self._telemetry.outcomes))
 
     def stop(self) -> None:
-        """Finish what is in flight and stop; called again: do not wait."""
+        """Stop pulling and finish the messages in flight. A second call stops without waiting for them."""
         self._runner.stop()
 
     def _serve(self) -> HealthServer | None:
-        """Serve health, metrics and status. That the port is taken is no reason not to work."""
-        port, is_shown = self._settings.http_port, self._settings.status_page == "on"
-        status = Status(self._settings, self._state, self._telemetry) if is_shown else None
+        """Serve health, metrics and the status page. The worker runs without them if the port is taken."""
+        port = self._settings.http_port
+        has_status_page = self._settings.status_page == "on"
+        status = Status(self._settings, self._state, self._telemetry) if has_status_page else None
         server = HealthServer(port, self._telemetry.metrics, self._state, status)
         try:
             server.start()
         except OSError as error:
-            hint = "another worker on this host? Give each a KLAVIYO_WORKER_HTTP_PORT of its own, or 0 for none"
+            hint = "if another worker runs on this host, give each its own KLAVIYO_WORKER_HTTP_PORT, or 0 for none"
             log.warning("http_port_unavailable", extra={"port": port, "reason": f"{error.strerror}: {hint}"})
             return None
         return server
 
 
 def _collect_garbage_less_often() -> None:
-    """Leave alone what start-up made, and look for cycles rarely: JSON has none, and looking costs CPU."""
+    """Exclude the objects made at start-up, and search for cycles rarely: the search costs CPU and JSON has none."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)

@@ -50,11 +50,11 @@ def environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
         monkeypatch.setenv(name, value)
     configured = Scripted()
     monkeypatch.setattr(serverless, "configure_logging", configured)  # for good, which other tests would notice
-    serverless._warm.cache_clear()
+    serverless._warm_state.cache_clear()
     yield
-    serverless._warm().stages.sender.close()
+    serverless._warm_state().components.sender.close()
     assert ("INFO", "auto") in configured.calls
-    serverless._warm.cache_clear()
+    serverless._warm_state.cache_clear()
 
 
 def event_of(*bodies: bytes) -> dict[str, Any]:
