@@ -172,7 +172,7 @@ def test_what_import_jobs_need_is_no_must(worker: Worker, sandbox: Sandbox) -> N
     done = worker("check", "--json")
     assert done.returncode == 0
     text = findings(done)["klaviyo"]["text"]
-    assert text.endswith("without profiles:read, lists:read, lists:write, customers go one by one, however many wait")
+    assert text.endswith("without profiles:read, lists:read, lists:write, customers are always sent one by one")
 
 
 def test_erasure_needs_more(worker: Worker) -> None:
@@ -185,10 +185,10 @@ def test_erasure_needs_more(worker: Worker) -> None:
 @pytest.mark.parametrize(
     ("account", "repeat", "recommended"),
     [
-        (("ignore", 0.3), "ignored", "always"),
-        (("refuse", 0.3), "refused", "auto"),
-        (("drop", 0.3), "dropped", "auto"),
-        (("duplicate", 0.3), "doubled", "auto"),
+        (("ignore", 0.3), "ignore", "always"),
+        (("refuse", 0.3), "refuse", "auto"),
+        (("drop", 0.3), "drop", "auto"),
+        (("duplicate", 0.3), "duplicate", "auto"),
     ],
     indirect=["account"],
 )
@@ -228,9 +228,9 @@ def test_events_that_never_show_decide_nothing(worker: Worker) -> None:
     ("fault", "text"),
     [
         (Fault(403, times=None, match=BULK), "and its scopes: events:write"),
-        (Fault(400, times=None, match=BULK), "nothing is known"),
-        (Fault(match=BULK, action="lose_response"), "nothing is known"),
-        (Fault(503, times=None, match=BULK), "nothing is known"),
+        (Fault(400, times=None, match=BULK), "no result: keep KLAVIYO_WORKER_BULK_EVENTS=auto and probe again"),
+        (Fault(match=BULK, action="lose_response"), "no result: keep KLAVIYO_WORKER_BULK_EVENTS=auto and probe again"),
+        (Fault(503, times=None, match=BULK), "no result: keep KLAVIYO_WORKER_BULK_EVENTS=auto and probe again"),
     ],
     ids=["scope", "refused", "unknown fate", "down"],
 )

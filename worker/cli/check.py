@@ -1,4 +1,4 @@
-"""`klaviyo-worker check`: whether the worker may do its work."""
+"""`klaviyo-worker check`: verify the set-up."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from worker.settings import Settings, load
 
 
 @click.command(cls=Command)
-@click.option("--json", "as_json", is_flag=True, help="One JSON line per check.")
-@click.option("--probe-bulk", is_flag=True, help="Find out whether KLAVIYO_WORKER_BULK_EVENTS=always is safe; writes.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line per check.")
+@click.option(
+    "--probe-bulk",
+    is_flag=True,
+    help="Test whether KLAVIYO_WORKER_BULK_EVENTS=always is safe. Writes to the Klaviyo account.",
+)
 @click.option(
     "--probe-wait",
     type=click.FloatRange(min=0, min_open=True),
     default=120.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long the events of the probe are given to show.",
+    help="How long to wait until the events of the probe can be read.",
 )
 @click.option(
     "--subscription-key",
@@ -33,23 +37,24 @@ from worker.settings import Settings, load
 )
 @settings_options(Settings)
 def check(*, as_json: bool, probe_bulk: bool, probe_wait: float, subscription_key: str, **flags: Any) -> None:
-    """Tell whether the worker may do its work, service by service.
+    """Verify settings, queue, commercetools and Klaviyo.
 
-    OK, FAIL why → what to do, or SKIP for what this API client may not see. Exits with the code of the first that
-    failed: 2 configuration, 3 queue, 4 commercetools, 5 Klaviyo, refused or out of reach. Nothing is written, and
-    no message is received.
+    Prints a line per check: OK, FAIL with the reason and → what to do, or SKIP if this API client has no permission
+    to check. Exits with the code of the first failure: 2 configuration, 3 queue, 4 commercetools, 5 Klaviyo. Writes
+    nothing and receives no message.
 
-    --probe-bulk does write to the Klaviyo account: one profile (name "klaviyo-worker probe", external id
-    klaviyo-worker-probe, no email, no consent) and, each time, three events of the metric "klaviyo-worker probe".
-    It needs the scopes profiles:read and events:read too, takes up to three times --probe-wait, and exits with 1
-    when it cannot tell. To remove what it wrote: search Klaviyo for the profile by its name, then Profile actions,
+    --probe-bulk writes to the Klaviyo account: one profile (name "klaviyo-worker probe", external id
+    klaviyo-worker-probe, no email, no consent) and three events of the metric "klaviyo-worker probe" per run. It
+    also needs the scopes profiles:read and events:read, takes up to three times --probe-wait, and exits with 1 if
+    there is no result. To remove the data, search Klaviyo for the profile by its name and select Profile actions,
     Delete profile.
     """
-    from worker.commands.check.checks import check as findings  # noqa: PLC0415
+    from worker.commands.check.checks import run_checks  # noqa: PLC0415
 
     exit_code: int = ExitCode.OK
-    say = partial(click.echo, err=True)
-    for finding in findings(partial(load, Settings, flags), subscription_key, probe_wait if probe_bulk else None, say):
-        click.echo(finding.json() if as_json else finding.line())
-        exit_code = exit_code or finding.exit_code
+    read_settings, report_progress = partial(load, Settings, flags), partial(click.echo, err=True)
+    timeout = probe_wait if probe_bulk else None
+    for result in run_checks(read_settings, subscription_key, timeout, report_progress):
+        click.echo(result.json() if as_json else result.line())
+        exit_code = exit_code or result.exit_code
     sys.exit(exit_code)

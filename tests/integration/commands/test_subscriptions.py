@@ -87,7 +87,7 @@ def test_applied_once_there_is_nothing_to_do(command: Command, sandbox: Sandbox)
     assert written(sandbox) == [("POST", "", 201)]
     code, found = command.checked()
     assert code == 0
-    assert found["subscriptions"]["text"] == "klaviyo-worker is healthy, and asks for all that the handlers need"
+    assert found["subscriptions"]["text"] == "klaviyo-worker is healthy and requests everything that the handlers need"
 
 
 def test_a_change_is_one_update(command: Command, sandbox: Sandbox, tmp_path: Path) -> None:
@@ -344,16 +344,16 @@ def test_check_names_what_is_missing(command: Command, tmp_path: Path) -> None:
     code, found = command.checked()
     assert code == 4
     assert found["subscriptions"]["text"] == (
-        "there is no subscription klaviyo-worker: klaviyo-worker subscriptions apply"
+        "there is no subscription klaviyo-worker: run klaviyo-worker subscriptions apply"
     )
     mapping = tmp_path / "mapping.toml"
     mapping.write_text('disabled_types = ["OrderImported", "ResourceUpdated", "ResourceCreated", "ResourceDeleted"]')
     command.apply("--config", str(mapping), "--key", "mine")
     code, found = command.checked("--subscription-key", "mine")
     assert code == 4
-    assert found["subscriptions"]["todo"] == "klaviyo-worker subscriptions apply --key mine"
+    assert found["subscriptions"]["todo"] == "run klaviyo-worker subscriptions apply --key mine"
     assert found["subscriptions"]["why"] == (
-        "mine does not ask for order OrderImported, "
+        "mine does not request order OrderImported, "
         "changes of customer, changes of category, changes of inventory-entry"
     )
     assert command.checked("--subscription-key", "mine", "--config", str(mapping))[0] == 0
@@ -365,8 +365,8 @@ def test_check_without_the_right_to_look_fails_nothing(command: Command) -> None
     done = command("check", CT_SCOPE="view_orders:sandbox-shop")
     assert done.exit_code == 0
     assert done.stdout.splitlines()[-1] == (
-        "SKIP    subscriptions  cannot be told without the scope manage_subscriptions, which the worker itself "
-        "does not need → give check an API client that has it"
+        "SKIP    subscriptions  not checked: the scope manage_subscriptions is missing, which the worker itself does "
+        "not need → run check with an API client that has it"
     )
 
 
@@ -441,5 +441,5 @@ def test_a_queue_without_its_policies_fails(command: Command, monkeypatch: pytes
     code, found = command.checked(CT_SCOPE="view_orders:sandbox-shop")
     assert code == 0
     assert found["queue"]["text"] == (
-        "may be consumed; q cannot be read to learn its policies: grant roles/pubsub.viewer"
+        "can be consumed; q cannot be read to learn its policies: grant roles/pubsub.viewer"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adapters import QueueError, QueueWarning
-from worker.commands.check.check_result import failed
+from worker.commands.check.check_result import make_failure
 from worker.errors import ExitCode, KlaviyoMisconfigured, SettingsError, WorkerError
 
 
@@ -14,21 +14,21 @@ def test_advice_is_structured(kind: type[WorkerError]) -> None:
     """No wording of the advice makes `check` lose it."""
     problem = kind("the key is refused", todo="replace the key")
     assert str(problem) == "the key is refused: replace the key"
-    result = failed("klaviyo", ExitCode.KLAVIYO, problem, otherwise="try again later")
+    result = make_failure("klaviyo", ExitCode.KLAVIYO, problem, default_todo="try again later")
     assert (result.text, result.todo) == ("the key is refused", "replace the key")
 
 
 def test_reason_with_colons_is_not_advice() -> None:
     """A reason that happens to contain a verb after a colon is not cut."""
     problem = QueueError("cannot reach the queue: set by peer")
-    result = failed("queue", ExitCode.QUEUE, problem, otherwise="check the network")
+    result = make_failure("queue", ExitCode.QUEUE, problem, default_todo="check the network")
     assert (result.text, result.todo) == ("cannot reach the queue: set by peer", "check the network")
 
 
 def test_advice_of_several_problems_is_listed_once() -> None:
     """Two policies that one command sets have one advice."""
     problems = [QueueWarning("no dead-letter policy", "set both"), QueueWarning("no retry policy", "set both")]
-    result = failed("queue", ExitCode.QUEUE, *problems, otherwise="")
+    result = make_failure("queue", ExitCode.QUEUE, *problems, default_todo="")
     assert (result.text, result.todo) == ("no dead-letter policy; no retry policy", "set both")
 
 

@@ -66,18 +66,18 @@ def everything_once(calls: Calls) -> dict[str, int]:
 
 def test_only_once_each_is_safe() -> None:
     """A, B and C."""
-    assert probed(everything_once) == "ignored"
+    assert probed(everything_once) == "ignore"
 
 
 @pytest.mark.parametrize(
     ("in_the_end", "repeat"),
     [
-        ({"A": 2, "B": 1, "C": 1}, "doubled"),
-        ({"A": 3}, "doubled"),
-        ({"A": 1, "B": 2, "C": 1}, "doubled"),
-        ({"A": 1}, "dropped"),
-        ({"A": 1, "B": 1}, "dropped"),
-        ({"A": 1, "C": 1}, "dropped"),
+        ({"A": 2, "B": 1, "C": 1}, "duplicate"),
+        ({"A": 3}, "duplicate"),
+        ({"A": 1, "B": 2, "C": 1}, "duplicate"),
+        ({"A": 1}, "drop"),
+        ({"A": 1, "B": 1}, "drop"),
+        ({"A": 1, "C": 1}, "drop"),
         ({"B": 1, "C": 1}, "undecided"),
         ({}, "undecided"),
     ],
@@ -88,7 +88,7 @@ def test_anything_else_is_not(in_the_end: dict[str, int], repeat: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("late", "repeat"), [({"A": 2}, "doubled"), ({"B": 1}, "ignored"), ({"C": 1}, "ignored"), ({"C": 2}, "doubled")]
+    ("late", "repeat"), [({"A": 2}, "duplicate"), ({"B": 1}, "ignore"), ({"C": 1}, "ignore"), ({"C": 2}, "duplicate")]
 )
 def test_anything_may_show_late(late: dict[str, int], repeat: str) -> None:
     """It is waited for; and when all have shown, it is looked once more."""
@@ -117,7 +117,7 @@ def test_the_last_call_waits_until_the_first_shows() -> None:
 def test_a_refused_repeat_is_told_at_once_or_later(accepts: int) -> None:
     """The first call has been accepted in the same form, so the repeat is what was refused."""
     klaviyo = FakeKlaviyo(everything_once, accepts)
-    assert BulkProbe(klaviyo, 0.05, lambda _: None).run().repeat == "refused"
+    assert BulkProbe(klaviyo, 0.05, lambda _: None).run().repeat == "refuse"
     assert len(klaviyo.calls) == accepts
 
 

@@ -1,1 +1,1 @@
-"""`klaviyo-worker check`. Read checks.py first."""
+"""The checks of `klaviyo-worker check`. Read checks.py first."""

@@ -1,6 +1,6 @@
-"""Finds out what a Klaviyo account makes of a bulk call that repeats an event of an earlier one.
+"""A probe of how a Klaviyo account treats a bulk call that repeats an event of an earlier call.
 
-Klaviyo documents that for repeats inside one call only: docs/decisions/0011-bulk-events.md.
+Klaviyo documents only repeats inside one call: docs/decisions/0011-bulk-events.md.
 """
 
 from __future__ import annotations
@@ -25,82 +25,85 @@ if TYPE_CHECKING:
     from worker.model import Json
 
 PROFILE, METRIC = "klaviyo-worker-probe", "klaviyo-worker probe"
-SCOPES = {"profiles:read": "/api/profiles", "events:read": "/api/events"}  # besides events:write
-_PAUSE = 1 / 60  # of the patience, between two looks
-_AFTERMATH = 1 / 12  # of the patience; a second copy may show later than the event beside it
+SCOPES = {"profiles:read": "/api/profiles", "events:read": "/api/events"}  # in addition to events:write
+_POLL_INTERVAL = 1 / 60  # share of the timeout
+_LAST_WAIT = 1 / 12  # share of the timeout; a second copy of A can become readable after B and C
 
-Repeat = Literal["ignored", "refused", "dropped", "doubled", "undecided"]
-_AUTO = "stay with KLAVIYO_WORKER_BULK_EVENTS=auto"
+Repeat = Literal["ignore", "refuse", "drop", "duplicate", "undecided"]
+_AUTO = "keep KLAVIYO_WORKER_BULK_EVENTS=auto"
 _MEANING: dict[Repeat, str] = {
-    "ignored": "repeats are ignored, KLAVIYO_WORKER_BULK_EVENTS=always is safe",
-    "refused": f"repeats are refused, {_AUTO}",
-    "dropped": f"a repeat costs its whole call, or Klaviyo is slow: {_AUTO}",
-    "doubled": f"a repeat is recorded once more, {_AUTO}",
-    "undecided": f"nothing is known, {_AUTO} or probe again with a longer --probe-wait",
+    "ignore": "Klaviyo ignores a repeated event, KLAVIYO_WORKER_BULK_EVENTS=always is safe",
+    "refuse": f"Klaviyo refuses a call with a repeated event, {_AUTO}",
+    "drop": f"Klaviyo drops a call with a repeated event, or is slow: {_AUTO}",
+    "duplicate": f"Klaviyo records a repeated event again, {_AUTO}",
+    "undecided": f"no result, {_AUTO} or probe again with a longer --probe-wait",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of the repeats, and what was seen."""
+    """The treatment of repeated events, and the observation behind it."""
 
     repeat: Repeat
-    seen: str
+    observation: str
 
     @property
     def recommended(self) -> bulk.BulkMode:
         """Return the value for KLAVIYO_WORKER_BULK_EVENTS."""
-        return "always" if self.repeat == "ignored" else "auto"
+        return "always" if self.repeat == "ignore" else "auto"
 
     def __str__(self) -> str:
-        return f"{self.seen}: {_MEANING[self.repeat]}"
+        return f"{self.observation}: {_MEANING[self.repeat]}"
 
 
 class BulkProbe:
-    """Makes three bulk calls for a test profile and reads back what was recorded.
+    """Three bulk calls for a test profile, whose events are then read back.
 
-    They hold A; at once A again and B; and when A shows, A again and C. Klaviyo handles bulk calls some time after
-    it has accepted them, so a repeat that comes at once might be treated in another way than a late one.
-    `patience`: seconds the events are given to show, twice. `say` is told what is being waited for.
+    The calls contain A; immediately afterwards A and B; and when A is readable, A and C. Klaviyo processes a bulk
+    call some time after accepting it, so it could treat an early repeat differently from a late one.
+    `timeout`: seconds to wait until events are readable, twice. `report_progress` receives each step.
     """
 
-    def __init__(self, client: KlaviyoClient, patience: float, say: Callable[[str], None]) -> None:
+    def __init__(self, client: KlaviyoClient, timeout: float, report_progress: Callable[[str], None]) -> None:
         self._client = client
-        self._patience = patience
-        self._say = say
+        self._timeout = timeout
+        self._report_progress = report_progress
         self._run = uuid4().hex
         self._time = datetime.now(UTC).isoformat(timespec="seconds")
         self._profile_id = ""
 
     def run(self) -> Verdict:
-        """Probe. Raises WorkerError: Klaviyo refuses the form, the key or a scope, or does not answer."""
+        """Run the probe. Raises WorkerError if Klaviyo refuses the calls, the key or a scope, or is unreachable."""
         self._send("A")
-        if refused := self._repeat_beside("B"):
+        if refused := self._repeat_with("B"):
             return refused
         if self._wait_for("A") is None:
-            return Verdict("undecided", f"a call with A was accepted, but A does not show in {self._patience:g} s")
-        if refused := self._repeat_beside("C"):
+            observation = f"Klaviyo accepted a call with A, but A was not readable within {self._timeout:g} s"
+            return Verdict("undecided", observation)
+        if refused := self._repeat_with("C"):
             return refused
-        took = self._wait_for("B", "C")
-        if took is not None:
-            self._say("bulk events: B and C show; looking once more for a second A")
-            time.sleep(max(took, self._patience * _AFTERMATH))
-        recorded = self._recorded()
+        elapsed = self._wait_for("B", "C")
+        if elapsed is not None:
+            self._report_progress("bulk events: B and C are readable; waiting for a possible second A")
+            time.sleep(max(elapsed, self._timeout * _LAST_WAIT))
+        recorded = self._count_recorded()
         counts = [recorded[name] for name in "ABC"]
-        seen = "calls with A, A and B, A and C were accepted, and A shows {}x, B {}x, C {}x".format(*counts)
-        return Verdict(_meaning(*counts), seen)
+        observation = "Klaviyo accepted calls with A, A and B, A and C, and recorded A {}x, B {}x, C {}x".format(
+            *counts
+        )
+        return Verdict(_interpret(*counts), observation)
 
-    def _repeat_beside(self, name: str) -> Verdict | None:
-        """Send A again, with another event; return the verdict when that is not accepted."""
+    def _repeat_with(self, name: str) -> Verdict | None:
+        """Send A again, with another event. Return the verdict if Klaviyo refuses the call."""
         try:
             self._send("A", name)
         except Rejected as error:
-            return Verdict("refused", f"a call that repeats A was not accepted ({error})")
+            return Verdict("refuse", f"Klaviyo refused a call that repeats A ({error})")
         return None
 
     def _send(self, *names: str) -> None:
-        """Record events in one bulk call, as the worker does."""
-        about = "Written by klaviyo-worker check --probe-bulk. May be deleted."
+        """Send events in one bulk call, as the worker does."""
+        about = "Written by klaviyo-worker check --probe-bulk. It can be deleted."
         profile: Json = {"external_id": PROFILE, "first_name": "klaviyo-worker", "last_name": "probe"}
         events = [
             event_operation(
@@ -116,36 +119,36 @@ class BulkProbe:
         self._client.call("POST", bulk.PATH, bulk.bulk_body(events), idempotent=False)
 
     def _wait_for(self, *names: str) -> float | None:
-        """Return the seconds until the events showed, or None when they did not in time."""
-        self._say(f"bulk events: waiting until {' and '.join(names)} can be read back, {self._patience:g} s at most")
-        began = time.monotonic()
-        while not self._recorded().keys() >= set(names):
-            if time.monotonic() - began >= self._patience:
+        """Return the seconds until the events were readable, or None if the timeout expired."""
+        self._report_progress(f"bulk events: waiting up to {self._timeout:g} s until {' and '.join(names)} can be read")
+        started = time.monotonic()
+        while not self._count_recorded().keys() >= set(names):
+            if time.monotonic() - started >= self._timeout:
                 return None
-            time.sleep(self._patience * _PAUSE)
-        return time.monotonic() - began
+            time.sleep(self._timeout * _POLL_INTERVAL)
+        return time.monotonic() - started
 
-    def _recorded(self) -> Counter[str]:
-        """Count this run's events by name. The newest come first, so one page has them all."""
+    def _count_recorded(self) -> Counter[str]:
+        """Count this run's events by name. The newest are on the first page."""
         self._profile_id = self._profile_id or self._find_profile()
         if not self._profile_id:
             return Counter()
-        found = quote(f'equals(profile_id,"{self._profile_id}")')
-        path = f"/api/events?filter={found}&sort=-datetime&fields%5Bevent%5D=event_properties"
+        condition = quote(f'equals(profile_id,"{self._profile_id}")')
+        path = f"/api/events?filter={condition}&sort=-datetime&fields%5Bevent%5D=event_properties"
         events = as_dicts(self._client.call("GET", path).get("data"))
         properties = (as_dict(as_dict(each.get("attributes")).get("event_properties")) for each in events)
         return Counter(as_text(each.get("Event")) for each in properties if each.get("Run") == self._run)
 
     def _find_profile(self) -> str:
-        found = quote(f'equals(external_id,"{PROFILE}")')
-        answer = self._client.call("GET", f"/api/profiles?filter={found}&fields%5Bprofile%5D=external_id")
-        return next((as_text(profile.get("id")) for profile in as_dicts(answer.get("data"))), "")
+        condition = quote(f'equals(external_id,"{PROFILE}")')
+        response = self._client.call("GET", f"/api/profiles?filter={condition}&fields%5Bprofile%5D=external_id")
+        return next((as_text(profile.get("id")) for profile in as_dicts(response.get("data"))), "")
 
 
-def _meaning(a: int, b: int, c: int) -> Repeat:
-    """Return what it means that A, B and C show so many times."""
+def _interpret(a: int, b: int, c: int) -> Repeat:
+    """Return the treatment of repeats from the numbers of recorded events A, B and C."""
     if max(a, b, c) > 1:
-        return "doubled"
-    if a == 0:  # it did show before: reads are not to be trusted
+        return "duplicate"
+    if a == 0:  # A was readable before, so reads are unreliable
         return "undecided"
-    return "ignored" if b and c else "dropped"
+    return "ignore" if b and c else "drop"

@@ -1,4 +1,4 @@
-"""What `klaviyo-worker check` found, in words: why something cannot work, and what to do."""
+"""The result of a check, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import orjson
 from worker.json_access import printable
 
 Status = Literal["ok", "failed", "skipped"]
-_SHOWN: dict[Status, str] = {"ok": "OK", "failed": "FAIL", "skipped": "SKIP"}
+_LABELS: dict[Status, str] = {"ok": "OK", "failed": "FAIL", "skipped": "SKIP"}
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """What one check found. `exit_code` counts where it failed, and so does `todo`: what to do."""
+class CheckResult:
+    """The result of one check. `todo` says what to do about a failure; `exit_code` is 0 unless the check failed."""
 
     check: str
     status: Status
@@ -25,16 +25,16 @@ class Finding:
     details: dict[str, str] = field(default_factory=dict)
 
     def line(self) -> str:
-        """Return it for people."""
+        """Return the result as a line for people."""
         text = f"{self.text} → {self.todo}" if self.todo else self.text
-        return f"{_SHOWN[self.status]:<8}{self.check:<15}{printable(text)}"
+        return f"{_LABELS[self.status]:<8}{self.check:<15}{printable(text)}"
 
     def json(self) -> bytes:
-        """Return it for scripts: `text` says it all, `why` and `todo` are its parts."""
-        about: dict[str, str] = {"check": self.check, "status": self.status, "text": self.text}
+        """Return the result as a line of JSON for scripts. `text` joins `why` and `todo`."""
+        document: dict[str, str] = {"check": self.check, "status": self.status, "text": self.text}
         if self.todo:
-            about |= {"text": f"{self.text}: {self.todo}", "why": self.text, "todo": self.todo}
-        return orjson.dumps(about | self.details)
+            document |= {"text": f"{self.text}: {self.todo}", "why": self.text, "todo": self.todo}
+        return orjson.dumps(document | self.details)
 
 
 class Problem(Protocol):
@@ -49,7 +49,7 @@ class Problem(Protocol):
         """Return what to do about it; "" if there is no advice."""
 
 
-def failed(check: str, exit_code: int, *problems: Problem, otherwise: str) -> Finding:
-    """Return a failed check. `otherwise` is what to do if no problem has advice of its own."""
-    todo = "; ".join(dict.fromkeys(problem.todo for problem in problems if problem.todo)) or otherwise
-    return Finding(check, "failed", "; ".join(problem.reason for problem in problems), todo, exit_code)
+def make_failure(check: str, exit_code: int, *problems: Problem, default_todo: str) -> CheckResult:
+    """Return a failed check. `default_todo` is the advice if no problem has its own."""
+    todo = "; ".join(dict.fromkeys(problem.todo for problem in problems if problem.todo)) or default_todo
+    return CheckResult(check, "failed", "; ".join(problem.reason for problem in problems), todo, exit_code)

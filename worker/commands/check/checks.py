@@ -1,4 +1,4 @@
-"""Tells whether configuration, queue, commercetools and Klaviyo let the worker work, and what to do where not."""
+"""Checks of the configuration, the queue, commercetools, Klaviyo and the subscription."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from adapters import QueueError, QueueURLError, open_queue, scheme_of
-from worker.commands.check import bulk_probe as probe
-from worker.commands.check.check_result import Finding, failed
+from worker.commands.check import bulk_probe
+from worker.commands.check.check_result import CheckResult, make_failure
 from worker.commands.subscriptions.client import SCOPE, NotPermitted, Subscriptions
 from worker.commands.subscriptions.health import HEALTHY, explain_status
 from worker.commands.subscriptions.plan import KEY
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from worker.mapping import MappingConfig
     from worker.settings import Settings
 
-_NOBODY = "00000000-0000-4000-8000-000000000000"
+_NONEXISTENT_ID = "00000000-0000-4000-8000-000000000000"
 _EVENTS, _CATALOG = frozenset({"order", "payment"}), frozenset({"category", "product", "inventory-entry"})
 _CUSTOMER = frozenset({"customer"})
-_READS = (  # what is asked, the scope that takes, and for the handlers of which resource types; see worker/enrich.py
+_READS = (  # query, its scope, and the resource types whose handlers need it; see worker/enrich.py
     (queries.ORDERS, "view_orders", _EVENTS),
     (queries.PAYMENTS, "view_payments", frozenset({"payment"})),
     (queries.CUSTOMERS, "view_customers", _EVENTS | _CUSTOMER),
@@ -38,71 +38,81 @@ _READS = (  # what is asked, the scope that takes, and for the handlers of which
     (queries.PRODUCTS, "view_products", _EVENTS | {"product", "inventory-entry"}),
     (queries.INVENTORY, "view_products", frozenset({"product", "inventory-entry"})),
 )
-_WRITES = (  # the scope, what takes it, and for the handlers of which resource types
+_WRITES = (  # scope, an endpoint that requires it, and the resource types whose handlers need it
     ("events:write", "/api/events", _EVENTS),
     ("profiles:write", "/api/profile-import", _CUSTOMER),
     ("catalogs:write", "/api/catalog-items", _CATALOG),
 )
 _IMPORT_JOBS = ("profiles:read", "lists:read", "lists:write")
-_ELSEWHERE = "check the URL, the network and its proxy, or try again later"
+_DEFAULT_TODO = "check the URL, the network and its proxy, or try again later"
 
-Ask = tuple[str, "Callable[[], object]"]  # the scope it needs, and what needs it
+ScopeProbe = tuple[str, "Callable[[], object]"]  # a scope, and a request that requires it
 
 
-def check(
-    read: Callable[[], Settings], key: str, probe_wait: float | None, say: Callable[[str], None]
-) -> Iterator[Finding]:
-    """Yield what is found, service by service; of the configuration alone where that is wrong.
+def run_checks(
+    read_settings: Callable[[], Settings],
+    subscription_key: str,
+    probe_timeout: float | None,
+    report_progress: Callable[[str], None],
+) -> Iterator[CheckResult]:
+    """Yield the result of each check. If the configuration is wrong, yield only that.
 
-    `read` reads the settings, `key` is the subscription's. `probe_wait`: seconds each bulk call of the probe is
-    given; None: no probe, and nothing is written anywhere. `say` is told what the probe waits for.
+    `probe_timeout`: seconds that the bulk probe waits for events; None: no bulk probe, and nothing is written.
+    `report_progress` receives the steps of the bulk probe.
     """
     try:
-        settings = read()
+        settings = read_settings()
         mapping = settings.mapping()
-        queue = _tried(
-            "queue", ExitCode.QUEUE, partial(_queue, settings)
-        )  # its URL is configuration, but only it can tell
+        # Opened first because only the adapter can validate QUEUE_URL, which is configuration.
+        queue = _run_check("queue", ExitCode.QUEUE, partial(_check_queue, settings))
     except (SettingsError, QueueURLError) as error:
         for problem in error.problems if isinstance(error, SettingsError) else [error]:
-            yield failed("configuration", ExitCode.USAGE, problem, otherwise="correct it")
+            yield make_failure("configuration", ExitCode.USAGE, problem, default_todo="correct it")
         return
-    yield Finding("configuration", "ok", _configuration(settings, mapping))
+    yield CheckResult("configuration", "ok", _describe_configuration(settings, mapping))
     yield queue
+    yield from _check_services(settings, mapping, subscription_key, probe_timeout, report_progress)
+
+
+def _check_services(
+    settings: Settings,
+    mapping: MappingConfig,
+    subscription_key: str,
+    probe_timeout: float | None,
+    report_progress: Callable[[str], None],
+) -> Iterator[CheckResult]:
     stopping = Event()
     resources = frozenset(resource for resource, kind in HANDLERS if kind not in mapping.disabled_types)
     reader = Commercetools(settings, stopping)
-    yield _tried("commercetools", ExitCode.COMMERCETOOLS, partial(_commercetools, reader, resources))
+    yield _run_check("commercetools", ExitCode.COMMERCETOOLS, partial(_check_commercetools, reader, resources))
     client = Klaviyo(settings, stopping)
-    erasure, probing = mapping.customer.erasure and "customer" in resources, probe_wait is not None
-    found = _tried("klaviyo", ExitCode.KLAVIYO, partial(_klaviyo, client, resources, erasure=erasure, probing=probing))
-    yield found
-    yield _tried(
-        "subscriptions",
-        ExitCode.COMMERCETOOLS,
-        partial(_subscription, Subscriptions(reader), key, mapping.disabled_types),
-    )
-    if probe_wait is not None and not found.exit_code:
-        yield _bulk_events(client, probe_wait, say)
+    erasure, probing = mapping.customer.erasure and "customer" in resources, probe_timeout is not None
+    check_klaviyo = partial(_check_klaviyo, client, resources, erasure=erasure, probing=probing)
+    klaviyo = _run_check("klaviyo", ExitCode.KLAVIYO, check_klaviyo)
+    yield klaviyo
+    check_subscription = partial(_check_subscription, Subscriptions(reader), subscription_key, mapping.disabled_types)
+    yield _run_check("subscriptions", ExitCode.COMMERCETOOLS, check_subscription)
+    if probe_timeout is not None and not klaviyo.exit_code:
+        yield _probe_bulk_events(client, probe_timeout, report_progress)
 
 
-def _tried(name: str, exit_code: int, ask: Callable[[], str | Finding]) -> Finding:
+def _run_check(name: str, exit_code: int, check: Callable[[], str | CheckResult]) -> CheckResult:
     try:
-        found = ask()
+        result = check()
     except QueueURLError:
         raise
     except (QueueError, WorkerError) as error:
-        return failed(name, exit_code, error, otherwise=_ELSEWHERE)
-    return found if isinstance(found, Finding) else Finding(name, "ok", found)
+        return make_failure(name, exit_code, error, default_todo=_DEFAULT_TODO)
+    return result if isinstance(result, CheckResult) else CheckResult(name, "ok", result)
 
 
-def _configuration(settings: Settings, mapping: MappingConfig) -> str:
+def _describe_configuration(settings: Settings, mapping: MappingConfig) -> str:
     enabled = sum(kind not in mapping.disabled_types for _, kind in HANDLERS)
     file = f"mapping {settings.config}" if settings.config else "no mapping file"
     return f"{file}, {enabled} of {len(HANDLERS)} handlers enabled, queue {scheme_of(settings.queue_url)}://"
 
 
-def _queue(settings: Settings) -> str | Finding:
+def _check_queue(settings: Settings) -> str | CheckResult:
     queue = open_queue(settings.queue_url, settings.queue_options)
     try:
         warnings = queue.check()
@@ -110,106 +120,108 @@ def _queue(settings: Settings) -> str | Finding:
         queue.close()
     missing = [warning for warning in warnings if warning.is_missing_policy]
     if missing:
-        return failed("queue", ExitCode.QUEUE, *missing, otherwise=_ELSEWHERE)
-    return "; ".join(["may be consumed", *map(str, warnings)])
+        return make_failure("queue", ExitCode.QUEUE, *missing, default_todo=_DEFAULT_TODO)
+    return "; ".join(["can be consumed", *map(str, warnings)])
 
 
-def _commercetools(reader: queries.Reader, resources: Collection[str]) -> str:
+def _check_commercetools(reader: queries.Reader, resources: Collection[str]) -> str:
     reads = [(query, scope) for query, scope, readers in _READS if not readers.isdisjoint(resources)]
-    _ask_all([(scope, partial(_read, reader, query)) for query, scope in reads])
-    text = f"{', '.join(query.path for query, _ in reads) or 'nothing'} may be read"
+    _probe_scopes([(scope, partial(_read, reader, query)) for query, scope in reads])
+    text = f"can read {', '.join(query.path for query, _ in reads) or 'nothing'}"
     try:
         if not _EVENTS.isdisjoint(resources):
             _read(reader, queries.DISCOUNT_CODES)
     except Misconfigured:
-        return f"{text}; without the scope view_discount_codes, orders are sent without the names of their codes"
+        return f"{text}; without the scope view_discount_codes, events do not contain the names of discount codes"
     return text
 
 
 def _read(reader: queries.Reader, query: queries.Query) -> None:
-    """Ask as the worker does, for what does not exist."""
-    (found,) = reader.find(query, [_NOBODY]).values()
-    if isinstance(found, WorkerError):
-        raise found
+    """Make the same query as the worker, for an id that does not exist."""
+    (result,) = reader.find(query, [_NONEXISTENT_ID]).values()
+    if isinstance(result, WorkerError):
+        raise result
 
 
-def _klaviyo(client: Klaviyo, resources: Collection[str], *, erasure: bool, probing: bool) -> str:
+def _check_klaviyo(client: Klaviyo, resources: Collection[str], *, erasure: bool, probing: bool) -> str:
     reads = {} if _CATALOG.isdisjoint(resources) else {"catalogs:read": "/api/catalog-items"}
-    reads |= probe.SCOPES if probing else {}
+    reads |= bulk_probe.SCOPES if probing else {}
     writes = {scope: path for scope, path, writers in _WRITES if not writers.isdisjoint(resources)}
     if erasure:
         reads["profiles:read"] = "/api/profiles"
         writes["data-privacy:write"] = "/api/data-privacy-deletion-jobs"
-    asks: list[Ask] = [(scope, partial(_look, client, path)) for scope, path in reads.items()]
-    _ask_all([*asks, *((scope, partial(_write_nothing, client, path)) for scope, path in writes.items())])
-    text = f"may read ({', '.join(reads) or 'nothing'}) and write ({', '.join(writes) or 'nothing'})"
+    probes: list[ScopeProbe] = [(scope, partial(_get, client, path)) for scope, path in reads.items()]
+    probes += [(scope, partial(_post_nothing, client, path)) for scope, path in writes.items()]
+    _probe_scopes(probes)
+    text = f"can read ({', '.join(reads) or 'nothing'}) and write ({', '.join(writes) or 'nothing'})"
     try:
         if "customer" in resources:
-            _look(client, "/api/profile-bulk-import-jobs")
+            _get(client, "/api/profile-bulk-import-jobs")
     except Misconfigured:
-        return f"{text}; without {', '.join(_IMPORT_JOBS)}, customers go one by one, however many wait"
+        return f"{text}; without {', '.join(_IMPORT_JOBS)}, customers are always sent one by one"
     return text
 
 
-def _look(client: Klaviyo, path: str) -> None:
+def _get(client: Klaviyo, path: str) -> None:
     client.call("GET", f"{path}?page%5Bsize%5D=1")
 
 
-def _write_nothing(client: Klaviyo, path: str) -> None:
-    """Send an empty document: 403 tells that the scope is missing, any other refusal that it is not."""
+def _post_nothing(client: Klaviyo, path: str) -> None:
+    """Send an empty document, which is always refused: with 403 only if the scope is missing."""
     with suppress(Rejected):
         client.call("POST", path, {})
 
 
-def _ask_all(asks: Sequence[Ask]) -> None:
-    """Ask everything, so that all scopes that are missing can be named. Raises the first refusal, or WorkerError."""
+def _probe_scopes(probes: Sequence[ScopeProbe]) -> None:
+    """Make all requests. Raises WorkerError, or one Misconfigured that names every missing scope."""
     refused: list[tuple[str, Misconfigured]] = []
-    for scope, ask in asks:
+    for scope, probe in probes:
         try:
-            ask()
+            probe()
         except Misconfigured as error:
             refused.append((scope, error))
     if not refused:
         return
     first = refused[0][1]
-    if not first.lacks_scope:  # there is no token, or the URL is another's
+    if not first.lacks_scope:  # the credentials or the URL are wrong
         raise first
     scopes = ", ".join(unique(scope for scope, _ in refused))
     raise type(first)(first.reason, todo=f"{first.todo}: {scopes}")
 
 
-def _subscription(subscriptions: Subscriptions, key: str, disabled: Collection[str]) -> str | Finding:
+def _check_subscription(subscriptions: Subscriptions, key: str, disabled: Collection[str]) -> str | CheckResult:
     try:
         existing = {as_text(entry.get("key")): entry for entry in subscriptions.all()}
     except NotPermitted:
-        text = f"cannot be told without the scope {SCOPE}, which the worker itself does not need"
-        return Finding("subscriptions", "skipped", text, "give check an API client that has it")
-    todo = "klaviyo-worker subscriptions apply" + (f" --key {key}" if key != KEY else "")
+        text = f"not checked: the scope {SCOPE} is missing, which the worker itself does not need"
+        return CheckResult("subscriptions", "skipped", text, "run check with an API client that has it")
+    apply = "run klaviyo-worker subscriptions apply" + (f" --key {key}" if key != KEY else "")
     if key not in existing:
         others = ", ".join(filter(None, existing))
         text = f"there is no subscription {key}" + (f", only {others}" if others else "")
-        return Finding("subscriptions", "failed", text, todo, ExitCode.COMMERCETOOLS)
-    status, missing = as_text(existing[key].get("status")), required_spec(disabled).minus(spec_of(existing[key]))
+        return CheckResult("subscriptions", "failed", text, apply, ExitCode.COMMERCETOOLS)
+    status = as_text(existing[key].get("status"))
     if status != HEALTHY:
-        why, todo = explain_status(status)
-        return Finding("subscriptions", "failed", f"{key} is not healthy: {why}", todo, ExitCode.COMMERCETOOLS)
+        health, todo = explain_status(status)
+        return CheckResult("subscriptions", "failed", f"{key} is not healthy: {health}", todo, ExitCode.COMMERCETOOLS)
+    missing = required_spec(disabled).minus(spec_of(existing[key]))
     if missing:
-        told = [f"{resource} {', '.join(types)}" for resource, types in missing.messages.items()]
-        told += [f"changes of {resource}" for resource in missing.changes]
-        text = f"{key} does not ask for {', '.join(told)}"
-        return Finding("subscriptions", "failed", text, todo, ExitCode.COMMERCETOOLS)
-    return f"{key} is healthy, and asks for all that the handlers need"
+        parts = [f"{resource} {', '.join(types)}" for resource, types in missing.messages.items()]
+        parts += [f"changes of {resource}" for resource in missing.changes]
+        text = f"{key} does not request {', '.join(parts)}"
+        return CheckResult("subscriptions", "failed", text, apply, ExitCode.COMMERCETOOLS)
+    return f"{key} is healthy and requests everything that the handlers need"
 
 
-def _bulk_events(client: Klaviyo, wait: float, say: Callable[[str], None]) -> Finding:
-    again = "stay with KLAVIYO_WORKER_BULK_EVENTS=auto, and probe again"
+def _probe_bulk_events(client: Klaviyo, timeout: float, report_progress: Callable[[str], None]) -> CheckResult:
+    todo = "keep KLAVIYO_WORKER_BULK_EVENTS=auto and probe again"
     try:
-        verdict = probe.BulkProbe(client, wait, say).run()
+        verdict = bulk_probe.BulkProbe(client, timeout, report_progress).run()
     except Misconfigured as error:
-        return Finding("bulk events", "failed", error.reason, f"{error.todo}: events:write", ExitCode.KLAVIYO)
+        return CheckResult("bulk events", "failed", error.reason, f"{error.todo}: events:write", ExitCode.KLAVIYO)
     except WorkerError as error:
-        return Finding("bulk events", "failed", f"{error.reason}: nothing is known", again, ExitCode.KLAVIYO)
+        return CheckResult("bulk events", "failed", f"{error.reason}: no result", todo, ExitCode.KLAVIYO)
     details = {"repeat": str(verdict.repeat), "recommended": str(verdict.recommended)}
     if verdict.repeat == "undecided":
-        return Finding("bulk events", "failed", str(verdict), again, ExitCode.UNEXPECTED, details)
-    return Finding("bulk events", "ok", str(verdict), details=details)
+        return CheckResult("bulk events", "failed", str(verdict), todo, ExitCode.UNEXPECTED, details)
+    return CheckResult("bulk events", "ok", str(verdict), details=details)
