@@ -63,7 +63,7 @@ class Klaviyo:
         pool: urllib3.PoolManager = RESTClientObject(configuration).pool_manager
         self._transport = http.Transport(pool, settings, observe)
         self._breakers = CircuitBreakers("klaviyo", settings, stopping)
-        self._limits = RateLimiter(settings.rate_limit_share, stopping)
+        self._rate_limiter = RateLimiter(settings.rate_limit_share, stopping)
         self._host: str = configuration.host
         self._headers = {
             "User-Agent": "klaviyo-worker",
@@ -96,15 +96,15 @@ class Klaviyo:
 
     def rate_limit_status(self) -> Mapping[str, RateLimitStatus]:
         """Return how the limits of each endpoint stand."""
-        return self._limits.statuses()
+        return self._rate_limiter.statuses()
 
     def _call(
         self, endpoint: str, method: str, path: str, content: bytes | Callable[[], bytes] | None
     ) -> http.Response:
-        self._limits.wait(endpoint)
+        self._rate_limiter.acquire(endpoint)
         content = content() if callable(content) else content
         response = self._transport.request(endpoint, method, self._host + path, self._headers, content)
-        self._limits.answered(endpoint, response.status, response.headers, http.retry_after(response.headers))
+        self._rate_limiter.update(endpoint, response.status, response.headers, http.retry_after(response.headers))
         http.raise_for_transient(response)
         if response.status >= HTTPStatus.MULTIPLE_CHOICES:
             raise _verdict(method, path, response)

@@ -1,11 +1,11 @@
-"""How fast each Klaviyo endpoint may be called: what Klaviyo documents, then what its answers say.
+"""Paces calls to each Klaviyo endpoint: by the documented rate limits, corrected by the headers of its responses.
 
-It counts per account and endpoint in fixed windows of 1 s (burst) and 60 s (steady). Tiers are as in its OpenAPI
-document, revision 2026-07-15, but L, 750 a minute there, is 700 until an answer says more, as in its guide:
-https://developers.klaviyo.com/en/docs/rate_limits_and_error_handling
+Klaviyo counts calls per account and endpoint in fixed windows of 1 s (burst) and 60 s (steady). The tiers are those of
+its OpenAPI document, revision 2026-07-15, except for L: it is 750 a minute there but 700 in Klaviyo's guide, so it is
+700 until a response reports another limit: https://developers.klaviyo.com/en/docs/rate_limits_and_error_handling
 
-Workers that share an account know nothing of each other. Each takes it that what `RateLimit-Remaining` falls by between
-two of its own answers was called by all, and takes its part of what remains (docs/decisions/0010-rate-limits.md).
+Several processes can share an account. Each one attributes the drop of `RateLimit-Remaining` between two of its own
+responses to all of them, and uses its proportional share of the calls that remain: docs/decisions/0010-rate-limits.md.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ import re
 import time
 from http import HTTPStatus
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from worker.errors import Throttled, Transient
+from worker.klaviyo.share_estimator import ShareEstimator
+from worker.klaviyo.token_bucket import TokenBucket
 from worker.telemetry.state import RateLimitStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from threading import Event
 
-STEADY = LONGEST_WAIT = 60.0  # seconds of the long window
-LEAST, RECOVERY = 1 / 16, 60.0  # of the pace; seconds in which it would rise from nothing to the full one
-FIRST_PART = 1 / 4  # of the account's calls, before answers tell
-MEMORY = 2.0  # seconds at the account's steady pace: of so many own calls the part is an average
-EVENING = 0.8  # power of the part: below one, so that who has less than others gains on them
-SAFE = 0.7  # of the burst, as a pace for accounts whose steady limit was raised; the rest is for jitter
-SHORTEST_LOOK, LONGEST_LOOK = 0.001, 1.0  # seconds until a waiter looks again: the pace may have changed
+WINDOW = 60.0  # seconds of the steady limit's window
+MAX_WAIT = 60.0  # seconds that a call waits
+MIN_FACTOR = 1 / 16  # of the rate, after repeated 429 responses
+RECOVERY = 60.0  # seconds in which the factor would rise from 0 to 1
+SHARE_WINDOW = 2.0  # seconds at the account's steady rate: the share is an average over that number of own calls
+SAFE_BURST_SHARE = 0.7  # of the burst: the highest rate for accounts with a raised steady limit; the rest is for jitter
+MIN_POLL = 0.001  # seconds until a waiting call checks the rate again, which can have changed
+MAX_POLL = 1.0
 S, M, L, XL = (3, 60), (10, 150), (75, 700), (350, 3500)  # calls per second, calls per minute
-TIERS = (  # L for all others
+TIERS = (  # L for all other endpoints
     (r"POST /api/data-privacy-deletion-jobs", S),
     (r"POST /api/event-bulk-create-jobs|\w+ /api/profile-bulk-import-jobs.*", M),
     (r"(GET|POST) /api/events|GET /api/catalog-(?!(item|variant)-bulk-(create|update)-jobs).*", XL),
@@ -43,147 +46,160 @@ class RateLimiter:
     """Paces calls, per endpoint, to a share (0 < share <= 1) of the account's limits. Safe for many threads."""
 
     def __init__(self, share: float, stopping: Event, now: Callable[[], float] = time.monotonic) -> None:
-        self._share, self._stopping, self._now = share, stopping, now
-        self._buckets: dict[str, _Bucket] = {}
+        self._share = share
+        self._stopping = stopping
+        self._now = now
+        self._limiters: dict[str, _EndpointLimiter] = {}
         self._lock = Lock()
 
-    def wait(self, endpoint: str) -> None:
-        """Block until `endpoint` ("POST /api/events", "PATCH /api/catalog-items/{id}") may be called.
+    def acquire(self, endpoint: str) -> None:
+        """Block until `endpoint` ("POST /api/events", "PATCH /api/catalog-items/{id}") can be called.
 
-        Raises Throttled, with retry_after, as soon as that would take longer than LONGEST_WAIT in all; Transient when
-        `stopping` is set and there is anything to wait for.
+        Raises Throttled, with retry_after, as soon as the whole wait would exceed MAX_WAIT. Raises Transient if the
+        call would have to wait while `stopping` is set.
         """
-        bucket, place, deadline = self._bucket(endpoint), object(), self._now() + LONGEST_WAIT
+        limiter = self._limiter(endpoint)
+        ticket = object()
+        deadline = self._now() + MAX_WAIT
         try:
-            while (seconds := bucket.take(place)) > 0:
+            while (seconds := limiter.take(ticket)) > 0:
                 if self._now() + seconds > deadline:
-                    raise Throttled(f"no call to {endpoint} is left within Klaviyo's limits", seconds)
-                if self._stopping.wait(min(max(seconds, SHORTEST_LOOK), LONGEST_LOOK)):
-                    raise Transient(f"stopped while {endpoint} had to wait for Klaviyo's limits")
+                    raise Throttled(f"Klaviyo's rate limit for {endpoint} is used up", seconds)
+                if self._stopping.wait(min(max(seconds, MIN_POLL), MAX_POLL)):
+                    raise Transient(f"stopped while {endpoint} waited for Klaviyo's rate limit")
         finally:
-            bucket.leave(place)
+            limiter.cancel(ticket)
 
-    def answered(self, endpoint: str, status: int, headers: Mapping[str, str], retry_after: float | None) -> None:
-        """Learn from an answer: its RateLimit-* headers, or a 429 and the seconds it asks for (None: one)."""
-        bucket = self._bucket(endpoint)
+    def update(self, endpoint: str, status: int, headers: Mapping[str, str], retry_after: float | None) -> None:
+        """Adjust the rate to a response: to its RateLimit-* headers, or to a 429 and its Retry-After (default 1 s)."""
+        limiter = self._limiter(endpoint)
         if status == HTTPStatus.TOO_MANY_REQUESTS:
-            bucket.throttled(max(retry_after or 0.0, 1.0))
+            limiter.on_throttled(max(retry_after or 0.0, 1.0))
         else:
-            bucket.told(*(_number(headers, f"RateLimit-{name}") for name in ("Limit", "Remaining", "Reset")))
+            limiter.on_headers(*(_number(headers, f"RateLimit-{name}") for name in ("Limit", "Remaining", "Reset")))
 
     def statuses(self) -> dict[str, RateLimitStatus]:
-        """Return how each endpoint that was called stands."""
+        """Return the status of each endpoint that was called."""
         with self._lock:
-            buckets = dict(self._buckets)
-        return {endpoint: bucket.status() for endpoint, bucket in buckets.items()}
+            limiters = dict(self._limiters)
+        return {endpoint: limiter.status() for endpoint, limiter in limiters.items()}
 
-    def _bucket(self, endpoint: str) -> _Bucket:
+    def _limiter(self, endpoint: str) -> _EndpointLimiter:
         with self._lock:
-            if endpoint not in self._buckets:
+            if endpoint not in self._limiters:
                 tier = next((tier for pattern, tier in TIERS if re.fullmatch(pattern, endpoint)), L)
-                self._buckets[endpoint] = _Bucket(*tier, self._share, self._now)
-            return self._buckets[endpoint]
+                self._limiters[endpoint] = _EndpointLimiter(*tier, self._share, self._now)
+            return self._limiters[endpoint]
 
 
-class _Bucket:
-    """A token bucket with a queue: who waits knows when there will be a token for each before it, and one more."""
+class _Window(NamedTuple):
+    """A window of the steady limit, as a response reported it."""
+
+    remaining: float  # calls of the account
+    rate: float  # calls per second until the window ends
+    ends_at: float  # monotonic seconds
+
+
+class _EndpointLimiter:
+    """Paces the calls to one endpoint. Safe for many threads."""
 
     def __init__(self, burst: float, steady: float, share: float, now: Callable[[], float]) -> None:
-        self._burst, self._share, self._now = burst, share, now
-        self._steady, self._factor = steady / STEADY, 1.0  # the account's calls per second; how much since a 429
-        self._guide, self._guided_until = math.inf, -math.inf  # calls per second that Klaviyo's window has left
-        self._remaining, self._own, self._all = math.inf, 1.0, 1 / FIRST_PART  # calls left; lately made; made by all
-        self._tokens, self._counted_at = math.inf, now()  # counted in the future: none until then
-        self._queue: list[object] = []
+        self._burst = burst  # calls per second of the account
+        self._steady = steady / WINDOW  # calls per second of the account
+        self._share = share  # at most this share of the account's limits
+        self._now = now
+        self._throttle_factor = 1.0  # of the rate; a 429 lowers it
+        self._window = _Window(math.inf, math.inf, -math.inf)
+        self._estimator = ShareEstimator()
+        self._bucket = TokenBucket(now())
         self._lock = Lock()
 
-    def take(self, place: object) -> float:
-        """Take a token and return 0, or queue up and return the seconds until this place's turn."""
+    def take(self, ticket: object) -> float:
+        """Take a token and return 0, or queue `ticket` and return the seconds until its token is available."""
         with self._lock:
-            now = self._count()
-            if place not in self._queue:
-                self._queue.append(place)
-            missing = self._queue.index(place) + 1 - self._tokens
-            if missing > 0:
-                return self._seconds(missing, now)
-            self._tokens -= 1
-            self._queue.remove(place)
-            return 0.0
+            now = self._refill()
+            missing = self._bucket.take(ticket)
+            return self._seconds_until(missing, now) if missing else 0.0
 
-    def leave(self, place: object) -> None:
+    def cancel(self, ticket: object) -> None:
+        """Remove `ticket` from the queue."""
         with self._lock:
-            self._queue = [other for other in self._queue if other is not place]
+            self._bucket.cancel(ticket)
+
+    def on_headers(self, limit: float, remaining: float, reset: float) -> None:
+        """Adjust the rate to the steady limit, the remaining calls of the window and the seconds until it ends.
+
+        If `remaining` or `reset` is NaN or out of range, assume that no other process calls the endpoint.
+        """
+        with self._lock:
+            now = self._refill()
+            if 1 <= limit < math.inf:
+                self._steady = min(limit / WINDOW, SAFE_BURST_SHARE * self._burst)
+            if not (0 <= remaining < math.inf and 0 <= reset <= WINDOW):
+                self._observe(1.0)
+                return
+            if abs(now + reset - self._window.ends_at) < WINDOW / 2:  # the same window as the previous response's
+                self._observe(self._window.remaining - remaining)
+            self._window = _Window(remaining, max(remaining, 1.0) / max(reset, 1.0), now + reset)
+            if remaining < 1:
+                self._bucket.pause(self._window.ends_at)
+
+    def on_throttled(self, seconds: float) -> None:
+        """Pause, then continue at half the rate. Several 429 responses in one pause halve it once."""
+        with self._lock:
+            now = self._refill()
+            if self._bucket.refilled_at <= now:
+                self._throttle_factor = max(self._throttle_factor / 2, MIN_FACTOR)
+            self._bucket.pause(now + seconds)
 
     def status(self) -> RateLimitStatus:
+        """Return how the limits are used now."""
         with self._lock:
-            now = self._count()
-            pace = self._pace(now)
-            remaining = self._remaining if now < self._guided_until else None
-            used = 1 - self._tokens / self._capacity(pace)
+            now = self._refill()
+            rate = self._rate(now)
+            used = 1 - self._bucket.tokens / self._capacity(rate)
+            remaining = self._window.remaining if now < self._window.ends_at else None
             return RateLimitStatus(
-                self._burst, self._steady * STEADY, pace * STEADY, min(max(used, 0.0), 1.0), remaining, len(self._queue)
+                self._burst,
+                self._steady * WINDOW,
+                rate * WINDOW,
+                min(max(used, 0.0), 1.0),
+                remaining,
+                self._bucket.waiting,
             )
 
-    def told(self, limit: float, remaining: float, reset: float) -> None:
-        """Note the steady limit and what remains of its window; nan, or what cannot be, tells of no other callers."""
-        with self._lock:
-            now = self._count()
-            if 1 <= limit < math.inf:
-                self._steady = min(limit / STEADY, SAFE * self._burst)
-            if not (0 <= remaining < math.inf and 0 <= reset <= STEADY):
-                self._learn(1.0)
-                return
-            if abs(now + reset - self._guided_until) < STEADY / 2:  # the window of the answer before
-                self._learn(self._remaining - remaining)
-            self._remaining = remaining
-            self._guide, self._guided_until = max(remaining, 1.0) / max(reset, 1.0), now + reset
-            if remaining < 1:
-                self._pause(now + reset)
+    def _observe(self, account_calls: float) -> None:
+        self._estimator.observe(account_calls, memory=1 + SHARE_WINDOW * self._steady)
 
-    def _learn(self, calls: float) -> None:
-        """Count one own call, and all calls since the one before; many may only mean that this worker was idle."""
-        kept = 1 - 1 / (1 + MEMORY * self._steady)
-        self._own, self._all = self._own * kept + 1, self._all * kept + min(calls, 1 / LEAST)
-
-    def throttled(self, seconds: float) -> None:
-        """Pause, and go on at half the pace. Once per pause: many calls in flight may be refused."""
-        with self._lock:
-            now = self._count()
-            if self._counted_at <= now:
-                self._factor = max(self._factor / 2, LEAST)
-            self._pause(now + seconds)
-
-    def _pause(self, until: float) -> None:
-        self._tokens, self._counted_at = 0.0, max(until, self._counted_at)
-
-    def _count(self) -> float:
-        """Add what came since the last count; return the time."""
+    def _refill(self) -> float:
+        """Add the tokens since the last refill, and return the time."""
         now = self._now()
-        passed = max(now - self._counted_at, 0.0)
-        self._factor = min(self._factor + passed / RECOVERY, 1.0)
-        pace = self._pace(now)
-        tokens = min(self._tokens + passed * pace, self._capacity(pace))
-        self._tokens, self._counted_at = tokens, max(now, self._counted_at)
+        self._throttle_factor = min(self._throttle_factor + self._bucket.elapsed(now) / RECOVERY, 1.0)
+        rate = self._rate(now)
+        self._bucket.refill(now, rate, self._capacity(rate))
         return now
 
-    def _capacity(self, pace: float) -> float:
-        return max((self._burst / self._steady - 1) * pace, 1.0)
+    def _rate(self, at: float) -> float:
+        """Return the calls per second of this process at a time."""
+        account = min(self._steady, self._window.rate) if at < self._window.ends_at else self._steady
+        return min(self._share * self._throttle_factor * self._steady, self._estimator.share() * account)
 
-    def _seconds(self, missing: float, now: float) -> float:
-        start = max(now, self._counted_at)
-        guided = self._pace(start) * (self._guided_until - start)
-        if 0 < guided < missing:
-            start, missing = self._guided_until, missing - guided
-        return start - now + missing / self._pace(start)
+    def _capacity(self, rate: float) -> float:
+        """Return the size of the bucket: together with `rate`, one second has no more calls than the burst allows."""
+        return max((self._burst / self._steady - 1) * rate, 1.0)
 
-    def _pace(self, at: float) -> float:
-        part = math.pow(self._own / max(self._own, self._all), EVENING)
-        account = min(self._steady, self._guide if at < self._guided_until else math.inf)
-        return min(self._share * self._factor * self._steady, part * account)
+    def _seconds_until(self, missing: float, now: float) -> float:
+        """Return the seconds until `missing` more tokens are available. The rate changes when the window ends."""
+        start = max(now, self._bucket.refilled_at)
+        in_window = self._rate(start) * (self._window.ends_at - start)
+        if 0 < in_window < missing:
+            start = self._window.ends_at
+            missing -= in_window
+        return start - now + missing / self._rate(start)
 
 
 def _number(headers: Mapping[str, str], name: str) -> float:
-    """Return a header's number, or nan, which is neither less nor more than anything."""
+    """Return the number in a header, or NaN, which compares false with everything."""
     try:
         return float(headers.get(name, "nan"))
     except ValueError:

@@ -92,8 +92,8 @@ def test_every_call_is_paced_and_its_answer_learnt_from(sandbox: Sandbox, monkey
     """By endpoint; what Klaviyo says of its limits reaches what paces the calls."""
     client = klaviyo_for(sandbox)
     waited, learnt = Scripted(), Scripted()
-    monkeypatch.setattr(client._limits, "wait", waited)
-    monkeypatch.setattr(client._limits, "answered", learnt)
+    monkeypatch.setattr(client._rate_limiter, "acquire", waited)
+    monkeypatch.setattr(client._rate_limiter, "update", learnt)
     sandbox.klaviyo.faults.add(Fault(status=429, times=1, headers={"Retry-After": "1"}))
     client.call("POST", "/api/profile-import", PROFILE)
     assert waited.calls == [("POST /api/profile-import",)] * 2

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import Transient
-from worker.klaviyo.rate_limits import LONGEST_WAIT, RateLimiter
+from worker.klaviyo.rate_limits import MAX_WAIT, RateLimiter
 from worker.sandbox.klaviyo.rate_limits import Limiter, Throttled
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def alone(limits: RateLimiter, time: VirtualTime, *endpoints: str) -> RateLimite
     """Let answers tell of no other callers, and let a minute pass."""
     for endpoint in endpoints:
         for _ in range(1000):
-            limits.answered(endpoint, 200, {}, None)
+            limits.update(endpoint, 200, {}, None)
     time.wait(60)
     return limits
 
@@ -111,7 +111,7 @@ def waits(limits: RateLimiter, time: VirtualTime, endpoint: str, calls: int) -> 
     taken = []
     for _ in range(calls):
         before = time.now()
-        limits.wait(endpoint)
+        limits.acquire(endpoint)
         taken.append(time.now() - before)
     return taken
 
@@ -173,9 +173,9 @@ def test_a_worker_finds_out_that_it_is_alone(fresh: RateLimiter, time: VirtualTi
     """What remains falls by its own calls only: a minute later it goes at the whole pace, whatever was at first."""
     remaining, end = 150, time.now() + 20
     while time.now() < end:
-        fresh.wait(M)
+        fresh.acquire(M)
         remaining -= 1
-        fresh.answered(M, 202, window(150, remaining, 1080 - time.now()), None)
+        fresh.update(M, 202, window(150, remaining, 1080 - time.now()), None)
     assert remaining <= 150 - 0.8 * 50
     assert pace(fresh, time, M) == pytest.approx(2.5, rel=0.02)
 
@@ -184,17 +184,17 @@ def test_a_worker_finds_out_that_it_is_alone(fresh: RateLimiter, time: VirtualTi
 def test_a_worker_leaves_others_their_part(fresh: RateLimiter, time: VirtualTime, calls: int, part: float) -> None:
     """Of `calls` calls one is its own: it takes a little more than that part; a sixteenth is the least."""
     for number in range(300):
-        fresh.answered(L, 200, window(remaining=99_999 - calls * number, reset=60), None)
+        fresh.update(L, 200, window(remaining=99_999 - calls * number, reset=60), None)
     assert pace(fresh, time, L) == pytest.approx(part**0.8 * 700 / 60, rel=0.02)
 
 
 def test_a_worker_takes_over_from_those_that_leave(fresh: RateLimiter, time: VirtualTime) -> None:
     """A dozen calls of its own show that it is alone now; what remains of another window tells nothing of them."""
     for number in range(100):
-        fresh.answered(M, 202, window(remaining=9_999 - 4 * number, reset=60), None)
+        fresh.update(M, 202, window(remaining=9_999 - 4 * number, reset=60), None)
     time.wait(60)
     for number in range(13):
-        fresh.answered(M, 202, window(remaining=8_888 - number, reset=60), None)
+        fresh.update(M, 202, window(remaining=8_888 - number, reset=60), None)
     assert 0.75 * 2.5 < pace(fresh, time, M) < 0.95 * 2.5
 
 
@@ -219,13 +219,13 @@ def test_no_window_is_ever_overdrawn(
     for index, gap in enumerate(gaps):
         time.wait(gap)
         try:
-            limits.wait(endpoint)
+            limits.acquire(endpoint)
         except Transient:
             continue
         calls.append(time.now())
         if index < len(answers):
             status, remaining, reset = answers[index]
-            limits.answered(endpoint, status, window(remaining=remaining, reset=reset), reset)
+            limits.update(endpoint, status, window(remaining=remaining, reset=reset), reset)
     burst, steady = (share * limit for limit in TIERS[endpoint])
     for first in calls:
         assert sum(first <= call < first + 1 for call in calls) <= max(burst, 1)
@@ -248,7 +248,7 @@ def test_a_small_share_is_slow_but_not_nothing(time: VirtualTime) -> None:
 def test_endpoints_do_not_share_their_limits(limits: RateLimiter, time: VirtualTime) -> None:
     """What one endpoint used up, or was refused, slows no other."""
     alone(limits, time, "POST /api/catalog-items")
-    limits.answered(L, 429, {}, 30)
+    limits.update(L, 429, {}, 30)
     assert waits(limits, time, "POST /api/catalog-items", 63) == [0] * 63
     assert waits(limits, time, L, 1)[0] > 30
 
@@ -258,36 +258,36 @@ def test_an_account_may_have_another_steady_limit(
     limits: RateLimiter, time: VirtualTime, limit: int, per_second: float
 ) -> None:
     """The pace follows RateLimit-Limit, though never so far that a second could see more than the burst."""
-    limits.answered(L, 200, window(limit=limit), None)
+    limits.update(L, 200, window(limit=limit), None)
     assert pace(limits, time, L) == pytest.approx(per_second, rel=0.02)
 
 
 def test_the_pace_follows_what_is_left_of_the_window(limits: RateLimiter, time: VirtualTime) -> None:
     """Ten calls in twenty seconds: half a call per second, with little at once, until the window ends."""
     waits(limits, time, L, 63)
-    limits.answered(L, 202, window(700, 10, 20), None)
+    limits.update(L, 202, window(700, 10, 20), None)
     start = time.now()
     assert pace(limits, time, L) == pytest.approx(0.5, rel=0.01)
     while time.now() < start + 20:
-        limits.wait(L)
+        limits.acquire(L)
     assert pace(limits, time, L) == pytest.approx(700 / 60, rel=0.01)
 
 
 def test_what_was_saved_up_is_not_spent_on_a_window_nearly_used_up(limits: RateLimiter, time: VirtualTime) -> None:
     """Other processes may have used the window while this one was idle."""
-    limits.answered(L, 202, window(700, 14, 60), None)
+    limits.update(L, 202, window(700, 14, 60), None)
     assert waits(limits, time, L, 2)[1] > 1
 
 
 def test_a_wait_may_reach_beyond_the_end_of_the_window(limits: RateLimiter, time: VirtualTime) -> None:
     """One call left for 40 s means that the next two wait about that long, not twice: a new window begins."""
     start = time.now()
-    limits.answered(L, 200, window(700, 1, 40), None)
-    limits.wait(L)
+    limits.update(L, 200, window(700, 1, 40), None)
+    limits.acquire(L)
     moments: list[float] = []
 
     def call() -> None:
-        limits.wait(L)
+        limits.acquire(L)
         moments.append(time.now() - start)
 
     time.run(call, call)
@@ -296,7 +296,7 @@ def test_a_wait_may_reach_beyond_the_end_of_the_window(limits: RateLimiter, time
 
 def test_an_empty_window_is_waited_out(limits: RateLimiter, time: VirtualTime) -> None:
     """Nothing remains: nothing is called before the reset, and then at the even pace."""
-    limits.answered(L, 200, window(700, 0, 17), None)
+    limits.update(L, 200, window(700, 0, 17), None)
     assert waits(limits, time, L, 1)[0] == pytest.approx(17 + 60 / 700, abs=MOMENT)
     assert pace(limits, time, L) == pytest.approx(700 / 60, rel=0.01)
 
@@ -304,19 +304,19 @@ def test_an_empty_window_is_waited_out(limits: RateLimiter, time: VirtualTime) -
 @pytest.mark.parametrize("asked", [7.0, 1.0, 0.0, None])
 def test_a_429_is_waited_out(limits: RateLimiter, time: VirtualTime, asked: float | None) -> None:
     """Retry-After is obeyed, and a second it is when there is none; after that the pace is half, then whole again."""
-    limits.answered(L, 429, {}, asked)
+    limits.update(L, 429, {}, asked)
     first, second = waits(limits, time, L, 2)
     assert first == pytest.approx((asked or 1) + 2 * 60 / 700, abs=MOMENT)
     assert second == pytest.approx(2 * 60 / 700, abs=MOMENT)
     later = time.now() + 60
     while time.now() < later:
-        limits.wait(L)
+        limits.acquire(L)
     assert pace(limits, time, L) == pytest.approx(700 / 60, rel=0.01)
 
 
 def test_a_429_takes_half_of_what_goes_at_once(limits: RateLimiter, time: VirtualTime) -> None:
     """After a pause and a short rest less is sent at once than before."""
-    limits.answered(L, 429, {}, 1)
+    limits.update(L, 429, {}, 1)
     time.wait(1 + 6)
     assert 31 <= waits(limits, time, L, 63).count(0) < 45
 
@@ -324,14 +324,14 @@ def test_a_429_takes_half_of_what_goes_at_once(limits: RateLimiter, time: Virtua
 def test_many_refusals_in_one_pause_count_once(limits: RateLimiter, time: VirtualTime) -> None:
     """Calls in flight together are refused together; the longest pause counts."""
     for asked in (2, 5, 3):
-        limits.answered(L, 429, {}, asked)
+        limits.update(L, 429, {}, asked)
     assert waits(limits, time, L, 1)[0] == pytest.approx(5 + 2 * 60 / 700, abs=MOMENT)
 
 
 def test_the_pace_never_falls_to_nothing(limits: RateLimiter, time: VirtualTime) -> None:
     """However often it is refused, a sixteenth remains."""
     for _ in range(20):
-        limits.answered(L, 429, {}, 1)
+        limits.update(L, 429, {}, 1)
         time.wait(1)
     assert 0.9 < waits(limits, time, L, 1)[0] <= 16 * 60 / 700
 
@@ -361,18 +361,18 @@ def test_the_pace_never_falls_to_nothing(limits: RateLimiter, time: VirtualTime)
 )
 def test_nonsense_changes_nothing(limits: RateLimiter, time: VirtualTime, headers: Mapping[str, str]) -> None:
     """A proxy's headers, or a slip of Klaviyo's, neither stop the endpoint nor end the pacing."""
-    limits.answered(L, 200, headers, None)
+    limits.update(L, 200, headers, None)
     assert waits(limits, time, L, 63) == [0] * 63
     assert pace(limits, time, L) == pytest.approx(700 / 60, rel=0.01)
 
 
 def test_a_wait_too_long_is_the_queues(limits: RateLimiter, time: VirtualTime) -> None:
     """It is refused at once, with the time to come again; who was refused is in nobody's way."""
-    limits.answered(L, 429, {}, 300)
+    limits.update(L, 429, {}, 300)
     before = time.now()
     for _ in range(5):
         with pytest.raises(Transient, match=r"PATCH /api/catalog-items/\{id\}") as refused:
-            limits.wait(L)
+            limits.acquire(L)
         assert refused.value.retry_after == pytest.approx(300, abs=1)
     assert time.now() == before
     time.wait(300)
@@ -387,7 +387,7 @@ def test_who_waits_is_served_in_turn(limits: RateLimiter, time: VirtualTime) -> 
 
     def call(number: int) -> None:
         try:
-            limits.wait(S)
+            limits.acquire(S)
             served.append((number, time.now()))
         except Transient as error:
             refused.append(error.retry_after)
@@ -397,7 +397,7 @@ def test_who_waits_is_served_in_turn(limits: RateLimiter, time: VirtualTime) -> 
     assert sorted(numbers) == list(numbers)
     assert moments == pytest.approx([start, *(start + seconds for seconds in range(len(served) - 1))])
     assert len(served) == 62
-    assert all(after is not None and after > LONGEST_WAIT for after in refused)
+    assert all(after is not None and after > MAX_WAIT for after in refused)
 
 
 def test_a_pause_concerns_those_who_wait_already(limits: RateLimiter, time: VirtualTime) -> None:
@@ -407,12 +407,12 @@ def test_a_pause_concerns_those_who_wait_already(limits: RateLimiter, time: Virt
     moments: list[float] = []
 
     def call() -> None:
-        limits.wait(M)
+        limits.acquire(M)
         moments.append(time.now())
 
     def refuse() -> None:
         time.wait(0.1)
-        limits.answered(M, 429, {}, 20)
+        limits.update(M, 429, {}, 20)
 
     time.run(call, refuse)
     assert moments == [pytest.approx(start + 0.1 + 20 + 2 * 0.4, abs=0.02)]
@@ -421,17 +421,17 @@ def test_a_pause_concerns_those_who_wait_already(limits: RateLimiter, time: Virt
 def test_a_wait_ends_after_a_minute_whatever_happens_meanwhile(limits: RateLimiter, time: VirtualTime) -> None:
     """Pauses that follow each other must not hold a message without end."""
     start = time.now()
-    limits.answered(L, 429, {}, 50)
+    limits.update(L, 429, {}, 50)
     moments: list[float] = []
 
     def call() -> None:
         with pytest.raises(Transient):
-            limits.wait(L)
+            limits.acquire(L)
         moments.append(time.now())
 
     def refuse() -> None:
         time.wait(20)
-        limits.answered(L, 429, {}, 50)
+        limits.update(L, 429, {}, 50)
 
     time.run(call, refuse)
     assert moments == [pytest.approx(start + 20, abs=1)]
@@ -442,7 +442,7 @@ def test_stopping_ends_every_wait_at_once() -> None:
     stopping = Event()
     limits = RateLimiter(1.0, stopping, lambda: 0.0)
     with ThreadPoolExecutor(40) as threads:
-        calls = [threads.submit(limits.wait, M) for _ in range(40)]
+        calls = [threads.submit(limits.acquire, M) for _ in range(40)]
         served = list(islice(as_completed(calls, timeout=60), 2))
         stopping.set()
     assert [call.exception() for call in served] == [None] * 2
@@ -455,9 +455,9 @@ def test_what_need_not_wait_is_not_stopped() -> None:
     stopping.set()
     limits = RateLimiter(1.0, stopping, lambda: 0.0)
     for _ in range(2):
-        limits.wait(M)
+        limits.acquire(M)
     with pytest.raises(Transient):
-        limits.wait(M)
+        limits.acquire(M)
 
 
 def run_workers(endpoint: str, limit: dict[int, int], number: int, share: float = 1.0) -> list[list[int]]:
@@ -474,7 +474,7 @@ def run_workers(endpoint: str, limit: dict[int, int], number: int, share: float 
     def work(worker: int, limits: RateLimiter) -> None:
         time.wait(worker / number)
         while time.now() < end - 1:
-            limits.wait(endpoint)
+            limits.acquire(endpoint)
             time.wait(random.uniform(0.02, 0.1))
             status, headers, retry_after = 202, {}, None
             try:
@@ -483,7 +483,7 @@ def run_workers(endpoint: str, limit: dict[int, int], number: int, share: float 
             except Throttled as throttled:
                 status, retry_after = 429, throttled.seconds
             time.wait(random.uniform(0.03, 0.1))
-            limits.answered(endpoint, status, headers, retry_after)
+            limits.update(endpoint, status, headers, retry_after)
             statuses[worker].append(status)
 
     workers = [RateLimiter(share, time, time.now) for _ in range(number)]
@@ -527,14 +527,14 @@ def test_how_the_limits_stand_can_be_looked_at(limits: RateLimiter, time: Virtua
     assert limits.statuses().keys() == {S, M, L}
     assert list(limits.statuses()[M]) == [10, 150, pytest.approx(150), 0.0, None, 0]
     for _ in range(3):
-        limits.wait(M)
-    limits.answered(M, 200, {"RateLimit-Limit": "120", "RateLimit-Remaining": "100", "RateLimit-Reset": "20"}, None)
+        limits.acquire(M)
+    limits.update(M, 200, {"RateLimit-Limit": "120", "RateLimit-Remaining": "100", "RateLimit-Reset": "20"}, None)
     for _ in range(2):
         stands = limits.statuses()[M]
         assert [stands.steady, stands.remaining, stands.waiting] == [pytest.approx(120), 100, 0]
     assert stands.burst_used > 0
     time.wait(21)
     assert limits.statuses()[M].remaining is None
-    limits.answered(M, 429, {}, 5)
+    limits.update(M, 429, {}, 5)
     stands = limits.statuses()[M]
     assert [stands.burst_used, stands.pace] == [1.0, pytest.approx(60)]
