@@ -68,7 +68,7 @@ def test_killed_and_gone_on_with_beside_the_worker_nothing_is_missing_or_doubled
             assert 0 < checkpoint(path)["sent"] < NUMBER, name
             done = backfill(sandbox, name, "--resume", str(path))
             assert done.exit_code == 0, done.stderr
-            assert f"{name}: {NUMBER} done: {NUMBER} sent, 0 with nothing to do, 0 failed" in done.stderr
+            assert f"{name}: {NUMBER} done: {NUMBER} sent, 0 ignored, 0 failed" in done.stderr
         stop(live)
         found = Counter((event["metric"], event["unique_id"]) for event in sandbox.account.events)
         expected = Counter((metric, order["id"]) for order in orders for metric in ("Placed Order", "Fulfilled Order"))
@@ -88,7 +88,7 @@ def test_a_stop_finishes_what_is_in_work_and_says_how_to_go_on(tmp_path: Path) -
         wait_for(lambda: sandbox.account.profiles)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 7
-        assert "interrupted: the same command goes on from there" in worker.log.read_text()
+        assert "interrupted: run the same command to continue" in worker.log.read_text()
         assert 0 < len(sandbox.account.profiles) < NUMBER
         sandbox.klaviyo.latency = 0.0
         assert backfill(sandbox, *arguments[1:]).exit_code == 0

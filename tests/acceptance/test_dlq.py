@@ -24,7 +24,7 @@ from tests.integration.conftest import settings_for
 from tests.support.dead_letters import REFUSED, bury_at, left_at
 from worker.cli import main
 from worker.commands.dlq import replay
-from worker.commands.dlq.dead_letters import Choice
+from worker.commands.dlq.dead_letters import DeadLetterFilter
 from worker.errors import ExitCode
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import Account
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     Terminal = Callable[..., tuple[int, str]]
 
-BULK, SINGLE = "/api/event-bulk-create-jobs", "/api/events"
+BULK, SINGLE = "/api/event-bulk-create-messages", "/api/events"
 EVENTS_EACH = 4  # of an order with three lines
 PERSONAL = b'{"email": "grete@example.com\x1b[2J"}'
 
@@ -174,7 +174,7 @@ def test_an_outage_is_not_waited_for_without_end(
     monkeypatch.setattr(replay, "MAX_WAIT", 0.1)
     made = bury_at(path, *map(order, range(1, 5)))
     sandbox.klaviyo.faults.add(Fault(503, times=None))
-    result = dlq("replay", "--retry-timeout", "0")
+    result = dlq("replay", "--retry-seconds", "0")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "Error: gave up waiting for an outage to end: replay the rest later"
     assert left_at(path) == made
@@ -212,9 +212,9 @@ def test_an_interruption_finishes_what_is_in_flight(
     """And nothing else, however long the next would take; the same command goes on."""
     bury_at(path, *map(order, range(1, 11)))
     waits_for_its_turn = Event()
-    turn = replay.Throttle.turn
+    turn = replay.ReplayRateLimiter.acquire
 
-    def noted(pace: replay.Throttle) -> None:
+    def noted(pace: replay.ReplayRateLimiter) -> None:
         if sandbox.account.events:
             waits_for_its_turn.set()
         turn(pace)
@@ -223,7 +223,7 @@ def test_an_interruption_finishes_what_is_in_flight(
         waits_for_its_turn.wait()
         signals[0]()
 
-    monkeypatch.setattr(replay.Throttle, "turn", noted)
+    monkeypatch.setattr(replay.ReplayRateLimiter, "turn", noted)
     interrupting = Thread(target=interrupt)
     interrupting.start()
     result = dlq("replay", "--rate", "0.001")
@@ -316,7 +316,7 @@ def test_two_replays_at_once_do_no_harm(dlq: Dlq, path: Path, sandbox: Sandbox) 
     def run() -> None:
         with closing(open_queue(settings.queue_url)) as queue:
             assert isinstance(queue, SupportsDeadLetters)
-            replay.Replay(queue, settings, Choice(), replay.Options()).run()
+            replay.Replay(queue, settings, DeadLetterFilter(), replay.ReplayOptions()).run()
 
     other = Thread(target=run)
     other.start()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from adapters import QueueOptions, open_queue
 from adapters.embedded import EmbeddedQueue
 from tests.rigs.base import Guarantees, Letter
-from worker.commands.dlq.dead_letters import each
+from worker.commands.dlq.dead_letters import iter_dead_letters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,7 +63,7 @@ class Embedded:
         return self._queue.backlog() == 0
 
     def dead_letters(self, at_least: int = 0) -> list[Letter]:
-        return [Letter(letter.delivery.body, asdict(letter.failure)) for letter in each(self._queue)]
+        return [Letter(letter.delivery.body, asdict(letter.failure)) for letter in iter_dead_letters(self._queue)]
 
     def left(self) -> list[bytes]:
         with closing(sqlite3.connect(self._path)) as database:

@@ -1,4 +1,4 @@
-"""`klaviyo-worker backfill`: what commercetools holds already."""
+"""`klaviyo-worker backfill`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from worker.settings import load
 
 if TYPE_CHECKING:
     from worker.commands.backfill.backfill import Backfill
-    from worker.commands.backfill.progress import Progress
-    from worker.commands.backfill.records import Selection
-    from worker.commands.progress_bar import Pace, Screen
+    from worker.commands.backfill.checkpoint import BackfillProgress
+    from worker.commands.backfill.records import RecordSelection
+    from worker.commands.progress_bar import Rate, StatusLine
 
-_OF_A_QUEUE = frozenset(
+_QUEUE_SETTINGS = frozenset(
     {
         "queue_url",
         "dead_letter_mode",
@@ -37,19 +37,26 @@ _OF_A_QUEUE = frozenset(
     }
 )
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_ID = re.compile(r"[\w-]{1,256}", re.ASCII)  # anything else may be an email address, which errors must not repeat
+_ID = re.compile(r"[\w-]{1,256}", re.ASCII)  # anything else could be an email address, which must not be printed
 
 
 @click.command(cls=Command)
 @click.argument("name", metavar="KIND", type=click.Choice(["customers", "orders", "products", "categories"]))
-@click.option("--since", metavar="TIME", help="Only those since then: 2026-01-31, or with a time; UTC, unless it says.")
-@click.option("--until", metavar="TIME", help="Only those before. Orders by creation, others by last change.")
-@click.option("--ids", metavar="IDS|FILE", help="Only these: with commas between, or a file.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after so many records.")
+@click.option(
+    "--since", metavar="TIME", help="Only records since then: 2026-01-31, or a date and time; UTC by default."
+)
+@click.option("--until", metavar="TIME", help="Only records before. Compares creation of orders, else last change.")
+@click.option("--ids", metavar="IDS|FILE", help="Only these ids: separated by commas, or one per line of a file.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Maximum number of records.")
 @click.option("--dry-run", is_flag=True, help="Print what would be sent; send and write nothing.")
-@click.option("--resume", type=_FILE, metavar="FILE", help="Checkpoint: made, or gone on from.")
-@click.option("--failures", type=_FILE, metavar="FILE", help="For what failed.  [default: beside the checkpoint]")
-@settings_options(BackfillSettings, without=_OF_A_QUEUE)
+@click.option("--checkpoint", type=_FILE, metavar="FILE", help="Checkpoint file, created if missing.")
+@click.option(
+    "--failures-file",
+    type=_FILE,
+    metavar="FILE",
+    help="Append failed records to this file.  [default: next to the checkpoint]",
+)
+@settings_options(BackfillSettings, without=_QUEUE_SETTINGS)
 def backfill(  # noqa: PLR0913 - options
     *,
     name: str,
@@ -58,125 +65,130 @@ def backfill(  # noqa: PLR0913 - options
     ids: str | None,
     limit: int | None,
     dry_run: bool,
-    resume: Path | None,
-    failures: Path | None,
+    checkpoint: Path | None,
+    failures_file: Path | None,
     **flags: Any,
 ) -> None:
-    """Send what commercetools holds already.
+    """Send existing records of commercetools to Klaviyo.
 
-    It is handled as the worker handles news of it, which may run meanwhile, but that events are marked as history, so
-    that no flow begins. What is sent twice has no second effect. Interrupted (exit code 7), the same command with
-    --resume goes on where it was. Exit code 1: some records failed.
+    Records pass through the same components as messages. Their events are marked as backfill, so that no flow starts.
+    A record that was already sent has no second effect, and the worker can run at the same time.
+
+    After an interruption (exit code 7), the same command with --checkpoint continues. Exit code 1: some records failed.
     """
-    from worker.commands.progress_bar import Screen  # noqa: PLC0415 - keeps --help fast
+    from worker.commands.progress_bar import StatusLine  # noqa: PLC0415 - keeps --help fast
     from worker.telemetry.log import configure_logging  # noqa: PLC0415
 
     with handle_errors():
         settings = load(BackfillSettings, flags)
-        selection = _selection(name, since, until, ids)
-        screen = Screen(sys.stderr)
-        configure_logging(settings.log_level, settings.log_format, screen)  # type: ignore[arg-type] # all it needs
-        failures = None if dry_run else failures or (resume and resume.with_suffix(".failures.jsonl"))
+        selection = _parse_selection(name, since, until, ids)
+        status_line = StatusLine(sys.stderr)
+        configure_logging(settings.log_level, settings.log_format, status_line)  # type: ignore[arg-type] # a partial TextIO
+        failures_file = failures_file or (checkpoint and checkpoint.with_suffix(".failures.jsonl"))
+        files = (checkpoint, None if dry_run else failures_file)
         try:
-            work = _prepared(settings, selection, limit, failures, resume, dry_run=dry_run)
-            on_signals(work.stop)
-            _run(work, screen, f"dry run of {name}" if dry_run else name, resume, failures)
-        except OSError as error:  # what is read and written over the network raises none
-            raise CommandError(_unwritten(error), ExitCode.UNEXPECTED) from None
+            running = _prepare(settings, selection, limit, files, dry_run=dry_run)
+            on_signals(running.stop)
+            _run(running, status_line, f"dry run of {name}" if dry_run else name, files)
+        except OSError as error:  # network errors have other classes
+            raise CommandError(_file_error(error), ExitCode.UNEXPECTED) from None
 
 
-def _prepared(
+def _prepare(
     settings: BackfillSettings,
-    selection: Selection,
+    selection: RecordSelection,
     limit: int | None,
-    failures: Path | None,
-    resume: Path | None,
+    files: tuple[Path | None, Path | None],
     *,
     dry_run: bool,
 ) -> Backfill:
+    """Open the files and connect the parts. Raises SettingsError."""
     from worker.commands.backfill.backfill import Backfill  # noqa: PLC0415
-    from worker.commands.backfill.checkpoint import Checkpoint, Failures, describe  # noqa: PLC0415
+    from worker.commands.backfill.checkpoint import Checkpoint, FailureLog, checkpoint_key  # noqa: PLC0415
 
-    if resume and failures and resume.resolve() == failures.resolve():
-        raise SettingsError("--failures: expected another file than that of --resume")
+    checkpoint, failures_file = files
+    if checkpoint and failures_file and checkpoint.resolve() == failures_file.resolve():
+        raise SettingsError("--failures-file: expected another file than --checkpoint")
+    key = checkpoint_key(selection, settings.ct_project_id)
     try:
         return Backfill(
             settings,
             selection,
             limit=limit,
-            checkpoint=Checkpoint(resume, describe(selection, settings.ct_project_id)) if resume else None,
-            failures=Failures(failures) if failures else None,
+            checkpoint=Checkpoint(checkpoint, key) if checkpoint else None,
+            failure_log=FailureLog(failures_file) if failures_file else None,
             dry_run=dry_run,
         )
     except OSError as error:
-        raise SettingsError(f"--resume, --failures: {_unwritten(error)}") from None
+        raise SettingsError(f"--checkpoint, --failures-file: {_file_error(error)}") from None
 
 
-def _unwritten(error: OSError) -> str:
-    return f"cannot write {error.filename or 'the checkpoint or the failures'}: {error.strerror}"
+def _file_error(error: OSError) -> str:
+    return f"cannot write {error.filename or 'the checkpoint or the failures file'}: {error.strerror}"
 
 
-def _run(work: Backfill, screen: Screen, name: str, resume: Path | None, failures: Path | None) -> None:
-    """Run to the end, say what was done, and exit with a code that tells whether all of it was."""
+def _run(running: Backfill, status_line: StatusLine, title: str, files: tuple[Path | None, Path | None]) -> None:
+    """Run, print the summary, and raise or exit with a code other than 0 unless all records succeeded."""
     from worker.runtime.runner import ShutdownTimeoutError  # noqa: PLC0415
 
-    how = "the same command goes on from there" if resume else "without --resume FILE the next run begins anew"
+    checkpoint, failures_file = files
+    advice = "run the same command to continue" if checkpoint else "without --checkpoint FILE the next run starts over"
     try:
-        pace = work.run(screen)
+        rate = running.run(status_line)
     except Rejected as error:
         raise CommandError(str(error), ExitCode.UNEXPECTED) from None
     except ShutdownTimeoutError:
-        exit_without_waiting(f"interrupted, and what was in work was not finished: {how}")
-    for line in _summary(name, work.progress, pace):
+        exit_without_waiting(f"interrupted before all records in flight were sent: {advice}")
+    for line in _summarize(title, running.progress, rate):
         click.echo(line, err=True)
-    if work.progress.failed and failures:
-        click.echo(f"The failures are in {failures}. To try them again: --ids {failures}", err=True)
-    if work.is_interrupted:
-        raise CommandError(f"interrupted: {how}", ExitCode.INTERRUPTED)
-    if work.progress.failed:
+    if running.progress.failed and failures_file:
+        click.echo(f"The failures are in {failures_file}. To retry them: --ids {failures_file}", err=True)
+    if running.is_interrupted:
+        raise CommandError(f"interrupted: {advice}", ExitCode.INTERRUPTED)
+    if running.progress.failed:
         sys.exit(ExitCode.UNEXPECTED)
 
 
-def _summary(name: str, progress: Progress, pace: Pace) -> list[str]:
-    """Return what was done, in all runs, and why records failed: the most frequent reasons first."""
-    from worker.commands.progress_bar import duration  # noqa: PLC0415
+def _summarize(title: str, progress: BackfillProgress, rate: Rate) -> list[str]:
+    """Return the counts of all runs, and the reasons for failures, the most frequent first."""
+    from worker.commands.progress_bar import format_duration  # noqa: PLC0415
 
     failed = progress.failed
-    counts = f"{progress.sent:,} sent, {progress.nothing_to_do:,} with nothing to do, {failed.total():,} failed"
-    pace_text = f"this run took {duration(pace.seconds)}, {pace.rate:,.0f} a second"
+    counts = f"{progress.sent:,} sent, {progress.ignored:,} ignored, {failed.total():,} failed"
+    duration = f"this run took {format_duration(rate.seconds)}, {rate.per_second:,.0f} per second"
     reasons = [f"failed: {number:,} x {reason}" for reason, number in failed.most_common()]
-    return [f"{name}: {progress.done:,} done: {counts}; {pace_text}", *reasons]
+    return [f"{title}: {progress.done:,} done: {counts}; {duration}", *reasons]
 
 
-def _selection(name: str, since: str | None, until: str | None, ids: str | None) -> Selection:
-    """Return what the options select. Raises SettingsError."""
-    from worker.commands.backfill.records import Selection  # noqa: PLC0415
+def _parse_selection(name: str, since: str | None, until: str | None, ids: str | None) -> RecordSelection:
+    """Return the records that the options select. Raises SettingsError."""
+    from worker.commands.backfill.records import RecordSelection  # noqa: PLC0415
 
     if ids is not None and (since or until):
-        raise SettingsError("--ids: names all records already: leave out --since and --until")
-    selection = Selection(name, _moment("--since", since), _moment("--until", until))
+        raise SettingsError("--ids: cannot be combined with --since or --until: remove them")
+    selection = RecordSelection(name, _parse_time("--since", since), _parse_time("--until", until))
     if selection.since and selection.until and selection.since >= selection.until:
-        raise SettingsError("--until: expected a moment after --since")
-    return selection if ids is None else replace(selection, ids=_ids(ids, selection.collection.resource_type))
+        raise SettingsError("--until: expected a time after --since")
+    return selection if ids is None else replace(selection, ids=_parse_ids(ids, selection.kind.resource_type))
 
 
-def _moment(option: str, text: str | None) -> datetime | None:
+def _parse_time(option: str, text: str | None) -> datetime | None:
     if text is None:
         return None
     try:
-        moment = datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+        time = datetime.fromisoformat(text)
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
         raise SettingsError(f"{option}: expected a date or a time like 2026-01-31 or 2026-01-31T12:00:00Z") from None
 
 
-def _ids(text: str, resource_type: str) -> tuple[str, ...]:
-    """Return the ids in a text or in the file it names, each once, in order. Raises SettingsError."""
+def _parse_ids(text: str, resource_type: str) -> tuple[str, ...]:
+    """Return the ids in the text, or in the file that it names, sorted and without duplicates. Raises SettingsError."""
     from worker.commands.backfill.checkpoint import read_ids  # noqa: PLC0415
 
     path = Path(text.removeprefix("@"))
-    is_file = text.startswith("@") or os.path.isfile(path)  # noqa: PTH113 - Path's fails for a name that is too long
+    is_file = text.startswith("@") or os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises if the name is too long
     found = read_ids(path, resource_type) if is_file else [part.strip() for part in text.split(",")]
     if not found or not all(map(_ID.fullmatch, found)):
-        raise SettingsError("--ids: expected ids of commercetools, separated by commas, or a file with one in a line")
+        raise SettingsError("--ids: expected commercetools ids, separated by commas, or a file with one per line")
     return tuple(sorted(set(found)))

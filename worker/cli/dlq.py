@@ -1,4 +1,4 @@
-"""`klaviyo-worker dlq list`, `show` and `drop`: the messages that were given up on."""
+"""`klaviyo-worker dlq list`, `show` and `drop`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from adapters import QueueError, SupportsDeadLetters, scheme_of
 from worker.cli.options import Group, open_configured_queue, settings_options
 from worker.cli.termination import CommandError, handle_errors
 from worker.commands.dlq.dead_letters import (
-    AT_ONCE,
-    Choice,
-    body_text,
-    each,
-    entry,
-    given_up_at,
-    json_line,
+    BATCH_SIZE,
+    DeadLetterFilter,
+    dead_lettered_or_published_at,
+    display_type,
+    format_body,
+    format_json_line,
+    iter_dead_letters,
+    iter_unseen,
     parse_since,
-    through,
-    type_of,
+    summarize,
 )
 from worker.errors import ExitCode
 from worker.json_access import printable
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from adapters import DeadLetter
-    from worker.commands.dlq.dead_letters import Entry
+    from worker.commands.dlq.dead_letters import DeadLetterSummary
 
-SHOWN = 50  # letters listed for people, unless they ask for more
-_KINDS = 20  # rows of the table that counts them
+DEFAULT_LIMIT = 50  # dead letters that `list` prints without --limit and --json
+_MAX_COUNT_ROWS = 20
 _LATEST = datetime.max.replace(tzinfo=UTC)
 
 
-def _since(text: str) -> datetime:
+def _parse_since_option(text: str) -> datetime:
     try:
         return parse_since(text, datetime.now(UTC))
     except ValueError:
@@ -51,69 +51,75 @@ def _since(text: str) -> datetime:
         raise click.BadParameter(f"{text!r}: {expected}") from None
 
 
-def choosing(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that choose dead letters; `function` takes them as its `choice`."""
+def filter_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that select dead letters, and pass them to `function` as its argument `filters`."""
 
-    @click.option("--reason", default="", metavar="TEXT", help="Only those whose reason contains this.")
-    @click.option("--type", "message_type", default="", metavar="TYPE", help="Only those of this type; or unreadable.")
-    @click.option("--since", type=_since, metavar="AGE|TIME", help="Only those given up on since: 2h, 3d, 2026-11-24.")
-    @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="So many at most.")
+    @click.option("--reason", default="", metavar="TEXT", help="Only dead letters whose reason contains this text.")
+    @click.option("--type", "message_type", default="", metavar="TYPE", help="Only this message type, or unreadable.")
+    @click.option(
+        "--since",
+        type=_parse_since_option,
+        metavar="AGE|TIME",
+        help="Only messages dead-lettered since then: 2h, 3d, 2026-11-24.",
+    )
+    @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Maximum number of dead letters.")
     @wraps(function)
-    def with_choice(
+    def with_filters(
         *,
         reason: str,
         message_type: str,
         since: datetime | None,
         limit: int | None,
         message_ids: Sequence[str] = (),
-        **more: Any,
+        **arguments: Any,
     ) -> None:
-        function(choice=Choice(frozenset(message_ids), reason, message_type, since, limit), **more)
+        filters = DeadLetterFilter(frozenset(message_ids), reason, message_type, since, limit)
+        function(filters=filters, **arguments)
 
-    return with_choice
+    return with_filters
 
 
 @contextmanager
-def opened_dead_letters(settings: QueueSettings) -> Iterator[SupportsDeadLetters]:
+def open_dead_letters(settings: QueueSettings) -> Iterator[SupportsDeadLetters]:
     """Open a queue whose dead letters can be read. Raises QueueError."""
     if scheme_of(settings.queue_url) == "push":
         raise QueueError(
             "QUEUE_URL: push:// cannot read dead letters: "
-            "set it to pubsub://PROJECT/SUBSCRIPTION, the subscription that pushes, for this command"
+            "for this command, set it to pubsub://PROJECT/SUBSCRIPTION with the push subscription"
         )
     with open_configured_queue(settings) as queue:
         if not isinstance(queue, SupportsDeadLetters):
-            raise QueueError("QUEUE_URL: the dead letters of this queue cannot be read from here: use its own tools")
+            raise QueueError("QUEUE_URL: klaviyo-worker cannot read the dead letters of this queue: use its own tools")
         yield queue
 
 
 @click.group(cls=Group)
 def dlq() -> None:
-    """Look at messages that were given up on, replay or drop them."""
+    """List, show, replay or drop dead letters."""
 
 
 @dlq.command("list")
-@choosing
-@click.option("--json", "as_json", is_flag=True, help="One JSON line per dead letter.")
+@filter_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line per dead letter.")
 @settings_options(QueueSettings)
-def list_(*, choice: Choice, as_json: bool, **flags: Any) -> None:
-    """List the dead letters, and count them by type and reason.
+def list_(*, filters: DeadLetterFilter, as_json: bool, **flags: Any) -> None:
+    """List dead letters, and count them by type and reason.
 
-    The oldest come first: 50, unless --limit says otherwise, and with --json all. Nothing is removed.
+    Prints the oldest first: 50 without --limit, or all with --json. Nothing is removed.
     """
-    with handle_errors(), opened_dead_letters(load(QueueSettings, flags)) as queue:
-        letters = replace(choice, limit=None).of(each(queue))
-        found = [(given_up_at(letter) or _LATEST, entry(letter)) for letter in letters]
-    entries = [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
-    shown = entries[: choice.limit or (len(entries) if as_json else SHOWN)]
-    if entries and not as_json:
-        _echo_counts(entries)
+    with handle_errors(), open_dead_letters(load(QueueSettings, flags)) as queue:
+        selected = replace(filters, limit=None).select(iter_dead_letters(queue))
+        dated = [(dead_lettered_or_published_at(found) or _LATEST, summarize(found)) for found in selected]
+    summaries = [summary for _, summary in sorted(dated, key=lambda pair: pair[0])]
+    shown = summaries[: filters.limit or (None if as_json else DEFAULT_LIMIT)]
+    if summaries and not as_json:
+        _print_counts(summaries)
         click.echo()
-    for row in shown:
-        click.echo(json_line(row) if as_json else _line(row))
-    if len(shown) < len(entries):
-        click.echo(f"{len(entries) - len(shown):,} more: --limit {len(entries)} lists them all", err=True)
-    if not entries and not as_json:
+    for summary in shown:
+        click.echo(format_json_line(summary) if as_json else _format_line(summary))
+    if len(shown) < len(summaries):
+        click.echo(f"{len(summaries) - len(shown):,} more: use --limit {len(summaries)} to list all", err=True)
+    if not summaries and not as_json:
         click.echo("no dead letters", err=True)
 
 
@@ -121,118 +127,124 @@ def list_(*, choice: Choice, as_json: bool, **flags: Any) -> None:
 @click.argument("message_id")
 @settings_options(QueueSettings)
 def show(*, message_id: str, **flags: Any) -> None:
-    """Show all of one dead letter.
+    """Show one dead letter.
 
-    Its body, which may hold personal data, goes to stdout; what else is known of it to stderr.
+    Prints the body to stdout and everything else to stderr. The body can contain personal data.
     """
-    with handle_errors(), opened_dead_letters(load(QueueSettings, flags)) as queue, closing(each(queue)) as letters:
-        letter = next(Choice(frozenset([message_id])).of(letters), None)
-    if letter is None:
-        raise not_found([message_id])
-    click.echo("This may hold personal data: mind who reads it, and where it is pasted.", err=True)
-    for name, value in _facts(letter):
+    filters = DeadLetterFilter(frozenset([message_id]))
+    with (
+        handle_errors(),
+        open_dead_letters(load(QueueSettings, flags)) as queue,
+        closing(iter_dead_letters(queue)) as dead_letters,
+    ):
+        dead_letter = next(filters.select(dead_letters), None)
+    if dead_letter is None:
+        raise not_found_error([message_id])
+    click.echo("The body can contain personal data: share it only with people who may see that.", err=True)
+    for name, value in _details(dead_letter):
         if value:
             click.echo(f"{name:<18}{printable(value)}", err=True)
     click.echo(err=True)
-    click.echo(body_text(letter.delivery.body))
+    click.echo(format_body(dead_letter.delivery.body))
 
 
 @dlq.command()
 @click.argument("message_ids", metavar="[MESSAGE_ID]...", nargs=-1)
-@choosing
-@click.option("--all", "is_all", is_flag=True, help="All of them, whatever they are.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@filter_options
+@click.option("--all", "is_all", is_flag=True, help="Drop all dead letters.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @settings_options(QueueSettings)
-def drop(*, choice: Choice, is_all: bool, yes: bool, **flags: Any) -> None:
-    """Remove dead letters for good.
+def drop(*, filters: DeadLetterFilter, is_all: bool, yes: bool, **flags: Any) -> None:
+    """Remove dead letters permanently.
 
-    Those named, those chosen by options, or --all.
+    Requires MESSAGE_IDs, a filter other than --limit, or --all.
     """
-    is_chosen = bool(choice.ids or choice.reason or choice.message_type or choice.since)
-    if is_chosen == is_all:
-        raise click.UsageError("say which: MESSAGE_ID, --reason, --type, --since, or --all")
+    is_filtered = bool(filters.ids or filters.reason or filters.message_type or filters.since)
+    if is_filtered == is_all:
+        raise click.UsageError("expected MESSAGE_ID, --reason, --type or --since; or --all without any of them")
     if not yes and not sys.stdin.isatty():
-        raise click.UsageError("there is no terminal to ask on: --yes drops without asking")
-    with handle_errors(), opened_dead_letters(load(QueueSettings, flags)) as queue:
-        entries = [entry(letter) for letter in choice.of(each(queue))]
-        found = frozenset(entry.message_id for entry in entries)
-        if missing := choice.missing(found):
-            raise not_found(missing)
-        if not entries:
+        raise click.UsageError("cannot ask for confirmation without a terminal: use --yes")
+    with handle_errors(), open_dead_letters(load(QueueSettings, flags)) as queue:
+        summaries = [summarize(dead_letter) for dead_letter in filters.select(iter_dead_letters(queue))]
+        listed = frozenset(summary.message_id for summary in summaries)
+        if missing := filters.missing_ids(listed):
+            raise not_found_error(missing)
+        if not summaries:
             click.echo("no dead letters to drop", err=True)
             return
-        _echo_counts(entries)
+        _print_counts(summaries)
         if not yes:
-            click.confirm(f"Drop {number_of(len(entries))} for good?", abort=True)
-        dropped = _drop(queue, replace(choice, limit=None), found, len(entries))
-    if dropped < len(entries):
-        left = number_of(len(entries) - dropped)
+            click.confirm(f"Drop {count_phrase(len(summaries))} permanently?", abort=True)
+        dropped = _drop(queue, replace(filters, limit=None), listed, len(summaries))
+    if dropped < len(summaries):
+        remaining = count_phrase(len(summaries) - dropped)
         raise CommandError(
-            f"{left} not dropped: somebody else has removed them, or looks at them now; try again", ExitCode.UNEXPECTED
+            f"{remaining} not dropped: removed or leased by another process; try again", ExitCode.UNEXPECTED
         )
 
 
-def _drop(queue: SupportsDeadLetters, choice: Choice, found: Collection[str], wanted: int) -> int:
-    """Remove the letters found; say how many that were, also when it breaks off, and return it."""
+def _drop(queue: SupportsDeadLetters, filters: DeadLetterFilter, listed: Collection[str], maximum: int) -> int:
+    """Remove the listed dead letters. Return and print how many were removed, also after an error."""
     dropped = 0
     try:
-        with closing(queue.dead_letters()) as letters:
-            fit = (letter for letter in choice.of(through(letters)) if letter.delivery.id in found)
-            chosen = islice(fit, wanted)  # not until all ids were seen: who publishes to Service Bus may repeat them
-            while batch := list(islice(chosen, AT_ONCE)):
-                letters.remove(batch)
+        with closing(queue.dead_letters()) as dead_letters:
+            matching = (found for found in filters.select(iter_unseen(dead_letters)) if found.delivery.id in listed)
+            selected = islice(matching, maximum)  # count, because ids on Service Bus are not unique
+            while batch := list(islice(selected, BATCH_SIZE)):
+                dead_letters.remove(batch)
                 dropped += len(batch)
     finally:
-        click.echo(f"dropped {number_of(dropped)}")
+        click.echo(f"dropped {count_phrase(dropped)}")
     return dropped
 
 
-def _echo_counts(entries: Iterable[Entry]) -> None:
-    """Print a table: how many letters of a type have a reason, the most first."""
-    counts = Counter((printable(type_of(entry)), _why(entry)) for entry in entries).most_common()
-    shown = [("COUNT", "TYPE", "REASON"), *((f"{number:,}", *kind) for kind, number in counts[:_KINDS])]
-    number_width, type_width = (max(len(row[column]) for row in shown) for column in (0, 1))
-    for number, kind, reason in shown:
-        click.echo(f"{number:>{number_width}}  {kind:<{type_width}}  {reason}")
-    if more := counts[_KINDS:]:
-        click.echo(f"{sum(number for _, number in more):>{number_width},}  of {len(more)} other types and reasons")
+def _print_counts(summaries: Iterable[DeadLetterSummary]) -> None:
+    """Print how many dead letters have each type and reason, the most frequent first."""
+    counts = Counter((printable(display_type(summary)), _format_reason(summary)) for summary in summaries).most_common()
+    rows = [("COUNT", "TYPE", "REASON"), *((f"{number:,}", *group) for group, number in counts[:_MAX_COUNT_ROWS])]
+    number_width, type_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    for number, message_type, reason in rows:
+        click.echo(f"{number:>{number_width}}  {message_type:<{type_width}}  {reason}")
+    if rest := counts[_MAX_COUNT_ROWS:]:
+        click.echo(f"{sum(number for _, number in rest):>{number_width},}  of {len(rest)} other types and reasons")
 
 
-def _line(entry: Entry) -> str:
-    about = " ".join(filter(None, (type_of(entry), entry.resource_type, entry.resource_id)))
-    return f"{_time(entry.dead_lettered_at):<19}  {printable(entry.message_id):>6}  {printable(about)}  {_why(entry)}"
+def _format_line(summary: DeadLetterSummary) -> str:
+    resource = " ".join(filter(None, (display_type(summary), summary.resource_type, summary.resource_id)))
+    time, message_id = _format_time(summary.dead_lettered_at), printable(summary.message_id)
+    return f"{time:<19}  {message_id:>6}  {printable(resource)}  {_format_reason(summary)}"
 
 
-def _time(at: datetime | None) -> str:
+def _format_time(at: datetime | None) -> str:
     return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S") if at else ""
 
 
-def _why(entry: Entry) -> str:
-    return printable(f"[{entry.stage}] {entry.reason}")
+def _format_reason(summary: DeadLetterSummary) -> str:
+    return printable(f"[{summary.stage}] {summary.reason}")
 
 
-def _facts(letter: DeadLetter) -> Iterator[tuple[str, str]]:
-    about, failure, delivery = entry(letter), letter.failure, letter.delivery
-    yield "message_id", about.message_id
-    yield "message_type", type_of(about)
-    yield "resource", " ".join(filter(None, (about.resource_type, about.resource_id)))
+def _details(dead_letter: DeadLetter) -> Iterator[tuple[str, str]]:
+    summary, failure, delivery = summarize(dead_letter), dead_letter.failure, dead_letter.delivery
+    yield "message_id", summary.message_id
+    yield "message_type", display_type(summary)
+    yield "resource", " ".join(filter(None, (summary.resource_type, summary.resource_id)))
     yield "reason", failure.reason
     yield "stage", failure.stage
     yield "error", failure.error
-    yield "attempts", str(about.attempts or "")
-    yield "published_at", _time(delivery.published_at)
-    yield "dead_lettered_at", _time(letter.dead_lettered_at)
+    yield "attempts", str(summary.attempts or "")
+    yield "published_at", _format_time(delivery.published_at)
+    yield "dead_lettered_at", _format_time(dead_letter.dead_lettered_at)
     for name, value in delivery.attributes.items():
         yield "attribute", f"{name}={value}"
     yield "body", f"{len(delivery.body):,} bytes"
 
 
-def not_found(message_ids: Collection[str]) -> CommandError:
-    """Return the error that there are no such dead letters."""
+def not_found_error(message_ids: Collection[str]) -> CommandError:
+    """Return the error for MESSAGE_IDs that are not dead letters."""
     names = ", ".join(sorted(map(printable, message_ids)))
-    return CommandError(f"no dead letter {names}: `klaviyo-worker dlq list` lists what there is", ExitCode.UNEXPECTED)
+    return CommandError(f"no dead letter {names}: `klaviyo-worker dlq list` shows the ids", ExitCode.UNEXPECTED)
 
 
-def number_of(letters: int) -> str:
-    """Return so many dead letters in words."""
-    return f"{letters:,} dead letter{'' if letters == 1 else 's'}"
+def count_phrase(number: int) -> str:
+    """Return `1 dead letter`, `2 dead letters`."""
+    return f"{number:,} dead letter{'' if number == 1 else 's'}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapters.embedded import EmbeddedQueue
-from worker.commands.dlq.dead_letters import each
+from worker.commands.dlq.dead_letters import iter_dead_letters
 from worker.sandbox import Sandbox
 from worker.sandbox.notifications import sample_notifications
 from worker.service import Worker
@@ -156,7 +156,7 @@ def _printable(text: str) -> str:
 
 def _show_dead_letters(path: Path) -> None:
     queue = EmbeddedQueue(path)
-    reasons = Counter(letter.failure.reason for letter in each(queue))
+    reasons = Counter(letter.failure.reason for letter in iter_dead_letters(queue))
     queue.close()
     _heading("Dead letters, both rounds", reasons.total())
     for reason, number in reasons.items():

@@ -1,4 +1,7 @@
-"""What backfills and replays show while they work."""
+"""The progress of a backfill or a replay: a bar on a terminal, else a log line per minute.
+
+`click.progressbar` shows neither a rate nor a bar below log lines, and needs a known total.
+"""
 
 from __future__ import annotations
 
@@ -6,43 +9,43 @@ import shutil
 import time
 from contextlib import contextmanager
 from threading import Event, Lock, Thread
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from worker.telemetry.log import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-REDRAWN_EVERY, LOGGED_EVERY = 0.5, 60.0  # seconds
-_WIDTH = 24  # of the bar
-_SLOW = 10.0  # a second, below which tenths tell something
+REDRAW_INTERVAL, LOG_INTERVAL = 0.5, 60.0  # seconds
+_WIDTH = 24  # characters between the brackets
+_DECIMALS_BELOW = 10.0  # items per second
 _CLEAR = "\r\033[K"
 
 
-class Screen:
-    """A stream with a line at its end that is drawn anew: whatever else is written comes before it."""
+class StatusLine:
+    """A text stream whose last line is a status. Other output appears above the status."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._line = ""
+        self._status = ""
         self._lock = Lock()
 
     def write(self, text: str) -> int:
-        """Write above the line."""
+        """Write text above the status."""
         with self._lock:
-            if self._line:
+            if self._status:
                 self._stream.write(_CLEAR)
             written = self._stream.write(text)
             if text.endswith("\n"):
-                self._stream.write(self._line)
+                self._stream.write(self._status)
             return written
 
-    def draw(self, line: str) -> None:
-        """Replace the line, as much of it as one has room for: what wraps cannot be taken away. "": take it away."""
-        line = line[: shutil.get_terminal_size().columns - 1]
+    def draw(self, status: str) -> None:
+        """Replace the status, cut to the width of the terminal: a wrapped line cannot be erased."""
+        status = status[: shutil.get_terminal_size().columns - 1]
         with self._lock:
-            self._stream.write(f"{_CLEAR if self._line else ''}{line}")
-            self._line = line
+            self._stream.write(f"{_CLEAR if self._status else ''}{status}")
+            self._status = status
             self._stream.flush()
 
     def flush(self) -> None:
@@ -50,103 +53,99 @@ class Screen:
         self._stream.flush()
 
     def isatty(self) -> bool:
-        """Tell whether a person looks at it."""
+        """Return whether the stream is a terminal."""
         return self._stream.isatty()
 
 
-class Counter(Protocol):
-    """Counts what has ended, from any thread."""
+class Rate:
+    """The rate at which a run completes items, measured from its construction.
+
+    `count` returns the items done, earlier runs included. `remaining` is the number of items to do, None if unknown.
+    """
+
+    def __init__(self, count: Callable[[], int], remaining: int | None) -> None:
+        self._count = count
+        self._done_before = count()
+        self._started_at = time.monotonic()
+        self.total = None if remaining is None else self._done_before + remaining
 
     @property
-    def ended(self) -> int:
-        """Return how many records or letters."""
-
-
-class Pace:
-    """How fast they end, since this was made. `total`: how many there are to end; None: nobody knows."""
-
-    def __init__(self, counter: Counter, total: int | None) -> None:
-        self._counter = counter
-        self._before = counter.ended
-        self._began = time.monotonic()
-        self.total = None if total is None else self._before + total
-
-    @property
-    def ended(self) -> int:
-        """Count what has ended, in earlier runs too."""
-        return self._counter.ended
+    def done(self) -> int:
+        """Return the items done, earlier runs included."""
+        return self._count()
 
     @property
     def seconds(self) -> float:
-        """Return how long it has taken."""
-        return time.monotonic() - self._began
+        """Return how long this run has taken."""
+        return time.monotonic() - self._started_at
 
     @property
-    def rate(self) -> float:
-        """Return how many a second in this run."""
-        return (self.ended - self._before) / max(self.seconds, 0.001)
+    def per_second(self) -> float:
+        """Return the items per second of this run."""
+        return (self.done - self._done_before) / max(self.seconds, 0.001)
 
     @property
     def seconds_left(self) -> float | None:
-        """Return how long it will take at this rate; None while nobody can tell."""
-        return None if self.total is None or not self.rate else max(self.total - self.ended, 0) / self.rate
+        """Return the time left at this rate; None if unknown."""
+        return None if self.total is None or not self.per_second else max(self.total - self.done, 0) / self.per_second
 
 
 @contextmanager
-def shown(name: str, pace: Pace, screen: Screen) -> Iterator[None]:
-    """Show the pace while the block runs: as a bar on a terminal, else as a log line a minute."""
+def show_progress(name: str, rate: Rate, status_line: StatusLine) -> Iterator[None]:
+    """Show progress while the block runs: a bar on a terminal, else a log line per minute."""
+    if not status_line.isatty():
+        with _repeat(lambda: log.info("backfill_progress", extra=_log_fields(rate)), LOG_INTERVAL):
+            yield
+        return
+    status_line.draw(format_bar(name, rate))
+    try:
+        with _repeat(lambda: status_line.draw(format_bar(name, rate)), REDRAW_INTERVAL):
+            yield
+    finally:
+        status_line.draw("")
 
-    def draw() -> None:
-        screen.draw(bar(name, pace))
 
-    def tell() -> None:
-        log.info("backfill_progress", extra=_fields(pace))
+@contextmanager
+def _repeat(function: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call a function at an interval, from a thread, while the block runs."""
+    is_over = Event()
 
-    is_over, is_bar = Event(), screen.isatty()
-    if is_bar:
-        draw()
-    show, every = (draw, REDRAWN_EVERY) if is_bar else (tell, LOGGED_EVERY)
-    thread = Thread(target=_repeat, args=(show, every, is_over), daemon=True)
+    def loop() -> None:
+        while not is_over.wait(seconds):
+            function()
+
+    thread = Thread(target=loop, daemon=True)
     thread.start()
     try:
         yield
     finally:
         is_over.set()
         thread.join()
-        if is_bar:
-            screen.draw("")
 
 
-def _repeat(show: Callable[[], None], every: float, is_over: Event) -> None:
-    while not is_over.wait(every):
-        show()
-
-
-def _fields(pace: Pace) -> dict[str, object]:
-    left = pace.seconds_left
+def _log_fields(rate: Rate) -> dict[str, object]:
+    left = rate.seconds_left
     return {
-        "done": pace.ended,
-        "total": pace.total,
-        "per_second": round(pace.rate, 1),
+        "done": rate.done,
+        "total": rate.total,
+        "per_second": round(rate.per_second, 1),
         "left_s": None if left is None else round(left),
     }
 
 
-def bar(name: str, pace: Pace) -> str:
-    """Return the pace as a line."""
-    line = f"{name} "
-    if pace.total:
-        share = min(pace.ended / pace.total, 1.0)
-        line += f"[{'#' * round(share * _WIDTH):<{_WIDTH}}] {share:.0%}  {pace.ended:,} of {pace.total:,}"
-    else:
-        line += f"{pace.ended:,}"
-    left = pace.seconds_left
-    rate = f"{pace.rate:,.{int(pace.rate < _SLOW)}f}/s"
-    return f"{line}  {rate}" + ("" if left is None else f"  {duration(left)} left")
+def format_bar(name: str, rate: Rate) -> str:
+    """Return the bar as text, or the bare count if the total is unknown."""
+    text = f"{name} {rate.done:,}"
+    if rate.total:
+        share = min(rate.done / rate.total, 1.0)
+        text = f"{name} [{'#' * round(share * _WIDTH):<{_WIDTH}}] {share:.0%}  {rate.done:,} of {rate.total:,}"
+    decimals = 1 if rate.per_second < _DECIMALS_BELOW else 0
+    left = rate.seconds_left
+    return f"{text}  {rate.per_second:,.{decimals}f}/s" + ("" if left is None else f"  {format_duration(left)} left")
 
 
-def duration(seconds: float) -> str:
-    """Return seconds for people: `42 s`, `3 min 20 s`, `2 h 5 min`."""
+def format_duration(seconds: float) -> str:
+    """Return a duration such as `42 s`, `3 min 20 s` or `2 h 5 min`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -15,7 +15,7 @@ from adapters.servicebus import dead_letters as servicebus_dead_letters
 from adapters.servicebus.queue import ServiceBusQueue
 from tests.support.requirements import require
 from tests.support.servicebus_broker.broker import Broker, Queue, missing
-from worker.commands.dlq.dead_letters import each
+from worker.commands.dlq.dead_letters import iter_dead_letters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -300,5 +300,5 @@ def test_the_worker_reads_them_all(broker: Broker, opened: Callable[[Queue], Ser
     """As `klaviyo-worker dlq list` does: nothing is waited for once there are no more."""
     queue = Queue(broker)
     bury(queue, *(b"%d" % number for number in range(20)))
-    assert bodies(list(each(opened(queue)))) == [b"%d" % number for number in range(20)]
+    assert bodies(list(iter_dead_letters(opened(queue)))) == [b"%d" % number for number in range(20)]
     assert dead(queue) == (20, 0)

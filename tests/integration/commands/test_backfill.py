@@ -67,7 +67,7 @@ def test_orders_become_what_the_worker_would_have_made_of_them(sandbox: Sandbox,
     assert times["Cancelled Order"] == "2026-11-23"
     assert times["Refunded Order"] == "2026-11-22"
     assert result.exit_code == 1  # for the order of nobody
-    assert "orders: 11 done: 10 sent, 0 with nothing to do, 1 failed" in result.stderr
+    assert "orders: 11 done: 10 sent, 0 ignored, 1 failed" in result.stderr
     assert f"--ids {tmp_path}/orders.failures.jsonl" in result.stderr
     (failure,) = map(json.loads, (tmp_path / "orders.failures.jsonl").read_text().splitlines())
     assert failure["resource_id"] == ANONYMOUS
@@ -96,7 +96,7 @@ def test_customers_products_and_categories_are_mirrored_in_bulk(sandbox: Sandbox
     for name in ("categories", "products", "customers"):
         result = backfill(sandbox, name, **BULK)
         assert result.exit_code == 0, result.stderr
-    assert "customers: 5 done: 4 sent, 1 with nothing to do, 0 failed" in result.stderr
+    assert "customers: 5 done: 4 sent, 1 ignored, 0 failed" in result.stderr
     account, shop = sandbox.account, sandbox.shop
     assert {profile["attributes"]["external_id"] for profile in account.profiles} | {"nobody"} == set(shop.customers)
     assert set(account.items) == set(shop.products)
@@ -187,7 +187,7 @@ def test_a_refused_record_fails_alone(sandbox: Sandbox, tmp_path: Path) -> None:
     failures = tmp_path / "failures.jsonl"
     result = backfill(sandbox, "customers", "--failures", str(failures))
     assert result.exit_code == 1
-    assert "customers: 5 done: 4 sent, 0 with nothing to do, 1 failed" in result.stderr
+    assert "customers: 5 done: 4 sent, 0 ignored, 1 failed" in result.stderr
     assert "failed: 1 x Klaviyo answered 400 to POST /api/profile-import" in result.stderr
     texts = result.stderr + failures.read_text()
     assert not [text for text in sandbox.shop.personal_data() if text in texts]

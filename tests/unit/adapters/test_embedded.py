@@ -15,7 +15,7 @@ import pytest
 from adapters import QueueError, open_queue
 from adapters.base import Failure, SupportsDeadLetters, SupportsPublish
 from adapters.embedded import EmbeddedQueue
-from worker.commands.dlq.dead_letters import each
+from worker.commands.dlq.dead_letters import iter_dead_letters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +64,7 @@ def test_the_lease_ends_and_the_message_comes_again(tmp_path: Path) -> None:
     queue.nack(first)
     queue.dead_letter(first[0], FAILURE)
     assert queue.backlog() == 1
-    assert list(each(queue)) == []
+    assert list(iter_dead_letters(queue)) == []
     queue.ack([second])
     assert queue.backlog() == 0
 
@@ -84,7 +84,7 @@ def test_a_dead_letter_keeps_its_reason(queue: EmbeddedQueue) -> None:
     """What was given up on can be looked at."""
     queue.publish([b"x"])
     queue.dead_letter(queue.receive(1, 0)[0], FAILURE)
-    (letter,) = each(queue)
+    (letter,) = iter_dead_letters(queue)
     assert (letter.delivery.body, letter.failure, letter.delivery.attempt) == (b"x", FAILURE, 1)
     assert queue.backlog() == 0
 
@@ -94,7 +94,7 @@ def test_the_last_attempt_ends_in_the_dead_letters_with_the_last_reason(queue: E
     queue.publish([b"x"])
     for _ in range(3):
         queue.nack(queue.receive(1, 0), failure=FAILURE)
-    (letter,) = each(queue)
+    (letter,) = iter_dead_letters(queue)
     assert letter.failure == Failure("gave up after 3 attempts: Klaviyo answered 503", "send", "Transient")
     assert queue.receive(1, 0) == []
 
@@ -109,7 +109,7 @@ def test_a_message_returned_unhandled_has_spent_no_attempt(queue: EmbeddedQueue)
         queue.nack([delivery])
     for _ in range(2):
         queue.nack(queue.receive(1, 0), failure=FAILURE)
-    assert len(list(each(queue))) == 1
+    assert len(list(iter_dead_letters(queue))) == 1
 
 
 def test_giving_up_is_logged(queue: EmbeddedQueue, caplog: pytest.LogCaptureFixture) -> None:
@@ -129,7 +129,7 @@ def test_a_message_that_kills_its_workers_ends_in_the_dead_letters(tmp_path: Pat
         assert len(queue.receive(10, 1)) == 2
         time.sleep(0.02)
     assert queue.receive(10, 0) == []
-    assert {letter.failure.stage for letter in each(queue)} == {"queue"}
+    assert {letter.failure.stage for letter in iter_dead_letters(queue)} == {"queue"}
 
 
 def test_a_queue_survives_its_process(tmp_path: Path) -> None:
@@ -222,7 +222,9 @@ def test_a_queue_that_breaks_says_so(tmp_path: Path) -> None:
         EmbeddedQueue(tmp_path / "q.db")
 
 
-@pytest.mark.parametrize("ask", [EmbeddedQueue.backlog, EmbeddedQueue.check, lambda queue: list(each(queue))])
+@pytest.mark.parametrize(
+    "ask", [EmbeddedQueue.backlog, EmbeddedQueue.check, lambda queue: list(iter_dead_letters(queue))]
+)
 def test_a_queue_that_breaks_later_says_so_too(ask: Callable[[EmbeddedQueue], object], queue: EmbeddedQueue) -> None:
     """The runner knows QueueError, not SQLite's errors."""
     queue.close()

@@ -1,4 +1,4 @@
-"""Which dead letters are meant, and what is shown of them."""
+"""Filters of dead letters, and the form in which they are printed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from adapters import DeadLetter, Failure
 from tests.conftest import FakeDelivery
 from tests.support.dead_letters import bury
 from worker.commands.dlq import dead_letters
-from worker.commands.dlq.dead_letters import Choice, body_text, each, entry, json_line, parse_since, through
+from worker.commands.dlq.dead_letters import (
+    DeadLetterFilter,
+    format_body,
+    format_json_line,
+    iter_dead_letters,
+    iter_unseen,
+    parse_since,
+    summarize,
+)
 from worker.json_access import printable
 from worker.sandbox.notifications import message
 
@@ -30,14 +38,14 @@ times = st.none() | st.datetimes(timezones=st.just(UTC))
 texts = st.text("aAbB ")
 
 
-def letter(number: int = 1, **values: Any) -> DeadLetter:
+def dead_letter(number: int = 1, **values: Any) -> DeadLetter:
     body = json.dumps(message(values.get("type", "OrderCreated"), "order", f"o-{number}")).encode()
     delivery = FakeDelivery(values.get("body", body), str(number), 2, values.get("published_at"))
     return DeadLetter(delivery, Failure(values.get("reason", "refused"), "send", "Rejected"), values.get("at"))
 
 
-def ids(choice: Choice, *letters: DeadLetter) -> list[str]:
-    return [each.delivery.id for each in choice.of(letters)]
+def selected_ids(filters: DeadLetterFilter, *dead_letters: DeadLetter) -> list[str]:
+    return [found.delivery.id for found in filters.select(dead_letters)]
 
 
 @pytest.mark.parametrize(
@@ -55,28 +63,28 @@ def ids(choice: Choice, *letters: DeadLetter) -> list[str]:
         ("999999999999999w", datetime.min.replace(tzinfo=UTC)),
     ],
 )
-def test_since_is_an_age_or_a_time(text: str, expected: datetime) -> None:
-    """Times are UTC unless they say; an age beyond all calendars means all."""
+def test_since_accepts_ages_and_times(text: str, expected: datetime) -> None:
+    """A time without an offset is UTC. An age before the first year selects everything."""
     assert parse_since(text, NOW) == expected
 
 
 @pytest.mark.parametrize("text", ["", "2", "h", "-2h", "1.5h", "2 h", "yesterday", "12:00", "2026-13-01", "٣d"])
-def test_what_is_no_time_is_refused(text: str) -> None:
-    """Nothing is guessed where letters may be dropped."""
+def test_since_rejects_other_texts(text: str) -> None:
+    """A guess could drop the wrong dead letters."""
     with pytest.raises(ValueError, match=r"."):
         parse_since(text, NOW)
 
 
 @given(st.text() | st.from_regex(r"\d{1,20}[smhdw]|\d{4}-[01]\d-[0-3]\dT?[0-9:+-]*", fullmatch=True))
-def test_any_text_is_a_time_or_refused(text: str) -> None:
-    """Never another error, and always a time that can be compared."""
+def test_since_raises_only_value_error(text: str) -> None:
+    """Any text is either rejected or a time that can be compared."""
     with suppress(ValueError):
         assert (parse_since(text, NOW) < NOW) in {True, False}
 
 
 @given(st.integers(0, 10**6), st.sampled_from("smhdw"))
-def test_ages_reach_back(number: int, unit: str) -> None:
-    """So many units before now, or as far as there are times."""
+def test_age_is_subtracted_from_now(number: int, unit: str) -> None:
+    """The result is the number of units before now, or the earliest time."""
     seconds = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}[unit] * number
     expected = NOW - min(timedelta(seconds=seconds), NOW - datetime.min.replace(tzinfo=UTC))
     assert parse_since(f"{number}{unit}", NOW) == expected
@@ -89,16 +97,16 @@ def test_ages_reach_back(number: int, unit: str) -> None:
     times,
     st.none() | st.integers(1, 8),
 )
-def test_a_choice_takes_what_all_of_it_fits(
+def test_filter_requires_all_conditions(
     made: list[tuple[str, str, datetime | None, datetime | None]],
     reason: str,
     kind: str,
     since: datetime | None,
     limit: int | None,
 ) -> None:
-    """Reason contained, type equal, in whatever case; not older; in their order; no more than the limit."""
-    letters = [
-        letter(n, reason=why, type=type_, at=at, published_at=published)
+    """The reason contains the text, the type is equal, both case-insensitive; order and limit are kept."""
+    candidates = [
+        dead_letter(n, reason=why, type=type_, at=at, published_at=published)
         for n, (why, type_, at, published) in enumerate(made)
     ]
     expected = [
@@ -108,54 +116,56 @@ def test_a_choice_takes_what_all_of_it_fits(
         and kind in {"", type_.casefold()}
         and (since is None or ((at or published) is not None and (at or published or NOW) >= since))
     ]
-    assert ids(Choice(reason=reason, message_type=kind, since=since, limit=limit), *letters) == expected[:limit]
+    filters = DeadLetterFilter(reason=reason, message_type=kind, since=since, limit=limit)
+    assert selected_ids(filters, *candidates) == expected[:limit]
 
 
-def test_what_nobody_dates_is_not_since(queue: EmbeddedQueue) -> None:
-    """The time it was published stands in for the time it was given up on."""
-    since = Choice(since=NOW)
-    assert ids(since, letter(1), letter(2, published_at=NOW), letter(3, at=NOW - HOUR, published_at=NOW)) == ["2"]
+def test_since_falls_back_to_publish_time(queue: EmbeddedQueue) -> None:
+    """A dead letter without any time never matches `since`."""
+    older = dead_letter(3, at=NOW - HOUR, published_at=NOW)
+    assert selected_ids(DeadLetterFilter(since=NOW), dead_letter(1), dead_letter(2, published_at=NOW), older) == ["2"]
     bury(queue, b"1")
-    assert len(list(Choice(since=datetime.now(UTC) - HOUR).of(each(queue)))) == 1
-    assert list(Choice(since=datetime.now(UTC) + HOUR).of(each(queue))) == []
+    assert len(list(DeadLetterFilter(since=datetime.now(UTC) - HOUR).select(iter_dead_letters(queue)))) == 1
+    assert list(DeadLetterFilter(since=datetime.now(UTC) + HOUR).select(iter_dead_letters(queue))) == []
 
 
-def test_what_cannot_be_read_has_a_type_of_its_own() -> None:
-    """So it can be dropped without what can be mended."""
-    assert ids(Choice(message_type="Unreadable"), letter(1), letter(2, body=b"\xff")) == ["2"]
+def test_unreadable_messages_have_their_own_type() -> None:
+    """They can be dropped without those that can be replayed."""
+    filters = DeadLetterFilter(message_type="Unreadable")
+    assert selected_ids(filters, dead_letter(1), dead_letter(2, body=b"\xff")) == ["2"]
 
 
-def test_nothing_is_looked_at_beyond_what_is_meant() -> None:
-    """Looking costs time and leases."""
+def test_filter_stops_reading_after_the_last_match() -> None:
+    """Reading costs time and leases."""
 
-    def letters() -> Iterator[DeadLetter]:
-        yield from (letter(1), letter(2), letter(3))
+    def read_three_then_fail() -> Iterator[DeadLetter]:
+        yield from (dead_letter(1), dead_letter(2), dead_letter(3))
         raise AssertionError
 
-    assert ids(Choice(limit=3), *[]) == []
-    assert [each.delivery.id for each in Choice(limit=3).of(letters())] == ["1", "2", "3"]
-    assert [each.delivery.id for each in Choice(frozenset("13")).of(letters())] == ["1", "3"]
+    assert selected_ids(DeadLetterFilter(limit=3), *[]) == []
+    for filters, expected in ((DeadLetterFilter(limit=3), "123"), (DeadLetterFilter(frozenset("13")), "13")):
+        assert [found.delivery.id for found in filters.select(read_three_then_fail())] == list(expected)
 
 
-def test_ids_beyond_the_limit_are_not_missed() -> None:
-    """They were not looked for."""
-    choice = Choice(frozenset("123"), limit=2)
-    assert (choice.missing({"1", "2"}), choice.missing({"1"})) == (frozenset(), frozenset("23"))
+def test_ids_beyond_the_limit_are_not_missing() -> None:
+    """The search ended before it could find them."""
+    filters = DeadLetterFilter(frozenset("123"), limit=2)
+    assert (filters.missing_ids({"1", "2"}), filters.missing_ids({"1"})) == (frozenset(), frozenset("23"))
 
 
-class Growing:
-    """Dead letters of a queue that gets one more whenever it is asked."""
+class GrowingDeadLetters:
+    """Dead letters of a queue that gets another one at each request."""
 
-    def __init__(self, *letters: DeadLetter) -> None:
-        self._there = list(letters)
-        self._asked = 0
+    def __init__(self, *dead_letters: DeadLetter) -> None:
+        self._existing = list(dead_letters)
+        self._requests = 0
 
     def receive(self, max_messages: int, wait: float) -> list[DeadLetter]:
-        self._asked += 1
-        assert self._asked < 100_000, "it is asked for ever"
-        if self._there:
-            return [self._there.pop(0)]
-        return [letter(9, at=datetime.now(UTC) + HOUR)]
+        self._requests += 1
+        assert self._requests < 100_000, "the iteration does not end"
+        if self._existing:
+            return [self._existing.pop(0)]
+        return [dead_letter(9, at=datetime.now(UTC) + HOUR)]
 
     def remove(self, letters: object) -> None:
         """Do nothing."""
@@ -164,49 +174,49 @@ class Growing:
         """Do nothing."""
 
 
-def test_a_look_ends_though_letters_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker buries meanwhile: what is given up on after the beginning is for the next look."""
-    monkeypatch.setattr(dead_letters, "PATIENCE", 0.01)
-    there = letter(1, at=NOW - 1_000 * HOUR), letter(2), letter(3, published_at=NOW - 1_000 * HOUR)
-    assert [each.delivery.id for each in through(Growing(*there))] == ["1", "2", "3"]
+def test_iteration_ends_while_dead_letters_keep_arriving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dead letters that arrive after the start are left to the next iteration."""
+    monkeypatch.setattr(dead_letters, "IDLE_TIMEOUT", 0.01)
+    existing = dead_letter(1, at=NOW - 1_000 * HOUR), dead_letter(2), dead_letter(3, published_at=NOW - 1_000 * HOUR)
+    assert [found.delivery.id for found in iter_unseen(GrowingDeadLetters(*existing))] == ["1", "2", "3"]
 
 
-def test_looking_removes_nothing(queue: EmbeddedQueue) -> None:
-    """However far it went."""
-    made = bury(queue, *(b"%d" % number for number in range(250)))
-    assert [letter.delivery.id for letter in each(queue)] == made
-    assert next(each(queue)).delivery.id == made[0]
+def test_iteration_removes_nothing(queue: EmbeddedQueue) -> None:
+    """A complete or an aborted iteration leaves all dead letters in the queue."""
+    ids = bury(queue, *(b"%d" % number for number in range(250)))
+    assert [found.delivery.id for found in iter_dead_letters(queue)] == ids
+    assert next(iter_dead_letters(queue)).delivery.id == ids[0]
     assert queue.counts() == (0, 250)
 
 
-def test_large_bodies_are_read_a_few_at_a_time(queue: EmbeddedQueue) -> None:
-    """Looking through them takes no more memory than handling them."""
+def test_large_bodies_are_received_in_small_batches(queue: EmbeddedQueue) -> None:
+    """Reading dead letters uses no more memory than processing messages."""
     bury(queue, *[b"x" * 2_100_000] * 3)
-    letters = queue.dead_letters()
-    assert [len(letters.receive(100, 0)) for _ in range(3)] == [2, 1, 0]
+    dead_letters = queue.dead_letters()
+    assert [len(dead_letters.receive(100, 0)) for _ in range(3)] == [2, 1, 0]
 
 
-def test_an_entry_holds_no_body() -> None:
-    """What is kept of fifty thousand letters is little, and harmless."""
-    shown = entry(letter(7, body=b'{"email": "grete@example.com"}'))
-    assert "grete" not in repr(shown)
-    assert shown.message_type is None
+def test_summary_contains_no_body() -> None:
+    """A summary is small and contains no personal data."""
+    summary = summarize(dead_letter(7, body=b'{"email": "grete@example.com"}'))
+    assert "grete" not in repr(summary)
+    assert summary.message_type is None
 
 
 class Nanoseconds(datetime):
-    """A time as Google's client has it."""
+    """The subclass that Google's client returns."""
 
 
 @pytest.mark.parametrize("kind", [datetime, Nanoseconds])
-def test_times_of_any_class_are_told_alike(kind: type[datetime]) -> None:
-    """As ISO 8601, whichever queue they come from."""
-    line = json.loads(json_line(entry(letter(at=kind(2026, 11, 24, 4, 6, 54, 123456, tzinfo=UTC)))))
+def test_datetime_subclasses_are_printed_as_iso_8601(kind: type[datetime]) -> None:
+    """All queues have the same output."""
+    line = json.loads(format_json_line(summarize(dead_letter(at=kind(2026, 11, 24, 4, 6, 54, 123456, tzinfo=UTC)))))
     assert line["dead_lettered_at"] == "2026-11-24T04:06:54.123456+00:00"
 
 
 @given(st.text())
-def test_escaped_texts_cannot_steer_a_terminal(text: str) -> None:
-    """Nothing is left but what can be seen, and JSON means what it meant."""
+def test_printable_text_contains_no_control_characters(text: str) -> None:
+    """Escaping keeps the meaning of JSON."""
     assert printable(text).isprintable()
     assert json.loads(printable(json.dumps(text, ensure_ascii=False))) == text
     assert all(char.isprintable() or char == "\n" for char in printable(text, keep="\n"))
@@ -217,9 +227,9 @@ def test_escaped_texts_cannot_steer_a_terminal(text: str) -> None:
     | st.text().map(str.encode)
     | st.recursive(st.none() | st.text(), st.lists).map(json.dumps).map(str.encode)
 )
-def test_any_body_can_be_shown(body: bytes) -> None:
-    """Whatever it is, without characters that steer a terminal."""
-    assert all(char.isprintable() or char == "\n" for char in body_text(body))
+def test_every_body_is_printed_without_control_characters(body: bytes) -> None:
+    """Any bytes are valid input."""
+    assert all(char.isprintable() or char == "\n" for char in format_body(body))
 
 
 @pytest.mark.parametrize(
@@ -232,6 +242,6 @@ def test_any_body_can_be_shown(body: bytes) -> None:
         (b"[" * 5_000 + b"]" * 5_000, "[" * 5_000 + "]" * 5_000),
     ],
 )
-def test_bodies_are_shown_in_full(body: bytes, shown: str) -> None:
-    """JSON indented, anything else as it stands."""
-    assert body_text(body) == shown
+def test_bodies_are_printed_in_full(body: bytes, shown: str) -> None:
+    """JSON is indented; other text is unchanged."""
+    assert format_body(body) == shown

@@ -1,4 +1,4 @@
-"""Dead letters as a queue: what is handed out, when, and what becomes of it."""
+"""Dead letters as a queue: the order of deliveries and the effect of settling them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ import pytest
 
 from tests.support.dead_letters import REFUSED, bury
 from tests.unit.runtime.test_runner import settings_for
-from worker.commands.dlq.dead_letters import Choice, each, through
-from worker.commands.dlq.replay import Again, Options, Replay, ReplayQueue, Tally, Throttle
+from worker.commands.dlq.dead_letters import DeadLetterFilter, iter_dead_letters, iter_unseen
+from worker.commands.dlq.replay import (
+    Replay,
+    ReplayDelivery,
+    ReplayOptions,
+    ReplayQueue,
+    ReplayRateLimiter,
+    ReplayStats,
+)
 from worker.errors import Disposition, Ignored, Rejected
 from worker.model import Message, Operation, OperationKind, Outcome
 from worker.telemetry.metrics import Metrics
@@ -22,13 +29,13 @@ if TYPE_CHECKING:
     from adapters.embedded import EmbeddedQueue
 
 SENT = Outcome(Disposition.ACK, "send")
-IGNORED = Outcome(Disposition.ACK, "transform", Ignored("nothing to do"))
-FAILED = Outcome(Disposition.DEAD_LETTER, "send", Rejected("Klaviyo answered 400"))
-AGAIN = Outcome(Disposition.NACK, "send", Rejected("a defect"))
+IGNORED = Outcome(Disposition.ACK, "transform", Ignored("no effect"))
+REJECTED = Outcome(Disposition.DEAD_LETTER, "send", Rejected("Klaviyo answered 400"))
+RETRIED = Outcome(Disposition.NACK, "send", Rejected("a defect"))
 
 
-class Clock:
-    """A time that passes only while it is waited."""
+class FakeClock:
+    """A clock that advances only during waits."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -40,54 +47,55 @@ class Clock:
         self.now += seconds
 
 
-def replay_of(queue: EmbeddedQueue, **options: Any) -> tuple[ReplayQueue, Tally]:
-    """Return the queue's dead letters to be replayed; all at once, unless told otherwise."""
-    tally = Tally(Metrics("embedded"))
-    letters = queue.dead_letters()
-    options = {"pace": None, "canary": False, "removes": True, "choice": Choice()} | options
-    return ReplayQueue(letters, options.pop("choice").of(through(letters)), tally, **options), tally
+def start_replay(queue: EmbeddedQueue, **options: Any) -> tuple[ReplayQueue, ReplayStats]:
+    """Return a replay of the queue's dead letters; by default of all, without a rate and a canary."""
+    stats = ReplayStats(Metrics("embedded"))
+    dead_letters = queue.dead_letters()
+    options = {"rate_limiter": None, "canary": False, "removes_acked": True, "filters": DeadLetterFilter()} | options
+    selected = options.pop("filters").select(iter_unseen(dead_letters))
+    return ReplayQueue(dead_letters, selected, stats, **options), stats
 
 
-def settle(tally: Tally, replay: ReplayQueue, outcome: Outcome, deliveries: Sequence[Again]) -> None:
-    """Do what the pipeline does when deliveries have ended."""
+def settle(stats: ReplayStats, replay: ReplayQueue, outcome: Outcome, deliveries: Sequence[ReplayDelivery]) -> None:
+    """Settle deliveries as the pipeline does."""
     operations = [Operation(OperationKind.CREATE_EVENT, "k")] if outcome is not IGNORED else []
-    jobs = [Message(delivery, 0.0, outcome=outcome, operations=operations) for delivery in deliveries]
+    messages = [Message(delivery, 0.0, outcome=outcome, operations=operations) for delivery in deliveries]
     if outcome.disposition is Disposition.ACK:
         replay.ack(deliveries)
-    tally.settled(jobs)
+    stats.settled(messages)
 
 
-def left(queue: EmbeddedQueue) -> list[str]:
-    return [letter.delivery.id for letter in each(queue)]
+def remaining_ids(queue: EmbeddedQueue) -> list[str]:
+    return [dead_letter.delivery.id for dead_letter in iter_dead_letters(queue)]
 
 
-def test_what_has_its_effect_is_removed_and_nothing_else(queue: EmbeddedQueue) -> None:
-    """A letter that fails again, goes back or is not reached stays as it is."""
-    made = bury(queue, *(b"%d" % number for number in range(5)))
-    replay, _ = replay_of(queue)
+def test_ack_removes_a_dead_letter_and_other_outcomes_leave_it(queue: EmbeddedQueue) -> None:
+    """A dead letter that fails again, is returned or is not reached stays."""
+    ids = bury(queue, *(b"%d" % number for number in range(5)))
+    replay, _ = start_replay(queue)
     first, second, third, fourth = replay.receive(4, 0)
     replay.ack([first])
     replay.nack([second], 5.0, REFUSED)
     replay.nack([third])
     assert replay.dead_letter(fourth, REFUSED)
     replay.close()
-    assert left(queue) == made[1:]
+    assert remaining_ids(queue) == ids[1:]
 
 
-def test_a_replayed_letter_is_no_first_delivery(queue: EmbeddedQueue) -> None:
-    """Its events may have been sent before: nothing may take them for new."""
+def test_replay_delivery_has_no_attempt(queue: EmbeddedQueue) -> None:
+    """Its events might have been sent before, so none is treated as new."""
     bury(queue, b"1")
-    replay, _ = replay_of(queue)
-    (again,) = replay.receive(10, 0)
-    assert again.attempt is None
-    assert (again.body, again.id, again.attributes) == (b"1", "1", {})
-    assert again.published_at is not None
+    replay, _ = start_replay(queue)
+    (delivery,) = replay.receive(10, 0)
+    assert delivery.attempt is None
+    assert (delivery.body, delivery.id, delivery.attributes) == (b"1", "1", {})
+    assert delivery.published_at is not None
 
 
-def test_the_replay_ends_with_the_letters(queue: EmbeddedQueue) -> None:
-    """And not before: `once` asks how much is left."""
+def test_backlog_is_zero_after_the_last_dead_letter(queue: EmbeddedQueue) -> None:
+    """`once` ends the run when the backlog is zero."""
     bury(queue, b"1", b"2", b"3")
-    replay, _ = replay_of(queue)
+    replay, _ = start_replay(queue)
     assert len(replay.receive(2, 0)) == 2
     assert replay.backlog() == 1
     assert len(replay.receive(2, 0)) == 1
@@ -95,86 +103,86 @@ def test_the_replay_ends_with_the_letters(queue: EmbeddedQueue) -> None:
     assert replay.receive(2, 0) == ()
 
 
-def test_only_chosen_letters_are_handed_out(queue: EmbeddedQueue) -> None:
-    """The others are looked at, and left."""
-    made = bury(queue, *(b"%d" % number for number in range(300)))
-    wanted = frozenset(made[250:253])
-    replay, _ = replay_of(queue, choice=Choice(wanted))
-    assert {again.id for again in replay.receive(10, 0)} == wanted == replay.handed_out
+def test_only_selected_dead_letters_are_delivered(queue: EmbeddedQueue) -> None:
+    """The others are read and left unchanged."""
+    ids = bury(queue, *(b"%d" % number for number in range(300)))
+    wanted = frozenset(ids[250:253])
+    replay, _ = start_replay(queue, filters=DeadLetterFilter(wanted))
+    assert {delivery.id for delivery in replay.receive(10, 0)} == wanted == replay.delivered_ids
     assert replay.backlog() == 0
 
 
-def test_a_dry_run_removes_nothing(queue: EmbeddedQueue) -> None:
-    """Not even what would have had its effect."""
-    made = bury(queue, b"1", b"2")
-    replay, _ = replay_of(queue, removes=False)
+def test_dry_run_removes_nothing(queue: EmbeddedQueue) -> None:
+    """An ack in a dry run leaves the dead letter."""
+    ids = bury(queue, b"1", b"2")
+    replay, _ = start_replay(queue, removes_acked=False)
     replay.ack(replay.receive(10, 0))
-    assert left(queue) == made
+    assert remaining_ids(queue) == ids
 
 
-def test_the_canary_goes_alone(queue: EmbeddedQueue) -> None:
-    """No other is handed out before it has its effect; then all may go."""
+def test_canary_is_delivered_alone(queue: EmbeddedQueue) -> None:
+    """No other dead letter is delivered before the canary is sent; then all can be."""
     bury(queue, *(b"%d" % number for number in range(5)))
-    replay, tally = replay_of(queue, canary=True)
+    replay, stats = start_replay(queue, canary=True)
     canary = replay.receive(10, 0)
     assert len(canary) == 1
     assert replay.receive(10, 0) == ()
     assert replay.backlog() == 1
-    settle(tally, replay, SENT, canary)
+    settle(stats, replay, SENT, canary)
     assert len(replay.receive(10, 0)) == 4
 
 
-def test_a_canary_with_nothing_to_do_proves_nothing(queue: EmbeddedQueue) -> None:
-    """The next one goes alone too."""
+def test_ignored_canary_is_followed_by_another(queue: EmbeddedQueue) -> None:
+    """An ignored dead letter does not prove that others can be sent."""
     bury(queue, *(b"%d" % number for number in range(5)))
-    replay, tally = replay_of(queue, canary=True)
-    settle(tally, replay, IGNORED, replay.receive(10, 0))
-    assert not replay.has_stopped
-    settle(tally, replay, SENT, replay.receive(1, 0))
+    replay, stats = start_replay(queue, canary=True)
+    settle(stats, replay, IGNORED, replay.receive(10, 0))
+    assert not replay.canary_failed
+    settle(stats, replay, SENT, replay.receive(1, 0))
     assert len(replay.receive(10, 0)) == 3
 
 
-@pytest.mark.parametrize("outcome", [FAILED, AGAIN])
-def test_a_canary_that_fails_ends_the_replay(outcome: Outcome, queue: EmbeddedQueue) -> None:
-    """No other is tried, and it is told which it was and why."""
-    made = bury(queue, *(b"%d" % number for number in range(5)))
-    replay, tally = replay_of(queue, canary=True)
-    settle(tally, replay, outcome, replay.receive(10, 0))
-    assert replay.has_stopped
+@pytest.mark.parametrize("outcome", [REJECTED, RETRIED])
+def test_failed_canary_ends_the_replay(outcome: Outcome, queue: EmbeddedQueue) -> None:
+    """No other is tried; the stats contain the canary and its reason."""
+    ids = bury(queue, *(b"%d" % number for number in range(5)))
+    replay, stats = start_replay(queue, canary=True)
+    settle(stats, replay, outcome, replay.receive(10, 0))
+    assert replay.canary_failed
     assert (replay.receive(10, 0), replay.backlog()) == ((), 0)
-    assert tally.last_failed
-    assert tally.last_failed.delivery.id == made[0]
-    assert list(tally.reasons) == [(outcome.stage, outcome.reason)]
-    assert left(queue) == made
+    assert stats.last_failed
+    assert stats.last_failed.delivery.id == ids[0]
+    assert list(stats.reasons) == [(outcome.stage, outcome.reason)]
+    assert remaining_ids(queue) == ids
 
 
-def test_failures_after_the_canary_stop_nothing(queue: EmbeddedQueue) -> None:
-    """They are counted by what is wrong."""
+def test_failures_after_the_canary_do_not_stop_the_replay(queue: EmbeddedQueue) -> None:
+    """They are counted by stage and reason."""
     bury(queue, *(b"%d" % number for number in range(6)))
-    replay, tally = replay_of(queue, canary=True)
-    settle(tally, replay, SENT, replay.receive(10, 0))
+    replay, stats = start_replay(queue, canary=True)
+    settle(stats, replay, SENT, replay.receive(10, 0))
     rest = replay.receive(3, 0)
-    settle(tally, replay, FAILED, rest[:2])
-    settle(tally, replay, AGAIN, rest[2:])
-    assert not replay.has_stopped
+    settle(stats, replay, REJECTED, rest[:2])
+    settle(stats, replay, RETRIED, rest[2:])
+    assert not replay.canary_failed
     assert len(replay.receive(10, 0)) == 2
-    assert dict(tally.reasons) == {("send", "Klaviyo answered 400"): 2, ("send", "a defect"): 1}
-    assert (tally.failed, tally.ended) == (3, 4)
+    assert dict(stats.reasons) == {("send", "Klaviyo answered 400"): 2, ("send", "a defect"): 1}
+    assert (stats.failed, stats.done) == (3, 4)
 
 
-def test_without_a_canary_failures_stop_nothing(queue: EmbeddedQueue) -> None:
-    """As asked for."""
+def test_failures_without_a_canary_do_not_stop_the_replay(queue: EmbeddedQueue) -> None:
+    """All dead letters are tried."""
     bury(queue, *(b"%d" % number for number in range(3)))
-    replay, tally = replay_of(queue)
-    settle(tally, replay, FAILED, replay.receive(1, 0))
+    replay, stats = start_replay(queue)
+    settle(stats, replay, REJECTED, replay.receive(1, 0))
     assert len(replay.receive(10, 0)) == 2
 
 
-def test_letters_go_no_faster_than_the_rate(queue: EmbeddedQueue) -> None:
-    """Evenly: time that passed without letters is not made up for."""
+def test_rate_limits_deliveries_evenly(queue: EmbeddedQueue) -> None:
+    """Idle time is not caught up."""
     bury(queue, *(b"%d" % number for number in range(8)))
-    clock = Clock()
-    replay, _ = replay_of(queue, pace=Throttle(4.0, clock.wait, clock))
+    clock = FakeClock()
+    replay, _ = start_replay(queue, rate_limiter=ReplayRateLimiter(4.0, clock.wait, clock))
     at = []
     for number in range(8):
         clock.now += 3.0 if number == 4 else 0.0
@@ -185,22 +193,22 @@ def test_letters_go_no_faster_than_the_rate(queue: EmbeddedQueue) -> None:
     assert clock.now == at[-1]
 
 
-class Endless:
-    """Dead letters that nobody asked for, without end; the replay is told to stop after some."""
+class EndlessDeadLetters:
+    """The same dead letters at each request. The third request stops the replay."""
 
-    def __init__(self, *letters: DeadLetter) -> None:
-        self._letters = letters
-        self.looks = 0
+    def __init__(self, *dead_letters: DeadLetter) -> None:
+        self._dead_letters = dead_letters
+        self.requests = 0
         self.replay: Replay | None = None
 
-    def dead_letters(self) -> Endless:
+    def dead_letters(self) -> EndlessDeadLetters:
         return self
 
     def receive(self, max_messages: int, wait: float) -> Sequence[DeadLetter]:
-        self.looks += 1
-        if self.looks == 3 and self.replay:
+        self.requests += 1
+        if self.requests == 3 and self.replay:
             self.replay.stop()
-        return self._letters
+        return self._dead_letters
 
     def remove(self, letters: Sequence[DeadLetter]) -> None:
         raise AssertionError
@@ -209,20 +217,20 @@ class Endless:
         """Do nothing."""
 
 
-def test_a_replay_that_only_looks_can_be_stopped(queue: EmbeddedQueue) -> None:
-    """Among fifty thousand others, what was asked for may be long in coming."""
+def test_stop_ends_a_replay_that_finds_no_match(queue: EmbeddedQueue) -> None:
+    """Reading fifty thousand other dead letters can take long."""
     bury(queue, b"1")
-    endless = Endless(*each(queue))
-    chosen = Choice(message_type="OrderCreated")
-    endless.replay = Replay(endless, settings_for(), chosen, Options())
+    endless = EndlessDeadLetters(*iter_dead_letters(queue))
+    filters = DeadLetterFilter(message_type="OrderCreated")
+    endless.replay = Replay(endless, settings_for(), filters, ReplayOptions())
     endless.replay.run()
-    assert endless.looks == 3
-    assert endless.replay.tally.ended == 0
+    assert endless.requests == 3
+    assert endless.replay.stats.done == 0
 
 
-def test_the_replay_has_nothing_of_a_queue_that_leases(queue: EmbeddedQueue) -> None:
-    """The dead letters keep their leases themselves."""
-    replay, _ = replay_of(queue)
+def test_replay_queue_has_no_lease(queue: EmbeddedQueue) -> None:
+    """The dead-letter queue extends its own leases."""
+    replay, _ = start_replay(queue)
     replay.extend([], 5.0)
     replay.stop()
     assert (replay.lease_seconds, replay.check()) == (None, ())

@@ -1,4 +1,4 @@
-"""Sends what commercetools holds already: the worker's own stages, fed with records instead of a queue's messages.
+"""`klaviyo-worker backfill`: sends existing records through the worker's own stages. Start with backfill.py.
 
 docs/decisions/0023-backfill.md
 """

@@ -1,16 +1,16 @@
-"""Wires a backfill: settings, files, clients, stages, and a source of records for a queue."""
+"""The backfill: connects records, components and files."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from worker.commands.backfill.listing import listing
-from worker.commands.backfill.progress import Progress
-from worker.commands.backfill.queue import Source
-from worker.commands.backfill.recorder import Recorder
-from worker.commands.backfill.records import as_history
-from worker.commands.progress_bar import Pace, shown
+from worker.commands.backfill.checkpoint import BackfillProgress
+from worker.commands.backfill.pages import open_pages
+from worker.commands.backfill.queue import RecordQueue
+from worker.commands.backfill.records import mark_as_backfill
+from worker.commands.backfill.telemetry import BackfillTelemetry
+from worker.commands.progress_bar import Rate, show_progress
 from worker.errors import Transient
 from worker.pipeline import Pipeline
 from worker.runtime.dry_run import print_instead
@@ -20,78 +20,78 @@ from worker.service import Components
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from worker.commands.backfill.checkpoint import Checkpoint, Failures
-    from worker.commands.backfill.listing import Listing
-    from worker.commands.backfill.records import Selection
+    from worker.commands.backfill.checkpoint import Checkpoint, FailureLog
+    from worker.commands.backfill.pages import RecordPages
+    from worker.commands.backfill.records import RecordSelection
     from worker.commands.backfill.settings import BackfillSettings
-    from worker.commands.progress_bar import Screen
+    from worker.commands.progress_bar import StatusLine
     from worker.model import Operation, SendResult
 
 
 class Backfill:
-    """A backfill, ready to run. Raises SettingsError and OSError, when a file cannot be written."""
+    """A backfill, ready to run. Raises SettingsError, and OSError if a file is not writable."""
 
     def __init__(
         self,
         settings: BackfillSettings,
-        selection: Selection,
+        selection: RecordSelection,
         *,
         limit: int | None = None,
         checkpoint: Checkpoint | None = None,
-        failures: Failures | None = None,
+        failure_log: FailureLog | None = None,
         dry_run: bool = False,
     ) -> None:
-        self.progress = checkpoint.load() if checkpoint else Progress()
-        kept = (None, None) if dry_run else (checkpoint, failures)
-        recorder = Recorder(self.progress, selection.collection.resource_type, *kept)
-        recorder.save()
-        self._recorder = recorder
+        self.progress = checkpoint.load() if checkpoint else BackfillProgress()
+        files = (None, None) if dry_run else (checkpoint, failure_log)
+        telemetry = BackfillTelemetry(self.progress, selection.kind.resource_type, *files)
+        telemetry.save()
+        self._telemetry = telemetry
         self._selection = selection
         self._limit = limit
-        self._stages = stages = Components(settings, recorder)
-        self._listing = listing(stages.commercetools, selection, self.progress.last_id)
-        self._send = print_instead if dry_run else stages.sender.send
-        source = Source(self._listing, selection, recorder, limit)
-        pipeline = Pipeline(source, stages.enricher.enrich, self._send_history, stages.mapping, recorder)
-        self._runner = Runner(source, pipeline, _sized(settings, selection), recorder, stages.stopping)
+        self._components = components = Components(settings, telemetry)
+        self._pages = open_pages(components.commercetools, selection, self.progress.last_id)
+        self._send = print_instead if dry_run else components.sender.send
+        queue = RecordQueue(self._pages, selection, telemetry, limit)
+        pipeline = Pipeline(queue, components.enricher.enrich, self._send_marked, components.mapping, telemetry)
+        self._runner = Runner(queue, pipeline, _limit_batch(settings, selection), telemetry, components.stopping)
 
-    def run(self, screen: Screen) -> Pace:
-        """Work until all records have ended, or until `stop`.
+    def run(self, status_line: StatusLine) -> Rate:
+        """Process all records, or stop early on `stop`. The checkpoint is saved in any case.
 
-        Raises Misconfigured, ShutdownTimeoutError, OSError; however it ends, the checkpoint says how far it came.
+        Raises Misconfigured, ShutdownTimeoutError and OSError.
         """
-        pace = Pace(self._recorder, to_end(self._listing, self._limit))
+        rate = Rate(lambda: self._telemetry.completed, count_remaining(self._pages, self._limit))
         try:
-            with shown(self._selection.name, pace, screen):
+            with show_progress(self._selection.name, rate, status_line):
                 self._runner.run(once=True, max_wait=math.inf)
         finally:
-            self._stages.sender.close()
-        return pace
+            self._components.sender.close()
+        return rate
 
     @property
     def is_interrupted(self) -> bool:
-        """Tell whether it was asked to stop."""
+        """Return whether `stop` was called."""
         return self._runner.is_stopping()
 
     def stop(self) -> None:
-        """Finish what is in flight and stop; called again: do not wait."""
+        """Finish the messages in flight and stop. A second call stops immediately."""
         self._runner.stop()
 
-    def _send_history(self, operations: Sequence[Operation]) -> Sequence[SendResult]:
-        return self._send(list(map(as_history, operations)))
+    def _send_marked(self, operations: Sequence[Operation]) -> Sequence[SendResult]:
+        return self._send(list(map(mark_as_backfill, operations)))
 
 
-def _sized(settings: BackfillSettings, selection: Selection) -> BackfillSettings:
-    """Return settings whose batches show progress in seconds; where events go in bulk, they may be large."""
+def _limit_batch(settings: BackfillSettings, selection: RecordSelection) -> BackfillSettings:
+    """Return settings whose batches take seconds, so that progress is visible. Bulk events need no such limit."""
     if selection.name == "orders" and settings.bulk_events == "always":
         return settings
-    return settings.model_copy(update={"max_batch": min(settings.max_batch, selection.collection.batch)})
+    return settings.model_copy(update={"max_batch": min(settings.max_batch, selection.kind.max_batch)})
 
 
-def to_end(records: Listing, limit: int | None) -> int | None:
-    """Return how many records there are to end; None: in an outage of commercetools nobody knows."""
+def count_remaining(pages: RecordPages, limit: int | None) -> int | None:
+    """Return the number of records to process; None if commercetools is unreachable."""
     try:
-        number = records.count()
+        number = pages.count()
     except Transient:
         return None
     return number if limit is None else min(number, limit)

@@ -1,27 +1,64 @@
-"""What a backfill keeps on disk: how far it came, and what failed."""
+"""The files of a backfill: the checkpoint and the failure log."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from worker.commands.backfill.progress import Progress
 from worker.errors import SettingsError
 from worker.json_access import as_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from worker.commands.backfill.records import Selection
+    from worker.commands.backfill.records import BackfillRecord, RecordSelection
     from worker.model import Json
 
 
-def describe(selection: Selection, project: str) -> Json:
-    """Return what a checkpoint is of. Another selection goes through other ids."""
+@dataclass(slots=True)
+class BackfillProgress:
+    """The counts in a checkpoint. Records complete in any order; one counts once all records before it are complete."""
+
+    last_id: str = ""
+    sent: int = 0
+    ignored: int = 0
+    failed: Counter[str] = field(default_factory=Counter)  # by reason
+    _started: deque[BackfillRecord] = field(default_factory=deque)
+
+    @property
+    def done(self) -> int:
+        """Return the number of records up to `last_id`."""
+        return self.sent + self.ignored + self.failed.total()
+
+    def start(self, record: BackfillRecord) -> None:
+        """Register a record. Records must start in the order of their ids."""
+        self._started.append(record)
+
+    def complete_message(self, record: BackfillRecord, *, is_sent: bool = False, failure: str = "") -> None:
+        """Record the outcome of one message: sent, failed, or else ignored."""
+        record.pending -= 1
+        record.is_sent = record.is_sent or is_sent
+        record.failure = record.failure or failure
+        while self._started and not self._started[0].pending:
+            self._count(self._started.popleft())
+
+    def _count(self, record: BackfillRecord) -> None:
+        self.last_id = record.id
+        if record.failure:
+            self.failed[record.failure] += 1
+        elif record.is_sent:
+            self.sent += 1
+        else:
+            self.ignored += 1
+
+
+def checkpoint_key(selection: RecordSelection, project: str) -> Json:
+    """Return the fields that identify a backfill. Its checkpoint is valid only for the same fields."""
     return {
         "backfill": selection.name,
         "project": project,
@@ -32,41 +69,41 @@ def describe(selection: Selection, project: str) -> Json:
 
 
 class Checkpoint:
-    """A file that is always whole: it is replaced, never written over. `about`: what it must be of."""
+    """A file that is replaced atomically. `key` identifies the backfill."""
 
-    def __init__(self, path: Path, about: Json) -> None:
+    def __init__(self, path: Path, key: Json) -> None:
         self.path = path
-        self._about = about
+        self._key = key
 
-    def load(self) -> Progress:
-        """Return the progress of an earlier run; none yet when there is no file. Raises SettingsError."""
+    def load(self) -> BackfillProgress:
+        """Return the progress of the previous run; empty if the file does not exist. Raises SettingsError."""
         try:
             document = orjson.loads(self.path.read_bytes())
-            progress = _progress(document)
+            progress = _parse_progress(document)
         except FileNotFoundError:
-            return Progress()
+            return BackfillProgress()
         except OSError as error:
-            raise SettingsError(f"--resume: cannot read {self.path}: {error.strerror}") from None
+            raise SettingsError(f"--checkpoint: cannot read {self.path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
             raise SettingsError(
-                f"--resume: {self.path} is damaged or no checkpoint: name another file, or delete it to begin anew"
+                f"--checkpoint: {self.path} is damaged or not a checkpoint: use another file, or delete it"
             ) from None
-        if differing := [name for name, value in self._about.items() if document.get(name) != value]:
+        if differing := [name for name, value in self._key.items() if document.get(name) != value]:
             raise SettingsError(
-                f"--resume: {self.path} is of a backfill with other {', '.join(differing)}: "
-                "repeat the options it was begun with, or name another file"
+                f"--checkpoint: {self.path} belongs to a backfill with another {', '.join(differing)}: "
+                "repeat the options of that run, or use another file"
             )
         return progress
 
-    def save(self, progress: Progress) -> None:
-        """Write how far all records have ended; durable when this returns. Raises OSError."""
-        document = self._about | {
+    def save(self, progress: BackfillProgress) -> None:
+        """Replace the file. The content is durable on return. Raises OSError."""
+        document = self._key | {
             "last_id": progress.last_id,
             "sent": progress.sent,
-            "nothing_to_do": progress.nothing_to_do,
+            "ignored": progress.ignored,
             "failed": dict(progress.failed),
         }
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")  # others may be at work with it
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")  # another process might save too
         with temporary.open("wb") as file:
             file.write(orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
             file.flush()
@@ -79,54 +116,58 @@ class Checkpoint:
             os.close(directory)
 
 
-def _progress(document: Any) -> Progress:
+def _parse_progress(document: Any) -> BackfillProgress:
     last_id, failed = document["last_id"], document["failed"]
     if not isinstance(last_id, str) or not isinstance(failed, dict):
         raise TypeError
-    numbers = (document["sent"], document["nothing_to_do"], *failed.values())
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    counts = (document["sent"], document["ignored"], *failed.values())
+    if not all(type(count) is int and count >= 0 for count in counts):
         raise TypeError
-    return Progress(last_id, document["sent"], document["nothing_to_do"], Counter(failed))
+    return BackfillProgress(last_id, document["sent"], document["ignored"], Counter(failed))
 
 
-class Failures:
-    """A file that failed records are added to, a JSON line each; a record that fails again is there again.
+class FailureLog:
+    """A file with a JSON line per failure. Lines are appended, also when a record fails again.
 
-    Raises OSError when there is no writing to it.
+    Raises OSError if the file is not writable.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        path.open("ab").close()  # better now than at the first failure; an empty file may stay
+        path.open("ab").close()  # report an unwritable file now, not at the first failure
 
     def add(self, line: Json) -> None:
-        """Add a line; durable when this returns. Raises OSError."""
+        """Append a line. It is durable on return. Raises OSError."""
         with self._path.open("ab+") as file:
             if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
-                file.write(b"\n")  # behind a line that a crash cut short
+                file.write(b"\n")  # end a line that a crash truncated
             file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
             file.flush()
             os.fsync(file.fileno())
 
 
 def read_ids(path: Path, resource_type: str) -> list[str]:
-    """Return the ids in a file: an id a line, or the lines of a file of failures. Raises SettingsError."""
+    """Return the ids in a file with an id or a line of a failure log per line. Raises SettingsError."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--ids: cannot read {path}: {type(error).__name__}") from None
-    return [_id(line, f"--ids: {path}, line {number}", resource_type) for number, line in enumerate(lines, 1) if line]
+    return [
+        _parse_id(line, f"--ids: {path}, line {number}", resource_type) for number, line in enumerate(lines, 1) if line
+    ]
 
 
-def _id(line: str, where: str, resource_type: str) -> str:
+def _parse_id(line: str, location: str, resource_type: str) -> str:
     if not line.startswith("{"):
         return line.strip()
     try:
         document = orjson.loads(line)
     except orjson.JSONDecodeError:
         raise SettingsError(
-            f"{where}: expected an id, or a line that a backfill wrote; delete it if it was cut off"
+            f"{location}: expected an id or a line of a failures file: delete the line if it is truncated"
         ) from None
     if document.get("resource_type") != resource_type:
-        raise SettingsError(f"{where}: expected a failure of this kind, {resource_type}: name the file of another run")
+        raise SettingsError(
+            f"{location}: expected a failure of the kind {resource_type}: use the failures file of such a run"
+        )
     return as_text(document.get("resource_id"))

@@ -1,4 +1,4 @@
-"""A queue that the runner receives a backfill from: records are read as there is room for them."""
+"""The queue from which the runner receives the messages of a backfill. Records are read on demand."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from threading import Condition
 from typing import TYPE_CHECKING
 
 from adapters.base import Failure, InertQueue
-from worker.commands.backfill.progress import Record, RecordDelivery
-from worker.commands.backfill.records import bodies
+from worker.commands.backfill.records import BackfillRecord, RecordDelivery, notifications_for
 from worker.errors import Rejected, Transient, WorkerError
 from worker.json_access import parse_time
 from worker.telemetry.log import ConditionLog
@@ -22,119 +21,122 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapters.base import Delivery
-    from worker.commands.backfill.listing import Listing
-    from worker.commands.backfill.recorder import Recorder
-    from worker.commands.backfill.records import Selection
+    from worker.commands.backfill.pages import RecordPages
+    from worker.commands.backfill.records import RecordSelection
+    from worker.commands.backfill.telemetry import BackfillTelemetry
     from worker.model import Json
 
-SETTLED_AFTER = 60.0  # seconds since an order's last change; the worker has sent by then what it was told about it
-MAX_LATER = 10_000  # messages that wait for their time before no more records are read
-MAX_DEFECTS = 5  # times a message is tried that meets a defect of ours
+ORDER_DELAY = 60.0  # seconds after an order's last change, in which the worker sends that change first
+MAX_DELAYED = 10_000  # delayed messages; at this number, no more records are read
+MAX_DEFECT_ATTEMPTS = 5  # attempts at a message that raises an unexpected error
 
 
-class Source(InertQueue):
-    """A QueueAdapter of records. An order that was changed a moment ago is left to the worker first.
+class RecordQueue(InertQueue):
+    """The selected records as a finite queue. Implements QueueAdapter. `limit` is the maximum number of records.
 
-    `limit`: records at the most.
+    A recently changed order is delayed, so that the worker sends it first.
     """
 
-    def __init__(self, listing: Listing, selection: Selection, recorder: Recorder, limit: int | None) -> None:
-        self._listing = listing
+    def __init__(
+        self, pages: RecordPages, selection: RecordSelection, telemetry: BackfillTelemetry, limit: int | None
+    ) -> None:
+        self._pages = pages
         self._selection = selection
-        self._recorder = recorder
+        self._telemetry = telemetry
         self._limit = limit
-        self._is_listed = False
-        self._unread = ConditionLog("page_not_read", "page_read", logging.WARNING)
+        self._is_exhausted = False
+        self._page_error = ConditionLog("page_not_read", "page_read", logging.WARNING)
         self._ready: deque[RecordDelivery] = deque()
-        self._later: list[tuple[float, int, RecordDelivery]] = []  # a heap by monotonic seconds
-        self._numbers = count()
+        self._delayed: list[tuple[float, int, RecordDelivery]] = []  # a heap by monotonic seconds
+        self._sequence = count()
         self._changed = Condition()
 
     def receive(self, max_messages: int, wait: float) -> Sequence[RecordDelivery]:
-        """Return what is ready, or the beginning of the next page. Raises Misconfigured."""
-        if not (taken := self._take(max_messages)) and not self._is_listed and len(self._later) < MAX_LATER:
-            self._list()
-            taken = self._take(max_messages)
-        if not taken:
+        """Return ready messages; read the next page if there are none. Raises Misconfigured."""
+        deliveries = self._take_ready(max_messages)
+        if not deliveries and not self._is_exhausted and len(self._delayed) < MAX_DELAYED:
+            self._read_page()
+            deliveries = self._take_ready(max_messages)
+        if not deliveries:
             with self._changed:
                 self._changed.wait(wait)
-        return taken
+        return deliveries
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Do nothing: the recorder is told how messages ended, and whether something was sent."""
+        """Do nothing: BackfillTelemetry records the outcomes."""
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """Have the messages come again; one that meets a defect again and again has failed."""
-        for message in deliveries:
-            assert isinstance(message, RecordDelivery)
+        """Redeliver the messages. A message that repeatedly raises an unexpected error fails."""
+        for delivery in deliveries:
+            assert isinstance(delivery, RecordDelivery)
             if failure and failure.error == WorkerError.__name__:
-                message.defects += 1
-            if failure and message.defects >= MAX_DEFECTS:
-                self._recorder.failed(message.record, failure)
+                delivery.defects += 1
+            if failure and delivery.defects >= MAX_DEFECT_ATTEMPTS:
+                self._telemetry.failed(delivery.record, failure)
             else:
-                self._put(message, delay)
+                self._put(delivery, delay)
 
     def backlog(self) -> int:
-        """Count what is still to be received; records that were not read yet are one."""
+        """Return the number of messages to receive. Unread records count as one."""
         with self._changed:
-            return len(self._ready) + len(self._later) + (not self._is_listed)
+            return len(self._ready) + len(self._delayed) + (not self._is_exhausted)
 
     def stop(self) -> None:
-        """Read no more."""
-        self._is_listed = True
+        """Stop reading records."""
+        self._is_exhausted = True
 
     def close(self) -> None:
-        """Write down how far all records have ended. Raises OSError."""
-        self._recorder.save()
+        """Save the checkpoint. Raises OSError."""
+        self._telemetry.save()
 
-    def _take(self, max_messages: int) -> list[RecordDelivery]:
+    def _take_ready(self, max_messages: int) -> list[RecordDelivery]:
         now = time.monotonic()
         with self._changed:
-            while self._later and self._later[0][0] <= now:
-                self._ready.append(heapq.heappop(self._later)[2])
+            while self._delayed and self._delayed[0][0] <= now:
+                self._ready.append(heapq.heappop(self._delayed)[2])
             return [self._ready.popleft() for _ in range(min(max_messages, len(self._ready)))]
 
-    def _list(self) -> None:
-        """Read a page. One that cannot be read now is asked for again, however long that takes."""
+    def _read_page(self) -> None:
+        """Read a page. After a transient error, the next `receive` reads it again, without limit."""
         try:
-            page = self._listing.next_page()[: self._limit]
+            page = self._pages.next_page()[: self._limit]
         except Transient as error:
-            self._unread.log(str(error))
+            self._page_error.log(str(error))
             return
-        self._unread.log("")
+        self._page_error.log("")
         self._limit = None if self._limit is None else self._limit - len(page)
-        self._is_listed = not page or self._limit == 0
+        self._is_exhausted = not page or self._limit == 0
         for record_id, resource in page:
-            self._begin(record_id, resource)
+            self._start(record_id, resource)
 
-    def _begin(self, record_id: str, resource: Json | Rejected) -> None:
+    def _start(self, record_id: str, resource: Json | Rejected) -> None:
         if isinstance(resource, Rejected):
-            record = Record(record_id, 1)
-            self._recorder.begin(record)
-            self._recorder.failed(record, Failure(str(resource), "enrich", type(resource).__name__))
+            record = BackfillRecord(record_id, 1)
+            self._telemetry.start(record)
+            self._telemetry.failed(record, Failure(str(resource), "enrich", type(resource).__name__))
             return
-        messages = bodies(self._selection, resource)
-        record = Record(record_id, len(messages))
-        self._recorder.begin(record)
-        delay = self._until_settled(resource)
-        for body in messages:
+        notifications = notifications_for(self._selection, resource)
+        record = BackfillRecord(record_id, len(notifications))
+        self._telemetry.start(record)
+        delay = self._order_delay(resource)
+        for body in notifications:
             self._put(RecordDelivery(record, body), delay)
 
-    def _until_settled(self, resource: Json) -> float:
-        """Return how long the worker may still be about to send what the order's last change was.
+    def _order_delay(self, resource: Json) -> float:
+        """Return the seconds in which the worker might still send the order's last change.
 
-        Its event would come second otherwise, and flows do not begin for one that Klaviyo has from a backfill.
+        If the backfill sent that event first, Klaviyo would drop the worker's event and start no flow.
         """
         changed_at = parse_time(resource.get("lastModifiedAt"))
         if self._selection.name != "orders" or changed_at is None:
             return 0.0
         age = (datetime.now(UTC) - changed_at).total_seconds()
-        return min(max(SETTLED_AFTER - age, 0.0), SETTLED_AFTER)
+        return min(max(ORDER_DELAY - age, 0.0), ORDER_DELAY)
 
-    def _put(self, message: RecordDelivery, delay: float) -> None:
+    def _put(self, delivery: RecordDelivery, delay: float) -> None:
         with self._changed:
             if delay > 0:
-                heapq.heappush(self._later, (time.monotonic() + delay, next(self._numbers), message))
+                heapq.heappush(self._delayed, (time.monotonic() + delay, next(self._sequence), delivery))
             else:
-                self._ready.append(message)
+                self._ready.append(delivery)
             self._changed.notify_all()

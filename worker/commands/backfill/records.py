@@ -1,8 +1,8 @@
-"""What a backfill reads, and the messages the worker would have had for it."""
+"""The records that a backfill reads, and the notifications that represent them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,65 +13,66 @@ from worker.json_access import as_dict, as_text, pick_ids
 from worker.model import Json, Operation, OperationKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from datetime import datetime
 
-_STATES = {"OrderStateChanged": "orderState", "OrderShipmentStateChanged": "shipmentState"}
+_STATE_FIELDS = {"OrderStateChanged": "orderState", "OrderShipmentStateChanged": "shipmentState"}
 
 
 @dataclass(frozen=True, slots=True)
-class Collection:
-    """The resources of a kind, and the messages that stand for one of them."""
+class RecordKind:
+    """A kind of resource, and how to represent one resource as notifications."""
 
     query: queries.Query
     resource_type: str
-    dated_by: str  # the field that --since and --until are about
-    batch: int  # messages at the most: some seconds of Klaviyo's limits, or what fills its jobs
-    messages: Callable[[Json], Iterable[Json]]
+    time_field: str  # the field that --since and --until compare
+    max_batch: int  # messages: what Klaviyo's rate limits allow in a few seconds, or one bulk message
+    notifications: Callable[[Json], Iterable[Json]]
 
 
-def _message(kind: str, resource_type: str, resource_id: str, time: object = None, **more: object) -> Json:
+def _notification(kind: str, resource_type: str, resource_id: str, time: object = None, **fields: object) -> Json:
     return {
         "notificationType": "Message",
         "type": kind,
         "resource": {"typeId": resource_type, "id": resource_id},
         "createdAt": time,
-        **more,
+        **fields,
     }
 
 
 def _created(kind: str, resource_type: str, resource: Json) -> Iterable[Json]:
-    yield _message(kind, resource_type, as_text(resource.get("id")))
+    yield _notification(kind, resource_type, as_text(resource.get("id")))
 
 
-def _order(order: Json) -> Iterable[Json]:
-    """Yield an order's history, as far as the order shows it: handlers ignore what counts for nothing.
+def _order_history(order: Json) -> Iterable[Json]:
+    """Yield the notifications of an order's past. Handlers ignore states without an event.
 
-    commercetools does not say when an order came into its state: no later than its last change.
+    commercetools does not report when an order entered its state. The time of the last change is the latest possible.
     """
     order_id, changed_at = as_text(order.get("id")), order.get("lastModifiedAt")
-    yield _message("OrderCreated", "order", order_id, order.get("createdAt"))
-    for kind, name in _STATES.items():
+    yield _notification("OrderCreated", "order", order_id, order.get("createdAt"))
+    for kind, name in _STATE_FIELDS.items():
         if state := as_text(order.get(name)):
-            yield _message(kind, "order", order_id, changed_at, **{name: state})
+            yield _notification(kind, "order", order_id, changed_at, **{name: state})
     for payment_id in pick_ids(as_dict(order.get("paymentInfo")).get("payments")):
-        yield _message("PaymentTransactionAdded", "payment", payment_id, changed_at)  # no transaction: all of them
+        # without a transaction id, the handler sends all transactions
+        yield _notification("PaymentTransactionAdded", "payment", payment_id, changed_at)
 
 
-_CUSTOMERS, _PRODUCTS = replace(queries.CUSTOMERS, expand=()), queries.PRODUCTS  # projections: what is published
+_CUSTOMERS, _PRODUCTS = replace(queries.CUSTOMERS, expand=()), queries.PRODUCTS  # projections: published products only
 _CHANGED = "lastModifiedAt"
-_CATEGORY = partial(_created, "CategoryCreated", "category")  # ResourceUpdated would send all descendants of each
-COLLECTIONS = {
-    "customers": Collection(_CUSTOMERS, "customer", _CHANGED, 1_000, partial(_created, "CustomerCreated", "customer")),
-    "orders": Collection(queries.ORDERS, "order", "createdAt", 60, _order),
-    "products": Collection(_PRODUCTS, "product", _CHANGED, 100, partial(_created, "ProductPublished", "product")),
-    "categories": Collection(queries.CATEGORIES, "category", _CHANGED, 100, _CATEGORY),
+_CATEGORY = partial(_created, "CategoryCreated", "category")  # ResourceUpdated would also send all descendants
+RECORD_KINDS = {
+    "customers": RecordKind(_CUSTOMERS, "customer", _CHANGED, 1_000, partial(_created, "CustomerCreated", "customer")),
+    "orders": RecordKind(queries.ORDERS, "order", "createdAt", 60, _order_history),
+    "products": RecordKind(_PRODUCTS, "product", _CHANGED, 100, partial(_created, "ProductPublished", "product")),
+    "categories": RecordKind(queries.CATEGORIES, "category", _CHANGED, 100, _CATEGORY),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
-    """Which records of a collection: all, those of a time (since <= it < until), or those named."""
+class RecordSelection:
+    """The records to send: all of a kind, those with since <= time < until, or those with the given ids."""
 
     name: str
     since: datetime | None = None
@@ -79,29 +80,59 @@ class Selection:
     ids: tuple[str, ...] = ()
 
     @property
-    def collection(self) -> Collection:
-        """Return what they are of."""
-        return COLLECTIONS[self.name]
+    def kind(self) -> RecordKind:
+        """Return the kind of the records."""
+        return RECORD_KINDS[self.name]
 
     @property
     def where(self) -> str:
-        """Return the predicate of commercetools for the time; "": none."""
+        """Return commercetools' query predicate for the times; "" for all records."""
         bounds = ((">=", self.since), ("<", self.until))
-        field = self.collection.dated_by
-        return " and ".join(f'{field} {sign} "{_written(moment)}"' for sign, moment in bounds if moment)
+        return " and ".join(f'{self.kind.time_field} {sign} "{_format_time(time)}"' for sign, time in bounds if time)
 
 
-def _written(moment: datetime) -> str:
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def _format_time(time: datetime) -> str:
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def bodies(selection: Selection, resource: Json) -> list[bytes]:
-    """Return a record's messages as a queue would hold them."""
-    return [orjson.dumps(message) for message in selection.collection.messages(resource)]
+@dataclass(slots=True, eq=False)
+class BackfillRecord:
+    """A record in progress."""
+
+    id: str
+    pending: int  # messages without an outcome
+    is_sent: bool = False
+    failure: str = ""  # reason of its first failed message
 
 
-def as_history(operation: Operation) -> Operation:
-    """Return the operation with its event marked, so that no flow begins: Klaviyo's `backfill`, revision 2026-07-15."""
+@dataclass(slots=True, eq=False)
+class RecordDelivery:
+    """A message of a record. Its attempt is unknown: an earlier run or the worker might have sent it."""
+
+    record: BackfillRecord
+    body: bytes = field(repr=False)
+    defects: int = 0
+    attempt: int | None = None
+    published_at: datetime | None = None
+
+    @property
+    def id(self) -> str:
+        """Return the id of the record."""
+        return self.record.id
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        """Return no attributes."""
+        return {}
+
+
+def notifications_for(selection: RecordSelection, resource: Json) -> list[bytes]:
+    """Return the notifications for a resource, each as the body of a message."""
+    return [orjson.dumps(notification) for notification in selection.kind.notifications(resource)]
+
+
+def mark_as_backfill(operation: Operation) -> Operation:
+    """Return the operation with Klaviyo's `backfill` flag (revision 2026-07-15) if it is an event: no flow starts."""
     if operation.kind is not OperationKind.CREATE_EVENT or operation.resource is None:
         return operation
     resource = operation.resource

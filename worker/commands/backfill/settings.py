@@ -1,36 +1,27 @@
-"""What a backfill takes for its settings: the worker's, with other defaults."""
+"""The settings of a backfill: the worker's, with other defaults."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from copy import copy
+from typing import Any
 
 from worker.settings import Settings
 
 
-class BackfillSettings(Settings):
-    """The worker's settings, with defaults for large batches and for half of Klaviyo's limits."""
+def _override(name: str, default: float, description: str = "") -> Any:
+    """Return the worker's setting with another default."""
+    field = copy(Settings.model_fields[name])
+    field.default = default
+    field.description = description or field.description
+    return field
 
-    rate_limit_share: float = Field(
-        0.5,
-        gt=0,
-        le=1,
-        validation_alias="KLAVIYO_WORKER_RATE_LIMIT_SHARE",
-        description="Share of Klaviyo's rate limits to use; the rest is the worker's",
+
+class BackfillSettings(Settings):
+    """The worker's settings, with defaults for large batches and half of Klaviyo's rate limits."""
+
+    rate_limit_share: float = _override(
+        "rate_limit_share", 0.5, "Share of Klaviyo's rate limits to use; the worker needs the rest"
     )
-    lanes: int = Field(
-        2,
-        ge=1,
-        le=64,
-        validation_alias="KLAVIYO_WORKER_LANES",
-        description="Batches handled side by side; few, so that they are large",
-    )
-    max_batch: int = Field(
-        1_000, ge=1, le=10_000, validation_alias="KLAVIYO_WORKER_MAX_BATCH", description="Messages in a batch"
-    )
-    max_in_flight: int = Field(
-        4_000,
-        ge=1,
-        le=100_000,
-        validation_alias="KLAVIYO_WORKER_MAX_IN_FLIGHT",
-        description="Messages held at once; an order is several",
-    )
+    lanes: int = _override("lanes", 2, "Batches processed concurrently; a small number makes them large")
+    max_batch: int = _override("max_batch", 1_000)
+    max_in_flight: int = _override("max_in_flight", 4_000, "Messages held at once; an order has several")

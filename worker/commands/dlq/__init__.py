@@ -1,1 +1,1 @@
-"""`klaviyo-worker dlq`: list, show, replay and drop dead letters. Read dead_letters.py first."""
+"""`klaviyo-worker dlq`: list, show, replay and drop dead letters. Start with dead_letters.py."""

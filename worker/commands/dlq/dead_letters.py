@@ -1,4 +1,4 @@
-"""The messages that were given up on: which are meant, and what an operator sees of them."""
+"""Dead letters: reading, filtering, and the form in which an operator sees them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
     from adapters import DeadLetter, DeadLetterQueue, SupportsDeadLetters
 
-AT_ONCE = 100  # letters asked for at a time, with their bodies
-PATIENCE = 5.0  # seconds without a letter after which there are no more
-CLOCKS = timedelta(seconds=10)  # by which a queue's clock may be ahead
-UNREADABLE = "unreadable"  # in the place of a type
+BATCH_SIZE = 100  # dead letters per request, with their bodies
+IDLE_TIMEOUT = 5.0  # seconds without a dead letter after which the queue counts as empty
+MAX_CLOCK_SKEW = timedelta(seconds=10)  # how far a queue's clock can be ahead of ours
+UNREADABLE = "unreadable"  # type of a message that cannot be parsed
 _AGE = re.compile(r"(\d+)([smhdw])", re.ASCII)
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """What `dlq list` tells of a dead letter, field by field: no body, no personal data."""
+class DeadLetterSummary:
+    """The fields that `dlq list` prints: no body, no personal data."""
 
     message_id: str
     message_type: str | None
@@ -44,96 +44,100 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """Which dead letters are meant; what is not given does not matter."""
+class DeadLetterFilter:
+    """The conditions a dead letter must meet. An empty condition accepts every dead letter."""
 
     ids: frozenset[str] = frozenset()
-    reason: str = ""  # text it contains, in whatever case
-    message_type: str = ""  # likewise in whatever case
-    since: datetime | None = None  # given up on then or later; published, where the queue does not tell
+    reason: str = ""  # contained in the reason; case-insensitive
+    message_type: str = ""  # equal to the type; case-insensitive
+    since: datetime | None = None  # see dead_lettered_or_published_at
     limit: int | None = None
 
-    def of(self, letters: Iterable[DeadLetter]) -> Iterator[DeadLetter]:
-        """Yield those that are meant, and look no further than the last of them."""
-        missing, left = set(self.ids), self.limit
-        for letter in letters:
-            if not self._takes(letter):
+    def select(self, dead_letters: Iterable[DeadLetter]) -> Iterator[DeadLetter]:
+        """Yield the dead letters that match, and stop reading after the last possible one."""
+        missing, remaining = set(self.ids), self.limit
+        for dead_letter in dead_letters:
+            if not self._matches(dead_letter):
                 continue
-            missing.discard(letter.delivery.id)
-            left = None if left is None else left - 1
-            yield letter
-            if left == 0 or (self.ids and not missing):
+            missing.discard(dead_letter.delivery.id)
+            remaining = None if remaining is None else remaining - 1
+            yield dead_letter
+            if remaining == 0 or (self.ids and not missing):
                 return
 
-    def missing(self, found: Collection[str]) -> frozenset[str]:
-        """Return the ids that were not found, unless they are more than the limit let be looked for."""
+    def missing_ids(self, found: Collection[str]) -> frozenset[str]:
+        """Return the ids that were not found; none if the limit ended the search."""
         return frozenset() if self.limit and len(found) >= self.limit else self.ids.difference(found)
 
-    def _takes(self, letter: DeadLetter) -> bool:
-        """Tell whether a letter is meant; the body is read last."""
-        if self.ids and letter.delivery.id not in self.ids:
+    def _matches(self, dead_letter: DeadLetter) -> bool:
+        """Return whether all conditions are met. The type comes last because it requires parsing the body."""
+        if self.ids and dead_letter.delivery.id not in self.ids:
             return False
-        if self.reason.lower() not in letter.failure.reason.lower():
+        if self.reason.lower() not in dead_letter.failure.reason.lower():
             return False
-        at = given_up_at(letter)
+        at = dead_lettered_or_published_at(dead_letter)
         if self.since and (at is None or at < self.since):
             return False
-        return not self.message_type or self.message_type.lower() == type_of(entry(letter)).lower()
+        return not self.message_type or self.message_type.lower() == display_type(summarize(dead_letter)).lower()
 
 
-def each(queue: SupportsDeadLetters) -> Generator[DeadLetter]:
-    """Yield all dead letters of a queue, and leave them. Raises QueueError."""
-    with closing(queue.dead_letters()) as letters:
-        yield from through(letters)
+def iter_dead_letters(queue: SupportsDeadLetters) -> Generator[DeadLetter]:
+    """Yield all dead letters of a queue without removing any. Raises QueueError."""
+    with closing(queue.dead_letters()) as dead_letters:
+        yield from iter_unseen(dead_letters)
 
 
-def through(letters: DeadLetterQueue) -> Iterator[DeadLetter]:
-    """Yield what was not handed out yet, and not what comes from now on: that may never end. Raises QueueError."""
-    until, found_at = datetime.now(UTC) + CLOCKS, time.monotonic()
-    while found := letters.receive(AT_ONCE, PATIENCE):
-        for letter in found:
-            if (given_up_at(letter) or until) <= until:
-                yield letter
+def iter_unseen(dead_letters: DeadLetterQueue) -> Iterator[DeadLetter]:
+    """Yield the dead letters not yet received. Raises QueueError.
+
+    Dead letters that arrive after the start are ignored: otherwise the loop might never end.
+    """
+    until, found_at = datetime.now(UTC) + MAX_CLOCK_SKEW, time.monotonic()
+    while received := dead_letters.receive(BATCH_SIZE, IDLE_TIMEOUT):
+        for dead_letter in received:
+            if (dead_lettered_or_published_at(dead_letter) or until) <= until:
+                yield dead_letter
                 found_at = time.monotonic()
-        if time.monotonic() - found_at > PATIENCE:
+        if time.monotonic() - found_at > IDLE_TIMEOUT:
             return
 
 
-def entry(letter: DeadLetter) -> Entry:
-    """Return what is told of a letter."""
+def summarize(dead_letter: DeadLetter) -> DeadLetterSummary:
+    """Return the fields to print."""
     try:
-        about = parse(letter.delivery.body)
+        notification = parse(dead_letter.delivery.body)
     except (WorkerError, Ignored):
-        about = None
-    return Entry(
-        message_id=letter.delivery.id,
-        message_type=about.type if about else None,
-        resource_type=about.resource_type if about else None,
-        resource_id=about.resource_id if about else None,
-        reason=letter.failure.reason,
-        stage=letter.failure.stage,
-        attempts=letter.delivery.attempt,
-        dead_lettered_at=letter.dead_lettered_at,
+        notification = None
+    return DeadLetterSummary(
+        message_id=dead_letter.delivery.id,
+        message_type=notification.type if notification else None,
+        resource_type=notification.resource_type if notification else None,
+        resource_id=notification.resource_id if notification else None,
+        reason=dead_letter.failure.reason,
+        stage=dead_letter.failure.stage,
+        attempts=dead_letter.delivery.attempt,
+        dead_lettered_at=dead_letter.dead_lettered_at,
     )
 
 
-def json_line(entry: Entry) -> str:
-    """Return an entry as a line of `dlq list --json`. Queues may have times of a class of their own."""
-    return printable(orjson.dumps(entry, default=datetime.isoformat).decode())
+def format_json_line(summary: DeadLetterSummary) -> str:
+    """Return a line of `dlq list --json`."""
+    # Google's client returns a subclass of datetime, which orjson does not serialize by itself
+    return printable(orjson.dumps(summary, default=datetime.isoformat).decode())
 
 
-def type_of(entry: Entry) -> str:
-    """Return the type, or that the message cannot be read."""
-    return entry.message_type or UNREADABLE
+def display_type(summary: DeadLetterSummary) -> str:
+    """Return the message type, or `unreadable`."""
+    return summary.message_type or UNREADABLE
 
 
-def given_up_at(letter: DeadLetter) -> datetime | None:
-    """Return when a message was given up on, or else published; None where the queue tells neither."""
-    return letter.dead_lettered_at or letter.delivery.published_at
+def dead_lettered_or_published_at(dead_letter: DeadLetter) -> datetime | None:
+    """Return when the message was dead-lettered, else when it was published; None if the queue reports neither."""
+    return dead_letter.dead_lettered_at or dead_letter.delivery.published_at
 
 
 def parse_since(text: str, now: datetime) -> datetime:
-    """Return the time that an age (90s, 30m, 2h, 3d, 1w) or an ISO 8601 time means, which is UTC unless it says.
+    """Return the time that an age (90s, 30m, 2h, 3d, 1w) or an ISO 8601 time stands for; UTC by default.
 
     Raises ValueError.
     """
@@ -146,8 +150,8 @@ def parse_since(text: str, now: datetime) -> datetime:
     return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
-def body_text(body: bytes) -> str:
-    """Return a body for a person: JSON indented, anything else as text, and what is no text escaped."""
+def format_body(body: bytes) -> str:
+    """Return a body for display: JSON indented, anything else as text with invalid bytes escaped."""
     try:
         text = json.dumps(json.loads(body), indent=2, ensure_ascii=False)
     except (ValueError, RecursionError):

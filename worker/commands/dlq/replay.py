@@ -1,4 +1,4 @@
-"""`klaviyo-worker dlq replay`: dead letters handled as messages are, here, and removed once their effect is there.
+"""`klaviyo-worker dlq replay`: processes dead letters in place and removes those that succeed.
 
 Nothing goes back to the queue (docs/decisions/0021-replay-in-place.md).
 """
@@ -13,7 +13,7 @@ from threading import Condition
 from typing import TYPE_CHECKING
 
 from adapters import InertQueue, scheme_of
-from worker.commands.dlq.dead_letters import through
+from worker.commands.dlq.dead_letters import iter_unseen
 from worker.pipeline import Pipeline
 from worker.runtime.dry_run import print_instead
 from worker.runtime.runner import Runner
@@ -26,58 +26,58 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from adapters import DeadLetter, DeadLetterQueue, Delivery, SupportsDeadLetters
-    from worker.commands.dlq.dead_letters import Choice
+    from worker.commands.dlq.dead_letters import DeadLetterFilter
     from worker.model import Message
     from worker.settings import Settings
 
-_FAILED = ("dead_lettered", "retried")  # outcomes, where dead letters are replayed
-MAX_WAIT = 600.0  # seconds, in all, to wait for an outage to end
-_BATCH = 50  # messages in a batch, at most: so that progress is seen, and an interruption does not wait long
+_FAILED = ("dead_lettered", "retried")  # outcomes that count as failed: a replay does not redeliver
+MAX_WAIT = 600.0  # total seconds to wait for outages to end
+_MAX_BATCH = 50  # messages; small, so that progress is visible and an interruption takes effect soon
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ReplayOptions:
     """How dead letters are replayed."""
 
-    rate: float | None = None  # letters a second, at most
-    canary: bool = True  # one by one, until the first has its effect; not one more if it fails again
-    dry_run: bool = False  # print what would be sent; send and remove nothing
+    rate: float | None = None  # maximum dead letters per second
+    canary: bool = True  # replay one at a time until one is sent; stop if one fails before that
+    dry_run: bool = False  # print the requests; send and remove nothing
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
-    """A dead letter as a delivery: of no known attempt, so that no event of it is taken for new."""
+class ReplayDelivery:
+    """A dead letter as a delivery. Its attempt is unknown, so that none of its events is treated as new."""
 
-    letter: DeadLetter
+    dead_letter: DeadLetter
 
     @property
     def id(self) -> str:
-        """The dead letter's."""
-        return self.letter.delivery.id
+        """Return the id of the dead letter."""
+        return self.dead_letter.delivery.id
 
     @property
     def body(self) -> bytes:
-        """The message as it was published."""
-        return self.letter.delivery.body
+        """Return the message as it was published."""
+        return self.dead_letter.delivery.body
 
     @property
     def attributes(self) -> Mapping[str, str]:
-        """The dead letter's."""
-        return self.letter.delivery.attributes
+        """Return the attributes of the dead letter."""
+        return self.dead_letter.delivery.attributes
 
     @property
     def attempt(self) -> None:
-        """Not counted."""
+        """Return None: unknown."""
         return
 
     @property
     def published_at(self) -> datetime | None:
-        """The dead letter's."""
-        return self.letter.delivery.published_at
+        """Return when the message was published."""
+        return self.dead_letter.delivery.published_at
 
 
-class Tally(Telemetry):
-    """Counts the endings, and why letters failed again."""
+class ReplayStats(Telemetry):
+    """Counts of outcomes, and the reasons for failures."""
 
     def __init__(self, metrics: Metrics) -> None:
         super().__init__(metrics)
@@ -86,34 +86,36 @@ class Tally(Telemetry):
         self._changed = Condition()
 
     @property
-    def ended(self) -> int:
-        """Count the letters that were handed out and have ended, whichever way."""
+    def done(self) -> int:
+        """Return how many delivered dead letters have an outcome."""
         return self.outcomes.total()
 
     @property
     def failed(self) -> int:
-        """Count those that failed again."""
+        """Return how many dead letters failed again."""
         return sum(self.outcomes[outcome] for outcome in _FAILED)
 
-    def settled(self, jobs: Iterable[Message]) -> None:
-        """Count endings."""
-        jobs = list(jobs)
+    def settled(self, messages: Iterable[Message]) -> None:
+        """Count the outcomes of messages."""
+        messages = list(messages)
         with self._changed:
-            for job in jobs:
-                if job.outcome and outcome_name(job) in _FAILED:
-                    self.reasons[job.outcome.stage, job.outcome.reason] += 1
-                    self.last_failed = job.delivery.letter if isinstance(job.delivery, Again) else None
-            super().settled(jobs)
+            for message in messages:
+                if message.outcome and outcome_name(message) in _FAILED:
+                    self.reasons[message.outcome.stage, message.outcome.reason] += 1
+                    self.last_failed = (
+                        message.delivery.dead_letter if isinstance(message.delivery, ReplayDelivery) else None
+                    )
+            super().settled(messages)
             self._changed.notify_all()
 
-    def wait(self, seconds: float) -> None:
-        """Wait until letters have ended."""
+    def wait_for_outcomes(self, seconds: float) -> None:
+        """Wait until further dead letters have an outcome, at most `seconds`."""
         with self._changed:
             self._changed.wait(seconds)
 
 
-class Throttle:
-    """Lets letters through evenly, `rate` a second at most. `wait` takes seconds."""
+class ReplayRateLimiter:
+    """An even rate of at most `rate` calls per second. `wait` sleeps for a number of seconds."""
 
     def __init__(
         self, rate: float, wait: Callable[[float], object], clock: Callable[[], float] = time.monotonic
@@ -123,106 +125,110 @@ class Throttle:
         self._clock = clock
         self._next = clock()
 
-    def turn(self) -> None:
-        """Wait until one more may go."""
-        if (ahead := self._next - self._clock()) > 0:
-            self._wait(ahead)
+    def acquire(self) -> None:
+        """Wait until the next call is allowed."""
+        if (delay := self._next - self._clock()) > 0:
+            self._wait(delay)
         self._next = max(self._next, self._clock()) + self._interval
 
 
 class ReplayQueue(InertQueue):
-    """The chosen dead letters as a queue that ends. Implements QueueAdapter.
+    """The selected dead letters as a finite queue. Implements QueueAdapter.
 
-    What is acked is removed; all else stays a dead letter.
+    An ack removes the dead letter. A nack or dead-letter leaves it unchanged.
     """
 
     def __init__(
         self,
-        letters: DeadLetterQueue,
-        chosen: Iterator[DeadLetter],
-        tally: Tally,
+        dead_letters: DeadLetterQueue,
+        selected: Iterator[DeadLetter],
+        stats: ReplayStats,
         *,
-        pace: Throttle | None,
+        rate_limiter: ReplayRateLimiter | None,
         canary: bool,
-        removes: bool,
+        removes_acked: bool,
     ) -> None:
-        self._letters = letters
-        self._chosen = chosen
-        self._tally = tally
-        self._pace = pace
+        self._dead_letters = dead_letters
+        self._selected = selected
+        self._stats = stats
+        self._rate_limiter = rate_limiter
         self._canary = canary
-        self._removes = removes
-        self._has_ended = False
-        self.handed_out: set[str] = set()
-        self._number = 0  # of letters handed out
+        self._removes_acked = removes_acked
+        self._is_exhausted = False
+        self._deliveries = 0
+        self.delivered_ids: set[str] = set()
 
     @property
-    def has_stopped(self) -> bool:
-        """Tell whether the canary failed: no more letters are handed out."""
-        return self._is_alone and self._tally.failed > 0
+    def canary_failed(self) -> bool:
+        """Return whether a canary failed: no more dead letters are delivered."""
+        return self._needs_canary and self._stats.failed > 0
 
-    def receive(self, max_messages: int, wait: float) -> Sequence[Again]:
-        """Hand out the next letters: one where the pace or the canary asks for that."""
-        is_alone = self._is_alone
-        if self._has_ended or self.has_stopped or (is_alone and self._number > self._tally.ended):
-            self._tally.wait(wait)
+    def receive(self, max_messages: int, wait: float) -> Sequence[ReplayDelivery]:
+        """Return the next dead letters: one at a time if a rate is set or no canary was sent yet."""
+        needs_canary = self._needs_canary
+        canary_in_flight = needs_canary and self._deliveries > self._stats.done
+        if self._is_exhausted or self.canary_failed or canary_in_flight:
+            self._stats.wait_for_outcomes(wait)
             return ()
-        wanted = 1 if is_alone or self._pace else max_messages
-        found = [Again(letter) for letter in islice(self._chosen, wanted)]
-        self._has_ended = len(found) < wanted
-        if found and self._pace:
-            self._pace.turn()
-        self._number += len(found)
-        self.handed_out |= {again.id for again in found}
-        return found
+        wanted = 1 if needs_canary or self._rate_limiter else max_messages
+        deliveries = [ReplayDelivery(dead_letter) for dead_letter in islice(self._selected, wanted)]
+        self._is_exhausted = len(deliveries) < wanted
+        if deliveries and self._rate_limiter:
+            self._rate_limiter.acquire()
+        self._deliveries += len(deliveries)
+        self.delivered_ids |= {delivery.id for delivery in deliveries}
+        return deliveries
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Remove the letters. Raises QueueError when that cannot be told."""
-        if self._removes:
-            self._letters.remove([again.letter for again in deliveries if isinstance(again, Again)])
+        """Remove the dead letters. Raises QueueError if they might still be there."""
+        if self._removes_acked:
+            replayed = (delivery for delivery in deliveries if isinstance(delivery, ReplayDelivery))
+            self._dead_letters.remove([delivery.dead_letter for delivery in replayed])
 
     def backlog(self) -> int:
-        """Return 1 while there may be more letters to hand out, 0 when there are none."""
-        return 0 if self._has_ended or self.has_stopped else 1
+        """Return 1 while there can be more dead letters to deliver, else 0."""
+        return 0 if self._is_exhausted or self.canary_failed else 1
 
     def close(self) -> None:
-        """Leave all others as they were."""
-        self._letters.close()
+        """Release the leases of all remaining dead letters."""
+        self._dead_letters.close()
 
     @property
-    def _is_alone(self) -> bool:
-        """Tell whether letters go one by one, as none had its effect yet: one with nothing to do proves nothing."""
-        return self._canary and not self._tally.outcomes["sent"]
+    def _needs_canary(self) -> bool:
+        """Return whether no dead letter was sent yet. An ignored one proves nothing."""
+        return self._canary and not self._stats.outcomes["sent"]
 
 
 class Replay:
     """A replay, ready to run. Raises SettingsError and QueueError."""
 
-    def __init__(self, queue: SupportsDeadLetters, settings: Settings, choice: Choice, options: Options) -> None:
-        settings = settings.model_copy(update={"max_batch": min(settings.max_batch, _BATCH)})
-        self.tally = Tally(Metrics(scheme_of(settings.queue_url)))
-        self._stages = stages = Components(settings, self.tally)
-        letters = queue.dead_letters()
-        until_stopped = takewhile(lambda _: not stages.stopping.is_set(), through(letters))
+    def __init__(
+        self, queue: SupportsDeadLetters, settings: Settings, filters: DeadLetterFilter, options: ReplayOptions
+    ) -> None:
+        settings = settings.model_copy(update={"max_batch": min(settings.max_batch, _MAX_BATCH)})
+        self.stats = ReplayStats(Metrics(scheme_of(settings.queue_url)))
+        self._components = components = Components(settings, self.stats)
+        dead_letters = queue.dead_letters()
+        until_stopped = takewhile(lambda _: not components.stopping.is_set(), iter_unseen(dead_letters))
         self.queue = ReplayQueue(
-            letters,
-            choice.of(until_stopped),
-            self.tally,
-            pace=Throttle(options.rate, stages.stopping.wait) if options.rate else None,
+            dead_letters,
+            filters.select(until_stopped),
+            self.stats,
+            rate_limiter=ReplayRateLimiter(options.rate, components.stopping.wait) if options.rate else None,
             canary=options.canary and not options.dry_run,
-            removes=not options.dry_run,
+            removes_acked=not options.dry_run,
         )
-        send = print_instead if options.dry_run else stages.sender.send
-        pipeline = Pipeline(self.queue, stages.enricher.enrich, send, stages.mapping, self.tally)
-        self._runner = Runner(self.queue, pipeline, settings, self.tally, stages.stopping)
+        send = print_instead if options.dry_run else components.sender.send
+        pipeline = Pipeline(self.queue, components.enricher.enrich, send, components.mapping, self.stats)
+        self._runner = Runner(self.queue, pipeline, settings, self.stats, components.stopping)
 
     def run(self) -> None:
-        """Replay until there are no more. Raises what Runner.run does with `once`."""
+        """Replay until no dead letters remain. Raises the errors of `Runner.run`."""
         try:
             self._runner.run(once=True, max_wait=MAX_WAIT)
         finally:
-            self._stages.sender.close()
+            self._components.sender.close()
 
     def stop(self) -> None:
-        """Finish what is in flight and stop; called again: do not wait."""
+        """Finish the messages in flight and stop. A second call stops immediately."""
         self._runner.stop()
