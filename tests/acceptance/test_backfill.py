@@ -55,7 +55,9 @@ def test_killed_and_gone_on_with_beside_the_worker_nothing_is_missing_or_doubled
         live = worker.start("run", "--http-port", "0")
         for name in ("orders", "customers"):
             path = tmp_path / f"{name}.json"
-            killed = worker.start("backfill", name, "--resume", str(path), "--max-batch", "5", "--max-requests", "4")
+            killed = worker.start(
+                "backfill", name, "--checkpoint", str(path), "--max-batch", "5", "--max-requests", "4"
+            )
             for order in list(orders)[::7]:
                 worker.publish(
                     message("OrderCreated", "order", order["id"], order=order),
@@ -66,7 +68,7 @@ def test_killed_and_gone_on_with_beside_the_worker_nothing_is_missing_or_doubled
             killed.kill()
             killed.wait()
             assert 0 < checkpoint(path)["sent"] < NUMBER, name
-            done = backfill(sandbox, name, "--resume", str(path))
+            done = backfill(sandbox, name, "--checkpoint", str(path))
             assert done.exit_code == 0, done.stderr
             assert f"{name}: {NUMBER} done: {NUMBER} sent, 0 ignored, 0 failed" in done.stderr
         stop(live)
@@ -83,7 +85,7 @@ def test_a_stop_finishes_what_is_in_work_and_says_how_to_go_on(tmp_path: Path) -
     with Sandbox(shop=shop()) as sandbox:
         worker = Worker(sandbox.environment | ONE_BY_ONE, tmp_path)
         sandbox.klaviyo.latency = 0.2
-        arguments = ("backfill", "customers", "--resume", str(tmp_path / "c.json"), "--max-batch", "2")
+        arguments = ("backfill", "customers", "--checkpoint", str(tmp_path / "c.json"), "--max-batch", "2")
         process = worker.start(*arguments)
         wait_for(lambda: sandbox.account.profiles)
         process.send_signal(signal.SIGTERM)

@@ -43,7 +43,7 @@ _ID = re.compile(r"[\w-]{1,256}", re.ASCII)  # anything else could be an email a
 @click.command(cls=Command)
 @click.argument("name", metavar="KIND", type=click.Choice(["customers", "orders", "products", "categories"]))
 @click.option(
-    "--since", metavar="TIME", help="Only records since then: 2026-01-31, or a date and time; UTC by default."
+    "--since", metavar="TIME", help="Only records since then: 2026-01-31 or 2026-01-31T12:00Z; UTC by default."
 )
 @click.option("--until", metavar="TIME", help="Only records before. Compares creation of orders, else last change.")
 @click.option("--ids", metavar="IDS|FILE", help="Only these ids: separated by commas, or one per line of a file.")
@@ -71,7 +71,7 @@ def backfill(  # noqa: PLR0913 - options
 ) -> None:
     """Send existing records of commercetools to Klaviyo.
 
-    Records pass through the same components as messages. Their events are marked as backfill, so that no flow starts.
+    Records pass through the same stages as messages. Their events are marked as backfill, so that no flow starts.
     A record that was already sent has no second effect, and the worker can run at the same time.
 
     After an interruption (exit code 7), the same command with --checkpoint continues. Exit code 1: some records failed.

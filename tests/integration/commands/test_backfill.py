@@ -54,7 +54,7 @@ def test_orders_become_what_the_worker_would_have_made_of_them(sandbox: Sandbox,
     orders[done] |= {"orderState": "Complete", "shipmentState": "Shipped"}
     orders[cancelled] |= {"orderState": "Cancelled", "lastModifiedAt": "2026-11-23T10:00:00.000Z"}
     orders[shipped] |= {"shipmentState": "Shipped"}
-    result = backfill(sandbox, "orders", "--resume", str(tmp_path / "orders.json"))
+    result = backfill(sandbox, "orders", "--checkpoint", str(tmp_path / "orders.json"))
     expected = sum((placed(order) for order in orders.values() if order["id"] != ANONYMOUS), Counter[tuple[str, str]]())
     expected += Counter({("Fulfilled Order", done): 1, ("Fulfilled Order", shipped): 1})
     expected[("Cancelled Order", cancelled)] = 1
@@ -140,7 +140,7 @@ def test_only_what_was_asked_for_is_read(sandbox: Sandbox, tmp_path: Path) -> No
 
 def test_a_limited_run_goes_on_where_it_was(sandbox: Sandbox, tmp_path: Path) -> None:
     """Two records a run: each is sent once, and the counts are of all runs."""
-    arguments = ("customers", "--resume", str(tmp_path / "c.json"), "--limit", "2")
+    arguments = ("customers", "--checkpoint", str(tmp_path / "c.json"), "--limit", "2")
     for done in (2, 4, 5, 5):
         assert f"customers: {done} done: {done} sent" in backfill(sandbox, *arguments).stderr
     imports = [request for request in sandbox.klaviyo.requests if request.path == "/api/profile-import"]
@@ -149,7 +149,7 @@ def test_a_limited_run_goes_on_where_it_was(sandbox: Sandbox, tmp_path: Path) ->
 
 def test_a_dry_run_sends_and_writes_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
     """It prints the requests, as the worker's does."""
-    result = backfill(sandbox, "orders", "--dry-run", "--resume", str(tmp_path / "o.json"))
+    result = backfill(sandbox, "orders", "--dry-run", "--checkpoint", str(tmp_path / "o.json"))
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert {line["path"] for line in lines} == {"/api/events"}
     assert all(line["body"]["data"]["attributes"]["backfill"] is True for line in lines)
@@ -185,7 +185,7 @@ def test_a_refused_record_fails_alone(sandbox: Sandbox, tmp_path: Path) -> None:
     email = sandbox.shop.customers[uid("customer:radia")]["email"]
     sandbox.klaviyo.faults.add(Fault(status=400, times=1, match="POST /api/profile-import", contains=email.encode()))
     failures = tmp_path / "failures.jsonl"
-    result = backfill(sandbox, "customers", "--failures", str(failures))
+    result = backfill(sandbox, "customers", "--failures-file", str(failures))
     assert result.exit_code == 1
     assert "customers: 5 done: 4 sent, 0 ignored, 1 failed" in result.stderr
     assert "failed: 1 x Klaviyo answered 400 to POST /api/profile-import" in result.stderr
@@ -200,7 +200,7 @@ def test_a_refused_record_fails_alone(sandbox: Sandbox, tmp_path: Path) -> None:
 def test_refused_credentials_end_it(variable: str, code: int, sandbox: Sandbox, tmp_path: Path) -> None:
     """With the worker's codes; no record has failed, and a run with better ones begins where that one was."""
     wrong = {"KLAVIYO_AUTH_KEY": "pk_wrong", "CT_API_CLIENT": '{"clientId": "a", "secret": "b"}'}[variable]
-    arguments = ("customers", "--resume", str(tmp_path / "c.json"))
+    arguments = ("customers", "--checkpoint", str(tmp_path / "c.json"))
     result = backfill(sandbox, *arguments, **{variable: wrong})
     assert result.exit_code == code
     assert "Error: " in result.stderr
@@ -212,20 +212,26 @@ def test_refused_credentials_end_it(variable: str, code: int, sandbox: Sandbox, 
     [
         (("--since", "yesterday"), "--since: expected a date"),
         (("--until", "2026-13-01"), "--until: expected a date"),
-        (("--since", "2026-01-02", "--until", "2026-01-01"), "--until: expected a moment after --since"),
-        (("--ids", "ada@example.com"), "--ids: expected ids"),
-        (("--ids", ""), "--ids: expected ids"),
+        (("--since", "2026-01-02", "--until", "2026-01-01"), "--until: expected a time after --since"),
+        (("--ids", "ada@example.com"), "--ids: expected commercetools ids"),
+        (("--ids", ""), "--ids: expected commercetools ids"),
         (("--ids", "@nowhere"), "--ids: cannot read nowhere"),
         (
             ("--ids", ",".join(["a" * 36] * 7 + ["ada@example.com"])),
-            "--ids: expected ids",
+            "--ids: expected commercetools ids",
         ),  # no name of a file
         (("--since", "0001-01-01T00:00+01:00"), "--since: expected a date"),
-        (("--failures", "/proc/nowhere/f"), "--resume, --failures: cannot write /proc/nowhere/f: No such file"),
-        (("--failures", "same", "--resume", "./same"), "--failures: expected another file"),
-        (("--ids", "a", "--since", "2026-01-01"), "--ids: names all records already"),
-        (("--resume", "/proc/nowhere/c.json"), "--resume, --failures: cannot write"),
-        (("--resume", "/etc/hostname"), "--resume: /etc/hostname is damaged"),
+        (
+            ("--failures-file", "/proc/nowhere/f"),
+            "--checkpoint, --failures-file: cannot write /proc/nowhere/f: No such file",
+        ),
+        (
+            ("--failures-file", "same", "--checkpoint", "./same"),
+            "--failures-file: expected another file than --checkpoint",
+        ),
+        (("--ids", "a", "--since", "2026-01-01"), "--ids: cannot be combined with --since or --until: remove them"),
+        (("--checkpoint", "/proc/nowhere/c.json"), "--checkpoint, --failures-file: cannot write /proc/nowhere/c.json"),
+        (("--checkpoint", "/etc/hostname"), "--checkpoint: /etc/hostname is damaged"),
         (("--rate-limit-share", "2"), "KLAVIYO_WORKER_RATE_LIMIT_SHARE is malformed"),
     ],
 )
@@ -233,7 +239,7 @@ def test_a_malformed_option_is_one_line_and_exit_code_2(
     arguments: tuple[str, ...], text: str, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     """The line names the option; no queue is needed, whatever the variable holds."""
-    result = backfill(sandbox, "customers", "--failures", str(tmp_path / "f"), *arguments, QUEUE_URL="nonsense")
+    result = backfill(sandbox, "customers", "--failures-file", str(tmp_path / "f"), *arguments, QUEUE_URL="nonsense")
     assert result.exit_code == 2, result.stderr
     assert result.stderr.startswith(f"Error: {text}")
     assert result.stderr.count("\n") == 1
@@ -260,6 +266,6 @@ def test_a_disk_that_is_full_ends_it(sandbox: Sandbox, tmp_path: Path, monkeypat
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("worker.commands.backfill.checkpoint.Checkpoint.save", save)
-    result = backfill(sandbox, "customers", "--resume", str(tmp_path / "c.json"))
+    result = backfill(sandbox, "customers", "--checkpoint", str(tmp_path / "c.json"))
     assert result.exit_code == 1
-    assert result.stderr.endswith("Error: cannot write the checkpoint or the failures: No space left on device\n")
+    assert result.stderr.endswith("Error: cannot write the checkpoint or the failures file: No space left on device\n")

@@ -171,6 +171,8 @@ def test_checkpoint_is_loaded_as_saved(tmp_path: Path) -> None:
     checkpoint.save(saved)
     assert checkpoint.load() == saved
     assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
+    counts = {"last_id": "o-7", "sent": 3, "ignored": 2, "failed": {"bad": 2}}
+    assert orjson.loads(checkpoint.path.read_bytes()) == KEY | counts
 
 
 def test_failed_save_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +216,11 @@ GOOD = KEY | {"last_id": "o-7", "sent": 3, "ignored": 2, "failed": {"bad": 2}}
         b"null",
         b"\xff",
         orjson.dumps(KEY),
-        *(orjson.dumps(GOOD | {name: bad}) for name in ("last_id", "sent", "failed") for bad in (None, -1, [1], 1.5)),
+        *(
+            orjson.dumps(GOOD | {name: bad})
+            for name in ("last_id", "sent", "ignored", "failed")
+            for bad in (None, -1, [1], 1.5)
+        ),
         orjson.dumps(GOOD | {"failed": {"bad": "2"}}),
         orjson.dumps(GOOD)[:-9],
     ],
@@ -222,7 +228,10 @@ GOOD = KEY | {"last_id": "o-7", "sent": 3, "ignored": 2, "failed": {"bad": 2}}
 def test_damaged_checkpoint_is_rejected(content: bytes, tmp_path: Path) -> None:
     """The backfill does not start over by itself; the error says what to do."""
     (tmp_path / "c.json").write_bytes(content)
-    with pytest.raises(SettingsError, match=r"--resume: .*c\.json is damaged or not a checkpoint: .* delete it"):
+    with pytest.raises(
+        SettingsError,
+        match=r"^--checkpoint: .*c\.json is damaged or not a checkpoint: use another file, or delete it to start over$",
+    ):
         Checkpoint(tmp_path / "c.json", KEY).load()
 
 

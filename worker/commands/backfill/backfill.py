@@ -1,4 +1,4 @@
-"""The backfill: connects records, components and files."""
+"""The backfill: connects records, stages and files."""
 
 from __future__ import annotations
 

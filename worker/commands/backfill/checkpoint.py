@@ -86,7 +86,8 @@ class Checkpoint:
             raise SettingsError(f"--checkpoint: cannot read {self.path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
             raise SettingsError(
-                f"--checkpoint: {self.path} is damaged or not a checkpoint: use another file, or delete it"
+                f"--checkpoint: {self.path} is damaged or not a checkpoint: "
+                "use another file, or delete it to start over"
             ) from None
         if differing := [name for name, value in self._key.items() if document.get(name) != value]:
             raise SettingsError(
