@@ -545,10 +545,5 @@ def test_a_terminal_shows_progress_and_warnings_only(terminal: Terminal, path: P
     assert code == 0
     assert "0 of 15" in seen
     assert "message_processed" not in seen
-<<<<<<< HEAD
     assert re.search(r"\r\x1b\[K[0-9:]+ identifier_dropped .*\n", seen)
-    assert words(seen).endswith("replayed 15 their effect is in Klaviyo")
-=======
-    assert re.search(r"\r\x1b\[K[0-9:]+ identifier_left_out .*\n", seen)
     assert words(seen).endswith("replayed 15 sent to Klaviyo, removed")
->>>>>>> e4aadc7 (Rewrite messages and help of dlq and backfill)

@@ -114,7 +114,7 @@ def test_order_becomes_its_history() -> None:
     [("customers", "CustomerCreated"), ("products", "ProductPublished"), ("categories", "CategoryCreated")],
 )
 def test_other_records_become_one_notification_without_content(name: str, kind: str) -> None:
-    """The components read the record again; an updated category would include all its descendants."""
+    """The stages read the record again; an updated category would include all its descendants."""
     (body,) = notifications_for(RecordSelection(name), {"id": "x", "email": "ada@example.com"})
     message = parse(body)
     assert (message.type, message.resource_id, message.time) == (kind, "x", None)
