@@ -131,10 +131,10 @@ def test_what_has_no_effect_is_acked_without_fetching(
     body: bytes, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
     """The test notification, unknown types and events are counted and forgotten."""
-    job = pipeline.accept(FakeDelivery(body))
-    assert pipeline.process([job]) == []
+    message = pipeline.accept(FakeDelivery(body))
+    assert pipeline.process([message]) == []
     assert recorded.settled == [("ack", "1", 0.0, "")]
-    assert outcome_name(job) == "ignored"
+    assert outcome_name(message) == "ignored"
     assert stages.enriched == [[]]
 
 
@@ -147,7 +147,7 @@ def test_one_bad_message_does_not_stop_its_neighbours(
     kept = run(
         pipeline, updated("good"), FakeDelivery(b"[]", id="bad"), updated("down"), updated("refused"), updated("gone")
     )
-    assert [job.delivery.id for job in kept] == ["down"]
+    assert [message.delivery.id for message in kept] == ["down"]
     assert {(how, which) for how, which, *_ in recorded.settled} == {
         ("ack", "good"),
         ("dead_letter", "bad"),
@@ -174,7 +174,7 @@ def test_what_is_nobodys_fault_is_not_settled_and_can_be_tried_again(
     """Keep the message, at no price, and go on when all is well."""
     stages.send_errors["a"] = [error]
     kept = run(pipeline, updated("a"), updated("b"))
-    assert [job.delivery.id for job in kept] == ["a"]
+    assert [message.delivery.id for message in kept] == ["a"]
     assert recorded.settled == [("ack", "b", 0.0, "")]
     stages.send_errors.clear()
     assert pipeline.process(kept) == []
@@ -270,28 +270,28 @@ def test_only_a_first_delivery_makes_fresh_events(
 def test_events_tried_again_in_place_are_not_fresh(of_orders: Pipeline, stages: Stages) -> None:
     """What became of the first try may not be known."""
     stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [KlaviyoMisconfigured("401")]
-    jobs = run(of_orders, created(1))
+    messages = run(of_orders, created(1))
     for _ in range(2):
-        jobs = of_orders.process(jobs)
+        messages = of_orders.process(messages)
     assert [is_fresh(operation) for operation in stages.sent] == [True, False, False]
-    assert jobs[0].events_may_be_sent
+    assert messages[0].events_may_be_sent
 
 
 def test_events_that_never_left_stay_fresh(of_orders: Pipeline, stages: Stages) -> None:
     """In an outage most calls are held back; their messages may go in bulk later, and back to the queue for nothing."""
     stages.requests = 0
     stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [CircuitOpen("down")]
-    (job,) = run(of_orders, created(1))
-    assert not job.events_may_be_sent
-    of_orders.process([job])
+    (message,) = run(of_orders, created(1))
+    assert not message.events_may_be_sent
+    of_orders.process([message])
     assert [is_fresh(operation) for operation in stages.sent] == [True, True]
 
 
 def test_events_of_a_message_held_for_long_are_not_fresh(of_orders: Pipeline, stages: Stages) -> None:
     """A worker that was stopped may have lost the lease, and another may have sent them."""
-    job = of_orders.accept(created(1))
-    job.lease.until -= 31
-    of_orders.process([job])
+    message = of_orders.accept(created(1))
+    message.lease.until -= 31
+    of_orders.process([message])
     assert [is_fresh(operation) for operation in stages.sent] == [False]
 
 
@@ -302,10 +302,10 @@ def test_events_that_may_be_in_klaviyo_are_begun_fresh_or_not(
     """A next delivery must not take them for new; one that is not the first cannot."""
     stages.requests = requests
     stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [KlaviyoMisconfigured("401")]
-    job = of_orders.accept(created(attempt))
-    job.lease.until -= 31
-    of_orders.process([job])
-    assert job.events_may_be_sent is begun
+    message = of_orders.accept(created(attempt))
+    message.lease.until -= 31
+    of_orders.process([message])
+    assert message.events_may_be_sent is begun
 
 
 def test_a_state_written_long_after_it_was_read_is_read_again(
@@ -369,10 +369,10 @@ def test_events_are_not_read_again(of_orders: Pipeline, recorded: RecordingQueue
 def test_what_was_begun_stays_begun(of_orders: Pipeline, stages: Stages) -> None:
     """A later try that was held back without a request does not undo the first."""
     stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [CircuitOpen("down")]
-    (job,) = run(of_orders, created(1))
+    (message,) = run(of_orders, created(1))
     stages.requests = 0
-    of_orders.process([job])
-    assert job.events_may_be_sent
+    of_orders.process([message])
+    assert message.events_may_be_sent
 
 
 def test_a_lease_that_may_have_ended_is_not_ours_again() -> None:
@@ -387,7 +387,7 @@ def test_a_lease_that_may_have_ended_is_not_ours_again() -> None:
 def test_what_nothing_was_done_for_is_never_acked(
     pipeline: Pipeline, recorded: RecordingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Should a defect leave a job without operations and without an ending, the message comes again."""
+    """Should a defect leave a message without operations and without an ending, the message comes again."""
     monkeypatch.setattr("worker.pipeline.transform", lambda *_, **__: ())
     run(pipeline, updated("a"))
     assert [how for how, *_ in recorded.settled] == ["nack"]
@@ -406,11 +406,11 @@ def test_a_message_with_one_failed_operation_is_not_acked(recorded: RecordingQue
         MappingConfig(),
         Telemetry(Metrics("embedded")),
     )
-    (job,) = run(pipeline, FakeDelivery(json.dumps(body).encode()))
+    (message,) = run(pipeline, FakeDelivery(json.dumps(body).encode()))
     assert recorded.settled == []
-    assert job.requests == 5
-    pipeline.process([job])
-    assert job.requests == 10
+    assert message.requests == 5
+    pipeline.process([message])
+    assert message.requests == 10
 
 
 def test_a_dead_letter_that_comes_again_is_reported_as_retried(

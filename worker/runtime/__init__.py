@@ -1,1 +1,1 @@
-"""The engine: pulls messages, runs the pipeline in lanes, holds what cannot be done yet. Read runner.py first."""
+"""The engine: pulls messages, processes them in lanes, holds and retries them. Read runner.py first."""

@@ -1,4 +1,4 @@
-"""`run --dry-run`: everything but the writes, to Klaviyo and to the queue."""
+"""`run --dry-run`: the whole journey without writes to Klaviyo or to the queue."""
 
 from __future__ import annotations
 
@@ -39,52 +39,51 @@ def operation_line(operation: Operation) -> str:
 
 
 def print_instead(operations: Sequence[Operation]) -> Sequence[SendResult]:
-    """Print what would be sent: the send stage of a dry run."""
+    """Print the operations instead of sending them. This is the send stage of a dry run."""
     with _PRINTING:
         try:
             for operation in operations:
                 click.echo(operation_line(operation))
-        except BrokenPipeError:  # `| head` has seen enough: stop in order, so that what is leased goes back
+        except BrokenPipeError:  # the reader, `head` for example, has ended: stop in order, which returns the messages
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             os.kill(os.getpid(), signal.SIGTERM)
     return [SendResult(None, 0)] * len(operations)
 
 
 class DryRunQueue(InertQueue):
-    """A queue whose messages are looked at once and then all returned, as if they had not been received."""
+    """A queue that delivers each message once and returns all of them at the end, as if they had not been received."""
 
     def __init__(self, queue: QueueAdapter, at_most: int) -> None:
         self._queue = queue
-        self._left = at_most
-        self._seen: list[Delivery] = []
+        self._remaining = at_most
+        self._delivered: list[Delivery] = []
 
     @property
     def lease_seconds(self) -> float | None:
-        """The queue's own."""
+        """The lease of the queue."""
         return self._queue.lease_seconds
 
     def receive(self, max_messages: int, wait: float) -> Sequence[Delivery]:
-        """Receive what was not seen yet."""
-        if not self._left:
+        """Receive messages that were not delivered yet."""
+        if not self._remaining:
             time.sleep(wait)
             return ()
-        deliveries = self._queue.receive(min(max_messages, self._left), wait)
-        nothing_left = not deliveries and self._queue.backlog() is not None
-        self._left = 0 if nothing_left else self._left - len(deliveries)
-        self._seen += deliveries
+        deliveries = self._queue.receive(min(max_messages, self._remaining), wait)
+        is_empty = not deliveries and self._queue.backlog() is not None
+        self._remaining = 0 if is_empty else self._remaining - len(deliveries)
+        self._delivered += deliveries
         return deliveries
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Keep the messages leased until `close`."""
 
-    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Extend all that was seen, whatever is still in work."""
-        del deliveries
-        self._queue.extend(self._seen, seconds)
+    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:  # noqa: ARG002 - extends all
+        """Extend all delivered messages, even those that the worker has processed."""
+        self._queue.extend(self._delivered, seconds)
 
     def backlog(self) -> int | None:
-        """Count what will still be looked at: nothing, once the queue had no more."""
-        return None if self._left and self._queue.backlog() is None else self._left
+        """Count the messages still to deliver at most: 0 once the queue was empty, None if it cannot count."""
+        return None if self._remaining and self._queue.backlog() is None else self._remaining
 
     def check(self) -> Sequence[QueueWarning]:
         """Check the queue."""
@@ -95,6 +94,6 @@ class DryRunQueue(InertQueue):
         self._queue.stop()
 
     def close(self) -> None:
-        """Return everything."""
-        self._queue.nack(self._seen)
+        """Return all messages to the queue."""
+        self._queue.nack(self._delivered)
         self._queue.close()

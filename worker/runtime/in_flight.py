@@ -1,4 +1,4 @@
-"""What was received and is not settled: bounded by messages and bytes, and what of it has to wait."""
+"""The messages in flight: received and not settled, bounded in number and bytes."""
 
 from __future__ import annotations
 
@@ -15,90 +15,92 @@ if TYPE_CHECKING:
 
 
 class InFlight:
-    """The jobs of all lanes. Safe for many threads."""
+    """The messages in flight of all lanes. Thread-safe."""
 
     def __init__(self, max_messages: int, max_bytes: int) -> None:
         self._max_messages = max_messages
         self._max_bytes = max_bytes
-        self._jobs: dict[int, Message] = {}
-        self._kept: dict[int, Exception | None] = {}  # what each waits for
+        self._messages: dict[int, Message] = {}  # by id(), as in the next line
+        self._held: dict[int, Exception | None] = {}  # why each held message could not be processed
         self._bytes = 0
         self._changed = Condition()
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return len(self._messages)
 
-    def jobs(self) -> list[Message]:
-        """Return all jobs."""
+    def messages(self) -> list[Message]:
+        """Return all messages."""
         with self._changed:
-            return list(self._jobs.values())
+            return list(self._messages.values())
 
-    def add(self, job: Message) -> None:
-        """Note a job that was received."""
+    def add(self, message: Message) -> None:
+        """Add a message that was received."""
         with self._changed:
-            self._jobs[id(job)] = job
-            self._bytes += len(job.delivery.body)
+            self._messages[id(message)] = message
+            self._bytes += len(message.delivery.body)
 
-    def remove(self, jobs: Sequence[Message]) -> None:
-        """Forget jobs that were settled."""
+    def remove(self, messages: Sequence[Message]) -> None:
+        """Remove messages that were settled."""
         with self._changed:
-            for job in jobs:
-                self._kept.pop(id(job), None)
-                if self._jobs.pop(id(job), None) is not None:
-                    self._bytes -= len(job.delivery.body)
+            for message in messages:
+                self._held.pop(id(message), None)
+                if self._messages.pop(id(message), None) is not None:
+                    self._bytes -= len(message.delivery.body)
             self._changed.notify_all()
 
-    def keep(self, jobs: Sequence[Message]) -> None:
-        """Note jobs that have to wait, and for what."""
+    def hold(self, messages: Sequence[Message]) -> None:
+        """Record that messages are held, and why."""
         with self._changed:
-            self._kept |= {id(job): job.outcome.cause if job.outcome else None for job in jobs if id(job) in self._jobs}
+            for message in messages:
+                if id(message) in self._messages:
+                    self._held[id(message)] = message.outcome.cause if message.outcome else None
             self._changed.notify_all()
 
     def wait_for_capacity(self, seconds: float) -> int:
-        """Return how many messages may be received; wait for a change first when none."""
+        """Return how many messages can be received. If none, wait for a change first, at most `seconds`."""
         with self._changed:
             if self._capacity() <= 0:
                 self._changed.wait(seconds)
             return max(self._capacity(), 0)
 
     def wait_for_change(self, seconds: float) -> None:
-        """Wait until something was settled or has to wait."""
+        """Wait until a message is settled or held, at most `seconds`."""
         with self._changed:
             self._changed.wait(seconds)
 
     def wake(self) -> None:
-        """End all waiting."""
+        """End all waits."""
         with self._changed:
             self._changed.notify_all()
 
     @property
     def held(self) -> int:
-        """Count the jobs that have to wait."""
-        return len(self._kept)
+        """Count the held messages."""
+        return len(self._held)
 
     def oldest_age(self) -> float | None:
-        """Return how many seconds ago the oldest job's message was published: 0 without jobs, None if nobody tells."""
-        jobs = self.jobs()
-        published = [job.delivery.published_at for job in jobs if job.delivery.published_at is not None]
+        """Return the seconds since the oldest message was published: 0 without messages, None if unknown."""
+        messages = self.messages()
+        published = [message.delivery.published_at for message in messages if message.delivery.published_at is not None]
         if not published:
-            return None if jobs else 0.0
-        return max((datetime.now(UTC) - min(published)).total_seconds(), 0.0)  # clocks differ
+            return None if messages else 0.0
+        return max((datetime.now(UTC) - min(published)).total_seconds(), 0.0)  # 0 if clocks differ
 
     @property
     def is_idle(self) -> bool:
-        """Tell whether no job can be worked on: there is none, or all have to wait."""
-        return len(self._kept) >= len(self._jobs)
+        """Return whether no message can be processed now: there is none, or all are held."""
+        return len(self._held) >= len(self._messages)
 
     @property
     def is_blocked(self) -> bool:
-        """Tell whether there are jobs, and all have to wait while an outage lasts."""
+        """Return whether there are messages, all are held, and a circuit breaker is open."""
         with self._changed:
-            return self.is_idle and any(isinstance(cause, CircuitOpen) for cause in self._kept.values())
+            return self.is_idle and any(isinstance(cause, CircuitOpen) for cause in self._held.values())
 
     def parked_reason(self) -> str:
-        """Return what the worker is not allowed to do; "" when it may work."""
+        """Return why the worker is parked; "" if it is not."""
         with self._changed:
-            return next((str(cause) for cause in self._kept.values() if isinstance(cause, Misconfigured)), "")
+            return next((str(cause) for cause in self._held.values() if isinstance(cause, Misconfigured)), "")
 
     def _capacity(self) -> int:
-        return self._max_messages - len(self._jobs) if self._bytes < self._max_bytes else 0
+        return self._max_messages - len(self._messages) if self._bytes < self._max_bytes else 0

@@ -1,4 +1,4 @@
-"""A lane: one thread that handles the messages of its resources, in batches, and keeps those that have to wait."""
+"""A lane: a thread that processes the messages of its resources in order, and holds those that must wait."""
 
 from __future__ import annotations
 
@@ -20,155 +20,161 @@ if TYPE_CHECKING:
     from worker.runtime.in_flight import InFlight
     from worker.settings import Settings
 
-NACK_DELAY_SHARE = 1 / 30  # of the hold; a message that was kept in vain stays away so long, at least
+NACK_DELAY_SHARE = 1 / 30  # of the hold: the minimum delay of a message that is nacked after it
 
 
 @dataclass(frozen=True, slots=True)
 class LaneCallbacks:
-    """What a lane tells the runner."""
+    """The functions of the runner that a lane calls."""
 
-    return_unprocessed: Callable[
-        [Sequence[Message]], None
-    ]  # return messages to the queue that the lane still has at its end
-    fail: Callable[[Exception], None]  # end the run
-    refused: Callable[[Misconfigured], None]  # a message waits because the worker is not allowed to work
+    return_unprocessed: Callable[[Sequence[Message]], None]  # with the messages that the lane still holds at its end
+    fail: Callable[[Exception], None]  # with an unexpected error, which ends the run
+    report_refusal: Callable[[Misconfigured], None]  # with the reason of each parked message
 
 
 class Lane(Thread):
-    """Takes all that waits for it, up to a batch: an idle lane handles one message at once, a backlog makes batches.
+    """A thread that processes all messages waiting for it together, up to the size of a batch.
 
-    A message that cannot be handled now is kept and tried again, for `outage_hold` seconds, or for as long as the
-    worker is not allowed to work. Others of its resource wait behind it; those of other resources pass.
+    An idle lane therefore processes a message immediately, and a backlog produces large batches.
+
+    A message that cannot be processed now is held and retried for `outage_hold` seconds, or without a time limit
+    while it is parked. Later messages of the same resource wait behind it; messages of other resources overtake it.
     """
 
     def __init__(
-        self, pipeline: Pipeline, in_flight: InFlight, settings: Settings, stopping: Event, ends: LaneCallbacks
+        self, pipeline: Pipeline, in_flight: InFlight, settings: Settings, stopping: Event, callbacks: LaneCallbacks
     ) -> None:
         super().__init__(daemon=True)
         self._pipeline = pipeline
         self._in_flight = in_flight
         self._settings = settings
         self._stopping = stopping
-        self._ends = ends
+        self._callbacks = callbacks
         self._max_backoff = max_backoff(settings.outage_hold)
-        self._hold = settings.outage_hold + min(settings.outage_hold, self._max_backoff)  # a last try, for sure
-        self._inbox: SimpleQueue[Message | None] = SimpleQueue()
-        self._kept: list[Message] = []  # in the order they came
+        # The added backoff guarantees a retry at the end of `outage_hold`.
+        self._hold_seconds = settings.outage_hold + min(settings.outage_hold, self._max_backoff)
+        self._inbox: SimpleQueue[Message | None] = SimpleQueue()  # None ends the lane
+        self._held: list[Message] = []  # in order of arrival
         self._ended = False
-        self.batch_sizes = 0  # messages in the batch that is being handled
+        self.batch_size = 0  # messages in the current batch
 
-    def put(self, job: Message) -> None:
-        """Have a job handled."""
-        self._inbox.put(job)
+    def put(self, message: Message) -> None:
+        """Give the lane a message to process."""
+        self._inbox.put(message)
 
     def end(self) -> None:
-        """Have the lane end after what was put before."""
+        """End the lane after the messages that were put before."""
         self._inbox.put(None)
 
     def drain_inbox(self) -> list[Message]:
-        """Return what was put and not begun."""
-        return [job for job in _emptied(self._inbox) if job is not None]
+        """Return the messages that were put and not started."""
+        return [message for message in _emptied(self._inbox) if message is not None]
 
     def run(self) -> None:
-        """Work until the end; what has to wait then goes back to the queue."""
+        """Process batches until the lane ends, then return the held messages."""
         while batch := self._next_batch():
-            self.batch_sizes = len(batch)
-            self._guarded(self._work, batch)
-            self.batch_sizes = 0
-        if self._kept:
-            self._guarded(self._ends.return_unprocessed, self._kept)
+            self.batch_size = len(batch)
+            self._run_guarded(self._process, batch)
+            self.batch_size = 0
+        if self._held:
+            self._run_guarded(self._callbacks.return_unprocessed, self._held)
 
-    def _guarded(self, work: Callable[[Sequence[Message]], None], jobs: Sequence[Message]) -> None:
+    def _run_guarded(self, work: Callable[[Sequence[Message]], None], messages: Sequence[Message]) -> None:
         try:
-            work(jobs)
-        except Exception as error:  # noqa: BLE001 - a lane that dies would stop its resources for ever
-            self._ends.fail(error)
+            work(messages)
+        except Exception as error:  # noqa: BLE001 - if a lane's thread ended, its resources would never be processed
+            self._callbacks.fail(error)
 
     def _next_batch(self) -> list[Message]:
-        """Wait for jobs, new ones or kept ones whose time has come; [] at the end."""
+        """Return the next batch of new and held messages. Wait for one if necessary; return [] if the lane ends."""
         while not self._ended and not self._stopping.is_set():
-            batch = self._due()
+            batch = self._take_due()
             self._add_arrived(batch)
             if self._stopping.is_set():
-                self._kept = [*batch, *self._kept]
+                self._held = [*batch, *self._held]
             elif batch:
                 return batch
         return []
 
-    def _due(self) -> list[Message]:
-        """Take a batch out of what is kept: what is due, but nothing before an earlier job of its resource."""
+    def _take_due(self) -> list[Message]:
+        """Take the held messages that are due, up to a batch, and none before an earlier one of its resource."""
         now = time.monotonic()
         due: list[Message] = []
         later: list[Message] = []
-        held_up = set()
-        for job in self._kept:
-            if job.due_at <= now and job.key not in held_up and len(due) < self._settings.max_batch:
-                due.append(job)
+        blocked_keys = set()
+        for message in self._held:
+            if message.due_at <= now and message.key not in blocked_keys and len(due) < self._settings.max_batch:
+                due.append(message)
             else:
-                later.append(job)
-                held_up.add(job.key)
-        self._kept = later
+                later.append(message)
+                blocked_keys.add(message.key)
+        self._held = later
         return due
 
     def _add_arrived(self, batch: list[Message]) -> None:
-        """Add what arrived to the batch, or to what is kept of its resource; wait for the first when there is none."""
-        held_up = {job.key: job.due_at for job in reversed(self._kept)}  # the first of a resource counts
-        wait = None if not held_up else max(min(held_up.values()) - time.monotonic(), 0.0)
+        """Add arrived messages to the batch, or hold them if an earlier message of their resource is held.
+
+        If the batch is empty, wait for a message to arrive or to become due.
+        """
+        due_at = {message.key: message.due_at for message in reversed(self._held)}  # of the first one per resource
+        wait = max(min(due_at.values()) - time.monotonic(), 0.0) if due_at else None
         try:
-            job = self._inbox.get_nowait() if batch else self._inbox.get(timeout=wait)
-            while job is not None:
-                if job.key in held_up:
-                    job.due_at = held_up[job.key]
-                    self._kept.append(job)
-                    self._in_flight.keep([job])
+            message = self._inbox.get_nowait() if batch else self._inbox.get(timeout=wait)
+            while message is not None:
+                if message.key in due_at:
+                    message.due_at = due_at[message.key]
+                    self._held.append(message)
+                    self._in_flight.hold([message])
                 else:
-                    batch.append(job)
+                    batch.append(message)
                 if len(batch) >= self._settings.max_batch:
                     return
-                job = self._inbox.get_nowait()
+                message = self._inbox.get_nowait()
             self._ended = True
         except Empty:
             return
 
-    def _work(self, batch: Sequence[Message]) -> None:
-        kept = self._pipeline.process(batch)
-        self._in_flight.remove([job for job in batch if job not in kept])
+    def _process(self, batch: Sequence[Message]) -> None:
+        """Take a batch through the pipeline. Hold the messages to retry, and return those held too long."""
+        unsettled = self._pipeline.process(batch)
+        self._in_flight.remove([message for message in batch if message not in unsettled])
         now = time.monotonic()
-        for job in kept:
-            job.retries += 1
-            job.failed_at = 0.0 if _is_parked(job) else job.failed_at or now
-        spent = [job for job in kept if self._hold_expired(job, now)]
-        if spent and not self._stopping.is_set():
-            self._pipeline.return_to_queue(spent, self._settings.outage_hold * NACK_DELAY_SHARE)
-            self._in_flight.remove(spent)
-            kept = [job for job in kept if job not in spent]
-        self._keep(kept, now)
+        for message in unsettled:
+            message.retries += 1
+            message.failed_at = 0.0 if _is_parked(message) else message.failed_at or now
+        expired = [message for message in unsettled if self._is_hold_expired(message, now)]
+        if expired and not self._stopping.is_set():
+            self._pipeline.return_to_queue(expired, self._settings.outage_hold * NACK_DELAY_SHARE)
+            self._in_flight.remove(expired)
+            unsettled = [message for message in unsettled if message not in expired]
+        self._hold(unsettled, now)
 
-    def _hold_expired(self, job: Message, now: float) -> bool:
-        """Tell whether a message was kept as long as it may be. One that is parked may be kept for ever."""
-        is_held = job.outcome is not None and job.outcome.disposition is Disposition.HOLD
-        return is_held and now - job.failed_at >= self._hold
+    def _is_hold_expired(self, message: Message, now: float) -> bool:
+        """Return whether a message was held too long. A parked message has no time limit."""
+        is_on_hold = message.outcome is not None and message.outcome.disposition is Disposition.HOLD
+        return is_on_hold and now - message.failed_at >= self._hold_seconds
 
-    def _keep(self, jobs: Sequence[Message], now: float) -> None:
+    def _hold(self, messages: Sequence[Message], now: float) -> None:
+        """Hold messages until their next retry, and report those that are parked."""
         refusals = []
-        for job in jobs:
-            cause = job.outcome.cause if job.outcome else None
-            asked = cause.retry_after if isinstance(cause, Transient | Misconfigured) else None
+        for message in messages:
+            cause = message.outcome.cause if message.outcome else None
+            retry_after = cause.retry_after if isinstance(cause, Transient | Misconfigured) else None
             if isinstance(cause, Misconfigured):
-                job.due_at = now + (asked or self._settings.park_retry_interval)
+                message.due_at = now + (retry_after or self._settings.park_retry_interval)
                 refusals.append(cause)
-            else:  # the last try is when the hold ends
-                last = max(job.failed_at + self._hold, now)
-                job.due_at = min(now + (asked or backoff(job.retries - 1, self._max_backoff)), last)
-        self._kept = [*jobs, *self._kept]
-        self._in_flight.keep(jobs)
-        for refusal in refusals:  # told last: the runner sees then that the worker is parked
-            self._ends.refused(refusal)
+            else:
+                last_retry_at = max(message.failed_at + self._hold_seconds, now)
+                wait = retry_after or backoff(message.retries - 1, self._max_backoff)
+                message.due_at = min(now + wait, last_retry_at)
+        self._held = [*messages, *self._held]
+        self._in_flight.hold(messages)
+        for refusal in refusals:  # after `hold`, which lets the runner see that the worker is parked
+            self._callbacks.report_refusal(refusal)
 
 
-def _is_parked(job: Message) -> bool:
-    """Tell whether a job waits for the worker's permission, which no hold bounds."""
-    return job.outcome is not None and job.outcome.disposition is Disposition.PARK
+def _is_parked(message: Message) -> bool:
+    return message.outcome is not None and message.outcome.disposition is Disposition.PARK
 
 
 def _emptied(inbox: SimpleQueue[Message | None]) -> Iterator[Message | None]:

@@ -1,4 +1,4 @@
-"""The receive loop: flow control, order per resource, leases, pauses, parking, shutdown."""
+"""The receive loop: it pulls messages, gives them to lanes, extends leases, parks and shuts down."""
 
 from __future__ import annotations
 
@@ -23,28 +23,25 @@ if TYPE_CHECKING:
     from worker.settings import Settings
     from worker.telemetry.message_log import Telemetry
 
-RECEIVE_WAIT = 1.0  # seconds; how soon an idle loop notices that it is to stop
-DRAIN_WAIT = 0.05  # seconds; how soon `once` notices that the lanes are done
-IDLE_TIMEOUT = 10.0  # seconds without a message after which `once` takes a queue that cannot tell for empty
-STALL_TIMEOUT = 60.0  # seconds after which a loop that did not come round is taken for dead
-LANE_GROUPS = ("events", "profiles", "catalog")  # none waits for the jobs of others
-# Resources by the place in LANE_GROUPS of the lanes that are theirs.
-LANE_GROUP = {"customer": 1, "category": 2, "product": 2, "inventory-entry": 2}
-_INTERRUPTED = Failure("was in work when the worker stopped", "send", "Interrupted")
+RECEIVE_WAIT = 1.0  # seconds; an idle loop notices within this time that it must stop
+DRAIN_WAIT = 0.05  # seconds; `once` notices within this time that the lanes are done
+IDLE_TIMEOUT = 10.0  # idle seconds after which `once` treats the queue as empty, if it cannot report its backlog
+STALL_TIMEOUT = 60.0  # seconds without an iteration after which the loop counts as dead
+LANE_GROUPS = ("events", "profiles", "catalog")  # separate lanes, so that bulk jobs of one never delay another
+_GROUP_OF_RESOURCE = {"customer": 1, "category": 2, "product": 2, "inventory-entry": 2}  # index; 0: all others
+_INTERRUPTED = Failure("in progress when the worker stopped", "send", "Interrupted")
 
 
 class ShutdownTimeoutError(Exception):
-    """The grace period ended before all work in flight did; the rest went back to the queue."""
+    """The grace period ended before all messages in flight were processed; the others were returned to the queue."""
 
 
 class Runner:
-    """Pulls deliveries and has lanes process them, a resource always in the same lane.
+    """The engine of a worker: it pulls messages and distributes them to lanes, each resource always to the same one.
 
-    Events, profiles and the catalog have lanes of their own.
-
-    No more is held than `max_in_flight` messages and bytes. Pulling pauses while the worker is parked, and slows
-    to a message in a while when all that is held waits for an outage to end: a fresh message is how it notices
-    that only the others cannot be handled.
+    At most `max_in_flight` messages and `max_in_flight_bytes` bytes are in flight. While the worker is parked, it
+    pulls nothing. While all messages are held because of an outage, it pulls a single message every MAX_BACKOFF
+    seconds: if that message can be processed, only the held ones cannot.
     """
 
     def __init__(
@@ -55,144 +52,157 @@ class Runner:
         self._settings = settings
         self._telemetry = telemetry
         self._stopping = stopping
-        self._abort = Event()
+        self._abort = Event()  # do not wait for the messages in progress any longer
         self._pulling_ended = Event()
         self._once = False
         self._fatal: Exception | None = None
         self._in_flight = InFlight(settings.max_in_flight, settings.max_in_flight_bytes)
-        ends = LaneCallbacks(self._return_unprocessed, self._fail, self._refused)
-        self._lanes = [Lane(pipeline, self._in_flight, settings, stopping, ends) for _ in range(settings.threads)]
-        self._queue_refused = ""
-        self._refused_at = 0.0  # monotonic seconds, as all times here
+        callbacks = LaneCallbacks(self._return_unprocessed, self._fail, self._on_refusal)
+        self._lanes = [Lane(pipeline, self._in_flight, settings, stopping, callbacks) for _ in range(settings.threads)]
+        self._queue_refusal = ""  # why the queue refuses this worker
+        self._refused_at = 0.0  # monotonic seconds, as in the next lines
         self._pulled_at = 0.0
-        self._has_begun = False
-        self._parked = ConditionLog("parked", "unparked", logging.ERROR)
-        self._stuck = ConditionLog("pulling_paused", "pulling_resumed", logging.WARNING)
         self._heartbeat = time.monotonic()
+        self._has_polled = False
+        self._parked = ConditionLog("parked", "unparked", logging.ERROR)
+        self._paused = ConditionLog("pulling_paused", "pulling_resumed", logging.WARNING)
 
     def stop(self) -> None:
-        """Stop pulling and finish; called again: do not wait for what is in flight."""
+        """Stop pulling and finish the messages in progress. A second call stops without waiting for them."""
         if self._stopping.is_set():
             self._abort.set()
         self._stopping.set()
         self._in_flight.wake()
 
     def has_polled(self) -> bool:
-        """Tell whether the receive loop has come round: the queue gave messages, none, or a refusal."""
-        return self._has_begun
+        """Return whether the queue has answered at least once, even with no messages or a refusal."""
+        return self._has_polled
 
     def is_alive(self) -> bool:
-        """Tell whether the receive loop comes round, or has ended in order."""
+        """Return whether the receive loop runs, or ended in order."""
         return self._pulling_ended.is_set() or time.monotonic() - self._heartbeat < STALL_TIMEOUT
 
     def is_stopping(self) -> bool:
-        """Tell whether no more messages are pulled, for good."""
+        """Return whether pulling ends or has ended."""
         return self._stopping.is_set()
 
     def in_flight(self) -> int:
-        """Count the messages received and not settled."""
+        """Count the messages in flight."""
         return len(self._in_flight)
 
     def held(self) -> int:
-        """Count those of them that have to wait."""
+        """Count the messages in flight that are held."""
         return self._in_flight.held
 
     def oldest_age(self) -> float | None:
-        """Return how many seconds ago the oldest of the messages in flight was published; see InFlight."""
+        """Return the age of the oldest message in flight; see InFlight."""
         return self._in_flight.oldest_age()
 
     def batch_sizes(self) -> dict[str, list[int]]:
-        """Count the messages that each lane handles now, by what lanes are for; 0: it is idle."""
+        """Return the number of messages in the current batch of each lane, by group; 0 if the lane is idle."""
         number = self._settings.lanes
         return {
-            name: [lane.batch_sizes for lane in self._lanes[effect * number : (effect + 1) * number]]
-            for effect, name in enumerate(LANE_GROUPS)
+            name: [lane.batch_size for lane in self._lanes[group * number : (group + 1) * number]]
+            for group, name in enumerate(LANE_GROUPS)
         }
 
     def parked_reason(self) -> str:
-        """Return why the worker is parked; "" when it is not."""
-        return self._queue_refused or self._in_flight.parked_reason()
+        """Return why the worker is parked; "" if it is not."""
+        return self._queue_refusal or self._in_flight.parked_reason()
 
     def run(self, *, once: bool = False, max_wait: float = 600.0) -> None:
-        """Work until `stop`; with `once`, until the queue is empty.
+        """Run until `stop`, or with `once` until the queue is empty.
 
-        `max_wait`: seconds that `once` waits, in all, for what cannot be handled yet. Raises QueueError,
+        `max_wait`: seconds that `once` waits in total for held and delayed messages. Raises QueueError,
         ShutdownTimeoutError and, with `once`, Misconfigured.
         """
         self._once = once
-        keeper = Thread(target=self._keep_leases, daemon=True)
-        for thread in (*self._lanes, keeper):
+        lease_extender = Thread(target=self._extend_leases, daemon=True)
+        for thread in (*self._lanes, lease_extender):
             thread.start()
         try:
             self._pull(max_wait)
-        except Exception as error:  # noqa: BLE001 - whatever it is, what is held must go back
+        except Exception as error:  # noqa: BLE001 - on any error, return the messages in flight first
             self._fail(error)
         self._finish()
-        keeper.join()
-        left = self._close()
+        lease_extender.join()
+        unfinished = self._close()
         if self._fatal is not None:
             raise self._fatal
-        if left:
-            raise ShutdownTimeoutError(f"{left} messages in flight went back to the queue")
+        if unfinished:
+            raise ShutdownTimeoutError(f"{unfinished} messages in flight were returned to the queue")
 
     def _pull(self, max_wait: float) -> None:
-        waited = quiet = 0.0
+        waited = 0.0  # seconds without a message to process, in total
+        idle = 0.0  # seconds without a message in flight, since the last one
         while not self._stopping.is_set():
             self._heartbeat = time.monotonic()
-            self._report()
-            if self._once and self._nothing_left(quiet, waited, max_wait):
+            self._log_conditions()
+            if self._once and self._is_done(idle, waited, max_wait):
                 return
-            began, is_idle = time.monotonic(), self._in_flight.is_idle
+            started_at = time.monotonic()
+            was_idle = self._in_flight.is_idle
             deliveries = self._receive()
-            self._has_begun = True
+            self._has_polled = True
             self._telemetry.received(len(deliveries))
-            spent = time.monotonic() - began if is_idle and not deliveries else 0.0
-            waited, quiet = waited + spent, 0.0 if deliveries or self._in_flight else quiet + spent
+            seconds = time.monotonic() - started_at if was_idle and not deliveries else 0.0
+            waited += seconds
+            idle = 0.0 if deliveries or self._in_flight else idle + seconds
             for delivery in deliveries:
                 self._dispatch(self._pipeline.accept(delivery))
 
-    def _report(self) -> None:
-        """Say that the worker is parked, or has to wait, and that it is over; at most once a minute each."""
+    def _log_conditions(self) -> None:
+        """Log that the worker is parked or that pulling is paused, and when that ends."""
         fields = {"messages": len(self._in_flight)}
         self._parked.log(self.parked_reason(), **fields)
-        self._stuck.log("all that is held waits for an outage to end" if self._in_flight.is_blocked else "", **fields)
+        is_paused = self._in_flight.is_blocked
+        self._paused.log("all messages in flight are held because of an outage" if is_paused else "", **fields)
 
-    def _nothing_left(self, quiet: float, waited: float, max_wait: float) -> bool:
-        """Tell whether `once` is done: nothing in flight and nothing to come that is worth the wait."""
+    def _is_done(self, idle: float, waited: float, max_wait: float) -> bool:
+        """Return whether `once` ends: no message can be processed, and none is worth waiting for."""
         if not self._in_flight.is_idle:
             return False
-        backlog = len(self._in_flight) or self._queue.backlog()
-        if backlog is None and quiet >= IDLE_TIMEOUT:
-            self._queue.check()  # a queue out of reach is quiet too
-            return True
-        if not backlog:
-            return backlog == 0
+        remaining = len(self._in_flight) or self._queue.backlog()
+        if remaining is None:
+            return self._was_idle_long_enough(idle)
+        return remaining == 0 or self._has_waited_long_enough(waited, max_wait, remaining)
+
+    def _was_idle_long_enough(self, idle: float) -> bool:
+        """Return whether a queue that cannot report its backlog counts as empty. Raises QueueError if unreachable."""
+        if idle < IDLE_TIMEOUT:
+            return False
+        self._queue.check()
+        return True
+
+    def _has_waited_long_enough(self, waited: float, max_wait: float, remaining: int) -> bool:
         if waited < max_wait:
             return False
-        log.warning("wait_timed_out", extra={"waiting": backlog, "waited_s": round(waited)})
+        log.warning("wait_timed_out", extra={"waiting": remaining, "waited_s": round(waited)})
         return True
 
     def _receive(self) -> Sequence[Delivery]:
-        """Receive what there is room for; nothing, a moment later, when there is none."""
-        room = self._capacity()
-        if room <= 0:
+        """Receive as many messages as there is capacity for. If there is none, wait briefly and return []."""
+        capacity = self._wait_for_capacity()
+        if capacity <= 0:
             return ()
         is_draining = self._once and len(self._in_flight) > 0
         try:
-            deliveries = self._queue.receive(room, DRAIN_WAIT if is_draining else RECEIVE_WAIT)
+            deliveries = self._queue.receive(capacity, DRAIN_WAIT if is_draining else RECEIVE_WAIT)
         except QueueRefusedError as error:
             if self._once:
                 raise
-            self._queue_refused, self._refused_at = str(error), time.monotonic()
+            self._queue_refusal = str(error)
+            self._refused_at = time.monotonic()
             return ()
+        # A stream reports a refusal only a moment after it was opened: no messages at first proves nothing.
         if deliveries or time.monotonic() > self._refused_at + 2 * self._settings.park_retry_interval:
-            self._queue_refused = ""
+            self._queue_refusal = ""
         return deliveries
 
-    def _capacity(self) -> int:
-        """Return how many messages may be received now; wait a moment when none."""
+    def _wait_for_capacity(self) -> int:
+        """Return how many messages can be received now. If none, wait briefly first."""
         now = time.monotonic()
-        is_refused = self._queue_refused and now < self._refused_at + self._settings.park_retry_interval
+        is_refused = self._queue_refusal and now < self._refused_at + self._settings.park_retry_interval
         is_blocked = self._in_flight.is_blocked
         if is_blocked and now >= self._pulled_at + MAX_BACKOFF:
             self._pulled_at = now
@@ -203,61 +213,63 @@ class Runner:
         self._pulled_at = now
         return self._in_flight.wait_for_capacity(RECEIVE_WAIT)
 
-    def _dispatch(self, job: Message) -> None:
-        self._in_flight.add(job)
-        effect, lanes = LANE_GROUP.get(job.key[0], 0), self._settings.lanes
-        self._lanes[effect * lanes + hash(job.key) % lanes].put(job)
+    def _dispatch(self, message: Message) -> None:
+        self._in_flight.add(message)
+        group = _GROUP_OF_RESOURCE.get(message.key[0], 0)
+        number = self._settings.lanes
+        self._lanes[group * number + hash(message.key) % number].put(message)
 
-    def _return_unprocessed(self, jobs: Sequence[Message]) -> None:
-        """Return messages unhandled, once they cannot come back to this very worker.
+    def _return_unprocessed(self, messages: Sequence[Message]) -> None:
+        """Return messages to the queue once pulling has ended, so that this worker cannot receive them again.
 
-        A lane may still be at work on them: the jobs are its own to change. What was begun costs a delivery
-        attempt, once: on a first delivery its events would be taken for new.
+        A lane can still be processing them, so the messages themselves are not changed. If the events of a message
+        may have been sent, the return counts as a delivery attempt: the next delivery must not treat them as new.
         """
         self._pulling_ended.wait()
-        returned: dict[bool, list[Delivery]] = {False: [], True: []}  # begun or not
-        for job in jobs:
-            returned[job.events_may_be_sent].append(job.delivery)
-        self._queue.nack(returned[False])
-        if returned[True]:
-            self._queue.nack(returned[True], failure=_INTERRUPTED)
-        self._telemetry.returned(jobs)
-        self._in_flight.remove(jobs)
+        untouched = [message.delivery for message in messages if not message.events_may_be_sent]
+        interrupted = [message.delivery for message in messages if message.events_may_be_sent]
+        self._queue.nack(untouched)
+        if interrupted:
+            self._queue.nack(interrupted, failure=_INTERRUPTED)
+        self._telemetry.returned(messages)
+        self._in_flight.remove(messages)
 
     def _fail(self, error: Exception) -> None:
+        """Stop with an error. If there are several, `run` raises the first."""
         self._fatal = self._fatal or error
         self._stopping.set()
 
-    def _refused(self, error: Misconfigured) -> None:
-        self._parked.log(str(error), held=len(self._in_flight))
-        if self._once:  # a script wants to know
+    def _on_refusal(self, error: Misconfigured) -> None:
+        self._parked.log(str(error), messages=len(self._in_flight))
+        if self._once:
             self._fail(error)
 
-    def _keep_leases(self) -> None:
-        """Extend the leases of all that is held, long before they end."""
+    def _extend_leases(self) -> None:
+        """Extend the leases of all messages in flight when a third of the lease has passed."""
         while (lease := self._queue.lease_seconds) is not None and not self._abort.wait(lease / 3):
-            jobs, began = self._in_flight.jobs(), time.monotonic()
+            messages = self._in_flight.messages()
+            started_at = time.monotonic()
             try:
-                self._queue.extend([job.delivery for job in jobs], lease)
-            except Exception as error:  # noqa: BLE001 - leases that nobody extends any more bring all that is held again
+                self._queue.extend([message.delivery for message in messages], lease)
+            except Exception as error:  # noqa: BLE001 - if this thread ended, every message would be redelivered
                 reason = str(error) if isinstance(error, QueueError) else f"unexpected {type(error).__name__}"
                 log.warning("leases_not_extended", extra={"reason": reason})
             else:
-                for job in jobs:
-                    job.lease.extend(began, lease)
+                for message in messages:
+                    message.lease.extend(started_at, lease)
 
     def _finish(self) -> None:
-        """Return at once what no lane has begun, and let the lanes end inside the grace period."""
+        """Return the messages that no lane has started, and let the lanes end within the grace period."""
         deadline = time.monotonic() + self._settings.shutdown_grace_period
         try:
             self._queue.stop()
-        except Exception as error:  # noqa: BLE001 - whatever it is, what is held must go back
+        except Exception as error:  # noqa: BLE001 - on any error, return the messages in flight first
             self._fail(error)
         self._pulling_ended.set()
         try:
             if self._stopping.is_set():
-                self._return_unprocessed([job for lane in self._lanes for job in lane.drain_inbox()])
-        except Exception as error:  # noqa: BLE001 - likewise
+                self._return_unprocessed([message for lane in self._lanes for message in lane.drain_inbox()])
+        except Exception as error:  # noqa: BLE001 - on any error, let the lanes end first
             self._fail(error)
         for lane in self._lanes:
             lane.end()
@@ -265,15 +277,15 @@ class Runner:
             if self._stopping.is_set() and time.monotonic() > deadline:
                 break
             self._abort.wait(0.02)
-        self._abort.set()
+        self._abort.set()  # also ends the extension of leases
 
     def _close(self) -> int:
-        """Return to the queue what the lanes still hold, close it, and return how many that were."""
-        left = self._in_flight.jobs()
+        """Return the unfinished messages to the queue, close it, and return their number."""
+        unfinished = self._in_flight.messages()
         try:
-            if left:
-                self._return_unprocessed(left)
+            if unfinished:
+                self._return_unprocessed(unfinished)
             self._queue.close()
-        except Exception as error:  # noqa: BLE001 - the first error is the one that is raised
+        except Exception as error:  # noqa: BLE001 - `run` raises the first error
             self._fail(error)
-        return len(left)
+        return len(unfinished)

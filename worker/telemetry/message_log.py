@@ -50,44 +50,48 @@ class Telemetry:
         yield
         self.metrics.stage(name, time.monotonic() - began)
 
-    def processed(self, jobs: Sequence[Message]) -> None:
+    def processed(self, messages: Sequence[Message]) -> None:
         """Count a batch that went through the stages, and what failed in it, for good or for now."""
-        self.metrics.batch(len(jobs))
-        for job in jobs:
-            if job.outcome and job.outcome.cause and not isinstance(job.outcome.cause, Ignored | StaleWrite):
-                self.metrics.failed(job.outcome.stage, job.outcome.error)
-                if job.is_held:
-                    self.failures.note(_canonical_fields(job, "waiting"))
+        self.metrics.batch(len(messages))
+        for message in messages:
+            if (
+                message.outcome
+                and message.outcome.cause
+                and not isinstance(message.outcome.cause, Ignored | StaleWrite)
+            ):
+                self.metrics.failed(message.outcome.stage, message.outcome.error)
+                if message.is_held:
+                    self.failures.note(_canonical_fields(message, "waiting"))
 
-    def settled(self, jobs: Iterable[Message]) -> None:
+    def settled(self, messages: Iterable[Message]) -> None:
         """Report deliveries that reached an ending."""
-        self._report((job, outcome_name(job)) for job in jobs)
+        self._report((message, outcome_name(message)) for message in messages)
 
-    def returned(self, jobs: Iterable[Message]) -> None:
+    def returned(self, messages: Iterable[Message]) -> None:
         """Report deliveries that went back to the queue unhandled."""
-        self._report((job, "returned") for job in jobs)
+        self._report((message, "returned") for message in messages)
 
     def _report(self, endings: Iterable[tuple[Message, str]]) -> None:
-        for job, outcome in endings:
+        for message, outcome in endings:
             with self._lock:
                 self.outcomes[outcome] += 1
-            line = _canonical_fields(job, outcome)
+            line = _canonical_fields(message, outcome)
             self.metrics.settled(line["message_type"], outcome, line["duration_s"], line["age_s"])
             if outcome in _LEVELS:
                 self.failures.note(line)
             log.log(_LEVELS.get(outcome, logging.INFO), "message_processed", extra=line)
 
 
-def outcome_name(job: Message) -> str:
-    """Return the outcome of a settled job as logs name it: sent, ignored, retried, dead_lettered."""
-    assert job.outcome is not None
-    if job.outcome.disposition is Disposition.ACK and not job.operations:
+def outcome_name(message: Message) -> str:
+    """Return the outcome of a settled message as logs name it: sent, ignored, retried, dead_lettered."""
+    assert message.outcome is not None
+    if message.outcome.disposition is Disposition.ACK and not message.operations:
         return "ignored"
-    return _OUTCOMES[job.outcome.disposition]
+    return _OUTCOMES[message.outcome.disposition]
 
 
-def _canonical_fields(job: Message, outcome: str) -> dict[str, Any]:
-    notification, delivery, ending = job.notification, job.delivery, job.outcome
+def _canonical_fields(message: Message, outcome: str) -> dict[str, Any]:
+    notification, delivery, ending = message.notification, message.delivery, message.outcome
     published = delivery.published_at
     age = (datetime.now(UTC) - published).total_seconds() if published else None
     return {
@@ -100,9 +104,9 @@ def _canonical_fields(job: Message, outcome: str) -> dict[str, Any]:
         "error": ending.error or None if ending else None,
         "stage": ending.stage if ending else None,
         "attempt": delivery.attempt,
-        "duration_s": round(time.monotonic() - job.received_at, 4),
+        "duration_s": round(time.monotonic() - message.received_at, 4),
         "age_s": None if age is None else round(max(age, 0.0), 3),
-        "operations": len(job.operations),
-        "requests": job.requests,
-        "truncated": sorted({path for operation in job.operations for path in operation.truncated}) or None,
+        "operations": len(message.operations),
+        "requests": message.requests,
+        "truncated": sorted({path for operation in message.operations for path in operation.truncated}) or None,
     }

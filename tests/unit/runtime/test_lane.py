@@ -32,15 +32,15 @@ class Pipeline:
         self.batches: list[list[str]] = []
         self.given_up: list[tuple[str, float]] = []
 
-    def process(self, jobs: Sequence[Message]) -> list[Message]:
-        self.batches.append([job.delivery.id for job in jobs])
-        for job in jobs:
-            error = self.errors.get(job.delivery.id)
-            job.outcome = Outcome(error.disposition, "send", error) if error else None
-        return [job for job in jobs if job.is_held]
+    def process(self, messages: Sequence[Message]) -> list[Message]:
+        self.batches.append([message.delivery.id for message in messages])
+        for message in messages:
+            error = self.errors.get(message.delivery.id)
+            message.outcome = Outcome(error.disposition, "send", error) if error else None
+        return [message for message in messages if message.is_held]
 
-    def return_to_queue(self, jobs: Sequence[Message], delay: float) -> None:
-        self.given_up += [(job.delivery.id, delay) for job in jobs]
+    def return_to_queue(self, messages: Sequence[Message], delay: float) -> None:
+        self.given_up += [(message.delivery.id, delay) for message in messages]
 
     @property
     def tried(self) -> list[str]:
@@ -58,7 +58,7 @@ class Rig:
         self.refusals: list[tuple[str, str]] = []  # and what the worker shows to be parked for at that time
         self.failures: list[Exception] = []
         ends = LaneCallbacks(
-            lambda jobs: self.given_back.extend(job.delivery.id for job in jobs),
+            lambda messages: self.given_back.extend(message.delivery.id for message in messages),
             self.failures.append,
             lambda error: self.refusals.append((str(error), self.in_flight.parked_reason())),
         )
@@ -68,9 +68,11 @@ class Rig:
     def put(self, *names: str) -> None:
         """Have messages handled; `a1` and `a2` are about the same resource."""
         for name in names:
-            job = Message(FakeDelivery(b"x", id=name), time.monotonic(), Notification("T", "thing", name[0], None, {}))
-            self.in_flight.add(job)
-            self.lane.put(job)
+            message = Message(
+                FakeDelivery(b"x", id=name), time.monotonic(), Notification("T", "thing", name[0], None, {})
+            )
+            self.in_flight.add(message)
+            self.lane.put(message)
 
     def stop(self) -> None:
         self.stopping.set()
@@ -205,9 +207,9 @@ def test_a_hold_that_ends_while_the_worker_stops_costs_nothing() -> None:
     rig = Rig(outage_hold=0)
     process = rig.pipeline.process
 
-    def stopped_meanwhile(jobs: Sequence[Message]) -> list[Message]:
+    def stopped_meanwhile(messages: Sequence[Message]) -> list[Message]:
         rig.stopping.set()
-        return process(jobs)
+        return process(messages)
 
     rig.pipeline.process = stopped_meanwhile  # type: ignore[method-assign]
     rig.pipeline.errors["a1"] = SOON
@@ -239,9 +241,9 @@ def test_the_worker_is_stuck_when_all_it_holds_waits_for_an_outage_to_end() -> N
     in_flight.add(b)
     a.outcome = Outcome(CircuitOpen.disposition, "send", CircuitOpen("down"))
     b.outcome = Outcome(Transient.disposition, "enrich", Transient("not readable yet"))
-    in_flight.keep([a])
+    in_flight.hold([a])
     assert (in_flight.is_idle, in_flight.is_blocked) == (False, False)
-    in_flight.keep([b])
+    in_flight.hold([b])
     assert (in_flight.is_idle, in_flight.is_blocked) == (True, True)
     in_flight.remove([a])
     assert (in_flight.is_idle, in_flight.is_blocked) == (True, False)
@@ -261,8 +263,8 @@ def test_the_age_of_the_oldest_message_counts_from_its_publishing() -> None:
     assert in_flight.oldest_age() is None
     in_flight.add(ahead)
     assert in_flight.oldest_age() == 0
-    for job in (young, old):
-        in_flight.add(job)
+    for message in (young, old):
+        in_flight.add(message)
     assert in_flight.oldest_age() == pytest.approx(3600, abs=30)
     in_flight.remove([old])
     assert in_flight.oldest_age() == pytest.approx(60, abs=30)
@@ -288,13 +290,13 @@ def test_kept_messages_of_a_resource_stay_in_their_order(first: float, second: f
 def test_waiting_for_an_earlier_message_is_no_work(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lane sleeps until the first message of a resource is due, however early the others would be."""
     looks: list[list[Message]] = []
-    look = rig.lane._due
+    look = rig.lane._take_due
 
     def counted() -> list[Message]:
         looks.append(look())
         return looks[-1]
 
-    monkeypatch.setattr(rig.lane, "_due", counted)
+    monkeypatch.setattr(rig.lane, "_take_due", counted)
     rig.pipeline.errors |= {"a1": Transient("503", retry_after=60), "a2": SOON}
     rig.put("a1", "a2")
     rig.lane.start()

@@ -47,20 +47,20 @@ class Pipeline:
         lease = Lease(time.monotonic() + (self._queue.lease_seconds or 0.0))
         return Message(delivery, time.monotonic(), Notification("T", resource, resource, None, {}), lease=lease)
 
-    def process(self, jobs: Sequence[Message]) -> list[Message]:
-        kept = self._work(jobs)
-        done = [job for job in jobs if job not in kept]
-        self.batches.append((threading.get_ident(), [job.delivery.body for job in done]))
-        self._queue.ack([job.delivery for job in done])
+    def process(self, messages: Sequence[Message]) -> list[Message]:
+        kept = self._work(messages)
+        done = [message for message in messages if message not in kept]
+        self.batches.append((threading.get_ident(), [message.delivery.body for message in done]))
+        self._queue.ack([message.delivery for message in done])
         return kept
 
-    def return_to_queue(self, jobs: Sequence[Message], delay: float) -> None:
-        self.given_up += [(job.delivery.body, delay) for job in jobs]
-        self._queue.nack([job.delivery for job in jobs], delay, Failure("503", "send", "CircuitOpen"))
+    def return_to_queue(self, messages: Sequence[Message], delay: float) -> None:
+        self.given_up += [(message.delivery.body, delay) for message in messages]
+        self._queue.nack([message.delivery for message in messages], delay, Failure("503", "send", "CircuitOpen"))
 
 
-def nothing_special(jobs: Sequence[Message]) -> list[Message]:
-    del jobs
+def nothing_special(messages: Sequence[Message]) -> list[Message]:
+    del messages
     return []
 
 
@@ -123,8 +123,8 @@ def test_a_resource_stays_in_its_lane_and_in_order(queue: EmbeddedQueue) -> None
 def test_batches_grow_with_the_backlog_up_to_their_limit(queue: EmbeddedQueue) -> None:
     """What waits is taken together; nobody waits for a batch to fill."""
 
-    def slow(jobs: Sequence[Message]) -> list[Message]:
-        del jobs
+    def slow(messages: Sequence[Message]) -> list[Message]:
+        del messages
         time.sleep(0.05)
         return []
 
@@ -141,9 +141,9 @@ def test_no_more_is_held_than_allowed(limit: dict[str, int], queue: EmbeddedQueu
     """Messages and bytes in flight are bounded, whatever waits in the queue."""
     most = 0
 
-    def watching(jobs: Sequence[Message]) -> list[Message]:
+    def watching(messages: Sequence[Message]) -> list[Message]:
         nonlocal most
-        del jobs
+        del messages
         most = max(most, len(runner._in_flight))
         time.sleep(0.01)
         return []
@@ -161,8 +161,8 @@ def test_events_profiles_and_the_catalog_do_not_wait_for_each_other(queue: Embed
     queue.publish([b"customer:1", b"product:1", b"order:1", b"payment:1"])
     release = threading.Event()
 
-    def work(jobs: Sequence[Message]) -> list[Message]:
-        if jobs[0].key[0] in {"customer", "product"}:
+    def work(messages: Sequence[Message]) -> list[Message]:
+        if messages[0].key[0] in {"customer", "product"}:
             assert release.wait(10)
         return []
 
@@ -182,9 +182,9 @@ def test_a_message_is_ours_for_as_long_as_its_lease_is_extended(tmp_path: Path) 
     queue.publish([b"order:1"])
     ours: list[bool] = []
 
-    def work(jobs: Sequence[Message]) -> list[Message]:
+    def work(messages: Sequence[Message]) -> list[Message]:
         time.sleep(1.5)
-        ours.extend(job.lease.is_valid() for job in jobs)
+        ours.extend(message.lease.is_valid() for message in messages)
         return []
 
     runner_for(queue, work)[0].run(once=True)
@@ -195,8 +195,8 @@ def test_leases_of_held_messages_are_extended(tmp_path: Path) -> None:
     """Work that takes longer than a lease is not done twice."""
     queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=0.3)
 
-    def slow(jobs: Sequence[Message]) -> list[Message]:
-        del jobs
+    def slow(messages: Sequence[Message]) -> list[Message]:
+        del messages
         time.sleep(1)
         return []
 
@@ -235,13 +235,13 @@ def test_leases_are_extended_again_whatever_one_try_meets(
 def parking(times: int) -> Callable[[Sequence[Message]], list[Message]]:
     left = [times]
 
-    def work(jobs: Sequence[Message]) -> list[Message]:
+    def work(messages: Sequence[Message]) -> list[Message]:
         if left[0] == 0:
             return []
         left[0] -= 1
-        for job in jobs:
-            job.outcome = Outcome(Disposition.PARK, "send", KlaviyoMisconfigured("401: check KLAVIYO_AUTH_KEY"))
-        return list(jobs)
+        for message in messages:
+            message.outcome = Outcome(Disposition.PARK, "send", KlaviyoMisconfigured("401: check KLAVIYO_AUTH_KEY"))
+        return list(messages)
 
     return work
 
@@ -273,12 +273,12 @@ def test_a_parked_worker_pulls_nothing(queue: EmbeddedQueue) -> None:
 
 
 def holding(error: Exception, until: threading.Event) -> Callable[[Sequence[Message]], list[Message]]:
-    """Keep every job that is named `a`, until told otherwise."""
+    """Keep every message that is named `a`, until told otherwise."""
 
-    def work(jobs: Sequence[Message]) -> list[Message]:
-        kept = [] if until.is_set() else [job for job in jobs if job.delivery.body.startswith(b"a")]
-        for job in kept:
-            job.outcome = Outcome(Disposition.HOLD, "send", error)
+    def work(messages: Sequence[Message]) -> list[Message]:
+        kept = [] if until.is_set() else [message for message in messages if message.delivery.body.startswith(b"a")]
+        for message in kept:
+            message.outcome = Outcome(Disposition.HOLD, "send", error)
         return kept
 
     return work
@@ -492,8 +492,8 @@ def test_stopping_returns_what_was_not_begun_at_once(queue: EmbeddedQueue) -> No
     """What waits behind a batch goes back while the lane still works on it; the batch is finished."""
     begun, release = threading.Event(), threading.Event()
 
-    def slow(jobs: Sequence[Message]) -> list[Message]:
-        del jobs
+    def slow(messages: Sequence[Message]) -> list[Message]:
+        del messages
         begun.set()
         release.wait(10)
         return []
@@ -524,10 +524,10 @@ def test_nothing_goes_back_before_pulling_has_ended(queue: EmbeddedQueue) -> Non
         time.sleep(0.5)
         calls.append("stop")
 
-    def slow(jobs: Sequence[Message]) -> list[Message]:
+    def slow(messages: Sequence[Message]) -> list[Message]:
         begun.set()
         time.sleep(0.1)
-        return list(jobs)
+        return list(messages)
 
     give_back = queue.nack
     queue.stop = ending  # type: ignore[method-assign]
@@ -548,11 +548,11 @@ def test_what_was_begun_is_no_first_delivery_again(begun: bool, attempt: int, qu
     """Its events may be in Klaviyo; only what was never begun goes back as if it had not been received."""
     working = threading.Event()
 
-    def parking(jobs: Sequence[Message]) -> list[Message]:
-        for job in jobs:
-            job.events_may_be_sent = begun
+    def parking(messages: Sequence[Message]) -> list[Message]:
+        for message in messages:
+            message.events_may_be_sent = begun
         working.set()
-        return list(jobs)
+        return list(messages)
 
     queue.publish([b"a:1"])
     runner, _ = runner_for(queue, parking, park_retry_interval=60)
@@ -568,9 +568,9 @@ def test_the_grace_period_ends_the_waiting(queue: EmbeddedQueue) -> None:
     """What hangs goes back to the queue, and the caller is told."""
     release = threading.Event()
 
-    def hanging(jobs: Sequence[Message]) -> list[Message]:
+    def hanging(messages: Sequence[Message]) -> list[Message]:
         release.wait(10)
-        return list(jobs)
+        return list(messages)
 
     queue.publish([b"a:1"])
     runner, _ = runner_for(queue, hanging, shutdown_grace_period=0.1)
@@ -581,8 +581,8 @@ def test_the_grace_period_ends_the_waiting(queue: EmbeddedQueue) -> None:
     release.set()
 
 
-def slowly(jobs: Sequence[Message]) -> list[Message]:
-    del jobs
+def slowly(messages: Sequence[Message]) -> list[Message]:
+    del messages
     time.sleep(0.5)
     return []
 
@@ -676,9 +676,9 @@ def test_lanes_tell_what_they_have_at_work(queue: EmbeddedQueue) -> None:
     """By what they are for; nothing once it is done."""
     go_on = threading.Event()
 
-    def work(jobs: Sequence[Message]) -> list[Message]:
+    def work(messages: Sequence[Message]) -> list[Message]:
         go_on.wait(10)
-        return nothing_special(jobs)
+        return nothing_special(messages)
 
     runner, _ = runner_for(queue, work, lanes=2)
     assert runner.batch_sizes() == {"events": [0, 0], "profiles": [0, 0], "catalog": [0, 0]}

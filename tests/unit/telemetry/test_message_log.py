@@ -22,7 +22,7 @@ FIELDS = {
 }
 
 
-def job(outcome: Outcome | None, operations: int = 0) -> Message:
+def message(outcome: Outcome | None, operations: int = 0) -> Message:
     delivery = FakeDelivery(b"{}", id="7", attempt=2, published_at=datetime.now(UTC))
     notification = Notification("OrderCreated", "order", "o-1", None, {})
     sent = (Operation(OperationKind.CREATE_EVENT, "k", truncated=("Items",)),) * operations
@@ -43,7 +43,7 @@ def test_every_message_has_one_canonical_line(outcome: Outcome, operations: int,
     stream = io.StringIO()
     configure_logging("INFO", "auto", stream)
     telemetry = Telemetry(Metrics("embedded"))
-    telemetry.settled([job(outcome, operations)])
+    telemetry.settled([message(outcome, operations)])
     (line,) = map(json.loads, stream.getvalue().splitlines())
     assert line.keys() >= FIELDS
     assert (line["event"], line["outcome"], line["level"], line["operations"]) == (
@@ -60,20 +60,20 @@ def test_a_message_that_goes_back_unhandled_says_so() -> None:
     """Whatever a lane may still be making of it."""
     stream = io.StringIO()
     configure_logging("INFO", "json", stream)
-    Telemetry(Metrics("embedded")).returned([job(None), job(Outcome(Disposition.ACK, "send"), 1)])
+    Telemetry(Metrics("embedded")).returned([message(None), message(Outcome(Disposition.ACK, "send"), 1)])
     assert [json.loads(line)["outcome"] for line in stream.getvalue().splitlines()] == ["returned"] * 2
 
 
 def test_failures_are_remembered_and_nothing_else() -> None:
     """Also those of messages that are kept, which have no line yet; an ignored message is no failure."""
     telemetry = Telemetry(Metrics("embedded"))
-    held = job(Outcome(Disposition.HOLD, "enrich", Transient("500")))
-    ignored = job(Outcome(Disposition.ACK, "parse", Ignored("no handler")))
-    outdated = job(Outcome(Disposition.HOLD, "send", StaleWrite("read again")))
-    buried = job(Outcome(Disposition.DEAD_LETTER, "send", Rejected("400")), 1)
+    held = message(Outcome(Disposition.HOLD, "enrich", Transient("500")))
+    ignored = message(Outcome(Disposition.ACK, "parse", Ignored("no handler")))
+    outdated = message(Outcome(Disposition.HOLD, "send", StaleWrite("read again")))
+    buried = message(Outcome(Disposition.DEAD_LETTER, "send", Rejected("400")), 1)
     telemetry.processed([held, ignored, outdated, buried])
-    telemetry.settled([ignored, buried, job(Outcome(Disposition.ACK, "send"), 1)])
-    telemetry.settled([job(Outcome(Disposition.NACK, "enrich", Transient("500")))])
+    telemetry.settled([ignored, buried, message(Outcome(Disposition.ACK, "send"), 1)])
+    telemetry.settled([message(Outcome(Disposition.NACK, "enrich", Transient("500")))])
     told = [(f["outcome"], f["stage"], f["reason"], f["times"]) for f in telemetry.failures.newest()]
     assert told == [
         ("retried", "enrich", "500", 1),
@@ -86,7 +86,7 @@ def test_a_person_gets_text() -> None:
     """Time, event, and the fields that have a value."""
     stream = io.StringIO()
     configure_logging("INFO", "text", stream)
-    Telemetry(Metrics("embedded")).settled([job(Outcome(Disposition.ACK, "send"), 1)])
+    Telemetry(Metrics("embedded")).settled([message(Outcome(Disposition.ACK, "send"), 1)])
     line = stream.getvalue()
     assert " message_processed message_id=7 message_type=OrderCreated " in line
     assert "outcome=sent" in line
@@ -98,7 +98,7 @@ def test_levels_are_obeyed() -> None:
     stream = io.StringIO()
     configure_logging("ERROR", "json", stream)
     Telemetry(Metrics("embedded")).settled(
-        [job(Outcome(Disposition.ACK, "send"), 1), job(Outcome(Disposition.NACK, "send", Transient("x")))]
+        [message(Outcome(Disposition.ACK, "send"), 1), message(Outcome(Disposition.NACK, "send", Transient("x")))]
     )
     assert stream.getvalue() == ""
 
