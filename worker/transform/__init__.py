@@ -1,6 +1,7 @@
-"""Enriched -> Operations. Pure: no I/O, no clock. One handler per kind of notification, one file per resource.
+"""The transform stage: turn an enriched notification into operations, without I/O and without a clock.
 
-A new message type is one function with `@handles` in the file of its resource, and a golden folder.
+There is one handler per type of notification and one file per resource type. To add a message type, write a function
+with `@handles` in the file of its resource and add a folder to tests/golden.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 __all__ = ["HANDLERS", "Handler", "handler_for", "handles", "transform"]
 
 for _module in ("orders", "payments", "customers", "categories", "products", "inventory"):
-    import_module(f"worker.transform.{_module}")  # fills HANDLERS
+    import_module(f"worker.transform.{_module}")  # registers its handlers
 
 
 def handler_for(notification: Notification, mapping: MappingConfig) -> Handler:
-    """Return the handler of a notification worth fetching data for.
+    """Return the handler of a notification.
 
-    Raises Ignored: no handler, disabled, or the notification itself shows that there is nothing to do.
+    Raises Ignored if there is none, if the mapping disables it, or if the notification shows that there is nothing to
+    send.
     """
     handler = HANDLERS.get((notification.resource_type, notification.type))
     if handler is None:
@@ -40,16 +42,16 @@ def handler_for(notification: Notification, mapping: MappingConfig) -> Handler:
 
 
 def transform(
-    enriched: Enriched, mapping: MappingConfig, fresh: Callable[[], bool] | None = None
+    enriched: Enriched, mapping: MappingConfig, is_first_delivery: Callable[[], bool] | None = None
 ) -> Sequence[Operation]:
-    """Return what Klaviyo is to do. `fresh` tells whether nobody can have handled the message; None: somebody can.
+    """Return the operations for a notification. Raises Ignored if there are none, Rejected if they can never succeed.
 
-    Raises Ignored (nothing) or Rejected (can never be done).
+    `is_first_delivery` returns True as long as no worker can have handled the message before; None if one might have.
     """
     handler = handler_for(enriched.notification, mapping)
     operations = tuple(handler.function(enriched, mapping))
     if not operations:
         raise Ignored("nothing to send")
-    if fresh and handler.once_per_resource:
-        return tuple(replace(operation, is_first_delivery=fresh) for operation in operations)
+    if is_first_delivery and handler.once_per_resource:
+        return tuple(replace(operation, is_first_delivery=is_first_delivery) for operation in operations)
     return operations

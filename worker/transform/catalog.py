@@ -1,4 +1,4 @@
-"""Klaviyo's custom catalog: ids and the category operations that products need too."""
+"""Klaviyo's custom catalog: ids, and the operation that writes a category."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 _PREFIX = "$custom:::$default:::"
 
 
-def catalog_id(own_id: str) -> str:
-    """Return Klaviyo's id of a custom catalog entry; the only form Klaviyo knows."""
-    return _PREFIX + own_id
+def catalog_id(external_id: str) -> str:
+    """Return the id of a catalog entry in Klaviyo for an external id."""
+    return _PREFIX + external_id
 
 
 def external_id(entry_id: str) -> str:
-    """Return our own id of a custom catalog entry."""
+    """Return the external id of a catalog entry for its id in Klaviyo."""
     return entry_id.removeprefix(_PREFIX)
 
 
 def category_operation(
     kind: OperationKind, category: Json, categories: Mapping[str, Json], mapping: MappingConfig
 ) -> Operation:
-    """Return an operation that writes a category under its breadcrumb."""
+    """Return the operation that writes a category, named by its breadcrumb."""
     category_id = as_text(category.get("id"))
     attributes = {
         "external_id": category_id,

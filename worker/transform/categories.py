@@ -1,4 +1,4 @@
-"""Category messages -> catalog categories named by their breadcrumb."""
+"""Category messages -> catalog categories, named by their breadcrumb."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     omissions=_omissions,
 )
 def category_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Mirror the category as commercetools holds it now; its name is part of its descendants' names."""
+    """Upsert the current category and its descendants, whose breadcrumbs contain its name; or delete it."""
     category = enriched.category
     if category is None:
         yield Operation(OperationKind.DELETE_CATEGORY, enriched.notification.resource_id)

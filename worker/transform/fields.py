@@ -1,4 +1,4 @@
-"""Pieces of commercetools JSON as Klaviyo wants them. Total functions: odd data gives None or "", never an error."""
+"""Conversions from commercetools JSON to Klaviyo values. Malformed data gives None, "" or {}, never an error."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ def first_nonempty(*values: str) -> str:
 
 
 def compact(values: Json) -> Json:
-    """Leave out what is empty; 0 and false are values."""
+    """Return the values without empty ones. 0 and false are not empty."""
     return {name: value for name, value in values.items() if value or isinstance(value, int | float)}
 
 
 def report_empty(values: Json) -> Iterator[str]:
-    """Tell what `compact` leaves out."""
-    if names := [name for name in values if name not in compact(values)]:
+    """Describe what `compact` leaves out."""
+    compacted = compact(values)
+    if names := [name for name in values if name not in compacted]:
         yield f"without a value: {', '.join(names)}"
 
 
 def amount(money: Any) -> Decimal | None:
-    """Return the exact amount of a centPrecision or highPrecision money, in major units."""
+    """Return the exact amount of a centPrecision or highPrecision money in major units, or None."""
     minor = _minor_units(money)
     return None if minor is None else Decimal(minor[0]).scaleb(-minor[1])
 
 
 def _minor_units(money: Any) -> tuple[int, int] | None:
-    """Return a money's minor units and the digits they are: https://docs.commercetools.com/api/types#typedmoney."""
+    """Return the minor units of a money and its fraction digits: https://docs.commercetools.com/api/types#typedmoney."""
     money = as_dict(money)
     units = as_int(money.get("preciseAmount"))
     units = as_int(money.get("centAmount")) if units is None else units
@@ -55,18 +56,18 @@ def _minor_units(money: Any) -> tuple[int, int] | None:
 
 
 def number(value: Decimal | None) -> float | None:
-    """Return the JSON number for an exact amount."""
+    """Return an exact amount as a JSON number, or None."""
     return None if value is None else float(value)
 
 
 def money(value: Any) -> float | None:
     """Return a money as a JSON number in major units, or None."""
     minor = _minor_units(value)
-    return None if minor is None else minor[0] / 10 ** minor[1]  # to the nearest float, as from a Decimal
+    return None if minor is None else minor[0] / 10 ** minor[1]  # the nearest float, as a Decimal gives it
 
 
 def total(values: Iterable[Any]) -> Decimal | None:
-    """Add up moneys exactly; None when there is none."""
+    """Return the exact sum of moneys, or None if there are none."""
     amounts = [part for part in map(amount, values) if part is not None]
     return sum(amounts, Decimal(0)) if amounts else None
 
@@ -77,9 +78,10 @@ def currency(money: Any) -> str:
 
 
 def localized(value: Any, locale: str) -> str:
-    """Pick from a LocalizedString: the locale, its language, a regional variant of that language, the first.
+    """Return the best text of a LocalizedString for a locale, or "".
 
-    A plain text is taken as it is: attributes may be either.
+    The order of preference is: the locale, its language, a regional variant of that language, the first text. A plain
+    text is returned as it is, because an attribute can be either.
     """
     if isinstance(value, str):
         return value.strip()
@@ -94,7 +96,7 @@ def localized(value: Any, locale: str) -> str:
 
 
 def attribute_text(value: Any, locale: str) -> str:
-    """Return a product attribute as text: text, localized text, enum `{key, label}`, or the first of a set."""
+    """Return a product attribute as text: a text, a localized text, an enum `{key, label}` or the first of a set."""
     if isinstance(value, list):
         return next(filter(None, (attribute_text(entry, locale) for entry in value)), "")
     if isinstance(value, dict) and "label" in value:
@@ -168,9 +170,9 @@ def address_properties(address: Any) -> Json:
 
 
 def phone(address: Any) -> str:
-    """Return the address' mobile, else phone, in E.164, or "" when neither is a valid number.
+    """Return the mobile number of an address, or its phone number, in E.164; "" if neither is valid.
 
-    Klaviyo refuses the whole profile for a number libphonenumber does not accept.
+    Klaviyo refuses a whole profile if libphonenumber does not accept its number.
     """
     address = as_dict(address)
     country = as_text(address.get("country")) or None
@@ -179,7 +181,7 @@ def phone(address: Any) -> str:
 
 
 def report_invalid_phone(address: Any) -> Iterator[str]:
-    """Tell that an address has numbers and none of them is valid."""
+    """Report if an address has phone numbers but no valid one."""
     if _joined(as_dict(address), "mobile", "phone") and not phone(address):
         yield "phone_number: neither mobile nor phone of the address is a valid number"
 
@@ -200,7 +202,7 @@ def breadcrumb(category: Json, categories: Mapping[str, Json], locale: str) -> s
 
 
 def breadcrumbs(category: Json, categories: Mapping[str, Json], locale: str) -> list[str]:
-    """Return the breadcrumbs of the category's ancestors, from the root, and its own."""
+    """Return the breadcrumbs of the ancestors, from the root, and of the category."""
     ids = [as_text(ancestor.get("id")) for ancestor in as_dicts(category.get("ancestors"))]
     path = [*(categories[ancestor] for ancestor in ids if ancestor in categories), category]
     names = (localized(entry.get("name"), locale) for entry in path)
@@ -208,30 +210,32 @@ def breadcrumbs(category: Json, categories: Mapping[str, Json], locale: str) -> 
 
 
 def filter_properties(values: Any, rules: PropertyRules) -> Json:
-    """Apply include, exclude and rename to properties, leaving out the empty ones."""
-    chosen = {rules.rename.get(name, name): value for name, value in as_dict(values).items() if _is_wanted(name, rules)}
-    return compact(chosen)
+    """Return the non-empty properties that the rules include, renamed by the rules."""
+    selected = {
+        rules.rename.get(name, name): value for name, value in as_dict(values).items() if _is_included(name, rules)
+    }
+    return compact(selected)
 
 
 def report_filtered(values: Any, rules: PropertyRules, section: str) -> Iterator[str]:
-    """Tell what `filter_properties` leaves out or renames; `section` is the name of `rules` in the mapping."""
+    """Describe what `filter_properties` leaves out or renames. `section` is the key of `rules` in the mapping."""
     names = list(as_dict(values))
     excluded = [name for name in names if name in rules.exclude]
-    others = [name for name in names if name not in excluded and not _is_wanted(name, rules)]
-    for key, unwanted in (("exclude", excluded), ("include", others)):
-        if unwanted:
-            yield f"{', '.join(unwanted)}: by {section}.{key}"
+    others = [name for name in names if name not in excluded and not _is_included(name, rules)]
+    for key, left_out in (("exclude", excluded), ("include", others)):
+        if left_out:
+            yield f"{', '.join(left_out)}: by {section}.{key}"
     for name in names:
-        if name in rules.rename and _is_wanted(name, rules):
+        if name in rules.rename and _is_included(name, rules):
             yield f"the name {name}: it is sent as {rules.rename[name]}, by {section}.rename"
 
 
-def _is_wanted(name: str, rules: PropertyRules) -> bool:
+def _is_included(name: str, rules: PropertyRules) -> bool:
     return (not rules.include or "*" in rules.include or name in rules.include) and name not in rules.exclude
 
 
 def add_seconds(value: Any, seconds: int) -> str:
-    """Return an RFC 3339 time moved by `seconds`, or "" when it is none."""
+    """Return an RFC 3339 time plus `seconds`, or "" if the value is not a time."""
     moment = parse_time(value)
     try:
         return "" if moment is None else (moment + timedelta(seconds=seconds)).isoformat()
@@ -240,7 +244,7 @@ def add_seconds(value: Any, seconds: int) -> str:
 
 
 def product_url(slug: Any, product_id: str, variant: Json, mapping: MappingConfig) -> str:
-    """Fill the product page template, or return "" when there is none."""
+    """Return the URL of a product page by the template of the mapping, or "" if there is no template."""
     values = {
         "productSlug": localized(slug, mapping.locale),
         "productId": product_id,

@@ -1,4 +1,4 @@
-"""Inventory messages -> the variant's stock, which also sets off Klaviyo's back-in-stock flows."""
+"""Inventory messages -> the stock of a variant, which triggers Klaviyo's back-in-stock flows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from worker.errors import Ignored
 from worker.json_access import as_text
 from worker.model import Operation, OperationKind
 from worker.transform.catalog import catalog_id
-from worker.transform.products import product_operations, quantity
+from worker.transform.products import available_quantity, product_operations
 from worker.transform.registry import handles
 
 if TYPE_CHECKING:
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @handles("ResourceCreated", "ResourceUpdated", resource="inventory-entry", effect="variant inventory_quantity")
 def inventory_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Set the variant's stock; where Klaviyo lacks the variant, write the whole product instead."""
+    """Set the stock of the variant. If Klaviyo has no such variant, write the whole product instead."""
     entry = enriched.inventory_entry
     if entry is None:
         raise Ignored("commercetools no longer has the inventory entry")
     sku = as_text(entry.get("sku"))
-    stock = quantity([entry], mapping.inventory.channel)
+    stock = available_quantity([entry], mapping.inventory.channel)
     if stock is None or not sku:
-        raise Ignored("the entry belongs to another supply channel (inventory.channel), or names no sku or quantity")
+        raise Ignored("the entry belongs to another supply channel (inventory.channel), or has no sku or quantity")
     attributes = {"inventory_quantity": stock, "inventory_policy": 1}
     variant = {"type": "catalog-variant", "id": catalog_id(sku), "attributes": attributes}
-    whole = partial(product_operations, enriched, mapping) if enriched.product else None
-    yield Operation(OperationKind.UPDATE_INVENTORY, sku, variant, fallback=whole)
+    write_product = partial(product_operations, enriched, mapping) if enriched.product else None
+    yield Operation(OperationKind.UPDATE_INVENTORY, sku, variant, fallback=write_product)

@@ -1,4 +1,4 @@
-"""What all order events share: the profile, the properties, the operation."""
+"""Parts of all order events: the operation, its profile and its properties."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from worker.errors import Rejected
 from worker.json_access import as_dict, as_dicts, as_int, as_text, unique
 from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
-from worker.transform.fields import product_url
+from worker.transform.prices import price_amount
 from worker.transform.size_limits import truncate
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 def event_operation(
     *, metric: str, unique_id: str, time: str, value: Any, profile: Json, properties: Json
 ) -> Operation:
-    """Return the operation that records one event. `value` is a commercetools money.
+    """Return the operation that creates an event. `value` is a commercetools money.
 
-    `unique_id` makes a repeated event harmless: Klaviyo keeps the first per profile and metric.
+    Klaviyo ignores an event if the profile has one with the same metric and `unique_id`. So it can be sent again.
     """
     fitted, truncated = truncate(properties)
     attributes = fields.compact(
@@ -44,11 +44,11 @@ def event_operation(
 
 
 def identifiers(order: Json, enriched: Enriched) -> Json:
-    """Return whose event it is. Raises Rejected when the order names nobody."""
-    known = fields.compact(_identifiers(order, enriched))
-    if not known:
-        raise Rejected("the order has neither customerEmail nor customerId: Klaviyo cannot tell whose event it is")
-    return known
+    """Return the profile attributes that identify the customer. Raises Rejected if the order has none."""
+    found = fields.compact(_identifiers(order, enriched))
+    if not found:
+        raise Rejected("the order has neither customerEmail nor customerId: an event needs one of them")
+    return found
 
 
 def _identifiers(order: Json, enriched: Enriched) -> Json:
@@ -59,39 +59,40 @@ def _identifiers(order: Json, enriched: Enriched) -> Json:
     }
 
 
-def order_properties(order: Json, lines: list[Json], enriched: Enriched, mapping: MappingConfig) -> Json:
-    """Return the properties of every order event, as Klaviyo's flows and templates name them."""
+def order_properties(order: Json, items: list[Json], enriched: Enriched, mapping: MappingConfig) -> Json:
+    """Return the properties of every order event, under the names that Klaviyo's flows and templates use."""
     custom = fields.filter_properties(as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields)
     raw = fields.filter_properties(order, mapping.order.properties) if mapping.order.properties.include else {}
-    return fields.compact(raw | custom | fields.compact(_own_properties(order, lines, enriched)))
+    return fields.compact(raw | custom | fields.compact(_own_properties(order, items, enriched)))
 
 
-def omissions(order: Json, enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
-    """Tell what order events do without."""
+def order_omissions(order: Json, enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
+    """Describe which data of an order its events leave out."""
     if not order:
         return
-    lines = all_line_properties(order, enriched, mapping)
-    yield from fields.report_empty(_identifiers(order, enriched) | _own_properties(order, lines, enriched))
-    if lacking := sum("SKU" not in line for line in lines):
-        yield f"SKU: {lacking} of {len(lines)} lines have none"
+    items = items_of(order, enriched, mapping)
+    yield from fields.report_empty(_identifiers(order, enriched) | _own_properties(order, items, enriched))
+    if without_sku := sum("SKU" not in item for item in items):
+        yield f"SKU: {without_sku} of {len(items)} lines have none"
     yield from fields.report_filtered(
         as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields, "order.custom_fields"
     )
-    wanted = mapping.order.properties.include  # of the raw ones, what is not named there is not missed
-    raw = order if "*" in wanted else {name: order[name] for name in wanted if name in order}
+    # Raw properties are opt-in: those that the mapping does not name are not reported.
+    included = mapping.order.properties.include
+    raw = order if "*" in included else {name: order[name] for name in included if name in order}
     yield from fields.report_filtered(raw, mapping.order.properties, "order.properties")
 
 
-def _own_properties(order: Json, lines: list[Json], enriched: Enriched) -> Json:
+def _own_properties(order: Json, items: list[Json], enriched: Enriched) -> Json:
     return {
         "OrderId": as_text(order.get("id")),
         "OrderNumber": as_text(order.get("orderNumber")),
-        "ItemNames": unique(line.get("ProductName", "") for line in lines),
-        "Categories": unique(name for line in lines for name in line.get("Categories", ())),
-        "Brands": unique(line.get("Brand", "") for line in lines),
+        "ItemNames": unique(item.get("ProductName", "") for item in items),
+        "Categories": unique(name for item in items for name in item.get("Categories", ())),
+        "Brands": unique(item.get("Brand", "") for item in items),
         "DiscountCode": ", ".join(_discount_codes(order, enriched)),
         "DiscountValue": fields.number(_discount_value(order)),
-        "Items": lines,
+        "Items": items,
         "BillingAddress": fields.address_properties(order.get("billingAddress")),
         "ShippingAddress": fields.address_properties(order.get("shippingAddress")),
         "ShippingCosts": fields.number(_shipping_costs(order)),
@@ -100,14 +101,14 @@ def _own_properties(order: Json, lines: list[Json], enriched: Enriched) -> Json:
     }
 
 
-def all_line_properties(order: Json, enriched: Enriched, mapping: MappingConfig) -> list[Json]:
-    """Return the entries of `Items`: line items, then custom line items."""
-    lines = [line_properties(line, enriched, mapping) for line in as_dicts(order.get("lineItems"))]
-    return lines + [custom_line_properties(line, mapping) for line in as_dicts(order.get("customLineItems"))]
+def items_of(order: Json, enriched: Enriched, mapping: MappingConfig) -> list[Json]:
+    """Return the entries of `Items`: one per line item, then one per custom line item."""
+    items = [_line_item(line, enriched, mapping) for line in as_dicts(order.get("lineItems"))]
+    return items + [_custom_line_item(line, mapping) for line in as_dicts(order.get("customLineItems"))]
 
 
-def line_properties(line: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
-    """Return a line item as an entry of `Items`."""
+def _line_item(line: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
+    """Return the entry of `Items` for a line item."""
     variant = as_dict(line.get("variant"))
     product_id = as_text(line.get("productId"))
     brand = fields.attribute(variant, mapping.order.brand_attribute)
@@ -118,9 +119,9 @@ def line_properties(line: Json, enriched: Enriched, mapping: MappingConfig) -> J
             "VariantID": as_int(variant.get("id")),
             "ProductName": fields.localized(line.get("name"), mapping.locale),
             "Quantity": as_int(line.get("quantity")),
-            "ItemPrice": _item_price(line),
+            "ItemPrice": price_amount(line.get("price")),
             "RowTotal": fields.money(line.get("totalPrice")),
-            "ProductURL": product_url(line.get("productSlug"), product_id, variant, mapping),
+            "ProductURL": fields.product_url(line.get("productSlug"), product_id, variant, mapping),
             "ImageURL": fields.image_url(variant),
             "Categories": _category_names(product_id, enriched, mapping),
             "Brand": fields.attribute_text(brand, mapping.locale),
@@ -128,8 +129,8 @@ def line_properties(line: Json, enriched: Enriched, mapping: MappingConfig) -> J
     )
 
 
-def custom_line_properties(line: Json, mapping: MappingConfig) -> Json:
-    """Return a custom line item (gift wrapping, a fee) as an entry of `Items`."""
+def _custom_line_item(line: Json, mapping: MappingConfig) -> Json:
+    """Return the entry of `Items` for a custom line item, such as gift wrapping or a fee."""
     return fields.compact(
         {
             "ProductID": as_text(line.get("slug")),
@@ -140,12 +141,6 @@ def custom_line_properties(line: Json, mapping: MappingConfig) -> Json:
             "RowTotal": fields.money(line.get("totalPrice")),
         }
     )
-
-
-def _item_price(line: Json) -> float | None:
-    price = as_dict(line.get("price"))
-    discounted = fields.money(as_dict(price.get("discounted")).get("value"))
-    return fields.money(price.get("value")) if discounted is None else discounted
 
 
 def _category_names(product_id: str, enriched: Enriched, mapping: MappingConfig) -> list[str]:
@@ -162,7 +157,7 @@ def _discount_codes(order: Json, enriched: Enriched) -> list[str]:
 
 
 def _discount_value(order: Json) -> Decimal | None:
-    """Add up what cart discounts took off the lines, times quantity, and off the total."""
+    """Return the sum of the cart discounts on the lines (times their quantity) and on the total."""
     lines = [*as_dicts(order.get("lineItems")), *as_dicts(order.get("customLineItems"))]
     parts = [
         discount * (as_int(part.get("quantity")) or 0)
@@ -177,7 +172,7 @@ def _discount_value(order: Json) -> Decimal | None:
 
 
 def _shipping_costs(order: Json) -> Decimal | None:
-    """Return what shipping costs after discounts, over all shipping methods."""
+    """Return the shipping costs after discounts, summed over all shipping methods."""
     infos = [order.get("shippingInfo"), *(entry.get("shippingInfo") for entry in as_dicts(order.get("shipping")))]
     prices = []
     for info in map(as_dict, infos):

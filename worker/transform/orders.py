@@ -1,4 +1,8 @@
-"""Order messages -> order events."""
+"""Order messages -> order events.
+
+A handler is a generator function with `@handles`. It reads the enriched notification and yields operations.
+A precheck decides from the notification alone whether there is anything to send, before any data is fetched.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from worker.errors import Ignored
 from worker.json_access import as_dict, as_dicts, as_text
 from worker.transform import fields
-from worker.transform.order_events import all_line_properties, event_operation, identifiers, omissions, order_properties
+from worker.transform.order_events import (
+    event_operation,
+    identifiers,
+    items_of,
+    order_omissions,
+    order_properties,
+)
 from worker.transform.registry import handles
 
 if TYPE_CHECKING:
@@ -18,15 +28,16 @@ if TYPE_CHECKING:
     from worker.model import Enriched, Json, Notification, Operation
 
 _PLACED = "Placed Order; Ordered Product per line"
+_MAX_STATE_LENGTH = 32
 
 
 def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterable[str]:
-    return omissions(as_dict(enriched.order), enriched, mapping)
+    return order_omissions(as_dict(enriched.order), enriched, mapping)
 
 
-def _omissions_of_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[str]:
-    billing = as_dict(enriched.order).get("billingAddress")
-    return chain(_omissions(enriched, mapping), fields.report_invalid_phone(billing))
+def _placed_omissions(enriched: Enriched, mapping: MappingConfig) -> Iterable[str]:
+    billing_address = as_dict(enriched.order).get("billingAddress")
+    return chain(_omissions(enriched, mapping), fields.report_invalid_phone(billing_address))
 
 
 @handles(
@@ -35,44 +46,44 @@ def _omissions_of_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable
     "OrderCreatedFromRecurringOrder",
     resource="order",
     effect=_PLACED,
-    omissions=_omissions_of_placed,
+    omissions=_placed_omissions,
 )
-@handles("OrderCreated", resource="order", effect=_PLACED, once_per_resource=True, omissions=_omissions_of_placed)
+@handles("OrderCreated", resource="order", effect=_PLACED, once_per_resource=True, omissions=_placed_omissions)
 def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Placed Order, and an Ordered Product a second later for every line."""
+    """Placed Order, and for every line an Ordered Product one second later."""
     order = _order(enriched)
     profile = identifiers(order, enriched)
     time = _created_at(order, enriched)
-    lines = all_line_properties(order, enriched, mapping)
+    items = items_of(order, enriched, mapping)
     yield event_operation(
         metric=mapping.metrics.placed_order,
-        unique_id=_id(order, enriched),
+        unique_id=_order_id(order, enriched),
         time=time,
         value=order.get("totalPrice"),
         profile=profile | _billing_profile(order),
-        properties=order_properties(order, lines, enriched, mapping),
+        properties=order_properties(order, items, enriched, mapping),
     )
-    raw_lines = chain(as_dicts(order.get("lineItems")), as_dicts(order.get("customLineItems")))
-    for line, properties in zip(raw_lines, lines, strict=True):
-        order_fields = {"OrderId": as_text(order.get("id")), "OrderNumber": as_text(order.get("orderNumber"))}
+    order_fields = {"OrderId": as_text(order.get("id")), "OrderNumber": as_text(order.get("orderNumber"))}
+    common = fields.compact(order_fields)
+    lines = chain(as_dicts(order.get("lineItems")), as_dicts(order.get("customLineItems")))
+    for line, item in zip(lines, items, strict=True):
         raw = line if mapping.order.raw_line_item else {}
         yield event_operation(
             metric=mapping.metrics.ordered_product,
-            unique_id=as_text(line.get("id")) or f"{_id(order, enriched)}:{properties.get('SKU', '')}",
+            unique_id=as_text(line.get("id")) or f"{_order_id(order, enriched)}:{item.get('SKU', '')}",
             time=fields.add_seconds(time, 1),
             value=line.get("totalPrice"),
             profile=profile,
-            properties=raw | properties | fields.compact(order_fields),
+            properties=raw | item | common,
         )
 
 
 def _check_order_state(notification: Notification, mapping: MappingConfig) -> None:
     state = notification.payload.get("orderState")
-    wanted = {*mapping.order.fulfilled_states, *mapping.order.cancelled_states}
-    if isinstance(state, str) and state not in wanted:
-        raise Ignored(
-            f"no event for order state {_safe_state(state)}: see order.fulfilled_states, order.cancelled_states"
-        )
+    states = (*mapping.order.fulfilled_states, *mapping.order.cancelled_states)
+    if isinstance(state, str) and state not in states:
+        reason = f"no event for order state {_loggable(state)}"
+        raise Ignored(f"{reason}: see order.fulfilled_states, order.cancelled_states")
 
 
 @handles(
@@ -83,11 +94,10 @@ def _check_order_state(notification: Notification, mapping: MappingConfig) -> No
     omissions=_omissions,
 )
 def order_state_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Fulfilled Order or Cancelled Order; a payload that was not included leaves the order's own state."""
+    """Fulfilled Order or Cancelled Order. If the message brings no state, the state of the order decides."""
     order = _order(enriched)
-    state = fields.first_nonempty(
-        as_text(enriched.notification.payload.get("orderState")), as_text(order.get("orderState"))
-    )
+    payload = enriched.notification.payload
+    state = fields.first_nonempty(as_text(payload.get("orderState")), as_text(order.get("orderState")))
     if state in mapping.order.fulfilled_states:
         yield _status_event(mapping.metrics.fulfilled_order, order, enriched, mapping)
     if state in mapping.order.cancelled_states:
@@ -97,7 +107,7 @@ def order_state_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[
 def _check_shipment_state(notification: Notification, mapping: MappingConfig) -> None:
     state = notification.payload.get("shipmentState")
     if isinstance(state, str) and state not in mapping.order.fulfilled_shipment_states:
-        raise Ignored(f"no event for shipment state {_safe_state(state)}: see order.fulfilled_shipment_states")
+        raise Ignored(f"no event for shipment state {_loggable(state)}: see order.fulfilled_shipment_states")
 
 
 @handles(
@@ -108,7 +118,7 @@ def _check_shipment_state(notification: Notification, mapping: MappingConfig) ->
     omissions=_omissions,
 )
 def order_shipment_state_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Fulfilled Order once the shipment is under way."""
+    """Fulfilled Order, when the order is shipped."""
     order = _order(enriched)
     payload = enriched.notification.payload
     state = fields.first_nonempty(as_text(payload.get("shipmentState")), as_text(order.get("shipmentState")))
@@ -119,11 +129,11 @@ def order_shipment_state_changed(enriched: Enriched, mapping: MappingConfig) -> 
 def _status_event(metric: str, order: Json, enriched: Enriched, mapping: MappingConfig) -> Operation:
     return event_operation(
         metric=metric,
-        unique_id=_id(order, enriched),
+        unique_id=_order_id(order, enriched),
         time=enriched.notification.time or _created_at(order, enriched),
         value=order.get("totalPrice"),
         profile=identifiers(order, enriched),
-        properties=order_properties(order, all_line_properties(order, enriched, mapping), enriched, mapping),
+        properties=order_properties(order, items_of(order, enriched, mapping), enriched, mapping),
     )
 
 
@@ -133,7 +143,7 @@ def _order(enriched: Enriched) -> Json:
     return enriched.order
 
 
-def _id(order: Json, enriched: Enriched) -> str:
+def _order_id(order: Json, enriched: Enriched) -> str:
     return as_text(order.get("id")) or enriched.notification.resource_id
 
 
@@ -142,18 +152,18 @@ def _created_at(order: Json, enriched: Enriched) -> str:
 
 
 def _billing_profile(order: Json) -> Json:
-    """Return what the billing address tells of the buyer."""
-    billing = as_dict(order.get("billingAddress"))
+    """Return the profile attributes in the billing address."""
+    billing_address = as_dict(order.get("billingAddress"))
     return fields.compact(
         {
-            "first_name": as_text(billing.get("firstName")),
-            "last_name": as_text(billing.get("lastName")),
-            "phone_number": fields.phone(billing),
-            "location": fields.location(billing),
+            "first_name": as_text(billing_address.get("firstName")),
+            "last_name": as_text(billing_address.get("lastName")),
+            "phone_number": fields.phone(billing_address),
+            "location": fields.location(billing_address),
         }
     )
 
 
-def _safe_state(state: Any) -> str:
-    """Return a state for a log line: only what looks like commercetools' own vocabulary."""
-    return state if str(state).isalpha() and len(state) <= 32 else "unknown to commercetools"  # noqa: PLR2004
+def _loggable(state: Any) -> str:
+    """Return a state for a log line. Other words than commercetools uses could be personal data."""
+    return state if str(state).isalpha() and len(state) <= _MAX_STATE_LENGTH else "unknown to commercetools"

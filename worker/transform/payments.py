@@ -1,4 +1,4 @@
-"""Payment messages -> Refunded Order, one event per refund transaction."""
+"""Payment messages -> Refunded Order, one event per refund."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from worker.errors import Ignored, Rejected
 from worker.json_access import as_dict, as_dicts, as_text
 from worker.transform import fields
-from worker.transform.order_events import all_line_properties, event_operation, identifiers, omissions, order_properties
+from worker.transform.order_events import event_operation, identifiers, items_of, order_omissions, order_properties
 from worker.transform.registry import handles
 
 if TYPE_CHECKING:
@@ -21,17 +21,17 @@ def _check_refund(notification: Notification, mapping: MappingConfig) -> None:
     payload = notification.payload
     transaction = as_dict(payload.get("transaction"))
     if transaction and transaction.get("type") != "Refund":
-        raise Ignored("the transaction is no refund")
+        raise Ignored("the transaction is not a refund")
     state = transaction.get("state", payload.get("state"))
     if isinstance(state, str) and state not in mapping.payment.refund_states:
         raise Ignored("no event for a transaction in this state: see payment.refund_states")
 
 
 def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
-    counted = [_counts(transaction, enriched.notification, mapping) for transaction in _transactions(enriched)]
-    if others := counted.count(False):
-        yield f"{others} of {len(counted)} transactions: no refund, or its state is not in payment.refund_states"
-    yield from omissions(as_dict(enriched.order), enriched, mapping)
+    are_refunds = [_is_refund(transaction, enriched.notification, mapping) for transaction in _transactions(enriched)]
+    if others := are_refunds.count(False):
+        yield f"{others} of {len(are_refunds)} transactions: no refund, or its state is not in payment.refund_states"
+    yield from order_omissions(as_dict(enriched.order), enriched, mapping)
 
 
 @handles(
@@ -43,21 +43,22 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     omissions=_omissions,
 )
 def payment_transaction(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Refunded Order with the transaction's own amount; its id keeps several refunds of an order apart."""
-    refunds = [t for t in _transactions(enriched) if _counts(t, enriched.notification, mapping)]
+    """Refunded Order for every refund, with its own amount. Its transaction id identifies the event."""
+    refunds = [t for t in _transactions(enriched) if _is_refund(t, enriched.notification, mapping)]
     if not refunds:
-        raise Ignored("the payment has no such refund")
+        raise Ignored("the payment has no refund in a state that payment.refund_states lists")
     if enriched.order is None and enriched.customer is None:
-        raise Rejected("no order has this payment and it names no customer: nobody to record the refund for")
+        raise Rejected("no order has this payment and it names no customer: a refund needs one of them")
     order = as_dict(enriched.order)
     profile = identifiers(order, enriched)
-    properties = order_properties(order, all_line_properties(order, enriched, mapping), enriched, mapping)
+    properties = order_properties(order, items_of(order, enriched, mapping), enriched, mapping)
     for transaction in refunds:
         money = transaction.get("amount")
+        reason = _reason(transaction, mapping)
         refund = {
             "RefundAmount": fields.money(money),
-            "RefundReason": _reason(transaction, mapping),
-            "Reason": _reason(transaction, mapping),
+            "RefundReason": reason,
+            "Reason": reason,
             "TransactionId": as_text(transaction.get("id")),
         }
         yield event_operation(
@@ -71,18 +72,17 @@ def payment_transaction(enriched: Enriched, mapping: MappingConfig) -> Iterable[
 
 
 def _transactions(enriched: Enriched) -> list[Json]:
-    """Return the transaction the message is about; all when its payload was not included."""
+    """Return the transaction of the message; all transactions if the payload is not included."""
     payload = enriched.notification.payload
-    added = as_dict(payload.get("transaction"))
-    if added:
+    if added := as_dict(payload.get("transaction")):
         return [added]
-    known = as_dicts(as_dict(enriched.payment).get("transactions"))
-    changed = as_text(payload.get("transactionId"))
-    return [t for t in known if not changed or t.get("id") == changed]
+    transactions = as_dicts(as_dict(enriched.payment).get("transactions"))
+    changed_id = as_text(payload.get("transactionId"))
+    return [t for t in transactions if not changed_id or t.get("id") == changed_id]
 
 
-def _counts(transaction: Json, notification: Notification, mapping: MappingConfig) -> bool:
-    """Judge by the state the message reports; without one, by the payment's own."""
+def _is_refund(transaction: Json, notification: Notification, mapping: MappingConfig) -> bool:
+    """Return whether a transaction is a refund in a state to report. The state in the message takes precedence."""
     state = notification.payload.get("state") or transaction.get("state")
     return (
         transaction.get("type") == "Refund"

@@ -1,4 +1,4 @@
-"""Which of a variant's prices the catalog shows."""
+"""Prices of a variant: the one for the catalog, and all for the metadata."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _ALWAYS = datetime.min.replace(tzinfo=UTC)
 
 
 def catalog_price(variant: Json, mapping: MappingConfig, as_of: datetime) -> float:
-    """Return the price that holds at `as_of`, in major units; 0 when there is none.
+    """Return the price that is valid at `as_of`, in major units; 0 if there is none.
 
-    A price whose validity window holds wins (earliest validFrom, then earliest validUntil); else the
-    first with neither window nor customer group.
+    A price with a validity window takes precedence: the one with the earliest validFrom, then the earliest
+    validUntil. Otherwise it is the first price without a window and without a customer group.
     """
-    prices = _eligible(as_dicts(variant.get("prices")), mapping)
-    windowed = [price for price in prices if _windowed(price) and _holds(price, as_of)]
-    plain = [price for price in prices if not _windowed(price) and not price.get("customerGroup")]
-    chosen = min(windowed, key=_window) if windowed else next(iter(plain), {})
-    return price_amount(chosen) or 0.0
+    prices = _eligible_prices(as_dicts(variant.get("prices")), mapping)
+    with_window = [price for price in prices if _has_window(price) and _is_valid(price, as_of)]
+    without_window = [price for price in prices if not _has_window(price) and not price.get("customerGroup")]
+    selected = min(with_window, key=_window) if with_window else next(iter(without_window), {})
+    return price_amount(selected) or 0.0
 
 
 def price_metadata(variant: Json) -> tuple[Json, Json]:
-    """Return `{price_EUR: 10.0, price_DE: 12.0}` and `{currency_DE: "EUR"}` of all prices; the first of a kind wins."""
+    """Return `{price_EUR: 10.0, price_DE: 12.0}` and `{currency_DE: "EUR"}` of all prices."""
     amounts: Json = {}
     currencies: Json = {}
     for price in as_dicts(variant.get("prices")):
@@ -42,32 +42,35 @@ def price_metadata(variant: Json) -> tuple[Json, Json]:
 
 
 def price_amount(price: Any) -> float | None:
-    """Return the discounted value of a price when it has one, else its value."""
+    """Return the discounted value of a price if it has one, otherwise its value."""
     price = as_dict(price)
     discounted = money(as_dict(price.get("discounted")).get("value"))
     return money(price.get("value")) if discounted is None else discounted
 
 
-def _eligible(prices: list[Json], mapping: MappingConfig) -> list[Json]:
-    """Keep the preferred currency and channel; of those the preferred country's, when there are any."""
+def _eligible_prices(prices: list[Json], mapping: MappingConfig) -> list[Json]:
+    """Return the prices in the preferred currency that have the preferred channel or none.
+
+    If some of them have the preferred channel or the preferred country, return only those.
+    """
     prices = [
         price
         for price in prices
         if (not mapping.currency or currency(price.get("value")) == mapping.currency)
         and as_text(as_dict(price.get("channel")).get("id")) in {"", mapping.price.channel}
     ]
-    for name, wanted in (("channel", mapping.price.channel), ("country", mapping.price.country)):
-        if wanted:
-            prices = [price for price in prices if _key(price, name) == wanted] or prices
+    for name, preferred in (("channel", mapping.price.channel), ("country", mapping.price.country)):
+        if preferred:
+            prices = [price for price in prices if _reference_id(price, name) == preferred] or prices
     return prices
 
 
-def _key(price: Json, name: str) -> str:
+def _reference_id(price: Json, name: str) -> str:
     value = price.get(name)
     return as_text(value.get("id")) if isinstance(value, dict) else as_text(value)
 
 
-def _windowed(price: Json) -> bool:
+def _has_window(price: Json) -> bool:
     return bool(price.get("validFrom") or price.get("validUntil"))
 
 
@@ -75,6 +78,6 @@ def _window(price: Json) -> tuple[datetime, datetime]:
     return parse_time(price.get("validFrom")) or _ALWAYS, parse_time(price.get("validUntil")) or _NEVER
 
 
-def _holds(price: Json, as_of: datetime) -> bool:
+def _is_valid(price: Json, as_of: datetime) -> bool:
     start, end = _window(price)
     return start <= as_of < end and not price.get("customerGroup")

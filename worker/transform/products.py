@@ -1,4 +1,4 @@
-"""Product messages -> catalog items and variants, always from the current projection."""
+"""Product messages -> catalog items and variants, from the current product projection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from worker.json_access import as_dict, as_dicts, as_int, as_text, pick_ids
 from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
 from worker.transform.catalog import catalog_id, category_operation
-from worker.transform.fields import product_url
 from worker.transform.prices import catalog_price, price_metadata
 from worker.transform.registry import handles
 
@@ -40,7 +39,7 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     omissions=_omissions,
 )
 def product_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Mirror the product as commercetools shows it now: published, or gone."""
+    """Write the current projection of the product; delete the product if it is not published."""
     if enriched.product is None:
         product_id = enriched.notification.resource_id
         yield Operation(OperationKind.DELETE_STALE_VARIANTS, product_id)
@@ -55,7 +54,7 @@ def product_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Oper
 
 
 def product_operations(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Yield what makes the product complete in Klaviyo: its categories, the item, the variants."""
+    """Yield the operations that write a whole product: its categories, the item, the variants."""
     product = as_dict(enriched.product)
     product_id = as_text(product.get("id"))
     for category in _categories(product_id, enriched):
@@ -67,8 +66,8 @@ def product_operations(enriched: Enriched, mapping: MappingConfig) -> Iterable[O
             yield Operation(OperationKind.UPSERT_VARIANT, sku, _variant(product, variant, enriched, mapping))
 
 
-def quantity(entries: Iterable[Json], channel: str) -> int | None:
-    """Return the stock of the chosen supply channel ("": of none), or None when no entry is of it."""
+def available_quantity(entries: Iterable[Json], channel: str) -> int | None:
+    """Return the stock in a supply channel ("": without a channel), or None if no entry has it."""
     for entry in entries:
         if as_text(as_dict(entry.get("supplyChannel")).get("id")) == channel:
             return as_int(entry.get("availableQuantity"))
@@ -84,7 +83,7 @@ def _skus(product: Json) -> Iterable[str]:
 
 
 def _categories(product_id: str, enriched: Enriched) -> list[Json]:
-    """Return the product's categories and their ancestors, parents first."""
+    """Return the categories of a product and their ancestors, parents first."""
     found: dict[str, Json] = {}
     for category_id in enriched.product_categories.get(product_id, ()):
         category = enriched.categories.get(category_id)
@@ -123,23 +122,23 @@ def _variant(product: Json, variant: Json, enriched: Enriched, mapping: MappingC
 
 
 def _common(product: Json, variant: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
-    """Return the attributes an item and its variants share."""
+    """Return the attributes that an item and its variants have in common."""
     return {
         "integration_type": "$custom",
         "catalog_type": "$default",
         "published": True,
         "title": fields.localized(product.get("name"), mapping.locale) or as_text(product.get("id")),
         "description": fields.localized(product.get("description"), mapping.locale),
-        # Klaviyo requires a url; this text is what accounts hold that never had a template.
-        "url": product_url(product.get("slug"), as_text(product.get("id")), variant, mapping) or "None",
-        "image_full_url": fields.image_url(variant) or None,  # null: an image that was removed is removed
+        # Klaviyo requires a url. Without a template it is this text, which existing accounts hold.
+        "url": fields.product_url(product.get("slug"), as_text(product.get("id")), variant, mapping) or "None",
+        "image_full_url": fields.image_url(variant) or None,  # null removes the image
         "price": catalog_price(variant, mapping, enriched.as_of),
         "custom_metadata": _metadata(product, variant),
     }
 
 
 def _metadata(product: Json, variant: Json) -> Json:
-    """Return all languages and prices as flat JSON texts: Klaviyo takes no nested metadata."""
+    """Return all translations and prices as JSON texts: Klaviyo accepts no nested metadata."""
     prices, currencies = price_metadata(variant)
     texts = {
         "title_json": _by_locale("title", product.get("name")),
@@ -155,9 +154,9 @@ def _by_locale(prefix: str, texts: Any) -> Json:
 
 
 def _stock(variant: Json, enriched: Enriched, mapping: MappingConfig) -> int:
-    """Return the stock: of the inventory entries, else as the projection shows it (which lags), else 0."""
+    """Return the stock in the inventory entries, otherwise in the projection, otherwise 0. The projection can lag."""
     channel = mapping.inventory.channel
-    known = quantity(enriched.inventory.get(as_text(variant.get("sku")), ()), channel)
+    in_channel = available_quantity(enriched.inventory.get(as_text(variant.get("sku")), ()), channel)
     availability = as_dict(variant.get("availability"))
-    shown = as_dict(as_dict(availability.get("channels")).get(channel)) if channel else availability
-    return known if known is not None else as_int(shown.get("availableQuantity")) or 0
+    projected = as_dict(as_dict(availability.get("channels")).get(channel)) if channel else availability
+    return in_channel if in_channel is not None else as_int(projected.get("availableQuantity")) or 0

@@ -15,11 +15,11 @@ Omissions = Callable[[Enriched, MappingConfig], Iterable[str]]
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """What to do with one type of notification."""
+    """A function that handles one type of notification, and its description."""
 
     resource_type: str
     type: str
-    effect: str  # for people: `klaviyo-worker handlers`, docs/mapping.md
+    effect: str  # shown by `klaviyo-worker handlers` and docs/mapping.md
     function: HandlerFunction
     precheck: Precheck | None = None
     once_per_resource: bool = False
@@ -37,12 +37,12 @@ def handles(
     once_per_resource: bool = False,
     omissions: Omissions | None = None,
 ) -> Callable[[HandlerFunction], HandlerFunction]:
-    """Register a handler for message types (or ResourceCreated, ...) of a commercetools resource type.
+    """Register a handler for types of messages or changes (ResourceCreated, ...) of a commercetools resource type.
 
-    `precheck` raises Ignored when the notification alone shows that there is nothing to do, before
-    anything is fetched for it. `once_per_resource`: a resource has one message of this type, and no message before it
-    makes events with the same unique_id; its first delivery may go to Klaviyo in bulk. `omissions` tells a person
-    what is not sent, and why: by names, never by values.
+    `effect` describes for people what the handler sends. `precheck` raises Ignored if the notification alone shows
+    that there is nothing to send; it runs before any data is fetched. `once_per_resource` states that a resource has
+    only one message of this type, and that no earlier message creates events with the same unique_id: the events of
+    its first delivery can be sent in bulk. `omissions` describes which data is not sent and why, by name only.
     """
 
     def register(function: HandlerFunction) -> HandlerFunction:

@@ -1,7 +1,4 @@
-"""Cut event properties to what Klaviyo takes: predictably, last items first, and say what was cut.
-
-The numbers are Klaviyo's: https://developers.klaviyo.com/en/reference/create_event
-"""
+"""Truncation of properties to Klaviyo's limits: https://developers.klaviyo.com/en/reference/create_event."""
 
 from __future__ import annotations
 
@@ -17,13 +14,12 @@ MAX_PROPERTIES = 400
 MAX_ARRAY = 4_000
 MAX_DEPTH = 10
 MAX_TEXT_BYTES = 100_000
-EVENT_BYTES = 4_500_000  # of 5 MB, leaving room for the profile around the properties
-PROFILE_BYTES = 80_000  # of 100 KB, leaving room for the other attributes
-_ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"{[]}"))
+EVENT_BYTES = 4_500_000  # Klaviyo's limit for an event is 5 MB; the rest is for its profile
+PROFILE_BYTES = 80_000  # Klaviyo's limit for a profile is 100 KB; the rest is for its other attributes
 
 
 def truncate(properties: Json, max_bytes: int = EVENT_BYTES) -> tuple[Json, list[str]]:
-    """Return properties within every limit, and the paths of what had to be cut."""
+    """Return the properties within all limits, and the paths of those that were truncated or removed."""
     if _is_small(properties):
         return properties, []
     truncated: list[str] = []
@@ -35,18 +31,21 @@ def truncate(properties: Json, max_bytes: int = EVENT_BYTES) -> tuple[Json, list
 
 
 def _is_small(properties: Json) -> bool:
-    """Tell cheaply that nothing can exceed a limit. False says nothing."""
-    raw = orjson.dumps(properties)
-    if len(raw) > 2 * MAX_ARRAY or len(properties) > MAX_PROPERTIES:  # an entry of an array takes 2 bytes
+    """Return True if no limit can be exceeded. This is a fast check for usual sizes; False leaves it open."""
+    # An entry of an array takes at least 2 bytes.
+    if len(orjson.dumps(properties)) > 2 * MAX_ARRAY or len(properties) > MAX_PROPERTIES:
         return False
-    if b"\\" in raw:  # what is a text and what is not cannot be told by its quotes
+    return _is_shallow(properties, MAX_DEPTH)
+
+
+def _is_shallow(value: Json | list[Any], depth: int) -> bool:
+    """Return whether objects and arrays are nested at most `depth` deep."""
+    if depth == 0:
         return False
-    structure = b"".join(raw.split(b'"')[::2])  # texts hold brackets too
-    depth = deepest = 0
-    for bracket in structure.translate(None, _ALL_BUT_BRACKETS):
-        depth += 1 if bracket in b"{[" else -1
-        deepest = max(deepest, depth)
-    return deepest <= MAX_DEPTH
+    for child in value.values() if isinstance(value, dict) else value:
+        if isinstance(child, (dict, list)) and not _is_shallow(child, depth - 1):
+            return False
+    return True
 
 
 def _clamp(value: Any, depth: int, path: str, truncated: list[str]) -> Any:
@@ -72,7 +71,7 @@ def _clamp_text(text: str, path: str, truncated: list[str]) -> str:
 
 
 def _shrink(properties: Json, max_bytes: int, truncated: list[str]) -> Json:
-    """Halve the largest property until the whole fits; arrays lose their last items, others go."""
+    """Shorten the largest property until all fit: halve it if it is an array, otherwise remove it."""
     sizes = {name: len(orjson.dumps(value)) for name, value in properties.items()}
     while sum(sizes.values()) > max_bytes:
         largest = max(sizes, key=lambda name: sizes[name])
