@@ -125,9 +125,7 @@ def load_mapping(path: Path | None, **overrides: str) -> MappingConfig:
     try:
         return MappingConfig.model_validate(document | {name: value for name, value in overrides.items() if value})
     except ValidationError as errors:
-        raise SettingsError(
-            "\n".join(f"{path or 'mapping'}: {_describe(error)}" for error in errors.errors())
-        ) from None
+        raise SettingsError.joined([_problem(path, error) for error in errors.errors()]) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -139,8 +137,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise SettingsError(f"KLAVIYO_WORKER_CONFIG: {path} is not TOML: {error}") from None
 
 
-def _describe(error: ErrorDetails) -> str:
+def _problem(path: Path | None, error: ErrorDetails) -> SettingsError:
     key = ".".join(map(str, error["loc"]))
     if new := MAPPING_KEYS.get(key):
-        return f"{key} was renamed: use {new}"
-    return f"{key}: {error['msg']}"
+        return SettingsError(f"{path or 'mapping'}: {key} was renamed", todo=f"use {new}")
+    return SettingsError(f"{path or 'mapping'}: {key}: {error['msg']}")

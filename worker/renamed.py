@@ -26,12 +26,12 @@ OPTIONS = {
 }
 
 MAPPING_KEYS = {
-    "category.max_descendants": "category.max_descendants",
-    "customer.custom_fields.rename": "customer.custom_fields.rename",
+    "category.descendants": "category.max_descendants",
+    "customer.custom_fields.map": "customer.custom_fields.rename",
     "disabled": "disabled_types",
-    "order.cancelled_states": "order.cancelled_states",
-    "order.custom_fields.rename": "order.custom_fields.rename",
-    "order.fulfilled_states": "order.fulfilled_states",
-    "order.fulfilled_shipment_states": "order.fulfilled_shipment_states",
-    "order.properties.rename": "order.properties.rename",
+    "order.cancelled_order": "order.cancelled_states",
+    "order.custom_fields.map": "order.custom_fields.rename",
+    "order.fulfilled_order": "order.fulfilled_states",
+    "order.fulfilled_shipment": "order.fulfilled_shipment_states",
+    "order.properties.map": "order.properties.rename",
 }

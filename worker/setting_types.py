@@ -1,4 +1,4 @@
-"""What settings are made of: types that say what was expected, and never quote a secret."""
+"""Types of settings. Their errors say what was expected, and never quote a secret."""
 
 from __future__ import annotations
 
@@ -12,21 +12,28 @@ from pydantic_settings import NoDecode
 from adapters.shared.loopback import is_loopback
 
 
-def _http_url(value: str) -> str:
+class ApiClient(BaseModel):
+    """A commercetools API client."""
+
+    client_id: str
+    secret: SecretStr
+
+
+def _check_url(value: str) -> str:
     parts = urlsplit(value)
     if (parts.scheme == "https" and parts.netloc) or (parts.scheme == "http" and is_loopback(parts.hostname or "")):
         return value.rstrip("/")
     raise ValueError("expected an https:// URL (http:// for this machine only)")
 
 
-def _filled(value: str) -> str:
+def _check_non_empty(value: str) -> str:
     if not value.strip() or not value.isprintable():
         raise ValueError("expected a text that is not empty")
     return value.strip()
 
 
-def _credentials(value: Any) -> Any:
-    """Decode the JSON here, so that no decoder's message can quote the secret."""
+def _parse_api_client(value: Any) -> Any:
+    """Decode the JSON here, because a JSON decoder's error message can quote the secret."""
     if not isinstance(value, str):
         return value
     try:
@@ -39,21 +46,14 @@ def _credentials(value: Any) -> Any:
     return {"client_id": client, "secret": secret}
 
 
-class ApiClient(BaseModel):
-    """A commercetools API client."""
-
-    client_id: str
-    secret: SecretStr
-
-
-def _key(value: SecretStr) -> SecretStr:
+def _check_private_key(value: SecretStr) -> SecretStr:
     text = value.get_secret_value()
     if not text or not text.isascii() or not text.isprintable() or " " in text:
         raise ValueError("expected a private API key, like pk_…, without spaces")
     return value
 
 
-Url = Annotated[str, AfterValidator(_http_url)]
-Text = Annotated[str, AfterValidator(_filled)]
-Client = Annotated[ApiClient, NoDecode, BeforeValidator(_credentials)]
-Key = Annotated[SecretStr, AfterValidator(_key)]
+Url = Annotated[str, AfterValidator(_check_url)]
+NonEmptyStr = Annotated[str, AfterValidator(_check_non_empty)]
+ApiClientJson = Annotated[ApiClient, NoDecode, BeforeValidator(_parse_api_client)]
+PrivateKey = Annotated[SecretStr, AfterValidator(_check_private_key)]

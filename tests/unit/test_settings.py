@@ -118,6 +118,34 @@ def test_flags_win_over_the_environment(environment: pytest.MonkeyPatch) -> None
     assert load(Settings, {"lanes": "6"}).lanes == 6
 
 
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("suffix", ["", "_FILE"])
+@pytest.mark.parametrize(("old", "new"), renamed.SETTINGS.items())
+def test_a_former_variable_names_its_replacement(
+    old: str, new: str, suffix: str, environment: pytest.MonkeyPatch
+) -> None:
+    """A renamed variable is an error for every command, also if its value would be valid."""
+    environment.setenv(f"{old}{suffix}", "1")
+    for kind in (Settings, QueueSettings):
+        with pytest.raises(SettingsError) as error:
+            load(kind, {})
+        assert str(error.value) == f"{old}{suffix} was renamed: use {new}{suffix}"
+    assert new in {info.validation_alias for info in Settings.model_fields.values()}
+    environment.setenv(f"{old}{suffix}", "")
+    load(Settings, {})
+
+
+def test_a_former_mode_of_dead_lettering_names_its_replacement(environment: pytest.MonkeyPatch) -> None:
+    """`queue` is now `policy`."""
+    environment.setenv("KLAVIYO_WORKER_DEAD_LETTER_MODE", "queue")
+    with pytest.raises(SettingsError) as error:
+        load(Settings, {})
+    assert str(error.value) == (
+        "KLAVIYO_WORKER_DEAD_LETTER_MODE is malformed: Input should be 'policy' or 'direct' — policy: the queue's own "
+        "policy dead-letters a message; direct: the worker does, at once and with the reason"
+    )
+
+
 def test_an_empty_variable_counts_as_not_set(environment: pytest.MonkeyPatch) -> None:
     """Compose files and manifests often pass empty values on."""
     environment.setenv("KLAVIYO_API_URL", "")

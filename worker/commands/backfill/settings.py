@@ -22,6 +22,10 @@ class BackfillSettings(Settings):
     rate_limit_share: float = _override(
         "rate_limit_share", 0.5, "Share of Klaviyo's rate limits to use; the worker needs the rest"
     )
-    lanes: int = _override("lanes", 2, "Batches processed concurrently; a small number makes them large")
+    lanes: int = _override(
+        "lanes",
+        2,
+        "Lanes for events, and as many each for profiles and for the catalog; fewer lanes handle larger batches",
+    )
     max_batch: int = _override("max_batch", 1_000)
-    max_in_flight: int = _override("max_in_flight", 4_000, "Messages held at once; an order has several")
+    max_in_flight: int = _override("max_in_flight", 4_000, "Maximum number of messages in flight; an order is several")
