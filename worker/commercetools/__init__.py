@@ -1,1 +1,1 @@
-"""The commercetools client. Read queries.py for what is asked, client.py for how."""
+"""The commercetools client. queries.py lists the queries, client.py sends them."""

@@ -1,1 +1,1 @@
-"""What both clients share: the HTTP transport, retries with backoff and circuit breakers."""
+"""HTTP for both clients: transport, backoff and circuit breakers."""

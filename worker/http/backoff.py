@@ -1,20 +1,19 @@
-"""How long to wait before the next try."""
+"""Exponential backoff with jitter."""
 
 from __future__ import annotations
 
 import random
 
-MIN_BACKOFF, MAX_BACKOFF = 1.0, 30.0  # seconds between two tries
-
-
-BACKOFF_SHARE = 1 / 60  # of the hold; no pause is longer, so that a short hold has its tries too
+MIN_BACKOFF = 1.0  # seconds before the first retry
+MAX_BACKOFF = 30.0  # seconds
+BACKOFF_SHARE = 1 / 60  # of the hold; a short hold needs several retries too
 
 
 def max_backoff(hold: float) -> float:
-    """Return the longest time between two tries, where messages are kept for `hold`; in seconds."""
+    """Return the longest delay between two retries of messages that are held for `hold` seconds."""
     return min(max(hold * BACKOFF_SHARE, MIN_BACKOFF), MAX_BACKOFF)
 
 
 def backoff(retries: int, maximum: float) -> float:
-    """Return how long to wait after a number of failed tries, in seconds: doubling, with jitter."""
+    """Return the delay before the next retry, in seconds: it doubles with each retry and has jitter."""
     return random.uniform(0.5, 1.0) * min(MIN_BACKOFF * 2.0 ** min(retries, 16), maximum)  # noqa: S311

@@ -1,4 +1,4 @@
-"""Cuts what is to be sent into calls of a limited size."""
+"""Splits values into calls of a limited size."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def chunked(values: Iterable[T], size: Callable[[T], int], max_bytes: int, most: float) -> Iterator[list[T]]:
-    """Yield values in lists of at most `most` and `max_bytes`; one that alone is larger comes alone."""
+def chunked(values: Iterable[T], size: Callable[[T], int], max_bytes: int, max_items: float) -> Iterator[list[T]]:
+    """Yield lists of at most `max_items` values and `max_bytes`. A value larger than `max_bytes` is yielded alone."""
     chunk: list[T] = []
     total = 0
     for value in values:
         added = size(value)
-        if chunk and (len(chunk) == most or total + added > max_bytes):
+        if chunk and (len(chunk) == max_items or total + added > max_bytes):
             yield chunk
             chunk, total = [], 0
         chunk.append(value)

@@ -1,14 +1,11 @@
-"""One HTTP request, as both clients make it. Network faults and passing statuses become Transient."""
+"""HTTP requests for both clients: network errors and transient statuses are raised as Transient."""
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from threading import local
 from typing import TYPE_CHECKING, Any
@@ -25,13 +22,14 @@ if TYPE_CHECKING:
 
     from worker.settings import CommercetoolsSettings
 
+MAX_RETRY_AFTER = 3600.0  # seconds
+BODY_TIMEOUT_FACTOR = 10  # read timeouts for a whole response; a read timeout applies between two packets
+CHUNK_SIZE = 65_536  # bytes
 _TRANSIENT = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
-MAX_RETRY_AFTER = 3600.0
-CHUNK = 65_536  # bytes read at once, at most
+_RETRY = urllib3.Retry()
 _ID = re.compile(r"^(/api/[^/]+)/[^/]+")  # in Klaviyo's paths
-BODY_TIMEOUT_FACTOR = 10  # read timeouts that a whole answer may take: one is the time between two packets
 
-Observe = Callable[[str, int | None, float], None]
+Observe = Callable[[str, int | None, float], None]  # endpoint, status (None: no response), seconds
 
 
 def unobserved(endpoint: str, status: int | None, seconds: float) -> None:
@@ -40,15 +38,15 @@ def unobserved(endpoint: str, status: int | None, seconds: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """An answer, whatever its status."""
+    """A complete response with any status."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
-    target: str  # method, host and path, ids left out
+    target: str  # method, host and path, without ids
 
     def json(self) -> Any:
-        """Return the decoded body; None when it is no JSON."""
+        """Return the decoded body, or None if it is not JSON."""
         try:
             return orjson.loads(self.body)
         except orjson.JSONDecodeError:
@@ -56,7 +54,7 @@ class Response:
 
 
 def pool(url: str, size: int) -> urllib3.PoolManager:
-    """Return a connection pool for `size` threads that verifies TLS and goes through the environment's proxy."""
+    """Return a connection pool for `size` threads that verifies TLS and uses the proxy of the environment."""
     proxy = proxy_for(url)
     if proxy:
         return urllib3.ProxyManager(proxy, maxsize=size, cert_reqs="CERT_REQUIRED")
@@ -64,38 +62,35 @@ def pool(url: str, size: int) -> urllib3.PoolManager:
 
 
 def proxy_for(url: str) -> str | None:
-    """Return the proxy that HTTPS_PROXY and NO_PROXY ask for, or None."""
+    """Return the proxy that HTTPS_PROXY and NO_PROXY select for a URL, or None."""
     proxies: dict[str, str] = get_environ_proxies(url)
     return proxies.get(urlsplit(url).scheme)
 
 
 class Transport:
-    """Sends requests and reads whole answers. Safe for many threads.
-
-    `observe` is told the endpoint, the status (None: no answer) and the seconds of each.
-    """
+    """Sends requests and reads complete responses. Safe for many threads."""
 
     def __init__(self, pool: urllib3.PoolManager, settings: CommercetoolsSettings, observe: Observe) -> None:
         self._pool = pool
         self._timeout = urllib3.Timeout(connect=settings.connect_timeout, read=settings.read_timeout)
         self._read_timeout = settings.read_timeout
         self._observe = observe
-        self._here = local()
+        self._thread = local()
 
     @property
     def requests_sent(self) -> int:
-        """Return how many requests the calling thread has made."""
-        return getattr(self._here, "requests_sent", 0)
+        """Return the number of requests that the calling thread has sent."""
+        return getattr(self._thread, "requests_sent", 0)
 
     def request(
         self, endpoint: str, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> Response:
-        """Send one request. Raises Transient when there is no whole answer."""
-        self._here.requests_sent = self.requests_sent + 1
-        began = time.monotonic()
+        """Send one request and return its response. Raises Transient if the response is missing or incomplete."""
+        self._thread.requests_sent = self.requests_sent + 1
+        start = time.monotonic()
         status = None
         try:
-            answer = self._pool.request(
+            response = self._pool.request(
                 method,
                 url,
                 body=body,
@@ -105,60 +100,55 @@ class Transport:
                 redirect=False,
                 preload_content=False,
             )
-            content = _read(answer, began + BODY_TIMEOUT_FACTOR * self._read_timeout)
-            status = answer.status
+            content = _read(response, start + BODY_TIMEOUT_FACTOR * self._read_timeout)
+            status = response.status
         except urllib3.exceptions.HTTPError as error:
-            raise Transient(f"no answer to {_target(method, url)}: {type(error).__name__}") from None
+            raise Transient(f"no response to {_target(method, url)}: {type(error).__name__}") from None
         finally:
-            self._observe(endpoint, status, time.monotonic() - began)
-        return Response(answer.status, answer.headers, content, _target(method, url))
+            self._observe(endpoint, status, time.monotonic() - start)
+        return Response(response.status, response.headers, content, _target(method, url))
 
 
-def _read(answer: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
-    """Read a body, before `deadline` (monotonic seconds): a sender that dawdles must not keep a lane for ever."""
+def _read(response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
+    """Return the body. Raises TimeoutError at `deadline` (monotonic seconds): a slow sender must not block a lane."""
     parts = []
-    while part := answer.read1(CHUNK):
+    while part := response.read1(CHUNK_SIZE):
         parts.append(part)
         if time.monotonic() > deadline:
-            answer.close()
+            response.close()
             raise urllib3.exceptions.TimeoutError
     return b"".join(parts)
 
 
 def _target(method: str, url: str) -> str:
-    """Name a request by host and path only: a query may hold what belongs to a person, and an outage is no record's."""
+    """Return method, host and path. A query can hold personal data, and an id would make each outage reason unique."""
     target = urlsplit(url)
     path = _ID.sub(r"\1/{id}", target.path)
     return f"{method} {target.netloc}{path}"
 
 
 def raise_for_transient(response: Response) -> None:
-    """Raise Transient or Throttled when an answer says nothing about the request, only about the moment."""
+    """Raise Transient or Throttled if the same request can succeed later."""
     status = response.status
     if status == HTTPStatus.TOO_MANY_REQUESTS:
         raise Throttled(f"{status} to {response.target}", retry_after(response.headers))
     if is_transient(status):
         raise Transient(f"{status} to {response.target}", retry_after(response.headers))
-    if (
-        status < HTTPStatus.MULTIPLE_CHOICES and response.body and response.json() is None
-    ):  # a maintenance page, a proxy
-        raise Transient(f"{status} to {response.target} with something that is no JSON")
+    if status < HTTPStatus.MULTIPLE_CHOICES and response.body and response.json() is None:  # maintenance page or proxy
+        raise Transient(f"{status} to {response.target} with a body that is not JSON")
 
 
 def is_transient(status: int) -> bool:
-    """Tell whether a status is about the moment, not about the request; proxies have 5xx of their own."""
+    """Return whether the same request can succeed later. Proxies have their own 5xx statuses."""
     return status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _TRANSIENT
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the Retry-After header in seconds (a number or an HTTP date), or None."""
-    value = headers.get("Retry-After", "")
-    try:
-        seconds = float(value) if not value.endswith("GMT") else _until(value)
-    except ValueError:
+    """Return the Retry-After header (a number or an HTTP date) in seconds, or None if it is missing or invalid."""
+    value = headers.get("Retry-After")
+    if value is None:
         return None
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER) if math.isfinite(seconds) else None
-
-
-def _until(http_date: str) -> float:
-    return (parsedate_to_datetime(http_date) - datetime.now(UTC)).total_seconds()
+    try:
+        return min(float(_RETRY.parse_retry_after(value)), MAX_RETRY_AFTER)
+    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
+        return None

@@ -1,7 +1,7 @@
-"""The Klaviyo client: klaviyo-api's host, authentication and connection pool; our bytes, timeouts and verdicts.
+"""The Klaviyo client: raw JSON over the connection pool of klaviyo-api.
 
-Its model round trip costs much CPU and drops attributes it does not know:
-docs/decisions/0002-raw-json-over-sdk-models.md.
+klaviyo-api provides the host, authentication and connection pool. Its models cost much CPU and drop attributes that
+they do not know: docs/decisions/0002-raw-json-over-sdk-models.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from worker.settings import Settings
     from worker.telemetry.state import RateLimitStatus
 
-REVISION = "2026-07-15"  # what our bodies are written for; the SDK's own is newer and moves with it
+REVISION = "2026-07-15"  # of the request bodies; the SDK has a newer one, which changes with each release
 MEDIA_TYPE = "application/vnd.api+json"
 Body = Json | bytes | Callable[[], bytes] | None
 _ID = re.compile(r"^(\w+ /api/[^/]+)/[^/]+")
@@ -74,10 +74,10 @@ class Klaviyo:
         }
 
     def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
-        """Call an endpoint, trying again for a while when it cannot answer now; return the decoded answer.
+        """Call an endpoint with retries and return the decoded response.
 
-        `body`: bytes are JSON already; a function is asked for them before every try, once the limits let it pass.
-        `idempotent` False: never sent twice if the result is unknown.
+        `body`: bytes are encoded JSON. A function is called before every request, after the rate limiter has
+        granted it. `idempotent` False: a request with an unknown result is not repeated.
         Raises Transient, Rejected (with the status) or KlaviyoMisconfigured.
         """
         content = orjson.dumps(body) if isinstance(body, dict) else body
@@ -87,15 +87,15 @@ class Klaviyo:
         return as_dict(response.json())
 
     def requests_sent(self) -> int:
-        """Return how many requests the calling thread has made."""
+        """Return the number of requests that the calling thread has sent."""
         return self._transport.requests_sent
 
     def outage_reason(self) -> str:
-        """Return why calls are held back; "" when they are not."""
+        """Return why a circuit is open, or "" if Klaviyo has no outage."""
         return self._breakers.outage_reason()
 
     def rate_limit_status(self) -> Mapping[str, RateLimitStatus]:
-        """Return how the limits of each endpoint stand."""
+        """Return the status of the rate limits, by endpoint."""
         return self._rate_limiter.statuses()
 
     def _call(
@@ -107,7 +107,7 @@ class Klaviyo:
         self._rate_limiter.update(endpoint, response.status, response.headers, http.retry_after(response.headers))
         http.raise_for_transient(response)
         if response.status >= HTTPStatus.MULTIPLE_CHOICES:
-            raise _verdict(method, path, response)
+            raise _error_from(method, path, response)
         return response
 
 
@@ -116,8 +116,8 @@ def endpoint_of(method: str, path: str) -> str:
     return _ID.sub(r"\1/{id}", f"{method} {path.partition('?')[0]}")
 
 
-def _verdict(method: str, path: str, response: http.Response) -> Exception:
-    """Return what a refusal means. Klaviyo's `detail` may quote the record, so it is left out."""
+def _error_from(method: str, path: str, response: http.Response) -> Exception:
+    """Return the error for a response that is not a success. Klaviyo's `detail` can quote the record: it is omitted."""
     document = response.json()
     error = next(iter(as_dicts(as_dict(document).get("errors"))), {})
     endpoint = path.partition("?")[0].partition("/$custom")[0]
@@ -129,7 +129,7 @@ def _verdict(method: str, path: str, response: http.Response) -> Exception:
         return KlaviyoMisconfigured(what, todo="check KLAVIYO_AUTH_KEY")
     if status == HTTPStatus.FORBIDDEN:
         return KlaviyoMisconfigured(what, todo="check KLAVIYO_AUTH_KEY and its scopes", lacks_scope=True)
-    if _is_elsewhere(method, status, error):
+    if _is_wrong_api(method, status, error):
         return KlaviyoMisconfigured(what, todo="check KLAVIYO_API_URL")
     reason = " ".join(filter(None, (as_text(error.get(name))[:100] for name in ("code", "title"))))
     pointer = as_text(as_dict(error.get("source")).get("pointer"))[:200]
@@ -137,17 +137,17 @@ def _verdict(method: str, path: str, response: http.Response) -> Exception:
     return Rejected(f"{what}: {reason or 'no reason given'} {pointer}".strip(), status, duplicate, pointer)
 
 
-def _is_elsewhere(method: str, status: int, error: dict[str, Any]) -> bool:
-    """Tell answers that judge no record: redirects, a retired revision, something that is not Klaviyo."""
+def _is_wrong_api(method: str, status: int, error: dict[str, Any]) -> bool:
+    """Return whether a status concerns no record: a redirect, a retired revision, or a server that is not Klaviyo."""
     if status < HTTPStatus.BAD_REQUEST or status in {HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.GONE}:
         return True
     return status == HTTPStatus.NOT_FOUND and method == "POST" and not error
 
 
 def iter_resources(client: KlaviyoClient, path: str) -> Iterator[Json]:
-    """Yield the resources of a list, page by page. Raises WorkerError."""
+    """Yield the resources of all pages of a list. Raises WorkerError."""
     while path:
         page = client.call("GET", path)
         yield from as_dicts(page.get("data"))
-        following = as_text(as_dict(page.get("links")).get("next"))
-        path = following[following.find("/api/") :] if "/api/" in following else ""
+        next_url = as_text(as_dict(page.get("links")).get("next"))
+        path = next_url[next_url.find("/api/") :] if "/api/" in next_url else ""

@@ -307,7 +307,7 @@ def test_a_missing_scope_is_named(action: str, command: Command) -> None:
     ("fault", "text"),
     [
         (Fault(times=None, body=b"{}", status=200), "commercetools returned no results for subscriptions"),
-        (Fault(times=None, body=b"<html>", status=200), "something that is no JSON"),
+        (Fault(times=None, body=b"<html>", status=200), "body that is not JSON"),
         (Fault(times=None, status=401), "check CT_API_URL and CT_PROJECT_ID"),
         (Fault(times=None, status=404), "check CT_API_URL and CT_PROJECT_ID"),
         (Fault(times=None, status=302), "check CT_API_URL and CT_PROJECT_ID"),
