@@ -178,7 +178,7 @@ def test_what_judges_no_record_is_a_matter_of_configuration(fault: Fault, expect
 def test_a_strange_answer_is_never_taken_for_success(sandbox: Sandbox) -> None:
     """A maintenance page with status 200 has recorded no event."""
     sandbox.klaviyo.faults.add(Fault(status=200, times=None, body=b"<html>maintenance</html>"))
-    with pytest.raises(Transient, match="with a body that is not JSON$"):
+    with pytest.raises(Transient, match=r"^200 to POST .*/api/events with a body that is not JSON$"):
         klaviyo_for(sandbox, retry_timeout=0.1).call("POST", "/api/events", PROFILE)
 
 
