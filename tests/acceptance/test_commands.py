@@ -79,11 +79,11 @@ def test_transform_prints_requests_without_any_network(worker: Worker, sandbox: 
 
 
 def test_transform_takes_the_rest_from_a_file(worker: Worker, sandbox: Sandbox) -> None:
-    """--enriched holds what commercetools would answer."""
+    """--commercetools holds what commercetools would answer."""
     order = next(order for order in sandbox.shop.orders.values() if order.get("customerEmail"))
     (worker.directory / "shop.json").write_text(json.dumps({"orders": [order]}))
     notification = message("OrderStateChanged", "order", order["id"], orderState="Complete")
-    done = worker("transform", "-", "--enriched", "shop.json", stdin=cloudevent(notification))
+    done = worker("transform", "-", "--commercetools", "shop.json", stdin=cloudevent(notification))
     (line,) = map(json.loads, done.stdout.splitlines())
     assert line["body"]["data"]["attributes"]["metric"]["data"]["attributes"]["name"] == "Fulfilled Order"
 
@@ -96,7 +96,7 @@ def test_transform_says_what_is_wrong_on_stderr(worker: Worker) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("ignored: no handler for this type")
     assert "error: expected a JSON object" in done.stderr
-    assert worker("transform", "-", "--enriched", "-", stdin=b"[]").returncode == 2
+    assert worker("transform", "-", "--commercetools", "-", stdin=b"[]").returncode == 2
 
 
 def test_handlers_and_help_say_what_there_is(worker: Worker) -> None:

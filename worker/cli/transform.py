@@ -15,7 +15,7 @@ from worker.settings import MappingSettings, load
 
 _EXAMPLES = """
 \b
-klaviyo-worker transform --enriched shop.json message.json
+klaviyo-worker transform --commercetools shop.json message.json
 klaviyo-worker transform --explain message.json
 klaviyo-worker transform --explain message.json | grep -v '^{'  # without the JSON lines
 """
@@ -25,13 +25,13 @@ klaviyo-worker transform --explain message.json | grep -v '^{'  # without the JS
 @click.argument("file", type=click.File("rb"))
 @click.option("--explain", is_flag=True, help="Tell how each came to its requests, or to none.")
 @click.option(
-    "--enriched",
+    "--commercetools",
     type=click.File("rb"),
     metavar="FILE",
     help='What commercetools holds: JSON {"orders": […], "customers": […], "product-projections": […], …}.',
 )
 @settings_options(MappingSettings)
-def transform(*, file: BinaryIO, explain: bool, enriched: BinaryIO | None, **flags: Any) -> None:
+def transform(*, file: BinaryIO, explain: bool, commercetools: BinaryIO | None, **flags: Any) -> None:
     """Print the Klaviyo requests for notifications, offline.
 
     FILE (- for stdin) holds one JSON document or one per line, in any envelope. Prints a JSON line per operation.
@@ -48,16 +48,16 @@ def transform(*, file: BinaryIO, explain: bool, enriched: BinaryIO | None, **fla
     failed = False
     with handle_errors():
         mapping = load(MappingSettings, flags).mapping()
-        snapshot = _snapshot(enriched)
-        if explain and not enriched:
-            click.echo("without --enriched, only what a message itself brings is known of commercetools", err=True)
+        snapshot = _snapshot(commercetools)
+        if explain and not commercetools:
+            click.echo("without --commercetools, only the payload of a message is known of commercetools", err=True)
         for number, body in enumerate(documents(file.read()), 1):
             trace = trace_notification(body, snapshot, mapping)
             if explain:
                 click.echo("\n" * (number > 1), nl=False)
                 click.echo(explain_trace(number, trace, mapping))
             elif trace.ending is not None:
-                click.echo(_ending(trace.ending, hint=not enriched), err=True)
+                click.echo(_ending(trace.ending, hint=not commercetools), err=True)
             for operation in trace.operations:
                 click.echo(operation_line(operation))
             failed = failed or isinstance(trace.ending, WorkerError)
@@ -68,7 +68,7 @@ def transform(*, file: BinaryIO, explain: bool, enriched: BinaryIO | None, **fla
 def _ending(ending: Exception, *, hint: bool) -> str:
     if not isinstance(ending, Ignored):
         return f"error: {ending}"
-    return f"ignored: {ending}" + (" (without --enriched, only the payload is known)" if hint else "")
+    return f"ignored: {ending}" + (" (without --commercetools, only the payload is known)" if hint else "")
 
 
 def _snapshot(file: BinaryIO | None) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def _snapshot(file: BinaryIO | None) -> dict[str, Any]:
     try:
         document = orjson.loads(file.read())
     except orjson.JSONDecodeError as error:
-        raise SettingsError(f"--enriched: not JSON: {error.msg} at {error.pos}") from None
+        raise SettingsError(f"--commercetools: not JSON: {error.msg} at {error.pos}") from None
     if not isinstance(document, dict) or not all(isinstance(entry, list) for entry in document.values()):
-        raise SettingsError('--enriched: expected JSON like {"orders": […], "customers": […]}')
+        raise SettingsError('--commercetools: expected JSON like {"orders": […], "customers": […]}')
     return document

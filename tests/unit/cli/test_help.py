@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 import pytest
 
+from worker import renamed
 from worker.cli import main
 from worker.cli.options import Setting
 
@@ -51,6 +52,23 @@ def test_settings_are_listed_apart_from_a_commands_own_options(path: str) -> Non
     for option in options(path):
         is_setting = isinstance(option, Setting)
         assert (f"{option.opts[-1]} " in settings, f"{option.opts[-1]} " in own) == (is_setting, not is_setting)
+
+
+@pytest.mark.parametrize(("old", "new"), renamed.OPTIONS.items())
+def test_a_former_option_names_its_replacement(old: str, new: str) -> None:
+    """Every command that has the new option knows the former one; the exit code is that of a usage error."""
+    users = [path for path in HELP if any(new in option.opts for option in options(path))]
+    assert users
+    for path in users:
+        with pytest.raises(click.UsageError) as error:
+            HELP[path].command.make_context(path, [old, "1"], HELP[path].parent)
+        assert (error.value.exit_code, error.value.message) == (2, f"{old} was renamed: use {new}")
+
+
+def test_a_former_option_is_unknown_to_a_command_without_the_new_one() -> None:
+    """Its replacement would be unknown too."""
+    with pytest.raises(click.NoSuchOption):
+        HELP["klaviyo-worker handlers"].command.make_context("handlers", ["--metrics-port", "1"])
 
 
 def test_a_setting_shows_what_it_takes() -> None:

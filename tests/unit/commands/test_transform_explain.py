@@ -381,7 +381,7 @@ def test_the_requests_follow_each_explanation_as_they_are_without_it() -> None:
     assert (plain.exit_code, told.exit_code) == (0, 0)
     assert [line for line in told.stdout.splitlines() if line.startswith("{")] == plain.stdout.splitlines()
     assert "\n\n2. OrderCreated of order id-1\n" in told.stdout
-    assert told.stderr.startswith("without --enriched")
+    assert told.stderr.startswith("without --commercetools")
 
 
 def test_a_failed_one_is_explained_on_stdout_and_exit_code_1() -> None:
