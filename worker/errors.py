@@ -18,7 +18,7 @@ The texts are written for operators and appear in logs and dead letters. They co
 from __future__ import annotations
 
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,14 +40,23 @@ HELD = frozenset({Disposition.HOLD, Disposition.PARK})
 class ExitCode(IntEnum):
     """The exit codes of all commands, one for each kind of failure that needs a different reaction."""
 
-    OK = 0
-    UNEXPECTED = 1
-    USAGE = 2
-    QUEUE = 3
-    COMMERCETOOLS = 4
-    KLAVIYO = 5
-    SHUTDOWN_TIMED_OUT = 6
-    INTERRUPTED = 7
+    OK = 0, "success"
+    UNEXPECTED = 1, "unexpected error, or a part of the work failed"
+    USAGE = 2, "usage or configuration"
+    QUEUE = 3, "the queue cannot be used"
+    COMMERCETOOLS = 4, "commercetools refuses the credentials"
+    KLAVIYO = 5, "Klaviyo refuses the key"
+    SHUTDOWN_TIMED_OUT = 6, "shutdown timed out; messages in flight were not finished"
+    INTERRUPTED = 7, "interrupted; run the same command to continue"
+
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> Self:
+        """Create a member from its number and its meaning, which --help prints."""
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
 
 
 class WorkerError(Exception):

@@ -31,8 +31,8 @@ def outcome(folder: Path) -> dict[str, Any]:
         orjson.loads(snapshot.read_bytes()) if snapshot.exists() else {},
         load_mapping(mapping if mapping.exists() else None),
     )
-    if trace.ending is not None:
-        return {type(trace.ending).__name__.lower(): str(trace.ending)}
+    if trace.stopped_by is not None:
+        return {type(trace.stopped_by).__name__.lower(): str(trace.stopped_by)}
     return {"operations": [json.loads(operation_line(operation)) for operation in trace.operations]}
 
 

@@ -1,4 +1,4 @@
-"""The command line: a file per command, which parses options and calls one function."""
+"""The command line. Each command has a file that parses options and calls one function of worker/commands."""
 
 from __future__ import annotations
 
@@ -16,28 +16,24 @@ from worker.cli.publish import publish
 from worker.cli.run import run
 from worker.cli.subscriptions import subscriptions
 from worker.cli.transform import transform
+from worker.errors import ExitCode
 
-_EXIT_CODES = """
-\b
-Exit codes: 0 ok · 1 unexpected · 2 usage or configuration · 3 queue ·
-4 commercetools credentials · 5 Klaviyo credentials · 6 shutdown timed out ·
-7 interrupted
-"""
+_EXIT_CODES = "\b\nExit codes:\n" + "\n".join(f"  {code}  {code.meaning}" for code in ExitCode)
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 @click.group(cls=Group, epilog=_EXIT_CODES, context_settings=_CONTEXT)
 @click.version_option(package_name="klaviyo-worker")
 def main() -> None:
-    """Keep Klaviyo in step with commercetools: nothing lost, nothing doubled.
+    """Send changes in commercetools to Klaviyo, without losing messages or duplicating their effects.
 
-    `demo` shows it without any account, `check` tells whether the settings are right, `run` is the worker.
+    `demo` needs no account, `check` verifies the settings, `run` starts the worker.
     """
 
 
 @main.command()
 def handlers() -> None:
-    """List the notifications that have an effect, and which."""
+    """List the notifications that have an effect in Klaviyo."""
     from worker.transform import HANDLERS  # noqa: PLC0415
 
     rows = [("RESOURCE", "NOTIFICATION", "KLAVIYO")]
@@ -48,12 +44,14 @@ def handlers() -> None:
 
 
 @main.command()
-@click.option("--keep", type=click.Path(path_type=Path), metavar="DIRECTORY", help="Keep the queue and the log here.")
+@click.option(
+    "--keep", type=click.Path(path_type=Path), metavar="DIRECTORY", help="Keep the queue and the log in this directory."
+)
 def demo(*, keep: Path | None) -> None:
-    """Show the worker at work, without any account.
+    """Run the worker against emulators, without any account.
 
-    Puts messages of a sample shop into a queue, runs the worker against a stand-in for Klaviyo, and shows what is
-    there then.
+    Publishes messages of a sample shop to a queue, runs the worker against emulators of commercetools and Klaviyo,
+    and prints the resulting content of Klaviyo.
     """
     from worker.commands.demo import run_demo  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""What the commands share: settings as flags, errors as exit codes, the queue."""
+"""Parts that the commands share: flags for settings, sections of --help, opening the queue."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SECRETS = frozenset({"ct_api_client", "destination_secret", "klaviyo_auth_key", 
 
 
 class Setting(click.Option):
-    """A flag for a setting."""
+    """A flag that sets a setting."""
 
 
 class Command(click.Command):
-    """A command whose help tells its own options apart from the settings."""
+    """A command whose help lists its own options and the settings in separate sections."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments. A former option is an error that names its replacement."""
@@ -40,17 +40,17 @@ class Command(click.Command):
             raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write two sections."""
+        """Write the two sections."""
         options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
         for title, are_settings in (("Options", False), ("Settings", True)):
-            chosen = [option for option in options if isinstance(option, Setting) == are_settings]
-            if records := [record for option in chosen if (record := option.get_help_record(ctx))]:
+            selected = [option for option in options if isinstance(option, Setting) == are_settings]
+            if records := [record for option in selected if (record := option.get_help_record(ctx))]:
                 with formatter.section(title):
                     formatter.write_dl(records)
 
 
 class Group(click.Group):
-    """A group of such commands."""
+    """A group of commands of this class."""
 
     command_class = Command
 
@@ -58,18 +58,18 @@ class Group(click.Group):
 def settings_options(
     kind: type[BaseSettings], without: frozenset[str] = frozenset()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a flag for every setting of `kind` that is no secret; its value stays a text, checked by `load`."""
+    """Add a flag for every setting of `kind` except secrets and `without`. `load` validates the values."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         for name, info in reversed(kind.model_fields.items()):
             if name not in SECRETS | without:
                 default = info.get_default()
-                shown = "" if default in (None, "") or info.is_required() else f"  [default: {default}]"
-                text = f"{info.description}{shown}  [env: {info.validation_alias}]"
+                default_text = "" if default in (None, "") or info.is_required() else f"  [default: {default}]"
+                text = f"{info.description}{default_text}  [env: {info.validation_alias}]"
                 flag = "--" + name.replace("_", "-")
                 metavar = _metavar(info)
-                shape = click.Path() if metavar == "FILE" else str  # for shells, which complete a path
-                option = click.option(flag, name, cls=Setting, type=shape, default=None, help=text, metavar=metavar)
+                flag_type = click.Path() if metavar == "FILE" else str  # lets shells complete a path
+                option = click.option(flag, name, cls=Setting, type=flag_type, default=None, help=text, metavar=metavar)
                 function = option(function)
         return function
 
@@ -87,7 +87,7 @@ def _metavar(info: FieldInfo) -> str:
 
 @contextmanager
 def open_configured_queue(settings: QueueSettings) -> Iterator[QueueAdapter]:
-    """Open the queue, and close it in the end."""
+    """Open the queue of the settings, and close it afterwards."""
     queue = open_queue(settings.queue_url, settings.queue_options)
     try:
         yield queue

@@ -1,4 +1,4 @@
-"""`klaviyo-worker publish`: messages into the queue."""
+"""`klaviyo-worker publish`: publish messages to the queue."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from worker.settings import QueueSettings, load
 @click.argument("file", type=click.File("rb"))
 @settings_options(QueueSettings)
 def publish(*, file: BinaryIO, **flags: Any) -> None:
-    """Put every line of FILE into the queue as a message.
+    """Publish every line of FILE to the queue as a message.
 
-    FILE may be - for stdin. Lines are taken as they are. Prints how many there were.
+    FILE can be - for stdin. Lines are published unchanged. Prints the number of messages.
     """
     with handle_errors(), open_configured_queue(load(QueueSettings, flags)) as queue:
         if not isinstance(queue, SupportsPublish):
-            raise QueueError("QUEUE_URL: this queue cannot be published to from here")
+            raise QueueError("QUEUE_URL: this queue does not support publishing")
         click.echo(queue.publish(line.removesuffix(b"\n") for line in file))

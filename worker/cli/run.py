@@ -1,4 +1,4 @@
-"""`klaviyo-worker run`: the worker itself."""
+"""`klaviyo-worker run`: the worker."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.option("--once", is_flag=True, help="Handle what is in the queue, then exit.")
+@click.option("--once", is_flag=True, help="Process the messages in the queue, then exit.")
 @click.option(
     "--max-wait",
     type=float,
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long --once waits for what must wait.",
+    help="How long --once waits for held messages.",
 )
-@click.option("--dry-run", is_flag=True, help="Print what would be sent; settle nothing. Implies --once.")
+@click.option("--dry-run", is_flag=True, help="Print the requests. Send and settle nothing. Implies --once.")
 @settings_options(Settings)
 def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
-    """Read the queue and keep Klaviyo in step with commercetools.
+    """Process the queue and update Klaviyo.
 
-    Runs until SIGTERM or SIGINT: the first finishes what is in flight, the second does not wait for it.
+    Runs until SIGTERM or SIGINT. After the first signal the worker finishes the messages in flight. After a second
+    signal it exits without waiting for them.
 
-    Secrets have no flag: they come from CT_API_CLIENT, KLAVIYO_AUTH_KEY and, for servicebus://,
-    SERVICEBUS_CONNECTION_STRING, or from files named by CT_API_CLIENT_FILE and so on.
+    Secrets have no flags. Set CT_API_CLIENT, KLAVIYO_AUTH_KEY and, for servicebus://, SERVICEBUS_CONNECTION_STRING,
+    or set CT_API_CLIENT_FILE and so on to the path of a file that contains the value.
     """
     from worker.runtime.runner import ShutdownTimeoutError  # noqa: PLC0415 - keeps --help and publish fast
     from worker.service import Worker  # noqa: PLC0415
@@ -42,17 +43,17 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
     with handle_errors():
         settings = load(Settings, flags)
         configure_logging(settings.log_level, settings.log_format)
-        service: Worker | None = None
+        worker: Worker | None = None
 
         def stop() -> None:
-            if service is None:  # the queue has yet to answer, which may take half a minute; nothing is held
+            if worker is None:  # opening the queue can take half a minute, and no message is held yet
                 log.info("stopped")
                 os._exit(0)
-            service.stop()
+            worker.stop()
 
         on_signals(stop)
-        service = Worker(settings, dry_run=dry_run)
+        worker = Worker(settings, dry_run=dry_run)
         try:
-            service.run(once=once or dry_run, max_wait=max_wait)
+            worker.run(once=once or dry_run, max_wait=max_wait)
         except ShutdownTimeoutError as error:
             exit_without_waiting(str(error))

@@ -1,4 +1,4 @@
-"""Errors as exit codes, signals as a stop."""
+"""The end of a command: exit codes for errors, and handling of signals."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-_STOP = frozenset({signal.SIGTERM, signal.SIGINT})
+_STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
 class CommandError(click.ClickException):
-    """One line on stderr and an exit code."""
+    """An error that ends the command with one line on stderr and an exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(printable(message, keep="\n"))
-        self.exit_code = exit_code  # type: ignore[misc] # click's own way, declared as a class variable
+        self.exit_code = exit_code  # type: ignore[misc] # click declares it as a class variable
 
 
 @contextmanager
 def handle_errors() -> Iterator[None]:
-    """Turn the errors an operator can act on into one line and an exit code."""
+    """Convert errors that an operator can fix into one line on stderr and an exit code."""
     try:
         yield
     except (SettingsError, QueueURLError) as error:
@@ -45,20 +45,20 @@ def handle_errors() -> Iterator[None]:
         raise CommandError("interrupted", ExitCode.INTERRUPTED) from None
 
 
-def exit_without_waiting(why: str) -> NoReturn:
-    """Say why, and end at once: lanes may hang in calls that no thread can interrupt."""
-    click.echo(f"Error: {why}", err=True)
+def exit_without_waiting(reason: str) -> NoReturn:
+    """Print the reason and exit at once. Lanes can hang in calls that no other thread can interrupt."""
+    click.echo(f"Error: {reason}", err=True)
     sys.stdout.flush()
     os._exit(ExitCode.SHUTDOWN_TIMED_OUT)
 
 
 def on_signals(stop: Callable[[], None]) -> None:
-    """Have SIGTERM and SIGINT call `stop`, in a thread: a handler in the main thread could meet a lock it holds."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)  # before any thread starts: all inherit it
+    """Call `stop` in a thread on SIGTERM and SIGINT. A signal handler could wait for a lock of the main thread."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # threads that start later inherit this
     Thread(target=_wait_for_signals, args=(stop,), daemon=True).start()
 
 
 def _wait_for_signals(stop: Callable[[], None]) -> None:
     while True:
-        signal.sigwait(_STOP)
+        signal.sigwait(_STOP_SIGNALS)
         stop()

@@ -1,4 +1,4 @@
-"""`klaviyo-worker transform`: what a notification becomes, without any network."""
+"""`klaviyo-worker transform`: the Klaviyo requests for a notification, without network access."""
 
 from __future__ import annotations
 
@@ -23,61 +23,62 @@ klaviyo-worker transform --explain message.json | grep -v '^{'  # without the JS
 
 @click.command(cls=Command, epilog=_EXAMPLES)
 @click.argument("file", type=click.File("rb"))
-@click.option("--explain", is_flag=True, help="Tell how each came to its requests, or to none.")
+@click.option("--explain", is_flag=True, help="Explain how each notification led to its requests.")
 @click.option(
     "--commercetools",
     type=click.File("rb"),
     metavar="FILE",
-    help='What commercetools holds: JSON {"orders": […], "customers": […], "product-projections": […], …}.',
+    help='The resources in commercetools: JSON {"orders": […], "customers": […], "product-projections": […], …}.',
 )
 @settings_options(MappingSettings)
 def transform(*, file: BinaryIO, explain: bool, commercetools: BinaryIO | None, **flags: Any) -> None:
     """Print the Klaviyo requests for notifications, offline.
 
-    FILE (- for stdin) holds one JSON document or one per line, in any envelope. Prints a JSON line per operation.
-    What is ignored is said on stderr, and so is what cannot be handled, which is exit code 1.
+    FILE (- for stdin) contains one JSON document, or one per line, in any envelope. Prints a JSON line per operation.
+    Ignored notifications are reported on stderr. Failed ones too, with exit code 1.
 
-    --explain tells on stdout, before the lines of each notification, how they came about: its envelopes, its handler,
-    what was looked up, what is sent, what is left out and why, and what becomes of the message. It names fields and
-    ids, and holds no personal data; the JSON lines do.
+    --explain prints an explanation on stdout before the JSON lines of each notification: envelopes, handler, lookups,
+    operations, omissions with their reasons, and the outcome. It names fields and ids but contains no personal data.
+    The JSON lines contain personal data.
     """
     from worker.commands.transform.explain import explain_trace  # noqa: PLC0415
-    from worker.commands.transform.trace import documents, trace_notification  # noqa: PLC0415
+    from worker.commands.transform.trace import split_documents, trace_notification  # noqa: PLC0415
     from worker.runtime.dry_run import operation_line  # noqa: PLC0415
 
     failed = False
     with handle_errors():
         mapping = load(MappingSettings, flags).mapping()
-        snapshot = _snapshot(commercetools)
+        snapshot = _load_snapshot(commercetools)
         if explain and not commercetools:
-            click.echo("without --commercetools, only the payload of a message is known of commercetools", err=True)
-        for number, body in enumerate(documents(file.read()), 1):
+            click.echo("without --commercetools, only the resources in a message are known", err=True)
+        for number, body in enumerate(split_documents(file.read()), 1):
             trace = trace_notification(body, snapshot, mapping)
             if explain:
-                click.echo("\n" * (number > 1), nl=False)
+                if number > 1:
+                    click.echo()
                 click.echo(explain_trace(number, trace, mapping))
-            elif trace.ending is not None:
-                click.echo(_ending(trace.ending, hint=not commercetools), err=True)
+            elif trace.stopped_by is not None:
+                click.echo(_describe_stop(trace.stopped_by, hint=not commercetools), err=True)
             for operation in trace.operations:
                 click.echo(operation_line(operation))
-            failed = failed or isinstance(trace.ending, WorkerError)
+            failed = failed or isinstance(trace.stopped_by, WorkerError)
     if failed:
         sys.exit(ExitCode.UNEXPECTED)
 
 
-def _ending(ending: Exception, *, hint: bool) -> str:
-    if not isinstance(ending, Ignored):
-        return f"error: {ending}"
-    return f"ignored: {ending}" + (" (without --commercetools, only the payload is known)" if hint else "")
+def _describe_stop(reason: Exception, *, hint: bool) -> str:
+    if not isinstance(reason, Ignored):
+        return f"error: {reason}"
+    return f"ignored: {reason}" + (" (without --commercetools, only the payload is known)" if hint else "")
 
 
-def _snapshot(file: BinaryIO | None) -> dict[str, Any]:
+def _load_snapshot(file: BinaryIO | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
         document = orjson.loads(file.read())
     except orjson.JSONDecodeError as error:
-        raise SettingsError(f"--commercetools: not JSON: {error.msg} at {error.pos}") from None
+        raise SettingsError(f"--commercetools is malformed: not JSON: {error.msg} at {error.pos}") from None
     if not isinstance(document, dict) or not all(isinstance(entry, list) for entry in document.values()):
-        raise SettingsError('--commercetools: expected JSON like {"orders": […], "customers": […]}')
+        raise SettingsError("--commercetools is malformed", todo='expected JSON like {"orders": […], "customers": […]}')
     return document

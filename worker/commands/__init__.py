@@ -1,1 +1,1 @@
-"""What the commands do. Their options and exit codes are in worker/cli."""
+"""The work of the commands. Their options and exit codes are in worker/cli."""

@@ -1,7 +1,7 @@
-"""`klaviyo-worker demo`: the whole journey on loopback, shown as a person would want to see it.
+"""The work of `klaviyo-worker demo`: the complete worker against the sandbox, with readable output.
 
-Sample notifications of every type go into an embedded queue; the real worker takes them to the sandbox's
-Klaviyo; then they all go in once more, to show that nothing is doubled.
+The demo publishes sample notifications of every type to an embedded queue and runs the worker until the queue is
+empty. It then repeats this with the same notifications: nothing in the sandbox's Klaviyo can change.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -32,31 +32,39 @@ if TYPE_CHECKING:
     from worker.sandbox.klaviyo.account import Account
     from worker.sandbox.notifications import Sample
 
-_TITLE = 62  # columns
+_TITLE_WIDTH = 62
 _COLOURS = {"sent": "green", "ignored": "bright_black", "dead_lettered": "red", "retried": "yellow"}
 
 
-class _Recorder(Telemetry):
-    """Remembers how each message ended; the last ending counts."""
+class MessageOutcome(NamedTuple):
+    """The outcome of a message, the reason, and the number of operations by kind."""
+
+    outcome: str
+    reason: str
+    operations: Counter[str]
+
+
+class OutcomeLog(Telemetry):
+    """Telemetry that also keeps the last outcome of each message."""
 
     def __init__(self) -> None:
         super().__init__(Metrics("embedded"))
-        self.endings: dict[str, tuple[str, str, Counter[str]]] = {}
-        self._recording = Lock()
+        self.outcomes_by_id: dict[str, MessageOutcome] = {}
+        self._outcomes_lock = Lock()
 
-    def settled(self, jobs: Iterable[Message]) -> None:
-        """Remember the endings, and log as usual."""
-        jobs = list(jobs)
-        with self._recording:
-            for job in jobs:
-                kinds = Counter(operation.kind.value for operation in job.operations)
-                reason = job.outcome.reason if job.outcome else ""
-                self.endings[job.delivery.id] = (outcome_name(job), reason, kinds)
-        super().settled(jobs)
+    def settled(self, messages: Iterable[Message]) -> None:
+        """Keep the outcomes, and log as usual."""
+        messages = list(messages)
+        with self._outcomes_lock:
+            for message in messages:
+                operations = Counter(operation.kind.value for operation in message.operations)
+                reason = message.outcome.reason if message.outcome else ""
+                self.outcomes_by_id[message.delivery.id] = MessageOutcome(outcome_name(message), reason, operations)
+        super().settled(messages)
 
 
 def run_demo(keep: Path | None) -> int:
-    """Run the demo and return the exit code: 0 only if everything ended as expected."""
+    """Run the demo. Return 0 if every outcome was as expected, otherwise 1."""
     with tempfile.TemporaryDirectory(prefix="klaviyo-worker-") as temporary, Sandbox() as sandbox:
         directory = keep or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
@@ -64,20 +72,26 @@ def run_demo(keep: Path | None) -> int:
         with (directory / "worker.log").open("w", encoding="utf-8") as stream:
             configure_logging("INFO", "json", stream)
             samples = sample_notifications(sandbox.shop)
-            first = _work(sandbox, directory / "queue.db", samples)
-            before = _effects(sandbox.account)
-            _show(samples, first, sandbox.account)
-            again = _work(sandbox, directory / "queue.db", samples)
-            after = _effects(sandbox.account)
+            first = _process(sandbox, directory / "queue.db", samples)
+            before = _count_entries(sandbox.account)
+            _print_results(samples, first, sandbox.account)
+            second = _process(sandbox, directory / "queue.db", samples)
+            after = _count_entries(sandbox.account)
             logging.getLogger("klaviyo_worker").handlers.clear()
-        _show_dead_letters(directory / "queue.db")
-        problems = [*_unexpected(samples, first), *_unexpected(samples, again), *_doubled(before, after)]
+        _print_dead_letters(directory / "queue.db")
+        problems = [
+            *_find_unexpected(samples, first),
+            *_find_unexpected(samples, second),
+            *_find_changes(before, after),
+        ]
     click.echo()
-    click.echo(f"Every message went in a second time. Klaviyo held {_counts(before)} before, {_counts(after)} after.")
+    click.echo(
+        f"Every message was published again. Before, Klaviyo held {_format(before)}; afterwards {_format(after)}."
+    )
     for problem in problems:
-        click.secho(f"not as expected: {problem}", fg="red", err=True)
-    ending = "Not all was as expected." if problems else f"All {len(samples)} messages ended as expected."
-    click.secho(ending, fg="red" if problems else "green", bold=True)
+        click.secho(f"unexpected: {problem}", fg="red", err=True)
+    summary = "Some results were unexpected." if problems else f"All {len(samples)} messages ended as expected."
+    click.secho(summary, fg="red" if problems else "green", bold=True)
     if keep:
         click.echo(
             f"Queue and log are in {keep}: try `klaviyo-worker dlq list --queue-url embedded://{keep}/queue.db`."
@@ -85,47 +99,47 @@ def run_demo(keep: Path | None) -> int:
     return 1 if problems else 0
 
 
-def _work(sandbox: Sandbox, path: Path, samples: Sequence[Sample]) -> list[tuple[str, str, Counter[str]]]:
-    """Publish all samples, run the worker until the queue is empty, return how each ended."""
+def _process(sandbox: Sandbox, path: Path, samples: Sequence[Sample]) -> list[MessageOutcome]:
+    """Publish all samples, run the worker until the queue is empty, and return the outcome of each sample."""
     queue = EmbeddedQueue(path)
     queue.publish(sample.body for sample in samples)
     queue.close()
     environment = sandbox.environment | {"QUEUE_URL": f"embedded://{path}"}
     flags = {name: environment.get(str(info.validation_alias)) for name, info in Settings.model_fields.items()}
-    recorder = _Recorder()
-    Worker(load(Settings, flags), telemetry=recorder).run(once=True, max_wait=60)
-    return [recorder.endings[name] for name in sorted(recorder.endings, key=int)]
+    outcome_log = OutcomeLog()
+    Worker(load(Settings, flags), telemetry=outcome_log).run(once=True, max_wait=60)
+    return [outcome_log.outcomes_by_id[name] for name in sorted(outcome_log.outcomes_by_id, key=int)]
 
 
-def _show(samples: Sequence[Sample], endings: Sequence[tuple[str, str, Counter[str]]], account: Account) -> None:
-    click.secho(f"{'MESSAGE':<{_TITLE}}{'OUTCOME':<15}KLAVIYO", bold=True)
-    for sample, (outcome, reason, kinds) in zip(samples, endings, strict=True):
-        done = ", ".join(kind if number == 1 else f"{kind} x{number}" for kind, number in kinds.items())
+def _print_results(samples: Sequence[Sample], outcomes: Sequence[MessageOutcome], account: Account) -> None:
+    click.secho(f"{'MESSAGE':<{_TITLE_WIDTH}}{'OUTCOME':<15}KLAVIYO", bold=True)
+    for sample, (outcome, reason, counts) in zip(samples, outcomes, strict=True):
+        operations = ", ".join(kind if number == 1 else f"{kind} x{number}" for kind, number in counts.items())
         coloured = click.style(f"{outcome:<15}", fg=_COLOURS.get(outcome))
-        click.echo(f"{sample.title:<{_TITLE}}{coloured}{done or reason}")
-    _heading("Profiles in Klaviyo", len(account.profiles))
+        click.echo(f"{sample.title:<{_TITLE_WIDTH}}{coloured}{operations or reason}")
+    _print_heading("Profiles in Klaviyo", len(account.profiles))
     for profile in account.profiles:
-        click.echo("  " + _profile(profile))
-    _heading("Events in Klaviyo", len(account.events))
+        click.echo("  " + _format_profile(profile))
+    _print_heading("Events in Klaviyo", len(account.events))
     metrics = Counter(event["metric"] for event in account.events)
     for metric, number in metrics.items():
         click.echo(f"  {metric} ({number})")
         for event in [event for event in account.events if event["metric"] == metric][:4]:
-            click.echo("    " + _event(event))
+            click.echo("    " + _format_event(event))
         if number > 4:  # noqa: PLR2004 - a screenful
             click.echo("    …")
-    _heading("Catalog in Klaviyo", len(account.items) + len(account.variants) + len(account.categories))
+    _print_heading("Catalog in Klaviyo", len(account.items) + len(account.variants) + len(account.categories))
     for kind, entries in (("category", account.categories), ("item", account.items), ("variant", account.variants)):
         for external_id, entry in entries.items():
-            click.echo(f"  {kind:<9} {_entry(entry.get('attributes', entry), external_id)}")
+            click.echo(f"  {kind:<9} {_format_entry(entry.get('attributes', entry), external_id)}")
 
 
-def _heading(text: str, number: int) -> None:
+def _print_heading(text: str, number: int) -> None:
     click.echo()
     click.secho(f"{text} ({number})", bold=True)
 
 
-def _profile(profile: dict[str, Any]) -> str:
+def _format_profile(profile: dict[str, Any]) -> str:
     attributes = profile.get("attributes", profile)
     name = " ".join(filter(None, (attributes.get("first_name"), attributes.get("last_name"))))
     place = (attributes.get("location") or {}).get("city")
@@ -133,16 +147,16 @@ def _profile(profile: dict[str, Any]) -> str:
     return _printable(" · ".join(str(detail) for detail in details if detail))
 
 
-def _event(event: dict[str, Any]) -> str:
+def _format_event(event: dict[str, Any]) -> str:
     properties = event["properties"]
     money = f"{event.get('value') or 0:,.2f} {event.get('value_currency') or ''}".strip()
     names = properties.get("ItemNames") or [properties.get("ProductName")]
-    what = ", ".join(str(name) for name in names[:3] if name) + (" …" if len(names) > 3 else "")  # noqa: PLR2004
-    who = event.get("email") or event.get("external_id") or ""
-    return f"{(event.get('time') or '')[:19]}  {who:<34}{money:>14}  {_printable(what)}"
+    items = ", ".join(str(name) for name in names[:3] if name) + (" …" if len(names) > 3 else "")  # noqa: PLR2004
+    identifier = event.get("email") or event.get("external_id") or ""
+    return f"{(event.get('time') or '')[:19]}  {identifier:<34}{money:>14}  {_printable(items)}"
 
 
-def _entry(attributes: dict[str, Any], external_id: str) -> str:
+def _format_entry(attributes: dict[str, Any], external_id: str) -> str:
     title = attributes.get("name") or attributes.get("title")
     price = f" · {attributes['price']:,.2f}" if "price" in attributes else ""
     stock = f" · {attributes['inventory_quantity']} in stock" if "inventory_quantity" in attributes else ""
@@ -150,21 +164,21 @@ def _entry(attributes: dict[str, Any], external_id: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Replace what could steer a terminal: names are anybody's input."""
+    """Replace control characters, which names from customers can contain."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
-def _show_dead_letters(path: Path) -> None:
+def _print_dead_letters(path: Path) -> None:
     queue = EmbeddedQueue(path)
-    reasons = Counter(letter.failure.reason for letter in iter_dead_letters(queue))
+    reasons = Counter(dead_letter.failure.reason for dead_letter in iter_dead_letters(queue))
     queue.close()
-    _heading("Dead letters, both rounds", reasons.total())
+    _print_heading("Dead letters of both runs", reasons.total())
     for reason, number in reasons.items():
         click.echo(f"  {number} x {reason}")
 
 
-def _effects(account: Account) -> Counter[str]:
-    """Count what is in Klaviyo."""
+def _count_entries(account: Account) -> Counter[str]:
+    """Count the entries in the account."""
     return Counter(
         profiles=len(account.profiles),
         events=len(account.events),
@@ -174,16 +188,16 @@ def _effects(account: Account) -> Counter[str]:
     )
 
 
-def _counts(effects: Counter[str]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in effects.items())
+def _format(counts: Counter[str]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in counts.items())
 
 
-def _unexpected(samples: Sequence[Sample], endings: Sequence[tuple[str, str, Counter[str]]]) -> Iterable[str]:
-    for sample, (outcome, reason, _) in zip(samples, endings, strict=True):
+def _find_unexpected(samples: Sequence[Sample], outcomes: Sequence[MessageOutcome]) -> Iterable[str]:
+    for sample, (outcome, reason, _) in zip(samples, outcomes, strict=True):
         if outcome != sample.outcome:
-            yield f"{sample.title}: expected {sample.outcome}, was {outcome} {reason}"
+            yield f"{sample.title}: expected {sample.outcome}, found {outcome} {reason}"
 
 
-def _doubled(before: Counter[str], after: Counter[str]) -> Iterable[str]:
+def _find_changes(before: Counter[str], after: Counter[str]) -> Iterable[str]:
     if before != after:
-        yield f"the second round changed Klaviyo from {_counts(before)} to {_counts(after)}"
+        yield f"the second run changed Klaviyo from {_format(before)} to {_format(after)}"

@@ -65,7 +65,7 @@ def test_an_account_reads_like_this() -> None:
                properties: Shoe size, customerNumber, customerGroup, locale, dateOfBirth, isEmailVerified
    left out    newsletter, nickname: by customer.custom_fields.include
    left out    the name shoeSize: it is sent as Shoe size, by customer.custom_fields.rename
-   ends        acknowledged, once all of it is in Klaviyo; a dead letter, if Klaviyo refuses any"""
+   outcome     acknowledged when Klaviyo has accepted all operations; dead-lettered if Klaviyo refuses one"""
     assert explain_trace(3, *golden("customer-ResourceUpdated")) == expected
 
 
@@ -74,7 +74,7 @@ def test_an_account_reads_like_this() -> None:
     [
         ("bare", "none", "Platform"),
         ("cloudevent", "CloudEvents", "CloudEvents"),
-        ("cloudevent_with_text", "CloudEvents", "CloudEvents"),
+        ("cloudevent_with_string", "CloudEvents", "CloudEvents"),
         ("pubsub_push", "Pub/Sub push", "Platform"),
         ("pubsub_push_of_cloudevent", "Pub/Sub push > CloudEvents", "CloudEvents"),
         ("sqs", "SQS", "Platform"),
@@ -97,8 +97,8 @@ def test_what_cannot_be_read_says_how_far_it_was_read() -> None:
     text = told({"ReceiptHandle": "r", "Body": json.dumps({"Type": "Notification", "Message": "{"})})
     assert "envelopes SQS > SNS;" in text
     assert "fields Type, Message" in text
-    assert "ends a dead letter, in stage parse: expected a JSON object" in text
-    assert "fields none that can be read" in told(b"\xff")
+    assert "outcome dead-lettered, in stage parse: expected a JSON object" in text
+    assert "fields none readable" in told(b"\xff")
 
 
 def test_what_was_not_included_is_said_to_be_fetched() -> None:
@@ -112,7 +112,9 @@ def test_a_missing_resource_ends_with_nothing_to_do() -> None:
     """Nothing is said to be left out of what is not there."""
     text = told(change("ResourceUpdated", "customer"), {"customers": [{"id": "other"}]})
     assert "fetched customers where id in (…): none for id-1" in text
-    assert "ends acknowledged with nothing to do, in stage transform: commercetools no longer has the customer" in text
+    assert (
+        "outcome acknowledged with nothing to do, in stage transform: commercetools no longer has the customer" in text
+    )
     assert "left out" not in told(message("OrderStateChanged", "order", orderState="Complete"))
 
 
@@ -148,9 +150,9 @@ def test_an_id_is_never_broken() -> None:
 def test_no_handler_tells_what_has_one() -> None:
     """Of the same resource, else which resources."""
     text = told(message("OrderDeleted", "order"))
-    assert "handler none; order has one for OrderCreated, OrderImported" in text
-    assert "ends acknowledged with nothing to do, in stage parse: no handler for this type" in text
-    assert "none; subscription has one for nothing resources with handlers: order, payment" in told(
+    assert "handler none; order has handlers for OrderCreated, OrderImported" in text
+    assert "outcome acknowledged with nothing to do, in stage parse: no handler for this type" in text
+    assert "none; subscription has no handlers resource types with handlers: order, payment" in told(
         change("ResourceCreated", "subscription")
     )
 
@@ -168,13 +170,13 @@ def test_ignored_ones_name_the_handler_and_the_setting() -> None:
 def test_a_rejected_one_is_a_dead_letter() -> None:
     """With the stage and the reason."""
     text = told(message("OrderCreated", "order", order={"id": "o"}))
-    assert "ends a dead letter, in stage transform: the order has neither customerEmail nor customerId" in text
+    assert "outcome dead-lettered, in stage transform: the order has neither customerEmail nor customerId" in text
 
 
 def test_what_was_cut_is_named() -> None:
     """By the path of the property."""
     order = ORDER | {"custom": {"fields": {"note": "x" * 100_001}}}
-    assert "cut to Klaviyo's limits: note " in told(message("OrderCreated", "order", order=order))
+    assert "truncated to Klaviyo's limits: note " in told(message("OrderCreated", "order", order=order))
 
 
 def test_what_the_mapping_leaves_out_or_renames_is_named() -> None:
@@ -212,7 +214,7 @@ def test_what_the_mapping_leaves_out_or_renames_is_named() -> None:
         (
             message("ProductPublished", "product"),
             {"product-projections": [{"id": "id-1", "masterVariant": {"id": 1, "sku": "S"}, "variants": [{"id": 2}]}]},
-            "left out variant 2: it has no sku ends",
+            "left out variant 2: it has no sku outcome",
         ),
         (
             message("ProductPublished", "product"),
@@ -251,7 +253,7 @@ def test_what_the_mapping_leaves_out_or_renames_is_named() -> None:
                 "inventory": [{"id": "id-1", "sku": "S", "availableQuantity": 3}],
                 "product-projections": [{"id": "p", "masterVariant": {"sku": "S"}}],
             },
-            "where Klaviyo does not have it: upsert_item p, upsert_variant S",
+            "if Klaviyo does not have it: upsert_item p, upsert_variant S",
         ),
     ],
     ids=["order-phone", "order-sku", "customer-phone", "variant", "price", "transaction", "descendants", "instead"],
@@ -291,7 +293,7 @@ def test_what_a_customer_lacks_is_named_also_when_nothing_is_sent() -> None:
     text = told(change("ResourceUpdated", "customer"), {"customers": [customer]})
     assert "without a value: email, first_name, last_name, " in text
     assert "left out phone_number: neither" in text
-    assert "ends acknowledged with nothing to do, in stage transform: the customer has neither" in text
+    assert "outcome acknowledged with nothing to do, in stage transform: the customer has neither" in text
 
 
 def test_a_product_that_is_gone_or_has_no_prices_lacks_nothing() -> None:
@@ -304,8 +306,8 @@ def test_a_product_that_is_gone_or_has_no_prices_lacks_nothing() -> None:
 def test_what_is_read_is_believed_unless_the_message_comes_from_the_future() -> None:
     """No read lags here, but a clock may be wrong."""
     now, then = datetime.now(UTC).isoformat(), "2999-01-01T00:00:00Z"
-    assert "ends acknowledged with nothing" in told(message("OrderCreated", "order", createdAt=now))
-    assert "ends kept and tried again, in stage enrich: commercetools does not show" in told(
+    assert "outcome acknowledged with nothing" in told(message("OrderCreated", "order", createdAt=now))
+    assert "outcome held and retried, in stage enrich: commercetools does not show" in told(
         message("OrderCreated", "order", createdAt=then)
     )
 
@@ -315,7 +317,9 @@ def test_what_is_said_to_lack_a_value_is_not_sent(case: str) -> None:
     """The account does not contradict the request."""
     trace, mapping = golden(case)
     text = " ".join(explain_trace(1, trace, mapping).split())
-    lacking = set(text.partition("without a value: ")[2].partition(" left out ")[0].partition(" ends ")[0].split(", "))
+    lacking = set(
+        text.partition("without a value: ")[2].partition(" left out ")[0].partition(" outcome ")[0].split(", ")
+    )
     for operation in trace.operations[:1]:
         attributes = (operation.resource or {}).get("attributes", {})
         assert not lacking & {*attributes, *attributes.get("properties", {})}
@@ -389,7 +393,7 @@ def test_a_failed_one_is_explained_on_stdout_and_exit_code_1() -> None:
     good = json.dumps(message("OrderCreated", "order", order=ORDER)).encode()
     done = CliRunner().invoke(main, ["transform", "--explain", "-"], input=b"nonsense\n{}\x9b\n" + good)
     assert done.exit_code == 1
-    assert done.stdout.count("ends        a dead letter, in stage parse") == 2
+    assert done.stdout.count("outcome     dead-lettered, in stage parse") == 2
     assert "error" not in done.stderr
 
 

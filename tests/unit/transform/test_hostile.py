@@ -80,9 +80,9 @@ def test_odd_values_anywhere_have_a_clear_outcome(name: str, data: st.DataObject
     snapshot = {path: entries for path, entries in resources.items() if isinstance(entries, list)}
     trace = trace_notification(orjson.dumps(document["notification"]), snapshot, MAPPING)
     told = explain_trace(1, trace, MAPPING)
-    if trace.ending is None:
+    if trace.stopped_by is None:
         assert all(request_for(operation).path.startswith("/api/") for operation in trace.operations)
     else:
-        assert isinstance(trace.ending, Ignored | Rejected | Transient)
-        assert str(trace.ending)
+        assert isinstance(trace.stopped_by, Ignored | Rejected | Transient)
+        assert str(trace.stopped_by)
     assert all(line.isprintable() for line in told.splitlines())

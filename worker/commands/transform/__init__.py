@@ -1,1 +1,1 @@
-"""`klaviyo-worker transform`: a trace of one notification, and its explanation."""
+"""The work of `klaviyo-worker transform`: traces of notifications, and their explanations."""

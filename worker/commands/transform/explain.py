@@ -1,6 +1,6 @@
-"""An account of a notification's way, for a person: what it is, who handles it, what is fetched, sent, left out.
+"""The explanation of a trace: envelopes, handler, lookups, operations, omissions and outcome.
 
-It names fields and ids, never values of a person's: it may go into a ticket.
+It names fields and ids but contains no personal data, so it can be attached to a ticket.
 """
 
 from __future__ import annotations
@@ -26,26 +26,35 @@ if TYPE_CHECKING:
     from worker.model import Json, Notification, Operation
 
 _INDENT, _WIDTH = 15, 110
-_MANY = 8  # names or ids of a kind that are told
-_BECOMES = {
-    Disposition.DEAD_LETTER: "a dead letter",
-    Disposition.NACK: "back to the queue, to come again",
-    Disposition.HOLD: "kept and tried again",
-    Disposition.PARK: "kept until the worker may work",
+_MAX_LISTED = 8  # names or ids in a list
+_FATES = {
+    Disposition.DEAD_LETTER: "dead-lettered",
+    Disposition.NACK: "returned to the queue",
+    Disposition.HOLD: "held and retried",
+    Disposition.PARK: "parked",
 }
 
-Row = tuple[str, str]
+Row = tuple[str, str]  # label, text
 
 
 def explain_trace(number: int, trace: Trace, mapping: MappingConfig) -> str:
-    """Return the account of one notification, the `number`th, in lines of which none starts with a brace."""
-    about = trace.notification
-    title = f"{about.type} of {about.resource_type} {about.resource_id}" if about else "not about a resource"
-    rows = [*_read(trace), *_handler(trace), *_fetched(trace), *_sent(trace), *_left_out(trace, mapping), _end(trace)]
-    return "\n".join([f"{number}. {printable(title)}", *(_wrapped(label, text) for label, text in rows)])
+    """Return the explanation of the `number`th notification. No line starts with a brace."""
+    notification = trace.notification
+    title = "not about a resource"
+    if notification:
+        title = f"{notification.type} of {notification.resource_type} {notification.resource_id}"
+    rows = [
+        *_describe_envelopes(trace),
+        *_describe_handler(trace),
+        *_describe_lookups(trace),
+        *_describe_operations(trace),
+        *_describe_omissions(trace, mapping),
+        ("outcome", _describe_outcome(trace)),
+    ]
+    return "\n".join([f"{number}. {printable(title)}", *(_wrap(label, text) for label, text in rows)])
 
 
-def _wrapped(label: str, text: str) -> str:
+def _wrap(label: str, text: str) -> str:
     wrapper = TextWrapper(
         width=_WIDTH,
         initial_indent=f"   {label}".ljust(_INDENT),
@@ -53,81 +62,88 @@ def _wrapped(label: str, text: str) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return wrapper.fill(printable(text)) or wrapper.initial_indent  # a text of spaces is nothing to it
+    return wrapper.fill(printable(text)) or wrapper.initial_indent  # fill() returns "" for a text of spaces
 
 
-def _listed(names: list[str]) -> str:
-    more = len(names) - _MANY
-    return ", ".join(names[:_MANY]) + (f" and {more} more" if more > 0 else "")
+def _join(names: list[str]) -> str:
+    more = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _read(trace: Trace) -> Iterator[Row]:
+def _describe_envelopes(trace: Trace) -> Iterator[Row]:
     envelopes: list[str] = []
     document: Json = {}
     with suppress(Rejected):
-        for envelope, document in layers(trace.body):  # noqa: B007 - the last one counts
+        for envelope, document in layers(trace.body):  # noqa: B007 - the innermost document is used below
             envelopes.append(envelope)
     yield "envelopes", f"{' > '.join(filter(None, envelopes)) or 'none'}; {len(trace.body):,} bytes"
     if trace.notification is None:
-        yield "fields", _listed(list(document)) or "none that can be read"
+        yield "fields", _join(list(document)) or "none readable"
         return
     yield "format", "CloudEvents" if "CloudEvents" in envelopes else "commercetools' own (Platform)"
     yield "time", trace.notification.time or "none"
     if "payloadNotIncluded" in trace.notification.payload:
-        yield "payload", "not included, as it did not fit: it is fetched"
+        yield "payload", "not included because it was too large; it is fetched"
 
 
-def _handler(trace: Trace) -> Iterator[Row]:
-    about = trace.notification
-    if about is None:
+def _describe_handler(trace: Trace) -> Iterator[Row]:
+    notification = trace.notification
+    if notification is None:
         return
-    handler = HANDLERS.get((about.resource_type, about.type))
+    handler = HANDLERS.get((notification.resource_type, notification.type))
     if handler:
         function = handler.function
         yield "handler", f"{function.__name__} in {function.__module__.replace('.', '/')}.py: {handler.effect}"
         yield "", inspect.getdoc(function) or ""
         return
-    handled = [each.type for each in HANDLERS.values() if each.resource_type == about.resource_type]
-    resources = unique(each.resource_type for each in HANDLERS.values())
-    yield "handler", f"none; {about.resource_type} has one for {', '.join(handled) or 'nothing'}"
-    if not handled:
-        yield "", f"resources with handlers: {', '.join(resources)}"
+    types = [each.type for each in HANDLERS.values() if each.resource_type == notification.resource_type]
+    if types:
+        yield "handler", f"none; {notification.resource_type} has handlers for {', '.join(types)}"
+        return
+    yield "handler", f"none; {notification.resource_type} has no handlers"
+    yield "", f"resource types with handlers: {', '.join(unique(each.resource_type for each in HANDLERS.values()))}"
 
 
-def _fetched(trace: Trace) -> Iterator[Row]:
-    about = trace.notification
-    if about and isinstance(about.payload.get("order"), dict) and trace.stage != "parse":
-        yield "fetched", "nothing for the order itself: the message brings it"
+def _describe_lookups(trace: Trace) -> Iterator[Row]:
+    notification = trace.notification
+    if notification and isinstance(notification.payload.get("order"), dict) and trace.stage != "parse":
+        yield "fetched", "nothing for the order itself: it is in the message"
     for query, found in trace.lookups:
-        yield "fetched", _lookup(query, found, about)
+        yield "fetched", _describe_lookup(query, found, notification)
 
 
-def _lookup(query: queries.Query, found: queries.QueryResult, about: Notification | None) -> str:
-    there = [value for value in sorted(found) if found[value]]
+def _describe_lookup(query: queries.Query, found: queries.QueryResult, notification: Notification | None) -> str:
+    """Return for example `customers where id in (…): found cust-ada; none for cust-bob`."""
+    present = [value for value in sorted(found) if found[value]]
     missing = [value for value in sorted(found) if not found[value]]
-    brought = [id(entry) for entry in about.payload.values()] if about else []
-    resources = (resource for value in there for resource in as_dicts(found[value]))
-    source = " (in the message)" if any(id(resource) in brought for resource in resources) else ""
-    told = (
-        f"found {_listed(there)}{source}" if there else "",
-        f"none for {_listed(missing)}" if missing else "",
-    )
+    parts = []
+    if present:
+        resources = (resource for value in present for resource in as_dicts(found[value]))
+        from_message = any(_is_from_message(resource, notification) for resource in resources)
+        parts.append(f"found {_join(present)}" + (" (in the message)" if from_message else ""))
+    if missing:
+        parts.append(f"none for {_join(missing)}")
     predicate = query.predicate.replace("{0}", "…").replace("{}", "…")
-    return f"{query.path} where {predicate}: {'; '.join(filter(None, told))}"
+    return f"{query.path} where {predicate}: {'; '.join(parts)}"
 
 
-def _sent(trace: Trace) -> Iterator[Row]:
+def _is_from_message(resource: Json, notification: Notification | None) -> bool:
+    """Return True if the resource is an object of the payload. The in-memory reader makes no copies."""
+    return notification is not None and any(resource is entry for entry in notification.payload.values())
+
+
+def _describe_operations(trace: Trace) -> Iterator[Row]:
     for number, operation in enumerate(trace.operations, 1):
         request = request_for(operation)
         yield f"operation {number}", f"{operation.kind.value}: {request.method} {request.path}"
-        for line in _content(operation):
+        for line in _describe_content(operation):
             yield "", line
 
 
-def _content(operation: Operation) -> Iterator[str]:
+def _describe_content(operation: Operation) -> Iterator[str]:
     attributes = as_dict(as_dict(operation.resource).get("attributes"))
     if operation.kind is OperationKind.CREATE_EVENT:
-        yield _event(attributes)
+        yield _describe_event(attributes)
         yield f"profile: {', '.join(attributes['profile']['data']['attributes'])}"
     else:
         yield f"key: {operation.key}"
@@ -136,32 +152,32 @@ def _content(operation: Operation) -> Iterator[str]:
     if properties := as_dict(attributes.get("properties")):
         yield f"properties: {', '.join(properties)}"
     if operation.kind is OperationKind.DELETE_STALE_VARIANTS:
-        yield f"kept: {_listed(sorted(operation.keep_skus)) or 'none'}"
+        yield f"kept: {_join(sorted(operation.keep_skus)) or 'none'}"
     if operation.truncated:
-        yield f"cut to Klaviyo's limits: {_listed(unique(operation.truncated))}"
+        yield f"truncated to Klaviyo's limits: {_join(unique(operation.truncated))}"
     if operation.fallback:
-        instead = [f"{each.kind.value} {each.key}" for each in operation.fallback()]
-        yield f"where Klaviyo does not have it: {_listed(instead)}"
+        fallback = [f"{each.kind.value} {each.key}" for each in operation.fallback()]
+        yield f"if Klaviyo does not have it: {_join(fallback)}"
 
 
-def _event(attributes: Json) -> str:
+def _describe_event(attributes: Json) -> str:
     metric = attributes["metric"]["data"]["attributes"]["name"]
     value = f"; value: {attributes['value']} {attributes.get('value_currency', '')}" if "value" in attributes else ""
     return f"metric: {metric}; unique_id: {attributes['unique_id']}; time: {attributes.get('time')}{value}"
 
 
-def _left_out(trace: Trace, mapping: MappingConfig) -> Iterator[Row]:
+def _describe_omissions(trace: Trace, mapping: MappingConfig) -> Iterator[Row]:
     if trace.enriched is None:
         return
-    about = trace.enriched.notification
-    handler = HANDLERS[about.resource_type, about.type]
+    notification = trace.enriched.notification
+    handler = HANDLERS[notification.resource_type, notification.type]
     for line in handler.omissions(trace.enriched, mapping) if handler.omissions else ():
         yield "left out", line
 
 
-def _end(trace: Trace) -> Row:
-    if trace.ending is None:
-        return "ends", "acknowledged, once all of it is in Klaviyo; a dead letter, if Klaviyo refuses any"
-    if isinstance(trace.ending, Ignored):
-        return "ends", f"acknowledged with nothing to do, in stage {trace.stage}: {trace.ending}"
-    return "ends", f"{_BECOMES[trace.ending.disposition]}, in stage {trace.stage}: {trace.ending}"
+def _describe_outcome(trace: Trace) -> str:
+    if trace.stopped_by is None:
+        return "acknowledged when Klaviyo has accepted all operations; dead-lettered if Klaviyo refuses one"
+    if isinstance(trace.stopped_by, Ignored):
+        return f"acknowledged with nothing to do, in stage {trace.stage}: {trace.stopped_by}"
+    return f"{_FATES[trace.stopped_by.disposition]}, in stage {trace.stage}: {trace.stopped_by}"

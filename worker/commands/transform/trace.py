@@ -1,4 +1,4 @@
-"""Follow notifications without any network: the debugger, and the engine of the golden tests."""
+"""Run notifications through parse, enrich and transform without network access. The golden tests use it too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from worker.mapping import MappingConfig
     from worker.model import Enriched, Json, Notification, Operation
 
-# Where a message's own payload stands, and which collection it stands in for.
+# Resources in the payload of a message, and the commercetools endpoint that they replace.
 _PAYLOADS = {
     "customer": "customers",
     "category": "categories",
@@ -32,7 +32,11 @@ _PAYLOADS = {
 
 @dataclass(slots=True)
 class Trace:
-    """How far a notification came, what was asked for it, and what it ended with; None: its operations."""
+    """The stages that a notification reached, and their results.
+
+    `stage`: the last stage. `lookups`: the queries and their results. `stopped_by`: the reason why there are no
+    operations, or None.
+    """
 
     body: bytes = field(repr=False)
     stage: str = "parse"
@@ -40,11 +44,11 @@ class Trace:
     lookups: list[tuple[queries.Query, queries.QueryResult]] = field(default_factory=list, repr=False)
     enriched: Enriched | None = None
     operations: Sequence[Operation] = ()
-    ending: Ignored | WorkerError | None = None
+    stopped_by: Ignored | WorkerError | None = None
 
 
-def documents(content: bytes) -> Iterator[bytes]:
-    """Yield the notifications in a file: the whole file when it is one JSON document, else its lines."""
+def split_documents(content: bytes) -> Iterator[bytes]:
+    """Yield the notifications in a file: the whole file if it is one JSON document, otherwise its lines."""
     try:
         orjson.loads(content)
     except orjson.JSONDecodeError:
@@ -54,15 +58,15 @@ def documents(content: bytes) -> Iterator[bytes]:
 
 
 def trace_notification(body: bytes, snapshot: dict[str, list[Json]], mapping: MappingConfig) -> Trace:
-    """Take a notification through the stages but the sending.
+    """Run a notification through all stages except sending.
 
-    `snapshot` and the message's payload are what commercetools holds.
+    `snapshot` (resources by endpoint) and the payload of the message replace commercetools.
     """
     trace = Trace(body)
     try:
         _run_stages(trace, snapshot, mapping)
-    except (Ignored, WorkerError) as ending:
-        trace.ending = ending
+    except (Ignored, WorkerError) as reason:
+        trace.stopped_by = reason
     return trace
 
 
@@ -70,7 +74,7 @@ def _run_stages(trace: Trace, snapshot: dict[str, list[Json]], mapping: MappingC
     trace.notification = parse(trace.body)
     handler_for(trace.notification, mapping)
     trace.stage = "enrich"
-    reader = _Recorder(queries.InMemoryReader(_with_payload(snapshot, trace.notification)), trace.lookups)
+    reader = _RecordingReader(queries.InMemoryReader(_with_payload(snapshot, trace.notification)), trace.lookups)
     (enriched,) = Enricher(reader, mapping, read_lag=0.0).enrich([trace.notification])
     if isinstance(enriched, WorkerError):
         raise enriched
@@ -79,22 +83,22 @@ def _run_stages(trace: Trace, snapshot: dict[str, list[Json]], mapping: MappingC
     trace.operations = transform(enriched, mapping)
 
 
-class _Recorder:
-    """A Reader that notes what another is asked and what it answers."""
+class _RecordingReader:
+    """A reader that records the queries to another reader, and their results."""
 
     def __init__(self, reader: queries.Reader, lookups: list[tuple[queries.Query, queries.QueryResult]]) -> None:
         self._reader = reader
         self._lookups = lookups
 
     def find(self, query: queries.Query, values: Collection[str]) -> queries.QueryResult:
-        """Find with the other."""
+        """Query the other reader."""
         found = self._reader.find(query, values)
         self._lookups.append((query, found))
         return found
 
 
 def _with_payload(snapshot: dict[str, list[Json]], notification: Notification) -> dict[str, list[Json]]:
-    """Add the payload's resource, unless the snapshot has a newer word on it."""
+    """Add the resource in the payload, unless the snapshot contains it."""
     resources: dict[str, list[Json]] = defaultdict(list, {path: list(entries) for path, entries in snapshot.items()})
     for name, path in _PAYLOADS.items():
         payload = notification.payload.get(name)
