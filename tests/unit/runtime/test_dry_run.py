@@ -1,4 +1,4 @@
-"""What a dry run prints, and when nobody reads it any more."""
+"""A dry run prints operations until its reader ends."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import pytest
 
 
-def test_a_dry_run_whose_reader_has_seen_enough_stops_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`| head` is no defect: one signal is sent, and what is printed after that goes nowhere."""
+def test_dry_run_stops_in_order_when_its_reader_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`| head` is not a defect: the process sends itself one signal, and later output is discarded."""
     signals: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     read, write = os.pipe()

@@ -1,4 +1,4 @@
-"""A lane: what has to wait is kept and tried again, and nothing else waits for it."""
+"""A lane holds and retries messages without delaying those of other resources."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SOON = Transient("503", retry_after=0.05)
 
 
 class Pipeline:
-    """Fails as it is told, message by message; notes each batch, and what was given up with which delay."""
+    """A fake pipeline that fails with the given error for each message id, and records its calls."""
 
     def __init__(self) -> None:
         self.errors: dict[str, WorkerError | None] = {}
         self.batches: list[list[str]] = []
-        self.given_up: list[tuple[str, float]] = []
+        self.returned: list[tuple[str, float]] = []  # with the delay
 
     def process(self, messages: Sequence[Message]) -> list[Message]:
         self.batches.append([message.delivery.id for message in messages])
@@ -40,33 +40,33 @@ class Pipeline:
         return [message for message in messages if message.is_held]
 
     def return_to_queue(self, messages: Sequence[Message], delay: float) -> None:
-        self.given_up += [(message.delivery.id, delay) for message in messages]
+        self.returned += [(message.delivery.id, delay) for message in messages]
 
     @property
-    def tried(self) -> list[str]:
+    def processed(self) -> list[str]:
         return [name for batch in self.batches for name in batch]
 
 
 class Rig:
-    """A lane at work, and what it tells."""
+    """A running lane and its callbacks."""
 
     def __init__(self, **values: Any) -> None:
         self.pipeline = Pipeline()
         self.in_flight = InFlight(100, 10**6)
         self.stopping = threading.Event()
-        self.given_back: list[str] = []
-        self.refusals: list[tuple[str, str]] = []  # and what the worker shows to be parked for at that time
+        self.returned_unprocessed: list[str] = []
+        self.refusals: list[tuple[str, str]] = []  # with the worker's parked_reason at that time
         self.failures: list[Exception] = []
-        ends = LaneCallbacks(
-            lambda messages: self.given_back.extend(message.delivery.id for message in messages),
+        callbacks = LaneCallbacks(
+            lambda messages: self.returned_unprocessed.extend(message.delivery.id for message in messages),
             self.failures.append,
             lambda error: self.refusals.append((str(error), self.in_flight.parked_reason())),
         )
         settings = settings_for(**{"outage_hold": 60, "park_retry_interval": 0.05} | values)
-        self.lane = Lane(self.pipeline, self.in_flight, settings, self.stopping, ends)  # type: ignore[arg-type]
+        self.lane = Lane(self.pipeline, self.in_flight, settings, self.stopping, callbacks)  # type: ignore[arg-type]
 
     def put(self, *names: str) -> None:
-        """Have messages handled; `a1` and `a2` are about the same resource."""
+        """Put messages into the lane; `a1` and `a2` belong to the same resource."""
         for name in names:
             message = Message(
                 FakeDelivery(b"x", id=name), time.monotonic(), Notification("T", "thing", name[0], None, {})
@@ -89,21 +89,21 @@ def rig() -> Iterator[Rig]:
         rig.stop()
 
 
-def test_what_has_to_wait_is_tried_again_until_it_succeeds(rig: Rig) -> None:
-    """In place, so that it costs no delivery attempt."""
+def test_transient_error_is_retried_without_nack(rig: Rig) -> None:
+    """A retry in memory uses up no delivery attempt."""
     rig.pipeline.errors["a1"] = SOON
     rig.put("a1")
     rig.lane.start()
-    wait_for(lambda: rig.pipeline.tried.count("a1") > 2)
+    wait_for(lambda: rig.pipeline.processed.count("a1") > 2)
     assert rig.in_flight.held == len(rig.in_flight) == 1
     rig.pipeline.errors.clear()
     wait_for(lambda: not rig.in_flight)
     assert rig.in_flight.held == 0
-    assert (rig.pipeline.given_up, rig.given_back, rig.failures) == ([], [], [])
+    assert (rig.pipeline.returned, rig.returned_unprocessed, rig.failures) == ([], [], [])
 
 
-def test_others_of_the_same_resource_wait_behind_it_in_their_order(rig: Rig) -> None:
-    """And those of other resources pass."""
+def test_later_messages_of_the_resource_wait_in_order(rig: Rig) -> None:
+    """Messages of other resources overtake the held one."""
     rig.pipeline.errors["a1"] = Transient("503", retry_after=0.5)
     rig.put("a1")
     rig.lane.start()
@@ -114,83 +114,83 @@ def test_others_of_the_same_resource_wait_behind_it_in_their_order(rig: Rig) -> 
     assert rig.pipeline.batches == [["a1"], ["b1"], ["a1", "a2", "a3"]]
 
 
-def test_without_word_from_the_other_side_the_waits_grow(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A record that Klaviyo never answers must not be sent all the time."""
-    tries: list[int] = []
+def test_backoff_grows_with_every_retry(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backoff applies if Klaviyo's response has no Retry-After."""
+    retries: list[int] = []
 
-    def short(number: int, _: float) -> float:
-        tries.append(number)
+    def short_backoff(number: int, _: float) -> float:
+        retries.append(number)
         return 0.01
 
-    monkeypatch.setattr("worker.runtime.lane.backoff", short)
+    monkeypatch.setattr("worker.runtime.lane.backoff", short_backoff)
     rig.pipeline.errors["a1"] = Transient("500")
     rig.put("a1")
     rig.lane.start()
-    wait_for(lambda: len(tries) >= 4)
-    assert tries[:4] == [0, 1, 2, 3]
+    wait_for(lambda: len(retries) >= 4)
+    assert retries[:4] == [0, 1, 2, 3]
 
 
-def test_a_message_kept_too_long_goes_back_to_the_queue() -> None:
-    """After a last try when the hold ends; what it waits there is a share of the hold."""
+def test_message_is_returned_when_its_hold_expires() -> None:
+    """The last retry is at the end of the hold. The delay of the nack is a share of the hold."""
     rig = Rig(outage_hold=0.6)
     rig.pipeline.errors["a1"] = Transient("503", retry_after=0.61)
-    began = time.monotonic()
+    started_at = time.monotonic()
     rig.put("a1")
     rig.lane.start()
-    wait_for(lambda: rig.pipeline.given_up)
-    assert time.monotonic() - began >= 1.2
-    ((name, delay),) = rig.pipeline.given_up
+    wait_for(lambda: rig.pipeline.returned)
+    assert time.monotonic() - started_at >= 1.2
+    ((name, delay),) = rig.pipeline.returned
     assert name == "a1"
     assert delay == pytest.approx(0.02)
-    assert rig.pipeline.tried == ["a1"] * 3
+    assert rig.pipeline.processed == ["a1"] * 3
     assert not rig.in_flight
     rig.stop()
-    assert rig.given_back == []
+    assert rig.returned_unprocessed == []
 
 
-def test_without_a_hold_a_message_goes_back_at_once() -> None:
-    """For queues whose attempts are cheap."""
+def test_without_a_hold_a_message_is_returned_at_once() -> None:
+    """`outage_hold` = 0 suits queues without a limit of attempts."""
     rig = Rig(outage_hold=0)
     rig.pipeline.errors["a1"] = SOON
     rig.put("a1")
     rig.lane.start()
-    wait_for(lambda: rig.pipeline.given_up)
-    assert rig.pipeline.tried == ["a1"]
+    wait_for(lambda: rig.pipeline.returned)
+    assert rig.pipeline.processed == ["a1"]
     rig.stop()
 
 
-def test_a_parked_message_is_kept_for_as_long_as_it_takes() -> None:
-    """No hold ends while nobody's message is at fault; the runner hears of it."""
+def test_parked_message_is_held_without_a_time_limit() -> None:
+    """The lane reports the refusal to the runner."""
     rig = Rig(outage_hold=0)
     rig.pipeline.errors["a1"] = KlaviyoMisconfigured("401")
     rig.put("a1")
     rig.lane.start()
-    wait_for(lambda: rig.pipeline.tried.count("a1") > 3)
+    wait_for(lambda: rig.pipeline.processed.count("a1") > 3)
     assert rig.in_flight.parked_reason() == "401"
     assert rig.refusals[0] == ("401", "401")
     rig.pipeline.errors.clear()
     wait_for(lambda: not rig.in_flight)
     assert rig.in_flight.parked_reason() == ""
-    assert rig.pipeline.given_up == []
+    assert rig.pipeline.returned == []
     rig.stop()
 
 
-def test_the_time_parked_is_no_part_of_the_hold() -> None:
-    """Or the first failure once the key is accepted again would cost every message an attempt."""
+def test_parked_time_does_not_count_as_hold() -> None:
+    """Otherwise the first transient error after the key is fixed would use up an attempt of every message."""
     rig = Rig(outage_hold=0.2)
     rig.pipeline.errors["a1"] = KlaviyoMisconfigured("401")
     rig.put("a1")
     rig.lane.start()
-    time.sleep(0.5)  # longer than the hold and the pause added to it
+    time.sleep(0.5)  # longer than the hold and the backoff added to it
     rig.pipeline.errors["a1"] = SOON
-    parked = rig.pipeline.tried.count("a1")
-    wait_for(lambda: rig.pipeline.given_up)
-    assert rig.pipeline.tried.count("a1") > parked + 2
+    while_parked = rig.pipeline.processed.count("a1")
+    wait_for(lambda: rig.pipeline.returned)
+    assert rig.pipeline.processed.count("a1") > while_parked + 2
     rig.stop()
 
 
-def test_what_waits_at_the_end_goes_back(rig: Rig) -> None:
-    """At once, however long it was to wait."""
+def test_held_messages_are_returned_when_the_lane_ends(rig: Rig) -> None:
+    """They are returned at once, whenever their next retry is due."""
     rig.pipeline.errors |= {"a1": Transient("503", retry_after=3600), "b1": KlaviyoMisconfigured("401", 3600)}
     rig.put("a1", "b1")
     rig.lane.start()
@@ -198,30 +198,30 @@ def test_what_waits_at_the_end_goes_back(rig: Rig) -> None:
     rig.put("a2")
     wait_for(lambda: rig.in_flight.held == 3)
     rig.stop()
-    assert rig.given_back == ["a1", "b1", "a2"]
-    assert rig.pipeline.tried == ["a1", "b1"]
+    assert rig.returned_unprocessed == ["a1", "b1", "a2"]
+    assert rig.pipeline.processed == ["a1", "b1"]
 
 
-def test_a_hold_that_ends_while_the_worker_stops_costs_nothing() -> None:
-    """What would go back at the price of an attempt goes back for nothing then."""
+def test_hold_that_expires_during_shutdown_uses_up_no_attempt() -> None:
+    """The message is returned like any other message at shutdown, not nacked as a failure."""
     rig = Rig(outage_hold=0)
     process = rig.pipeline.process
 
-    def stopped_meanwhile(messages: Sequence[Message]) -> list[Message]:
+    def stop_during_processing(messages: Sequence[Message]) -> list[Message]:
         rig.stopping.set()
         return process(messages)
 
-    rig.pipeline.process = stopped_meanwhile  # type: ignore[method-assign]
+    rig.pipeline.process = stop_during_processing  # type: ignore[method-assign]
     rig.pipeline.errors["a1"] = SOON
     rig.put("a1")
     rig.lane.start()
     rig.lane.join(5)
-    assert rig.given_back == ["a1"]
-    assert rig.pipeline.given_up == []
+    assert rig.returned_unprocessed == ["a1"]
+    assert rig.pipeline.returned == []
 
 
-def test_batches_of_what_waited_have_their_limit() -> None:
-    """As all batches; what does not fit is next."""
+def test_batch_of_held_messages_is_limited() -> None:
+    """Held messages beyond `max_batch` follow in the next batch."""
     rig = Rig(max_batch=3)
     rig.pipeline.errors |= {f"{name}1": SOON for name in "abcdefg"}
     rig.put(*(f"{name}1" for name in "abcdefg"))
@@ -233,8 +233,8 @@ def test_batches_of_what_waited_have_their_limit() -> None:
     rig.stop()
 
 
-def test_the_worker_is_stuck_when_all_it_holds_waits_for_an_outage_to_end() -> None:
-    """Not when a record waits for a reason of its own, nor when anything can be worked on."""
+def test_worker_is_blocked_if_all_messages_are_held_because_of_an_outage() -> None:
+    """It is not blocked if a message can be processed, or if none is held because of an open circuit breaker."""
     in_flight = InFlight(10, 1000)
     a, b = (Message(FakeDelivery(b"x", id=name), 0.0) for name in "ab")
     in_flight.add(a)
@@ -251,15 +251,14 @@ def test_the_worker_is_stuck_when_all_it_holds_waits_for_an_outage_to_end() -> N
     assert (in_flight.is_idle, in_flight.is_blocked, len(in_flight)) == (True, False, 0)
 
 
-def test_the_age_of_the_oldest_message_counts_from_its_publishing() -> None:
-    """Settled or not, whatever the order: an outage shows long before anything succeeds."""
+def test_age_of_the_oldest_message_starts_at_its_publication() -> None:
+    """It covers messages that are not settled, so an outage is visible before any message succeeds."""
     in_flight, now = InFlight(10, 1000), datetime.now(UTC)
     assert in_flight.oldest_age() == 0
     young, old, ahead = (
         Message(FakeDelivery(b"x", published_at=now - timedelta(seconds=age)), 0.0) for age in (60, 3600, -60)
     )
-    untold = Message(FakeDelivery(b"x"), 0.0)
-    in_flight.add(untold)
+    in_flight.add(Message(FakeDelivery(b"x"), 0.0))
     assert in_flight.oldest_age() is None
     in_flight.add(ahead)
     assert in_flight.oldest_age() == 0
@@ -271,30 +270,30 @@ def test_the_age_of_the_oldest_message_counts_from_its_publishing() -> None:
 
 
 @pytest.mark.parametrize(("first", "second", "max_batch"), [(0.2, 0.05, 100), (0.1, 0.1, 1)])
-def test_kept_messages_of_a_resource_stay_in_their_order(first: float, second: float, max_batch: int) -> None:
-    """However long each was to wait, and wherever a batch ends: what came later is never tried before."""
+def test_held_messages_of_a_resource_stay_in_order(first: float, second: float, max_batch: int) -> None:
+    """The order is independent of their retry times and of where a batch ends."""
     rig = Rig(max_batch=max_batch)
     rig.pipeline.errors |= {"a1": Transient("503", retry_after=first), "a2": Transient("503", retry_after=second)}
     rig.put("a1", "a2")
     rig.lane.start()
-    wait_for(lambda: rig.pipeline.tried.count("a1") > 3)
+    wait_for(lambda: rig.pipeline.processed.count("a1") > 3)
     rig.put("a3")
     rig.pipeline.errors.clear()
     wait_for(lambda: not rig.in_flight)
-    tried = rig.pipeline.tried
-    assert tried[tried.index("a3") - 2 :] == ["a1", "a2", "a3"]
+    processed = rig.pipeline.processed
+    assert processed[processed.index("a3") - 2 :] == ["a1", "a2", "a3"]
     assert {batch[0] for batch in rig.pipeline.batches[:4]} == {"a1"}
     rig.stop()
 
 
-def test_waiting_for_an_earlier_message_is_no_work(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lane sleeps until the first message of a resource is due, however early the others would be."""
-    looks: list[list[Message]] = []
-    look = rig.lane._take_due
+def test_lane_sleeps_while_a_later_message_waits_for_an_earlier_one(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane sleeps until the first message of a resource is due, even if later ones are due before."""
+    calls: list[list[Message]] = []
+    take_due = rig.lane._take_due
 
     def counted() -> list[Message]:
-        looks.append(look())
-        return looks[-1]
+        calls.append(take_due())
+        return calls[-1]
 
     monkeypatch.setattr(rig.lane, "_take_due", counted)
     rig.pipeline.errors |= {"a1": Transient("503", retry_after=60), "a2": SOON}
@@ -302,4 +301,4 @@ def test_waiting_for_an_earlier_message_is_no_work(rig: Rig, monkeypatch: pytest
     rig.lane.start()
     wait_for(lambda: rig.in_flight.held == 2)
     time.sleep(0.3)
-    assert len(looks) <= 3
+    assert len(calls) <= 3

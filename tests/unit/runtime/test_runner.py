@@ -1,4 +1,4 @@
-"""The receive loop and its lanes."""
+"""The receive loop: lanes, leases, parking, outages, shutdown and `once`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ ENVIRONMENT = {
 
 
 class Pipeline:
-    """Acks everything, at the pace and with the parking it is told; notes what it saw."""
+    """A fake pipeline: `work` returns the messages to hold, and all others are acked. Records the batches."""
 
     def __init__(self, queue: EmbeddedQueue, work: Callable[[Sequence[Message]], list[Message]]) -> None:
         self._queue = queue
         self._work = work
         self.batches: list[tuple[int, list[bytes]]] = []
-        self.given_up: list[tuple[bytes, float]] = []
+        self.returned: list[tuple[bytes, float]] = []  # with the delay
 
     def accept(self, delivery: Delivery) -> Message:
         resource = delivery.body.decode().partition(":")[0]
@@ -48,19 +48,18 @@ class Pipeline:
         return Message(delivery, time.monotonic(), Notification("T", resource, resource, None, {}), lease=lease)
 
     def process(self, messages: Sequence[Message]) -> list[Message]:
-        kept = self._work(messages)
-        done = [message for message in messages if message not in kept]
+        held = self._work(messages)
+        done = [message for message in messages if message not in held]
         self.batches.append((threading.get_ident(), [message.delivery.body for message in done]))
         self._queue.ack([message.delivery for message in done])
-        return kept
+        return held
 
     def return_to_queue(self, messages: Sequence[Message], delay: float) -> None:
-        self.given_up += [(message.delivery.body, delay) for message in messages]
+        self.returned += [(message.delivery.body, delay) for message in messages]
         self._queue.nack([message.delivery for message in messages], delay, Failure("503", "send", "CircuitOpen"))
 
 
-def nothing_special(messages: Sequence[Message]) -> list[Message]:
-    del messages
+def succeed(_messages: Sequence[Message]) -> list[Message]:
     return []
 
 
@@ -70,7 +69,7 @@ def queue(tmp_path: Path) -> EmbeddedQueue:
 
 
 def runner_for(
-    queue: Any, work: Callable[[Sequence[Message]], list[Message]] = nothing_special, **values: Any
+    queue: Any, work: Callable[[Sequence[Message]], list[Message]] = succeed, **values: Any
 ) -> tuple[Runner, Pipeline]:
     pipeline = Pipeline(queue, work)
     settings = settings_for(**{"park_retry_interval": 0.05} | values)
@@ -78,7 +77,7 @@ def runner_for(
 
 
 def settings_for(**values: Any) -> Settings:
-    """Return settings that point nowhere."""
+    """Return settings with addresses that do not exist."""
     return load(Settings, ENVIRONMENT | values)
 
 
@@ -89,22 +88,22 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def handled(pipeline: Pipeline) -> list[bytes]:
+def processed(pipeline: Pipeline) -> list[bytes]:
     return [body for _, bodies in pipeline.batches for body in bodies]
 
 
-def test_once_empties_the_queue_and_returns(queue: EmbeddedQueue) -> None:
-    """An empty queue costs no waiting."""
+def test_once_drains_the_queue_and_returns(queue: EmbeddedQueue) -> None:
+    """`once` returns without waiting when the queue is empty."""
     queue.publish(f"{n}:x".encode() for n in range(250))
     runner, pipeline = runner_for(queue)
-    began = time.monotonic()
+    started_at = time.monotonic()
     runner.run(once=True)
-    assert len(handled(pipeline)) == 250
-    assert time.monotonic() - began < 5
+    assert len(processed(pipeline)) == 250
+    assert time.monotonic() - started_at < 5
 
 
-def test_a_resource_stays_in_its_lane_and_in_order(queue: EmbeddedQueue) -> None:
-    """Two changes of one customer never race inside a process."""
+def test_messages_of_a_resource_use_one_lane_in_order(queue: EmbeddedQueue) -> None:
+    """Two changes of one customer never race within a process."""
     queue.publish(f"{n % 7}:{n}".encode() for n in range(300))
     runner, pipeline = runner_for(queue, lanes=4)
     runner.run(once=True)
@@ -121,10 +120,9 @@ def test_a_resource_stays_in_its_lane_and_in_order(queue: EmbeddedQueue) -> None
 
 
 def test_batches_grow_with_the_backlog_up_to_their_limit(queue: EmbeddedQueue) -> None:
-    """What waits is taken together; nobody waits for a batch to fill."""
+    """A lane takes all waiting messages together, and does not wait for a full batch."""
 
-    def slow(messages: Sequence[Message]) -> list[Message]:
-        del messages
+    def slow(_messages: Sequence[Message]) -> list[Message]:
         time.sleep(0.05)
         return []
 
@@ -137,27 +135,26 @@ def test_batches_grow_with_the_backlog_up_to_their_limit(queue: EmbeddedQueue) -
 
 
 @pytest.mark.parametrize("limit", [{"max_in_flight": 10}, {"max_in_flight_bytes": 50, "max_in_flight": 10}])
-def test_no_more_is_held_than_allowed(limit: dict[str, int], queue: EmbeddedQueue) -> None:
-    """Messages and bytes in flight are bounded, whatever waits in the queue."""
+def test_messages_in_flight_are_limited(limit: dict[str, int], queue: EmbeddedQueue) -> None:
+    """The number and the bytes of messages in flight are limited, regardless of the backlog."""
     most = 0
 
-    def watching(messages: Sequence[Message]) -> list[Message]:
+    def measure(_messages: Sequence[Message]) -> list[Message]:
         nonlocal most
-        del messages
         most = max(most, len(runner._in_flight))
         time.sleep(0.01)
         return []
 
     queue.publish(f"{n}:abcde".encode() for n in range(60))
-    runner, pipeline = runner_for(queue, watching, **limit)
+    runner, pipeline = runner_for(queue, measure, **limit)
     runner.run(once=True)
-    assert len(handled(pipeline)) == 60
+    assert len(processed(pipeline)) == 60
     assert 0 < most <= 10
     assert runner._in_flight._bytes == 0
 
 
-def test_events_profiles_and_the_catalog_do_not_wait_for_each_other(queue: EmbeddedQueue) -> None:
-    """Jobs of profiles and of the catalog take minutes; orders have no time for that."""
+def test_events_profiles_and_catalog_have_separate_lanes(queue: EmbeddedQueue) -> None:
+    """Bulk jobs of profiles and of the catalog can take minutes and must not delay orders."""
     queue.publish([b"customer:1", b"product:1", b"order:1", b"payment:1"])
     release = threading.Event()
 
@@ -169,41 +166,40 @@ def test_events_profiles_and_the_catalog_do_not_wait_for_each_other(queue: Embed
     runner, pipeline = runner_for(queue, work, lanes=1)
     running = threading.Thread(target=runner.run, kwargs={"once": True})
     running.start()
-    wait_for(lambda: len(handled(pipeline)) == 2)
-    assert sorted(handled(pipeline)) == [b"order:1", b"payment:1"]
+    wait_for(lambda: len(processed(pipeline)) == 2)
+    assert sorted(processed(pipeline)) == [b"order:1", b"payment:1"]
     release.set()
     running.join(10)
-    assert len(handled(pipeline)) == 4
+    assert len(processed(pipeline)) == 4
 
 
-def test_a_message_is_ours_for_as_long_as_its_lease_is_extended(tmp_path: Path) -> None:
-    """Until then its events are surely new, however long they wait."""
+def test_lease_of_a_message_is_valid_while_it_is_extended(tmp_path: Path) -> None:
+    """Until it expires, the events of the message are certainly new."""
     queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=0.6)
     queue.publish([b"order:1"])
-    ours: list[bool] = []
+    valid: list[bool] = []
 
     def work(messages: Sequence[Message]) -> list[Message]:
         time.sleep(1.5)
-        ours.extend(message.lease.is_valid() for message in messages)
+        valid.extend(message.lease.is_valid() for message in messages)
         return []
 
     runner_for(queue, work)[0].run(once=True)
-    assert ours == [True]
+    assert valid == [True]
 
 
-def test_leases_of_held_messages_are_extended(tmp_path: Path) -> None:
-    """Work that takes longer than a lease is not done twice."""
+def test_leases_of_messages_in_flight_are_extended(tmp_path: Path) -> None:
+    """A message that takes longer than its lease is not processed twice."""
     queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=0.3)
 
-    def slow(messages: Sequence[Message]) -> list[Message]:
-        del messages
+    def slow(_messages: Sequence[Message]) -> list[Message]:
         time.sleep(1)
         return []
 
     queue.publish([b"a:x"])
     runner, pipeline = runner_for(queue, slow)
     runner.run(once=True)
-    assert handled(pipeline) == [b"a:x"]
+    assert processed(pipeline) == [b"a:x"]
 
 
 def failing_once(method: Callable[..., None], error: Exception) -> Callable[..., None]:
@@ -218,27 +214,29 @@ def failing_once(method: Callable[..., None], error: Exception) -> Callable[...,
     return call
 
 
-def test_leases_are_extended_again_whatever_one_try_meets(
+def test_leases_are_extended_again_after_an_unexpected_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or all that is held would be handled a second time; the text of a stranger's error is not shown."""
+    """The log shows only the class of the error, because its text can contain personal data."""
     queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=1.2)
-    monkeypatch.setattr(queue, "extend", failing_once(queue.extend, RuntimeError("of somebody")))
+    monkeypatch.setattr(queue, "extend", failing_once(queue.extend, RuntimeError("ada@example.com")))
     queue.publish([b"a:x"])
     runner, pipeline = runner_for(queue, lambda _: time.sleep(1.6) or [])  # type: ignore[func-returns-value]
     runner.run(once=True)
-    assert handled(pipeline) == [b"a:x"]
+    assert processed(pipeline) == [b"a:x"]
     (record,) = [record for record in caplog.records if record.message == "leases_not_extended"]
     assert vars(record)["reason"] == "unexpected RuntimeError"
 
 
 def parking(times: int) -> Callable[[Sequence[Message]], list[Message]]:
-    left = [times]
+    """Park the messages of the first `times` batches."""
+    remaining = times
 
     def work(messages: Sequence[Message]) -> list[Message]:
-        if left[0] == 0:
+        nonlocal remaining
+        if remaining == 0:
             return []
-        left[0] -= 1
+        remaining -= 1
         for message in messages:
             message.outcome = Outcome(Disposition.PARK, "send", KlaviyoMisconfigured("401: check KLAVIYO_AUTH_KEY"))
         return list(messages)
@@ -246,24 +244,24 @@ def parking(times: int) -> Callable[[Sequence[Message]], list[Message]]:
     return work
 
 
-def test_a_parked_worker_keeps_its_messages_and_goes_on_by_itself(queue: EmbeddedQueue) -> None:
-    """No attempt is spent while the key is refused, and nothing new is pulled."""
+def test_parked_worker_holds_its_messages_and_resumes_by_itself(queue: EmbeddedQueue) -> None:
+    """While the key is refused, no attempt is used up and no new message is pulled."""
     queue.publish([b"a:1", b"b:1"])
     runner, pipeline = runner_for(queue, parking(3), max_in_flight=1)
     stopper = threading.Timer(2.0, runner.stop)
     stopper.start()
     runner.run()
     stopper.cancel()
-    assert sorted(handled(pipeline)) == [b"a:1", b"b:1"]
+    assert sorted(processed(pipeline)) == [b"a:1", b"b:1"]
 
 
-def test_a_parked_worker_pulls_nothing(queue: EmbeddedQueue) -> None:
-    """What it cannot handle is left to be handled by others, or later."""
+def test_parked_worker_pulls_nothing(queue: EmbeddedQueue) -> None:
+    """Messages stay in the queue for other workers, or until the worker resumes."""
     queue.publish([b"a:1"])
     runner, _ = runner_for(queue, parking(10**9))
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
-    time.sleep(1.3)  # longer than a pull that was under way
+    time.sleep(1.3)  # longer than a pull in progress
     queue.publish([b"b:1"])
     time.sleep(0.3)
     left = [delivery.body for delivery in EmbeddedQueue(queue._path).receive(9, 0)]
@@ -273,20 +271,20 @@ def test_a_parked_worker_pulls_nothing(queue: EmbeddedQueue) -> None:
 
 
 def holding(error: Exception, until: threading.Event) -> Callable[[Sequence[Message]], list[Message]]:
-    """Keep every message that is named `a`, until told otherwise."""
+    """Hold every message whose body starts with `a`, until the event is set."""
 
     def work(messages: Sequence[Message]) -> list[Message]:
-        kept = [] if until.is_set() else [message for message in messages if message.delivery.body.startswith(b"a")]
-        for message in kept:
+        held = [] if until.is_set() else [message for message in messages if message.delivery.body.startswith(b"a")]
+        for message in held:
             message.outcome = Outcome(Disposition.HOLD, "send", error)
-        return kept
+        return held
 
     return work
 
 
 @pytest.fixture
 def running() -> Iterator[Callable[[Runner], threading.Thread]]:
-    """Run runners in threads, and stop them in the end."""
+    """Run runners in threads, and stop them after the test."""
     started: list[tuple[Runner, threading.Thread]] = []
 
     def start(runner: Runner) -> threading.Thread:
@@ -302,29 +300,29 @@ def running() -> Iterator[Callable[[Runner], threading.Thread]]:
         assert not thread.is_alive()
 
 
-def test_pulling_pauses_while_all_that_is_held_waits_for_an_outage(
+def test_pulling_pauses_while_all_messages_are_held_because_of_an_outage(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What nobody can handle stays where others, or a later worker, can get it; it goes on by itself."""
+    """New messages stay in the queue. Pulling resumes when the outage ends."""
     over = threading.Event()
     queue.publish([b"a:1"])
     runner, pipeline = runner_for(queue, holding(CircuitOpen("down", retry_after=0.1), over))
     running(runner)
     wait_for(lambda: runner.held() == 1)
-    time.sleep(1.3)  # longer than a pull that was under way
+    time.sleep(1.3)  # longer than a pull in progress
     queue.publish([b"b:1", b"b:2"])
     time.sleep(0.5)
-    assert handled(pipeline) == []
+    assert processed(pipeline) == []
     assert [record.message for record in caplog.records] == ["pulling_paused"]
     over.set()
-    wait_for(lambda: len(handled(pipeline)) == 3)
+    wait_for(lambda: len(processed(pipeline)) == 3)
     assert runner.held() == runner.in_flight() == 0
 
 
-def test_a_message_in_a_while_is_pulled_in_an_outage(
+def test_single_message_is_pulled_periodically_during_an_outage(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Should only the messages that are held be the trouble, the others must not wait for them."""
+    """If only the held messages fail, the worker detects that others can be processed."""
     monkeypatch.setattr("worker.runtime.runner.MAX_BACKOFF", 0.5)
     queue.publish([b"a:1"])
     runner, pipeline = runner_for(queue, holding(CircuitOpen("500", retry_after=0.1), threading.Event()))
@@ -332,24 +330,24 @@ def test_a_message_in_a_while_is_pulled_in_an_outage(
     wait_for(lambda: runner.held() == 1)
     time.sleep(1.1)
     queue.publish([b"b:1", b"b:2"])
-    wait_for(lambda: len(handled(pipeline)) == 2)
+    wait_for(lambda: len(processed(pipeline)) == 2)
     assert runner.held() == 1
 
 
-def test_pulling_goes_on_while_a_message_waits_for_a_reason_of_its_own(
+def test_pulling_continues_while_a_message_is_held_without_an_outage(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread]
 ) -> None:
-    """What commercetools cannot show yet is no outage."""
+    """A resource that commercetools cannot read yet is not an outage."""
     queue.publish([b"a:1"])
     runner, pipeline = runner_for(queue, holding(Transient("not readable yet", 60), threading.Event()))
     running(runner)
     wait_for(lambda: runner.held() == 1)
     queue.publish([b"b:1"])
-    wait_for(lambda: handled(pipeline) == [b"b:1"])
+    wait_for(lambda: processed(pipeline) == [b"b:1"])
 
 
-def test_stopping_in_an_outage_returns_what_is_held_at_no_price(queue: EmbeddedQueue) -> None:
-    """At once: nobody waits for the end of an outage."""
+def test_stop_during_an_outage_returns_held_messages_without_using_up_an_attempt(queue: EmbeddedQueue) -> None:
+    """The shutdown does not wait for the end of the outage."""
     queue.publish([b"a:1", b"a:2"])
     runner, _ = runner_for(queue, holding(CircuitOpen("down", retry_after=600), threading.Event()))
     thread = threading.Thread(target=runner.run, daemon=True)
@@ -362,10 +360,10 @@ def test_stopping_in_an_outage_returns_what_is_held_at_no_price(queue: EmbeddedQ
     assert [(delivery.body, delivery.attempt) for delivery in again] == [(b"a:1", 1), (b"a:2", 1)]
 
 
-def test_a_queue_that_refuses_parks_the_worker(
+def test_refusal_by_the_queue_parks_the_worker(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A subscription that was deleted, or a right withdrawn, may come back: unready until then, one line a minute."""
+    """A deleted subscription or a revoked permission can be restored; the worker then resumes by itself."""
     refusals = [QueueRefusedError("QUEUE_URL: gone")] * 3
     receive = queue.receive
 
@@ -379,20 +377,19 @@ def test_a_queue_that_refuses_parks_the_worker(
     runner, pipeline = runner_for(queue)
     running(runner)
     wait_for(lambda: runner.parked_reason() == "QUEUE_URL: gone")
-    wait_for(lambda: handled(pipeline) == [b"a:1"])
+    wait_for(lambda: processed(pipeline) == [b"a:1"])
     wait_for(lambda: not runner.parked_reason())
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["parked"]
 
 
-@pytest.mark.parametrize("answer", [[], QueueRefusedError("gone")], ids=["nothing there", "refused"])
-def test_the_loop_has_begun_when_the_queue_has_answered(
+@pytest.mark.parametrize("answer", [[], QueueRefusedError("gone")], ids=["no messages", "refused"])
+def test_worker_has_polled_once_the_queue_has_answered(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], answer: Any
 ) -> None:
-    """Whatever it says: a worker that is parked from the start is up."""
+    """A refusal counts too: a worker that is parked from the start is up."""
     asked, release = threading.Event(), threading.Event()
 
-    def waiting(max_messages: int, wait: float) -> Any:
-        del max_messages, wait
+    def waiting(*_: object) -> Any:
         asked.set()
         release.wait(10)
         return Scripted(answer)()
@@ -406,31 +403,30 @@ def test_the_loop_has_begun_when_the_queue_has_answered(
     wait_for(runner.has_polled)
 
 
-def test_a_queue_that_is_only_silent_has_not_accepted_the_worker_yet(
+def test_empty_response_soon_after_a_refusal_does_not_end_parking(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stream tells of a refusal a moment after it was opened: silence counts after a second `park_retry_interval`."""
+    """A stream reports a refusal a moment after it was opened, so no messages count after two intervals only."""
     monkeypatch.setattr("worker.runtime.runner.RECEIVE_WAIT", 0.05)
     refusals = [QueueRefusedError("QUEUE_URL: gone")]
-    silent: list[str] = []
+    reasons: list[str] = []
 
-    def refusing(max_messages: int, wait: float) -> Any:
-        del max_messages, wait
+    def refusing(*_: object) -> Any:
         if refusals:
             raise refusals.pop()
-        silent.append(runner.parked_reason())
+        reasons.append(runner.parked_reason())
         time.sleep(0.05)
         return []
 
     queue.receive = refusing  # type: ignore[method-assign]
     runner, _ = runner_for(queue, park_retry_interval=0.5)
     running(runner)
-    wait_for(lambda: silent and not silent[-1])
-    assert silent[:4] == ["QUEUE_URL: gone"] * 4
+    wait_for(lambda: reasons and not reasons[-1])
+    assert reasons[:4] == ["QUEUE_URL: gone"] * 4
 
 
-def test_once_ends_when_the_queue_refuses(queue: EmbeddedQueue) -> None:
-    """A script wants to know."""
+def test_once_raises_the_refusal_of_the_queue(queue: EmbeddedQueue) -> None:
+    """A script must not wait for an operator."""
     queue.publish([b"a:1"])
     queue.receive = Scripted(QueueRefusedError("gone"))  # type: ignore[method-assign,assignment]
     runner, _ = runner_for(queue)
@@ -438,16 +434,16 @@ def test_once_ends_when_the_queue_refuses(queue: EmbeddedQueue) -> None:
         runner.run(once=True)
 
 
-def test_once_waits_for_an_outage_to_end_but_not_for_ever(
+def test_once_waits_for_the_end_of_an_outage_up_to_max_wait(
     queue: EmbeddedQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Within `max_wait`, as for delayed redeliveries; then the messages go back, at no price."""
+    """After `max_wait` the messages are returned without using up an attempt."""
     over = threading.Event()
     threading.Timer(0.5, over.set).start()
     queue.publish([b"a:1"])
     runner, pipeline = runner_for(queue, holding(CircuitOpen("down", retry_after=0.1), over))
     runner.run(once=True, max_wait=60)
-    assert handled(pipeline) == [b"a:1"]
+    assert processed(pipeline) == [b"a:1"]
     queue = EmbeddedQueue(queue._path)
     queue.publish([b"a:2"])
     runner, _ = runner_for(queue, holding(CircuitOpen("down", retry_after=0.1), threading.Event()))
@@ -457,10 +453,10 @@ def test_once_waits_for_an_outage_to_end_but_not_for_ever(
     assert (again.body, again.attempt) == (b"a:2", 1)
 
 
-def test_the_heartbeat_tells_a_loop_that_hangs(
+def test_hanging_loop_is_not_alive(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A restart helps then; not in an outage, nor while parked, nor at the end."""
+    """A worker in an outage and a stopped worker are alive, because a restart would not help."""
     monkeypatch.setattr("worker.runtime.runner.STALL_TIMEOUT", 1.5)
     queue.publish([b"a:1"])
     runner, _ = runner_for(queue, holding(CircuitOpen("down", retry_after=60), threading.Event()))
@@ -479,8 +475,8 @@ def test_the_heartbeat_tells_a_loop_that_hangs(
     assert runner.is_stopping()
 
 
-def test_once_does_not_wait_for_credentials(queue: EmbeddedQueue) -> None:
-    """A script gets the error, and the messages stay in the queue."""
+def test_once_raises_refused_credentials(queue: EmbeddedQueue) -> None:
+    """The messages are returned to the queue."""
     queue.publish([b"a:1"])
     runner, _ = runner_for(queue, parking(1))
     with pytest.raises(KlaviyoMisconfigured):
@@ -488,13 +484,12 @@ def test_once_does_not_wait_for_credentials(queue: EmbeddedQueue) -> None:
     assert len(EmbeddedQueue(queue._path).receive(1, 0)) == 1
 
 
-def test_stopping_returns_what_was_not_begun_at_once(queue: EmbeddedQueue) -> None:
-    """What waits behind a batch goes back while the lane still works on it; the batch is finished."""
-    begun, release = threading.Event(), threading.Event()
+def test_stop_returns_messages_that_were_not_started(queue: EmbeddedQueue) -> None:
+    """They are returned while the lane finishes its batch."""
+    started, release = threading.Event(), threading.Event()
 
-    def slow(messages: Sequence[Message]) -> list[Message]:
-        del messages
-        begun.set()
+    def slow(_messages: Sequence[Message]) -> list[Message]:
+        started.set()
         release.wait(10)
         return []
 
@@ -502,70 +497,72 @@ def test_stopping_returns_what_was_not_begun_at_once(queue: EmbeddedQueue) -> No
     runner, pipeline = runner_for(queue, slow, lanes=1, max_batch=5)
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
-    begun.wait(5)
+    started.wait(5)
     runner.stop()
     left = {delivery.body for delivery in EmbeddedQueue(queue._path).receive(100, 5)}
     assert thread.is_alive()
     release.set()
     thread.join(5)
     assert not thread.is_alive()
-    done = set(handled(pipeline))
+    done = set(processed(pipeline))
     assert done | left == {f"a:{n}".encode() for n in range(20)}
     assert not done & left
     assert left
 
 
-def test_nothing_goes_back_before_pulling_has_ended(queue: EmbeddedQueue) -> None:
-    """A queue that streams would hand it to this very worker again, at the price of an attempt."""
-    begun = threading.Event()
+def test_messages_are_returned_after_pulling_has_ended(queue: EmbeddedQueue) -> None:
+    """Before that, a streaming queue would deliver them to this worker again and use up an attempt."""
+    started = threading.Event()
     calls: list[str] = []
 
-    def ending() -> None:
+    def slow_stop() -> None:
         time.sleep(0.5)
         calls.append("stop")
 
     def slow(messages: Sequence[Message]) -> list[Message]:
-        begun.set()
+        started.set()
         time.sleep(0.1)
         return list(messages)
 
-    give_back = queue.nack
-    queue.stop = ending  # type: ignore[method-assign]
-    queue.nack = lambda *given: (calls.append("nack"), give_back(*given))  # type: ignore[method-assign,assignment,func-returns-value]
+    nack = queue.nack
+    queue.stop = slow_stop  # type: ignore[method-assign]
+    queue.nack = lambda *given: (calls.append("nack"), nack(*given))  # type: ignore[method-assign,assignment,func-returns-value]
     queue.publish([b"a:1", b"b:1"])
     runner, _ = runner_for(queue, slow, park_retry_interval=60)
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
-    begun.wait(5)
+    started.wait(5)
     runner.stop()
     thread.join(5)
     assert calls[0] == "stop"
     assert "nack" in calls
 
 
-@pytest.mark.parametrize(("begun", "attempt"), [(False, 1), (True, 2)])
-def test_what_was_begun_is_no_first_delivery_again(begun: bool, attempt: int, queue: EmbeddedQueue) -> None:
-    """Its events may be in Klaviyo; only what was never begun goes back as if it had not been received."""
-    working = threading.Event()
+@pytest.mark.parametrize(("events_may_be_sent", "attempt"), [(False, 1), (True, 2)])
+def test_return_counts_as_an_attempt_if_events_may_be_sent(
+    events_may_be_sent: bool, attempt: int, queue: EmbeddedQueue
+) -> None:
+    """The next delivery must not be a first one. Other messages are returned as if they had not been received."""
+    started = threading.Event()
 
     def parking(messages: Sequence[Message]) -> list[Message]:
         for message in messages:
-            message.events_may_be_sent = begun
-        working.set()
+            message.events_may_be_sent = events_may_be_sent
+        started.set()
         return list(messages)
 
     queue.publish([b"a:1"])
     runner, _ = runner_for(queue, parking, park_retry_interval=60)
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
-    working.wait(5)
+    started.wait(5)
     runner.stop()
     thread.join(5)
     assert [delivery.attempt for delivery in EmbeddedQueue(queue._path).receive(1, 1)] == [attempt]
 
 
-def test_the_grace_period_ends_the_waiting(queue: EmbeddedQueue) -> None:
-    """What hangs goes back to the queue, and the caller is told."""
+def test_messages_in_progress_are_returned_after_the_grace_period(queue: EmbeddedQueue) -> None:
+    """The caller gets ShutdownTimeoutError."""
     release = threading.Event()
 
     def hanging(messages: Sequence[Message]) -> list[Message]:
@@ -581,15 +578,14 @@ def test_the_grace_period_ends_the_waiting(queue: EmbeddedQueue) -> None:
     release.set()
 
 
-def slowly(messages: Sequence[Message]) -> list[Message]:
-    del messages
+def slowly(_messages: Sequence[Message]) -> list[Message]:
     time.sleep(0.5)
     return []
 
 
 @pytest.mark.parametrize("method", ["receive", "ack", "extend"])
-def test_a_queue_that_breaks_ends_the_run(method: str, queue: EmbeddedQueue) -> None:
-    """The supervisor restarts the worker; the leases bring the messages back. A lease not extended is no end."""
+def test_failing_queue_ends_the_run_unless_only_an_extension_fails(method: str, queue: EmbeddedQueue) -> None:
+    """The supervisor restarts the worker, and the queue redelivers the messages when their leases expire."""
     calls = []
 
     def broken(*_: object) -> None:
@@ -609,8 +605,8 @@ def test_a_queue_that_breaks_ends_the_run(method: str, queue: EmbeddedQueue) -> 
 
 
 @pytest.mark.parametrize("method", ["receive", "stop", "nack"])
-def test_whatever_ends_the_pulling_what_is_held_goes_back(method: str, queue: EmbeddedQueue) -> None:
-    """A defect of a client is no reason to keep messages until their leases end."""
+def test_messages_in_flight_are_returned_after_an_unexpected_error(method: str, queue: EmbeddedQueue) -> None:
+    """They are returned at once, not when their leases expire."""
     broken = RuntimeError("can't start new thread")
     queue.publish([b"a:1", b"a:2"])
     runner, pipeline = runner_for(queue, slowly, max_batch=1)
@@ -622,12 +618,12 @@ def test_whatever_ends_the_pulling_what_is_held_goes_back(method: str, queue: Em
     with pytest.raises(RuntimeError, match="can't start new thread"):
         runner.run()
     left = [delivery.body for delivery in EmbeddedQueue(queue._path).receive(9, 0)]
-    assert sorted([*handled(pipeline), *left]) == [b"a:1", b"a:2"]
+    assert sorted([*processed(pipeline), *left]) == [b"a:1", b"a:2"]
     assert b"a:2" in left
 
 
-def test_once_gives_up_waiting_for_redeliveries(queue: EmbeddedQueue, caplog: pytest.LogCaptureFixture) -> None:
-    """`max_wait` bounds the idle time, and what still waits is said."""
+def test_once_waits_for_redeliveries_up_to_max_wait(queue: EmbeddedQueue, caplog: pytest.LogCaptureFixture) -> None:
+    """`max_wait` limits the idle time, and the messages that remain are logged."""
     queue.publish([b"a:1"])
     queue.nack(queue.receive(1, 0), delay=60)
     runner, _ = runner_for(queue)
@@ -635,10 +631,10 @@ def test_once_gives_up_waiting_for_redeliveries(queue: EmbeddedQueue, caplog: py
     assert [record.message for record in caplog.records] == ["wait_timed_out"]
 
 
-def test_once_does_not_take_a_queue_out_of_reach_for_empty(
+def test_once_does_not_treat_an_unreachable_queue_as_empty(
     queue: EmbeddedQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit 3, not 0 with messages left."""
+    """The command exits with 3, and not with 0 while messages remain."""
     monkeypatch.setattr("worker.runtime.runner.IDLE_TIMEOUT", 0.1)
 
     def unreachable() -> list[QueueWarning]:
@@ -651,10 +647,10 @@ def test_once_does_not_take_a_queue_out_of_reach_for_empty(
         runner.run(once=True)
 
 
-def test_once_on_a_queue_that_cannot_count_ends_when_it_was_quiet_for_a_while(
+def test_once_treats_a_queue_without_backlog_as_empty_after_the_idle_timeout(
     queue: EmbeddedQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pub/Sub tells no backlog: a pause shorter than IDLE_TIMEOUT is not the end, nor are many short ones."""
+    """Pub/Sub reports no backlog. Pauses shorter than IDLE_TIMEOUT do not add up."""
     monkeypatch.setattr("worker.runtime.runner.IDLE_TIMEOUT", 0.5)
     monkeypatch.setattr("worker.runtime.runner.RECEIVE_WAIT", 0.05)
     queue.backlog = lambda: None  # type: ignore[method-assign,assignment,return-value]
@@ -669,16 +665,16 @@ def test_once_on_a_queue_that_cannot_count_ends_when_it_was_quiet_for_a_while(
     publisher.start()
     runner.run(once=True)
     publisher.join()
-    assert handled(pipeline) == [b"a:0", b"a:1", b"a:2", b"a:3"]
+    assert processed(pipeline) == [b"a:0", b"a:1", b"a:2", b"a:3"]
 
 
-def test_lanes_tell_what_they_have_at_work(queue: EmbeddedQueue) -> None:
-    """By what they are for; nothing once it is done."""
-    go_on = threading.Event()
+def test_batch_sizes_are_reported_by_lane_group(queue: EmbeddedQueue) -> None:
+    """An idle lane has batch size 0."""
+    release = threading.Event()
 
-    def work(messages: Sequence[Message]) -> list[Message]:
-        go_on.wait(10)
-        return nothing_special(messages)
+    def work(_messages: Sequence[Message]) -> list[Message]:
+        release.wait(10)
+        return []
 
     runner, _ = runner_for(queue, work, lanes=2)
     assert runner.batch_sizes() == {"events": [0, 0], "profiles": [0, 0], "catalog": [0, 0]}
@@ -692,9 +688,9 @@ def test_lanes_tell_what_they_have_at_work(queue: EmbeddedQueue) -> None:
             "profiles": 1,
             "catalog": 1,
         }
-        go_on.set()
+        release.set()
         wait_for(lambda: not sum(map(sum, runner.batch_sizes().values())))
     finally:
-        go_on.set()
+        release.set()
         runner.stop()
         thread.join()
