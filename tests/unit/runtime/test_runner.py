@@ -394,7 +394,7 @@ def test_worker_has_polled_once_the_queue_has_answered(
         release.wait(10)
         return Scripted(answer)()
 
-    queue.receive = waiting  # type: ignore[method-assign]
+    queue.receive = waiting  # type: ignore[method-assign,assignment]
     runner, _ = runner_for(queue)
     running(runner)
     assert asked.wait(10)
@@ -418,7 +418,7 @@ def test_empty_response_soon_after_a_refusal_does_not_end_parking(
         time.sleep(0.05)
         return []
 
-    queue.receive = refusing  # type: ignore[method-assign]
+    queue.receive = refusing  # type: ignore[method-assign,assignment]
     runner, _ = runner_for(queue, park_retry_interval=0.5)
     running(runner)
     wait_for(lambda: reasons and not reasons[-1])
