@@ -1,4 +1,4 @@
-"""Catalog data kept for a while, and read by one thread at a time for all that ask."""
+"""A cache of catalog data and discount codes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import cachetools
 
 from worker.commercetools import queries
-from worker.errors import WorkerError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -18,64 +17,66 @@ if TYPE_CHECKING:
     from worker.model import Json
 
 MAX_ENTRIES = 20_000
-_REMEMBERED = (queries.PRODUCT_CATEGORIES, queries.CATEGORY_NAMES, queries.DISCOUNT_CODES)
-_REMEMBERED_AS = {query: kept for kept in _REMEMBERED for query in (kept, replace(kept, cached_fields=()))}
+_CACHED = (queries.PRODUCT_CATEGORIES, queries.CATEGORY_NAMES, queries.DISCOUNT_CODES)
+# The cached query that a result of a query updates: also that of the same query for whole resources.
+_CACHED_BY_QUERY = {query: cached for cached in _CACHED for query in (cached, replace(cached, cached_fields=()))}
 
 Key = tuple[queries.Query, str]
 
 
 class CachedReader:
-    """A Reader that remembers, for `ttl` seconds, what queries say may be remembered. Safe for many threads.
+    """A Reader that keeps the `cached_fields` of queries for `ttl` seconds. Safe for many threads.
 
-    What several threads miss at the same moment is read once (single-flight).
+    If several threads miss the same value, one of them reads it and the others wait for its result.
     """
 
     def __init__(self, reader: queries.Reader, ttl: float) -> None:
         self._reader = reader
-        self._known: cachetools.TTLCache[Key, Json] = cachetools.TTLCache(MAX_ENTRIES, ttl)
-        self._under_way: dict[Key, Future[queries.QueryResult]] = {}
+        self._cache: cachetools.TTLCache[Key, Json] = cachetools.TTLCache(MAX_ENTRIES, ttl)
+        self._pending: dict[Key, Future[queries.QueryResult]] = {}
         self._lock = Lock()
 
     def find(self, query: queries.Query, values: Collection[str]) -> queries.QueryResult:
-        """Find, from memory where that is allowed; a fresh reading of the same resources renews it."""
+        """Find the resources, from the cache if the query has `cached_fields`."""
         if not query.cached_fields:
             return self._read(query, values)
         with self._lock:
-            known = {value: self._known.get((query, value)) for value in values}
-            missing = [value for value, resource in known.items() if resource is None]
-            others = {value: self._under_way[query, value] for value in missing if (query, value) in self._under_way}
-            mine = [value for value in missing if value not in others]
-            reading: Future[queries.QueryResult] = Future()
-            self._under_way |= {(query, value): reading for value in mine}
-        found: queries.QueryResult = {value: [resource] for value, resource in known.items() if resource is not None}
-        if mine:
-            found |= self._lead(query, mine, reading)
-        for value, other in others.items():
-            found[value] = other.result()[value]
-        return found
+            cached = {value: self._cache.get((query, value)) for value in values}
+            missing = [value for value, resource in cached.items() if resource is None]
+            pending = {value: self._pending[query, value] for value in missing if (query, value) in self._pending}
+            to_read = [value for value in missing if value not in pending]
+            future: Future[queries.QueryResult] = Future()
+            self._pending |= {(query, value): future for value in to_read}
+        result: queries.QueryResult = {value: [resource] for value, resource in cached.items() if resource is not None}
+        if to_read:
+            result |= self._read_for_all(query, to_read, future)
+        for value, other in pending.items():
+            result[value] = other.result()[value]
+        return result
 
-    def _lead(
-        self, query: queries.Query, values: list[str], reading: Future[queries.QueryResult]
+    def _read_for_all(
+        self, query: queries.Query, values: list[str], future: Future[queries.QueryResult]
     ) -> queries.QueryResult:
-        """Read for this thread and those that wait for the same."""
+        """Read for this thread and for those that wait for `future`."""
         try:
-            found = self._read(query, values)
-            reading.set_result(found)
-        except BaseException as defect:
-            reading.set_exception(defect)
+            result = self._read(query, values)
+            future.set_result(result)
+        except BaseException as error:
+            future.set_exception(error)
             raise
         finally:
             with self._lock:
                 for value in values:
-                    del self._under_way[query, value]
-        return found
+                    del self._pending[query, value]
+        return result
 
     def _read(self, query: queries.Query, values: Collection[str]) -> queries.QueryResult:
-        found = self._reader.find(query, values)
-        kept = _REMEMBERED_AS.get(query)
-        if kept is not None:
-            resources = {value: each[0] for value, each in found.items() if not isinstance(each, WorkerError) and each}
+        """Read the resources and update the cache."""
+        result = self._reader.find(query, values)
+        cached = _CACHED_BY_QUERY.get(query)
+        if cached is not None:
+            resources = {value: found[0] for value, found in result.items() if isinstance(found, list) and found}
             with self._lock:
                 for value, resource in resources.items():
-                    self._known[kept, value] = {name: resource.get(name) for name in kept.cached_fields}
-        return found
+                    self._cache[cached, value] = {name: resource.get(name) for name in cached.cached_fields}
+        return result

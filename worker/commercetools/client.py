@@ -1,7 +1,7 @@
-"""The commercetools client: token, timeouts, retries, raw JSON, chunked `id in (...)` queries.
+"""The commercetools client: raw JSON with chunked `id in (...)` queries.
 
-The SDK gets the token; its typed models cost much CPU and break on values newer than they are, so reads
-are raw JSON: docs/decisions/0002-raw-json-over-sdk-models.md.
+The SDK only fetches the token. Its typed models cost much CPU and fail on values that are newer than the SDK:
+docs/decisions/0002-raw-json-over-sdk-models.md.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from worker.model import Json
     from worker.settings import CommercetoolsSettings
 
-PAGE_SIZE = 500  # commercetools' largest
+PAGE_SIZE = 500  # the maximum of commercetools
 _MISCONFIGURED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND})
-MAX_WHERE_BYTES = 6_000  # percent-encoded; keeps the URI under the 8 KB its load balancers take
+MAX_WHERE_BYTES = 6_000  # percent-encoded; keeps the URI below the limit of 8 KB of commercetools' load balancers
 
 
 class Commercetools:
@@ -45,34 +45,34 @@ class Commercetools:
         self._transport = http.Transport(http.pool(self._url, settings.threads), settings, observe)
 
     def find(self, query: Query, values: Collection[str]) -> QueryResult:
-        """Find by chunked queries; a chunk that fails fails only its own values."""
+        """Find the resources with chunked queries. A failed chunk fails only its own values."""
         found: QueryResult = {}
         for chunk in _chunks(sorted(values), query):
             found |= self._find_chunk(query, chunk)
         return found
 
     def outage_reason(self) -> str:
-        """Return why calls are held back; "" when they are not."""
+        """Return why a circuit is open, or "" if commercetools has no outage."""
         return self._breakers.outage_reason()
 
     def call(self, endpoint: str, method: str, path: str = "", body: Json | None = None) -> http.Response:
-        """Call `endpoint` + `path` and return its answer; what is no GET is not sent again when its fate is unknown.
+        """Call `endpoint` + `path` and return the response. Only a GET with an unknown result is repeated.
 
-        Raises Transient, and CommercetoolsMisconfigured when there is no token to be had; not for what is refused.
+        Raises Transient, and CommercetoolsMisconfigured if the token is refused. A response of 4xx is returned.
         """
         breaker = self._breakers[endpoint]
         content = None if body is None else orjson.dumps(body)
         request = breaker if method == "GET" else breaker.call_once
-        return request(self._authorized, endpoint, method, f"{self._url}/{endpoint}{path}", content)
+        return request(self._request_with_token, endpoint, method, f"{self._url}/{endpoint}{path}", content)
 
     def get_public(self, endpoint: str, path: str) -> http.Response:
-        """Return the answer, whatever its status, of a page that takes no token. Raises Transient: there is none."""
+        """Return the response, with any status, to one request without a token. Raises Transient."""
         return self._request(endpoint, "GET", f"{self._url}/{endpoint}{path}")
 
     def _find_chunk(self, query: Query, chunk: list[str]) -> QueryResult:
-        """Query one chunk. A value commercetools refuses (400) must not hurt the others: halve until found."""
+        """Query one chunk. If commercetools rejects it (400), halve it until the invalid value is alone."""
         try:
-            return group_by_value(query, chunk, self._pages(query, chunk))
+            return group_by_value(query, chunk, self._all_pages(query, chunk))
         except Rejected as error:
             if len(chunk) == 1:
                 return {chunk[0]: error}
@@ -82,18 +82,17 @@ class Commercetools:
             return dict.fromkeys(chunk, error)
 
     def page(self, query: Query, where: str = "", after: str = "") -> list[Json]:
-        """Return the first PAGE_SIZE resources by id, those after one if that is given. Raises WorkerError."""
-        answer = self._breakers[query.path](
-            self._get, query, where, after, f"limit={PAGE_SIZE}&sort=id%20asc&withTotal=false"
-        )
-        return as_dicts(answer["results"])
+        """Return the first PAGE_SIZE resources, ordered by id, with an id after `after`. Raises WorkerError."""
+        parameters = f"limit={PAGE_SIZE}&sort=id%20asc&withTotal=false"
+        document = self._breakers[query.path](self._get, query, where, after, parameters)
+        return as_dicts(document["results"])
 
     def count(self, query: Query, where: str = "", after: str = "") -> int:
-        """Return how many resources all pages would give. Raises WorkerError."""
+        """Return the number of resources on all pages. Raises WorkerError."""
         return as_int(self._breakers[query.path](self._get, query, where, after, "limit=0").get("total")) or 0
 
-    def _pages(self, query: Query, chunk: list[str]) -> list[Json]:
-        """Read all pages by id: offsets are limited and skip rows while others write."""
+    def _all_pages(self, query: Query, chunk: list[str]) -> list[Json]:
+        """Return all pages, read by id: offsets are limited, and skip resources during concurrent writes."""
         results: list[Json] = []
         after = ""
         while True:
@@ -108,16 +107,16 @@ class Commercetools:
         if predicate := " and ".join(f"({part})" for part in parts):
             parameters += f"&where={quote(predicate)}"
         parameters += "".join(f"&expand={quote(path)}" for path in query.expand)
-        response = self._authorized(query.path, "GET", f"{self._url}/{query.path}?{parameters}")
-        answer = as_dict(_checked(response, query.path))
-        if not isinstance(answer.get("results"), list):  # never take a strange answer for "there is none"
+        response = self._request_with_token(query.path, "GET", f"{self._url}/{query.path}?{parameters}")
+        document = as_dict(_decode(response, query.path))
+        if not isinstance(document.get("results"), list):  # unlike an empty list, this does not mean "none found"
             raise Transient(f"commercetools answered for {query.path} without results")
-        return answer
+        return document
 
-    def _authorized(self, endpoint: str, method: str, url: str, body: bytes | None = None) -> http.Response:
+    def _request_with_token(self, endpoint: str, method: str, url: str, body: bytes | None = None) -> http.Response:
         token = self._token.get()
         response = self._request(endpoint, method, url, body, token)
-        if response.status == HTTPStatus.UNAUTHORIZED:  # revoked before its time
+        if response.status == HTTPStatus.UNAUTHORIZED:  # revoked before its expiry
             response = self._request(endpoint, method, url, body, self._token.replace(token))
         http.raise_for_transient(response)
         return response
@@ -133,8 +132,8 @@ class Commercetools:
         return self._transport.request(endpoint, method, url, headers, body)
 
 
-def _checked(response: http.Response, path: str) -> Any:
-    """Return the decoded body of a 200. Raises what any other status means."""
+def _decode(response: http.Response, path: str) -> Any:
+    """Return the decoded body of a 200. Raises the error for any other status."""
     if response.status == HTTPStatus.OK:
         return response.json()
     error = next(iter(as_dicts(as_dict(response.json()).get("errors"))), {})
@@ -152,12 +151,12 @@ def _quoted(value: str) -> str:
 
 
 def _where(query: Query, values: list[str]) -> str:
-    # not str.format: a value may hold braces
+    # not str.format: a value can contain braces
     joined = ",".join(map(_quoted, values))
     return query.predicate.replace("{0}", "{}").replace("{}", joined)
 
 
 def _chunks(values: list[str], query: Query) -> Iterator[list[str]]:
-    """Cut values so that each query's encoded predicate stays below MAX_WHERE_BYTES."""
+    """Split values so that the encoded predicate of each query stays below MAX_WHERE_BYTES."""
     repeats = query.predicate.count("{")
     return chunked(values, lambda value: repeats * len(quote(f",{_quoted(value)}")), MAX_WHERE_BYTES, math.inf)

@@ -1,4 +1,4 @@
-"""What enrich may ask, and the fields worth keeping."""
+"""The queries to commercetools, and the interface that reads them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ QueryResult = dict[str, "list[Json] | WorkerError"]
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A way to find many resources by many values at once.
+    """A query that finds the resources for many values at once.
 
-    `predicate` takes the comma-separated quoted values; `keys_of` tells which of them a resource answers.
-    `cached_fields` names the fields worth keeping for later batches; none: always read anew.
+    `predicate` is a template for the comma-separated, quoted values. `keys_of` returns the values that a resource
+    matches. `cached_fields` are the fields that a CachedReader keeps; without any, it always reads the resource.
     """
 
     path: str
@@ -54,59 +54,38 @@ def _skus(product: Json) -> list[str]:
 
 
 ORDERS = Query("orders", "id in ({})", _id)
-
-
 ORDERS_BY_PAYMENT = Query("orders", "paymentInfo(payments(id in ({})))", _payments)
-
-
 PAYMENTS = Query("payments", "id in ({})", _id)
-
-
 CUSTOMERS = Query("customers", "id in ({})", _id, expand=("customerGroup",))
-
-
 CATEGORIES = Query("categories", "id in ({})", _id)
-
-
 CATEGORY_NAMES = replace(CATEGORIES, cached_fields=("id", "name", "ancestors"))
-
-
 DESCENDANTS = Query("categories", "ancestors(id in ({}))", _ancestors)
-
-
 PRODUCTS = Query("product-projections", "id in ({})", _id)
-
-
 PRODUCT_CATEGORIES = replace(PRODUCTS, cached_fields=("id", "categories"))
-
-
 PRODUCTS_BY_SKU = Query("product-projections", "masterVariant(sku in ({0})) or variants(sku in ({0}))", _skus)
-
-
 INVENTORY = Query("inventory", "id in ({})", _id)
-
-
 INVENTORY_BY_SKU = Query("inventory", "sku in ({})", _sku)
-
-
 DISCOUNT_CODES = Query("discount-codes", "id in ({})", _id, cached_fields=("id", "code"))
 
 
 class Reader(Protocol):
-    """What enrich asks. The answer has every value: its resources ([]: none), or why they cannot be had."""
+    """Reads resources of commercetools."""
 
     def find(self, query: Query, values: Collection[str]) -> QueryResult:
-        """Find the resources for all values at once. Never raises for a single value."""
+        """Return the resources for each value ([] if there are none), or the error that prevented reading them.
+
+        An error of a single value is returned, not raised.
+        """
 
 
 class InMemoryReader:
-    """A Reader over resources at hand: `transform --enriched`, golden tests. No network."""
+    """A Reader over given resources, for `transform --commercetools` and the golden tests."""
 
     def __init__(self, resources: dict[str, list[Json]]) -> None:
         self._resources = resources
 
     def find(self, query: Query, values: Collection[str]) -> QueryResult:
-        """Find among the resources at hand."""
+        """Return the given resources that match."""
         return group_by_value(query, values, as_dicts(self._resources.get(query.path)))
 
 
