@@ -1,4 +1,4 @@
-"""The logger, its formats, and notices said once a minute."""
+"""The logger, its formats, and the logging of conditions."""
 
 from __future__ import annotations
 
@@ -12,44 +12,45 @@ from pythonjsonlogger.json import JsonFormatter
 
 log = logging.getLogger("klaviyo_worker")
 
-
-REPEAT_INTERVAL = 60.0  # seconds between two lines that say the same
+REPEAT_INTERVAL = 60.0  # seconds between two lines about a condition that lasts
 
 
 class ConditionLog:
-    """Says that something is the case: when it begins, once a minute while it lasts, and when it is over.
+    """Logs a condition: `event` when it starts and once a minute while it lasts, `end_event` when it ends.
 
-    Safe for many threads.
+    Thread-safe.
     """
 
-    def __init__(self, event: str, over: str, level: int) -> None:
+    def __init__(self, event: str, end_event: str, level: int) -> None:
         self._event = event
-        self._over = over
+        self._end_event = end_event
         self._level = level
-        self._since: float | None = None  # monotonic seconds
-        self._said_at = 0.0
+        self._since: float | None = None  # monotonic seconds; None if the condition does not hold
+        self._logged_at = 0.0
         self._lock = Lock()
 
     def log(self, reason: str, **fields: object) -> None:
-        """Log `reason`, unless that was done a moment ago; "": it is not, or no more, the case."""
-        if not reason and self._since is None:  # as nearly always
+        """Log `reason`, at most once per interval. An empty reason means that the condition does not hold."""
+        if not reason and self._since is None:  # nearly always: skip the lock
             return
         now = time.monotonic()
         with self._lock:
-            began = now if self._since is None else self._since
-            fields["duration_s"] = round(now - began)
-            if reason and (self._since is None or now >= self._said_at + REPEAT_INTERVAL):
-                self._since, self._said_at = began, now
+            since = now if self._since is None else self._since
+            fields["duration_s"] = round(now - since)
+            if reason and (self._since is None or now >= self._logged_at + REPEAT_INTERVAL):
+                self._since = since
+                self._logged_at = now
                 log.log(self._level, self._event, extra={"reason": reason, **fields})
             elif not reason and self._since is not None:
                 self._since = None
-                log.info(self._over, extra=fields)
+                log.info(self._end_event, extra=fields)
 
 
 def configure_logging(level: str, style: str, stream: TextIO | None = None) -> None:
-    """Send our log lines to `stream` (stderr): JSON, or text for a person at a terminal.
+    """Write log lines to `stream` (default: stderr), as text if it is a terminal, else as JSON.
 
-    Only our own logger is set up: the libraries' debug lines hold tokens and bodies. That they warned is said.
+    Only the logger of the worker is configured: debug lines of libraries contain tokens and bodies. A warning of a
+    library is logged without its text.
     """
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
@@ -58,14 +59,14 @@ def configure_logging(level: str, style: str, stream: TextIO | None = None) -> N
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(level)
-    logging.lastResort = LibraryWarningHandler(logging.WARNING)
+    logging.lastResort = _LibraryWarningHandler(logging.WARNING)
 
 
-class LibraryWarningHandler(logging.Handler):
-    """Says that a library warned, and where: its text may quote what belongs to a person."""
+class _LibraryWarningHandler(logging.Handler):
+    """Logs that a library warned, and where. The text is left out: it can contain personal data."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line of ours."""
+        """Log a `library_warning` with the library and the source line."""
         error = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
         where = f"{record.filename}:{record.lineno}"
         log.log(record.levelno, "library_warning", extra={"library": record.name, "where": where, "error": error})
@@ -85,7 +86,7 @@ class _TextFormatter(logging.Formatter):
     _plain = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one line: time, event, then every field that has a value."""
+        """Return one line: the time, the event, and every field that has a value."""
         extra = {name: value for name, value in vars(record).items() if name not in self._plain}
         shown = (f"{name}={value}" for name, value in extra.items() if value is not None)
         line = " ".join((self.formatTime(record, "%H:%M:%S"), record.getMessage(), *shown))
