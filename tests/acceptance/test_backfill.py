@@ -1,4 +1,4 @@
-"""A backfill that is killed or stopped, and gone on with, while the worker runs."""
+"""A backfill that is killed or stopped and then continued, while the worker runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.acceptance.conftest import Worker
 from tests.acceptance.test_run import stop, wait_for
-from tests.integration.commands.test_backfill import backfill, signals_are_pytests  # noqa: F401 - a fixture
+from tests.integration.commands.test_backfill import backfill, keep_pytest_signal_handlers  # noqa: F401 - a fixture
 from worker.sandbox import Sandbox
 from worker.sandbox.commercetools.shop import Shop, sample_shop
 from worker.sandbox.notifications import change, message
@@ -22,7 +22,7 @@ ONE_BY_ONE = {"KLAVIYO_WORKER_RATE_LIMIT_SHARE": "1", "KLAVIYO_WORKER_BULK_THRES
 
 
 def shop() -> Shop:
-    """Return a shop of so many orders of three lines, each shipped, and their customers."""
+    """Return a shop with NUMBER shipped orders of three lines, and a customer per order."""
     template = sample_shop()
     (order,) = (order for order in template.orders.values() if len(order["lineItems"]) == 3)
     buyer = template.customers[order["customerId"]]
@@ -30,7 +30,7 @@ def shop() -> Shop:
     for number in range(NUMBER):
         lines = [line | {"id": f"line-{number}-{index}"} for index, line in enumerate(order["lineItems"])]
         customer = buyer | {"id": f"customer-{number}", "email": f"c{number}@mail.example"}
-        customer |= {"customerNumber": f"C-{number}", "addresses": []}  # no event tells the number
+        customer |= {"customerNumber": f"C-{number}", "addresses": []}  # events do not contain the number
         made.customers[customer["id"]] = customer
         made.orders[f"order-{number}"] = {name: value for name, value in order.items() if name != "paymentInfo"} | {
             "id": f"order-{number}",
@@ -46,8 +46,8 @@ def checkpoint(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {"last_id": ""}
 
 
-def test_killed_and_gone_on_with_beside_the_worker_nothing_is_missing_or_doubled(tmp_path: Path) -> None:
-    """Orders and then customers, each killed with kill -9 once its checkpoint has come some way."""
+def test_continued_backfill_beside_the_worker_loses_and_duplicates_nothing(tmp_path: Path) -> None:
+    """Orders and customers are each killed with kill -9 after the first checkpoint."""
     with Sandbox(shop=shop()) as sandbox:
         worker = Worker(sandbox.environment | ONE_BY_ONE | {"QUEUE_URL": f"embedded://{tmp_path}/queue.db"}, tmp_path)
         sandbox.klaviyo.latency = 0.2
@@ -80,8 +80,8 @@ def test_killed_and_gone_on_with_beside_the_worker_nothing_is_missing_or_doubled
         assert numbers == Counter(customer["customerNumber"] for customer in sandbox.shop.customers.values())
 
 
-def test_a_stop_finishes_what_is_in_work_and_says_how_to_go_on(tmp_path: Path) -> None:
-    """Its exit code is one that scripts can tell; the next run sends the rest, and nothing again."""
+def test_sigterm_finishes_the_records_in_flight(tmp_path: Path) -> None:
+    """The exit code is 7; the next run sends the rest and nothing twice."""
     with Sandbox(shop=shop()) as sandbox:
         worker = Worker(sandbox.environment | ONE_BY_ONE, tmp_path)
         sandbox.klaviyo.latency = 0.2

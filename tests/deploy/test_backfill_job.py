@@ -1,4 +1,4 @@
-"""The Job in k8s/backfill: rendered, checked against schemas and rules, and the command in it run."""
+"""The Job in k8s/backfill: schemas, settings, and a run of its command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from tests.deploy.manifests import by_kind, rendered, validate
 from tests.deploy.pages import ROOT, page
 from tests.deploy.test_kubernetes import NAMES, PLACEHOLDERS, SECRET_NAMES
-from tests.integration.commands.test_backfill import signals_are_pytests  # noqa: F401 - a fixture
+from tests.integration.commands.test_backfill import keep_pytest_signal_handlers  # noqa: F401 - a fixture
 from worker.cli import main
 from worker.errors import ExitCode
 
@@ -38,8 +38,8 @@ def claim_of(objects: Objects) -> str:
     return str(objects["PersistentVolumeClaim"]["metadata"]["name"])
 
 
-def test_every_object_fits_its_schema(objects: Objects) -> None:
-    """Strictly; none has the Deployment's label, by which its Service, policy and disruption budget find pods."""
+def test_objects_match_their_schemas(objects: Objects) -> None:
+    """No object has the label by which the Deployment's Service and disruption budget select pods."""
     assert set(objects) == {"Job", "ConfigMap", "NetworkPolicy", "PersistentVolumeClaim"}
     labels = {"app.kubernetes.io/name": "klaviyo-worker-backfill"}
     for document in objects.values():
@@ -52,28 +52,28 @@ def test_every_object_fits_its_schema(objects: Objects) -> None:
     assert {port["port"] for rule in policy["egress"] for port in rule["ports"]} == {53, 443}
 
 
-def test_the_pod_is_as_narrow_as_the_worker(objects: Objects) -> None:
-    """The same user, image, bounds, variables and secrets; it may write to its volume alone."""
+def test_pod_has_the_permissions_of_the_worker(objects: Objects) -> None:
+    """User, image, resources, variables and secrets are the same; only its volume is writable."""
     deployment = by_kind(rendered(ROOT / "k8s" / "overlays" / "pubsub-keda"))["Deployment"]["spec"]["template"]["spec"]
     pod = pod_of(objects)
-    (ours,), (theirs,) = pod["containers"], deployment["containers"]
-    assert {name: ours[name] for name in ("image", "env", "resources", "securityContext")} == {
-        name: theirs[name] for name in ("image", "env", "resources", "securityContext")
+    (container,), (workers,) = pod["containers"], deployment["containers"]
+    assert {name: container[name] for name in ("image", "env", "resources", "securityContext")} == {
+        name: workers[name] for name in ("image", "env", "resources", "securityContext")
     }
     same = ("securityContext", "automountServiceAccountToken", "enableServiceLinks")
     assert [pod[name] for name in same] == [deployment[name] for name in same]
-    assert ours["volumeMounts"][0] == theirs["volumeMounts"][0]
+    assert container["volumeMounts"][0] == workers["volumeMounts"][0]
     assert pod["volumes"][0] == deployment["volumes"][0]
     assert (
         pod["volumes"][1]["persistentVolumeClaim"]["claimName"] == objects["PersistentVolumeClaim"]["metadata"]["name"]
     )
     assert set(objects["ConfigMap"]["data"]) <= set(NAMES.values()) - SECRET_NAMES
-    assert ours["envFrom"] == [{"configMapRef": {"name": objects["ConfigMap"]["metadata"]["name"]}}]
+    assert container["envFrom"] == [{"configMapRef": {"name": objects["ConfigMap"]["metadata"]["name"]}}]
     assert pod["terminationGracePeriodSeconds"] > 25
 
 
-def test_a_pod_has_a_successor_unless_somebody_must_look(objects: Objects) -> None:
-    """Interruptions and crashes are gone on from; what would be the same again ends the Job."""
+def test_pod_is_replaced_unless_a_retry_cannot_succeed(objects: Objects) -> None:
+    """Interruptions and crashes continue; errors that would repeat end the Job."""
     spec = objects["Job"]["spec"]
     fail, ignore = spec["podFailurePolicy"]["rules"]
     assert pod_of(objects)["restartPolicy"] == "Never"  # the policy needs it
@@ -88,8 +88,8 @@ def test_a_pod_has_a_successor_unless_somebody_must_look(objects: Objects) -> No
     assert (ignore["action"], ignore["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
 
 
-def test_the_documented_kustomization_is_whole(tmp_path: Path) -> None:
-    """It gives everything that is a placeholder a value, and names of its own for a second Job."""
+def test_documented_kustomization_is_complete(tmp_path: Path) -> None:
+    """It sets every placeholder, and a name suffix for a second Job."""
     (text,) = re.findall(r"<!-- rendered by [^>]*>\n```yaml\n(.*?)```", page("docs/backfill.md"), re.DOTALL)
     shutil.copytree(ROOT / "k8s", tmp_path / "klaviyo-worker" / "k8s")
     (tmp_path / "customers").mkdir()
@@ -109,8 +109,8 @@ def test_the_documented_kustomization_is_whole(tmp_path: Path) -> None:
     assert pod["volumes"][0]["secret"]["secretName"] == "klaviyo-worker"
 
 
-def test_the_command_runs_as_the_manifest_says(objects: Objects, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Its checkpoint and its failures lie on the volume."""
+def test_command_of_the_manifest_runs(objects: Objects, sandbox: Sandbox, tmp_path: Path) -> None:
+    """The checkpoint and the failures file are on the volume."""
     container = pod_of(objects)["containers"][0]
     mount = container["volumeMounts"][1]["mountPath"]
     arguments = [argument.replace(mount, str(tmp_path)) for argument in container["args"]]
@@ -118,5 +118,5 @@ def test_the_command_runs_as_the_manifest_says(objects: Objects, sandbox: Sandbo
     done = CliRunner().invoke(main, arguments, env=objects["ConfigMap"]["data"] | sandbox.environment)
     assert done.exit_code == 0, done.stderr
     checkpoint = Path(container["args"][-1])
-    kept = {checkpoint.name, checkpoint.with_suffix(".failures.jsonl").name}
-    assert {path.name for path in tmp_path.iterdir()} == kept
+    files = {checkpoint.name, checkpoint.with_suffix(".failures.jsonl").name}
+    assert {path.name for path in tmp_path.iterdir()} == files

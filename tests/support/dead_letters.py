@@ -1,4 +1,4 @@
-"""Dead letters for tests: messages of the embedded queue that were given up on."""
+"""Dead letters in the embedded queue."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 REFUSED = Failure("Klaviyo answered 400: invalid", "send", "Rejected")
 
 
-def bury(queue: EmbeddedQueue, *bodies: bytes | dict[str, Any], failure: Failure = REFUSED) -> list[str]:
-    """Make dead letters and return their ids; what else waits in the queue is buried with them."""
+def make_dead_letters(queue: EmbeddedQueue, *bodies: bytes | dict[str, Any], failure: Failure = REFUSED) -> list[str]:
+    """Publish and dead-letter messages, and return their ids. Other messages in the queue are dead-lettered too."""
     queue.publish([body if isinstance(body, bytes) else json.dumps(body).encode() for body in bodies])
     ids = []
     while deliveries := queue.receive(500, 0):
@@ -27,13 +27,13 @@ def bury(queue: EmbeddedQueue, *bodies: bytes | dict[str, Any], failure: Failure
     return ids
 
 
-def bury_at(path: Path, *bodies: bytes | dict[str, Any], failure: Failure = REFUSED) -> list[str]:
+def make_dead_letters_at(path: Path, *bodies: bytes | dict[str, Any], failure: Failure = REFUSED) -> list[str]:
     """Make dead letters in the queue at a path."""
     with closing(EmbeddedQueue(path)) as queue:
-        return bury(queue, *bodies, failure=failure)
+        return make_dead_letters(queue, *bodies, failure=failure)
 
 
-def left_at(path: Path) -> Sequence[str]:
+def dead_letter_ids_at(path: Path) -> Sequence[str]:
     """Return the ids of the dead letters in the queue at a path."""
     with closing(EmbeddedQueue(path)) as queue:
-        return [letter.delivery.id for letter in queue.dead_letters().receive(10_000, 0)]
+        return [dead_letter.delivery.id for dead_letter in queue.dead_letters().receive(10_000, 0)]

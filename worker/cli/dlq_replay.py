@@ -38,8 +38,8 @@ def replay(*, filters: DeadLetterFilter, rate: float | None, canary: bool, dry_r
     """Process dead letters again.
 
     Replays the given MESSAGE_IDs, the dead letters that match the options, or all. This command processes them itself;
-    nothing goes back to the queue. A dead letter is removed once its effect is in Klaviyo, or if it has none. Dead
-    letters that fail again or are not reached stay. The first one is a canary: the others start after it succeeded.
+    nothing goes back to the queue. It removes a dead letter once its effect is in Klaviyo, or if it has none. The rest
+    stay dead letters. The first one is a canary: the others start after it succeeded.
     """
     from worker.commands.dlq.replay import Replay, ReplayOptions  # noqa: PLC0415
     from worker.commands.progress_bar import Rate, StatusLine, show_progress  # noqa: PLC0415 - keeps --help fast

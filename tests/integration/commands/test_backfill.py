@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from click.testing import Result
 
 ANONYMOUS = uid("order:anonymous")
-BULK = {"KLAVIYO_WORKER_LANES": "1", "KLAVIYO_WORKER_BULK_THRESHOLD": "0"}  # whatever there is
+BULK = {"KLAVIYO_WORKER_LANES": "1", "KLAVIYO_WORKER_BULK_THRESHOLD": "0"}  # for any number of records
 
 
 @pytest.fixture(autouse=True)
-def signals_are_pytests(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("backfill", "run"):  # modules, which the commands of these names hide
+def keep_pytest_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("backfill", "run"):  # the commands shadow the modules of these names
         monkeypatch.setattr(import_module(f"worker.cli.{name}"), "on_signals", lambda _: None)
 
 
 def backfill(sandbox: Sandbox, *arguments: str, **variables: str) -> Result:
-    """Run to the end; as fast as the sandbox answers, which has no limits."""
+    """Run the command at full rate; the sandbox has no rate limits."""
     environment = {"KLAVIYO_WORKER_RATE_LIMIT_SHARE": "1", **sandbox.environment, **variables}
     return CliRunner().invoke(main, ["backfill", *arguments], env=environment)
 
@@ -47,8 +47,8 @@ def placed(order: dict[str, Any]) -> Counter[tuple[str, str]]:
     return Counter([("Placed Order", order["id"]), *(("Ordered Product", line["id"]) for line in lines)])
 
 
-def test_orders_become_what_the_worker_would_have_made_of_them(sandbox: Sandbox, tmp_path: Path) -> None:
-    """All their events, with the same ids, in the past, and marked, so that no flow begins; live ones are not."""
+def test_orders_become_the_events_that_the_worker_sends(sandbox: Sandbox, tmp_path: Path) -> None:
+    """They have the same ids and past times, and are marked so that no flow starts."""
     orders = sandbox.shop.orders
     done, cancelled, shipped = uid("order:guest"), uid("order:yen"), uid("order:wrapped")
     orders[done] |= {"orderState": "Complete", "shipmentState": "Shipped"}
@@ -66,7 +66,7 @@ def test_orders_become_what_the_worker_would_have_made_of_them(sandbox: Sandbox,
     assert times["Placed Order"] == "2026-11-20"
     assert times["Cancelled Order"] == "2026-11-23"
     assert times["Refunded Order"] == "2026-11-22"
-    assert result.exit_code == 1  # for the order of nobody
+    assert result.exit_code == 1  # the order without a customer
     assert "orders: 11 done: 10 sent, 0 ignored, 1 failed" in result.stderr
     assert f"--ids {tmp_path}/orders.failures.jsonl" in result.stderr
     (failure,) = map(json.loads, (tmp_path / "orders.failures.jsonl").read_text().splitlines())
@@ -74,8 +74,8 @@ def test_orders_become_what_the_worker_would_have_made_of_them(sandbox: Sandbox,
     assert failure["reason"] in result.stderr
 
 
-def test_what_the_worker_sent_is_not_sent_again(sandbox: Sandbox, tmp_path: Path) -> None:
-    """Nor is what the worker sends later; its own events are not marked."""
+def test_backfill_and_worker_do_not_duplicate_events(sandbox: Sandbox, tmp_path: Path) -> None:
+    """The order of the two does not matter; the events of the worker are not marked."""
     order = sandbox.shop.orders[uid("order:three")]
     environment = sandbox.environment | {"QUEUE_URL": f"embedded://{tmp_path}/queue.db"}
     live = json.dumps(message("OrderCreated", "order", order["id"], order=order))
@@ -89,30 +89,30 @@ def test_what_the_worker_sent_is_not_sent_again(sandbox: Sandbox, tmp_path: Path
     assert marked == {"Placed Order": None, "Ordered Product": None, "Refunded Order": True}
 
 
-def test_customers_products_and_categories_are_mirrored_in_bulk(sandbox: Sandbox) -> None:
-    """As commercetools holds them; only products that are published."""
-    nobody = sandbox.shop.customers.pop(uid("customer:nameless")) | {"email": ""}
-    sandbox.shop.customers["nobody"] = nobody | {"id": "nobody"}
+def test_customers_products_and_categories_are_sent_in_bulk(sandbox: Sandbox) -> None:
+    """Klaviyo has the same records as commercetools; only published products are sent."""
+    nameless = sandbox.shop.customers.pop(uid("customer:nameless")) | {"email": ""}
+    sandbox.shop.customers["nameless"] = nameless | {"id": "nameless"}
     for name in ("categories", "products", "customers"):
         result = backfill(sandbox, name, **BULK)
         assert result.exit_code == 0, result.stderr
     assert "customers: 5 done: 4 sent, 1 ignored, 0 failed" in result.stderr
     account, shop = sandbox.account, sandbox.shop
-    assert {profile["attributes"]["external_id"] for profile in account.profiles} | {"nobody"} == set(shop.customers)
+    assert {profile["attributes"]["external_id"] for profile in account.profiles} | {"nameless"} == set(shop.customers)
     assert set(account.items) == set(shop.products)
     assert set(account.categories) == set(shop.categories)
     posted = {request.path for request in sandbox.klaviyo.requests if request.method == "POST"}
     assert {"/api/profile-bulk-import-jobs", "/api/catalog-item-bulk-create-jobs"} <= posted
 
 
-def test_every_page_is_read() -> None:
-    """A full last page is no reason to stop, nor to begin anew; reading costs a query per page."""
+def test_full_last_page_is_followed_by_an_empty_one() -> None:
+    """Each page costs one query and no record is read twice."""
     then = "2026-11-20T08:30:00.000Z"
     template = {"version": 1, "createdAt": then, "lastModifiedAt": then}
-    made: list[dict[str, Any]] = [
+    customers: list[dict[str, Any]] = [
         template | {"id": f"c-{n:04}", "email": f"c{n}@mail.example"} for n in range(PAGE_SIZE)
     ]
-    shop = Shop(customers={customer["id"]: customer for customer in made})
+    shop = Shop(customers={customer["id"]: customer for customer in customers})
     with Sandbox(shop=shop) as sandbox:
         result = backfill(sandbox, "customers")
         assert f"customers: {PAGE_SIZE} done: {PAGE_SIZE} sent" in result.stderr
@@ -123,8 +123,8 @@ def test_every_page_is_read() -> None:
         assert {(request.query["sort"][0], request.query["withTotal"][0]) for request in pages} == {("id asc", "false")}
 
 
-def test_only_what_was_asked_for_is_read(sandbox: Sandbox, tmp_path: Path) -> None:
-    """By time, by number, by name."""
+def test_since_until_limit_and_ids_select_records(sandbox: Sandbox, tmp_path: Path) -> None:
+    """All other records are left out."""
     grete = uid("customer:grete")
     sandbox.shop.customers[grete]["lastModifiedAt"] = "2026-11-25T12:00:00.000Z"
     result = backfill(sandbox, "customers", "--since", "2026-11-25", "--until", "2026-11-25T13:00:00+00:00")
@@ -138,8 +138,8 @@ def test_only_what_was_asked_for_is_read(sandbox: Sandbox, tmp_path: Path) -> No
     assert "failed: 1 x commercetools has no such customer" in result.stderr
 
 
-def test_a_limited_run_goes_on_where_it_was(sandbox: Sandbox, tmp_path: Path) -> None:
-    """Two records a run: each is sent once, and the counts are of all runs."""
+def test_next_run_continues_after_the_limit(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Each record is sent once, and the counts cover all runs."""
     arguments = ("customers", "--checkpoint", str(tmp_path / "c.json"), "--limit", "2")
     for done in (2, 4, 5, 5):
         assert f"customers: {done} done: {done} sent" in backfill(sandbox, *arguments).stderr
@@ -147,8 +147,8 @@ def test_a_limited_run_goes_on_where_it_was(sandbox: Sandbox, tmp_path: Path) ->
     assert len(imports) == len(sandbox.shop.customers)
 
 
-def test_a_dry_run_sends_and_writes_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
-    """It prints the requests, as the worker's does."""
+def test_dry_run_sends_and_writes_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
+    """It prints the requests in the format of `transform`."""
     result = backfill(sandbox, "orders", "--dry-run", "--checkpoint", str(tmp_path / "o.json"))
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert {line["path"] for line in lines} == {"/api/events"}
@@ -159,8 +159,8 @@ def test_a_dry_run_sends_and_writes_nothing(sandbox: Sandbox, tmp_path: Path) ->
     assert "The failures are in" not in result.stderr
 
 
-def test_events_go_in_bulk_only_when_told(sandbox: Sandbox) -> None:
-    """A repeat may cost a whole bulk call, and a backfill repeats what others sent."""
+def test_events_are_sent_in_bulk_only_if_bulk_events_is_always(sandbox: Sandbox) -> None:
+    """A backfill repeats events, and one repeated event can cost a whole bulk call."""
     backfill(sandbox, "orders")
     bulk = "/api/event-bulk-create-jobs"
     assert bulk not in {request.path for request in sandbox.klaviyo.requests}
@@ -171,8 +171,8 @@ def test_events_go_in_bulk_only_when_told(sandbox: Sandbox) -> None:
         assert all(event["backfill"] is True for event in other.account.events)
 
 
-def test_an_outage_fails_no_record(sandbox: Sandbox) -> None:
-    """Of Klaviyo or commercetools, while pages are read or records are sent: all is held until it is over."""
+def test_outage_fails_no_record(sandbox: Sandbox) -> None:
+    """Records are held until commercetools and Klaviyo answer again."""
     sandbox.klaviyo.faults.add(Fault(status=503, times=6))
     sandbox.commercetools.faults.add(Fault(status=503, times=3, match="GET"))
     result = backfill(sandbox, "customers", KLAVIYO_WORKER_RETRY_TIMEOUT="0", KLAVIYO_WORKER_OUTAGE_HOLD="2")
@@ -180,8 +180,8 @@ def test_an_outage_fails_no_record(sandbox: Sandbox) -> None:
     assert result.exit_code == 0
 
 
-def test_a_refused_record_fails_alone(sandbox: Sandbox, tmp_path: Path) -> None:
-    """It is written down, without what it holds, and can be tried again."""
+def test_rejected_record_fails_alone(sandbox: Sandbox, tmp_path: Path) -> None:
+    """The failures file has no personal data and is valid input for --ids."""
     email = sandbox.shop.customers[uid("customer:radia")]["email"]
     sandbox.klaviyo.faults.add(Fault(status=400, times=1, match="POST /api/profile-import", contains=email.encode()))
     failures = tmp_path / "failures.jsonl"
@@ -191,14 +191,14 @@ def test_a_refused_record_fails_alone(sandbox: Sandbox, tmp_path: Path) -> None:
     assert "failed: 1 x Klaviyo answered 400 to POST /api/profile-import" in result.stderr
     texts = result.stderr + failures.read_text()
     assert not [text for text in sandbox.shop.personal_data() if text in texts]
-    again = backfill(sandbox, "customers", "--ids", str(failures))
-    assert "customers: 1 done: 1 sent" in again.stderr
+    retried = backfill(sandbox, "customers", "--ids", str(failures))
+    assert "customers: 1 done: 1 sent" in retried.stderr
     assert len(sandbox.account.profiles) == 5
 
 
 @pytest.mark.parametrize(("variable", "code"), [("KLAVIYO_AUTH_KEY", 5), ("CT_API_CLIENT", 4)])
-def test_refused_credentials_end_it(variable: str, code: int, sandbox: Sandbox, tmp_path: Path) -> None:
-    """With the worker's codes; no record has failed, and a run with better ones begins where that one was."""
+def test_rejected_credentials_end_the_backfill(variable: str, code: int, sandbox: Sandbox, tmp_path: Path) -> None:
+    """The exit codes are those of `run`; no record fails, and the next run starts at the same record."""
     wrong = {"KLAVIYO_AUTH_KEY": "pk_wrong", "CT_API_CLIENT": '{"clientId": "a", "secret": "b"}'}[variable]
     arguments = ("customers", "--checkpoint", str(tmp_path / "c.json"))
     result = backfill(sandbox, *arguments, **{variable: wrong})
@@ -219,7 +219,7 @@ def test_refused_credentials_end_it(variable: str, code: int, sandbox: Sandbox, 
         (
             ("--ids", ",".join(["a" * 36] * 7 + ["ada@example.com"])),
             "--ids: expected commercetools ids",
-        ),  # no name of a file
+        ),  # too long for a file name
         (("--since", "0001-01-01T00:00+01:00"), "--since: expected a date"),
         (
             ("--failures-file", "/proc/nowhere/f"),
@@ -235,10 +235,10 @@ def test_refused_credentials_end_it(variable: str, code: int, sandbox: Sandbox, 
         (("--rate-limit-share", "2"), "KLAVIYO_WORKER_RATE_LIMIT_SHARE is malformed"),
     ],
 )
-def test_a_malformed_option_is_one_line_and_exit_code_2(
+def test_malformed_option_is_exit_code_2(
     arguments: tuple[str, ...], text: str, sandbox: Sandbox, tmp_path: Path
 ) -> None:
-    """The line names the option; no queue is needed, whatever the variable holds."""
+    """One line names the option; QUEUE_URL is not read."""
     result = backfill(sandbox, "customers", "--failures-file", str(tmp_path / "f"), *arguments, QUEUE_URL="nonsense")
     assert result.exit_code == 2, result.stderr
     assert result.stderr.startswith(f"Error: {text}")
@@ -246,8 +246,8 @@ def test_a_malformed_option_is_one_line_and_exit_code_2(
     assert "example.com" not in result.stderr
 
 
-def test_a_query_that_commercetools_refuses_ends_it(sandbox: Sandbox) -> None:
-    """With its answer, while records are counted and while they are read; exit code 1."""
+def test_rejected_query_ends_the_backfill(sandbox: Sandbox) -> None:
+    """The exit code is 1, both for the count and for a page."""
     counted = Fault(status=200, body=b'{"results": [], "total": 5}', match="GET")
     for answers in ((), (counted,)):
         sandbox.commercetools.faults.add(*answers, Fault(status=400, match="GET"))
@@ -256,8 +256,8 @@ def test_a_query_that_commercetools_refuses_ends_it(sandbox: Sandbox) -> None:
         assert result.stderr == "Error: commercetools answered 400 InvalidInput for customers\n"
 
 
-def test_a_disk_that_is_full_ends_it(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Progress that cannot be written down is none."""
+def test_full_disk_ends_the_backfill(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress that cannot be saved must not be reported."""
     saves: list[int] = []
 
     def save(*_: object) -> None:

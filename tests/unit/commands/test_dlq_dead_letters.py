@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from adapters import DeadLetter, Failure
 from tests.conftest import FakeDelivery
-from tests.support.dead_letters import bury
+from tests.support.dead_letters import make_dead_letters
 from worker.commands.dlq import dead_letters
 from worker.commands.dlq.dead_letters import (
     DeadLetterFilter,
@@ -124,7 +124,7 @@ def test_since_falls_back_to_publish_time(queue: EmbeddedQueue) -> None:
     """A dead letter without any time never matches `since`."""
     older = dead_letter(3, at=NOW - HOUR, published_at=NOW)
     assert selected_ids(DeadLetterFilter(since=NOW), dead_letter(1), dead_letter(2, published_at=NOW), older) == ["2"]
-    bury(queue, b"1")
+    make_dead_letters(queue, b"1")
     assert len(list(DeadLetterFilter(since=datetime.now(UTC) - HOUR).select(iter_dead_letters(queue)))) == 1
     assert list(DeadLetterFilter(since=datetime.now(UTC) + HOUR).select(iter_dead_letters(queue))) == []
 
@@ -167,7 +167,7 @@ class GrowingDeadLetters:
             return [self._existing.pop(0)]
         return [dead_letter(9, at=datetime.now(UTC) + HOUR)]
 
-    def remove(self, letters: object) -> None:
+    def remove(self, dead_letters: object) -> None:
         """Do nothing."""
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ def test_iteration_ends_while_dead_letters_keep_arriving(monkeypatch: pytest.Mon
 
 def test_iteration_removes_nothing(queue: EmbeddedQueue) -> None:
     """A complete or an aborted iteration leaves all dead letters in the queue."""
-    ids = bury(queue, *(b"%d" % number for number in range(250)))
+    ids = make_dead_letters(queue, *(b"%d" % number for number in range(250)))
     assert [found.delivery.id for found in iter_dead_letters(queue)] == ids
     assert next(iter_dead_letters(queue)).delivery.id == ids[0]
     assert queue.counts() == (0, 250)
@@ -191,7 +191,7 @@ def test_iteration_removes_nothing(queue: EmbeddedQueue) -> None:
 
 def test_large_bodies_are_received_in_small_batches(queue: EmbeddedQueue) -> None:
     """Reading dead letters uses no more memory than processing messages."""
-    bury(queue, *[b"x" * 2_100_000] * 3)
+    make_dead_letters(queue, *[b"x" * 2_100_000] * 3)
     dead_letters = queue.dead_letters()
     assert [len(dead_letters.receive(100, 0)) for _ in range(3)] == [2, 1, 0]
 

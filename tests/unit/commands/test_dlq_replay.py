@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.dead_letters import REFUSED, bury
+from tests.support.dead_letters import REFUSED, make_dead_letters
 from tests.unit.runtime.test_runner import settings_for
 from worker.commands.dlq.dead_letters import DeadLetterFilter, iter_dead_letters, iter_unseen
 from worker.commands.dlq.replay import (
@@ -71,7 +71,7 @@ def remaining_ids(queue: EmbeddedQueue) -> list[str]:
 
 def test_ack_removes_a_dead_letter_and_other_outcomes_leave_it(queue: EmbeddedQueue) -> None:
     """A dead letter that fails again, is returned or is not reached stays."""
-    ids = bury(queue, *(b"%d" % number for number in range(5)))
+    ids = make_dead_letters(queue, *(b"%d" % number for number in range(5)))
     replay, _ = start_replay(queue)
     first, second, third, fourth = replay.receive(4, 0)
     replay.ack([first])
@@ -84,7 +84,7 @@ def test_ack_removes_a_dead_letter_and_other_outcomes_leave_it(queue: EmbeddedQu
 
 def test_replay_delivery_has_no_attempt(queue: EmbeddedQueue) -> None:
     """Its events might have been sent before, so none is treated as new."""
-    bury(queue, b"1")
+    make_dead_letters(queue, b"1")
     replay, _ = start_replay(queue)
     (delivery,) = replay.receive(10, 0)
     assert delivery.attempt is None
@@ -94,7 +94,7 @@ def test_replay_delivery_has_no_attempt(queue: EmbeddedQueue) -> None:
 
 def test_backlog_is_zero_after_the_last_dead_letter(queue: EmbeddedQueue) -> None:
     """`once` ends the run when the backlog is zero."""
-    bury(queue, b"1", b"2", b"3")
+    make_dead_letters(queue, b"1", b"2", b"3")
     replay, _ = start_replay(queue)
     assert len(replay.receive(2, 0)) == 2
     assert replay.backlog() == 1
@@ -105,7 +105,7 @@ def test_backlog_is_zero_after_the_last_dead_letter(queue: EmbeddedQueue) -> Non
 
 def test_only_selected_dead_letters_are_delivered(queue: EmbeddedQueue) -> None:
     """The others are read and left unchanged."""
-    ids = bury(queue, *(b"%d" % number for number in range(300)))
+    ids = make_dead_letters(queue, *(b"%d" % number for number in range(300)))
     wanted = frozenset(ids[250:253])
     replay, _ = start_replay(queue, filters=DeadLetterFilter(wanted))
     assert {delivery.id for delivery in replay.receive(10, 0)} == wanted == replay.delivered_ids
@@ -114,7 +114,7 @@ def test_only_selected_dead_letters_are_delivered(queue: EmbeddedQueue) -> None:
 
 def test_dry_run_removes_nothing(queue: EmbeddedQueue) -> None:
     """An ack in a dry run leaves the dead letter."""
-    ids = bury(queue, b"1", b"2")
+    ids = make_dead_letters(queue, b"1", b"2")
     replay, _ = start_replay(queue, removes_acked=False)
     replay.ack(replay.receive(10, 0))
     assert remaining_ids(queue) == ids
@@ -122,7 +122,7 @@ def test_dry_run_removes_nothing(queue: EmbeddedQueue) -> None:
 
 def test_canary_is_delivered_alone(queue: EmbeddedQueue) -> None:
     """No other dead letter is delivered before the canary is sent; then all can be."""
-    bury(queue, *(b"%d" % number for number in range(5)))
+    make_dead_letters(queue, *(b"%d" % number for number in range(5)))
     replay, stats = start_replay(queue, canary=True)
     canary = replay.receive(10, 0)
     assert len(canary) == 1
@@ -134,7 +134,7 @@ def test_canary_is_delivered_alone(queue: EmbeddedQueue) -> None:
 
 def test_ignored_canary_is_followed_by_another(queue: EmbeddedQueue) -> None:
     """An ignored dead letter does not prove that others can be sent."""
-    bury(queue, *(b"%d" % number for number in range(5)))
+    make_dead_letters(queue, *(b"%d" % number for number in range(5)))
     replay, stats = start_replay(queue, canary=True)
     settle(stats, replay, IGNORED, replay.receive(10, 0))
     assert not replay.canary_failed
@@ -145,7 +145,7 @@ def test_ignored_canary_is_followed_by_another(queue: EmbeddedQueue) -> None:
 @pytest.mark.parametrize("outcome", [REJECTED, RETRIED])
 def test_failed_canary_ends_the_replay(outcome: Outcome, queue: EmbeddedQueue) -> None:
     """No other is tried; the stats contain the canary and its reason."""
-    ids = bury(queue, *(b"%d" % number for number in range(5)))
+    ids = make_dead_letters(queue, *(b"%d" % number for number in range(5)))
     replay, stats = start_replay(queue, canary=True)
     settle(stats, replay, outcome, replay.receive(10, 0))
     assert replay.canary_failed
@@ -158,7 +158,7 @@ def test_failed_canary_ends_the_replay(outcome: Outcome, queue: EmbeddedQueue) -
 
 def test_failures_after_the_canary_do_not_stop_the_replay(queue: EmbeddedQueue) -> None:
     """They are counted by stage and reason."""
-    bury(queue, *(b"%d" % number for number in range(6)))
+    make_dead_letters(queue, *(b"%d" % number for number in range(6)))
     replay, stats = start_replay(queue, canary=True)
     settle(stats, replay, SENT, replay.receive(10, 0))
     rest = replay.receive(3, 0)
@@ -172,7 +172,7 @@ def test_failures_after_the_canary_do_not_stop_the_replay(queue: EmbeddedQueue) 
 
 def test_failures_without_a_canary_do_not_stop_the_replay(queue: EmbeddedQueue) -> None:
     """All dead letters are tried."""
-    bury(queue, *(b"%d" % number for number in range(3)))
+    make_dead_letters(queue, *(b"%d" % number for number in range(3)))
     replay, stats = start_replay(queue)
     settle(stats, replay, REJECTED, replay.receive(1, 0))
     assert len(replay.receive(10, 0)) == 2
@@ -180,7 +180,7 @@ def test_failures_without_a_canary_do_not_stop_the_replay(queue: EmbeddedQueue) 
 
 def test_rate_limits_deliveries_evenly(queue: EmbeddedQueue) -> None:
     """Idle time is not caught up."""
-    bury(queue, *(b"%d" % number for number in range(8)))
+    make_dead_letters(queue, *(b"%d" % number for number in range(8)))
     clock = FakeClock()
     replay, _ = start_replay(queue, rate_limiter=ReplayRateLimiter(4.0, clock.wait, clock))
     at = []
@@ -210,7 +210,7 @@ class EndlessDeadLetters:
             self.replay.stop()
         return self._dead_letters
 
-    def remove(self, letters: Sequence[DeadLetter]) -> None:
+    def remove(self, dead_letters: Sequence[DeadLetter]) -> None:
         raise AssertionError
 
     def close(self) -> None:
@@ -219,7 +219,7 @@ class EndlessDeadLetters:
 
 def test_stop_ends_a_replay_that_finds_no_match(queue: EmbeddedQueue) -> None:
     """Reading fifty thousand other dead letters can take long."""
-    bury(queue, b"1")
+    make_dead_letters(queue, b"1")
     endless = EndlessDeadLetters(*iter_dead_letters(queue))
     filters = DeadLetterFilter(message_type="OrderCreated")
     endless.replay = Replay(endless, settings_for(), filters, ReplayOptions())

@@ -140,8 +140,10 @@ class FailureLog:
     def add(self, line: Json) -> None:
         """Append a line. It is durable on return. Raises OSError."""
         with self._path.open("ab+") as file:
-            if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
-                file.write(b"\n")  # end a line that a crash truncated
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")  # end a line that a crash truncated
             file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
             file.flush()
             os.fsync(file.fileno())
