@@ -70,7 +70,7 @@ class Pipeline:
         # Half of the lease: the queue's client may have buffered the message before `receive` returned it.
         lease = Lease(now + (self._queue.lease_seconds or MIN_LEASE) / 2)
         message = Message(delivery, received_at=now, lease=lease)
-        with self._telemetry.stage("parse"):
+        with self._telemetry.time_stage("parse"):
             _run_pure_stage(message, "parse", partial(_parse, message, self._mapping))
         return message
 
@@ -81,9 +81,9 @@ class Pipeline:
                 message.outcome = None
                 message.operations = ()
         for name, stage in (("enrich", self._enrich), ("transform", self._transform), ("send", self._send)):
-            with self._telemetry.stage(name):
+            with self._telemetry.time_stage(name):
                 stage([message for message in messages if message.outcome is None])
-        self._telemetry.processed(messages)
+        self._telemetry.record_processed(messages)
         self._settle([message for message in messages if not message.is_held])
         return [message for message in messages if message.is_held]
 
@@ -147,7 +147,7 @@ class Pipeline:
             self._queue.nack(deliveries, delay, failure)
         if acked:
             self._queue.ack(acked)
-        self._telemetry.settled(messages)
+        self._telemetry.record_settled(messages)
 
 
 def _with_message(failure: Failure, notification: Notification | None) -> Failure:

@@ -37,9 +37,9 @@ class Components:
     def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
         self.stopping = Event()
         self.mapping = settings.mapping()
-        requested = telemetry.metrics.requested
-        self.commercetools = Commercetools(settings, self.stopping, partial(requested, "commercetools"))
-        self.klaviyo = Klaviyo(settings, self.stopping, partial(requested, "klaviyo"))
+        record_request = telemetry.metrics.record_request
+        self.commercetools = Commercetools(settings, self.stopping, partial(record_request, "commercetools"))
+        self.klaviyo = Klaviyo(settings, self.stopping, partial(record_request, "klaviyo"))
         self.enricher = Enricher(CachedReader(self.commercetools, settings.cache_ttl), self.mapping)
         self.sender = Sender(
             self.klaviyo,

@@ -52,7 +52,7 @@ class OutcomeLog(Telemetry):
         self.outcomes_by_id: dict[str, MessageOutcome] = {}
         self._outcomes_lock = Lock()
 
-    def settled(self, messages: Iterable[Message]) -> None:
+    def record_settled(self, messages: Iterable[Message]) -> None:
         """Keep the outcomes, and log as usual."""
         messages = list(messages)
         with self._outcomes_lock:
@@ -60,7 +60,7 @@ class OutcomeLog(Telemetry):
                 operations = Counter(operation.kind.value for operation in message.operations)
                 reason = message.outcome.reason if message.outcome else ""
                 self.outcomes_by_id[message.delivery.id] = MessageOutcome(outcome_name(message), reason, operations)
-        super().settled(messages)
+        super().record_settled(messages)
 
 
 def run_demo(keep: Path | None) -> int:

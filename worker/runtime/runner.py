@@ -144,7 +144,7 @@ class Runner:
             was_idle = self._in_flight.is_idle
             deliveries = self._receive()
             self._has_polled = True
-            self._telemetry.received(len(deliveries))
+            self._telemetry.record_received(len(deliveries))
             seconds = time.monotonic() - started_at if was_idle and not deliveries else 0.0
             waited += seconds
             idle = 0.0 if deliveries or self._in_flight else idle + seconds
@@ -231,7 +231,7 @@ class Runner:
         self._queue.nack(untouched)
         if interrupted:
             self._queue.nack(interrupted, failure=_INTERRUPTED)
-        self._telemetry.returned(messages)
+        self._telemetry.record_returned(messages)
         self._in_flight.remove(messages)
 
     def _fail(self, error: Exception) -> None:

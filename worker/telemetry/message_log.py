@@ -38,36 +38,36 @@ class Telemetry:
         self.failures = RecentFailures()
         self._lock = Lock()
 
-    def received(self, messages: int) -> None:
+    def record_received(self, messages: int) -> None:
         """Count messages that came from the queue."""
         if messages:
-            self.metrics.received(messages)
+            self.metrics.record_received(messages)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def time_stage(self, name: str) -> Iterator[None]:
         """Time a stage."""
         began = time.monotonic()
         yield
-        self.metrics.stage(name, time.monotonic() - began)
+        self.metrics.record_stage(name, time.monotonic() - began)
 
-    def processed(self, messages: Sequence[Message]) -> None:
+    def record_processed(self, messages: Sequence[Message]) -> None:
         """Count a batch that went through the stages, and what failed in it, for good or for now."""
-        self.metrics.batch(len(messages))
+        self.metrics.record_batch(len(messages))
         for message in messages:
             if (
                 message.outcome
                 and message.outcome.cause
                 and not isinstance(message.outcome.cause, Ignored | StaleWrite)
             ):
-                self.metrics.failed(message.outcome.stage, message.outcome.error)
+                self.metrics.record_failure(message.outcome.stage, message.outcome.error)
                 if message.is_held:
-                    self.failures.note(_canonical_fields(message, "waiting"))
+                    self.failures.add(_canonical_fields(message, "waiting"))
 
-    def settled(self, messages: Iterable[Message]) -> None:
+    def record_settled(self, messages: Iterable[Message]) -> None:
         """Report deliveries that reached an ending."""
         self._report((message, outcome_name(message)) for message in messages)
 
-    def returned(self, messages: Iterable[Message]) -> None:
+    def record_returned(self, messages: Iterable[Message]) -> None:
         """Report deliveries that went back to the queue unhandled."""
         self._report((message, "returned") for message in messages)
 
@@ -76,9 +76,9 @@ class Telemetry:
             with self._lock:
                 self.outcomes[outcome] += 1
             line = _canonical_fields(message, outcome)
-            self.metrics.settled(line["message_type"], outcome, line["duration_s"], line["age_s"])
+            self.metrics.record_settled(line["message_type"], outcome, line["duration_s"], line["age_s"])
             if outcome in _LEVELS:
-                self.failures.note(line)
+                self.failures.add(line)
             log.log(_LEVELS.get(outcome, logging.INFO), "message_processed", extra=line)
 
 

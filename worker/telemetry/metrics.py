@@ -74,11 +74,11 @@ class Metrics:
         """Publish the versions of what is running."""
         self._build.labels(version, klaviyo_revision).set(1)
 
-    def received(self, messages: int) -> None:
+    def record_received(self, messages: int) -> None:
         """Count messages that the queue handed out."""
         self._received.inc(messages)
 
-    def settled(self, message_type: str | None, outcome: str, duration: float, age: float | None) -> None:
+    def record_settled(self, message_type: str | None, outcome: str, duration: float, age: float | None) -> None:
         """Count a message that reached an ending, `duration` seconds after it came.
 
         `message_type` is None for a message that could not be read, `outcome` one of OUTCOMES. `age`: seconds since
@@ -92,25 +92,25 @@ class Metrics:
             if age is not None:
                 self._age.observe(max(age, 0.0))  # clocks differ
 
-    def failed(self, stage: str, error: str) -> None:
+    def record_failure(self, stage: str, error: str) -> None:
         """Count a message that failed in one of STAGES, by the class of its error."""
         self._failures.labels(_bounded(stage, STAGES), _bounded(error, self._errors)).inc()
 
-    def batch(self, messages: int) -> None:
+    def record_batch(self, messages: int) -> None:
         """Note the size of a batch that a lane takes."""
         self._batch.observe(messages)
 
-    def stage(self, name: str, seconds: float) -> None:
+    def record_stage(self, name: str, seconds: float) -> None:
         """Note how long a batch was in one of STAGES."""
         self._stages.labels(_bounded(name, STAGES)).observe(seconds)
 
-    def requested(self, service: str, endpoint: str, status: int | None, seconds: float) -> None:
+    def record_request(self, service: str, endpoint: str, status: int | None, seconds: float) -> None:
         """Note a request to one of SERVICES and its answer's status; None: there was no answer.
 
         `endpoint` is a template like `PATCH /api/profiles/{id}`: ids and queries must not become labels.
         """
         if service in self._requests:
-            self._requests[service].note(endpoint, status, seconds)
+            self._requests[service].record(endpoint, status, seconds)
 
     def observe_worker(self, state: WorkerState) -> None:
         """Read the gauges from a running worker from now on. Once."""
@@ -147,7 +147,7 @@ class _Requests:
             registry, f"{service}_request_duration_seconds", "From request to answer", _SECONDS, "endpoint"
         )
 
-    def note(self, endpoint: str, status: int | None, seconds: float) -> None:
+    def record(self, endpoint: str, status: int | None, seconds: float) -> None:
         self._count.labels(endpoint, "none" if status is None else status).inc()
         self._count.labels(endpoint, _TOO_MANY_REQUESTS).inc(0)  # from 0 on, or increase() misses the first one
         self._duration.labels(endpoint).observe(seconds)

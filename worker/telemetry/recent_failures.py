@@ -25,7 +25,7 @@ class RecentFailures:
         self._failures: dict[tuple[Any, ...], dict[str, Any]] = {}  # the oldest first
         self._lock = Lock()
 
-    def note(self, line: Mapping[str, Any]) -> None:
+    def add(self, line: Mapping[str, Any]) -> None:
         """Note a failure, with the fields of its canonical log line."""
         told = {name: _bounded(line[name]) for name in _TOLD}
         same = tuple(told[name] for name in _SAME)

@@ -188,10 +188,10 @@ def text(browser: Browser, selector: str) -> str:
 def busy() -> Telemetry:
     """Return what was told by a worker that has done much, some of it in vain."""
     telemetry = Telemetry(Metrics("embedded"))
-    telemetry.failures.note(line(message_type=HOSTILE, resource_id=HOSTILE * 9, reason=HOSTILE * 9, message_id=HOSTILE))
-    telemetry.failures.note(line(outcome="waiting", reason="503 to POST a.klaviyo.com/api/events"))
+    telemetry.failures.add(line(message_type=HOSTILE, resource_id=HOSTILE * 9, reason=HOSTILE * 9, message_id=HOSTILE))
+    telemetry.failures.add(line(outcome="waiting", reason="503 to POST a.klaviyo.com/api/events"))
     for outcome in ("sent", "ignored", "retried", "dead_lettered", "returned"):
-        telemetry.metrics.settled("PaymentTransactionStateChanged", outcome, 0.1, 1.0)
+        telemetry.metrics.record_settled("PaymentTransactionStateChanged", outcome, 0.1, 1.0)
     return telemetry
 
 
@@ -229,12 +229,12 @@ def test_only_the_newest_failures_stand_before_the_rest(serve: Serve, browser: B
     """Whoever wants more opens them, and they stay open."""
     telemetry = busy()
     for number in range(7):
-        telemetry.failures.note(line(reason=f"reason {number}"))
+        telemetry.failures.add(line(reason=f"reason {number}"))
     shown(browser, serve(telemetry))
     assert browser.evaluate("document.querySelectorAll('#failures li').length") == 5
     assert "reason 1" not in text(browser, "#page")
     browser.evaluate("document.querySelector('summary').click()")
-    telemetry.failures.note(line(reason="reason 7"))
+    telemetry.failures.add(line(reason="reason 7"))
     browser.wait_for("document.querySelector('#failures').innerText.includes('reason 7')")
     assert "reason 1" in text(browser, "#earlier")
 

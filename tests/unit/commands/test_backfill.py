@@ -385,9 +385,9 @@ def test_retried_message_is_not_complete() -> None:
     retried, done = Message(delivery, 0.0), Message(delivery, 0.0)
     retried.outcome = Outcome(Disposition.NACK, "send", Transient("down"))
     done.outcome = Outcome(Disposition.ACK, "transform", Ignored("no effect"))
-    harness.telemetry.settled([retried])
+    harness.telemetry.record_settled([retried])
     assert (harness.telemetry.completed, harness.progress.done) == (0, 0)
-    harness.telemetry.settled([done])
+    harness.telemetry.record_settled([done])
     assert (harness.telemetry.completed, harness.progress.ignored) == (1, 1)
 
 

@@ -62,7 +62,7 @@ def settle(stats: ReplayStats, replay: ReplayQueue, outcome: Outcome, deliveries
     messages = [Message(delivery, 0.0, outcome=outcome, operations=operations) for delivery in deliveries]
     if outcome.disposition is Disposition.ACK:
         replay.ack(deliveries)
-    stats.settled(messages)
+    stats.record_settled(messages)
 
 
 def remaining_ids(queue: EmbeddedQueue) -> list[str]:

@@ -91,7 +91,7 @@ def test_failures_are_few_and_the_newest_comes_first() -> None:
     """A worker that runs for a year keeps no more than one that began."""
     failures = RecentFailures()
     for number in range(MAX_FAILURES + 5):
-        failures.note(line(reason=f"reason {number}"))
+        failures.add(line(reason=f"reason {number}"))
     kept = failures.newest()
     assert [failure["reason"] for failure in kept] == [f"reason {number}" for number in range(MAX_FAILURES + 4, 4, -1)]
     assert kept[0].keys() >= {"at", "message_type", "stage", "outcome", "resource_type", "resource_id", "attempt"}
@@ -100,10 +100,10 @@ def test_failures_are_few_and_the_newest_comes_first() -> None:
 def test_a_failure_that_comes_again_is_counted() -> None:
     """An outage of a thousand messages must not push out the one dead letter; its newest message is named."""
     failures = RecentFailures()
-    failures.note(line(outcome="waiting", message_id="1"))
-    failures.note(line())
+    failures.add(line(outcome="waiting", message_id="1"))
+    failures.add(line())
     for number in range(1000):
-        failures.note(line(outcome="waiting", message_type="CustomerCreated", message_id=str(number)))
+        failures.add(line(outcome="waiting", message_type="CustomerCreated", message_id=str(number)))
     told = [(f["outcome"], f["message_type"], f["message_id"], f["times"]) for f in failures.newest()]
     assert told == [("waiting", "CustomerCreated", "999", 1001), ("dead_lettered", "OrderCreated", "7", 1)]
 
@@ -113,7 +113,7 @@ def test_a_failure_that_comes_again_is_counted() -> None:
 def test_whatever_a_message_holds_the_data_is_json_and_bounded(values: dict[str, Any]) -> None:
     """Types, ids and reasons are anybody's strings, with halves of characters, quotes and tags."""
     TELEMETRY.failures = RecentFailures()
-    TELEMETRY.failures.note(line(**values))
+    TELEMETRY.failures.add(line(**values))
     (failure,) = json.loads(SHOWN.render().decode("ascii"))["failures"]
     for name, value in values.items():
         if name in failure:
@@ -124,10 +124,10 @@ def test_charts_show_rates_and_ages_by_step() -> None:
     """Of what happened between two samples, however long that was; failed is what somebody may look at."""
     metrics = Metrics("embedded")
     history = History(metrics)
-    metrics.settled("OrderCreated", "sent", 0.1, 50.0)  # before the first sample: no step has it
+    metrics.record_settled("OrderCreated", "sent", 0.1, 50.0)  # before the first sample: no step has it
     history.sample(100.0, 0.0)
     for outcome in ("sent", "sent", "ignored", "retried", "dead_lettered", "returned"):
-        metrics.settled("OrderCreated", outcome, 0.1, 3.0 if outcome == "sent" else 9.0)
+        metrics.record_settled("OrderCreated", outcome, 0.1, 3.0 if outcome == "sent" else 9.0)
     history.sample(102.0, 7.26)
     history.sample(107.0, None)
     assert history.series(110.0) == {
@@ -145,9 +145,9 @@ def test_history_is_bounded() -> None:
     metrics = Metrics("embedded")
     history = History(metrics)
     for number in range(3 * STEPS):
-        metrics.requested("klaviyo", "POST /api/events", 202, 0.1)
-        metrics.batch(number)
-        metrics.settled("OrderCreated", "sent", 0.1, 1.0)
+        metrics.record_request("klaviyo", "POST /api/events", 202, 0.1)
+        metrics.record_batch(number)
+        metrics.record_settled("OrderCreated", "sent", 0.1, 1.0)
         history.sample(number * STEP, 0.0)
     series = history.series(3 * STEPS * STEP)
     assert {len(values) for values in series.values()} == {STEPS}
@@ -155,7 +155,9 @@ def test_history_is_bounded() -> None:
     assert (series["ago"][0], series["ago"][-1]) == (STEPS * STEP, STEP)
     assert history.requests_lately() == {("klaviyo", "POST /api/events"): 12}
     assert history.settled_lately() == 12
-    metrics.settled("OrderCreated", "sent", 0.1, 1.0)  # no sample has it yet, but a worker that sends is not idle
+    metrics.record_settled(
+        "OrderCreated", "sent", 0.1, 1.0
+    )  # no sample has it yet, but a worker that sends is not idle
     assert history.settled_lately() == 13
     assert history.batch_lately() == 3 * STEPS - 6.5  # the mean of the last twelve
 
@@ -183,7 +185,7 @@ def test_limits_are_those_of_this_worker() -> None:
     told = status(FakeWorkerState(rate_limit_status=limits), Telemetry(metrics), rate_limit_share=0.5)
     told.sample(0.0)
     for service in ("klaviyo", "commercetools"):
-        metrics.requested(service, "POST /api/events", 202, 0.1)
+        metrics.record_request(service, "POST /api/events", 202, 0.1)
     told.sample(5.0)
     document = told.document()
     assert document["limits"] == [
@@ -208,7 +210,7 @@ def test_outcomes_are_told_by_type_the_most_frequent_first() -> None:
     """Only of types that there were: a hundred lines of zeros tell nothing."""
     metrics = Metrics("embedded")
     for kind, outcome in ((None, "dead_lettered"), ("OrderCreated", "sent"), ("OrderCreated", "ignored")):
-        metrics.settled(kind, outcome, 0.1, None)
+        metrics.record_settled(kind, outcome, 0.1, None)
     nothing = {"sent": 0, "ignored": 0, "retried": 0, "dead_lettered": 0, "returned": 0}
     assert status(telemetry=Telemetry(metrics)).document()["outcomes"] == [
         nothing | {"type": "OrderCreated", "sent": 1, "ignored": 1},

@@ -43,7 +43,7 @@ def test_every_message_has_one_canonical_line(outcome: Outcome, operations: int,
     stream = io.StringIO()
     configure_logging("INFO", "auto", stream)
     telemetry = Telemetry(Metrics("embedded"))
-    telemetry.settled([message(outcome, operations)])
+    telemetry.record_settled([message(outcome, operations)])
     (line,) = map(json.loads, stream.getvalue().splitlines())
     assert line.keys() >= FIELDS
     assert (line["event"], line["outcome"], line["level"], line["operations"]) == (
@@ -60,7 +60,7 @@ def test_a_message_that_goes_back_unhandled_says_so() -> None:
     """Whatever a lane may still be making of it."""
     stream = io.StringIO()
     configure_logging("INFO", "json", stream)
-    Telemetry(Metrics("embedded")).returned([message(None), message(Outcome(Disposition.ACK, "send"), 1)])
+    Telemetry(Metrics("embedded")).record_returned([message(None), message(Outcome(Disposition.ACK, "send"), 1)])
     assert [json.loads(line)["outcome"] for line in stream.getvalue().splitlines()] == ["returned"] * 2
 
 
@@ -71,9 +71,9 @@ def test_failures_are_remembered_and_nothing_else() -> None:
     ignored = message(Outcome(Disposition.ACK, "parse", Ignored("no handler")))
     outdated = message(Outcome(Disposition.HOLD, "send", StaleWrite("read again")))
     buried = message(Outcome(Disposition.DEAD_LETTER, "send", Rejected("400")), 1)
-    telemetry.processed([held, ignored, outdated, buried])
-    telemetry.settled([ignored, buried, message(Outcome(Disposition.ACK, "send"), 1)])
-    telemetry.settled([message(Outcome(Disposition.NACK, "enrich", Transient("500")))])
+    telemetry.record_processed([held, ignored, outdated, buried])
+    telemetry.record_settled([ignored, buried, message(Outcome(Disposition.ACK, "send"), 1)])
+    telemetry.record_settled([message(Outcome(Disposition.NACK, "enrich", Transient("500")))])
     told = [(f["outcome"], f["stage"], f["reason"], f["times"]) for f in telemetry.failures.newest()]
     assert told == [
         ("retried", "enrich", "500", 1),
@@ -86,7 +86,7 @@ def test_a_person_gets_text() -> None:
     """Time, event, and the fields that have a value."""
     stream = io.StringIO()
     configure_logging("INFO", "text", stream)
-    Telemetry(Metrics("embedded")).settled([message(Outcome(Disposition.ACK, "send"), 1)])
+    Telemetry(Metrics("embedded")).record_settled([message(Outcome(Disposition.ACK, "send"), 1)])
     line = stream.getvalue()
     assert " message_processed message_id=7 message_type=OrderCreated " in line
     assert "outcome=sent" in line
@@ -97,7 +97,7 @@ def test_levels_are_obeyed() -> None:
     """A quiet worker still tells what went wrong."""
     stream = io.StringIO()
     configure_logging("ERROR", "json", stream)
-    Telemetry(Metrics("embedded")).settled(
+    Telemetry(Metrics("embedded")).record_settled(
         [message(Outcome(Disposition.ACK, "send"), 1), message(Outcome(Disposition.NACK, "send", Transient("x")))]
     )
     assert stream.getvalue() == ""

@@ -95,14 +95,14 @@ def busy(state: FakeWorkerState) -> Metrics:
     metrics = Metrics("pubsub")
     metrics.observe_worker(state)
     metrics.set_build_info("1.2.3", "2026-07-15")
-    metrics.received(3)
-    metrics.batch(3)
-    metrics.stage("enrich", 0.2)
-    metrics.settled("OrderCreated", "sent", 0.4, 2.0)
-    metrics.settled(None, "dead_lettered", 0.1, 2.0)
-    metrics.failed("parse", "Rejected")
+    metrics.record_received(3)
+    metrics.record_batch(3)
+    metrics.record_stage("enrich", 0.2)
+    metrics.record_settled("OrderCreated", "sent", 0.4, 2.0)
+    metrics.record_settled(None, "dead_lettered", 0.1, 2.0)
+    metrics.record_failure("parse", "Rejected")
     for service in SERVICES:
-        metrics.requested(service, "POST /api/events", 202, 0.3)
+        metrics.record_request(service, "POST /api/events", 202, 0.3)
     return metrics
 
 
@@ -143,7 +143,7 @@ def test_an_idle_worker_shows_zeros() -> None:
 def test_workers_share_nothing() -> None:
     """Two in a process, as tests have them, count for themselves."""
     one, other = Metrics("pubsub"), Metrics("embedded")
-    one.received(5)
+    one.record_received(5)
     assert value(one, "messages_received_total", adapter="pubsub") == 5
     assert value(other, "messages_received_total", adapter="embedded") == 0
 
@@ -152,8 +152,8 @@ def test_received_and_batches_count_messages() -> None:
     """The unit is the message, not the call."""
     metrics = Metrics("pubsub")
     for number in (30, 12):
-        metrics.received(number)
-        metrics.batch(number)
+        metrics.record_received(number)
+        metrics.record_batch(number)
     assert value(metrics, "messages_received_total", adapter="pubsub") == 42
     assert value(metrics, "batch_size_messages_sum") == 42
     assert value(metrics, "batch_size_messages_bucket", le="20.0") == 1
@@ -163,7 +163,7 @@ def test_received_and_batches_count_messages() -> None:
 def test_a_settled_message_is_counted_once(outcome: str) -> None:
     """By type and outcome; a message that comes again or was given up has no success and no age."""
     metrics, began, done = Metrics("pubsub"), time.time(), outcome in {"sent", "ignored"}
-    metrics.settled("OrderCreated", outcome, 0.3, 4_000.0)
+    metrics.record_settled("OrderCreated", outcome, 0.3, 4_000.0)
     counted = families(metrics)["messages_processed_total"].samples
     assert [sample.labels for sample in counted if sample.value] == [
         {"message_type": "OrderCreated", "outcome": outcome}
@@ -178,9 +178,9 @@ def test_a_settled_message_is_counted_once(outcome: str) -> None:
 def test_an_age_may_be_unknown_or_ahead() -> None:
     """Not every queue tells it, and the queue's clock may be ahead of ours."""
     metrics = Metrics("pubsub")
-    metrics.settled("OrderCreated", "sent", 0.3, None)
+    metrics.record_settled("OrderCreated", "sent", 0.3, None)
     assert value(metrics, "message_age_seconds_count") == 0
-    metrics.settled("OrderCreated", "sent", 0.3, -5.0)
+    metrics.record_settled("OrderCreated", "sent", 0.3, -5.0)
     assert (value(metrics, "message_age_seconds_count"), value(metrics, "message_age_seconds_sum")) == (1, 0)
 
 
@@ -203,7 +203,7 @@ def test_no_message_makes_a_label(message_types: list[str | None]) -> None:
     """Types come from outside: what the worker does not know is `other`, what it cannot read `unreadable`."""
     metrics = Metrics("pubsub")
     for message_type in message_types:
-        metrics.settled(message_type, "ignored", 0.1, None)
+        metrics.record_settled(message_type, "ignored", 0.1, None)
     samples = families(metrics)["messages_processed_total"].samples
     assert {sample.labels["message_type"] for sample in samples} == TYPES
     counted = {
@@ -217,9 +217,9 @@ def test_no_message_makes_a_label(message_types: list[str | None]) -> None:
 def test_no_error_text_makes_a_label(stage: str, error: str) -> None:
     """A text given for a class by mistake may quote a person."""
     metrics = Metrics("pubsub")
-    metrics.failed(stage, f"no {error}")
-    metrics.stage(f"{stage}?", 0.1)
-    metrics.settled("OrderCreated", f"{stage}?", 0.1, None)
+    metrics.record_failure(stage, f"no {error}")
+    metrics.record_stage(f"{stage}?", 0.1)
+    metrics.record_settled("OrderCreated", f"{stage}?", 0.1, None)
     found = families(metrics)
     for name, label, allowed in (
         ("message_failures_total", "stage", {*STAGES, "other"}),
@@ -234,7 +234,7 @@ def test_no_error_text_makes_a_label(stage: str, error: str) -> None:
 def test_failures_are_told_apart_by_class(error: str) -> None:
     """Ours, the queues' and Python's own."""
     metrics = Metrics("pubsub")
-    metrics.failed("send", error)
+    metrics.record_failure("send", error)
     assert value(metrics, "message_failures_total", stage="send", error_type=error) == 1
 
 
@@ -242,8 +242,8 @@ def test_failures_are_told_apart_by_class(error: str) -> None:
 def test_statuses_are_counted(status: int | None, label: str, limited: int) -> None:
     """No answer is a status too, and throttling has a counter of its own that starts at 0."""
     metrics = Metrics("pubsub")
-    metrics.requested("klaviyo", "POST /api/events", status, 0.2)
-    metrics.requested("mail", "POST /api/events", status, 0.2)
+    metrics.record_request("klaviyo", "POST /api/events", status, 0.2)
+    metrics.record_request("mail", "POST /api/events", status, 0.2)
     assert value(metrics, "klaviyo_requests_total", endpoint="POST /api/events", status=label) == 1
     assert value(metrics, "klaviyo_requests_total", endpoint="POST /api/events", status="429") == limited
     assert families(metrics)["commercetools_requests_total"].samples == []
@@ -341,13 +341,13 @@ def test_what_runs_is_named() -> None:
 def test_the_counters_can_be_read() -> None:
     """As a scrape would tell them: the status page shows the same numbers."""
     metrics = Metrics("embedded")
-    metrics.settled("OrderCreated", "sent", 0.1, 2.0)
-    metrics.settled("OrderCreated", "sent", 0.1, 3.0)
-    metrics.settled(None, "dead_lettered", 0.1, 9.0)
-    metrics.batch(3)
-    metrics.requested("klaviyo", "POST /api/events", 202, 0.1)
-    metrics.requested("klaviyo", "POST /api/events", 429, 0.1)
-    metrics.requested("commercetools", "orders", None, 0.1)
+    metrics.record_settled("OrderCreated", "sent", 0.1, 2.0)
+    metrics.record_settled("OrderCreated", "sent", 0.1, 3.0)
+    metrics.record_settled(None, "dead_lettered", 0.1, 9.0)
+    metrics.record_batch(3)
+    metrics.record_request("klaviyo", "POST /api/events", 202, 0.1)
+    metrics.record_request("klaviyo", "POST /api/events", 429, 0.1)
+    metrics.record_request("commercetools", "orders", None, 0.1)
     counted = {key: number for key, number in metrics.outcomes().items() if number}
     assert counted == {("OrderCreated", "sent"): 2, ("unreadable", "dead_lettered"): 1}
     assert metrics.requests() == {("klaviyo", "POST /api/events"): 2, ("commercetools", "orders"): 1}

@@ -46,7 +46,7 @@ class BackfillTelemetry(Telemetry):
         with self._progress_lock:
             self.progress.start(record)
 
-    def settled(self, messages: Iterable[Message]) -> None:
+    def record_settled(self, messages: Iterable[Message]) -> None:
         """Record outcomes, and save the checkpoint periodically. Raises OSError."""
         with self._progress_lock:
             for message in messages:
@@ -69,7 +69,7 @@ class BackfillTelemetry(Telemetry):
                 self._failure_log.add(line)
             self._complete(record, failure=failure.reason)
 
-    def returned(self, messages: Iterable[Message]) -> None:
+    def record_returned(self, messages: Iterable[Message]) -> None:
         """Leave returned messages to the next run."""
 
     def save(self) -> None:

@@ -95,7 +95,7 @@ class ReplayStats(Telemetry):
         """Return how many dead letters failed again."""
         return sum(self.outcomes[outcome] for outcome in _FAILED)
 
-    def settled(self, messages: Iterable[Message]) -> None:
+    def record_settled(self, messages: Iterable[Message]) -> None:
         """Count the outcomes of messages."""
         messages = list(messages)
         with self._changed:
@@ -105,7 +105,7 @@ class ReplayStats(Telemetry):
                     self.last_failed = (
                         message.delivery.dead_letter if isinstance(message.delivery, ReplayDelivery) else None
                     )
-            super().settled(messages)
+            super().record_settled(messages)
             self._changed.notify_all()
 
     def wait_for_outcomes(self, seconds: float) -> None:
