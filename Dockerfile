@@ -24,7 +24,9 @@ RUN groupadd --gid 10001 klaviyo-worker \
     && useradd --uid 10001 --gid 10001 --no-log-init --home-dir /var/lib/klaviyo-worker --shell /usr/sbin/nologin klaviyo-worker \
     && install --directory --owner 10001 --group 10001 /var/lib/klaviyo-worker
 COPY --from=build /opt/klaviyo-worker /opt/klaviyo-worker
-ENV PATH=/opt/klaviyo-worker/bin:$PATH HOME=/var/lib/klaviyo-worker PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# KLAVIYO_WORKER_HTTP_HOST: probes and scrapes come from outside the container.
+ENV PATH=/opt/klaviyo-worker/bin:$PATH HOME=/var/lib/klaviyo-worker PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    KLAVIYO_WORKER_HTTP_HOST=0.0.0.0
 USER 10001:10001
 EXPOSE 9090
 # No HEALTHCHECK: /livez and /readyz are for the orchestrator's probes, and `run --once` has nothing to probe.

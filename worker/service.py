@@ -93,15 +93,17 @@ class Worker:
 
     def _serve(self) -> HealthServer | None:
         """Serve health, metrics and the status page. The worker runs without them if the port is taken."""
-        port = self._settings.http_port
+        host, port = self._settings.http_host, self._settings.http_port
         has_status_page = self._settings.status_page == "on"
         status = Status(self._settings, self._state, self._telemetry) if has_status_page else None
-        server = HealthServer(port, self._telemetry.metrics, self._state, status)
+        server = HealthServer(host, port, self._telemetry.metrics, self._state, status)
         try:
             server.start()
         except OSError as error:
             hint = "if another worker runs on this host, give each its own KLAVIYO_WORKER_HTTP_PORT, or 0 for none"
-            log.warning("http_port_unavailable", extra={"port": port, "reason": f"{error.strerror}: {hint}"})
+            log.warning(
+                "http_port_unavailable", extra={"host": host, "port": port, "reason": f"{error.strerror}: {hint}"}
+            )
             return None
         return server
 

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.deploy.dockerfile import ROOT, stages
+from worker.health.server import ALL_INTERFACES
 
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
 _ENTRY = re.compile(r"([a-z0-9-]+)==(\S+)(?: ; [^\\]+)? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)")
@@ -101,6 +102,12 @@ def test_the_final_stage_holds_the_environment_and_runs_as_a_numeric_user() -> N
     assert found["EXPOSE"] == "9090"
     assert not any("pip" in value for name, value in final if name == "RUN")
     assert {"PYTHONUNBUFFERED=1", "PYTHONDONTWRITEBYTECODE=1"} <= set(found["ENV"].split())
+
+
+def test_the_http_port_is_open_to_probes_and_scrapes() -> None:
+    """They come from outside the container, by IPv4 and IPv6."""
+    _, final = stages()
+    assert f"KLAVIYO_WORKER_HTTP_HOST={ALL_INTERFACES}" in dict(final)["ENV"].split()
 
 
 def test_make_image_sets_the_labels() -> None:

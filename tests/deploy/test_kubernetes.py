@@ -129,6 +129,7 @@ def test_the_pod_is_bounded_and_probed(objects: Objects) -> None:
     assert {probe["port"] for probe in probes.values()} == {"metrics"}
     served = Settings.model_fields["http_port"].default
     assert container["ports"] == [{"name": "metrics", "containerPort": served}]
+    assert "KLAVIYO_WORKER_HTTP_HOST" not in environment_of(objects)  # the image sets it
     assert objects["Service"]["spec"]["ports"] == [{"name": "metrics", "port": served, "targetPort": "metrics"}]
 
 

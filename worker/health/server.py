@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from worker.telemetry.metrics import Metrics
     from worker.telemetry.state import WorkerState
 
+ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - what a container sets
 TIMEOUT = 10.0  # seconds a client has for everything
 MAX_CONNECTIONS = 32  # at once; one more costs the oldest its connection
 _POLL = 0.2  # seconds
@@ -39,7 +40,10 @@ class _Answer(NamedTuple):
 class HealthServer:
     """Answers probes and scrapes, and people where there is a `status` to show, in threads of its own."""
 
-    def __init__(self, port: int, metrics: Metrics, state: WorkerState, status: Status | None = None) -> None:
+    def __init__(
+        self, host: str, port: int, metrics: Metrics, state: WorkerState, status: Status | None = None
+    ) -> None:
+        self._host = host
         self._port = port
         self._metrics = metrics
         self._state = state
@@ -52,11 +56,11 @@ class HealthServer:
         return self._port
 
     def start(self) -> None:
-        """Listen on all interfaces: those who ask are other machines. Raises OSError when the port is taken."""
+        """Listen. Raises OSError if the address or the port cannot be used."""
         answers = {"/livez": self._livez, "/readyz": self._readyz, "/metrics": self._scrape}
         if self._status:
             answers |= _of_status(self._status)
-        self._server = _Server(self._port, answers)
+        self._server = _Server(self._host, self._port, answers)
         self._port = self._server.server_address[1]
         Thread(target=self._server.serve_forever, args=(_POLL,), name="health", daemon=True).start()
         if self._status:
@@ -108,6 +112,14 @@ def _json(good: bool, document: Mapping[str, Any]) -> _Answer:
     return _Answer(status, "application/json", orjson.dumps(document))
 
 
+def _listen_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    """Return family and address to listen on. ALL_INTERFACES includes those of IPv6 if the system has any."""
+    if host == ALL_INTERFACES and socket.has_dualstack_ipv6():
+        return socket.AF_INET6, ("", port)
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return family, address
+
+
 class _Server(ThreadingTCPServer):
     """A thread for each connection, and a bound on both: a client that dawdles makes room for the next.
 
@@ -118,11 +130,11 @@ class _Server(ThreadingTCPServer):
     daemon_threads = True
     request_queue_size = 32
 
-    def __init__(self, port: int, answers: Mapping[str, Callable[[], _Answer]]) -> None:
+    def __init__(self, host: str, port: int, answers: Mapping[str, Callable[[], _Answer]]) -> None:
         self.answers = answers
         self._open: dict[socket.socket, float] = {}  # connection -> when it ends at the latest; oldest first
-        self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        super().__init__(("", port), _Handler)
+        self.address_family, address = _listen_address(host, port)
+        super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.worker_state import FakeWorkerState
 from worker.health import server as health
-from worker.health.server import HealthServer
+from worker.health.server import ALL_INTERFACES, HealthServer
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ def serve() -> Iterator[Serve]:
     """Start servers that tell of a state, and stop them in the end."""
     servers: list[HealthServer] = []
 
-    def start(**state: Any) -> HealthServer:
+    def start(host: str = "127.0.0.1", **state: Any) -> HealthServer:
         told, metrics = FakeWorkerState(**state), Metrics("embedded")
         metrics.observe_worker(told)
-        server = HealthServer(0, metrics, told)
+        server = HealthServer(host, 0, metrics, told)
         server.start()
         servers.append(server)
         return server
@@ -248,7 +248,7 @@ def test_requests_are_not_logged(
 
 def test_a_port_that_is_taken_is_an_error(serve: Serve) -> None:
     """Two workers on a machine need two ports: the second one must not seem healthy by the first."""
-    server = HealthServer(serve().port, Metrics("embedded"), FakeWorkerState())
+    server = HealthServer("127.0.0.1", serve().port, Metrics("embedded"), FakeWorkerState())
     with pytest.raises(OSError, match="in use"):
         server.start()
     server.stop()
@@ -267,15 +267,33 @@ def test_stopping_closes_the_port(serve: Serve) -> None:
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
-def test_ipv6_is_answered_too(serve: Serve) -> None:
-    """Some clusters have nothing else."""
-    assert ask(serve(), "/livez", host="::1").status == 200
+def test_all_interfaces_include_ipv6(serve: Serve) -> None:
+    """Some clusters have only IPv6."""
+    server = serve(ALL_INTERFACES)
+    assert [ask(server, "/livez", host=host).status for host in ("::1", "127.0.0.1")] == [200, 200]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_only_the_given_address_is_served(host: str, serve: Serve) -> None:
+    """Other machines have no access by default."""
+    server = serve(host)
+    assert ask(server, "/livez", host=host).status == 200
+    with pytest.raises(OSError, match=r"refused|assign|unreachable"):
+        ask(server, "/livez", host="127.0.0.2")
+
+
+def test_an_address_of_another_machine_is_an_error() -> None:
+    """The worker logs it and runs without the port."""
+    server = HealthServer("192.0.2.1", 0, Metrics("embedded"), FakeWorkerState())
+    with pytest.raises(OSError, match=r"assign"):
+        server.start()
+    server.stop()
 
 
 def test_a_machine_without_ipv6_will_do(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others switch it off."""
     monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
-    server = serve()
+    server = serve(ALL_INTERFACES)
     assert ask(server, "/livez").status == 200
     with pytest.raises(OSError, match=r"refused|assign|unreachable"):
         ask(server, "/livez", host="::1")

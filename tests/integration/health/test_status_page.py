@@ -50,7 +50,7 @@ def serve() -> Iterator[Serve]:
         telemetry = telemetry or Telemetry(Metrics("embedded"))
         told = FakeWorkerState(**state)
         shown = Status(test_runner.settings_for(queue_url="sqs://key:s3cret@queue?token=s3cret"), told, telemetry)
-        servers.append(HealthServer(0, telemetry.metrics, told, shown))
+        servers.append(HealthServer("127.0.0.1", 0, telemetry.metrics, told, shown))
         servers[-1].start()
         return servers[-1]
 
