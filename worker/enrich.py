@@ -1,8 +1,8 @@
-"""[Notification] -> [Enriched]. The only stage that reads commercetools; one query per resource type per batch.
+"""[Notification] -> [Enriched]. The only stage that reads commercetools.
 
-Each resource type has a plan: a generator that reads as if for one message and yields what it must know
-next. All plans of a batch run in step, and what they ask for in a step is fetched together, so a hundred
-messages cost as many queries as one.
+Each resource type has a plan: a generator that is written as if for a single message. It yields the lookups that it
+needs next, and continues when their results have been fetched. All plans of a batch run in step, and the lookups of a
+step are merged. A hundred messages therefore cost as many queries as one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from worker.model import Enriched, Json, Notification
 if TYPE_CHECKING:
     from worker.mapping import MappingConfig
 
-READ_LAG = 5.0  # seconds in which a change may not be readable yet
+READ_LAG = 5.0  # seconds until a change is readable everywhere in commercetools
 
-Ask = tuple[queries.Query, Iterable[str]]
-Plan = Generator[Sequence[Ask], None, Enriched]
+Lookup = tuple[queries.Query, Iterable[str]]
+Plan = Generator[Sequence[Lookup], None, Enriched]
 Result = Enriched | WorkerError
 
 
@@ -33,7 +33,7 @@ def _utc_now() -> datetime:
 
 
 class Enricher:
-    """Adds commercetools data to notifications, a batch at a time."""
+    """Adds commercetools data to the notifications of a batch."""
 
     def __init__(
         self,
@@ -49,30 +49,30 @@ class Enricher:
         self._now = now
 
     def enrich(self, notifications: Sequence[Notification]) -> list[Result]:
-        """Return every notification with its data, or with why it cannot be had, in their order."""
-        known = _Known(self._mapping, self._read_lag)
+        """Return, for each notification in order, the notification with its data or the error that prevented it."""
+        fetched = _Fetched(self._mapping, self._read_lag)
         now = self._now()
-        plans = [PLANS[n.resource_type](Enriched(n, now), known) for n in notifications]
+        plans = [PLANS[n.resource_type](Enriched(n, now), fetched) for n in notifications]
         results: list[Result | None] = [None] * len(plans)
         while pending := [index for index, result in enumerate(results) if result is None]:
-            asks: dict[queries.Query, set[str]] = defaultdict(set)
+            lookups: dict[queries.Query, set[str]] = defaultdict(set)
             for index in pending:
-                results[index] = _advance(plans[index], asks)
-            self._answer(asks, known)
+                results[index] = _advance(plans[index], lookups)
+            self._fetch(lookups, fetched)
         return [result for result in results if result is not None]
 
-    def _answer(self, asks: dict[queries.Query, set[str]], known: _Known) -> None:
-        for query, values in asks.items():
-            missing = known.missing(query, values)
+    def _fetch(self, lookups: dict[queries.Query, set[str]], fetched: _Fetched) -> None:
+        for query, values in lookups.items():
+            missing = fetched.missing(query, values)
             if missing:
-                known.learn(query, self._reader.find(query, missing))
+                fetched.add(query, self._reader.find(query, missing))
 
 
-def _advance(plan: Plan, asks: dict[queries.Query, set[str]]) -> Result | None:
-    """Run a plan to its next question, or to its end."""
+def _advance(plan: Plan, lookups: dict[queries.Query, set[str]]) -> Result | None:
+    """Run a plan until it yields lookups, or to its end. Add the lookups, and return the result at the end."""
     try:
         for query, values in next(plan):
-            asks[query].update(value for value in values if value)
+            lookups[query].update(value for value in values if value)
     except StopIteration as end:
         enriched: Enriched = end.value
         return enriched
@@ -81,123 +81,127 @@ def _advance(plan: Plan, asks: dict[queries.Query, set[str]]) -> Result | None:
     return None
 
 
-class _Known:
-    """What a batch has read so far."""
+class _Fetched:
+    """The results that a batch has fetched so far, and the settings of the plans."""
 
     def __init__(self, mapping: MappingConfig, read_lag: float) -> None:
         self.mapping = mapping
         self.read_lag = read_lag
-        self._found: dict[queries.Query, queries.QueryResult] = defaultdict(dict)
+        self._results: dict[queries.Query, queries.QueryResult] = defaultdict(dict)
 
     def missing(self, query: queries.Query, values: set[str]) -> set[str]:
-        return values - self._found[query].keys()
+        """Return the values that have not been fetched."""
+        return values - self._results[query].keys()
 
-    def learn(self, query: queries.Query, found: queries.QueryResult) -> None:
-        self._found[query] |= found
+    def add(self, query: queries.Query, result: queries.QueryResult) -> None:
+        self._results[query] |= result
 
-    def all(self, query: queries.Query, value: str) -> list[Json]:
-        """Return the resources for a value. Raises why they cannot be had."""
-        found = self._found[query].get(value, [])
-        if isinstance(found, WorkerError):
-            raise found
-        return found
+    def get_all(self, query: queries.Query, value: str) -> list[Json]:
+        """Return the resources for a value. Raises the WorkerError that prevented fetching them."""
+        result = self._results[query].get(value, [])
+        if isinstance(result, WorkerError):
+            raise result
+        return result
 
-    def one(self, query: queries.Query, value: str) -> Json | None:
-        """Return the resource for a value, or None. Raises why it cannot be had."""
-        return next(iter(self.all(query, value)), None)
+    def get(self, query: queries.Query, value: str) -> Json | None:
+        """Return the resource for a value, or None if there is none. Raises as get_all does."""
+        return next(iter(self.get_all(query, value)), None)
 
-    def maybe(self, query: queries.Query, value: str) -> Json | None:
-        """Return an adornment that no message shall fail for: a refused id is as good as a missing one."""
+    def get_optional(self, query: queries.Query, value: str) -> Json | None:
+        """Return optional data. A rejected id counts as missing, so that the message does not fail."""
         try:
-            return self.one(query, value)
+            return self.get(query, value)
         except Rejected:
             return None
 
 
-def _order(enriched: Enriched, known: _Known) -> Plan:
+def _order(enriched: Enriched, fetched: _Fetched) -> Plan:
     notification = enriched.notification
     order = notification.payload.get("order")
     if not isinstance(order, dict):
         yield [(queries.ORDERS, [notification.resource_id])]
-        order = _existing(queries.ORDERS, enriched, known)
-    return (yield from _with_order_data(replace(enriched, order=order), known))
+        order = _main_resource(queries.ORDERS, enriched, fetched)
+    return (yield from _with_order_data(replace(enriched, order=order), fetched))
 
 
-def _payment(enriched: Enriched, known: _Known) -> Plan:
+def _payment(enriched: Enriched, fetched: _Fetched) -> Plan:
+    """Add the payment and its first order, or the payment's customer if it has no order."""
     notification = enriched.notification
     payment_id = notification.resource_id
     yield [(queries.PAYMENTS, [payment_id]), (queries.ORDERS_BY_PAYMENT, [payment_id])]
-    payment = _existing(queries.PAYMENTS, enriched, known)
-    orders = sorted(known.all(queries.ORDERS_BY_PAYMENT, payment_id), key=lambda order: as_text(order.get("createdAt")))
-    order = orders[0] if orders else None
+    payment = _main_resource(queries.PAYMENTS, enriched, fetched)
+    orders = fetched.get_all(queries.ORDERS_BY_PAYMENT, payment_id)
+    order = min(orders, key=lambda order: as_text(order.get("createdAt")), default=None)
     customer_id = "" if order else as_text(as_dict(as_dict(payment).get("customer")).get("id"))
     yield [(queries.CUSTOMERS, [customer_id])]
-    customer = known.maybe(queries.CUSTOMERS, customer_id)
+    customer = fetched.get_optional(queries.CUSTOMERS, customer_id)
     enriched = replace(enriched, payment=payment, order=order, customer=customer)
-    return (yield from _with_order_data(enriched, known))
+    return (yield from _with_order_data(enriched, fetched))
 
 
-def _with_order_data(enriched: Enriched, known: _Known) -> Plan:
-    """Add what every order event tells: categories of the lines, discount codes, the customer behind it."""
+def _with_order_data(enriched: Enriched, fetched: _Fetched) -> Plan:
+    """Add the data of every order event: categories of the line items, discount codes, and the customer."""
     order = as_dict(enriched.order)
     products = unique(as_text(line.get("productId")) for line in as_dicts(order.get("lineItems")))
     references = [as_dict(info.get("discountCode")) for info in as_dicts(order.get("discountCodes"))]
     codes = pick_ids(references)
-    nameless = "" if as_text(order.get("customerEmail")) else as_text(order.get("customerId"))
-    yield [(queries.PRODUCT_CATEGORIES, products), (queries.DISCOUNT_CODES, codes), (queries.CUSTOMERS, [nameless])]
+    customer_id = "" if as_text(order.get("customerEmail")) else as_text(order.get("customerId"))
+    yield [(queries.PRODUCT_CATEGORIES, products), (queries.DISCOUNT_CODES, codes), (queries.CUSTOMERS, [customer_id])]
     product_categories = {
-        product: pick_ids(as_dict(known.maybe(queries.PRODUCT_CATEGORIES, product)).get("categories"))
+        product: pick_ids(as_dict(fetched.get_optional(queries.PRODUCT_CATEGORIES, product)).get("categories"))
         for product in products
     }
-    categories = yield from _categories(queries.CATEGORY_NAMES, product_categories.values(), known)
+    categories = yield from _categories(queries.CATEGORY_NAMES, product_categories.values(), fetched)
     return replace(
         enriched,
         product_categories=product_categories,
         categories=categories,
-        discount_codes={code: _code(code, known) for code in codes},
-        customer=enriched.customer or known.maybe(queries.CUSTOMERS, nameless),
+        discount_codes={code: _code_text(code, fetched) for code in codes},
+        customer=enriched.customer or fetched.get_optional(queries.CUSTOMERS, customer_id),
     )
 
 
-def _customer(enriched: Enriched, known: _Known) -> Plan:
+def _customer(enriched: Enriched, fetched: _Fetched) -> Plan:
     notification = enriched.notification
     yield [(queries.CUSTOMERS, [notification.resource_id])]
-    return replace(enriched, customer=_existing(queries.CUSTOMERS, enriched, known))
+    return replace(enriched, customer=_main_resource(queries.CUSTOMERS, enriched, fetched))
 
 
-def _category(enriched: Enriched, known: _Known) -> Plan:
+def _category(enriched: Enriched, fetched: _Fetched) -> Plan:
+    """Add the category and its ancestors. After an update add its descendants too: their names contain its name."""
     notification = enriched.notification
-    asks: list[Ask] = [(queries.CATEGORIES, [notification.resource_id])]
-    if notification.type == "ResourceUpdated" and known.mapping.category.max_descendants:
-        asks.append((queries.DESCENDANTS, [notification.resource_id]))
-    yield asks
-    category = _existing(queries.CATEGORIES, enriched, known)
-    descendants = known.all(queries.DESCENDANTS, notification.resource_id)[: known.mapping.category.max_descendants]
+    max_descendants = fetched.mapping.category.max_descendants
+    lookups: list[Lookup] = [(queries.CATEGORIES, [notification.resource_id])]
+    if notification.type == "ResourceUpdated" and max_descendants:
+        lookups.append((queries.DESCENDANTS, [notification.resource_id]))
+    yield lookups
+    category = _main_resource(queries.CATEGORIES, enriched, fetched)
+    descendants = fetched.get_all(queries.DESCENDANTS, notification.resource_id)[:max_descendants]
     ancestors = [pick_ids(entry.get("ancestors")) for entry in (as_dict(category), *descendants)]
-    categories = yield from _categories(queries.CATEGORIES, ancestors, known)
+    categories = yield from _categories(queries.CATEGORIES, ancestors, fetched)
     return replace(enriched, category=category, descendants=descendants, categories=categories)
 
 
-def _product(enriched: Enriched, known: _Known) -> Plan:
+def _product(enriched: Enriched, fetched: _Fetched) -> Plan:
     notification = enriched.notification
     yield [(queries.PRODUCTS, [notification.resource_id])]
-    product = _existing(queries.PRODUCTS, enriched, known)
-    return (yield from _with_product_data(replace(enriched, product=product), known))
+    product = _main_resource(queries.PRODUCTS, enriched, fetched)
+    return (yield from _with_product_data(replace(enriched, product=product), fetched))
 
 
-def _inventory_entry(enriched: Enriched, known: _Known) -> Plan:
+def _inventory_entry(enriched: Enriched, fetched: _Fetched) -> Plan:
     notification = enriched.notification
     yield [(queries.INVENTORY, [notification.resource_id])]
-    entry = _existing(queries.INVENTORY, enriched, known)
+    entry = _main_resource(queries.INVENTORY, enriched, fetched)
     sku = as_text(as_dict(entry).get("sku"))
     yield [(queries.PRODUCTS_BY_SKU, [sku])]
-    product = known.maybe(queries.PRODUCTS_BY_SKU, sku)
+    product = fetched.get_optional(queries.PRODUCTS_BY_SKU, sku)
     enriched = replace(enriched, inventory_entry=entry, product=product)
-    return (yield from _with_product_data(enriched, known))
+    return (yield from _with_product_data(enriched, fetched))
 
 
-def _with_product_data(enriched: Enriched, known: _Known) -> Plan:
-    """Add what a catalog item tells: its categories, and the stock of its variants."""
+def _with_product_data(enriched: Enriched, fetched: _Fetched) -> Plan:
+    """Add the data of a catalog item: its categories, and the stock of its variants."""
     if enriched.product is None:
         return enriched
     product = enriched.product
@@ -205,24 +209,23 @@ def _with_product_data(enriched: Enriched, known: _Known) -> Plan:
     skus = unique(as_text(variant.get("sku")) for variant in variants)
     yield [(queries.INVENTORY_BY_SKU, skus)]
     own = pick_ids(product.get("categories"))
-    categories = yield from _categories(queries.CATEGORY_NAMES, [own], known)
+    categories = yield from _categories(queries.CATEGORY_NAMES, [own], fetched)
     return replace(
         enriched,
         product_categories={as_text(product.get("id")): own},
         categories=categories,
-        inventory={sku: known.all(queries.INVENTORY_BY_SKU, sku) for sku in skus},
+        inventory={sku: fetched.get_all(queries.INVENTORY_BY_SKU, sku) for sku in skus},
     )
 
 
-def _nothing(enriched: Enriched, known: _Known) -> Plan:
-    """Return a notification that says all by itself."""
+def _no_data(enriched: Enriched, _fetched: _Fetched) -> Plan:
+    """Return the notification unchanged: its resource type needs no data."""
     yield []
-    del known
     return enriched
 
 
-PLANS: dict[str, Callable[[Enriched, _Known], Plan]] = defaultdict(
-    lambda: _nothing,
+PLANS: dict[str, Callable[[Enriched, _Fetched], Plan]] = defaultdict(
+    lambda: _no_data,
     {
         "order": _order,
         "payment": _payment,
@@ -234,46 +237,48 @@ PLANS: dict[str, Callable[[Enriched, _Known], Plan]] = defaultdict(
 )
 
 
-def _existing(query: queries.Query, enriched: Enriched, known: _Known) -> Json | None:
-    """Return the notification's resource, or None when commercetools has none.
+def _main_resource(query: queries.Query, enriched: Enriched, fetched: _Fetched) -> Json | None:
+    """Return the notification's resource, or None if commercetools does not have it.
 
-    A read may lag behind the message: what is missing or older than the message says is not believed at once.
+    Raises Transient if the resource is missing or stale but changed only seconds ago: reads can lag behind messages.
     """
     notification = enriched.notification
-    resource = known.one(query, notification.resource_id)
-    moment = parse_time(notification.time)
-    age = (enriched.as_of - moment).total_seconds() if moment else known.read_lag
-    if age < known.read_lag and _lags(resource, notification):
-        wait = min(known.read_lag - age, known.read_lag)
+    resource = fetched.get(query, notification.resource_id)
+    changed_at = parse_time(notification.time)
+    age = (enriched.as_of - changed_at).total_seconds() if changed_at else fetched.read_lag
+    if age < fetched.read_lag and _is_stale(resource, notification):
+        wait = min(fetched.read_lag - age, fetched.read_lag)
         raise Transient(f"commercetools does not show the {notification.resource_type}'s change yet", wait)
     return resource
 
 
-def _lags(resource: Json | None, notification: Notification) -> bool:
+def _is_stale(resource: Json | None, notification: Notification) -> bool:
+    """Return whether the resource does not show the notification's change yet."""
     if resource is None:
         return not notification.type.endswith(("Deleted", "Unpublished"))
     # A Message's own version is always 1; https://docs.commercetools.com/api/projects/messages
     version = "resourceVersion" if notification.payload.get("notificationType") == "Message" else "version"
-    wanted, shown = as_int(notification.payload.get(version)), as_int(resource.get("version"))
-    return wanted is not None and shown is not None and shown < wanted
+    notified = as_int(notification.payload.get(version))
+    current = as_int(resource.get("version"))
+    return notified is not None and current is not None and current < notified
 
 
 def _categories(
-    query: queries.Query, groups: Iterable[Sequence[str]], known: _Known
-) -> Generator[Sequence[Ask], None, dict[str, Json]]:
-    """Return the categories by id, with all their ancestors."""
+    query: queries.Query, groups: Iterable[Sequence[str]], fetched: _Fetched
+) -> Generator[Sequence[Lookup], None, dict[str, Json]]:
+    """Return the categories and all their ancestors, by id."""
     ids = unique(category for group in groups for category in group)
     yield [(query, ids)]
-    found = {category: known.maybe(query, category) for category in ids}
+    found = {category: fetched.get_optional(query, category) for category in ids}
     ancestors = unique(ancestor for entry in found.values() for ancestor in pick_ids(as_dict(entry).get("ancestors")))
     yield [(query, ancestors)]
-    found |= {category: known.maybe(query, category) for category in ancestors}
+    found |= {category: fetched.get_optional(query, category) for category in ancestors}
     return {category: entry for category, entry in found.items() if entry is not None}
 
 
-def _code(code_id: str, known: _Known) -> str:
-    """Return a discount code's text. A client without the scope for codes still sends the order."""
+def _code_text(code_id: str, fetched: _Fetched) -> str:
+    """Return the text of a discount code, or "" if the API client has no scope for discount codes."""
     try:
-        return as_text(as_dict(known.maybe(queries.DISCOUNT_CODES, code_id)).get("code"))
+        return as_text(as_dict(fetched.get_optional(queries.DISCOUNT_CODES, code_id)).get("code"))
     except Misconfigured:
         return ""
