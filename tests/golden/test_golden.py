@@ -1,7 +1,7 @@
-"""Notification in, Klaviyo requests out: one folder per case, found by this one test.
+"""Golden cases: a folder per case, from a notification to the requests to Klaviyo.
 
-`notification.json` and `commercetools.json` (what commercetools holds; optional) give `klaviyo.json`, with
-`mapping.toml` where the case needs one. UPDATE_GOLDEN=1 writes klaviyo.json anew: read the diff.
+The input is `notification.json`, `commercetools.json` (the data in commercetools; optional) and `mapping.toml`
+(optional). The expected output is `klaviyo.json`. UPDATE_GOLDEN=1 rewrites klaviyo.json: review the diff.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case: str) -> None:
-    """The requests are those that were looked at and found right."""
+    """The operations equal the reviewed ones in klaviyo.json."""
     folder = HERE / case
     actual = outcome(folder)
     if os.environ.get("UPDATE_GOLDEN"):
@@ -48,7 +48,7 @@ def test_golden(case: str) -> None:
 
 
 def test_every_handler_has_a_golden_folder() -> None:
-    """A new message type comes with an example of what it does."""
+    """Every message type has an example of its effect."""
     notifications = [json.loads((HERE / case / "notification.json").read_text()) for case in CASES]
     shown = {
         (n["resource"]["typeId"], n.get("type", n["notificationType"]))
@@ -59,7 +59,7 @@ def test_every_handler_has_a_golden_folder() -> None:
 
 
 def test_events_have_a_deterministic_unique_id() -> None:
-    """Redelivery has no second effect only if the id depends on nothing but the message."""
+    """A unique_id depends only on the message, so that a redelivery has no second effect."""
     for case in CASES:
         for operation in outcome(HERE / case).get("operations", []):
             if operation["operation"] == "create_event":

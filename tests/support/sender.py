@@ -1,4 +1,4 @@
-"""A Sender for tests that look at errors alone."""
+"""A Sender for tests that check errors only."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Sender(send.Sender):
-    """The worker's own."""
+    """A Sender that returns errors instead of results."""
 
     def __init__(self, client: KlaviyoClient, concurrency: int, **more: Any) -> None:
         super().__init__(client, concurrency, Event(), **more)
 
     def send(self, operations: Sequence[Operation]) -> list[WorkerError | None]:  # type: ignore[override]
-        """Return None or an error for each operation, whatever it cost."""
+        """Return the error of each operation, None for success."""
         return [sent.error for sent in super().send(operations)]

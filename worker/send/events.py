@@ -53,7 +53,7 @@ class _Submission:
 class _BulkEvent:
     """An event as the bytes of a bulk call, with its result."""
 
-    profile: bytes  # for history with `,"backfill":true` behind it: Klaviyo expects it in the entry, too
+    profile: bytes  # JSON; followed by `,"backfill":true` for history, which Klaviyo expects in the entry too
     event: bytes
     submission: _Submission
     may_send: Callable[[], bool]  # called before every request
@@ -65,7 +65,7 @@ _Entries = dict[bytes, list[_BulkEvent]]  # profile -> its events, in the order 
 
 
 class _EmptyCallError(Exception):
-    """No event of a call may be sent in bulk any more. It is no WorkerError: the circuit breaker must not count it."""
+    """No event of a call may be sent in bulk any more. Not a WorkerError: the circuit breaker must not count it."""
 
 
 class BulkEvents:
@@ -163,11 +163,11 @@ class _CallBatcher:
         try:
             self._finish(self._send_isolating_rejected(taken), None)
         except WorkerError as error:
-            # A call that failed before its turn has taken no events. Its error is the result of this lane's own.
+            # If the call failed before the rate limit granted it, it has no events: fail this lane's own events only.
             result = SendResult(error, min(self._client.requests_sent() - before, 1))
             self._finish(taken or self._withdraw(submission, release_claim=True), result)
         except BaseException:
-            # After an unexpected error this lane waits no longer, so no other lane may send its waiting events.
+            # This lane returns its messages. No other lane may send their waiting events, or they could be duplicated.
             own = self._withdraw(submission, release_claim=not taken)
             self._finish([*taken, *own], SendResult(Transient("a bulk call of events failed unexpectedly"), 1))
             raise

@@ -1,4 +1,4 @@
-"""The catalog in bulk over real sockets: what is missing is created, what exists updated, what is gone deleted."""
+"""Bulk writes of catalog entries over real sockets: creations, updates and deletions."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def variant(number: int, parent: int | None = None, stock: Any = 1, title: str =
     )
 
 
-def stock(number: int, quantity: int, *otherwise: Operation) -> Operation:
+def stock(number: int, quantity: int, *fallback: Operation) -> Operation:
     resource = {
         "type": "catalog-variant",
         "id": catalog_id(f"s{number}"),
         "attributes": {"inventory_quantity": quantity},
     }
-    return Operation(OperationKind.UPDATE_INVENTORY, f"s{number}", resource, fallback=lambda: otherwise)
+    return Operation(OperationKind.UPDATE_INVENTORY, f"s{number}", resource, fallback=lambda: fallback)
 
 
 def products(number: int, **more: Any) -> list[Operation]:
@@ -81,8 +81,8 @@ def calls(sandbox: Sandbox) -> Counter[str]:
     return found
 
 
-def test_a_whole_catalog_goes_in_jobs_of_a_hundred(sandbox: Sandbox, sender: Sender) -> None:
-    """Categories, then items, then variants; each lookup and each job a request, and one to see it complete."""
+def test_whole_catalog_is_sent_in_jobs_of_a_hundred(sandbox: Sandbox, sender: Sender) -> None:
+    """Each lookup, job and poll costs one request. The order is categories, items, variants."""
     assert sender.send(products(250)) == [None] * 530
     assert (len(sandbox.account.categories), len(sandbox.account.items), len(sandbox.account.variants)) == (
         30,
@@ -97,8 +97,8 @@ def test_a_whole_catalog_goes_in_jobs_of_a_hundred(sandbox: Sandbox, sender: Sen
     assert not {"POST items", "POST variants", "POST categories"} & made.keys()
 
 
-def test_what_exists_is_updated(sandbox: Sandbox, sender: Sender) -> None:
-    """Known from before, or found to exist; a category that is only needed keeps its name."""
+def test_existing_entries_are_updated(sandbox: Sandbox, sender: Sender) -> None:
+    """They are known from earlier writes or found by the lookup. An ensured category keeps its name."""
     sender.send(products(50))
     sandbox.klaviyo.requests.clear()
     Sender(klaviyo_for(sandbox), 4).send([*products(60, title="New"), *(category(n, name="Hats") for n in range(5))])
@@ -113,8 +113,8 @@ def test_what_exists_is_updated(sandbox: Sandbox, sender: Sender) -> None:
     assert "GET items" not in calls(sandbox)
 
 
-def test_what_was_created_meanwhile_is_updated(sandbox: Sandbox, sender: Sender) -> None:
-    """Another worker may create between our lookup and our job."""
+def test_entry_created_after_the_lookup_is_updated(sandbox: Sandbox, sender: Sender) -> None:
+    """Another worker can create an entry between the lookup and the job."""
     Sender(klaviyo_for(sandbox), 4).send(products(40))
     for path in ("items", "variants", "categories"):
         sandbox.klaviyo.faults.add(Fault(match=f"GET /api/catalog-{path}", status=200, body=b'{"data":[]}'))
@@ -122,8 +122,8 @@ def test_what_was_created_meanwhile_is_updated(sandbox: Sandbox, sender: Sender)
     assert {entry["attributes"]["title"] for entry in sandbox.account.items.values()} == {"New"}
 
 
-def test_what_was_deleted_meanwhile_is_created(sandbox: Sandbox, sender: Sender) -> None:
-    """What this process remembers may be gone."""
+def test_known_entry_that_was_deleted_is_created(sandbox: Sandbox, sender: Sender) -> None:
+    """An entry that this process knows can be deleted by another."""
     sender.send(products(40))
     for number in range(7):
         sandbox.account.delete_entry("catalog-item", catalog_id(f"p{number}"))
@@ -131,8 +131,8 @@ def test_what_was_deleted_meanwhile_is_created(sandbox: Sandbox, sender: Sender)
     assert len(sandbox.account.items) == len(sandbox.account.variants) == 40
 
 
-def test_one_bad_entry_does_not_stop_its_neighbours(sandbox: Sandbox, sender: Sender) -> None:
-    """Refused with the call, or failed within the job: it is judged alone."""
+def test_invalid_entry_does_not_affect_the_others(sandbox: Sandbox, sender: Sender) -> None:
+    """An entry that is refused with the call or fails within the job gets its own result."""
     batch = products(50)
     batch[3] = variant(3, stock="many")
     batch[4] = variant(4, parent=999)
@@ -144,8 +144,8 @@ def test_one_bad_entry_does_not_stop_its_neighbours(sandbox: Sandbox, sender: Se
     assert len(sandbox.account.variants) == 47
 
 
-def test_deletions_go_in_jobs_and_what_is_gone_is_deleted(sandbox: Sandbox, sender: Sender) -> None:
-    """Unpublishing a whole range; some of it never was in Klaviyo."""
+def test_deletions_are_sent_in_jobs(sandbox: Sandbox, sender: Sender) -> None:
+    """A deletion succeeds if the entry was never in Klaviyo."""
     sender.send(products(60))
     sandbox.klaviyo.requests.clear()
     keys = [f"p{number}" for number in range(70)]
@@ -164,8 +164,8 @@ def test_deletions_go_in_jobs_and_what_is_gone_is_deleted(sandbox: Sandbox, send
     assert sender.send(products(60)) == [None] * 150
 
 
-def test_variants_that_moved_to_another_product_survive(sandbox: Sandbox, sender: Sender) -> None:
-    """The old products' variants go before the new products' come."""
+def test_variants_that_moved_to_another_product_are_kept(sandbox: Sandbox, sender: Sender) -> None:
+    """The variants of the old products are deleted before those of the new products are written."""
     sender.send(products(40))
     moved = [variant(number, parent=39 - number) for number in range(40)]
     stale = [
@@ -177,8 +177,8 @@ def test_variants_that_moved_to_another_product_survive(sandbox: Sandbox, sender
     assert sandbox.account.variants["s0"]["item"] == catalog_id("p39")
 
 
-def test_stock_goes_in_a_job_and_brings_the_products_klaviyo_lacks(sandbox: Sandbox, sender: Sender) -> None:
-    """As one by one: the whole product where the variant is missing, nothing where there is no product."""
+def test_stock_is_sent_in_a_job_with_missing_products(sandbox: Sandbox, sender: Sender) -> None:
+    """If the variant is missing, the whole product is written. If there is no product, nothing is."""
     sender.send(products(50))
     sandbox.klaviyo.requests.clear()
     changes = [stock(number, 7) for number in range(50)]
@@ -189,8 +189,8 @@ def test_stock_goes_in_a_job_and_brings_the_products_klaviyo_lacks(sandbox: Sand
     assert calls(sandbox)["POST variant-bulk-update-jobs"] == 1
 
 
-def test_a_variant_and_its_stock_in_one_batch_are_one_entry(sandbox: Sandbox, sender: Sender) -> None:
-    """A job that names an entry twice is nobody's wish; the whole variant has the stock too."""
+def test_variant_and_its_stock_in_one_batch_are_one_entry(sandbox: Sandbox, sender: Sender) -> None:
+    """A job names each entry once. The write of the variant includes the stock."""
     sender.send(products(20))
     both = [*(variant(n, stock=9, title="L") for n in range(20)), *(stock(n, 9) for n in range(20))]
     assert sender.send(both) == [None] * 40
@@ -203,8 +203,8 @@ def test_a_variant_and_its_stock_in_one_batch_are_one_entry(sandbox: Sandbox, se
     "match",
     ["GET /api/catalog-items", "POST /api/catalog-item-bulk-create-jobs", "GET /api/catalog-item-bulk-create-jobs"],
 )
-def test_an_outage_is_an_error_for_all_that_need_it(match: str, sandbox: Sandbox) -> None:
-    """In the lookup, the job, or the wait for it; tried again, all is done."""
+def test_outage_fails_all_entries_and_the_retry_succeeds(match: str, sandbox: Sandbox) -> None:
+    """The outage is in the lookup, the job or the poll."""
     sandbox.klaviyo.faults.add(Fault(match=match, times=None))
     sender = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4)
     results = sender.send([item(number) for number in range(20)])
@@ -213,10 +213,10 @@ def test_an_outage_is_an_error_for_all_that_need_it(match: str, sandbox: Sandbox
     assert sender.send(products(20)) == [None] * 70
 
 
-def test_jobs_that_are_complete_do_not_suffer_from_one_that_is_not(
+def test_unfinished_job_does_not_affect_a_complete_one(
     sandbox: Sandbox, sender: Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever time the first took, the second is looked at before its entries go one by one."""
+    """The second job is polled at least once, even if the first one used up the timeout."""
     monkeypatch.setattr(jobs, "JOB_TIMEOUT", 0.5)
     sandbox.klaviyo.faults.add(
         Fault(match="POST /api/catalog-category-bulk-create-jobs", status=202, body=b'{"data":{"id":"J"}}'),
@@ -234,10 +234,8 @@ def test_jobs_that_are_complete_do_not_suffer_from_one_that_is_not(
         {"status": "complete", "failed_count": 1, "errors": [{"meta": {"external_id": catalog_id("c3")}}]},
     ],
 )
-def test_a_job_that_tells_less_than_it_should_is_not_believed(
-    shown: dict[str, Any], sandbox: Sandbox, sender: Sender
-) -> None:
-    """Which of it failed: nothing is taken for done that may have."""
+def test_job_with_incomplete_errors_is_sent_one_by_one(shown: dict[str, Any], sandbox: Sandbox, sender: Sender) -> None:
+    """If the errors do not name all failed entries, none counts as written."""
     path = "/api/catalog-category-bulk-create-jobs"
     job = {"type": "catalog-category-bulk-create-job", "id": "J", "attributes": shown}
     body = orjson.dumps({"data": job})
@@ -248,8 +246,8 @@ def test_a_job_that_tells_less_than_it_should_is_not_believed(
     assert len(sandbox.account.categories) == 20
 
 
-def test_a_worker_that_stops_posts_no_more_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody would wait for them, and they could undo what another worker writes meanwhile."""
+def test_stopping_worker_starts_no_more_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process would wait for such a job, and it could overwrite newer data of another worker."""
     monkeypatch.setattr(jobs, "MAX_CONCURRENT_JOBS", 1)
     with Sandbox(account=Account(job_seconds=60.0)) as sandbox, ThreadPoolExecutor(1) as lane:
         stopping = Event()
@@ -262,8 +260,8 @@ def test_a_worker_that_stops_posts_no_more_jobs(monkeypatch: pytest.MonkeyPatch)
         assert calls(sandbox)["POST category-bulk-create-jobs"] == 1
 
 
-def test_a_category_that_could_not_be_created_is_not_taken_for_there(sandbox: Sandbox) -> None:
-    """An item whose category is missing is refused: an outage must not make dead letters."""
+def test_category_that_failed_is_not_known_to_exist(sandbox: Sandbox) -> None:
+    """If the category counted as existing, its items would be rejected and dead-lettered."""
     sandbox.klaviyo.faults.add(Fault(match="POST /api/catalog-category-bulk-create-jobs", times=None))
     sender = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4)
     needed = [category(number, OperationKind.ENSURE_CATEGORY) for number in range(30)]
@@ -273,8 +271,8 @@ def test_a_category_that_could_not_be_created_is_not_taken_for_there(sandbox: Sa
     assert len(sandbox.account.categories) == 30
 
 
-def test_an_outage_while_variants_are_listed_fails_their_items_only(sandbox: Sandbox) -> None:
-    """Nothing is deleted on a guess, and the others are done."""
+def test_outage_while_variants_are_listed_fails_their_item_only(sandbox: Sandbox) -> None:
+    """No variant is deleted without a list, and the other items succeed."""
     sender = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4)
     sender.send(products(20))
     sandbox.klaviyo.faults.add(Fault(match=f"GET /api/catalog-items/{catalog_id('p3')}", times=None))
@@ -284,15 +282,15 @@ def test_an_outage_while_variants_are_listed_fails_their_items_only(sandbox: San
     assert list(sandbox.account.variants) == ["s3"]
 
 
-def test_a_lookup_that_is_refused_leaves_it_to_single_calls(sandbox: Sandbox, sender: Sender) -> None:
-    """A filter Klaviyo does not like is no fault of any record."""
+def test_refused_lookup_sends_the_entries_one_by_one(sandbox: Sandbox, sender: Sender) -> None:
+    """A refused filter is no fault of any record."""
     sandbox.klaviyo.faults.add(Fault(match="GET /api/catalog-items", status=400))
     assert sender.send([item(number) for number in range(0, 600, 30)] + [category(0)]) == [None] * 21
     assert calls(sandbox)["POST items"] == 20
 
 
-def test_a_handful_goes_one_by_one(sandbox: Sandbox, sender: Sender) -> None:
-    """Up to the threshold of a kind; one more, and all of that kind go in a job."""
+def test_few_entries_are_sent_one_by_one(sandbox: Sandbox, sender: Sender) -> None:
+    """A kind of operation is sent in a job only if there are more than the threshold."""
     sender.send([*(category(number) for number in range(11)), *(item(number) for number in range(10))])
     made = calls(sandbox)
     assert (made["POST category-bulk-create-jobs"], made["POST categories"]) == (1, 0)

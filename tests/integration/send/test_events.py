@@ -1,4 +1,4 @@
-"""Events in bulk over real sockets: whatever goes wrong, each good one is recorded once."""
+"""Bulk creation of events over real sockets: every valid event is recorded once, whatever fails."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BULK, SINGLE = "/api/event-bulk-create-jobs", "/api/events"
 
 @pytest.fixture(params=["ignore", "refuse", "drop", "duplicate"])
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
-    """A Klaviyo for each way it might take ids of earlier calls."""
+    """A Klaviyo for each way in which it could handle the ids of earlier calls."""
     with Sandbox(account=Account(request.param)) as running:
         yield running
 
@@ -50,7 +50,7 @@ def recorded(sandbox: Sandbox) -> list[int]:
 
 
 def test_many_events_are_one_request(sandbox: Sandbox) -> None:
-    """And arrive as they would singly."""
+    """Events in bulk have the same effect as single events."""
     assert sender_for(sandbox).send([placed(number) for number in range(100)]) == [None] * 100
     assert recorded(sandbox) == list(range(100))
     assert {each["attributes"]["email"] for each in sandbox.account.profiles} == {
@@ -59,12 +59,12 @@ def test_many_events_are_one_request(sandbox: Sandbox) -> None:
     assert calls(sandbox) == {BULK: 1}
 
 
-def test_only_the_culprits_are_refused(sandbox: Sandbox) -> None:
-    """A bad time, a bad metric and a bad address; a bad phone number costs the number, not the event."""
+def test_only_invalid_events_are_rejected(sandbox: Sandbox) -> None:
+    """A bad time, metric or email address rejects the event. A bad phone number is dropped."""
     batch = [placed(number) for number in range(100)]
     batch[7] = placed(7, time="1989-01-01T00:00:00Z")
     batch[40] = placed(40, metric="x" * 200)
-    batch[80] = placed(80, profile={"email": "nobody"})
+    batch[80] = placed(80, profile={"email": "invalid"})
     batch[99] = placed(99, profile={"phone_number": "123"})
     results = sender_for(sandbox).send(batch)
     assert [number for number, result in enumerate(results) if isinstance(result, Rejected)] == [7, 40, 80]
@@ -83,8 +83,8 @@ def test_only_the_culprits_are_refused(sandbox: Sandbox) -> None:
     ],
     ids=["lose_response", "truncate", "reset", "500", "strange"],
 )
-def test_a_call_of_unknown_fate_is_settled_one_by_one(fault: Fault, sandbox: Sandbox) -> None:
-    """Whether it arrived or not, and whatever Klaviyo makes of repeats in bulk."""
+def test_call_with_an_unknown_result_is_repeated_one_by_one(fault: Fault, sandbox: Sandbox) -> None:
+    """Every event is recorded once, whether the call arrived or not, and however Klaviyo handles duplicates."""
     sandbox.klaviyo.faults.add(fault)
     sender = sender_for(sandbox)
     batch = [placed(number) for number in range(50)]
@@ -95,8 +95,8 @@ def test_a_call_of_unknown_fate_is_settled_one_by_one(fault: Fault, sandbox: San
     assert calls(sandbox) == {BULK: 1, SINGLE: 50}
 
 
-def test_always_sends_a_repeat_in_bulk_again(sandbox: Sandbox) -> None:
-    """For accounts where only repeats inside a call matter; where it refuses them, one by one is the way out."""
+def test_mode_always_sends_duplicates_in_bulk(sandbox: Sandbox) -> None:
+    """This mode is for accounts that refuse duplicates only within a call. Otherwise events are sent one by one."""
     sender = sender_for(sandbox, "always")
     for _ in range(2):
         assert sender.send([placed(number) for number in range(50)]) == [None] * 50

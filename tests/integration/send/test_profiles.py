@@ -1,4 +1,4 @@
-"""Profiles in bulk over real sockets: acknowledged when the job is complete, whoever is at fault alone."""
+"""Bulk upserts of profiles over real sockets: results only for complete jobs, errors only for failed profiles."""
 
 from __future__ import annotations
 
@@ -50,27 +50,27 @@ def emails(sandbox: Sandbox) -> set[str]:
 
 
 def test_many_profiles_are_one_job(sandbox: Sandbox) -> None:
-    """Two requests for 500 profiles: the job, and whether it is complete."""
+    """500 profiles cost two requests: one starts the job, one reads its status."""
     assert Sender(klaviyo_for(sandbox), 4).send(upserts(500)) == [None] * 500
     assert emails(sandbox) == {f"{number}@example.com" for number in range(500)}
     assert calls(sandbox) == {f"POST {JOBS}": 1, f"GET {JOBS}": 1}
 
 
-def test_a_handful_goes_one_by_one(sandbox: Sandbox) -> None:
-    """A job takes a while; a single call does not."""
+def test_few_profiles_are_sent_one_by_one(sandbox: Sandbox) -> None:
+    """A job takes longer than a single call."""
     assert Sender(klaviyo_for(sandbox), 4).send(upserts(10)) == [None] * 10
     assert calls(sandbox) == {f"POST {SINGLE}": 10}
 
 
-def test_nothing_is_done_before_the_job_is_complete() -> None:
-    """Accepted is not imported."""
+def test_result_waits_until_the_job_is_complete() -> None:
+    """An accepted job has not imported its profiles yet."""
     with Sandbox(account=Account(job_seconds=1.0)) as sandbox:
         assert Sender(klaviyo_for(sandbox), 4).send(upserts(20)) == [None] * 20
         assert len(sandbox.account.profiles) == 20
 
 
-def test_one_bad_profile_does_not_stop_its_neighbours(sandbox: Sandbox) -> None:
-    """A call that is refused goes again without the culprits: a bad name is rejected, a bad phone number left out."""
+def test_invalid_profile_does_not_affect_the_others(sandbox: Sandbox) -> None:
+    """A refused call is repeated without its invalid profiles. A bad name is rejected, a bad phone number dropped."""
     batch = upserts(50)
     batch[7] = upsert(7, first_name=7)
     batch[30] = upsert(30, phone_number="123")
@@ -81,8 +81,8 @@ def test_one_bad_profile_does_not_stop_its_neighbours(sandbox: Sandbox) -> None:
     assert calls(sandbox)[f"POST {JOBS}"] == 3
 
 
-def test_conflicts_within_a_job_are_resolved_one_by_one(sandbox: Sandbox) -> None:
-    """Identifiers that belong to two profiles fail in the job; a job's other profiles are done."""
+def test_conflict_within_a_job_is_resolved_by_a_single_call(sandbox: Sandbox) -> None:
+    """A profile fails in the job if its identifiers belong to two profiles. The other profiles succeed."""
     for attributes in ({"email": "5@example.com"}, {"external_id": "c5"}):
         sandbox.account.create_profile({"type": "profile", "attributes": attributes})
     assert Sender(klaviyo_for(sandbox), 4).send(upserts(50)) == [None] * 50
@@ -95,8 +95,8 @@ def test_conflicts_within_a_job_are_resolved_one_by_one(sandbox: Sandbox) -> Non
 @pytest.mark.parametrize(
     "errors", [[], [{"attributes": {"detail": "?"}}], [{"attributes": {"original_payload": None}}]]
 )
-def test_failures_that_name_nobody_send_all_one_by_one(errors: list[Any], sandbox: Sandbox) -> None:
-    """Nothing is taken for done that may have failed."""
+def test_failures_without_ids_send_all_profiles_one_by_one(errors: list[Any], sandbox: Sandbox) -> None:
+    """A profile that can have failed does not count as imported."""
     for attributes in ({"email": "5@example.com"}, {"external_id": "c5"}):
         sandbox.account.create_profile({"type": "profile", "attributes": attributes})
     body = orjson.dumps({"data": errors})
@@ -105,8 +105,8 @@ def test_failures_that_name_nobody_send_all_one_by_one(errors: list[Any], sandbo
     assert calls(sandbox)[f"POST {SINGLE}"] >= 20
 
 
-def test_a_job_that_does_not_tell_how_many_failed_is_asked_for_its_errors(sandbox: Sandbox) -> None:
-    """Klaviyo may show null."""
+def test_errors_are_read_if_the_failed_count_is_unknown(sandbox: Sandbox) -> None:
+    """Klaviyo can return null for failed_count."""
     for attributes in ({"email": "5@example.com"}, {"external_id": "c5"}):
         sandbox.account.create_profile({"type": "profile", "attributes": attributes})
     job = {"type": "profile-bulk-import-job", "id": "J", "attributes": {"status": "complete", "failed_count": None}}
@@ -121,8 +121,8 @@ def test_a_job_that_does_not_tell_how_many_failed_is_asked_for_its_errors(sandbo
     assert five["attributes"]["first_name"] == "Ada"
 
 
-def test_those_that_share_an_identifier_go_one_by_one(sandbox: Sandbox) -> None:
-    """Which of them a job would write last, nobody says."""
+def test_profiles_that_share_an_identifier_are_sent_one_by_one(sandbox: Sandbox) -> None:
+    """Klaviyo documents no order within a job."""
     batch = [*upserts(20), upsert(20, email="3@example.com")]
     Sender(klaviyo_for(sandbox), 4).send(batch)
     assert calls(sandbox)[f"POST {SINGLE}"] >= 2
@@ -130,8 +130,8 @@ def test_those_that_share_an_identifier_go_one_by_one(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("match", [f"POST {JOBS}", f"GET {JOBS}"])
-def test_an_outage_is_an_error_for_all_and_the_next_try_does_it(match: str, sandbox: Sandbox) -> None:
-    """Whether the job cannot be posted, or nothing is heard of it."""
+def test_outage_fails_all_profiles_and_the_retry_succeeds(match: str, sandbox: Sandbox) -> None:
+    """The outage starts before the job is posted, or while it is polled."""
     sandbox.klaviyo.faults.add(Fault(match=match, times=None))
     sender = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4)
     assert all(isinstance(result, Transient) for result in sender.send(upserts(20)))
@@ -140,8 +140,8 @@ def test_an_outage_is_an_error_for_all_and_the_next_try_does_it(match: str, sand
     assert len(sandbox.account.profiles) == 20
 
 
-def test_an_outage_in_the_middle_of_a_refused_call_spares_what_was_accepted(sandbox: Sandbox) -> None:
-    """Refused without a pointer, halved, one half accepted, the other met by an outage."""
+def test_outage_after_a_refused_call_spares_the_accepted_half(sandbox: Sandbox) -> None:
+    """The call is refused without a pointer and halved. One half is accepted, the other half meets an outage."""
     sandbox.klaviyo.faults.add(
         Fault(match=f"POST {JOBS}", status=400), Fault(match=f"POST {JOBS}", contains=b'"c15"', times=None)
     )
@@ -150,10 +150,8 @@ def test_an_outage_in_the_middle_of_a_refused_call_spares_what_was_accepted(sand
 
 
 @pytest.mark.parametrize("status", ["cancelled", "processing"])
-def test_a_job_that_comes_to_nothing_is_done_one_by_one(
-    status: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Cancelled, or not complete in all the time it is given."""
+def test_unfinished_job_is_sent_one_by_one(status: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job is cancelled, or it is not complete when the timeout is over."""
     monkeypatch.setattr(jobs, "JOB_TIMEOUT", 0.5)
     job = {"type": "profile-bulk-import-job", "id": "J", "attributes": {"status": status}}
     accepted, listed = orjson.dumps({"data": job}), orjson.dumps({"data": [job]})
@@ -166,15 +164,15 @@ def test_a_job_that_comes_to_nothing_is_done_one_by_one(
     assert calls(sandbox)[f"POST {SINGLE}"] == 20
 
 
-def test_a_job_that_is_not_listed_is_asked_for_by_its_id(sandbox: Sandbox) -> None:
-    """An account may have more recent jobs than a page shows."""
+def test_job_that_is_not_listed_is_read_by_its_id(sandbox: Sandbox) -> None:
+    """An account can have more recent jobs than a page lists."""
     sandbox.klaviyo.faults.add(Fault(match=f"GET {JOBS}", status=200, body=b'{"data":[]}'))
     assert Sender(klaviyo_for(sandbox), 4).send(upserts(20)) == [None] * 20
     assert sum(each.startswith(f"GET {JOBS}/") for each in calls(sandbox).elements()) == 1
 
 
-def test_a_job_klaviyo_does_not_know_is_done_one_by_one(sandbox: Sandbox) -> None:
-    """It may have expired, or never have been; nothing is taken for done."""
+def test_unknown_job_is_sent_one_by_one(sandbox: Sandbox) -> None:
+    """The job can have expired, so no profile counts as imported."""
     sandbox.klaviyo.faults.add(
         Fault(match=f"GET {JOBS}/", status=404), Fault(match=f"GET {JOBS}", status=200, body=b'{"data":[]}')
     )
@@ -183,17 +181,17 @@ def test_a_job_klaviyo_does_not_know_is_done_one_by_one(sandbox: Sandbox) -> Non
 
 
 @pytest.mark.parametrize("body", [b'{"data":{}}', b"{}", b"[]", b'{"data":[{"id":7}]}'])
-def test_an_answer_without_a_job_is_no_success(body: bytes, sandbox: Sandbox) -> None:
-    """What was accepted cannot be asked about, so nothing is known."""
+def test_response_without_a_job_is_a_transient_error(body: bytes, sandbox: Sandbox) -> None:
+    """A job without an id cannot be polled."""
     sandbox.klaviyo.faults.add(Fault(match=f"POST {JOBS}", status=202, body=body))
     assert all(isinstance(result, Transient) for result in Sender(klaviyo_for(sandbox), 4).send(upserts(20)))
 
 
 @pytest.mark.parametrize("match", [f"POST {JOBS}", f"GET {JOBS}"])
-def test_a_key_that_may_not_use_jobs_sends_one_by_one(
+def test_key_without_the_scopes_of_jobs_sends_one_by_one(
     match: str, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Jobs need scopes for lists; a key that lacks them is said to, once, and the worker is not parked."""
+    """The missing scope is logged once, and the worker is not parked."""
     sandbox.klaviyo.faults.add(Fault(match=match, status=403, times=None))
     sender = Sender(klaviyo_for(sandbox), 4)
     for _ in range(2):
@@ -204,8 +202,8 @@ def test_a_key_that_may_not_use_jobs_sends_one_by_one(
     assert all(isinstance(result, KlaviyoMisconfigured) for result in sender.send(upserts(20)))
 
 
-def test_lanes_ask_about_their_jobs_together() -> None:
-    """The endpoint takes 150 calls a minute, of which the jobs themselves need some."""
+def test_lanes_share_their_polls() -> None:
+    """The endpoint accepts 150 calls a minute for all jobs."""
     with Sandbox(account=Account(job_seconds=2.0)) as sandbox, ThreadPoolExecutor(4) as lanes:
         sender = Sender(klaviyo_for(sandbox), 4)
         batches = [[upsert(lane * 100 + number) for number in range(20)] for lane in range(4)]
@@ -218,8 +216,8 @@ def test_lanes_ask_about_their_jobs_together() -> None:
     assert asked <= 2 * alone
 
 
-def test_a_worker_that_stops_does_not_wait_for_a_job() -> None:
-    """Its messages go back; importing a profile again does no harm."""
+def test_stopping_worker_does_not_wait_for_a_job() -> None:
+    """Its messages are returned. A repeated import has no second effect."""
     with Sandbox(account=Account(job_seconds=60.0)) as sandbox:
         stopping = Event()
         sender = send.Sender(klaviyo_for(sandbox), 4, stopping)

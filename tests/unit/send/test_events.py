@@ -1,4 +1,4 @@
-"""Events in bulk: who goes, how calls are cut, and how a refusal is narrowed to its culprit."""
+"""Bulk creation of events: which events qualify, the size of calls, the search for rejected events."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def events(number: int, *, profiles: int = 7) -> list[Operation]:
 
 
 class Klaviyo:
-    """Refuses a bulk call whole when it holds a bad event; `pointing` says where the refusal points."""
+    """A fake that refuses bulk calls with a bad event. `pointing` selects the pointer of the refusal."""
 
     def __init__(self, bad: Sequence[str] = (), pointing: str = "none", wrong: int = 0) -> None:
         self.bad = frozenset(bad)
@@ -55,7 +55,7 @@ class Klaviyo:
         self.calls: list[str] = []  # paths
         self.bodies: list[bytes] = []  # of bulk calls
         self.recorded: list[str] = []
-        self.failure: Exception | None = None  # after the effect of the next bulk call
+        self.failure: Exception | None = None  # raised after the effect of every bulk call
 
     def requests_sent(self) -> int:
         return len(self.calls)
@@ -99,7 +99,7 @@ class Klaviyo:
 
 
 def _places(body: bytes) -> Iterator[tuple[int, int, str]]:
-    """Yield index of entry, index of event, unique_id; check the layout on the way."""
+    """Yield index of entry, index of event and unique_id; check the layout."""
     data = orjson.loads(body)["data"]
     assert data["type"] == "event-bulk-create-job"
     for number, entry in enumerate(data["attributes"]["events-bulk-create"]["data"]):
@@ -119,8 +119,8 @@ POINTING = ["none", "whole", "other", "event", "entry", "bare", "wrong", "far", 
 
 
 @given(st.data(), st.integers(2, 60), st.sampled_from(POINTING))
-def test_only_the_culprits_leave_the_batch(data: st.DataObject, number: int, pointing: str) -> None:
-    """Whoever is bad, wherever refusals point: the bad are rejected, the good recorded once, in bounded calls."""
+def test_only_rejected_events_fail(data: st.DataObject, number: int, pointing: str) -> None:
+    """With any bad events and pointers, bad events are rejected, good ones recorded once, and calls are bounded."""
     bad = data.draw(st.sets(st.integers(0, number - 1)))
     klaviyo = Klaviyo([str(each) for each in bad], pointing, wrong=data.draw(st.integers(0, 9)))
     results = sender(klaviyo).send(events(number))
@@ -135,8 +135,8 @@ def test_only_the_culprits_leave_the_batch(data: st.DataObject, number: int, poi
 
 
 @pytest.mark.parametrize(("pointing", "bulk_calls"), [("event", 2), ("none", 20)])
-def test_one_culprit_in_a_full_call_is_found_in_a_few_calls(pointing: str, bulk_calls: int) -> None:
-    """A pointer finds it at once, bisection in two calls for every halving at most."""
+def test_one_rejected_event_in_a_full_call_is_found_in_a_few_calls(pointing: str, bulk_calls: int) -> None:
+    """A pointer finds it at once. Bisection needs at most two calls per halving."""
     klaviyo = Klaviyo(["612"], pointing)
     results = sender(klaviyo).send(events(MAX_EVENTS))
     assert [number for number, result in enumerate(results) if result] == [612]
@@ -145,16 +145,16 @@ def test_one_culprit_in_a_full_call_is_found_in_a_few_calls(pointing: str, bulk_
 
 
 @pytest.mark.parametrize("pointing", ["event", "none"])
-def test_a_batch_of_nothing_but_culprits_is_not_narrowed_for_ever(pointing: str) -> None:
-    """After so many refusals the rest goes one by one: the bulk endpoint's rate limit is far lower."""
+def test_bulk_calls_stop_after_the_maximum_of_refusals(pointing: str) -> None:
+    """The other events are then sent one by one, because the rate limit of the bulk endpoint is far lower."""
     klaviyo = Klaviyo([str(number) for number in range(200)], pointing)
     results = sender(klaviyo).send(events(200))
     assert all(isinstance(result, Rejected) for result in results)
     assert Counter(klaviyo.calls) == {BULK: MAX_REFUSALS, SINGLE: 200}
 
 
-def test_a_profile_that_is_refused_takes_only_its_own_events_out() -> None:
-    """They go one by one, where an invalid identifier may be left out."""
+def test_rejected_profile_isolates_its_own_events_only() -> None:
+    """These events are sent one by one, where an invalid identifier can be dropped."""
     klaviyo = Klaviyo(["3"], "entry")
     batch = [event(str(number), who=f"{number // 3}@example.com") for number in range(30)]
     results = sender(klaviyo).send(batch)
@@ -163,7 +163,7 @@ def test_a_profile_that_is_refused_takes_only_its_own_events_out() -> None:
 
 
 def test_events_of_a_profile_share_an_entry() -> None:
-    """As Klaviyo wants them: the profile named once, its events below it, nothing lost."""
+    """An entry of the call has the profile once, with its events below it."""
     klaviyo = Klaviyo()
     batch = events(12, profiles=3)
     assert sender(klaviyo).send(batch) == [None] * 12
@@ -180,8 +180,8 @@ def test_events_of_a_profile_share_an_entry() -> None:
 
 
 @pytest.mark.parametrize(("number", "calls"), [(1_000, [1_000]), (1_001, [1_000, 1]), (2_500, [1_000, 1_000, 500])])
-def test_a_call_takes_a_thousand_events(number: int, calls: list[int]) -> None:
-    """The next one opens another call."""
+def test_call_has_at_most_a_thousand_events(number: int, calls: list[int]) -> None:
+    """The next event starts another call."""
     klaviyo = Klaviyo()
     assert sender(klaviyo).send(events(number)) == [None] * number
     assert [len(list(_places(body))) for body in klaviyo.bodies] == calls
@@ -189,8 +189,8 @@ def test_a_call_takes_a_thousand_events(number: int, calls: list[int]) -> None:
     assert len(set(klaviyo.recorded)) == len(klaviyo.recorded) == number
 
 
-def test_a_call_is_filled_to_five_megabytes_and_not_beyond() -> None:
-    """Counted on the bytes that are sent; a byte too many opens another call."""
+def test_call_has_at_most_five_megabytes() -> None:
+    """The limit applies to the sent bytes. The next event starts another call."""
     probe = Klaviyo()
     sender(probe).send([event(str(number), size=1_000_000) for number in range(4)])
     left = MAX_BYTES - len(probe.bodies[0])
@@ -205,8 +205,8 @@ def test_a_call_is_filled_to_five_megabytes_and_not_beyond() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 900), st.integers(0, 3)), min_size=1, max_size=30))
-def test_no_call_is_larger_than_the_limit(shapes: list[tuple[int, int]]) -> None:
-    """Whatever the sizes; what alone is larger goes by the single endpoint."""
+def test_events_of_any_size_keep_to_the_limits(shapes: list[tuple[int, int]]) -> None:
+    """An event larger than a call is sent by the single endpoint."""
     klaviyo = Klaviyo()
     batch = [event(str(n), who=f"{who}@example.com", size=size) for n, (size, who) in enumerate(shapes)]
     with pytest.MonkeyPatch.context() as patch:
@@ -217,8 +217,8 @@ def test_no_call_is_larger_than_the_limit(shapes: list[tuple[int, int]]) -> None
     assert sorted(klaviyo.recorded) == sorted(str(n) for n in range(len(batch)))
 
 
-def test_a_call_that_is_too_large_after_all_is_halved() -> None:
-    """Klaviyo's megabyte may not be ours: a 413 names no record."""
+def test_call_refused_as_too_large_is_halved() -> None:
+    """Klaviyo can count bytes differently. A 413 names no record."""
 
     class Small(Klaviyo):
         def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
@@ -233,8 +233,8 @@ def test_a_call_that_is_too_large_after_all_is_halved() -> None:
 
 
 @pytest.mark.parametrize("failure", [Transient("no answer"), Transient("503"), KlaviyoMisconfigured("401")])
-def test_a_call_without_an_answer_is_never_sent_in_bulk_again(failure: Exception) -> None:
-    """Its events may be recorded: each message gets the error, and next time they go one by one."""
+def test_call_without_a_response_is_not_repeated_in_bulk(failure: Exception) -> None:
+    """Its events can be recorded. They get the error, and the retry sends them one by one."""
     klaviyo = Klaviyo()
     klaviyo.failure = failure
     ours = sender(klaviyo)
@@ -246,8 +246,8 @@ def test_a_call_without_an_answer_is_never_sent_in_bulk_again(failure: Exception
     assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 20}
 
 
-def test_what_an_earlier_call_recorded_does_not_share_a_later_failure() -> None:
-    """The parts of a batch that are in Klaviyo are done; the others get the error."""
+def test_failed_call_does_not_affect_an_earlier_call() -> None:
+    """The events of the first call succeed, and those of the second get the error."""
 
     class Failing(Klaviyo):
         def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
@@ -260,8 +260,8 @@ def test_what_an_earlier_call_recorded_does_not_share_a_later_failure() -> None:
     assert [result is None for result in results] == [True] * 1_000 + [False] * 1_000
 
 
-def test_what_a_failed_call_did_not_hold_goes_with_the_next() -> None:
-    """A call's error is for its own events."""
+def test_failed_call_does_not_affect_a_later_call() -> None:
+    """The events of the first call get the error, and the others are sent in the next call."""
 
     class Failing(Klaviyo):
         def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
@@ -276,8 +276,8 @@ def test_what_a_failed_call_did_not_hold_goes_with_the_next() -> None:
     assert Counter(klaviyo.calls) == {BULK: 2}
 
 
-def test_a_handful_goes_one_by_one() -> None:
-    """Up to the threshold; one more and all go in one call."""
+def test_few_events_are_sent_one_by_one() -> None:
+    """Events are sent in bulk only if there are more than the threshold."""
     few, many = Klaviyo(), Klaviyo()
     sender(few, threshold=10).send(events(10))
     sender(many, threshold=10).send(events(11))
@@ -296,15 +296,15 @@ def test_a_handful_goes_one_by_one() -> None:
         ("never", False, SINGLE),
     ],
 )
-def test_the_setting_decides_who_goes_in_bulk(mode: BulkMode, fresh: bool, path: str) -> None:
-    """Auto: what cannot have been sent before."""
+def test_mode_decides_which_events_are_sent_in_bulk(mode: BulkMode, fresh: bool, path: str) -> None:
+    """Mode `auto` sends only events in bulk that no worker can have sent before."""
     klaviyo = Klaviyo()
     assert sender(klaviyo, mode).send([event(str(n), fresh=fresh) for n in range(5)]) == [None] * 5
     assert set(klaviyo.calls) == {path}
 
 
-def test_those_that_may_not_go_in_bulk_do_not_keep_the_others_back() -> None:
-    """A redelivered message in a batch of new ones."""
+def test_redelivered_event_does_not_prevent_bulk_calls() -> None:
+    """A batch can have events of a redelivered message among those of new messages."""
     klaviyo = Klaviyo()
     profile = Operation(
         OperationKind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {"email": "a@example.com"}}
@@ -313,8 +313,8 @@ def test_those_that_may_not_go_in_bulk_do_not_keep_the_others_back() -> None:
     assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 1, PROFILE: 1}
 
 
-def test_what_was_sent_lately_goes_one_by_one() -> None:
-    """In bulk or singly, by whatever message: a second copy of it is left to the endpoint that knows repeats."""
+def test_recently_sent_event_is_sent_one_by_one() -> None:
+    """A copy of an event is sent by the single endpoint, which ignores duplicates."""
     klaviyo = Klaviyo()
     ours = sender(klaviyo)
     ours.send([event(str(n)) for n in range(5)])
@@ -324,8 +324,8 @@ def test_what_was_sent_lately_goes_one_by_one() -> None:
     assert klaviyo.calls == [SINGLE] * 6
 
 
-def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The events of longest ago are forgotten."""
+def test_memory_of_sent_events_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest events are forgotten."""
     monkeypatch.setattr(bulk, "REMEMBERED_EVENTS", 10)
     ours = BulkEvents(Klaviyo(), lambda _: (), "auto", 0)
     for number in range(100):
@@ -334,8 +334,8 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours.select([event("0")])
 
 
-def test_an_id_that_occurs_twice_in_a_batch_does_not_go_in_bulk() -> None:
-    """Not even for two profiles: Klaviyo may know them as one, and would refuse the whole call."""
+def test_unique_id_twice_in_a_batch_is_not_sent_in_bulk() -> None:
+    """Two profiles do not help: Klaviyo can know them as one, and would refuse the whole call."""
     klaviyo = Klaviyo()
     twice = [event("twice", who="a@example.com"), event("twice", who="b@example.com")]
     again = [event("again", fresh=False), event("again")]  # one operation to the sender: the last
@@ -344,8 +344,8 @@ def test_an_id_that_occurs_twice_in_a_batch_does_not_go_in_bulk() -> None:
     assert sorted(each for *_, each in _places(klaviyo.bodies[0])) == ["0", "1", "2", "3", "4"]
 
 
-def test_always_repeats_no_id_within_a_call() -> None:
-    """The other profile's event goes alone."""
+def test_mode_always_has_a_unique_id_once_per_call() -> None:
+    """The event of the other profile is sent on its own."""
     klaviyo = Klaviyo()
     twice = [event("twice", who="a@example.com"), event("twice", who="b@example.com")]
     assert sender(klaviyo, "always").send([*events(5), *twice, event("0", who="0@example.com")]) == [None] * 8
@@ -355,15 +355,15 @@ def test_always_repeats_no_id_within_a_call() -> None:
 
 
 @pytest.mark.parametrize("mode", ["auto", "always"])
-def test_an_event_without_an_id_never_goes_in_bulk(mode: BulkMode) -> None:
-    """Klaviyo would take two events of a second for one, and refuse the call."""
+def test_event_without_unique_id_is_not_sent_in_bulk(mode: BulkMode) -> None:
+    """Klaviyo would take two events of one second for the same event, and refuse the call."""
     klaviyo = Klaviyo()
     nameless = [event("", who=f"{n}@example.com") for n in range(3)]
     assert not BulkEvents(klaviyo, lambda _: (), mode, 0).select(nameless)
 
 
-def test_what_waits_for_a_call_shows_nobody() -> None:
-    """A repr may end up in a log or a traceback."""
+def test_repr_of_a_waiting_event_has_no_personal_data() -> None:
+    """A repr can appear in a log or a traceback."""
     record = bulk._bulk_event(event("1", who="ada@example.com"), bulk._Submission(), lambda: True)
     entry = jobs.JobEntry("c1", b'{"email":"ada@example.com"}')
     assert "ada" not in repr([record, entry])

@@ -1,4 +1,4 @@
-"""Bulk calls that lanes fill together: who waits for whom, and whose error is whose."""
+"""Bulk calls that lanes share: which lane waits for what, and which events get an error."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ WAIT = 30.0
 
 
 class Klaviyo:
-    """Lets a bulk call have its turn when the test says so, and notes what is in it."""
+    """A fake that grants bulk calls when the test allows it and records their events."""
 
     def __init__(self) -> None:
-        self.turn = Semaphore(0)
-        self.waiting = Semaphore(0)  # released when a call waits for its turn
-        self.loads: list[set[str]] = []
+        self.grants = Semaphore(0)
+        self.waiting = Semaphore(0)  # released when a call waits for its grant
+        self.calls: list[set[str]] = []
         self.single: list[str] = []
-        self.before: Exception | None = None  # raised instead of having a turn
+        self.before: Exception | None = None  # raised before the call is granted
         self.after: Callable[[set[str]], None] = lambda _: None
-        self.not_made: list[Exception] = []  # why calls were not made
-        self.throttled: Callable[[], None] | None = None  # called when a first try is refused for the moment
-        self._made: dict[int, int] = {}
+        self.body_errors: list[Exception] = []  # raised while a body was prepared
+        self.throttled: Callable[[], None] | None = None  # called when the first request is throttled
+        self._sent: dict[int, int] = {}
         self._lock = Lock()
 
     def requests_sent(self) -> int:
-        return self._made.get(get_ident(), 0)
+        return self._sent.get(get_ident(), 0)
 
     def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
         if not callable(body):
@@ -48,7 +48,7 @@ class Klaviyo:
             self.single.append(body["data"]["attributes"]["unique_id"])
             return {}
         self.waiting.release()
-        assert self.turn.acquire(timeout=WAIT)
+        assert self.grants.acquire(timeout=WAIT)
         if self.before:
             raise self.before
         if self.throttled:
@@ -57,17 +57,17 @@ class Klaviyo:
         try:
             document = orjson.loads(body())
         except Exception as reason:
-            self.not_made.append(reason)
+            self.body_errors.append(reason)
             raise
-        load = {
+        ids = {
             each["attributes"]["unique_id"]
             for entry in document["data"]["attributes"]["events-bulk-create"]["data"]
             for each in entry["attributes"]["events"]["data"]
         }
         with self._lock:
-            self._made[get_ident()] = self.requests_sent() + 1
-            self.loads.append(load)
-        self.after(load)
+            self._sent[get_ident()] = self.requests_sent() + 1
+            self.calls.append(ids)
+        self.after(ids)
         return {}
 
 
@@ -92,7 +92,7 @@ def names(lane: str, number: int = 5) -> list[str]:
 
 
 class Lanes:
-    """Lanes that send at the same time."""
+    """Lanes that send concurrently."""
 
     def __init__(self, klaviyo: Klaviyo) -> None:
         self.klaviyo = klaviyo
@@ -106,9 +106,9 @@ class Lanes:
         assert self.klaviyo.waiting.acquire(timeout=WAIT)
 
     def all_wait(self, number: int) -> None:
-        """Return when so many events wait for a call."""
-        calls = self.sender._bulk_senders[0]._batcher  # type: ignore[attr-defined]
-        wait_for(lambda: len(calls._waiting) == number)  # nobody is notified of that
+        """Return when this number of events waits for a call."""
+        batcher = self.sender._bulk_senders[0]._batcher  # type: ignore[attr-defined]
+        wait_for(lambda: len(batcher._waiting) == number)  # no event signals this
 
 
 @pytest.fixture
@@ -120,14 +120,14 @@ def klaviyo() -> Klaviyo:
 def lanes(klaviyo: Klaviyo) -> Iterator[Lanes]:
     running = Lanes(klaviyo)
     yield running
-    klaviyo.turn.release(100)
+    klaviyo.grants.release(100)
     running.threads.shutdown()
 
 
-def sent_by(lanes: Lanes, *letters: str, number: int = 5) -> list[Future[list[Any]]]:
-    """Have lanes send, one after the other, while no call has its turn."""
+def sent_by(lanes: Lanes, *lane_names: str, number: int = 5) -> list[Future[list[Any]]]:
+    """Start lanes one after the other while the rate limit grants no call."""
     futures = []
-    for index, lane in enumerate(letters, 1):
+    for index, lane in enumerate(lane_names, 1):
         futures.append(lanes.send(*map(event, names(lane, number))))
         if index == 1:
             lanes.first_waits()
@@ -135,30 +135,30 @@ def sent_by(lanes: Lanes, *letters: str, number: int = 5) -> list[Future[list[An
     return futures
 
 
-def test_what_comes_while_a_call_waits_for_its_turn_goes_with_it(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """Three lanes, one call: the longer Klaviyo's limits keep it waiting, the fuller it is."""
+def test_waiting_call_takes_the_events_of_all_lanes(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """The longer the rate limit delays a call, the more events it has."""
     futures = sent_by(lanes, "a", "b", "c")
-    klaviyo.turn.release()
+    klaviyo.grants.release()
     assert [future.result(WAIT) for future in futures] == [[None] * 5] * 3
-    assert klaviyo.loads == [{*names("a"), *names("b"), *names("c")}]
+    assert klaviyo.calls == [{*names("a"), *names("b"), *names("c")}]
 
 
-def test_a_single_lane_waits_for_nobody(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """No linger: an idle worker's call is made at once."""
-    klaviyo.turn.release()
+def test_single_lane_sends_at_once(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """A call of an idle worker does not wait for other lanes."""
+    klaviyo.grants.release()
     assert lanes.send(*map(event, names("a"))).result(WAIT) == [None] * 5
-    assert klaviyo.loads == [set(names("a"))]
+    assert klaviyo.calls == [set(names("a"))]
 
 
-def test_the_next_call_fills_while_one_is_under_way(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """A slow answer keeps only those waiting whose events it is about."""
+def test_slow_response_does_not_delay_the_next_call(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """Only the lanes with events in the slow call wait for its response."""
     answer = Event()
-    klaviyo.after = lambda load: None if "b0" in load else assert_(answer.wait(WAIT))
+    klaviyo.after = lambda ids: None if "b0" in ids else assert_(answer.wait(WAIT))
     (first,) = sent_by(lanes, "a")
-    klaviyo.turn.release()
+    klaviyo.grants.release()
     lanes.all_wait(0)
     second = lanes.send(*map(event, names("b")))
-    klaviyo.turn.release()
+    klaviyo.grants.release()
     assert second.result(WAIT) == [None] * 5
     assert not first.done()
     answer.set()
@@ -169,8 +169,8 @@ def assert_(condition: bool) -> None:
     assert condition
 
 
-def test_a_call_that_gets_no_answer_is_an_error_for_all_in_it(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """Whichever lane made it."""
+def test_call_without_a_response_fails_all_its_events(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """The lane that made the call does not matter."""
     error = Transient("no answer")
 
     def fail(_: set[str]) -> None:
@@ -178,57 +178,57 @@ def test_a_call_that_gets_no_answer_is_an_error_for_all_in_it(lanes: Lanes, klav
 
     klaviyo.after = fail
     futures = sent_by(lanes, "a", "b")
-    klaviyo.turn.release()
+    klaviyo.grants.release()
     assert [future.result(WAIT) for future in futures] == [[error] * 5] * 2
     assert klaviyo.single == []
 
 
-def test_a_call_that_is_held_back_concerns_its_own_lane_only(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """The others try themselves, and may come through."""
+def test_call_rejected_by_the_circuit_breaker_fails_its_own_lane_only(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """The other lanes make their own calls, which can succeed."""
     klaviyo.before = CircuitOpen("down")
     first, second = sent_by(lanes, "a", "b")
-    klaviyo.turn.release()
+    klaviyo.grants.release()
     assert first.result(WAIT) == [klaviyo.before] * 5
     lanes.first_waits()
     klaviyo.before = None
-    klaviyo.turn.release()
+    klaviyo.grants.release()
     assert second.result(WAIT) == [None] * 5
-    assert klaviyo.loads == [set(names("b"))]
+    assert klaviyo.calls == [set(names("b"))]
 
 
-def test_one_lanes_culprit_is_nothing_to_the_others(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """A refused call is narrowed, and the culprit goes alone by the lane it belongs to."""
+def test_rejected_event_of_one_lane_does_not_affect_the_others(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """The refused call is split. The rejected event is sent on its own by its lane."""
 
-    def refuse(load: set[str]) -> None:
-        if "b3" in load:
+    def refuse(ids: set[str]) -> None:
+        if "b3" in ids:
             raise Rejected("bad", 400)
 
     klaviyo.after = refuse
     futures = sent_by(lanes, "a", "b")
-    klaviyo.turn.release(50)
+    klaviyo.grants.release(50)
     assert [future.result(WAIT) for future in futures] == [[None] * 5] * 2
     assert "b3" in klaviyo.single
-    accepted = [name for load in klaviyo.loads if "b3" not in load for name in load]
+    accepted = [name for ids in klaviyo.calls if "b3" not in ids for name in ids]
     assert sorted(accepted + klaviyo.single) == sorted([*names("a"), *names("b")])
 
 
-def test_a_defect_leaves_nobody_waiting(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """The lane that made the call raises it; the others' events are tried again."""
+def test_unexpected_error_ends_the_wait_of_all_lanes(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """The lane that made the call raises the error. The events of the other lanes get a transient error."""
 
     def fail(_: set[str]) -> None:
         raise ZeroDivisionError
 
     klaviyo.after = fail
     first, second = sent_by(lanes, "a", "b")
-    klaviyo.turn.release()
+    klaviyo.grants.release()
     assert isinstance(first.exception(WAIT), ZeroDivisionError)
     assert [type(error) for error in second.result(WAIT)] == [Transient] * 5
 
 
-def test_what_a_defect_left_over_is_sent_by_nobody(
+def test_events_of_a_lane_that_failed_unexpectedly_are_not_sent(
     lanes: Lanes, klaviyo: Klaviyo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its messages come again, so a later call must not have it too."""
+    """Their messages are redelivered, so a later call must not have them too."""
     monkeypatch.setattr(events, "MAX_EVENTS", 3)
 
     def fail(_: set[str]) -> None:
@@ -236,48 +236,48 @@ def test_what_a_defect_left_over_is_sent_by_nobody(
 
     klaviyo.after = fail
     (first,) = sent_by(lanes, "a")
-    klaviyo.turn.release()
+    klaviyo.grants.release()
     assert isinstance(first.exception(WAIT), ZeroDivisionError)
     klaviyo.after = lambda _: None
-    klaviyo.turn.release(2)
+    klaviyo.grants.release(2)
     assert lanes.send(*map(event, names("b"))).result(WAIT) == [None] * 5
-    assert set().union(*klaviyo.loads[1:]) == set(names("b"))
+    assert set().union(*klaviyo.calls[1:]) == set(names("b"))
 
 
-def test_what_another_worker_may_have_sent_by_now_goes_alone(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """Leases may end while a call waits for its turn: the machine slept, say."""
+def test_event_whose_lease_expired_before_the_call_is_sent_one_by_one(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """A lease can expire while a call waits for the rate limit, for example if the machine sleeps."""
     leased = Event()
     leased.set()
     future = lanes.send(*(event(name, leased.is_set) for name in names("a")), *map(event, names("b")))
     lanes.first_waits()
     leased.clear()
-    klaviyo.turn.release()
+    klaviyo.grants.release()
     assert future.result(WAIT) == [None] * 10
-    assert klaviyo.loads == [set(names("b"))]
+    assert klaviyo.calls == [set(names("b"))]
     assert sorted(klaviyo.single) == names("a")
 
 
-def test_each_try_of_a_call_asks_anew_what_may_go(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """A call that was throttled goes again up to a minute later."""
+def test_leases_are_checked_before_every_request(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """A throttled call is retried up to a minute later."""
     leased = Event()
     leased.set()
     klaviyo.throttled = leased.clear
-    klaviyo.turn.release()
+    klaviyo.grants.release()
     sent = lanes.send(*(event(name, leased.is_set) for name in names("a")), *map(event, names("b"))).result(WAIT)
     assert sent == [None] * 10
-    assert klaviyo.loads == [set(names("b"))]
+    assert klaviyo.calls == [set(names("b"))]
     assert sorted(klaviyo.single) == names("a")
 
 
-def test_a_call_of_which_nothing_is_left_is_not_made(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """It tells nobody, a gate least of all, that Klaviyo refused anything."""
+def test_call_without_events_is_not_made(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """The exception is no WorkerError, so the circuit breaker does not count it."""
     leased = Event()
     leased.set()
     future = lanes.send(*(event(name, leased.is_set) for name in names("a")))
     lanes.first_waits()
     leased.clear()
-    klaviyo.turn.release()
+    klaviyo.grants.release()
     assert future.result(WAIT) == [None] * 5
-    assert klaviyo.loads == []
-    assert [isinstance(reason, WorkerError) for reason in klaviyo.not_made] == [False]
+    assert klaviyo.calls == []
+    assert [isinstance(reason, WorkerError) for reason in klaviyo.body_errors] == [False]
     assert sorted(klaviyo.single) == names("a")

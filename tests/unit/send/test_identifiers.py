@@ -1,4 +1,4 @@
-"""An identifier that Klaviyo finds invalid is left out where another one remains."""
+"""Identifiers that Klaviyo finds invalid: the record is sent without them if another one remains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHO = {"email": "ada", "phone_number": "123", "external_id": "x", "first_name": 
 
 
 class Klaviyo:
-    """Finds identifiers invalid, the first of them per answer."""
+    """A fake that refuses invalid identifiers, one per response."""
 
     def __init__(self, *invalid: str) -> None:
         self.invalid = invalid
@@ -71,10 +71,10 @@ KINDS = pytest.mark.parametrize("kind", PATHS)
         ),
     ],
 )
-def test_the_record_is_sent_without_it(
+def test_record_is_sent_without_its_invalid_identifier(
     kind: OperationKind, invalid: list[str], given: set[str], left: set[str]
 ) -> None:
-    """A mistyped phone number or address must not cost the event or the profile."""
+    """An invalid phone number or email address must not cost the event or the profile."""
     klaviyo = Klaviyo(*invalid)
     assert Sender(klaviyo, 1).send([operation(kind, given)]) == [None]
     assert klaviyo.taken == [(PATHS[kind], left)]
@@ -83,8 +83,8 @@ def test_the_record_is_sent_without_it(
 
 @KINDS
 @pytest.mark.parametrize("given", [{"email"}, {"email", "phone_number"}, {"email", "first_name"}])
-def test_the_only_identifier_is_the_records_verdict(kind: OperationKind, given: set[str]) -> None:
-    """Without any, nobody could tell whose record it is."""
+def test_record_without_another_identifier_is_rejected(kind: OperationKind, given: set[str]) -> None:
+    """A record needs at least one identifier."""
     klaviyo = Klaviyo("email", "phone_number")
     (result,) = Sender(klaviyo, 1).send([operation(kind, given)])
     assert isinstance(result, Rejected)
@@ -102,7 +102,7 @@ def test_the_only_identifier_is_the_records_verdict(kind: OperationKind, given: 
     ],
 )
 def test_other_refusals_are_final(kind: OperationKind, refusal: Rejected) -> None:
-    """Only a 400 that points at an identifier is about that identifier."""
+    """Only a 400 with a pointer to an identifier is about that identifier."""
 
     class Refusing(Klaviyo):
         def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
@@ -115,8 +115,8 @@ def test_other_refusals_are_final(kind: OperationKind, refusal: Rejected) -> Non
 
 
 @KINDS
-def test_a_refusal_that_does_not_end_ends_in_a_verdict(kind: OperationKind) -> None:
-    """Even if Klaviyo goes on to find fault with what is no longer there."""
+def test_repeated_refusal_of_a_dropped_identifier_is_final(kind: OperationKind) -> None:
+    """The record is rejected if Klaviyo still refuses an identifier that it no longer has."""
 
     class Stubborn(Klaviyo):
         def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
@@ -130,8 +130,8 @@ def test_a_refusal_that_does_not_end_ends_in_a_verdict(kind: OperationKind) -> N
     assert klaviyo.calls == 2
 
 
-def test_the_log_names_the_identifier_not_its_value(caplog: pytest.LogCaptureFixture) -> None:
-    """An operator learns that something was left out; nobody's address is in it."""
+def test_log_names_the_identifier_without_its_value(caplog: pytest.LogCaptureFixture) -> None:
+    """The log line names the dropped identifier and holds no personal data."""
     with caplog.at_level(logging.INFO, "klaviyo_worker"):
         Sender(Klaviyo("phone_number"), 1).send([operation(OperationKind.CREATE_EVENT, WHO)])
     (record,) = caplog.records

@@ -1,4 +1,4 @@
-"""How jobs and lookups are cut."""
+"""Chunks of bulk jobs and filters of lookups."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ FRAME = len(b'{"data":{"type":"catalog-item-bulk-create-job","attributes":{"item
 
 
 @given(st.lists(st.integers(1, 6_000_000), max_size=300))
-def test_a_job_takes_no_more_than_klaviyo_does(sizes: list[int]) -> None:
-    """A hundred entries and five megabytes; nothing is left out, and only what alone is too large is too large."""
+def test_chunk_is_within_the_limits_of_a_job(sizes: list[int]) -> None:
+    """A chunk has at most 100 entries and 5 MB. No entry is lost. A larger entry is alone in its chunk."""
     entries = [JobEntry(str(number), b"") for number in range(len(sizes))]
     for entry, size in zip(entries, sizes, strict=True):
         entry.body = _Sized(size)
@@ -29,15 +29,15 @@ def test_a_job_takes_no_more_than_klaviyo_does(sizes: list[int]) -> None:
         assert FRAME + sum(len(entry.body) + 1 for entry in chunk) <= jobs.MAX_BYTES or len(chunk) == 1
 
 
-def test_a_job_is_filled() -> None:
-    """As few as possible: they are limited too."""
+def test_chunks_are_as_large_as_possible() -> None:
+    """Jobs have a rate limit too, so there are as few as possible."""
     assert [len(chunk) for chunk in jobs._chunks(KIND, [JobEntry("", b"{}")] * 250)] == [100, 100, 50]
     large = JobEntry("", b"x" * 1_000_000)
     assert [len(chunk) for chunk in jobs._chunks(KIND, [large] * 9)] == [4, 4, 1]
 
 
 class _Sized(bytes):
-    """Bytes that only say how many they are."""
+    """Bytes with a faked length."""
 
     _size: int
 
@@ -50,8 +50,8 @@ class _Sized(bytes):
         return self._size
 
 
-def test_a_lookup_asks_for_a_hundred() -> None:
-    """Fewer where their names are long."""
+def test_filter_has_up_to_a_hundred_ids() -> None:
+    """A filter has fewer ids if they are long."""
     short = list(catalog._filters(f"s{number}" for number in range(250)))
     assert [each.count("$custom") for each in short] == [100, 100, 50]
     long = list(catalog._filters("s" * 200 + str(number) for number in range(100)))
@@ -60,8 +60,8 @@ def test_a_lookup_asks_for_a_hundred() -> None:
 
 
 @given(st.lists(st.text(min_size=1, max_size=256), max_size=150, unique=True))
-def test_a_lookup_fits_a_uri(keys: list[str]) -> None:
-    """Whatever skus look like; each is asked for once, at most a hundred at a time."""
+def test_filter_fits_a_uri(keys: list[str]) -> None:
+    """Any SKUs give filters of at most 100 ids and 8 KB, with each SKU once."""
     lists = list(catalog._filters(keys))
     assert max(map(len, lists), default=0) < 8_000
     asked = [literal for each in lists for literal in each.split(",%22")]

@@ -1,4 +1,4 @@
-"""[Operation] -> what became of each."""
+"""The send stage: phases, conflicts, single calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFLICT = Rejected("exists", 409)
 
 
 class Klaviyo:
-    """Answers by script: what stands under `METHOD path` is returned or raised, in order; else {}."""
+    """A fake with scripted responses per `METHOD path`, which it returns or raises in order; {} without one."""
 
     def __init__(self, **answers: Any) -> None:
         self.script: dict[str, deque[Any]] = defaultdict(deque)
@@ -80,8 +80,8 @@ VARIANT = f"/api/catalog-variants/{catalog_id('s')}"
 CATEGORY = f"/api/catalog-categories/{catalog_id('c')}"
 
 
-def test_results_come_in_the_order_of_the_operations(sender: Sender, klaviyo: Klaviyo) -> None:
-    """Whatever is done side by side, each operation gets its own result."""
+def test_results_have_the_order_of_the_operations(sender: Sender, klaviyo: Klaviyo) -> None:
+    """Each operation gets its own result, even if operations run concurrently."""
     klaviyo.answer("POST /api/events", *[{}] * 3)
     operations = [entry(OperationKind.UPSERT_ITEM, "p"), *(event(str(number)) for number in range(20))]
     error = Rejected("no", 400)
@@ -89,16 +89,16 @@ def test_results_come_in_the_order_of_the_operations(sender: Sender, klaviyo: Kl
     assert sender.send(operations) == [error, *[None] * 20]
 
 
-def test_one_key_in_a_batch_is_sent_once_with_its_last_state(sender: Sender, klaviyo: Klaviyo) -> None:
-    """Ten updates of a customer in one batch are one call."""
+def test_operations_with_the_same_key_are_sent_once(sender: Sender, klaviyo: Klaviyo) -> None:
+    """Only the last of several operations with the same key is sent."""
     old = Operation(OperationKind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {"email": "old"}})
     new = Operation(OperationKind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {"email": "new"}})
     assert sender.send([old, new]) == [None, None]
     assert klaviyo.calls == [("POST /api/profile-import", {"data": new.resource})]
 
 
-def test_what_others_need_comes_first(sender: Sender, klaviyo: Klaviyo) -> None:
-    """Categories before items before variants before deletions."""
+def test_phases_run_in_order(sender: Sender, klaviyo: Klaviyo) -> None:
+    """Categories are written before items, items before variants, and deletions come last."""
     sender.send(
         [
             Operation(OperationKind.DELETE_ITEM, "gone"),
@@ -117,16 +117,16 @@ def test_what_others_need_comes_first(sender: Sender, klaviyo: Klaviyo) -> None:
     ]
 
 
-def test_an_entry_that_exists_is_updated_without_what_only_a_creation_takes(sender: Sender, klaviyo: Klaviyo) -> None:
-    """Creating is no upsert in Klaviyo: a conflict becomes an update."""
+def test_existing_entry_is_updated_without_create_only_attributes(sender: Sender, klaviyo: Klaviyo) -> None:
+    """A conflict on creation leads to an update."""
     klaviyo.answer("POST /api/catalog-items", CONFLICT)
     assert sender.send([entry(OperationKind.UPSERT_ITEM, "p")]) == [None]
     update = {"type": "catalog-x", "id": catalog_id("p"), "attributes": {"title": "T"}, "relationships": {"r": {}}}
     assert klaviyo.calls[1] == (f"PATCH {ITEM}", {"data": update})
 
 
-def test_a_variant_never_changes_its_item(sender: Sender, klaviyo: Klaviyo) -> None:
-    """Klaviyo takes no relationships when a variant is updated."""
+def test_update_of_a_variant_has_no_relationships(sender: Sender, klaviyo: Klaviyo) -> None:
+    """Klaviyo accepts no relationships in the update of a variant."""
     klaviyo.answer("POST /api/catalog-variants", CONFLICT)
     assert sender.send([entry(OperationKind.UPSERT_VARIANT, "s")]) == [None]
     name, body = klaviyo.calls[1]
@@ -135,8 +135,8 @@ def test_a_variant_never_changes_its_item(sender: Sender, klaviyo: Klaviyo) -> N
     assert "relationships" not in body["data"]
 
 
-def test_a_known_entry_costs_one_call(sender: Sender, klaviyo: Klaviyo) -> None:
-    """What this process has written is updated at once; when it is gone, created again."""
+def test_known_entry_costs_one_call(sender: Sender, klaviyo: Klaviyo) -> None:
+    """An entry that this process has written is updated at once. If it is gone, it is created again."""
     sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
     sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
     assert klaviyo.names == ["POST /api/catalog-items", f"PATCH {ITEM}"]
@@ -145,24 +145,24 @@ def test_a_known_entry_costs_one_call(sender: Sender, klaviyo: Klaviyo) -> None:
     assert klaviyo.names[2:] == [f"PATCH {ITEM}", "POST /api/catalog-items"]
 
 
-def test_a_deleted_entry_is_no_longer_known(sender: Sender, klaviyo: Klaviyo) -> None:
-    """A product published again after it was unpublished is created."""
+def test_deleted_entry_is_no_longer_known(sender: Sender, klaviyo: Klaviyo) -> None:
+    """A product that is published again after its deletion is created."""
     sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
     sender.send([Operation(OperationKind.DELETE_ITEM, "p")])
     sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
     assert klaviyo.names == ["POST /api/catalog-items", f"DELETE {ITEM}", "POST /api/catalog-items"]
 
 
-def test_an_entry_that_comes_and_goes_is_tried_again_later(sender: Sender, klaviyo: Klaviyo) -> None:
-    """Another worker may delete between our two calls."""
+def test_entry_deleted_between_two_calls_is_a_transient_error(sender: Sender, klaviyo: Klaviyo) -> None:
+    """Another worker can delete an entry between our creation and our update."""
     klaviyo.answer("POST /api/catalog-items", CONFLICT)
     klaviyo.answer(f"PATCH {ITEM}", NOT_FOUND)
     (error,) = sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
     assert isinstance(error, Transient)
 
 
-def test_a_category_a_product_needs_is_created_once_and_never_overwritten(sender: Sender, klaviyo: Klaviyo) -> None:
-    """Its own messages keep its name; the product only needs it to exist."""
+def test_ensured_category_is_created_once_and_never_updated(sender: Sender, klaviyo: Klaviyo) -> None:
+    """A product only needs the category to exist. The category's own messages set its name."""
     klaviyo.answer("POST /api/catalog-categories", CONFLICT)
     for _ in range(3):
         assert sender.send([entry(OperationKind.ENSURE_CATEGORY, "c")]) == [None]
@@ -174,7 +174,7 @@ def test_a_category_a_product_needs_is_created_once_and_never_overwritten(sender
     [(OperationKind.DELETE_ITEM, ITEM), (OperationKind.DELETE_CATEGORY, CATEGORY)],
     ids=["item", "category"],
 )
-def test_deleting_what_is_gone_is_success(kind: OperationKind, path: str, sender: Sender, klaviyo: Klaviyo) -> None:
+def test_deletion_of_a_missing_entry_succeeds(kind: OperationKind, path: str, sender: Sender, klaviyo: Klaviyo) -> None:
     """A redelivered deletion has no second effect."""
     key = path[-1]
     klaviyo.answer(f"DELETE {path}", NOT_FOUND, Rejected("no", 400))
@@ -183,8 +183,8 @@ def test_deleting_what_is_gone_is_success(kind: OperationKind, path: str, sender
     assert isinstance(error, Rejected)
 
 
-def test_variants_commercetools_no_longer_has_are_deleted_page_by_page(sender: Sender, klaviyo: Klaviyo) -> None:
-    """Klaviyo shows them a hundred at a time."""
+def test_stale_variants_are_deleted_page_by_page(sender: Sender, klaviyo: Klaviyo) -> None:
+    """Klaviyo lists at most 100 variants per page."""
     first = f"GET {ITEM}/variants?fields%5Bcatalog-variant%5D=id"
     following = f"/api/catalog-items/{catalog_id('p')}/variants?page%5Bcursor%5D=2"
     klaviyo.answer(
@@ -203,22 +203,22 @@ def test_variants_commercetools_no_longer_has_are_deleted_page_by_page(sender: S
     ]
 
 
-def test_a_sku_that_moves_to_another_product_survives(sender: Sender, klaviyo: Klaviyo) -> None:
-    """In one batch the old product's variants go before the new product's come."""
+def test_sku_that_moves_to_another_product_is_kept(sender: Sender, klaviyo: Klaviyo) -> None:
+    """In one batch, the variants of the old product are deleted before those of the new product are written."""
     variants = f"GET {ITEM}/variants?fields%5Bcatalog-variant%5D=id"
     klaviyo.answer(variants, {"data": [{"id": catalog_id("s")}]})
     sender.send([entry(OperationKind.UPSERT_VARIANT, "s"), Operation(OperationKind.DELETE_STALE_VARIANTS, "p")])
     assert klaviyo.names == [variants, f"DELETE {VARIANT}", "POST /api/catalog-variants"]
 
 
-def test_an_item_klaviyo_never_had_has_no_variants(sender: Sender, klaviyo: Klaviyo) -> None:
-    """Deleting a product that was never synced is nothing to do."""
+def test_missing_item_has_no_stale_variants(sender: Sender, klaviyo: Klaviyo) -> None:
+    """The deletion of a product that was never synced succeeds."""
     klaviyo.answer(f"GET {ITEM}/variants?fields%5Bcatalog-variant%5D=id", NOT_FOUND)
     assert sender.send([Operation(OperationKind.DELETE_STALE_VARIANTS, "p")]) == [None]
 
 
-def test_a_variant_klaviyo_lacks_brings_its_whole_product(sender: Sender, klaviyo: Klaviyo) -> None:
-    """Stock that changes before the product was ever sent is not skipped."""
+def test_stock_of_a_missing_variant_writes_the_whole_product(sender: Sender, klaviyo: Klaviyo) -> None:
+    """A stock change before the first sync of the product is not lost."""
     klaviyo.answer(f"PATCH {VARIANT}", NOT_FOUND, NOT_FOUND)
     whole = [entry(OperationKind.UPSERT_ITEM, "p"), entry(OperationKind.UPSERT_VARIANT, "s")]
     stock = Operation(OperationKind.UPDATE_INVENTORY, "s", {"type": "catalog-variant"}, fallback=lambda: whole)
@@ -240,15 +240,15 @@ def _identifiers(call: tuple[str, Json | None]) -> tuple[str, set[str]]:
     return name, body["data"]["attributes"].keys() & {"email", "phone_number", "external_id"}
 
 
-def test_a_duplicate_profile_is_written_under_its_own_id(sender: Sender, klaviyo: Klaviyo) -> None:
-    """A guest who registers ends in one profile."""
+def test_conflicting_profile_is_updated_by_its_id(sender: Sender, klaviyo: Klaviyo) -> None:
+    """A guest who registers has one profile."""
     klaviyo.answer("POST /api/profile-import", Rejected("duplicate", 409, duplicate_id="01A"))
     assert sender.send([PROFILE]) == [None]
     assert klaviyo.calls[1] == ("PATCH /api/profiles/01A", {"data": (PROFILE.resource or {}) | {"id": "01A"}})
 
 
-def test_identifiers_of_several_profiles_give_up_the_weakest(sender: Sender, klaviyo: Klaviyo) -> None:
-    """The update arrives at the profile of the email address, rather than in the dead letters."""
+def test_weaker_identifiers_of_several_profiles_are_dropped(sender: Sender, klaviyo: Klaviyo) -> None:
+    """The update goes to the profile of the email address instead of the dead-letter queue."""
     duplicate = Rejected("duplicate", 409, duplicate_id="01A")
     klaviyo.answer("POST /api/profile-import", duplicate, CONFLICT)
     klaviyo.answer("PATCH /api/profiles/01A", duplicate)
@@ -263,14 +263,14 @@ def test_identifiers_of_several_profiles_give_up_the_weakest(sender: Sender, kla
 
 @pytest.mark.parametrize("calls_before", [0, 1, 2])
 def test_other_refusals_of_a_profile_are_final(calls_before: int, sender: Sender, klaviyo: Klaviyo) -> None:
-    """Only a conflict is worked around."""
+    """Only a conflict is resolved."""
     refused = Rejected("bad", 400)
     klaviyo.answer("POST /api/profile-import", *([CONFLICT, CONFLICT] * calls_before)[:calls_before], refused)
     assert sender.send([PROFILE]) == [refused]
 
 
-def test_erasure_finds_the_profile_and_requests_its_deletion(sender: Sender, klaviyo: Klaviyo) -> None:
-    """The deletion endpoint takes no external_id; whoever is not there needs no deletion."""
+def test_erasure_deletes_the_profile_with_the_external_id(sender: Sender, klaviyo: Klaviyo) -> None:
+    """The deletion endpoint accepts no external_id. A missing profile needs no deletion."""
     find = "GET /api/profiles?filter=equals%28external_id%2C%22c%22%29&fields%5Bprofile%5D=id"
     klaviyo.answer(find, {"data": [{"id": "01A"}]})
     assert sender.send([Operation(OperationKind.DELETE_PROFILE, "c")]) == [None]
@@ -281,8 +281,8 @@ def test_erasure_finds_the_profile_and_requests_its_deletion(sender: Sender, kla
     assert body["data"]["attributes"]["profile"]["data"]["id"] == "01A"
 
 
-def test_an_erasure_takes_in_all_pages_and_odd_answers(klaviyo: Klaviyo, sender: Sender) -> None:
-    """What Klaviyo answers for one message is nothing to its neighbours."""
+def test_erasure_reads_all_pages_and_accepts_malformed_responses(klaviyo: Klaviyo, sender: Sender) -> None:
+    """A malformed response to one operation does not affect the others."""
     first = "GET /api/profiles?filter=equals%28external_id%2C%22c%22%29&fields%5Bprofile%5D=id"
     following = "https://a.klaviyo.com/api/profiles?page=2"
     klaviyo.answer(first, {"data": [{"id": "01A"}], "links": {"next": following}}, {"data": None})
@@ -299,8 +299,8 @@ def test_an_erasure_takes_in_all_pages_and_odd_answers(klaviyo: Klaviyo, sender:
 
 @pytest.mark.parametrize("kind", [kind for kind in OperationKind if kind is not OperationKind.UPSERT_PROFILE])
 @pytest.mark.parametrize("error", [Transient("503"), KlaviyoMisconfigured("401")], ids=["transient", "misconfigured"])
-def test_no_operation_swallows_an_outage(kind: OperationKind, error: Exception, klaviyo: Klaviyo) -> None:
-    """Whatever is asked for, an answer that never came is an error for its message."""
+def test_every_operation_reports_an_outage(kind: OperationKind, error: Exception, klaviyo: Klaviyo) -> None:
+    """If Klaviyo does not respond, every kind of operation returns the error."""
 
     def unavailable(method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
         raise error
@@ -311,14 +311,14 @@ def test_no_operation_swallows_an_outage(kind: OperationKind, error: Exception, 
 
 @pytest.mark.parametrize("kind", OperationKind)
 def test_every_operation_has_a_request_to_show(kind: OperationKind) -> None:
-    """`klaviyo-worker transform` can print any operation."""
+    """`klaviyo-worker transform` can print every kind of operation."""
     request = request_for(entry(kind, "k"))
     assert request.path.startswith("/api/")
     assert request.method in {"GET", "POST", "PATCH", "DELETE"}
 
 
-def test_events_do_not_wait_for_what_the_limits_keep_waiting() -> None:
-    """Klaviyo takes sixty deletions a minute; orders go on meanwhile."""
+def test_events_do_not_wait_for_throttled_deletions() -> None:
+    """Klaviyo accepts 60 deletions a minute. Events are sent in the meantime."""
     may_delete, deleting = threading.Event(), threading.Semaphore(0)
 
     class Slow(Klaviyo):

@@ -1,4 +1,4 @@
-"""Pieces of commercetools JSON as Klaviyo wants them."""
+"""Conversions from commercetools JSON to Klaviyo values."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def cents(amount: int, currency: str = "EUR", digits: int = 2) -> dict[str, obje
         ("12.00 EUR", None),
     ],
 )
-def test_money_is_exact_for_every_currency(money: object, expected: float | None) -> None:
-    """Commercetools counts in minor units whose size depends on the currency."""
+def test_money_is_exact_in_every_currency(money: object, expected: float | None) -> None:
+    """A money counts minor units, whose size depends on the currency."""
     assert fields.money(money) == expected
 
 
-def test_sums_are_exact() -> None:
+def test_total_is_exact() -> None:
     """Ten times ten cents is one euro."""
     assert fields.total([cents(10)] * 10) == Decimal(1)
     assert fields.total([None, {}]) is None
@@ -64,8 +64,8 @@ def test_sums_are_exact() -> None:
         (None, ""),
     ],
 )
-def test_texts_fall_back_from_the_locale_to_its_language_to_any(texts: object, expected: str) -> None:
-    """Exact locale, its language, a regional variant of it, the first entry."""
+def test_localized_text_falls_back_to_other_locales(texts: object, expected: str) -> None:
+    """The order is: the locale, its language, a regional variant of the language, the first text."""
     assert fields.localized(texts, "en-US") == expected
 
 
@@ -82,8 +82,8 @@ def test_texts_fall_back_from_the_locale_to_its_language_to_any(texts: object, e
         (12, ""),
     ],
 )
-def test_attributes_of_every_type_have_a_text(value: object, expected: str) -> None:
-    """Text, enum, localized enum, localized text, sets of them."""
+def test_attribute_of_every_type_has_a_text(value: object, expected: str) -> None:
+    """An attribute is a text, an enum, a localized enum, a localized text or a set of them."""
     assert fields.attribute_text(value, "en-US") == expected
 
 
@@ -102,8 +102,8 @@ ADDRESS = {
 }
 
 
-def test_a_location_joins_what_is_there() -> None:
-    """Empty parts leave no stray commas; region falls back to state."""
+def test_location_joins_the_address_fields() -> None:
+    """Empty fields leave no stray commas, and the region falls back to the state."""
     assert fields.location(ADDRESS) == {
         "address1": "4b, 12, Main St",
         "address2": "rear, ring twice",
@@ -128,21 +128,21 @@ def test_a_location_joins_what_is_there() -> None:
         ({}, ""),
     ],
 )
-def test_only_valid_phone_numbers_are_sent(address: object, expected: str) -> None:
-    """Klaviyo refuses a whole profile for a number it does not accept."""
+def test_only_a_valid_phone_number_is_sent(address: object, expected: str) -> None:
+    """An invalid number is dropped, because Klaviyo would refuse the whole profile."""
     assert fields.phone(address) == expected
 
 
-def test_property_rules_choose_leave_out_and_rename() -> None:
-    """Empty values are left out; 0 and false are values."""
+def test_property_rules_select_and_rename() -> None:
+    """Empty values are dropped. 0 and false are not empty."""
     values = {"a": 1, "b": "", "c": 0, "d": False, "e": None, "f": "x", "g": []}
     assert fields.filter_properties(values, PropertyRules()) == {"a": 1, "c": 0, "d": False, "f": "x"}
     rules = PropertyRules(include=["a", "f"], exclude=["f"], rename={"a": "A"})
     assert fields.filter_properties(values, rules) == {"A": 1}
 
 
-def test_times_move_and_bad_ones_do_not_raise() -> None:
-    """Ordered Product comes a second after Placed Order."""
+def test_seconds_are_added_to_a_time() -> None:
+    """An invalid or overflowing time gives an empty text, not an error."""
     assert fields.add_seconds("2026-12-31T23:59:59.500Z", 1) == "2027-01-01T00:00:00.500000+00:00"
     assert fields.add_seconds("9999-12-31T23:59:59Z", 1) == ""
     assert fields.add_seconds("yesterday", 1) == ""
@@ -185,13 +185,13 @@ def price(amount: int, currency: str = "EUR", **more: object) -> dict[str, objec
         ([{"value": "odd"}, 7], {}, 0),
     ],
 )
-def test_the_catalog_shows_the_price_that_holds(prices: object, options: dict[str, object], expected: float) -> None:
-    """Currency, channel, country, validity, customer group and discount all have their say."""
+def test_catalog_price_is_the_valid_one(prices: object, options: dict[str, object], expected: float) -> None:
+    """Currency, channel, country, validity, customer group and discount decide on the price."""
     assert catalog_price({"prices": prices}, MappingConfig.model_validate(options), NOW) == expected
 
 
-def test_all_prices_are_kept_as_texts() -> None:
-    """Templates can show any currency or country."""
+def test_price_metadata_has_every_price() -> None:
+    """Templates can show the price of any currency or country."""
     variant = {"prices": [price(100), price(120, country="DE"), price(300, "USD", country="US"), price(999)]}
     assert price_metadata(variant) == (
         {"price_EUR": 1, "price_DE": 1.2, "price_US": 3},
@@ -200,8 +200,8 @@ def test_all_prices_are_kept_as_texts() -> None:
 
 
 @given(json_values)
-def test_fields_are_total(value: object) -> None:
-    """No JSON, however odd, makes a field function raise."""
+def test_field_functions_accept_any_json(value: object) -> None:
+    """No JSON value makes a field function raise."""
     fields.money(value)
     fields.currency(value)
     fields.localized(value, "en-US")
@@ -218,8 +218,8 @@ def test_fields_are_total(value: object) -> None:
 
 
 @given(st.dictionaries(st.text(), json_values, max_size=8))
-def test_what_fits_is_not_touched(properties: dict[str, object]) -> None:
-    """Cutting begins where Klaviyo's limits do."""
+def test_properties_within_the_limits_are_unchanged(properties: dict[str, object]) -> None:
+    """Truncation starts only at Klaviyo's limits."""
     fitted, truncated = truncate(properties)
     assert (fitted, truncated) == (properties, [])
 
@@ -228,8 +228,8 @@ def _nested(depth: int) -> object:
     return {"inner": _nested(depth - 1)} if depth else "leaf"
 
 
-def test_what_does_not_fit_is_cut_and_named() -> None:
-    """Last items go first, and the paths say where."""
+def test_properties_beyond_the_limits_are_truncated_and_named() -> None:
+    """The last entries are removed first, and the paths name the truncated properties."""
     fitted, truncated = truncate(
         {
             "long": "é" * MAX_TEXT_BYTES,
@@ -246,15 +246,15 @@ def test_what_does_not_fit_is_cut_and_named() -> None:
 
 
 @pytest.mark.parametrize("text", ["]]]]", "}}}}", '\\"]]]]', "[]]]]", "é]]]]"])
-def test_brackets_in_a_text_do_not_hide_how_deep_the_rest_is(text: str) -> None:
-    """Klaviyo counts levels, not brackets."""
+def test_brackets_in_a_text_do_not_affect_the_depth(text: str) -> None:
+    """Klaviyo limits the depth of objects and arrays, not of brackets in texts."""
     fitted, truncated = truncate({"text": text, "deep": _nested(12)})
     assert fitted["text"] == text
     assert truncated == ["deep" + ".inner" * 9]
 
 
-def test_the_whole_is_cut_to_size_from_the_end_of_its_largest_list() -> None:
-    """An order of thousands of lines keeps its first ones, and everything that is small."""
+def test_largest_array_is_halved_until_the_properties_fit() -> None:
+    """An order with thousands of lines keeps its first lines and its small properties."""
     items = [{"name": "x" * 2_000, "number": number} for number in range(3_000)]
     fitted, truncated = truncate({"Items": items, "OrderId": "1", "note": "y" * 50_000})
     assert fitted["OrderId"] == "1"

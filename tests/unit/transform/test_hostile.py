@@ -1,4 +1,4 @@
-"""Anything may stand anywhere in what commercetools sends: every mutation of every golden case has a clear outcome."""
+"""Malformed data from commercetools: mutations of every golden case."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ MAPPING = MappingConfig.model_validate(
 @pytest.mark.parametrize("name", CASES)
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_odd_values_anywhere_have_a_clear_outcome(name: str, data: st.DataObject) -> None:
-    """Requests, or a reason; never a crash."""
+def test_malformed_value_anywhere_has_a_clear_outcome(name: str, data: st.DataObject) -> None:
+    """A mutated notification gives requests or a reason, never an unexpected exception."""
     document = DOCUMENTS[name]
     for _ in range(data.draw(st.integers(1, 3))):
         path = data.draw(st.sampled_from(_paths(document)))
@@ -79,10 +79,10 @@ def test_odd_values_anywhere_have_a_clear_outcome(name: str, data: st.DataObject
     resources = document["commercetools"] if isinstance(document["commercetools"], dict) else {}
     snapshot = {path: entries for path, entries in resources.items() if isinstance(entries, list)}
     trace = trace_notification(orjson.dumps(document["notification"]), snapshot, MAPPING)
-    told = explain_trace(1, trace, MAPPING)
+    explanation = explain_trace(1, trace, MAPPING)
     if trace.stopped_by is None:
         assert all(request_for(operation).path.startswith("/api/") for operation in trace.operations)
     else:
         assert isinstance(trace.stopped_by, Ignored | Rejected | Transient)
         assert str(trace.stopped_by)
-    assert all(line.isprintable() for line in told.splitlines())
+    assert all(line.isprintable() for line in explanation.splitlines())
