@@ -1,4 +1,4 @@
-"""[Notification] -> [Enriched], and how little it asks for."""
+"""The enrich stage: its data, and its number of queries."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 
 
 class CountingReader(InMemoryReader):
-    """A snapshot that counts queries and can fail for a path or a value."""
+    """A Reader that counts queries and can fail for a path or a value."""
 
     def __init__(self, resources: dict[str, list[dict[str, Any]]]) -> None:
         super().__init__(resources)
         self.queries: Counter[str] = Counter()
-        self.asked: list[tuple[str, frozenset[str]]] = []
+        self.lookups: list[tuple[str, frozenset[str]]] = []
         self.errors: dict[str, Exception] = {}
 
     def find(self, query: Query, values: Collection[str]) -> QueryResult:
         self.queries[query.path] += 1
-        self.asked.append((query.path, frozenset(values)))
+        self.lookups.append((query.path, frozenset(values)))
         found = super().find(query, values)
         for value in values:
             error = self.errors.get(query.path) or self.errors.get(value)
@@ -101,8 +101,8 @@ def one(enricher: Enricher, notification: Notification) -> Enriched:
     return result
 
 
-def test_an_order_comes_with_all_its_events_tell(enricher: Enricher) -> None:
-    """Categories and their ancestors, discount codes, the customer behind an order without an email address."""
+def test_order_gets_the_data_of_its_events(enricher: Enricher) -> None:
+    """Categories with ancestors, discount codes, and the customer of an order without an email address."""
     enriched = one(enricher, about("order", "o1", "OrderStateChanged"))
     assert enriched.order == SHOP["orders"][0]
     assert enriched.product_categories == {"p1": ["jeans"], "p2": ["women"]}
@@ -111,8 +111,8 @@ def test_an_order_comes_with_all_its_events_tell(enricher: Enricher) -> None:
     assert enriched.customer == SHOP["customers"][0]
 
 
-def test_a_batch_costs_as_many_queries_as_one_message(enricher: Enricher, reader: CountingReader) -> None:
-    """One query per resource type, however many messages wait."""
+def test_batch_needs_as_many_queries_as_one_message(enricher: Enricher, reader: CountingReader) -> None:
+    """There is one query per resource type for any number of messages."""
     results = enricher.enrich([about("order", f"o{n}", "OrderStateChanged") for n in range(1, 6)])
     assert [result.order["id"] for result in results if isinstance(result, Enriched) and result.order] == [
         f"o{n}" for n in range(1, 6)
@@ -126,16 +126,16 @@ def test_a_batch_costs_as_many_queries_as_one_message(enricher: Enricher, reader
     }
 
 
-def test_a_payload_that_is_there_is_not_fetched(enricher: Enricher, reader: CountingReader) -> None:
-    """OrderCreated carries its order."""
+def test_order_in_the_payload_is_not_fetched(enricher: Enricher, reader: CountingReader) -> None:
+    """OrderCreated contains its order."""
     order = {"id": "new", "customerEmail": "ada@example.com"}
     enriched = one(enricher, about("order", "new", "OrderCreated", order=order))
     assert enriched.order == order
     assert reader.queries == {}
 
 
-def test_a_payment_brings_the_order_it_paid(enricher: Enricher) -> None:
-    """The first order of the payment, and its lines' categories."""
+def test_payment_gets_its_order(enricher: Enricher) -> None:
+    """It gets its first order and the categories of the line items."""
     enriched = one(enricher, about("payment", "pay1", "PaymentTransactionAdded"))
     assert enriched.payment == {"id": "pay1"}
     assert enriched.order is not None
@@ -143,32 +143,32 @@ def test_a_payment_brings_the_order_it_paid(enricher: Enricher) -> None:
     assert "jeans" in enriched.categories
 
 
-def test_a_payment_without_an_order_brings_its_customer(enricher: Enricher) -> None:
-    """A refund needs somebody to be recorded for."""
+def test_payment_without_an_order_gets_its_customer(enricher: Enricher) -> None:
+    """The event of a refund needs a profile."""
     enriched = one(enricher, about("payment", "pay2", "PaymentTransactionAdded"))
     assert enriched.order is None
     assert enriched.customer == SHOP["customers"][0]
 
 
-def test_a_category_brings_ancestors_and_descendants(enricher: Enricher, reader: CountingReader) -> None:
-    """Its name is part of theirs; a new category has none below it."""
+def test_category_gets_ancestors_and_descendants(enricher: Enricher, reader: CountingReader) -> None:
+    """Its name is part of its descendants' names. A new category has no descendants."""
     enriched = one(enricher, about("category", "women"))
     assert [entry["id"] for entry in enriched.descendants] == ["jeans"]
-    reader.asked.clear()
+    reader.lookups.clear()
     assert one(enricher, about("category", "jeans", "CategoryCreated")).descendants == []
-    assert ("categories", frozenset({"women"})) in reader.asked
+    assert ("categories", frozenset({"women"})) in reader.lookups
 
 
-def test_a_product_brings_stock_and_categories(enricher: Enricher) -> None:
-    """Everything an item and its variants need."""
+def test_product_gets_stock_and_categories(enricher: Enricher) -> None:
+    """These are the data of a catalog item and its variants."""
     enriched = one(enricher, about("product", "p1", "ProductPublished"))
     assert enriched.product == SHOP["product-projections"][0]
     assert enriched.inventory == {"s1": SHOP["inventory"], "s2": []}
     assert set(enriched.categories) == {"women", "jeans"}
 
 
-def test_an_inventory_entry_brings_its_product(enricher: Enricher) -> None:
-    """Klaviyo may lack the variant, and then the product is written."""
+def test_inventory_entry_gets_its_product(enricher: Enricher) -> None:
+    """If Klaviyo does not have the variant, the product is written."""
     enriched = one(enricher, about("inventory-entry", "i1"))
     assert enriched.inventory_entry == SHOP["inventory"][0]
     assert enriched.product is not None
@@ -176,15 +176,15 @@ def test_an_inventory_entry_brings_its_product(enricher: Enricher) -> None:
 
 
 @pytest.mark.parametrize("kind", ["order", "payment", "customer", "category", "product", "inventory-entry"])
-def test_what_commercetools_no_longer_has_is_none(kind: str, enricher: Enricher) -> None:
-    """Deleted meanwhile is a normal thing."""
+def test_missing_resource_is_none(kind: str, enricher: Enricher) -> None:
+    """A resource can be deleted before its message is handled."""
     enriched = one(enricher, about(kind, "gone"))
     fetched = (enriched.order, enriched.payment, enriched.customer, enriched.category, enriched.product)
     assert fetched == (None,) * 5
 
 
-def test_a_resource_without_a_plan_needs_nothing(enricher: Enricher, reader: CountingReader) -> None:
-    """A handler for a notification that says all by itself costs no query."""
+def test_resource_type_without_a_plan_needs_no_query(enricher: Enricher, reader: CountingReader) -> None:
+    """The notification is returned unchanged."""
     notification = about("review", "r1")
     assert one(enricher, notification).notification is notification
     assert reader.queries == {}
@@ -194,8 +194,8 @@ def test_a_resource_without_a_plan_needs_nothing(enricher: Enricher, reader: Cou
     ("kind", "resource"),
     [("CustomerCreated", "customer"), ("ProductPublished", "product"), ("OrderStateChanged", "order")],
 )
-def test_a_read_may_lag_behind_its_message(kind: str, resource: str, enricher: Enricher) -> None:
-    """What is missing right after the message is not believed to be gone; later it is."""
+def test_recently_changed_missing_resource_is_transient(kind: str, resource: str, enricher: Enricher) -> None:
+    """A resource that is missing seconds after its message can appear later. After that it counts as deleted."""
     for age, expected in ((-3, Transient), (2, Transient), (60, Enriched)):
         created = (NOW - timedelta(seconds=age)).isoformat()
         (result,) = enricher.enrich([Notification(kind, resource, "new", created, {})])
@@ -204,8 +204,8 @@ def test_a_read_may_lag_behind_its_message(kind: str, resource: str, enricher: E
             assert 0 < (result.retry_after or 0) <= 5
 
 
-def test_what_is_deleted_is_believed_at_once(enricher: Enricher) -> None:
-    """A deletion needs no waiting to be true."""
+def test_deletion_is_accepted_immediately(enricher: Enricher) -> None:
+    """A read after a deletion need not wait for replication."""
     just_now = NOW.isoformat()
     for kind in ("ProductDeleted", "ProductUnpublished", "ResourceDeleted"):
         (result,) = enricher.enrich([Notification(kind, "product", "gone", just_now, {})])
@@ -216,8 +216,8 @@ def test_what_is_deleted_is_believed_at_once(enricher: Enricher) -> None:
     "payload",
     [{"notificationType": "ResourceUpdated", "version": 5}, {"notificationType": "Message", "resourceVersion": 5}],
 )
-def test_a_read_older_than_its_message_is_not_believed_at_once(payload: dict[str, Any]) -> None:
-    """The last change of a customer must not be lost to a replica that lags."""
+def test_version_older_than_the_message_is_transient(payload: dict[str, Any]) -> None:
+    """A stale replica must not hide the last change of a customer."""
     shop = {"customers": [{"id": "c", "version": 4, "email": "ada@example.com"}]}
     enricher = Enricher(InMemoryReader(shop), MappingConfig(), now=lambda: NOW)
     for age, expected in ((1, Transient), (60, Enriched)):
@@ -226,8 +226,8 @@ def test_a_read_older_than_its_message_is_not_believed_at_once(payload: dict[str
         assert isinstance(result, expected)
 
 
-def test_a_failing_query_fails_only_who_needs_it(enricher: Enricher, reader: CountingReader) -> None:
-    """Neighbours that need other data go on."""
+def test_failed_query_fails_only_messages_that_need_it(enricher: Enricher, reader: CountingReader) -> None:
+    """Messages that need other data continue."""
     reader.errors["orders"] = Transient("500")
     failed, fine = enricher.enrich([about("order", "o1", "OrderStateChanged"), about("customer", "c1")])
     assert isinstance(failed, Transient)
@@ -235,15 +235,15 @@ def test_a_failing_query_fails_only_who_needs_it(enricher: Enricher, reader: Cou
 
 
 @pytest.mark.parametrize("path", ["orders", "product-projections", "categories", "customers"])
-def test_an_order_whose_data_cannot_be_had_now_waits(path: str, enricher: Enricher, reader: CountingReader) -> None:
-    """No event is sent with half of its data because commercetools was down."""
+def test_order_with_unavailable_data_is_transient(path: str, enricher: Enricher, reader: CountingReader) -> None:
+    """An outage of commercetools must not cause an event with incomplete data."""
     reader.errors[path] = Transient("500")
     (result,) = enricher.enrich([about("order", "o1", "OrderStateChanged")])
     assert isinstance(result, Transient)
 
 
-def test_an_adornment_that_is_refused_does_not_hold_up_an_order(enricher: Enricher, reader: CountingReader) -> None:
-    """An odd product id in a line costs that line its categories, and a missing scope the discount code."""
+def test_rejected_optional_data_is_omitted(enricher: Enricher, reader: CountingReader) -> None:
+    """An invalid product id costs the line item its categories, a missing scope the discount code."""
     reader.errors["p1"] = Rejected("malformed id", 400)
     reader.errors["discount-codes"] = CommercetoolsMisconfigured("403")
     enriched = one(enricher, about("order", "o1", "OrderStateChanged"))
@@ -251,15 +251,15 @@ def test_an_adornment_that_is_refused_does_not_hold_up_an_order(enricher: Enrich
     assert enriched.discount_codes == {"d1": ""}
 
 
-def test_missing_scopes_for_what_is_needed_park(enricher: Enricher, reader: CountingReader) -> None:
-    """An order that may not be read is a matter of configuration, not of the message."""
+def test_missing_scope_for_required_data_is_misconfigured(enricher: Enricher, reader: CountingReader) -> None:
+    """The worker parks: no message is at fault."""
     reader.errors["orders"] = CommercetoolsMisconfigured("403")
     (result,) = enricher.enrich([about("order", "o1", "OrderStateChanged")])
     assert isinstance(result, CommercetoolsMisconfigured)
 
 
-def test_catalog_data_is_remembered_for_orders_but_read_anew_for_its_own_messages(reader: CountingReader) -> None:
-    """Orders reuse categories for a while; a product message always mirrors what is there now."""
+def test_catalog_data_is_cached_for_orders_only(reader: CountingReader) -> None:
+    """Orders use cached categories. A product message always reads the current product."""
     enricher = Enricher(CachedReader(reader, 60), MappingConfig(), now=lambda: NOW)
     one(enricher, about("order", "o1", "OrderStateChanged"))
     one(enricher, about("order", "o2", "OrderStateChanged"))
@@ -270,8 +270,8 @@ def test_catalog_data_is_remembered_for_orders_but_read_anew_for_its_own_message
     assert reader.queries["product-projections"] == 3
 
 
-def test_reading_a_category_anew_renews_what_orders_remember(reader: CountingReader) -> None:
-    """A renamed category shows in the next order, not a cache's lifetime later."""
+def test_reading_a_category_updates_the_cache(reader: CountingReader) -> None:
+    """The next order shows a renamed category before the cache expires."""
     enricher = Enricher(CachedReader(reader, 60), MappingConfig(), now=lambda: NOW)
     one(enricher, about("order", "o1", "OrderStateChanged"))
     renamed = [dict(entry) for entry in SHOP["categories"]]
@@ -283,7 +283,7 @@ def test_reading_a_category_anew_renews_what_orders_remember(reader: CountingRea
 
 
 def test_queries_stay_below_the_longest_uri() -> None:
-    """However many ids and however odd, each query fits, and none is left out."""
+    """For any ids, each query fits, and no value is lost."""
     values = [f'{n:036}"{{}}\\ü' for n in range(2_000)]
     for query in (ORDERS, PRODUCTS_BY_SKU):
         chunks = list(_chunks(values, query))
@@ -295,6 +295,6 @@ def test_queries_stay_below_the_longest_uri() -> None:
 
 
 def test_values_are_quoted() -> None:
-    """Ids come from outside: none may end its literal."""
+    """Ids come from outside, so they must not end their literal."""
     assert _where(CATEGORIES, ['a"b', "c\\d", "{0}"]) == 'id in ("a\\"b","c\\\\d","{0}")'
     assert PRODUCTS.predicate == CATEGORIES.predicate
