@@ -1,1 +1,1 @@
-"""Keep Klaviyo in step with commercetools: parse, enrich, transform, send."""
+"""Sync commercetools to Klaviyo: parse, enrich, transform, send."""
