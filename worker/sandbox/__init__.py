@@ -1,4 +1,4 @@
-"""A commercetools and a Klaviyo on loopback, with a sample shop: for tests, the demo and the benchmark."""
+"""Emulators of commercetools and Klaviyo on loopback, with a sample shop, for tests, the demo and benchmarks."""
 
 from __future__ import annotations
 

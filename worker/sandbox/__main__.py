@@ -1,4 +1,4 @@
-"""`python -m worker.sandbox`: serve until interrupted; prints the variables to export."""
+"""`python -m worker.sandbox`: print the variables to export, and serve until interrupted."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from worker.sandbox.klaviyo.account import BULK_REPEATS, Account
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m worker.sandbox", description=main.__doc__)
-    parser.add_argument("--commercetools-port", type=int, default=8091, help="default: 8091; 0: any free one")
-    parser.add_argument("--klaviyo-port", type=int, default=8092, help="default: 8092; 0: any free one")
-    parser.add_argument("--copies", type=int, default=0, metavar="N", help=f"so many more resources: {IDS}")
-    parser.add_argument("--latency", type=float, default=0.0, help="seconds every answer takes (default: 0)")
+    parser.add_argument("--commercetools-port", type=int, default=8091, help="default: 8091; 0: any free port")
+    parser.add_argument("--klaviyo-port", type=int, default=8092, help="default: 8092; 0: any free port")
+    parser.add_argument("--copies", type=int, default=0, metavar="N", help=f"number of additional resources: {IDS}")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds before each response (default: 0)")
     parser.add_argument(
         "--rate-limits",
         type=float,
@@ -39,13 +39,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Serve a commercetools and a Klaviyo on loopback, with a sample shop."""
+    """Serve emulators of commercetools and Klaviyo on loopback, with a sample shop."""
     options = vars(_parser().parse_args())
     account = Account(options.pop("bulk_repeats"), options.pop("job_seconds"))
-    # Blocked before any thread starts, so that sigwait is the one to get them.
+    # Block the signals before any thread starts, so that only sigwait receives them.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     with Sandbox(account=account, **options) as sandbox:
-        # What the shop holds stays, and what the account holds only grows: looking through it costs a third of all CPU.
+        # The shop and the account keep all their objects. Scanning them for garbage would cost a third of the CPU.
         gc.freeze()
         gc.set_threshold(100_000, 50, 50)
         for name, value in sandbox.environment.items():

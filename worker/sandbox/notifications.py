@@ -1,4 +1,4 @@
-"""Notifications as commercetools sends them, the envelopes queues put around them, and samples of every type."""
+"""Notifications in commercetools' format, the envelopes of the queues, and samples of every type."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def message(
     identifiers: Json | None = None,
     **fields: Any,
 ) -> Json:
-    """Return a Message notification; `fields` are those of its type.
+    """Return a Message notification. `fields` are the fields of its type.
 
-    What makes a message itself is the resource and its `sequence`: the same again is a redelivery.
+    Resource and `sequence` identify a message: the same pair again is a duplicate.
     """
     return {
         "notificationType": "Message",
@@ -75,7 +75,7 @@ def change(
 
 
 def event(kind: str = "ImportContainerCreated", resource_type: str = "import-api", **data: Any) -> Json:
-    """Return an Event notification: it names no project and no resource."""
+    """Return an Event notification. It has no project and no resource."""
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{kind} {sorted(data)}")),
         "notificationType": "Event",
@@ -87,14 +87,14 @@ def event(kind: str = "ImportContainerCreated", resource_type: str = "import-api
 
 
 def payload_not_included(kind: str, resource_type: str, resource_id: str) -> Json:
-    """Return a message that outgrew the queue: everything but its own fields."""
+    """Return a message that was too large for the queue: it lacks the fields of its type."""
     notification = message(kind, resource_type, resource_id)
     del notification["type"]
     return notification | {"payloadNotIncluded": {"reason": "Payload too large.", "payloadType": kind}}
 
 
 def bare(notification: Json) -> bytes:
-    """Return the notification itself: Pub/Sub pull, SQS and Service Bus bodies."""
+    """Return the notification without an envelope: the body on Pub/Sub pull, SQS and Service Bus."""
     return orjson.dumps(notification)
 
 
@@ -118,7 +118,7 @@ def cloudevent(notification: Json) -> bytes:
 
 
 def event_grid(notification: Json) -> bytes:
-    """Return what Event Grid delivers with the CloudEvents schema: the CloudEvent itself."""
+    """Return the body that Event Grid delivers with the CloudEvents schema: the CloudEvent."""
     return cloudevent(notification)
 
 
@@ -130,7 +130,7 @@ def pubsub_push(notification: Json) -> bytes:
 
 
 def sqs(notification: Json) -> bytes:
-    """Return an SQS message as the API shows it."""
+    """Return an SQS message in the format of its API."""
     return _sqs(bare(notification))
 
 
@@ -147,7 +147,7 @@ def sns(notification: Json) -> bytes:
 
 
 def sns_raw(notification: Json) -> bytes:
-    """Return an SQS message fed by SNS with raw delivery: nothing of SNS is left in it."""
+    """Return an SQS message from SNS with raw delivery, which adds no envelope."""
     return _sqs(bare(notification))
 
 
@@ -178,7 +178,7 @@ def _sqs(body: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A message for the queue, and the outcome it must have."""
+    """A message for the queue, and its expected outcome."""
 
     title: str
     body: bytes = field(repr=False)
@@ -186,20 +186,20 @@ class Sample:
 
 
 def sample_notifications(shop: Shop) -> list[Sample]:
-    """Return samples of every type, good, ignored and bad, in every envelope in turn."""
+    """Return valid, ignored and invalid samples of every type, in alternating envelopes."""
     envelopes = cycle([bare, cloudevent, pubsub_push, sqs, sns, eventbridge])
-    good = [*_orders(shop), *_payments(shop), *_customers(shop), *_catalog(), *_inventory()]
-    return [*(_wrapped(*entry, next(envelopes)) for entry in good), *_ignored(), *_bad(shop)]
+    valid = [*_orders(shop), *_payments(shop), *_customers(shop), *_catalog(), *_inventory()]
+    return [*(_wrap(*entry, next(envelopes)) for entry in valid), *_ignored(), *_invalid(shop)]
 
 
-Entry = tuple[str, Json, str]
+SampleSpec = tuple[str, Json, str]  # title, notification, outcome
 
 
-def _wrapped(title: str, notification: Json, outcome: str, envelope: Callable[[Json], bytes]) -> Sample:
+def _wrap(title: str, notification: Json, outcome: str, envelope: Callable[[Json], bytes]) -> Sample:
     return Sample(f"{title} · {envelope.__name__}", envelope(notification), outcome)
 
 
-def _orders(shop: Shop) -> Iterator[Entry]:
+def _orders(shop: Shop) -> Iterator[SampleSpec]:
     def of(kind: str, name: str, **fields: Any) -> Json:
         return message(kind, "order", uid(f"order:{name}"), **fields)
 
@@ -239,7 +239,7 @@ def _orders(shop: Shop) -> Iterator[Entry]:
     yield "OrderShipmentStateChanged to Shipped", shipped, "sent"
 
 
-def _payments(shop: Shop) -> Iterator[Entry]:
+def _payments(shop: Shop) -> Iterator[SampleSpec]:
     charge, first, second, _ = shop.payments[uid("payment:card")]["transactions"]
     card = uid("payment:card")
     changed = {"transactionId": second["id"], "state": "Success"}
@@ -255,7 +255,7 @@ def _payments(shop: Shop) -> Iterator[Entry]:
     yield "PaymentTransactionAdded, payload not included", absent, "sent"
 
 
-def _customers(shop: Shop) -> Iterator[Entry]:
+def _customers(shop: Shop) -> Iterator[SampleSpec]:
     grete, katherine, radia, nameless, hostile = shop.customers
     created = message("CustomerCreated", "customer", grete, customer=shop.customers[grete])
     yield "CustomerCreated", created, "sent"
@@ -268,7 +268,7 @@ def _customers(shop: Shop) -> Iterator[Entry]:
     yield "customer ResourceDeleted", deleted, "ignored"
 
 
-def _catalog() -> Iterator[Entry]:
+def _catalog() -> Iterator[SampleSpec]:
     def category(kind: str, name: str) -> Json:
         make = message if kind.startswith("Category") else change
         return make(kind, "category", uid(f"category:{name}"))
@@ -290,7 +290,7 @@ def _catalog() -> Iterator[Entry]:
     yield "product ResourceDeleted", product("ResourceDeleted", "discontinued"), "sent"
 
 
-def _inventory() -> Iterator[Entry]:
+def _inventory() -> Iterator[SampleSpec]:
     def entry(kind: str, name: str) -> Json:
         return change(kind, "inventory-entry", uid(f"inventory-entry:{name}"))
 
@@ -308,17 +308,17 @@ def _ignored() -> list[Sample]:
     ]
 
 
-def _bad(shop: Shop) -> list[Sample]:
+def _invalid(shop: Shop) -> list[Sample]:
     anonymous = uid("order:anonymous")
     nameless = sns_raw(message("OrderCreated", "order", anonymous, order=shop.orders[anonymous]))
     orphan = bare(payload_not_included("PaymentTransactionAdded", "payment", uid("payment:orphan")))
     bodies = {
         "an order without a customer": nameless,
-        "a refund of a payment without order": orphan,
+        "a refund of a payment without an order": orphan,
         "malformed JSON": b'{"notificationType": "Message", ',
         "a JSON array": b"[1, 2, 3]",
         "an empty body": b"",
-        "a text of a megabyte": b'"' + b"x" * 1_000_000 + b'"',
+        "a text of one megabyte": b'"' + b"x" * 1_000_000 + b'"',
         "JSON nested 5,000 deep": b"[" * 5_000 + b"]" * 5_000,
         "an object without notificationType": b'{"hello": "world"}',
         "a message without resource": b'{"notificationType": "Message", "type": "OrderCreated"}',

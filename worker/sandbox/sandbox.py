@@ -1,4 +1,4 @@
-"""Both stand-ins together."""
+"""The two emulators together."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class Sandbox:
-    """A commercetools with a shop, and a Klaviyo with an empty account, each on a port of its own.
+    """An emulator of commercetools with a shop, and one of Klaviyo with an empty account, each on its own port.
 
-    `copies`: so many more orders, customers, products and inventory entries: copies.IDS. `latency`: seconds every
-    answer takes. `rate_limits`: enforce so many times Klaviyo's documented ones; 0: none. `token_lifetime`: seconds
-    an access token of commercetools is valid.
+    `copies`: the number of additional orders, customers, products and inventory entries, see copies.IDS.
+    `latency`: seconds before each response. `rate_limits`: a multiple of Klaviyo's documented rate limits; 0: none.
+    `token_lifetime`: seconds until an access token of commercetools expires.
     """
 
     def __init__(  # noqa: PLR0913 - keyword arguments with defaults
@@ -39,7 +39,7 @@ class Sandbox:
     ) -> None:
         self.shop = shop or sample_shop()
         self.account = account or Account()
-        self.commercetools_api = commercetools.Commercetools(self.shop, token_lifetime, copies)
+        self.commercetools_api = commercetools.CommercetoolsApi(self.shop, token_lifetime, copies)
         self.commercetools = Server(
             self.commercetools_api.handle,
             commercetools.error_document,
@@ -50,7 +50,7 @@ class Sandbox:
             seed=seed,
         )
         self.klaviyo = Server(
-            klaviyo.Klaviyo(self.account, rate_limits=rate_limits).handle,
+            klaviyo.KlaviyoApi(self.account, rate_limits=rate_limits).handle,
             klaviyo.error_document,
             self.account.state,
             self.account.counts,
@@ -61,7 +61,7 @@ class Sandbox:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Return the variables that point a worker here."""
+        """Return the variables that connect a worker to the sandbox."""
         client = {"clientId": commercetools.CLIENT_ID, "secret": commercetools.CLIENT_SECRET}
         return {
             "CT_API_URL": self.commercetools.url,

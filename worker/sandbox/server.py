@@ -1,4 +1,4 @@
-"""An HTTP/1.1 server on loopback that notes its requests, and fails, dawdles or throttles on demand."""
+"""An HTTP/1.1 server on loopback that logs its requests and injects faults."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _NO_CONTENT = 204
 
 @dataclass(frozen=True, slots=True)
 class ApiRequest:
-    """A request as a service sees it; `query` holds decoded values."""
+    """A request to a service. `query` contains decoded values."""
 
     method: str
     path: str
     query: Mapping[str, list[str]]
     headers: Mapping[str, str]
     body: bytes
-    target: str  # as sent, undecoded
+    target: str  # as sent, not decoded
 
     def json(self) -> Any:
         """Return the decoded body. Raises ValueError."""
@@ -45,7 +45,7 @@ class ApiRequest:
 
 @dataclass(frozen=True, slots=True)
 class ApiResponse:
-    """An answer: a JSON document (None: an empty body) with status and headers."""
+    """A response: status, JSON document (None: an empty body) and headers."""
 
     status: int
     document: Any = None
@@ -54,7 +54,7 @@ class ApiResponse:
 
 @dataclass(frozen=True, slots=True)
 class LoggedRequest:
-    """A line of the request log. `status` 0: no answer was given. `at`: seconds since the epoch."""
+    """An entry of the request log. `status` 0: there was no response. `at`: seconds since the epoch."""
 
     method: str
     path: str
@@ -94,55 +94,55 @@ class Fault:
             raise ValueError(f"unknown action {self.action!r}")
 
 
-def template(path: str) -> str:
-    """Return a path with `{id}` in the place both services have their ids: `/api/profiles/{id}`."""
+def path_template(path: str) -> str:
+    """Return a path with its id replaced: `/api/profiles/{id}`. Both services have ids in the third segment."""
     return _THIRD_SEGMENT.sub(r"\1/{id}", path)
 
 
 class Faults:
-    """The faults in force, oldest first."""
+    """The active faults, oldest first."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = random.Random(seed)
         self._lock = Lock()
-        self._waiting: list[list[Any]] = []  # [fault, times left]
-        self.triggered = 0  # requests that met a fault
+        self._active: list[list[Any]] = []  # [fault, times left]
+        self.triggered = 0  # requests that a fault was injected into
 
     def add(self, *faults: Fault) -> None:
-        """Put faults in force."""
+        """Activate faults."""
         with self._lock:
-            self._waiting += [[fault, fault.times] for fault in faults]
+            self._active += [[fault, fault.times] for fault in faults]
 
     def clear(self) -> None:
-        """Let everything work again."""
+        """Deactivate all faults."""
         with self._lock:
-            self._waiting.clear()
+            self._active.clear()
 
-    def take(self, request: ApiRequest) -> Fault | None:
-        """Return the fault this request meets, if any."""
-        if not self._waiting:
+    def trigger(self, request: ApiRequest) -> Fault | None:
+        """Return the fault to inject into this request, if any, and count it."""
+        if not self._active:
             return None
         name = f"{request.method} {request.path}"
         with self._lock:
-            for entry in self._waiting:
+            for entry in self._active:
                 fault, left = entry
-                hit = name.startswith(fault.match) and fault.contains in request.body
-                if hit and self._random.random() < fault.probability:
+                is_match = name.startswith(fault.match) and fault.contains in request.body
+                if is_match and self._random.random() < fault.probability:
                     self.triggered += 1
                     if left is not None:
                         entry[1] = left - 1
-                        self._waiting = [entry for entry in self._waiting if entry[1] != 0]
+                        self._active = [entry for entry in self._active if entry[1] != 0]
                     return fault  # type: ignore[no-any-return]
         return None
 
 
 class Server:
-    """One service on a port of its own; may be stopped and started again on the same port."""
+    """A service on its own port. It can be stopped and started again on the same port."""
 
     def __init__(
         self,
         handle: Callable[[ApiRequest], ApiResponse],
-        explain: Callable[[int], Any],
+        error_document: Callable[[int], Any],
         state: Callable[[], dict[str, Any]],
         counts: Callable[[], dict[str, int]],
         *,
@@ -151,13 +151,13 @@ class Server:
         seed: int = 0,
     ) -> None:
         self.handle = handle
-        self.explain = explain  # status -> the error document this service would send
+        self.error_document = error_document  # returns the error document for a status
         self._state = state
         self._counts = counts
         self.latency = latency
         self.faults = Faults(seed)
         self.requests: list[LoggedRequest] = []
-        self._counted: dict[str, Counter[str]] = defaultdict(Counter)  # endpoint -> status -> requests
+        self._request_counts: dict[str, Counter[str]] = defaultdict(Counter)  # endpoint -> status -> requests
         self._lock = Lock()
         self._port = port
         self._http: _HTTPServer | None = None
@@ -168,7 +168,7 @@ class Server:
         return f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:
-        """Listen: on the port of last time, if there was one."""
+        """Listen, on the same port as before if the server was stopped."""
         if self._http is not None:
             return
         self._http = _HTTPServer(("127.0.0.1", self._port), _Handler)
@@ -177,31 +177,31 @@ class Server:
         Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def stop(self) -> None:
-        """Refuse connections, and drop those that are open."""
+        """Refuse new connections and drop open ones."""
         if self._http is not None:
             self._http.shutdown()
             self._http.server_close()
             self._http.drop_connections()
             self._http = None
 
-    def note(self, request: LoggedRequest) -> None:
-        """Add a line to the request log."""
-        endpoint = f"{request.method} {template(request.path)}"
+    def log_request(self, entry: LoggedRequest) -> None:
+        """Add an entry to the request log."""
+        endpoint = f"{entry.method} {path_template(entry.path)}"
         with self._lock:
-            self.requests.append(request)
-            self._counted[endpoint][str(request.status)] += 1
+            self.requests.append(entry)
+            self._request_counts[endpoint][str(entry.status)] += 1
 
     def state(self) -> dict[str, Any]:
-        """Return all that the service holds, with the requests counted by "METHOD /path/{id}" and status."""
-        return self._state() | self._counted_requests()
+        """Return the content of the service, and the number of requests by "METHOD /path/{id}" and status."""
+        return self._state() | self._count_requests()
 
     def counts(self) -> dict[str, Any]:
-        """Return how much the service holds, with the requests counted likewise."""
-        return self._counts() | self._counted_requests()
+        """Return the number of entries in the service, and of requests by "METHOD /path/{id}" and status."""
+        return self._counts() | self._count_requests()
 
-    def _counted_requests(self) -> dict[str, Any]:
+    def _count_requests(self) -> dict[str, Any]:
         with self._lock:
-            return {"requests": {endpoint: dict(statuses) for endpoint, statuses in self._counted.items()}}
+            return {"requests": {endpoint: dict(statuses) for endpoint, statuses in self._request_counts.items()}}
 
 
 class _HTTPServer(ThreadingHTTPServer):
@@ -210,24 +210,24 @@ class _HTTPServer(ThreadingHTTPServer):
     service: Server
 
     def __init__(self, *arguments: Any) -> None:
-        self._open: set[socket.socket] = set()
+        self._connections: set[socket.socket] = set()
         super().__init__(*arguments)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._open.add(connection)
+        self._connections.add(connection)
         return connection, address
 
     def shutdown_request(self, request: Any) -> None:
-        self._open.discard(request)
+        self._connections.discard(request)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are part of the game."""
+        """Ignore errors: tests disconnect clients on purpose."""
 
     def drop_connections(self) -> None:
-        for connection in list(self._open):
+        for connection in list(self._connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
@@ -237,12 +237,12 @@ class _Handler(BaseHTTPRequestHandler):
     server: _HTTPServer
 
     def log_message(self, *_: Any) -> None:
-        """Write nothing: requests are noted in Server.requests."""
+        """Write nothing. Server.requests is the log."""
 
-    def _serve(self) -> None:
+    def _handle(self) -> None:
         parts = urlsplit(self.path)
         if self.headers.get("Transfer-Encoding"):
-            self.send_error(411)  # no client of ours sends chunks
+            self.send_error(411)  # chunked bodies are not supported
             self.close_connection = True
             return
         request = ApiRequest(
@@ -254,57 +254,57 @@ class _Handler(BaseHTTPRequestHandler):
             self.path,
         )
         if parts.path.startswith("/_sandbox/"):
-            self._send(_control(self.server.service, request))
+            self._send(_handle_control(self.server.service, request))
         else:
-            self._answer(request)
+            self._respond(request)
 
-    do_GET = do_POST = do_PATCH = do_PUT = do_DELETE = do_HEAD = _serve
+    do_GET = do_POST = do_PATCH = do_PUT = do_DELETE = do_HEAD = _handle
 
-    def _answer(self, request: ApiRequest) -> None:
+    def _respond(self, request: ApiRequest) -> None:
         service = self.server.service
-        fault = service.faults.take(request)
+        fault = service.faults.trigger(request)
         action = fault.action if fault else ""
         if service.latency:
             time.sleep(service.latency)
         if fault and action in {"hang", "slow"}:
             time.sleep(fault.seconds)
         if action in {"reset", "hang"}:
-            self._note(request, 0)
+            self._log(request, 0)
             self._reset()
             return
         if fault and action == "respond":
-            self._note(request, fault.status)
-            self._send(ApiResponse(fault.status, service.explain(fault.status), fault.headers), fault.body)
+            self._log(request, fault.status)
+            self._send(ApiResponse(fault.status, service.error_document(fault.status), fault.headers), fault.body)
             return
         try:
-            answer = service.handle(request)
+            response = service.handle(request)
         except Exception:
-            self._note(request, 500)
-            self._send(ApiResponse(500, service.explain(500)))
+            self._log(request, 500)
+            self._send(ApiResponse(500, service.error_document(500)))
             raise
-        self._note(request, answer.status)
+        self._log(request, response.status)
         if fault and action == "lose_response":
             time.sleep(fault.seconds)
             self._reset()
         else:
-            self._send(answer, truncate=action == "truncate")
+            self._send(response, truncate=action == "truncate")
 
-    def _note(self, request: ApiRequest, status: int) -> None:
-        self.server.service.note(
+    def _log(self, request: ApiRequest, status: int) -> None:
+        self.server.service.log_request(
             LoggedRequest(request.method, request.path, request.query, status, len(request.body), time.time())
         )
 
-    def _send(self, answer: ApiResponse, raw: bytes | None = None, *, truncate: bool = False) -> None:
-        body = raw if raw is not None else b"" if answer.document is None else orjson.dumps(answer.document)
+    def _send(self, response: ApiResponse, raw: bytes | None = None, *, truncate: bool = False) -> None:
+        body = raw if raw is not None else b"" if response.document is None else orjson.dumps(response.document)
         headers = {"Content-Type": "application/json"} if body else {}
-        headers |= answer.headers
+        headers |= response.headers
         if len(body) > GZIP_FROM and "gzip" in self.headers.get("Accept-Encoding", ""):
             body = gzip.compress(body, 1)
             headers["Content-Encoding"] = "gzip"
-        if answer.status != _NO_CONTENT:
+        if response.status != _NO_CONTENT:
             headers["Content-Length"] = str(len(body))
-        phrase = self.responses.get(answer.status, ("",))[0]
-        lines = [f"HTTP/1.1 {answer.status} {phrase}", f"Date: {self.date_time_string()}"]
+        phrase = self.responses.get(response.status, ("",))[0]
+        lines = [f"HTTP/1.1 {response.status} {phrase}", f"Date: {self.date_time_string()}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         content = "\r\n".join([*lines, "\r\n"]).encode("latin-1") + (b"" if self.command == "HEAD" else body)
         self.wfile.write(content[: len(content) // 2] if truncate else content)
@@ -312,15 +312,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
 
     def _reset(self) -> None:
-        """Close with RST, as a crashing host does."""
+        """Close the connection with RST, like a crashing host."""
         self.close_connection = True
         with contextlib.suppress(OSError):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
 
 
-def _control(service: Server, request: ApiRequest) -> ApiResponse:
-    """Serve tests in another process: state, counts, request log, faults."""
+def _handle_control(service: Server, request: ApiRequest) -> ApiResponse:
+    """Respond to a test in another process: state, counts, request log, faults."""
     match request.method, request.path.removeprefix("/_sandbox/"):
         case "GET", "state":
             return ApiResponse(200, service.state())
@@ -330,7 +330,7 @@ def _control(service: Server, request: ApiRequest) -> ApiResponse:
             return ApiResponse(200, list(service.requests))
         case "POST", "faults":
             try:
-                service.faults.add(*(_fault(entry) for entry in request.json()))
+                service.faults.add(*(_parse_fault(entry) for entry in request.json()))
             except (TypeError, ValueError, AttributeError) as error:
                 return ApiResponse(400, {"error": f"expected a list of faults: {error}"})
             return ApiResponse(200, {})
@@ -340,6 +340,6 @@ def _control(service: Server, request: ApiRequest) -> ApiResponse:
     return ApiResponse(404, {"error": "expected state, counts, requests or faults"})
 
 
-def _fault(fields: dict[str, Any]) -> Fault:
+def _parse_fault(fields: dict[str, Any]) -> Fault:
     texts = {name: fields[name].encode() for name in ("contains", "body") if fields.get(name) is not None}
     return Fault(**(fields | texts))

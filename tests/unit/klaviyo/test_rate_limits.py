@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from worker.errors import Transient
 from worker.klaviyo.rate_limits import MAX_WAIT, RateLimiter
-from worker.sandbox.klaviyo.rate_limits import Limiter, Throttled
+from worker.sandbox.klaviyo.rate_limits import FixedWindowLimiter, Throttled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -468,7 +468,7 @@ def run_workers(endpoint: str, limit: dict[int, int], number: int, share: float 
     They start within a second, in the middle of a minute. A call takes 50 to 200 ms.
     """
     time, random = VirtualTime(), Random(7)
-    account = Limiter(time.now)
+    account = FixedWindowLimiter(time.now)
     time.wait(20)
     end = time.now() + 120
     statuses: list[list[int]] = [[] for _ in range(number)]
@@ -480,7 +480,7 @@ def run_workers(endpoint: str, limit: dict[int, int], number: int, share: float 
             time.wait(random.uniform(0.02, 0.1))
             status, headers, retry_after = 202, {}, None
             try:
-                remaining, reset = account.take(endpoint, limit)
+                remaining, reset = account.acquire(endpoint, limit)
                 headers = window(limit[60], remaining, reset)
             except Throttled as throttled:
                 status, retry_after = 429, throttled.seconds

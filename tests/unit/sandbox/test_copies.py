@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.unit.sandbox.test_commercetools_api import Caller, names
 from worker.sandbox import Sandbox, sample_shop
 from worker.sandbox.commercetools.copies import Copies
-from worker.sandbox.commercetools.predicate import matches
+from worker.sandbox.commercetools.predicate import parse_predicate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,7 +118,7 @@ PREDICATES = st.recursive(
 @given(st.lists(PREDICATES, max_size=2))
 def test_the_index_leaves_nothing_out(predicates: list[str]) -> None:
     """Whatever the predicates, who passes them is among the candidates."""
-    tests = [matches(predicate) for predicate in predicates]
+    tests = [parse_predicate(predicate) for predicate in predicates]
     passing = [order["id"] for order in ALL["orders"] if all(test(order) for test in tests)]
     candidates = [order["id"] for order in COPIES.candidates("orders", tests)]
     assert set(passing) <= set(candidates)
@@ -135,7 +135,7 @@ def test_the_index_leaves_nothing_out(predicates: list[str]) -> None:
 )
 def test_the_index_narrows(collection: str, where: str, expected: int) -> None:
     """A query by id or sku does not look at every resource."""
-    assert len(list(COPIES.candidates(collection, [matches(where)]))) == expected
+    assert len(list(COPIES.candidates(collection, [parse_predicate(where)]))) == expected
 
 
 def test_many_copies_share_what_is_the_same() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.unit.sandbox.conftest import HEADERS, Caller
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import PREFIX, Account
-from worker.sandbox.klaviyo.api import KEY, Klaviyo
+from worker.sandbox.klaviyo.api import KEY, KlaviyoApi
 from worker.sandbox.server import ApiRequest
 
 
@@ -274,7 +274,7 @@ def test_events_of_a_bulk_call_show_later() -> None:
     entry = {"profile": profile_of_bulk, "events": {"data": [bulk]}}
     account.create_events([{"type": "event-bulk-create", "attributes": entry}])
     assert len(account.events) == 2
-    assert [each["unique_id"] for each in account.shown_events()] == ["1"]
+    assert [each["unique_id"] for each in account.visible_events()] == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -581,7 +581,7 @@ def test_every_endpoint_has_its_tier(request_line: str, steady: int) -> None:
 @pytest.mark.parametrize(("factor", "steady", "burst"), [(10.0, 600, 30), (0.1, 6, 1)])
 def test_an_account_may_have_other_limits(factor: float, steady: int, burst: int) -> None:
     """A multiple of the documented ones, in headers and in deed."""
-    klaviyo = Klaviyo(Account(), rate_limits=factor)
+    klaviyo = KlaviyoApi(Account(), rate_limits=factor)
     path = "/api/data-privacy-deletion-jobs"
     answers = [klaviyo.handle(ApiRequest("POST", path, {}, HEADERS, b"{}", path)) for _ in range(2 * burst + 1)]
     assert answers[0].headers["RateLimit-Limit"] == str(steady)
@@ -655,6 +655,6 @@ def test_no_body_is_too_strange(data: st.DataObject) -> None:
     body = deepcopy(VALID[path])
     container, key = data.draw(st.sampled_from(spots(body)))
     container[key] = data.draw(JSON)
-    klaviyo = Klaviyo(Account(), rate_limits=False)
+    klaviyo = KlaviyoApi(Account(), rate_limits=False)
     answer = klaviyo.handle(ApiRequest("POST", path, {}, HEADERS, orjson.dumps(body), path))
     assert answer.status in {200, 201, 202, 400, 404}

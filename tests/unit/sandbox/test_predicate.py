@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.sandbox.commercetools.predicate import PredicateError, matches
+from worker.sandbox.commercetools.predicate import PredicateError, parse_predicate
 
 ORDER = {
     "id": "o-1",
@@ -63,7 +63,7 @@ ORDER = {
 )
 def test_predicates_mean_what_they_say(predicate: str, expected: bool) -> None:
     """Comparisons, lists, nesting over arrays, and, or, not."""
-    assert matches(predicate)(ORDER) is expected
+    assert parse_predicate(predicate)(ORDER) is expected
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_predicates_mean_what_they_say(predicate: str, expected: bool) -> None:
 def test_a_malformed_predicate_is_refused(predicate: str) -> None:
     """The service answers 400, so the stand-in must know."""
     with pytest.raises(PredicateError):
-        matches(predicate)
+        parse_predicate(predicate)
 
 
 def literal(text: str) -> str:
@@ -115,7 +115,7 @@ def combined(inner):
 def test_any_combination_is_boolean_algebra(predicate, x: str, y: str) -> None:
     """However deep and, or and not are put together."""
     text, expected = predicate
-    assert matches(text)({"x": x, "y": y}) is expected({"x": x, "y": y})
+    assert parse_predicate(text)({"x": x, "y": y}) is expected({"x": x, "y": y})
 
 
 @given(st.lists(IDS), st.lists(IDS, min_size=1))
@@ -123,15 +123,15 @@ def test_an_array_matches_when_any_element_does(held: list[str], wanted: list[st
     """Of objects by a nested predicate, of texts by `contains any`."""
     expected = bool(set(held) & set(wanted))
     listed = ", ".join(map(literal, wanted))
-    assert matches(f"parts(id in ({listed}))")({"parts": [{"id": each} for each in held]}) is expected
-    assert matches(f"parts contains any ({listed})")({"parts": held}) is expected
+    assert parse_predicate(f"parts(id in ({listed}))")({"parts": [{"id": each} for each in held]}) is expected
+    assert parse_predicate(f"parts contains any ({listed})")({"parts": held}) is expected
 
 
 @given(st.text(alphabet='abc ()=<>!,"\\ andornotiscontains0.-'))
 def test_no_text_does_more_than_be_malformed(text: str) -> None:
     """A predicate is a test or a PredicateError, and a test never fails."""
     try:
-        test = matches(text)
+        test = parse_predicate(text)
     except PredicateError:
         return
     assert test(ORDER) in {True, False}
@@ -140,6 +140,6 @@ def test_no_text_does_more_than_be_malformed(text: str) -> None:
 @given(st.text(), st.text())
 def test_any_text_can_be_a_value(wanted: str, other: str) -> None:
     """Quotes and backslashes are escaped, and nothing ends a literal early."""
-    test = matches(f"id in ({literal(wanted)})")
+    test = parse_predicate(f"id in ({literal(wanted)})")
     assert test({"id": wanted})
     assert test({"id": other}) is (wanted == other)

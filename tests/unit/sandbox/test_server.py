@@ -21,7 +21,7 @@ import urllib3
 from tests.unit.sandbox.conftest import HEADERS, Caller
 from tests.unit.sandbox.test_klaviyo_rules import BULK, bulk, event, profile
 from worker.sandbox import Fault, Sandbox
-from worker.sandbox.klaviyo.rate_limits import Limiter, Throttled
+from worker.sandbox.klaviyo.rate_limits import FixedWindowLimiter, Throttled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -240,21 +240,21 @@ def test_a_failing_handler_is_a_500_that_shows_in_the_log(sandbox: Sandbox, call
 def test_windows_are_fixed_and_say_when_they_end() -> None:
     """Two at a time: what the short one refuses does not count in the long one."""
     now = 120.5
-    limiter = Limiter(lambda: now)
+    limiter = FixedWindowLimiter(lambda: now)
     limits = {1: 2, 60: 3}
-    assert [limiter.take("x", limits) for _ in range(2)] == [(2, 60), (1, 60)]
+    assert [limiter.acquire("x", limits) for _ in range(2)] == [(2, 60), (1, 60)]
     with pytest.raises(Throttled) as short:
-        limiter.take("x", limits)
+        limiter.acquire("x", limits)
     assert short.value.seconds == 1
-    assert limiter.take("other", limits) == (2, 60)
+    assert limiter.acquire("other", limits) == (2, 60)
     now = 130.25
-    assert limiter.take("x", limits) == (0, 50)
+    assert limiter.acquire("x", limits) == (0, 50)
     now = 131.25
     with pytest.raises(Throttled) as long:
-        limiter.take("x", limits)
+        limiter.acquire("x", limits)
     assert long.value.seconds == 49
     now = 180.0
-    assert limiter.take("x", limits) == (2, 60)
+    assert limiter.acquire("x", limits) == (2, 60)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The commercetools stand-in: tokens, queries over a Shop, and its subscriptions."""
+"""The HTTP API of the commercetools emulator: tokens, queries over a Shop, and subscriptions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from worker.sandbox.commercetools.copies import Copies
-from worker.sandbox.commercetools.predicate import PredicateError, matches
+from worker.sandbox.commercetools.predicate import PredicateError, parse_predicate
 from worker.sandbox.commercetools.subscriptions import ApiError, Subscriptions
 from worker.sandbox.server import ApiResponse
 
@@ -29,7 +29,7 @@ _SORT = re.compile(r"(id|createdAt|lastModifiedAt)( asc| desc)?")
 
 
 def error_document(status: int, code: str = "", message: str = "", **details: Any) -> Any:
-    """Return an error document as commercetools forms it."""
+    """Return an error document in commercetools' format."""
     codes = {400: "InvalidInput", 401: "invalid_token", 403: "insufficient_scope", 404: "ResourceNotFound"}
     code = code or codes.get(status, "General")
     return {
@@ -40,15 +40,15 @@ def error_document(status: int, code: str = "", message: str = "", **details: An
     }
 
 
-class Commercetools:
-    """Answers like commercetools' HTTP API, reading from a Shop and `copies` of its resources."""
+class CommercetoolsApi:
+    """commercetools' HTTP API on top of a Shop and `copies` of its resources."""
 
     def __init__(self, shop: Shop, token_lifetime: int, copies: int = 0) -> None:
         self._shop = shop
         self._copies = Copies(shop, copies)
         self._lifetime = token_lifetime
         self._lock = Lock()
-        self._tokens: dict[str, tuple[float, list[str]]] = {}  # when they end, and their scopes
+        self._tokens: dict[str, tuple[float, list[str]]] = {}  # when each expires, and its scopes
         self.subscriptions = Subscriptions()
         self.tokens_issued = 0
 
@@ -58,12 +58,12 @@ class Commercetools:
             self._tokens.clear()
 
     def handle(self, request: ApiRequest) -> ApiResponse:
-        """Answer a request."""
-        answer = self._answer(request)
+        """Return the response to a request."""
+        response = self._respond(request)
         correlation = request.headers.get("X-Correlation-ID") or f"{PROJECT}/{secrets.token_hex(8)}"
-        return replace(answer, headers={**answer.headers, "X-Correlation-ID": correlation})
+        return replace(response, headers={**response.headers, "X-Correlation-ID": correlation})
 
-    def _answer(self, request: ApiRequest) -> ApiResponse:
+    def _respond(self, request: ApiRequest) -> ApiResponse:
         if len(request.target) > MAX_URI:
             return ApiResponse(413, error_document(413))
         if request.path == "/oauth/token":
@@ -95,11 +95,9 @@ class Commercetools:
         try:
             if parts[3:]:
                 return self.subscriptions.health(parts[2])
-            return self.subscriptions.answer(request, "".join(parts[2:]))
-        except ApiError as refusal:
-            return ApiResponse(
-                refusal.status, error_document(refusal.status, refusal.code, str(refusal), **refusal.details)
-            )
+            return self.subscriptions.respond(request, "".join(parts[2:]))
+        except ApiError as error:
+            return ApiResponse(error.status, error_document(error.status, error.code, str(error), **error.details))
 
     def _token(self, request: ApiRequest) -> ApiResponse:
         credentials = base64.b64encode(f"{CLIENT_ID}:{CLIENT_SECRET}".encode()).decode()
@@ -109,10 +107,10 @@ class Commercetools:
         if form.get("grant_type") != ["client_credentials"]:
             return ApiResponse(400, error_document(400, "unsupported_grant_type"))
         available = [f"{scope}:{PROJECT}" for scope in SCOPES]
-        asked = " ".join(form.get("scope", [])).split()
-        granted = [scope for scope in asked if scope in available] if asked else available
+        requested = " ".join(form.get("scope", [])).split()
+        granted = [scope for scope in requested if scope in available] if requested else available
         if not granted:
-            return ApiResponse(400, error_document(400, "invalid_scope", f"None of {asked} can be granted."))
+            return ApiResponse(400, error_document(400, "invalid_scope", f"None of {requested} can be granted."))
         token = secrets.token_urlsafe(24)
         with self._lock:
             self._tokens[token] = (time.monotonic() + self._lifetime, granted)
@@ -121,17 +119,17 @@ class Commercetools:
         return ApiResponse(200, document | {"scope": " ".join(granted)})
 
     def _scopes(self, authorization: str) -> list[str] | None:
-        """Return the scopes of a token; None when it is not valid. Only subscriptions ask for theirs."""
+        """Return the scopes of a token, or None if it is invalid. Only subscriptions require a scope."""
         scheme, _, token = authorization.partition(" ")
         with self._lock:
-            ends, scopes = self._tokens.get(token, (0.0, []))
-        return scopes if scheme == "Bearer" and ends > time.monotonic() else None
+            expires_at, scopes = self._tokens.get(token, (0.0, []))
+        return scopes if scheme == "Bearer" and expires_at > time.monotonic() else None
 
     def _query(self, path: str, collection: dict[str, Any], request: ApiRequest) -> ApiResponse:
         try:
             limit = int(request.query.get("limit", [str(DEFAULT_LIMIT)])[0])
             offset = int(request.query.get("offset", ["0"])[0])
-            tests = [matches(where) for where in request.query.get("where", [])]
+            tests = [parse_predicate(where) for where in request.query.get("where", [])]
         except (PredicateError, ValueError) as error:
             return ApiResponse(400, error_document(400, message=f"Malformed parameter: {error}"))
         sorts = request.query.get("sort", [])

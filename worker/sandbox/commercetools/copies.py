@@ -1,4 +1,4 @@
-"""A shop at scale: many copies of a few sample resources, which never change and are found by an index."""
+"""A large shop: many copies of a few sample resources. They never change and have an index."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from worker.sandbox.commercetools.predicate import literals
+from worker.sandbox.commercetools.predicate import literals_at
 from worker.sandbox.commercetools.shop import Json, uid
 
 if TYPE_CHECKING:
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from worker.sandbox.commercetools.shop import Shop
 
 IDS = (
-    "order-1, customer-1, product-1 and inventory-entry-1, and so on, up to N. An order has three lines and is of "
-    "the customer with its number; the entry is the stock of sku-1-1, a variant of product-1, which also has sku-1-2"
+    "order-1, customer-1, product-1, inventory-entry-1 and so on, up to N. order-1 belongs to customer-1 and has three "
+    "lines. product-1 has the variants sku-1-1 and sku-1-2. inventory-entry-1 is the stock of sku-1-1"
 )
 
 Index = dict["Literal", list[Json]]
 
 
 class Copies:
-    """`number` copies each of an order, a customer, a product and its inventory entry. Safe for many threads."""
+    """`number` copies of an order, a customer, a product and its inventory entry. Safe for many threads."""
 
     def __init__(self, shop: Shop, number: int) -> None:
         makers: dict[str, Callable[[Shop, int], Json]] = {
@@ -43,22 +43,22 @@ class Copies:
         return self._resources.get(collection, {}).get(resource_id)
 
     def candidates(self, collection: str, predicates: Sequence[Predicate]) -> Iterable[Json]:
-        """Return the resources of a collection that may pass all predicates: none that does is left out."""
+        """Return a superset of the resources in a collection that match all predicates."""
         resources = self._resources.get(collection, {})
-        needs = [predicate.needs for predicate in predicates if predicate.needs is not None]
-        if not resources or not needs:
+        keys = [predicate.index_keys for predicate in predicates if predicate.index_keys is not None]
+        if not resources or not keys:
             return resources.values()
-        found = (self._index(collection, path).get(value, ()) for path, value in min(needs, key=len))
+        found = (self._index(collection, path).get(value, ()) for path, value in min(keys, key=len))
         return _by_id(chain.from_iterable(found)).values()
 
     def _index(self, collection: str, path: Path) -> Index:
-        """Return the resources by what they have at a path."""
+        """Return the resources by their values at a path."""
         with self._lock:
             index = self._indexes.get((collection, path))
             if index is None:
                 index = defaultdict(list)
                 for resource in self._resources[collection].values():
-                    for literal in literals(resource, path):
+                    for literal in literals_at(resource, path):
                         index[literal].append(resource)
                 index.default_factory = None
                 self._indexes[collection, path] = index
@@ -73,7 +73,7 @@ def order(shop: Shop, number: int) -> Json:
     """Return a copy of an order with three lines."""
     template = shop.orders[uid("order:three")]
     lines = [line | {"id": f"line-{number}-{index}"} for index, line in enumerate(template["lineItems"], 1)]
-    address = _reachable(template["billingAddress"], number)
+    address = _with_own_phone(template["billingAddress"], number)
     copy = template | {
         "id": f"order-{number}",
         "orderNumber": f"R-{number}",
@@ -83,18 +83,18 @@ def order(shop: Shop, number: int) -> Json:
         "shippingAddress": address,
         "lineItems": lines,
     }
-    del copy["paymentInfo"]  # the payment is of one order only
+    del copy["paymentInfo"]  # a payment belongs to one order
     return copy
 
 
 def customer(shop: Shop, number: int) -> Json:
-    """Return a copy of a customer with everything."""
+    """Return a copy of a customer with all fields."""
     template = shop.customers[uid("customer:grete")]
     return template | {
         "id": f"customer-{number}",
         "customerNumber": f"C-{number}",
         "email": _email(number),
-        "addresses": [_reachable(address, number) for address in template["addresses"]],
+        "addresses": [_with_own_phone(address, number) for address in template["addresses"]],
     }
 
 
@@ -120,6 +120,6 @@ def _email(number: int) -> str:
     return f"customer-{number}@mail.example"
 
 
-def _reachable(address: Json, number: int) -> Json:
-    """Return a copy of an address with a telephone of its own: for Klaviyo, one number is one profile."""
+def _with_own_phone(address: Json, number: int) -> Json:
+    """Return a copy of an address with its own phone number. Klaviyo allows one profile per number."""
     return address | {"phone": f"030 {20_000_000 + number}"}

@@ -1,4 +1,4 @@
-"""Evaluate commercetools query predicates: https://docs.commercetools.com/api/predicates/query."""
+"""commercetools' query predicates: https://docs.commercetools.com/api/predicates/query."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _TOKEN = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")|(-?\d+(?:\.\d+)?)|([A-Za-z_][\w-]*)|(<>|!=|<=|>=|[()=<>,]))')
 _RESERVED = {"and", "or", "not", "in", "is", "contains", "defined", "empty", "true", "false"}
-_MAX_DEPTH = 50  # parentheses and negations inside each other
+_MAX_DEPTH = 50  # nested parentheses and negations
 _COMPARE = {
     "=": operator.eq,
     "!=": operator.ne,
@@ -24,7 +24,7 @@ _COMPARE = {
 }
 
 
-Path = tuple[str, ...]  # the names of fields inside each other
+Path = tuple[str, ...]  # names of nested fields
 Literal = tuple[bool, Any]
 
 
@@ -34,33 +34,33 @@ class PredicateError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Predicate:
-    """A test of a value.
+    """A parsed predicate.
 
-    `needs`: what can be looked up in an index. Of these fields and literals, a value that passes has one at least;
-    None: nothing is known.
+    `index_keys`: fields and literals to look up in an index. A value that matches has at least one of them.
+    None: an index does not help.
     """
 
-    holds: Callable[[Any], bool]
-    needs: frozenset[tuple[Path, Literal]] | None = None
+    test: Callable[[Any], bool]
+    index_keys: frozenset[tuple[Path, Literal]] | None = None
 
     def __call__(self, value: Any) -> bool:
-        """Tell whether a value passes."""
-        return self.holds(value)
+        """Return True if a value matches."""
+        return self.test(value)
 
 
-def literals(value: Any, path: Path) -> Iterator[Literal]:
-    """Return what a value has at a path: all of it, where there are arrays on the way."""
+def literals_at(value: Any, path: Path) -> Iterator[Literal]:
+    """Yield the literals of a value at a path. If a field is an array, yield those of all its members."""
     for member in _members(value, path[0]):
         if len(path) > 1:
-            yield from literals(member, path[1:])
+            yield from literals_at(member, path[1:])
         else:
             yield _literal(member)
 
 
-def matches(predicate: str) -> Predicate:
-    """Return the test a predicate describes. Raises PredicateError."""
+def parse_predicate(predicate: str) -> Predicate:
+    """Parse a predicate. Raises PredicateError."""
     parser = _Parser(_tokens(predicate))
-    test = parser.alternatives()
+    test = parser.parse_alternatives()
     if parser.next is not None:
         raise PredicateError(f"unexpected {parser.next}")
     return test
@@ -80,7 +80,7 @@ def _tokens(text: str) -> list[str]:
 
 
 class _Parser:
-    """Recursive descent: alternatives > conjunctions > terms."""
+    """A recursive descent parser: alternatives of conjunctions of terms."""
 
     def __init__(self, tokens: list[str]) -> None:
         self._tokens = [*tokens, None]
@@ -98,37 +98,37 @@ class _Parser:
         self._at += 1
         return token
 
-    def alternatives(self) -> Predicate:
-        tests = [self.conjunction()]
+    def parse_alternatives(self) -> Predicate:
+        tests = [self.parse_conjunction()]
         while self.next == "or":
             self.take()
-            tests.append(self.conjunction())
+            tests.append(self.parse_conjunction())
         if len(tests) == 1:
             return tests[0]
-        needs = [test.needs for test in tests if test.needs is not None]
-        together = frozenset().union(*needs) if len(needs) == len(tests) else None
-        return Predicate(lambda value: any(test(value) for test in tests), together)
+        keys = [test.index_keys for test in tests if test.index_keys is not None]
+        union = frozenset().union(*keys) if len(keys) == len(tests) else None
+        return Predicate(lambda value: any(test(value) for test in tests), union)
 
-    def conjunction(self) -> Predicate:
-        tests = [self.term()]
+    def parse_conjunction(self) -> Predicate:
+        tests = [self.parse_term()]
         while self.next == "and":
             self.take()
-            tests.append(self.term())
+            tests.append(self.parse_term())
         if len(tests) == 1:
             return tests[0]
-        needs = [test.needs for test in tests if test.needs is not None]
-        return Predicate(lambda value: all(test(value) for test in tests), min(needs, key=len, default=None))
+        keys = [test.index_keys for test in tests if test.index_keys is not None]
+        return Predicate(lambda value: all(test(value) for test in tests), min(keys, key=len, default=None))
 
-    def term(self) -> Predicate:
+    def parse_term(self) -> Predicate:
         if self.next == "not":
             self.take()
-            test = self._deeper(self.term)
+            test = self._parse_nested(self.parse_term)
             return Predicate(lambda value: not test(value))
         if self.next == "(":
-            return self._nested()
-        return self._field(self.take())
+            return self._parse_parentheses()
+        return self._parse_field(self.take())
 
-    def _deeper(self, parse: Callable[[], Predicate]) -> Predicate:
+    def _parse_nested(self, parse: Callable[[], Predicate]) -> Predicate:
         if self._depth == _MAX_DEPTH:
             raise PredicateError("nested too deep")
         self._depth += 1
@@ -136,42 +136,42 @@ class _Parser:
         self._depth -= 1
         return test
 
-    def _nested(self) -> Predicate:
+    def _parse_parentheses(self) -> Predicate:
         self.take("(")
-        test = self._deeper(self.alternatives)
+        test = self._parse_nested(self.parse_alternatives)
         self.take(")")
         return test
 
-    def _field(self, name: str) -> Predicate:
+    def _parse_field(self, name: str) -> Predicate:
         if not (name[0].isalpha() or name[0] == "_") or name in _RESERVED:
             raise PredicateError(f"expected a field, found {name}")
         if self.next == "(":
-            inner = self._nested()
-            needs = inner.needs and frozenset(((name, *path), literal) for path, literal in inner.needs)
-            return Predicate(lambda value: any(map(inner, _members(value, name))), needs)
+            inner = self._parse_parentheses()
+            keys = inner.index_keys and frozenset(((name, *path), literal) for path, literal in inner.index_keys)
+            return Predicate(lambda value: any(map(inner, _members(value, name))), keys)
         word = self.take(*_COMPARE, "not", "in", "contains", "is")
         if word in _COMPARE:
-            return self._comparison(name, word)
+            return self._parse_comparison(name, word)
         if word == "contains":
-            enough = any if self.take("any", "all") == "any" else all
-            members = self._choices()
+            quantifier = any if self.take("any", "all") == "any" else all
+            members = self._parse_choices()
             return Predicate(
-                lambda value: enough(map({_literal(v) for v in _members(value, name)}.__contains__, members))
+                lambda value: quantifier(map({_literal(v) for v in _members(value, name)}.__contains__, members))
             )
         if word == "is":
-            return Predicate(self._presence(name))
+            return Predicate(self._parse_presence(name))
         if word == "not":
             self.take("in")
-        choices, positive = self._choices(), word == "in"
-        needs = frozenset(((name,), literal) for literal in choices) if positive else None
-        return Predicate(lambda value: any((_literal(v) in choices) is positive for v in _members(value, name)), needs)
+        choices, positive = self._parse_choices(), word == "in"
+        keys = frozenset(((name,), literal) for literal in choices) if positive else None
+        return Predicate(lambda value: any((_literal(v) in choices) is positive for v in _members(value, name)), keys)
 
-    def _comparison(self, name: str, word: str) -> Predicate:
-        compare, wanted = _COMPARE[word], self._value()
-        needs = frozenset({((name,), _literal(wanted))}) if word == "=" else None
-        return Predicate(lambda value: any(_compares(compare, v, wanted) for v in _members(value, name)), needs)
+    def _parse_comparison(self, name: str, word: str) -> Predicate:
+        compare, wanted = _COMPARE[word], self._parse_value()
+        keys = frozenset({((name,), _literal(wanted))}) if word == "=" else None
+        return Predicate(lambda value: any(_matches(compare, v, wanted) for v in _members(value, name)), keys)
 
-    def _presence(self, name: str) -> Callable[[Any], bool]:
+    def _parse_presence(self, name: str) -> Callable[[Any], bool]:
         positive = self.next != "not"
         if not positive:
             self.take()
@@ -179,14 +179,14 @@ class _Parser:
             return lambda value: (isinstance(value, dict) and value.get(name) is not None) is positive
         return lambda value: (not _members(value, name)) is positive
 
-    def _choices(self) -> set[Literal]:
+    def _parse_choices(self) -> set[Literal]:
         self.take("(")
-        choices = {_literal(self._value())}
+        choices = {_literal(self._parse_value())}
         while self.take(",", ")") == ",":
-            choices.add(_literal(self._value()))
+            choices.add(_literal(self._parse_value()))
         return choices
 
-    def _value(self) -> Any:
+    def _parse_value(self) -> Any:
         token = self.take()
         if token.startswith('"'):
             return re.sub(r"\\(.)", r"\1", token[1:-1])
@@ -199,7 +199,7 @@ class _Parser:
 
 
 def _members(value: Any, name: str) -> list[Any]:
-    """Return what a field holds: the members of an array, or the value itself."""
+    """Return the values of a field: the members of an array, or the value itself."""
     found = value.get(name) if isinstance(value, dict) else None
     if found is None:
         return []
@@ -207,11 +207,11 @@ def _members(value: Any, name: str) -> list[Any]:
 
 
 def _literal(value: Any) -> Literal:
-    """Return what tells literals apart: for Python, True and 1 are the same, and objects cannot be in sets."""
+    """Return a hashable key for a value. It distinguishes True from 1, which Python considers equal."""
     return isinstance(value, bool), None if isinstance(value, dict | list) else value
 
 
-def _compares(compare: Callable[[Any, Any], Any], value: Any, wanted: Any) -> bool:
+def _matches(compare: Callable[[Any, Any], Any], value: Any, wanted: Any) -> bool:
     if isinstance(value, bool) is not isinstance(wanted, bool):
         return compare is operator.ne
     try:

@@ -1,4 +1,4 @@
-"""The sample shop: small, believable, and with every oddity a real one has."""
+"""A small sample shop with the unusual cases of real shops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CREATED = "2026-11-20T08:30:00.000Z"
 
 @dataclass
 class Shop:
-    """What commercetools holds: id -> resource. `products` are current projections: no entry, not published."""
+    """The resources in commercetools by id. `products` contains the published products only."""
 
     orders: dict[str, Json] = field(default_factory=dict)
     customers: dict[str, Json] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Shop:
         return getattr(self, names.get(path, path)) if path in known else None
 
     def personal_data(self) -> set[str]:
-        """Return every email, phone number, name and street, for tests that look for them where they must not be."""
+        """Return every email, phone number, name and street, for tests that search output for them."""
         found: set[str] = set()
         for resource in [*self.customers.values(), *self.orders.values()]:
             _collect(resource, found)
@@ -61,12 +61,12 @@ def _collect(value: Any, found: set[str]) -> None:
 
 
 def uid(name: str) -> str:
-    """Return the id of the thing with this readable name: `order:guest`, `product:jeans`."""
+    """Return the id for a readable name such as `order:guest` or `product:jeans`."""
     return str(uuid.uuid5(_NAMESPACE, name))
 
 
 def money(cents: int, currency: str = "EUR", digits: int = 2) -> Json:
-    """Return a centPrecision money."""
+    """Return an amount of the type centPrecision."""
     return {"type": "centPrecision", "currencyCode": currency, "centAmount": cents, "fractionDigits": digits}
 
 
@@ -85,7 +85,7 @@ def _by_id(*resources: Json) -> dict[str, Json]:
 
 
 def sample_shop() -> Shop:
-    """Return the shop, the same every time."""
+    """Return the shop. It is the same every time."""
     products = _products()
     customers = _customers()
     return Shop(
@@ -249,7 +249,7 @@ def _customers() -> dict[str, Json]:
 
 
 def line_item(order: str, number: int, product: Json, *, quantity: int = 1, unit: Json | None = None) -> Json:
-    """Return a line item of an order; `unit` is the price of one."""
+    """Return a line item of an order. `unit` is the unit price."""
     variant = product["masterVariant"]
     unit = unit or (variant["prices"][0]["value"] if variant["prices"] else money(2500))
     total = _cents(unit, quantity)
@@ -270,7 +270,7 @@ def line_item(order: str, number: int, product: Json, *, quantity: int = 1, unit
 
 
 def _cents(unit: Json, quantity: int) -> Json:
-    """Return the price of several: always in cents, rounded like commercetools does."""
+    """Return the total price in cents, rounded like commercetools."""
     if unit["type"] == "highPrecision":
         return money(round(unit["preciseAmount"] * quantity / 10 ** (unit["fractionDigits"] - 2)), unit["currencyCode"])
     return {**unit, "centAmount": unit["centAmount"] * quantity}
@@ -328,7 +328,7 @@ def _orders(products: dict[str, Json], customers: dict[str, Json]) -> dict[str, 
     }
     three = [line_item("three", 1, jeans, quantity=2), line_item("three", 2, shirt), line_item("three", 3, socks)]
     imported = _order("imported", [line_item("imported", 1, cap)], katherine, origin="Import")
-    del imported["cart"], imported["taxedPrice"]  # commercetools computes neither for orders it only keeps
+    del imported["cart"], imported["taxedPrice"]  # commercetools computes neither for imported orders
     guest = {"customerEmail": "hedy.lamarque@mail.example", "billingAddress": guest_address, "anonymousId": "anon"}
     return _by_id(
         _order("three", three, grete, paymentInfo={"payments": [reference("payment", "card")]}),

@@ -1,4 +1,4 @@
-"""The Subscriptions API of the commercetools stand-in, with the rules that it documents; it delivers nothing.
+"""The Subscriptions API of the commercetools emulator, with its documented rules. It delivers no notifications.
 
 https://docs.commercetools.com/api/projects/subscriptions
 """
@@ -36,7 +36,7 @@ _BY_KEY = "key="
 
 
 class ApiError(Exception):
-    """What commercetools answers instead."""
+    """An error response of commercetools."""
 
     def __init__(self, status: int, code: str, message: str, **details: Any) -> None:
         super().__init__(message)
@@ -45,57 +45,57 @@ class ApiError(Exception):
 
 @dataclass
 class Subscriptions:
-    """The subscriptions of a project. `unreachable`: texts of destinations that no test message arrives at."""
+    """The subscriptions of a project. Test messages fail for a destination that contains a text of `unreachable`."""
 
     unreachable: set[str] = field(default_factory=set)
     has_health: bool = True
-    _held: dict[str, Json] = field(default_factory=dict)  # secrets included
+    _by_id: dict[str, Json] = field(default_factory=dict)  # with secrets
     _lock: Lock = field(default_factory=Lock)
 
     def all(self) -> list[Json]:
-        """Return them, as they are shown."""
+        """Return all subscriptions with redacted secrets."""
         with self._lock:
-            return [_shown(subscription) for subscription in self._held.values()]
+            return [_redact(subscription) for subscription in self._by_id.values()]
 
     def destinations(self) -> list[Json]:
-        """Return their destinations, with nothing hidden."""
+        """Return all destinations with their secrets."""
         with self._lock:
-            return [subscription["destination"] for subscription in self._held.values()]
+            return [subscription["destination"] for subscription in self._by_id.values()]
 
     def set_status(self, key: str, status: str) -> None:
-        """Change the status of one."""
+        """Set the status of a subscription."""
         with self._lock:
-            self._found(_BY_KEY + key)["status"] = status
+            self._find(_BY_KEY + key)["status"] = status
 
     def health(self, name: str) -> ApiResponse:
-        """Respond to /health, which takes no token."""
-        subscription = self._held.get(name)
+        """Return the response to /health, which requires no token."""
+        subscription = self._by_id.get(name)
         if subscription is None or not self.has_health:
             raise ApiError(404, "ResourceNotFound", f"The Resource with ID '{name}' was not found.")
         return ApiResponse(_HEALTH.get(subscription["status"], 400), {})
 
-    def answer(self, request: ApiRequest, name: str) -> ApiResponse:
-        """Respond to a request; `name` is an id, key=KEY, or "" for all of them. Raises ApiError."""
+    def respond(self, request: ApiRequest, name: str) -> ApiResponse:
+        """Return the response to a request. `name` is an id, key=KEY, or "" for all. Raises ApiError."""
         with self._lock:
             match request.method, bool(name):
                 case "GET", False:
-                    shown = [_shown(subscription) for subscription in self._held.values()]
-                    return ApiResponse(200, {"limit": 20, "offset": 0, "count": len(shown), "results": shown})
+                    redacted = [_redact(subscription) for subscription in self._by_id.values()]
+                    return ApiResponse(200, {"limit": 20, "offset": 0, "count": len(redacted), "results": redacted})
                 case "POST", False:
-                    return ApiResponse(201, _shown(self.create(request.json())))
+                    return ApiResponse(201, _redact(self.create(request.json())))
                 case "GET", True:
-                    return ApiResponse(200, _shown(self._found(name)))
+                    return ApiResponse(200, _redact(self._find(name)))
                 case "POST", True:
-                    return ApiResponse(200, _shown(self.update(name, request.json())))
+                    return ApiResponse(200, _redact(self.update(name, request.json())))
                 case "DELETE", True:
-                    subscription = self._found(name)
+                    subscription = self._find(name)
                     _check_version(subscription, int(request.query.get("version", ["0"])[0]))
-                    return ApiResponse(200, _shown(self._held.pop(subscription["id"])))
+                    return ApiResponse(200, _redact(self._by_id.pop(subscription["id"])))
         raise ApiError(404, "ResourceNotFound", "not found")
 
     def create(self, draft: Json) -> Json:
-        """Create one from a draft, after a test message."""
-        if len(self._held) >= MAX_SUBSCRIPTIONS:
+        """Create a subscription from a draft, if the test message can be delivered."""
+        if len(self._by_id) >= MAX_SUBSCRIPTIONS:
             raise ApiError(400, "MaxResourceLimitExceeded", f"at most {MAX_SUBSCRIPTIONS} subscriptions")
         now = datetime.now(UTC).isoformat()
         subscription = {
@@ -111,12 +111,12 @@ class Subscriptions:
         }
         self._check(subscription)
         self._deliver_test(subscription["destination"])
-        self._held[subscription["id"]] = subscription
+        self._by_id[subscription["id"]] = subscription
         return subscription
 
     def update(self, name: str, body: Json) -> Json:
-        """Carry out all update actions, or none."""
-        subscription = self._found(name)
+        """Apply all update actions, or none."""
+        subscription = self._find(name)
         _check_version(subscription, body.get("version"))
         changed = dict(subscription)
         for action in body.get("actions", []):
@@ -130,11 +130,11 @@ class Subscriptions:
             self._check(changed)
         if changed != subscription:
             changed |= {"version": subscription["version"] + 1, "lastModifiedAt": datetime.now(UTC).isoformat()}
-        self._held[subscription["id"]] = changed
+        self._by_id[subscription["id"]] = changed
         return changed
 
-    def _found(self, name: str) -> Json:
-        for subscription in self._held.values():
+    def _find(self, name: str) -> Json:
+        for subscription in self._by_id.values():
             if name in {subscription["id"], f"{_BY_KEY}{subscription.get('key')}"}:
                 return subscription
         raise ApiError(404, "ResourceNotFound", f"The Resource with ID '{name}' was not found.")
@@ -144,10 +144,10 @@ class Subscriptions:
         required = REQUIRED.get(str(destination.get("type")))
         if key is not None and not _KEY.fullmatch(key):
             raise ApiError(400, "InvalidField", "key")
-        twins = [
-            other for other in self._held.values() if other["id"] != subscription["id"] and other.get("key") == key
+        duplicates = [
+            other for other in self._by_id.values() if other["id"] != subscription["id"] and other.get("key") == key
         ]
-        if key is not None and twins:
+        if key is not None and duplicates:
             raise ApiError(400, "DuplicateField", f"A duplicate value '{key}' exists for field 'key'.", field="key")
         if required is None or not required <= {name for name, value in destination.items() if value}:
             raise ApiError(400, "InvalidJsonInput", f"destination: expected one of {', '.join(REQUIRED)}, complete")
@@ -169,8 +169,8 @@ def _check_version(subscription: Json, version: Any) -> None:
         raise ApiError(409, "ConcurrentModification", message, currentVersion=current)
 
 
-def _shown(subscription: Json) -> Json:
-    """Return it as commercetools does: secrets are partly hidden."""
+def _redact(subscription: Json) -> Json:
+    """Return the subscription with its secrets partly hidden, like commercetools."""
     destination = dict(subscription["destination"])
     for name in ("accessKey", "accessSecret"):
         if name in destination:

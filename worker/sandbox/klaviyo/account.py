@@ -1,4 +1,4 @@
-"""What a Klaviyo account holds, and how writes change it."""
+"""The content of a Klaviyo account, and the writes that change it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from worker.sandbox.klaviyo.rules import (
     check_fields,
     check_profile,
     entries_of,
-    invalid,
-    resource,
+    invalid_input,
+    require_resource,
 )
 
 __all__ = ["BULK_REPEATS", "PREFIX", "Account", "Json"]
 
 MAX_BULK_EVENTS = 1_000
 BULK_REPEATS = ("ignore", "refuse", "drop", "duplicate")
-_MATCHED_BY = ("email", "phone_number", "external_id", "anonymous_id")
+_MATCHING_FIELDS = ("email", "phone_number", "external_id", "anonymous_id")
 
 
 class Account(Catalog):
@@ -43,21 +43,21 @@ class Account(Catalog):
         self.profiles: list[Json] = []
         self.events: list[Json] = []
         self.deletion_requests: list[Json] = []
-        self.accepted_events = 0  # of calls that were answered 202, whether recorded or not
+        self.accepted_events = 0  # in calls answered with 202, recorded or not
         self.repeated_events = 0
         self._seen: set[tuple[str, str, str]] = set()
-        self._shows_at: list[float] = []  # monotonic seconds, of each event
+        self._visible_from: list[float] = []  # monotonic seconds, one per event
         self._by_id: dict[str, Json] = {}
         self._by_identifier: dict[tuple[str, str], Json] = {}
 
     def state(self) -> Json:
-        """Return everything, for a test in another process."""
+        """Return the content, for a test in another process."""
         with self.lock:
             names = ("profiles", "events", "items", "variants", "categories", "deletion_requests", "repeated_events")
             return {name: getattr(self, name) for name in names}
 
     def counts(self) -> dict[str, int]:
-        """Return how much there is of everything."""
+        """Return the number of entries of each kind."""
         with self.lock:
             names = ("profiles", "events", "items", "variants", "categories")
             counts = {name: len(getattr(self, name)) for name in names}
@@ -70,7 +70,7 @@ class Account(Catalog):
         attributes = data["attributes"]
         check_profile(attributes)
         with self.lock:
-            found = self._matching(data.get("id"), attributes)
+            found = self._find_matching(data.get("id"), attributes)
             if len(found) > 1:
                 raise _duplicate(found[1])
             if not found:
@@ -79,13 +79,13 @@ class Account(Catalog):
             return 200, found[0]
 
     def create_profile(self, data: Json) -> Json:
-        """Create a profile. Raises ApiError: invalid, or one exists with one of the identifiers."""
+        """Create a profile. Raises ApiError if it is invalid or a profile has one of the identifiers."""
         attributes = data["attributes"]
         check_profile(attributes)
         if not any(attributes.get(name) for name in IDENTIFIERS):
-            raise invalid("One or more identifiers is required.")
+            raise invalid_input("One or more identifiers is required.")
         with self.lock:
-            found = self._matching(None, attributes)
+            found = self._find_matching(None, attributes)
             if found:
                 raise _duplicate(found[0])
             profile = self._new_profile()
@@ -97,17 +97,17 @@ class Account(Catalog):
         attributes = data["attributes"]
         check_profile(attributes)
         if data.get("id") != profile_id:
-            raise invalid("'id' must match the path.", "/data/id")
+            raise invalid_input("'id' must match the path.", "/data/id")
         with self.lock:
-            profile = self.profile(profile_id)
-            others = [other for other in self._matching(None, attributes) if other is not profile]
+            profile = self.get_profile(profile_id)
+            others = [other for other in self._find_matching(None, attributes) if other is not profile]
             if others:
                 raise _duplicate(others[0])
             self._write(profile, attributes)
             return profile
 
-    def profile(self, profile_id: str) -> Json:
-        """Return a profile by Klaviyo's id. Raises ApiError when there is none."""
+    def get_profile(self, profile_id: str) -> Json:
+        """Return a profile by Klaviyo's id. Raises ApiError if there is none."""
         found = self._by_id.get(profile_id)
         if found is None:
             raise ApiError(404, "not_found", "A profile with this id does not exist.")
@@ -120,14 +120,14 @@ class Account(Catalog):
             return [found] if found else []
 
     def request_deletion(self, profile: Json) -> None:
-        """Delete a profile by exactly one of id, email, phone number. Raises ApiError."""
+        """Delete a profile by exactly one of id, email and phone number. Raises ApiError."""
         named = {"id": profile.get("id"), **(profile.get("attributes") or {})}
         given = {name: value for name, value in named.items() if value is not None}
         if len(given) != 1 or not given.keys() <= {"id", "email", "phone_number"}:
-            raise invalid("Exactly one of id, email, phone_number is required.", "/data/attributes/profile")
+            raise invalid_input("Exactly one of id, email, phone_number is required.", "/data/attributes/profile")
         ((name, value),) = given.items()
         if not isinstance(value, str):
-            raise invalid(f"'{name}' must be of type str.", f"/data/attributes/profile/data/attributes/{name}")
+            raise invalid_input(f"'{name}' must be of type str.", f"/data/attributes/profile/data/attributes/{name}")
         with self.lock:
             self.deletion_requests.append(given)
             found = self._by_id.get(value) if name == "id" else self._by_identifier.get((name, value))
@@ -136,9 +136,9 @@ class Account(Catalog):
                 del self._by_id[found["id"]]
                 self._by_identifier = {k: v for k, v in self._by_identifier.items() if v is not found}
 
-    def _matching(self, profile_id: str | None, attributes: Json) -> list[Json]:
+    def _find_matching(self, profile_id: str | None, attributes: Json) -> list[Json]:
         found = [self._by_id[profile_id]] if profile_id in self._by_id else []
-        for name in _MATCHED_BY:
+        for name in _MATCHING_FIELDS:
             value = attributes.get(name)
             profile = self._by_identifier.get((name, value)) if value else None
             if profile is not None and all(profile is not other for other in found):
@@ -153,13 +153,13 @@ class Account(Catalog):
 
     def _write(self, profile: Json, attributes: Json) -> None:
         current = profile["attributes"]
-        for name in _MATCHED_BY:
+        for name in _MATCHING_FIELDS:
             if name in attributes and current.get(name) != attributes[name]:
                 self._by_identifier.pop((name, current.get(name) or ""), None)
         properties = current["properties"] | (attributes.get("properties") or {})
         current.update({name: value for name, value in attributes.items() if name != "properties"})
         current["properties"] = properties
-        for name in _MATCHED_BY:
+        for name in _MATCHING_FIELDS:
             if attributes.get(name):
                 self._by_identifier[name, attributes[name]] = profile
 
@@ -176,55 +176,55 @@ class Account(Catalog):
     def create_events(self, entries: list[Json]) -> None:
         """Record a bulk call of event-bulk-create entries, all or none. Raises ApiError."""
         base = "/data/attributes/events-bulk-create/data"
-        planned: list[tuple[Json, list[Json]]] = []  # the profile, its events
+        batches: list[tuple[Json, list[Json]]] = []  # a profile and its events
         for index, entry in enumerate(entries):
             pointer = f"{base}/{index}/attributes"
-            attributes = resource({"data": entry}, "event-bulk-create", f"{base}/{index}")["attributes"]
+            attributes = require_resource({"data": entry}, "event-bulk-create", f"{base}/{index}")["attributes"]
             check_fields("event-bulk-create", attributes, BULK_ENTRY, pointer)
             profile = self._event_profile_attributes(attributes.get("profile"), f"{pointer}/profile")
             events, marked = [], {"backfill": attributes.get("backfill")}
             for number, event in enumerate(entries_of(attributes, "events", pointer=pointer)):
                 at = f"{pointer}/events/data/{number}"
-                events.append(marked | resource({"data": event}, "event", at)["attributes"])
+                events.append(marked | require_resource({"data": event}, "event", at)["attributes"])
                 check_event(events[-1], f"{at}/attributes", bulk=True)
-            planned.append((profile, events))
-        if not 0 < sum(len(events) for _, events in planned) <= MAX_BULK_EVENTS:
-            raise invalid(f"A bulk call takes 1 to {MAX_BULK_EVENTS} events.", base)
+            batches.append((profile, events))
+        if not 0 < sum(len(events) for _, events in batches) <= MAX_BULK_EVENTS:
+            raise invalid_input(f"A bulk call takes 1 to {MAX_BULK_EVENTS} events.", base)
         with self.lock:
-            self._record_bulk(planned, base)
+            self._record_bulk(batches, base)
 
-    def _record_bulk(self, planned: list[tuple[Json, list[Json]]], base: str) -> None:
+    def _record_bulk(self, batches: list[tuple[Json, list[Json]]], base: str) -> None:
         keys: list[tuple[str, str, str]] = []
-        for profile, events in planned:
-            identity = self._identity(profile)
-            keys += [_key(event, identity) for event in events if event.get("unique_id")]
+        for profile, events in batches:
+            profile_id = self._identity(profile)
+            keys += [_event_key(event, profile_id) for event in events if event.get("unique_id")]
         known = any(key in self._seen for key in keys)
         if len(set(keys)) < len(keys) or (known and self.bulk_repeats == "refuse"):
-            raise invalid("'unique_id' is repeated for the same profile and metric.", base)
-        self.accepted_events += sum(len(events) for _, events in planned)
+            raise invalid_input("'unique_id' is repeated for the same profile and metric.", base)
+        self.accepted_events += sum(len(events) for _, events in batches)
         if known and self.bulk_repeats == "drop":
             return
-        for attributes, events in planned:
-            profile = self._import_for_event(attributes)
+        for attributes, events in batches:
+            profile = self._upsert_event_profile(attributes)
             for event in events:
-                self._record(event, profile, self.job_seconds, again=self.bulk_repeats == "duplicate")
+                self._record(event, profile, self.job_seconds, duplicate=self.bulk_repeats == "duplicate")
 
     def _identity(self, attributes: Json) -> str:
-        """Return the id of the profile these attributes find, else the strongest of them."""
-        found = self._matching(attributes.get("id"), attributes)
+        """Return the id of the profile that matches the attributes, otherwise the strongest identifier."""
+        found = self._find_matching(attributes.get("id"), attributes)
         return found[0]["id"] if found else str(next(attributes[n] for n in ("id", *IDENTIFIERS) if attributes.get(n)))
 
-    def shown_events(self) -> list[Json]:
-        """Return the events that can be read by now."""
+    def visible_events(self) -> list[Json]:
+        """Return the events that can be read now."""
         now = time.monotonic()
         with self.lock:
-            return [event for event, at in zip(self.events, self._shows_at, strict=True) if at <= now]
+            return [event for event, at in zip(self.events, self._visible_from, strict=True) if at <= now]
 
-    def _record(self, attributes: Json, profile: Json, delay: float = 0.0, *, again: bool = False) -> None:
-        key = _key(attributes, profile["id"])
+    def _record(self, attributes: Json, profile: Json, delay: float = 0.0, *, duplicate: bool = False) -> None:
+        key = _event_key(attributes, profile["id"])
         if key in self._seen:
             self.repeated_events += 1
-            if not again:
+            if not duplicate:
                 return
         self._seen.add(key)
         names = ("unique_id", "time", "value", "value_currency", "properties", "backfill")
@@ -232,30 +232,28 @@ class Account(Catalog):
         event = {name: attributes.get(name) for name in names}
         event |= {"id": secrets.token_urlsafe(8), "time": event["time"] or datetime.now(UTC).isoformat()}
         self.events.append({"metric": _metric(attributes), "profile_id": profile["id"], **identity, **event})
-        self._shows_at.append(time.monotonic() + delay)
+        self._visible_from.append(time.monotonic() + delay)
 
     def _event_profile(self, document: Any, pointer: str) -> Json:
-        return self._import_for_event(self._event_profile_attributes(document, pointer))
+        return self._upsert_event_profile(self._event_profile_attributes(document, pointer))
 
     def _event_profile_attributes(self, document: Any, pointer: str) -> Json:
-        data = resource(document, "profile", pointer)
+        data = require_resource(document, "profile", pointer)
         attributes: Json = data["attributes"] | ({"id": data["id"]} if data.get("id") else {})
         check_profile(data["attributes"], f"{pointer}/data/attributes", of_event=True)
         if not any(attributes.get(name) for name in ("id", *IDENTIFIERS)):
-            raise invalid("One or more identifiers is required.", pointer)
+            raise invalid_input("One or more identifiers is required.", pointer)
         return attributes
 
-    def _import_for_event(self, attributes: Json) -> Json:
-        """Find by the strongest identifier: an event never fails for belonging to two profiles."""
-        found = self._matching(attributes.get("id"), attributes)
+    def _upsert_event_profile(self, attributes: Json) -> Json:
+        """Update the profile with the strongest identifier. An event that matches two profiles is not refused."""
+        found = self._find_matching(attributes.get("id"), attributes)
         profile = found[0] if found else self._new_profile()
-        foreign = [name for name in _MATCHED_BY if self._is_foreign(name, attributes.get(name), profile)]
-        self._write(
-            profile, {name: value for name, value in attributes.items() if name not in {"id", "meta", *foreign}}
-        )
+        taken = [name for name in _MATCHING_FIELDS if self._is_taken(name, attributes.get(name), profile)]
+        self._write(profile, {name: value for name, value in attributes.items() if name not in {"id", "meta", *taken}})
         return profile
 
-    def _is_foreign(self, name: str, value: str | None, profile: Json) -> bool:
+    def _is_taken(self, name: str, value: str | None, profile: Json) -> bool:
         return self._by_identifier.get((name, value or ""), profile) is not profile
 
 
@@ -268,8 +266,8 @@ def _metric(attributes: Json) -> str:
     return str(attributes["metric"]["data"]["attributes"]["name"])
 
 
-def _key(attributes: Json, profile_id: str) -> tuple[str, str, str]:
-    """Return what makes an event the same: its unique_id, else its time to the second."""
+def _event_key(attributes: Json, profile_id: str) -> tuple[str, str, str]:
+    """Return the identity of an event: profile, metric, and unique_id or the time in seconds."""
     unique_id = attributes.get("unique_id")
     if not unique_id:
         moment = datetime.fromisoformat(attributes.get("time") or datetime.now(UTC).isoformat())

@@ -1,4 +1,4 @@
-"""The Klaviyo stand-in: headers, rate limits and routes in front of an Account."""
+"""The HTTP API of the Klaviyo emulator: headers, rate limits and routes in front of an Account."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from urllib.parse import unquote, urlencode
 
 import orjson
 
-from worker.sandbox.klaviyo.jobs import Job, Jobs
-from worker.sandbox.klaviyo.rate_limits import Limiter, Throttled
+from worker.sandbox.klaviyo.jobs import BulkJob, BulkJobs
+from worker.sandbox.klaviyo.rate_limits import FixedWindowLimiter, Throttled
 from worker.sandbox.klaviyo.rules import (
     MAX_PROFILE,
     MB,
@@ -18,10 +18,10 @@ from worker.sandbox.klaviyo.rules import (
     check_bulk_profile,
     check_catalog,
     entries_of,
-    invalid,
-    resource,
+    invalid_input,
+    require_resource,
 )
-from worker.sandbox.server import ApiResponse, template
+from worker.sandbox.server import ApiResponse, path_template
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,27 +36,27 @@ MAX_ENTRIES, MAX_PROFILES = 100, 10_000
 MAX_PAGE, DEFAULT_PAGE = 100, 20
 MAX_EVENTS_PAGE = 1_000
 _REVISION = re.compile(r"\d{4}-\d\d-\d\d(\.pre)?")
-_KINDS = {
+_CATALOG_KINDS = {
     "catalog-items": "catalog-item",
     "catalog-variants": "catalog-variant",
     "catalog-categories": "catalog-category",
 }
-_PLURAL = {kind: path.removeprefix("catalog-") for path, kind in _KINDS.items()}
+_PLURAL = {kind: path.removeprefix("catalog-") for path, kind in _CATALOG_KINDS.items()}
 _CATALOG_JOBS = re.compile(r"(catalog-(?:item|variant|category))-bulk-(create|update|delete)-job")
 _TEXT = r"""(?:"(?:[^"\\]|\\.)*"|'[^'\\]*')"""
 _FILTER = re.compile(rf"(equals|any)\(([\w.]+),(\[?{_TEXT}(?:,{_TEXT})*\]?)\)")
-_ANY = ("any", "equals")
+_ANY_OR_EQUALS = ("any", "equals")
 _TIERS = {"S": {1: 3, 60: 60}, "M": {1: 10, 60: 150}, "L": {1: 75, 60: 750}, "XL": {1: 350, 60: 3500}}
 
 
 def error_document(status: int) -> Any:
-    """Return an error document as Klaviyo forms it."""
+    """Return an error document in Klaviyo's format."""
     codes = {401: "not_authenticated", 403: "permission_denied", 429: "throttled", 400: "invalid"}
     return ApiError(status, codes.get(status, "error"), "As asked for.").document()
 
 
-def _tier(endpoint: str) -> str:
-    """Return the rate limit tier Klaviyo documents for an endpoint."""
+def _rate_limit_tier(endpoint: str) -> str:
+    """Return the rate limit tier that Klaviyo documents for an endpoint."""
     method, path = endpoint.split(" ")
     if path == "/api/data-privacy-deletion-jobs":
         return "S"
@@ -67,34 +67,34 @@ def _tier(endpoint: str) -> str:
     return "XL" if path == "/api/events" or reads_catalog else "L"
 
 
-class Klaviyo:
-    """Answers like Klaviyo's HTTP API, writing to an Account.
+class KlaviyoApi:
+    """Klaviyo's HTTP API on top of an Account.
 
-    `rate_limits`: how many times the documented limits this account has; 0: it has none.
+    `rate_limits`: a multiple of the documented rate limits; 0: no rate limits.
     """
 
     def __init__(self, account: Account, *, rate_limits: float) -> None:
         self._account = account
-        self._jobs = Jobs(account.job_seconds)
-        self._limiter = Limiter() if rate_limits else None
+        self._jobs = BulkJobs(account.job_seconds)
+        self._limiter = FixedWindowLimiter() if rate_limits else None
         self._limits = {
             tier: {seconds: max(1, round(limit * rate_limits)) for seconds, limit in limits.items()}
             for tier, limits in _TIERS.items()
         }
 
     def handle(self, request: ApiRequest) -> ApiResponse:
-        """Answer a request."""
+        """Return the response to a request."""
         headers: dict[str, str] = {}
         try:
             _authenticate(request)
             headers = self._throttle(request)
-            _check_form(request)
+            _check_headers_and_size(request)
             status, document = self._route(request)
         except Throttled as throttled:
             headers = {"Retry-After": str(throttled.seconds)}
             status, document = 429, error_document(429)
-        except ApiError as refused:
-            status, document = refused.status, refused.document()
+        except ApiError as error:
+            status, document = error.status, error.document()
         if document is not None:
             headers["Content-Type"] = MEDIA_TYPE
         return ApiResponse(status, document, headers)
@@ -102,9 +102,9 @@ class Klaviyo:
     def _throttle(self, request: ApiRequest) -> dict[str, str]:
         if self._limiter is None:
             return {}
-        endpoint = f"{request.method} {template(request.path)}"
-        limits = self._limits[_tier(endpoint)]
-        remaining, reset = self._limiter.take(endpoint, limits)
+        endpoint = f"{request.method} {path_template(request.path)}"
+        limits = self._limits[_rate_limit_tier(endpoint)]
+        remaining, reset = self._limiter.acquire(endpoint, limits)
         return {
             "RateLimit-Limit": str(limits[60]),
             "RateLimit-Remaining": str(remaining),
@@ -114,115 +114,125 @@ class Klaviyo:
     def _route(self, request: ApiRequest) -> tuple[int, Any]:
         parts = [unquote(part) for part in request.path.strip("/").split("/")][1:]
         name = parts[0] if parts else ""
-        if name in _KINDS:
-            return self._catalog(request, _KINDS[name], parts[1:])
+        if name in _CATALOG_KINDS:
+            return self._catalog(request, _CATALOG_KINDS[name], parts[1:])
         if name.endswith("-jobs") and (name == "profile-bulk-import-jobs" or _CATALOG_JOBS.fullmatch(name[:-1])):
-            return self._bulk(request, name[:-1], parts[1:])
+            return self._bulk_jobs(request, name[:-1], parts[1:])
         if name in {"profiles", "profile-import"}:
             return self._profiles(request, parts)
         match (request.method, *parts):
             case ("POST", "events"):
-                self._account.create_event(resource(_body(request), "event")["attributes"])
+                self._account.create_event(require_resource(_parse_body(request), "event")["attributes"])
                 return 202, None
             case ("GET", "events"):
-                return 200, _page(_events(self._account, request), request, 200, largest=MAX_EVENTS_PAGE)
+                return 200, _paginate(_find_events(self._account, request), request, 200, largest=MAX_EVENTS_PAGE)
             case ("POST", "event-bulk-create-jobs"):
-                data = resource(_body(request), "event-bulk-create-job")
+                data = require_resource(_parse_body(request), "event-bulk-create-job")
                 self._account.create_events(entries_of(data["attributes"], "events-bulk-create"))
                 return 202, None
             case ("POST", "data-privacy-deletion-jobs"):
-                data = resource(_body(request), "data-privacy-deletion-job")
-                self._account.request_deletion(resource(data["attributes"].get("profile"), "profile", bare=True))
+                data = require_resource(_parse_body(request), "data-privacy-deletion-job")
+                self._account.request_deletion(
+                    require_resource(data["attributes"].get("profile"), "profile", bare=True)
+                )
                 return 202, None
-        raise _no_route()
+        raise _not_found()
 
     def _profiles(self, request: ApiRequest, parts: list[str]) -> tuple[int, Any]:
         account = self._account
         match (request.method, *parts):
             case ("POST", "profile-import"):
-                status, profile = account.import_profile(resource(_body(request), "profile"))
+                status, profile = account.import_profile(require_resource(_parse_body(request), "profile"))
                 return status, {"data": profile}
             case ("POST", "profiles"):
-                return 201, {"data": account.create_profile(resource(_body(request), "profile"))}
+                return 201, {"data": account.create_profile(require_resource(_parse_body(request), "profile"))}
             case ("GET", "profiles"):
-                name, values = _filter(request, dict.fromkeys(("id", "email", "phone_number", "external_id"), _ANY))
+                name, values = _parse_filter(
+                    request, dict.fromkeys(("id", "email", "phone_number", "external_id"), _ANY_OR_EQUALS)
+                )
                 found = [each for value in values or () for each in account.find_profiles(name, value)]
-                return 200, _page(found if name else list(account.profiles), request, DEFAULT_PAGE)
+                return 200, _paginate(found if name else list(account.profiles), request, DEFAULT_PAGE)
             case ("GET", "profiles", profile_id):
-                return 200, {"data": account.profile(profile_id)}
+                return 200, {"data": account.get_profile(profile_id)}
             case ("PATCH", "profiles", profile_id):
-                return 200, {"data": account.update_profile(profile_id, resource(_body(request), "profile"))}
-        raise _no_route()
+                return 200, {
+                    "data": account.update_profile(profile_id, require_resource(_parse_body(request), "profile"))
+                }
+        raise _not_found()
 
     def _catalog(self, request: ApiRequest, kind: str, rest: list[str]) -> tuple[int, Any]:
         account = self._account
         match (request.method, *rest):
             case ("POST",):
-                return 201, {"data": _shown(account.create_entry(kind, resource(_body(request), kind)))}
+                return 201, {"data": _to_api(account.create_entry(kind, require_resource(_parse_body(request), kind)))}
             case ("GET",):
-                found = self._found_entries(request, kind)
-                return 200, _page(found, request, MAX_PAGE, _shown)
+                found = self._find_entries(request, kind)
+                return 200, _paginate(found, request, MAX_PAGE, _to_api)
             case ("GET", entry_id):
-                return 200, {"data": _shown(account.entry(kind, entry_id))}
+                return 200, {"data": _to_api(account.entry(kind, entry_id))}
             case ("PATCH", entry_id):
-                return 200, {"data": _shown(account.update_entry(kind, entry_id, resource(_body(request), kind)))}
+                return 200, {
+                    "data": _to_api(account.update_entry(kind, entry_id, require_resource(_parse_body(request), kind)))
+                }
             case ("DELETE", entry_id):
                 account.delete_entry(kind, entry_id)
                 return 204, None
             case ("GET", item_id, "variants") if kind == "catalog-item":
                 account.entry(kind, item_id)
-                return 200, _page(account.variants_of(item_id), request, MAX_PAGE, _shown)
-        raise _no_route()
+                return 200, _paginate(account.variants_of(item_id), request, MAX_PAGE, _to_api)
+        raise _not_found()
 
-    def _found_entries(self, request: ApiRequest, kind: str) -> list[Json]:
+    def _find_entries(self, request: ApiRequest, kind: str) -> list[Json]:
         item = {"item.id": ("equals",)} if kind == "catalog-variant" else {}
-        name, values = _filter(request, {"ids": ("any",), **item})
+        name, values = _parse_filter(request, {"ids": ("any",), **item})
         if name == "item.id":
             return [variant for item_id in values or () for variant in self._account.variants_of(item_id)]
         return self._account.entries(kind, values)
 
-    def _bulk(self, request: ApiRequest, kind: str, rest: list[str]) -> tuple[int, Any]:
+    def _bulk_jobs(self, request: ApiRequest, kind: str, rest: list[str]) -> tuple[int, Any]:
         match (request.method, *rest):
             case ("POST",) if kind == "profile-bulk-import-job":
-                profiles = entries_of(resource(_body(request), kind)["attributes"], "profiles", MAX_PROFILES)
+                profiles = entries_of(
+                    require_resource(_parse_body(request), kind)["attributes"], "profiles", MAX_PROFILES
+                )
                 for index, entry in enumerate(profiles):
                     check_bulk_profile(entry, f"/data/attributes/profiles/data/{index}")
                 return 202, {"data": self._jobs.start(kind, profiles, self._account.import_profile)}
             case ("POST",):
                 return 202, {"data": self._start_catalog_job(request, kind)}
             case ("GET",):
-                return 200, self._listed_jobs(request, kind)
+                return 200, self._list_jobs(request, kind)
             case ("GET", job_id):
                 return 200, {"data": self._jobs.get(kind, job_id).document()}
             case ("GET", job_id, "import-errors") if kind == "profile-bulk-import-job":
-                return 200, _page(self._jobs.get(kind, job_id).errors or [], request, DEFAULT_PAGE)
-        raise _no_route()
+                return 200, _paginate(self._jobs.get(kind, job_id).errors or [], request, DEFAULT_PAGE)
+        raise _not_found()
 
-    def _listed_jobs(self, request: ApiRequest, kind: str) -> Json:
+    def _list_jobs(self, request: ApiRequest, kind: str) -> Json:
         of_catalog = kind.startswith("catalog-")
         _check_parameters(
             request, {"filter", "page[cursor]", *(() if of_catalog else ("page[size]", "sort", "include"))}
         )
-        _, statuses = _filter(request, {"status": ("equals",) if of_catalog else _ANY})
+        _, statuses = _parse_filter(request, {"status": ("equals",) if of_catalog else _ANY_OR_EQUALS})
         jobs = [job for job in self._jobs.of_kind(kind) if statuses is None or job.status in statuses]
         order = request.query.get("sort", ["created_at"])[0]
         if order not in {"created_at", "-created_at"}:
-            raise invalid("Unknown sort; expected created_at or -created_at.", "")
+            raise invalid_input("Unknown sort; expected created_at or -created_at.", "")
         jobs = jobs[::-1] if order.startswith("-") else jobs
-        return _page(jobs, request, MAX_PAGE if of_catalog else DEFAULT_PAGE, Job.document)
+        return _paginate(jobs, request, MAX_PAGE if of_catalog else DEFAULT_PAGE, BulkJob.document)
 
     def _start_catalog_job(self, request: ApiRequest, job_kind: str) -> Json:
         match = _CATALOG_JOBS.fullmatch(job_kind)
         assert match is not None
         kind, verb, account = match[1], match[2], self._account
-        entries = entries_of(resource(_body(request), job_kind)["attributes"], _PLURAL[kind], MAX_ENTRIES)
+        entries = entries_of(require_resource(_parse_body(request), job_kind)["attributes"], _PLURAL[kind], MAX_ENTRIES)
         for index, entry in enumerate(entries):
             pointer = f"/data/attributes/{_PLURAL[kind]}/data/{index}"
-            resource({"data": entry}, kind, pointer, bare=verb == "delete")
+            require_resource({"data": entry}, kind, pointer, bare=verb == "delete")
             if verb != "delete":
                 check_catalog(kind, entry["attributes"], f"{pointer}/attributes", create=verb == "create")
             if verb != "create" and not isinstance(entry.get("id"), str):
-                raise invalid("'id' is required.", f"{pointer}/id")
+                raise invalid_input("'id' is required.", f"{pointer}/id")
         work: dict[str, Callable[[Json], object]] = {
             "create": lambda entry: account.create_entry(kind, entry),
             "update": lambda entry: account.update_entry(kind, entry["id"], entry),
@@ -236,68 +246,71 @@ def _authenticate(request: ApiRequest) -> None:
         raise ApiError(401, "not_authenticated", "Incorrect authentication credentials.")
 
 
-def _check_form(request: ApiRequest) -> None:
+def _check_headers_and_size(request: ApiRequest) -> None:
     if not _REVISION.fullmatch(request.headers.get("revision", "")):
-        raise invalid("A 'revision' header like 2026-07-15 is required.", "")
+        raise invalid_input("A 'revision' header like 2026-07-15 is required.", "")
     if request.body and request.headers.get("Content-Type", "").partition(";")[0] not in {
         MEDIA_TYPE,
         "application/json",
     }:
         raise ApiError(415, "unsupported_media_type", f"Expected {MEDIA_TYPE}.")
-    limit = MAX_PROFILE if template(request.path).startswith(("/api/profiles", "/api/profile-import")) else 5 * MB
+    limit = MAX_PROFILE if path_template(request.path).startswith(("/api/profiles", "/api/profile-import")) else 5 * MB
     if len(request.body) > limit:
         raise ApiError(413, "payload_too_large", f"The body may have {limit} bytes.")
 
 
-def _no_route() -> ApiError:
+def _not_found() -> ApiError:
     return ApiError(404, "not_found", "The requested path could not be found.")
 
 
-def _body(request: ApiRequest) -> Any:
+def _parse_body(request: ApiRequest) -> Any:
     try:
         return request.json()
     except ValueError:
-        raise invalid("The body is not JSON.") from None
+        raise invalid_input("The body is not JSON.") from None
 
 
 def _check_parameters(request: ApiRequest, known: set[str]) -> None:
     for name in request.query.keys() - known:
         if not name.startswith("fields["):
-            raise invalid(f"'{name}' is not a valid query parameter here.", "")
+            raise invalid_input(f"'{name}' is not a valid query parameter here.", "")
 
 
-def _filter(request: ApiRequest, names: Mapping[str, tuple[str, ...]]) -> tuple[str, list[str] | None]:
-    """Return the field and the values a filter names, or nothing; `names`: fields, operators. Raises ApiError."""
+def _parse_filter(request: ApiRequest, names: Mapping[str, tuple[str, ...]]) -> tuple[str, list[str] | None]:
+    """Return the field and the values of the filter, or ("", None). Raises ApiError.
+
+    `names`: the operators that are allowed for each field.
+    """
     text = request.query.get("filter", [""])[0]
     match = _FILTER.fullmatch(text)
     if not text:
         return "", None
     if match is None or match[1] not in names.get(match[2], ()) or (match[1] == "any") is not match[3].startswith("["):
-        raise invalid(f"Unknown filter; expected one of {sorted(names)}.", "")
+        raise invalid_input(f"Unknown filter; expected one of {sorted(names)}.", "")
     texts = re.findall(_TEXT, match[3])
     return match[2], [orjson.loads(each) if each.startswith('"') else each[1:-1] for each in texts]
 
 
-def _page(
+def _paginate(
     entries: list[Any], request: ApiRequest, size: int, show: Callable[[Any], Json] = dict, largest: int = MAX_PAGE
 ) -> Json:
-    """Return a page of entries, with the link to the next one. Raises ApiError."""
+    """Return a page of entries, with the link to the next page. Raises ApiError."""
     try:
         start = int(request.query.get("page[cursor]", ["0"])[0])
         size = int(request.query.get("page[size]", [str(size)])[0])
     except ValueError:
-        raise invalid("Malformed page[cursor] or page[size].", "") from None
+        raise invalid_input("Malformed page[cursor] or page[size].", "") from None
     if not 1 <= size <= largest or start < 0:
-        raise invalid(f"page[size] must be between 1 and {largest}.", "")
-    following = None
+        raise invalid_input(f"page[size] must be between 1 and {largest}.", "")
+    next_url = None
     if start + size < len(entries):
         query = urlencode({**request.query, "page[cursor]": [str(start + size)]}, doseq=True)
-        following = f"http://{request.headers.get('Host', '')}{request.target.partition('?')[0]}?{query}"
-    return {"data": [show(entry) for entry in entries[start : start + size]], "links": {"next": following}}
+        next_url = f"http://{request.headers.get('Host', '')}{request.target.partition('?')[0]}?{query}"
+    return {"data": [show(entry) for entry in entries[start : start + size]], "links": {"next": next_url}}
 
 
-def _shown(entry: Json) -> Json:
-    """Return a catalog entry as the API shows it."""
+def _to_api(entry: Json) -> Json:
+    """Return a catalog entry in the format of the API."""
     relations = {name: entry[name] for name in ("item", "categories") if name in entry}
     shown: Json = {"type": entry["type"], "id": entry["id"], "attributes": entry["attributes"]}
     if "item" in relations:
@@ -308,22 +321,22 @@ def _shown(entry: Json) -> Json:
     return shown
 
 
-def _events(account: Account, request: ApiRequest) -> list[Json]:
-    """Return the events asked for, as the API shows them. Raises ApiError.
+def _find_events(account: Account, request: ApiRequest) -> list[Json]:
+    """Return the requested events in the format of the API. Raises ApiError.
 
-    `metric_id` is no filter here: Klaviyo's takes no custom metrics, and there are no others.
+    The filter `metric_id` is not supported: Klaviyo does not accept custom metrics, and the emulator has no others.
     """
-    _, profiles = _filter(request, {"profile_id": ("equals",)})
+    _, profiles = _parse_filter(request, {"profile_id": ("equals",)})
     sort = request.query.get("sort", [""])[0]
     if sort.removeprefix("-") not in {"", "datetime", "timestamp"}:
-        raise invalid("Unknown sort; expected datetime or timestamp.", "")
-    found = [each for each in account.shown_events() if profiles is None or each["profile_id"] in profiles]
+        raise invalid_input("Unknown sort; expected datetime or timestamp.", "")
+    found = [each for each in account.visible_events() if profiles is None or each["profile_id"] in profiles]
     if sort:
         found.sort(key=lambda event: datetime.fromisoformat(event["time"]), reverse=sort.startswith("-"))
-    return list(map(_shown_event, found))
+    return list(map(_event_to_api, found))
 
 
-def _shown_event(event: Json) -> Json:
+def _event_to_api(event: Json) -> Json:
     moment = datetime.fromisoformat(event["time"])
     return {
         "type": "event",

@@ -1,4 +1,4 @@
-"""The custom catalog of a Klaviyo account: items, their variants, categories."""
+"""The custom catalog of a Klaviyo account: items, variants and categories."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import defaultdict
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from worker.sandbox.klaviyo.rules import ApiError, check_catalog, invalid, references
+from worker.sandbox.klaviyo.rules import ApiError, check_catalog, invalid_input, reference_ids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,14 +27,14 @@ class Catalog:
         self._by_item: dict[str, dict[str, Json]] = defaultdict(dict)  # item id -> variants by id
 
     def create_entry(self, kind: str, data: Json) -> Json:
-        """Create a catalog entry. Raises ApiError: invalid, exists, or refers to what does not exist."""
+        """Create a catalog entry. Raises ApiError if it is invalid, exists, or has an unknown item or category."""
         attributes = data["attributes"]
         check_catalog(kind, attributes, create=True)
         external_id = attributes["external_id"]
         with self.lock:
-            entries = self.collection(kind)
+            entries = self._entries_by_id(kind)
             if external_id in entries:
-                raise ApiError(409, "duplicate_resource", f"{_named(kind, external_id)} already exists.")
+                raise ApiError(409, "duplicate_resource", f"{_describe(kind, external_id)} already exists.")
             entry: Json = {"type": kind, "id": PREFIX + external_id, "attributes": dict(attributes)}
             entry |= self._relationships(kind, data, create=True)
             entries[external_id] = entry
@@ -43,10 +43,10 @@ class Catalog:
             return entry
 
     def update_entry(self, kind: str, entry_id: str, data: Json) -> Json:
-        """Update a catalog entry in part. Raises ApiError."""
+        """Update some attributes of a catalog entry. Raises ApiError."""
         check_catalog(kind, data["attributes"], create=False)
         if data.get("id") != entry_id:
-            raise invalid("'id' must match the path.", "/data/id")
+            raise invalid_input("'id' must match the path.", "/data/id")
         with self.lock:
             entry = self.entry(kind, entry_id)
             entry |= self._relationships(kind, data, create=False)
@@ -54,10 +54,10 @@ class Catalog:
             return entry
 
     def delete_entry(self, kind: str, entry_id: str) -> None:
-        """Delete a catalog entry, an item's variants with it. Raises ApiError when there is none."""
+        """Delete a catalog entry, and an item's variants with it. Raises ApiError if there is none."""
         with self.lock:
             entry = self.entry(kind, entry_id)
-            del self.collection(kind)[entry_id.removeprefix(PREFIX)]
+            del self._entries_by_id(kind)[entry_id.removeprefix(PREFIX)]
             if kind == "catalog-variant":
                 del self._by_item[entry["item"]][entry_id]
             elif kind == "catalog-item":
@@ -68,28 +68,28 @@ class Catalog:
                     item["categories"] = [each for each in item.get("categories", []) if each != entry_id]
 
     def entry(self, kind: str, entry_id: str) -> Json:
-        """Return a catalog entry. Raises ApiError when there is none."""
+        """Return a catalog entry. Raises ApiError if there is none."""
         external_id = entry_id.removeprefix(PREFIX)
-        found = self.collection(kind).get(external_id) if entry_id.startswith(PREFIX) else None
+        found = self._entries_by_id(kind).get(external_id) if entry_id.startswith(PREFIX) else None
         if found is None:
-            raise ApiError(404, "not_found", f"{_named(kind, external_id)} does not exist.")
+            raise ApiError(404, "not_found", f"{_describe(kind, external_id)} does not exist.")
         return found
 
     def entries(self, kind: str, ids: Sequence[str] | None = None) -> list[Json]:
-        """Return the catalog entries of a kind: those with these ids, or all."""
+        """Return the catalog entries of a kind with these ids, or all of them."""
         with self.lock:
-            entries = self.collection(kind)
+            entries = self._entries_by_id(kind)
             if ids is None:
                 return list(entries.values())
             wanted = dict.fromkeys(each.removeprefix(PREFIX) for each in ids if each.startswith(PREFIX))
             return [entries[external_id] for external_id in wanted if external_id in entries]
 
     def variants_of(self, item_id: str) -> list[Json]:
-        """Return an item's variants; none when there is no such item."""
+        """Return an item's variants, or none if there is no such item."""
         with self.lock:
             return list(self._by_item.get(item_id, {}).values())
 
-    def collection(self, kind: str) -> dict[str, Json]:
+    def _entries_by_id(self, kind: str) -> dict[str, Json]:
         """Return the entries of a kind by external id."""
         return {"catalog-item": self.items, "catalog-variant": self.variants, "catalog-category": self.categories}[kind]
 
@@ -97,20 +97,22 @@ class Catalog:
         relationships = data.get("relationships") or {}
         known = {"catalog-item": {"categories"}, "catalog-variant": {"item"} if create else set()}.get(kind, set())
         for name in relationships.keys() - known:
-            raise invalid(f"'{name}' is not a valid field for the resource '{kind}'.", f"/data/relationships/{name}")
+            raise invalid_input(
+                f"'{name}' is not a valid field for the resource '{kind}'.", f"/data/relationships/{name}"
+            )
         pointer = "/data/relationships"
         if kind == "catalog-variant" and create:
-            (item,) = references(relationships.get("item"), "catalog-item", f"{pointer}/item", many=False)
+            (item,) = reference_ids(relationships.get("item"), "catalog-item", f"{pointer}/item", many=False)
             self.entry("catalog-item", item)
             return {"item": item}
         if "categories" in relationships:
-            found = references(relationships["categories"], "catalog-category", f"{pointer}/categories")
+            found = reference_ids(relationships["categories"], "catalog-category", f"{pointer}/categories")
             for category in found:
                 self.entry("catalog-category", category)
             return {"categories": found}
         return {}
 
 
-def _named(kind: str, external_id: str) -> str:
+def _describe(kind: str, external_id: str) -> str:
     name = kind.removeprefix("catalog-")
     return f"{'An' if name == 'item' else 'A'} {name} with the external id `{external_id}`"

@@ -1,4 +1,4 @@
-"""Klaviyo's bulk jobs: accepted at once, worked on one entry at a time, asked about afterwards."""
+"""Klaviyo's bulk jobs: accepted immediately, processed entry by entry, polled by the client."""
 
 from __future__ import annotations
 
@@ -18,113 +18,113 @@ if TYPE_CHECKING:
 
     from worker.sandbox.klaviyo.catalog import Json
 
-MAX_JOBS = 500  # of the catalog, in progress
+MAX_JOBS = 500  # catalog jobs in progress
 _JOB_EXPIRES = 7 * 24 * 3600  # seconds
 
 
 @dataclass(slots=True)
-class Job:
-    """A bulk job, as far as it got."""
+class BulkJob:
+    """A bulk job and its progress."""
 
     kind: str
     total: int
     id: str = field(default_factory=lambda: secrets.token_hex(13).upper())
-    created: float = field(default_factory=time.time)
-    begins: float = 0.0
-    ends: float = 0.0
+    created_at: float = field(default_factory=time.time)
+    started_at: float = 0.0
+    completed_at: float = 0.0
     errors: list[Json] | None = None  # None: not complete
 
     @property
     def is_of_catalog(self) -> bool:
-        """Tell whether this is one of the catalog's jobs."""
+        """Return True for a catalog job."""
         return self.kind.startswith("catalog-")
 
     @property
     def status(self) -> str:
         """Return queued, processing or complete."""
-        return "complete" if self.errors is not None else "processing" if time.time() >= self.begins else "queued"
+        return "complete" if self.errors is not None else "processing" if time.time() >= self.started_at else "queued"
 
     def document(self) -> Json:
-        """Return the job as the API shows it."""
+        """Return the job in the format of the API."""
         status = self.status
         failed = len(self.errors or ())
         attributes = {
             "status": status,
-            "created_at": _stamp(self.created),
+            "created_at": _timestamp(self.created_at),
             "total_count": self.total,
             "completed_count": self.total - failed if status == "complete" else 0,
             "failed_count": failed,
-            "completed_at": _stamp(self.ends) if status == "complete" else None,
-            "expires_at": _stamp(self.created + _JOB_EXPIRES),
+            "completed_at": _timestamp(self.completed_at) if status == "complete" else None,
+            "expires_at": _timestamp(self.created_at + _JOB_EXPIRES),
         }
         if self.is_of_catalog:
             attributes["errors"] = self.errors or []
         else:
-            attributes["started_at"] = None if status == "queued" else _stamp(self.begins)
+            attributes["started_at"] = None if status == "queued" else _timestamp(self.started_at)
         return {"type": self.kind, "id": self.id, "attributes": attributes}
 
 
-class Jobs:
-    """Bulk jobs, in the order they came: queued for half of `seconds`, then processing."""
+class BulkJobs:
+    """Bulk jobs in order of arrival. Each is queued for half of `seconds` and then processed for the other half."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._lock = RLock()
-        self._jobs: dict[str, Job] = {}
-        self._going_on = 0  # of the catalog
-        self._waiting: SimpleQueue[tuple[Job, list[Json], Callable[[Json], object]]] = SimpleQueue()
+        self._jobs: dict[str, BulkJob] = {}
+        self._catalog_jobs_in_progress = 0
+        self._queued: SimpleQueue[tuple[BulkJob, list[Json], Callable[[Json], object]]] = SimpleQueue()
         if seconds:
-            Thread(target=self._work_off, daemon=True).start()
+            Thread(target=self._run_queued, daemon=True).start()
 
     def start(self, kind: str, entries: list[Json], work: Callable[[Json], object]) -> Json:
-        """Accept a job that works on each entry. Raises ApiError when too many are in progress."""
+        """Accept a job that calls `work` for each entry. Raises ApiError if too many are in progress."""
         with self._lock:
-            job = Job(kind, len(entries))
-            if job.is_of_catalog and self._going_on >= MAX_JOBS:
+            job = BulkJob(kind, len(entries))
+            if job.is_of_catalog and self._catalog_jobs_in_progress >= MAX_JOBS:
                 raise ApiError(429, "throttled", f"At most {MAX_JOBS} jobs can be in progress.")
-            self._going_on += job.is_of_catalog
-            job.begins = job.created + self._seconds / 2
+            self._catalog_jobs_in_progress += job.is_of_catalog
+            job.started_at = job.created_at + self._seconds / 2
             self._jobs[job.id] = job
         accepted = job.document()
         if self._seconds:
-            self._waiting.put((job, entries, work))
+            self._queued.put((job, entries, work))
         else:
-            self._finish(job, entries, work)
+            self._complete(job, entries, work)
         return accepted
 
-    def _work_off(self) -> None:
-        while True:  # all take the same time: first in, first out
-            job, entries, work = self._waiting.get()
-            time.sleep(max(0.0, job.created + self._seconds - time.time()))
-            self._finish(job, entries, work)
+    def _run_queued(self) -> None:
+        while True:  # all jobs take equally long, so the oldest ends first
+            job, entries, work = self._queued.get()
+            time.sleep(max(0.0, job.created_at + self._seconds - time.time()))
+            self._complete(job, entries, work)
 
-    def get(self, kind: str, job_id: str) -> Job:
-        """Return a job. Raises ApiError when there is none."""
+    def get(self, kind: str, job_id: str) -> BulkJob:
+        """Return a job. Raises ApiError if there is none."""
         job = self._jobs.get(job_id)
         if job is None or job.kind != kind:
             raise ApiError(404, "not_found", f"A {kind} with this id does not exist.")
         return job
 
-    def of_kind(self, kind: str) -> list[Job]:
+    def of_kind(self, kind: str) -> list[BulkJob]:
         """Return the jobs of a kind, oldest first."""
         with self._lock:
             return [job for job in self._jobs.values() if job.kind == kind]
 
-    def _finish(self, job: Job, entries: list[Json], work: Callable[[Json], object]) -> None:
+    def _complete(self, job: BulkJob, entries: list[Json], work: Callable[[Json], object]) -> None:
         errors = []
         for entry in entries:
             try:
                 work(entry)
-            except ApiError as refused:
-                errors.append(_job_error(job.kind, entry, refused))
+            except ApiError as error:
+                errors.append(_job_error(job.kind, entry, error))
         with self._lock:
-            self._going_on -= job.is_of_catalog
-        job.ends = time.time()
+            self._catalog_jobs_in_progress -= job.is_of_catalog
+        job.completed_at = time.time()
         job.errors = errors
 
 
-def _job_error(kind: str, entry: Json, refused: ApiError) -> Json:
-    error = refused.document()["errors"][0]
+def _job_error(kind: str, entry: Json, refusal: ApiError) -> Json:
+    error = refusal.document()["errors"][0]
     if kind.startswith("catalog-"):
         external_id = entry.get("attributes", {}).get("external_id") or entry["id"].removeprefix(PREFIX)
         return {"detail": error["detail"], "meta": {"external_id": external_id}, "source": error["source"]}
@@ -133,5 +133,5 @@ def _job_error(kind: str, entry: Json, refused: ApiError) -> Json:
     return {"type": "import-error", "id": secrets.token_hex(13).upper(), "attributes": attributes}
 
 
-def _stamp(moment: float) -> str:
+def _timestamp(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).isoformat()
