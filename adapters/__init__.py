@@ -1,4 +1,4 @@
-"""Queues the worker can read. `open_queue` is the only way in; one file per queue, here or in another package."""
+"""The queues that the worker can read: `open_queue` opens them, base.py is the contract of their adapters."""
 
 from __future__ import annotations
 
@@ -48,49 +48,49 @@ __all__ = [
     "scheme_of",
 ]
 
-ENTRY_POINTS = "klaviyo_worker.adapters"  # where other packages offer queues: scheme = module:open_url
-_HERE = {  # imported on use: a worker on one queue never pays for the client of another
+ENTRY_POINTS = "klaviyo_worker.adapters"  # group in which other packages register: scheme = module:open_url
+_BUILT_IN = {  # imported on demand: a worker does not load the clients of other queues
     "embedded": "adapters.embedded:open_url",
     "pubsub": "adapters.pubsub.queue:open_url",
     "push": "adapters.push.queue:open_url",
     "servicebus": "adapters.servicebus.queue:open_url",
     "sqs": "adapters.sqs.queue:open_url",
 }
-_ALIASES = {"https": "sqs"}  # the URL by which AWS itself names a queue
+_ALIASES = {"https": "sqs"}  # AWS's own URL of a queue
 _DEFAULTS = QueueOptions()
 
 
 def open_queue(url: str, options: QueueOptions = _DEFAULTS) -> QueueAdapter:
-    """Open the queue that `url` names. Raises QueueURLError, or QueueError when it cannot be opened."""
+    """Open the queue that `url` names. Raises QueueURLError, or QueueError if it cannot be opened."""
     return _opener(scheme_of(url))(url, options)
 
 
 def scheme_of(url: str) -> str:
-    """Return the scheme that names the adapter; "" when there is none. Raises QueueURLError."""
+    """Return the scheme that names the adapter; "" if there is none. Raises QueueURLError."""
     try:
         scheme = urlsplit(url).scheme
-    except ValueError:  # its text may quote what the URL holds
+    except ValueError:  # its text can quote the URL, which can hold a secret
         raise QueueURLError("QUEUE_URL is malformed", todo="expected a URL with a valid host") from None
     return _ALIASES.get(scheme, scheme)
 
 
 def _opener(scheme: str) -> Callable[[str, QueueOptions], QueueAdapter]:
-    """Import what opens such a queue: ours, else another package's."""
+    """Import and return the function that opens queues of a scheme."""
     try:
-        return cast("Callable[[str, QueueOptions], QueueAdapter]", _offered(scheme).load())
+        return cast("Callable[[str, QueueOptions], QueueAdapter]", _entry_point(scheme).load())
     except ModuleNotFoundError as error:
-        todo = f"pip install 'klaviyo-worker[{scheme}]'" if scheme in _HERE else ""
+        todo = f"pip install 'klaviyo-worker[{scheme}]'" if scheme in _BUILT_IN else ""
         raise QueueError(f"QUEUE_URL: {scheme}:// needs {error.name}, which is not installed", todo=todo) from None
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise QueueError(f"QUEUE_URL: what offers {scheme}:// is broken: {error}") from None
+        raise QueueError(f"QUEUE_URL: the adapter for {scheme}:// cannot be imported: {error}") from None
 
 
-def _offered(scheme: str) -> EntryPoint:
-    """Return who opens such a queue. For ours nobody else is asked, whose metadata may be broken."""
-    if scheme in _HERE:
-        return EntryPoint(scheme, _HERE[scheme], ENTRY_POINTS)
-    offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
-    if scheme in offered:
-        return offered[scheme]
-    known = ", ".join(f"{name}://" for name in sorted({*_HERE, *offered}))
+def _entry_point(scheme: str) -> EntryPoint:
+    """Return the entry point of a scheme. Built-in adapters are found without reading other packages' metadata."""
+    if scheme in _BUILT_IN:
+        return EntryPoint(scheme, _BUILT_IN[scheme], ENTRY_POINTS)
+    registered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    if scheme in registered:
+        return registered[scheme]
+    known = ", ".join(f"{name}://" for name in sorted({*_BUILT_IN, *registered}))
     raise QueueURLError("QUEUE_URL is malformed", todo=f"expected one of {known}; found {scheme or 'no scheme'}")

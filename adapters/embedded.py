@@ -1,7 +1,7 @@
-"""The embedded queue: SQLite in WAL mode. Durable, leased, for any number of processes on one machine.
+"""The embedded queue: SQLite in WAL mode, durable and leased, for any number of processes on one machine.
 
-A row's `visible_at` is both the lease and the delay: a message is ready when that time has passed. A
-lease token makes a late ack harmless. Why not a library: docs/decisions/0003-embedded-queue.md.
+The column `visible_at` is both the end of the lease and the end of the delay: a message is ready after that time. A
+lease token makes a late ack harmless. docs/decisions/0003-embedded-queue.md explains why this is not a library.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from adapters.base import Delivery, QueueOptions, QueueWarning
 
 log = logging.getLogger("klaviyo_worker.embedded")
-POLL_SECONDS = 0.005  # a look costs some microseconds
-RECEIVE_BYTES = 4_000_000  # of bodies handed out at a time, but for the last: flow control counts them afterwards
+POLL_SECONDS = 0.005  # a poll takes microseconds
+RECEIVE_BYTES = (
+    4_000_000  # of the bodies that `receive` returns, plus one body: flow control counts them only afterwards
+)
 _EXPECTED = "expected embedded:///path/queue.db[?lease=SECONDS&max_attempts=N]"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS messages (
@@ -50,16 +52,20 @@ WHERE id IN (
     WHERE before < ?)
 RETURNING id, body, published_at, attempts, lease, reason, stage, error
 """
-_BURY = """
+_DEAD_LETTER = """
 INSERT INTO dead_letters SELECT id, body, published_at, attempts, ?, ?, ?, ?
 FROM messages WHERE id = ? AND lease = ?
 """
 _RETURN = """
 UPDATE messages SET lease = NULL, visible_at = ?, reason = ?, stage = ?, error = ? WHERE id = ? AND lease = ?
 """
-_UNDO = "UPDATE messages SET lease = NULL, visible_at = ?, attempts = attempts - 1 WHERE id = ? AND lease = ?"
-_BURIED = "SELECT * FROM dead_letters WHERE (dead_lettered_at, id) > (?, ?) ORDER BY dead_lettered_at, id LIMIT ?"
-_OVERDUE = Failure("was delivered as often as allowed and never settled", "queue", "LeaseExpired")
+_RETURN_UNHANDLED = (
+    "UPDATE messages SET lease = NULL, visible_at = ?, attempts = attempts - 1 WHERE id = ? AND lease = ?"
+)
+_NEXT_DEAD_LETTERS = (
+    "SELECT * FROM dead_letters WHERE (dead_lettered_at, id) > (?, ?) ORDER BY dead_lettered_at, id LIMIT ?"
+)
+_OVERDUE = Failure("was delivered the maximum number of times and never settled", "queue", "LeaseExpired")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,7 @@ class EmbeddedDelivery:
 
 
 def open_url(url: str, _options: QueueOptions) -> EmbeddedQueue:
-    """Open `embedded:///path/queue.db[?lease=SECONDS&max_attempts=N]`, creating it when missing."""
+    """Open `embedded:///path/queue.db[?lease=SECONDS&max_attempts=N]`, creating the file if it is missing."""
     parts = urlsplit(url)
     path = unquote(parts.netloc + parts.path)
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -105,18 +111,18 @@ class EmbeddedQueue:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA temp_store = MEMORY")  # on a read-only root there is no place for temporary files
+            self._db.execute("PRAGMA temp_store = MEMORY")  # a read-only root has no place for temporary files
             self._db.executescript(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise QueueError(f"QUEUE_URL: cannot open {path}: {error}") from error
 
     @property
     def lease_seconds(self) -> float:
-        """Seconds a message stays invisible to others once received."""
+        """Seconds for which a received message is invisible to others."""
         return self._lease_seconds
 
     def publish(self, bodies: Iterable[bytes]) -> int:
-        """Store the messages in one transaction that survives a power loss; return how many."""
+        """Store the messages in one transaction that survives a power failure; return their number."""
         now = time.time()
         with self._transaction("FULL"):
             cursor = self._db.executemany(
@@ -126,45 +132,45 @@ class EmbeddedQueue:
             return max(cursor.rowcount, 0)
 
     def receive(self, max_messages: int, wait: float) -> Sequence[EmbeddedDelivery]:
-        """Lease what is ready, oldest first; messages past their attempts go to the dead letters."""
+        """Lease ready messages, oldest first; dead-letter those that have used up their attempts."""
         deadline = time.monotonic() + wait
         while True:
-            ready = self._lease_ready(max_messages) if self._anything_ready() else []
+            ready = self._lease_ready(max_messages) if self._is_any_ready() else []
             remaining = deadline - time.monotonic()
             if ready or remaining <= 0:
                 return ready
             time.sleep(min(POLL_SECONDS, remaining))
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Delete what is still leased to us."""
+        """Delete the messages that are still leased to this worker."""
         with self._transaction():
             self._db.executemany("DELETE FROM messages WHERE id = ? AND lease = ?", _keys(deliveries))
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """Make the messages ready again after `delay`, or bury those that used up their attempts."""
+        """Make the messages ready after `delay`; dead-letter those that have used up their attempts."""
         visible_at = time.time() + max(delay, 0.0)
         if failure is None:
             with self._transaction():
-                self._db.executemany(_UNDO, ((visible_at, *key) for key in _keys(deliveries)))
+                self._db.executemany(_RETURN_UNHANDLED, ((visible_at, *key) for key in _keys(deliveries)))
             return
         spent = [d for d in deliveries if (d.attempt or 0) >= self._max_attempts]
-        again = [d for d in deliveries if d not in spent]
+        returned = [d for d in deliveries if d not in spent]
         reason = (failure.reason, failure.stage, failure.error)
         with self._transaction():
-            self._db.executemany(_RETURN, ((visible_at, *reason, *key) for key in _keys(again)))
+            self._db.executemany(_RETURN, ((visible_at, *reason, *key) for key in _keys(returned)))
         for delivery in spent:
-            self._give_up(delivery, failure)
+            self._dead_letter_spent(delivery, failure)
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
         """Move the row to the dead letters, in one transaction."""
         (key,) = _keys([delivery])
         with self._transaction():
-            self._db.execute(_BURY, (failure.reason, failure.stage, failure.error, time.time(), *key))
+            self._db.execute(_DEAD_LETTER, (failure.reason, failure.stage, failure.error, time.time(), *key))
             self._db.execute("DELETE FROM messages WHERE id = ? AND lease = ?", key)
         return True
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Push the end of the leases to `seconds` from now."""
+        """Make the leases end `seconds` from now."""
         until = time.time() + seconds
         with self._transaction():
             self._db.executemany(
@@ -178,7 +184,7 @@ class EmbeddedQueue:
             return int(self._db.execute("SELECT count(*) FROM messages").fetchone()[0])
 
     def counts(self) -> Counts:
-        """Count the messages not yet settled, and the dead letters."""
+        """Count the messages and the dead letters."""
         with self._guard():
             query = "SELECT (SELECT count(*) FROM messages), (SELECT count(*) FROM dead_letters)"
             waiting, dead = self._db.execute(query).fetchone()
@@ -190,7 +196,7 @@ class EmbeddedQueue:
             return ()
 
     def stop(self) -> None:
-        """Do nothing: `receive` hands out all it leases, so nothing is left to return."""
+        """Do nothing: `receive` returns all messages that it leases."""
 
     def close(self) -> None:
         """Close the file."""
@@ -198,28 +204,28 @@ class EmbeddedQueue:
             self._db.close()
 
     def dead_letters(self) -> EmbeddedDeadLetters:
-        """Open the dead letters; to be closed before the queue is."""
+        """Open the dead letters. Close them before the queue."""
         return EmbeddedDeadLetters(self)
 
-    def buried_after(self, last: tuple[float, int], limit: int) -> list[tuple[tuple[float, int], DeadLetter]]:
-        """Return the oldest dead letters after `last`, each with its place in that order."""
+    def dead_letters_after(self, last: tuple[float, int], limit: int) -> list[tuple[tuple[float, int], DeadLetter]]:
+        """Return the oldest dead letters after the position `last`, each with its position."""
         found: list[tuple[tuple[float, int], DeadLetter]] = []
-        left = RECEIVE_BYTES
+        room = RECEIVE_BYTES
         with self._guard():
-            for row in self._db.execute(_BURIED, (*last, limit)):
+            for row in self._db.execute(_NEXT_DEAD_LETTERS, (*last, limit)):
                 found.append(((row[-1], row[0]), _dead_letter(row)))
-                left -= len(row[1])
-                if left <= 0:
+                room -= len(row[1])
+                if room <= 0:
                     break
         return found
 
-    def unbury(self, deliveries: Sequence[Delivery]) -> None:
+    def delete_dead_letters(self, deliveries: Sequence[Delivery]) -> None:
         """Delete dead letters."""
         with self._transaction("FULL"):
             self._db.executemany("DELETE FROM dead_letters WHERE id = ?", [(int(d.id),) for d in deliveries])
 
-    def _anything_ready(self) -> bool:
-        """Probe without a write lock, so that idle workers do not hinder the others."""
+    def _is_any_ready(self) -> bool:
+        """Check without a write lock, so that idle workers do not block the others."""
         with self._guard():
             query = "SELECT 1 FROM messages WHERE visible_at <= ? LIMIT 1"
             return self._db.execute(query, (time.time(),)).fetchone() is not None
@@ -232,15 +238,16 @@ class EmbeddedQueue:
         leased = [_delivery(row) for row in sorted(rows)]  # RETURNING promises no order
         for delivery in leased:
             if delivery.attempt > self._max_attempts:
-                self._give_up(delivery, delivery.last_failure or _OVERDUE)
+                self._dead_letter_spent(delivery, delivery.last_failure or _OVERDUE)
         return [delivery for delivery in leased if delivery.attempt <= self._max_attempts]
 
-    def _give_up(self, delivery: Delivery, last: Failure) -> None:
-        tries = min(delivery.attempt or 0, self._max_attempts)
-        failure = Failure(f"gave up after {tries} attempts: {last.reason}", last.stage, last.error)
+    def _dead_letter_spent(self, delivery: Delivery, last: Failure) -> None:
+        """Dead-letter a message that has used up its attempts."""
+        attempts = min(delivery.attempt or 0, self._max_attempts)
+        failure = Failure(f"failed after {attempts} attempts: {last.reason}", last.stage, last.error)
         self.dead_letter(delivery, failure)
-        about = {"message_id": delivery.id, "reason": failure.reason, "stage": failure.stage, "error": failure.error}
-        log.error("queue_gave_up", extra=about)
+        fields = {"message_id": delivery.id, "reason": failure.reason, "stage": failure.stage, "error": failure.error}
+        log.error("queue_gave_up", extra=fields)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -252,40 +259,40 @@ class EmbeddedQueue:
 
     @contextmanager
     def _transaction(self, synchronous: str = "NORMAL") -> Iterator[None]:
-        """Run a write transaction. NORMAL may lose it in a power cut, which costs a redelivery at worst."""
+        """Run a write transaction. With NORMAL, a power failure can undo it: then messages are redelivered."""
         with self._guard():
             self._db.execute(f"PRAGMA synchronous = {synchronous}")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
             except BaseException:
-                if self._db.in_transaction:  # not after an I/O error or with a full disk: SQLite has rolled back itself
+                if self._db.in_transaction:  # after an I/O error SQLite has rolled back itself
                     self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
 
 
 class EmbeddedDeadLetters:
-    """The rows of dead letters, by a cursor. Two who look at once are both shown all: handling twice is harmless."""
+    """The rows of dead letters, read by a cursor. Concurrent readers each get all: handling twice is harmless."""
 
     def __init__(self, queue: EmbeddedQueue) -> None:
         self._queue = queue
         self._last = (0.0, 0)
         self._lock = Lock()
 
-    def receive(self, max_messages: int, wait: float) -> list[DeadLetter]:  # noqa: ARG002 - what is there is there at once
-        """Return the next ones."""
+    def receive(self, max_messages: int, wait: float) -> list[DeadLetter]:  # noqa: ARG002 - reading does not wait
+        """Return the next dead letters."""
         with self._lock:
-            found = self._queue.buried_after(self._last, max_messages)
+            found = self._queue.dead_letters_after(self._last, max_messages)
             self._last = found[-1][0] if found else self._last
-        return [letter for _, letter in found]
+        return [dead_letter for _, dead_letter in found]
 
     def remove(self, dead_letters: Sequence[DeadLetter]) -> None:
         """Delete the rows, in one transaction."""
-        self._queue.unbury([letter.delivery for letter in dead_letters])
+        self._queue.delete_dead_letters([dead_letter.delivery for dead_letter in dead_letters])
 
     def close(self) -> None:
-        """Do nothing: nothing was taken."""
+        """Do nothing: reading leases nothing."""
 
 
 def _dead_letter(row: tuple[int, bytes, float, int, str, str, str, float]) -> DeadLetter:

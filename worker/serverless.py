@@ -10,7 +10,7 @@ from functools import cache
 from threading import Timer
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from adapters.sqs.lambda_event import SQSEvent
+from adapters.sqs.lambda_event import LambdaQueue
 from worker.errors import Misconfigured, SettingsError
 from worker.pipeline import Pipeline
 from worker.runtime.runner import Runner, ShutdownTimeoutError
@@ -40,7 +40,7 @@ def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
     Held messages are retried until STOP_BEFORE. Raises SettingsError, and QueueError if the event is not from SQS;
     SQS then redelivers the whole batch.
     """
-    batch = SQSEvent(event, _seconds_left(context))
+    batch = LambdaQueue(event, _seconds_left(context))
     if batch.lease_seconds <= STOP_BEFORE:  # Lambda's default is 3: every message would be dead-lettered unprocessed
         found = f"the function has {batch.lease_seconds:.0f} s, expected more than {STOP_BEFORE:.0f}"
         raise SettingsError(f"Timeout: {found}", todo="set 60")
@@ -52,13 +52,13 @@ def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
     try:
         runner.run(once=True, max_wait=batch.lease_seconds)
     except (Misconfigured, ShutdownTimeoutError) as error:
-        log.error("batch_incomplete", extra={"reason": str(error), "returned": len(batch.left())})
+        log.error("batch_incomplete", extra={"reason": str(error), "returned": len(batch.failed_ids())})
     finally:
         timer.cancel()
         if components.stopping.is_set():  # its clients are stopped permanently
             components.sender.close()
             _warm_state.cache_clear()
-    return {"batchItemFailures": [{"itemIdentifier": name} for name in batch.left()]}
+    return {"batchItemFailures": [{"itemIdentifier": name} for name in batch.failed_ids()]}
 
 
 def _seconds_left(context: Context) -> float:

@@ -1,1 +1,1 @@
-"""Google Pub/Sub by streaming pull. Read queue.py first."""
+"""Google Pub/Sub by streaming pull. Start with queue.py."""

@@ -1,7 +1,4 @@
-"""Google Pub/Sub: what a subscription has to do with a queue.
-
-Messages come by adapters/streaming_pull.py, and are settled by adapters/settlement.py.
-"""
+"""Google Pub/Sub adapter. streaming_pull.py receives messages, settlement.py settles them."""
 
 from __future__ import annotations
 
@@ -24,12 +21,12 @@ from google.pubsub_v1.services.publisher.transports import PublisherGrpcTranspor
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
 from adapters.base import QueueError, QueueURLError, QueueWarning
-from adapters.pubsub import dead_letters as dead
-from adapters.pubsub.settlement import LEASE_SECONDS, PASSING, Settlement
+from adapters.pubsub import dead_letters
+from adapters.pubsub.settlement import LEASE_SECONDS, TRANSIENT_ERRORS, Settlement
 from adapters.pubsub.streaming_pull import StreamClient, StreamingPull
 from adapters.shared.batches import batches
-from adapters.shared.leased_dead_letters import LeasedLetters
-from adapters.shared.redeliveries import Awaited
+from adapters.shared.leased_dead_letters import LeasedDeadLetters
+from adapters.shared.redeliveries import ExpectedRedeliveries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,12 +39,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klaviyo_worker.pubsub")
 
-LONGEST_HOLD = 7 * 86400.0  # seconds the client keeps a lease: the worker decides, never the client
-LONGEST_DELAY = 600  # seconds, Pub/Sub's own limit
+MAX_LEASE_DURATION = (
+    7 * 86400.0
+)  # seconds for which the client extends leases: longer than the worker ever holds a message
+MAX_DELAY = 600  # seconds, Pub/Sub's limit
 CALL_TIMEOUT = 10.0  # seconds for one call
-BURY_PATIENCE = 5.0  # seconds to publish a dead letter; else the message goes another round
+DEAD_LETTER_TIMEOUT = 5.0  # seconds of retries to publish a dead letter; then the message is redelivered
 MAX_BATCH = 1000  # messages in a call to publish, Pub/Sub's limit
-MAX_BATCH_BYTES = 5_000_000  # of bodies in a call to publish, half of Pub/Sub's limit
+MAX_BATCH_BYTES = 5_000_000  # of the bodies in a call to publish, half of Pub/Sub's limit
 MAX_ATTRIBUTE = 1024  # bytes of an attribute's value
 _EXPECTED = "expected pubsub://PROJECT/SUBSCRIPTION"
 _URL = re.compile(r"(?i:pubsub)://(?P<project>[^/?#]+)/(?P<subscription>[A-Za-z][A-Za-z0-9._~+%-]{2,254})")
@@ -56,14 +55,17 @@ _CONSUME = "pubsub.subscriptions.consume"
 _VIEWER = "grant roles/pubsub.viewer on it"
 _SET_TOPIC = "gcloud pubsub subscriptions update {} --dead-letter-topic=TOPIC --max-delivery-attempts=10"
 _SET_RETRY = "gcloud pubsub subscriptions update {} --min-retry-delay=10s --max-retry-delay=600s"
-_ANY_SIZE = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))  # as the client has it
-_RECONNECT = ("grpc.max_reconnect_backoff_ms", 10_000)  # after a long outage back in seconds, not minutes
-_RETRY = Retry(predicate=if_exception_type(*PASSING), initial=0.2, maximum=5.0, timeout=30.0)
+_ANY_SIZE = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+)  # as in the client's own transport
+_RECONNECT = ("grpc.max_reconnect_backoff_ms", 10_000)  # else reconnecting after a long outage takes minutes
+_RETRY = Retry(predicate=if_exception_type(*TRANSIENT_ERRORS), initial=0.2, maximum=5.0, timeout=30.0)
 
 
 @dataclass(frozen=True, slots=True)
 class PubSubDelivery:
-    """A leased message. `attempt` is None on a subscription without a dead-letter policy: Pub/Sub does not count."""
+    """A leased message. `attempt` is None if the subscription has no dead-letter policy."""
 
     id: str
     body: bytes = field(repr=False)
@@ -74,7 +76,7 @@ class PubSubDelivery:
 
 
 def open_url(url: str, options: QueueOptions) -> PubSubQueue:
-    """Open `pubsub://PROJECT/SUBSCRIPTION`. PUBSUB_EMULATOR_HOST, if set, names an emulator."""
+    """Open `pubsub://PROJECT/SUBSCRIPTION`. PUBSUB_EMULATOR_HOST, if set, is the address of an emulator."""
     path = _path(url, "QUEUE_URL")
     try:
         return PubSubQueue(path, options)
@@ -101,93 +103,93 @@ class PubSubQueue:
         flow_control = FlowControl(
             max_messages=options.max_messages,
             max_bytes=options.max_bytes,
-            max_lease_duration=LONGEST_HOLD,
+            max_lease_duration=MAX_LEASE_DURATION,
             min_duration_per_lease_extension=lease_seconds,
         )
         self._settlement = Settlement(self._client, path)
         self._stream = StreamingPull(_stream_client, path, flow_control)
-        self._topic = ""  # for dead letters; "" when the subscription has none, or is not read yet
+        self._topic = ""  # of dead letters; "" if the subscription has none or was not read yet
         self._max_attempts = math.inf
-        self._has_retry_policy = False  # as far as is known
-        self._awaited = Awaited()
+        self._has_retry_policy = False  # or it is unknown
+        self._expected_redeliveries = ExpectedRedeliveries()
 
     @property
     def lease_seconds(self) -> float:
-        """Seconds. The client extends leases too, but only as long as its stream lives."""
+        """The ack deadline of received messages. The client extends it too, but only while its stream is open."""
         return self._lease_seconds
 
     def receive(self, max_messages: int, wait: float) -> Sequence[PubSubDelivery]:
-        """Return what the stream brought."""
-        deliveries = [_delivery(message) for message in self._stream.take(max_messages, wait)]
-        self._awaited.came(delivery.id for delivery in deliveries)
+        """Return messages that the stream has received."""
+        deliveries = [_delivery(message) for message in self._stream.receive(max_messages, wait)]
+        self._expected_redeliveries.remove(delivery.id for delivery in deliveries)
         return deliveries
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Acknowledge, insisting for as long as the lease may hold."""
-        self._awaited.came(delivery.id for delivery in deliveries)
+        """Acknowledge, retrying for as long as the leases can last."""
+        self._expected_redeliveries.remove(delivery.id for delivery in deliveries)
         messages = _messages(deliveries)
-        self._settlement.acknowledge(messages)
+        self._settlement.ack(messages)
         for message in messages:
             message.drop()
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """End the leases: at once where a retry policy delays the message, else after `delay`, at most 600 s.
+        """End the leases at once if a retry policy delays the messages; otherwise after `delay`, at most 600 s.
 
-        To the server a message whose lease runs is with the worker, and counts against its flow control: many
-        that wait so would keep others out. Every return costs a delivery attempt, handled or not.
+        A delayed message stays leased, and counts against the flow control of this worker's stream: many of them would
+        keep others out. Every return counts as a delivery attempt, also of a message that was not handled.
         """
         for delivery in deliveries:
             if not self._is_last(delivery):
-                self._awaited.note([delivery.id])
+                self._expected_redeliveries.add([delivery.id])
             elif failure is not None:
-                about = {"reason": failure.reason, "stage": failure.stage, "error": failure.error}
-                log.error("queue_gave_up", extra={"message_id": delivery.id, **about})
+                fields = {"reason": failure.reason, "stage": failure.stage, "error": failure.error}
+                log.error("queue_gave_up", extra={"message_id": delivery.id, **fields})
         messages = _messages(deliveries)
-        for message in messages:  # first, so that the client does not extend what is given up
+        for message in messages:  # first, so that the client does not extend the leases again
             message.drop()
-        seconds = 0 if self._has_retry_policy else min(math.ceil(max(delay, 0.0)), LONGEST_DELAY)
-        self._settlement.end_leases(messages, seconds)
+        seconds = 0 if self._has_retry_policy else min(math.ceil(max(delay, 0.0)), MAX_DELAY)
+        self._settlement.nack(messages, seconds)
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
-        """Publish to the dead-letter topic, if so asked; else let the subscription's policy get there.
+        """In direct mode publish to the dead-letter topic, otherwise return the message for the dead-letter policy.
 
-        Without a policy nothing ever gives up, so the message comes as seldom as can be.
+        Without a policy Pub/Sub redelivers indefinitely, so the message is delayed as long as possible.
         """
-        if self._options.direct_dead_letter and self._bury(delivery, failure):
+        if self._options.direct_dead_letter and self._publish_dead_letter(delivery, failure):
             self.ack([delivery])
             return True
-        self.nack([delivery], LONGEST_DELAY if delivery.attempt is None else 0.0, failure)
+        self.nack([delivery], MAX_DELAY if delivery.attempt is None else 0.0, failure)
         return self._is_last(delivery)
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Extend these and what waits to be received: a stream that ended extends nothing."""
-        messages = [*_messages(deliveries), *self._stream.waiting()]
+        """Extend the leases, also of pending messages: without a stream, the client does not extend them."""
+        messages = [*_messages(deliveries), *self._stream.pending()]
         if not self._settlement.extend(messages, math.ceil(seconds)):
-            raise QueueError("Pub/Sub was not told of all leases")
+            raise QueueError("some leases could not be extended")
 
     def backlog(self) -> int | None:
-        """Count what was sent back and is expected again; Pub/Sub itself does not tell."""
-        return len(self._awaited) or None
+        """Count the messages that were returned and not redelivered yet: Pub/Sub does not report its backlog."""
+        return len(self._expected_redeliveries) or None
 
     def check(self) -> Sequence[QueueWarning]:
-        """Look at the subscription. Raises QueueError when it cannot be used as asked."""
-        subscription = self._described()
-        self._may_consume()
+        """Read the subscription and its policies. Raises QueueError if it cannot be used in the configured mode."""
+        subscription = self._read_subscription()
+        self._check_permission()
         if subscription is None:
             if self._options.direct_dead_letter:
-                raise QueueError(f"{_DIRECT}: {self._unreadable} its dead-letter topic", todo=_VIEWER)
-            return [QueueWarning(f"{self._unreadable} its policies", _VIEWER)]
+                raise QueueError(f"{_DIRECT}: {self._unreadable}, so its dead-letter topic is unknown", todo=_VIEWER)
+            return [QueueWarning(f"{self._unreadable}, so its policies are unknown", _VIEWER)]
         if self._options.direct_dead_letter and not self._topic:
             raise QueueError(f"{_DIRECT}: {self._path} has no dead-letter topic", todo=_SET_TOPIC.format(self._path))
         if subscription.push_config.push_endpoint:
             raise QueueError(
-                f"QUEUE_URL: {self._path} is a push subscription", todo="use push://HOST:PORT, or one that is pulled"
+                f"QUEUE_URL: {self._path} is a push subscription", todo="use push://HOST:PORT, or a pull subscription"
             )
         return list(_warnings(subscription, self._lease_seconds))
 
     def stop(self) -> None:
-        """Stop the stream and return what was not received."""
-        self._settlement.end_leases(self._stream.stop(), 0)
+        """Stop the stream and return pending messages."""
+        self._settlement.nack(self._stream.stop(), 0)
 
     def close(self) -> None:
         """Stop, and close the connections."""
@@ -197,14 +199,14 @@ class PubSubQueue:
             self._publisher.transport.close()  # type: ignore[no-untyped-call]
 
     def publish(self, bodies: Iterable[bytes]) -> int:
-        """Publish to the subscription's topic, in order."""
-        subscription = self._described()
+        """Publish the messages to the subscription's topic, in order."""
+        subscription = self._read_subscription()
         if subscription is None:
-            raise QueueError(f"QUEUE_URL: {self._unreadable} its topic", todo=_VIEWER)
+            raise QueueError(f"QUEUE_URL: {self._unreadable}, so its topic is unknown", todo=_VIEWER)
         stored = 0
         for batch in batches(bodies, MAX_BATCH, MAX_BATCH_BYTES):
             if b"" in batch:
-                empty = f"message {stored + batch.index(b'') + 1} is empty, which Pub/Sub does not take"
+                empty = f"message {stored + batch.index(b'') + 1} is empty, which Pub/Sub does not accept"
                 raise QueueError(f"QUEUE_URL: {stored} messages were published, then: {empty}")
             try:
                 request = {"topic": subscription.topic, "messages": [{"data": body} for body in batch]}
@@ -214,13 +216,15 @@ class PubSubQueue:
             stored += len(batch)
         return stored
 
-    def dead_letters(self) -> LeasedLetters:
-        """Open the subscription of the dead letters; to be closed before the queue is."""
+    def dead_letters(self) -> LeasedDeadLetters:
+        """Open the subscription of the dead letters. Close it before the queue."""
         given = self._options.dead_letter_url
-        path = _path(given, dead.SETTING) if given else self._dead_letter_path()
+        path = _path(given, dead_letters.SETTING) if given else self._dead_letter_path()
         if path == self._path:
-            raise QueueURLError(f"{dead.SETTING} is QUEUE_URL", todo="set it to the subscription of the dead letters")
-        return LeasedLetters(dead.PubSubLetters(self._client, path))
+            raise QueueURLError(
+                f"{dead_letters.SETTING} is QUEUE_URL", todo="set it to the subscription of the dead letters"
+            )
+        return LeasedDeadLetters(dead_letters.PubSubDeadLetters(self._client, path))
 
     @cached_property
     def _publisher(self) -> PublisherClient:
@@ -228,10 +232,10 @@ class PubSubQueue:
 
     @property
     def _unreadable(self) -> str:
-        return f"{self._path} cannot be read to learn"
+        return f"not permitted to read {self._path}"
 
-    def _described(self) -> Subscription | None:
-        """Read the subscription and note its policies; None when that is not permitted."""
+    def _read_subscription(self) -> Subscription | None:
+        """Read the subscription and store its policies; None if that is not permitted."""
         try:
             subscription: Subscription = self._client.get_subscription(
                 request={"subscription": self._path}, retry=_RETRY, timeout=CALL_TIMEOUT
@@ -248,32 +252,32 @@ class PubSubQueue:
         return subscription
 
     def _dead_letter_path(self) -> str:
-        if self._described() is None:
-            todo = f"{_VIEWER}, or set {dead.SETTING}"
-            raise QueueError(f"QUEUE_URL: {self._unreadable} its dead-letter topic", todo=todo)
+        if self._read_subscription() is None:
+            todo = f"{_VIEWER}, or set {dead_letters.SETTING}"
+            raise QueueError(f"QUEUE_URL: {self._unreadable}, so its dead-letter topic is unknown", todo=todo)
         if not self._topic:
             raise QueueError(f"QUEUE_URL: {self._path} has no dead-letter topic", todo=_SET_TOPIC.format(self._path))
-        return dead.subscription_of(self._topic, self._publisher, self._client)
+        return dead_letters.find_dead_letter_subscription(self._topic, self._publisher, self._client)
 
-    def _may_consume(self) -> None:
+    def _check_permission(self) -> None:
         request = {"resource": self._path, "permissions": [_CONSUME]}
         try:
             allowed = self._client.test_iam_permissions(request=request, retry=_RETRY, timeout=CALL_TIMEOUT)
         except google.MethodNotImplemented:  # the emulator has no permissions
             return
         except google.GoogleAPIError as error:
-            raise QueueError(f"QUEUE_URL: cannot ask Pub/Sub what is permitted on {self._path}: {error}") from None
+            raise QueueError(f"QUEUE_URL: cannot read the permissions on {self._path}: {error}") from None
         if _CONSUME not in allowed.permissions:
             raise QueueError(
                 f"QUEUE_URL: not permitted to consume {self._path}", todo="grant roles/pubsub.subscriber on it"
             )
 
     def _is_last(self, delivery: Delivery) -> bool:
-        """Tell whether the subscription gives this message up when it is returned now."""
+        """Return whether the dead-letter policy dead-letters this message if it is returned now."""
         return delivery.attempt is not None and delivery.attempt >= self._max_attempts
 
-    def _bury(self, delivery: Delivery, failure: Failure) -> bool:
-        """Publish the message to the dead-letter topic, with its reason; tell whether it is there."""
+    def _publish_dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
+        """Publish the message to the dead-letter topic with its reason; return whether that succeeded."""
         attributes = {
             **delivery.attributes,
             **{name: value for name, value in asdict(failure).items() if value},
@@ -281,29 +285,30 @@ class PubSubQueue:
             "message_id": delivery.id,
             "attempt": str(delivery.attempt),
         }
-        cut = {name: value.encode()[:MAX_ATTRIBUTE].decode(errors="ignore") for name, value in attributes.items()}
-        request = {"topic": self._topic, "messages": [{"data": delivery.body, "attributes": cut}]}
+        truncated = {name: value.encode()[:MAX_ATTRIBUTE].decode(errors="ignore") for name, value in attributes.items()}
+        request = {"topic": self._topic, "messages": [{"data": delivery.body, "attributes": truncated}]}
         try:
-            self._publisher.publish(request=request, retry=_RETRY.with_timeout(BURY_PATIENCE), timeout=CALL_TIMEOUT)
+            retry = _RETRY.with_timeout(DEAD_LETTER_TIMEOUT)
+            self._publisher.publish(request=request, retry=retry, timeout=CALL_TIMEOUT)
         except (google.GoogleAPIError, GoogleAuthError) as error:
-            log.warning("not_buried", extra={"message_id": delivery.id, "reason": str(error)})
+            log.warning("dead_letter_failed", extra={"message_id": delivery.id, "reason": str(error)})
             return False
         return True
 
 
-def _warnings(subscription: Subscription, lease: int) -> Iterator[QueueWarning]:
-    """Name what the subscription lacks, and the command that sets it."""
+def _warnings(subscription: Subscription, lease_seconds: int) -> Iterator[QueueWarning]:
+    """Yield what the subscription lacks, with the command that sets it."""
     name = subscription.name
     if not subscription.dead_letter_policy.dead_letter_topic:
-        why = f"{name} has no dead-letter policy, so what can never succeed comes again and again"
-        yield QueueWarning(why, _SET_TOPIC.format(name), is_missing_policy=True)
+        reason = f"{name} has no dead-letter policy, so Pub/Sub redelivers failed messages indefinitely"
+        yield QueueWarning(reason, _SET_TOPIC.format(name), is_missing_policy=True)
     if "retry_policy" not in subscription:
-        why = f"{name} has no retry policy, so failed messages come again at once"
-        yield QueueWarning(why, _SET_RETRY.format(name), is_missing_policy=True)
-    if subscription.ack_deadline_seconds < lease:
+        reason = f"{name} has no retry policy, so Pub/Sub redelivers failed messages at once"
+        yield QueueWarning(reason, _SET_RETRY.format(name), is_missing_policy=True)
+    if subscription.ack_deadline_seconds < lease_seconds:
         deadline = f"an ack deadline of {subscription.ack_deadline_seconds} s"
-        why = f"{name} has {deadline}, shorter than the {lease} s that messages are held for"
-        yield QueueWarning(why, f"gcloud pubsub subscriptions update {name} --ack-deadline={lease}")
+        reason = f"{name} has {deadline}, shorter than the {lease_seconds} s for which messages are leased"
+        yield QueueWarning(reason, f"gcloud pubsub subscriptions update {name} --ack-deadline={lease_seconds}")
 
 
 def _messages(deliveries: Sequence[Delivery]) -> list[Message]:
@@ -326,9 +331,9 @@ def _stream_client() -> StreamClient:
 
 
 def _transport(kind: Any) -> Any:
-    """Return what a client makes its transport of: its own, which pings every 30 s, but sooner back.
+    """Return a transport as the client's own, which pings every 30 s, but one that reconnects sooner.
 
-    The emulator gets no pings: it answers `too_many_pings` and hangs up.
+    The emulator gets no pings: it rejects them with `too_many_pings` and closes the connection.
     """
     if emulator := os.environ.get("PUBSUB_EMULATOR_HOST"):
         return kind(host=emulator, channel=grpc.insecure_channel(emulator, [*_ANY_SIZE, _RECONNECT]))

@@ -1,7 +1,7 @@
-"""Tells Pub/Sub what became of messages: by ack id, in batches, whatever the stream they came by is doing.
+"""Settles and extends messages by ack id, in batches, independently of the stream that delivered them.
 
-`message.ack()` of the client is lost once its stream has ended, and tells nothing of its fate; these calls
-hold, insist, and read the answer. What does not get through is logged: the messages come again.
+`message.ack()` of the client is lost if its stream has ended, and does not report its result. These calls wait for the
+response and retry. Messages that cannot be settled are logged; Pub/Sub redelivers them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klaviyo_worker.pubsub")
 
-LEASE_SECONDS = 60  # seconds, an int to the client; a crash costs this much before a message comes again
-ACK_PATIENCE, NACK_PATIENCE = LEASE_SECONDS, 3.0  # seconds to reach Pub/Sub; a nack that is lost costs a lease at most
-TIMEOUT = 3.0  # seconds for one call
+LEASE_SECONDS = 60  # an int for the client; after a crash, messages are redelivered this much later
+ACK_TIMEOUT, NACK_TIMEOUT = LEASE_SECONDS, 3.0  # seconds of retries; a lost nack delays the message by a lease at most
+CALL_TIMEOUT = 3.0  # seconds for one call
 MAX_IDS = 1000  # ack ids in a call, whose limit is 512 KiB
-PASSING = (
+TRANSIENT_ERRORS = (
     google.Aborted,
     google.DeadlineExceeded,
     google.InternalServerError,
@@ -32,72 +32,72 @@ PASSING = (
     google.TooManyRequests,
     google.Unknown,
 )
-_AGAIN = "TRANSIENT_"  # begins the verdicts that are not final
+_TRANSIENT = "TRANSIENT_"  # prefix of the results that can be retried
 
 
 class Settlement:
-    """Settles and extends the messages of one subscription. Safe for many threads; never raises for a lost lease."""
+    """Settles and extends the messages of one subscription. Safe for many threads; ignores lost leases."""
 
     def __init__(self, client: SubscriberClient, path: str) -> None:
         self._client = client
         self._path = path
 
-    def acknowledge(self, messages: Sequence[Message]) -> None:
-        """Acknowledge, insisting for as long as the leases may hold."""
-        self._tell("ack", self._client.acknowledge, messages, ACK_PATIENCE)
+    def ack(self, messages: Sequence[Message]) -> None:
+        """Acknowledge, retrying for as long as the leases can last."""
+        self._settle("ack", self._client.acknowledge, messages, ACK_TIMEOUT)
 
-    def end_leases(self, messages: Sequence[Message], seconds: int) -> None:
-        """Have the messages come again in `seconds`, at most 600."""
-        self._tell("nack", self._client.modify_ack_deadline, messages, NACK_PATIENCE, ack_deadline_seconds=seconds)
+    def nack(self, messages: Sequence[Message], seconds: int) -> None:
+        """Make the leases end in `seconds`, at most 600."""
+        self._settle("nack", self._client.modify_ack_deadline, messages, NACK_TIMEOUT, ack_deadline_seconds=seconds)
 
     def extend(self, messages: Sequence[Message], seconds: int) -> bool:
-        """Keep the leases for `seconds` from now, at most 600; return whether Pub/Sub was told of all.
+        """Make the leases end `seconds` from now, at most 600; return whether all calls succeeded.
 
-        Tried once: it is done anew long before the leases end, and one that insists could undo a nack made meanwhile.
+        Not retried: the next extension comes long before the leases end, and a retry could undo a nack.
         """
-        return self._tell("extend", self._client.modify_ack_deadline, messages, 0.0, ack_deadline_seconds=seconds)
+        return self._settle("extend", self._client.modify_ack_deadline, messages, 0.0, ack_deadline_seconds=seconds)
 
-    def _tell(
-        self, action: str, call: Callable[..., object], messages: Sequence[Message], patience: float, **about: int
+    def _settle(
+        self, action: str, call: Callable[..., object], messages: Sequence[Message], timeout: float, **fields: int
     ) -> bool:
-        """Return whether Pub/Sub was told of all."""
+        """Return whether all calls succeeded."""
         failed = 0
         for start in range(0, len(messages), MAX_IDS):
             ids = [message.ack_id for message in messages[start : start + MAX_IDS]]
-            request: dict[str, Any] = {"subscription": self._path, "ack_ids": ids, **about}
+            request: dict[str, Any] = {"subscription": self._path, "ack_ids": ids, **fields}
             retrying = Retrying(
-                stop=stop_after_delay(patience),
+                stop=stop_after_delay(timeout),
                 wait=wait_random_exponential(multiplier=0.1, max=5),
-                retry=retry_if_exception_type(PASSING) | retry_if_result(bool),
+                retry=retry_if_exception_type(TRANSIENT_ERRORS) | retry_if_result(bool),
                 retry_error_callback=lambda state: state.outcome and state.outcome.result(),
             )
             try:
-                left, reason = len(retrying(_told, call, request)), "told to try again"
+                unsettled, reason = len(retrying(_attempt, call, request)), "Pub/Sub reported transient failures"
             except (google.GoogleAPIError, ValueError) as error:  # ValueError: the connection was closed
-                left, reason = len(request["ack_ids"]), str(error)
-            failed += left
-            if left:
-                log.warning("settling_failed", extra={"action": action, "messages": left, "reason": reason})
+                unsettled, reason = len(request["ack_ids"]), str(error)
+            failed += unsettled
+            if unsettled:
+                log.warning("settlement_failed", extra={"action": action, "messages": unsettled, "reason": reason})
         return not failed
 
 
-def _told(call: Callable[..., object], request: dict[str, Any]) -> list[str]:
-    """Make the call; return the ids to tell again, to which the request is narrowed.
+def _attempt(call: Callable[..., object], request: dict[str, Any]) -> list[str]:
+    """Make the call; reduce the ids of `request` to those that must be retried, and return them.
 
-    Only subscriptions with exactly-once delivery tell the fate of each id, in the error's metadata. Ids it does
-    not name went through, unless the error as a whole is a passing one:
+    Only subscriptions with exactly-once delivery report a result for each id, in the metadata of the error. The other
+    ids succeeded, unless the error itself is transient:
     https://cloud.google.com/pubsub/docs/exactly-once-delivery
     """
     try:
-        call(request=request, retry=None, timeout=TIMEOUT)
+        call(request=request, retry=None, timeout=CALL_TIMEOUT)
     except google.GoogleAPICallError as error:
-        told = error.metadata or {}  # other errors have metadata too, about no id
-        verdicts = {name: told[name] for name in request["ack_ids"] if name in told}
-        if not verdicts:
+        metadata = error.metadata or {}  # can concern other things than ids
+        results = {name: metadata[name] for name in request["ack_ids"] if name in metadata}
+        if not results:
             raise
-        unnamed = _AGAIN if isinstance(error, PASSING) else ""
-        request["ack_ids"] = [id_ for id_ in request["ack_ids"] if verdicts.get(id_, unnamed).startswith(_AGAIN)]
-        if lost := len(verdicts.keys() - set(request["ack_ids"])):
-            log.warning("lease_lost", extra={"messages": lost, "reason": "the lease ended before"})
+        default = _TRANSIENT if isinstance(error, TRANSIENT_ERRORS) else ""
+        request["ack_ids"] = [id_ for id_ in request["ack_ids"] if results.get(id_, default).startswith(_TRANSIENT)]
+        if lost := len(results.keys() - set(request["ack_ids"])):
+            log.warning("lease_lost", extra={"messages": lost, "reason": "the lease had ended"})
         return list(request["ack_ids"])
     return []

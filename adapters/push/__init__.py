@@ -1,1 +1,1 @@
-"""A Pub/Sub push endpoint for serverless hosts. Read queue.py first."""
+"""A Pub/Sub push endpoint for serverless hosts. Start with queue.py."""

@@ -1,7 +1,7 @@
-"""Pub/Sub push: an HTTP endpoint for serverless hosts. The answer to a push is the settlement of its message.
+"""A Pub/Sub push endpoint for serverless hosts: the HTTP response to a push settles its message.
 
-A request stays open until its message is settled: 204 for an ack, 5xx or 429 for anything else, upon which
-Pub/Sub delivers again by the subscription's retry policy and gives up by its dead-letter policy.
+A request stays open until its message is settled: 204 acks it; 5xx and 429 nack it. Pub/Sub then redelivers it by the
+subscription's retry policy, and dead-letters it by its dead-letter policy.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ if TYPE_CHECKING:
 log = logging.getLogger("klaviyo_worker.push")
 
 MAX_BODY = 15_000_000  # bytes; a Pub/Sub message of 10 MB is 13.4 MB in base64
-BODY_SECONDS = 30.0  # for a request's body to arrive
-STOP_SECONDS = 5.0  # for answers to leave once all is settled
-KEEP_ALIVE = 620  # seconds, longer than Google's front ends, so that they hang up first
+BODY_TIMEOUT = 30.0  # seconds to read a request's body
+STOP_TIMEOUT = 5.0  # seconds to send the last responses
+KEEP_ALIVE = 620  # seconds; Google's front ends close idle connections earlier
 _EXPECTED = "expected push://HOST[:PORT][?audience=AUDIENCE&service_account=EMAIL], both or neither"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PushDelivery:
-    """A message whose sender waits for the answer. `attempt` is None without a dead-letter policy."""
+    """A message whose request is open. `attempt` is None if the subscription has no dead-letter policy."""
 
     id: str
     body: bytes = field(repr=False)
     attributes: Mapping[str, str]
     attempt: int | None
     published_at: datetime | None
-    answer: Callable[[int], None] = field(repr=False)
+    respond: Callable[[int], None] = field(repr=False)
 
 
 def open_url(url: str, options: QueueOptions) -> PushQueue:
-    """Open `push://HOST[:PORT]`. With `audience` and `service_account`, only requests with their token are taken.
+    """Open `push://HOST[:PORT]`. With `audience` and `service_account`, only requests with their token are accepted.
 
-    Neither goes without the other: anybody can have Google sign a token for any audience.
+    Both are required: Google signs tokens for any audience, for everybody.
     """
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -71,54 +71,54 @@ def open_url(url: str, options: QueueOptions) -> PushQueue:
 
 
 class PushQueue:
-    """An endpoint that Pub/Sub pushes to. Implements QueueAdapter; listens from the first `receive` on."""
+    """An endpoint that Pub/Sub pushes to. Implements QueueAdapter; listens after the first `receive`."""
 
-    lease_seconds = None  # Pub/Sub waits for the answer, as long as the subscription's ack deadline
+    lease_seconds = None  # Pub/Sub waits for the response until the subscription's ack deadline
 
     def __init__(self, host: str, port: int, options: QueueOptions, verifier: TokenVerifier | None = None) -> None:
         self.host, self.port = host, port
         self._options = options
         self._verifier = verifier
         self._inbox: Inbox[PushDelivery] = Inbox()
-        self._open = _Load()
+        self._requests = _OpenRequests()
         self._stopping = False
         self._server: uvicorn.Server | None = None
         self._thread: Thread | None = None
 
     def receive(self, max_messages: int, wait: float) -> Sequence[PushDelivery]:
-        """Return what was pushed. Raises QueueError when the port cannot be had."""
+        """Return pushed messages. Raises QueueError if the port is not available."""
         if self._thread is None:
             self._listen()
         elif not self._thread.is_alive() and not self._stopping:
             raise QueueError(f"QUEUE_URL: the endpoint on port {self.port} has ended")
-        return self._inbox.take(max_messages, wait)
+        return self._inbox.get(max_messages, wait)
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Answer 204."""
-        _answer(deliveries, HTTPStatus.NO_CONTENT)
+        """Respond with 204."""
+        _respond(deliveries, HTTPStatus.NO_CONTENT)
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """Answer 503. When the message comes again is up to the subscription's retry policy."""
+        """Respond with 503. The subscription's retry policy sets the delay."""
         del delay, failure
-        _answer(deliveries, HTTPStatus.SERVICE_UNAVAILABLE)
+        _respond(deliveries, HTTPStatus.SERVICE_UNAVAILABLE)
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
-        """Answer 500: the subscription's policy moves the message to the dead letters in the end."""
+        """Respond with 500. The subscription's policy dead-letters the message after its last attempt."""
         del failure
-        _answer([delivery], HTTPStatus.INTERNAL_SERVER_ERROR)
+        _respond([delivery], HTTPStatus.INTERNAL_SERVER_ERROR)
         return False
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Do nothing: the sender waits."""
+        """Do nothing: the request stays open."""
 
     def backlog(self) -> None:
-        """Return None: who is pushed to cannot see the queue."""
+        """Return None: a push endpoint cannot read the backlog."""
 
     def check(self) -> Sequence[QueueWarning]:
-        """Warn of what the endpoint cannot do, and of an endpoint open to everybody."""
+        """Warn if the endpoint accepts requests without a token, and about settings without effect."""
         warnings = []
         if self._verifier is None:
-            open_to_all = "push:// takes messages from every client that can reach it"
+            open_to_all = "push:// accepts messages from every client that can reach it"
             warnings.append(QueueWarning(open_to_all, "add ?audience=AUDIENCE&service_account=EMAIL to QUEUE_URL"))
         if self._options.direct_dead_letter:
             no_effect = (
@@ -128,17 +128,17 @@ class PushQueue:
         return warnings
 
     def stop(self) -> None:
-        """Take no more requests, and answer 503 to those not received."""
+        """Accept no more requests, and respond with 503 to those not received."""
         self._stopping = True
-        _answer(self._inbox.clear(), HTTPStatus.SERVICE_UNAVAILABLE)
+        _respond(self._inbox.clear(), HTTPStatus.SERVICE_UNAVAILABLE)
         if self._server is not None:
             self._server.should_exit = True
 
     def close(self) -> None:
-        """Stop, and wait for the answers to leave."""
+        """Stop, and wait for the responses to be sent."""
         self.stop()
         if self._thread is not None:
-            self._thread.join(STOP_SECONDS)
+            self._thread.join(STOP_TIMEOUT)
 
     def _listen(self) -> None:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
@@ -165,7 +165,7 @@ class PushQueue:
         log.info("listening", extra={"host": self.host, "port": self.port})
 
     async def _application(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer one request (ASGI)."""
+        """Handle one request (ASGI)."""
         status = await self._status(scope, receive)
         await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body"})
@@ -174,49 +174,53 @@ class PushQueue:
         headers = dict(scope["headers"])
         if scope["method"] != "POST":
             return HTTPStatus.METHOD_NOT_ALLOWED
-        if refusal := await self._refusal(headers):
+        if refusal := await self._authorize(headers):
             return refusal
-        size = int(headers.get(b"content-length", MAX_BODY))  # the server has seen to it that it is a number
+        size = int(headers.get(b"content-length", MAX_BODY))  # the server has checked that it is a number
         if size > MAX_BODY:
             return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-        if not self._open.add(size, self._options):
+        if not self._requests.add(size, self._options):
             return HTTPStatus.TOO_MANY_REQUESTS
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                body = await _body(receive)
-            return HTTPStatus.REQUEST_ENTITY_TOO_LARGE if body is None else await self._settled(body, receive)
+            async with asyncio.timeout(BODY_TIMEOUT):
+                body = await _read_body(receive)
+            return (
+                await self._wait_for_settlement(body, receive)
+                if body is not None
+                else HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+            )
         except TimeoutError:
             return HTTPStatus.REQUEST_TIMEOUT
         finally:
-            self._open.remove(size)
+            self._requests.remove(size)
 
-    async def _settled(self, body: bytes, receive: Callable[[], Awaitable[Any]]) -> int:
-        """Hand the message to the worker and wait for the answer, or for the sender to hang up."""
+    async def _wait_for_settlement(self, body: bytes, receive: Callable[[], Awaitable[Any]]) -> int:
+        """Pass the message to the worker; return the status of its settlement, or 503 if the client disconnects."""
         loop = asyncio.get_running_loop()
-        answered: asyncio.Future[int] = loop.create_future()
+        response: asyncio.Future[int] = loop.create_future()
 
         def settle(status: int) -> None:
-            if not answered.done():
-                answered.set_result(status)
+            if not response.done():
+                response.set_result(status)
 
-        def answer(status: int) -> None:
-            with suppress(RuntimeError):  # the server has ended, and the sender heard that
+        def respond(status: int) -> None:
+            with suppress(RuntimeError):  # the server has stopped and closed the connection
                 loop.call_soon_threadsafe(settle, status)
 
-        delivery = _delivery(body, answer)
+        delivery = _delivery(body, respond)
         self._inbox.put(delivery)
         if self._stopping:  # `stop` has cleared the inbox
-            _answer(self._inbox.clear(), HTTPStatus.SERVICE_UNAVAILABLE)
-        gone = asyncio.ensure_future(receive())  # all that comes after the body
-        await asyncio.wait({answered, gone}, return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
-        if answered.done():
-            return answered.result()
-        self._inbox.remove(delivery)  # it is sent again; if it is in work already, that goes on
+            _respond(self._inbox.clear(), HTTPStatus.SERVICE_UNAVAILABLE)
+        disconnect = asyncio.ensure_future(receive())  # the only event after the body
+        await asyncio.wait({response, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        disconnect.cancel()
+        if response.done():
+            return response.result()
+        self._inbox.remove(delivery)  # Pub/Sub redelivers it; if the worker has it already, the work continues
         return HTTPStatus.SERVICE_UNAVAILABLE
 
-    async def _refusal(self, headers: dict[bytes, bytes]) -> int | None:
-        """Return the status for a sender that is not Pub/Sub, or cannot be told; None to go on."""
+    async def _authorize(self, headers: dict[bytes, bytes]) -> int | None:
+        """Return a status to reject the request with; None if its token is valid."""
         if self._verifier is None:
             return None
         authorization = headers.get(b"authorization", b"").decode("latin-1")
@@ -231,15 +235,15 @@ class PushQueue:
         return None
 
 
-class _Load:
-    """How many requests are open, and the bytes of their bodies. Used by the server's thread alone."""
+class _OpenRequests:
+    """Number and size of the open requests. Used by the server's thread only."""
 
     def __init__(self) -> None:
         self._requests = 0
         self._bytes = 0
 
     def add(self, size: int, limit: QueueOptions) -> bool:
-        """Count a request in, unless it is one too many."""
+        """Count a request, unless it exceeds a limit; return whether it was counted."""
         if self._requests and (self._requests >= limit.max_messages or self._bytes + size > limit.max_bytes):
             return False
         self._requests += 1
@@ -251,8 +255,8 @@ class _Load:
         self._bytes -= size
 
 
-async def _body(receive: Callable[[], Awaitable[Any]]) -> bytes | None:
-    """Read the request's body; None when it is larger than any Pub/Sub message, or breaks off."""
+async def _read_body(receive: Callable[[], Awaitable[Any]]) -> bytes | None:
+    """Read the request's body; None if it is larger than any Pub/Sub message, or incomplete."""
     body = bytearray()
     more = True
     while more:
@@ -266,14 +270,14 @@ async def _body(receive: Callable[[], Awaitable[Any]]) -> bytes | None:
     return bytes(body)
 
 
-def _answer(deliveries: Sequence[Delivery], status: int) -> None:
+def _respond(deliveries: Sequence[Delivery], status: int) -> None:
     for delivery in deliveries:
         if isinstance(delivery, PushDelivery):
-            delivery.answer(status)
+            delivery.respond(status)
 
 
-def _delivery(body: bytes, answer: Callable[[int], None]) -> PushDelivery:
-    """Read Pub/Sub's envelope. What is no envelope is a message itself: payload unwrapping, or anything at all."""
+def _delivery(body: bytes, respond: Callable[[int], None]) -> PushDelivery:
+    """Parse Pub/Sub's envelope. Without one, the body is the message itself, as with payload unwrapping."""
     try:
         envelope = orjson.loads(body)
         message = envelope["message"]
@@ -281,7 +285,7 @@ def _delivery(body: bytes, answer: Callable[[int], None]) -> PushDelivery:
         data = base64.b64decode(message.get("data", ""), validate=True)
         attributes = {str(key): str(value) for key, value in (message.get("attributes") or {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        return PushDelivery(uuid.uuid4().hex, body, {}, None, None, answer)
+        return PushDelivery(uuid.uuid4().hex, body, {}, None, None, respond)
     attempt = envelope.get("deliveryAttempt")
     return PushDelivery(
         name,
@@ -289,7 +293,7 @@ def _delivery(body: bytes, answer: Callable[[int], None]) -> PushDelivery:
         attributes,
         attempt if isinstance(attempt, int) else None,
         _time(message.get("publishTime")),
-        answer,
+        respond,
     )
 
 

@@ -1,1 +1,1 @@
-"""Azure Service Bus queues and subscriptions. Read queue.py first."""
+"""Azure Service Bus queues and subscriptions. Start with queue.py."""

@@ -1,4 +1,4 @@
-"""What goes wrong with the SDK's receivers and senders, and how they are opened and closed in bounded time."""
+"""Opens and closes receivers and senders of the SDK in bounded time, and classifies their errors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from azure.servicebus.exceptions import (
 
 Link = TypeVar("Link", ServiceBusReceiver, ServiceBusSender)
 
-OPEN_SECONDS = 10.0
-MOST_OPENING = 200  # connections that wait for an answer, each with a thread and a socket
+OPEN_TIMEOUT = 10.0  # seconds
+MAX_OPENING = 200  # connections that wait for a response, each with a thread and a socket
 FAILURES = (ServiceBusError, ClientAuthenticationError, OSError, ValueError, AttributeError)  # last two: it was closed
 _REFUSALS = (
     ClientAuthenticationError,
@@ -29,45 +29,45 @@ _REFUSALS = (
     ServiceBusAuthenticationError,
     ServiceBusAuthorizationError,
 )
-_opening = Semaphore(MOST_OPENING)
+_opening = Semaphore(MAX_OPENING)
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Tell whether the service said no, or whoever gives out credentials, whose error the SDK wraps."""
+    """Return whether Service Bus, or the provider of credentials, whose error the SDK wraps, refused the request."""
     return isinstance(error, _REFUSALS) or isinstance(getattr(error, "inner_exception", None), _REFUSALS)
 
 
-def in_short(error: BaseException) -> str:
-    """Return the first line of an error's text: the others are general advice."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text; the others are general advice."""
     return str(error).strip().partition("\n")[0][:300]
 
 
-def opened(link: Link) -> Link:
-    """Open a receiver or a sender and return it. Raises what is in FAILURES.
+def open_with_timeout(link: Link) -> Link:
+    """Open a receiver or a sender and return it. Raises one of FAILURES.
 
-    On a thread of its own: the SDK waits for ever for a service that takes a connection and then says nothing.
-    What is opened after all, when nobody waits for it any more, is closed.
+    Uses a thread, because the SDK waits indefinitely for a service that accepts a connection and sends nothing. A
+    link that opens after the timeout is closed.
     """
     if not _opening.acquire(blocking=False):
-        raise ConnectionError(f"{MOST_OPENING} connections still wait for an answer")
+        raise ConnectionError(f"{MAX_OPENING} connections still wait for an answer")
     future: Future[None] = Future()
     Thread(target=_open, args=(link, future), daemon=True, name="servicebus-opening").start()
     try:
-        future.result(OPEN_SECONDS)
+        future.result(OPEN_TIMEOUT)
     except TimeoutError:
         if future.cancel():
-            raise TimeoutError(f"no answer within {OPEN_SECONDS:.0f} s") from None
-        future.result()  # it was just then
+            raise TimeoutError(f"no answer within {OPEN_TIMEOUT:.0f} s") from None
+        future.result()  # it has just finished
     return link
 
 
-def close_soon(link: ServiceBusReceiver | ServiceBusSender) -> None:
-    """Close a receiver or a sender without waiting for it, which takes the SDK up to seconds."""
+def close_in_background(link: ServiceBusReceiver | ServiceBusSender) -> None:
+    """Close a receiver or a sender without waiting; the SDK can take seconds."""
     Thread(target=close, args=(link,), daemon=True, name="servicebus-closing").start()
 
 
 def close(link: ServiceBusReceiver | ServiceBusSender) -> None:
-    """Close a receiver or a sender, whatever state it is in: not all that the SDK raises then is in FAILURES."""
+    """Close a receiver or a sender in any state, ignoring all errors of the SDK."""
     with suppress(Exception):
         link.close()
 
@@ -76,7 +76,7 @@ def _open(link: ServiceBusReceiver | ServiceBusSender, future: Future[None]) -> 
     try:
         link.__enter__()
         future.set_result(None)
-    except BaseException as error:  # noqa: BLE001 - it is raised where it was waited for, if it still is
+    except BaseException as error:  # noqa: BLE001 - raised by `future.result`, or the timeout was reported before
         close(link)
         with suppress(InvalidStateError):
             future.set_exception(error)

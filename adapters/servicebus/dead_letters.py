@@ -1,4 +1,4 @@
-"""The dead letters of a Service Bus queue: looked at without a lock, and locked only to be removed."""
+"""The dead-letter queue of a Service Bus queue: peeks at dead letters, and locks them only to remove them."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import TYPE_CHECKING
 
 from adapters.base import DeadLetter, QueueError
 from adapters.servicebus.connections import FAILURES, close
-from adapters.servicebus.dead_letter_reason import read
-from adapters.servicebus.lock_duration import SHORTEST_LEASE, lock_end
+from adapters.servicebus.dead_letter_reason import parse_reason
+from adapters.servicebus.lock_duration import MIN_LOCK, lock_end
 from adapters.servicebus.message import ServiceBusDelivery, delivery_of
-from adapters.servicebus.receiver import MOST_AT_ONCE
-from adapters.servicebus.settlement import Settlement, Threads, is_settled
+from adapters.servicebus.receiver import MAX_PREFETCH
+from adapters.servicebus.settlement import ReceiverPool, Settlement, is_settled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from azure.servicebus import ServiceBusReceivedMessage, ServiceBusReceiver
 
-PATIENCE = 10.0  # seconds to remove what is locked
-QUIET = 3.0  # seconds without a letter after which there is none to be locked
-CLOSE_SECONDS = 0.5  # as for what settles
-_BURIAL = ("DeadLetterReason", "DeadLetterErrorDescription")  # properties that are not the publisher's
+REMOVE_TIMEOUT = 10.0  # seconds of retries to remove locked messages
+IDLE_TIMEOUT = 3.0  # seconds without a message after which there are no more to lock
+CLOSE_TIMEOUT = 0.5  # seconds, as for Settlement
+_REASON = ("DeadLetterReason", "DeadLetterErrorDescription")  # properties that the publisher did not set
 
 
 class ServiceBusDeadLetters:
-    """The letters by sequence number. Two who look at once are both shown all: handling twice is harmless.
+    """The dead letters by sequence number. Concurrent readers each get all of them: handling twice is harmless.
 
-    Service Bus locks no letter of one's choice: it hands them out in its own order. So to remove one, those before it
-    are locked too, and let go by `close`; a lock that ends before only has to be had once more.
+    Service Bus delivers dead letters in its own order only. To remove one, the ones before it must be locked, too;
+    they are released by `close`. A dead letter whose lock ends before is locked again.
     """
 
     def __init__(
@@ -40,116 +40,117 @@ class ServiceBusDeadLetters:
     ) -> None:
         self._connect = connect
         self._explain = explain
-        self._looking = Threads(connect)
+        self._pool = ReceiverPool(connect)
         self._settlement = Settlement(connect)
-        self._locked: dict[int, ServiceBusReceivedMessage] = {}  # by sequence number, as all here
-        self._receiver: ServiceBusReceiver | None = None  # that locks
+        self._locked: dict[int, ServiceBusReceivedMessage] = {}  # by sequence number
+        self._receiver: ServiceBusReceiver | None = None  # locks messages
         self._locked_at = 0.0  # monotonic seconds
-        self._next = 1
+        self._next = 1  # sequence number to continue reading from
         self._lock = Lock()
 
     def check(self) -> None:
-        """Raise QueueError unless the letters can be looked at."""
-        self._peek([1], 1)
+        """Raise QueueError unless the dead letters can be read."""
+        self._read([1], 1)
 
-    def receive(self, max_messages: int, wait: float) -> list[DeadLetter]:  # noqa: ARG002 - what is there is there at once
-        """Return the next ones: perhaps less than there are, as Service Bus gives no more than 250 at a time."""
+    def receive(self, max_messages: int, wait: float) -> list[DeadLetter]:  # noqa: ARG002 - peeking does not wait
+        """Return the next dead letters. Service Bus returns at most 250 at a time."""
         with self._lock:
-            found = self._peek([self._next], max_messages)
+            found = self._read([self._next], max_messages)
             self._next = _number(found[-1]) + 1 if found else self._next
         return [_dead_letter(message) for message in found]
 
     def remove(self, dead_letters: Sequence[DeadLetter]) -> None:
-        """Lock and complete them. Raises QueueError when some are still there in the end."""
-        deliveries = [letter.delivery for letter in dead_letters]
-        asked = {_number(each.message) for each in deliveries if isinstance(each, ServiceBusDelivery)}
-        left = set(asked)
+        """Lock and complete the dead letters. Raises QueueError if some still exist afterwards."""
+        deliveries = [dead_letter.delivery for dead_letter in dead_letters]
+        wanted = {_number(each.message) for each in deliveries if isinstance(each, ServiceBusDelivery)}
+        remaining = set(wanted)
         with self._lock:
-            self._forget_what_ended()
-            if time.monotonic() - self._locked_at > SHORTEST_LEASE:  # what is on its way may be locked no longer
-                self._hang_up()
-            self._complete(left)
+            self._forget_expired()
+            if time.monotonic() - self._locked_at > MIN_LOCK:  # locks of prefetched messages may have ended
+                self._close_receiver()
+            self._complete(remaining)
             try:
-                self._lock_and_complete(left)
+                self._lock_and_complete(remaining)
             except FAILURES as error:
                 raise self._explain(error) from None
-            there = left and left & {_number(message) for message in self._peek(left, 1)}
-        if there:
-            why = "somebody else has locked them, or locks end before all letters ahead of them are locked"
-            raise QueueError(f"QUEUE_URL: {len(there)} of {len(asked)} dead letters are still there: {why}; try again")
+            existing = remaining and remaining & {_number(message) for message in self._read(remaining, 1)}
+        if existing:
+            reason = "another process has locked them, or locks end before all dead letters ahead of them are locked"
+            text = f"QUEUE_URL: {len(existing)} of {len(wanted)} dead letters still exist: {reason}"
+            raise QueueError(text, todo="try again")
 
     def close(self) -> None:
-        """Abandon what is locked, and let go of the connections."""
+        """Abandon the locked dead letters, and close the connections."""
         with self._lock:
-            self._hang_up()
-            self._forget_what_ended()
-            self._settlement.abandon(list(self._locked.values()))
+            self._close_receiver()
+            self._forget_expired()
+            self._settlement.nack(list(self._locked.values()))
             self._locked.clear()
             self._settlement.close()
-            self._looking.close(CLOSE_SECONDS)
+            self._pool.close(CLOSE_TIMEOUT)
 
-    def _peek(self, numbers: Iterable[int], at_most: int) -> list[ServiceBusReceivedMessage]:
-        """Return up to `at_most` letters from each number on, in no order if there are several numbers."""
+    def _read(self, numbers: Iterable[int], max_messages: int) -> list[ServiceBusReceivedMessage]:
+        """Peek at up to `max_messages` from each sequence number on; unordered if there are several numbers."""
         found: list[ServiceBusReceivedMessage] = []
 
-        def peek(number: int, receiver: ServiceBusReceiver) -> None:
-            found.extend(receiver.peek_messages(at_most, sequence_number=number))
+        def read(number: int, receiver: ServiceBusReceiver) -> None:
+            found.extend(receiver.peek_messages(max_messages, sequence_number=number))
 
-        for error in self._looking.run([partial(peek, number) for number in numbers]):
+        for error in self._pool.run([partial(read, number) for number in numbers]):
             if error is not None:
                 raise self._explain(error)
         return found
 
-    def _lock_and_complete(self, left: set[int]) -> None:
-        """Lock letters, and remove them from `left` and for good, until none is left or to be had."""
-        passed: set[int] = set()
-        while left:
-            locked = {_number(message): message for message in self._lock_next(min(len(left), MOST_AT_ONCE))}
+    def _lock_and_complete(self, remaining: set[int]) -> None:
+        """Lock dead letters, and remove those in `remaining` from it and from the queue, until none is available."""
+        skipped: set[int] = set()
+        while remaining:
+            locked = {_number(message): message for message in self._lock_next(min(len(remaining), MAX_PREFETCH))}
             self._locked |= locked
-            if not locked or passed & locked.keys():  # all were seen
+            if not locked or skipped & locked.keys():  # a skipped one again: all were seen
                 return
-            passed |= locked.keys() - left
-            self._complete(left)
+            skipped |= locked.keys() - remaining
+            self._complete(remaining)
 
-    def _lock_next(self, wanted: int) -> Sequence[ServiceBusReceivedMessage]:
-        """Lock up to so many letters; [] when there are none to be had, also not by a new connection."""
-        is_fresh = self._receiver is None
+    def _lock_next(self, max_messages: int) -> Sequence[ServiceBusReceivedMessage]:
+        """Lock up to `max_messages`; [] if none is available, also over a new connection."""
+        is_new = self._receiver is None
         try:
-            # As in ServiceBusQueue: else the SDK reads on a thread of its own
-            self._receiver = self._receiver or self._connect(prefetch_count=MOST_AT_ONCE - 1, keep_alive=0)
-            messages = self._receiver.receive_messages(wanted, QUIET)
+            # keep_alive=0 as in ServiceBusQueue: else a thread of the SDK reads from the link, too
+            self._receiver = self._receiver or self._connect(prefetch_count=MAX_PREFETCH - 1, keep_alive=0)
+            messages = self._receiver.receive_messages(max_messages, IDLE_TIMEOUT)
             self._locked_at = time.monotonic()
         except FAILURES:
-            if is_fresh:
+            if is_new:
                 raise
             messages = []
-        if messages or is_fresh:
+        if messages or is_new:
             return messages
-        self._hang_up()
-        return self._lock_next(wanted)
+        self._close_receiver()
+        return self._lock_next(max_messages)
 
-    def _hang_up(self) -> None:
+    def _close_receiver(self) -> None:
         if self._receiver is not None:
             close(self._receiver)
             self._receiver = None
 
-    def _complete(self, left: set[int]) -> None:
-        """Remove, from `left` and for good, what is locked."""
-        locked = {number: self._locked.pop(number) for number in left & self._locked.keys()}
-        self._settlement.complete(list(locked.values()), PATIENCE)
-        left -= {number for number, message in locked.items() if is_settled(message)}
+    def _complete(self, remaining: set[int]) -> None:
+        """Remove the locked dead letters from `remaining` and from the queue."""
+        locked = {number: self._locked.pop(number) for number in remaining & self._locked.keys()}
+        self._settlement.ack(list(locked.values()), REMOVE_TIMEOUT)
+        remaining -= {number for number, message in locked.items() if is_settled(message)}
 
-    def _forget_what_ended(self) -> None:
+    def _forget_expired(self) -> None:
         now = datetime.now(UTC)
         self._locked = {number: each for number, each in self._locked.items() if (lock_end(each) or now) > now}
 
 
 def _dead_letter(message: ServiceBusReceivedMessage) -> DeadLetter:
-    """Read a letter that was peeked."""
+    """Return a message that was peeked at as a dead letter."""
     delivery = delivery_of(message)
-    burial = read(*(delivery.attributes.get(name, "") for name in _BURIAL))
-    own = {name: value for name, value in delivery.attributes.items() if name not in _BURIAL}
-    return DeadLetter(replace(delivery, attributes=own, attempt=burial.attempt), burial.failure, burial.at)
+    parsed = parse_reason(*(delivery.attributes.get(name, "") for name in _REASON))
+    original = {name: value for name, value in delivery.attributes.items() if name not in _REASON}
+    return DeadLetter(replace(delivery, attributes=original, attempt=parsed.attempt), parsed.failure, parsed.at)
 
 
 def _number(message: ServiceBusReceivedMessage) -> int:

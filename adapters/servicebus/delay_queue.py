@@ -1,4 +1,4 @@
-"""Where messages wait that were sent back, for a queue that cannot delay them itself."""
+"""Delays returned messages for a queue that has no delayed nack."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Parking(Generic[T]):
-    """Holds up to `places` items, each until it is due, and then hands them to `release`, on a thread of its own.
+class DelayQueue(Generic[T]):
+    """A queue of up to `max_items` items that passes each item to `release` when it is due, on a thread of its own.
 
-    Beyond that the one that is due first goes at once. Safe for many threads.
+    If it is full, the items that are due first leave it early. Safe for many threads.
     """
 
-    def __init__(self, places: int, release: Callable[[list[T]], None]) -> None:
-        self._places = places
+    def __init__(self, max_items: int, release: Callable[[list[T]], None]) -> None:
+        self._max_items = max_items
         self._release = release
-        self._parked: list[tuple[float, int, T]] = []  # a heap, by when they are due, in monotonic seconds
-        self._order = count()
+        self._heap: list[tuple[float, int, T]] = []  # due at (monotonic seconds), number, item
+        self._numbers = count()
         self._changed = Condition()
         self._is_closed = False
-        self._thread = Thread(target=self._run, daemon=True, name="parking")
+        self._thread = Thread(target=self._run, daemon=True, name="delay-queue")
 
-    def park(self, items: list[T], delay: float) -> list[T]:
-        """Hold items for `delay` seconds; return what has to go at once: no place is left, or it is closed."""
-        due = time.monotonic() + delay
+    def put(self, items: list[T], delay: float) -> list[T]:
+        """Add items for `delay` seconds; return the items that must leave now: surplus ones, or all after `close`."""
+        due_at = time.monotonic() + delay
         with self._changed:
             if self._is_closed:
                 return items
             for item in items:
-                heappush(self._parked, (due, next(self._order), item))
-            surplus = [heappop(self._parked)[2] for _ in range(len(self._parked) - self._places)]
+                heappush(self._heap, (due_at, next(self._numbers), item))
+            surplus = [heappop(self._heap)[2] for _ in range(len(self._heap) - self._max_items)]
             if not self._thread.is_alive():
                 self._thread.start()
             self._changed.notify_all()
         return surplus
 
-    def parked(self) -> list[T]:
-        """Return what is held."""
+    def items(self) -> list[T]:
+        """Return all items without removing them."""
         with self._changed:
-            return [item for _, _, item in self._parked]
+            return [item for _, _, item in self._heap]
 
     def close(self) -> list[T]:
-        """Hold no more; return what was held."""
+        """Accept no more items; remove and return all items."""
         with self._changed:
             self._is_closed = True
-            left = [item for _, _, item in self._parked]
-            self._parked.clear()
+            items = [item for _, _, item in self._heap]
+            self._heap.clear()
             self._changed.notify_all()
-        return left
+        return items
 
     def _run(self) -> None:
         while True:
@@ -64,9 +64,9 @@ class Parking(Generic[T]):
                     return
                 now = time.monotonic()
                 due = []
-                while self._parked and self._parked[0][0] <= now:
-                    due.append(heappop(self._parked)[2])
+                while self._heap and self._heap[0][0] <= now:
+                    due.append(heappop(self._heap)[2])
                 if not due:
-                    self._changed.wait(self._parked[0][0] - now if self._parked else None)
+                    self._changed.wait(self._heap[0][0] - now if self._heap else None)
                     continue
             self._release(due)

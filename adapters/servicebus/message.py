@@ -1,4 +1,4 @@
-"""A Service Bus message as the worker sees it, whatever AMQP made of its body."""
+"""Converts Service Bus messages to deliveries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ServiceBusDelivery:
-    """A locked message. `id` is the publisher's, or else its sequence number."""
+    """A locked message. `id` is the publisher's message id, or else the sequence number."""
 
     id: str
     body: bytes = field(repr=False)
@@ -28,12 +28,12 @@ class ServiceBusDelivery:
 
     @property
     def sequence_number(self) -> str:
-        """What the queue knows the message by: it stays when the message comes again."""
+        """The queue's number of the message; redeliveries keep it."""
         return str(self.message.sequence_number)
 
 
 def delivery_of(message: ServiceBusReceivedMessage) -> ServiceBusDelivery:
-    """Read a message that was received."""
+    """Return a received message as a delivery."""
     properties: Mapping[Any, Any] = message.application_properties or {}
     return ServiceBusDelivery(
         id=_text(message.message_id or message.sequence_number),
@@ -46,9 +46,9 @@ def delivery_of(message: ServiceBusReceivedMessage) -> ServiceBusDelivery:
 
 
 def body_of(kind: AmqpMessageBodyType, body: Any) -> bytes:
-    """Return the bytes of a body: sections of data joined, text and bytes as they are, all else as JSON.
+    """Return the body as bytes: data sections joined, text and bytes unchanged, other values as JSON.
 
-    What is nothing of that is empty: it ends in the dead letters, and keeps none of its neighbours from being received.
+    A body that cannot be converted is empty: the message is then dead-lettered, and the others are still received.
     """
     try:
         return _bytes(kind, body)
@@ -69,7 +69,7 @@ def _bytes(kind: AmqpMessageBodyType, body: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON can hold of an AMQP value."""
+    """Return an AMQP value with the types of JSON."""
     if isinstance(value, dict):
         return {_text(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple | set):

@@ -1,7 +1,4 @@
-"""Azure Service Bus: what a queue, or a subscription of a topic, has to do with a queue of ours.
-
-Messages come by adapters/servicebus_receiving.py, and are settled by adapters/servicebus_settlement.py.
-"""
+"""Azure Service Bus adapter. receiver.py receives messages, settlement.py settles them."""
 
 from __future__ import annotations
 
@@ -29,16 +26,16 @@ from azure.servicebus.exceptions import (
 )
 
 from adapters.base import QueueError, QueueURLError
-from adapters.servicebus.connections import FAILURES, close_soon, in_short, is_refusal, opened
-from adapters.servicebus.dead_letter_reason import written
+from adapters.servicebus.connections import FAILURES, close_in_background, first_line, is_refusal, open_with_timeout
+from adapters.servicebus.dead_letter_reason import format_reason
 from adapters.servicebus.dead_letters import ServiceBusDeadLetters
-from adapters.servicebus.delay_queue import Parking
-from adapters.servicebus.lock_duration import Lease
+from adapters.servicebus.delay_queue import DelayQueue
+from adapters.servicebus.lock_duration import LockDuration
 from adapters.servicebus.message import ServiceBusDelivery
-from adapters.servicebus.receiver import MOST_AT_ONCE, Receiving
-from adapters.servicebus.settlement import Settlement, Threads
+from adapters.servicebus.receiver import MAX_PREFETCH, Receiver
+from adapters.servicebus.settlement import ReceiverPool, Settlement
 from adapters.shared.loopback import is_loopback
-from adapters.shared.redeliveries import Awaited
+from adapters.shared.redeliveries import ExpectedRedeliveries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -54,31 +51,31 @@ _SECRET = "SERVICEBUS_CONNECTION_STRING"  # noqa: S105 - its name
 _NO_TLS = re.compile(r";\s*UseDevelopmentEmulator\s*=\s*true", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~/-]{0,259}")
 _ROLE = f"grant the role Azure Service Bus Data Receiver on it, or set {_SECRET} to one with Listen rights"
-_PUBLISH_RETRIES, _BACKOFF = 3, 0.3  # by the SDK: after 0.6, 1.2 and 2.4 seconds
+_PUBLISH_RETRIES, _BACKOFF = 3, 0.3  # of the SDK: after 0.6, 1.2 and 2.4 seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """A queue (no subscription), or a subscription of a topic."""
+    """A queue, or a subscription of a topic."""
 
-    host: str  # of the namespace; with a port for an emulator
-    name: str  # of the queue or the topic
-    subscription: str = ""
+    host: str  # of the namespace; with a port if it is an emulator
+    name: str  # of the queue or of the topic
+    subscription: str = ""  # "" if it is a queue
 
     def __str__(self) -> str:
         return "/".join(filter(None, (self.host, self.name, self.subscription)))
 
 
 def open_url(url: str, options: QueueOptions) -> ServiceBusQueue:
-    """Open `servicebus://HOST/QUEUE` or `servicebus://HOST/TOPIC/SUBSCRIPTION`; names are percent-decoded."""
+    """Open `servicebus://HOST/QUEUE` or `servicebus://HOST/TOPIC/SUBSCRIPTION`; names can be percent-encoded."""
     entity = parse_url(url)
     if options.connection_string:
-        fits(options.connection_string, entity)
+        check_connection_string(options.connection_string, entity)
     return ServiceBusQueue(entity, options)
 
 
 def parse_url(url: str) -> Entity:
-    """Return what a URL names. Raises QueueURLError."""
+    """Return the entity of a URL. Raises QueueURLError."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -93,11 +90,11 @@ def parse_url(url: str) -> Entity:
     return Entity(f"{parts.hostname}:{port}" if port else str(parts.hostname), *names)
 
 
-def fits(connection_string: str, entity: Entity) -> None:
-    """Raise QueueURLError unless a connection string is for this queue; the error does not quote it."""
+def check_connection_string(connection_string: str, entity: Entity) -> None:
+    """Raise QueueURLError if a connection string is not for this entity; the error does not quote it."""
     try:
-        about = parse_connection_string(connection_string)
-        host = urlsplit(about.endpoint).netloc.lower()
+        parsed = parse_connection_string(connection_string)
+        host = urlsplit(parsed.endpoint).netloc.lower()
     except ValueError:
         expected = "Endpoint=sb://NAMESPACE.servicebus.windows.net/;SharedAccessKeyName=...;SharedAccessKey=..."
         raise QueueURLError(f"{_SECRET} is malformed", todo=f"expected {expected}") from None
@@ -105,7 +102,7 @@ def fits(connection_string: str, entity: Entity) -> None:
         raise QueueURLError(
             f"{_SECRET} is for another namespace than QUEUE_URL, {entity.host}", todo="correct one of them"
         )
-    if about.entity_path and about.entity_path != entity.name:
+    if parsed.entity_path and parsed.entity_path != entity.name:
         raise QueueURLError(
             f"{_SECRET} is for another queue or topic than QUEUE_URL, {entity}", todo="correct one of them"
         )
@@ -121,100 +118,102 @@ class ServiceBusQueue:
         self._connection_string = options.connection_string
         self._credential = None if options.connection_string else DefaultAzureCredential()
         self._client = self._make_client(retries=0)
-        # The SDK reads from a link now and then on a thread of its own, beside ours, and then mixes up messages and
-        # lock tokens. `keep_alive` turns that off, but only where something is prefetched.
-        prefetch = max(min(MOST_AT_ONCE, options.max_messages) - 1, 1)
-        receiving = partial(self._open_receiver, prefetch_count=prefetch, keep_alive=0)
-        self._receiving = Receiving(receiving, options.max_bytes)
+        # A thread of the SDK occasionally reads from a link while our thread does, and then mixes up messages and
+        # lock tokens. `keep_alive=0` turns that off, but only if messages are prefetched.
+        prefetch = max(min(MAX_PREFETCH, options.max_messages) - 1, 1)
+        connect = partial(self._open_receiver, prefetch_count=prefetch, keep_alive=0)
+        self._receiver = Receiver(connect, options.max_bytes)
         self._settlement = Settlement(self._open_receiver)
-        self._parking: Parking[ServiceBusReceivedMessage] = Parking(options.max_messages, self._settlement.abandon)
-        self._awaited = Awaited()
-        self._lease = Lease()
+        self._delay_queue: DelayQueue[ServiceBusReceivedMessage] = DelayQueue(
+            options.max_messages, self._settlement.nack
+        )
+        self._expected_redeliveries = ExpectedRedeliveries()
+        self._lock_duration = LockDuration()
 
     @property
     def lease_seconds(self) -> float:
-        """Seconds a lock lasts, as the messages tell; the shortest there is until one came."""
-        return self._lease.seconds
+        """The duration of a lock, estimated from received messages; the shortest possible one before the first."""
+        return self._lock_duration.seconds
 
     def receive(self, max_messages: int, wait: float) -> Sequence[ServiceBusDelivery]:
-        """Return what arrived."""
-        deliveries = self._receiving.take(max_messages, wait)
-        self._awaited.came(delivery.sequence_number for delivery in deliveries)
-        self._lease.note(_messages(deliveries))
+        """Return messages that have arrived."""
+        deliveries = self._receiver.receive(max_messages, wait)
+        self._expected_redeliveries.remove(delivery.sequence_number for delivery in deliveries)
+        self._lock_duration.update(_messages(deliveries))
         return deliveries
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Complete, insisting for as long as the locks may hold."""
-        self._awaited.came(delivery.sequence_number for delivery in _deliveries(deliveries))
-        self._settlement.complete(_messages(deliveries), self._lease.seconds)
+        """Complete the messages, retrying for as long as the locks can last."""
+        self._expected_redeliveries.remove(delivery.sequence_number for delivery in _deliveries(deliveries))
+        self._settlement.ack(_messages(deliveries), self._lock_duration.seconds)
 
-    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:  # noqa: ARG002 - there is no place for a failure
-        """Abandon, at once or after `delay`; until then the messages stay locked, here.
+    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:  # noqa: ARG002 - Service Bus cannot keep a failure
+        """Abandon the messages at once, or after `delay`; until then they stay locked by this worker.
 
-        Service Bus cannot delay an abandon, and every one costs a delivery attempt, handled or not. No more than
-        `max_messages` are held so: beyond that, and once stopped, those that are due first go back at once.
+        Service Bus has no delayed abandon, and counts each one as a delivery attempt, also of a message that was not
+        handled. At most `max_messages` are delayed; beyond that, and after `stop`, those due first are abandoned.
         """
-        self._awaited.note(delivery.sequence_number for delivery in _deliveries(deliveries))
+        self._expected_redeliveries.add(delivery.sequence_number for delivery in _deliveries(deliveries))
         messages = _messages(deliveries)
-        self._settlement.abandon(self._parking.park(messages, delay) if delay > 0 else messages)
+        self._settlement.nack(self._delay_queue.put(messages, delay) if delay > 0 else messages)
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
-        """Move the message to the queue's dead letters, with a reason in short and in a sentence."""
-        reason, description = written(failure, delivery.attempt, datetime.now(UTC))
+        """Move the message to the dead-letter queue, with a short reason and a description."""
+        reason, description = format_reason(failure, delivery.attempt, datetime.now(UTC))
         (message,) = _messages([delivery])
-        return self._settlement.bury(message, reason, description)
+        return self._settlement.dead_letter(message, reason, description)
 
-    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:  # noqa: ARG002 - the queue decides for how long
-        """Renew the locks of these, of what waits to be received, and of what waits to go back."""
-        messages = [*_messages(deliveries), *_messages(self._receiving.waiting()), *self._parking.parked()]
+    def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:  # noqa: ARG002 - the queue sets the duration
+        """Renew the locks, also of pending and of delayed messages."""
+        messages = [*_messages(deliveries), *_messages(self._receiver.pending()), *self._delay_queue.items()]
         if not self._settlement.extend(messages):
-            raise QueueError("Service Bus was not told of all leases")
-        self._lease.note(messages)
+            raise QueueError("some locks could not be renewed")
+        self._lock_duration.update(messages)
 
     def backlog(self) -> int | None:
-        """Count what was sent back and is expected again; to ask Service Bus takes the right to manage it."""
-        return len(self._awaited) or None
+        """Count the messages that were returned and not redelivered yet: the true backlog requires the Manage claim."""
+        return len(self._expected_redeliveries) or None
 
     def check(self) -> Sequence[QueueWarning]:
-        """Peek, which takes the right to listen. Raises QueueError when that is not possible."""
-        threads = Threads(self._open_receiver)
+        """Peek at a message, which requires the Listen claim. Raises QueueError if that fails."""
+        pool = ReceiverPool(self._open_receiver)
         try:
-            (error,) = threads.run([ServiceBusReceiver.peek_messages])
+            (error,) = pool.run([ServiceBusReceiver.peek_messages])
         finally:
-            threads.close(0.0)
+            pool.close(0.0)
         if error is not None:
             raise self._explain(error) from None
         return []
 
     def stop(self) -> None:
-        """Stop receiving; return what was not received and what waits to go back."""
-        self._settlement.abandon([*_messages(self._receiving.stop()), *self._parking.close()])
+        """Stop receiving; return pending and delayed messages."""
+        self._settlement.nack([*_messages(self._receiver.stop()), *self._delay_queue.close()])
 
     def close(self) -> None:
         """Stop, and close the connections."""
         self.stop()
-        self._receiving.close()
+        self._receiver.close()
         self._settlement.close()
         if self._credential is not None:
             self._credential.close()
 
     def dead_letters(self) -> ServiceBusDeadLetters:
-        """Open the dead letters, for which the right to listen is enough."""
+        """Open the dead-letter queue, which requires only the Listen claim."""
         connect = partial(self._open_receiver, sub_queue=ServiceBusSubQueue.DEAD_LETTER)
-        letters = ServiceBusDeadLetters(connect, self._explain)
+        dead_letters = ServiceBusDeadLetters(connect, self._explain)
         try:
-            letters.check()
+            dead_letters.check()
         except QueueError:
-            letters.close()
+            dead_letters.close()
             raise
-        return letters
+        return dead_letters
 
     def publish(self, bodies: Iterable[bytes]) -> int:
-        """Publish to the queue or the topic, in order, in batches of the size that it takes."""
+        """Publish to the queue or the topic, in order, in batches of the size that it allows."""
         stored = 0
         sender = self._sender()
         try:
-            for batch in _batches(opened(sender), bodies):
+            for batch in _batches(open_with_timeout(sender), bodies):
                 sender.send_messages(batch)
                 stored += len(batch)
         except MessageSizeExceededError:
@@ -222,7 +221,7 @@ class ServiceBusQueue:
         except FAILURES as error:
             raise self._explain(error, f"{stored} messages were published, then: ") from None
         finally:
-            close_soon(sender)
+            close_in_background(sender)
         return stored
 
     def _make_client(self, retries: int) -> ServiceBusClient:
@@ -236,11 +235,11 @@ class ServiceBusQueue:
         return ServiceBusClient(self._entity.host, self._credential, **options)
 
     def _open_receiver(self, **options: Any) -> ServiceBusReceiver:
-        """Return a receiver with a connection of its own."""
+        """Return a receiver with its own connection."""
         name, subscription = self._entity.name, self._entity.subscription
         if subscription:
-            return opened(self._client.get_subscription_receiver(name, subscription, **options))
-        return opened(self._client.get_queue_receiver(name, **options))
+            return open_with_timeout(self._client.get_subscription_receiver(name, subscription, **options))
+        return open_with_timeout(self._client.get_queue_receiver(name, **options))
 
     def _sender(self) -> ServiceBusSender:
         client, name = self._make_client(_PUBLISH_RETRIES), self._entity.name
@@ -248,13 +247,13 @@ class ServiceBusQueue:
 
     def _explain(self, error: BaseException, prefix: str = "") -> QueueError:
         """Return an error that says what is wrong with the queue, and what to do."""
-        reason, todo = f"cannot reach {self._entity}: {in_short(error)}", ""
+        reason, todo = f"cannot reach {self._entity}: {first_line(error)}", ""
         if isinstance(error, MessagingEntityNotFoundError):
             reason, todo = f"{self._entity} does not exist", "create it, or correct the name"
         elif isinstance(error, MessagingEntityDisabledError):
             reason, todo = f"{self._entity} is disabled", "set its status to Active"
         elif is_refusal(error):
-            reason, todo = f"not permitted to use {self._entity} ({in_short(error)})", _ROLE
+            reason, todo = f"not permitted to use {self._entity} ({first_line(error)})", _ROLE
         return QueueError(f"QUEUE_URL: {prefix}{reason}", todo=todo)
 
 
@@ -267,7 +266,7 @@ def _messages(deliveries: Sequence[Delivery]) -> list[ServiceBusReceivedMessage]
 
 
 def _batches(sender: ServiceBusSender, bodies: Iterable[bytes]) -> Iterator[ServiceBusMessageBatch]:
-    """Split what is to be published into batches. Raises MessageSizeExceededError for what fits in none."""
+    """Split messages into batches. Raises MessageSizeExceededError for a message that is too large for any."""
     batch = sender.create_message_batch()
     for body in bodies:
         message = ServiceBusMessage(body)

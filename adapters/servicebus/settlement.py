@@ -1,7 +1,7 @@
-"""Tells Service Bus what became of messages: by lock token, whichever receiver they came by.
+"""Settles and renews messages by lock token, over other connections than those that delivered them.
 
-A receiver of the SDK is for one thread, and each message costs a round trip. So several receivers that receive
-nothing do this, each on a thread of its own. docs/decisions/0015-service-bus-receivers.md tells why.
+A receiver of the SDK must be used by one thread only, and each message costs a round trip. Several receivers that
+receive nothing therefore settle messages concurrently. See docs/decisions/0015-service-bus-receivers.md.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from azure.servicebus.exceptions import (
 )
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_random_exponential
 
-from adapters.servicebus.connections import close, close_soon, in_short
-from adapters.servicebus.lock_duration import let_service_judge
+from adapters.servicebus.connections import close, close_in_background, first_line
+from adapters.servicebus.lock_duration import ignore_local_expiry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,95 +33,99 @@ if TYPE_CHECKING:
     from azure.servicebus import ServiceBusReceivedMessage
 
     Call = Callable[[ServiceBusReceiver], object]
-    Tell = Callable[[ServiceBusReceiver, ServiceBusReceivedMessage], object]
+    MessageCall = Callable[[ServiceBusReceiver, ServiceBusReceivedMessage], object]
 
 log = logging.getLogger("klaviyo_worker.servicebus")
 
-THREADS = 16  # at most: 1,000 messages a second where a round trip takes 10 ms
-RENEWED_AT_ONCE = 10 * THREADS  # what is to be settled waits for no more of them
-NACK_PATIENCE = 3.0  # seconds to reach Service Bus; a nack that is lost costs a lease at most
-SECONDS, SECONDS_EACH = 10.0, 0.01  # for calls made side by side: for all of them, and for each
-CLOSE_SECONDS = 0.5  # the SDK has this long to say goodbye; it then waits for a thread of its own, in vain
+THREADS = 16  # at most; enough for 1,000 messages a second if a round trip takes 10 ms
+MAX_RENEWALS = 10 * THREADS  # in a row, so that settlements do not wait behind more of them
+NACK_TIMEOUT = 3.0  # seconds of retries; a lost nack delays the message by a lease at most
+RUN_TIMEOUT, RUN_TIMEOUT_EACH = 10.0, 0.01  # seconds for concurrent calls: for all of them, and for each
+CLOSE_TIMEOUT = 0.5  # seconds for the SDK to say goodbye; afterwards it waits for a thread of its own, in vain
 _LOST = (MessageLockLostError, MessageNotFoundError)
-_IS_OVER = (*_LOST, MessageAlreadySettled)
+_FINAL = (*_LOST, MessageAlreadySettled)
 
 
 class Settlement:
-    """Settles and extends the messages of one queue. Safe for many threads; never raises for a lock that is lost."""
+    """Settles and renews the messages of one queue. Safe for many threads; ignores lost locks."""
 
     def __init__(self, connect: Callable[[], ServiceBusReceiver]) -> None:
-        self._threads = Threads(connect)
-        self._settling: set[int] = set()  # ids of messages whose settlement is under way
+        self._pool = ReceiverPool(connect)
+        self._settling: set[int] = set()  # id() of messages that are being settled
 
-    def complete(self, messages: Sequence[ServiceBusReceivedMessage], patience: float) -> None:
-        """Remove messages, insisting for `patience` seconds: as long as the locks may hold."""
-        self._settle("ack", ServiceBusReceiver.complete_message, messages, patience)
+    def ack(self, messages: Sequence[ServiceBusReceivedMessage], timeout: float) -> None:
+        """Complete messages, retrying for `timeout` seconds, which should be as long as the locks can last."""
+        self._settle("ack", ServiceBusReceiver.complete_message, messages, timeout)
 
-    def abandon(self, messages: Sequence[ServiceBusReceivedMessage]) -> None:
-        """Have the messages come again, now."""
-        self._settle("nack", ServiceBusReceiver.abandon_message, messages, NACK_PATIENCE)
+    def nack(self, messages: Sequence[ServiceBusReceivedMessage]) -> None:
+        """Abandon messages: Service Bus redelivers them at once."""
+        self._settle("nack", ServiceBusReceiver.abandon_message, messages, NACK_TIMEOUT)
 
-    def bury(self, message: ServiceBusReceivedMessage, reason: str, description: str) -> bool:
-        """Make a message a dead letter; return whether it is one."""
-        bury = partial(ServiceBusReceiver.dead_letter_message, reason=reason, error_description=description)
-        self._settle("dead_letter", bury, [message], NACK_PATIENCE)
+    def dead_letter(self, message: ServiceBusReceivedMessage, reason: str, description: str) -> bool:
+        """Dead-letter a message; return whether that succeeded."""
+        call = partial(ServiceBusReceiver.dead_letter_message, reason=reason, error_description=description)
+        self._settle("dead_letter", call, [message], NACK_TIMEOUT)
         return is_settled(message)
 
     def extend(self, messages: Sequence[ServiceBusReceivedMessage]) -> bool:
-        """Renew the locks; return whether Service Bus was told of all.
+        """Renew the locks; return whether all calls succeeded.
 
-        Tried once, as it is done anew long before the locks end, and not for the rest when none of some came through.
+        Not retried: the next renewal comes long before the locks end. Stops after a group of which every call failed.
         """
-        untold = 0
-        for start in range(0, len(messages), RENEWED_AT_ONCE):
-            some = messages[start : start + RENEWED_AT_ONCE]
-            failed = self._tell("extend", ServiceBusReceiver.renew_message_lock, some, 0.0)
-            if failed == len(some):
+        failures = 0
+        for start in range(0, len(messages), MAX_RENEWALS):
+            group = messages[start : start + MAX_RENEWALS]
+            failed = self._call_for_each("extend", ServiceBusReceiver.renew_message_lock, group, 0.0)
+            if failed == len(group):
                 return False
-            untold += failed
-        return untold == 0
+            failures += failed
+        return failures == 0
 
     def close(self) -> None:
-        """Let go of the connections."""
-        self._threads.close(CLOSE_SECONDS)
+        """Close the connections."""
+        self._pool.close(CLOSE_TIMEOUT)
 
-    def _settle(self, action: str, tell: Tell, messages: Sequence[ServiceBusReceivedMessage], patience: float) -> None:
+    def _settle(
+        self, action: str, call: MessageCall, messages: Sequence[ServiceBusReceivedMessage], timeout: float
+    ) -> None:
         ids = {id(message) for message in messages}
         self._settling |= ids
-        self._tell(action, partial(_settled, tell), messages, patience)
+        self._call_for_each(action, partial(_call_ignoring_expiry, call), messages, timeout)
         self._settling -= ids
 
-    def _tell(self, action: str, tell: Tell, messages: Sequence[ServiceBusReceivedMessage], patience: float) -> int:
-        """Return of how many Service Bus was not told."""
-        left = list(messages)
+    def _call_for_each(
+        self, action: str, call: MessageCall, messages: Sequence[ServiceBusReceivedMessage], timeout: float
+    ) -> int:
+        """Return the number of messages for which the call failed."""
+        pending = list(messages)
         retrying = Retrying(
-            stop=stop_after_delay(patience),
+            stop=stop_after_delay(timeout),
             wait=wait_random_exponential(multiplier=0.1, max=5),
             retry=retry_if_result(bool),
             retry_error_callback=lambda state: state.outcome and state.outcome.result(),
         )
-        reason = retrying(self._attempt, action, tell, left)
-        if left:
-            log.warning("settling_failed", extra={"action": action, "messages": len(left), "reason": reason})
-        return len(left)
+        reason = retrying(self._attempt, action, call, pending)
+        if pending:
+            log.warning("settlement_failed", extra={"action": action, "messages": len(pending), "reason": reason})
+        return len(pending)
 
-    def _attempt(self, action: str, tell: Tell, messages: list[ServiceBusReceivedMessage]) -> str:
-        """Tell of each once. Narrows `messages` to those to tell again, and returns why."""
-        errors = self._threads.run([partial(_told, tell, message) for message in messages])
-        failed = [(message, error) for message, error in zip(messages, errors, strict=True) if error is not None]
+    def _attempt(self, action: str, call: MessageCall, pending: list[ServiceBusReceivedMessage]) -> str:
+        """Make the call once for each message; reduce `pending` to those that must be retried, and return why."""
+        errors = self._pool.run([partial(_call_for, call, message) for message in pending])
+        failed = [(message, error) for message, error in zip(pending, errors, strict=True) if error is not None]
         lost = [message for message, error in failed if isinstance(error, _LOST)]
-        if action == "extend":  # what was settled meanwhile, or is just now, is not lost
+        if action == "extend":  # a message that was settled in the meantime is not lost
             lost = [message for message in lost if id(message) not in self._settling and not is_settled(message)]
         if lost:
-            about = {"action": action, "messages": len(lost), "reason": "the lock ended before"}
-            log.warning("lease_lost", extra=about)
-        again = [(message, error) for message, error in failed if not isinstance(error, _IS_OVER)]
-        messages[:] = [message for message, _ in again]
-        return in_short(again[0][1]) or "no reason was given" if again else ""
+            fields = {"action": action, "messages": len(lost), "reason": "the lock had ended"}
+            log.warning("lease_lost", extra=fields)
+        retryable = [(message, error) for message, error in failed if not isinstance(error, _FINAL)]
+        pending[:] = [message for message, _ in retryable]
+        return first_line(retryable[0][1]) or "no reason was given" if retryable else ""
 
 
-class Threads:
-    """Threads with a receiver each, started as they are needed; a call goes to whichever is free."""
+class ReceiverPool:
+    """Threads with a receiver each, started on demand; a call runs on any free one."""
 
     def __init__(self, connect: Callable[[], ServiceBusReceiver]) -> None:
         self._connect = connect
@@ -132,30 +136,30 @@ class Threads:
         self._is_closed = False
 
     def run(self, calls: Sequence[Call]) -> list[BaseException | None]:
-        """Make the calls, side by side; return the error of each, if any."""
-        seconds = SECONDS + len(calls) * SECONDS_EACH
+        """Make the calls concurrently; return the error of each, or None."""
+        timeout = RUN_TIMEOUT + len(calls) * RUN_TIMEOUT_EACH
         futures: list[Future[None]] = [Future() for _ in calls]
         with self._lock:
             if self._is_closed:
                 return [ConnectionError("the connection was closed")] * len(calls)
             self._unfinished += len(calls)
             for _ in range(min(self._unfinished, THREADS) - len(self._threads)):
-                thread = Thread(target=self._work, daemon=True, name="servicebus-settling")
+                thread = Thread(target=self._work, daemon=True, name="servicebus-settlement")
                 self._threads.append(thread)
                 thread.start()
         for call, future in zip(calls, futures, strict=True):
             self._calls.put((call, future))
-        wait_for(futures, seconds)
-        unanswered = TimeoutError(f"no answer within {seconds:.0f} s")
-        return [unanswered if future.cancel() or not future.done() else future.exception() for future in futures]
+        wait_for(futures, timeout)
+        timed_out = TimeoutError(f"no answer within {timeout:.0f} s")
+        return [timed_out if future.cancel() or not future.done() else future.exception() for future in futures]
 
-    def close(self, seconds: float) -> None:
-        """End the threads, and wait so long for their connections to be closed. Idempotent."""
+    def close(self, timeout: float) -> None:
+        """Stop the threads, and wait up to `timeout` seconds for their connections to be closed. Idempotent."""
         with self._lock:
             self._is_closed = True
         for _ in self._threads:
             self._calls.put(None)
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0.0))
 
@@ -164,7 +168,7 @@ class Threads:
         while (next_call := self._calls.get()) is not None:
             call, future = next_call
             if future.set_running_or_notify_cancel():
-                receiver, error = self._make(call, receiver)
+                receiver, error = self._run_call(call, receiver)
                 if error is None:
                     future.set_result(None)
                 else:
@@ -174,32 +178,32 @@ class Threads:
         if receiver is not None:
             close(receiver)
 
-    def _make(
+    def _run_call(
         self, call: Call, receiver: ServiceBusReceiver | None
     ) -> tuple[ServiceBusReceiver | None, Exception | None]:
-        """Make a call; anew when it fails on a receiver that was open: its connection may have ended long ago."""
-        is_fresh = receiver is None
+        """Make a call. If it fails on an open receiver, retry it on a new one: the connection may have ended before."""
+        is_new = receiver is None
         try:
             receiver = receiver or self._connect()
             call(receiver)
-        except (*_IS_OVER, ServiceBusServerBusyError) as error:
+        except (*_FINAL, ServiceBusServerBusyError) as error:
             return receiver, error
-        except Exception as error:  # noqa: BLE001 - who waits for the answer must have one
+        except Exception as error:  # noqa: BLE001 - `run` waits for a result of each call
             if receiver is not None:
-                close_soon(receiver)
-            return (None, error) if is_fresh else self._make(call, None)
+                close_in_background(receiver)
+            return (None, error) if is_new else self._run_call(call, None)
         return receiver, None
 
 
 def is_settled(message: ServiceBusReceivedMessage) -> bool:
-    """Tell whether a message was settled: then it has no lock any more."""
+    """Return whether a message was settled: then it has no lock token."""
     return message.lock_token is None
 
 
-def _told(tell: Tell, message: ServiceBusReceivedMessage, receiver: ServiceBusReceiver) -> None:
-    tell(receiver, message)
+def _call_for(call: MessageCall, message: ServiceBusReceivedMessage, receiver: ServiceBusReceiver) -> None:
+    call(receiver, message)
 
 
-def _settled(tell: Tell, receiver: ServiceBusReceiver, message: ServiceBusReceivedMessage) -> None:
-    let_service_judge(message)
-    tell(receiver, message)
+def _call_ignoring_expiry(call: MessageCall, receiver: ServiceBusReceiver, message: ServiceBusReceivedMessage) -> None:
+    ignore_local_expiry(message)
+    call(receiver, message)

@@ -1,1 +1,1 @@
-"""What two or more queues use."""
+"""Helpers that two or more adapters use."""

@@ -1,4 +1,4 @@
-"""Splits what is published into calls that a queue takes."""
+"""Splits messages into batches for publishing."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 
-def batches(bodies: Iterable[bytes], most: int, max_bytes: int) -> Iterator[list[bytes]]:
-    """Yield lists of at most `most` bodies and `max_bytes` in all; a body that alone is larger comes alone."""
+def batches(bodies: Iterable[bytes], max_messages: int, max_bytes: int) -> Iterator[list[bytes]]:
+    """Yield lists of up to `max_messages` bodies and `max_bytes` in total; a larger body is a batch of its own."""
     batch: list[bytes] = []
     size = 0
     for body in bodies:
-        if batch and (len(batch) >= most or size + len(body) > max_bytes):
+        if batch and (len(batch) >= max_messages or size + len(body) > max_bytes):
             yield batch
             batch, size = [], 0
         batch.append(body)

@@ -1,4 +1,4 @@
-"""Reads what `dead_letter` wrote with a message that it buried itself: the reason, and where the message came from."""
+"""Reads the attributes of dead letters: the failure and the origin that `dead_letter` of an adapter added."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _FAILURE = {field.name for field in fields(Failure)}
-_ALWAYS = {"reason", "message_id", "attempt"}
-_OURS = _FAILURE | _ALWAYS | {"subscription", "queue"}
+_REQUIRED = {"reason", "message_id", "attempt"}
+_ADDED = _FAILURE | _REQUIRED | {"subscription", "queue"}
 
 
 @dataclass(frozen=True, slots=True)
-class Burial:
-    """Why a message was given up on, after how many deliveries, and the attributes that are its own."""
+class DeadLetterInfo:
+    """Why a message was dead-lettered, after how many deliveries, and the attributes of the message itself."""
 
     failure: Failure
     attempt: int | None
     attributes: Mapping[str, str]
 
 
-def direct(attributes: Mapping[str, str]) -> Burial | None:
-    """Read the attributes of a letter; None when it was not us who buried it."""
-    if not attributes.keys() >= _ALWAYS:
+def from_worker(attributes: Mapping[str, str]) -> DeadLetterInfo | None:
+    """Read the attributes of a message that a worker dead-lettered; None if it was not a worker."""
+    if not attributes.keys() >= _REQUIRED:
         return None
-    told = {"stage": "", "error": "", **{name: attributes[name] for name in _FAILURE & attributes.keys()}}
-    own = {name: value for name, value in attributes.items() if name not in _OURS}
-    return Burial(Failure(**told), count(attributes["attempt"]), own)
+    failure = {"stage": "", "error": "", **{name: attributes[name] for name in _FAILURE & attributes.keys()}}
+    original = {name: value for name, value in attributes.items() if name not in _ADDED}
+    return DeadLetterInfo(Failure(**failure), parse_attempt(attributes["attempt"]), original)
 
 
-def by_policy(attempt: int | None, attributes: Mapping[str, str]) -> Burial:
-    """Return what is known of a letter that the queue itself gave up on."""
+def from_policy(attempt: int | None, attributes: Mapping[str, str]) -> DeadLetterInfo:
+    """Describe a message that the queue's policy dead-lettered."""
     after = f" after {attempt} deliveries" if attempt else ""
-    return Burial(Failure(f"gave up{after}: the worker's log has the reason", "queue", ""), attempt, attributes)
+    return DeadLetterInfo(Failure(f"gave up{after}: the worker's log has the reason", "queue", ""), attempt, attributes)
 
 
-def count(text: str) -> int | None:
-    """Read a number of deliveries; None for what is none."""
+def parse_attempt(text: str) -> int | None:
+    """Return a number of deliveries; None if `text` is not one."""
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else None

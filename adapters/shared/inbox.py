@@ -1,4 +1,4 @@
-"""Where a client's threads leave what arrived, until the worker takes it."""
+"""A buffer between the threads of a client and the worker's receiving thread."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ T = TypeVar("T")
 
 
 class Inbox(Generic[T]):
-    """A queue between threads that is taken from in batches. Its bound is the business of who puts."""
+    """A thread-safe FIFO queue that is read in batches. It has no size limit; the producers must enforce one."""
 
     def __init__(self) -> None:
-        self._waiting: deque[T] = deque()
+        self._items: deque[T] = deque()
         self._arrived = Condition()
 
     def put(self, *items: T) -> None:
-        """Add items, all at once, and wake who waits."""
+        """Add items in one step, and wake a waiting `get`."""
         with self._arrived:
-            self._waiting.extend(items)
+            self._items.extend(items)
             self._arrived.notify()
 
-    def take(self, at_most: int, wait: float) -> list[T]:
-        """Remove up to `at_most` items, oldest first, waiting `wait` seconds for the first; [] when none came."""
+    def get(self, max_items: int, wait: float) -> list[T]:
+        """Remove and return up to `max_items` items, oldest first; [] if none arrives within `wait` seconds."""
         with self._arrived:
-            self._arrived.wait_for(lambda: self._waiting, wait)
-            return [self._waiting.popleft() for _ in range(min(at_most, len(self._waiting)))]
+            self._arrived.wait_for(lambda: self._items, wait)
+            return [self._items.popleft() for _ in range(min(max_items, len(self._items)))]
 
-    def waiting(self) -> list[T]:
-        """Return what is here, and leave it."""
+    def items(self) -> list[T]:
+        """Return all items without removing them."""
         with self._arrived:
-            return list(self._waiting)
+            return list(self._items)
 
     def drop(self, is_unwanted: Callable[[T], bool]) -> int:
-        """Remove some items and return how many."""
+        """Remove the items for which `is_unwanted` is true; return their number."""
         with self._arrived:
-            before = len(self._waiting)
-            self._waiting = deque(item for item in self._waiting if not is_unwanted(item))
-            return before - len(self._waiting)
+            before = len(self._items)
+            self._items = deque(item for item in self._items if not is_unwanted(item))
+            return before - len(self._items)
 
     def remove(self, item: T) -> None:
-        """Remove an item, if it is still here."""
+        """Remove an item if it is present."""
         with self._arrived, suppress(ValueError):
-            self._waiting.remove(item)
+            self._items.remove(item)
 
     def clear(self) -> list[T]:
-        """Remove and return what is here."""
+        """Remove and return all items."""
         with self._arrived:
-            left = list(self._waiting)
-            self._waiting.clear()
-            return left
+            items = list(self._items)
+            self._items.clear()
+            return items

@@ -1,6 +1,6 @@
-"""Dead letters of a queue that leases them: each is handed out once, and what is not removed goes back in the end.
+"""Dead letters of a queue that leases them: returns each once, and releases those that are not removed.
 
-Of each letter only a handle is kept, so that a look through many takes little memory.
+Only a handle is kept of each dead letter, so a pass through many of them needs little memory.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ if TYPE_CHECKING:
 
     from adapters.base import DeadLetter
 
-LEASE_SECONDS = 60  # seconds; a look that is killed hides its letters for so long
-PAUSE = 0.1  # seconds before a queue is asked again that answered at once, with nothing
+LEASE_SECONDS = 60  # a process that is killed hides its dead letters for this long
+EMPTY_POLL_PAUSE = 0.1  # seconds before the next poll of a queue that returned nothing at once
 
 
-class Source(Protocol):
-    """A queue that leases dead letters. A handle stands for a lease. Methods are called from several threads."""
+class DeadLetterSource(Protocol):
+    """A queue that leases dead letters. A handle identifies a lease. Methods are called from several threads."""
 
-    def lease(self, at_most: int, wait: float, seconds: int) -> Sequence[tuple[str, DeadLetter]]:
-        """Return letters, leased for so many seconds, with their handles; wait no longer. Raises QueueError."""
+    def lease(self, max_messages: int, wait: float, seconds: int) -> Sequence[tuple[str, DeadLetter]]:
+        """Return dead letters leased for `seconds`, with their handles, within `wait` seconds. Raises QueueError."""
 
     def extend(self, handles: Sequence[str], seconds: int) -> Mapping[str, str]:
-        """Have the leases end so many seconds from now; return the reason for each handle where that failed."""
+        """Make the leases end `seconds` from now; return the reason for each handle for which that failed."""
 
     def remove(self, handles: Sequence[str]) -> Mapping[str, str]:
-        """Remove the letters for good; return the reason for each handle where that failed."""
+        """Remove the dead letters permanently; return the reason for each handle for which that failed."""
 
     def close(self) -> None:
-        """Let go of what is open."""
+        """Close the connections."""
 
 
 @dataclass(frozen=True, slots=True)
-class LetterDelivery:
+class DeadLetterDelivery:
     """The message of a dead letter."""
 
     id: str
@@ -53,92 +53,94 @@ class LetterDelivery:
 @dataclass(slots=True)
 class _Lease:
     handle: str
-    until: float  # monotonic seconds
+    expires_at: float  # monotonic seconds
 
 
-class LeasedLetters:
-    """Implements DeadLetterQueue. A letter whose lease was lost comes again to nobody: only its handle is noted."""
+class LeasedDeadLetters:
+    """Implements DeadLetterQueue.
 
-    def __init__(self, source: Source, *, seconds: int = LEASE_SECONDS) -> None:
+    If a lease expires, the queue delivers the dead letter again. Its new handle is stored; it is not returned twice.
+    """
+
+    def __init__(self, source: DeadLetterSource, *, seconds: int = LEASE_SECONDS) -> None:
         self._source = source
         self._seconds = seconds
         self._lock = Lock()
-        self._leases: dict[str, _Lease] = {}  # by the letter's id
+        self._leases: dict[str, _Lease] = {}  # by the message's id
         self._removed: set[str] = set()
         self._closed = Event()
-        self._looks = ThreadPoolExecutor(1, "dead-letters")  # Ctrl-C ends who waits for a look, not what it notes
-        self._extending = Thread(target=self._extend_all, daemon=True)
-        self._extending.start()
+        self._polls = ThreadPoolExecutor(1, "dead-letters")  # Ctrl-C interrupts the caller, not the poll in progress
+        self._extender = Thread(target=self._extend_leases, daemon=True)
+        self._extender.start()
 
     def receive(self, max_messages: int, wait: float) -> Sequence[DeadLetter]:
-        """Return letters that were not handed out yet."""
-        return self._looks.submit(self._look, max_messages, wait).result()
+        """Return dead letters that were not returned before."""
+        return self._polls.submit(self._poll, max_messages, wait).result()
 
     def remove(self, dead_letters: Sequence[DeadLetter]) -> None:
-        """Remove letters for good; those whose lease was lost may still be there."""
+        """Remove dead letters permanently. Raises QueueError if some leases were lost: those may still exist."""
         now = time.monotonic()
+        ids = [dead_letter.delivery.id for dead_letter in dead_letters]
         with self._lock:
-            held = {
-                id_: self._leases[id_] for letter in dead_letters if (id_ := letter.delivery.id) not in self._removed
-            }
-        failed = self._source.remove([lease.handle for lease in held.values()])
-        ended = {lease.handle: "its lease had ended" for lease in held.values() if lease.until < now}
-        left = {**ended, **failed}
+            leases = {id_: self._leases[id_] for id_ in ids if id_ not in self._removed}
+        errors = {lease.handle: "its lease had ended" for lease in leases.values() if lease.expires_at < now}
+        errors |= self._source.remove([lease.handle for lease in leases.values()])
         with self._lock:
-            for id_, lease in held.items():
-                if lease.handle not in left:
+            for id_, lease in leases.items():
+                if lease.handle not in errors:
                     self._removed.add(id_)
                     self._leases.pop(id_, None)
-        if left:
-            reason = next(iter(left.values()))
-            raise QueueError(f"QUEUE_URL: {len(left)} dead letters may not have been removed: {reason}")
+        if errors:
+            reason = next(iter(errors.values()))
+            raise QueueError(f"QUEUE_URL: {len(errors)} dead letters may not have been removed: {reason}")
 
     def close(self) -> None:
-        """End the leases; those that cannot be ended do so by themselves."""
+        """End the leases; if that fails, they expire."""
         if self._closed.is_set():
             return
         self._closed.set()
-        self._looks.shutdown()
-        self._extending.join()  # it would hold again what is let go of
+        self._polls.shutdown()
+        self._extender.join()  # otherwise it could extend the leases again
         self._source.extend([lease.handle for lease in self._leases.values()], 0)
         self._source.close()
 
-    def _look(self, at_most: int, wait: float) -> list[DeadLetter]:
-        """Insist until there are letters: a queue may answer with nothing, or what is known, though it has more."""
+    def _poll(self, max_messages: int, wait: float) -> list[DeadLetter]:
+        """Poll until there are new dead letters: a queue can return none, or known ones, although it has more."""
         deadline = time.monotonic() + wait
-        letters: list[DeadLetter] = []
-        while not (letters or self._closed.is_set()):
-            began = time.monotonic()
-            found = self._source.lease(at_most, max(deadline - began, 0.0), self._seconds)
-            letters = self._note(found, began + self._seconds)
+        new: list[DeadLetter] = []
+        while not (new or self._closed.is_set()):
+            started_at = time.monotonic()
+            leased = self._source.lease(max_messages, max(deadline - started_at, 0.0), self._seconds)
+            new = self._store(leased, started_at + self._seconds)
             if time.monotonic() >= deadline:
                 break
-            if not found:
-                self._closed.wait(PAUSE)
-        return letters
-
-    def _note(self, found: Sequence[tuple[str, DeadLetter]], until: float) -> list[DeadLetter]:
-        """Note the leases, remove again what should not be there any more, and return what is new."""
-        new = []
-        with self._lock:
-            back = [handle for handle, letter in found if letter.delivery.id in self._removed]
-            for handle, letter in found:
-                id_ = letter.delivery.id
-                if id_ in self._removed:
-                    continue
-                if id_ not in self._leases:
-                    new.append(letter)
-                self._leases[id_] = _Lease(handle, until)
-        if back:
-            self._source.remove(back)
+            if not leased:
+                self._closed.wait(EMPTY_POLL_PAUSE)
         return new
 
-    def _extend_all(self) -> None:
+    def _store(self, leased: Sequence[tuple[str, DeadLetter]], expires_at: float) -> list[DeadLetter]:
+        """Store the leases and return the new dead letters. Remove again those that were removed before."""
+        new = []
+        reappeared = []
+        with self._lock:
+            for handle, dead_letter in leased:
+                id_ = dead_letter.delivery.id
+                if id_ in self._removed:
+                    reappeared.append(handle)
+                    continue
+                if id_ not in self._leases:
+                    new.append(dead_letter)
+                self._leases[id_] = _Lease(handle, expires_at)
+        if reappeared:
+            self._source.remove(reappeared)
+        return new
+
+    def _extend_leases(self) -> None:
         while not self._closed.wait(self._seconds / 3):
             with self._lock:
                 leases = list(self._leases.values())
-            until = time.monotonic() + self._seconds
-            failed = self._source.extend([lease.handle for lease in leases], self._seconds)
+            expires_at = time.monotonic() + self._seconds
+            errors = self._source.extend([lease.handle for lease in leases], self._seconds)
             for lease in leases:
-                if lease.handle not in failed:
-                    lease.until = until
+                if lease.handle not in errors:
+                    lease.expires_at = expires_at

@@ -1,4 +1,4 @@
-"""Which hosts are this machine: connections to all others must be encrypted."""
+"""Detects loopback hosts; connections to all others must be encrypted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ipaddress import ip_address
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address is this machine's own."""
+    """Return whether a host name or an address belongs to this machine."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:

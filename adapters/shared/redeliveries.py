@@ -1,4 +1,4 @@
-"""What a worker sent back to its queue and expects again, for queues that do not tell, or not exactly."""
+"""Messages that this worker returned and expects again: the backlog of queues that cannot count, or not exactly."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from cachetools import TTLCache
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_MOST, _SECONDS = 100_000, 1800.0  # messages, and how long they are expected
+MAX_IDS = 100_000
+EXPECTED_SECONDS = 1800.0  # after which a message is no longer expected
 
 
-class Awaited:
-    """Ids of messages that are to come again. Safe for many threads."""
+class ExpectedRedeliveries:
+    """Ids of messages that the queue should redeliver. Safe for many threads."""
 
     def __init__(self) -> None:
-        self._ids: TTLCache[str, None] = TTLCache(_MOST, _SECONDS)
+        self._ids: TTLCache[str, None] = TTLCache(MAX_IDS, EXPECTED_SECONDS)
         self._lock = Lock()
 
     def __len__(self) -> int:
         with self._lock:
             return len(self._ids)
 
-    def note(self, ids: Iterable[str]) -> None:
-        """Note messages that were sent back."""
+    def add(self, ids: Iterable[str]) -> None:
+        """Add messages that were returned."""
         with self._lock:
             self._ids.update(dict.fromkeys(ids))
 
-    def came(self, ids: Iterable[str]) -> None:
-        """Forget messages that came, or are done: a lease that was lost may be given back after that."""
+    def remove(self, ids: Iterable[str]) -> None:
+        """Remove messages that were received, or acked: a message can be returned after its lease was lost."""
         with self._lock:
             for name in ids:
                 self._ids.pop(name, None)

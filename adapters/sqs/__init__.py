@@ -1,1 +1,1 @@
-"""AWS SQS, polled by the worker or delivered to a Lambda function. Read queue.py first."""
+"""AWS SQS, polled by the worker or delivered to a Lambda function. Start with queue.py."""

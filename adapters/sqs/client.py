@@ -1,8 +1,9 @@
-"""A client of AWS SQS, and what the errors of its calls mean."""
+"""The client of AWS SQS, its retries, and the classification of its errors."""
 
 from __future__ import annotations
 
 import os
+from http import HTTPStatus
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
     T = TypeVar("T")
 
-CONNECT_TIMEOUT, READ_TIMEOUT = 3, 10  # seconds; a long poll must end before, a lease long after
-ATTEMPTS = 2  # of a call; all that insists is our own, as it must end when the worker does
-CONNECTIONS = 48  # that are kept: receivers, settlement, and a call of each lane
-PATIENCE = 10.0  # seconds to reach SQS for a call that nothing depends on but its caller
-_THEIRS = (boto.BotoCoreError, boto.ClientError, ResponseParserError)
-# All that a call raises, and the reading of its answer: boto3 trips over what a proxy says, or we do.
-ERRORS = (*_THEIRS, AttributeError, LookupError, TypeError, ValueError)
+CONNECT_TIMEOUT, READ_TIMEOUT = 3, 10  # seconds; longer than a long poll, much shorter than a lease
+ATTEMPTS = 2  # by boto3; further retries are the adapter's, because they must end when the worker stops
+CONNECTIONS = 48  # in boto3's pool: for receivers, settlement, and a call of each lane
+RETRY_TIMEOUT = 10.0  # seconds for which a call is retried if only its caller waits for it
+_SDK_ERRORS = (boto.BotoCoreError, boto.ClientError, ResponseParserError)
+# Errors of a call and of reading its response: both boto3 and the adapter fail on the response of a proxy.
+ERRORS = (*_SDK_ERRORS, AttributeError, LookupError, TypeError, ValueError)
 _NO_CREDENTIALS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -37,9 +38,9 @@ _NO_CREDENTIALS = (
     boto.TokenRetrievalError,
     boto.UnauthorizedSSOTokenError,
 )
-_IN_VAIN = (*_NO_CREDENTIALS, boto.ParamValidationError)
-_BUSY = frozenset({"OverLimit", "TooManyRequestsException", "RequestTimeout"})
-_PASSING = frozenset({408, 429})  # answers of 4xx, also of a proxy, that are over by themselves
+_PERMANENT = (*_NO_CREDENTIALS, boto.ParamValidationError)
+_THROTTLING = frozenset({"OverLimit", "TooManyRequestsException", "RequestTimeout"})
+_TRANSIENT_STATUSES = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})  # a proxy's, too
 _DENIED = frozenset({"AccessDenied", "AccessDeniedException"})
 _ENCRYPTED = "expected an https:// URL (http:// for this machine only)"
 _SET_REGION = "write sqs://NAME?region=REGION, or set AWS_DEFAULT_REGION"
@@ -47,10 +48,10 @@ _SET_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROF
 
 
 def connect(region: str = "") -> SQSClient:
-    """Return a client, for any number of threads. Raises QueueError where AWS's own settings are incomplete.
+    """Return a thread-safe client. Raises QueueError if AWS's own settings are incomplete.
 
-    Credentials come by boto3's chain, the endpoint by AWS_ENDPOINT_URL_SQS where it is set. boto3 itself does not
-    read AWS_REGION, which containers have.
+    Credentials come from boto3's chain, the endpoint from AWS_ENDPOINT_URL_SQS if it is set. boto3 does not read
+    AWS_REGION, which is set in containers, so it is read here.
     """
     config = Config(
         retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
@@ -64,18 +65,18 @@ def connect(region: str = "") -> SQSClient:
         client = session.client("sqs", region_name=session.region_name or os.environ.get("AWS_REGION"), config=config)
     except boto.NoRegionError:
         raise QueueError("QUEUE_URL: no AWS region", todo=_SET_REGION) from None
-    except (boto.BotoCoreError, ValueError) as error:  # a profile that is not there, an endpoint that is no URL
-        raise QueueError(f"QUEUE_URL: AWS's own settings are no use: {error}") from None
+    except (boto.BotoCoreError, ValueError) as error:  # a missing profile, an invalid endpoint
+        raise QueueError(f"QUEUE_URL: AWS's own settings are invalid: {error}") from None
     endpoint = urlsplit(client.meta.endpoint_url)
     if endpoint.scheme != "https" and not is_loopback(endpoint.hostname or ""):
         raise QueueError(f"AWS_ENDPOINT_URL_SQS: {endpoint.netloc}", todo=_ENCRYPTED)
     return client
 
 
-def insist(call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """Make a call, again and again for `PATIENCE` seconds while it may still succeed. Raises one of `ERRORS`."""
+def with_retries(call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """Make a call, and retry it for `RETRY_TIMEOUT` seconds after transient errors. Raises one of `ERRORS`."""
     retrying = Retrying(
-        stop=stop_after_delay(PATIENCE),
+        stop=stop_after_delay(RETRY_TIMEOUT),
         wait=wait_random_exponential(multiplier=0.1, max=5),
         retry=retry_if_exception(lambda error: isinstance(error, ERRORS) and not is_refusal(error)),
         reraise=True,
@@ -84,39 +85,39 @@ def insist(call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Tell whether a call will fail until somebody mends something: an answer of 4xx, or no credentials."""
+    """Return whether a call fails until an operator fixes the cause: a response of 4xx, or no credentials."""
     if not isinstance(error, boto.ClientError):
-        return isinstance(error, _IN_VAIN)
+        return isinstance(error, _PERMANENT)
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    passes = status in _PASSING or is_throttling(code(error))
-    return 400 <= status < 500 and not passes  # noqa: PLR2004
+    is_transient = status in _TRANSIENT_STATUSES or is_throttling(error_code(error))
+    return HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and not is_transient
 
 
-def is_throttling(name: str) -> bool:
-    """Tell whether a code asks for fewer calls, or the same one again."""
-    return "Throttl" in name or name in _BUSY
+def is_throttling(code: str) -> bool:
+    """Return whether an error code means that the call must be made later."""
+    return "Throttl" in code or code in _THROTTLING
 
 
 def is_denied(error: BaseException) -> bool:
-    """Tell whether a permission is missing."""
-    return code(error) in _DENIED
+    """Return whether a permission is missing."""
+    return error_code(error) in _DENIED
 
 
 def is_missing(error: BaseException) -> bool:
-    """Tell whether there is no such queue: AWS has two names for that."""
-    return code(error).endswith(("NonExistentQueue", "QueueDoesNotExist"))
+    """Return whether the queue does not exist; AWS has two codes for that."""
+    return error_code(error).endswith(("NonExistentQueue", "QueueDoesNotExist"))
 
 
-def code(error: BaseException) -> str:
-    """Return what AWS calls the error, or its class."""
-    answered = error.response.get("Error", {}) if isinstance(error, boto.ClientError) else {}
-    return answered.get("Code", type(error).__name__)
+def error_code(error: BaseException) -> str:
+    """Return AWS's code for the error, or the name of its class."""
+    details = error.response.get("Error", {}) if isinstance(error, boto.ClientError) else {}
+    return details.get("Code", type(error).__name__)
 
 
-def reason(error: BaseException) -> str:
-    """Describe the error in one line: the next ones of a refused signature quote the headers, with their token."""
-    if not isinstance(error, _THEIRS):
-        return f"the answer is not one of SQS ({type(error).__name__})"
+def first_line(error: BaseException) -> str:
+    """Describe the error in one line. After a refused signature, further lines quote headers with the token."""
+    if not isinstance(error, _SDK_ERRORS):
+        return f"the response is not one of SQS ({type(error).__name__})"
     return str(error).partition("\n")[0]
 
 
@@ -127,10 +128,10 @@ def explain(error: BaseException, queue: str) -> tuple[str, str]:
     if isinstance(error, _NO_CREDENTIALS):
         return f"no AWS credentials ({type(error).__name__})", _SET_CREDENTIALS
     if is_denied(error):
-        return f"not permitted on {queue}: {reason(error)}", ""
+        return f"not permitted on {queue}: {first_line(error)}", ""
     if is_refusal(error):
-        return f"SQS refuses {queue}: {reason(error)}", ""
-    return f"cannot reach SQS for {queue}: {reason(error)}", ""
+        return f"SQS refuses {queue}: {first_line(error)}", ""
+    return f"cannot reach SQS for {queue}: {first_line(error)}", ""
 
 
 def queue_error(error: BaseException, queue: str, about: str = "QUEUE_URL") -> QueueError:

@@ -1,4 +1,4 @@
-"""The messages of one invocation of an AWS Lambda function, which an SQS event source brings."""
+"""The messages of one invocation of an AWS Lambda function, delivered by an SQS event source."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """A message as Lambda hands it over."""
+class LambdaDelivery:
+    """A message that Lambda received."""
 
     id: str
     body: bytes = field(repr=False)
@@ -27,21 +27,23 @@ class Record:
     published_at: datetime
 
 
-class SQSEvent(InertQueue):
-    """Implements QueueAdapter for a batch that Lambda leases and settles: `left` tells it what must come again.
+class LambdaQueue(InertQueue):
+    """Implements QueueAdapter for a batch that Lambda leases and settles.
 
-    `seconds`: how long the function may take. Lambda sees to it that the leases last longer.
+    Lambda deletes the messages that are not in `failed_ids`; SQS redelivers the others after the visibility timeout,
+    and its redrive policy dead-letters them. `seconds`: the time left until Lambda ends the function. The leases last
+    longer.
     """
 
     def __init__(self, event: Mapping[str, Any], seconds: float) -> None:
         try:
-            records = [_record(entry) for entry in event["Records"]]
+            deliveries = [_delivery(record) for record in event["Records"]]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             what = f"expected the event of an SQS event source ({type(error).__name__}: {error})"
-            raise QueueError(what, todo="invoke this function by one, not by hand") from None
+            raise QueueError(what, todo="add an SQS event source mapping to the function") from None
         self._seconds = seconds
-        self._waiting = records
-        self._left = {record.id for record in records}
+        self._pending = deliveries
+        self._failed = {delivery.id for delivery in deliveries}
         self._lock = Lock()
 
     @property
@@ -49,44 +51,43 @@ class SQSEvent(InertQueue):
         """Seconds until Lambda ends the function."""
         return self._seconds
 
-    def receive(self, max_messages: int, wait: float) -> Sequence[Record]:
-        """Return what was not handed out yet; once that is nothing, after `wait` seconds."""
-        if not self._waiting:
+    def receive(self, max_messages: int, wait: float) -> Sequence[LambdaDelivery]:
+        """Return the next messages; [] after `wait` seconds if there are no more."""
+        if not self._pending:
             time.sleep(wait)
-        received, self._waiting = self._waiting[:max_messages], self._waiting[max_messages:]
+        received, self._pending = self._pending[:max_messages], self._pending[max_messages:]
         return received
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Note that Lambda may delete them."""
+        """Let Lambda delete the messages."""
         with self._lock:
-            self._left -= {delivery.id for delivery in deliveries}
+            self._failed -= {delivery.id for delivery in deliveries}
 
-    def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
-        """Leave it to the queue's redrive policy."""
-        del delivery, failure
+    def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:  # noqa: ARG002 - the redrive policy does it
+        """Return False: the queue's redrive policy dead-letters the message."""
         return False
 
     def backlog(self) -> int:
-        """Count what was not handed out yet: what comes again does so in another invocation."""
-        return len(self._waiting)
+        """Count the messages that were not received yet; redeliveries are events of other invocations."""
+        return len(self._pending)
 
     def stop(self) -> None:
-        """Hand out no more."""
-        self._waiting = []
+        """Return no more messages."""
+        self._pending = []
 
-    def left(self) -> list[str]:
-        """Return the ids of the messages that must come again."""
+    def failed_ids(self) -> list[str]:
+        """Return the ids of the messages that were not acked."""
         with self._lock:
-            return sorted(self._left)
+            return sorted(self._failed)
 
 
-def _record(entry: Mapping[str, Any]) -> Record:
-    told = entry["attributes"]
-    attributes = {name: value.get("stringValue") for name, value in entry.get("messageAttributes", {}).items()}
-    return Record(
-        entry["messageId"],
-        entry["body"].encode("utf-8", "surrogatepass"),
+def _delivery(record: Mapping[str, Any]) -> LambdaDelivery:
+    system = record["attributes"]
+    attributes = {name: value.get("stringValue") for name, value in record.get("messageAttributes", {}).items()}
+    return LambdaDelivery(
+        record["messageId"],
+        record["body"].encode("utf-8", "surrogatepass"),
         {name: value for name, value in attributes.items() if value is not None},
-        int(told["ApproximateReceiveCount"]),
-        datetime.fromtimestamp(int(told["SentTimestamp"]) / 1000, UTC),
+        int(system["ApproximateReceiveCount"]),
+        datetime.fromtimestamp(int(system["SentTimestamp"]) / 1000, UTC),
     )

@@ -1,7 +1,4 @@
-"""AWS SQS: what a queue of theirs has to do with a queue of ours.
-
-Messages come by adapters/long_polling.py, and are settled by adapters/sqs_settlement.py.
-"""
+"""AWS SQS adapter. long_polling.py receives messages, settlement.py settles them."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from adapters.base import Counts, QueueError, QueueURLError, QueueWarning
-from adapters.shared.leased_dead_letters import LeasedLetters
-from adapters.shared.redeliveries import Awaited
+from adapters.shared.leased_dead_letters import LeasedDeadLetters
+from adapters.shared.redeliveries import ExpectedRedeliveries
 from adapters.sqs import client as aws
-from adapters.sqs import sending as sqs_sending
-from adapters.sqs.dead_letters import SQSLetters
+from adapters.sqs import sending
+from adapters.sqs.dead_letters import SQSDeadLetters
 from adapters.sqs.long_polling import POLL_SECONDS, LongPolling, SQSDelivery
 from adapters.sqs.settlement import LEASE_SECONDS, Settlement
 
@@ -31,26 +28,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klaviyo_worker.sqs")
 
-FEW_RECEIVES = 5  # a maxReceiveCount below is used up by a few restarts of the worker
-SELDOM = 3600.0  # seconds until poison comes again that no redrive policy ends
+MIN_RECEIVES = 5  # a smaller maxReceiveCount is used up by a few restarts of the worker
+POISON_DELAY = 3600.0  # seconds before the redelivery of a message that can never succeed, without a redrive policy
 _EXPECTED = "expected sqs://NAME[?region=REGION] or https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
 _NAME = r"(?P<name>[A-Za-z0-9_-]{1,80}|[A-Za-z0-9_-]{1,75}\.fifo)"
 _REGION = r"(?P<region>[a-z]{2,}(-[a-z]+)+-[0-9]+)"
 _BY_NAME = re.compile(rf"sqs://{_NAME}/?(\?region={_REGION})?")
 _BY_URL = re.compile(rf"https://sqs\.{_REGION}\.amazonaws\.(com|com\.cn|eu)/[0-9]{{12}}/{_NAME}")
-_DEAD_LETTERS = "DEAD_LETTER_QUEUE_URL"
+_SETTING = "DEAD_LETTER_QUEUE_URL"
 _DIRECT = "KLAVIYO_WORKER_DEAD_LETTER_MODE=direct"
 _READ = "grant sqs:GetQueueAttributes on it"
 
 
 def open_url(url: str, options: QueueOptions) -> SQSQueue:
-    """Open `sqs://NAME[?region=REGION]`, or the URL by which AWS names the queue."""
+    """Open `sqs://NAME[?region=REGION]`, or the https URL that AWS gives the queue."""
     client, queue_url = _locate(url, "QUEUE_URL")
     return SQSQueue(client, queue_url, options)
 
 
 def parse_url(url: str, setting: str = "QUEUE_URL") -> tuple[str, str]:
-    """Return the queue's name and its region, "" where that is left to AWS's variables. Raises QueueURLError."""
+    """Return the queue's name and its region, or "" if AWS's variables name the region. Raises QueueURLError."""
     named = _BY_NAME.fullmatch(url) or _BY_URL.fullmatch(url)
     if named is None:
         raise QueueURLError(f"{setting} is malformed", todo=_EXPECTED)
@@ -58,13 +55,13 @@ def parse_url(url: str, setting: str = "QUEUE_URL") -> tuple[str, str]:
 
 
 def _locate(url: str, setting: str) -> tuple[SQSClient, str]:
-    """Return a client for the queue, and the URL by which AWS names it."""
+    """Return a client for the queue, and the queue's https URL."""
     name, region = parse_url(url, setting)
     client = aws.connect(region)
     if url.startswith("https:"):
         return client, url
     try:
-        return client, aws.insist(client.get_queue_url, QueueName=name)["QueueUrl"]
+        return client, aws.with_retries(client.get_queue_url, QueueName=name)["QueueUrl"]
     except aws.ERRORS as error:
         raise aws.queue_error(error, name, setting) from None
 
@@ -81,7 +78,7 @@ class SQSQueue:
         lease_seconds: float = LEASE_SECONDS,
         poll_seconds: int = POLL_SECONDS,
     ) -> None:
-        """`lease_seconds`: seconds that messages are received for, whatever the queue's own visibility timeout is."""
+        """`lease_seconds`: the visibility timeout to receive with; the queue's own is not used."""
         self._client = client
         self._url = url
         self._name = url.rpartition("/")[2]
@@ -89,68 +86,68 @@ class SQSQueue:
         self._lease_seconds = lease_seconds
         self._settlement = Settlement(client, url)
         self._polling = LongPolling(client, url, lease_seconds=lease_seconds, poll_seconds=poll_seconds)
-        self._dead_letter_url: str | None = None  # "" when the queue has none, None when it is not known
+        self._dead_letter_url: str | None = None  # "" if the queue has none, None if unknown
         self._dead_letter_region = ""
         self._max_receives = math.inf
-        self._awaited = Awaited()
+        self._expected_redeliveries = ExpectedRedeliveries()
 
     @property
     def lease_seconds(self) -> float:
-        """Seconds."""
+        """The visibility timeout of received messages."""
         return self._lease_seconds
 
     def receive(self, max_messages: int, wait: float) -> Sequence[SQSDelivery]:
-        """Return what the polls brought."""
-        deliveries = self._polling.take(max_messages, wait)
-        self._awaited.came(delivery.id for delivery in deliveries)
+        """Return messages that the polls have received."""
+        deliveries = self._polling.receive(max_messages, wait)
+        self._expected_redeliveries.remove(delivery.id for delivery in deliveries)
         return deliveries
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Delete, insisting for as long as the lease may hold."""
-        self._awaited.came(delivery.id for delivery in deliveries)
-        self._settlement.delete(_ours(deliveries))
+        """Delete the messages, retrying for as long as the leases can last."""
+        self._expected_redeliveries.remove(delivery.id for delivery in deliveries)
+        self._settlement.ack(_sqs_deliveries(deliveries))
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """End the leases after `delay`, twelve hours from the receipt at the latest.
+        """Make the leases end after `delay`, at most twelve hours after the receipt.
 
-        Every return costs a receive, handled or not: SQS cannot take one back.
+        Every return counts as a receive, also of a message that was not handled: SQS cannot undo that.
         """
-        self._awaited.note(delivery.id for delivery in deliveries if not self._is_last(delivery))
+        self._expected_redeliveries.add(delivery.id for delivery in deliveries if not self._is_last(delivery))
         for delivery in deliveries:
             if failure is not None and self._is_last(delivery):
-                about = {"reason": failure.reason, "stage": failure.stage, "error": failure.error}
-                log.error("queue_gave_up", extra={"message_id": delivery.id, **about})
-        self._settlement.end_leases(_ours(deliveries), max(delay, 0.0))
+                fields = {"reason": failure.reason, "stage": failure.stage, "error": failure.error}
+                log.error("queue_gave_up", extra={"message_id": delivery.id, **fields})
+        self._settlement.nack(_sqs_deliveries(deliveries), max(delay, 0.0))
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
-        """Send to the dead-letter queue, if so asked; else let the redrive policy get there, at once.
+        """In direct mode send the message to the dead-letter queue, otherwise return it for the redrive policy.
 
-        Without a policy nothing ever gives up, so the message comes seldom; where that is not known, ever more seldom.
+        Without a redrive policy SQS redelivers indefinitely, so the message is delayed by an hour. If the policy is
+        unknown, the delay grows exponentially.
         """
-        if self._options.direct_dead_letter and self._bury(delivery, failure):
+        if self._options.direct_dead_letter and self._send_dead_letter(delivery, failure):
             self.ack([delivery])
             return True
-        delay = {"": SELDOM, None: min(2.0 ** min(delivery.attempt or 1, 16), SELDOM)}.get(self._dead_letter_url, 0.0)
-        self.nack([delivery], delay, failure)
+        self.nack([delivery], self._poison_delay(delivery), failure)
         return self._is_last(delivery)
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Extend these and what waits to be received, as far as the twelve hours go that SQS keeps a message for us."""
-        began = time.monotonic()
-        if not self._settlement.extend([*_ours(deliveries), *self._polling.waiting()], seconds):
-            raise QueueError("SQS was not told of all leases, or some are nearly twelve hours old, its limit")
-        self._polling.extended(began)
+        """Extend the leases, also of pending messages. SQS allows twelve hours from the receipt."""
+        started_at = time.monotonic()
+        if not self._settlement.extend([*_sqs_deliveries(deliveries), *self._polling.pending()], seconds):
+            raise QueueError("some leases could not be extended, or are nearly twelve hours old, SQS's limit")
+        self._polling.set_extended(started_at)
 
     def backlog(self) -> int | None:
-        """Count what is in the queue, which SQS does approximately: that nothing is left it never tells for sure."""
+        """Return SQS's approximate count, or None instead of 0: SQS never reports reliably that a queue is empty."""
         try:
             counted = self._count(self._url) or 0
         except aws.ERRORS:
             counted = 0
-        return max(counted, len(self._awaited)) or None
+        return max(counted, len(self._expected_redeliveries)) or None
 
     def counts(self) -> Counts:
-        """Count both queues, the dead letters once `check` has looked for them. Raises QueueError."""
+        """Count both queues; the dead letters only after `check` has found their queue. Raises QueueError."""
         try:
             dead = self._count(self._dead_letter_url) if self._dead_letter_url else None
             return Counts(self._count(self._url), dead)
@@ -158,21 +155,21 @@ class SQSQueue:
             raise aws.queue_error(error, self._name) from None
 
     def check(self) -> Sequence[QueueWarning]:
-        """Look at the queue. Raises QueueError when it cannot be used as asked.
+        """Read the queue and its redrive policy. Raises QueueError if the queue cannot be used in the configured mode.
 
-        Whether messages may be received, deleted and extended is not tested: AWS tells only who does it, and a
-        message received for a test has one receive less. Only of a queue that was polled it is known.
+        The permissions to receive, delete and extend are not tested: AWS reports them only when they are used, and a
+        test would use up a receive of a message. If the queue was polled, the result of the last poll is known.
         """
-        if self._polling.trouble:
-            raise QueueError(f"QUEUE_URL: SQS does not hand out messages: {self._polling.trouble}")
+        if self._polling.last_error:
+            raise QueueError(f"QUEUE_URL: cannot receive from SQS: {self._polling.last_error}")
         if self._options.direct_dead_letter and self._is_fifo:
             raise QueueError(
-                f"{_DIRECT} is not for FIFO queues, like {self._name}", todo="leave it to the redrive policy"
+                f"{_DIRECT} does not support FIFO queues, such as {self._name}", todo="use the redrive policy"
             )
         if not self._read_policy():
             if self._options.direct_dead_letter:
-                raise QueueError(f"{_DIRECT}: {self._name} cannot be read to learn its dead-letter queue", todo=_READ)
-            return [QueueWarning(f"{self._name} cannot be read to learn its redrive policy", _READ)]
+                raise QueueError(f"{_DIRECT}: cannot read the dead-letter queue of {self._name}", todo=_READ)
+            return [QueueWarning(f"cannot read the redrive policy of {self._name}", _READ)]
         if self._options.direct_dead_letter and not self._dead_letter_url:
             raise QueueError(f"{_DIRECT}: {self._name} has no dead-letter queue", todo=self._set_policy)
         unusable = self._dead_letter_warning()
@@ -181,8 +178,8 @@ class SQSQueue:
         return list(self._warnings(unusable))
 
     def stop(self) -> None:
-        """Wait for the polls under way and return what was not received."""
-        self._settlement.end_leases(self._polling.stop(), 0.0)
+        """Wait for the running polls, and return pending messages."""
+        self._settlement.nack(self._polling.stop(), 0.0)
 
     def close(self) -> None:
         """Stop, and close the connections."""
@@ -191,26 +188,32 @@ class SQSQueue:
         self._client.close()
 
     def publish(self, bodies: Iterable[bytes]) -> int:
-        """Send to the queue, in order. A FIFO queue needs groups, which lines of a file do not have."""
+        """Send the messages to the queue, in order. FIFO queues are not supported: their messages need a group."""
         if self._is_fifo:
-            raise QueueError(f"QUEUE_URL: {self._name} is a FIFO queue, which `publish` does not fill")
-        return sqs_sending.publish(self._client, self._url, bodies)
+            raise QueueError(f"QUEUE_URL: {self._name} is a FIFO queue, which `publish` does not support")
+        return sending.publish(self._client, self._url, bodies)
 
-    def dead_letters(self) -> LeasedLetters:
-        """Open the dead-letter queue: the one that is set, else the redrive policy's."""
+    def dead_letters(self) -> LeasedDeadLetters:
+        """Open the dead-letter queue: the configured one, or else the one of the redrive policy."""
         if given := self._options.dead_letter_url:
-            client, url = _locate(given, _DEAD_LETTERS)
+            client, url = _locate(given, _SETTING)
             if url == self._url:
-                raise QueueURLError(f"{_DEAD_LETTERS} is QUEUE_URL", todo="set it to the queue of the dead letters")
-            return LeasedLetters(SQSLetters(client, url, None))
+                raise QueueURLError(f"{_SETTING} is QUEUE_URL", todo="set it to the queue of the dead letters")
+            return LeasedDeadLetters(SQSDeadLetters(client, url, None))
         if not self._read_policy():
-            unknown = f"{self._name} cannot be read to learn its dead-letter queue"
-            raise QueueError(f"QUEUE_URL: {unknown}", todo=f"{_READ}, or set {_DEAD_LETTERS}")
+            unknown = f"cannot read the dead-letter queue of {self._name}"
+            raise QueueError(f"QUEUE_URL: {unknown}", todo=f"{_READ}, or set {_SETTING}")
         if not self._dead_letter_url:
             raise QueueError(f"QUEUE_URL: {self._name} has no dead-letter queue", todo=self._set_policy)
         client = aws.connect(self._dead_letter_region)
         receives = None if math.isinf(self._max_receives) else int(self._max_receives)
-        return LeasedLetters(SQSLetters(client, self._dead_letter_url, receives))
+        return LeasedDeadLetters(SQSDeadLetters(client, self._dead_letter_url, receives))
+
+    def _poison_delay(self, delivery: Delivery) -> float:
+        """Return the seconds before the redelivery of a message that can never succeed."""
+        if self._dead_letter_url is None:  # the redrive policy is unknown
+            return min(2.0 ** min(delivery.attempt or 1, 16), POISON_DELAY)
+        return 0.0 if self._dead_letter_url else POISON_DELAY
 
     @property
     def _is_fifo(self) -> bool:
@@ -224,37 +227,37 @@ class SQSQueue:
         return f"aws sqs set-queue-attributes --queue-url {self._url} --attributes '{attributes}'"
 
     def _read_policy(self) -> bool:
-        """Read the redrive policy and note it; return False when that is not permitted."""
+        """Read and store the redrive policy; return False if that is not permitted."""
         try:
-            answer = aws.insist(
+            response = aws.with_retries(
                 self._client.get_queue_attributes,
                 QueueUrl=self._url,
-                AttributeNames=["RedrivePolicy", "QueueArn"],  # every queue has an ARN: no attributes are no answer
+                AttributeNames=["RedrivePolicy", "QueueArn"],  # a response without the ARN is not one of SQS
             )
-            policy = json.loads(answer["Attributes"].get("RedrivePolicy") or "{}")
+            policy = json.loads(response["Attributes"].get("RedrivePolicy") or "{}")
             self._max_receives = int(policy.get("maxReceiveCount", 0)) or math.inf
-            self._note_dead_letters(policy.get("deadLetterTargetArn"))
+            self._set_dead_letter_queue(policy.get("deadLetterTargetArn"))
         except aws.ERRORS as error:
             if aws.is_denied(error):
                 return False
             raise aws.queue_error(error, self._name) from None
         return True
 
-    def _note_dead_letters(self, arn: str | None) -> None:
-        """Note the URL of the queue that the redrive policy names: of another account or region, if it says so."""
+    def _set_dead_letter_queue(self, arn: str | None) -> None:
+        """Store the URL of the redrive policy's queue; it can belong to another account or region."""
         if not arn:
             self._dead_letter_url = ""
             return
-        ours = self._client.meta.region_name
+        region = self._client.meta.region_name
         *_, self._dead_letter_region, account, name = arn.split(":")
-        host = self._url.rsplit("/", 2)[0].replace(ours, self._dead_letter_region)
+        host = self._url.rsplit("/", 2)[0].replace(region, self._dead_letter_region)
         self._dead_letter_url = f"{host}/{account}/{name}"
 
     def _dead_letter_warning(self) -> QueueWarning | None:
         """Return why the dead-letter queue cannot be used. None if it can, or if there is none."""
         try:
             if self._dead_letter_url:
-                aws.insist(
+                aws.with_retries(
                     self._client.get_queue_attributes, QueueUrl=self._dead_letter_url, AttributeNames=["QueueArn"]
                 )
         except aws.ERRORS as error:
@@ -263,27 +266,27 @@ class SQSQueue:
         return None
 
     def _warnings(self, unusable: QueueWarning | None) -> Iterator[QueueWarning]:
-        """Name what the queue lacks, and the command that sets it."""
+        """Yield what the queue lacks, with the command that sets it."""
         if not self._dead_letter_url:
-            why = f"{self._name} has no redrive policy, so what can never succeed comes for ever"
-            yield QueueWarning(why, self._set_policy, is_missing_policy=True)
+            reason = f"{self._name} has no redrive policy, so SQS redelivers failed messages indefinitely"
+            yield QueueWarning(reason, self._set_policy, is_missing_policy=True)
         if unusable:
             yield unusable
-        if self._max_receives < FEW_RECEIVES:
+        if self._max_receives < MIN_RECEIVES:
             yield QueueWarning(
-                f"{self._name} gives messages up after {self._max_receives} receives, and every restart of a worker "
-                "costs some of them one",
+                f"{self._name} dead-letters messages after {self._max_receives} receives, and every restart of a "
+                "worker uses up a receive of some messages",
                 f"set maxReceiveCount to 10: {self._set_policy}",
             )
 
     def _is_last(self, delivery: Delivery) -> bool:
-        """Tell whether the queue gives this message up when it is returned now."""
+        """Return whether the redrive policy dead-letters this message if it is returned now."""
         return delivery.attempt is not None and delivery.attempt >= self._max_receives
 
     def _count(self, url: str) -> int | None:
-        """Return the messages in a queue, ready, delayed and leased; None when that is not permitted."""
+        """Count the ready, delayed and leased messages of a queue; None if that is not permitted."""
         try:
-            answer = self._client.get_queue_attributes(
+            response = self._client.get_queue_attributes(
                 QueueUrl=url,
                 AttributeNames=[
                     "ApproximateNumberOfMessages",
@@ -291,24 +294,24 @@ class SQSQueue:
                     "ApproximateNumberOfMessagesDelayed",
                 ],
             )
-            return sum(map(int, answer["Attributes"].values()))
+            return sum(map(int, response["Attributes"].values()))
         except aws.ERRORS as error:
             if aws.is_denied(error):
                 return None
             raise
 
-    def _bury(self, delivery: Delivery, failure: Failure) -> bool:
-        """Send the message to the dead-letter queue, with its reason; tell whether it is there."""
+    def _send_dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
+        """Send the message to the dead-letter queue with its reason; return whether that succeeded."""
         if not self._dead_letter_url:
             return False
-        ours = {**asdict(failure), "queue": self._name, "message_id": delivery.id, "attempt": str(delivery.attempt)}
+        added = {**asdict(failure), "queue": self._name, "message_id": delivery.id, "attempt": str(delivery.attempt)}
         try:
-            sqs_sending.bury(self._client, self._dead_letter_url, delivery.body, ours, delivery.attributes)
+            sending.send_dead_letter(self._client, self._dead_letter_url, delivery.body, added, delivery.attributes)
         except aws.ERRORS as error:
-            log.warning("not_buried", extra={"message_id": delivery.id, "reason": aws.reason(error)})
+            log.warning("dead_letter_failed", extra={"message_id": delivery.id, "reason": aws.first_line(error)})
             return False
         return True
 
 
-def _ours(deliveries: Iterable[Delivery]) -> list[SQSDelivery]:
+def _sqs_deliveries(deliveries: Iterable[Delivery]) -> list[SQSDelivery]:
     return [delivery for delivery in deliveries if isinstance(delivery, SQSDelivery)]

@@ -1,4 +1,4 @@
-"""Puts messages into SQS queues: what is published, and dead letters with their reason."""
+"""Sends messages to SQS queues: published messages, and dead letters with their reason."""
 
 from __future__ import annotations
 
@@ -15,65 +15,73 @@ if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
     from mypy_boto3_sqs.type_defs import MessageAttributeValueTypeDef
 
-MAX_BATCH, MAX_BYTES = 10, 1_048_576  # messages and bytes in a call, and bytes of a message with its attributes
-MAX_ATTRIBUTES = 10  # of a message
-MAX_VALUE = 1024  # bytes of an attribute of ours
+MAX_BATCH = 10  # messages in a call, SQS's limit
+MAX_BYTES = 1_048_576  # of a call, and of a message with its attributes, SQS's limit
+MAX_ATTRIBUTES = 10  # of a message, SQS's limit
+MAX_VALUE = 1024  # bytes of the value of an added attribute
 # https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_SendMessage.html
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def publish(client: SQSClient, queue_url: str, bodies: Iterable[bytes]) -> int:
-    """Send the messages in order and return how many. Raises QueueError, saying how many were taken before."""
+    """Send the messages in order and return their number. Raises QueueError with the number sent before."""
     stored = 0
     for batch in batches(bodies, MAX_BATCH, MAX_BYTES):
-        texts = [_text(body) for body in batch]
+        texts = [_decode(body) for body in batch]
         if None in texts:
             which = f"message {stored + texts.index(None) + 1}"
-            raise _ended(stored, f"{which} is not what SQS takes: UTF-8 text, not empty, without control characters")
+            raise _publish_error(
+                stored, f"{which} is invalid: expected UTF-8 text, not empty, without control characters"
+            )
         entries = [{"Id": str(index), "MessageBody": text or ""} for index, text in enumerate(texts)]
         try:
-            answer = aws.insist(client.send_message_batch, QueueUrl=queue_url, Entries=entries)  # type: ignore[arg-type]
-            taken = {int(each["Id"]) for each in answer.get("Successful", ())}
-            why = next((f"{each['Code']}: {each.get('Message', '')}" for each in answer.get("Failed", ())), "no answer")
+            response = aws.with_retries(client.send_message_batch, QueueUrl=queue_url, Entries=entries)  # type: ignore[arg-type]
+            accepted = {int(each["Id"]) for each in response.get("Successful", ())}
+            reasons = (f"{each['Code']}: {each.get('Message', '')}" for each in response.get("Failed", ()))
+            reason = next(reasons, "no answer")
         except aws.ERRORS as error:
-            raise _ended(stored, aws.reason(error)) from None
-        if len(taken) < len(batch):
-            numbers = ", ".join(str(stored + index + 1) for index in range(len(batch)) if index not in taken)
-            raise _ended(stored + len(taken), f"SQS did not take message {numbers}: {why}")
+            raise _publish_error(stored, aws.first_line(error)) from None
+        if len(accepted) < len(batch):
+            numbers = ", ".join(str(stored + index + 1) for index in range(len(batch)) if index not in accepted)
+            raise _publish_error(stored + len(accepted), f"SQS did not accept message {numbers}: {reason}")
         stored += len(batch)
     return stored
 
 
-def bury(client: SQSClient, queue_url: str, body: bytes, ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
-    """Send a dead letter with our attributes, and of its own as many as fit. Raises one of `aws.ERRORS`."""
-    room = MAX_BYTES - len(body)
-    attributes = dict(message_attributes(ours, theirs, room))
+def send_dead_letter(
+    client: SQSClient, queue_url: str, body: bytes, added: Mapping[str, str], original: Mapping[str, str]
+) -> None:
+    """Send a dead letter with added attributes, and with those of its original attributes that fit.
+
+    Raises one of `aws.ERRORS`.
+    """
+    attributes = dict(message_attributes(added, original, MAX_BYTES - len(body)))
     text = body.decode("utf-8", "surrogatepass")
-    aws.insist(client.send_message, QueueUrl=queue_url, MessageBody=text, MessageAttributes=attributes)
+    aws.with_retries(client.send_message, QueueUrl=queue_url, MessageBody=text, MessageAttributes=attributes)
 
 
 def message_attributes(
-    ours: Mapping[str, str], theirs: Mapping[str, str], room: int
+    added: Mapping[str, str], original: Mapping[str, str], max_bytes: int
 ) -> Iterator[tuple[str, MessageAttributeValueTypeDef]]:
-    """Yield at most ten attributes in `room` bytes: ours first, cut and mended, then theirs as they are.
+    """Yield up to ten attributes of `max_bytes` in total: the added ones, made valid, then the original ones.
 
-    To SQS a value must not be empty, nor hold what a body must not.
+    SQS rejects empty values, and values with characters that are forbidden in bodies.
     """
     number = 0
-    mended = {name: _cut(_FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value)) for name, value in ours.items()}
-    for name, value in {**mended, **{name: value for name, value in theirs.items() if name not in ours}}.items():
+    valid = {name: _truncate(_FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value)) for name, value in added.items()}
+    for name, value in {**valid, **{name: value for name, value in original.items() if name not in added}}.items():
         size = len(name) + len("String") + len(value.encode("utf-8", "surrogatepass"))
-        if value and size <= room and number < MAX_ATTRIBUTES:
-            number, room = number + 1, room - size
+        if value and size <= max_bytes and number < MAX_ATTRIBUTES:
+            number, max_bytes = number + 1, max_bytes - size
             yield name, {"DataType": "String", "StringValue": value}
 
 
-def _cut(value: str) -> str:
+def _truncate(value: str) -> str:
     return value.encode()[:MAX_VALUE].decode(errors="ignore")
 
 
-def _text(body: bytes) -> str | None:
-    """Return the body as the text it is; None for what SQS does not take."""
+def _decode(body: bytes) -> str | None:
+    """Return the body as text; None if SQS does not accept it."""
     try:
         text = body.decode()
     except UnicodeDecodeError:
@@ -81,5 +89,5 @@ def _text(body: bytes) -> str | None:
     return None if not text or _FORBIDDEN.search(text) else text
 
 
-def _ended(stored: int, why: str) -> QueueError:
-    return QueueError(f"QUEUE_URL: {stored} messages were published, then: {why}")
+def _publish_error(stored: int, reason: str) -> QueueError:
+    return QueueError(f"QUEUE_URL: {stored} messages were published, then: {reason}")

@@ -1,6 +1,6 @@
-"""Tells SQS what became of messages: in calls of ten, side by side, each entry's answer read.
+"""Settles and extends messages of SQS, in concurrent calls of ten entries, and reads the result of each entry.
 
-What does not get through is logged: the messages come again.
+Messages that cannot be settled are logged; SQS redelivers them.
 """
 
 from __future__ import annotations
@@ -37,142 +37,144 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klaviyo_worker.sqs")
 
-LEASE_SECONDS = 60.0  # seconds; a crash costs this much before a message comes again
-ACK_PATIENCE, NACK_PATIENCE = LEASE_SECONDS, 3.0  # seconds to reach SQS; a nack that is lost costs a lease at most
-LONGEST_HOLD = 12 * 3600 - 60  # seconds from receiving a message to the end of its lease: SQS's limit less a minute
+LEASE_SECONDS = 60.0  # after a crash, messages are redelivered this much later
+ACK_TIMEOUT, NACK_TIMEOUT = LEASE_SECONDS, 3.0  # seconds of retries; a lost nack delays the message by a lease at most
+MAX_HOLD = 12 * 3600 - 60  # seconds that a message can stay leased after its receipt: SQS's limit minus a minute
 MAX_ENTRIES = 10  # in a call, SQS's limit
-THREADS = 16  # calls under way at once
-_LOST = ("ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue")  # these end the codes
+THREADS = 16  # concurrent calls
+_LOST = ("ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue")  # suffixes of error codes
 
 
 @dataclass
-class _Telling:
-    """What is still to be told of some messages, and what became of the others that SQS did not take."""
+class _PendingSettlement:
+    """Entries that are not settled yet, and the number of those that failed."""
 
-    left: list[Entry]
+    entries: list[Entry]
     lost: int = 0
     refused: int = 0
     reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class _Fate:
-    """Why an entry did not go through: its lease is `lost`, or it can be told `again`, or neither."""
+class _EntryResult:
+    """Why an entry failed: its lease is lost, the call can be retried, or neither."""
 
     entry: Entry
     reason: str
-    lost: bool = False
-    again: bool = False
+    is_lost: bool = False
+    is_retryable: bool = False
 
 
 class Settlement:
-    """Settles and extends the messages of one queue. Safe for many threads; never raises for a lost lease."""
+    """Settles and extends the messages of one queue. Safe for many threads; ignores lost leases."""
 
     def __init__(self, client: SQSClient, queue_url: str) -> None:
         self._client = client
         self._queue_url = queue_url
         self._pool = ThreadPoolExecutor(THREADS, "sqs-settlement")
         self._closing = Event()
-        self._settled: set[str] = set()  # receipts, since the last extension began
+        self._settled: set[str] = set()  # receipts, since the start of the last extension
 
-    def delete(self, deliveries: Sequence[SQSDelivery]) -> None:
-        """Delete, insisting for as long as the leases may hold."""
+    def ack(self, deliveries: Sequence[SQSDelivery]) -> None:
+        """Delete, retrying for as long as the leases can last."""
         self._settled.update(delivery.receipt for delivery in deliveries)
-        self._tell("ack", self._client.delete_message_batch, [_entry(d) for d in deliveries], ACK_PATIENCE)
+        self._settle("ack", self._client.delete_message_batch, [_entry(d) for d in deliveries], ACK_TIMEOUT)
 
-    def end_leases(self, deliveries: Sequence[SQSDelivery], seconds: float) -> None:
-        """Have the messages come again in `seconds`, or as late as SQS can."""
+    def nack(self, deliveries: Sequence[SQSDelivery], seconds: float) -> None:
+        """Make the leases end in `seconds`, or as late as SQS can."""
         self._settled.update(delivery.receipt for delivery in deliveries)
-        entries = [_entry(d) | {"VisibilityTimeout": _at_most(d, seconds)} for d in deliveries]
-        self._tell("nack", self._client.change_message_visibility_batch, entries, NACK_PATIENCE)
+        entries = [_entry(d) | {"VisibilityTimeout": _limited(d, seconds)} for d in deliveries]
+        self._settle("nack", self._client.change_message_visibility_batch, entries, NACK_TIMEOUT)
 
     def extend(self, deliveries: Sequence[SQSDelivery], seconds: float) -> bool:
-        """Keep the leases for `seconds` from now, as far as SQS can; return whether it was told of all, and can.
+        """Make the leases end `seconds` from now, or as late as SQS can; return whether all do.
 
-        Tried once: it is done anew long before the leases end, and one that insists could undo a nack made meanwhile.
+        Not retried: the next extension comes long before the leases end, and a retry could undo a nack.
         """
         self._settled = set()
-        entries = [_entry(d) | {"VisibilityTimeout": left} for d in deliveries if (left := _at_most(d, seconds))]
-        was_told = self._tell("extend", self._extend_held, entries, 0.0)
-        return was_told and all(_at_most(d, seconds) >= seconds for d in deliveries)
+        entries = [_entry(d) | {"VisibilityTimeout": limit} for d in deliveries if (limit := _limited(d, seconds))]
+        succeeded = self._settle("extend", self._extend_unsettled, entries, 0.0)
+        return succeeded and all(_limited(d, seconds) >= seconds for d in deliveries)
 
     def close(self) -> None:
-        """End all insisting."""
+        """Stop all retries."""
         self._closing.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _extend_held(self, **asked: Any) -> dict[str, Any]:
-        """Make a call for the entries that were not settled meanwhile; the others are done, whatever SQS says."""
-        entries: list[Entry] = asked.pop("Entries")
+    def _extend_unsettled(self, **request: Any) -> dict[str, Any]:
+        """Make the call for entries that were not settled in the meantime; report the others as successful."""
+        entries: list[Entry] = request.pop("Entries")
         held: Any = [entry for entry in entries if entry["ReceiptHandle"] not in self._settled]
-        answer: Any = self._client.change_message_visibility_batch(**asked, Entries=held) if held else {}
+        response: Any = self._client.change_message_visibility_batch(**request, Entries=held) if held else {}
         settled = [{"Id": entry["Id"]} for entry in entries if entry["ReceiptHandle"] in self._settled]
-        return {**answer, "Successful": [*answer.get("Successful", ()), *settled]}
+        return {**response, "Successful": [*response.get("Successful", ()), *settled]}
 
-    def _tell(self, action: str, call: Call, entries: Sequence[Entry], patience: float) -> bool:
-        """Return whether SQS was told of all."""
-        telling = _Telling([entry | {"Id": str(number)} for number, entry in enumerate(entries)])
+    def _settle(self, action: str, call: Call, entries: Sequence[Entry], timeout: float) -> bool:
+        """Return whether SQS accepted all entries, except those whose lease was lost."""
+        pending = _PendingSettlement([entry | {"Id": str(number)} for number, entry in enumerate(entries)])
         retrying = Retrying(
-            stop=stop_after_delay(patience) | stop_when_event_set(self._closing),
+            stop=stop_after_delay(timeout) | stop_when_event_set(self._closing),
             sleep=sleep_using_event(self._closing),
             wait=wait_random_exponential(multiplier=0.1, max=5),
             retry=retry_if_result(bool),
             retry_error_callback=lambda state: state.outcome and state.outcome.result(),
         )
-        retrying(self._told, call, telling)
-        if telling.lost:
-            log.warning("lease_lost", extra={"messages": telling.lost, "reason": "the lease ended before"})
-        if failed := telling.refused + len(telling.left):
-            log.warning("settling_failed", extra={"action": action, "messages": failed, "reason": telling.reason})
+        retrying(self._attempt, call, pending)
+        if pending.lost:
+            log.warning("lease_lost", extra={"messages": pending.lost, "reason": "the lease had ended"})
+        if failed := pending.refused + len(pending.entries):
+            log.warning("settlement_failed", extra={"action": action, "messages": failed, "reason": pending.reason})
         return not failed
 
-    def _told(self, call: Call, telling: _Telling) -> list[Entry]:
-        """Make the calls; return the entries to tell again, to which `telling` is narrowed."""
-        chunks = [telling.left[start : start + MAX_ENTRIES] for start in range(0, len(telling.left), MAX_ENTRIES)]
-        tell = partial(self._tell_some, call, Event())
+    def _attempt(self, call: Call, pending: _PendingSettlement) -> list[Entry]:
+        """Make the calls; reduce the entries of `pending` to those that must be retried, and return them."""
+        entries = pending.entries
+        chunks = [entries[start : start + MAX_ENTRIES] for start in range(0, len(entries), MAX_ENTRIES)]
+        call_chunk = partial(self._call_chunk, call, Event())
         try:
-            answers = list(map(tell, chunks) if len(chunks) == 1 else self._pool.map(tell, chunks))
+            results = list(map(call_chunk, chunks) if len(chunks) == 1 else self._pool.map(call_chunk, chunks))
         except (RuntimeError, CancelledError):
-            telling.reason = "the queue was closed"
-            return telling.left
-        fates = [fate for answer in answers for fate in answer]
-        refused = [fate for fate in fates if not (fate.lost or fate.again)]
-        telling.left = [fate.entry for fate in fates if fate.again]
-        telling.lost += sum(fate.lost for fate in fates)
-        telling.refused += len(refused)
-        telling.reason = next((fate.reason for fate in (*refused, *fates) if not fate.lost), telling.reason)
-        return telling.left
+            pending.reason = "the queue was closed"
+            return pending.entries
+        failures = [failure for result in results for failure in result]
+        refused = [failure for failure in failures if not (failure.is_lost or failure.is_retryable)]
+        pending.entries = [failure.entry for failure in failures if failure.is_retryable]
+        pending.lost += sum(failure.is_lost for failure in failures)
+        pending.refused += len(refused)
+        reasons = (failure.reason for failure in (*refused, *failures) if not failure.is_lost)
+        pending.reason = next(reasons, pending.reason)
+        return pending.entries
 
-    def _tell_some(self, call: Call, unreachable: Event, entries: list[Entry]) -> list[_Fate]:
-        """Make one call, unless another has just found SQS out of reach; return what did not go through."""
+    def _call_chunk(self, call: Call, unreachable: Event, entries: list[Entry]) -> list[_EntryResult]:
+        """Make one call, unless SQS was unreachable for another; return the entries that failed."""
         if unreachable.is_set():
-            return [_Fate(entry, "SQS is out of reach", again=True) for entry in entries]
+            return [_EntryResult(entry, "SQS is unreachable", is_retryable=True) for entry in entries]
         try:
-            answer = call(QueueUrl=self._queue_url, Entries=entries)
-            done = {each["Id"] for each in answer.get("Successful", ())}
-            errors = {each["Id"]: each for each in answer.get("Failed", ())}
+            response = call(QueueUrl=self._queue_url, Entries=entries)
+            successful = {each["Id"] for each in response.get("Successful", ())}
+            errors = {each["Id"]: each for each in response.get("Failed", ())}
         except aws.ERRORS as error:
-            again = not aws.is_refusal(error)
-            if again:
+            is_retryable = not aws.is_refusal(error)
+            if is_retryable:
                 unreachable.set()
-            return [_Fate(entry, aws.reason(error), again=again) for entry in entries]
-        return [_fate(entry, errors.get(entry["Id"], {})) for entry in entries if entry["Id"] not in done]
+            return [_EntryResult(entry, aws.first_line(error), is_retryable=is_retryable) for entry in entries]
+        return [_failed(entry, errors.get(entry["Id"], {})) for entry in entries if entry["Id"] not in successful]
 
 
-def _fate(entry: Entry, error: dict[str, Any]) -> _Fate:
-    """Return the fate of an entry that is not said to be done; `error` is empty when nothing is said of it."""
+def _failed(entry: Entry, error: dict[str, Any]) -> _EntryResult:
+    """Return the result of an entry that failed; `error` is empty if the response does not mention the entry."""
     code = error.get("Code", "NoAnswer")
     reason = f"{code}: {error.get('Message', '')}"
-    lost = code.endswith(_LOST)
-    again = aws.is_throttling(code) or not error.get("SenderFault", False)
-    return _Fate(entry, reason, lost=lost, again=again and not lost)
+    is_lost = code.endswith(_LOST)
+    is_retryable = aws.is_throttling(code) or not error.get("SenderFault", False)
+    return _EntryResult(entry, reason, is_lost=is_lost, is_retryable=is_retryable and not is_lost)
 
 
 def _entry(delivery: SQSDelivery) -> Entry:
     return {"ReceiptHandle": delivery.receipt}
 
 
-def _at_most(delivery: SQSDelivery, seconds: float) -> int:
-    """Return `seconds`, or what is left of the twelve hours that SQS keeps a message for whoever received it."""
-    left = LONGEST_HOLD - (time.monotonic() - delivery.received_at)
-    return max(math.ceil(min(seconds, left)), 0)
+def _limited(delivery: SQSDelivery, seconds: float) -> int:
+    """Return `seconds`, or the rest of the twelve hours that SQS lets a message be leased."""
+    remaining = MAX_HOLD - (time.monotonic() - delivery.received_at)
+    return max(math.ceil(min(seconds, remaining)), 0)

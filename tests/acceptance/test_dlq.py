@@ -420,7 +420,7 @@ def test_drop_removes_selected_dead_letters(dlq: Dlq, path: Path) -> None:
 
 def test_interrupted_list_has_its_own_exit_code(dlq: Dlq, monkeypatch: pytest.MonkeyPatch) -> None:
     """The exit code is in `klaviyo-worker --help`."""
-    monkeypatch.setattr(EmbeddedQueue, "buried_after", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(EmbeddedQueue, "dead_letters_after", Mock(side_effect=KeyboardInterrupt))
     result = dlq("list")
     assert (result.exit_code, result.stderr) == (ExitCode.INTERRUPTED, "Error: interrupted\n")
 
@@ -429,19 +429,21 @@ def test_drop_removes_dead_letters_with_the_same_id(dlq: Dlq, path: Path, monkey
     """A Service Bus publisher can repeat an id. Dead letters that could not be leased again are reported."""
     make_dead_letters_at(path, b"[]", b"[]", b"[]")
     removed: list[str] = []
-    buried_after = EmbeddedQueue.buried_after
+    dead_letters_after = EmbeddedQueue.dead_letters_after
     ids_per_read = [("1", "2", "1"), ("1", "2", "1"), ("1", "2", "1"), ("1", "2", "gone")]
 
     def with_repeated_ids(self: EmbeddedQueue, last: Position, limit: int) -> list[tuple[Position, DeadLetter]]:
-        found = buried_after(self, last, limit)
+        found = dead_letters_after(self, last, limit)
         ids = ids_per_read.pop(0) if found else ()
         return [
             (position, replace(dead_letter, delivery=replace(dead_letter.delivery, id=new_id)))  # type: ignore[type-var]
             for (position, dead_letter), new_id in zip(found, ids, strict=True)
         ]
 
-    monkeypatch.setattr(EmbeddedQueue, "buried_after", with_repeated_ids)
-    monkeypatch.setattr(EmbeddedQueue, "unbury", lambda _, deliveries: removed.extend(each.id for each in deliveries))
+    monkeypatch.setattr(EmbeddedQueue, "dead_letters_after", with_repeated_ids)
+    monkeypatch.setattr(
+        EmbeddedQueue, "delete_dead_letters", lambda _, deliveries: removed.extend(each.id for each in deliveries)
+    )
     assert dlq("drop", "--all", "--yes").stdout.endswith("dropped 3 dead letters\n")
     assert removed == ["1", "2", "1"]
     short = dlq("drop", "--all", "--yes")

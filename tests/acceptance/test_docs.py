@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from zipfile import ZipFile
 
 from adapters import QueueOptions, SupportsPublish, open_queue
-from adapters.servicebus.queue import fits, parse_url
+from adapters.servicebus.queue import check_connection_string, parse_url
 from tests.support import sqs_fakes as sqs
 from tests.support.pubsub_emulator import Emulator
 from tests.support.requirements import require_command
@@ -102,10 +102,10 @@ def test_service_bus_names_fit_each_other() -> None:
     destination = json.loads(subscription)["destination"]
     url = run.partition("QUEUE_URL=")[2].splitlines()[0]
     entity = parse_url(url)
-    fits(destination["connectionString"], entity)
+    check_connection_string(destination["connectionString"], entity)
     assert f"--namespace-name {entity.host.partition('.')[0]} --name {entity.name} " in page
     emulator = re.findall(r"export (?:QUEUE_URL|SERVICEBUS_CONNECTION_STRING)='?([^'\n]+)", page.partition("## 6.")[2])
-    fits(emulator[1], parse_url(emulator[0]))
+    check_connection_string(emulator[1], parse_url(emulator[0]))
 
 
 def _marked(page: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from adapters import QueueError
-from adapters.sqs.lambda_event import SQSEvent
+from adapters.sqs.lambda_event import LambdaQueue
 from tests.acceptance.workload import Workload
 from tests.conftest import Scripted
 from worker import serverless
@@ -118,8 +118,8 @@ def test_a_call_that_hangs_is_not_waited_for(sandbox: Sandbox) -> None:
 def test_work_is_waited_for_and_not_asked_about(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """The function has a share of a CPU, which the work needs; nothing more will come."""
     asked = Scripted()
-    receive = SQSEvent.receive
-    monkeypatch.setattr(SQSEvent, "receive", lambda self, *how: (asked(), receive(self, *how))[1])
+    receive = LambdaQueue.receive
+    monkeypatch.setattr(LambdaQueue, "receive", lambda self, *how: (asked(), receive(self, *how))[1])
     sandbox.klaviyo.latency = 0.5
     workload = Workload(sandbox, 5)
     assert failed(sqs_handler(event_of(*workload.bodies), Context())) == []

@@ -32,7 +32,7 @@ class PubSub:
     guarantees: ClassVar = Guarantees(
         in_order=False,
         lease_seconds=LEASE_SECONDS,
-        longest_delay=pubsub.LONGEST_DELAY,
+        longest_delay=pubsub.MAX_DELAY,
         unhandled_is_free=False,
         dead_letter="asked",
         gave_up=False,

@@ -11,7 +11,7 @@ from adapters.sqs import client as aws
 from adapters.sqs.long_polling import SQSDelivery
 from adapters.sqs.queue import SQSQueue
 from adapters.sqs.sending import MAX_BYTES
-from adapters.sqs.settlement import LEASE_SECONDS, LONGEST_HOLD
+from adapters.sqs.settlement import LEASE_SECONDS, MAX_HOLD
 from tests.rigs.base import Guarantees, Letter
 from tests.support.sqs_fakes import Network, Queue, Server, environment, missing
 
@@ -31,7 +31,7 @@ class SQS:
     guarantees: ClassVar = Guarantees(
         in_order=False,
         lease_seconds=LEASE_SECONDS,
-        longest_delay=LONGEST_HOLD,
+        longest_delay=MAX_HOLD,
         unhandled_is_free=False,
         dead_letter="asked",
         gave_up=False,

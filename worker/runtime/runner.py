@@ -253,7 +253,7 @@ class Runner:
                 self._queue.extend([message.delivery for message in messages], lease)
             except Exception as error:  # noqa: BLE001 - if this thread ended, every message would be redelivered
                 reason = str(error) if isinstance(error, QueueError) else f"unexpected {type(error).__name__}"
-                log.warning("leases_not_extended", extra={"reason": reason})
+                log.warning("lease_extension_failed", extra={"reason": reason})
             else:
                 for message in messages:
                     message.lease.extend(started_at, lease)

@@ -10,6 +10,7 @@ import pytest
 from adapters import QueueError, QueueOptions
 from adapters.pubsub import queue as pubsub
 from adapters.pubsub import streaming_pull
+from adapters.shared import reconnect
 from tests.integration.conftest import FAILURE, receive
 from tests.support.pubsub_emulator import Emulator, Subscription, bodies
 
@@ -215,7 +216,7 @@ def test_leases_outlive_the_stream(subscription: Subscription) -> None:
     held = receive(queue, 1)
     subscription.publish(b"waiting")
     deadline = time.monotonic() + 10
-    while not queue._stream.waiting() and time.monotonic() < deadline:
+    while not queue._stream.pending() and time.monotonic() < deadline:
         time.sleep(0.05)
     queue._stream._close()
     for _ in range(4):
@@ -249,9 +250,9 @@ def test_a_stream_that_hangs_is_opened_anew(
     while not seen and time.monotonic() < deadline:
         time.sleep(0.05)
     with monkeypatch.context() as impatient, caplog.at_level("INFO"):
-        impatient.setattr(streaming_pull, "SILENCE", 0.5)
+        impatient.setattr(streaming_pull, "IDLE_TIMEOUT", 0.5)
         assert receive(queue, 1, wait=1) == []
-    assert "stream_renewed" in [record.message for record in caplog.records]
+    assert "receiver_restarted" in [record.message for record in caplog.records]
     deadline = time.monotonic() + 20
     while not (got := receive(queue, 1, wait=1)) and time.monotonic() < deadline:
         subscription.publish(b"news")  # the emulator gives some to streams that were closed a moment ago
@@ -270,14 +271,14 @@ def test_a_subscription_that_is_gone_for_a_while_is_waited_for(
     subscription.subscriber.create_subscription(name=subscription.path, topic=topic)
     subscription.publish(b"back")
     assert [delivery.body for delivery in receive(queue, 1, wait=30)] == [b"back"]
-    assert "stream_ended" in [record.message for record in caplog.records]
+    assert "receive_failed" in [record.message for record in caplog.records]
 
 
 def test_a_subscription_that_stays_away_ends_the_run(
     subscription: Subscription, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 3, and the supervisor tries again."""
-    monkeypatch.setattr(streaming_pull, "REFUSED_FOR", 1.0)
+    monkeypatch.setattr(reconnect, "REFUSAL_TIMEOUT", 1.0)
     queue = opened("pubsub://demo/nowhere")
     with pytest.raises(QueueError, match="Pub/Sub refuses the subscription: 404"):
         receive(queue, 1, wait=30)

@@ -11,7 +11,7 @@ from google.api_core import exceptions as google
 from google.pubsub_v1.types import PubsubMessage
 
 from adapters import QueueError, QueueURLError
-from adapters.pubsub.dead_letters import _letter
+from adapters.pubsub.dead_letters import _dead_letter
 from tests.support.pubsub_emulator import Emulator, Subscription
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def test_removing_in_vain_is_told(subscription: Subscription, opened: Open) -> N
 )
 def test_attributes_tell_who_gave_up(attributes: dict[str, str], told: tuple[Any, ...]) -> None:
     """Pub/Sub's word counts more than ours, which a message that was sent again may still have on it."""
-    letter = _letter(PubsubMessage(data=b"x", message_id="1", attributes=attributes, publish_time=PUBLISHED))
+    letter = _dead_letter(PubsubMessage(data=b"x", message_id="1", attributes=attributes, publish_time=PUBLISHED))
     delivery = letter.delivery
     assert (delivery.attempt, delivery.published_at, delivery.attributes, letter.failure.stage) == told
     assert letter.dead_lettered_at == PUBLISHED

@@ -117,7 +117,7 @@ def test_stopping_takes_no_longer_while_the_service_is_out_of_reach(serve: Serve
         queue.receive(1, 0.3)
     began = time.monotonic()
     queue.stop()
-    assert time.monotonic() - began < streaming_pull.FINISH_SECONDS + streaming_pull.STOP_SECONDS + 0.5
+    assert time.monotonic() - began < streaming_pull.SERVER_CLOSE_TIMEOUT + streaming_pull.CLIENT_CLOSE_TIMEOUT + 0.5
 
 
 def test_a_stream_that_cannot_be_opened_leaves_no_thread(serve: Serve) -> None:
@@ -258,20 +258,20 @@ def test_an_ack_that_is_refused_is_told_and_no_error(
     queue = opened(URL)
     queue.ack(receive(queue, 1))
     assert len(acknowledged(service)) == 1
-    assert [record.message for record in caplog.records] == ["settling_failed"]
+    assert [record.message for record in caplog.records] == ["settlement_failed"]
 
 
 def test_an_outage_longer_than_the_lease_ends_the_insisting(
     serve: Serve, opened: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By then the message has been given to somebody else."""
-    monkeypatch.setattr(settlement, "ACK_PATIENCE", 0.5)
+    monkeypatch.setattr(settlement, "ACK_TIMEOUT", 0.5)
     service = serve(b"a")
     service.answers["Acknowledge"].extend([UNAVAILABLE] * 50)
     queue = opened(URL)
     queue.ack(receive(queue, 1))
     assert len(acknowledged(service)) > 1
-    assert [record.message for record in caplog.records] == ["settling_failed"]
+    assert [record.message for record in caplog.records] == ["settlement_failed"]
 
 
 def test_many_acks_go_in_calls_of_bounded_size(serve: Serve, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:

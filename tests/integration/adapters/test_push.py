@@ -224,7 +224,7 @@ def test_stopping_answers_who_was_not_received_and_lets_the_rest_finish(queue: P
     deliveries = received(queue)
     waiting = send(envelope(b"waiting"))
     deadline = time.monotonic() + 10
-    while not queue._inbox.waiting() and time.monotonic() < deadline:
+    while not queue._inbox.items() and time.monotonic() < deadline:
         time.sleep(0.01)
     queue.stop()
     assert waiting.result(5) == 503

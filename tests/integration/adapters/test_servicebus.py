@@ -13,8 +13,9 @@ from azure.servicebus.amqp import AmqpAnnotatedMessage
 
 from adapters import QueueError, QueueOptions, QueueRefusedError, open_queue
 from adapters.servicebus import connections as servicebus_links
-from adapters.servicebus import receiver as servicebus_receiving
+from adapters.servicebus import receiver as servicebus_receiver
 from adapters.servicebus.queue import ServiceBusQueue
+from adapters.shared import reconnect
 from tests.integration.conftest import FAILURE
 from tests.support.requirements import require
 from tests.support.servicebus_broker.broker import Broker, Queue, bodies, missing
@@ -138,9 +139,9 @@ def test_the_sdk_reads_on_no_thread_of_its_own(broker: Broker, opened: Open) -> 
     queue = Queue(broker)
     adapter = opened(queue)
     deadline = time.monotonic() + 15
-    while adapter._receiving._receiver is None and time.monotonic() < deadline:
+    while adapter._receiver._receiver is None and time.monotonic() < deadline:
         adapter.receive(1, 0.2)
-    receiver: Any = adapter._receiving._receiver
+    receiver: Any = adapter._receiver._receiver
     assert receiver._handler._keep_alive_thread is None
 
 
@@ -333,12 +334,12 @@ def test_a_receiver_that_hears_nothing_is_opened_anew(
     broker: Broker, opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It may hang, and the service ends what is idle for long."""
-    monkeypatch.setattr(servicebus_receiving, "SILENCE", 0.1)
+    monkeypatch.setattr(servicebus_receiver, "IDLE_TIMEOUT", 0.1)
     queue = Queue(broker)
     adapter = opened(queue)
     deadline = time.monotonic() + 15
     with caplog.at_level("INFO"):
-        while "receiver_renewed" not in [record.message for record in caplog.records] and time.monotonic() < deadline:
+        while "receiver_restarted" not in [record.message for record in caplog.records] and time.monotonic() < deadline:
             adapter.receive(1, 0.2)
     monkeypatch.undo()
     queue.publish(b"1")
@@ -419,13 +420,13 @@ def test_a_queue_that_refuses_is_waited_for(
     broker: Broker, opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """For a minute, as permissions take a while to spread; then it is said, until it is mended."""
-    monkeypatch.setattr(servicebus_receiving, "REFUSED_FOR", 1.0)
+    monkeypatch.setattr(reconnect, "REFUSAL_TIMEOUT", 1.0)
     queue = Queue(broker)
     adapter = opened(queue)
     broker("refuse", name=queue.name, condition="amqp:unauthorized-access")
     with pytest.raises(QueueRefusedError, match="QUEUE_URL: Service Bus refuses the queue"):
         receive(adapter, 1)
-    assert "receiver_ended" in [record.message for record in caplog.records]
+    assert "receive_failed" in [record.message for record in caplog.records]
     broker("refuse", name=queue.name, condition="")
     queue.publish(b"back")
     deadline = time.monotonic() + 15
@@ -467,7 +468,7 @@ def test_a_service_that_says_nothing_is_not_waited_for(
     own_broker: Broker, opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It takes connections, and that is all: the SDK alone would wait for ever."""
-    monkeypatch.setattr(servicebus_links, "OPEN_SECONDS", 0.5)
+    monkeypatch.setattr(servicebus_links, "OPEN_TIMEOUT", 0.5)
     queue = Queue(own_broker)
     queue.publish(b"1")
     adapter = opened(queue)
@@ -477,7 +478,7 @@ def test_a_service_that_says_nothing_is_not_waited_for(
     with pytest.raises(QueueError, match=r"QUEUE_URL: 0 messages were published, then: cannot reach"):
         adapter.publish([b"1"])
     deadline = time.monotonic() + 15
-    while "receiver_ended" not in [record.message for record in caplog.records] and time.monotonic() < deadline:
+    while "receive_failed" not in [record.message for record in caplog.records] and time.monotonic() < deadline:
         adapter.receive(1, 0.2)
     own_broker.thaw()
     monkeypatch.undo()
@@ -486,7 +487,7 @@ def test_a_service_that_says_nothing_is_not_waited_for(
 
 def test_what_is_opened_too_late_is_closed(own_broker: Broker, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else each try of an outage would leave a connection, which a thread of the SDK keeps for ever."""
-    monkeypatch.setattr(servicebus_links, "OPEN_SECONDS", 0.1)
+    monkeypatch.setattr(servicebus_links, "OPEN_TIMEOUT", 0.1)
     adapter = opened(Queue(own_broker))
     before = set(threading.enumerate())
     own_broker.freeze()
@@ -505,7 +506,7 @@ def test_no_end_of_connections_is_opened_in_vain(
     own_broker: Broker, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes a thread and a socket for as long as the service says nothing; the worker needs some itself."""
-    monkeypatch.setattr(servicebus_links, "OPEN_SECONDS", 0.1)
+    monkeypatch.setattr(servicebus_links, "OPEN_TIMEOUT", 0.1)
     monkeypatch.setattr(servicebus_links, "_opening", threading.Semaphore(1))
     adapter = opened(Queue(own_broker))
     own_broker.freeze()
@@ -514,7 +515,7 @@ def test_no_end_of_connections_is_opened_in_vain(
     with pytest.raises(QueueError, match="connections still wait for an answer"):
         adapter.check()
     own_broker.thaw()
-    monkeypatch.setattr(servicebus_links, "OPEN_SECONDS", 10.0)
+    monkeypatch.setattr(servicebus_links, "OPEN_TIMEOUT", 10.0)
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
         try:
@@ -532,7 +533,7 @@ def test_extend_says_that_leases_may_end(own_broker: Broker, opened: Open) -> No
     adapter = opened(queue)
     held = receive(adapter, 1)
     own_broker.kill()
-    with pytest.raises(QueueError, match="Service Bus was not told of all leases"):
+    with pytest.raises(QueueError, match="some locks could not be renewed"):
         adapter.extend(held, 30.0)
 
 

@@ -222,7 +222,7 @@ def test_what_somebody_else_has_locked_is_not_removed(
     found = letters.receive(500, 0)
     others.remove(found[2:])
     assert dead(queue) == (0, 2)
-    with pytest.raises(QueueError, match="QUEUE_URL: 2 of 3 dead letters are still there: somebody else"):
+    with pytest.raises(QueueError, match="QUEUE_URL: 2 of 3 dead letters still exist: another process"):
         letters.remove(found)
     others.remove(found[1:2])
     others.close()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from adapters import Failure, QueueError, QueueOptions, QueueRefusedError, QueueURLError, open_queue
+from adapters.shared import reconnect
 from adapters.sqs import client as aws
 from adapters.sqs import long_polling as polling
 from adapters.sqs import settlement as sqs_settlement
@@ -111,7 +112,7 @@ def test_leases_are_extended_of_what_is_held_and_of_what_waits(queue: Queue, ope
     held = receive(ours, 1)
     ours.receive(1, 0)  # what its poll brings waits
     deadline = time.monotonic() + 10
-    while not ours._polling.waiting() and time.monotonic() < deadline:
+    while not ours._polling.pending() and time.monotonic() < deadline:
         time.sleep(0.01)
     for _ in range(4):
         ours.extend(held, 2.0)
@@ -128,14 +129,14 @@ def test_what_waited_longer_than_its_lease_is_not_handed_out(queue: Queue, netwo
     ours = opened(queue, lease_seconds=1.0)
     ours.receive(1, 0)  # what its poll brings waits
     deadline = time.monotonic() + 10
-    while not ours._polling.waiting() and time.monotonic() < deadline:
+    while not ours._polling.pending() and time.monotonic() < deadline:
         time.sleep(0.01)
     with pytest.raises(QueueError, match="leases"):
         ours.extend([], 1.0)
     time.sleep(1.1)
     (again,) = receive(ours, 1)
     assert again.attempt == 2
-    assert ours._polling._coming == 0
+    assert ours._polling._expected == 0
     ours.ack([again])
 
 
@@ -159,7 +160,7 @@ def test_no_lease_is_asked_for_that_sqs_does_not_grant(queue: Queue, network: Ne
     queue.publish(b"x")
     ours = opened(queue)
     (held,) = receive(ours, 1)
-    old = replace(held, received_at=held.received_at - sqs_settlement.LONGEST_HOLD + 30)
+    old = replace(held, received_at=held.received_at - sqs_settlement.MAX_HOLD + 30)
     with pytest.raises(QueueError, match="twelve hours"):
         ours.extend([old], 60.0)
     ours.nack([old], 600.0, FAILURE)
@@ -200,7 +201,7 @@ def test_entries_that_fail_are_told_again_one_by_one(
     first, second = ([e["ReceiptHandle"] for e in r["Entries"]] for r in network.requests["DeleteMessageBatch"])
     assert first == [delivery.receipt for delivery in held]
     assert second == [held[0].receipt, held[4].receipt]
-    assert logged(caplog) == [("lease_lost", 2), ("settling_failed", 1)]
+    assert logged(caplog) == [("lease_lost", 2), ("settlement_failed", 1)]
     assert vars(caplog.records[1])["reason"] == "Strange: because"
 
 
@@ -224,7 +225,7 @@ def test_acks_insist(
     queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch, trouble: Answer
 ) -> None:
     """A message whose ack is lost comes twice; a nack that is lost costs a lease at most."""
-    monkeypatch.setattr(sqs_settlement, "NACK_PATIENCE", 0.0)
+    monkeypatch.setattr(sqs_settlement, "NACK_TIMEOUT", 0.0)
     queue.publish(b"a")
     ours = opened(queue)
     held = receive(ours, 1)
@@ -244,7 +245,7 @@ def test_an_ack_that_is_refused_is_told_and_no_error(
     network.always["DeleteMessageBatch"] = DENIED
     ours.ack(held)
     assert len(network.requests["DeleteMessageBatch"]) == 1
-    assert logged(caplog) == [("settling_failed", 1)]
+    assert logged(caplog) == [("settlement_failed", 1)]
 
 
 def test_a_longer_outage_ends_the_insisting(
@@ -255,7 +256,7 @@ def test_a_longer_outage_ends_the_insisting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By then the messages have been given to somebody else. One call that finds nobody speaks for the others."""
-    monkeypatch.setattr(sqs_settlement, "ACK_PATIENCE", 0.3)
+    monkeypatch.setattr(sqs_settlement, "ACK_TIMEOUT", 0.3)
     monkeypatch.setattr(sqs_settlement, "THREADS", 1)
     queue.publish(b"a")
     ours = opened(queue)
@@ -263,7 +264,7 @@ def test_a_longer_outage_ends_the_insisting(
     network.always["DeleteMessageBatch"] = BROKEN
     ours.ack([held] * 500)
     assert len(network.requests["DeleteMessageBatch"]) < 50
-    assert logged(caplog) == [("settling_failed", 500)]
+    assert logged(caplog) == [("settlement_failed", 500)]
 
 
 @pytest.mark.parametrize("number", [1, 30])
@@ -330,9 +331,9 @@ def test_what_the_queue_gives_up_on_is_logged_with_its_last_reason(
     ours = opened(queue)
     ours.check()
     ours.nack(receive(ours, 1), 0.0, FAILURE)
-    assert len(ours._awaited) == 1
+    assert len(ours._expected_redeliveries) == 1
     ours.nack(receive(ours, 1), 0.0, FAILURE)
-    assert len(ours._awaited) == 0
+    assert len(ours._expected_redeliveries) == 0
     assert [(record.message, vars(record)["reason"]) for record in caplog.records] == [
         ("queue_gave_up", FAILURE.reason)
     ]
@@ -407,7 +408,7 @@ def test_a_dead_letter_that_cannot_be_sent_is_not_lost(
     assert not ours.dead_letter(delivery, FAILURE)
     (again,) = receive(ours, 1)
     assert again.attempt == 3
-    assert logged(caplog, "not_buried") == [("not_buried", None)]
+    assert logged(caplog, "dead_letter_failed") == [("dead_letter_failed", None)]
     ours.ack([again])
 
 
@@ -478,7 +479,7 @@ def test_polls_that_do_not_end_are_not_waited_for_twice(
     queue: Queue, opened: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What they bring comes again by itself."""
-    monkeypatch.setattr(polling, "STOP_SECONDS", -0.9)
+    monkeypatch.setattr(polling, "STOP_TIMEOUT", -0.9)
     ours = opened(queue)
     ours.receive(1, 0)
     ours.stop()
@@ -543,12 +544,12 @@ def test_a_refusal_that_lasts_is_told_and_may_end(
     refusal: Answer,
 ) -> None:
     """Somebody grants it, or makes the queue anew: the worker goes on by itself."""
-    monkeypatch.setattr(polling, "REFUSED_FOR", 0.3)
-    monkeypatch.setattr(polling, "FIRST_PAUSE", 0.1)
-    monkeypatch.setattr(polling, "LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(reconnect, "REFUSAL_TIMEOUT", 0.3)
+    monkeypatch.setattr(reconnect, "MIN_BACKOFF", 0.1)
+    monkeypatch.setattr(reconnect, "MAX_BACKOFF", 0.2)
     network.always["ReceiveMessage"] = refusal
     ours = opened(queue)
-    with pytest.raises(QueueRefusedError, match="QUEUE_URL: SQS refuses to hand out messages: An error occurred"):
+    with pytest.raises(QueueRefusedError, match="QUEUE_URL: SQS refuses to deliver messages: An error occurred"):
         receive(ours, 1)
     with pytest.raises(QueueRefusedError):
         receive(ours, 1)
@@ -557,7 +558,7 @@ def test_a_refusal_that_lasts_is_told_and_may_end(
     queue.publish(b"back")
     ours._polling._refusal = ""
     assert [delivery.body for delivery in receive(ours, 1)] == [b"back"]
-    assert ours._polling._refused_since is None
+    assert ours._polling._failures.lasting_refusal() == ""
 
 
 @pytest.mark.parametrize("trouble", [BUSY, BROKEN])
@@ -570,23 +571,22 @@ def test_other_trouble_is_outlasted_without_end(
     trouble: Answer,
 ) -> None:
     """Throttled or broken, SQS will be back; tries become rarer, and a success forgets that."""
-    monkeypatch.setattr(polling, "REFUSED_FOR", 0.0)
-    monkeypatch.setattr(polling, "FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(polling, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(reconnect, "REFUSAL_TIMEOUT", 0.0)
+    monkeypatch.setattr(reconnect, "MIN_BACKOFF", 0.05)
+    monkeypatch.setattr(reconnect, "MAX_BACKOFF", 0.1)
     network.answers["ReceiveMessage"].extend([trouble] * 3 * aws.ATTEMPTS)
     queue.publish(b"x")
     ours = opened(queue)
-    ours._polling._pause = polling.FIRST_PAUSE
     assert len(receive(ours, 1)) == 1
     assert [vars(record)["retry_in_s"] for record in caplog.records] == [0.05, 0.1, 0.1]
-    assert ours._polling._pause == 0.05
+    assert ours._polling._failures._backoff == 0.05
 
 
 def test_an_answer_that_is_empty_at_once_is_not_asked_for_again_at_once(
     queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long poll takes its time; a proxy that answers in its place would be asked a hundred times a second."""
-    monkeypatch.setattr(polling, "FIRST_PAUSE", 60.0)
+    monkeypatch.setattr(reconnect, "MIN_BACKOFF", 60.0)
     network.answers["ReceiveMessage"].append(Noise(200, b"<html>Welcome</html>"))
     queue.publish(b"x")
     ours = opened(queue)
@@ -598,13 +598,13 @@ def test_a_queue_that_hands_out_nothing_checks_well_only_when_it_is_let(
     queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`run --once` checks a queue that is quiet: one that refuses to be read is not empty."""
-    monkeypatch.setattr(polling, "FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(reconnect, "MIN_BACKOFF", 0.1)
     network.answers["ReceiveMessage"].append(DENIED)
     ours = opened(queue)
     deadline = time.monotonic() + 10
-    while not ours._polling.trouble and time.monotonic() < deadline:
+    while not ours._polling.last_error and time.monotonic() < deadline:
         ours.receive(1, 0)
-    with pytest.raises(QueueError, match=r"QUEUE_URL: SQS does not hand out messages: .*AccessDenied"):
+    with pytest.raises(QueueError, match=r"QUEUE_URL: cannot receive from SQS: .*AccessDenied"):
         ours.check()
     queue.publish(b"x")
     ours.ack(receive(ours, 1))
@@ -651,7 +651,7 @@ def test_an_answer_that_is_none_is_no_reason_to_end(
     queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch, noise: Answer
 ) -> None:
     """Settling goes on when SQS is back; all else is an error that an operator can read."""
-    monkeypatch.setattr(aws, "PATIENCE", 0.1)
+    monkeypatch.setattr(aws, "RETRY_TIMEOUT", 0.1)
     monkeypatch.setattr(sqs_settlement, "THREADS", 1)  # moto loses count of what is deleted side by side
     queue.publish(*numbered(12))
     ours = opened(queue)
@@ -684,7 +684,9 @@ def test_publish_fills_the_queue(queue: Queue, opened: Open) -> None:
 @pytest.mark.parametrize("body", [b"", b"\xff", b"a\x00", "\ufffe".encode(), b"\x0b"])
 def test_publish_names_the_message_that_sqs_does_not_take(queue: Queue, opened: Open, body: bytes) -> None:
     """Its number, and how many went in before."""
-    with pytest.raises(QueueError, match=r"10 messages were published, then: message 12 is not what SQS takes"):
+    with pytest.raises(
+        QueueError, match=r"10 messages were published, then: message 12 is invalid: expected UTF-8 text"
+    ):
         opened(queue).publish([*[b"fine"] * 11, body, b"fine"])
     assert len(queue.pull()) == 10
 
@@ -694,7 +696,7 @@ def test_publish_tells_what_sqs_did_not_take(queue: Queue, network: Network, ope
     failed = [{"Id": str(number), "SenderFault": True, "Code": "Strange", "Message": "because"} for number in (1, 2)]
     network.answers["SendMessageBatch"].append(Answer(200, Failed=failed, Successful=[{"Id": "0"}]))
     ours = opened(queue)
-    with pytest.raises(QueueError, match="1 messages were published, then: SQS did not take message 2, 3: Strange"):
+    with pytest.raises(QueueError, match="1 messages were published, then: SQS did not accept message 2, 3: Strange"):
         ours.publish([b"a", b"b", b"c"])
     network.answers["SendMessageBatch"].extend([BROKEN, BUSY])
     assert ours.publish([b"a"]) == 1
@@ -711,11 +713,11 @@ def test_fifo_queues_are_read_and_not_written(moto: Server, opened: Open) -> Non
     ours = open_queue("sqs://orders.fifo")
     assert isinstance(ours, SQSQueue)
     ours.ack(receive(ours, 1))
-    with pytest.raises(QueueError, match=r"orders.fifo is a FIFO queue, which `publish` does not fill"):
+    with pytest.raises(QueueError, match=r"orders.fifo is a FIFO queue, which `publish` does not support"):
         ours.publish([b"x"])
     ours.close()
     direct = open_queue("sqs://orders.fifo", QueueOptions(direct_dead_letter=True))
-    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct is not for FIFO queues"):
+    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct does not support FIFO queues"):
         direct.check()
     direct.close()
 
@@ -752,10 +754,10 @@ def test_a_malformed_url_says_what_was_expected(url: str) -> None:
 
 def test_what_boto3_lacks_is_named(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     """No traceback from its depths."""
-    monkeypatch.setattr(aws, "PATIENCE", 0.1)
+    monkeypatch.setattr(aws, "RETRY_TIMEOUT", 0.1)
     with monkeypatch.context() as changed:
         changed.setenv("AWS_PROFILE", "nobody")
-        with pytest.raises(QueueError, match="AWS's own settings are no use: The config profile"):
+        with pytest.raises(QueueError, match="AWS's own settings are invalid: The config profile"):
             open_queue(queue.url)
     with monkeypatch.context() as changed:
         changed.setenv("AWS_ENDPOINT_URL_SQS", "http://127.0.0.1:1")

@@ -12,7 +12,7 @@ import pytest
 from adapters import QueueError, QueueOptions, QueueURLError
 from adapters.sqs import client as aws
 from adapters.sqs import settlement as sqs_settlement
-from adapters.sqs.dead_letters import SQSLetters
+from adapters.sqs.dead_letters import SQSDeadLetters
 from adapters.sqs.queue import SQSQueue
 from tests.support import sqs_fakes as sqs
 from tests.support.sqs_fakes import DENIED, Answer, Network, Queue, Server
@@ -110,7 +110,7 @@ def test_the_policy_may_name_a_queue_of_another_account_or_region(queue: Queue, 
     told = Answer(200, Attributes={"RedrivePolicy": json.dumps(policy), "QueueArn": "arn:aws:sqs:eu-central-1:1:ours"})
     network.answers["GetQueueAttributes"].append(told)
     letters = opened(queue).dead_letters()
-    assert isinstance(letters._source, SQSLetters)
+    assert isinstance(letters._source, SQSDeadLetters)
     assert letters._source._client.meta.region_name == "us-east-1"
     assert letters._source._url.endswith("/999999999999/theirs")
     letters.close()

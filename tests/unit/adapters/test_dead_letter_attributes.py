@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters import Failure
-from adapters.pubsub.dead_letters import _letter
-from adapters.shared import dead_letter_attributes as buried
+from adapters.pubsub.dead_letters import _dead_letter
+from adapters.shared.dead_letter_attributes import DeadLetterInfo, from_worker
 
 OURS = ("reason", "stage", "error", "message_type", "resource_type", "resource_id", "message_id", "attempt", "queue")
 THEIRS = ("DeliveryCount", "TopicPublishTime", "Subscription")
@@ -23,7 +23,7 @@ TIMES = st.datetimes().map(str) | st.datetimes(timezones=st.just(UTC)).map(datet
 def test_any_attributes_can_be_read(attributes: dict[str, str]) -> None:
     """Anybody may publish to a topic of dead letters: times have a zone, counts are small, a failure says something."""
     now = datetime.now(UTC)
-    letter = _letter(PubsubMessage(data=b"x", message_id="1", attributes=attributes, publish_time=now))
+    letter = _dead_letter(PubsubMessage(data=b"x", message_id="1", attributes=attributes, publish_time=now))
     assert letter.delivery.published_at is None or letter.delivery.published_at.tzinfo
     assert 0 <= (letter.delivery.attempt or 0) < 10**9
     assert letter.delivery.attributes.items() <= attributes.items()
@@ -35,5 +35,5 @@ def test_what_we_wrote_is_read_in_full() -> None:
     failure = Failure("why", "send", "Rejected", "OrderCreated", "order", "o1")
     written = {name: getattr(failure, name) for name in Failure.__slots__}
     about = {"message_id": "7", "attempt": "3", "subscription": "s", "queue": "q", "colour": "blue"}
-    assert buried.direct({**written, **about}) == buried.Burial(failure, 3, {"colour": "blue"})
-    assert buried.direct({"reason": "a publisher's own", "attempt": "3"}) is None
+    assert from_worker({**written, **about}) == DeadLetterInfo(failure, 3, {"colour": "blue"})
+    assert from_worker({"reason": "a publisher's own", "attempt": "3"}) is None

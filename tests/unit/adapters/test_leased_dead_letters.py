@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from adapters import DeadLetter, Failure, QueueError
-from adapters.shared.leased_dead_letters import LeasedLetters, LetterDelivery
+from adapters.shared.leased_dead_letters import DeadLetterDelivery, LeasedDeadLetters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -56,22 +56,22 @@ def source() -> Leasing:
 
 
 @pytest.fixture
-def letters(source: Leasing) -> Iterator[LeasedLetters]:
-    opened = LeasedLetters(source)
+def letters(source: Leasing) -> Iterator[LeasedDeadLetters]:
+    opened = LeasedDeadLetters(source)
     yield opened
     source.answer.set()
     opened.close()
 
 
 def letter(id_: str) -> DeadLetter:
-    return DeadLetter(LetterDelivery(id_, b"body", {}, None, None), Failure("", "", ""), None)
+    return DeadLetter(DeadLetterDelivery(id_, b"body", {}, None, None), Failure("", "", ""), None)
 
 
 def ids(found: Sequence[DeadLetter]) -> list[str]:
     return [each.delivery.id for each in found]
 
 
-def test_a_letter_that_comes_again_is_not_handed_out_again(source: Leasing, letters: LeasedLetters) -> None:
+def test_a_letter_that_comes_again_is_not_handed_out_again(source: Leasing, letters: LeasedDeadLetters) -> None:
     """Its lease was lost: from then on the newest handle counts."""
     source.coming = [[("h1", letter("a"))], [("h2", letter("a"))], [("h3", letter("b"))]]
     first = letters.receive(10, SOON)
@@ -81,7 +81,7 @@ def test_a_letter_that_comes_again_is_not_handed_out_again(source: Leasing, lett
     assert source.removed == ["h2"]
 
 
-def test_a_removed_letter_that_comes_again_is_removed_again(source: Leasing, letters: LeasedLetters) -> None:
+def test_a_removed_letter_that_comes_again_is_removed_again(source: Leasing, letters: LeasedDeadLetters) -> None:
     """A queue may lose an acknowledgement, or deliver twice; close has nothing to do with it any more."""
     source.coming = [[("h1", letter("a"))], [("h2", letter("a")), ("h3", letter("b"))]]
     letters.remove(letters.receive(10, SOON))
@@ -93,7 +93,7 @@ def test_a_removed_letter_that_comes_again_is_removed_again(source: Leasing, let
     assert source.closed == 1
 
 
-def test_what_could_not_be_removed_is_told_and_stays(source: Leasing, letters: LeasedLetters) -> None:
+def test_what_could_not_be_removed_is_told_and_stays(source: Leasing, letters: LeasedDeadLetters) -> None:
     """How many and why; the others are gone; it can be tried again."""
     source.coming = [[("h1", letter("a")), ("h2", letter("b")), ("h3", letter("c"))]]
     found = letters.receive(10, SOON)
@@ -109,7 +109,7 @@ def test_what_could_not_be_removed_is_told_and_stays(source: Leasing, letters: L
 
 def test_leases_are_extended_as_long_as_they_are_held(source: Leasing) -> None:
     """In time, those of removed letters not; one whose lease ended meanwhile may still be there."""
-    letters = LeasedLetters(source, seconds=3)
+    letters = LeasedDeadLetters(source, seconds=3)
     source.coming = [[("h1", letter("a")), ("h2", letter("b")), ("h3", letter("c"))]]
     found = letters.receive(10, SOON)
     letters.remove(found[:1])
@@ -125,11 +125,11 @@ def test_leases_are_extended_as_long_as_they_are_held(source: Leasing) -> None:
     assert source.extended[-1] == (["h3"], 0)
 
 
-def test_what_a_look_brings_that_nobody_waits_for_goes_back(source: Leasing, letters: LeasedLetters) -> None:
+def test_what_a_look_brings_that_nobody_waits_for_goes_back(source: Leasing, letters: LeasedDeadLetters) -> None:
     """Ctrl-C ends who waits, but not the call under way: closing waits for it, and there is no other."""
     source.coming = [[("h1", letter("a"))], [("h2", letter("b"))]]
     source.answer.clear()
-    looks = [letters._looks.submit(letters._look, 10, SOON) for _ in range(2)]
+    looks = [letters._polls.submit(letters._poll, 10, SOON) for _ in range(2)]
     assert source.asked.wait(SOON)
     closing = Thread(target=letters.close)
     closing.start()
@@ -143,7 +143,7 @@ def test_what_a_look_brings_that_nobody_waits_for_goes_back(source: Leasing, let
 
 def test_an_extension_under_way_is_waited_for(source: Leasing) -> None:
     """It would hold again what was just given back."""
-    letters = LeasedLetters(source, seconds=1)
+    letters = LeasedDeadLetters(source, seconds=1)
     source.coming = [[("h1", letter("a"))]]
     letters.receive(10, SOON)
     source.may_extend.clear()
@@ -158,7 +158,7 @@ def test_an_extension_under_way_is_waited_for(source: Leasing) -> None:
     assert source.extended[-1] == (["h1"], 0)
 
 
-def test_a_queue_that_has_nothing_at_first_is_asked_again(source: Leasing, letters: LeasedLetters) -> None:
+def test_a_queue_that_has_nothing_at_first_is_asked_again(source: Leasing, letters: LeasedDeadLetters) -> None:
     """Pub/Sub may answer with nothing though there is something; also with what is known."""
     source.coming = [[], [], [("h1", letter("a"))]]
     assert ids(letters.receive(10, SOON)) == ["a"]

@@ -7,8 +7,8 @@ from google.auth.exceptions import DefaultCredentialsError
 from google.cloud.pubsub_v1.types import FlowControl
 
 from adapters import QueueError
-from adapters.pubsub import streaming_pull
 from adapters.pubsub.streaming_pull import StreamClient, StreamingPull
+from adapters.shared import reconnect
 
 NO_SERVER = DefaultCredentialsError("no metadata server")  # type: ignore[no-untyped-call]
 
@@ -27,8 +27,8 @@ class Nobody:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming_pull, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(streaming_pull, "LONGEST_PAUSE", 0.04)
+    monkeypatch.setattr(reconnect, "MIN_BACKOFF", 0.01)
+    monkeypatch.setattr(reconnect, "MAX_BACKOFF", 0.04)
 
 
 @pytest.mark.parametrize("error", [NO_SERVER, PermissionError("the file is being replaced")])
@@ -39,7 +39,7 @@ def test_credentials_that_cannot_be_had_now_are_asked_for_again(
     connect = Nobody(error)
     pull = StreamingPull(connect, "projects/demo/subscriptions/s", FlowControl())
     for _ in range(20):
-        assert pull.take(1, 0.01) == []
+        assert pull.receive(1, 0.01) == []
     assert 3 <= connect.tries <= 12
     assert [vars(record)["retry_in_s"] for record in caplog.records][:4] == [0.01, 0.02, 0.04, 0.04]
     assert pull.stop() == []
@@ -47,8 +47,8 @@ def test_credentials_that_cannot_be_had_now_are_asked_for_again(
 
 def test_credentials_that_stay_away_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The supervisor starts it again, and says so."""
-    monkeypatch.setattr(streaming_pull, "REFUSED_FOR", 0.1)
+    monkeypatch.setattr(reconnect, "REFUSAL_TIMEOUT", 0.1)
     pull = StreamingPull(Nobody(), "projects/demo/subscriptions/s", FlowControl())
     with pytest.raises(QueueError, match="no metadata server"):  # noqa: PT012 - in the end
         while True:
-            pull.take(1, 0.01)
+            pull.receive(1, 0.01)

@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters import QueueError, QueueOptions, QueueURLError, open_queue
-from adapters.servicebus.connections import in_short, is_refusal
-from adapters.servicebus.lock_duration import Lease
+from adapters.servicebus.connections import first_line, is_refusal
+from adapters.servicebus.lock_duration import LockDuration
 from adapters.servicebus.message import body_of
-from adapters.servicebus.queue import Entity, fits, parse_url
-from adapters.servicebus.receiver import Receiving
+from adapters.servicebus.queue import Entity, check_connection_string, parse_url
+from adapters.servicebus.receiver import Receiver
 from adapters.servicebus.settlement import Settlement
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def test_whatever_is_written_a_url_is_parsed_or_refused(text: str) -> None:
 )
 def test_a_connection_string_fits_its_queue(connection_string: str) -> None:
     """Of the namespace, or of this queue alone."""
-    fits(connection_string, QUEUE)
+    check_connection_string(connection_string, QUEUE)
 
 
 @pytest.mark.parametrize(
@@ -125,16 +125,16 @@ def test_a_connection_string_of_something_else_is_refused_and_not_quoted(connect
 def test_messages_cross_no_network_unencrypted() -> None:
     """They hold what belongs to people. An emulator on this machine needs no certificate."""
     emulated = f"{KEY};usedevelopmentemulator=TRUE"
-    fits(f"Endpoint=sb://127.0.0.1:5672;{emulated}", Entity("127.0.0.1:5672", "orders"))
+    check_connection_string(f"Endpoint=sb://127.0.0.1:5672;{emulated}", Entity("127.0.0.1:5672", "orders"))
     with pytest.raises(QueueError, match="SERVICEBUS_CONNECTION_STRING: UseDevelopmentEmulator, which turns TLS off"):
-        fits(f"Endpoint=sb://{HOST};{emulated}", QUEUE)
+        check_connection_string(f"Endpoint=sb://{HOST};{emulated}", QUEUE)
 
 
 @given(st.text())
 def test_whatever_a_connection_string_holds_it_fits_or_is_refused(text: str) -> None:
     """No other error escapes, and none quotes it."""
     try:
-        fits(f"{text};{KEY}", QUEUE)
+        check_connection_string(f"{text};{KEY}", QUEUE)
     except QueueError as error:
         assert "c2VjcmV0" not in str(error)
 
@@ -185,7 +185,7 @@ def test_a_receiver_that_fails_to_close_does_not_end_the_receiving() -> None:
     """Whatever the SDK raises: a thread that ends would never receive again."""
     closed = Event()
 
-    class Receiver:
+    class FakeReceiver:
         def receive_messages(self, _: int, __: float) -> list[ServiceBusReceivedMessage]:
             raise ServiceBusConnectionError(message="reset")
 
@@ -193,12 +193,12 @@ def test_a_receiver_that_fails_to_close_does_not_end_the_receiving() -> None:
             closed.set()
             raise RuntimeError("an error of its own")
 
-    receiving = Receiving(cast("Any", Receiver), 1000)
-    receiving.take(1, 0.0)
+    receiver = Receiver(cast("Any", FakeReceiver), 1000)
+    receiver.receive(1, 0.0)
     assert closed.wait(10)
     closed.clear()
     assert closed.wait(10)
-    receiving.close()
+    receiver.close()
 
 
 def _locked(seconds: float, stored_ago: float) -> Any:
@@ -221,30 +221,30 @@ def test_a_lease_that_cannot_be_is_not_believed(
     seconds: float, stored_ago: float, lease: float, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Locks are renewed by it, and end when it is taken for too long; said once."""
-    learnt = Lease()
-    learnt.note([])
+    learnt = LockDuration()
+    learnt.update([])
     assert learnt.seconds == 5.0
     for _ in range(2):
-        learnt.note([_locked(seconds - 2.0, stored_ago), _locked(seconds, stored_ago)])
+        learnt.update([_locked(seconds - 2.0, stored_ago), _locked(seconds, stored_ago)])
     assert learnt.seconds == pytest.approx(lease, abs=0.5)
     assert [record.message for record in caplog.records] == ["clock_skew"] * warnings
 
 
 def test_what_is_known_of_the_clock_is_remembered() -> None:
     """A renewed lock tells nothing new, nor does a message that was stored long ago."""
-    learnt = Lease()
-    learnt.note([_locked(160.0, -100.0)])
-    learnt.note([_locked(160.0, 3600.0)])
+    learnt = LockDuration()
+    learnt.update([_locked(160.0, -100.0)])
+    learnt.update([_locked(160.0, 3600.0)])
     assert learnt.seconds == pytest.approx(60.0, abs=0.5)
 
 
 def test_a_clock_that_is_set_right_is_believed_again() -> None:
     """What it was behind by would make every lock too short."""
-    learnt = Lease()
-    learnt.note([_locked(160.0, -100.0)])
-    learnt.note([_locked(60.0, 0.0)])
+    learnt = LockDuration()
+    learnt.update([_locked(160.0, -100.0)])
+    learnt.update([_locked(60.0, 0.0)])
     assert learnt.seconds == 5.0
-    learnt.note([_locked(60.0, 0.0)])
+    learnt.update([_locked(60.0, 0.0)])
     assert learnt.seconds == pytest.approx(60.0, abs=0.5)
 
 
@@ -253,7 +253,7 @@ def test_what_is_stopped_while_it_connects_receives_nothing() -> None:
     connecting, connected, closed = Event(), Event(), Event()
     received: list[int] = []
 
-    class Receiver:
+    class FakeReceiver:
         def __init__(self) -> None:
             connecting.set()
             connected.wait(10)
@@ -265,10 +265,10 @@ def test_what_is_stopped_while_it_connects_receives_nothing() -> None:
         def close(self) -> None:
             closed.set()
 
-    receiving = Receiving(cast("Any", Receiver), 1000)
-    receiving.take(1, 0.0)
+    receiver = Receiver(cast("Any", FakeReceiver), 1000)
+    receiver.receive(1, 0.0)
     assert connecting.wait(10)
-    assert receiving.stop() == []
+    assert receiver.stop() == []
     connected.set()
     assert closed.wait(10)
     assert received == []
@@ -308,7 +308,7 @@ def test_what_is_to_be_settled_does_not_wait_for_all_renewals(may_renew: Semapho
     renewing = Thread(target=settlement.extend, args=(_held(1000),))
     renewing.start()
     sent_back = _held(1)
-    settling = Thread(target=settlement.abandon, args=(sent_back,))
+    settling = Thread(target=settlement.nack, args=(sent_back,))
     settling.start()
     may_renew.release(500)
     settling.join(10)
@@ -350,7 +350,7 @@ def test_what_is_just_being_settled_is_not_called_lost(
     monkeypatch.setattr(ServiceBusReceiver, "renew_message_lock", renew_message_lock)
     settlement = Settlement(lambda: cast("Any", _Receiver(Semaphore())))
     held = _held(1)
-    completing = Thread(target=settlement.complete, args=(held, 0.0))
+    completing = Thread(target=settlement.ack, args=(held, 0.0))
     completing.start()
     assert settling.wait(10)
     assert settlement.extend(held)
@@ -369,4 +369,4 @@ def test_credentials_that_are_missing_are_a_refusal() -> None:
     assert is_refusal(wrapped)
     assert is_refusal(ClientAuthenticationError("no"))
     assert not is_refusal(ServiceBusConnectionError(message="reset"))
-    assert in_short(ClientAuthenticationError("no credential\nTo mend that: ...")) == "no credential"
+    assert first_line(ClientAuthenticationError("no credential\nTo mend that: ...")) == "no credential"

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters import Failure, QueueError
-from adapters.servicebus.dead_letter_reason import Burial, read, written
+from adapters.servicebus.dead_letter_reason import ParsedReason, format_reason, parse_reason
 from adapters.servicebus.dead_letters import ServiceBusDeadLetters
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ NO_DAY = "Refused (attempt 1, 2026-02-30T00:00:00Z)"
 amqp_values = st.one_of(st.none(), st.booleans(), st.integers(), st.binary(), st.text(), st.lists(st.integers()))
 
 
-def by_policy(attempt: int | None) -> Burial:
+def by_policy(attempt: int | None) -> ParsedReason:
     after = f" after {attempt} deliveries" if attempt else ""
-    return Burial(Failure(f"gave up{after}: the worker's log has the reason", "queue", POLICY), attempt)
+    return ParsedReason(Failure(f"gave up{after}: the worker's log has the reason", "queue", POLICY), attempt)
 
 
 class _Receiver:
@@ -80,22 +80,22 @@ def _letters(letters: list[Any], locked: Iterable[Any] = ()) -> tuple[ServiceBus
 
 
 @pytest.mark.parametrize(
-    ("reason", "description", "burial"),
+    ("reason", "description", "parsed"),
     [
-        ("TTLExpiredException", "It expired.", Burial(Failure("It expired.", "queue", "TTLExpiredException"))),
+        ("TTLExpiredException", "It expired.", ParsedReason(Failure("It expired.", "queue", "TTLExpiredException"))),
         (POLICY, "Message could not be consumed after 20 delivery attempts.", by_policy(20)),
         (POLICY, "", by_policy(None)),
-        ("note: mine", "two\nlines", Burial(Failure("two lines", "queue", "note: mine"))),
-        ("send: by hand", "Refused", Burial(Failure("Refused", "queue", "send: by hand"))),
-        ("3", "", Burial(Failure("3", "queue", "3"))),
-        ("send: Rejected", "Refused", Burial(Failure("Refused", "send", "Rejected"))),
-        ("send: Rejected", NO_DAY, Burial(Failure(NO_DAY, "send", "Rejected"))),
-        ("", "", Burial(Failure("", "", ""))),
+        ("note: mine", "two\nlines", ParsedReason(Failure("two lines", "queue", "note: mine"))),
+        ("send: by hand", "Refused", ParsedReason(Failure("Refused", "queue", "send: by hand"))),
+        ("3", "", ParsedReason(Failure("3", "queue", "3"))),
+        ("send: Rejected", "Refused", ParsedReason(Failure("Refused", "send", "Rejected"))),
+        ("send: Rejected", NO_DAY, ParsedReason(Failure(NO_DAY, "send", "Rejected"))),
+        ("", "", ParsedReason(Failure("", "", ""))),
     ],
 )
-def test_a_letter_says_who_gave_up_and_why(reason: str, description: str, burial: Burial) -> None:
+def test_a_letter_says_who_gave_up_and_why(reason: str, description: str, parsed: ParsedReason) -> None:
     """The worker, with its stage and error; Service Bus itself, or somebody by other means."""
-    assert read(reason, description) == burial
+    assert parse_reason(reason, description) == parsed
 
 
 @given(
@@ -111,25 +111,25 @@ def test_what_the_worker_writes_is_read(
     reason: str, stage: str, error: str, message_type: str, resource: tuple[str, str], attempt: int, at: datetime
 ) -> None:
     """Reason and description are no longer than Service Bus takes; the sentence is cut for that, and nothing else."""
-    texts = written(Failure(reason, stage, error, message_type, *resource), attempt, at)
+    texts = format_reason(Failure(reason, stage, error, message_type, *resource), attempt, at)
     assert all(len(text) <= 4096 for text in texts)
-    burial = read(*texts)
-    assert " ".join(reason.split()).startswith(burial.failure.reason)
-    assert len(reason) > 3900 or burial.failure.reason == " ".join(reason.split())
-    assert (burial.failure.stage, burial.failure.error) == (stage, error)
-    assert (burial.attempt, burial.at) == (attempt, at.replace(microsecond=0))
+    parsed = parse_reason(*texts)
+    assert " ".join(reason.split()).startswith(parsed.failure.reason)
+    assert len(reason) > 3900 or parsed.failure.reason == " ".join(reason.split())
+    assert (parsed.failure.stage, parsed.failure.error) == (stage, error)
+    assert (parsed.attempt, parsed.at) == (attempt, at.replace(microsecond=0))
 
 
 def test_what_is_not_known_is_not_mentioned() -> None:
     """People read it, in the portal."""
     at = datetime(2026, 1, 31, 12, tzinfo=UTC)
-    assert written(Failure("Refused", "send", "Rejected"), None, at)[1] == "Refused (2026-01-31T12:00:00Z)"
+    assert format_reason(Failure("Refused", "send", "Rejected"), None, at)[1] == "Refused (2026-01-31T12:00:00Z)"
 
 
 @given(st.text(), st.text(), st.sampled_from(["", " (attempt 1, 2026-01-01T00:00:00Z)"]))
 def test_whatever_the_properties_hold_is_a_line_and_a_known_stage(reason: str, description: str, end: str) -> None:
     """Any client may write them."""
-    failure = read(reason, description + end).failure
+    failure = parse_reason(reason, description + end).failure
     assert failure.stage in {*STAGES, "queue", ""}
     assert len((failure.reason + failure.error).splitlines()) <= 1
 
@@ -163,7 +163,7 @@ def test_the_search_for_a_letter_ends_when_locks_end_first() -> None:
     there = [_letter(number) for number in (1, 2, 3)]
     letters, asked = _letters(there, cycle(there[:2]))
     found = letters.receive(10, 0)
-    with pytest.raises(QueueError, match=r"1 of 1 dead letters are still there: .* locks end before"):
+    with pytest.raises(QueueError, match=r"1 of 1 dead letters still exist: .* locks end before"):
         letters.remove(found[2:])
     assert asked == [LOCKING]
     letters.close()

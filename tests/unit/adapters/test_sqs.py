@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters import QueueURLError
-from adapters.shared.redeliveries import Awaited
+from adapters.shared.redeliveries import ExpectedRedeliveries
 from adapters.sqs import client as aws
 from adapters.sqs.queue import parse_url
 from adapters.sqs.sending import MAX_ATTRIBUTES, MAX_VALUE, message_attributes
@@ -90,7 +90,7 @@ def client_error(status: int, code: str) -> boto.ClientError:
         (boto.EndpointConnectionError(endpoint_url="http://x"), False),
         (ValueError("m"), False),
     ],
-    ids=lambda value: aws.code(value) if isinstance(value, Exception) else "",
+    ids=lambda value: aws.error_code(value) if isinstance(value, Exception) else "",
 )
 def test_what_somebody_has_to_mend_is_a_refusal(error: Exception, refused: bool) -> None:
     """Everything else passes by itself."""
@@ -105,8 +105,8 @@ def test_both_names_of_a_missing_queue_are_known(code: str) -> None:
 
 def test_what_came_is_awaited_no_more() -> None:
     """Whoever sent it back, and in whatever order."""
-    awaited = Awaited()
-    awaited.note(["a", "b", "a"])
-    assert len(awaited) == 2
-    awaited.came(["b", "c"])
-    assert len(awaited) == 1
+    expected = ExpectedRedeliveries()
+    expected.add(["a", "b", "a"])
+    assert len(expected) == 2
+    expected.remove(["b", "c"])
+    assert len(expected) == 1

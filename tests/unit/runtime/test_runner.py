@@ -224,7 +224,7 @@ def test_leases_are_extended_again_after_an_unexpected_error(
     runner, pipeline = runner_for(queue, lambda _: time.sleep(1.6) or [])  # type: ignore[func-returns-value]
     runner.run(once=True)
     assert processed(pipeline) == [b"a:x"]
-    (record,) = [record for record in caplog.records if record.message == "leases_not_extended"]
+    (record,) = [record for record in caplog.records if record.message == "lease_extension_failed"]
     assert vars(record)["reason"] == "unexpected RuntimeError"
 
 
