@@ -45,7 +45,7 @@ def parse_reason(reason: str, description: str) -> ParsedReason:
     if reason == _BY_POLICY:
         match = _DELIVERIES.search(description)
         after = f" after {match[1]} deliveries" if match else ""
-        failure = Failure(f"gave up{after}: the worker's log has the reason", "queue", reason)
+        failure = Failure(f"dead-lettered by the queue{after}: the worker's log has the reason", "queue", reason)
         return ParsedReason(failure, int(match[1]) if match else None)
     by_worker = _REASON.fullmatch(reason)
     if by_worker is None:

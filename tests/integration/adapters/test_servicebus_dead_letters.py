@@ -157,7 +157,7 @@ def test_what_the_queue_itself_gave_up_on_says_so(
     adapter.nack(receive(adapter, 1))
     queue.wait_for(dead=1)
     (letter,) = look(queue).receive(10, 0)
-    said = "gave up after 1 deliveries: the worker's log has the reason"
+    said = "dead-lettered by the queue after 1 deliveries: the worker's log has the reason"
     assert letter.failure == Failure(said, "queue", "MaxDeliveryCountExceeded")
     assert letter.delivery.attempt == 1
 

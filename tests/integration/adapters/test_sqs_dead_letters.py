@@ -194,4 +194,4 @@ def test_a_fifo_queue_tells_when_a_letter_was_buried(moto: Server, opened: Open)
     letters.close()
     assert letter.delivery.published_at is None
     assert letter.dead_lettered_at is not None
-    assert letter.failure.reason == "gave up: the worker's log has the reason"
+    assert letter.failure.reason == "dead-lettered by the queue: the worker's log has the reason"

@@ -95,7 +95,7 @@ def test_the_last_attempt_ends_in_the_dead_letters_with_the_last_reason(queue: E
     for _ in range(3):
         queue.nack(queue.receive(1, 0), failure=FAILURE)
     (letter,) = iter_dead_letters(queue)
-    assert letter.failure == Failure("gave up after 3 attempts: Klaviyo answered 503", "send", "Transient")
+    assert letter.failure == Failure("failed after 3 attempts: Klaviyo answered 503", "send", "Transient")
     assert queue.receive(1, 0) == []
 
 

@@ -32,7 +32,7 @@ amqp_values = st.one_of(st.none(), st.booleans(), st.integers(), st.binary(), st
 
 def by_policy(attempt: int | None) -> ParsedReason:
     after = f" after {attempt} deliveries" if attempt else ""
-    return ParsedReason(Failure(f"gave up{after}: the worker's log has the reason", "queue", POLICY), attempt)
+    return ParsedReason(Failure(f"dead-lettered by the queue{after}: the worker's log has the reason", "queue", POLICY), attempt)
 
 
 class _Receiver:
