@@ -37,7 +37,8 @@ def from_worker(attributes: Mapping[str, str]) -> DeadLetterInfo | None:
 def from_policy(attempt: int | None, attributes: Mapping[str, str]) -> DeadLetterInfo:
     """Describe a message that the queue's policy dead-lettered."""
     after = f" after {attempt} deliveries" if attempt else ""
-    return DeadLetterInfo(Failure(f"dead-lettered by the queue{after}: the worker's log has the reason", "queue", ""), attempt, attributes)
+    reason = f"dead-lettered by the queue{after}: the worker's log has the reason"
+    return DeadLetterInfo(Failure(reason, "queue", ""), attempt, attributes)
 
 
 def parse_attempt(text: str) -> int | None:

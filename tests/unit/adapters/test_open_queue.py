@@ -51,7 +51,7 @@ def test_what_is_broken_in_another_package_is_told(
     (tmp_path / "torn_queue_of_old.py").write_text("from os import nothing\n")
     (tmp_path / "torn_queue_of_tomorrow.py").write_text("def\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(QueueError, match=f"QUEUE_URL: what offers torn:// is broken: {why}"):
+    with pytest.raises(QueueError, match=f"QUEUE_URL: the adapter for torn:// cannot be imported: {why}"):
         open_queue("torn://x")
 
 

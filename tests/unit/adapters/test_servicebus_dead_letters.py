@@ -32,7 +32,8 @@ amqp_values = st.one_of(st.none(), st.booleans(), st.integers(), st.binary(), st
 
 def by_policy(attempt: int | None) -> ParsedReason:
     after = f" after {attempt} deliveries" if attempt else ""
-    return ParsedReason(Failure(f"dead-lettered by the queue{after}: the worker's log has the reason", "queue", POLICY), attempt)
+    reason = f"dead-lettered by the queue{after}: the worker's log has the reason"
+    return ParsedReason(Failure(reason, "queue", POLICY), attempt)
 
 
 class _Receiver:
