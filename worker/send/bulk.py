@@ -39,7 +39,8 @@ def isolate_rejected(
     record costs one call more. There are at most 2 * MAX_REFUSALS calls.
     """
     alone: list[R] = []
-    waiting, refusals = [records], 0
+    waiting = [records]
+    refusals = 0
     while waiting:
         part = waiting.pop()
         if refusals and (len(part) <= 1 or refusals == MAX_REFUSALS):

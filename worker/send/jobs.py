@@ -28,7 +28,7 @@ MAX_BYTES = 5_000_000  # of a call: https://developers.klaviyo.com/en/reference/
 ENVELOPE_BYTES = 200  # upper bound of a call's bytes around its entries
 MAX_CONCURRENT_JOBS = 25  # per batch; Klaviyo accepts 500 per account
 FIRST_POLL = 0.25  # seconds from the start of a job to its first poll
-MAX_POLL = 5.0  # longest interval between two polls, in seconds
+MAX_POLL = 5.0  # maximum seconds between two polls
 JOB_TIMEOUT = 120.0  # seconds until the entries of an unfinished job are sent one by one
 PROFILES = "profile-bulk-import-job"
 _CULPRIT = re.compile(r"/data/attributes/\w+/data/(\d+)(?:/|$)")
@@ -36,7 +36,7 @@ _ENDED = frozenset({"complete", "cancelled"})
 
 
 class BulkJobType(NamedTuple):
-    """A type of bulk job: its JSON:API type, the name of its entries, the most entries of a call."""
+    """A type of bulk job: its JSON:API type, the name of its entries, and the maximum of entries per call."""
 
     type: str
     member: str
@@ -148,7 +148,7 @@ class BulkJobs:
             entry.result = None if failures.can_include(entry) else SendResult(None, 1)
 
     def _poll_until_ended(self, job_type: BulkJobType, job: _BulkJob) -> Json:
-        """Return the attributes of the job when it has ended or JOB_TIMEOUT is over. Raises WorkerError."""
+        """Poll the job until it ends or JOB_TIMEOUT is over; return its attributes. Raises WorkerError."""
         polled_at = job.started_at
         pause = FIRST_POLL
         while True:  # poll at least once: earlier jobs of the batch can have used up the timeout

@@ -34,8 +34,7 @@ class SingleSender:
 
     def __init__(self, client: KlaviyoClient) -> None:
         self._client = client
-        self._existing: cachetools.TTLCache[str, bool]
-        self._existing = cachetools.TTLCache(_CACHE_SIZE, _CACHE_SECONDS)
+        self._existing: cachetools.TTLCache[str, bool] = cachetools.TTLCache(_CACHE_SIZE, _CACHE_SECONDS)
         self._lock = Lock()
         self._methods: dict[OperationKind, Callable[[Operation], None]] = {
             OperationKind.CREATE_EVENT: self._create_event,
@@ -63,7 +62,7 @@ class SingleSender:
         return SendResult(error, self._client.requests_sent() - before)
 
     def stale_variants(self, operation: Operation) -> list[Operation]:
-        """Return operations that delete the item's variants which Klaviyo has and commercetools has not."""
+        """Return the deletions of the item's variants in Klaviyo that are not in `keep_skus`."""
         try:
             found = list(
                 iter_resources(self._client, f"{entry_path(operation)}/variants?fields%5Bcatalog-variant%5D=id")
@@ -81,12 +80,12 @@ class SingleSender:
             return entry in self._existing
 
     def remember(self, entry: str) -> None:
-        """Record that the catalog entry at this path exists."""
+        """Remember that the catalog entry at this path exists."""
         with self._lock:
             self._existing[entry] = True
 
     def forget(self, entry: str) -> None:
-        """Discard the record that a catalog entry exists."""
+        """Forget that the catalog entry at this path exists."""
         with self._lock:
             self._existing.pop(entry, None)
 

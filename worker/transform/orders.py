@@ -50,7 +50,7 @@ def _placed_omissions(enriched: Enriched, mapping: MappingConfig) -> Iterable[st
 )
 @handles("OrderCreated", resource="order", effect=_PLACED, once_per_resource=True, omissions=_placed_omissions)
 def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Placed Order, and for every line an Ordered Product one second later."""
+    """Create Placed Order, and one second later an Ordered Product for every line."""
     order = _order(enriched)
     profile = identifiers(order, enriched)
     time = _created_at(order, enriched)
@@ -63,8 +63,7 @@ def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operati
         profile=profile | _billing_profile(order),
         properties=order_properties(order, items, enriched, mapping),
     )
-    order_fields = {"OrderId": as_text(order.get("id")), "OrderNumber": as_text(order.get("orderNumber"))}
-    common = fields.compact(order_fields)
+    order_ids = fields.compact({"OrderId": as_text(order.get("id")), "OrderNumber": as_text(order.get("orderNumber"))})
     lines = chain(as_dicts(order.get("lineItems")), as_dicts(order.get("customLineItems")))
     for line, item in zip(lines, items, strict=True):
         raw = line if mapping.order.raw_line_item else {}
@@ -74,7 +73,7 @@ def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operati
             time=fields.add_seconds(time, 1),
             value=line.get("totalPrice"),
             profile=profile,
-            properties=raw | item | common,
+            properties=raw | item | order_ids,
         )
 
 
@@ -94,7 +93,7 @@ def _check_order_state(notification: Notification, mapping: MappingConfig) -> No
     omissions=_omissions,
 )
 def order_state_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Fulfilled Order or Cancelled Order. If the message brings no state, the state of the order decides."""
+    """Create Fulfilled Order or Cancelled Order. If the message has no state, the state of the order decides."""
     order = _order(enriched)
     payload = enriched.notification.payload
     state = fields.first_nonempty(as_text(payload.get("orderState")), as_text(order.get("orderState")))
@@ -118,7 +117,7 @@ def _check_shipment_state(notification: Notification, mapping: MappingConfig) ->
     omissions=_omissions,
 )
 def order_shipment_state_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Fulfilled Order, when the order is shipped."""
+    """Create Fulfilled Order if the order is shipped."""
     order = _order(enriched)
     payload = enriched.notification.payload
     state = fields.first_nonempty(as_text(payload.get("shipmentState")), as_text(order.get("shipmentState")))
@@ -165,5 +164,5 @@ def _billing_profile(order: Json) -> Json:
 
 
 def _loggable(state: Any) -> str:
-    """Return a state for a log line. Other words than commercetools uses could be personal data."""
+    """Return a state for a log line. A text that is no state name could be personal data."""
     return state if str(state).isalpha() and len(state) <= _MAX_STATE_LENGTH else "unknown to commercetools"

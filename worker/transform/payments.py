@@ -43,7 +43,7 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     omissions=_omissions,
 )
 def payment_transaction(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Refunded Order for every refund, with its own amount. Its transaction id identifies the event."""
+    """Create a Refunded Order for every refund, with its own amount. The transaction id is the unique_id."""
     refunds = [t for t in _transactions(enriched) if _is_refund(t, enriched.notification, mapping)]
     if not refunds:
         raise Ignored("the payment has no refund in a state that payment.refund_states lists")
@@ -53,21 +53,13 @@ def payment_transaction(enriched: Enriched, mapping: MappingConfig) -> Iterable[
     profile = identifiers(order, enriched)
     properties = order_properties(order, items_of(order, enriched, mapping), enriched, mapping)
     for transaction in refunds:
-        money = transaction.get("amount")
-        reason = _reason(transaction, mapping)
-        refund = {
-            "RefundAmount": fields.money(money),
-            "RefundReason": reason,
-            "Reason": reason,
-            "TransactionId": as_text(transaction.get("id")),
-        }
         yield event_operation(
             metric=mapping.metrics.refunded_order,
             unique_id=as_text(transaction.get("id")),
             time=fields.first_nonempty(as_text(transaction.get("timestamp")), enriched.notification.time or ""),
-            value=money,
+            value=transaction.get("amount"),
             profile=profile,
-            properties=properties | fields.compact(refund),
+            properties=properties | _refund_properties(transaction, mapping),
         )
 
 
@@ -91,6 +83,14 @@ def _is_refund(transaction: Json, notification: Notification, mapping: MappingCo
     )
 
 
-def _reason(transaction: Json, mapping: MappingConfig) -> str:
-    custom = as_dict(as_dict(transaction.get("custom")).get("fields"))
-    return as_text(custom.get(mapping.payment.reason_field))
+def _refund_properties(transaction: Json, mapping: MappingConfig) -> Json:
+    custom_fields = as_dict(as_dict(transaction.get("custom")).get("fields"))
+    reason = as_text(custom_fields.get(mapping.payment.reason_field))
+    return fields.compact(
+        {
+            "RefundAmount": fields.money(transaction.get("amount")),
+            "RefundReason": reason,
+            "Reason": reason,
+            "TransactionId": as_text(transaction.get("id")),
+        }
+    )
