@@ -11,7 +11,7 @@ VERSION = $(shell sed -n 's/^version = //p' setup.cfg)
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/ready ## watch sample notifications become Klaviyo profiles, events and catalog entries
+demo: $(VENV)/worker ## watch sample notifications become Klaviyo profiles, events and catalog entries
 	@$(BIN)/klaviyo-worker demo
 
 test: $(VENV)/ready ## run all tests, with branch coverage
@@ -43,11 +43,12 @@ bench: $(VENV)/ready ## messages per second, CPU and API calls per message, late
 faults: $(VENV)/ready ## what becomes of every message when everything around the worker fails: prints a table
 	@$(BIN)/python -m tests.faults
 
-lock: $(VENV)/ready ## bring requirements.lock up to date with setup.cfg; UPGRADE=--upgrade: with the newest releases too
-	$(BIN)/pip install --quiet --no-compile 'uv==0.13.*'
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
-		| $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes $(UPGRADE) \
-		--extra push --extra sqs --extra servicebus --custom-compile-command 'make lock' --output-file requirements.lock setup.cfg -
+lock: $(VENV)/worker ## update requirements.lock and requirements-dev.lock after a change of setup.cfg; UPGRADE=--upgrade: newest releases
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+		| $(compile) --extra push --extra sqs --extra servicebus --output-file requirements.lock setup.cfg -
+	@$(compile) --constraint requirements.lock --extra dev --output-file requirements-dev.lock setup.cfg
+
+compile = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes $(UPGRADE) --custom-compile-command 'make lock'
 
 image: ## build the container image with docker (docs/image.md); PYTHON_IMAGE=python:3.13-slim@sha256:…: on that base
 	$(DOCKER) build $(if $(PYTHON_IMAGE),--build-arg PYTHON_IMAGE=$(PYTHON_IMAGE)) --build-arg VERSION=$(VERSION) \
@@ -66,20 +67,27 @@ ct-mock: $(VENV)/ready ## install, with npm, a stand-in for commercetools that o
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
-$(VENV)/ready: $(VENV)/packages $(VENV)/fauxqs
+# Three stamps: `worker` has the package and what it needs, `ready` also the tools of the tests, `fauxqs` npm's emulator.
+# uv installs several times faster than pip. pip is the fallback, because uv does not read pip's configuration.
+install = $(BIN)/uv pip install --quiet --python $(BIN)/python $(1) 2>$(VENV)/uv.log || $(BIN)/pip install --quiet --no-compile $(1) \
+	|| { echo "Neither uv nor pip could install $(2): check the network and the package index (PIP_INDEX_URL), then run make again"; exit 1; }
+
+$(VENV)/worker: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@echo "Installing klaviyo-worker into $(VENV) (less than a minute) ..."
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) has no venv: install it (Debian: apt install python3-venv), then run make again"; exit 1; }
+	@$(BIN)/pip install --quiet --no-compile 'uv==0.13.*' || true
+	@$(call install,--editable .,klaviyo-worker)
 	@touch $@
 
-$(VENV)/packages: setup.cfg pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --upgrade pip  # one that came with an older Python takes twice as long
-	$(BIN)/pip install --quiet --quiet --no-compile --editable '.[dev]'
+$(VENV)/ready: $(VENV)/worker $(VENV)/fauxqs requirements-dev.lock
+	@echo "Installing the tools of the tests into $(VENV) (a minute or two) ..."
+	@$(call install,--require-hashes --requirement requirements-dev.lock,the tools of the tests)
 	@$(BIN)/pip install --quiet --no-compile python-qpid-proton >$(VENV)/proton.log 2>&1 \
 		|| echo "python-qpid-proton, which needs a C compiler, could not be installed: the Service Bus tests are skipped"
 	@touch $@
 
-$(VENV)/fauxqs:
-	@mkdir -p $(VENV)
-	@npm install --prefix $(VENV) --no-save --no-audit --no-fund --loglevel=error fauxqs@1.9.2 >$(VENV)/npm.log 2>&1 \
-		|| echo "fauxqs, a stand-in for AWS SQS, could not be installed with npm: the SQS load tests are skipped"
+$(VENV)/fauxqs: $(VENV)/worker
+	@npm install --prefix $(VENV) --no-save --no-audit --no-fund --ignore-scripts --loglevel=error fauxqs@1.9.2 >$(VENV)/npm.log 2>&1 \
+		|| echo "npm could not install fauxqs, an emulator of AWS SQS: the SQS load tests are skipped"
 	@touch $@

@@ -14,14 +14,18 @@ from packaging.utils import canonicalize_name
 from tests.deploy.dockerfile import ROOT, stages
 from worker.health.server import ALL_INTERFACES
 
-LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+LOCKS = ("requirements.lock", "requirements-dev.lock")
 _ENTRY = re.compile(r"([a-z0-9-]+)==(\S+)(?: ; [^\\]+)? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)")
 _INSTALLED = re.compile(r"'klaviyo-worker\[([\w,]+)\]'")
 
 
-def locked() -> dict[str, str]:
-    """Return the version of each distribution in the lock."""
-    return {name: version for name, version, _ in _ENTRY.findall(LOCK)}
+def read_lock(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def locked(name: str) -> dict[str, str]:
+    """Return the version of each distribution in a lock."""
+    return {distribution: version for distribution, version, _ in _ENTRY.findall(read_lock(name))}
 
 
 def extras() -> list[str]:
@@ -31,30 +35,40 @@ def extras() -> list[str]:
     return str(names).split(",")
 
 
-def wanted() -> list[Requirement]:
-    """Return what setup.cfg and the build ask for."""
+def requirements() -> list[tuple[str, Requirement]]:
+    """Return what setup.cfg and the build require of each lock."""
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    texts = [setup["options"]["install_requires"], *(setup["options.extras_require"][extra] for extra in extras())]
+    optional = setup["options.extras_require"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    lines = [line for text in texts for line in text.split("\n") if line]
-    return [Requirement(line) for line in [*lines, *project["build-system"]["requires"]]]
+    image = "\n".join([*(optional[extra] for extra in extras()), *project["build-system"]["requires"]])
+    texts = {"requirements.lock": image, "requirements-dev.lock": optional["dev"]}
+    shared = setup["options"]["install_requires"]
+    lines = [(name, line) for name, text in texts.items() for line in f"{shared}\n{text}".split("\n") if line]
+    return [(name, Requirement(line)) for name, line in lines]
 
 
-@pytest.mark.parametrize("requirement", wanted(), ids=str)
-def test_the_lock_has_what_setup_cfg_asks_for(requirement: Requirement) -> None:
-    """Whoever changes a requirement runs `make lock`."""
-    version = locked().get(canonicalize_name(requirement.name))
+@pytest.mark.parametrize(("name", "requirement"), requirements(), ids=str)
+def test_lock_satisfies_the_requirements(name: str, requirement: Requirement) -> None:
+    """After a change of a requirement, `make lock` must be run."""
+    version = locked(name).get(canonicalize_name(requirement.name))
     assert version, "missing: run make lock"
     assert requirement.specifier.contains(version), "another version: run make lock"
 
 
-def test_the_lock_holds_versions_and_hashes_only() -> None:
-    """No index, no path, no link: whoever installs from it says where from, and the hashes say what."""
-    rest = _ENTRY.sub("", LOCK).splitlines()
-    assert len(locked()) > 50
+def test_locks_agree() -> None:
+    """The tests run with the versions that the image has."""
+    image, dev = map(locked, LOCKS)
+    assert {name: dev[name] for name in image.keys() & dev} == {name: image[name] for name in image.keys() & dev}
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_lock_contains_only_versions_and_hashes(name: str) -> None:
+    """It names no index, path or link: the installer chooses the source, and the hashes verify the content."""
+    rest = _ENTRY.sub("", read_lock(name)).splitlines()
+    assert len(locked(name)) > 50
     assert [line for line in rest if not line.lstrip().startswith("#")] == []
-    assert "/" not in LOCK
+    assert "/" not in read_lock(name)
 
 
 def test_the_image_has_the_clients_of_all_queues() -> None:
