@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
 
@@ -289,8 +290,6 @@ def test_queries_stay_below_the_longest_uri() -> None:
         chunks = list(_chunks(values, query))
         assert [value for chunk in chunks for value in chunk] == values
         assert max(len(chunk) for chunk in chunks) > 10
-        from urllib.parse import quote
-
         assert max(len(quote(_where(query, chunk))) for chunk in chunks) < MAX_WHERE_BYTES + 200
 
 

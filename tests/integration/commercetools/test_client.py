@@ -1,8 +1,9 @@
-"""The commercetools client."""
+"""The commercetools client: queries, retries, errors and tokens."""
 
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -22,10 +23,13 @@ from worker.commercetools.queries import (
 )
 from worker.errors import CommercetoolsMisconfigured, Rejected, Transient
 from worker.sandbox import Fault, Sandbox
+from worker.sandbox.commercetools.api import error_document
 from worker.sandbox.commercetools.shop import uid
+from worker.sandbox.server import ApiResponse
 
 if TYPE_CHECKING:
     from worker.commercetools.queries import QueryResult
+    from worker.sandbox.server import ApiRequest
 
 
 def ids(found: QueryResult, value: str) -> list[str]:
@@ -34,8 +38,8 @@ def ids(found: QueryResult, value: str) -> list[str]:
     return [resource["id"] for resource in resources]
 
 
-def test_every_query_finds_what_it_names(sandbox: Sandbox) -> None:
-    """By id, by payment, by ancestor, by sku; a value without a resource gives none."""
+def test_query_finds_resources_by_value(sandbox: Sandbox) -> None:
+    """By id, payment, ancestor or SKU. A value without a resource has an empty result."""
     client = commercetools_for(sandbox)
     three, card, women = uid("order:three"), uid("payment:card"), uid("category:women")
     assert ids(client.find(ORDERS, [three, "nothing"]), three) == [three]
@@ -49,8 +53,8 @@ def test_every_query_finds_what_it_names(sandbox: Sandbox) -> None:
     assert len(ids(client.find(INVENTORY_BY_SKU, ["JEANS-30"]), "JEANS-30")) == 2
 
 
-def test_hundreds_of_ids_are_a_few_requests_that_all_fit(sandbox: Sandbox) -> None:
-    """The real service refuses an URI of more than 8 KB; the sandbox does too."""
+def test_many_ids_are_split_into_few_requests(sandbox: Sandbox) -> None:
+    """Both commercetools and the sandbox reject a URI of more than 8 KB."""
     values = [str(uuid.UUID(int=n)) for n in range(600)] + [uid("order:three")]
     found = commercetools_for(sandbox).find(ORDERS, values)
     assert set(found) == set(values)
@@ -60,8 +64,8 @@ def test_hundreds_of_ids_are_a_few_requests_that_all_fit(sandbox: Sandbox) -> No
     assert {request.status for request in requests} == {200}
 
 
-def test_a_result_of_many_pages_is_read_to_the_end(sandbox: Sandbox) -> None:
-    """Pages go by id: nothing is skipped and nothing comes twice."""
+def test_all_pages_of_a_result_are_read(sandbox: Sandbox) -> None:
+    """Pages are read by id, so that none is skipped or read twice."""
     template = next(iter(sandbox.shop.inventory.values()))
     for number in range(2 * PAGE_SIZE + 7):
         name = f"{number:05}"
@@ -71,24 +75,24 @@ def test_a_result_of_many_pages_is_read_to_the_end(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 520, 522])
-def test_what_passes_is_tried_again(status: int, sandbox: Sandbox) -> None:
-    """A short outage costs nobody a delivery attempt."""
+def test_transient_status_is_retried(status: int, sandbox: Sandbox) -> None:
+    """A short outage uses up no delivery attempt."""
     sandbox.commercetools.faults.add(Fault(status=status, times=2, match="GET"))
     grete = uid("customer:grete")
     assert ids(commercetools_for(sandbox).find(CUSTOMERS, [grete]), grete) == [grete]
 
 
 @pytest.mark.parametrize("action", ["reset", "truncate", "hang"])
-def test_a_broken_connection_is_tried_again(action: str, sandbox: Sandbox) -> None:
-    """Reset, cut short, silent: each ends in time and is asked for once more."""
+def test_failed_connection_is_retried(action: str, sandbox: Sandbox) -> None:
+    """A connection that is reset, truncated or silent ends within the timeout."""
     sandbox.commercetools.faults.add(Fault(action=action, times=1, match="GET", seconds=1.0))
     grete = uid("customer:grete")
     found = commercetools_for(sandbox, read_timeout=0.2).find(CUSTOMERS, [grete])
     assert ids(found, grete) == [grete]
 
 
-def test_an_outage_is_transient(sandbox: Sandbox) -> None:
-    """Whether it answers 500 or refuses connections: the message will come again."""
+def test_outage_is_transient(sandbox: Sandbox) -> None:
+    """Both a 500 and a refused connection are, and the error has no id."""
     client = commercetools_for(sandbox, retry_timeout=0.2)
     sandbox.commercetools.faults.add(Fault(status=500, times=None, match="GET"))
     assert isinstance(client.find(CUSTOMERS, ["x"])["x"], Transient)
@@ -99,50 +103,47 @@ def test_an_outage_is_transient(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("body", [b"<html>maintenance</html>", b"{}", b'{"results": null}', b""])
-def test_a_strange_answer_is_never_taken_for_nothing(body: bytes, sandbox: Sandbox) -> None:
-    """A maintenance page must not delete products or forget orders."""
+def test_malformed_response_is_not_an_empty_result(body: bytes, sandbox: Sandbox) -> None:
+    """A maintenance page must not delete products or ignore orders."""
     sandbox.commercetools.faults.add(Fault(status=200, times=None, match="GET", body=body))
     assert isinstance(commercetools_for(sandbox, retry_timeout=0.1).find(PRODUCTS, ["x"])["x"], Transient)
 
 
-def test_a_redirect_is_a_matter_of_configuration(sandbox: Sandbox) -> None:
-    """Whoever answers there is not the API."""
+def test_redirect_is_misconfigured(sandbox: Sandbox) -> None:
+    """The server is not the API."""
     sandbox.commercetools.faults.add(Fault(status=302, times=1, match="GET"))
     assert isinstance(commercetools_for(sandbox).find(PRODUCTS, ["x"])["x"], CommercetoolsMisconfigured)
 
 
-def test_retry_after_beyond_our_patience_is_passed_on(sandbox: Sandbox) -> None:
-    """The queue waits instead of the worker."""
+def test_long_retry_after_is_returned_with_the_error(sandbox: Sandbox) -> None:
+    """The lane waits instead of the client."""
     sandbox.commercetools.faults.add(Fault(status=503, times=1, match="GET", headers={"Retry-After": "77"}))
     error = commercetools_for(sandbox).find(CUSTOMERS, ["x"])["x"]
     assert isinstance(error, Transient)
     assert error.retry_after == 77
-    assert len(sandbox.commercetools.requests) == 2  # the token, one query
+    assert len(sandbox.commercetools.requests) == 2  # the token and one query
 
 
-def test_one_refused_value_does_not_hurt_the_others(sandbox: Sandbox) -> None:
-    """A malformed id makes commercetools refuse the whole query; the others are found all the same."""
+def test_invalid_value_fails_alone(sandbox: Sandbox) -> None:
+    """One malformed id makes commercetools reject the whole query. The other values are still found."""
     sandbox.commercetools.faults.add(Fault(status=400, times=None, match="GET", contains=b""))
     sandbox.commercetools.faults.clear()
     customers = list(sandbox.shop.customers)
     original = sandbox.commercetools_api.handle
 
-    def refusing(request):
+    def reject_bad(request: ApiRequest) -> ApiResponse:
         if any("BAD" in where for where in request.query.get("where", [])):
-            from worker.sandbox.commercetools.api import error_document
-            from worker.sandbox.server import ApiResponse
-
             return ApiResponse(400, error_document(400))
         return original(request)
 
-    sandbox.commercetools.handle = refusing
+    sandbox.commercetools.handle = reject_bad
     found = commercetools_for(sandbox).find(CUSTOMERS, [*customers, "BAD"])
     assert isinstance(found["BAD"], Rejected)
     assert all(ids(found, customer) == [customer] for customer in customers)
 
 
-def test_a_revoked_token_is_renewed_at_once(sandbox: Sandbox) -> None:
-    """A 401 before the token's time is no misconfiguration."""
+def test_revoked_token_is_replaced(sandbox: Sandbox) -> None:
+    """A 401 before the expiry of the token is not a misconfiguration."""
     client = commercetools_for(sandbox)
     client.find(CUSTOMERS, ["x"])
     sandbox.commercetools_api.revoke_tokens()
@@ -150,8 +151,8 @@ def test_a_revoked_token_is_renewed_at_once(sandbox: Sandbox) -> None:
     assert sandbox.commercetools_api.tokens_issued == 2
 
 
-def test_many_threads_share_one_token(sandbox: Sandbox) -> None:
-    """Sixteen threads, one token; after it is revoked, one more."""
+def test_threads_share_one_token(sandbox: Sandbox) -> None:
+    """Sixteen threads need one token, and one more after it is revoked."""
     client = commercetools_for(sandbox)
     sandbox.commercetools.latency = 0.02
     for expected in (1, 2):
@@ -162,13 +163,11 @@ def test_many_threads_share_one_token(sandbox: Sandbox) -> None:
         sandbox.commercetools_api.revoke_tokens()
 
 
-def test_a_short_lived_token_is_renewed_before_its_end() -> None:
-    """Clock-based renewal leaves a margin."""
+def test_token_is_replaced_before_it_expires() -> None:
+    """A short-lived token is replaced after half of its lifetime."""
     with Sandbox(token_lifetime=1) as sandbox:
         client = commercetools_for(sandbox)
         client.find(CUSTOMERS, ["x"])
-        import time
-
         time.sleep(0.6)
         client.find(CUSTOMERS, ["x"])
         assert sandbox.commercetools_api.tokens_issued == 2
@@ -183,8 +182,8 @@ def test_a_short_lived_token_is_renewed_before_its_end() -> None:
     ],
     ids=["credentials", "project"],
 )
-def test_refused_credentials_are_a_matter_of_configuration(values: dict[str, str], sandbox: Sandbox) -> None:
-    """The text names the variables and holds no secret."""
+def test_rejected_credentials_are_misconfigured(values: dict[str, str], sandbox: Sandbox) -> None:
+    """The error names the settings and has no secret."""
     error = commercetools_for(sandbox, **values).find(PRODUCTS, ["x"])["x"]
     assert isinstance(error, CommercetoolsMisconfigured)
     assert "CT_API_CLIENT" in str(error)
@@ -192,15 +191,15 @@ def test_refused_credentials_are_a_matter_of_configuration(values: dict[str, str
 
 
 @pytest.mark.parametrize("fault", [Fault(status=503, times=1), Fault(action="reset", times=1)], ids=["503", "reset"])
-def test_an_authorization_server_that_is_down_is_transient(fault: Fault, sandbox: Sandbox) -> None:
-    """No token now is no refusal: it is tried again."""
+def test_outage_of_the_authorization_server_is_retried(fault: Fault, sandbox: Sandbox) -> None:
+    """A missing token is not a rejection of the credentials."""
     sandbox.commercetools.faults.add(fault)
     assert commercetools_for(sandbox).find(CUSTOMERS, ["x"]) == {"x": []}
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b'{"access_token": "t", "token_type": "bearer", "expires_in": "x"}'])
-def test_a_strange_token_is_transient(body: bytes, sandbox: Sandbox) -> None:
-    """As any strange answer is; nor is it an error that nobody can act on."""
+def test_malformed_token_is_retried(body: bytes, sandbox: Sandbox) -> None:
+    """It is handled as any malformed response."""
     sandbox.commercetools.faults.add(Fault(status=200, match="POST", body=body))
     assert commercetools_for(sandbox).find(CUSTOMERS, ["x"]) == {"x": []}
 
@@ -220,8 +219,8 @@ def test_client_does_not_change_the_environment(sandbox: Sandbox, monkeypatch: p
     assert dict(os.environ) == before
 
 
-def test_a_missing_scope_names_itself(sandbox: Sandbox) -> None:
-    """A 403 is a matter of configuration."""
+def test_missing_scope_is_misconfigured(sandbox: Sandbox) -> None:
+    """The error has the code `insufficient_scope`."""
     sandbox.commercetools.faults.add(Fault(status=403, times=1, match="GET"))
     error = commercetools_for(sandbox).find(CUSTOMERS, ["x"])["x"]
     assert isinstance(error, CommercetoolsMisconfigured)

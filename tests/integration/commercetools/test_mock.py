@@ -1,7 +1,7 @@
-"""`klaviyo-worker subscriptions` against a stand-in for commercetools that others wrote.
+"""`klaviyo-worker subscriptions` against a third-party mock of commercetools.
 
-https://github.com/labd/commercetools-node-mock, by `make ct-mock`. It has no /health, and of the update
-actions only setKey.
+`make ct-mock` installs it: https://github.com/labd/commercetools-node-mock. It has no /health, and setKey is its only
+update action.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ await mock.runServer(%d);
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """Return where the mock listens."""
+    """Return the URL of the mock."""
     if not (PLACE / "node_modules").is_dir() or shutil.which("node") is None:
         pytest.skip("not installed: make ct-mock, which takes npm")
     port = free_port()
@@ -72,17 +72,17 @@ def run(url: str, *arguments: str) -> Result:
     return CliRunner().invoke(main, ["subscriptions", *arguments, "--destination", TOPIC], env=environment)
 
 
-def test_it_is_created_once_and_kept(url: str) -> None:
-    """A stand-in that does not tell its health is believed."""
+def test_subscription_is_created_once(url: str) -> None:
+    """A service that does not report the health of a subscription is accepted."""
     assert run(url, "plan").stdout.startswith("+ create subscription klaviyo-worker\n")
     done = run(url, "apply")
     assert (done.exit_code, done.stderr) == (0, "")
-    assert done.stdout.endswith("applied: version 1; this commercetools does not tell its health\n")
-    assert run(url, "apply").stdout.startswith("= subscription klaviyo-worker is as it should be\n")
+    assert done.stdout.endswith("applied: version 1; this commercetools does not report health\n")
+    assert run(url, "apply").stdout.startswith("= subscription klaviyo-worker is up to date\n")
 
 
-def test_stale_ones_are_deleted(url: str) -> None:
-    """With their version."""
+def test_stale_subscriptions_are_deleted(url: str) -> None:
+    """The request has the version of the subscription."""
     run(url, "apply", "--key", "old")
     done = run(url, "apply", "--key", "new", "--delete-stale", "--yes")
     assert done.exit_code == 0
@@ -90,7 +90,7 @@ def test_stale_ones_are_deleted(url: str) -> None:
     assert not [line for line in run(url, "plan", "--key", "new").stdout.splitlines() if line.startswith("- stale")]
 
 
-def test_a_refused_update_says_why(url: str) -> None:
+def test_rejected_update_reports_the_reason(url: str) -> None:
     """The mock cannot change a destination."""
     run(url, "apply", "--key", "renewed")
     done = run(url, "apply", "--key", "renewed", "--renew")

@@ -1,4 +1,4 @@
-"""A request, whatever the other side makes of its answer."""
+"""The HTTP transport, against servers that respond slowly, partly or not at all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def listener() -> Iterator[socket.socket]:
 
 
 def transport(listener: socket.socket, serve: Callable[[socket.socket], None]) -> tuple[Transport, str]:
-    """Return a transport, and the address of a server that handles one connection as told."""
+    """Return a transport, and the URL of a server that handles one connection with `serve`."""
 
     def run() -> None:
         connection, _ = listener.accept()
@@ -37,12 +37,12 @@ def transport(listener: socket.socket, serve: Callable[[socket.socket], None]) -
     return Transport(pool(url, 1), settings_for(read_timeout=0.5), lambda *_: None), url
 
 
-def test_an_answer_that_takes_for_ever_is_none(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each byte comes within the read timeout: the lane would wait as long, and its resources with it."""
+def test_slow_response_times_out(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte arrives within the read timeout, so the whole response needs its own timeout."""
     monkeypatch.setattr("worker.http.transport.BODY_TIMEOUT_FACTOR", 1)
-    hung_up = threading.Event()
+    disconnected = threading.Event()
 
-    def dawdle(connection: socket.socket) -> None:
+    def respond_slowly(connection: socket.socket) -> None:
         connection.recv(9999)
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 40\r\n\r\n")
         try:
@@ -50,16 +50,16 @@ def test_an_answer_that_takes_for_ever_is_none(listener: socket.socket, monkeypa
                 time.sleep(0.1)
                 connection.sendall(b" ")
         except OSError:
-            hung_up.set()
+            disconnected.set()
 
-    transport_, url = transport(listener, dawdle)
+    transport_, url = transport(listener, respond_slowly)
     with pytest.raises(Transient, match=r"^no response to GET 127.0.0.1:\d+/: TimeoutError$"):
         transport_.request("x", "GET", url, {})
-    assert hung_up.wait(5)
+    assert disconnected.wait(5)
 
 
-def test_trouble_is_of_an_endpoint(listener: socket.socket) -> None:
-    """And of no record, or an outage would have as many reasons as there are records."""
+def test_error_names_the_endpoint_without_ids(listener: socket.socket) -> None:
+    """With ids, an outage would have a different reason for each record."""
     transport_, url = transport(listener, lambda connection: connection.close())
     with pytest.raises(Transient, match=r"^no response to PATCH 127.0.0.1:\d+/api/catalog-items/{id}/variants: "):
         transport_.request("x", "PATCH", f"{url}api/catalog-items/$custom:::1/variants?page=2", {})
@@ -67,19 +67,19 @@ def test_trouble_is_of_an_endpoint(listener: socket.socket) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 65_536, 300_000])
 @pytest.mark.parametrize("way", ["plain", "gzip", "chunked"])
-def test_whole_answers_come_over_one_connection(way: str, size: int, listener: socket.socket) -> None:
-    """However they are encoded; a connection is used again, as opening one takes longer than most calls."""
+def test_connection_is_reused_after_every_kind_of_response(way: str, size: int, listener: socket.socket) -> None:
+    """Opening a connection takes longer than most calls."""
     content = b"x" * size
     body = gzip.compress(content) if way == "gzip" else content
     length = b"Transfer-Encoding: chunked" if way == "chunked" else b"Content-Length: %d" % len(body)
     encoding = b"Content-Encoding: gzip\r\n" if way == "gzip" else b""
     chunked = (b"%x\r\n%s\r\n" % (size, content) if content else b"") + b"0\r\n\r\n"
 
-    def answer(connection: socket.socket) -> None:
+    def respond(connection: socket.socket) -> None:
         for _ in range(3):
             connection.recv(9999)
             head = b"HTTP/1.1 200 OK\r\n" + encoding + length + b"\r\n\r\n"
             connection.sendall(head + (chunked if way == "chunked" else body))
 
-    transport_, url = transport(listener, answer)
+    transport_, url = transport(listener, respond)
     assert [transport_.request("x", "GET", url, {}).body == content for _ in range(3)] == [True] * 3

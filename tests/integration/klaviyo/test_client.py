@@ -1,4 +1,4 @@
-"""The Klaviyo client: what each answer means."""
+"""The Klaviyo client: authentication, retries, and the error for each response."""
 
 from __future__ import annotations
 
@@ -37,35 +37,35 @@ PROFILE: Json = {"data": {"type": "profile", "attributes": {"email": "ada@exampl
         ("GET", "/api/catalog-items/$custom:::$default:::ab-1/variants?x=id", "GET /api/catalog-items/{id}/variants"),
     ],
 )
-def test_an_endpoint_has_no_ids(method: str, path: str, endpoint: str) -> None:
-    """Each has rate limits, a gate and metrics of its own; ids and queries would make one each, and name people."""
+def test_endpoint_has_no_ids(method: str, path: str, endpoint: str) -> None:
+    """Rate limits, breakers and metrics are per endpoint: ids would multiply them, and a query can name people."""
     assert endpoint_of(method, path) == endpoint
 
 
 @given(st.text(min_size=1))
-def test_no_sku_makes_an_endpoint(sku: str) -> None:
-    """Merchants choose SKUs, and shops have a hundred thousand."""
+def test_endpoint_has_no_sku(sku: str) -> None:
+    """Merchants choose SKUs, and a shop can have a hundred thousand."""
     path = f"/api/catalog-variants/{quote(catalog_id(sku), safe='$:')}"
     assert endpoint_of("PATCH", path) == "PATCH /api/catalog-variants/{id}"
 
 
-def test_a_call_is_authenticated_and_answered(sandbox: Sandbox) -> None:
-    """Key, revision and media type are as Klaviyo wants them."""
-    answer = klaviyo_for(sandbox).call("POST", "/api/profile-import", PROFILE)
-    assert answer["data"]["attributes"]["email"] == "ada@example.com"
+def test_call_is_authenticated(sandbox: Sandbox) -> None:
+    """It has the key, the revision and the media type that Klaviyo requires."""
+    response = klaviyo_for(sandbox).call("POST", "/api/profile-import", PROFILE)
+    assert response["data"]["attributes"]["email"] == "ada@example.com"
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 520, 524])
-def test_what_passes_is_tried_again(status: int, sandbox: Sandbox) -> None:
-    """Short outages stay between Klaviyo and us."""
+def test_transient_status_is_retried(status: int, sandbox: Sandbox) -> None:
+    """The caller does not notice a short outage."""
     sandbox.klaviyo.faults.add(Fault(status=status, times=2))
     klaviyo_for(sandbox).call("POST", "/api/profile-import", PROFILE)
     assert [request.status for request in sandbox.klaviyo.requests] == [status, status, 201]
 
 
 @pytest.mark.parametrize("action", ["respond", "reset", "truncate", "lose_response"])
-def test_what_must_not_be_done_twice_is_tried_once(action: str, sandbox: Sandbox) -> None:
-    """Nobody knows what became of a bulk call without an answer. Its body is taken as it is."""
+def test_call_that_is_not_idempotent_is_not_retried(action: str, sandbox: Sandbox) -> None:
+    """After a bulk call without a response, it is unknown whether Klaviyo accepted it."""
     sandbox.klaviyo.faults.add(Fault(status=503, times=1, action=action))
     client = klaviyo_for(sandbox)
     with pytest.raises(Transient):
@@ -76,62 +76,62 @@ def test_what_must_not_be_done_twice_is_tried_once(action: str, sandbox: Sandbox
 
 
 def test_retry_after_is_obeyed(sandbox: Sandbox) -> None:
-    """Within our patience we wait, beyond it the queue does."""
+    """The client waits for a short delay. A long one is returned with the error, so that the lane waits."""
     client = klaviyo_for(sandbox)
     sandbox.klaviyo.faults.add(Fault(status=429, times=1, headers={"Retry-After": "1"}))
-    began = time.monotonic()
+    start = time.monotonic()
     client.call("POST", "/api/profile-import", PROFILE)
-    assert time.monotonic() - began >= 1
+    assert time.monotonic() - start >= 1
     sandbox.klaviyo.faults.add(Fault(status=429, times=1, headers={"Retry-After": "600"}))
     with pytest.raises(Throttled) as error:
         client.call("POST", "/api/profile-import", PROFILE)
     assert error.value.retry_after == 600
 
 
-def test_every_call_is_paced_and_its_answer_learnt_from(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By endpoint; what Klaviyo says of its limits reaches what paces the calls."""
+def test_rate_limiter_gets_every_call_and_response(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It paces the calls of each endpoint, and adjusts to the responses."""
     client = klaviyo_for(sandbox)
-    waited, learnt = Scripted(), Scripted()
-    monkeypatch.setattr(client._rate_limiter, "acquire", waited)
-    monkeypatch.setattr(client._rate_limiter, "update", learnt)
+    acquired, updated = Scripted(), Scripted()
+    monkeypatch.setattr(client._rate_limiter, "acquire", acquired)
+    monkeypatch.setattr(client._rate_limiter, "update", updated)
     sandbox.klaviyo.faults.add(Fault(status=429, times=1, headers={"Retry-After": "1"}))
     client.call("POST", "/api/profile-import", PROFILE)
-    assert waited.calls == [("POST /api/profile-import",)] * 2
-    assert [(endpoint, status, retry_after) for endpoint, status, _, retry_after in learnt.calls] == [
+    assert acquired.calls == [("POST /api/profile-import",)] * 2
+    assert [(endpoint, status, retry_after) for endpoint, status, _, retry_after in updated.calls] == [
         ("POST /api/profile-import", 429, 1.0),
         ("POST /api/profile-import", 201, None),
     ]
 
 
 @pytest.mark.parametrize("header", ["soon", "Wed, 21 Oct 2015 07:28:00 GMT", "-5", "nan", "inf", "99 GMT"])
-def test_an_odd_retry_after_is_survived(header: str, sandbox: Sandbox) -> None:
-    """A date in the past, a negative number, a word: try again as usual."""
+def test_invalid_retry_after_is_ignored(header: str, sandbox: Sandbox) -> None:
+    """After a date in the past, a negative number or a word, the call is retried as usual."""
     sandbox.klaviyo.faults.add(Fault(status=503, times=1, headers={"Retry-After": header}))
     klaviyo_for(sandbox).call("POST", "/api/profile-import", PROFILE)
 
 
 @pytest.mark.parametrize("action", ["reset", "truncate", "hang", "lose_response"])
-def test_a_lost_answer_is_asked_for_again(action: str, sandbox: Sandbox) -> None:
-    """Writes are idempotent, so repeating one is right."""
+def test_idempotent_call_without_a_response_is_retried(action: str, sandbox: Sandbox) -> None:
+    """The write can have succeeded, so it is repeated with the same effect."""
     sandbox.klaviyo.faults.add(Fault(action=action, times=1, seconds=1.0))
     klaviyo_for(sandbox, read_timeout=0.2).call("POST", "/api/profile-import", PROFILE)
     assert len(sandbox.account.profiles) == 1
 
 
-def test_a_shutdown_ends_the_waiting(sandbox: Sandbox) -> None:
-    """Nobody waits for a Retry-After while the process is to stop."""
+def test_shutdown_ends_the_retry_delay(sandbox: Sandbox) -> None:
+    """A Retry-After must not delay the shutdown."""
     stopping = Event()
     client = Klaviyo(settings_for(sandbox, retry_timeout=60), stopping)
     stopping.set()
     sandbox.klaviyo.faults.add(Fault(status=503, times=None, headers={"Retry-After": "30"}))
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(Transient):
         client.call("POST", "/api/profile-import", PROFILE)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - start < 5
 
 
-def test_a_refused_record_says_why_without_quoting_it(sandbox: Sandbox) -> None:
-    """Code, title and pointer are ours to log; the detail quotes the record."""
+def test_rejection_does_not_quote_the_record(sandbox: Sandbox) -> None:
+    """The error has the code, the title and the pointer. Klaviyo's detail can quote the record."""
     bad: Json = {"data": {"type": "profile", "attributes": {"email": "ada@example.com", "ada": 1}}}
     with pytest.raises(Rejected) as error:
         klaviyo_for(sandbox).call("POST", "/api/profile-import", bad)
@@ -142,8 +142,8 @@ def test_a_refused_record_says_why_without_quoting_it(sandbox: Sandbox) -> None:
     )
 
 
-def test_a_conflict_names_the_other_profile(sandbox: Sandbox) -> None:
-    """The id to write to is in the error."""
+def test_conflict_names_the_other_profile(sandbox: Sandbox) -> None:
+    """The error has the id of the profile to write to."""
     client = klaviyo_for(sandbox)
     first = client.call("POST", "/api/profile-import", PROFILE)
     other: Json = {"data": {"type": "profile", "attributes": {"external_id": "x"}}}
@@ -168,30 +168,29 @@ def test_a_conflict_names_the_other_profile(sandbox: Sandbox) -> None:
     ],
     ids=["401", "403", "410", "405", "302", "not Klaviyo"],
 )
-def test_what_judges_no_record_is_a_matter_of_configuration(fault: Fault, expected: str, sandbox: Sandbox) -> None:
-    """Such answers park the worker: no message is at fault."""
+def test_status_that_concerns_no_record_is_misconfigured(fault: Fault, expected: str, sandbox: Sandbox) -> None:
+    """The worker parks: no message is at fault."""
     sandbox.klaviyo.faults.add(fault)
     with pytest.raises(KlaviyoMisconfigured, match=expected):
         klaviyo_for(sandbox).call("POST", "/api/events", PROFILE)
 
 
-def test_a_strange_answer_is_never_taken_for_success(sandbox: Sandbox) -> None:
+def test_success_without_json_is_transient(sandbox: Sandbox) -> None:
     """A maintenance page with status 200 has recorded no event."""
     sandbox.klaviyo.faults.add(Fault(status=200, times=None, body=b"<html>maintenance</html>"))
     with pytest.raises(Transient, match=r"^200 to POST .*/api/events with a body that is not JSON$"):
         klaviyo_for(sandbox, retry_timeout=0.1).call("POST", "/api/events", PROFILE)
 
 
-def test_a_challenge_page_is_transient(sandbox: Sandbox) -> None:
-    """Cloudflare answers 403 in HTML now and then; the key is fine."""
+def test_challenge_page_is_transient(sandbox: Sandbox) -> None:
+    """Cloudflare occasionally answers 403 with HTML although the key is valid."""
     sandbox.klaviyo.faults.add(Fault(status=403, times=1, body=b"<html>Just a moment...</html>"))
-    klaviyo_for(sandbox, retry_timeout=0)  # no retry needed to tell
     with pytest.raises(Transient, match="challenge"):
         klaviyo_for(sandbox, retry_timeout=0).call("POST", "/api/profile-import", PROFILE)
 
 
-def test_the_proxy_of_the_environment_is_used(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HTTPS_PROXY is how many companies let anything out; NO_PROXY is how they keep things in."""
+def test_proxy_of_the_environment_is_used(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTPS_PROXY selects the proxy, NO_PROXY the hosts that are reached without it."""
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,internal.example")
     assert proxy_for("https://a.klaviyo.com") == "http://proxy.example:3128"
@@ -202,7 +201,7 @@ def test_the_proxy_of_the_environment_is_used(sandbox: Sandbox, monkeypatch: pyt
 
 
 def test_connections_are_reused(sandbox: Sandbox) -> None:
-    """A thousand calls are not a thousand handshakes."""
+    """Twenty calls need one handshake."""
     client = klaviyo_for(sandbox)
     for _ in range(20):
         client.call("POST", "/api/profile-import", PROFILE)
@@ -210,8 +209,8 @@ def test_connections_are_reused(sandbox: Sandbox) -> None:
     assert pool.num_connections == 1
 
 
-def test_in_an_outage_only_the_first_calls_wait(sandbox: Sandbox) -> None:
-    """Once one call gave up, others are tried once, until Klaviyo answers again."""
+def test_only_the_first_call_of_an_outage_is_retried(sandbox: Sandbox) -> None:
+    """After a failed call, each further call is sent once until Klaviyo responds again."""
     client = klaviyo_for(sandbox, retry_timeout=0.5)
     sandbox.klaviyo.faults.add(Fault(status=503, times=None))
     for _ in range(3):
