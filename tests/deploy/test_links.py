@@ -1,4 +1,4 @@
-"""Links between the pages of this project lead somewhere."""
+"""Links and paths in the documents."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 
 from tests.deploy.pages import ROOT, page
 
-PAGES = [*sorted(path.relative_to(ROOT) for path in ROOT.glob("*.md")), Path("infrastructure/README.md")]
-PAGES += sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md"))
+PAGES = [Path("infrastructure/README.md"), Path("tests/README.md")]
+PAGES += sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+FOLDERS = "adapters|benchmarks|docs|infrastructure|k8s|systemd|tests|worker"
 
 
 def _prose(file: Path) -> str:
@@ -18,16 +19,16 @@ def _prose(file: Path) -> str:
 
 
 def _anchors(file: Path) -> set[str]:
-    """Return the anchors that GitHub gives to headings, and those that are written out."""
+    """Return the anchors of a page: those that GitHub creates for headings, and explicit ones."""
     prose = _prose(file)
     titles = re.findall(r"^#+ (.*)$", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", prose), re.MULTILINE)
-    made = {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
-    return made | set(re.findall(r'<a id="([^"]+)">', prose))
+    created = {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+    return created | set(re.findall(r'<a id="([^"]+)">', prose))
 
 
 @pytest.mark.parametrize("file", PAGES, ids=str)
-def test_links_lead_somewhere(file: Path) -> None:
-    """To a file or a directory, and to a heading of it; what is elsewhere is not asked for."""
+def test_links_have_a_target(file: Path) -> None:
+    """A link inside the project leads to a file or a directory, and its anchor to a heading."""
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", _prose(file)):
         target, _, anchor = link.partition("#")
@@ -37,3 +38,10 @@ def test_links_lead_somewhere(file: Path) -> None:
         if not found.exists() or (anchor and anchor not in _anchors(found)):
             broken.append(link)
     assert broken == []
+
+
+@pytest.mark.parametrize("file", PAGES, ids=str)
+def test_named_files_exist(file: Path) -> None:
+    """A path in backquotes that starts with a folder of the project exists."""
+    paths = re.findall(rf"`((?:{FOLDERS})/[\w./-]+)`", _prose(file))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
