@@ -1,4 +1,4 @@
-# Pin it for production: --build-arg PYTHON_IMAGE=python:3.13-slim@sha256:… (docs/image.md).
+# Pin the base image for production: --build-arg PYTHON_IMAGE=python:3.13-slim@sha256:… (docs/image.md).
 ARG PYTHON_IMAGE=python:3.13-slim
 
 FROM ${PYTHON_IMAGE} AS build
@@ -11,15 +11,15 @@ RUN python -m venv --without-pip /opt/klaviyo-worker \
 COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY adapters adapters
 COPY worker worker
-# Without an index everything comes from the lock: what builds our wheel too, and what setup.cfg asks for.
-# klaviyo-api asks for setuptools, but does not import it.
+# --no-index: the build tools and the requirements of setup.cfg come from the lock.
+# klaviyo-api requires setuptools but does not import it.
 # hadolint ignore=DL3013
 RUN pip wheel --no-deps --no-index --find-links wheels --wheel-dir wheels . \
     && pip --python /opt/klaviyo-worker/bin/python install --no-index --find-links wheels 'klaviyo-worker[push,sqs,servicebus]' \
     && pip --python /opt/klaviyo-worker/bin/python uninstall --yes setuptools
 
 FROM ${PYTHON_IMAGE}
-# The home is for the embedded queue, and a volume there belongs to the user; nothing else is ever written.
+# The home directory holds the embedded queue. A volume there belongs to the user. Nothing else is written.
 RUN groupadd --gid 10001 klaviyo-worker \
     && useradd --uid 10001 --gid 10001 --no-log-init --home-dir /var/lib/klaviyo-worker --shell /usr/sbin/nologin klaviyo-worker \
     && install --directory --owner 10001 --group 10001 /var/lib/klaviyo-worker
@@ -29,7 +29,7 @@ ENV PATH=/opt/klaviyo-worker/bin:$PATH HOME=/var/lib/klaviyo-worker PYTHONUNBUFF
     KLAVIYO_WORKER_HTTP_HOST=0.0.0.0
 USER 10001:10001
 EXPOSE 9090
-# No HEALTHCHECK: /livez and /readyz are for the orchestrator's probes, and `run --once` has nothing to probe.
+# No HEALTHCHECK: the orchestrator probes /livez and /readyz, and `run --once` serves neither.
 ENTRYPOINT ["klaviyo-worker"]
 CMD ["run"]
 ARG VERSION=unknown

@@ -4,7 +4,7 @@ resource "google_monitoring_alert_policy" "dead_letters" {
   notification_channels = var.notification_channels
 
   conditions {
-    display_name = "dead letters wait to be looked at"
+    display_name = "there are dead letters"
 
     condition_threshold {
       filter = join(" AND ", [
@@ -26,8 +26,8 @@ resource "google_monitoring_alert_policy" "dead_letters" {
   documentation {
     mime_type = "text/markdown"
     content   = <<-EOT
-      Messages that can never succeed. They are kept for seven days. The worker's log has the reasons: lines
-      `message_processed` with `"outcome": "dead_lettered"`. To look without removing anything: `klaviyo-worker dlq list`
+      Messages that can never succeed were dead-lettered. They are kept for seven days. The worker's log has the reasons, in
+      `message_processed` lines with `"outcome": "dead_lettered"`. `klaviyo-worker dlq list` shows them without removing them,
       with QUEUE_URL=pubsub://${var.project}/${google_pubsub_subscription.worker.name} and
       DEAD_LETTER_QUEUE_URL=pubsub://${var.project}/${google_pubsub_subscription.dead.name}
     EOT
@@ -62,8 +62,8 @@ resource "google_monitoring_alert_policy" "old_messages" {
   documentation {
     mime_type = "text/markdown"
     content   = <<-EOT
-      Klaviyo runs behind the shop: no worker runs, it is parked, Klaviyo or commercetools do not answer, or one
-      worker is too few. Its `/readyz` page and the lines `parked` and `outage` of its log tell which.
+      Klaviyo is behind the shop. Either no worker runs, the worker is parked, Klaviyo or commercetools does not respond, or
+      there are too few workers. The worker's `/readyz` and its log lines `parked` and `outage` show the cause.
     EOT
   }
 }

@@ -1,4 +1,4 @@
-# What commercetools tells the worker: all that `klaviyo-worker handlers` lists. docs/subscriptions.md has the reasons.
+# The commercetools subscription to everything that `klaviyo-worker handlers` lists; docs/subscriptions.md.
 
 resource "google_pubsub_topic_iam_member" "commercetools" {
   topic  = google_pubsub_topic.worker.name
@@ -56,7 +56,7 @@ resource "commercetools_subscription" "worker" {
   }
 
   depends_on = [
-    google_pubsub_subscription.worker,            # or what comes first is forgotten
-    google_pubsub_topic_iam_member.commercetools, # a test notification is sent at once
+    google_pubsub_subscription.worker,            # or the first messages are lost
+    google_pubsub_topic_iam_member.commercetools, # commercetools sends a test notification at once
   ]
 }

@@ -1,10 +1,10 @@
-# The worker's identity, and all that it may do.
+# The worker's identity and its permissions.
 
 data "google_project" "this" {
   project_id = var.project
 }
 
-# On GKE the Kubernetes service account itself has the rights, elsewhere a Google service account.
+# On GKE the Kubernetes service account has the permissions, elsewhere a Google service account.
 
 locals {
   gke    = "principal://iam.googleapis.com/projects/${data.google_project.this.number}/locations/global/workloadIdentityPools/${var.project}.svc.id.goog"
@@ -26,7 +26,7 @@ resource "google_pubsub_subscription_iam_member" "worker" {
   member       = local.worker
 }
 
-resource "google_pubsub_topic_iam_member" "worker_buries" {
+resource "google_pubsub_topic_iam_member" "worker_dead_letters" {
   count = var.direct_dead_letter ? 1 : 0
 
   topic  = google_pubsub_topic.dead.name

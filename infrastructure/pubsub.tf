@@ -1,4 +1,4 @@
-# Topic, subscription and dead letters as docs/pubsub.md explains them.
+# Topic, subscription and dead letters; docs/pubsub.md explains them.
 
 resource "google_pubsub_topic" "worker" {
   name = var.name
@@ -23,7 +23,7 @@ resource "google_pubsub_subscription" "worker" {
   topic                      = google_pubsub_topic.worker.id
   ack_deadline_seconds       = 60
   message_retention_duration = "604800s"
-  enable_message_ordering    = false # the worker keeps the order of each resource itself
+  enable_message_ordering    = false # the worker preserves the order of each resource
 
   dead_letter_policy {
     dead_letter_topic     = google_pubsub_topic.dead.id
@@ -39,22 +39,22 @@ resource "google_pubsub_subscription" "worker" {
     ttl = "" # never
   }
 
-  depends_on = [google_pubsub_subscription.dead] # a topic without a subscription forgets what it is sent
+  depends_on = [google_pubsub_subscription.dead] # a topic without a subscription drops messages
 }
 
-# Pub/Sub itself moves dead letters.
+# Permissions with which Pub/Sub moves dead letters.
 
 locals {
   pubsub = "serviceAccount:service-${data.google_project.this.number}@gcp-sa-pubsub.iam.gserviceaccount.com"
 }
 
-resource "google_pubsub_topic_iam_member" "pubsub_buries" {
+resource "google_pubsub_topic_iam_member" "pubsub_publishes_dead_letters" {
   topic  = google_pubsub_topic.dead.name
   role   = "roles/pubsub.publisher"
   member = local.pubsub
 }
 
-resource "google_pubsub_subscription_iam_member" "pubsub_takes" {
+resource "google_pubsub_subscription_iam_member" "pubsub_acknowledges_dead_letters" {
   subscription = google_pubsub_subscription.worker.name
   role         = "roles/pubsub.subscriber"
   member       = local.pubsub

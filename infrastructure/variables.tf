@@ -4,37 +4,37 @@ variable "project" {
 }
 
 variable "name" {
-  description = "Name of topic, subscription, service account and commercetools subscription."
+  description = "Name of the topic, the subscription, the service account and the commercetools subscription."
   type        = string
   default     = "klaviyo-worker"
 }
 
 variable "direct_dead_letter" {
-  description = "Let the worker bury messages itself, with the reason: KLAVIYO_WORKER_DEAD_LETTER_MODE=direct."
+  description = "Allow the worker to dead-letter messages itself, with the reason: KLAVIYO_WORKER_DEAD_LETTER_MODE=direct."
   type        = bool
   default     = false
 }
 
 variable "kubernetes_service_account" {
-  description = "What runs the worker on GKE, like {namespace = \"klaviyo\", name = \"klaviyo-worker\"}; null: not on GKE."
+  description = "Kubernetes service account of the worker on GKE, like {namespace = \"klaviyo\", name = \"klaviyo-worker\"}; null: not on GKE."
   type        = object({ namespace = string, name = string })
   default     = null
 }
 
 variable "dead_letter_readers" {
-  description = "Who may look at and remove dead letters, like group:operators@example.com."
+  description = "Members that can read and remove dead letters, like group:operators@example.com."
   type        = list(string)
   default     = []
 }
 
 variable "notification_channels" {
-  description = "Ids of the Cloud Monitoring channels that alerts go to; empty: they only show in the console."
+  description = "Ids of the Cloud Monitoring channels for alerts; empty: alerts show only in the console."
   type        = list(string)
   default     = []
 }
 
 variable "max_age" {
-  description = "Seconds that a message may wait before there is an alert."
+  description = "Age in seconds of the oldest message that raises an alert."
   type        = number
   default     = 900
 }

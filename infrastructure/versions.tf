@@ -17,5 +17,5 @@ provider "google" {
   project = var.project
 }
 
-# CTP_CLIENT_ID, CTP_CLIENT_SECRET, CTP_PROJECT_KEY, CTP_SCOPES, CTP_API_URL and CTP_AUTH_URL in the environment.
+# Configured by CTP_CLIENT_ID, CTP_CLIENT_SECRET, CTP_PROJECT_KEY, CTP_SCOPES, CTP_API_URL and CTP_AUTH_URL.
 provider "commercetools" {}

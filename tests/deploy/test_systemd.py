@@ -80,7 +80,7 @@ def test_systemd_has_more_patience_than_the_worker() -> None:
     (stop,), (prevented,), (watchdog,) = map(options, ("TimeoutStopSec", "RestartPreventExitStatus", "WatchdogSec"))
     assert int(stop) > Settings.model_fields["shutdown_grace_period"].default
     assert int(prevented) == ExitCode.USAGE
-    assert f"{STALL_TIMEOUT:.0f} s feeds the watchdog no more" in UNIT.read_text(encoding="utf-8")
+    assert f"hung for {STALL_TIMEOUT:.0f} s the worker stops notifying the watchdog" in UNIT.read_text(encoding="utf-8")
     page = " ".join((ROOT / "docs/vm.md").read_text(encoding="utf-8").split())
     assert f"come round for {STALL_TIMEOUT:.0f} s | hears nothing from it for {watchdog} s more" in page
     assert f"has not after {stop} s" in page
