@@ -1,1 +1,1 @@
-"""What the installed worker does in a second, and what a message costs, on the sandbox: `make bench`."""
+"""`make bench`: the throughput of the installed worker, and its cost per message, on the sandbox."""

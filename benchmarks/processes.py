@@ -1,4 +1,4 @@
-"""The sandbox and the installed worker, each in a process of its own."""
+"""The sandbox and the installed worker as processes."""
 
 from __future__ import annotations
 
@@ -20,55 +20,55 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 COMMAND = str(Path(sys.executable).with_name("klaviyo-worker"))
-STALL = 120.0  # seconds without a settled message after which a row has failed
-START = 30.0  # seconds in which a worker must have started
+STALL_TIMEOUT = 120.0  # seconds without a settled message after which a row fails
+START_TIMEOUT = 30.0  # seconds within which a worker must start
 SERVICES = {"klaviyo": "KLAVIYO_API_URL", "commercetools": "CT_API_URL"}
 _HTTP = urllib3.PoolManager()
-_VARIABLES = 7  # that the sandbox prints
+_VARIABLES = 7  # printed by the sandbox
 
 
 class BenchmarkError(Exception):
-    """A row that measured nothing, and why."""
+    """A row failed. The text says why."""
 
 
 class Sandbox:
-    """A sandbox elsewhere: `environment` points a worker at it."""
+    """A sandbox in another process. `environment` makes a worker use it."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = environment
         self._before = {service: Counts({}) for service in SERVICES}
 
-    def begin(self) -> None:
-        """Count from here."""
+    def start_counting(self) -> None:
+        """Start the counts of `added` and `calls` at zero."""
         self._before = {service: self._counts(service) for service in SERVICES}
 
     def added(self) -> dict[str, int]:
-        """Return what the account has more than at the beginning."""
+        """Return how many objects were added to the account since `start_counting`."""
         now, before = self._counts("klaviyo").document, self._before["klaviyo"].document
         return {name: count - before.get(name, 0) for name, count in now.items() if isinstance(count, int)}
 
     def calls(self, service: str, status: str = "") -> int:
-        """Return the requests since the beginning; those answered with `status`, if given."""
+        """Return the number of requests since `start_counting`, optionally only those answered with `status`."""
         return self._counts(service).requests(status) - self._before[service].requests(status)
 
     def log(self, service: str) -> list[dict[str, Any]]:
-        """Return the request log: method, path, status, at (when it was answered, seconds since the epoch)."""
+        """Return the request log: method, path, status, and `at`, the time of the answer in seconds since the epoch."""
         lines: list[dict[str, Any]] = self._get(service, "requests")
         return lines
 
     def fill_catalog(self, numbers: Sequence[int]) -> None:
-        """Put products and their first variants into Klaviyo."""
-        texts = {"title": "Slim Jeans", "description": "Blue", "url": "https://shop.example"}
+        """Create products and their first variants in Klaviyo."""
+        content = {"title": "Slim Jeans", "description": "Blue", "url": "https://shop.example"}
         stock = {"inventory_quantity": 0, "price": 89.0}
         for start in range(0, len(numbers), 100):
-            some = numbers[start : start + 100]
-            items = [{"attributes": texts | {"external_id": f"product-{n}"}} for n in some]
+            batch = numbers[start : start + 100]
+            items = [{"attributes": content | {"external_id": f"product-{n}"}} for n in batch]
             variants = [
                 {
-                    "attributes": texts | stock | {"external_id": f"sku-{n}-1", "sku": f"sku-{n}-1"},
+                    "attributes": content | stock | {"external_id": f"sku-{n}-1", "sku": f"sku-{n}-1"},
                     "relationships": {"item": {"data": {"type": "catalog-item", "id": _catalog_id(f"product-{n}")}}},
                 }
-                for n in some
+                for n in batch
             ]
             self._create("item", items)
             self._create("variant", variants)
@@ -85,25 +85,25 @@ class Sandbox:
         url = f"{self.environment['KLAVIYO_API_URL']}/api/{job}s"
         answer = _HTTP.request("POST", url, body=orjson.dumps(body), headers=headers)
         if answer.status != 202:  # noqa: PLR2004
-            raise BenchmarkError(f"the sandbox took no catalog: {answer.data.decode()[:200]}")
+            raise BenchmarkError(f"the sandbox rejected the catalog: {answer.data.decode()[:200]}")
 
     def _counts(self, service: str) -> Counts:
         return Counts(self._get(service, "counts"))
 
-    def _get(self, service: str, what: str) -> Any:
-        return _HTTP.request("GET", f"{self.environment[SERVICES[service]]}/_sandbox/{what}").json()
+    def _get(self, service: str, name: str) -> Any:
+        return _HTTP.request("GET", f"{self.environment[SERVICES[service]]}/_sandbox/{name}").json()
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What `/_sandbox/counts` answers."""
+    """The response of `/_sandbox/counts`."""
 
     document: dict[str, Any]
 
     def requests(self, status: str = "") -> int:
-        """Return the requests; those answered with `status`, if given."""
+        """Return the number of requests, optionally only those answered with `status`."""
         endpoints = self.document.get("requests", {}).values()
-        return sum(n for statuses in endpoints for each, n in statuses.items() if status in {"", each})
+        return sum(n for statuses in endpoints for key, n in statuses.items() if status in {"", key})
 
 
 def _catalog_id(external_id: str) -> str:
@@ -125,7 +125,7 @@ def sandbox(*options: str) -> Iterator[Sandbox]:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """When a message was settled (seconds since the epoch), and how old it was (seconds)."""
+    """When a message was settled, in seconds since the epoch, and its age in seconds."""
 
     at: float
     age: float
@@ -133,14 +133,14 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a worker's whole process took: seconds of user and system time, and megabytes at most."""
+    """The resources of a worker process: seconds of user and system time, and peak megabytes."""
 
     cpu: float
     peak_rss: float
 
 
 class Worker:
-    """The installed command with its default settings, followed by its log."""
+    """The installed worker with default settings. Its log reports its progress."""
 
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         self.settled: list[Settled] = []
@@ -160,66 +160,66 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it, however the row ended."""
+        """Kill the worker if it still runs."""
         self._lines.close()
         if self._process.returncode is None:
             self._process.kill()
             self._process.wait()
 
-    def wait_started(self) -> None:
-        """Wait until it says so. Raises BenchmarkError."""
-        deadline = time.monotonic() + START
+    def wait_until_started(self) -> None:
+        """Wait until the log says that the worker started. Raises BenchmarkError."""
+        deadline = time.monotonic() + START_TIMEOUT
         while not self.started:
             if time.monotonic() > deadline:
-                raise BenchmarkError(f"the worker did not start in {START:.0f} s: {self._last_words()}")
+                raise BenchmarkError(f"the worker did not start in {START_TIMEOUT:.0f} s: {self._log_tail()}")
             time.sleep(0.005)
-            self.follow()
+            self.read_log()
 
-    def follow(self) -> None:
-        """Read what is new in the log. Raises BenchmarkError when a message or the worker came to a bad end."""
+    def read_log(self) -> None:
+        """Read new log lines. Raises BenchmarkError if a message failed or the worker exited."""
         *lines, self._rest = (self._rest + self._lines.read()).split(b"\n")
         for line in lines:
             if line.startswith(b"{"):
-                self._note(orjson.loads(line))
+                self._record(orjson.loads(line))
         if self._process.poll() is not None:
-            raise BenchmarkError(f"the worker ended with {self._process.returncode}: {self._last_words()}")
+            raise BenchmarkError(f"the worker exited with {self._process.returncode}: {self._log_tail()}")
 
-    def _note(self, line: dict[str, Any]) -> None:
+    def _record(self, line: dict[str, Any]) -> None:
         if line["event"] == "started":
-            self.started = _seconds(line["time"])
+            self.started = _parse_time(line["time"])
         elif line["event"] == "message_processed" and line["outcome"] == "sent":
-            self.settled.append(Settled(_seconds(line["time"]), line["age_s"]))
+            self.settled.append(Settled(_parse_time(line["time"]), line["age_s"]))
         elif line["event"] == "message_processed" and line["outcome"] == "retried":
             self.retried += 1
         elif line["event"] == "message_processed":
             raise BenchmarkError(f"a message was {line['outcome']}: {line['reason']}")
 
     def stop(self) -> Usage:
-        """Send SIGTERM, wait for the end and return what it took. Raises BenchmarkError."""
+        """Send SIGTERM, wait for the exit and return the resources used. Raises BenchmarkError."""
         self._process.terminate()
         _, status, usage = os.wait4(self._process.pid, 0)
         self._process.returncode = os.waitstatus_to_exitcode(status)
         if self._process.returncode:
-            raise BenchmarkError(f"the worker ended with {self._process.returncode}: {self._last_words()}")
-        unit = 1_000_000 if sys.platform == "darwin" else 1_000  # of ru_maxrss: bytes, kilobytes
+            raise BenchmarkError(f"the worker exited with {self._process.returncode}: {self._log_tail()}")
+        unit = 1_000_000 if sys.platform == "darwin" else 1_000  # ru_maxrss is in bytes on macOS, else in kilobytes
         return Usage(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit)
 
-    def _last_words(self) -> str:
+    def _log_tail(self) -> str:
         return self._log.read_text(encoding="utf-8")[-500:].strip()
 
 
-def wait_settled(workers: Sequence[Worker], messages: int, *, poll: float = 0.05) -> None:
-    """Wait until workers have settled so many messages together. Raises BenchmarkError when nothing moves on."""
-    before, deadline = 0, time.monotonic() + STALL
+def wait_until_settled(workers: Sequence[Worker], messages: int, *, poll: float = 0.05) -> None:
+    """Wait until workers have settled a total of `messages`. Raises BenchmarkError if they stall."""
+    before, deadline = 0, time.monotonic() + STALL_TIMEOUT
     while (settled := sum(len(worker.settled) for worker in workers)) < messages:
         if settled > before:
-            before, deadline = settled, time.monotonic() + STALL
+            before, deadline = settled, time.monotonic() + STALL_TIMEOUT
         if time.monotonic() > deadline:
-            raise BenchmarkError(f"{settled} of {messages} messages were settled, then none for {STALL:.0f} s")
+            raise BenchmarkError(f"{settled} of {messages} messages were settled, then none for {STALL_TIMEOUT:.0f} s")
         time.sleep(poll)
         for worker in workers:
-            worker.follow()
+            worker.read_log()
 
 
-def _seconds(stamp: str) -> float:
+def _parse_time(stamp: str) -> float:
     return datetime.fromisoformat(stamp).timestamp()

@@ -1,4 +1,4 @@
-"""The queues of the rows: a new one each time, on what stands in for its service."""
+"""A new queue for each row, on an emulator of its service."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from tests.rigs.base import Rig
 
-_CHUNK = 500  # messages; few enough to hold in memory, whatever their size
+_CHUNK = 500  # messages; small enough for memory even if they are large
 
 
 class Queue:
@@ -25,15 +25,15 @@ class Queue:
         self._rig = rig
 
     def publish(self, bodies: Iterable[bytes]) -> None:
-        """Put messages into the queue."""
+        """Publish messages."""
         bodies = iter(bodies)
         while chunk := list(islice(bodies, _CHUNK)):
             self._rig.publish(chunk)
 
 
 @contextmanager
-def opened(name: str, directory: Path) -> Iterator[Queue]:
-    """Start what stands in for the queue's service, and make a queue."""
+def open_queue(name: str, directory: Path) -> Iterator[Queue]:
+    """Start the emulator of the queue's service, and create a queue."""
     kind = rig_type(name)
     with kind.server() as server:
         rig = kind(server, directory)
@@ -41,6 +41,6 @@ def opened(name: str, directory: Path) -> Iterator[Queue]:
         rig.close()
 
 
-def missing(name: str) -> str:
-    """Return why there is no such queue here, or nothing."""
+def missing_requirement(name: str) -> str:
+    """Return what is not installed for this queue; "" if nothing is missing."""
     return rig_type(name).missing()

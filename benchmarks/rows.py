@@ -1,4 +1,4 @@
-"""The rows: each runs sandbox and worker anew and returns its figures, with units in their names."""
+"""The rows of the benchmarks. Each starts a sandbox and a worker, and returns figures with units in their names."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from typing import TYPE_CHECKING, Any
 
 import urllib3
 
-from benchmarks.messages import FAT_ORDERS, ORDERS
-from benchmarks.processes import BenchmarkError, Worker, sandbox, wait_settled
-from benchmarks.queues import opened
+from benchmarks.messages import LARGE_ORDERS, ORDERS
+from benchmarks.processes import BenchmarkError, Worker, sandbox, wait_until_settled
+from benchmarks.queues import open_queue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from benchmarks.messages import Kind
+    from benchmarks.messages import MessageKind
     from benchmarks.processes import Sandbox
     from benchmarks.queues import Queue
 
 Row = dict[str, Any]
 
-RAISED = 10  # times Klaviyo's documented limits
-DRAINED = 25_000  # orders
-SHARED, WORKERS = 75_000, 4  # orders for two minutes at the ceiling
-FAT_WAITING = 25_000  # messages
+RATE_LIMIT_FACTOR = 10  # of Klaviyo's documented rate limits
+DRAIN_ORDERS = 25_000  # orders
+SHARED_ORDERS, SHARED_WORKERS = 75_000, 4  # orders for two minutes at Klaviyo's maximum
+LARGE_BACKLOG = 25_000  # messages
 LIMITED_LATENCY = 50  # ms
-CEILING = 150 * 1_000 / 60  # events a second: bulk calls a minute, events in each
-SINGLE = 50  # messages
+MAX_EVENTS_PER_SECOND = 150 * 1_000 / 60  # bulk calls per minute * events per call / 60
+IDLE_MESSAGES = 50  # messages
 _BULK, _EVENTS = "/api/event-bulk-create-jobs", "/api/events"
 _ACCEPTED = 202
 
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """Messages of one kind, waiting when the worker starts."""
+    """A backlog of messages of one kind."""
 
-    kind: Kind
+    kind: MessageKind
     latency_ms: float
     queue: str
     messages: int
@@ -51,17 +51,17 @@ class Throughput:
 
     @property
     def name(self) -> str:
-        """Return what the row is about."""
+        """Return the name of the row."""
         return self.kind.name
 
     def measure(self) -> Row:
-        """Drain the queue once."""
-        with _scene(self.latency_ms, copies=self.messages, factor=RAISED, queue=self.queue) as scene:
-            usage, worker = scene.drain(self.kind, self.messages)
-            seconds = max(each.at for each in worker.settled) - worker.started
-            calls = {f"{name}_calls": scene.sandbox.calls(name) for name in ("klaviyo", "commercetools")}
-            refused = scene.sandbox.calls("klaviyo", "429")
-        ages = [each.age for each in worker.settled]
+        """Drain the queue."""
+        with _test_bed(self.latency_ms, copies=self.messages, factor=RATE_LIMIT_FACTOR, queue=self.queue) as test_bed:
+            usage, worker = test_bed.drain(self.kind, self.messages)
+            seconds = max(settled.at for settled in worker.settled) - worker.started
+            calls = {f"{name}_calls": test_bed.sandbox.calls(name) for name in ("klaviyo", "commercetools")}
+            throttled = test_bed.sandbox.calls("klaviyo", "429")
+        ages = [settled.age for settled in worker.settled]
         return {
             "queue": self.queue,
             "latency_ms": self.latency_ms,
@@ -72,7 +72,7 @@ class Throughput:
             "cpu_s": usage.cpu,
             **{f"{name}_per_message": count / self.messages for name, count in calls.items()},
             **calls,
-            "klaviyo_calls_answered_429": refused,
+            "klaviyo_calls_answered_429": throttled,
             "start_up_s": worker.started - worker.spawned,
             "peak_rss_mb": usage.peak_rss,
             "age_p50_s": percentile(ages, 0.5),
@@ -83,7 +83,7 @@ class Throughput:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """A backlog of orders under Klaviyo's documented limits, by one worker or by several on one queue."""
+    """A backlog of orders with Klaviyo's documented rate limits, and one or several workers on one queue."""
 
     name: str
     messages: int
@@ -93,23 +93,24 @@ class Drain:
     table = "limits"
 
     def measure(self) -> Row:
-        """Drain the queue once."""
-        with _scene(self.latency_ms, factor=1) as scene:
-            scene.queue.publish(ORDERS.bodies(self.messages))
+        """Drain the queue."""
+        with _test_bed(self.latency_ms, factor=1) as test_bed:
+            test_bed.queue.publish(ORDERS.bodies(self.messages))
             with ExitStack() as stack:
                 ports = [_free_port() for _ in range(self.workers)]
-                workers = [stack.enter_context(scene.worker(ORDERS, port)) for port in ports]
-                wait_settled(workers, self.messages)
-                each = [self._process(worker, port) for worker, port in zip(workers, ports, strict=True)]
-            scene.check(ORDERS, self.messages)
-            added, calls = scene.sandbox.added(), scene.sandbox.calls("klaviyo")
-            refused = scene.sandbox.calls("klaviyo", "429")
-            log = scene.sandbox.log("klaviyo")
-        seconds = max(process.pop("last_settled_at") for process in each) - min(worker.started for worker in workers)
+                workers = [stack.enter_context(test_bed.worker(ORDERS, port)) for port in ports]
+                wait_until_settled(workers, self.messages)
+                processes = [self._stop(worker, port) for worker, port in zip(workers, ports, strict=True)]
+            test_bed.check(ORDERS, self.messages)
+            added, calls = test_bed.sandbox.added(), test_bed.sandbox.calls("klaviyo")
+            throttled = test_bed.sandbox.calls("klaviyo", "429")
+            log = test_bed.sandbox.log("klaviyo")
+        last_settled_at = max(process.pop("last_settled_at") for process in processes)
+        seconds = last_settled_at - min(worker.started for worker in workers)
         bulk = [line for line in log if line["path"] == _BULK]
-        at = [line["at"] for line in bulk if line["status"] == _ACCEPTED]
+        accepted_at = [line["at"] for line in bulk if line["status"] == _ACCEPTED]
         single = sum(line["path"] == _EVENTS and line["status"] == _ACCEPTED for line in log)
-        span = max(at) - min(at)
+        span = max(accepted_at) - min(accepted_at)
         return {
             "queue": self.queue,
             "latency_ms": self.latency_ms,
@@ -118,25 +119,25 @@ class Drain:
             "seconds": seconds,
             "events_per_s": added["accepted_events"] / seconds,
             "first_to_last_bulk_call_s": span,
-            "share_of_ceiling": (added["accepted_events"] - single) / span / CEILING,
+            "share_of_ceiling": (added["accepted_events"] - single) / span / MAX_EVENTS_PER_SECOND,
             "bulk_calls": len(bulk),
-            "bulk_calls_answered_429": len(bulk) - len(at),
+            "bulk_calls_answered_429": len(bulk) - len(accepted_at),
             "events_sent_singly": single,
             "klaviyo_calls": calls,
-            "klaviyo_calls_answered_429": refused,
-            "share_answered_429": refused / calls,
-            "processes": each,
+            "klaviyo_calls_answered_429": throttled,
+            "share_answered_429": throttled / calls,
+            "processes": processes,
         }
 
-    def _process(self, worker: Worker, port: int) -> Row:
-        """Stop a worker and return its part in it."""
-        requests, refused = _requests(port)
-        settled = [each.at for each in worker.settled]
+    def _stop(self, worker: Worker, port: int) -> Row:
+        """Stop a worker and return its figures."""
+        requests, throttled = _count_requests(port)
+        settled = [message.at for message in worker.settled]
         usage = worker.stop()
         return {
             "messages": len(settled),
             "klaviyo_requests": requests,
-            "klaviyo_requests_answered_429": refused,
+            "klaviyo_requests_answered_429": throttled,
             "first_settled_s": min(settled, default=math.inf) - worker.started,
             "cpu_s": usage.cpu,
             "peak_rss_mb": usage.peak_rss,
@@ -146,51 +147,51 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Single messages to a worker that has nothing else to do; the first, which warms up, does not count."""
+    """Single messages to an idle worker. The first message warms it up and is not measured."""
 
-    kind: Kind
+    kind: MessageKind
     latency_ms: float
     queue: str = "embedded"
-    messages: int = SINGLE
+    messages: int = IDLE_MESSAGES
     table = "idle"
 
     @property
     def name(self) -> str:
-        """Return what the row is about."""
+        """Return the name of the row."""
         return f"idle: single {self.kind.name}"
 
     def measure(self) -> Row:
-        """Publish one by one and time each from before that to its line in the log."""
+        """Publish messages one by one. Measure from publishing to the log line."""
         pause = random.Random(self.messages)
         spans: list[tuple[float, float]] = []
         with (
-            _scene(self.latency_ms, copies=self.messages + 1, factor=RAISED) as scene,
-            scene.worker(self.kind) as worker,
+            _test_bed(self.latency_ms, copies=self.messages + 1, factor=RATE_LIMIT_FACTOR) as test_bed,
+            test_bed.worker(self.kind) as worker,
         ):
             bodies = self.kind.bodies(self.messages + 1)
-            scene.queue.publish(islice(bodies, 1))
-            wait_settled([worker], 1)
-            scene.sandbox.begin()
+            test_bed.queue.publish(islice(bodies, 1))
+            wait_until_settled([worker], 1)
+            test_bed.sandbox.start_counting()
             for count, body in enumerate(bodies, 2):
-                time.sleep(pause.uniform(0.05, 0.15))  # the queue is polled at even intervals: meet all of them
-                began = time.time()
-                scene.queue.publish([body])
-                wait_settled([worker], count, poll=0.005)
-                spans.append((began, worker.settled[-1].at))
+                time.sleep(pause.uniform(0.05, 0.15))  # random, because the queue is polled at even intervals
+                started_at = time.time()
+                test_bed.queue.publish([body])
+                wait_until_settled([worker], count, poll=0.005)
+                spans.append((started_at, worker.settled[-1].at))
             usage = worker.stop()
             services = ("klaviyo", "commercetools")
-            calls = sum(scene.sandbox.calls(service) for service in services)
-            answers = sorted(line["at"] for service in services for line in scene.sandbox.log(service))
-        took = [(end - began) * 1000 for began, end in spans]
-        waits = [waited(answers, span, self.latency_ms / 1000) * 1000 for span in spans]
+            calls = sum(test_bed.sandbox.calls(service) for service in services)
+            answers = sorted(line["at"] for service in services for line in test_bed.sandbox.log(service))
+        durations = [(end - started_at) * 1000 for started_at, end in spans]
+        waits = [time_waiting(answers, span, self.latency_ms / 1000) * 1000 for span in spans]
         return {
             "queue": self.queue,
             "latency_ms": self.latency_ms,
             "messages": self.messages,
-            "publish_to_processed_p50_ms": percentile(took, 0.5),
-            "publish_to_processed_p99_ms": percentile(took, 0.99),
-            "of_it_latency_of_calls_p50_ms": percentile(waits, 0.5),
-            "of_it_latency_of_calls_p99_ms": percentile(waits, 0.99),
+            "publish_to_processed_p50_ms": percentile(durations, 0.5),
+            "publish_to_processed_p99_ms": percentile(durations, 0.99),
+            "latency_of_calls_p50_ms": percentile(waits, 0.5),
+            "latency_of_calls_p99_ms": percentile(waits, 0.99),
             "calls_per_message": calls / self.messages,
             "cpu_s": usage.cpu,
         }
@@ -198,35 +199,35 @@ class Idle:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A backlog of large messages, and what the worker holds of it."""
+    """The memory of a worker with a backlog of large messages."""
 
     name: str = "memory: orders of 50 KB"
-    messages: int = FAT_WAITING
+    messages: int = LARGE_BACKLOG
     latency_ms: float = LIMITED_LATENCY
     queue: str = "embedded"
     table = "memory"
 
     def measure(self) -> Row:
-        """Run a worker on nothing, then one on the backlog."""
-        with _scene(self.latency_ms, factor=RAISED) as scene:
-            with scene.worker(FAT_ORDERS) as worker:
-                worker.wait_started()
+        """Run a worker without messages, then one with the backlog."""
+        with _test_bed(self.latency_ms, factor=RATE_LIMIT_FACTOR) as test_bed:
+            with test_bed.worker(LARGE_ORDERS) as worker:
+                worker.wait_until_started()
                 time.sleep(1)
                 idle = worker.stop()
-            usage, worker = scene.drain(FAT_ORDERS, self.messages)
+            usage, worker = test_bed.drain(LARGE_ORDERS, self.messages)
         return {
             "queue": self.queue,
             "latency_ms": self.latency_ms,
             "messages": self.messages,
             "peak_rss_without_backlog_mb": idle.peak_rss,
             "peak_rss_with_backlog_mb": usage.peak_rss,
-            "messages_per_s": self.messages / (max(each.at for each in worker.settled) - worker.started),
+            "messages_per_s": self.messages / (max(settled.at for settled in worker.settled) - worker.started),
             "cpu_ms_per_message": usage.cpu / self.messages * 1000,
         }
 
 
-class _Scene:
-    """A sandbox and a queue, and a directory for logs."""
+class _TestBed:
+    """A sandbox, a queue and a directory for logs."""
 
     def __init__(self, sandbox: Sandbox, queue: Queue, directory: Path) -> None:
         self.sandbox = sandbox
@@ -234,50 +235,50 @@ class _Scene:
         self._directory = directory
         self._workers = 0
 
-    def worker(self, kind: Kind, port: int | None = None) -> Worker:
-        """Start a worker with default settings; with a port for its metrics where several run."""
+    def worker(self, kind: MessageKind, port: int | None = None) -> Worker:
+        """Start a worker with default settings, and optionally with another HTTP port."""
         self._workers += 1
         metrics = {} if port is None else {"KLAVIYO_WORKER_HTTP_PORT": str(port)}
         environment = {**self.sandbox.environment, **self.queue.environment, **kind.settings, **metrics}
         return Worker(environment, self._directory / f"worker-{self._workers}.log")
 
-    def drain(self, kind: Kind, messages: int) -> tuple[Any, Worker]:
-        """Have a worker settle a backlog; return its usage and itself, ended. Raises BenchmarkError."""
+    def drain(self, kind: MessageKind, messages: int) -> tuple[Any, Worker]:
+        """Run a worker until the backlog is settled; return its usage and the stopped worker. Raises BenchmarkError."""
         self.sandbox.fill_catalog(kind.stocked(messages))
-        self.sandbox.begin()
+        self.sandbox.start_counting()
         self.queue.publish(kind.bodies(messages))
         with self.worker(kind) as worker:
-            wait_settled([worker], messages)
+            wait_until_settled([worker], messages)
             usage = worker.stop()
         self.check(kind, messages)
         return usage, worker
 
-    def check(self, kind: Kind, messages: int) -> None:
-        """Raise BenchmarkError unless the messages had their effect: else nothing was measured."""
+    def check(self, kind: MessageKind, messages: int) -> None:
+        """Raise BenchmarkError unless all effects of the messages are in Klaviyo."""
         added = self.sandbox.added()
         for name, expected in kind.added(messages).items():
             if added[name] != expected:
-                raise BenchmarkError(f"{expected} {name} were expected in Klaviyo, {added[name]} are there")
+                raise BenchmarkError(f"Klaviyo has {added[name]} new {name}: expected {expected}")
 
 
 @contextmanager
-def _scene(latency_ms: float, *, factor: int, copies: int = 0, queue: str = "embedded") -> Iterator[_Scene]:
+def _test_bed(latency_ms: float, *, factor: int, copies: int = 0, queue: str = "embedded") -> Iterator[_TestBed]:
     options = ("--latency", str(latency_ms / 1000), "--rate-limits", str(factor), "--copies", str(copies))
     with (
         tempfile.TemporaryDirectory() as directory,
         sandbox(*options) as running,
-        opened(queue, Path(directory)) as filled,
+        open_queue(queue, Path(directory)) as opened,
     ):
-        yield _Scene(running, filled, Path(directory))
+        yield _TestBed(running, opened, Path(directory))
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value that so many are at or below (nearest rank)."""
+    """Return the percentile by nearest rank; `share` is between 0 and 1."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def waited(answers: Sequence[float], span: tuple[float, float], latency: float) -> float:
-    """Return the seconds in a span in which at least one call waited for its answer."""
+def time_waiting(answers: Sequence[float], span: tuple[float, float], latency: float) -> float:
+    """Return the seconds of a span in which at least one call was waiting for its answer."""
     total, end = 0.0, span[0]
     for answer in answers:
         if span[0] <= answer <= span[1]:
@@ -291,9 +292,9 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _requests(port: int) -> tuple[int, int]:
-    """Return a worker's requests to Klaviyo, and how many of them were answered with 429."""
+def _count_requests(port: int) -> tuple[int, int]:
+    """Return how many requests a worker sent to Klaviyo, and how many were throttled."""
     text = urllib3.request("GET", f"http://127.0.0.1:{port}/metrics").data.decode()
     series = [line for line in text.splitlines() if line.startswith("klaviyo_worker_klaviyo_requests_total{")]
     counts = [(int(float(line.rpartition(" ")[2])), 'status="429"' in line) for line in series]
-    return sum(count for count, _ in counts), sum(count for count, refused in counts if refused)
+    return sum(count for count, _ in counts), sum(count for count, throttled in counts if throttled)

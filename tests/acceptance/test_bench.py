@@ -1,4 +1,4 @@
-"""`make bench` measures the real worker, doing what it is there to do."""
+"""`make bench`: a small run, and the parts of the benchmarks."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks import processes
-from benchmarks.messages import KINDS, MIXTURE
+from benchmarks.messages import MESSAGE_KINDS, MIXTURE
 from benchmarks.processes import BenchmarkError, Worker
-from benchmarks.rows import percentile, waited
+from benchmarks.rows import percentile, time_waiting
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_small_run_shows_sane_figures(tmp_path: Path) -> None:
-    """Every message of the mixture had its effect, which the run checks itself; calls and CPU were counted."""
+def test_small_run_returns_plausible_figures(tmp_path: Path) -> None:
+    """The run itself checks the effects of all messages; calls and CPU are counted."""
     options = ["--messages", "60", "--latency", "0", "--kind", "mixture", "--queue", "embedded"]
     command = [sys.executable, "-m", "benchmarks", *options, "--json", str(tmp_path / "figures.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
@@ -27,7 +27,7 @@ def test_a_small_run_shows_sane_figures(tmp_path: Path) -> None:
     assert {"versions", "cores"} < figures.keys()
     (row,) = figures["rows"]
     assert (row["row"], row["queue"], row["latency_ms"], row["messages"]) == ("mixture", "embedded", 0, 60)
-    assert 0 < row["klaviyo_calls"] < 4 * 60  # singly, on a busy machine
+    assert 0 < row["klaviyo_calls"] < 4 * 60  # one by one, on a busy machine
     assert 0 < row["commercetools_calls"] < 60
     assert row["klaviyo_calls_answered_429"] == row["retried"] == 0
     assert 0 < row["cpu_s"] < 30
@@ -37,16 +37,16 @@ def test_a_small_run_shows_sane_figures(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].split()[:3] == ["mixture", "embedded", "0"]
 
 
-def test_a_worker_that_ends_by_itself_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The row fails and says why."""
+def test_worker_that_exits_fails_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the exit code."""
     monkeypatch.setattr(processes, "COMMAND", "false")
-    with Worker({}, tmp_path / "log") as worker, pytest.raises(BenchmarkError, match="ended with 1"):
-        worker.wait_started()
+    with Worker({}, tmp_path / "log") as worker, pytest.raises(BenchmarkError, match=r"^the worker exited with 1: "):
+        worker.wait_until_started()
 
 
-def test_kinds_expect_their_effects() -> None:
-    """Of the mixture half are orders, a fifth stock, and their products are in Klaviyo before."""
-    assert {kind.name: dict(kind.added(1)) for kind in KINDS[:3]} == {
+def test_message_kinds_declare_their_effects() -> None:
+    """Half of the mixture are orders, a fifth is stock whose products Klaviyo must already have."""
+    assert {kind.name: dict(kind.added(1)) for kind in MESSAGE_KINDS[:3]} == {
         "orders of 3 lines": {"events": 4, "profiles": 1},
         "orders of 3 lines, fetched": {"events": 4, "profiles": 1},
         "order states, bulk events auto": {"events": 1, "profiles": 1},
@@ -56,8 +56,8 @@ def test_kinds_expect_their_effects() -> None:
     assert len(set(MIXTURE.bodies(40))) == 40
 
 
-def test_percentiles_are_values_that_were_measured() -> None:
-    """By nearest rank: of few values, the highest is the 99th."""
+def test_percentile_is_a_measured_value() -> None:
+    """The method is nearest rank: of few values, the highest is the 99th percentile."""
     values = [float(value) for value in range(100, 0, -1)]
     assert [percentile(values, share) for share in (0.5, 0.99, 1.0)] == [50.0, 99.0, 100.0]
     assert percentile([3.0, 1.0], 0.99) == 3.0
@@ -67,6 +67,6 @@ def test_percentiles_are_values_that_were_measured() -> None:
     ("answers", "expected"),
     [([], 0.0), ([1.5], 0.5), ([1.5, 1.5], 0.5), ([1.5, 1.75], 0.75), ([1.5, 2.25], 1.0), ([0.5, 3.5], 0.0)],
 )
-def test_calls_side_by_side_are_waited_for_once(answers: list[float], expected: float) -> None:
-    """Each takes half a second and is answered in the span from 1 to 3, or does not count."""
-    assert waited(answers, (1.0, 3.0), 0.5) == expected
+def test_concurrent_calls_count_once(answers: list[float], expected: float) -> None:
+    """Each call takes half a second; those answered outside the span do not count."""
+    assert time_waiting(answers, (1.0, 3.0), 0.5) == expected
