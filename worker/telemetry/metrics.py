@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import time
+from http import HTTPStatus
 from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -32,7 +33,6 @@ _DONE = frozenset({"sent", "ignored"})
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _AGES = (*_SECONDS, 300, 900, 3_600, 14_400, 86_400)
 _SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)
-_TOO_MANY_REQUESTS = 429
 
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ class _Requests:
 
     def record(self, endpoint: str, status: int | None, seconds: float) -> None:
         self._count.labels(endpoint, "none" if status is None else status).inc()
-        self._count.labels(endpoint, _TOO_MANY_REQUESTS).inc(0)  # from 0 on, or increase() misses the first one
+        self._count.labels(endpoint, HTTPStatus.TOO_MANY_REQUESTS.value).inc(0)  # from 0 on, or increase() misses the first one
         self._duration.labels(endpoint).observe(seconds)
 
     def by_endpoint(self) -> dict[str, int]:
