@@ -32,6 +32,7 @@ OTHER = "other"
 _DONE = frozenset({"sent", "ignored"})
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _AGES = (*_SECONDS, 300, 900, 3_600, 14_400, 86_400)
+_THROTTLED = HTTPStatus.TOO_MANY_REQUESTS.value
 _SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)
 
 T = TypeVar("T")
@@ -149,7 +150,7 @@ class _Requests:
 
     def record(self, endpoint: str, status: int | None, seconds: float) -> None:
         self._count.labels(endpoint, "none" if status is None else status).inc()
-        self._count.labels(endpoint, HTTPStatus.TOO_MANY_REQUESTS.value).inc(0)  # from 0 on, or increase() misses the first one
+        self._count.labels(endpoint, _THROTTLED).inc(0)  # from 0 on, or increase() misses the first one
         self._duration.labels(endpoint).observe(seconds)
 
     def by_endpoint(self) -> dict[str, int]:
