@@ -3,7 +3,7 @@ PYTHON ?= python3
 DOCKER ?= docker
 VENV := .venv
 BIN := $(VENV)/bin
-unexport PYTHONDONTWRITEBYTECODE  # what one process compiled is there for the next
+unexport PYTHONDONTWRITEBYTECODE  # keep compiled bytecode for the next process
 VERSION = $(shell sed -n 's/^version = //p' setup.cfg)
 
 .PHONY: help demo test check lint types docs format bench faults lock image image-steps emulator ct-mock clean
@@ -15,7 +15,7 @@ demo: $(VENV)/worker ## watch sample notifications become Klaviyo profiles, even
 	@$(BIN)/klaviyo-worker demo
 
 test: $(VENV)/ready ## run all tests, with branch coverage
-	@$(BIN)/pytest --collect-only --quiet >/dev/null || true  # compiles once what eight processes would compile at a time
+	@$(BIN)/pytest --collect-only --quiet >/dev/null || true  # compiles the bytecode once instead of in eight processes
 	$(BIN)/pytest --numprocesses=8 --maxschedchunk=1 --cov --cov-fail-under=98
 
 check: lint types test ## what CI runs: ruff, mypy --strict, all tests
@@ -27,20 +27,20 @@ lint: $(VENV)/ready ## ruff (rules and format), hadolint, and whether generated 
 	$(BIN)/python -m cogapp --check docs/*.md
 	$(BIN)/hadolint Dockerfile
 
-docs: $(VENV)/ready ## bring the generated tables in docs up to date
+docs: $(VENV)/ready ## update the generated parts of the docs
 	$(BIN)/python -m cogapp -r docs/*.md
 
 types: $(VENV)/ready ## mypy --strict
 	$(BIN)/mypy
 
-format: $(VENV)/ready ## let ruff mend what it can
+format: $(VENV)/ready ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 bench: $(VENV)/ready ## messages per second, CPU and API calls per message, latency, memory: prints tables
 	@$(BIN)/python -m benchmarks
 
-faults: $(VENV)/ready ## what becomes of every message when everything around the worker fails: prints a table
+faults: $(VENV)/ready ## the fate of every message in each fault scenario: prints a table
 	@$(BIN)/python -m tests.faults
 
 lock: $(VENV)/worker ## update requirements.lock and requirements-dev.lock after a change of setup.cfg; UPGRADE=--upgrade: newest releases
@@ -54,14 +54,14 @@ image: ## build the container image with docker (docs/image.md); PYTHON_IMAGE=py
 	$(DOCKER) build $(if $(PYTHON_IMAGE),--build-arg PYTHON_IMAGE=$(PYTHON_IMAGE)) --build-arg VERSION=$(VERSION) \
 		--build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) --tag klaviyo-worker:$(VERSION) .
 
-image-steps: $(VENV)/ready ## carry out the Dockerfile's steps without docker, and run what they install
+image-steps: $(VENV)/ready ## run the Dockerfile's steps without docker, and run the installed worker
 	@$(BIN)/python -m tests.deploy.image
 
-emulator: ## start Google's Pub/Sub emulator on port 8085, where gcloud has it (docs/pubsub.md)
+emulator: ## start the Pub/Sub emulator of gcloud on port 8085 (docs/pubsub.md)
 	@command -v gcloud >/dev/null || { echo "gcloud is not installed: https://cloud.google.com/sdk, then gcloud components install beta pubsub-emulator"; exit 1; }
 	gcloud beta emulators pubsub start --project=demo --host-port=127.0.0.1:8085
 
-ct-mock: $(VENV)/ready ## install, with npm, a stand-in for commercetools that others wrote: its tests are skipped without it
+ct-mock: $(VENV)/ready ## install a third-party commercetools mock with npm; its tests are skipped without it
 	npm install --prefix $(VENV)/commercetools-mock --no-save --no-audit --no-fund @labdigital/commercetools-mock@4.4.0
 
 clean: ## remove what the other targets made
