@@ -60,6 +60,13 @@ def test_shell_completion_works() -> None:
     assert _run(f"{line[1]}\n{asked}", os.environ | {"PATH": path}) == "--explain\n"
 
 
+def test_the_readme_shows_lines_of_the_demo() -> None:
+    """Its sample of the demo's output is real; `...` replaces the lines between."""
+    (sample,) = re.findall(r"```text\n(.*?)```", (DOCS.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    shown = _run("klaviyo-worker demo", dict(os.environ)).splitlines()
+    assert set(sample.splitlines()) - {"..."} <= set(shown)
+
+
 def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What they make has nothing to be warned about, also with direct dead letters, which the last one shows.
 
