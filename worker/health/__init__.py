@@ -1,1 +1,1 @@
-"""The status page: how a worker is, for a person. worker/health.py serves it."""
+"""Health: probes, the status page and systemd notifications. server.py serves the port."""

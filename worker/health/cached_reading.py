@@ -1,4 +1,4 @@
-"""A figure that costs a call, for who asks often and cannot wait."""
+"""A cached reading of an expensive value, for frequent callers that must not block."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_AGE = 10.0  # seconds
-READ_TIMEOUT = 0.5  # seconds to wait for the call; it goes on, and who asks next has what it brings
+MAX_AGE = 10.0  # seconds after which the value is read again
+READ_TIMEOUT = 0.5  # seconds to wait for a call; the call continues, and a later `read` returns its result
 
 
 class CachedReading(Generic[T]):
-    """What `ask` returned or raised at its last call, which was not long ago. Safe for many threads."""
+    """The result of the last call of a function, at most MAX_AGE old. Thread-safe; calls never overlap."""
 
-    def __init__(self, ask: Callable[[], T]) -> None:
-        self._ask = ask
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
         self._pool = ThreadPoolExecutor(1)
         self._lock = Lock()
-        self._asked: Future[T] | None = None
-        self._asked_at = 0.0  # monotonic seconds
+        self._call: Future[T] | None = None
+        self._called_at = 0.0  # monotonic seconds
 
     def read(self) -> T:
-        """Return the figure, asking for it when it is old. Raises what `ask` raises, and TimeoutError."""
+        """Return the value. Call the function if the value is too old. Raises its errors, and TimeoutError."""
         with self._lock:
             now = time.monotonic()
-            if self._asked is None or (self._asked.done() and now > self._asked_at + MAX_AGE):
-                self._asked, self._asked_at = self._pool.submit(self._ask), now
-            asked = self._asked
-        return asked.result(READ_TIMEOUT)
+            if self._call is None or (self._call.done() and now > self._called_at + MAX_AGE):
+                self._call = self._pool.submit(self._function)
+                self._called_at = now
+            call = self._call
+        return call.result(READ_TIMEOUT)

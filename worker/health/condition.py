@@ -1,32 +1,44 @@
-"""How a worker is, in a word, why, and what is to be done about it."""
+"""The condition of a worker, for its status page: a state, its severity, the reasons and advice."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from worker.telemetry.state import WorkerState
 
-_WAIT = "Messages are kept and tried again, none is lost. It goes on by itself: nothing is to be restarted."
-_MEND = "Mend that. No message is lost, and it goes on by itself; only a key that was replaced needs a restart."
+_WAIT = "Messages are held and retried; none is lost. The worker resumes by itself: do not restart it."
+_FIX = "Fix the cause. No message is lost and the worker resumes by itself; restart it only after replacing a key."
+_RESTART = "Restart the worker, and please report it."
+_STOPPING = "The worker finishes the messages in progress and returns the others to the queue."
 
 
-def condition(state: WorkerState, *, settled_lately: bool) -> dict[str, object]:
-    """Return `word`, `level` (good, quiet, warning, bad), `why` (sentences) and `advice` ("" when there is none)."""
+class Condition(NamedTuple):
+    """The condition of a worker in words."""
+
+    state: str  # one word
+    severity: str  # good, quiet, warning or bad
+    reasons: Sequence[str] = ()
+    advice: str = ""
+
+
+def condition_of(state: WorkerState, *, settled_recently: bool) -> Condition:
+    """Return the condition of a worker. The most important state wins."""
     outages = [f"{service}: {reason}" for service, reason in state.outage_reasons().items() if reason]
     in_flight = state.in_flight()
-    word, level, why, advice = "running", "good", outages, _WAIT if outages else ""
     if state.is_stopping():
-        word, level, advice = "stopping", "quiet", "It finishes what is in work and returns the rest to the queue."
-    elif not state.is_alive():
-        word, level, why = "stalled", "bad", ["the receive loop does not come round"]
-        advice = "Restart the worker, and please report it."
-    elif parked := state.parked_reason():
-        word, level, why, advice = "parked", "bad", [parked, *outages], _MEND
-    elif outages:
-        word, level = "paused" if 0 < in_flight <= state.held() else "running", "warning"
-    elif not state.has_polled():
-        word, level, why = "starting", "quiet", ["the queue has not answered yet"]
-    elif not in_flight and not settled_lately:
-        word, level, why = "idle", "quiet", ["the queue has had nothing for this worker within a minute"]
-    return {"word": word, "level": level, "why": why, "advice": advice}
+        return Condition("stopping", "quiet", outages, _STOPPING)
+    if not state.is_alive():
+        return Condition("stalled", "bad", ["the receive loop hangs"], _RESTART)
+    if parked_reason := state.parked_reason():
+        return Condition("parked", "bad", [parked_reason, *outages], _FIX)
+    if outages:
+        is_paused = 0 < in_flight <= state.held()
+        return Condition("paused" if is_paused else "running", "warning", outages, _WAIT)
+    if not state.has_polled():
+        return Condition("starting", "quiet", ["the queue has not answered yet"])
+    if not in_flight and not settled_recently:
+        return Condition("idle", "quiet", ["the queue has had no messages for this worker in the last minute"])
+    return Condition("running", "good")

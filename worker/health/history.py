@@ -1,4 +1,4 @@
-"""The last ten minutes, from the counters that there are anyway: no message costs more for it."""
+"""The last ten minutes, sampled from the metrics, so that messages cost no extra time."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ if TYPE_CHECKING:
     from worker.telemetry.metrics import Metrics
 
 STEP = 5.0  # seconds between two samples
-STEPS = 120  # that are kept
+STEPS = 120  # kept
 MINUTE = round(60 / STEP)  # in steps
 
 
 class _Sample(NamedTuple):
-    """Totals at a time."""
+    """The totals of messages at a point in time."""
 
-    at: float
+    at: float  # monotonic seconds
     outcomes: Mapping[str, int]
     ages: tuple[int, float]
     oldest: float | None
 
 
 class _Calls(NamedTuple):
+    """The totals of requests and batches at a point in time."""
+
     requests: Mapping[tuple[str, str], int]
     batches: tuple[int, float]
 
 
 class History:
-    """Samples, of which the oldest give way. All times are monotonic seconds."""
+    """The samples of the last ten minutes. All times are monotonic seconds."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -39,7 +41,7 @@ class History:
         self._calls: deque[_Calls] = deque(maxlen=MINUTE + 1)
 
     def sample(self, now: float, oldest: float | None) -> None:
-        """Take a sample; `oldest`: the age of the oldest message in flight, in seconds."""
+        """Take a sample. `oldest` is the age of the oldest message in flight in seconds."""
         outcomes: Counter[str] = Counter()
         for (_, outcome), messages in self._metrics.outcomes().items():
             outcomes[outcome] += messages
@@ -47,51 +49,52 @@ class History:
         self._calls.append(_Calls(self._metrics.requests(), self._metrics.batches()))
 
     def series(self, now: float) -> dict[str, list[Any]]:
-        """Return what charts show, by step, the oldest first.
+        """Return the values of the charts by step, the oldest first.
 
-        `ago`: seconds since the step ended. Messages per second: `sent`, `ignored`, `failed`, that is given up or
-        returned to be tried again. Seconds: `age`, the mean from publishing to effect, and `oldest`, the age of the
-        oldest message in flight; None where there is nothing to tell.
+        `ago`: seconds since the step ended. `sent`, `ignored`, `failed` (dead-lettered, or nacked to be retried):
+        messages per second. `age`: mean seconds from publishing to effect. `oldest`: age of the oldest message in
+        flight in seconds. The last two are None if unknown.
         """
-        steps = [_step(before, after) | {"ago": round(now - after.at, 1)} for before, after in pairwise(self._kept())]
+        samples = list(self._samples)
+        steps = [_step(before, after) | {"ago": round(now - after.at, 1)} for before, after in pairwise(samples)]
         return {name: [step[name] for step in steps] for name in ("ago", "sent", "ignored", "failed", "age", "oldest")}
 
-    def settled_lately(self) -> int:
-        """Count the messages that were settled within about a minute, and until this moment."""
-        last = self._kept()[-MINUTE - 1 :]
-        return sum(self._metrics.outcomes().values()) - sum(last[0].outcomes.values()) if last else 0
+    def recently_settled(self) -> int:
+        """Return the number of messages settled in the last minute, including those after the last sample."""
+        samples = list(self._samples)[-MINUTE - 1 :]
+        if not samples:
+            return 0
+        return sum(self._metrics.outcomes().values()) - sum(samples[0].outcomes.values())
 
-    def requests_lately(self) -> dict[tuple[str, str], int]:
-        """Count the requests within about a minute, by service and endpoint."""
-        first, last = self._minute()
+    def recent_requests(self) -> dict[tuple[str, str], int]:
+        """Return the number of requests in the last minute, by service and endpoint."""
+        first, last = self._last_minute()
         return {key: total - first.requests.get(key, 0) for key, total in last.requests.items()}
 
-    def batch_lately(self) -> float | None:
-        """Return the mean size of a batch within about a minute; None when there was none."""
-        first, last = self._minute()
+    def recent_batch_size(self) -> float | None:
+        """Return the mean size of the batches in the last minute; None if there was none."""
+        first, last = self._last_minute()
         return _mean(first.batches, last.batches)
 
-    def _kept(self) -> list[_Sample]:
-        return list(self._samples)
-
-    def _minute(self) -> tuple[_Calls, _Calls]:
+    def _last_minute(self) -> tuple[_Calls, _Calls]:
+        """Return the totals a minute ago and now."""
         calls = list(self._calls) or [_Calls({}, (0, 0.0))]
         return calls[0], calls[-1]
 
 
 def _step(before: _Sample, after: _Sample) -> dict[str, Any]:
     seconds = max(after.at - before.at, 0.001)
-    done = {name: after.outcomes[name] - before.outcomes[name] for name in after.outcomes}
-    rates = {"sent": done["sent"], "ignored": done["ignored"], "failed": done["retried"] + done["dead_lettered"]}
-    oldest = None if after.oldest is None else round(after.oldest, 1)
+    settled = {name: after.outcomes[name] - before.outcomes[name] for name in after.outcomes}
     return {
-        **{name: round(messages / seconds, 2) for name, messages in rates.items()},
+        "sent": round(settled["sent"] / seconds, 2),
+        "ignored": round(settled["ignored"] / seconds, 2),
+        "failed": round((settled["retried"] + settled["dead_lettered"]) / seconds, 2),
         "age": _mean(before.ages, after.ages),
-        "oldest": oldest,
+        "oldest": None if after.oldest is None else round(after.oldest, 1),
     }
 
 
 def _mean(before: tuple[int, float], after: tuple[int, float]) -> float | None:
-    """Return the mean of what came between two totals of number and sum."""
+    """Return the mean of the values added between two totals (number, sum); None if there was none."""
     number = after[0] - before[0]
     return round((after[1] - before[1]) / number, 3) if number else None

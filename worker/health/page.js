@@ -1,21 +1,21 @@
 "use strict";
-// Whatever comes from the worker is put in as text, never as HTML: types, ids and reasons are anybody's strings.
+// All data of the worker is inserted as text, never as HTML: types, ids and reasons can be hostile.
 
-const EVERY = 2000, PATIENCE = 5000; // milliseconds
-const AT_ONCE = 5; // failures shown
-const SPAN = 600, HEIGHT = 100; // seconds, and units of a chart
+const INTERVAL = 2000, TIMEOUT = 5000; // milliseconds
+const MAX_NEWEST = 5; // failures shown without opening the others
+const SPAN = 600, HEIGHT = 100; // of a chart: seconds and units
 const SVG = "http://www.w3.org/2000/svg";
 const CHARTS = [
-  { name: "sent", title: "Sent, a second" },
-  { name: "ignored", title: "Ignored, a second" },
-  { name: "failed", title: "Failed, a second" },
+  { name: "sent", title: "Sent per second" },
+  { name: "ignored", title: "Ignored per second" },
+  { name: "failed", title: "Failed per second" },
   { name: "age", title: "Oldest in flight", series: ["oldest", "age"], unit: "s", note: "dotted: mean age when sent" },
 ];
 const OUTCOMES = {
   sent: "Sent", ignored: "Ignored", retried: "Retried", dead_lettered: "Dead letters", returned: "Returned",
 };
 const WHEN = { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit" };
-const ENDINGS = { retried: "back to the queue", dead_lettered: "dead letter", waiting: "kept, tried again" };
+const FATES = { retried: "returned to the queue", dead_lettered: "dead letter", held: "held, will be retried" };
 
 const byId = (id) => document.getElementById(id);
 const number = (value, digits = 0) => value.toLocaleString("en", { maximumFractionDigits: digits });
@@ -30,57 +30,57 @@ function seconds(value) {
 }
 
 function element(tag, content, className) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (Array.isArray(content)) made.append(...content);
-  else if (content !== undefined) made.textContent = content;
-  return made;
+  const created = document.createElement(tag);
+  if (className) created.className = className;
+  if (Array.isArray(content)) created.append(...content);
+  else if (content !== undefined) created.textContent = content;
+  return created;
 }
 
 function set(id, text) {
   const found = byId(id);
-  if (found.textContent !== text) found.textContent = text; // or what is read aloud would be read again
+  if (found.textContent !== text) found.textContent = text; // an unchanged text must not be read aloud again
 }
 
 const shown = new Map();
 
-// Makes the content of an element anew, only when its data is new: a reader may have marked a text in it.
+// Replaces the content of an element only if its data has changed: the reader may have selected text in it.
 function fill(id, data, make) {
-  const now = JSON.stringify(data);
-  if (shown.get(id) === now) return;
-  shown.set(id, now);
+  const current = JSON.stringify(data);
+  if (shown.get(id) === current) return;
+  shown.set(id, current);
   byId(id).replaceChildren(...make(data));
 }
 
 function entry(name, value, className, more) {
-  const what = element("dd", value, className);
-  if (more) what.append(" ", element("small", more));
-  return element("div", [element("dt", name), what]);
+  const description = element("dd", value, className);
+  if (more) description.append(" ", element("small", more));
+  return element("div", [element("dt", name), description]);
 }
 
 function showState({ state, worker, now }) {
-  byId("state").dataset.level = state.level;
-  set("word", state.word);
-  fill("why", state.why, (why) => why.map((reason) => element("li", reason)));
+  byId("condition").dataset.severity = state.severity;
+  set("state", state.state);
+  fill("reasons", state.reasons, (reasons) => reasons.map((reason) => element("li", reason)));
   set("advice", state.advice);
   set("version", worker.version);
   const since = seconds((Date.parse(now) - Date.parse(worker.started)) / 1000);
   set("worker", `${worker.host} · process ${worker.process} · ${worker.queue} · up ${since}`);
-  document.title = `${state.word} · klaviyo-worker`;
+  document.title = `${state.state} · klaviyo-worker`;
 }
 
 function showFigures({ messages }) {
-  const told = (value) => (value === null ? "not told" : "");
+  const unknown = (value) => (value === null ? "unknown" : "");
   fill("figures", messages, (m) => [
     entry("In flight", number(m.in_flight), "", `of ${number(m.max_in_flight)}`),
-    entry("Of these, waiting", number(m.waiting), m.waiting ? "worrying" : ""),
-    entry("Backlog", known(m.backlog, number), "", told(m.backlog)),
-    entry("Dead letters", known(m.dead_letters, number), m.dead_letters ? "alarming" : "", told(m.dead_letters)),
+    entry("Held", number(m.held), m.held ? "worrying" : ""),
+    entry("Backlog", known(m.backlog, number), "", unknown(m.backlog)),
+    entry("Dead letters", known(m.dead_letters, number), m.dead_letters ? "alarming" : "", unknown(m.dead_letters)),
   ]);
 }
 
-// A path over the points that are there; where a step is missing the line ends, and another begins.
-function path(ago, values, top, step, closed) {
+// Returns an SVG path through the known points. If a step is missing, a new line starts after it.
+function path(ago, values, max, step, closed) {
   let drawn = "", before = null, first = null;
   const x = (seconds) => (SPAN - seconds).toFixed(1);
   const close = () => (closed && before !== null ? `L${x(before)},${HEIGHT}L${x(first)},${HEIGHT}Z` : "");
@@ -88,7 +88,7 @@ function path(ago, values, top, step, closed) {
     if (value === null) return;
     const joins = before !== null && before - ago[i] < 2.5 * step;
     if (!joins) { drawn += close(); first = ago[i]; }
-    drawn += `${joins ? "L" : "M"}${x(ago[i])},${(HEIGHT - (HEIGHT * value) / top).toFixed(1)}`;
+    drawn += `${joins ? "L" : "M"}${x(ago[i])},${(HEIGHT - (HEIGHT * value) / max).toFixed(1)}`;
     before = ago[i];
   });
   return drawn + close();
@@ -99,11 +99,11 @@ function chart({ name, title, series = [name], unit, note }, history) {
   const lines = series.map((which) => history[which]);
   const highest = Math.max(0, ...lines.flat().filter((value) => value !== null));
   const last = lines[0].at(-1) ?? null;
-  const made = element("figure", undefined, "chart");
-  made.dataset.name = highest ? name : "none";
+  const created = element("figure", undefined, "chart");
+  created.dataset.name = highest ? name : "none";
   const drawing = document.createElementNS(SVG, "svg");
-  const says = `${title}: now ${known(last, show)}, at most ${show(highest)} in ten minutes`;
-  const attributes = { viewBox: `0 0 ${SPAN} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": says };
+  const label = `${title}: now ${known(last, show)}, at most ${show(highest)} in ten minutes`;
+  const attributes = { viewBox: `0 0 ${SPAN} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": label };
   for (const [key, value] of Object.entries(attributes)) drawing.setAttribute(key, value);
   const draw = (values, className) => {
     const line = document.createElementNS(SVG, "path");
@@ -115,15 +115,15 @@ function chart({ name, title, series = [name], unit, note }, history) {
   draw(lines[0]);
   if (lines[1]) draw(lines[1], "second");
   const value = element("dd", known(last, show), name === "failed" && last ? "alarming" : "");
-  value.append(element("small", `top ${show(highest)}`));
+  value.append(element("small", `max ${show(highest)}`));
   const scale = element("p", [element("span", "10 min ago"), element("span", "now")], "scale");
-  made.append(element("dl", [element("dt", title), value]), drawing, scale);
-  if (note) made.append(element("p", note, "scale"));
-  return made;
+  created.append(element("dl", [element("dt", title), value]), drawing, scale);
+  if (note) created.append(element("p", note, "scale"));
+  return created;
 }
 
 function showCharts({ history }) {
-  byId("charts").replaceChildren(...CHARTS.map((about) => chart(about, history)));
+  byId("charts").replaceChildren(...CHARTS.map((options) => chart(options, history)));
 }
 
 function showLanes({ lanes, batch }) {
@@ -131,14 +131,14 @@ function showLanes({ lanes, batch }) {
     const items = sizes.map((size) => element("li", size ? number(size) : "idle", size ? "busy" : ""));
     return element("div", [element("dt", name), element("dd", [element("ul", items)])]);
   }));
-  const mean = batch === null ? "none" : `${number(batch, 1)} on average`;
-  set("batch", `Each shows the messages in its batch; ${mean} in the last minute.`);
+  const mean = batch === null ? "no batches" : `${number(batch, 1)} on average`;
+  set("batch", `Messages in the current batch of each lane; ${mean} in the last minute.`);
 }
 
 function showServices({ services }) {
   fill("services", services, (all) => all.map(({ service, outage, requests }) => {
-    const [word, className] = outage ? ["outage", "worrying"] : ["no outage", ""];
-    return entry(service, word, className, `${number(requests)} requests in a minute`);
+    const [status, className] = outage ? ["outage", "worrying"] : ["no outage", ""];
+    return entry(service, status, className, `${number(requests)} requests in the last minute`);
   }));
 }
 
@@ -171,7 +171,7 @@ function limit(line) {
   const notes = [
     `${number(line.used)} of ${number(line.steady)} a minute`,
     `${number(100 * line.burst_used)} % of the burst of ${number(line.burst)} a second`,
-    `may make ${number(line.pace)} a minute now`,
+    `can make ${number(line.pace)} a minute now`,
   ];
   if (line.remaining !== null) notes.push(`the account has ${number(line.remaining)} left`);
   if (line.waiting) notes.push(`${number(line.waiting)} waiting`);
@@ -183,26 +183,27 @@ function limit(line) {
 }
 
 function showLimits({ limits }) {
-  fill("limits", limits, (lines) => (lines.length ? lines.map(limit) : [element("li", "None was needed.", "quiet")]));
+  fill("limits", limits, (lines) => (lines.length ? lines.map(limit) : [element("li", "No requests.", "quiet")]));
 }
 
 function failure(line) {
   const at = element("time", new Date(line.at).toLocaleString("en-GB", WHEN));
   at.dateTime = line.at;
-  const times = line.times > 1 ? ` · ${number(line.times)} times, the last one` : "";
-  const ending = element("b", ENDINGS[line.outcome], line.outcome === "waiting" ? "worrying" : "alarming");
+  const times = line.times > 1 ? ` · ${number(line.times)} times, this is the last` : "";
+  const fate = element("b", FATES[line.outcome], line.outcome === "held" ? "worrying" : "alarming");
   const { message_type: type, resource_type: resource, resource_id: id, message_id: message } = line;
-  const about = [type ?? "unreadable", resource, id, "· message", message].filter(Boolean);
-  const texts = about.flatMap((text) => [element("bdi", text), " "]); // some would turn what follows them round
+  const parts = [type ?? "unreadable", resource, id, "· message", message].filter(Boolean);
+  const texts = parts.flatMap((text) => [element("bdi", text), " "]); // isolates right-to-left text
   return element("li", [
-    element("p", [at, " · ", ending, ` in ${line.stage}${times}`]),
+    element("p", [at, " · ", fate, ` in ${line.stage}${times}`]),
     element("p", line.reason ?? line.error),
     element("p", [...texts, line.attempt ? `· attempt ${number(line.attempt)}` : ""], "quiet"),
   ]);
 }
 
 function showFailures({ failures }) {
-  const [newest, earlier] = [failures.slice(0, AT_ONCE), failures.slice(AT_ONCE)];
+  const newest = failures.slice(0, MAX_NEWEST);
+  const earlier = failures.slice(MAX_NEWEST);
   const none = element("li", "None since the start.", "quiet");
   fill("failures", newest, (lines) => (lines.length ? lines.map(failure) : [none]));
   fill("earlier", earlier, (lines) => lines.map(failure));
@@ -210,30 +211,30 @@ function showFailures({ failures }) {
 }
 
 const SHOW = [showState, showFigures, showCharts, showLanes, showServices, showFailures, showOutcomes, showLimits];
-let answered = null;
+let answeredAt = null;
 
-function lost(is) {
-  byId("page").classList.toggle("stale", is);
-  byId("lost").hidden = !is;
-  if (!is) set("lost", "");
-  else if (!answered) set("lost", "The worker does not answer.");
-  else set("lost", `No answer since ${answered.toLocaleTimeString("en-GB")}. This is how the worker was then.`);
+function showLost(isLost) {
+  byId("page").classList.toggle("stale", isLost);
+  byId("lost").hidden = !isLost;
+  if (!isLost) set("lost", "");
+  else if (!answeredAt) set("lost", "The worker does not answer.");
+  else set("lost", `No answer since ${answeredAt.toLocaleTimeString("en-GB")}. The page shows the last known state.`);
 }
 
-async function look() {
+async function poll() {
   if (!document.hidden) {
     try {
-      const response = await fetch("status.json", { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
+      const response = await fetch("status.json", { cache: "no-store", signal: AbortSignal.timeout(TIMEOUT) });
       if (!response.ok) throw new Error(response.status);
       const status = await response.json();
       for (const show of SHOW) show(status);
-      answered = new Date();
-      lost(false);
+      answeredAt = new Date();
+      showLost(false);
     } catch {
-      lost(true);
+      showLost(true);
     }
   }
-  setTimeout(look, EVERY);
+  setTimeout(poll, INTERVAL);
 }
 
-look();
+poll();

@@ -1,4 +1,4 @@
-"""The page: one answer that needs no other, and the headers that keep it so."""
+"""The HTML of the status page: one response with style and script, and its security headers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hashlib import sha256
 from importlib.resources import files
 from typing import NamedTuple
 
-HEADERS = {  # of the page and of its data
+HEADERS = {  # of the page and its data
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
@@ -17,24 +17,24 @@ HEADERS = {  # of the page and of its data
 _POLICY = (
     "default-src 'none'",
     "connect-src 'self'",
-    "img-src data:",  # an icon that is none, or browsers would ask for one
+    "img-src data:",  # an empty icon, so that browsers do not request one
     "base-uri 'none'",
     "form-action 'none'",
     "frame-ancestors 'none'",
-    "require-trusted-types-for 'script'",  # and no policy that makes any: a text can never become HTML
+    "require-trusted-types-for 'script'",  # with the next line: the script cannot turn text into HTML
     "trusted-types 'none'",
 )
 
 
 class Page(NamedTuple):
-    """The page with style and script in it, and a Content-Security-Policy that lets through only these."""
+    """The page with its style and script, and a Content-Security-Policy that allows only these."""
 
     body: bytes
     policy: str
 
 
-def page() -> Page:
-    """Put the page together from the files beside this one."""
+def build_page() -> Page:
+    """Build the page from the files beside this module."""
     parts = {name: (files(__package__) / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     html = re.sub(r"/\* (css|js) \*/", lambda match: parts[match[1]], parts["html"])
     allowed = (f"style-src {_hash(parts['css'])}", f"script-src {_hash(parts['js'])}")

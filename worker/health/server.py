@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from worker.health.page import HEADERS, page
+from worker.health.page import HEADERS, build_page
 from worker.telemetry.log import log
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class HealthServer:
 
 
 def _of_status(status: Status) -> dict[str, Callable[[], _Answer]]:
-    html, policy = page()
+    html, policy = build_page()
     shown = _Answer(HTTPStatus.OK, "text/html; charset=utf-8", html, {**HEADERS, "Content-Security-Policy": policy})
     return {
         "/": lambda: shown,

@@ -1,4 +1,4 @@
-"""What a running worker tells of itself."""
+"""The state of the running worker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class RunningWorkerState:
-    """What health, metrics and status show of a running worker."""
+    """The WorkerState of a running worker: its runner, clients and queue."""
 
     def __init__(
         self, runner: Runner, queue: QueueAdapter, lanes: int, commercetools: Commercetools, klaviyo: Klaviyo
@@ -42,16 +42,16 @@ class RunningWorkerState:
         return self._lanes
 
     def outage_reasons(self) -> Mapping[str, str]:
-        """Return for each service why it cannot answer."""
+        """Return the reason of each service's outage; "" if there is none."""
         return {
             "commercetools": self._commercetools.outage_reason(),
             "klaviyo": self._klaviyo.outage_reason(),
         }
 
     def backlog(self) -> int | None:
-        """Return the number of messages in the queue, measured lately."""
+        """Return the number of messages in the queue, cached for some seconds."""
         return self._counts.read().backlog
 
     def dead_letters(self) -> int | None:
-        """Return the number of dead letters, measured lately."""
+        """Return the number of dead letters, cached for some seconds."""
         return self._counts.read().dead_letters

@@ -1,4 +1,4 @@
-"""What the worker says of itself: one canonical line per message, fixed event names, no personal data."""
+"""The canonical log line of each message. Event and field names are fixed; there is no personal data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LEVELS = {"retried": logging.WARNING, "dead_lettered": logging.ERROR}
 
 
 class Telemetry:
-    """Counts outcomes, for the log and for Prometheus, remembers failures, and writes the canonical lines."""
+    """The outcomes of messages: canonical log lines, counts, metrics and recent failures. Thread-safe."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.outcomes: Counter[str] = Counter()
@@ -39,40 +39,37 @@ class Telemetry:
         self._lock = Lock()
 
     def record_received(self, messages: int) -> None:
-        """Count messages that came from the queue."""
+        """Count messages received from the queue."""
         if messages:
             self.metrics.record_received(messages)
 
     @contextmanager
     def time_stage(self, name: str) -> Iterator[None]:
-        """Time a stage."""
-        began = time.monotonic()
+        """Measure the time of a batch in a stage."""
+        started_at = time.monotonic()
         yield
-        self.metrics.record_stage(name, time.monotonic() - began)
+        self.metrics.record_stage(name, time.monotonic() - started_at)
 
     def record_processed(self, messages: Sequence[Message]) -> None:
-        """Count a batch that went through the stages, and what failed in it, for good or for now."""
+        """Count a processed batch and the messages that failed in it, including those to be retried."""
         self.metrics.record_batch(len(messages))
         for message in messages:
-            if (
-                message.outcome
-                and message.outcome.cause
-                and not isinstance(message.outcome.cause, Ignored | StaleWrite)
-            ):
-                self.metrics.record_failure(message.outcome.stage, message.outcome.error)
+            outcome = message.outcome
+            if outcome and outcome.cause and not isinstance(outcome.cause, Ignored | StaleWrite):
+                self.metrics.record_failure(outcome.stage, outcome.error)
                 if message.is_held:
-                    self.failures.add(_canonical_fields(message, "waiting"))
+                    self.failures.add(_canonical_fields(message, "held"))
 
     def record_settled(self, messages: Iterable[Message]) -> None:
-        """Report deliveries that reached an ending."""
-        self._report((message, outcome_name(message)) for message in messages)
+        """Log and count messages that were settled."""
+        self._record((message, outcome_name(message)) for message in messages)
 
     def record_returned(self, messages: Iterable[Message]) -> None:
-        """Report deliveries that went back to the queue unhandled."""
-        self._report((message, "returned") for message in messages)
+        """Log and count messages that were returned to the queue unprocessed."""
+        self._record((message, "returned") for message in messages)
 
-    def _report(self, endings: Iterable[tuple[Message, str]]) -> None:
-        for message, outcome in endings:
+    def _record(self, outcomes: Iterable[tuple[Message, str]]) -> None:
+        for message, outcome in outcomes:
             with self._lock:
                 self.outcomes[outcome] += 1
             line = _canonical_fields(message, outcome)
@@ -83,7 +80,7 @@ class Telemetry:
 
 
 def outcome_name(message: Message) -> str:
-    """Return the outcome of a settled message as logs name it: sent, ignored, retried, dead_lettered."""
+    """Return the outcome of a settled message for the log: sent, ignored, retried or dead_lettered."""
     assert message.outcome is not None
     if message.outcome.disposition is Disposition.ACK and not message.operations:
         return "ignored"
@@ -91,18 +88,19 @@ def outcome_name(message: Message) -> str:
 
 
 def _canonical_fields(message: Message, outcome: str) -> dict[str, Any]:
-    notification, delivery, ending = message.notification, message.delivery, message.outcome
-    published = delivery.published_at
-    age = (datetime.now(UTC) - published).total_seconds() if published else None
+    notification = message.notification
+    delivery = message.delivery
+    result = message.outcome
+    age = (datetime.now(UTC) - delivery.published_at).total_seconds() if delivery.published_at else None
     return {
         "message_id": delivery.id,
         "message_type": notification.type if notification else None,
         "resource_type": notification.resource_type if notification else None,
         "resource_id": notification.resource_id if notification else None,
         "outcome": outcome,
-        "reason": ending.reason or None if ending else None,
-        "error": ending.error or None if ending else None,
-        "stage": ending.stage if ending else None,
+        "reason": result.reason or None if result else None,
+        "error": result.error or None if result else None,
+        "stage": result.stage if result else None,
         "attempt": delivery.attempt,
         "duration_s": round(time.monotonic() - message.received_at, 4),
         "age_s": None if age is None else round(max(age, 0.0), 3),

@@ -1,4 +1,4 @@
-"""What Prometheus scrapes: how many messages, how fast, how old, and what stands in their way."""
+"""The Prometheus metrics of the worker."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ T = TypeVar("T")
 
 
 class Metrics:
-    """The worker's metrics, in a registry of their own. Safe for many threads; no call here raises.
+    """The metrics of one worker, in a separate registry. Thread-safe; no method raises.
 
-    Labels are bounded: what is not in its list counts as `other`, so that no message, whatever it holds, makes a
-    series. Names are a promise to dashboards and alerts.
+    Labels are bounded: an unlisted value counts as `other`, so that hostile messages cannot create series. Dashboards
+    and alerts depend on the names.
     """
 
     def __init__(self, adapter: str) -> None:
@@ -55,35 +55,35 @@ class Metrics:
         self._processed = _counter(registry, "messages_processed_total", "Messages settled", "message_type", "outcome")
         self._failures = _counter(registry, "message_failures_total", "Messages that failed", "stage", "error_type")
         self._duration = _histogram(
-            registry, "message_duration_seconds", "From receiving a message to settling it", _SECONDS
+            registry, "message_duration_seconds", "Time from receiving a message to settling it", _SECONDS
         )
-        self._stages = _histogram(registry, "stage_duration_seconds", "A batch in a stage", _SECONDS, "stage")
+        self._stages = _histogram(registry, "stage_duration_seconds", "Time of a batch in a stage", _SECONDS, "stage")
         self._age = _histogram(
-            registry, "message_age_seconds", "From publishing a message to its effect in Klaviyo", _AGES
+            registry, "message_age_seconds", "Time from publishing a message to its effect in Klaviyo", _AGES
         )
         self._batch = _histogram(registry, "batch_size_messages", "Messages in a batch", _SIZES)
         self._last_success = _gauge(
-            registry, "last_success_timestamp_seconds", "When a message was last sent or ignored; 0: not yet"
+            registry, "last_success_timestamp_seconds", "Time when a message was last sent or ignored; 0 if never"
         )
         registry.register(_Process())
-        self._build = _gauge(registry, "build_info", "1, for what is running", "version", "klaviyo_revision")
-        for kind in (*self._types, "unreadable", OTHER):  # from 0 on, or the first one would be no increase
+        self._build = _gauge(registry, "build_info", "Always 1; the labels are versions", "version", "klaviyo_revision")
+        for kind in (*self._types, "unreadable", OTHER):  # start at 0, or increase() misses the first message
             for outcome in OUTCOMES:
                 self._processed.labels(kind, outcome)
 
     def set_build_info(self, version: str, klaviyo_revision: str) -> None:
-        """Publish the versions of what is running."""
+        """Set the version of the worker and of Klaviyo's API."""
         self._build.labels(version, klaviyo_revision).set(1)
 
     def record_received(self, messages: int) -> None:
-        """Count messages that the queue handed out."""
+        """Count messages received from the queue."""
         self._received.inc(messages)
 
     def record_settled(self, message_type: str | None, outcome: str, duration: float, age: float | None) -> None:
-        """Count a message that reached an ending, `duration` seconds after it came.
+        """Count a message that was settled `duration` seconds after it was received.
 
-        `message_type` is None for a message that could not be read, `outcome` one of OUTCOMES. `age`: seconds since
-        it was published, None when the queue does not say; a message that comes again is no age yet.
+        `message_type` is None if the message is unreadable. `outcome` is one of OUTCOMES. `age`: seconds since it
+        was published, None if unknown; recorded only for messages that were sent or ignored.
         """
         kind = "unreadable" if message_type is None else _bounded(message_type, self._types)
         self._processed.labels(kind, _bounded(outcome, OUTCOMES)).inc()
@@ -91,22 +91,22 @@ class Metrics:
         if outcome in _DONE:
             self._last_success.set(time.time())
             if age is not None:
-                self._age.observe(max(age, 0.0))  # clocks differ
+                self._age.observe(max(age, 0.0))  # 0 if clocks differ
 
     def record_failure(self, stage: str, error: str) -> None:
-        """Count a message that failed in one of STAGES, by the class of its error."""
+        """Count a message that failed in one of STAGES, by error class."""
         self._failures.labels(_bounded(stage, STAGES), _bounded(error, self._errors)).inc()
 
     def record_batch(self, messages: int) -> None:
-        """Note the size of a batch that a lane takes."""
+        """Record the size of a lane's batch."""
         self._batch.observe(messages)
 
     def record_stage(self, name: str, seconds: float) -> None:
-        """Note how long a batch was in one of STAGES."""
+        """Record the time of a batch in one of STAGES."""
         self._stages.labels(_bounded(name, STAGES)).observe(seconds)
 
     def record_request(self, service: str, endpoint: str, status: int | None, seconds: float) -> None:
-        """Note a request to one of SERVICES and its answer's status; None: there was no answer.
+        """Count a request to one of SERVICES. `status` is None if there was no response.
 
         `endpoint` is a template like `PATCH /api/profiles/{id}`: ids and queries must not become labels.
         """
@@ -114,27 +114,31 @@ class Metrics:
             self._requests[service].record(endpoint, status, seconds)
 
     def observe_worker(self, state: WorkerState) -> None:
-        """Read the gauges from a running worker from now on. Once."""
+        """Read the gauges from a running worker at every scrape. Call this once."""
         self._registry.register(_Gauges(state))
 
     def outcomes(self) -> dict[tuple[str, str], int]:
-        """Count the messages settled, by type and outcome."""
+        """Return the number of settled messages by type and outcome."""
         return {(labels["message_type"], labels["outcome"]): int(n) for labels, n in _totals(self._processed)}
 
     def requests(self) -> dict[tuple[str, str], int]:
-        """Count the requests, by service and endpoint."""
-        return {(service, end): n for service, of in self._requests.items() for end, n in of.by_endpoint().items()}
+        """Return the number of requests by service and endpoint."""
+        return {
+            (service, endpoint): number
+            for service, requests in self._requests.items()
+            for endpoint, number in requests.by_endpoint().items()
+        }
 
     def ages(self) -> tuple[int, float]:
-        """Return of how many messages the age at their effect is known, and the sum of these, in seconds."""
+        """Return the number of messages whose age at their effect is known, and the sum of these ages in seconds."""
         return _number_and_sum(self._age)
 
     def batches(self) -> tuple[int, float]:
-        """Return the number of batches, and of the messages in them."""
+        """Return the number of batches, and the number of messages in them."""
         return _number_and_sum(self._batch)
 
     def render(self) -> tuple[bytes, str]:
-        """Return the answer to GET /metrics: body and content type."""
+        """Return the response to GET /metrics: body and content type."""
         encode, content_type = choose_encoder("")
         return encode(_Scrape(self._registry)), content_type
 
@@ -145,12 +149,12 @@ class _Requests:
     def __init__(self, service: str, registry: CollectorRegistry) -> None:
         self._count = _counter(registry, f"{service}_requests_total", "Requests", "endpoint", "status")
         self._duration = _histogram(
-            registry, f"{service}_request_duration_seconds", "From request to answer", _SECONDS, "endpoint"
+            registry, f"{service}_request_duration_seconds", "Time from request to response", _SECONDS, "endpoint"
         )
 
     def record(self, endpoint: str, status: int | None, seconds: float) -> None:
         self._count.labels(endpoint, "none" if status is None else status).inc()
-        self._count.labels(endpoint, _THROTTLED).inc(0)  # from 0 on, or increase() misses the first one
+        self._count.labels(endpoint, _THROTTLED).inc(0)  # start at 0, or increase() misses the first one
         self._duration.labels(endpoint).observe(seconds)
 
     def by_endpoint(self) -> dict[str, int]:
@@ -158,7 +162,7 @@ class _Requests:
 
 
 class _Gauges:
-    """Asks the worker at every scrape. What cannot be told is left out; the rest is there nevertheless."""
+    """Gauges that are read from the worker at every scrape. A gauge is absent if its value is unknown."""
 
     def __init__(self, state: WorkerState) -> None:
         self._state = state
@@ -167,12 +171,12 @@ class _Gauges:
         state = self._state
         readings: tuple[tuple[str, str, Callable[[], float | None]], ...] = (
             ("messages_in_flight", "Messages received and not settled", state.in_flight),
-            ("messages_held", "Messages held because they could not be handled yet", state.held),
-            ("oldest_message_age_seconds", "Since the oldest message in flight was published", state.oldest_age),
-            ("lanes", "Batches handled side by side", state.lanes),
-            ("parked", "1 while the worker is not allowed to work", lambda: bool(state.parked_reason())),
-            ("queue_backlog_messages", "Messages in the queue; absent when it cannot tell", state.backlog),
-            ("dead_letter_messages", "Dead letters; absent when the queue cannot tell", state.dead_letters),
+            ("messages_held", "Messages in flight that are held or parked", state.held),
+            ("oldest_message_age_seconds", "Age of the oldest message in flight", state.oldest_age),
+            ("lanes", "Lanes, each with its own batch", state.lanes),
+            ("parked", "1 while the worker is parked", lambda: bool(state.parked_reason())),
+            ("queue_backlog_messages", "Messages in the queue; absent if unknown", state.backlog),
+            ("dead_letter_messages", "Dead letters; absent if unknown", state.dead_letters),
         )
         for name, text, read in readings:
             value = _read(name, read)
@@ -180,14 +184,14 @@ class _Gauges:
                 yield GaugeMetricFamily(_name(name), text, value)
         outages = _read("outage", lambda: {service: bool(state.outage_reasons()[service]) for service in SERVICES})
         if outages is not None:
-            family = GaugeMetricFamily(_name("outage"), "1 while a service cannot answer", labels=("service",))
-            for service, out in outages.items():
-                family.add_metric((service,), out)
+            family = GaugeMetricFamily(_name("outage"), "1 during an outage of a service", labels=("service",))
+            for service, is_out in outages.items():
+                family.add_metric((service,), is_out)
             yield family
 
 
 class _Process:
-    """CPU, memory and start of this process, under the names that every Prometheus client gives them."""
+    """CPU, memory and start time of this process, under the standard names of Prometheus clients."""
 
     def __init__(self) -> None:
         self._collector = ProcessCollector(registry=None)
@@ -197,7 +201,7 @@ class _Process:
 
 
 class _Scrape:
-    """A registry without the `_created` series, which double its size and tell one process's start many times."""
+    """A registry without the `_created` series, which only repeat the start time and double the size of a scrape."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
@@ -211,13 +215,13 @@ class _Scrape:
 def _read(name: str, read: Callable[[], T]) -> T | None:
     try:
         return read()
-    except Exception as error:  # noqa: BLE001 - a gauge that fails must not take the others with it
+    except Exception as error:  # noqa: BLE001 - a failing gauge must not affect the others
         log.warning("metric_unavailable", extra={"metric": name, "error": type(error).__name__})
         return None
 
 
 def _totals(metric: Counter | Histogram, suffix: str = "_total") -> Iterator[tuple[Mapping[str, str], float]]:
-    """Yield labels and value of every series, by the end of its name."""
+    """Yield the labels and value of every series whose name ends with `suffix`."""
     for family in metric.collect():
         yield from ((sample.labels, sample.value) for sample in family.samples if sample.name.endswith(suffix))
 
@@ -228,9 +232,9 @@ def _number_and_sum(histogram: Histogram) -> tuple[int, float]:
 
 
 def _error_types() -> frozenset[str]:
-    """Return the classes that are told apart: Python's own and those of worker and queues."""
-    named = (entry for module in (builtins, errors, base) for entry in vars(module).items())
-    return frozenset(name for name, value in named if isinstance(value, type) and issubclass(value, Exception))
+    """Return the values of `error_type`: the exceptions of Python, the worker and the queues."""
+    entries = (entry for module in (builtins, errors, base) for entry in vars(module).items())
+    return frozenset(name for name, value in entries if isinstance(value, type) and issubclass(value, Exception))
 
 
 def _bounded(value: str, known: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""What a running worker reports of itself: read by metrics, probes, the status page and systemd."""
+"""The state of a running worker, as metrics, probes, the status page and systemd read it."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ if TYPE_CHECKING:
 
 
 class RateLimitStatus(NamedTuple):
-    """How an endpoint's limits are used now."""
+    """The use of a Klaviyo endpoint's rate limits."""
 
-    burst: float  # the account's calls per second, as its steady ones per minute
-    steady: float
-    pace: float  # calls per minute that this worker may make now
-    burst_used: float  # share of the calls that it may make at once
-    remaining: float | None  # calls of the account's window, as the last answer said; None: no window is known
-    waiting: int  # calls
+    burst: float  # the account's limit in calls per second
+    steady: float  # the account's limit in calls per minute
+    pace: float  # calls per minute that this worker can make now
+    burst_used: float  # used share of the calls that this worker can make at once
+    remaining: float | None  # calls in the account's window according to the last response; None if unknown
+    waiting: int  # calls that wait for a token
 
 
 class WorkerState(Protocol):
-    """What a running worker tells about itself, at every scrape and probe: from any thread, within a second."""
+    """The state of a running worker. Any thread can call every method; each returns within a second."""
 
     def in_flight(self) -> int:
-        """Count the messages received and not yet settled."""
+        """Count the messages that are received and not settled."""
 
     def held(self) -> int:
-        """Count those of them that are held because they could not be handled yet."""
+        """Count the messages in flight that are held or parked."""
 
     def oldest_age(self) -> float | None:
-        """Return how many seconds ago the oldest message in flight was published: 0 if none is, None if unknown."""
+        """Return the seconds since the oldest message in flight was published: 0 without messages, None if unknown."""
 
     def lanes(self) -> int:
         """Count the lanes."""
 
     def parked_reason(self) -> str:
-        """Return why the worker is not allowed to work; "" when it is."""
+        """Return why the worker is parked; "" if it is not."""
 
     def outage_reasons(self) -> Mapping[str, str]:
-        """Return for each of SERVICES why it cannot answer; "" when it can."""
+        """Return the reason of the outage of each of SERVICES; "" if there is none."""
 
     def backlog(self) -> int | None:
-        """Count the messages in the queue; None when it cannot tell."""
+        """Count the messages in the queue; None if unknown."""
 
     def dead_letters(self) -> int | None:
-        """Count the dead letters; None when the queue cannot tell."""
+        """Count the dead letters; None if unknown."""
 
     def is_alive(self) -> bool:
-        """Tell whether the pull loop went round lately, whatever Klaviyo does."""
+        """Return whether the receive loop runs. Outages of Klaviyo do not affect it."""
 
     def is_stopping(self) -> bool:
-        """Tell whether the worker was asked to stop."""
+        """Return whether the worker stops."""
 
     def has_polled(self) -> bool:
-        """Tell whether the receive loop has come round."""
+        """Return whether the queue has answered at least once."""
 
     def batch_sizes(self) -> Mapping[str, Sequence[int]]:
-        """Count the messages that each lane handles now, by what lanes are for."""
+        """Return the number of messages in the current batch of each lane, by lane group."""
 
     def rate_limit_status(self) -> Mapping[str, RateLimitStatus]:
-        """Return how Klaviyo's limits stand, by endpoint."""
+        """Return the use of Klaviyo's rate limits by endpoint."""

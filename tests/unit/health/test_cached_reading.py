@@ -1,4 +1,4 @@
-"""A figure that costs a call is asked for rarely, and not waited for."""
+"""A cached reading calls its function rarely and does not block for long."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from threading import Event
 
 import pytest
 
-from worker.health import cached_reading as sampled
+from worker.health import cached_reading
 from worker.health.cached_reading import CachedReading
 
 
-def test_many_who_ask_make_one_call_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting may be a call that costs money, and there may be many viewers; yet the figure follows the queue."""
-    monkeypatch.setattr(sampled, "READ_TIMEOUT", 10.0)  # on a machine that is busy
-    answers = iter(range(9))
-    figure = CachedReading(lambda: next(answers))
-    assert [figure.read() for _ in range(20)] == [0] * 20
-    monkeypatch.setattr(sampled, "MAX_AGE", 0.0)
-    assert figure.read() == 1
+def test_function_is_called_again_only_after_max_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call can cost money, and there can be many viewers."""
+    monkeypatch.setattr(cached_reading, "READ_TIMEOUT", 10.0)  # for a busy machine
+    values = iter(range(9))
+    reading = CachedReading(lambda: next(values))
+    assert [reading.read() for _ in range(20)] == [0] * 20
+    monkeypatch.setattr(cached_reading, "MAX_AGE", 0.0)
+    assert reading.read() == 1
 
 
-def test_a_call_that_takes_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scrape has a second for all. The next one has what the call brings; meanwhile there is no other."""
-    monkeypatch.setattr(sampled, "READ_TIMEOUT", 0.01)
-    monkeypatch.setattr(sampled, "MAX_AGE", 0.0)
-    goes_on = Event()
-    asked = []
+def test_slow_call_raises_timeout_and_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scrape has one second in total. The call continues, and a later read returns its result."""
+    monkeypatch.setattr(cached_reading, "READ_TIMEOUT", 0.01)
+    monkeypatch.setattr(cached_reading, "MAX_AGE", 0.0)
+    release = Event()
+    calls = []
 
-    def ask() -> bool:
-        asked.append(1)
-        return goes_on.wait(10)
+    def slow() -> bool:
+        calls.append(1)
+        return release.wait(10)
 
-    figure = CachedReading(ask)
+    reading = CachedReading(slow)
     for _ in range(2):
         with pytest.raises(TimeoutError):
-            figure.read()
-    monkeypatch.setattr(sampled, "READ_TIMEOUT", 10.0)
-    monkeypatch.setattr(sampled, "MAX_AGE", 10.0)
-    goes_on.set()
-    assert figure.read()
-    assert len(asked) == 1
+            reading.read()
+    monkeypatch.setattr(cached_reading, "READ_TIMEOUT", 10.0)
+    monkeypatch.setattr(cached_reading, "MAX_AGE", 10.0)
+    release.set()
+    assert reading.read()
+    assert len(calls) == 1

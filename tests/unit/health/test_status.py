@@ -1,4 +1,4 @@
-"""What the status page is told: the state in a word, ten minutes of history, few failures, no secret."""
+"""The data of the status page: the condition, ten minutes of history, recent failures, no secrets."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from tests.support.worker_state import FakeWorkerState
 from tests.unit.runtime.test_runner import settings_for
-from worker.health.condition import condition
+from worker.health.condition import condition_of
 from worker.health.history import STEP, STEPS, History
-from worker.health.status import Status, redacted
+from worker.health.status import Status, redact
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.recent_failures import MAX_FAILURES, MAX_TEXT, RecentFailures
@@ -31,7 +31,7 @@ OUT = "klaviyo: 503 to POST a.klaviyo.com/api/events"
 
 
 def line(**values: Any) -> dict[str, Any]:
-    """Return what the log says of a failure."""
+    """Return the fields of a failure's log line."""
     return {
         "outcome": "dead_lettered",
         "message_type": "OrderCreated",
@@ -51,16 +51,22 @@ def status(state: FakeWorkerState | None = None, telemetry: Telemetry | None = N
 
 
 TELEMETRY = Telemetry(Metrics("embedded"))
-SHOWN = status(telemetry=TELEMETRY)  # made once: hypothesis asks it a hundred times
+STATUS = status(telemetry=TELEMETRY)  # shared, because hypothesis renders it a hundred times
 
 
 @pytest.mark.parametrize(
-    ("state", "lately", "word", "level", "why"),
+    ("values", "recently", "state", "severity", "reasons"),
     [
         ({}, True, "running", "good", []),
         ({}, False, "running", "good", []),
         ({"in_flight": 0}, True, "running", "good", []),
-        ({"in_flight": 0}, False, "idle", "quiet", ["the queue has had nothing for this worker within a minute"]),
+        (
+            {"in_flight": 0},
+            False,
+            "idle",
+            "quiet",
+            ["the queue has had no messages for this worker in the last minute"],
+        ),
         ({"has_polled": False}, False, "starting", "quiet", ["the queue has not answered yet"]),
         ({"outage_reasons": DOWN}, True, "running", "warning", [OUT]),
         ({"outage_reasons": DOWN, "in_flight": 0, "held": 0}, False, "running", "warning", [OUT]),
@@ -68,27 +74,21 @@ SHOWN = status(telemetry=TELEMETRY)  # made once: hypothesis asks it a hundred t
         ({"parked_reason": REFUSED}, True, "parked", "bad", [REFUSED]),
         ({"parked_reason": REFUSED, "has_polled": False}, True, "parked", "bad", [REFUSED]),
         ({"parked_reason": REFUSED, "outage_reasons": DOWN}, True, "parked", "bad", [REFUSED, OUT]),
-        (
-            {"is_alive": False, "parked_reason": REFUSED},
-            True,
-            "stalled",
-            "bad",
-            ["the receive loop does not come round"],
-        ),
+        ({"is_alive": False, "parked_reason": REFUSED}, True, "stalled", "bad", ["the receive loop hangs"]),
         ({"is_stopping": True, "parked_reason": REFUSED, "is_alive": False}, True, "stopping", "quiet", []),
     ],
 )
-def test_the_state_is_a_word_with_its_reasons(
-    state: Mapping[str, Any], *, lately: bool, word: str, level: str, why: list[str]
+def test_condition_is_the_most_important_state_with_its_reasons(
+    values: Mapping[str, Any], *, recently: bool, state: str, severity: str, reasons: list[str]
 ) -> None:
-    """What needs a person most comes first; whoever needs nothing gets no advice."""
-    told = condition(FakeWorkerState(**state), settled_lately=lately)
-    assert (told["word"], told["level"], told["why"]) == (word, level, why)
-    assert bool(told["advice"]) == (word in {"parked", "stalled", "stopping"} or OUT in why)
+    """A state that needs no action has no advice."""
+    condition = condition_of(FakeWorkerState(**values), settled_recently=recently)
+    assert (condition.state, condition.severity, list(condition.reasons)) == (state, severity, reasons)
+    assert bool(condition.advice) == (state in {"parked", "stalled", "stopping"} or OUT in reasons)
 
 
-def test_failures_are_few_and_the_newest_comes_first() -> None:
-    """A worker that runs for a year keeps no more than one that began."""
+def test_recent_failures_are_limited_and_newest_first() -> None:
+    """Memory does not grow with the uptime of the worker."""
     failures = RecentFailures()
     for number in range(MAX_FAILURES + 5):
         failures.add(line(reason=f"reason {number}"))
@@ -97,31 +97,31 @@ def test_failures_are_few_and_the_newest_comes_first() -> None:
     assert kept[0].keys() >= {"at", "message_type", "stage", "outcome", "resource_type", "resource_id", "attempt"}
 
 
-def test_a_failure_that_comes_again_is_counted() -> None:
-    """An outage of a thousand messages must not push out the one dead letter; its newest message is named."""
+def test_repeated_failure_is_counted() -> None:
+    """An outage with a thousand messages must not displace a dead letter. The newest message is shown."""
     failures = RecentFailures()
-    failures.add(line(outcome="waiting", message_id="1"))
+    failures.add(line(outcome="held", message_id="1"))
     failures.add(line())
     for number in range(1000):
-        failures.add(line(outcome="waiting", message_type="CustomerCreated", message_id=str(number)))
-    told = [(f["outcome"], f["message_type"], f["message_id"], f["times"]) for f in failures.newest()]
-    assert told == [("waiting", "CustomerCreated", "999", 1001), ("dead_lettered", "OrderCreated", "7", 1)]
+        failures.add(line(outcome="held", message_type="CustomerCreated", message_id=str(number)))
+    newest = [(f["outcome"], f["message_type"], f["message_id"], f["times"]) for f in failures.newest()]
+    assert newest == [("held", "CustomerCreated", "999", 1001), ("dead_lettered", "OrderCreated", "7", 1)]
 
 
 @example({"reason": "x" * MAX_TEXT, "resource_id": "x" * (MAX_TEXT + 1)})
 @given(st.dictionaries(st.sampled_from(sorted(line())), st.text(st.characters(), max_size=2 * MAX_TEXT)))
-def test_whatever_a_message_holds_the_data_is_json_and_bounded(values: dict[str, Any]) -> None:
-    """Types, ids and reasons are anybody's strings, with halves of characters, quotes and tags."""
+def test_data_is_bounded_json_for_any_message(values: dict[str, Any]) -> None:
+    """Types, ids and reasons can contain lone surrogates, quotes and tags."""
     TELEMETRY.failures = RecentFailures()
     TELEMETRY.failures.add(line(**values))
-    (failure,) = json.loads(SHOWN.render().decode("ascii"))["failures"]
+    (failure,) = json.loads(STATUS.render().decode("ascii"))["failures"]
     for name, value in values.items():
         if name in failure:
             assert failure[name] == (value if len(value) <= MAX_TEXT else f"{value[: MAX_TEXT - 1]}…")
 
 
 def test_charts_show_rates_and_ages_by_step() -> None:
-    """Of what happened between two samples, however long that was; failed is what somebody may look at."""
+    """Rates are computed from the actual time between two samples. `failed` excludes returned messages."""
     metrics = Metrics("embedded")
     history = History(metrics)
     metrics.record_settled("OrderCreated", "sent", 0.1, 50.0)  # before the first sample: no step has it
@@ -141,7 +141,7 @@ def test_charts_show_rates_and_ages_by_step() -> None:
 
 
 def test_history_is_bounded() -> None:
-    """Ten minutes, however long the worker runs; a minute of requests and batches."""
+    """Ten minutes of messages and one minute of requests and batches are kept."""
     metrics = Metrics("embedded")
     history = History(metrics)
     for number in range(3 * STEPS):
@@ -153,19 +153,17 @@ def test_history_is_bounded() -> None:
     assert {len(values) for values in series.values()} == {STEPS}
     assert all(before - after == STEP for before, after in pairwise(series["ago"]))
     assert (series["ago"][0], series["ago"][-1]) == (STEPS * STEP, STEP)
-    assert history.requests_lately() == {("klaviyo", "POST /api/events"): 12}
-    assert history.settled_lately() == 12
-    metrics.record_settled(
-        "OrderCreated", "sent", 0.1, 1.0
-    )  # no sample has it yet, but a worker that sends is not idle
-    assert history.settled_lately() == 13
-    assert history.batch_lately() == 3 * STEPS - 6.5  # the mean of the last twelve
+    assert history.recent_requests() == {("klaviyo", "POST /api/events"): 12}
+    assert history.recently_settled() == 12
+    metrics.record_settled("OrderCreated", "sent", 0.1, 1.0)
+    assert history.recently_settled() == 13  # it counts before the next sample
+    assert history.recent_batch_size() == 3 * STEPS - 6.5  # the mean of the last twelve
 
 
-def test_before_the_first_sample_there_is_nothing_to_tell() -> None:
-    """The page may be asked for at once."""
-    told = status().document()
-    assert told["history"] == {
+def test_document_is_complete_before_the_first_sample() -> None:
+    """The page can be requested immediately after the start."""
+    document = status().document()
+    assert document["history"] == {
         "step": STEP,
         "ago": [],
         "sent": [],
@@ -174,20 +172,20 @@ def test_before_the_first_sample_there_is_nothing_to_tell() -> None:
         "age": [],
         "oldest": [],
     }
-    assert (told["batch"], told["outcomes"], told["failures"]) == (None, [], [])
+    assert (document["batch"], document["outcomes"], document["failures"]) == (None, [], [])
 
 
-def test_limits_are_those_of_this_worker() -> None:
-    """The share it may use, what it used of that in a minute, and what Klaviyo says is left; none not needed."""
+def test_rate_limits_are_those_of_this_worker() -> None:
+    """They are reduced to RATE_LIMIT_SHARE. Endpoints without requests in the last minute are left out."""
     metrics = Metrics("embedded")
     used = FakeWorkerState().rate_limit_status()["POST /api/events"]
     limits = {"GET /api/events": used._replace(waiting=0), "POST /api/events": used}
-    told = status(FakeWorkerState(rate_limit_status=limits), Telemetry(metrics), rate_limit_share=0.5)
-    told.sample(0.0)
+    page = status(FakeWorkerState(rate_limit_status=limits), Telemetry(metrics), rate_limit_share=0.5)
+    page.sample(0.0)
     for service in ("klaviyo", "commercetools"):
         metrics.record_request(service, "POST /api/events", 202, 0.1)
-    told.sample(5.0)
-    document = told.document()
+    page.sample(5.0)
+    document = page.document()
     assert document["limits"] == [
         {
             "endpoint": "POST /api/events",
@@ -206,20 +204,20 @@ def test_limits_are_those_of_this_worker() -> None:
     ]
 
 
-def test_outcomes_are_told_by_type_the_most_frequent_first() -> None:
-    """Only of types that there were: a hundred lines of zeros tell nothing."""
+def test_outcomes_are_listed_by_type_the_most_frequent_first() -> None:
+    """Types without messages are left out."""
     metrics = Metrics("embedded")
     for kind, outcome in ((None, "dead_lettered"), ("OrderCreated", "sent"), ("OrderCreated", "ignored")):
         metrics.record_settled(kind, outcome, 0.1, None)
-    nothing = {"sent": 0, "ignored": 0, "retried": 0, "dead_lettered": 0, "returned": 0}
+    zeros = {"sent": 0, "ignored": 0, "retried": 0, "dead_lettered": 0, "returned": 0}
     assert status(telemetry=Telemetry(metrics)).document()["outcomes"] == [
-        nothing | {"type": "OrderCreated", "sent": 1, "ignored": 1},
-        nothing | {"type": "unreadable", "dead_lettered": 1},
+        zeros | {"type": "OrderCreated", "sent": 1, "ignored": 1},
+        zeros | {"type": "unreadable", "dead_lettered": 1},
     ]
 
 
-def test_a_queue_that_cannot_count_leaves_the_rest() -> None:
-    """The page is the way to find out why."""
+def test_document_is_complete_if_the_queue_cannot_count() -> None:
+    """The page helps to find the cause."""
     messages = status(FakeWorkerState(backlog=RuntimeError("grete@mail.example"))).document()["messages"]
     assert (messages["backlog"], messages["dead_letters"], messages["in_flight"]) == (None, None, 7)
 
@@ -234,19 +232,19 @@ def test_a_queue_that_cannot_count_leaves_the_rest() -> None:
         ("amqp://user:pa/ss@host/queue", "amqp://host/queue"),
     ],
 )
-def test_the_queue_is_named(url: str, shown: str) -> None:
-    """As the operator wrote it."""
-    assert redacted(url) == shown
+def test_queue_url_is_shown_without_query_and_credentials(url: str, shown: str) -> None:
+    """The rest is shown as the operator wrote it."""
+    assert redact(url) == shown
 
 
 @given(st.text(st.characters(exclude_characters="?#")), st.text())
-def test_no_secret_of_a_queue_url_is_shown(password: str, token: str) -> None:
-    """What is before an @ or after a ? may be one, in other packages' queues too."""
-    assert redacted(f"amqp://user:{password}@host/queue?token={token}") == "amqp://host/queue"
+def test_secrets_of_a_queue_url_are_redacted(password: str, token: str) -> None:
+    """The parts before an @ and after a ? can be secret, also in queues of other packages."""
+    assert redact(f"amqp://user:{password}@host/queue?token={token}") == "amqp://host/queue"
 
 
-def test_the_wheel_holds_what_is_no_module() -> None:
-    """A page that only a checkout has would be missing where it is installed."""
+def test_wheel_contains_all_files_that_are_not_modules() -> None:
+    """Otherwise an installed worker would lack the files of its page."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     packed = {

@@ -1,4 +1,4 @@
-"""What the worker says of itself."""
+"""The canonical log line, the log formats and the recorded failures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def message(outcome: Outcome | None, operations: int = 0) -> Message:
     ],
 )
 def test_every_message_has_one_canonical_line(outcome: Outcome, operations: int, name: str, level: str) -> None:
-    """Scripts rely on the fields; the level says whether somebody should look."""
+    """Scripts rely on the fields. The level shows whether an operator should look."""
     stream = io.StringIO()
     configure_logging("INFO", "auto", stream)
     telemetry = Telemetry(Metrics("embedded"))
@@ -56,34 +56,34 @@ def test_every_message_has_one_canonical_line(outcome: Outcome, operations: int,
     assert telemetry.outcomes == {name: 1}
 
 
-def test_a_message_that_goes_back_unhandled_says_so() -> None:
-    """Whatever a lane may still be making of it."""
+def test_returned_message_has_outcome_returned() -> None:
+    """This holds even if a lane is still processing the message."""
     stream = io.StringIO()
     configure_logging("INFO", "json", stream)
     Telemetry(Metrics("embedded")).record_returned([message(None), message(Outcome(Disposition.ACK, "send"), 1)])
     assert [json.loads(line)["outcome"] for line in stream.getvalue().splitlines()] == ["returned"] * 2
 
 
-def test_failures_are_remembered_and_nothing_else() -> None:
-    """Also those of messages that are kept, which have no line yet; an ignored message is no failure."""
+def test_only_failures_are_recorded() -> None:
+    """Held messages are recorded too, before they have a log line. Ignored messages and stale writes are no failures."""
     telemetry = Telemetry(Metrics("embedded"))
     held = message(Outcome(Disposition.HOLD, "enrich", Transient("500")))
     ignored = message(Outcome(Disposition.ACK, "parse", Ignored("no handler")))
-    outdated = message(Outcome(Disposition.HOLD, "send", StaleWrite("read again")))
-    buried = message(Outcome(Disposition.DEAD_LETTER, "send", Rejected("400")), 1)
-    telemetry.record_processed([held, ignored, outdated, buried])
-    telemetry.record_settled([ignored, buried, message(Outcome(Disposition.ACK, "send"), 1)])
+    stale = message(Outcome(Disposition.HOLD, "send", StaleWrite("read again")))
+    dead_lettered = message(Outcome(Disposition.DEAD_LETTER, "send", Rejected("400")), 1)
+    telemetry.record_processed([held, ignored, stale, dead_lettered])
+    telemetry.record_settled([ignored, dead_lettered, message(Outcome(Disposition.ACK, "send"), 1)])
     telemetry.record_settled([message(Outcome(Disposition.NACK, "enrich", Transient("500")))])
-    told = [(f["outcome"], f["stage"], f["reason"], f["times"]) for f in telemetry.failures.newest()]
-    assert told == [
+    failures = [(f["outcome"], f["stage"], f["reason"], f["times"]) for f in telemetry.failures.newest()]
+    assert failures == [
         ("retried", "enrich", "500", 1),
         ("dead_lettered", "send", "400", 1),
-        ("waiting", "enrich", "500", 1),
+        ("held", "enrich", "500", 1),
     ]
 
 
-def test_a_person_gets_text() -> None:
-    """Time, event, and the fields that have a value."""
+def test_text_format_shows_time_event_and_fields() -> None:
+    """Fields without a value are left out."""
     stream = io.StringIO()
     configure_logging("INFO", "text", stream)
     Telemetry(Metrics("embedded")).record_settled([message(Outcome(Disposition.ACK, "send"), 1)])
@@ -93,8 +93,8 @@ def test_a_person_gets_text() -> None:
     assert "reason" not in line
 
 
-def test_levels_are_obeyed() -> None:
-    """A quiet worker still tells what went wrong."""
+def test_lines_below_the_level_are_left_out() -> None:
+    """With LOG_LEVEL=ERROR, messages that were sent or retried are not logged."""
     stream = io.StringIO()
     configure_logging("ERROR", "json", stream)
     Telemetry(Metrics("embedded")).record_settled(
@@ -103,22 +103,22 @@ def test_levels_are_obeyed() -> None:
     assert stream.getvalue() == ""
 
 
-def test_only_our_own_logger_is_set_up() -> None:
-    """The libraries' debug lines hold tokens and bodies."""
+def test_loggers_of_libraries_are_not_configured() -> None:
+    """Debug lines of libraries contain tokens and bodies."""
     configure_logging("DEBUG", "json", io.StringIO())
     assert not log.propagate
     assert logging.getLogger("requests_oauthlib").getEffectiveLevel() > logging.DEBUG
     assert logging.getLogger("urllib3").getEffectiveLevel() > logging.DEBUG
 
 
-def test_a_librarys_warning_is_told_without_its_text() -> None:
-    """As JSON like all else; the text may quote a person."""
+def test_warning_of_a_library_is_logged_without_its_text() -> None:
+    """The text can contain personal data. The line has the usual format."""
     stream = io.StringIO()
     configure_logging("INFO", "json", stream)
     library = logging.getLogger("some.library")
-    library.propagate = False  # pytest listens further up
+    library.propagate = False  # pytest captures the root logger
     library.error("cannot greet %s", "grete@mail.example", exc_info=ValueError("grete@mail.example"))
-    library.info("nobody asked")
+    library.info("below the level of a warning")
     (line,) = map(json.loads, stream.getvalue().splitlines())
     assert line.pop("where").startswith("test_message_log.py:")
     assert line.pop("time")
