@@ -1,4 +1,4 @@
-"""The port for Kubernetes, Prometheus and people: GET /livez, /readyz, /metrics and /. Nothing can be changed here."""
+"""The HTTP port: GET /livez, /readyz, /metrics and the status page. Read-only."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from worker.telemetry.metrics import Metrics
     from worker.telemetry.state import WorkerState
 
-ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - what a container sets
-TIMEOUT = 10.0  # seconds a client has for everything
-MAX_CONNECTIONS = 32  # at once; one more costs the oldest its connection
+ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - the setting in a container
+TIMEOUT = 10.0  # seconds for a whole connection
+MAX_CONNECTIONS = 32  # at once; one more drops the oldest
 _POLL = 0.2  # seconds
 
 
-class _Answer(NamedTuple):
+class _Response(NamedTuple):
     status: int
     content_type: str
     body: bytes
@@ -38,7 +38,7 @@ class _Answer(NamedTuple):
 
 
 class HealthServer:
-    """Answers probes and scrapes, and people where there is a `status` to show, in threads of its own."""
+    """The HTTP server for probes, scrapes and, with a `status`, the status page. It runs in separate threads."""
 
     def __init__(
         self, host: str, port: int, metrics: Metrics, state: WorkerState, status: Status | None = None
@@ -52,15 +52,15 @@ class HealthServer:
 
     @property
     def port(self) -> int:
-        """Return the port listened on: with 0, what the system chose at `start`."""
+        """Return the port. If it was 0, `start` replaces it by the one that the system has chosen."""
         return self._port
 
     def start(self) -> None:
         """Listen. Raises OSError if the address or the port cannot be used."""
-        answers = {"/livez": self._livez, "/readyz": self._readyz, "/metrics": self._scrape}
+        routes = {"/livez": self._livez, "/readyz": self._readyz, "/metrics": self._scrape}
         if self._status:
-            answers |= _of_status(self._status)
-        self._server = _Server(self._host, self._port, answers)
+            routes |= _status_routes(self._status)
+        self._server = _Server(self._host, self._port, routes)
         self._port = self._server.server_address[1]
         Thread(target=self._server.serve_forever, args=(_POLL,), name="health", daemon=True).start()
         if self._status:
@@ -76,44 +76,44 @@ class HealthServer:
             server.server_close()
             server.drop_all()
 
-    def _livez(self) -> _Answer:
-        """Say whether a restart would help: Klaviyo's outages have no part in that."""
-        alive = self._state.is_alive()
-        return _json(alive, {"status": "ok" if alive else "stalled"})
+    def _livez(self) -> _Response:
+        """Return 503 if a restart would help. Outages of Klaviyo do not count."""
+        is_alive = self._state.is_alive()
+        return _json(is_alive, {"status": "ok" if is_alive else "stalled"})
 
-    def _readyz(self) -> _Answer:
-        """Say whether the worker can work, and what is in the way. An outage passes without anybody's help."""
+    def _readyz(self) -> _Response:
+        """Return 503 if the worker is parked. An outage does not count, because it ends by itself."""
         parked = self._state.parked_reason()
-        ready = not parked
+        is_ready = not parked
         document = {
-            "ready": ready,
+            "ready": is_ready,
             "parked": parked or None,
             "outages": {service: reason or None for service, reason in self._state.outage_reasons().items()},
             "stopping": self._state.is_stopping(),
         }
-        return _json(ready, document)
+        return _json(is_ready, document)
 
-    def _scrape(self) -> _Answer:
+    def _scrape(self) -> _Response:
         body, content_type = self._metrics.render()
-        return _Answer(HTTPStatus.OK, content_type, body)
+        return _Response(HTTPStatus.OK, content_type, body)
 
 
-def _of_status(status: Status) -> dict[str, Callable[[], _Answer]]:
+def _status_routes(status: Status) -> dict[str, Callable[[], _Response]]:
     html, policy = build_page()
-    shown = _Answer(HTTPStatus.OK, "text/html; charset=utf-8", html, {**HEADERS, "Content-Security-Policy": policy})
+    page = _Response(HTTPStatus.OK, "text/html; charset=utf-8", html, {**HEADERS, "Content-Security-Policy": policy})
     return {
-        "/": lambda: shown,
-        "/status.json": lambda: _Answer(HTTPStatus.OK, "application/json", status.render(), HEADERS),
+        "/": lambda: page,
+        "/status.json": lambda: _Response(HTTPStatus.OK, "application/json", status.render(), HEADERS),
     }
 
 
-def _json(good: bool, document: Mapping[str, Any]) -> _Answer:
-    status = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
-    return _Answer(status, "application/json", orjson.dumps(document))
+def _json(is_ok: bool, document: Mapping[str, Any]) -> _Response:
+    status = HTTPStatus.OK if is_ok else HTTPStatus.SERVICE_UNAVAILABLE
+    return _Response(status, "application/json", orjson.dumps(document))
 
 
 def _listen_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
-    """Return family and address to listen on. ALL_INTERFACES includes those of IPv6 if the system has any."""
+    """Return the family and address to listen on. ALL_INTERFACES includes IPv6 if the system has it."""
     if host == ALL_INTERFACES and socket.has_dualstack_ipv6():
         return socket.AF_INET6, ("", port)
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -121,18 +121,18 @@ def _listen_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
 
 
 class _Server(ThreadingTCPServer):
-    """A thread for each connection, and a bound on both: a client that dawdles makes room for the next.
+    """A server with one thread per connection. The number and duration of connections are limited.
 
-    Not http.server's own server, which asks DNS for this machine's name before it listens.
+    http.server.HTTPServer is not used, because it queries DNS for the machine's name before it listens.
     """
 
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 32
 
-    def __init__(self, host: str, port: int, answers: Mapping[str, Callable[[], _Answer]]) -> None:
-        self.answers = answers
-        self._open: dict[socket.socket, float] = {}  # connection -> when it ends at the latest; oldest first
+    def __init__(self, host: str, port: int, routes: Mapping[str, Callable[[], _Response]]) -> None:
+        self.routes = routes
+        self._open: dict[socket.socket, float] = {}  # deadline of each connection, oldest first
         self.address_family, address = _listen_address(host, port)
         super().__init__(address, _Handler)
 
@@ -152,7 +152,7 @@ class _Server(ThreadingTCPServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Drop who takes too long, also with a byte now and then. Called every `_POLL` seconds."""
+        """Drop connections that exceed the timeout, even if the client sends single bytes. Called every `_POLL` s."""
         now = time.monotonic()
         for connection, end in list(self._open.items()):
             if end < now:
@@ -165,45 +165,45 @@ class _Server(ThreadingTCPServer):
     def _drop(self, connection: socket.socket) -> None:
         self._open.pop(connection, None)
         with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)  # its thread sees the end and closes it
+            connection.shutdown(socket.SHUT_RDWR)  # the thread of the connection then closes it
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         error = sys.exception()
-        if not isinstance(error, OSError):  # clients may leave as they like
+        if not isinstance(error, OSError):  # which a client that disconnects causes
             log.error("health_request_failed", extra={"error": type(error).__name__})
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request per connection; only the path and GET or HEAD are looked at."""
+    """The handler of one request per connection. Only the path and the method are read."""
 
     server: _Server
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        answer = self.server.answers.get(self.path.partition("?")[0])
-        if answer is None:
+        route = self.server.routes.get(self.path.partition("?")[0])
+        if route is None:
             self.send_error(HTTPStatus.NOT_FOUND)
         else:
-            self._send(answer())
+            self._send(route())
 
     do_HEAD = do_GET  # noqa: N815
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
-        """Refuse without a page: what is no HTTP, another path, another method."""
+        """Reject invalid HTTP, other paths and other methods with a plain text."""
         status = HTTPStatus.METHOD_NOT_ALLOWED if code == HTTPStatus.NOT_IMPLEMENTED else HTTPStatus(code)
-        self._send(_Answer(status, "text/plain; charset=utf-8", f"{status.phrase}\n".encode()))
+        self._send(_Response(status, "text/plain; charset=utf-8", f"{status.phrase}\n".encode()))
 
-    def _send(self, answer: _Answer) -> None:
-        self.send_response_only(answer.status)  # without the header that tells the version of Python
-        self.send_header("Content-Type", answer.content_type)
-        self.send_header("Content-Length", str(len(answer.body)))
-        for name, value in answer.headers.items():
+    def _send(self, response: _Response) -> None:
+        self.send_response_only(response.status)  # omits the Server header, which contains Python's version
+        self.send_header("Content-Type", response.content_type)
+        self.send_header("Content-Length", str(len(response.body)))
+        for name, value in response.headers.items():
             self.send_header(name, value)
-        if answer.status == HTTPStatus.METHOD_NOT_ALLOWED:
+        if response.status == HTTPStatus.METHOD_NOT_ALLOWED:
             self.send_header("Allow", "GET, HEAD")
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer.body)
+            self.wfile.write(response.body)
 
     def log_message(self, *_: Any) -> None:
-        """Write nothing: a probe every few seconds is no news."""
+        """Log nothing: probes come every few seconds."""

@@ -1,4 +1,4 @@
-"""What systemd is told, by sd_notify(3): ready, how it goes, alive, stopping. Nothing without NOTIFY_SOCKET."""
+"""Notifications to systemd by sd_notify(3): ready, status, watchdog, stopping. None without NOTIFY_SOCKET."""
 
 from __future__ import annotations
 
@@ -18,91 +18,92 @@ if TYPE_CHECKING:
 
     from worker.telemetry.state import WorkerState
 
-POLL = 1.0  # seconds; how soon a change is told
-_LONGEST = 500  # characters of a status: systemd drops a message of more than 4096 bytes
+POLL = 1.0  # seconds between two checks of the state
+_MAX_STATUS = 500  # characters: systemd drops a message of more than 4096 bytes
 
 
 class Notifier:
-    """Tells systemd what changes, in a thread of its own, and feeds its watchdog while the receive loop comes round.
+    """A thread that sends changes of the state to systemd and feeds its watchdog while the receive loop runs.
 
-    While the worker stops the watchdog is fed in any case: TimeoutStopSec is the limit then.
+    While the worker stops, it feeds the watchdog in any case: TimeoutStopSec is the limit then.
     """
 
     def __init__(self, state: WorkerState, environment: Mapping[str, str]) -> None:
-        """`environment` has what systemd sets: NOTIFY_SOCKET, and WATCHDOG_USEC with WATCHDOG_PID."""
+        """`environment` has systemd's variables: NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
         address = environment.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
-        watchdog = _watchdog(environment)
-        self._interval = watchdog / 2 if watchdog else inf
-        self._feed_at = 0.0 if watchdog else inf  # monotonic seconds
+        timeout = _watchdog_timeout(environment)
+        self._interval = timeout / 2 if timeout else inf
+        self._feed_at = 0.0 if timeout else inf  # monotonic seconds
         self._state = state
-        self._told: list[str] = []
-        self._unheard = ConditionLog("systemd_not_notified", "systemd_notified", logging.WARNING)
-        self._ended = Event()
+        self._sent: list[str] = []
+        self._unreachable = ConditionLog("systemd_not_notified", "systemd_notified", logging.WARNING)
+        self._stopped = Event()
         self._thread = Thread(target=self._run, name="systemd", daemon=True)
 
     def start(self) -> None:
-        """Begin, if there is somebody to tell."""
+        """Start the thread, if the worker runs under systemd."""
         if self._address:
             self._thread.start()
 
     def stop(self) -> None:
-        """Tell what has changed, and end."""
-        self._ended.set()
+        """Send the last change and end the thread."""
+        self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
 
-    def tell(self, now: float) -> float:
-        """Tell what is news at `now`, in monotonic seconds; return the seconds until the next look."""
+    def notify(self, now: float) -> float:
+        """Send what has changed. Return the seconds until the next call. `now` is in monotonic seconds."""
         lines = list(self._lines())
-        news = [line for line in lines if line not in self._told]
-        feeds = now >= self._feed_at and (self._state.is_alive() or self._state.is_stopping())
-        if feeds:
-            news.append("WATCHDOG=1")
-        if news and self._send("\n".join(news)):
-            self._told = lines
-            self._feed_at = now + self._interval if feeds else self._feed_at
-        pause = self._feed_at - now
-        return min(POLL, pause if pause > 0 else self._interval)
+        changed = [line for line in lines if line not in self._sent]
+        is_fed = now >= self._feed_at and (self._state.is_alive() or self._state.is_stopping())
+        if is_fed:
+            changed.append("WATCHDOG=1")
+        if changed and self._send("\n".join(changed)):
+            self._sent = lines
+            if is_fed:
+                self._feed_at = now + self._interval
+        wait = self._feed_at - now
+        return min(POLL, wait if wait > 0 else self._interval)
 
     def _lines(self) -> Iterator[str]:
         if self._state.has_polled():
             yield "READY=1"
         if self._state.is_stopping():
             yield "STOPPING=1"
-        yield f"STATUS={shorten(self._status(), _LONGEST)}"
+        yield f"STATUS={shorten(self._status(), _MAX_STATUS)}"
 
     def _status(self) -> str:
         if self._state.is_stopping():
             return "stopping"
-        if parked := self._state.parked_reason():
-            return f"parked: {parked}"
+        if parked_reason := self._state.parked_reason():
+            return f"parked: {parked_reason}"
         outages = [f"{service}: {reason}" for service, reason in self._state.outage_reasons().items() if reason]
         if outages:
             return f"outage of {', '.join(outages)}"
         return "running" if self._state.has_polled() else "starting"
 
     def _send(self, message: str) -> bool:
-        """Send one datagram; tell whether it was taken. Work goes on without systemd."""
+        """Send one datagram and return whether systemd accepted it. The worker continues without systemd."""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
                 connection.settimeout(POLL)
-                connection.connect(self._address)  # or waiting for room would take all of a CPU
+                connection.connect(self._address)  # unconnected, a full socket would make `send` spin
                 connection.send(message.encode(errors="replace"))
         except OSError as error:
-            self._unheard.log(f"NOTIFY_SOCKET: {error.strerror or type(error).__name__}")
+            self._unreachable.log(f"NOTIFY_SOCKET: {error.strerror or type(error).__name__}")
             return False
-        self._unheard.log("")
+        self._unreachable.log("")
         return True
 
     def _run(self) -> None:
-        while not self._ended.wait(self.tell(time.monotonic())):
+        while not self._stopped.wait(self.notify(time.monotonic())):
             pass
-        self.tell(time.monotonic())
+        self.notify(time.monotonic())
 
 
-def _watchdog(environment: Mapping[str, str]) -> float:
-    """Return the seconds in which the watchdog wants to be fed; 0 when it is not on, or another process's."""
+def _watchdog_timeout(environment: Mapping[str, str]) -> float:
+    """Return the watchdog's timeout in seconds; 0 if it is off or belongs to another process."""
     microseconds = environment.get("WATCHDOG_USEC", "")
-    is_ours = environment.get("WATCHDOG_PID", "") in {"", str(os.getpid())}
-    return int(microseconds) / 1e6 if is_ours and microseconds.isdecimal() else 0.0
+    is_own = environment.get("WATCHDOG_PID", "") in {"", str(os.getpid())}
+    return int(microseconds) / 1e6 if is_own and microseconds.isdecimal() else 0.0

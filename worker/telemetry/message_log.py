@@ -62,13 +62,13 @@ class Telemetry:
 
     def record_settled(self, messages: Iterable[Message]) -> None:
         """Log and count messages that were settled."""
-        self._record((message, outcome_name(message)) for message in messages)
+        self._record_outcomes((message, outcome_name(message)) for message in messages)
 
     def record_returned(self, messages: Iterable[Message]) -> None:
         """Log and count messages that were returned to the queue unprocessed."""
-        self._record((message, "returned") for message in messages)
+        self._record_outcomes((message, "returned") for message in messages)
 
-    def _record(self, outcomes: Iterable[tuple[Message, str]]) -> None:
+    def _record_outcomes(self, outcomes: Iterable[tuple[Message, str]]) -> None:
         for message, outcome in outcomes:
             with self._lock:
                 self.outcomes[outcome] += 1

@@ -1,4 +1,4 @@
-"""The health port on real sockets."""
+"""The HTTP port on real sockets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PATHS = ("/livez", "/readyz", "/metrics")
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     status: int
     headers: dict[str, str]
     body: bytes
@@ -33,13 +33,14 @@ class Answer(NamedTuple):
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Start servers that tell of a state, and stop them in the end."""
+    """Start servers that show a state, and stop them after the test."""
     servers: list[HealthServer] = []
 
     def start(host: str = "127.0.0.1", **state: Any) -> HealthServer:
-        told, metrics = FakeWorkerState(**state), Metrics("embedded")
-        metrics.observe_worker(told)
-        server = HealthServer(host, 0, metrics, told)
+        worker_state = FakeWorkerState(**state)
+        metrics = Metrics("embedded")
+        metrics.observe_worker(worker_state)
+        server = HealthServer(host, 0, metrics, worker_state)
         server.start()
         servers.append(server)
         return server
@@ -49,12 +50,12 @@ def serve() -> Iterator[Serve]:
         server.stop()
 
 
-def ask(server: HealthServer, path: str, method: str = "GET", host: str = "127.0.0.1") -> Answer:
+def request(server: HealthServer, path: str, method: str = "GET", host: str = "127.0.0.1") -> Response:
     connection = http.client.HTTPConnection(host, server.port, timeout=5)
     try:
         connection.request(method, path)
         response = connection.getresponse()
-        return Answer(response.status, dict(response.getheaders()), response.read())
+        return Response(response.status, dict(response.getheaders()), response.read())
     finally:
         connection.close()
 
@@ -65,8 +66,8 @@ def connect(server: HealthServer, sent: bytes = b"") -> socket.socket:
     return connection
 
 
-def is_over(connection: socket.socket, more: bytes = b"") -> bool:
-    """Tell whether the other side ended the connection, without having said anything."""
+def is_closed(connection: socket.socket, more: bytes = b"") -> bool:
+    """Return whether the server has closed the connection without a response."""
     try:
         connection.sendall(more)
         return connection.recv(1) == b""
@@ -76,26 +77,26 @@ def is_over(connection: socket.socket, more: bytes = b"") -> bool:
         return True
 
 
-def test_a_worker_whose_loop_goes_round_is_alive(serve: Serve) -> None:
-    """Whatever Klaviyo does: an outage must not restart every pod."""
+def test_worker_is_alive_while_its_loop_runs(serve: Serve) -> None:
+    """An outage of Klaviyo must not restart every pod."""
     down = {"klaviyo": "503 to POST /api/events", "commercetools": "no answer"}
     server = serve(outage_reasons=down, parked_reason="Klaviyo answered 401", is_stopping=True)
-    answer = ask(server, "/livez")
-    assert (answer.status, json.loads(answer.body)) == (200, {"status": "ok"})
-    assert answer.headers["Content-Type"] == "application/json"
+    response = request(server, "/livez")
+    assert (response.status, json.loads(response.body)) == (200, {"status": "ok"})
+    assert response.headers["Content-Type"] == "application/json"
 
 
-def test_a_worker_that_stalls_is_not_alive(serve: Serve) -> None:
-    """A restart helps, so it is asked for."""
-    answer = ask(serve(is_alive=False), "/livez")
-    assert (answer.status, json.loads(answer.body)) == (503, {"status": "stalled"})
+def test_stalled_worker_is_not_alive(serve: Serve) -> None:
+    """A restart helps."""
+    response = request(serve(is_alive=False), "/livez")
+    assert (response.status, json.loads(response.body)) == (503, {"status": "stalled"})
 
 
-def test_a_worker_that_can_work_is_ready(serve: Serve) -> None:
-    """The body names everything that may be in the way."""
-    answer = ask(serve(), "/readyz")
-    assert answer.status == 200
-    assert json.loads(answer.body) == {
+def test_worker_is_ready_if_it_is_not_parked(serve: Serve) -> None:
+    """The body has everything that can affect the worker."""
+    response = request(serve(), "/readyz")
+    assert response.status == 200
+    assert json.loads(response.body) == {
         "ready": True,
         "parked": None,
         "outages": {"klaviyo": None, "commercetools": None},
@@ -116,34 +117,36 @@ def test_a_worker_that_can_work_is_ready(serve: Serve) -> None:
         ({"is_alive": False}, 200, {"ready": True}),
     ],
 )
-def test_what_makes_a_worker_unready(serve: Serve, state: dict[str, Any], status: int, shown: dict[str, Any]) -> None:
-    """Only what somebody has to mend: an outage passes by itself."""
-    answer = ask(serve(**state), "/readyz")
-    assert answer.status == status
-    assert json.loads(answer.body).items() >= shown.items()
+def test_only_a_parked_worker_is_not_ready(
+    serve: Serve, state: dict[str, Any], status: int, shown: dict[str, Any]
+) -> None:
+    """An operator must fix the cause of parking; an outage ends by itself."""
+    response = request(serve(**state), "/readyz")
+    assert response.status == status
+    assert json.loads(response.body).items() >= shown.items()
 
 
-def test_prometheus_can_scrape(serve: Serve) -> None:
-    """In its text format, with what the worker tells now."""
-    answer = ask(serve(in_flight=9), "/metrics")
-    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
-    values = {family.name: family.samples for family in text_string_to_metric_families(answer.body.decode())}
+def test_metrics_are_served_in_the_text_format(serve: Serve) -> None:
+    """Gauges have the current values of the worker."""
+    response = request(serve(in_flight=9), "/metrics")
+    assert (response.status, response.headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    values = {family.name: family.samples for family in text_string_to_metric_families(response.body.decode())}
     assert values["klaviyo_worker_messages_in_flight"][0].value == 9
 
 
-def test_a_scrape_survives_a_gauge_that_fails(serve: Serve) -> None:
-    """The other metrics are the way to find out why."""
-    answer = ask(serve(backlog=RuntimeError()), "/metrics")
-    assert answer.status == 200
-    assert b"klaviyo_worker_lanes 4.0" in answer.body
-    assert b"queue_backlog" not in answer.body
+def test_failing_gauge_is_left_out_of_a_scrape(serve: Serve) -> None:
+    """The other metrics help to find the cause."""
+    response = request(serve(backlog=RuntimeError()), "/metrics")
+    assert response.status == 200
+    assert b"klaviyo_worker_lanes 4.0" in response.body
+    assert b"queue_backlog" not in response.body
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_head_works_for_probes(serve: Serve, path: str) -> None:
-    """The same answer without its body; figures of the process go on meanwhile, and may have a digit more or less."""
+def test_head_has_the_headers_of_get_without_the_body(serve: Serve, path: str) -> None:
+    """Values of the process change between two scrapes and can have a different number of digits."""
     server = serve()
-    got = ask(server, path)
+    got = request(server, path)
     assert int(got.headers["Content-Length"]) == len(got.body) > 0
     with connect(server, f"HEAD {path} HTTP/1.1\r\n\r\n".encode()) as connection:
         head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
@@ -154,79 +157,79 @@ def test_head_works_for_probes(serve: Serve, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_query_changes_nothing(serve: Serve, path: str) -> None:
+def test_query_is_ignored(serve: Serve, path: str) -> None:
     """Some probes add `?verbose`."""
-    assert ask(serve(), f"{path}?verbose").status == 200
+    assert request(serve(), f"{path}?verbose").status == 200
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics/", "/livez/x", "/LIVEZ", "/..%2f"])
-def test_there_is_nothing_else(serve: Serve, path: str) -> None:
-    """No index, no listing, no page."""
-    answer = ask(serve(), path)
-    assert (answer.status, answer.body) == (404, b"Not Found\n")
+def test_other_paths_are_not_found(serve: Serve, path: str) -> None:
+    """Without a status there is no page at `/` either."""
+    response = request(serve(), path)
+    assert (response.status, response.body) == (404, b"Not Found\n")
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW"])
-def test_nothing_can_be_changed(serve: Serve, method: str) -> None:
-    """Every method but two is refused, and those are named."""
-    answer = ask(serve(), "/readyz", method)
-    assert (answer.status, answer.headers["Allow"], answer.body) == (405, "GET, HEAD", b"Method Not Allowed\n")
+def test_methods_other_than_get_and_head_are_refused(serve: Serve, method: str) -> None:
+    """The response names the allowed methods."""
+    response = request(serve(), "/readyz", method)
+    assert (response.status, response.headers["Allow"], response.body) == (405, "GET, HEAD", b"Method Not Allowed\n")
 
 
 @pytest.mark.parametrize("sent", [b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET /<b>x</b> HTTP/x\r\n\r\n"])
-def test_what_is_no_http_is_refused_shortly(serve: Serve, sent: bytes) -> None:
-    """Without repeating what was sent."""
+def test_invalid_http_is_refused_without_quoting_it(serve: Serve, sent: bytes) -> None:
+    """The request could contain HTML."""
     with connect(serve(), sent) as connection:
-        answer = connection.makefile("rb").read()
-    assert b"Bad" in answer
-    assert b"<" not in answer
+        response = connection.makefile("rb").read()
+    assert b"Bad" in response
+    assert b"<" not in response
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/nothing"])
-def test_no_answer_tells_what_serves_it(serve: Serve, path: str) -> None:
-    """A version is a hint for those who look for holes."""
-    answer = ask(serve(), path)
-    assert "Server" not in answer.headers
-    assert b"Python" not in answer.body
+def test_responses_do_not_name_the_server(serve: Serve, path: str) -> None:
+    """A version would help an attacker."""
+    response = request(serve(), path)
+    assert "Server" not in response.headers
+    assert b"Python" not in response.body
 
 
-def test_a_client_that_says_nothing_holds_up_nobody(serve: Serve) -> None:
-    """Probes have a second; who dawdles has a thread of their own."""
+def test_slow_clients_do_not_block_others(serve: Serve) -> None:
+    """Each connection has a separate thread, because probes time out after a second."""
     server = serve()
     with connect(server), connect(server, b"GET /livez HTTP/1.1\r\nHost:"):
-        assert all(ask(server, path).status == 200 for path in PATHS)
+        assert all(request(server, path).status == 200 for path in PATHS)
 
 
 @pytest.mark.parametrize("more", [b"", b"x"])
-def test_a_slow_client_is_dropped_in_time(serve: Serve, monkeypatch: pytest.MonkeyPatch, more: bytes) -> None:
-    """Also one that sends a byte now and then: no thread is held for ever."""
+def test_slow_client_is_dropped_after_the_timeout(serve: Serve, monkeypatch: pytest.MonkeyPatch, more: bytes) -> None:
+    """Sending single bytes does not extend the timeout."""
     monkeypatch.setattr(health, "TIMEOUT", 0.5)
     deadline = time.monotonic() + 10
     with connect(serve(), b"GET /livez HTTP/1.1\r\nX: ") as connection:
         connection.settimeout(0.1)
-        while not is_over(connection, more):
+        while not is_closed(connection, more):
             assert time.monotonic() < deadline
 
 
-def test_too_many_clients_make_room(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest goes, and those who ask now get their answer."""
+def test_oldest_connection_is_dropped_if_there_are_too_many(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New clients get a response."""
     monkeypatch.setattr(health, "MAX_CONNECTIONS", 3)
     server = serve()
     idle = [connect(server) for _ in range(5)]
-    assert ask(server, "/livez").status == 200
-    assert [is_over(connection) for connection in idle[:3]] == [True] * 3
+    assert request(server, "/livez").status == 200
+    assert [is_closed(connection) for connection in idle[:3]] == [True] * 3
     for connection in idle:
         connection.close()
 
 
-def test_a_state_that_fails_is_said_and_no_success(
+def test_unexpected_error_is_logged_and_fails_the_probe(
     serve: Serve, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A defect fails the probe, leaves the port open, and prints no traceback with what it may quote."""
+    """The port stays open. No traceback is printed, because it could quote personal data."""
     server = serve(is_alive=ValueError("grete@mail.example"))
     with caplog.at_level(logging.INFO, "klaviyo_worker"), pytest.raises(ConnectionError):
-        ask(server, "/livez")
-    assert ask(server, "/readyz").status == 200
+        request(server, "/livez")
+    assert request(server, "/readyz").status == 200
     assert [(record.getMessage(), vars(record)["error"]) for record in caplog.records] == [
         ("health_request_failed", "ValueError")
     ]
@@ -236,31 +239,31 @@ def test_a_state_that_fails_is_said_and_no_success(
 def test_requests_are_not_logged(
     serve: Serve, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Nor are clients that went away before their answer."""
+    """Clients that disconnect before the response are not logged either."""
     server = serve()
     connect(server, b"GET /metrics HTTP/1.1\r\n\r\n").close()
     for path in (*PATHS, "/nothing"):
-        ask(server, path)
-    ask(server, "/livez", "POST")
+        request(server, path)
+    request(server, "/livez", "POST")
     assert caplog.records == []
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_port_that_is_taken_is_an_error(serve: Serve) -> None:
-    """Two workers on a machine need two ports: the second one must not seem healthy by the first."""
+def test_port_in_use_is_an_error(serve: Serve) -> None:
+    """Otherwise the health of one worker would be shown for another on the same machine."""
     server = HealthServer("127.0.0.1", serve().port, Metrics("embedded"), FakeWorkerState())
     with pytest.raises(OSError, match="in use"):
         server.start()
     server.stop()
 
 
-def test_stopping_closes_the_port(serve: Serve) -> None:
-    """Nobody is left to answer, and who still waited is told; once more changes nothing."""
+def test_stop_closes_the_port_and_open_connections(serve: Serve) -> None:
+    """`stop` is idempotent."""
     server = serve()
-    with connect(server) as waiting:
-        ask(server, "/livez")  # by then the one before is let in too
+    with connect(server) as connection:
+        request(server, "/livez")  # after this, the earlier connection is accepted too
         server.stop()
-        assert is_over(waiting)
+        assert is_closed(connection)
     server.stop()
     with pytest.raises(ConnectionRefusedError):
         connect(server)
@@ -270,19 +273,19 @@ def test_stopping_closes_the_port(serve: Serve) -> None:
 def test_all_interfaces_include_ipv6(serve: Serve) -> None:
     """Some clusters have only IPv6."""
     server = serve(ALL_INTERFACES)
-    assert [ask(server, "/livez", host=host).status for host in ("::1", "127.0.0.1")] == [200, 200]
+    assert [request(server, "/livez", host=host).status for host in ("::1", "127.0.0.1")] == [200, 200]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_only_the_given_address_is_served(host: str, serve: Serve) -> None:
     """Other machines have no access by default."""
     server = serve(host)
-    assert ask(server, "/livez", host=host).status == 200
+    assert request(server, "/livez", host=host).status == 200
     with pytest.raises(OSError, match=r"refused|assign|unreachable"):
-        ask(server, "/livez", host="127.0.0.2")
+        request(server, "/livez", host="127.0.0.2")
 
 
-def test_an_address_of_another_machine_is_an_error() -> None:
+def test_address_of_another_machine_is_an_error() -> None:
     """The worker logs it and runs without the port."""
     server = HealthServer("192.0.2.1", 0, Metrics("embedded"), FakeWorkerState())
     with pytest.raises(OSError, match=r"assign"):
@@ -290,10 +293,10 @@ def test_an_address_of_another_machine_is_an_error() -> None:
     server.stop()
 
 
-def test_a_machine_without_ipv6_will_do(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others switch it off."""
+def test_all_interfaces_work_without_ipv6(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some systems disable IPv6."""
     monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
     server = serve(ALL_INTERFACES)
-    assert ask(server, "/livez").status == 200
+    assert request(server, "/livez").status == 200
     with pytest.raises(OSError, match=r"refused|assign|unreachable"):
-        ask(server, "/livez", host="::1")
+        request(server, "/livez", host="::1")

@@ -1,4 +1,4 @@
-"""What systemd is told, and when."""
+"""The notifications to systemd, and when they are sent."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def notifier(listener: NotifySocket, state: FakeWorkerState | None = None, **env
     return Notifier(state or FakeWorkerState(), {"NOTIFY_SOCKET": listener.address} | environment)
 
 
-def test_ready_is_told_once_the_loop_has_come_round(listener: NotifySocket) -> None:
-    """`systemctl start` waits for it, so it has to mean something; it is told once."""
+def test_ready_is_sent_once_when_the_queue_has_answered(listener: NotifySocket) -> None:
+    """`systemctl start` waits for READY=1."""
     state = FakeWorkerState(has_polled=False)
-    told = notifier(listener, state)
-    told.tell(0.0)
+    systemd_notifier = notifier(listener, state)
+    systemd_notifier.notify(0.0)
     assert listener.lines() == ["STATUS=starting"]
     state.values["has_polled"] = True
     for now in (1.0, 2.0):
-        told.tell(now)
+        systemd_notifier.notify(now)
     assert listener.lines()[1:] == ["READY=1", "STATUS=running"]
 
 
@@ -52,59 +52,59 @@ def test_ready_is_told_once_the_loop_has_come_round(listener: NotifySocket) -> N
         ({"is_stopping": True, "parked_reason": "check CT_API_CLIENT"}, "stopping"),
     ],
 )
-def test_the_status_says_what_is_in_the_way(listener: NotifySocket, state: dict[str, Any], status: str) -> None:
-    """A parked worker is ready all the same: it is up, and goes on by itself."""
-    notifier(listener, FakeWorkerState(**state)).tell(0.0)
+def test_status_names_the_reason(listener: NotifySocket, state: dict[str, Any], status: str) -> None:
+    """A parked worker is ready: it is up and resumes by itself."""
+    notifier(listener, FakeWorkerState(**state)).notify(0.0)
     lines = listener.lines()
     assert {"READY=1", f"STATUS={status}"} <= set(lines)
     assert ("STOPPING=1" in lines) == (status == "stopping")
 
 
-def test_the_status_follows_the_state(listener: NotifySocket) -> None:
-    """Also back to what it was."""
+def test_status_is_sent_when_it_changes(listener: NotifySocket) -> None:
+    """An earlier status is sent again if the state returns to it."""
     state = FakeWorkerState()
-    told = notifier(listener, state)
+    systemd_notifier = notifier(listener, state)
     for now, parked in enumerate(["", "no", "no", ""]):
         state.values["parked_reason"] = parked
-        told.tell(now)
+        systemd_notifier.notify(now)
     assert listener.lines() == ["READY=1", "STATUS=running", "STATUS=parked: no", "STATUS=running"]
 
 
-def test_a_status_is_one_short_line(listener: NotifySocket) -> None:
-    """Systemd drops more than 4096 bytes and what is no UTF-8, and would obey what stands on a line of its own."""
-    notifier(listener, FakeWorkerState(parked_reason="a\udcff\nMAINPID=1\n" + "ü𝄞 " * 2_000)).tell(0.0)
+def test_status_is_one_short_line(listener: NotifySocket) -> None:
+    """Systemd drops messages over 4096 bytes and invalid UTF-8, and would obey a command on a separate line."""
+    notifier(listener, FakeWorkerState(parked_reason="a\udcff\nMAINPID=1\n" + "ü𝄞 " * 2_000)).notify(0.0)
     assert [line.partition("=")[0] for line in listener.lines()] == ["READY", "STATUS"]
     assert len(listener.messages[0]) < 4096
 
 
-def test_the_watchdog_is_fed_at_half_its_time(listener: NotifySocket) -> None:
-    """Whatever else is told meanwhile. No pause between two looks is longer than until then, or than a second."""
+def test_watchdog_is_fed_at_half_its_timeout(listener: NotifySocket) -> None:
+    """Other notifications do not affect it. The next call is at most a second later, and not after the next feed."""
     state = FakeWorkerState()
-    told = notifier(listener, state, WATCHDOG_USEC="30000000", WATCHDOG_PID=str(os.getpid()))
-    fed, pauses = [], []
+    systemd_notifier = notifier(listener, state, WATCHDOG_USEC="30000000", WATCHDOG_PID=str(os.getpid()))
+    fed, waits = [], []
     for now in (100.0, 101.0, 114.5, 115.0, 116.0, 130.0):
         state.values["parked_reason"] = str(now)
         before = listener.lines().count("WATCHDOG=1")
-        pauses.append(told.tell(now))
+        waits.append(systemd_notifier.notify(now))
         fed.append(listener.lines().count("WATCHDOG=1") - before)
     assert fed == [1, 0, 0, 1, 0, 1]
-    assert pauses == [1.0, 1.0, 0.5, 1.0, 1.0, 1.0]
+    assert waits == [1.0, 1.0, 0.5, 1.0, 1.0, 1.0]
 
 
-def test_a_loop_that_hangs_feeds_no_watchdog(listener: NotifySocket) -> None:
-    """That is what the watchdog is for. Looking goes on, without spinning, and so does feeding."""
+def test_watchdog_is_not_fed_while_the_loop_hangs(listener: NotifySocket) -> None:
+    """The notifier continues without spinning, and feeds the watchdog again if the loop recovers."""
     state = FakeWorkerState(is_alive=False)
-    told = notifier(listener, state, WATCHDOG_USEC="500000")
-    assert [told.tell(now) for now in (0.0, 1.0, 2.0)] == [0.25] * 3
+    systemd_notifier = notifier(listener, state, WATCHDOG_USEC="500000")
+    assert [systemd_notifier.notify(now) for now in (0.0, 1.0, 2.0)] == [0.25] * 3
     assert "WATCHDOG=1" not in listener.lines()
     state.values["is_alive"] = True
-    told.tell(3.0)
+    systemd_notifier.notify(3.0)
     assert "WATCHDOG=1" in listener.lines()
 
 
-def test_a_worker_that_stops_is_left_to_the_stop_timeout(listener: NotifySocket) -> None:
-    """A queue that does not answer may take longer than the watchdog has patience."""
-    notifier(listener, FakeWorkerState(is_alive=False, is_stopping=True), WATCHDOG_USEC="500000").tell(0.0)
+def test_watchdog_is_fed_while_the_worker_stops(listener: NotifySocket) -> None:
+    """Closing an unreachable queue can take longer than the watchdog's timeout; TimeoutStopSec is the limit."""
+    notifier(listener, FakeWorkerState(is_alive=False, is_stopping=True), WATCHDOG_USEC="500000").notify(0.0)
     assert "WATCHDOG=1" in listener.lines()
 
 
@@ -113,57 +113,57 @@ def test_a_worker_that_stops_is_left_to_the_stop_timeout(listener: NotifySocket)
     [{}, {"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": "soon"}, {"WATCHDOG_USEC": "0"}],
     ids=["off", "of another process", "malformed", "zero"],
 )
-def test_no_watchdog_is_not_fed(listener: NotifySocket, environment: dict[str, Any]) -> None:
-    """What is told of the state does not depend on it."""
-    assert notifier(listener, **environment).tell(0.0) == 1.0
+def test_watchdog_that_is_off_is_not_fed(listener: NotifySocket, environment: dict[str, Any]) -> None:
+    """The state is sent without a watchdog too."""
+    assert notifier(listener, **environment).notify(0.0) == 1.0
     assert listener.lines() == ["READY=1", "STATUS=running"]
 
 
-def test_without_systemd_nothing_happens() -> None:
-    """No thread either: most workers run elsewhere."""
+def test_no_thread_is_started_without_systemd() -> None:
+    """Most workers run in containers."""
     before = threading.active_count()
-    told = Notifier(FakeWorkerState(), {"WATCHDOG_USEC": "500000"})
-    told.start()
+    systemd_notifier = Notifier(FakeWorkerState(), {"WATCHDOG_USEC": "500000"})
+    systemd_notifier.start()
     assert threading.active_count() == before
-    told.stop()
+    systemd_notifier.stop()
 
 
-def test_a_socket_that_is_gone_is_said_once_and_told_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The worker works on, and systemd misses nothing when it is back, least of all READY."""
+def test_missing_socket_is_logged_once_and_notified_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """When the socket is back, everything is sent, including READY=1."""
     path = f"{tmp_path}/notify"
-    told = Notifier(FakeWorkerState(), {"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "10000000"})
+    systemd_notifier = Notifier(FakeWorkerState(), {"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "10000000"})
     with caplog.at_level(logging.INFO, "klaviyo_worker"):
-        assert [told.tell(now) for now in (0.0, 1.0, 2.0)] == [1.0] * 3
+        assert [systemd_notifier.notify(now) for now in (0.0, 1.0, 2.0)] == [1.0] * 3
         with NotifySocket(path) as listener:
-            told.tell(3.0)
+            systemd_notifier.notify(3.0)
             assert listener.lines() == ["READY=1", "STATUS=running", "WATCHDOG=1"]
     assert [record.getMessage() for record in caplog.records] == ["systemd_not_notified", "systemd_notified"]
     assert vars(caplog.records[0])["reason"] == "NOTIFY_SOCKET: No such file or directory"
 
 
-def test_a_systemd_that_reads_nothing_holds_up_nothing(
+def test_full_socket_does_not_block_the_notifier(
     listener: NotifySocket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A socket that is full is given up on for now, so that the worker can end."""
+    """A send to a full socket times out, so that the worker can end."""
     monkeypatch.setattr(systemd, "POLL", 0.01)
     state = FakeWorkerState()
-    told = notifier(listener, state)
+    systemd_notifier = notifier(listener, state)
     for now in range(5_000):
         state.values["parked_reason"] = str(now)
-        told.tell(now)
+        systemd_notifier.notify(now)
         if caplog.records:
             break
     assert [vars(record)["reason"] for record in caplog.records] == ["NOTIFY_SOCKET: TimeoutError"]
 
 
-def test_what_changes_is_told_as_it_changes_and_in_the_end(listener: NotifySocket) -> None:
-    """A worker that stops at once has stopped before the next look."""
+def test_thread_sends_changes_and_a_last_one_at_stop(listener: NotifySocket) -> None:
+    """A worker can stop before the next check of the state."""
     state = FakeWorkerState(has_polled=False)
-    told = notifier(listener, state)
-    told.start()
+    systemd_notifier = notifier(listener, state)
+    systemd_notifier.start()
     listener.wait_for(lambda lines: "STATUS=starting" in lines)
     state.values["has_polled"] = True
     listener.wait_for(lambda lines: "STATUS=running" in lines)
     state.values["is_stopping"] = True
-    told.stop()
+    systemd_notifier.stop()
     assert listener.lines()[-2:] == ["STOPPING=1", "STATUS=stopping"]

@@ -65,7 +65,7 @@ def test_returned_message_has_outcome_returned() -> None:
 
 
 def test_only_failures_are_recorded() -> None:
-    """Held messages are recorded too, before they have a log line. Ignored messages and stale writes are no failures."""
+    """They include held messages, which have no log line yet, but not ignored messages and stale writes."""
     telemetry = Telemetry(Metrics("embedded"))
     held = message(Outcome(Disposition.HOLD, "enrich", Transient("500")))
     ignored = message(Outcome(Disposition.ACK, "parse", Ignored("no handler")))
