@@ -217,8 +217,8 @@ function showLost(isLost) {
   byId("page").classList.toggle("stale", isLost);
   byId("lost").hidden = !isLost;
   if (!isLost) set("lost", "");
-  else if (!answeredAt) set("lost", "The worker does not answer.");
-  else set("lost", `No answer since ${answeredAt.toLocaleTimeString("en-GB")}. The page shows the last known state.`);
+  else if (!answeredAt) set("lost", "The worker does not respond.");
+  else set("lost", `No response since ${answeredAt.toLocaleTimeString("en-GB")}. The page shows the last known state.`);
 }
 
 async function poll() {
