@@ -1,4 +1,4 @@
-"""The installed command, run as a user runs it: a subprocess with an environment."""
+"""The installed command in a subprocess, with its own environment."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 
     from worker.sandbox import Sandbox
 
-NOT_MEASURED = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}  # coverage costs a third more
+NOT_MEASURED = {
+    "COVERAGE_PROCESS_START": "",
+    "COVERAGE_PROCESS_CONFIG": "",
+}  # coverage slows the worker down by a third
 COMMAND = str(Path(sys.executable).with_name("klaviyo-worker"))
 _started: list[subprocess.Popen[bytes]] = []
 
 
 @dataclass
 class Worker:
-    """Runs `klaviyo-worker` against a sandbox and a queue of its own."""
+    """`klaviyo-worker` with a sandbox and a queue of its own."""
 
     environment: dict[str, str]
     directory: Path
@@ -36,7 +39,7 @@ class Worker:
     def __call__(
         self, *arguments: str, stdin: bytes = b"", env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run to the end and return exit code and output."""
+        """Run the command to its end, and return exit code and output."""
         done = subprocess.run(
             [COMMAND, *arguments],
             input=stdin,
@@ -49,7 +52,7 @@ class Worker:
         return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
     def start(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """Start and return the process; its log is in `log`."""
+        """Start the command and return the process. Its log is in `log`."""
         with self.log.open("wb") as stderr:
             process = subprocess.Popen(
                 [COMMAND, *arguments], env=self._environment(env or {}), cwd=self.directory, stderr=stderr
@@ -59,17 +62,17 @@ class Worker:
 
     @property
     def log(self) -> Path:
-        """Return where a started worker writes."""
+        """Return the path of the log of a started worker."""
         return self.directory / "worker.log"
 
     def publish(self, *bodies: bytes | dict[str, Any]) -> None:
-        """Put messages into the queue. The command that does so has tests of its own."""
+        """Publish messages directly to the queue."""
         with closing(open_queue(self.environment["QUEUE_URL"])) as queue:
             assert isinstance(queue, SupportsPublish)
             queue.publish([body if isinstance(body, bytes) else json.dumps(body).encode() for body in bodies])
 
     def dead_letters(self) -> list[dict[str, Any]]:
-        """Return what `dlq list --json` prints."""
+        """Return the output of `dlq list --json`."""
         return [json.loads(line) for line in self("dlq", "list", "--json").stdout.splitlines()]
 
     def _environment(self, extra: dict[str, str]) -> dict[str, str]:
@@ -81,8 +84,8 @@ class Worker:
 
 
 @pytest.fixture(autouse=True)
-def none_left_running() -> Iterator[None]:
-    """A test that fails half-way must not disturb the next one."""
+def kill_remaining_processes() -> Iterator[None]:
+    """Kill the processes of a failed test, so that they do not disturb the next one."""
     yield
     while _started:
         process = _started.pop()
@@ -96,22 +99,22 @@ def worker(sandbox: Sandbox, tmp_path: Path) -> Worker:
 
 
 def log_lines(stderr: str) -> list[dict[str, Any]]:
-    """Return the canonical lines of a run."""
+    """Return the canonical log lines of a run."""
     return [line for line in json_lines(stderr) if line["event"] == "message_processed"]
 
 
 def events_named(worker: Worker, name: str) -> list[dict[str, Any]]:
-    """Return the lines of a started worker with this name."""
+    """Return the log lines of a started worker with this event name."""
     return [line for line in json_lines(worker.log.read_text()) if line["event"] == name]
 
 
 def settled(worker: Worker) -> set[str]:
-    """Return the messages that a started worker has acknowledged."""
+    """Return the ids of the messages that a started worker has acknowledged."""
     lines = log_lines(worker.log.read_text())
     return {line["message_id"] for line in lines if line["outcome"] in {"sent", "ignored"}}
 
 
 def json_lines(stderr: str) -> list[dict[str, Any]]:
-    """Return all lines of a run that are JSON, except one that is still being written."""
-    whole = stderr[: stderr.rfind("\n") + 1]
-    return [orjson.loads(line) for line in whole.splitlines() if line.startswith("{")]
+    """Return all JSON lines of a run, except an incomplete last line."""
+    complete = stderr[: stderr.rfind("\n") + 1]
+    return [orjson.loads(line) for line in complete.splitlines() if line.startswith("{")]

@@ -1,4 +1,4 @@
-"""A backlog of orders reaches Klaviyo in few requests, each event once."""
+"""A backlog of orders reaches Klaviyo in few requests, and each event once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ORDERS = 300
-FEWER = 120  # where many must go one by one, at Klaviyo's 3,500 a minute
+FEWER = 120  # for tests that send many events one by one, at Klaviyo's 3,500 a minute
 BULK = "/api/event-bulk-create-jobs"
 
 
@@ -58,8 +58,8 @@ REPEATS = pytest.mark.parametrize("account", ["ignore", "refuse", "drop", "dupli
 
 
 @REPEATS
-def test_a_backlog_takes_few_requests(worker: Worker, sandbox: Sandbox, account: Account) -> None:
-    """Three hundred orders of three lines are 1,200 events."""
+def test_backlog_needs_few_requests(worker: Worker, sandbox: Sandbox, account: Account) -> None:
+    """Three hundred orders with three lines are 1,200 events."""
     worker.publish(*orders(sandbox))
     done = worker("run", "--once")
     assert Counter(line["outcome"] for line in log_lines(done.stderr)) == {"sent": ORDERS}
@@ -68,8 +68,8 @@ def test_a_backlog_takes_few_requests(worker: Worker, sandbox: Sandbox, account:
 
 
 @REPEATS
-def test_messages_that_come_twice_add_nothing(worker: Worker, sandbox: Sandbox, account: Account) -> None:
-    """Both copies in one backlog: what the process sent lately is not sent in bulk again."""
+def test_duplicate_messages_have_no_effect(worker: Worker, sandbox: Sandbox, account: Account) -> None:
+    """Both copies are in one backlog. Events that this process sent recently are not sent in bulk again."""
     backlog = orders(sandbox, FEWER)
     worker.publish(*backlog, *backlog)
     done = worker("run", "--once")
@@ -78,8 +78,8 @@ def test_messages_that_come_twice_add_nothing(worker: Worker, sandbox: Sandbox, 
 
 
 @pytest.mark.parametrize("account", ["ignore", "refuse", "drop"], indirect=True)
-def test_another_process_adds_nothing_either(worker: Worker, sandbox: Sandbox, account: Account) -> None:
-    """It cannot know what was sent; a call that is refused for it is narrowed, in a bounded number of calls."""
+def test_second_process_has_no_effect(worker: Worker, sandbox: Sandbox, account: Account) -> None:
+    """It does not know which events were sent. A call that is refused is narrowed with a bounded number of calls."""
     backlog = orders(sandbox)
     for _ in range(2):
         worker.publish(*backlog)
@@ -92,8 +92,8 @@ def test_another_process_adds_nothing_either(worker: Worker, sandbox: Sandbox, a
         assert requests.total() < 2 * ORDERS / 5
 
 
-def test_one_by_one_when_so_set(worker: Worker, sandbox: Sandbox, account: Account) -> None:
-    """KLAVIYO_WORKER_BULK_EVENTS=never, or a threshold no batch reaches."""
+def test_events_are_sent_one_by_one_if_configured(worker: Worker, sandbox: Sandbox, account: Account) -> None:
+    """The setting is `never`, or the threshold is larger than any batch."""
     worker.publish(*orders(sandbox)[:20])
     assert worker("run", "--once", env={"KLAVIYO_WORKER_BULK_EVENTS": "never"}).returncode == 0
     worker.publish(*orders(sandbox)[20:40])
@@ -103,8 +103,8 @@ def test_one_by_one_when_so_set(worker: Worker, sandbox: Sandbox, account: Accou
 
 
 @pytest.mark.parametrize("action", ["respond", "reset", "lose_response", "truncate"])
-def test_bulk_calls_that_fail_double_nothing(action: str, worker: Worker, sandbox: Sandbox, account: Account) -> None:
-    """Recorded or not, nobody knows: their events go one by one."""
+def test_failed_bulk_calls_cause_no_duplicates(action: str, worker: Worker, sandbox: Sandbox, account: Account) -> None:
+    """Klaviyo may have recorded the events, so they are sent one by one."""
     sandbox.klaviyo.faults.add(Fault(status=503, times=3, match=f"POST {BULK}", action=action))
     worker.publish(*orders(sandbox))
     done = worker("run", "--once")
@@ -113,10 +113,8 @@ def test_bulk_calls_that_fail_double_nothing(action: str, worker: Worker, sandbo
     assert worker.dead_letters() == []
 
 
-def test_a_worker_that_is_stopped_in_the_middle_doubles_nothing(
-    worker: Worker, sandbox: Sandbox, account: Account
-) -> None:
-    """Messages go back to the queue while their bulk call, which did arrive, is still without an answer."""
+def test_stopped_worker_causes_no_duplicates(worker: Worker, sandbox: Sandbox, account: Account) -> None:
+    """Messages return to the queue before the response to their bulk call, which Klaviyo has recorded."""
     sandbox.klaviyo.faults.add(Fault(action="lose_response", seconds=15, times=None, match=f"POST {BULK}"))
     worker.publish(*orders(sandbox))
     process = worker.start("run", "--shutdown-grace-period", "0.1")
@@ -128,8 +126,8 @@ def test_a_worker_that_is_stopped_in_the_middle_doubles_nothing(
     assert_exactly_once(account)
 
 
-def test_a_killed_worker_doubles_nothing(worker: Worker, sandbox: Sandbox, account: Account) -> None:
-    """Kill -9 while bulk calls are under way: what comes again is known to come again."""
+def test_killed_worker_causes_no_duplicates(worker: Worker, sandbox: Sandbox, account: Account) -> None:
+    """Kill -9 during bulk calls: redelivered messages are recognized as such."""
     queue = {"QUEUE_URL": worker.environment["QUEUE_URL"] + "?lease=1"}
     worker.publish(*orders(sandbox, FEWER))
     sandbox.klaviyo.faults.add(Fault(action="lose_response", seconds=0.5, times=None, match=f"POST {BULK}"))

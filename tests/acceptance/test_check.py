@@ -1,4 +1,4 @@
-"""`klaviyo-worker check`: what is well, what is not, and what to do; and what the account makes of repeats."""
+"""`klaviyo-worker check`: results, advice, exit codes, and the bulk probe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.acceptance.conftest import Worker
 
 BULK = "POST /api/event-bulk-create-jobs"
-WELL = {"configuration": "ok", "queue": "ok", "commercetools": "ok", "klaviyo": "ok", "subscriptions": "skipped"}
+ALL_OK = {"configuration": "ok", "queue": "ok", "commercetools": "ok", "klaviyo": "ok", "subscriptions": "skipped"}
 PROBE = ("check", "--json", "--probe-bulk", "--probe-wait", "3")
 
 
@@ -34,22 +34,22 @@ def sandbox(account: Account) -> Iterator[Sandbox]:
         yield running
 
 
-def findings(done: CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+def results(done: CompletedProcess[str]) -> dict[str, dict[str, Any]]:
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return {line["check"]: line for line in lines}
 
 
 def statuses(done: CompletedProcess[str]) -> dict[str, str]:
-    return {name: finding["status"] for name, finding in findings(done).items()}
+    return {name: result["status"] for name, result in results(done).items()}
 
 
-def written(sandbox: Sandbox) -> list[str]:
-    """Return what Klaviyo took: an empty document it refuses."""
+def accepted_writes(sandbox: Sandbox) -> list[str]:
+    """Return the paths of writes that Klaviyo accepted."""
     return [each.path for each in sandbox.klaviyo.requests if each.method != "GET" and each.status < 400]
 
 
-def test_all_is_well(worker: Worker, sandbox: Sandbox) -> None:
-    """One line each; nothing is written."""
+def test_all_checks_succeed(worker: Worker, sandbox: Sandbox) -> None:
+    """The output has one line per check, and nothing is written."""
     done = worker("check")
     assert done.returncode == 0, done.stdout
     assert done.stderr == ""
@@ -62,16 +62,16 @@ def test_all_is_well(worker: Worker, sandbox: Sandbox) -> None:
     ]
     for scope in ("events:write", "profiles:write", "catalogs:write"):
         assert scope in done.stdout
-    assert not written(sandbox)
-    assert statuses(worker("check", "--json")) == WELL
+    assert not accepted_writes(sandbox)
+    assert statuses(worker("check", "--json")) == ALL_OK
 
 
-def test_the_first_that_failed_gives_the_exit_code_and_all_are_told(worker: Worker) -> None:
-    """A queue that cannot be opened is 3, whatever comes after it."""
+def test_first_failure_determines_the_exit_code(worker: Worker) -> None:
+    """All failures are reported."""
     done = worker("check", "--json", env={"QUEUE_URL": "embedded:///proc/nowhere/queue.db"})
     assert done.returncode == 3
-    assert statuses(done) == WELL | {"queue": "failed"}
-    assert findings(done)["queue"]["text"].startswith("QUEUE_URL: cannot open ")
+    assert statuses(done) == ALL_OK | {"queue": "failed"}
+    assert results(done)["queue"]["text"].startswith("QUEUE_URL: cannot open ")
     both = worker("check", env={"QUEUE_URL": "embedded:///proc/nowhere/queue.db", "KLAVIYO_AUTH_KEY": "pk_wrong"})
     assert both.returncode == 3
     failures = [line for line in both.stdout.splitlines() if line.startswith("FAIL")]
@@ -79,8 +79,8 @@ def test_the_first_that_failed_gives_the_exit_code_and_all_are_told(worker: Work
     assert all(" → " in line for line in failures)
 
 
-def test_settings_come_first(worker: Worker) -> None:
-    """What is wrong is exit code 2, as for every command, and a line each; nothing else is asked then."""
+def test_wrong_settings_end_the_check(worker: Worker) -> None:
+    """The exit code is 2, with a line per setting. No service is contacted."""
     done = worker("check", env={"CT_PROJECT_ID": "", "KLAVIYO_AUTH_KEY": "pk_s3 cret"})
     assert done.returncode == 2
     assert done.stderr == ""
@@ -90,96 +90,96 @@ def test_settings_come_first(worker: Worker) -> None:
     assert malformed.startswith("FAIL    configuration  KLAVIYO_AUTH_KEY is malformed → expected ")
     done = worker("check", "--json", env={"QUEUE_URL": "kafka://topic"})
     assert done.returncode == 2
-    assert findings(done)["configuration"]["why"] == "QUEUE_URL is malformed"
+    assert results(done)["configuration"]["why"] == "QUEUE_URL is malformed"
     assert worker("check", "--probe-bulk", "--probe-wait", "0").returncode == 2
 
 
-def test_commercetools_refuses_the_client(worker: Worker) -> None:
-    """Once, not once per resource; the secret is not repeated."""
+def test_refused_api_client_is_reported_once(worker: Worker) -> None:
+    """The output does not contain the secret."""
     client = '{"clientId": "sandbox-client", "secret": "s3cret"}'
     done = worker("check", "--json", env={"CT_API_CLIENT": client})
     assert done.returncode == 4
-    assert findings(done)["commercetools"]["text"] == (
+    assert results(done)["commercetools"]["text"] == (
         "commercetools refuses a token (invalid_client): check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
     )
     assert "s3cret" not in done.stdout + done.stderr
 
 
 def test_every_missing_scope_of_commercetools_is_named(worker: Worker, sandbox: Sandbox) -> None:
-    """And none that is there."""
+    """Scopes that are present are not named."""
     for path in ("payments", "inventory"):
         sandbox.commercetools.faults.add(Fault(403, times=None, match=f"GET /sandbox-shop/{path}"))
     done = worker("check", "--json")
     assert done.returncode == 4
-    text = findings(done)["commercetools"]["text"]
+    text = results(done)["commercetools"]["text"]
     assert text.endswith("and its scopes: view_payments, view_products")
 
 
 def test_every_missing_scope_of_klaviyo_is_named(worker: Worker, sandbox: Sandbox) -> None:
-    """To read and to write, though nothing is written."""
+    """Scopes for reading and writing are named, although nothing is written."""
     for call in ("GET /api/catalog-items", "POST /api/events", "POST /api/profile-import"):
         sandbox.klaviyo.faults.add(Fault(403, times=None, match=call))
     done = worker("check", "--json")
     assert done.returncode == 5
-    assert findings(done)["klaviyo"]["text"].endswith("and its scopes: catalogs:read, events:write, profiles:write")
+    assert results(done)["klaviyo"]["text"].endswith("and its scopes: catalogs:read, events:write, profiles:write")
 
 
 def test_discount_codes_are_optional(worker: Worker, sandbox: Sandbox) -> None:
-    """Orders go through without that scope, so it fails nothing; but it is told."""
+    """Without the scope orders are still processed, so the check only reports it."""
     sandbox.commercetools.faults.add(Fault(403, times=None, match="GET /sandbox-shop/discount-codes"))
     done = worker("check", "--json")
     assert done.returncode == 0
-    assert "view_discount_codes" in findings(done)["commercetools"]["text"]
+    assert "view_discount_codes" in results(done)["commercetools"]["text"]
 
 
 @pytest.mark.parametrize(("service", "code"), [("commercetools", 4), ("klaviyo", 5)])
-def test_a_service_out_of_reach_is_told(service: str, code: int, worker: Worker, sandbox: Sandbox) -> None:
-    """As what it is: not as refused credentials."""
+def test_unreachable_service_is_reported(service: str, code: int, worker: Worker, sandbox: Sandbox) -> None:
+    """It is not reported as refused credentials."""
     server = getattr(sandbox, service)
     server.stop()
-    with socket() as held:  # or the port goes to the next test that asks for one
+    with socket() as held:  # otherwise another test could get the port
         held.bind(("127.0.0.1", urlsplit(server.url).port))
         done = worker(*PROBE, "--retry-timeout", "0")
     assert done.returncode == code
-    assert "check the URL, the network" in findings(done)[service]["text"]
+    assert "check the URL, the network" in results(done)[service]["text"]
     expected = {service} | ({"subscriptions"} if service == "commercetools" else set())
     assert {name for name, status in statuses(done).items() if status == "failed"} == expected
 
 
-def test_a_refused_key_is_exit_code_5(worker: Worker, sandbox: Sandbox) -> None:
-    """And the probe is not even begun."""
+def test_refused_key_is_exit_code_5(worker: Worker, sandbox: Sandbox) -> None:
+    """The probe does not start."""
     done = worker(*PROBE, env={"KLAVIYO_AUTH_KEY": "pk_wrong"})
     assert done.returncode == 5
-    assert statuses(done) == WELL | {"klaviyo": "failed"}
-    assert findings(done)["klaviyo"]["text"].endswith("401 to GET /api/catalog-items: check KLAVIYO_AUTH_KEY")
+    assert statuses(done) == ALL_OK | {"klaviyo": "failed"}
+    assert results(done)["klaviyo"]["text"].endswith("401 to GET /api/catalog-items: check KLAVIYO_AUTH_KEY")
     assert "pk_wrong" not in done.stdout + done.stderr
-    assert not written(sandbox)
+    assert not accepted_writes(sandbox)
 
 
-def test_what_the_probe_must_read_is_checked_before_it_writes(worker: Worker, sandbox: Sandbox) -> None:
-    """Without --probe-bulk the worker does not need it, so it is not asked for."""
+def test_scopes_of_the_probe_are_checked_before_it_writes(worker: Worker, sandbox: Sandbox) -> None:
+    """Without --probe-bulk they are not needed and not checked."""
     sandbox.klaviyo.faults.add(Fault(403, times=None, match="GET /api/events"))
     done = worker(*PROBE)
     assert done.returncode == 5
-    assert findings(done)["klaviyo"]["text"].endswith("and its scopes: events:read")
-    assert not written(sandbox)
+    assert results(done)["klaviyo"]["text"].endswith("and its scopes: events:read")
+    assert not accepted_writes(sandbox)
     assert worker("check").returncode == 0
 
 
-def test_what_import_jobs_need_is_no_must(worker: Worker, sandbox: Sandbox) -> None:
-    """A key without the scopes sends customers one by one; its owner is told."""
+def test_scopes_for_import_jobs_are_optional(worker: Worker, sandbox: Sandbox) -> None:
+    """Without them customers are sent one by one, which the check reports."""
     sandbox.klaviyo.faults.add(Fault(403, times=None, match="GET /api/profile-bulk-import-jobs"))
     done = worker("check", "--json")
     assert done.returncode == 0
-    text = findings(done)["klaviyo"]["text"]
+    text = results(done)["klaviyo"]["text"]
     assert text.endswith("without profiles:read, lists:read, lists:write, customers are always sent one by one")
 
 
-def test_erasure_needs_more(worker: Worker) -> None:
-    """customer.erasure requests the deletion of profiles."""
+def test_erasure_needs_more_scopes(worker: Worker) -> None:
+    """The setting requests the deletion of profiles."""
     (worker.directory / "mapping.toml").write_text("[customer]\nerasure = true\n")
     done = worker("check", "--json", "--config", "mapping.toml")
-    assert "data-privacy:write" in findings(done)["klaviyo"]["text"]
+    assert "data-privacy:write" in results(done)["klaviyo"]["text"]
 
 
 @pytest.mark.parametrize(
@@ -192,20 +192,20 @@ def test_erasure_needs_more(worker: Worker) -> None:
     ],
     indirect=["account"],
 )
-def test_the_probe_tells_what_becomes_of_repeats(
+def test_probe_detects_the_treatment_of_repeats(
     repeat: str, recommended: str, worker: Worker, account: Account
 ) -> None:
-    """Bulk calls show after a while; a second probe is not confused by the events of the first."""
+    """Events become readable after some time. A second probe ignores the events of the first."""
     for _ in range(2):
         done = worker(*PROBE)
         assert done.returncode == 0, done.stdout
-        found = findings(done)["bulk events"]
+        found = results(done)["bulk events"]
         assert (found["repeat"], found["recommended"]) == (repeat, recommended)
         assert f"KLAVIYO_WORKER_BULK_EVENTS={recommended}" in found["text"]
 
 
-def test_the_probe_writes_what_it_says(worker: Worker, account: Account) -> None:
-    """--help tells of one profile without an address, and three events of one metric."""
+def test_probe_writes_only_documented_data(worker: Worker, account: Account) -> None:
+    """`--help` documents one profile without an address and three events of one metric."""
     assert worker(*PROBE).returncode == 0
     (profile,) = account.profiles
     assert profile["attributes"].keys() == {"external_id", "first_name", "last_name", "properties"}
@@ -216,11 +216,11 @@ def test_the_probe_writes_what_it_says(worker: Worker, account: Account) -> None
 
 
 @pytest.mark.parametrize("account", [("ignore", 3600.0)], indirect=True)
-def test_events_that_never_show_decide_nothing(worker: Worker) -> None:
-    """Exit code 1, and the recommendation that is always safe."""
+def test_unreadable_events_are_no_result(worker: Worker) -> None:
+    """The exit code is 1, and the recommendation is the safe one."""
     done = worker("check", "--json", "--probe-bulk", "--probe-wait", "1")
     assert done.returncode == 1
-    found = findings(done)["bulk events"]
+    found = results(done)["bulk events"]
     assert (found["status"], found["repeat"], found["recommended"]) == ("failed", "undecided", "auto")
 
 
@@ -234,11 +234,11 @@ def test_events_that_never_show_decide_nothing(worker: Worker) -> None:
     ],
     ids=["scope", "refused", "unknown fate", "down"],
 )
-def test_a_probe_that_fails_claims_nothing(fault: Fault, text: str, worker: Worker, sandbox: Sandbox) -> None:
-    """Least of all that a call was refused for a repeat it did not hold."""
+def test_failed_probe_has_no_result(fault: Fault, text: str, worker: Worker, sandbox: Sandbox) -> None:
+    """A refusal for another reason is not a refused repeat."""
     sandbox.klaviyo.faults.add(fault)
     done = worker(*PROBE)
     assert done.returncode == 5
-    found = findings(done)["bulk events"]
+    found = results(done)["bulk events"]
     assert text in found["text"]
     assert "repeat" not in found

@@ -1,4 +1,4 @@
-"""The other commands, and what they say when something is wrong."""
+"""The other commands, and their error messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("name", ["CT_API_URL", "CT_AUTH_URL", "CT_PROJECT_ID", "CT_API_CLIENT", "KLAVIYO_AUTH_KEY"])
-def test_a_missing_variable_is_one_line_and_exit_code_2(name: str, worker: Worker) -> None:
+def test_missing_variable_is_one_line_and_exit_code_2(name: str, worker: Worker) -> None:
     """The line names the variable."""
     done = worker("run", "--once", env={name: ""})
     assert done.returncode == 2
@@ -36,8 +36,8 @@ def test_a_missing_variable_is_one_line_and_exit_code_2(name: str, worker: Worke
         ("QUEUE_URL", "embedded:///tmp/queue.db?lease=never"),
     ],
 )
-def test_a_malformed_variable_is_one_line_and_exit_code_2(name: str, value: str, worker: Worker) -> None:
-    """The line names the variable and never repeats a secret."""
+def test_malformed_variable_is_one_line_and_exit_code_2(name: str, value: str, worker: Worker) -> None:
+    """The line names the variable and does not contain its value."""
     done = worker("run", "--once", env={name: value})
     assert done.returncode == 2
     assert done.stderr.startswith(f"Error: {name}")
@@ -45,28 +45,28 @@ def test_a_malformed_variable_is_one_line_and_exit_code_2(name: str, value: str,
     assert "s3" not in done.stderr
 
 
-def test_a_scope_is_optional(worker: Worker) -> None:
-    """Without CT_SCOPE the API client's own scopes are asked for."""
+def test_scope_is_optional(worker: Worker) -> None:
+    """Without CT_SCOPE the worker requests all scopes of the API client."""
     worker.publish(b"bad")
     assert worker("run", "--once", env={"CT_SCOPE": ""}).returncode == 0
 
 
-def test_a_queue_that_cannot_be_opened_is_exit_code_3(worker: Worker) -> None:
-    """With the reason, and no traceback."""
+def test_queue_that_cannot_be_opened_is_exit_code_3(worker: Worker) -> None:
+    """The error has the reason and no traceback."""
     done = worker("run", "--once", env={"QUEUE_URL": "embedded:///proc/nowhere/queue.db"})
     assert done.returncode == 3
     assert done.stderr.startswith("Error: QUEUE_URL: cannot open ")
 
 
-def test_publish_takes_lines_as_they_are(worker: Worker) -> None:
-    """Bytes, not parsed: empty lines and garbage are messages too; the count is printed."""
+def test_publish_does_not_change_lines(worker: Worker) -> None:
+    """Empty lines and invalid UTF-8 are messages too. The number of messages is printed."""
     done = worker("publish", "-", stdin=b"\xff\xfe\n\n{}\nlast without newline")
     assert (done.returncode, done.stdout) == (0, "4\n")
     assert worker("publish", "-", stdin=b"").stdout == "0\n"
 
 
-def test_transform_prints_requests_without_any_network(worker: Worker, sandbox: Sandbox) -> None:
-    """The payload is included, so nothing has to be fetched."""
+def test_transform_needs_no_network(worker: Worker, sandbox: Sandbox) -> None:
+    """The payload is in the message, so no lookup is needed."""
     order = next(order for order in sandbox.shop.orders.values() if len(order["lineItems"]) == 3)
     notification = message("OrderCreated", "order", order["id"], order=order)
     done = worker("transform", "-", stdin=sqs(notification), env={"CT_API_URL": "", "KLAVIYO_AUTH_KEY": ""})
@@ -78,8 +78,8 @@ def test_transform_prints_requests_without_any_network(worker: Worker, sandbox: 
     assert not sandbox.commercetools.requests
 
 
-def test_transform_takes_the_rest_from_a_file(worker: Worker, sandbox: Sandbox) -> None:
-    """--commercetools holds what commercetools would answer."""
+def test_transform_reads_resources_from_a_file(worker: Worker, sandbox: Sandbox) -> None:
+    """--commercetools names a file with the resources in commercetools."""
     order = next(order for order in sandbox.shop.orders.values() if order.get("customerEmail"))
     (worker.directory / "shop.json").write_text(json.dumps({"orders": [order]}))
     notification = message("OrderStateChanged", "order", order["id"], orderState="Complete")
@@ -88,8 +88,8 @@ def test_transform_takes_the_rest_from_a_file(worker: Worker, sandbox: Sandbox) 
     assert line["body"]["data"]["attributes"]["metric"]["data"]["attributes"]["name"] == "Fulfilled Order"
 
 
-def test_transform_says_what_is_wrong_on_stderr(worker: Worker) -> None:
-    """Errors and ignored notifications are no data; errors are exit code 1."""
+def test_transform_reports_errors_on_stderr(worker: Worker) -> None:
+    """Ignored notifications are reported there too. Errors lead to exit code 1."""
     subscription = b'{"notificationType": "ResourceCreated", "resource": {"typeId": "subscription", "id": "1"}}'
     done = worker("transform", "-", stdin=subscription + b"\nnonsense\n")
     assert done.returncode == 1
@@ -99,8 +99,8 @@ def test_transform_says_what_is_wrong_on_stderr(worker: Worker) -> None:
     assert worker("transform", "-", "--commercetools", "-", stdin=b"[]").returncode == 2
 
 
-def test_handlers_and_help_say_what_there_is(worker: Worker) -> None:
-    """Flags show their variables; the table shows every type."""
+def test_handlers_and_help_are_complete(worker: Worker) -> None:
+    """`handlers` lists every type. `run --help` lists the variable of every flag."""
     table = worker("handlers").stdout
     assert "OrderCreatedFromRecurringOrder" in table
     assert "inventory-entry" in table
@@ -111,19 +111,19 @@ def test_handlers_and_help_say_what_there_is(worker: Worker) -> None:
     assert worker("--version").stdout.startswith("klaviyo-worker, version ")
 
 
-def test_dead_letters_are_readable_for_people_too(worker: Worker) -> None:
-    """One line each, oldest first; an empty list says so."""
+def test_dead_letters_as_text(worker: Worker) -> None:
+    """The output has one line per dead letter, oldest first."""
     assert worker("dlq", "list").stderr == "no dead letters\n"
     worker.publish(b"[]", message("OrderCreated", "order", "o-1", order={"id": "o-1"}))
     worker("run", "--once")
-    letters = worker("dlq", "list").stdout.splitlines()[-2:]  # the rest counts them
-    first, second = sorted(letters, key=lambda line: "OrderCreated" in line)
+    lines = worker("dlq", "list").stdout.splitlines()[-2:]  # the lines before are counts
+    first, second = sorted(lines, key=lambda line: "OrderCreated" in line)
     assert "unreadable  [parse] expected a JSON object; found an array" in first
     assert "OrderCreated order o-1  [transform]" in second
 
 
-def test_the_demo_needs_nothing_and_shows_everything(worker: Worker) -> None:
-    """No account, no settings: a table, profiles, events, catalog, dead letters, and exit code 0."""
+def test_demo_needs_no_settings(worker: Worker) -> None:
+    """The demo prints messages, profiles, events, catalog and dead letters, and exits with 0."""
     done = worker("demo", env=dict.fromkeys(worker.environment, ""))
     assert done.returncode == 0, done.stdout + done.stderr
     for text in ("MESSAGE", "Profiles in Klaviyo", "Events in Klaviyo", "Catalog in Klaviyo", "Dead letters"):

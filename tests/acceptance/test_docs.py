@@ -1,4 +1,4 @@
-"""The commands in the documents, run as they stand."""
+"""The commands in the documentation, executed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MARKED = re.compile(r"<!-- run by tests/acceptance/test_docs.py -->\n```console
 
 
 def test_gcloud_commands_work(tmp_path: Path) -> None:
-    """On an emulator, with the variables that the page names."""
+    """They run on the emulator, with the variables of the page."""
     emulator = Emulator()
     environment = os.environ | {
         "CLOUDSDK_API_ENDPOINT_OVERRIDES_PUBSUB": f"http://{emulator.host}/",
@@ -38,26 +38,26 @@ def test_gcloud_commands_work(tmp_path: Path) -> None:
         "PUSHER": "klaviyo-worker-pusher@demo.iam.gserviceaccount.com",
         "PUBSUB_EMULATOR_HOST": emulator.host,
     }
-    create, look = _marked("pubsub.md")
+    create, list_dead_letters = _marked("pubsub.md")
     (push,) = _marked("serverless.md")
-    ours = "reason=because,stage=parse,message_id=1,attempt=1"
-    letter = f"gcloud pubsub topics publish klaviyo-worker-dead --message=poison --attribute={ours}"
+    attributes = "reason=because,stage=parse,message_id=1,attempt=1"
+    publish = f"gcloud pubsub topics publish klaviyo-worker-dead --message=poison --attribute={attributes}"
     try:
-        for command in [*_commands(create), *_commands(push), letter]:
+        for command in [*_commands(create), *_commands(push), publish]:
             _run(command, environment)
-        assert "unreadable  [parse] because\n" in _run(_commands(look)[0], environment)
+        assert "unreadable  [parse] because\n" in _run(_commands(list_dead_letters)[0], environment)
     finally:
         emulator.kill()
 
 
 def test_shell_completion_works() -> None:
-    """By the line for bash, the one shell that is everywhere; options are completed as a terminal would ask for it."""
+    """The line for bash in the documentation enables completion of options."""
     line = re.search(r"\| bash.*?\| `(.*?)` \|", (DOCS / "commands.md").read_text(encoding="utf-8"))
     assert line
     words = "COMP_WORDS=(klaviyo-worker transform --ex) COMP_CWORD=2"
-    asked = f"{words}; _klaviyo_worker_completion klaviyo-worker; echo $COMPREPLY"
+    completion = f"{words}; _klaviyo_worker_completion klaviyo-worker; echo $COMPREPLY"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    assert _run(f"{line[1]}\n{asked}", os.environ | {"PATH": path}) == "--explain\n"
+    assert _run(f"{line[1]}\n{completion}", os.environ | {"PATH": path}) == "--explain\n"
 
 
 def test_the_readme_shows_lines_of_the_demo() -> None:
@@ -68,22 +68,23 @@ def test_the_readme_shows_lines_of_the_demo() -> None:
 
 
 def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What they make has nothing to be warned about, also with direct dead letters, which the last one shows.
+    """The queue that they create causes no warnings, with direct dead letters too.
 
-    The function comes last, as moto calls it from then on, and its package is a stand-in.
+    The function is created last because moto calls it from then on. Its package is a fake.
     """
     require_command("aws")
     for name, value in sqs.environment(moto.port).items():
         monkeypatch.setenv(name, value)
-    create, permit, look, function = ("\n".join(_commands(block)) for block in _marked("sqs.md"))
-    letter = (
+    create, permit, list_dead_letters, function = ("\n".join(_commands(block)) for block in _marked("sqs.md"))
+    send = (
         "aws sqs send-message --queue-url $DEAD --message-body poison --message-attributes "
         "'reason={DataType=String,StringValue=because},stage={DataType=String,StringValue=parse},"
         "message_id={DataType=String,StringValue=1},attempt={DataType=String,StringValue=1}'"
     )
-    lead = 'aws() { command aws --endpoint-url $AWS_ENDPOINT_URL_SQS "$@"; }'  # version 1 does not look there itself
+    alias = 'aws() { command aws --endpoint-url $AWS_ENDPOINT_URL_SQS "$@"; }'  # version 1 ignores the variable
     shown = _run(
-        f"set -e\n{lead}\n{create}\n{permit}\n{letter}\n{look}\necho $QUEUE $QUEUE_ARN $DEAD_ARN", dict(os.environ)
+        f"set -e\n{alias}\n{create}\n{permit}\n{send}\n{list_dead_letters}\necho $QUEUE $QUEUE_ARN $DEAD_ARN",
+        dict(os.environ),
     )
     dead, names = shown.splitlines()[-2:]
     assert dead.endswith("unreadable  [parse] because")
@@ -98,12 +99,12 @@ def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch, tm
     with ZipFile(checkout / "build" / "lambda.zip", "w") as package:
         package.writestr("worker.py", "")
     environment = os.environ | {"QUEUE": url, "QUEUE_ARN": arn, "DEAD_ARN": dead_arn, "BUCKET": "artifacts"}
-    made = _run(f"set -e\n{lead}\naws s3 mb s3://$BUCKET\n{function}", environment, checkout)
+    made = _run(f"set -e\n{alias}\naws s3 mb s3://$BUCKET\n{function}", environment, checkout)
     assert '"ReportBatchItemFailures"' in made
 
 
-def test_service_bus_names_fit_each_other() -> None:
-    """What commercetools sends to is what the worker receives from."""
+def test_service_bus_names_are_consistent() -> None:
+    """Commercetools sends to the queue that the worker receives from."""
     page = (DOCS / "servicebus.md").read_text(encoding="utf-8")
     subscription, run = re.findall(r"<!-- checked by [^>]*>\n```\w+\n(.*?)```", page, re.DOTALL)
     destination = json.loads(subscription)["destination"]

@@ -1,4 +1,4 @@
-"""What the worker promises on Google Pub/Sub, seen from outside: the installed command on Google's emulator."""
+"""The guarantees of the installed command on Google Pub/Sub, tested on Google's emulator."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def worker(sandbox: Sandbox, subscription: Subscription, tmp_path: Path) -> Work
     return Worker(sandbox.environment | on(subscription), tmp_path)
 
 
-def test_an_emulator_that_restarts_is_found_again(sandbox: Sandbox, tmp_path: Path) -> None:
-    """It forgets everything, so the publisher sends all of it again; the worker goes on by itself."""
+def test_worker_reconnects_after_a_restart_of_the_emulator(sandbox: Sandbox, tmp_path: Path) -> None:
+    """The emulator loses all messages, so the test publishes them again."""
     emulator = Emulator()
     try:
         subscription = Subscription(emulator)
@@ -58,16 +58,16 @@ def test_an_emulator_that_restarts_is_found_again(sandbox: Sandbox, tmp_path: Pa
         emulator.kill()
 
 
-def test_errors_say_what_to_do(worker: Worker) -> None:
-    """A subscription that is not there is exit 3 with its name; a bad URL is exit 2."""
+def test_errors_contain_advice(worker: Worker) -> None:
+    """A missing subscription is exit code 3 with its name, and a malformed URL is exit code 2."""
     missing = worker("run", env={"QUEUE_URL": "pubsub://demo/nowhere"})
     assert (missing.returncode, "nowhere does not exist" in missing.stderr) == (3, True)
     malformed = worker("run", env={"QUEUE_URL": "pubsub://demo"})
     assert (malformed.returncode, "pubsub://PROJECT/SUBSCRIPTION" in malformed.stderr) == (2, True)
 
 
-def test_a_subscription_without_policies_is_warned_about(worker: Worker, emulator: Emulator) -> None:
-    """One line each, when the worker starts."""
+def test_subscription_without_policies_logs_warnings(worker: Worker, emulator: Emulator) -> None:
+    """Each missing policy is logged at start-up."""
     process = worker.start("run", env=on(Subscription(emulator, bare=True)))
     wait_for(lambda: events_named(worker, "started"))
     stop(process)
@@ -78,7 +78,7 @@ def test_a_subscription_without_policies_is_warned_about(worker: Worker, emulato
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(os.environ.get("CI") != "true", reason="takes three minutes: CI=true make test")
 def test_long_outages_and_a_killed_worker(emulator: Emulator, tmp_path: Path) -> None:
-    """Side by side, as each waits for minutes: the network gone for 45 s, for 120 s; kill -9 in the middle."""
+    """The scenarios run concurrently because each takes minutes: outages of 45 s and 120 s, and kill -9."""
     scenarios: list[Callable[[Scene], None]] = [outage_45, outage_120, killed]
     with ThreadPoolExecutor(len(scenarios)) as pool:
         for result in [pool.submit(_play, scene, emulator, tmp_path) for scene in scenarios]:
@@ -86,7 +86,7 @@ def test_long_outages_and_a_killed_worker(emulator: Emulator, tmp_path: Path) ->
 
 
 class Scene:
-    """A worker of its own, with a network that can fail between it and the emulator."""
+    """A worker with its own subscription, and a network to the emulator that can fail."""
 
     def __init__(self, sandbox: Sandbox, emulator: Emulator, directory: Path) -> None:
         directory.mkdir()
@@ -111,7 +111,7 @@ def outage_120(scene: Scene) -> None:
 
 
 def _outage(scene: Scene, seconds: float) -> None:
-    """Messages are published before, during and after; none is nacked, all arrive soon after the network is back."""
+    """Publish messages before, during and after an outage: none is nacked, and all arrive soon afterwards."""
     published = scene.workload.bodies
     process = scene.worker.start("run")
     scene.subscription.publish(*published[:100])
@@ -129,7 +129,7 @@ def _outage(scene: Scene, seconds: float) -> None:
 
 
 def killed(scene: Scene) -> None:
-    """The next worker takes over what the dead one held when the leases end."""
+    """The next worker receives the messages of the killed one when their leases expire."""
     scene.sandbox.klaviyo.latency = 0.05
     scene.subscription.publish(*scene.workload.bodies)
     process = scene.worker.start("run")

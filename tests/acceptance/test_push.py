@@ -1,4 +1,4 @@
-"""The worker behind a push subscription, as serverless hosts run it: Google's emulator pushes to the command."""
+"""The installed command behind a push subscription of Google's emulator."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_pushed_messages_have_every_effect_once_and_failures_come_again(
-    sandbox: Sandbox, emulator: Emulator, tmp_path: Path
-) -> None:
-    """The names of the existing plugin are kept: APP_TYPE and PUB_SUB_PORT."""
+def test_pushed_messages_have_every_effect_once(sandbox: Sandbox, emulator: Emulator, tmp_path: Path) -> None:
+    """Failed messages are redelivered. APP_TYPE and PUB_SUB_PORT are settings of the plugin by Klaviyo."""
     port = free_port()
     subscription = Subscription(emulator, push=f"http://127.0.0.1:{port}/")
     environment = {"QUEUE_URL": "push://127.0.0.1", "APP_TYPE": "EVENT", "PUB_SUB_PORT": str(port)}
@@ -37,10 +35,10 @@ def test_pushed_messages_have_every_effect_once_and_failures_come_again(
     assert "retried" in outcomes
 
 
-def test_sigterm_answers_what_is_in_work(sandbox: Sandbox, emulator: Emulator, tmp_path: Path) -> None:
-    """A host replaces the instance: the old one answers what it began, the new one gets only the rest.
+def test_sigterm_finishes_open_requests(sandbox: Sandbox, emulator: Emulator, tmp_path: Path) -> None:
+    """A host replaces the instance: the old one responds to its open requests, and the new one receives the others.
 
-    The new one listens before the old one stops, as the emulator never sends again what was refused a few times.
+    The new instance listens before the old one stops because the emulator gives up on a message after few failures.
     """
     old, old_url = _instance(sandbox, tmp_path / "old")
     new, new_url = _instance(sandbox, tmp_path / "new")
@@ -73,14 +71,14 @@ def _settled(worker: Worker) -> list[dict[str, Any]]:
     return [line for line in log_lines(worker.log.read_text()) if line["outcome"] != "returned"]
 
 
-def test_a_port_in_use_is_exit_3(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_port_in_use_is_exit_code_3(sandbox: Sandbox, tmp_path: Path) -> None:
     """The error names host and port."""
     taken = sandbox.environment["KLAVIYO_API_URL"].rpartition(":")[2]
     done = Worker(sandbox.environment | {"QUEUE_URL": f"push://127.0.0.1:{taken}"}, tmp_path)("run")
     assert (done.returncode, f"port {taken}: Address already in use" in done.stderr) == (3, True)
 
 
-def test_only_the_worker_is_run(sandbox: Sandbox, tmp_path: Path) -> None:
-    """The plugin's other APP_TYPE is refused by name."""
+def test_other_app_type_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:
+    """The error names the plugin's other APP_TYPE."""
     done = Worker(sandbox.environment | {"APP_TYPE": "BULK_IMPORT"}, tmp_path)("run", "--once")
     assert (done.returncode, "APP_TYPE is malformed" in done.stderr) == (2, True)

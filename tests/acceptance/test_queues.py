@@ -1,4 +1,4 @@
-"""What the worker promises on every queue, seen from outside: the installed command, and what stands in for a cloud."""
+"""The guarantees of the installed command on every queue, tested on emulators of the cloud services."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def worker(sandbox: Sandbox, rig: Rig, tmp_path: Path) -> Worker:
 
 @pytest.mark.also_on("directory")
 def test_a_thousand_mixed_messages_have_every_effect_once(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
-    """Orders, customers, products, stock, categories, in all envelopes; the dead letters stay empty."""
+    """The messages are orders, customers, products, stock and categories, in all envelopes. None is dead-lettered."""
     workload = Workload(sandbox, 1000)
     rig.publish(workload.bodies)
     process = worker.start("run")
@@ -46,36 +46,38 @@ def test_a_thousand_mixed_messages_have_every_effect_once(worker: Worker, sandbo
     assert rig.dead_letters() == []
 
 
-def test_poison_ends_in_the_dead_letters_while_its_neighbours_pass(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
-    """The log tells each attempt, and that the last one was the end."""
+def test_poison_message_is_dead_lettered_alone(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
+    """The log has each attempt and the last outcome."""
     workload = Workload(sandbox, 50)
     rig.publish([*workload.bodies[:25], POISON, *workload.bodies[25:]])
     process = worker.start("run")
     wait_for(workload.is_done)
-    wait_for(lambda: [letter.body for letter in rig.dead_letters()] == [POISON], 40)
+    wait_for(lambda: [dead_letter.body for dead_letter in rig.dead_letters()] == [POISON], 40)
     stop(process)
     workload.assert_exactly_once()
     assert rig.left() == []
-    bad = [(line["attempt"], line["outcome"]) for line in log_lines(worker.log.read_text()) if line["stage"] == "parse"]
-    tries = 1 if rig.guarantees.dead_letter == "always" else rig.attempts
-    assert bad == [*((attempt, "retried") for attempt in range(1, tries)), (tries, "dead_lettered")]
+    outcomes = [
+        (line["attempt"], line["outcome"]) for line in log_lines(worker.log.read_text()) if line["stage"] == "parse"
+    ]
+    attempts = 1 if rig.guarantees.dead_letter == "always" else rig.attempts
+    assert outcomes == [*((attempt, "retried") for attempt in range(1, attempts)), (attempts, "dead_lettered")]
 
 
-def test_direct_dead_letters_are_there_at_once_with_their_reason(worker: Worker, rig: Rig) -> None:
-    """For shops that want to read why."""
+def test_direct_dead_letter_has_a_reason(worker: Worker, rig: Rig) -> None:
+    """The worker moves the message to the dead-letter queue at its first attempt."""
     rig.publish([b"{}"])
     process = worker.start("run", "--dead-letter", "direct")
     wait_for(rig.dead_letters)
     stop(process)
-    (letter,) = rig.dead_letters()
-    assert letter.body == b"{}"
-    assert "notificationType" in " ".join(letter.about.values())
+    (dead_letter,) = rig.dead_letters()
+    assert dead_letter.body == b"{}"
+    assert "notificationType" in " ".join(dead_letter.about.values())
     assert [line["outcome"] for line in log_lines(worker.log.read_text())] == ["dead_lettered"]
 
 
 @short_leases
-def test_a_killed_worker_leaves_its_messages_to_the_next(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
-    """Once its leases end; what it had done already is not done twice."""
+def test_messages_of_a_killed_worker_are_redelivered(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
+    """The next worker receives them when the leases expire. No effect is duplicated."""
     sandbox.klaviyo.latency = 0.05
     workload = Workload(sandbox, 200)
     rig.publish(workload.bodies)
@@ -92,10 +94,8 @@ def test_a_killed_worker_leaves_its_messages_to_the_next(worker: Worker, sandbox
     assert rig.dead_letters() == []
 
 
-def test_sigterm_under_load_loses_nothing_and_returns_the_rest_at_once(
-    worker: Worker, sandbox: Sandbox, rig: Rig
-) -> None:
-    """What was not begun is there for the next worker long before the leases end."""
+def test_sigterm_under_load_returns_unprocessed_messages(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
+    """The next worker receives them long before the leases expire."""
     sandbox.klaviyo.latency = 0.05
     workload = Workload(sandbox, 400)
     rig.publish(workload.bodies)
@@ -105,16 +105,14 @@ def test_sigterm_under_load_loses_nothing_and_returns_the_rest_at_once(
     assert not workload.is_done()
     sandbox.klaviyo.latency = 0.0
     process = worker.start("run")
-    wait_for(workload.is_done)  # within a third of a lease
+    wait_for(workload.is_done)  # takes less than a third of a lease
     stop(process)
     workload.assert_exactly_once()
     assert rig.dead_letters() == []
 
 
-def test_a_shutdown_that_takes_too_long_returns_the_message_and_exits_6(
-    worker: Worker, sandbox: Sandbox, rig: Rig
-) -> None:
-    """The next worker has it at once."""
+def test_shutdown_timeout_returns_the_message_and_exits_6(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
+    """The next worker receives the message immediately."""
     customer = next(iter(sandbox.shop.customers))
     sandbox.klaviyo.faults.add(Fault(action="hang", seconds=30, times=1))
     rig.publish([json.dumps(updated(customer)).encode()])
@@ -123,22 +121,22 @@ def test_a_shutdown_that_takes_too_long_returns_the_message_and_exits_6(
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 6
     with closing(rig.opener()()) as queue:
-        (again,) = receive(queue, 1)
-    assert again.attempt == (1 if rig.guarantees.unhandled_is_free else 2)
+        (redelivery,) = receive(queue, 1)
+    assert redelivery.attempt == (1 if rig.guarantees.unhandled_is_free else 2)
 
 
 def test_two_workers_share_the_load(worker: Worker, sandbox: Sandbox, rig: Rig, tmp_path: Path) -> None:
-    """Nothing is done twice. How even the shares are is the queue's business: it sees room in both."""
+    """No effect is duplicated. The queue determines the shares."""
     sandbox.klaviyo.latency = 0.05
     workload = Workload(sandbox, 600)
     other = Worker(worker.environment, tmp_path / "other")
     other.directory.mkdir()
     limit = ("--max-in-flight", "40", "--max-batch", "10", "--http-port", "0")
     processes = [one.start("run", *limit) for one in (worker, other)]
-    left = iter(workload.bodies)
-    wait_for(lambda: _both_had_some(rig, left, worker, other), 40)
-    while few := list(islice(left, 5)):
-        rig.publish(few)
+    remaining = iter(workload.bodies)
+    wait_for(lambda: _both_have_received(rig, remaining, worker, other), 40)
+    while some := list(islice(remaining, 5)):
+        rig.publish(some)
     wait_for(lambda: len(settled(worker) | settled(other)) == 600, 60)
     for process in processes:
         stop(process)
@@ -149,14 +147,14 @@ def test_two_workers_share_the_load(worker: Worker, sandbox: Sandbox, rig: Rig, 
     assert min(shares) > 20
 
 
-def _both_had_some(rig: Rig, left: Iterator[bytes], *workers: Worker) -> bool:
-    """Publish a message, until both workers are connected."""
-    rig.publish([next(left)])
+def _both_have_received(rig: Rig, remaining: Iterator[bytes], *workers: Worker) -> bool:
+    """Publish a message. Return True if both workers have received one."""
+    rig.publish([next(remaining)])
     return all(log_lines(worker.log.read_text()) for worker in workers)
 
 
-def test_once_drains_the_queue_and_waits_for_redeliveries(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
-    """Where the queue does not tell its backlog, quiet for ten seconds and nothing sent back is the end."""
+def test_once_drains_the_queue(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
+    """If the queue cannot report its backlog, the run ends after ten idle seconds without returned messages."""
     workload = Workload(sandbox, 100)
     rig.publish(workload.bodies)
     done = worker("run", "--once", "--retry-timeout", "0")
@@ -165,8 +163,8 @@ def test_once_drains_the_queue_and_waits_for_redeliveries(worker: Worker, sandbo
     assert rig.left() == []
 
 
-def test_a_dry_run_gives_everything_back(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
-    """It shows what would be sent."""
+def test_dry_run_returns_all_messages(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
+    """A dry run prints the requests."""
     workload = Workload(sandbox, 30)
     rig.publish(workload.bodies)
     done = worker("run", "--dry-run")
@@ -174,12 +172,12 @@ def test_a_dry_run_gives_everything_back(worker: Worker, sandbox: Sandbox, rig: 
     assert len(done.stdout.splitlines()) >= 60
     assert sandbox.account.events == []
     process = worker.start("run")
-    wait_for(workload.is_done)  # at once: the leases of a minute were ended
+    wait_for(workload.is_done)  # immediately, because the leases of a minute were ended
     stop(process)
 
 
-def test_publish_and_a_queue_that_is_not_there(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
-    """`publish` fills the queue; a queue that is not there is exit 3, and the line names QUEUE_URL."""
+def test_publish_and_missing_queue(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
+    """`publish` fills the queue. A missing queue is exit code 3, and the error names QUEUE_URL."""
     workload = Workload(sandbox, 10)
     assert worker("publish", "-", stdin=b"\n".join(workload.bodies) + b"\n").stdout == "10\n"
     assert sorted(rig.left()) == sorted(workload.bodies)

@@ -1,4 +1,4 @@
-"""What the worker promises, seen from outside."""
+"""The guarantees of `klaviyo-worker run`."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def updated(customer_id: str) -> dict[str, Any]:
     return change("ResourceUpdated", "customer", customer_id)
 
 
-def ask(port: int, path: str) -> tuple[int, str]:
-    """Return status and body; 0 while nobody listens."""
+def http_get(port: int, path: str) -> tuple[int, str]:
+    """Return status and body, or status 0 if the port is closed."""
     try:
-        answer = urllib3.request("GET", f"http://127.0.0.1:{port}{path}", retries=False)
+        response = urllib3.request("GET", f"http://127.0.0.1:{port}{path}", retries=False)
     except urllib3.exceptions.HTTPError:
         return 0, ""
-    return answer.status, answer.data.decode()
+    return response.status, response.data.decode()
 
 
 def wait_for(condition: Any, seconds: float = 20.0) -> None:
-    """Look again and again, but leave the machine to the worker: a look at a long log takes its time."""
+    """Poll a condition. Slow conditions are polled less often, to leave the CPU to the worker."""
     deadline = time.monotonic() + seconds
-    looked_at = time.monotonic()
+    polled_at = time.monotonic()
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(max(0.02, 10 * (time.monotonic() - looked_at)))
-        looked_at = time.monotonic()
+        assert time.monotonic() < deadline, "the condition did not become true"
+        time.sleep(max(0.02, 10 * (time.monotonic() - polled_at)))
+        polled_at = time.monotonic()
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -51,16 +51,16 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     assert process.wait(40) == 0
 
 
-def test_every_sample_ends_as_expected_and_twice_adds_nothing(worker: Worker, sandbox: Sandbox) -> None:
-    """All types, good and bad, from the queue into Klaviyo; the second time nothing is new."""
+def test_samples_have_expected_outcomes_and_duplicates_no_effect(worker: Worker, sandbox: Sandbox) -> None:
+    """The samples have all types, valid and invalid. The second run changes nothing in Klaviyo."""
     samples = sample_notifications(sandbox.shop)
     effects = []
     for _ in range(2):
         assert worker("publish", "-", stdin=b"\n".join(sample.body for sample in samples) + b"\n").returncode == 0
         done = worker("run", "--once")
         assert done.returncode == 0, done.stderr
-        endings = {int(line["message_id"]): line["outcome"] for line in log_lines(done.stderr)}
-        assert [(s.title, endings[name]) for s, name in zip(samples, sorted(endings), strict=True)] == [
+        outcomes = {int(line["message_id"]): line["outcome"] for line in log_lines(done.stderr)}
+        assert [(s.title, outcomes[name]) for s, name in zip(samples, sorted(outcomes), strict=True)] == [
             (s.title, s.outcome) for s in samples
         ]
         account = sandbox.account
@@ -73,11 +73,11 @@ def test_every_sample_ends_as_expected_and_twice_adds_nothing(worker: Worker, sa
         )
     assert effects[0] == effects[1]
     assert min(effects[0]) > 0
-    bad = [sample for sample in samples if sample.outcome == "dead_lettered"]
-    letters = worker.dead_letters()
-    assert len(letters) == 2 * len(bad)
-    assert all(letter["reason"] and letter["stage"] for letter in letters)
-    assert set(letters[0]) == {
+    invalid = [sample for sample in samples if sample.outcome == "dead_lettered"]
+    dead_letters = worker.dead_letters()
+    assert len(dead_letters) == 2 * len(invalid)
+    assert all(entry["reason"] and entry["stage"] for entry in dead_letters)
+    assert set(dead_letters[0]) == {
         "message_id",
         "message_type",
         "resource_type",
@@ -89,8 +89,8 @@ def test_every_sample_ends_as_expected_and_twice_adds_nothing(worker: Worker, sa
     }
 
 
-def test_nobody_is_in_the_log(worker: Worker, sandbox: Sandbox) -> None:
-    """No email, phone, name, street or key of the shop, at any level, good message or bad."""
+def test_log_has_no_personal_data(worker: Worker, sandbox: Sandbox) -> None:
+    """No email, phone, name, street or key is logged at any level."""
     samples = sample_notifications(sandbox.shop)
     worker("publish", "-", stdin=b"\n".join(sample.body for sample in samples) + b"\n")
     sandbox.klaviyo.faults.add(Fault(status=400, times=5, match="POST /api/events"))
@@ -103,8 +103,8 @@ def test_nobody_is_in_the_log(worker: Worker, sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("style", ["refused", "500", "token"])
-def test_failed_enrichment_is_never_acked(style: str, worker: Worker, sandbox: Sandbox) -> None:
-    """Commercetools down: the message stays, and goes through when it is back."""
+def test_message_is_kept_if_enrichment_fails(style: str, worker: Worker, sandbox: Sandbox) -> None:
+    """It is processed when commercetools is available again."""
     customer = next(iter(sandbox.shop.customers.values()))
     worker.publish(updated(customer["id"]))
     if style == "refused":
@@ -125,8 +125,8 @@ def test_failed_enrichment_is_never_acked(style: str, worker: Worker, sandbox: S
 
 
 @pytest.mark.parametrize(("seconds", "attempts"), [(2.0, 1), (6.0, 2)], ids=["20 minutes", "an hour"])
-def test_what_an_outage_costs(seconds: float, attempts: int, worker: Worker, sandbox: Sandbox) -> None:
-    """Shorter than the hold nothing, twice as long one more delivery: here the half hour is 3 s."""
+def test_delivery_attempts_after_an_outage(seconds: float, attempts: int, worker: Worker, sandbox: Sandbox) -> None:
+    """An outage shorter than the hold uses no attempt, one twice as long uses one. The hold is 3 s here."""
     customers = [name for name, customer in sandbox.shop.customers.items() if customer.get("email")]
     sandbox.klaviyo.stop()
     worker.publish(*map(updated, customers))
@@ -143,34 +143,36 @@ def test_what_an_outage_costs(seconds: float, attempts: int, worker: Worker, san
     assert worker.dead_letters() == []
 
 
-def test_health_and_metrics_tell_that_the_worker_is_parked(worker: Worker, sandbox: Sandbox) -> None:
-    """And that it goes on by itself once the key is accepted; the live probe never minds."""
+def test_health_and_metrics_of_a_parked_worker(worker: Worker, sandbox: Sandbox) -> None:
+    """The worker resumes when the key is accepted. `/livez` stays 200."""
     port = free_port()
     customer = next(iter(sandbox.shop.customers))
     sandbox.klaviyo.faults.add(Fault(status=401, times=None))
     worker.publish(updated(customer))
     process = worker.start("run", "--http-port", str(port), "--park-retry-interval", "0.2")
-    wait_for(lambda: ask(port, "/readyz")[0] == 503)
-    assert "KLAVIYO_AUTH_KEY" in ask(port, "/readyz")[1]
-    assert ask(port, "/livez")[0] == 200
-    metrics = ask(port, "/metrics")[1]
+    wait_for(lambda: http_get(port, "/readyz")[0] == 503)
+    assert "KLAVIYO_AUTH_KEY" in http_get(port, "/readyz")[1]
+    assert http_get(port, "/livez")[0] == 200
+    metrics = http_get(port, "/metrics")[1]
     assert "klaviyo_worker_parked 1.0" in metrics
     assert "klaviyo_worker_oldest_message_age_seconds " in metrics
     assert "klaviyo_worker_oldest_message_age_seconds 0.0\n" not in metrics
     sandbox.klaviyo.faults.clear()
-    wait_for(lambda: ask(port, "/readyz")[0] == 200)
-    wait_for(lambda: 'message_type="ResourceUpdated",outcome="sent"} 1.0' in ask(port, "/metrics")[1])
-    metrics = ask(port, "/metrics")[1]
+    wait_for(lambda: http_get(port, "/readyz")[0] == 200)
+    wait_for(lambda: 'message_type="ResourceUpdated",outcome="sent"} 1.0' in http_get(port, "/metrics")[1])
+    metrics = http_get(port, "/metrics")[1]
     assert "klaviyo_worker_parked 0.0" in metrics
     assert "klaviyo_worker_oldest_message_age_seconds 0.0\n" in metrics
     assert 'klaviyo_worker_klaviyo_requests_total{endpoint="POST /api/profile-import",status="401"}' in metrics
-    wait_for(lambda: "klaviyo_worker_queue_backlog_messages 0.0" in ask(port, "/metrics")[1])  # asked now and then
+    wait_for(
+        lambda: "klaviyo_worker_queue_backlog_messages 0.0" in http_get(port, "/metrics")[1]
+    )  # the backlog is read periodically
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
 
 
-def test_a_metrics_port_that_is_taken_is_said_and_costs_no_message(worker: Worker, sandbox: Sandbox) -> None:
-    """A second worker on a host must not stand still for want of a port."""
+def test_http_port_in_use_does_not_stop_the_worker(worker: Worker, sandbox: Sandbox) -> None:
+    """A second worker on the host logs it and runs without the port."""
     worker.publish(updated(next(iter(sandbox.shop.customers))))
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -184,15 +186,15 @@ def test_a_metrics_port_that_is_taken_is_said_and_costs_no_message(worker: Worke
 
 
 def test_once_serves_no_metrics(worker: Worker) -> None:
-    """Nobody scrapes a run that ends by itself, and it may share a host with a worker that is scraped."""
+    """A run that ends by itself is not scraped."""
     with socket.create_server(("", 0)) as taken:
         done = worker("run", "--once", "--http-port", str(taken.getsockname()[1]))
     assert (done.returncode, "http_port_unavailable" in done.stderr) == (0, False)
 
 
 @pytest.mark.parametrize("action", ["respond", "reset", "lose_response", "truncate"])
-def test_klaviyo_failing_once_costs_nothing(action: str, worker: Worker, sandbox: Sandbox) -> None:
-    """An answer that does not come is asked for again, and what did arrive is not doubled."""
+def test_failed_request_is_retried_without_duplicates(action: str, worker: Worker, sandbox: Sandbox) -> None:
+    """Events that had been recorded are not duplicated."""
     order = next(order for order in sandbox.shop.orders.values() if len(order["lineItems"]) == 3)
     worker.publish(message("OrderCreated", "order", order["id"], order=order))
     sandbox.klaviyo.faults.add(Fault(status=503, times=2, match="POST /api/events", action=action))
@@ -201,8 +203,8 @@ def test_klaviyo_failing_once_costs_nothing(action: str, worker: Worker, sandbox
     assert Counter(event["metric"] for event in sandbox.account.events) == {"Placed Order": 1, "Ordered Product": 3}
 
 
-def test_credentials_that_are_refused_stop_the_run_and_keep_the_message(worker: Worker, sandbox: Sandbox) -> None:
-    """Exit codes 4 and 5; nothing acked, nothing dead-lettered."""
+def test_refused_credentials_end_once_and_keep_the_message(worker: Worker, sandbox: Sandbox) -> None:
+    """The exit codes are 4 and 5. No message is acked or dead-lettered."""
     customer = next(iter(sandbox.shop.customers.values()))
     worker.publish(updated(customer["id"]))
     done = worker("run", "--once", env={"KLAVIYO_AUTH_KEY": "pk_wrong"})
@@ -214,8 +216,8 @@ def test_credentials_that_are_refused_stop_the_run_and_keep_the_message(worker: 
     assert len(sandbox.account.profiles) == 1
 
 
-def test_a_running_worker_parks_while_its_key_is_refused(worker: Worker, sandbox: Sandbox) -> None:
-    """It keeps the message, tries again slowly, and goes on by itself when the key is restored."""
+def test_worker_parks_while_its_key_is_refused(worker: Worker, sandbox: Sandbox) -> None:
+    """It holds the message, retries at intervals, and resumes when the key is accepted."""
     customer = next(iter(sandbox.shop.customers.values()))
     worker.publish(updated(customer["id"]))
     sandbox.klaviyo.faults.add(Fault(status=401, times=3))
@@ -228,8 +230,8 @@ def test_a_running_worker_parks_while_its_key_is_refused(worker: Worker, sandbox
     assert [line["attempt"] for line in log_lines(output)] == [1]
 
 
-def test_sigterm_finishes_what_is_in_flight_and_exits_0(worker: Worker, sandbox: Sandbox) -> None:
-    """Nothing is lost and nothing is left leased."""
+def test_sigterm_finishes_messages_in_flight_and_exits_0(worker: Worker, sandbox: Sandbox) -> None:
+    """No message is lost or left leased."""
     customers = list(sandbox.shop.customers)
     sandbox.klaviyo.latency = 0.3
     worker.publish(*[updated(customer) for customer in customers])
@@ -238,16 +240,16 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(worker: Worker, sandbox:
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     sandbox.klaviyo.latency = 0.0
-    began = time.monotonic()
+    started = time.monotonic()
     assert worker("run", "--once").returncode == 0
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - started < 20
     assert {p["attributes"]["external_id"] for p in sandbox.account.profiles} >= {
         name for name, customer in sandbox.shop.customers.items() if customer.get("email")
     }
 
 
-def test_a_shutdown_that_takes_too_long_returns_the_messages_and_exits_6(worker: Worker, sandbox: Sandbox) -> None:
-    """The grace period is a promise to whoever runs the worker."""
+def test_shutdown_timeout_returns_the_messages_and_exits_6(worker: Worker, sandbox: Sandbox) -> None:
+    """The grace period limits the duration of a shutdown."""
     customer = next(iter(sandbox.shop.customers))
     sandbox.klaviyo.faults.add(Fault(action="hang", seconds=15, times=1))
     worker.publish(updated(customer))
@@ -260,8 +262,8 @@ def test_a_shutdown_that_takes_too_long_returns_the_messages_and_exits_6(worker:
     assert len(sandbox.account.profiles) == 1
 
 
-def test_a_second_signal_does_not_wait(worker: Worker, sandbox: Sandbox) -> None:
-    """An operator who insists gets the exit, and the messages stay."""
+def test_second_signal_exits_without_waiting(worker: Worker, sandbox: Sandbox) -> None:
+    """The messages stay in the queue."""
     customer = next(iter(sandbox.shop.customers))
     sandbox.klaviyo.faults.add(Fault(action="hang", seconds=15, times=1))
     worker.publish(updated(customer))
@@ -276,8 +278,8 @@ def test_a_second_signal_does_not_wait(worker: Worker, sandbox: Sandbox) -> None
     assert len(sandbox.account.profiles) == 1
 
 
-def test_a_killed_worker_loses_nothing_and_doubles_nothing(worker: Worker, sandbox: Sandbox) -> None:
-    """Kill -9 in the middle of the work; the next worker takes over when the leases end."""
+def test_killed_worker_loses_and_duplicates_nothing(worker: Worker, sandbox: Sandbox) -> None:
+    """The next worker receives the messages when their leases expire."""
     sandbox.klaviyo.latency = 0.05
     orders = [order for order in sandbox.shop.orders.values() if order.get("customerEmail")]
     queue = {"QUEUE_URL": worker.environment["QUEUE_URL"] + "?lease=1"}
@@ -293,8 +295,8 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(worker: Worker, sandb
     assert worker.dead_letters() == []
 
 
-def test_a_dry_run_writes_nothing_and_keeps_every_message(worker: Worker, sandbox: Sandbox) -> None:
-    """It prints what would be sent, and the messages are there for the real run."""
+def test_dry_run_writes_nothing_and_keeps_every_message(worker: Worker, sandbox: Sandbox) -> None:
+    """It prints the requests. A real run then processes all messages."""
     samples = sample_notifications(sandbox.shop)
     worker("publish", "-", stdin=b"\n".join(sample.body for sample in samples) + b"\n")
     done = worker("run", "--dry-run")
@@ -307,8 +309,8 @@ def test_a_dry_run_writes_nothing_and_keeps_every_message(worker: Worker, sandbo
     assert len({line["message_id"] for line in log_lines(done.stderr)}) == len(samples)
 
 
-def test_looking_and_being_refused_spend_no_attempts(worker: Worker, sandbox: Sandbox) -> None:
-    """Dry runs and refused credentials, again and again, bury nothing."""
+def test_dry_runs_and_refused_credentials_use_no_attempts(worker: Worker, sandbox: Sandbox) -> None:
+    """However often they are repeated, no message is dead-lettered."""
     customer = next(iter(sandbox.shop.customers))
     queue = {"QUEUE_URL": worker.environment["QUEUE_URL"] + "?max_attempts=2"}
     worker.publish(updated(customer))
@@ -320,8 +322,8 @@ def test_looking_and_being_refused_spend_no_attempts(worker: Worker, sandbox: Sa
     assert [line["attempt"] for line in log_lines(done.stderr)] == [1]
 
 
-def test_one_customer_updated_many_times_is_fetched_and_sent_once_per_batch(worker: Worker, sandbox: Sandbox) -> None:
-    """A backlog makes batches: calls per message fall by themselves."""
+def test_updates_of_one_customer_are_combined_per_batch(worker: Worker, sandbox: Sandbox) -> None:
+    """A backlog forms batches, so calls per message decrease."""
     customer = next(iter(sandbox.shop.customers))
     worker.publish(*[updated(customer)] * 100)
     assert worker("run", "--once").returncode == 0

@@ -1,4 +1,4 @@
-"""What the worker promises on AWS SQS, seen from outside: the installed command on a stand-in that bears load."""
+"""The guarantees of the installed command on AWS SQS, tested on an emulator that handles load."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def worker(sandbox: Sandbox, queue: Queue, tmp_path: Path) -> Worker:
     return Worker(sandbox.environment | queue.environment | NOT_MEASURED, tmp_path)
 
 
-def test_a_network_that_is_down_for_a_while_costs_nothing(worker: Worker, sandbox: Sandbox, queue: Queue) -> None:
-    """Connections are cut and refused while messages are in work; the worker goes on by itself."""
+def test_network_outage_loses_nothing(worker: Worker, sandbox: Sandbox, queue: Queue) -> None:
+    """Connections are cut and refused while messages are in flight. The worker resumes by itself."""
     network = Network(queue.server)
     sandbox.klaviyo.latency = 0.02
     workload = Workload(sandbox, 300)
@@ -43,7 +43,7 @@ def test_a_network_that_is_down_for_a_while_costs_nothing(worker: Worker, sandbo
     wait_for(lambda: len(sandbox.account.events) > 20)
     network.down()
     time.sleep(2)
-    network.end_leases()  # of answers that were cut off; what the worker holds comes twice, as in longer outages
+    network.end_leases()  # of cut-off responses; messages in flight are redelivered, as in longer outages
     queue.publish(*workload.bodies[150:])
     network.up()
     wait_for(workload.is_done, SOON)
@@ -55,8 +55,8 @@ def test_a_network_that_is_down_for_a_while_costs_nothing(worker: Worker, sandbo
     network.down()
 
 
-def test_a_queue_that_is_made_anew_is_found_again(sandbox: Sandbox, tmp_path: Path) -> None:
-    """The stand-in forgets everything when it is killed; the worker waits for the queue."""
+def test_worker_waits_for_a_recreated_queue(sandbox: Sandbox, tmp_path: Path) -> None:
+    """The emulator loses the queue when it is killed."""
     require(missing("fauxqs"))
     server = Server("fauxqs")
     try:
@@ -77,8 +77,8 @@ def test_a_queue_that_is_made_anew_is_found_again(sandbox: Sandbox, tmp_path: Pa
         server.kill()
 
 
-def test_errors_name_what_to_do(worker: Worker) -> None:
-    """A queue that is not there is exit 3 with its name, as is a region; a bad URL is exit 2."""
+def test_errors_contain_advice(worker: Worker) -> None:
+    """A missing queue or region is exit code 3 with its name, and a malformed URL is exit code 2."""
     missing = worker("run", env={"QUEUE_URL": "sqs://nowhere"})
     assert (missing.returncode, "nowhere does not exist" in missing.stderr) == (3, True)
     malformed = worker("run", env={"QUEUE_URL": "sqs://a/b"})
@@ -87,8 +87,8 @@ def test_errors_name_what_to_do(worker: Worker) -> None:
     assert (nowhere.returncode, "AWS_DEFAULT_REGION" in nowhere.stdout + nowhere.stderr) == (3, True)
 
 
-def test_a_queue_without_a_policy_is_warned_about(worker: Worker, fauxqs: Server) -> None:
-    """When the worker starts."""
+def test_queue_without_a_policy_logs_a_warning(worker: Worker, fauxqs: Server) -> None:
+    """It is logged at start-up."""
     process = worker.start("run", env=Queue(fauxqs, receives=None).environment)
     wait_for(lambda: events_named(worker, "started"))
     stop(process)
@@ -96,8 +96,8 @@ def test_a_queue_without_a_policy_is_warned_about(worker: Worker, fauxqs: Server
     assert "redrive policy" in warning["reason"]
 
 
-def test_a_signal_ends_a_worker_whose_queue_does_not_answer(worker: Worker) -> None:
-    """At once, as it holds nothing yet: a container that is stopped has ten seconds."""
+def test_signal_ends_a_worker_that_waits_for_its_queue(worker: Worker) -> None:
+    """It holds no message, so it exits immediately."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         process = worker.start("run", env=environment(silent.getsockname()[1]))
         connection, _ = silent.accept()

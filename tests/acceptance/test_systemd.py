@@ -1,4 +1,4 @@
-"""The installed worker, told by systemd where to report."""
+"""The installed worker as a systemd service."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 RUN = ("run", "--http-port", "0", "--park-retry-interval", "0.2")
 
 
-def test_systemd_is_told_how_it_goes(worker: Worker, sandbox: Sandbox) -> None:
-    """Ready and parked, running once the key is accepted, stopping; no secret among it. The socket is abstract."""
+def test_status_is_reported_to_systemd(worker: Worker, sandbox: Sandbox) -> None:
+    """The statuses are ready, parked, running and stopping. They contain no secret. The socket is abstract."""
     sandbox.klaviyo.faults.add(Fault(status=401, times=None))
     worker.publish(updated(next(iter(sandbox.shop.customers))))
     with NotifySocket(f"@{uuid4()}") as listener:
@@ -41,8 +41,8 @@ def test_systemd_is_told_how_it_goes(worker: Worker, sandbox: Sandbox) -> None:
     assert not any(secret in line for secret in secrets for line in lines)
 
 
-def test_the_watchdog_is_fed_until_the_end(worker: Worker, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Also while the worker finishes what is in work: systemd would kill it in the middle."""
+def test_watchdog_is_notified_until_the_end(worker: Worker, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Otherwise systemd would kill a worker that finishes its messages."""
     sandbox.klaviyo.faults.add(Fault(action="hang", seconds=2, times=1))
     worker.publish(updated(next(iter(sandbox.shop.customers))))
     with NotifySocket(f"{tmp_path}/notify") as listener:
@@ -53,8 +53,8 @@ def test_the_watchdog_is_fed_until_the_end(worker: Worker, sandbox: Sandbox, tmp
     assert process.wait(20) == 0
 
 
-def test_a_worker_works_on_when_nobody_listens_any_more(worker: Worker, sandbox: Sandbox, tmp_path: Path) -> None:
-    """That is said in the log, and costs nothing."""
+def test_worker_continues_if_the_socket_is_closed(worker: Worker, sandbox: Sandbox, tmp_path: Path) -> None:
+    """The error is logged once."""
     with NotifySocket(f"{tmp_path}/notify") as listener:
         process = worker.start(*RUN, env={"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "100000"})
         listener.wait_for(bool)
@@ -67,8 +67,8 @@ def test_a_worker_works_on_when_nobody_listens_any_more(worker: Worker, sandbox:
     ]
 
 
-def test_systemd_is_told_of_an_end_by_error(worker: Worker, tmp_path: Path) -> None:
-    """It counts TimeoutStopSec from then, and nobody sent a signal."""
+def test_end_by_error_is_reported_to_systemd(worker: Worker, tmp_path: Path) -> None:
+    """Systemd starts TimeoutStopSec at that moment, as no signal was sent."""
     with NotifySocket(f"{tmp_path}/notify") as listener:
         process = worker.start(*RUN, env={"NOTIFY_SOCKET": listener.address})
         listener.wait_for(lambda lines: "READY=1" in lines)
@@ -78,15 +78,15 @@ def test_systemd_is_told_of_an_end_by_error(worker: Worker, tmp_path: Path) -> N
         assert "STOPPING=1" in listener.lines()
 
 
-def test_once_tells_systemd_nothing(worker: Worker, tmp_path: Path) -> None:
-    """A run that ends by itself is no service; Type=oneshot needs no word of it."""
+def test_once_reports_nothing_to_systemd(worker: Worker, tmp_path: Path) -> None:
+    """A run that ends by itself is not a service."""
     with NotifySocket(f"{tmp_path}/notify") as listener:
         done = worker("run", "--once", env={"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "100000"})
         assert (done.returncode, listener.lines()) == (0, [])
 
 
-def test_an_abort_says_where_the_worker_was(worker: Worker, tmp_path: Path) -> None:
-    """The unit asks Python for it: who is killed by the watchdog must leave a trace of the reason."""
+def test_abort_logs_a_traceback(worker: Worker, tmp_path: Path) -> None:
+    """A worker that the watchdog kills must leave a trace of the reason."""
     with NotifySocket(f"{tmp_path}/notify") as listener:
         process = worker.start(*RUN, env={"NOTIFY_SOCKET": listener.address, "PYTHONFAULTHANDLER": "1"})
         listener.wait_for(bool)

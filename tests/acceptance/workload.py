@@ -1,4 +1,4 @@
-"""A mixture of messages as a busy shop sends them, and what Klaviyo must hold afterwards."""
+"""A mixture of messages like that of a busy shop, and the expected content of Klaviyo."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 _ENVELOPES = (bare, cloudevent, event_grid, sns, eventbridge)
 _EVENTS = {"Placed Order", "Ordered Product"}
 
-Effect = tuple[str, str]  # what, which: ("Placed Order", "order-7"), ("profile", "customer-3")
+Effect = tuple[str, str]  # kind and id: ("Placed Order", "order-7"), ("profile", "customer-3")
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A message and all that Klaviyo must hold because of it."""
+    """A message and its expected effects in Klaviyo."""
 
     name: str
     body: bytes
@@ -32,9 +32,9 @@ class Sent:
 
 
 class Workload:
-    """Messages about orders, customers, products, stock and categories: all orders and customers are different.
+    """Messages about orders, customers, products, stock and categories. All orders and customers are different.
 
-    `created_at` is when all orders that must be read from commercetools were made.
+    `created_at`: the creation time of the orders that are not in the messages.
     """
 
     def __init__(self, sandbox: Sandbox, size: int, *, created_at: str = "2026-11-23T10:00:00.123Z") -> None:
@@ -42,7 +42,7 @@ class Workload:
         shop = sandbox.shop
         orders = [_order(shop.orders[uid("order:three")], number) for number in range(size // 2)]
         customers = [_customer(shop.customers[uid("customer:grete")], number) for number in range(size // 5)]
-        self.fetched = {order["id"]: order for order in orders[: size // 10]}  # messages do not hold these
+        self.fetched = {order["id"]: order for order in orders[: size // 10]}  # these are not in the messages
         shop.orders |= self.fetched
         shop.customers |= {customer["id"]: customer for customer in customers}
         entries = [
@@ -58,29 +58,29 @@ class Workload:
     def bodies(self) -> list[bytes]:
         return [sent.body for sent in self.messages]
 
-    def take(self, orders: Iterable[str]) -> list[Sent]:
-        """Take out and return the messages about these orders: something else is expected of them."""
+    def remove(self, orders: Iterable[str]) -> list[Sent]:
+        """Remove and return the messages about these orders, whose effects the caller checks itself."""
         placed = {("Placed Order", order) for order in orders}
-        taken = [sent for sent in self.messages if sent.effects & placed]
-        self.messages = [sent for sent in self.messages if sent not in taken]
-        return taken
+        removed = [sent for sent in self.messages if sent.effects & placed]
+        self.messages = [sent for sent in self.messages if sent not in removed]
+        return removed
 
     def missing(self) -> list[Sent]:
-        """Return the messages that do not have their full effect."""
+        """Return the messages without their full effect."""
         arrived = self._arrived()
         return [sent for sent in self.messages if any(effect not in arrived for effect in sent.effects)]
 
     def surplus(self) -> list[Effect]:
-        """Return the effects that are there more often than once, or that no message asks for."""
-        wanted = {effect for sent in self.messages for effect in sent.effects}
+        """Return the effects that exist more than once or that no message has."""
+        expected = {effect for sent in self.messages for effect in sent.effects}
         arrived = self._arrived()
         return [
             *(effect for effect, count in arrived.items() for _ in range(count - 1)),
-            *(effect for effect in arrived if effect[0] in _EVENTS and effect not in wanted),
+            *(effect for effect in arrived if effect[0] in _EVENTS and effect not in expected),
         ]
 
     def is_done(self) -> bool:
-        """Tell whether everything arrived, be it once or more often."""
+        """Return True if every effect exists at least once."""
         arrived = self._arrived()
         return all(effect in arrived for sent in self.messages for effect in sent.effects)
 

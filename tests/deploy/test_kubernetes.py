@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from adapters import scheme_of
-from tests.acceptance.conftest import Worker, log_lines, none_left_running  # noqa: F401 - a fixture
-from tests.acceptance.test_run import ask, wait_for
+from tests.acceptance.conftest import Worker, kill_remaining_processes, log_lines  # noqa: F401 - a fixture
+from tests.acceptance.test_run import http_get, wait_for
 from tests.deploy.manifests import by_kind, container_of, environment_of, pod_of, rendered, validate
 from tests.support.pubsub_emulator import free_port
 from worker.cli.options import SECRETS
@@ -302,7 +302,7 @@ def test_the_container_runs_as_the_manifest_says(sandbox: Sandbox, tmp_path: Pat
     assert "command" not in container  # the image's: klaviyo-worker
     process = worker.start(*container["args"])
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        wait_for(lambda path=container[probe]["httpGet"]["path"]: ask(port, path)[0] == 200)
+        wait_for(lambda path=container[probe]["httpGet"]["path"]: http_get(port, path)[0] == 200)
     wait_for(lambda: log_lines(worker.log.read_text()))
     process.send_signal(signal.SIGTERM)
     assert process.wait(pod_of(objects)["terminationGracePeriodSeconds"]) == 0

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.acceptance.conftest import Worker
-from tests.acceptance.test_run import ask, stop, wait_for
+from tests.acceptance.test_run import http_get, stop, wait_for
 from tests.deploy.manifests import by_kind, rendered
 from tests.deploy.promql import TARGET, Series, exposed, labels_of
 from tests.support.pubsub_emulator import free_port
@@ -62,8 +62,8 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exposed]:
         sandbox.klaviyo.faults.add(Fault(429, match="POST /api/profile-import", headers={"Retry-After": "600"}))
         process = worker.start("run", "--http-port", str(port))
         try:
-            wait_for(lambda: _only_waits(ask(port, "/metrics")[1]))
-            yield exposed(ask(port, "/metrics")[1])
+            wait_for(lambda: _only_waits(http_get(port, "/metrics")[1]))
+            yield exposed(http_get(port, "/metrics")[1])
             stop(process)
         finally:
             process.kill()

@@ -114,7 +114,7 @@ class Stage:
         self.logs: list[Path] = []
         self._failing: dict[str, int] = {}  # faults met so far, by service, when it began to fail
         self._always = [fault for number in scenario.refused for fault in _refusing(f"order-{number}")]
-        self.bad = [*_poison(sandbox), *self.load.take(f"order-{number}" for number in scenario.refused)]
+        self.bad = [*_poison(sandbox), *self.load.remove(f"order-{number}" for number in scenario.refused)]
         self.messages = [*self.load.messages, *self.bad]
         self.random.shuffle(self.messages)
         self._unpublished = list(self.messages)

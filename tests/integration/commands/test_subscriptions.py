@@ -1,4 +1,4 @@
-"""`klaviyo-worker subscriptions` and what `check` says of them, over sockets to the sandbox."""
+"""`klaviyo-worker subscriptions`, and the subscription in `check`, over sockets to the sandbox."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sandbox() -> Iterator[Sandbox]:
 
 
 class Command:
-    """Runs `klaviyo-worker` with an API client that may manage subscriptions, unless told otherwise."""
+    """`klaviyo-worker` with an API client that can manage subscriptions by default."""
 
     def __init__(self, sandbox: Sandbox, directory: Path) -> None:
         self.store = sandbox.commercetools_api.subscriptions
@@ -52,10 +52,10 @@ class Command:
         return self("subscriptions", "apply", "--destination", to, "--wait", "0", *arguments, **environment)
 
     def checked(self, *arguments: str, **environment: str) -> tuple[int, dict[str, dict[str, Any]]]:
-        """Return the exit code of `check`, and its findings by name."""
+        """Return the exit code of `check`, and its results by name."""
         done = self("check", "--json", "--retry-timeout", "0", *arguments, **environment)
-        findings = [json.loads(line) for line in done.stdout.splitlines()]
-        return done.exit_code, {finding["check"]: finding for finding in findings}
+        results = [json.loads(line) for line in done.stdout.splitlines()]
+        return done.exit_code, {result["check"]: result for result in results}
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def command(sandbox: Sandbox, tmp_path: Path) -> Command:
     return Command(sandbox, tmp_path)
 
 
-def written(sandbox: Sandbox) -> list[tuple[str, str, int]]:
+def write_requests(sandbox: Sandbox) -> list[tuple[str, str, int]]:
     """Return the requests that change subscriptions."""
     return [
         (request.method, request.path.removeprefix(PATH), request.status)
@@ -72,10 +72,10 @@ def written(sandbox: Sandbox) -> list[tuple[str, str, int]]:
     ]
 
 
-def test_applied_once_there_is_nothing_to_do(command: Command, sandbox: Sandbox) -> None:
-    """A plan changes nothing; what it shows is what is done, in one request; and check is content."""
+def test_second_apply_changes_nothing(command: Command, sandbox: Sandbox) -> None:
+    """`plan` writes nothing, `apply` makes one request, and `check` succeeds afterwards."""
     assert command("subscriptions", "plan", "--destination", TOPIC).stdout.startswith("+ create subscription klaviyo-")
-    assert not written(sandbox)
+    assert not write_requests(sandbox)
     done = command.apply()
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "applied: version 1; Healthy: commercetools delivers notifications"
@@ -84,14 +84,14 @@ def test_applied_once_there_is_nothing_to_do(command: Command, sandbox: Sandbox)
         "= subscription klaviyo-worker is up to date",
         "applied: version 1; Healthy: commercetools delivers notifications",
     ]
-    assert written(sandbox) == [("POST", "", 201)]
+    assert write_requests(sandbox) == [("POST", "", 201)]
     code, found = command.checked()
     assert code == 0
     assert found["subscriptions"]["text"] == "klaviyo-worker is healthy and requests everything that the handlers need"
 
 
-def test_a_change_is_one_update(command: Command, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Messages, changes and destination together; the key stays."""
+def test_change_is_one_update(command: Command, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Messages, changes and destination change together, and the key stays."""
     (tmp_path / "mapping.toml").write_text('disabled_types = ["OrderImported", "ResourceUpdated", "ProductDeleted"]')
     assert command.apply("--config", str(tmp_path / "mapping.toml")).exit_code == 0
     done = command.apply(to=QUEUE)
@@ -99,11 +99,11 @@ def test_a_change_is_one_update(command: Command, sandbox: Sandbox, tmp_path: Pa
     (subscription,) = command.store.all()
     assert (subscription["key"], subscription["version"]) == ("klaviyo-worker", 2)
     assert subscription["destination"]["queueUrl"] == QUEUE
-    assert written(sandbox)[1:] == [("POST", f"/{subscription['id']}", 200)]
+    assert write_requests(sandbox)[1:] == [("POST", f"/{subscription['id']}", 200)]
 
 
-def test_json_is_for_scripts(command: Command) -> None:
-    """A line for the plan, one for what came of it."""
+def test_json_output(command: Command) -> None:
+    """The output is a line for the plan and a line for the result."""
     plan, applied = map(json.loads, command.apply("--json").stdout.splitlines())
     assert (plan["action"], plan["version"], plan["destination"]["wanted"]) == ("create", None, TOPIC)
     assert {entry["resourceTypeId"] for entry in plan["add"]["messages"]} == {
@@ -112,10 +112,8 @@ def test_json_is_for_scripts(command: Command) -> None:
     assert applied == {"id": command.store.all()[0]["id"], "version": 1, "status": "Healthy", "deleted": 0}
 
 
-def test_who_was_first_is_not_overwritten_blindly(
-    command: Command, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
-) -> None:
-    """A conflict is read and planned again."""
+def test_conflict_leads_to_a_new_plan(command: Command, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
+    """Changes of another client are not overwritten."""
     command.apply()
     all_ = client.Subscriptions.all
     changes = [{"action": "setChanges", "changes": [{"resourceTypeId": "cart"}]}]
@@ -129,42 +127,42 @@ def test_who_was_first_is_not_overwritten_blindly(
 
     monkeypatch.setattr(client.Subscriptions, "all", read)
     assert command.apply(to=QUEUE).exit_code == 0
-    assert [status for _, _, status in written(sandbox)] == [201, 409, 200]
+    assert [status for _, _, status in write_requests(sandbox)] == [201, 409, 200]
     (subscription,) = command.store.all()
     assert (subscription["version"], len(subscription["changes"])) == (3, 3)
 
 
-def test_who_created_it_first_is_not_in_the_way(
+def test_subscription_created_by_another_client(
     command: Command, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
 ) -> None:
-    """The key is taken then, which commercetools answers with 400."""
+    """Commercetools answers 400 because the key is taken, and the worker plans again."""
     command.apply()
     all_ = client.Subscriptions.all
     nothing: Iterator[list[dict[str, Any]]] = iter([[]])
     monkeypatch.setattr(client.Subscriptions, "all", lambda self: next(nothing, all_(self)))
     assert command.apply().exit_code == 0
-    assert [status for _, _, status in written(sandbox)] == [201, 400]
+    assert [status for _, _, status in write_requests(sandbox)] == [201, 400]
 
 
-def test_conflicts_without_end_are_told(command: Command, sandbox: Sandbox) -> None:
-    """Exit code 4, after a few tries."""
+def test_repeated_conflicts_are_an_error(command: Command, sandbox: Sandbox) -> None:
+    """`apply` exits with 4 after five attempts."""
     sandbox.commercetools.faults.add(Fault(409, times=None, match=f"POST {PATH}"))
     done = command.apply()
     assert done.exit_code == 4
     assert "answered 409" in done.stderr
-    assert len(written(sandbox)) == 5
+    assert len(write_requests(sandbox)) == 5
 
 
-def test_a_request_of_unknown_fate_is_not_repeated_blindly(command: Command, sandbox: Sandbox) -> None:
-    """It is looked at first what became of it: here, that it was carried out."""
+def test_lost_response_leads_to_a_new_plan(command: Command, sandbox: Sandbox) -> None:
+    """The subscription is read before a retry. Here the first request had succeeded."""
     sandbox.commercetools.faults.add(Fault(match=f"POST {PATH}", action="lose_response"))
     assert command.apply().exit_code == 0
-    assert written(sandbox) == [("POST", "", 201)]
+    assert write_requests(sandbox) == [("POST", "", 201)]
     assert len(command.store.all()) == 1
 
 
 def test_commercetools_cannot_deliver(command: Command) -> None:
-    """Nothing is created; what commercetools says of it is shown, the secret is not."""
+    """Nothing is created. The error of commercetools is shown without the secret."""
     command.store.unreachable.add("my-shop")
     done = command.apply(to=GRID, **{SECRET: "grid-s3cret"})
     assert done.exit_code == 4
@@ -176,8 +174,8 @@ def test_commercetools_cannot_deliver(command: Command) -> None:
     assert not command.store.all()
 
 
-def test_what_commercetools_says_is_a_line_and_no_part_of_a_secret(command: Command, sandbox: Sandbox) -> None:
-    """However long, and whatever it could do to a terminal."""
+def test_error_of_commercetools_is_sanitized(command: Command, sandbox: Sandbox) -> None:
+    """It becomes one printable line without any part of the secret."""
     secret = "grid-" + "s3cret" * 20
     body = json.dumps({"errors": [{"code": "No\n", "message": f"one\ntwo\x1b[2J {'x' * 450}{secret}"}]}).encode()
     sandbox.commercetools.faults.add(Fault(400, match=f"POST {PATH}", body=body))
@@ -189,8 +187,8 @@ def test_what_commercetools_says_is_a_line_and_no_part_of_a_secret(command: Comm
     assert command("check").stdout.splitlines()[-1].startswith("FAIL    subscriptions  commercetools answered 400 No")
 
 
-def test_a_secret_comes_from_a_file_and_is_renewed_on_request(command: Command, tmp_path: Path) -> None:
-    """It cannot be compared; without --renew a new one is not noticed, and the plan says so."""
+def test_secret_from_a_file_is_sent_again_on_request(command: Command, tmp_path: Path) -> None:
+    """A secret cannot be compared, so a new one requires an option, which the plan mentions."""
     file = tmp_path / "secret"
     file.write_text("first-s3cret\n")
     assert command.apply(to=GRID, **{f"{SECRET}_FILE": str(file)}).exit_code == 0
@@ -203,16 +201,16 @@ def test_a_secret_comes_from_a_file_and_is_renewed_on_request(command: Command, 
     assert "s3cret" not in done.output + renewed.output
 
 
-def test_stale_subscriptions_go_only_on_request(command: Command, sandbox: Sandbox) -> None:
-    """And after a question; others' stay, whatever is asked."""
+def test_stale_subscriptions_are_deleted_only_on_request(command: Command, sandbox: Sandbox) -> None:
+    """The command asks for confirmation. Subscriptions with another destination stay."""
     command.apply("--key", "old")
     command.apply("--key", "elsewhere", to=QUEUE)
     shown = command.apply()
     assert "- stale: old sends to the same destination; --delete-stale deletes it" in shown.stdout.splitlines()
     assert len(command.store.all()) == 3
-    refused = command.apply("--delete-stale")
-    assert refused.exit_code == 1
-    assert "Permanently delete stale subscriptions: 1?" in refused.stderr
+    declined = command.apply("--delete-stale")
+    assert declined.exit_code == 1
+    assert "Permanently delete stale subscriptions: 1?" in declined.stderr
     assert len(command.store.all()) == 3
     done = command.apply("--delete-stale", "--yes")
     assert (
@@ -220,11 +218,11 @@ def test_stale_subscriptions_go_only_on_request(command: Command, sandbox: Sandb
         == "applied: version 1, 1 stale deleted; Healthy: commercetools delivers notifications"
     )
     assert [entry["key"] for entry in command.store.all()] == ["elsewhere", "klaviyo-worker"]
-    assert written(sandbox)[-1][0] == "DELETE"
+    assert write_requests(sandbox)[-1][0] == "DELETE"
 
 
-def test_what_delivers_is_not_deleted_for_one_that_does_not(command: Command) -> None:
-    """Nothing would come any more."""
+def test_stale_subscription_is_kept_while_the_new_one_is_unhealthy(command: Command) -> None:
+    """Otherwise no notification would be delivered."""
     command.apply()
     command.apply("--key", "old")
     command.store.set_status("klaviyo-worker", "ManuallySuspended")
@@ -234,8 +232,8 @@ def test_what_delivers_is_not_deleted_for_one_that_does_not(command: Command) ->
     assert len(command.store.all()) == 2
 
 
-def test_one_that_changed_meanwhile_is_not_deleted(command: Command, sandbox: Sandbox) -> None:
-    """Somebody needs it; one that is gone already is no error."""
+def test_changed_stale_subscription_is_not_deleted(command: Command, sandbox: Sandbox) -> None:
+    """Another client uses it. If it is already deleted, that is not an error."""
     command.apply("--key", "old")
     sandbox.commercetools.faults.add(Fault(409, match=f"DELETE {PATH}"))
     done = command.apply("--delete-stale", "--yes")
@@ -253,8 +251,8 @@ def test_one_that_changed_meanwhile_is_not_deleted(command: Command, sandbox: Sa
         ("Resting\x1b", "look it up"),
     ],
 )
-def test_a_subscription_that_does_not_deliver_is_explained(command: Command, status: str, todo: str) -> None:
-    """By apply and by check, with exit code 4."""
+def test_unhealthy_subscription_is_explained(command: Command, status: str, todo: str) -> None:
+    """`apply` and `check` explain the status and exit with 4."""
     command.apply()
     command.store.set_status("klaviyo-worker", status)
     done = command.apply()
@@ -268,36 +266,36 @@ def test_a_subscription_that_does_not_deliver_is_explained(command: Command, sta
     assert all(line.isprintable() for line in command("check").stdout.splitlines())
 
 
-def test_health_is_waited_for(command: Command, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
-    """Until it is healthy; it takes no token."""
+def test_apply_waits_until_healthy(command: Command, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
+    """The health endpoint requires no token."""
     monkeypatch.setattr(client, "POLL_INTERVAL", 0.01)
     command.apply()
     for status in (503, 503, 400):
         sandbox.commercetools.faults.add(Fault(status, match=f"GET {PATH}/{command.store.all()[0]['id']}/health"))
     done = command("subscriptions", "apply", "--destination", TOPIC, "--wait", "60")
     assert done.exit_code == 0
-    looks = [request.status for request in sandbox.commercetools.requests if request.path.endswith("/health")]
-    assert looks[-4:] == [503, 503, 400, 200]
+    statuses = [request.status for request in sandbox.commercetools.requests if request.path.endswith("/health")]
+    assert statuses[-4:] == [503, 503, 400, 200]
 
 
-def test_a_commercetools_that_does_not_tell_is_believed(command: Command) -> None:
-    """As a stand-in may be."""
+def test_missing_health_endpoint_is_accepted(command: Command) -> None:
+    """An emulator of commercetools can lack it."""
     command.store.has_health = False
     done = command.apply()
     assert done.exit_code == 0
     assert done.stdout.endswith("applied: version 1; this commercetools does not report health\n")
 
 
-def test_an_answer_without_a_subscription_is_no_success(command: Command, sandbox: Sandbox) -> None:
-    """Nothing was created, whatever the status says."""
+def test_response_without_a_subscription_is_an_error(command: Command, sandbox: Sandbox) -> None:
+    """The status alone does not mean success."""
     sandbox.commercetools.faults.add(Fault(200, times=None, match=f"POST {PATH}", body=b"{}"))
     done = command.apply()
     assert (done.exit_code, "commercetools returned a subscription without an id" in done.stderr) == (4, True)
 
 
 @pytest.mark.parametrize("action", ["plan", "apply"])
-def test_a_missing_scope_is_named(action: str, command: Command) -> None:
-    """Exit code 4; nothing is done."""
+def test_missing_scope_is_named(action: str, command: Command) -> None:
+    """The command exits with 4 and changes nothing."""
     done = command("subscriptions", action, "--destination", TOPIC, CT_SCOPE="view_orders:sandbox-shop")
     assert done.exit_code == 4
     assert "403 insufficient_scope for subscriptions: use an API client with the scope manage_subscr" in done.stderr
@@ -315,21 +313,21 @@ def test_a_missing_scope_is_named(action: str, command: Command) -> None:
         (Fault(times=None, status=503), "503"),
     ],
 )
-def test_strange_answers_change_nothing(fault: Fault, text: str, command: Command, sandbox: Sandbox) -> None:
-    """Least of all are they taken for "there is none"."""
+def test_malformed_responses_change_nothing(fault: Fault, text: str, command: Command, sandbox: Sandbox) -> None:
+    """They do not mean that there is no subscription."""
     sandbox.commercetools.faults.add(fault_for(fault))
     done = command.apply("--retry-timeout", "0")
     assert done.exit_code == 4
     assert text in done.stderr
-    assert not written(sandbox)
+    assert not write_requests(sandbox)
 
 
 def fault_for(fault: Fault) -> Fault:
     return Fault(fault.status, fault.times, match=f"GET {PATH}", body=fault.body)
 
 
-def test_what_cannot_be_asked_for_is_exit_code_2(command: Command, tmp_path: Path) -> None:
-    """Before commercetools is asked."""
+def test_invalid_request_is_exit_code_2(command: Command, tmp_path: Path) -> None:
+    """The error is reported before any request to commercetools."""
     assert command("subscriptions", "plan").exit_code == 2
     assert command.apply(to="kafka://topic").exit_code == 2
     assert command.apply(to=GRID).exit_code == 2
@@ -339,8 +337,8 @@ def test_what_cannot_be_asked_for_is_exit_code_2(command: Command, tmp_path: Pat
     assert (done.exit_code, "disables every handler" in done.stderr) == (2, True)
 
 
-def test_check_names_what_is_missing(command: Command, tmp_path: Path) -> None:
-    """No subscription, or one that does not cover the handlers; what is disabled is not missed."""
+def test_check_reports_missing_messages(command: Command, tmp_path: Path) -> None:
+    """The subscription does not exist or does not cover the enabled handlers."""
     code, found = command.checked()
     assert code == 4
     assert found["subscriptions"]["text"] == (
@@ -360,8 +358,8 @@ def test_check_names_what_is_missing(command: Command, tmp_path: Path) -> None:
     assert command.checked()[1]["subscriptions"]["why"] == "there is no subscription klaviyo-worker, only mine"
 
 
-def test_check_without_the_right_to_look_fails_nothing(command: Command) -> None:
-    """The worker itself does not need it; nor is it told that all is well."""
+def test_check_without_the_scope_skips_the_subscription(command: Command) -> None:
+    """The worker itself does not need the scope."""
     done = command("check", CT_SCOPE="view_orders:sandbox-shop")
     assert done.exit_code == 0
     assert done.stdout.splitlines()[-1] == (
@@ -383,10 +381,10 @@ def test_check_without_the_right_to_look_fails_nothing(command: Command) -> None
         (["ProductPublished"], {"inventory", "categories", "product-projections"}, {"catalogs:write"}),
     ],
 )
-def test_check_asks_only_for_what_the_handlers_need(
+def test_check_tests_only_needed_scopes(
     kinds: list[str], reads: set[str], writes: set[str], command: Command, sandbox: Sandbox, tmp_path: Path
 ) -> None:
-    """Whoever disables handlers can leave scopes out; a key is proved even where nothing is to be read."""
+    """Scopes for disabled handlers can be missing. A wrong Klaviyo key is detected in any case."""
     disabled = sorted({kind for _, kind in HANDLERS} - set(kinds))
     (tmp_path / "mapping.toml").write_text(f"disabled_types = {json.dumps(disabled)}")
     code, found = command.checked("--config", str(tmp_path / "mapping.toml"), CT_SCOPE="view_orders:sandbox-shop")
@@ -398,23 +396,23 @@ def test_check_asks_only_for_what_the_handlers_need(
     assert command.checked("--config", str(tmp_path / "mapping.toml"), KLAVIYO_AUTH_KEY="pk_wrong")[0] == 5
 
 
-def test_no_scope_is_blamed_for_what_is_none(command: Command, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Whatever few handlers are enabled."""
+def test_other_errors_do_not_blame_scopes(command: Command, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Wrong credentials and a wrong URL have their own advice."""
     disabled = sorted({kind for _, kind in HANDLERS} - {"CustomerCreated", "ProductPublished"})
     (tmp_path / "mapping.toml").write_text(f"disabled_types = {json.dumps(disabled)}")
     sandbox.klaviyo.faults.add(Fault(302, times=None, match="GET /api/catalog-items"))
-    client = '{"clientId": "nobody", "secret": "s3cret"}'
+    client = '{"clientId": "unknown", "secret": "s3cret"}'
     _, found = command.checked("--config", str(tmp_path / "mapping.toml"), CT_API_CLIENT=client)
     assert found["commercetools"]["todo"] == "check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
     assert found["klaviyo"]["todo"] == "check KLAVIYO_API_URL"
 
 
-class Bare:
+class QueueWithoutPolicies:
     """A queue without policies."""
 
     def check(self) -> list[QueueWarning]:
         return [
-            QueueWarning("q has no dead-letter policy", "gcloud set-dead: letters", is_missing_policy=True),
+            QueueWarning("q has no dead-letter policy", "gcloud set-dead: q-dead", is_missing_policy=True),
             QueueWarning("q has no retry policy", "gcloud set-retry", is_missing_policy=True),
             QueueWarning("q has a short lease", "gcloud set-lease"),
         ]
@@ -422,22 +420,22 @@ class Bare:
     def close(self) -> None: ...
 
 
-def test_a_queue_without_its_policies_fails(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit code 3, with the commands that set them; what is only to be mended fails nothing."""
+def test_missing_policies_fail_the_check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`check` exits with 3 and prints the commands that set them. Other warnings do not fail."""
 
     def opened(url: str, options: QueueOptions) -> QueueAdapter:
         del url, options
-        return Bare()  # type: ignore[return-value]
+        return QueueWithoutPolicies()  # type: ignore[return-value]
 
     monkeypatch.setattr(checks, "open_queue", opened)
     done = command("check", CT_SCOPE="view_orders:sandbox-shop")
     assert done.exit_code == 3
     assert done.stdout.splitlines()[1] == (
         "FAIL    queue          q has no dead-letter policy; q has no retry policy "
-        "→ gcloud set-dead: letters; gcloud set-retry"
+        "→ gcloud set-dead: q-dead; gcloud set-retry"
     )
     unreadable = QueueWarning("q cannot be read to learn its policies", "grant roles/pubsub.viewer")
-    monkeypatch.setattr(Bare, "check", lambda _: [unreadable])
+    monkeypatch.setattr(QueueWithoutPolicies, "check", lambda _: [unreadable])
     code, found = command.checked(CT_SCOPE="view_orders:sandbox-shop")
     assert code == 0
     assert found["queue"]["text"] == (

@@ -1,4 +1,4 @@
-"""What `--help` says, of every command there is."""
+"""The output of `--help` for every command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def contexts(
     command: click.Command, name: str = "klaviyo-worker", parent: click.Context | None = None
 ) -> dict[str, click.Context]:
-    """Return every command's context, as on a terminal of 80 columns."""
+    """Return the context of every command, for a terminal of 80 columns."""
     context = command.make_context(name, [], parent, resilient_parsing=True, terminal_width=80)
     found = {context.command_path: context}
     for inner, entry in command.commands.items() if isinstance(command, click.Group) else ():
@@ -35,8 +35,8 @@ def options(path: str) -> Iterator[click.Option]:
 
 
 @pytest.mark.parametrize("path", HELP)
-def test_every_command_and_option_says_what_it_does(path: str) -> None:
-    """The first sentence fits beside the command's name on a terminal of 80 columns."""
+def test_every_command_and_option_has_help(path: str) -> None:
+    """The first sentence of a command fits beside its name on a terminal of 80 columns."""
     assert HELP[path].command.help
     assert all(option.help for option in options(path))
     listed = HELP[path].get_help().partition("\nCommands:\n")[2].partition("\n\n")[0]
@@ -44,8 +44,8 @@ def test_every_command_and_option_says_what_it_does(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", HELP)
-def test_settings_are_listed_apart_from_a_commands_own_options(path: str) -> None:
-    """Thirty settings must not bury three options."""
+def test_settings_and_own_options_are_separate_sections(path: str) -> None:
+    """The many settings do not hide the few options of a command."""
     text = HELP[path].get_help()
     own, settings = (text.partition(f"\n{title}:\n")[2].partition("\n\n")[0] for title in ("Options", "Settings"))
     assert all(line[2] in " -" for line in own.splitlines())
@@ -55,8 +55,8 @@ def test_settings_are_listed_apart_from_a_commands_own_options(path: str) -> Non
 
 
 @pytest.mark.parametrize(("old", "new"), renamed.OPTIONS.items())
-def test_a_former_option_names_its_replacement(old: str, new: str) -> None:
-    """Every command that has the new option knows the former one; the exit code is that of a usage error."""
+def test_former_option_names_its_replacement(old: str, new: str) -> None:
+    """Every command that has the new option recognizes the former one and exits with a usage error."""
     users = [path for path in HELP if any(new in option.opts for option in options(path))]
     assert users
     for path in users:
@@ -65,14 +65,14 @@ def test_a_former_option_names_its_replacement(old: str, new: str) -> None:
         assert (error.value.exit_code, error.value.message) == (2, f"{old} was renamed: use {new}")
 
 
-def test_a_former_option_is_unknown_to_a_command_without_the_new_one() -> None:
-    """Its replacement would be unknown too."""
+def test_former_option_is_unknown_without_the_new_one() -> None:
+    """A command without the new option reports an unknown option."""
     with pytest.raises(click.NoSuchOption):
         HELP["klaviyo-worker handlers"].command.make_context("handlers", ["--metrics-port", "1"])
 
 
-def test_a_setting_shows_what_it_takes() -> None:
-    """A choice, a number, a file, a URL."""
+def test_setting_shows_its_type() -> None:
+    """The metavar is a list of choices, a number, a file or a URL."""
     text = " ".join(HELP["klaviyo-worker run"].get_help().split())
     shown = "--bulk-events auto|always|never", "--lanes INTEGER", "--rate-limit-share NUMBER", "--config FILE"
     for flag in (*shown, "--queue-url URL", "--ct-project-id TEXT"):

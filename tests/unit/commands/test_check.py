@@ -1,4 +1,4 @@
-"""`klaviyo-worker check`: the advice of errors and warnings reaches the operator, however it is worded."""
+"""`klaviyo-worker check` reports the advice of errors and warnings, whatever their wording."""
 
 from __future__ import annotations
 

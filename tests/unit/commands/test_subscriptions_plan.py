@@ -1,4 +1,4 @@
-"""What is to be done to a project's subscriptions: a pure function of what there is and what is wanted."""
+"""The plan for a project's subscriptions, a pure function of the existing ones and the desired one."""
 
 from __future__ import annotations
 
@@ -69,15 +69,15 @@ def desired(
     return DesiredSubscription(key, parse(url, SECRETS[url]), required_spec(disabled), kind)
 
 
-def held(*drafts: dict[str, Any]) -> Subscriptions:
+def store_of(*drafts: dict[str, Any]) -> Subscriptions:
     store = Subscriptions()
     for draft in drafts:
         store.create(deepcopy(draft))
     return store
 
 
-def applied(store: Subscriptions, target: DesiredSubscription) -> None:
-    """Carry a plan out as commercetools would."""
+def apply_plan(store: Subscriptions, target: DesiredSubscription) -> None:
+    """Apply a plan like commercetools."""
     todo = plan(target, store.all())
     if todo.current is None:
         store.create(todo.desired.draft())
@@ -91,30 +91,30 @@ def applied(store: Subscriptions, target: DesiredSubscription) -> None:
     was=st.none()
     | st.tuples(st.sampled_from([PUBSUB, SQS, SERVICEBUS]), st.lists(MESSAGES), st.lists(CHANGES, min_size=1)),
 )
-def test_what_was_applied_leaves_nothing_to_do(
+def test_second_plan_changes_nothing(
     url: str, disabled: list[str], was: tuple[str, list[dict[str, Any]], list[dict[str, Any]]] | None
 ) -> None:
-    """Whatever was there before, with secrets that commercetools hides; and it asks for just what is needed."""
+    """This holds for any previous subscription, and for hidden secrets. The subscription requests what is needed."""
     target = desired(url, tuple(disabled))
-    store = held()
+    store = store_of()
     if was:
         before = desired(was[0]).draft() | {"messages": was[1], "changes": was[2]}
-        store = held(before)
-    applied(store, target)
+        store = store_of(before)
+    apply_plan(store, target)
     again = plan(target, store.all())
     assert again.action == "none"
     assert not again.updates()
-    (there,) = store.all()
-    asked = spec_of(there)
-    assert {resource: set(types) for resource, types in asked.messages.items()} == {
+    (existing,) = store.all()
+    spec = spec_of(existing)
+    assert {resource: set(types) for resource, types in spec.messages.items()} == {
         resource: set(types) for resource, types in target.spec.messages.items()
     }
-    assert set(asked.changes) == set(target.spec.changes)
+    assert set(spec.changes) == set(target.spec.changes)
 
 
 @given(st.lists(st.fixed_dictionaries({}, optional=SHAPELESS)))
-def test_answers_of_any_shape_make_a_plan(existing: list[dict[str, Any]]) -> None:
-    """Odd data is no reason to fail: a plan, or what cannot be had."""
+def test_malformed_subscriptions_do_not_fail_the_plan(existing: list[dict[str, Any]]) -> None:
+    """Existing subscriptions of any shape lead to a plan."""
     target = desired()
     todo = plan(target, existing)
     assert todo.action in {"create", "change", "none"}
@@ -122,42 +122,42 @@ def test_answers_of_any_shape_make_a_plan(existing: list[dict[str, Any]]) -> Non
     json.dumps(todo.document())
 
 
-def test_messages_and_changes_go_together() -> None:
-    """A subscription must never be without any: commercetools refuses it."""
-    store = held(desired().draft() | {"messages": [], "changes": [{"resourceTypeId": "cart"}]})
+def test_messages_and_changes_are_set_together() -> None:
+    """Commercetools refuses a subscription without any message or change."""
+    store = store_of(desired().draft() | {"messages": [], "changes": [{"resourceTypeId": "cart"}]})
     assert [action["action"] for action in plan(desired(), store.all()).updates()] == ["setMessages", "setChanges"]
     more = desired().draft()
     more["messages"].append({"resourceTypeId": "review", "types": ["ReviewCreated"]})
-    fewer = plan(desired(), held(more).all()).updates()
+    fewer = plan(desired(), store_of(more).all()).updates()
     assert [action["action"] for action in fewer] == ["setMessages", "setChanges"]
     moved = plan(desired(SQS), store.all()).updates()
     assert [action["action"] for action in moved] == ["changeDestination", "setMessages", "setChanges"]
 
 
 def test_disabled_handlers_are_left_out() -> None:
-    """And a resource type with none left is not asked for at all."""
-    asked = required_spec(("OrderImported", "CategoryCreated", "ResourceUpdated", "ResourceCreated", "ResourceDeleted"))
-    assert "OrderImported" not in asked.messages["order"]
-    assert "category" not in asked.messages
-    assert asked.changes == ()
+    """A resource type without enabled handlers is not requested."""
+    spec = required_spec(("OrderImported", "CategoryCreated", "ResourceUpdated", "ResourceCreated", "ResourceDeleted"))
+    assert "OrderImported" not in spec.messages["order"]
+    assert "category" not in spec.messages
+    assert spec.changes == ()
     assert not required_spec(KINDS)
     assert required_spec(("ResourceUpdated",)).changes == ("customer", "category", "inventory-entry")
 
 
-def test_all_types_of_a_resource_are_all_however_it_is_said() -> None:
-    """Without types, with an empty list, and beside an entry that names some."""
+def test_all_forms_of_all_types_are_equal() -> None:
+    """All types: without a list, with an empty list, and next to an entry with some types."""
     some: dict[str, Any] = {"resourceTypeId": "order", "types": ["OrderCreated"]}
     every: dict[str, Any] = {"resourceTypeId": "order"}
     for entries in ([every], [every | {"types": []}], [every, some], [some, every]):
         assert spec_of({"messages": entries}).messages == {"order": ()}
 
 
-def test_a_plan_can_be_read() -> None:
-    """What comes, what goes, where to; all types of a resource are more than those that are needed."""
+def test_plan_as_text() -> None:
+    """The text lists additions, removals and destinations. "All others" are types that the worker does not need."""
     draft = desired(SQS).draft()
     draft["messages"] = [*draft["messages"][1:], {"resourceTypeId": "review"}, {"resourceTypeId": "order", "types": []}]
     draft["changes"] = [{"resourceTypeId": "product"}, *draft["changes"][1:]]
-    assert list(plan(desired(), held(draft).all()).lines()) == [
+    assert list(plan(desired(), store_of(draft).all()).lines()) == [
         "~ change subscription klaviyo-worker, version 1",
         f"    - destination  {SQS}",
         f"    + destination  {PUBSUB}",
@@ -166,16 +166,16 @@ def test_a_plan_can_be_read() -> None:
         "    - changes      product",
         "    + changes      customer",
     ]
-    assert next(plan(desired(), held().all()).lines()) == "+ create subscription klaviyo-worker"
-    assert list(plan(desired(), held(desired().draft()).all()).lines()) == [
+    assert next(plan(desired(), store_of().all()).lines()) == "+ create subscription klaviyo-worker"
+    assert list(plan(desired(), store_of(desired().draft()).all()).lines()) == [
         "= subscription klaviyo-worker is up to date"
     ]
 
 
 @pytest.mark.parametrize("status", ["ConfigurationError", "ConfigurationErrorDeliveryStopped"])
-def test_a_destination_that_could_not_be_reached_is_sent_again(status: str) -> None:
-    """That is what makes commercetools try again; one that is only slow, or suspended, is left alone."""
-    store = held(desired().draft())
+def test_destination_is_sent_again_after_a_configuration_error(status: str) -> None:
+    """This makes commercetools try again. Other statuses do not need it."""
+    store = store_of(desired().draft())
     store.set_status("klaviyo-worker", status)
     assert [action["action"] for action in plan(desired(), store.all()).updates()] == ["changeDestination"]
     for harmless in ("TemporaryError", "ManuallySuspended", "Resting"):
@@ -185,9 +185,9 @@ def test_a_destination_that_could_not_be_reached_is_sent_again(status: str) -> N
 
 @pytest.mark.parametrize("url", SECRETS)
 def test_secrets_are_sent_and_never_shown(url: str) -> None:
-    """Not in a plan, its JSON or a repr; and they can only be renewed, not compared."""
+    """Secrets are not in a plan, its JSON or a repr. They can be sent again but not compared."""
     target, secret = desired(url), SECRETS[url]
-    store = held(target.draft())
+    store = store_of(target.draft())
     todo = plan(target, store.all(), renew=True)
     assert [action["action"] for action in todo.updates()] == ["changeDestination"]
     unchanged = plan(target, store.all())
@@ -201,57 +201,57 @@ def test_secrets_are_sent_and_never_shown(url: str) -> None:
             assert part not in target.destination.redact(f"not with {secret.rpartition('SharedAccessKey=')[2]}")
 
 
-def test_what_differs_beside_a_secret_is_seen() -> None:
-    """Another key's name, another way to sign in."""
-    store = held(desired(SERVICEBUS).draft())
+def test_other_differences_of_a_destination_are_detected() -> None:
+    """Examples are another key name and another way to authenticate."""
+    store = store_of(desired(SERVICEBUS).draft())
     other = parse(SERVICEBUS, CONNECTION.replace("=commercetools", "=sender"))
     assert plan(DesiredSubscription("klaviyo-worker", other, required_spec()), store.all()).action == "change"
-    assert plan(desired(f"{SQS}?access_key={KEY}"), held(desired(SQS).draft()).all()).action == "change"
+    assert plan(desired(f"{SQS}?access_key={KEY}"), store_of(desired(SQS).draft()).all()).action == "change"
 
 
-def test_stale_is_only_what_sends_to_the_same_destination() -> None:
-    """Others' subscriptions are none of our business; an event source of EventBridge belongs to one alone."""
+def test_stale_subscriptions_have_the_same_destination() -> None:
+    """Other subscriptions are left alone. On EventBridge each subscription has its own event source."""
     mine, other = desired().draft(), desired(SQS, key="other").draft()
     old = desired(key="old").draft()
     nameless = {name: value for name, value in old.items() if name != "key"}
-    store = held(mine, other, old, nameless)
+    store = store_of(mine, other, old, nameless)
     todo = plan(desired(), store.all())
     assert [entry.get("key") for entry in todo.stale] == ["old", None]
     stale = [line for line in todo.lines() if line.startswith("- stale")]
     assert len(stale) == 2
     assert store.all()[3]["id"] in stale[1]
-    bridged = held(desired(EVENTBRIDGE).draft(), desired(EVENTBRIDGE, key="old").draft())
+    bridged = store_of(desired(EVENTBRIDGE).draft(), desired(EVENTBRIDGE, key="old").draft())
     assert plan(desired(EVENTBRIDGE), bridged.all()).stale == ()
 
 
-def test_a_format_cannot_be_changed() -> None:
-    """There is no such action; what is not asked for is left as it is."""
+def test_format_cannot_be_changed() -> None:
+    """Commercetools has no such update action. Without --format the existing format is kept."""
     assert desired().draft()["format"] == {"type": "Platform"}
     assert desired(EVENTGRID).draft()["format"] == {"type": "CloudEvents", "cloudEventsVersion": "1.0"}
-    store = held(desired(kind="CloudEvents").draft())
+    store = store_of(desired(kind="CloudEvents").draft())
     assert plan(desired(), store.all()).action == "none"
     with pytest.raises(SettingsError, match="CloudEvents, which commercetools cannot change to Platform: use another"):
         plan(desired(kind="Platform"), store.all())
     with pytest.raises(SettingsError, match="cannot change to CloudEvents"):
-        plan(desired(EVENTGRID), held(desired().draft()).all())
+        plan(desired(EVENTGRID), store_of(desired().draft()).all())
 
 
 @pytest.mark.parametrize("url", SECRETS)
-def test_destinations_are_those_of_the_sdk(url: str) -> None:
-    """The models of commercetools' own SDK take every field, and give it back; of an update too."""
+def test_sdk_accepts_the_destinations(url: str) -> None:
+    """The models of commercetools' SDK serialize every field, in drafts and in updates."""
     from commercetools.platform.models import SubscriptionDraft, SubscriptionUpdate
 
     draft = desired(url).draft()
     assert SubscriptionDraft.deserialize(draft).serialize() == draft
     before = DesiredSubscription("klaviyo-worker", parse(url, SECRETS[url]), required_spec(("OrderCreated",)))
-    actions = plan(desired(url), held(before.draft()).all(), renew=True).updates()
+    actions = plan(desired(url), store_of(before.draft()).all(), renew=True).updates()
     assert len(actions) == 3
     update = {"version": 1, "actions": actions}
     assert SubscriptionUpdate.deserialize(update).serialize() == update
 
 
-def test_the_queue_may_say_where_to_send_to() -> None:
-    """Where its URL names more than what is read."""
+def test_destination_from_queue_url() -> None:
+    """Some queue URLs name a destination, others only a source."""
     assert from_queue_url(SQS) == SQS
     assert from_queue_url(SERVICEBUS) == SERVICEBUS
     assert from_queue_url(f"{SERVICEBUS}/subscription") == SERVICEBUS
@@ -277,15 +277,16 @@ def test_the_queue_may_say_where_to_send_to() -> None:
         f" {PUBSUB}",
     ],
 )
-def test_a_malformed_destination_is_named_not_quoted(url: str) -> None:
-    """It may hold a secret by mistake."""
+def test_malformed_destination_is_not_quoted(url: str) -> None:
+    """It could contain a secret by mistake."""
     with pytest.raises(SettingsError) as error:
         parse(url, "")
     assert str(error.value) == f"--destination is malformed: expected {EXPECTED}"
 
 
 @pytest.mark.parametrize("url", [url for url, secret in SECRETS.items() if secret])
-def test_a_missing_secret_is_named(url: str) -> None:
+def test_missing_secret_is_named(url: str) -> None:
+    """The error names the variable."""
     with pytest.raises(SettingsError, match=f"{SECRET_VARIABLE} is missing: set it"):
         parse(url, "")
 
@@ -299,8 +300,8 @@ def test_a_missing_secret_is_named(url: str) -> None:
         ("Endpoint=sb://[;SharedAccessKey=s3cret", "is for another queue"),
     ],
 )
-def test_a_connection_string_must_fit(secret: str, why: str) -> None:
-    """It is not quoted."""
+def test_connection_string_must_match_the_destination(secret: str, why: str) -> None:
+    """The error does not quote it."""
     with pytest.raises(SettingsError, match=why) as error:
         parse(SERVICEBUS, secret)
     assert "s3cret" not in str(error.value)
@@ -308,14 +309,14 @@ def test_a_connection_string_must_fit(secret: str, why: str) -> None:
 
 
 @given(st.dictionaries(st.sampled_from(["type", "connectionString", "uri", "queueUrl", "topicArn"]), ANYTHING))
-def test_any_destination_has_a_name(fields: dict[str, Any]) -> None:
-    """Also one of a kind that came later."""
+def test_every_destination_has_a_display_name(fields: dict[str, Any]) -> None:
+    """Unknown types of destinations have one too."""
     assert display_name(fields)
     assert display_name({"type": "ConfluentCloud", "apiSecret": "s3cret"}) == "ConfluentCloud"
 
 
-def test_every_status_says_what_to_do() -> None:
-    """Also one that came later."""
+def test_every_status_has_advice() -> None:
+    """Unknown statuses have it too."""
     for status in ("TemporaryError", "ConfigurationErrorDeliveryStopped", "ManuallySuspended", "Resting", ""):
         assert all(explain_status(status))
     assert explain_status("Healthy") == ("Healthy: commercetools delivers notifications", "")

@@ -1,4 +1,4 @@
-"""`transform --explain`: what a notification is, who handles it, what is fetched, sent and left out, how it ends."""
+"""`transform --explain`: envelopes, handler, lookups, operations, omissions and outcome of a notification."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def change(kind: str, resource: str, **payload: Any) -> dict[str, Any]:
     return {"notificationType": kind, "resource": {"typeId": resource, "id": "id-1"}, **payload}
 
 
-def told(document: Any, snapshot: dict[str, Any] | None = None, **mapping: Any) -> str:
-    """Return the account in one line."""
+def explained(document: Any, snapshot: dict[str, Any] | None = None, **mapping: Any) -> str:
+    """Return the explanation in one line."""
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
     chosen = MappingConfig.model_validate(mapping)
     return " ".join(explain_trace(1, trace_notification(body, snapshot or {}, chosen), chosen).split())
@@ -48,8 +48,8 @@ def golden(case: str) -> tuple[Trace, MappingConfig]:
     return trace_notification((folder / "notification.json").read_bytes(), held, chosen), chosen
 
 
-def test_an_account_reads_like_this() -> None:
-    """Lines of a terminal's width, which name fields and ids."""
+def test_whole_explanation() -> None:
+    """An explanation names fields and ids, in lines of a terminal's width."""
     expected = """\
 3. ResourceUpdated of customer cust-ada
    envelopes   none; 256 bytes
@@ -85,58 +85,60 @@ def test_an_account_reads_like_this() -> None:
     ],
 )
 def test_envelopes_and_format_are_named(envelope: str, named: str, format_name: str) -> None:
-    """All that were taken off, the outer one first."""
-    text = told(ENVELOPES[envelope])
+    """All envelopes are named, the outer one first."""
+    text = explained(ENVELOPES[envelope])
     assert f"envelopes {named};" in text
     assert f"{format_name}" in text.partition(" format ")[2].partition(" time ")[0]
     assert text.startswith("1. OrderStateChanged of order o-1 ")
 
 
-def test_what_cannot_be_read_says_how_far_it_was_read() -> None:
-    """The envelopes that could be opened, the names in the last one, what was expected, what becomes of it."""
-    text = told({"ReceiptHandle": "r", "Body": json.dumps({"Type": "Notification", "Message": "{"})})
+def test_unreadable_notification_shows_where_reading_stopped() -> None:
+    """The explanation has the envelopes, the fields of the innermost document, the error and the outcome."""
+    text = explained({"ReceiptHandle": "r", "Body": json.dumps({"Type": "Notification", "Message": "{"})})
     assert "envelopes SQS > SNS;" in text
     assert "fields Type, Message" in text
     assert "outcome dead-lettered, in stage parse: expected a JSON object" in text
-    assert "fields none readable" in told(b"\xff")
+    assert "fields none readable" in explained(b"\xff")
 
 
-def test_what_was_not_included_is_said_to_be_fetched() -> None:
-    """And what is found is told apart from what is not."""
-    text = told(message("OrderCreated", "order", payloadNotIncluded={"reason": "size"}), {"orders": [{"id": "id-1"}]})
+def test_payload_not_included_is_fetched() -> None:
+    """The explanation lists the resource that was found."""
+    text = explained(
+        message("OrderCreated", "order", payloadNotIncluded={"reason": "size"}), {"orders": [{"id": "id-1"}]}
+    )
     assert "payload not included" in text
     assert "fetched orders where id in (…): found id-1 " in text
 
 
-def test_a_missing_resource_ends_with_nothing_to_do() -> None:
-    """Nothing is said to be left out of what is not there."""
-    text = told(change("ResourceUpdated", "customer"), {"customers": [{"id": "other"}]})
+def test_missing_resource_means_nothing_to_do() -> None:
+    """No omissions are listed for a resource that does not exist."""
+    text = explained(change("ResourceUpdated", "customer"), {"customers": [{"id": "other"}]})
     assert "fetched customers where id in (…): none for id-1" in text
     assert (
         "outcome acknowledged with nothing to do, in stage transform: commercetools no longer has the customer" in text
     )
-    assert "left out" not in told(message("OrderStateChanged", "order", orderState="Complete"))
+    assert "left out" not in explained(message("OrderStateChanged", "order", orderState="Complete"))
 
 
-def test_what_the_message_brings_is_not_said_to_be_fetched() -> None:
-    """An order is taken from it; a customer only stands in for what commercetools would answer."""
-    assert "fetched nothing for the order itself" in told(message("OrderCreated", "order", order=ORDER))
+def test_resources_in_the_message_are_marked() -> None:
+    """An order in the message is not looked up. A customer in the message replaces the one in commercetools."""
+    assert "fetched nothing for the order itself" in explained(message("OrderCreated", "order", order=ORDER))
     customer = {"id": "id-1", "email": "ada@example.com"}
-    text = told(message("CustomerCreated", "customer", customer=customer))
+    text = explained(message("CustomerCreated", "customer", customer=customer))
     assert "found id-1 (in the message)" in text
-    assert "(in the message)" not in told(message("CustomerCreated", "customer"), {"customers": [customer]})
+    assert "(in the message)" not in explained(message("CustomerCreated", "customer"), {"customers": [customer]})
 
 
-def test_many_ids_are_counted() -> None:
-    """A line stays a line, whatever a product has."""
+def test_long_lists_of_ids_are_shortened() -> None:
+    """The remaining ids are counted."""
     lines = [{"productId": f"p{number:02}"} for number in range(20)]
-    assert "none for p00, p01, p02, p03, p04, p05, p06, p07 and 12 more" in told(
+    assert "none for p00, p01, p02, p03, p04, p05, p06, p07 and 12 more" in explained(
         message("OrderCreated", "order", order=ORDER | {"lineItems": lines})
     )
 
 
-def test_an_id_is_never_broken() -> None:
-    """It can be searched for."""
+def test_ids_are_not_broken_across_lines() -> None:
+    """An id can be searched for in the output."""
     skus = [f"{'x' * number}-shirt-blue" for number in range(1, 30, 4)]
     product = {"id": "id-1", "masterVariant": {}, "variants": [{"sku": sku} for sku in skus]}
     body = json.dumps(message("ProductPublished", "product")).encode()
@@ -147,43 +149,43 @@ def test_an_id_is_never_broken() -> None:
     assert all(re.search(rf"(?<!\S){sku}(?![^\s,])", kept) for sku in skus)
 
 
-def test_no_handler_tells_what_has_one() -> None:
-    """Of the same resource, else which resources."""
-    text = told(message("OrderDeleted", "order"))
+def test_missing_handler_lists_existing_ones() -> None:
+    """The existing handlers are those of the same resource type, or the resource types that have any."""
+    text = explained(message("OrderDeleted", "order"))
     assert "handler none; order has handlers for OrderCreated, OrderImported" in text
     assert "outcome acknowledged with nothing to do, in stage parse: no handler for this type" in text
-    assert "none; subscription has no handlers resource types with handlers: order, payment" in told(
+    assert "none; subscription has no handlers resource types with handlers: order, payment" in explained(
         change("ResourceCreated", "subscription")
     )
 
 
-def test_ignored_ones_name_the_handler_and_the_setting() -> None:
-    """So that it can be changed."""
-    text = told(message("OrderStateChanged", "order", orderState="Open"))
+def test_ignored_notification_names_handler_and_setting() -> None:
+    """The operator learns which setting to change."""
+    text = explained(message("OrderStateChanged", "order", orderState="Open"))
     assert "handler order_state_changed in worker/transform/orders.py" in text
     assert "no event for order state Open: see order.fulfilled_states, order.cancelled_states" in text
-    text = told(message("OrderCreated", "order", order=ORDER), disabled_types=["OrderCreated"])
+    text = explained(message("OrderCreated", "order", order=ORDER), disabled_types=["OrderCreated"])
     assert "disabled in the mapping" in text
     assert "fetched" not in text
 
 
-def test_a_rejected_one_is_a_dead_letter() -> None:
-    """With the stage and the reason."""
-    text = told(message("OrderCreated", "order", order={"id": "o"}))
+def test_rejected_notification_is_dead_lettered() -> None:
+    """The outcome has the stage and the reason."""
+    text = explained(message("OrderCreated", "order", order={"id": "o"}))
     assert "outcome dead-lettered, in stage transform: the order has neither customerEmail nor customerId" in text
 
 
-def test_what_was_cut_is_named() -> None:
-    """By the path of the property."""
+def test_truncated_properties_are_named() -> None:
+    """A property is named by its path."""
     order = ORDER | {"custom": {"fields": {"note": "x" * 100_001}}}
-    assert "truncated to Klaviyo's limits: note " in told(message("OrderCreated", "order", order=order))
+    assert "truncated to Klaviyo's limits: note " in explained(message("OrderCreated", "order", order=order))
 
 
-def test_what_the_mapping_leaves_out_or_renames_is_named() -> None:
-    """With the setting that does so."""
+def test_omissions_by_the_mapping_are_named() -> None:
+    """Excluded, not included and renamed properties are listed with the setting."""
     order = ORDER | {"custom": {"fields": {"a": 1, "b": 2, "c": 3, "d": 4}}, "origin": "Customer"}
     rules = {"include": ["a", "b"], "exclude": ["b"], "rename": {"a": "A", "b": "B"}}
-    text = told(
+    text = explained(
         message("OrderCreated", "order", order=order),
         order={"custom_fields": rules, "properties": {"include": ["*"], "exclude": ["origin"]}},
     )
@@ -258,11 +260,9 @@ def test_what_the_mapping_leaves_out_or_renames_is_named() -> None:
     ],
     ids=["order-phone", "order-sku", "customer-phone", "variant", "price", "transaction", "descendants", "instead"],
 )
-def test_what_else_is_left_out_is_told_with_its_reason(
-    document: dict[str, Any], snapshot: dict[str, Any], expected: str
-) -> None:
-    """What a merchant misses in Klaviyo is explained by what commercetools holds."""
-    assert expected in told(document, snapshot)
+def test_other_omissions_have_a_reason(document: dict[str, Any], snapshot: dict[str, Any], expected: str) -> None:
+    """Each omission is explained by the data in commercetools."""
+    assert expected in explained(document, snapshot)
 
 
 @pytest.mark.parametrize(
@@ -274,47 +274,47 @@ def test_what_else_is_left_out_is_told_with_its_reason(
     ],
     ids=["placed", "state", "shipment"],
 )
-def test_what_an_order_lacks_is_named(document: dict[str, Any], snapshot: dict[str, Any]) -> None:
-    """Whose event it is, and the properties that templates ask for; not what nobody could expect."""
-    lacking = told(document, snapshot).partition("without a value: ")[2]
-    assert lacking.startswith("external_id, OrderNumber, ItemNames, Categories, Brands, DiscountCode, DiscountValue, ")
-    assert "phone_number" not in lacking
+def test_empty_properties_of_an_order_are_named(document: dict[str, Any], snapshot: dict[str, Any]) -> None:
+    """The list has identifiers and the properties that templates use, except optional ones."""
+    empty = explained(document, snapshot).partition("without a value: ")[2]
+    assert empty.startswith("external_id, OrderNumber, ItemNames, Categories, Brands, DiscountCode, DiscountValue, ")
+    assert "phone_number" not in empty
 
 
-def test_raw_properties_that_nobody_asked_for_are_not_missed() -> None:
-    """None is sent unless included: the others were not left out."""
-    text = told(message("OrderCreated", "order", order=ORDER), order={"properties": {"include": ["totalPrice"]}})
+def test_raw_properties_without_include_are_not_omissions() -> None:
+    """Raw properties are sent only if the mapping includes them."""
+    text = explained(message("OrderCreated", "order", order=ORDER), order={"properties": {"include": ["totalPrice"]}})
     assert "order.properties" not in text
 
 
-def test_what_a_customer_lacks_is_named_also_when_nothing_is_sent() -> None:
-    """It is the reason why."""
+def test_empty_properties_of_an_ignored_customer_are_named() -> None:
+    """They are the reason why the customer is ignored."""
     customer = {"id": "id-1", "addresses": [{"phone": "12"}]}
-    text = told(change("ResourceUpdated", "customer"), {"customers": [customer]})
+    text = explained(change("ResourceUpdated", "customer"), {"customers": [customer]})
     assert "without a value: email, first_name, last_name, " in text
     assert "left out phone_number: neither" in text
     assert "outcome acknowledged with nothing to do, in stage transform: the customer has neither" in text
 
 
-def test_a_product_that_is_gone_or_has_no_prices_lacks_nothing() -> None:
-    """It is deleted; a price of 0 is no choice of the mapping's then."""
-    assert "left out" not in told(change("ResourceDeleted", "product"))
+def test_deleted_product_has_no_omissions() -> None:
+    """A product without prices has none either: the price 0 does not depend on the mapping."""
+    assert "left out" not in explained(change("ResourceDeleted", "product"))
     product = {"id": "id-1", "masterVariant": {"id": 1, "sku": "S"}}
-    assert "left out" not in told(message("ProductPublished", "product"), {"product-projections": [product]})
+    assert "left out" not in explained(message("ProductPublished", "product"), {"product-projections": [product]})
 
 
-def test_what_is_read_is_believed_unless_the_message_comes_from_the_future() -> None:
-    """No read lags here, but a clock may be wrong."""
+def test_only_a_message_from_the_future_is_retried() -> None:
+    """An offline read never lags, but a clock can be wrong."""
     now, then = datetime.now(UTC).isoformat(), "2999-01-01T00:00:00Z"
-    assert "outcome acknowledged with nothing" in told(message("OrderCreated", "order", createdAt=now))
-    assert "outcome held and retried, in stage enrich: commercetools does not show" in told(
+    assert "outcome acknowledged with nothing" in explained(message("OrderCreated", "order", createdAt=now))
+    assert "outcome held and retried, in stage enrich: commercetools does not show" in explained(
         message("OrderCreated", "order", createdAt=then)
     )
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_said_to_lack_a_value_is_not_sent(case: str) -> None:
-    """The account does not contradict the request."""
+def test_properties_without_a_value_are_not_sent(case: str) -> None:
+    """The explanation does not contradict the request."""
     trace, mapping = golden(case)
     text = " ".join(explain_trace(1, trace, mapping).split())
     lacking = set(
@@ -325,17 +325,17 @@ def test_what_is_said_to_lack_a_value_is_not_sent(case: str) -> None:
         assert not lacking & {*attributes, *attributes.get("properties", {})}
 
 
-def test_an_account_holds_nothing_personal() -> None:
-    """It may go into a ticket."""
-    looked_for = set()
+def test_explanation_has_no_personal_data() -> None:
+    """An explanation can be attached to a ticket."""
+    searched = set()
     for case in CASES:
         trace, mapping = golden(case)
         held = [list(found.values()) for _, found in trace.lookups]
         personal = {*_values(json.loads(trace.body)), *_values(held)}
         text = explain_trace(1, trace, mapping)
         assert not [value for value in personal if re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text)], case
-        looked_for |= personal
-    assert {"ada@example.com", "Lovelace"} <= looked_for
+        searched |= personal
+    assert {"ada@example.com", "Lovelace"} <= searched
 
 
 def _values(document: Any) -> list[str]:
@@ -349,8 +349,8 @@ def _values(document: Any) -> list[str]:
 
 @given(st.binary() | (json_values | near_notifications).map(lambda value: json.dumps(value).encode()))
 @example(b'{" ": 1}')
-def test_any_bytes_have_an_account(body: bytes) -> None:
-    """One that a terminal can show, and whose lines cannot be taken for requests."""
+def test_any_bytes_have_an_explanation(body: bytes) -> None:
+    """Every line is printable and cannot be mistaken for a request."""
     lines = explain_trace(1, trace_notification(body, {}, MappingConfig()), MappingConfig()).splitlines()
     assert lines[-1].strip()
     assert all(line.isprintable() and line[0] in "1 " for line in lines)
@@ -358,7 +358,7 @@ def test_any_bytes_have_an_account(body: bytes) -> None:
 
 @given(st.text(min_size=1), st.text(min_size=1), st.text())
 def test_hostile_names_cannot_steer_a_terminal(kind: str, name: str, value: str) -> None:
-    """Types, ids and property names come from elsewhere."""
+    """Types, ids and property names come from other systems."""
     order = ORDER | {"id": value, "custom": {"fields": {name: value}}}
     for document in (message(kind, "order"), message("OrderCreated", "order", order=order)):
         body = json.dumps(document).encode()
@@ -369,27 +369,27 @@ def test_hostile_names_cannot_steer_a_terminal(kind: str, name: str, value: str)
 
 
 @given(json_values)
-def test_json_for_a_terminal_is_the_same_json(value: Any) -> None:
-    """Escapes that JSON itself knows."""
+def test_printable_json_has_the_same_value(value: Any) -> None:
+    """Only escapes of JSON itself are used."""
     text = json.dumps(value, ensure_ascii=False)
     assert json.loads(printable(text)) == value
     assert printable(text).isprintable()
 
 
-def test_the_requests_follow_each_explanation_as_they_are_without_it() -> None:
-    """`grep '^{'` gives what there is without --explain."""
+def test_requests_are_the_same_with_and_without_explain() -> None:
+    """`grep '^{'` returns the output without --explain."""
     documents = [message("OrderCreated", "order", order=ORDER), message("OrderCreated", "order", order=ORDER)]
     content = b"\n".join(json.dumps(document).encode() for document in documents)
     plain = CliRunner().invoke(main, ["transform", "-"], input=content)
-    told = CliRunner().invoke(main, ["transform", "--explain", "-"], input=content)
-    assert (plain.exit_code, told.exit_code) == (0, 0)
-    assert [line for line in told.stdout.splitlines() if line.startswith("{")] == plain.stdout.splitlines()
-    assert "\n\n2. OrderCreated of order id-1\n" in told.stdout
-    assert told.stderr.startswith("without --commercetools")
+    with_explain = CliRunner().invoke(main, ["transform", "--explain", "-"], input=content)
+    assert (plain.exit_code, with_explain.exit_code) == (0, 0)
+    assert [line for line in with_explain.stdout.splitlines() if line.startswith("{")] == plain.stdout.splitlines()
+    assert "\n\n2. OrderCreated of order id-1\n" in with_explain.stdout
+    assert with_explain.stderr.startswith("without --commercetools")
 
 
-def test_a_failed_one_is_explained_on_stdout_and_exit_code_1() -> None:
-    """The others are still explained."""
+def test_failed_notification_is_explained_with_exit_code_1() -> None:
+    """The other notifications are explained too."""
     good = json.dumps(message("OrderCreated", "order", order=ORDER)).encode()
     done = CliRunner().invoke(main, ["transform", "--explain", "-"], input=b"nonsense\n{}\x9b\n" + good)
     assert done.exit_code == 1
@@ -397,8 +397,8 @@ def test_a_failed_one_is_explained_on_stdout_and_exit_code_1() -> None:
     assert "error" not in done.stderr
 
 
-def test_requests_cannot_steer_a_terminal_either() -> None:
-    """Their values are whatever customers typed."""
+def test_requests_cannot_steer_a_terminal() -> None:
+    """Their values are entered by customers."""
     order = ORDER | {"custom": {"fields": {"note": "\x9b31m\u202e\x7f"}}}
     done = CliRunner().invoke(main, ["transform", "-"], input=json.dumps(message("OrderCreated", "order", order=order)))
     (line,) = done.stdout.splitlines()
