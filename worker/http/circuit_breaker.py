@@ -60,7 +60,7 @@ class CircuitState(Enum):
     HALF_OPEN = "half_open"  # the probe is running; all other calls fail without a request
 
 
-_NO_CAUSE = Transient("")
+_NO_CAUSE = Transient("")  # of a closed circuit
 
 
 class CircuitBreaker:
