@@ -44,7 +44,7 @@ _COLUMNS = {
         ("WORKERS", "workers", "{}"),
         ("SECONDS", "seconds", "{:.1f}"),
         ("EVENTS/S", "events_per_s", "{:.0f}"),
-        ("OF MAX_EVENTS_PER_SECOND", "share_of_ceiling", "{:.1%}"),
+        ("OF LIMIT", "share_of_limit", "{:.1%}"),
         ("CALLS", "klaviyo_calls", "{}"),
         ("BULK CALLS", "bulk_calls", "{}"),
         ("BULK 429", "bulk_calls_answered_429", "{}"),

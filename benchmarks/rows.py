@@ -119,7 +119,7 @@ class Drain:
             "seconds": seconds,
             "events_per_s": added["accepted_events"] / seconds,
             "first_to_last_bulk_call_s": span,
-            "share_of_ceiling": (added["accepted_events"] - single) / span / MAX_EVENTS_PER_SECOND,
+            "share_of_limit": (added["accepted_events"] - single) / span / MAX_EVENTS_PER_SECOND,
             "bulk_calls": len(bulk),
             "bulk_calls_answered_429": len(bulk) - len(accepted_at),
             "events_sent_singly": single,
