@@ -1,4 +1,4 @@
-"""`make faults`: every scenario on every queue, and a table of what became of the messages."""
+"""`make faults`: runs every scenario on every queue, and prints the outcomes of the messages."""
 
 from __future__ import annotations
 
@@ -17,46 +17,50 @@ from tests.rigs import RIGS, rig_type
 
 LOGS = Path("build/faults")
 SIZE = 150  # good messages
-_COLUMNS = ("SCENARIO", "QUEUE", "MESSAGES", "LOST", "DOUBLED", "DEAD-LETTERED WRONGLY", "EXTRA ATTEMPTS")
-_ROW = "{:<62}  {:<10}  {:>8}  {:>4}  {:>7}  {:>21}  {:>14}"
+_COLUMNS = ("SCENARIO", "QUEUE", "MESSAGES", "LOST", "DUPLICATED", "DEAD-LETTERED WRONGLY", "EXTRA ATTEMPTS")
+_ROW = "{:<62}  {:<10}  {:>8}  {:>4}  {:>10}  {:>21}  {:>14}"
 
 
 def main() -> int:
-    """Run what was asked for and return the exit code: 1 when a message was lost, doubled or buried wrongly."""
+    """Run the scenarios. Return 1 if a message was lost, duplicated or wrongly dead-lettered, else 0."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only scenarios whose name holds this")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="random mixtures to run (default: 3)")
-    parser.add_argument("--first-seed", type=int, default=1, metavar="N", help="of the mixtures (default: 1)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only scenarios whose name contains this")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of random mixtures (default: 3)")
+    parser.add_argument("--first-seed", type=int, default=1, metavar="N", help="seed of the first mixture (default: 1)")
     parser.add_argument("--queue", choices=RIGS, help="only this queue")
     arguments = parser.parse_args()
     mixtures = [mixture(arguments.first_seed + number) for number in range(arguments.seeds)]
-    chosen = [one for one in (*SCENARIOS, *mixtures) if not arguments.names or _is_named(one, arguments.names)]
+    selected = [
+        scenario
+        for scenario in (*SCENARIOS, *mixtures)
+        if not arguments.names or _name_matches(scenario, arguments.names)
+    ]
     shutil.rmtree(LOGS, ignore_errors=True)
     click.echo(_ROW.format(*_COLUMNS))
     with ExitStack() as stack:
         servers = _servers([arguments.queue] if arguments.queue else list(RIGS), stack)
-        pairs = [(scenario, name) for scenario in chosen for name in servers if name in scenario.queues]
-        wrong = [not _show(scenario, name, servers[name]) for scenario, name in pairs]
-    return int(any(wrong) or not wrong)
+        pairs = [(scenario, name) for scenario in selected for name in servers if name in scenario.queues]
+        failed = [not _run_and_print(scenario, name, servers[name]) for scenario, name in pairs]
+    return int(any(failed) or not failed)
 
 
 def _servers(names: list[str], stack: ExitStack) -> dict[str, Any]:
-    """Start what stands in for the services, as far as it is installed."""
+    """Start the emulators of the queues that are installed."""
     running = {}
     for name in names:
-        if why := rig_type(name).missing():
-            click.echo(f"{name} is left out: {why}")
+        if requirement := rig_type(name).missing():
+            click.echo(f"{name} is skipped: {requirement}")
         else:
             running[name] = stack.enter_context(rig_type(name).server())
     return running
 
 
-def _is_named(scenario: Scenario, names: list[str]) -> bool:
+def _name_matches(scenario: Scenario, names: list[str]) -> bool:
     return any(name.lower() in scenario.name.lower() for name in names)
 
 
-def _show(scenario: Scenario, name: str, server: Any) -> bool:
-    """Run a scenario, print its row, and tell whether every message came to its right end."""
+def _run_and_print(scenario: Scenario, name: str, server: Any) -> bool:
+    """Run a scenario and print its row. Return whether every message has its expected outcome."""
     directory = (LOGS / f"{''.join(c if c.isalnum() else '-' for c in scenario.name)[:60]}-{name}").resolve()
     directory.mkdir(parents=True)
     try:
@@ -65,14 +69,14 @@ def _show(scenario: Scenario, name: str, server: Any) -> bool:
         click.echo(f"{scenario.name} on {name}: {error}")
         return False
     click.echo(_row(result))
-    if not result.is_right:
+    if not result.is_correct:
         click.echo(f"    {result}")
-    return result.is_right
+    return result.is_correct
 
 
 def _row(result: Result) -> str:
-    wrong = (len(result.lost), len(result.doubled), len(result.dead_lettered_wrongly))
-    return _ROW.format(result.scenario[:62], result.queue, result.messages, *wrong, result.extra_attempts)
+    counts = (len(result.lost), len(result.duplicated), len(result.dead_lettered_wrongly))
+    return _ROW.format(result.scenario[:62], result.queue, result.messages, *counts, result.extra_attempts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs one scenario on one queue with the installed worker, and measures what became of every message."""
+"""Runs one scenario on one queue with the installed worker, and determines the outcome of every message."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from tests.rigs.base import Rig
     from worker.sandbox.server import Server
 
-PATIENCE = 45.0  # seconds until everything must be settled, once a scenario has done its worst
-QUIET = 3.0  # seconds without a line in the log after which a worker on a queue that cannot tell has finished
-SHOWN = 12  # names in a message
-AHEAD = timedelta(seconds=5)  # by which commercetools' clock is ahead where what it made is not readable yet
+SETTLE_TIMEOUT = 45.0  # seconds after the last fault within which all messages must be settled
+IDLE_TIMEOUT = 3.0  # seconds without a log line after which a worker is done, if the queue reports no backlog
+MAX_NAMES = 12  # in an assertion message
+CLOCK_SKEW = timedelta(seconds=5)  # commercetools' clock is ahead of the worker's when orders are new
 SETTINGS = {
     "KLAVIYO_WORKER_CONNECT_TIMEOUT": "1",
     "KLAVIYO_WORKER_READ_TIMEOUT": "1",
@@ -39,7 +39,7 @@ SETTINGS = {
     "KLAVIYO_WORKER_OUTAGE_HOLD": "60",
     "KLAVIYO_WORKER_HTTP_PORT": "0",
     "KLAVIYO_WORKER_DEAD_LETTER_MODE": "direct",
-    "KLAVIYO_WORKER_MAX_BATCH": "10",  # so that a fault meets some batches and spares others
+    "KLAVIYO_WORKER_MAX_BATCH": "10",  # so that a fault affects some batches only
     "KLAVIYO_WORKER_MAX_IN_FLIGHT": "40",
     "KLAVIYO_WORKER_LOG_FORMAT": "json",
     **NOT_MEASURED,
@@ -48,113 +48,120 @@ SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """What goes wrong.
+    """A sequence of faults.
 
-    `refused`: orders that Klaviyo never takes. `fresh`: orders not in the shop yet when their messages come.
-    `costless`: the queues on which no message may need more than one delivery. `kills`: whether workers are killed.
-    `size`: good messages, where it matters.
+    `rejected_orders`: the orders that Klaviyo always rejects. `orders_are_new`: orders are not readable yet when their
+    messages arrive. `no_extra_attempts`: the queues on which every message must need one delivery only. `kills`:
+    workers are killed. `size`: the number of good messages, if it matters.
     """
 
     name: str
-    script: Callable[[Stage], None]
-    refused: Sequence[int] = ()
-    fresh: bool = False
-    costless: Sequence[str] = tuple(RIGS)
+    script: Callable[[ScenarioDriver], None]
+    rejected_orders: Sequence[int] = ()
+    orders_are_new: bool = False
+    no_extra_attempts: Sequence[str] = tuple(RIGS)
     kills: bool = False
     queues: Sequence[str] = tuple(RIGS)
     size: int = 0
     sandbox: Mapping[str, Any] = field(default_factory=dict)
-    job_seconds: float = 0.0  # that Klaviyo's bulk jobs take
+    job_seconds: float = 0.0  # duration of Klaviyo's bulk jobs
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of the messages: the names of those with which something is wrong."""
+    """The names of messages with a wrong outcome."""
 
     scenario: str
     queue: str
     messages: int
-    lost: Sequence[str]  # neither an effect, nor in the queue, nor a dead letter
-    doubled: Sequence[str]  # effects that are there twice, or that no message asked for
-    dead_lettered_wrongly: Sequence[str]  # good ones that are dead letters, bad ones that are not
+    lost: Sequence[str]  # without an effect, not in the queue, not a dead letter
+    duplicated: Sequence[str]  # effects that exist twice or that no message causes
+    dead_lettered_wrongly: Sequence[str]  # good messages that are dead letters, bad messages that are not
     unfinished: Sequence[str]  # still in the queue
-    extra_attempts: int  # deliveries beyond the first, of all messages
+    extra_attempts: int  # deliveries beyond the first, for all messages
 
     @property
-    def is_right(self) -> bool:
-        """Tell whether every message came to its right end."""
-        return not (self.lost or self.doubled or self.dead_lettered_wrongly or self.unfinished)
+    def is_correct(self) -> bool:
+        """Return whether every message has its expected outcome."""
+        return not (self.lost or self.duplicated or self.dead_lettered_wrongly or self.unfinished)
 
     def __str__(self) -> str:
         names = {
             "lost": self.lost,
-            "doubled": self.doubled,
+            "duplicated": self.duplicated,
             "dead-lettered wrongly": self.dead_lettered_wrongly,
             "still in the queue": self.unfinished,
         }
-        wrong = [f"{what} ({len(which)}): {_listed(which)}" for what, which in names.items() if which]
+        wrong = [f"{what} ({len(which)}): {_join_names(which)}" for what, which in names.items() if which]
         return (
             f"{self.scenario} on {self.queue}: {'; '.join(wrong) or 'all well'}; extra attempts {self.extra_attempts}"
         )
 
 
-class Stage:
-    """What a scenario's script acts on: the services, the queue, the messages, the workers."""
+class ScenarioDriver:
+    """The services, queue, messages and workers that a scenario's script controls."""
 
     def __init__(self, scenario: Scenario, queue: Rig, sandbox: Sandbox, directory: Path, size: int) -> None:
         self.sandbox = sandbox
         self.random = random.Random(scenario.name)
-        created_at = (datetime.now(UTC) + AHEAD).isoformat() if scenario.fresh else "2026-11-23T10:00:00.123Z"
-        self.load = Workload(sandbox, size, created_at=created_at)
+        created_at = (
+            (datetime.now(UTC) + CLOCK_SKEW).isoformat() if scenario.orders_are_new else "2026-11-23T10:00:00.123Z"
+        )
+        self.workload = Workload(sandbox, size, created_at=created_at)
         self.queue = queue
         self._directory = directory
         self._settings = SETTINGS | dict(scenario.settings)
         self._running: list[subprocess.Popen[bytes]] = []
         self.logs: list[Path] = []
-        self._failing: dict[str, int] = {}  # faults met so far, by service, when it began to fail
-        self._always = [fault for number in scenario.refused for fault in _refusing(f"order-{number}")]
-        self.bad = [*_poison(sandbox), *self.load.remove(f"order-{number}" for number in scenario.refused)]
-        self.messages = [*self.load.messages, *self.bad]
+        self._failing: dict[str, int] = {}  # by service: faults triggered before it started to fail
+        self._permanent_faults = [
+            fault for number in scenario.rejected_orders for fault in _rejecting(f"order-{number}")
+        ]
+        self.bad = [
+            *_poison_messages(sandbox),
+            *self.workload.remove(f"order-{number}" for number in scenario.rejected_orders),
+        ]
+        self.messages = [*self.workload.messages, *self.bad]
         self.random.shuffle(self.messages)
         self._unpublished = list(self.messages)
-        sandbox.klaviyo.faults.add(*self._always)
+        sandbox.klaviyo.faults.add(*self._permanent_faults)
 
     def publish(self, share: float = 1.0) -> None:
-        """Publish a share of the messages, or what is left of them."""
+        """Publish a share of all messages, or the rest if it is smaller."""
         count = round(share * len(self.messages))
         self.queue.publish([sent.body for sent in self._unpublished[:count]])
         del self._unpublished[:count]
 
     def start(self, **settings: str) -> None:
-        """Start a worker; there may be several."""
+        """Start a worker, in addition to those running."""
         directory = self._directory / f"worker-{len(self.logs) + 1}"
         directory.mkdir(parents=True)
         worker = Worker(self.sandbox.environment | self.queue.environment | self._settings | settings, directory)
         self._running.append(worker.start("run"))
         self.logs.append(worker.log)
 
-    def all_up(self) -> None:
-        """Wait until every worker has begun: before that a signal finds a program that is still being loaded."""
+    def wait_until_started(self) -> None:
+        """Wait until every worker has started. Before that, a signal would hit the Python interpreter."""
         deadline = time.monotonic() + 30
         logs = self.logs[-len(self._running) :]
         while any("started" not in log.read_text() for log in logs) and time.monotonic() < deadline:
             self.wait(0.05)
 
     def wait(self, seconds: float) -> None:
-        """Let time pass. A worker that ends meanwhile has failed."""
+        """Wait. Fail if a worker exits in the meantime."""
         time.sleep(seconds)
         self._check_running()
 
-    def under_way(self, service: str = "klaviyo", requests: int = 5) -> None:
-        """Wait until the service has had so many requests more; not for ever, as there may be nothing to do."""
+    def wait_for_requests(self, service: str = "klaviyo", requests: int = 5) -> None:
+        """Wait until the service received `requests` more requests, all messages are settled, or 15 seconds passed."""
         wanted = len(self._server(service).requests) + requests
         deadline = time.monotonic() + 15
         while len(self._server(service).requests) < wanted and time.monotonic() < deadline and not self._is_settled():
             self.wait(0.02)
 
     def fail(self, service: str, *faults: Fault) -> None:
-        """Have a service fail from now on; without faults, refuse connections."""
+        """Make a service fail. Without faults, it refuses connections."""
         server = self._server(service)
         self._failing[service] = server.faults.triggered
         if faults:
@@ -162,60 +169,60 @@ class Stage:
         else:
             server.stop()
 
-    def mend(self, service: str) -> None:
-        """Have a service work again. Records that it never takes stay refused."""
+    def restore(self, service: str) -> None:
+        """Make a service work again. It still rejects the orders of `rejected_orders`."""
         server = self._server(service)
         self._failing.pop(service, None)
         server.faults.clear()
         if service == "klaviyo":
-            server.faults.add(*self._always)
+            server.faults.add(*self._permanent_faults)
         server.start()
 
-    def until_met(self) -> None:
-        """Wait until a request meets a service that fails: a scenario whose fault met nothing shows nothing.
+    def wait_until_fault_met(self) -> None:
+        """Wait until a fault affects a request of any failing service.
 
-        Of two services one will do: what cannot be read from the first is never sent to the second.
+        If both services fail, one is enough: a message whose data cannot be read is never sent.
         """
         deadline = time.monotonic() + 20
         while all(self._server(name).faults.triggered == met for name, met in self._failing.items()):
-            assert time.monotonic() < deadline, "no request met the fault"
+            assert time.monotonic() < deadline, "the fault affected no request"
             self.wait(0.02)
 
-    def until_said(self, word: str) -> None:
-        """Wait until a worker's log holds the word."""
+    def wait_for_log(self, word: str) -> None:
+        """Wait until the log of a worker contains the word."""
         deadline = time.monotonic() + 20
         while not any(word in log.read_text() for log in self.logs):
-            assert time.monotonic() < deadline, f"no worker said {word}"
+            assert time.monotonic() < deadline, f"no log contains {word}"
             self.wait(0.02)
 
     def kill(self) -> None:
-        """Kill -9 the worker that was started first."""
+        """Kill the worker that was started first."""
         process = self._running.pop(0)
         process.kill()
         process.wait()
         self.queue.worker_died()
 
     def terminate(self) -> None:
-        """Send SIGTERM to the worker that was started first; it must end in order."""
-        self.all_up()
+        """Send SIGTERM to the worker that was started first. It must exit with 0."""
+        self.wait_until_started()
         process = self._running.pop(0)
         process.send_signal(signal.SIGTERM)
         try:
             code = process.wait(40)
         finally:
             process.kill()
-        assert code == 0, f"a worker exited with {code} on SIGTERM; {self._tail()}"
+        assert code == 0, f"a worker exited with {code} on SIGTERM; {self._log_tail()}"
 
     def finish(self) -> None:
-        """Wait until every message is settled, but not for ever, and stop all workers in order."""
-        deadline = time.monotonic() + PATIENCE
+        """Wait until every message is settled or the timeout is over, and terminate all workers."""
+        deadline = time.monotonic() + SETTLE_TIMEOUT
         while not self._is_settled() and time.monotonic() < deadline:
             self.wait(0.1)
         while self._running:
             self.terminate()
 
-    def abandon(self) -> None:
-        """Let nothing run on, whatever happened."""
+    def clean_up(self) -> None:
+        """Kill all workers and close the queue."""
         while self._running:
             process = self._running.pop()
             process.kill()
@@ -223,21 +230,21 @@ class Stage:
         self.queue.close()
 
     def measure(self, scenario: str, queue: str) -> Result:
-        """Return what became of the messages, once no worker runs."""
-        left = Counter(self.queue.left())
+        """Return the outcomes. No worker must be running."""
+        remaining = Counter(self.queue.left())
         dead = Counter(self._dead_letters(len(self.bad)))
-        bad, missing = {sent.body for sent in self.bad}, self.load.missing()
-        buried_good = [sent.name for sent in self.load.messages if dead[sent.body]]
-        unburied = [sent.name for sent in self.bad if not dead[sent.body]]
-        vanished = [sent for sent in (*missing, *self.bad) if not left[sent.body] and not dead[sent.body]]
+        bad, missing = {sent.body for sent in self.bad}, self.workload.missing()
+        wrongly_dead_lettered = [sent.name for sent in self.workload.messages if dead[sent.body]]
+        not_dead_lettered = [sent.name for sent in self.bad if not dead[sent.body]]
+        lost = [sent for sent in (*missing, *self.bad) if not remaining[sent.body] and not dead[sent.body]]
         return Result(
             scenario,
             queue,
             len(self.messages),
-            lost=[sent.name for sent in vanished],
-            doubled=[f"{kind} {name}" for kind, name in self.load.surplus()],
-            dead_lettered_wrongly=[*buried_good, *unburied],
-            unfinished=[sent.name for sent in self.messages if left[sent.body] and sent.body not in bad],
+            lost=[sent.name for sent in lost],
+            duplicated=[f"{kind} {name}" for kind, name in self.workload.surplus()],
+            dead_lettered_wrongly=[*wrongly_dead_lettered, *not_dead_lettered],
+            unfinished=[sent.name for sent in self.messages if remaining[sent.body] and sent.body not in bad],
             extra_attempts=sum(attempts - 1 for attempts in self._attempts().values()),
         )
 
@@ -246,28 +253,28 @@ class Stage:
 
     def _check_running(self) -> None:
         for process in self._running:
-            assert process.poll() is None, f"a worker ended by itself with {process.returncode}; {self._tail()}"
+            assert process.poll() is None, f"a worker exited with {process.returncode}; {self._log_tail()}"
 
     def _is_settled(self) -> bool:
-        """Tell whether the workers have nothing more to do."""
+        """Return whether all messages are settled."""
         if self._unpublished:
             return False
         empty = self.queue.is_empty()
         if empty is not None:
             return empty
-        if self.load.missing() or len(set(self._dead_letters())) < len(self.bad):
+        if self.workload.missing() or len(set(self._dead_letters())) < len(self.bad):
             return False
-        return len(self._settled()) == len(self.messages) or self._is_quiet()
+        return len(self._settled()) == len(self.messages) or self._is_idle()
 
     def _dead_letters(self, at_least: int = 0) -> list[bytes]:
-        return [letter.body for letter in self.queue.dead_letters(at_least)]
+        return [dead_letter.body for dead_letter in self.queue.dead_letters(at_least)]
 
-    def _is_quiet(self) -> bool:
-        return time.time() - max(log.stat().st_mtime for log in self.logs) > QUIET
+    def _is_idle(self) -> bool:
+        return time.time() - max(log.stat().st_mtime for log in self.logs) > IDLE_TIMEOUT
 
     def _settled(self) -> set[str]:
-        ends = {"sent", "ignored", "dead_lettered"}
-        return {line["message_id"] for line in self._lines() if line["outcome"] in ends}
+        outcomes = {"sent", "ignored", "dead_lettered"}
+        return {line["message_id"] for line in self._lines() if line["outcome"] in outcomes}
 
     def _attempts(self) -> dict[str, int]:
         highest: dict[str, int] = {}
@@ -276,48 +283,48 @@ class Stage:
         return highest
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Return the canonical lines of all workers; a killed one may have left half a line."""
-        whole = [line for log in self.logs for line in log.read_text().splitlines() if line[:1] + line[-1:] == "{}"]
-        return [entry for entry in map(json.loads, whole) if entry["event"] == "message_processed"]
+        """Return the canonical log lines of all workers. A killed worker can leave a truncated line."""
+        complete = [line for log in self.logs for line in log.read_text().splitlines() if line[:1] + line[-1:] == "{}"]
+        return [entry for entry in map(json.loads, complete) if entry["event"] == "message_processed"]
 
-    def _tail(self) -> str:
+    def _log_tail(self) -> str:
         return "the end of its log: " + " | ".join(self.logs[-1].read_text().splitlines()[-5:])
 
 
 def run(scenario: Scenario, name: str, queue: Rig, directory: Path, size: int) -> Result:
-    """Run a scenario with about `size` messages on the queue called `name`. The workers' logs stay in `directory`."""
+    """Run a scenario with about `size` messages on the queue `name`. The workers' logs stay in `directory`."""
     account = Account(job_seconds=scenario.job_seconds)
     with Sandbox(account=account, **{"latency": 0.01} | dict(scenario.sandbox)) as sandbox:
-        stage = Stage(scenario, queue, sandbox, directory, scenario.size or size)
+        driver = ScenarioDriver(scenario, queue, sandbox, directory, scenario.size or size)
         try:
-            scenario.script(stage)
-            stage.publish()
-            stage.finish()
-            return stage.measure(scenario.name, name)
+            scenario.script(driver)
+            driver.publish()
+            driver.finish()
+            return driver.measure(scenario.name, name)
         finally:
-            stage.abandon()
+            driver.clean_up()
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join([*names[:SHOWN], *(["…"] if len(names) > SHOWN else [])])
+def _join_names(names: Sequence[str]) -> str:
+    return ", ".join([*names[:MAX_NAMES], *(["…"] if len(names) > MAX_NAMES else [])])
 
 
-def _refusing(order: str) -> list[Fault]:
-    """Return the faults of a Klaviyo that takes nothing about an order, and does not say which record it means."""
-    body = b'{"errors": [{"status": 400, "code": "invalid", "title": "Invalid input.", "detail": "As asked for."}]}'
+def _rejecting(order: str) -> list[Fault]:
+    """Return faults that reject all events of an order without a pointer to the record."""
+    body = b'{"errors": [{"status": 400, "code": "invalid", "title": "Invalid input.", "detail": "As requested."}]}'
     endpoints = ("POST /api/events", "POST /api/event-bulk-create-jobs")
     quoted = f'"{order}"'.encode()
     return [Fault(status=400, times=None, match=match, contains=quoted, body=body) for match in endpoints]
 
 
-def _poison(sandbox: Sandbox) -> list[Sent]:
-    """Return messages that no attempt can help."""
+def _poison_messages(sandbox: Sandbox) -> list[Sent]:
+    """Return messages that can never succeed."""
     order = sandbox.shop.orders[uid("order:anonymous")]
     anonymous = message("OrderCreated", "order", order["id"], order=order)
-    again = message("OrderCreated", "order", order["id"], sequence=2, order=order)
+    repeated = message("OrderCreated", "order", order["id"], sequence=2, order=order)
     return [
-        Sent("unreadable JSON", b'{"notificationType": "Message", "torn', frozenset()),
+        Sent("unreadable JSON", b'{"notificationType": "Message", "trunc', frozenset()),
         Sent("JSON of something else", b'{"hello": "world"}', frozenset()),
         Sent("an order without a customer", bare(anonymous), frozenset()),
-        Sent("an order without a customer, by SNS", sns(again), frozenset()),
+        Sent("an order without a customer, by SNS", sns(repeated), frozenset()),
     ]

@@ -1,4 +1,4 @@
-"""What can go wrong, each under a name a person understands; and random mixtures of it."""
+"""Fault scenarios, and random mixtures of faults."""
 
 from __future__ import annotations
 
@@ -13,161 +13,161 @@ from worker.sandbox import Fault
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.faults.harness import Stage
+    from tests.faults.harness import ScenarioDriver
 
-HANG = 4.0  # seconds, beyond any read timeout here
-_PAGE = b"<!DOCTYPE html><title>Just a moment...</title>"
-_ONE = ("embedded",)
-_HTML = {"Content-Type": "text/html"}
-_ALWAYS = partial(Fault, times=None)
-_API = "GET /sandbox-shop/"  # commercetools without its authorization
+HANG_SECONDS = 4.0  # seconds; longer than any read timeout in this module
+_HTML_PAGE = b"<!DOCTYPE html><title>Just a moment...</title>"
+_EMBEDDED = ("embedded",)
+_HTML_HEADERS = {"Content-Type": "text/html"}
+_permanent_fault = partial(Fault, times=None)
+_CT_API = "GET /sandbox-shop/"  # commercetools' API without its token endpoint
 
-THROTTLED = _ALWAYS(status=429, headers={"Retry-After": "1"}, probability=0.5)
-ERROR_500, ERROR_503, ERROR_524 = (_ALWAYS(status=status) for status in (500, 503, 524))
-CUT_OFF = _ALWAYS(action="truncate", probability=0.4)
-ANSWER_LOST = _ALWAYS(action="lose_response", probability=0.4)
-RESET = _ALWAYS(action="reset", probability=0.4)
-HANGS = _ALWAYS(action="hang", seconds=HANG)
-SLOW = _ALWAYS(action="slow", seconds=0.3)
-CHALLENGE = _ALWAYS(status=403, body=_PAGE, headers=_HTML)
-NOT_JSON = _ALWAYS(status=200, body=_PAGE, headers=_HTML)
-REFUSED_KEY = _ALWAYS(status=401)
-REFUSED_TOKEN = _ALWAYS(status=401, match=_API)
-_IMPATIENT = {"KLAVIYO_WORKER_READ_TIMEOUT": "0.5"}
-_SLOWLY = {"KLAVIYO_WORKER_MAX_REQUESTS": "2"}
-# Google's emulator sends more than a worker asks for. What a stopped worker had not read yet is leased for a minute.
-_ROOMY = {"KLAVIYO_WORKER_MAX_IN_FLIGHT": "500"}
-# Few enough lanes and so low a threshold that profiles and the catalog go in jobs, as they do from a long backlog.
-_JOBS = {"KLAVIYO_WORKER_LANES": "1", "KLAVIYO_WORKER_BULK_THRESHOLD": "2"}
+THROTTLED = _permanent_fault(status=429, headers={"Retry-After": "1"}, probability=0.5)
+ERROR_500, ERROR_503, ERROR_524 = (_permanent_fault(status=status) for status in (500, 503, 524))
+CUT_OFF = _permanent_fault(action="truncate", probability=0.4)
+ANSWER_LOST = _permanent_fault(action="lose_response", probability=0.4)
+RESET = _permanent_fault(action="reset", probability=0.4)
+HANGS = _permanent_fault(action="hang", seconds=HANG_SECONDS)
+SLOW = _permanent_fault(action="slow", seconds=0.3)
+CHALLENGE = _permanent_fault(status=403, body=_HTML_PAGE, headers=_HTML_HEADERS)
+NOT_JSON = _permanent_fault(status=200, body=_HTML_PAGE, headers=_HTML_HEADERS)
+REJECTED_KEY = _permanent_fault(status=401)
+REJECTED_TOKEN = _permanent_fault(status=401, match=_CT_API)
+_SHORT_TIMEOUT = {"KLAVIYO_WORKER_READ_TIMEOUT": "0.5"}
+_FEW_REQUESTS = {"KLAVIYO_WORKER_MAX_REQUESTS": "2"}
+# Google's emulator ignores flow control. Messages that a stopped worker has not read stay leased for a minute.
+_LARGE_IN_FLIGHT = {"KLAVIYO_WORKER_MAX_IN_FLIGHT": "500"}
+# One lane and a low threshold, so that profiles and the catalog are sent in bulk jobs, as from a long backlog.
+_BULK_JOBS = {"KLAVIYO_WORKER_LANES": "1", "KLAVIYO_WORKER_BULK_THRESHOLD": "2"}
 _JOB_SECONDS = 0.3
-_SHARED = _SLOWLY | {"KLAVIYO_WORKER_MAX_IN_FLIGHT": "10", "KLAVIYO_WORKER_MAX_BATCH": "5"}
+_SHARED_QUEUE = _FEW_REQUESTS | {"KLAVIYO_WORKER_MAX_IN_FLIGHT": "10", "KLAVIYO_WORKER_MAX_BATCH": "5"}
 
 
-def outage(*services: str, faults: tuple[Fault, ...] = (), seconds: float = 2.0) -> Callable[[Stage], None]:
-    """Return the script of services that fail in the middle of the work, and work again.
+def outage(*services: str, faults: tuple[Fault, ...] = (), seconds: float = 2.0) -> Callable[[ScenarioDriver], None]:
+    """Return a script in which services fail during processing and then work again.
 
-    Without faults they refuse connections.
+    Without faults, they refuse connections.
     """
 
-    def script(stage: Stage) -> None:
-        stage.publish(0.4)
-        stage.start()
-        stage.under_way(services[0])
+    def script(driver: ScenarioDriver) -> None:
+        driver.publish(0.4)
+        driver.start()
+        driver.wait_for_requests(services[0])
         for service in services:
-            stage.fail(service, *faults)
-        stage.publish()
+            driver.fail(service, *faults)
+        driver.publish()
         if faults:
-            stage.until_met()
-        stage.wait(seconds)
+            driver.wait_until_fault_met()
+        driver.wait(seconds)
         for service in services:
-            stage.mend(service)
+            driver.restore(service)
 
     return script
 
 
-def undisturbed(stage: Stage) -> None:
-    """Let everything work."""
-    stage.publish()
-    stage.start()
+def no_faults(driver: ScenarioDriver) -> None:
+    """Run without any fault."""
+    driver.publish()
+    driver.start()
 
 
-def _two_outages(stage: Stage) -> None:
-    stage.publish(0.3)
-    stage.start()
+def _two_outages(driver: ScenarioDriver) -> None:
+    driver.publish(0.3)
+    driver.start()
     for share in (0.3, 0.4):
-        stage.under_way(requests=1)
-        stage.fail("klaviyo")
-        stage.publish(share)
-        stage.wait(1.0)
-        stage.mend("klaviyo")
+        driver.wait_for_requests(requests=1)
+        driver.fail("klaviyo")
+        driver.publish(share)
+        driver.wait(1.0)
+        driver.restore("klaviyo")
 
 
-def _expiring_tokens(stage: Stage) -> None:
-    stage.start()
+def _expiring_tokens(driver: ScenarioDriver) -> None:
+    driver.start()
     for _ in range(4):
-        stage.publish(0.25)
-        stage.wait(1.2)
+        driver.publish(0.25)
+        driver.wait(1.2)
 
 
-def _revoked_tokens(stage: Stage) -> None:
-    stage.start()
+def _revoked_tokens(driver: ScenarioDriver) -> None:
+    driver.start()
     for _ in range(4):
-        stage.publish(0.25)
-        stage.under_way("commercetools", 1)
-        stage.sandbox.commercetools_api.revoke_tokens()
+        driver.publish(0.25)
+        driver.wait_for_requests("commercetools", 1)
+        driver.sandbox.commercetools_api.revoke_tokens()
 
 
-def _not_readable_yet(stage: Stage) -> None:
-    for order in stage.load.fetched:
-        del stage.sandbox.shop.orders[order]
-    stage.publish()
-    stage.start()
-    stage.under_way("commercetools")
-    stage.wait(1.5)
-    stage.sandbox.shop.orders.update(stage.load.fetched)
+def _not_readable_yet(driver: ScenarioDriver) -> None:
+    for order in driver.workload.fetched:
+        del driver.sandbox.shop.orders[order]
+    driver.publish()
+    driver.start()
+    driver.wait_for_requests("commercetools")
+    driver.wait(1.5)
+    driver.sandbox.shop.orders.update(driver.workload.fetched)
 
 
-def _killed(stage: Stage) -> None:
-    stage.publish()
-    stage.start()
+def _killed(driver: ScenarioDriver) -> None:
+    driver.publish()
+    driver.start()
     for _ in range(3):
-        stage.under_way(requests=1)
-        stage.wait(stage.random.uniform(0, 0.5))
-        stage.kill()
-        stage.start()
+        driver.wait_for_requests(requests=1)
+        driver.wait(driver.random.uniform(0, 0.5))
+        driver.kill()
+        driver.start()
 
 
-def _killed_in_an_outage(stage: Stage) -> None:
-    stage.publish()
-    stage.start()
-    stage.under_way()
-    stage.fail("klaviyo", ERROR_503)
-    stage.wait(1.0)
-    stage.kill()
-    stage.start()
-    stage.wait(1.5)
-    stage.mend("klaviyo")
+def _killed_in_an_outage(driver: ScenarioDriver) -> None:
+    driver.publish()
+    driver.start()
+    driver.wait_for_requests()
+    driver.fail("klaviyo", ERROR_503)
+    driver.wait(1.0)
+    driver.kill()
+    driver.start()
+    driver.wait(1.5)
+    driver.restore("klaviyo")
 
 
-def _terminated(stage: Stage) -> None:
-    stage.publish()
-    stage.start()
+def _terminated(driver: ScenarioDriver) -> None:
+    driver.publish()
+    driver.start()
     for _ in range(2):
-        stage.under_way(requests=1)
-        stage.wait(stage.random.uniform(0, 0.3))
-        stage.terminate()
-        stage.start()
+        driver.wait_for_requests(requests=1)
+        driver.wait(driver.random.uniform(0, 0.3))
+        driver.terminate()
+        driver.start()
 
 
-def _terminated_in_an_outage(stage: Stage) -> None:
-    stage.publish()
-    stage.start()
-    stage.under_way()
-    stage.fail("klaviyo", ERROR_503)
-    stage.wait(1.0)
-    stage.terminate()
-    stage.start()
-    stage.wait(1.5)
-    stage.mend("klaviyo")
+def _terminated_in_an_outage(driver: ScenarioDriver) -> None:
+    driver.publish()
+    driver.start()
+    driver.wait_for_requests()
+    driver.fail("klaviyo", ERROR_503)
+    driver.wait(1.0)
+    driver.terminate()
+    driver.start()
+    driver.wait(1.5)
+    driver.restore("klaviyo")
 
 
-def _two_workers(stage: Stage) -> None:
-    stage.start()
-    stage.start()
-    stage.all_up()
+def _two_workers(driver: ScenarioDriver) -> None:
+    driver.start()
+    driver.start()
+    driver.wait_until_started()
     for _ in range(4):
-        stage.publish(0.25)
-        stage.under_way(requests=2)
+        driver.publish(0.25)
+        driver.wait_for_requests(requests=2)
 
 
-def _one_of_two_killed(stage: Stage) -> None:
-    stage.start()
-    stage.start()
-    stage.all_up()
-    stage.publish(0.5)
-    stage.under_way()
-    stage.publish()
-    stage.kill()
+def _one_of_two_killed(driver: ScenarioDriver) -> None:
+    driver.start()
+    driver.start()
+    driver.wait_until_started()
+    driver.publish(0.5)
+    driver.wait_for_requests()
+    driver.publish()
+    driver.kill()
 
 
 def _klaviyo(name: str, fault: Fault, seconds: float = 2.0) -> Scenario:
@@ -175,7 +175,7 @@ def _klaviyo(name: str, fault: Fault, seconds: float = 2.0) -> Scenario:
 
 
 def _with_jobs(scenario: Scenario) -> Scenario:
-    return replace(scenario, settings=_JOBS, job_seconds=_JOB_SECONDS)
+    return replace(scenario, settings=_BULK_JOBS, job_seconds=_JOB_SECONDS)
 
 
 def _commercetools(name: str, fault: Fault) -> Scenario:
@@ -183,7 +183,7 @@ def _commercetools(name: str, fault: Fault) -> Scenario:
 
 
 SCENARIOS = (
-    Scenario("nothing goes wrong", undisturbed),
+    Scenario("no faults", no_faults),
     _klaviyo("429 storm", THROTTLED, 3.0),
     _klaviyo("500", ERROR_500),
     _klaviyo("503", ERROR_503),
@@ -193,41 +193,46 @@ SCENARIOS = (
     _klaviyo("reset before the answer", RESET),
     _klaviyo("reset in the middle of the answer", CUT_OFF),
     _klaviyo("the effect is there, the answer is lost", ANSWER_LOST),
-    replace(_klaviyo("hangs", HANGS), settings=_IMPATIENT),
+    replace(_klaviyo("hangs", HANGS), settings=_SHORT_TIMEOUT),
     _klaviyo("slow", SLOW),
     _klaviyo("403 with a challenge page", CHALLENGE),
     _klaviyo("200 with a maintenance page", NOT_JSON),
-    _klaviyo("401, then the key is restored", REFUSED_KEY),
-    Scenario("Klaviyo: 400 for some records", undisturbed, refused=(3, 11, 17)),
+    _klaviyo("401, then the key is restored", REJECTED_KEY),
+    Scenario("Klaviyo: 400 for some records", no_faults, rejected_orders=(3, 11, 17)),
     Scenario(
         "Klaviyo: 400 for one record in a bulk call, without a pointer",
-        undisturbed,
-        refused=(7,),
+        no_faults,
+        rejected_orders=(7,),
         settings={"KLAVIYO_WORKER_MAX_BATCH": "100", "KLAVIYO_WORKER_LANES": "1"},
     ),
-    replace(_klaviyo("400 for one record in an outage", ERROR_503), refused=(7,)),
-    Scenario("Klaviyo: documented rate limits", undisturbed, size=400, sandbox={"rate_limits": True, "latency": 0.0}),
+    replace(_klaviyo("400 for one record in an outage", ERROR_503), rejected_orders=(7,)),
+    Scenario("Klaviyo: documented rate limits", no_faults, size=400, sandbox={"rate_limits": True, "latency": 0.0}),
     _with_jobs(_klaviyo("503 while bulk jobs are under way", ERROR_503)),
     _with_jobs(_klaviyo("bulk jobs whose answers are lost", ANSWER_LOST)),
     _commercetools("500", ERROR_500),
     _commercetools("429", THROTTLED),
     Scenario("commercetools: connections refused", outage("commercetools")),
-    replace(_commercetools("hangs", HANGS), settings=_IMPATIENT),
+    replace(_commercetools("hangs", HANGS), settings=_SHORT_TIMEOUT),
     _commercetools("reset in the middle of the answer", CUT_OFF),
-    _commercetools("401 for the token, then accepted", REFUSED_TOKEN),
-    _commercetools("401 for the client, then restored", REFUSED_KEY),
+    _commercetools("401 for the token, then accepted", REJECTED_TOKEN),
+    _commercetools("401 for the client, then restored", REJECTED_KEY),
     Scenario("commercetools: expiring tokens", _expiring_tokens, sandbox={"token_lifetime": 1}),
     Scenario("commercetools: revoked tokens", _revoked_tokens),
-    Scenario("commercetools: not readable right after creation", _not_readable_yet, fresh=True),
+    Scenario("commercetools: not readable right after creation", _not_readable_yet, orders_are_new=True),
     Scenario("both: connections refused", outage("klaviyo", "commercetools")),
     Scenario("both: 503", outage("commercetools", "klaviyo", faults=(ERROR_503,))),
-    Scenario("worker: kill -9, three times", _killed, costless=(), kills=True, settings=_SLOWLY),
-    Scenario("worker: kill -9 in an outage", _killed_in_an_outage, costless=(), kills=True),
-    Scenario("worker: SIGTERM, twice", _terminated, costless=_ONE, settings=_SLOWLY | _ROOMY),
-    Scenario("worker: SIGTERM in an outage", _terminated_in_an_outage, costless=(), settings=_ROOMY),
-    _with_jobs(Scenario("worker: kill -9 while bulk jobs are under way", _killed, costless=(), kills=True)),
-    Scenario("worker: two of them", _two_workers, settings=_SHARED),
-    Scenario("worker: one of two killed", _one_of_two_killed, costless=(), kills=True, settings=_SHARED),
+    Scenario("worker: kill -9, three times", _killed, no_extra_attempts=(), kills=True, settings=_FEW_REQUESTS),
+    Scenario("worker: kill -9 in an outage", _killed_in_an_outage, no_extra_attempts=(), kills=True),
+    Scenario(
+        "worker: SIGTERM, twice",
+        _terminated,
+        no_extra_attempts=_EMBEDDED,
+        settings=_FEW_REQUESTS | _LARGE_IN_FLIGHT,
+    ),
+    Scenario("worker: SIGTERM in an outage", _terminated_in_an_outage, no_extra_attempts=(), settings=_LARGE_IN_FLIGHT),
+    _with_jobs(Scenario("worker: kill -9 while bulk jobs are under way", _killed, no_extra_attempts=(), kills=True)),
+    Scenario("worker: two workers", _two_workers, settings=_SHARED_QUEUE),
+    Scenario("worker: one of two killed", _one_of_two_killed, no_extra_attempts=(), kills=True, settings=_SHARED_QUEUE),
 )
 
 
@@ -241,64 +246,64 @@ _FAULTS = {
     "hang": HANGS,
     "slow": SLOW,
     "challenge": CHALLENGE,
-    "401": REFUSED_TOKEN,
+    "401": REJECTED_TOKEN,
     "refused": None,
 }
 
 
 def mixture(seed: int) -> Scenario:
-    """Return a random sequence of faults, some side by side, with kills and SIGTERMs among them."""
+    """Return a random sequence of faults, kills and SIGTERMs. Faults can overlap."""
     source = random.Random(seed)
     steps = [_random_step(source) for _ in range(source.randint(3, 6))]
 
-    def script(stage: Stage) -> None:
-        stage.publish(0.3)
-        stage.start()
+    def script(driver: ScenarioDriver) -> None:
+        driver.publish(0.3)
+        driver.start()
         for _, step in steps:
-            stage.publish(0.2)
-            step(stage)
+            driver.publish(0.2)
+            step(driver)
         for service in ("klaviyo", "commercetools"):
-            stage.mend(service)
+            driver.restore(service)
 
     names = ", ".join(name for name, _ in steps)
     orders = source.sample(range(8), source.randint(0, 2))
     name = f"mixture {seed}: {names}"
-    return Scenario(name, script, orders, costless=(), kills=True, queues=_ONE, settings=_IMPATIENT)
+    return Scenario(name, script, orders, no_extra_attempts=(), kills=True, queues=_EMBEDDED, settings=_SHORT_TIMEOUT)
 
 
-def _random_step(source: random.Random) -> tuple[str, Callable[[Stage], None]]:
-    """Return a step and its name. What fails may go on failing into later steps, until it is mended."""
-    kind = source.choice(["fault"] * 6 + ["mend", "kill", "SIGTERM"])
+def _random_step(source: random.Random) -> tuple[str, Callable[[ScenarioDriver], None]]:
+    """Return a step and its name. A service fails until a later step restores it."""
+    kind = source.choice(["fault"] * 6 + ["restore", "kill", "SIGTERM"])
     service, seconds = source.choice(["klaviyo", "klaviyo", "commercetools"]), round(source.uniform(0.1, 1.2), 2)
     if kind == "kill":
         return kind, partial(_then, _restart_after_kill, seconds)
     if kind == "SIGTERM":
         return kind, partial(_then, _restart_after_sigterm, seconds)
-    if kind == "mend":
-        return f"{service} works", partial(_then, partial(_mend, service), seconds)
+    if kind == "restore":
+        return f"{service} works", partial(_then, partial(_restore, service), seconds)
     name, fault = source.choice(list(_FAULTS.items()))
     faults = () if fault is None else (replace(fault, probability=round(source.uniform(0.2, 1), 2)),)
     return f"{service} {name}", partial(_then, partial(_fail, service, faults), seconds)
 
 
-def _then(step: Callable[[Stage], None], seconds: float, stage: Stage) -> None:
-    step(stage)
-    stage.wait(seconds)
+def _then(step: Callable[[ScenarioDriver], None], seconds: float, driver: ScenarioDriver) -> None:
+    step(driver)
+    driver.wait(seconds)
 
 
-def _fail(service: str, faults: tuple[Fault, ...], stage: Stage) -> None:
-    stage.fail(service, *faults)
+def _fail(service: str, faults: tuple[Fault, ...], driver: ScenarioDriver) -> None:
+    driver.fail(service, *faults)
 
 
-def _mend(service: str, stage: Stage) -> None:
-    stage.mend(service)
+def _restore(service: str, driver: ScenarioDriver) -> None:
+    driver.restore(service)
 
 
-def _restart_after_kill(stage: Stage) -> None:
-    stage.kill()
-    stage.start()
+def _restart_after_kill(driver: ScenarioDriver) -> None:
+    driver.kill()
+    driver.start()
 
 
-def _restart_after_sigterm(stage: Stage) -> None:
-    stage.terminate()
-    stage.start()
+def _restart_after_sigterm(driver: ScenarioDriver) -> None:
+    driver.terminate()
+    driver.start()

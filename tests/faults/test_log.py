@@ -1,4 +1,4 @@
-"""What the worker says while everything goes wrong."""
+"""The log during a run with all faults."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tests.faults import scenarios
-from tests.faults.harness import Scenario, Stage
+from tests.faults.harness import Scenario, ScenarioDriver
 from tests.rigs.embedded import Embedded
 from worker.sandbox import Fault, Sandbox, sample_shop
 from worker.sandbox.commercetools.api import CLIENT_SECRET
@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-QUOTED = "grete.hermannsdotter@mail.example of Invalidenstrasse, 030 901820"
-_REFUSAL = {"status": 400, "code": "invalid", "title": "Invalid input.", "detail": f"{QUOTED} is not valid."}
-_POINTED = {"errors": [_REFUSAL | {"source": {"pointer": "/data/attributes/email"}}]}
-_COMMERCETOOLS = {"statusCode": 400, "message": QUOTED, "errors": [{"code": "InvalidInput", "message": QUOTED}]}
+PERSONAL_DATA = "grete.hermannsdotter@mail.example of Invalidenstrasse, 030 901820"
+_REJECTION = {"status": 400, "code": "invalid", "title": "Invalid input.", "detail": f"{PERSONAL_DATA} is not valid."}
+_REJECTION_WITH_POINTER = {"errors": [_REJECTION | {"source": {"pointer": "/data/attributes/email"}}]}
+_COMMERCETOOLS = {
+    "statusCode": 400,
+    "message": PERSONAL_DATA,
+    "errors": [{"code": "InvalidInput", "message": PERSONAL_DATA}],
+}
 KLAVIYO = (
     scenarios.THROTTLED,
     scenarios.ERROR_503,
@@ -30,70 +34,72 @@ KLAVIYO = (
     scenarios.ANSWER_LOST,
     scenarios.HANGS,
     scenarios.CHALLENGE,
-    scenarios.REFUSED_KEY,
-    replace(scenarios.ERROR_500, body=QUOTED.encode()),
-    Fault(status=400, times=5, body=json.dumps(_POINTED).encode()),
-    Fault(status=409, times=5, match="POST /api/profile-import", body=json.dumps(_POINTED).encode()),
+    scenarios.REJECTED_KEY,
+    replace(scenarios.ERROR_500, body=PERSONAL_DATA.encode()),
+    Fault(status=400, times=5, body=json.dumps(_REJECTION_WITH_POINTER).encode()),
+    Fault(status=409, times=5, match="POST /api/profile-import", body=json.dumps(_REJECTION_WITH_POINTER).encode()),
 )
 COMMERCETOOLS = (
     scenarios.ERROR_500,
     scenarios.CUT_OFF,
-    scenarios.REFUSED_TOKEN,
-    scenarios.REFUSED_KEY,
+    scenarios.REJECTED_TOKEN,
+    scenarios.REJECTED_KEY,
     Fault(status=400, times=5, body=json.dumps(_COMMERCETOOLS).encode()),
 )
-SAID = {401: "parked", 503: "outage"}  # by status, before the fault is mended
-TORN = f'{{"notificationType": "Message", "order": {{"customerEmail": "{QUOTED}'.encode()
+LOG_EVENTS = {401: "parked", 503: "outage"}  # by status of the fault
+TRUNCATED_MESSAGE = f'{{"notificationType": "Message", "order": {{"customerEmail": "{PERSONAL_DATA}'.encode()
 
 
-def test_the_log_of_a_full_fault_run_names_nobody(tmp_path: Path) -> None:
-    """No email, phone number, name, street, key, secret or token at any level: neither as JSON nor as text."""
-    scenario = Scenario("everything at once", _everything, refused=(2,), settings={"KLAVIYO_WORKER_LOG_LEVEL": "DEBUG"})
+def test_log_contains_no_personal_data_and_no_secrets(tmp_path: Path) -> None:
+    """This holds at every level, in JSON and in text."""
+    scenario = Scenario(
+        "everything at once", _everything, rejected_orders=(2,), settings={"KLAVIYO_WORKER_LOG_LEVEL": "DEBUG"}
+    )
     with Sandbox(latency=0.01) as sandbox:
-        stage = Stage(scenario, Embedded(None, tmp_path), sandbox, tmp_path, 150)
+        driver = ScenarioDriver(scenario, Embedded(None, tmp_path), sandbox, tmp_path, 150)
         try:
-            _everything(stage)
-            stage.finish()
+            _everything(driver)
+            driver.finish()
         finally:
-            stage.abandon()
-        log = "\n".join(path.read_text() for path in stage.logs)
-        said = "\n".join([log, *_decoded(log)]).lower()
+            driver.clean_up()
+        log = "\n".join(path.read_text() for path in driver.logs)
+        text_of_logs = "\n".join([log, *_decoded(log)]).lower()
         private = {*_people(sandbox), KEY, CLIENT_SECRET, *sandbox.commercetools_api._tokens}
-    assert {text for text in private if text.lower() in said} == set()
+    assert {text for text in private if text.lower() in text_of_logs} == set()
     assert {"grete.hermannsdotter@mail.example", "customer-0@example.com", "invalidenstrasse"} <= {
         text.lower() for text in private
     }
-    assert all(word in said for word in ("dead_lettered", "outcome=sent", "outage", "parked"))
+    assert all(word in text_of_logs for word in ("dead_lettered", "outcome=sent", "outage", "parked"))
 
 
-def _everything(stage: Stage) -> None:
-    """Let two workers meet every fault, one after the other, with samples of every message among the others."""
-    stage.queue.publish([TORN, *(sample.body for sample in sample_notifications(sample_shop()))])
-    stage.start()
-    stage.start(KLAVIYO_WORKER_LOG_FORMAT="text")
-    stage.all_up()
+def _everything(driver: ScenarioDriver) -> None:
+    """Run two workers through every fault, one after the other, with a sample of every message type."""
+    driver.queue.publish([TRUNCATED_MESSAGE, *(sample.body for sample in sample_notifications(sample_shop()))])
+    driver.start()
+    driver.start(KLAVIYO_WORKER_LOG_FORMAT="text")
+    driver.wait_until_started()
     for service, faults in (("klaviyo", KLAVIYO), ("commercetools", COMMERCETOOLS)):
         for fault in faults:
-            stage.publish(0.06)
-            stage.fail(service, fault)
-            stage.until_met()
-            stage.until_said(SAID.get(fault.status, ""))
-            stage.wait(0.2)
-            stage.mend(service)
-    stage.publish()
+            driver.publish(0.06)
+            driver.fail(service, fault)
+            driver.wait_until_fault_met()
+            driver.wait_for_log(LOG_EVENTS.get(fault.status, ""))
+            driver.wait(0.2)
+            driver.restore(service)
+    driver.publish()
 
 
 def _people(sandbox: Sandbox) -> Iterator[str]:
-    """Yield what belongs to a person, as commercetools has it and as Klaviyo got it."""
+    """Yield all personal data in commercetools and Klaviyo."""
     yield from sandbox.shop.personal_data()
     for profile in sandbox.account.profiles:
         attributes = profile["attributes"]
-        of_place = (attributes.get("location") or {}).get("address1")
-        named = (attributes.get(name) for name in ("email", "phone_number", "first_name", "last_name", "organization"))
-        yield from (text for text in (of_place, *named) if text and len(text) > 3)
+        address = (attributes.get("location") or {}).get("address1")
+        values = (attributes.get(name) for name in ("email", "phone_number", "first_name", "last_name", "organization"))
+        yield from (text for text in (address, *values) if text and len(text) > 3)
 
 
 def _decoded(log: str) -> Iterable[str]:
-    """Return the fields of all JSON lines without JSON's escapes."""
+    """Return the values of all JSON lines, decoded."""
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     return [str(value) for line in lines for value in line.values()]
