@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from worker.settings import CommercetoolsSettings
 
 PAGE_SIZE = 500  # the maximum of commercetools
-_MISCONFIGURED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND})
 MAX_WHERE_BYTES = 6_000  # percent-encoded; keeps the URI below the limit of 8 KB of commercetools' load balancers
+_MISCONFIGURED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND})
 
 
 class Commercetools:
