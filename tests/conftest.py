@@ -1,4 +1,4 @@
-"""Fixtures every test may use."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 settings.register_profile("default", deadline=None, max_examples=100)
 settings.load_profile("default")
 
-_OURS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "APP_TYPE", "PUB_SUB_PORT")
+_SETTINGS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "APP_TYPE", "PUB_SUB_PORT")
 _QUEUES = ("DEAD_LETTER_", "PUBSUB_", "AWS_", "AZURE_", "SERVICEBUS_")
 _SHARED = pytest.StashKey[Emulator]()
 _SHARED_SQS = pytest.StashKey[dict[str, sqs.Server]]()
 _FIXTURES = {"pubsub": "emulator", "sqs": "fauxqs"}  # servers that all tests share
-_SLOWEST = {"acceptance": 0, "faults": 0, "integration": 1}  # 2: all others
+_SLOWEST_FIRST = {"acceptance": 0, "faults": 0, "integration": 1}  # 2: all others
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Let all of xdist's workers share one emulator."""
+    """Share the emulators between all workers of xdist."""
     stash = node.config.stash
     if _SHARED not in stash and not missing():
         stash[_SHARED] = Emulator()
@@ -59,25 +59,25 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, so that xdist's workers end together."""
+    """Run the slowest tests first, so that the workers of xdist end together."""
 
-    def place(item: pytest.Item) -> tuple[float, int]:
-        own = item.get_closest_marker("timeout")
-        return -own.args[0] if own else 0.0, _SLOWEST.get(item.path.parent.name, 2)
+    def sort_key(item: pytest.Item) -> tuple[float, int]:
+        timeout = item.get_closest_marker("timeout")
+        return -timeout.args[0] if timeout else 0.0, _SLOWEST_FIRST.get(item.path.parent.name, 2)
 
-    items.sort(key=place)
+    items.sort(key=sort_key)
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test depends on what the machine has set."""
-    for name in [name for name in os.environ if name.startswith((*_OURS, *_QUEUES))]:
+    """Remove the settings of the machine from the environment."""
+    for name in [name for name in os.environ if name.startswith((*_SETTINGS, *_QUEUES))]:
         monkeypatch.delenv(name)
 
 
 @pytest.fixture(autouse=True)
 def logger() -> Iterator[None]:
-    """Leave the logger as it was: what a command sets up is not for the tests that follow in its process."""
+    """Restore the logger after each test: a command that runs in this process configures it."""
     before = (log.handlers, log.propagate, log.level, logging.lastResort)
     yield
     log.handlers, log.propagate, log.level, logging.lastResort = before
@@ -85,11 +85,11 @@ def logger() -> Iterator[None]:
 
 @pytest.fixture
 def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Return what we log: threads that a library left over from an earlier test may still log."""
-    ours = logging.Filter("klaviyo_worker")
-    caplog.handler.addFilter(ours)
+    """Capture only the worker's log: a library's threads from an earlier test can still log."""
+    own = logging.Filter("klaviyo_worker")
+    caplog.handler.addFilter(own)
     yield caplog
-    caplog.handler.removeFilter(ours)
+    caplog.handler.removeFilter(own)
 
 
 @pytest.fixture
@@ -102,14 +102,14 @@ def queue(tmp_path: Path) -> Iterator[EmbeddedQueue]:
 
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
-    """Both stand-ins, with the sample shop and an empty account."""
+    """The sandbox with the sample shop and an empty Klaviyo account."""
     with Sandbox() as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def emulator(pytestconfig: pytest.Config) -> Iterator[Emulator]:
-    """Google's Pub/Sub emulator, one for all tests: each makes a subscription of its own."""
+    """Google's Pub/Sub emulator, shared by all tests. Each test creates its own subscription."""
     if port := getattr(pytestconfig, "workerinput", {}).get("emulator"):
         yield Emulator(port)
         return
@@ -120,7 +120,7 @@ def emulator(pytestconfig: pytest.Config) -> Iterator[Emulator]:
 
 @pytest.fixture(scope="session")
 def servers(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
-    """Return what stands in for a queue's service, by the queue's name; started once, when it is first wanted."""
+    """Return a function that returns the emulator of a queue by name, and starts it at the first call."""
     running: dict[str, Any] = {}
     with ExitStack() as stack:
 
@@ -136,17 +136,17 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what wants a `rig` on every queue."""
+    """Run tests with a `rig` on every queue."""
     if "rig" in metafunc.fixturenames:
-        more = metafunc.definition.get_closest_marker("also_on")
-        metafunc.parametrize("rig", [*RIGS, *(more.args if more else ())], indirect=True)
+        also_on = metafunc.definition.get_closest_marker("also_on")
+        metafunc.parametrize("rig", [*RIGS, *(also_on.args if also_on else ())], indirect=True)
 
 
 @pytest.fixture
 def rig(
     request: pytest.FixtureRequest, tmp_path: Path, servers: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Rig]:
-    """A queue, of each kind; its leases end late, unless the test is marked `short_leases`."""
+    """A queue of each kind. Its leases are long, unless the test is marked `short_leases`."""
     kills = request.node.get_closest_marker("short_leases") is not None
     running = rig_type(request.param)(servers(request.param), tmp_path, kills=kills)
     for variable, value in running.environment.items():
@@ -157,13 +157,13 @@ def rig(
 
 @pytest.fixture(scope="session")
 def moto(pytestconfig: pytest.Config) -> Iterator[sqs.Server]:
-    """A stand-in for AWS SQS, one for all tests: each makes a queue of its own."""
+    """moto as the emulator of AWS SQS, shared by all tests. Each test creates its own queue."""
     yield from _shared_sqs(pytestconfig, "moto")
 
 
 @pytest.fixture(scope="session")
 def fauxqs(pytestconfig: pytest.Config) -> Iterator[sqs.Server]:
-    """Another one, for load."""
+    """fauxqs, a faster emulator of AWS SQS for load tests, shared by all tests."""
     yield from _shared_sqs(pytestconfig, "fauxqs")
 
 
@@ -179,7 +179,7 @@ def _shared_sqs(config: pytest.Config, kind: str) -> Iterator[sqs.Server]:
 
 @dataclass(frozen=True, slots=True)
 class FakeDelivery:
-    """A delivery without a queue."""
+    """A fake delivery that belongs to no queue."""
 
     body: bytes
     id: str = "1"
@@ -189,15 +189,15 @@ class FakeDelivery:
 
 
 class Scripted:
-    """A callable that answers with what it was given, in order, and notes its arguments."""
+    """A callable that returns or raises the given results in order, and records its arguments."""
 
-    def __init__(self, *answers: object) -> None:
-        self.answers = deque(answers)
+    def __init__(self, *results: object) -> None:
+        self.results = deque(results)
         self.calls: list[tuple[object, ...]] = []
 
     def __call__(self, *arguments: object) -> object:
         self.calls.append(arguments)
-        answer = self.answers.popleft() if self.answers else {}
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        result = self.results.popleft() if self.results else {}
+        if isinstance(result, Exception):
+            raise result
+        return result

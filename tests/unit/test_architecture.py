@@ -1,4 +1,4 @@
-"""What import-linter (pyproject.toml) cannot see of the architecture."""
+"""The rules of the architecture that import-linter (pyproject.toml) cannot check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FACADES = {"adapters", "worker/cli", "worker/sandbox", "worker/send", "worker/tr
 
 @pytest.mark.parametrize("path", sorted((ROOT / "worker/transform").rglob("*.py")), ids=lambda path: path.name)
 def test_transform_does_not_read_the_clock(path: Path) -> None:
-    """The result of a transformation depends on its input alone."""
+    """The result of a transformation depends only on its input."""
     assert ".now(" not in path.read_text(encoding="utf-8")
 
 
@@ -23,7 +23,7 @@ def test_transform_does_not_read_the_clock(path: Path) -> None:
     ids=lambda path: str(path.parent.relative_to(ROOT)),
 )
 def test_packages_import_nothing(path: Path) -> None:
-    """Importing one module of a folder does not load its neighbours: the Lambda function never loads boto3."""
+    """Importing a module must not load the others of its folder: the Lambda function never loads boto3."""
     if str(path.parent.relative_to(ROOT)) not in FACADES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]

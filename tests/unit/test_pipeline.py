@@ -1,4 +1,4 @@
-"""The journey of a message and its endings."""
+"""The journey of a message: which errors ack, nack, dead-letter, hold or park it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class RecordingQueue:
-    """Notes how deliveries are settled."""
+    """A fake queue that records how deliveries are settled."""
 
-    settled: list[tuple[str, str, float, str]] = field(default_factory=list)
-    buries: bool = True
-    buried: list[Failure] = field(default_factory=list)
+    settled: list[tuple[str, str, float, str]] = field(default_factory=list)  # method, id, delay, reason
+    can_dead_letter: bool = True
+    dead_letters: list[Failure] = field(default_factory=list)
     lease_seconds: float = 60.0
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
@@ -42,12 +42,12 @@ class RecordingQueue:
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
         self.settled.append(("dead_letter", delivery.id, 0.0, failure.reason))
-        self.buried.append(failure)
-        return self.buries
+        self.dead_letters.append(failure)
+        return self.can_dead_letter
 
 
 class Stages:
-    """Enrich and send stages that fail for the resources they are told to."""
+    """Fake enrich and send stages that fail for the given resources."""
 
     def __init__(self) -> None:
         self.enrich_errors: dict[str, Exception] = {}
@@ -106,14 +106,14 @@ def run(pipeline: Pipeline, *deliveries: FakeDelivery) -> list[Message]:
     return pipeline.process([pipeline.accept(delivery) for delivery in deliveries])
 
 
-def test_a_message_is_acked_when_its_effect_is_in_klaviyo(pipeline: Pipeline, recorded: RecordingQueue) -> None:
-    """The good ending."""
+def test_message_is_acked_when_its_effect_is_in_klaviyo(pipeline: Pipeline, recorded: RecordingQueue) -> None:
+    """Messages of a batch are acked together, in order."""
     assert run(pipeline, updated("a"), updated("b")) == []
     assert recorded.settled == [("ack", "a", 0.0, ""), ("ack", "b", 0.0, "")]
 
 
-def test_a_batch_is_enriched_at_once(pipeline: Pipeline, stages: Stages) -> None:
-    """The stage sees the whole batch, and only what is worth fetching for."""
+def test_batch_is_enriched_in_one_call(pipeline: Pipeline, stages: Stages) -> None:
+    """Messages that already have an outcome are left out."""
     run(pipeline, updated("a"), FakeDelivery(b"bad"), updated("b"))
     assert stages.enriched == [["a", "b"]]
 
@@ -127,10 +127,10 @@ def test_a_batch_is_enriched_at_once(pipeline: Pipeline, stages: Stages) -> None
     ],
     ids=["test notification", "unknown type", "event"],
 )
-def test_what_has_no_effect_is_acked_without_fetching(
+def test_message_without_effect_is_acked_without_reading_commercetools(
     body: bytes, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
-    """The test notification, unknown types and events are counted and forgotten."""
+    """These are commercetools' test notification, unknown types and Event notifications."""
     message = pipeline.accept(FakeDelivery(body))
     assert pipeline.process([message]) == []
     assert recorded.settled == [("ack", "1", 0.0, "")]
@@ -138,17 +138,17 @@ def test_what_has_no_effect_is_acked_without_fetching(
     assert stages.enriched == [[]]
 
 
-def test_one_bad_message_does_not_stop_its_neighbours(
+def test_bad_message_does_not_affect_the_others_of_its_batch(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
-    """Each message of a batch has an ending of its own."""
+    """Each message of a batch has its own outcome."""
     stages.enrich_errors["down"] = Transient("commercetools answered 500")
     stages.send_errors["refused"] = [Rejected("400 invalid")]
-    kept = run(
+    held = run(
         pipeline, updated("good"), FakeDelivery(b"[]", id="bad"), updated("down"), updated("refused"), updated("gone")
     )
-    assert [message.delivery.id for message in kept] == ["down"]
-    assert {(how, which) for how, which, *_ in recorded.settled} == {
+    assert [message.delivery.id for message in held] == ["down"]
+    assert {(method, name) for method, name, *_ in recorded.settled} == {
         ("ack", "good"),
         ("dead_letter", "bad"),
         ("dead_letter", "refused"),
@@ -156,11 +156,13 @@ def test_one_bad_message_does_not_stop_its_neighbours(
     }
 
 
-def test_a_dead_letter_says_what_message_it_is(pipeline: Pipeline, recorded: RecordingQueue, stages: Stages) -> None:
-    """Type and resource, as far as they could be read; they are no personal data."""
+def test_dead_letter_has_the_type_and_resource_of_its_message(
+    pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """They are missing if the message is unreadable."""
     stages.send_errors["refused"] = [Rejected("400 invalid")]
     run(pipeline, updated("refused"), FakeDelivery(b"[]"))
-    refused, unreadable = recorded.buried
+    refused, unreadable = recorded.dead_letters
     assert refused == Failure("400 invalid", "send", "Rejected", "ResourceUpdated", "customer", "refused")
     assert (unreadable.stage, unreadable.error, unreadable.message_type) == ("parse", "Rejected", "")
 
@@ -168,71 +170,71 @@ def test_a_dead_letter_says_what_message_it_is(pipeline: Pipeline, recorded: Rec
 @pytest.mark.parametrize(
     "error", [Transient("503"), KlaviyoMisconfigured("401")], ids=["an outage", "refused credentials"]
 )
-def test_what_is_nobodys_fault_is_not_settled_and_can_be_tried_again(
+def test_message_is_held_during_an_outage_and_while_parked(
     error: WorkerError, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
-    """Keep the message, at no price, and go on when all is well."""
+    """It is not settled, so it can be processed again without using up an attempt."""
     stages.send_errors["a"] = [error]
-    kept = run(pipeline, updated("a"), updated("b"))
-    assert [message.delivery.id for message in kept] == ["a"]
+    held = run(pipeline, updated("a"), updated("b"))
+    assert [message.delivery.id for message in held] == ["a"]
     assert recorded.settled == [("ack", "b", 0.0, "")]
     stages.send_errors.clear()
-    assert pipeline.process(kept) == []
+    assert pipeline.process(held) == []
     assert recorded.settled[1:] == [("ack", "a", 0.0, "")]
 
 
 @pytest.mark.parametrize(("attempt", "delay"), [(None, 60), (1, 60), (8, 256), (100, 600)])
-def test_what_was_kept_too_long_goes_back_for_a_while(
+def test_message_that_was_held_too_long_is_nacked_with_its_reason(
     attempt: int | None, delay: float, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
-    """With its reason, and ever longer: attempts are scarce."""
+    """The delay doubles with every attempt, because attempts are limited."""
     stages.enrich_errors["a"] = Transient("500")
     pipeline.return_to_queue(run(pipeline, updated("a", attempt)), 60.0)
     assert recorded.settled == [("nack", "a", delay, "500")]
 
 
 @pytest.mark.parametrize(("attempt", "delay"), [(None, 2), (1, 2), (2, 4), (5, 32), (100, 600)])
-def test_the_wait_doubles_with_every_attempt(
+def test_nack_delay_doubles_with_every_attempt(
     attempt: int | None, delay: float, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
-    """A message that keeps failing comes ever more rarely."""
+    """The delay is limited to MAX_DELAY."""
     stages.crash_in = "send"
     run(pipeline, updated("a", attempt))
-    ((how, _, waits, _),) = recorded.settled
-    assert (how, waits) == ("nack", delay)
+    ((method, _, seconds, _),) = recorded.settled
+    assert (method, seconds) == ("nack", delay)
 
 
 @pytest.mark.parametrize("stage", ["enrich", "send"])
-def test_a_defect_of_ours_never_loses_a_batch(
+def test_unexpected_error_in_enrich_or_send_nacks_the_batch(
     stage: str, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
-    """An unexpected error returns the messages, and its text, which may quote anybody, stays out of reasons."""
+    """The text of the error is left out of the reason, because it can contain personal data."""
     stages.crash_in = stage
     run(pipeline, updated("a"))
-    ((how, _, _, reason),) = recorded.settled
-    assert how == "nack"
+    ((method, _, _, reason),) = recorded.settled
+    assert method == "nack"
     assert "KeyError" in reason
     assert "ada" not in reason
 
 
-def test_data_no_handler_expects_is_a_dead_letter(
+def test_unexpected_error_in_a_pure_stage_dead_letters_the_message(
     pipeline: Pipeline, recorded: RecordingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pure stage that fails would fail again: the message waits for a better release, not in the queue."""
+    """A pure stage would fail again, so the message waits for a new release as a dead letter."""
 
     def broken(*_: object, **__: object) -> None:
         raise TypeError("ada@example.com")
 
     monkeypatch.setattr("worker.pipeline.transform", broken)
     run(pipeline, updated("a"))
-    ((how, _, _, reason),) = recorded.settled
-    assert how == "dead_letter"
+    ((method, _, _, reason),) = recorded.settled
+    assert method == "dead_letter"
     assert "TypeError" in reason
     assert "ada" not in reason
 
 
-def test_the_worst_ending_of_its_operations_is_the_messages() -> None:
-    """Park, hold, nack, dead letter: a retry finds the bad record again, the reverse loses the rest."""
+def test_outcome_of_a_message_is_the_first_disposition_of_its_operations() -> None:
+    """Park, hold, nack, dead-letter: a retry finds the rejected operation again, but a dead letter loses the others."""
     from worker.pipeline import _SEVERITY
 
     assert _SEVERITY == (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)
@@ -246,163 +248,163 @@ def created(attempt: int | None) -> FakeDelivery:
     return FakeDelivery(json.dumps(body).encode(), attempt=attempt)
 
 
-def is_fresh(operation: Operation) -> bool:
-    return operation.is_first_delivery is not None and operation.is_first_delivery()
+def are_first_deliveries(operations: Sequence[Operation]) -> list[bool]:
+    return [operation.is_first_delivery is not None and operation.is_first_delivery() for operation in operations]
 
 
 @pytest.fixture
-def of_orders(stages: Stages, recorded: RecordingQueue) -> Pipeline:
+def order_pipeline(stages: Stages, recorded: RecordingQueue) -> Pipeline:
     def enrich(notifications: Sequence[Notification]) -> list[Enriched]:
         return [Enriched(n, datetime.now(UTC) - timedelta(seconds=stages.age), order=ORDER) for n in notifications]
 
     return Pipeline(recorded, enrich, stages.send, MappingConfig(), Telemetry(Metrics("embedded")))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("attempt", "fresh"), [(1, True), (2, False), (None, False)])
-def test_only_a_first_delivery_makes_fresh_events(
-    attempt: int | None, fresh: bool, of_orders: Pipeline, stages: Stages
+@pytest.mark.parametrize(("attempt", "is_first"), [(1, True), (2, False), (None, False)])
+def test_events_are_new_only_in_the_first_delivery(
+    attempt: int | None, is_first: bool, order_pipeline: Pipeline, stages: Stages
 ) -> None:
-    """A queue that does not count deliveries may have delivered it before."""
-    run(of_orders, created(attempt))
-    assert [is_fresh(operation) for operation in stages.sent] == [fresh]
+    """A queue that does not count deliveries may have delivered the message before."""
+    run(order_pipeline, created(attempt))
+    assert are_first_deliveries(stages.sent) == [is_first]
 
 
-def test_events_tried_again_in_place_are_not_fresh(of_orders: Pipeline, stages: Stages) -> None:
-    """What became of the first try may not be known."""
+def test_retried_events_are_not_new(order_pipeline: Pipeline, stages: Stages) -> None:
+    """The result of the first request can be unknown."""
     stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [KlaviyoMisconfigured("401")]
-    messages = run(of_orders, created(1))
+    messages = run(order_pipeline, created(1))
     for _ in range(2):
-        messages = of_orders.process(messages)
-    assert [is_fresh(operation) for operation in stages.sent] == [True, False, False]
+        messages = order_pipeline.process(messages)
+    assert are_first_deliveries(stages.sent) == [True, False, False]
     assert messages[0].events_may_be_sent
 
 
-def test_events_that_never_left_stay_fresh(of_orders: Pipeline, stages: Stages) -> None:
-    """In an outage most calls are held back; their messages may go in bulk later, and back to the queue for nothing."""
+def test_events_without_a_request_stay_new(order_pipeline: Pipeline, stages: Stages) -> None:
+    """An open circuit breaker rejects most calls. The events can be sent in bulk later."""
     stages.requests = 0
     stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [CircuitOpen("down")]
-    (message,) = run(of_orders, created(1))
+    (message,) = run(order_pipeline, created(1))
     assert not message.events_may_be_sent
-    of_orders.process([message])
-    assert [is_fresh(operation) for operation in stages.sent] == [True, True]
+    order_pipeline.process([message])
+    assert are_first_deliveries(stages.sent) == [True, True]
 
 
-def test_events_of_a_message_held_for_long_are_not_fresh(of_orders: Pipeline, stages: Stages) -> None:
-    """A worker that was stopped may have lost the lease, and another may have sent them."""
-    message = of_orders.accept(created(1))
+def test_events_are_not_new_after_the_lease_has_expired(order_pipeline: Pipeline, stages: Stages) -> None:
+    """Another worker may have received the message and sent its events."""
+    message = order_pipeline.accept(created(1))
     message.lease.until -= 31
-    of_orders.process([message])
-    assert [is_fresh(operation) for operation in stages.sent] == [False]
+    order_pipeline.process([message])
+    assert are_first_deliveries(stages.sent) == [False]
 
 
-@pytest.mark.parametrize(("attempt", "requests", "begun"), [(1, 1, True), (1, 0, False), (2, 1, False)])
-def test_events_that_may_be_in_klaviyo_are_begun_fresh_or_not(
-    attempt: int, requests: int, begun: bool, of_orders: Pipeline, stages: Stages
+@pytest.mark.parametrize(("attempt", "requests", "may_be_sent"), [(1, 1, True), (1, 0, False), (2, 1, False)])
+def test_events_may_be_sent_after_a_request_of_the_first_delivery(
+    attempt: int, requests: int, may_be_sent: bool, order_pipeline: Pipeline, stages: Stages
 ) -> None:
-    """A next delivery must not take them for new; one that is not the first cannot."""
+    """The next delivery must not treat them as new. A later delivery never does."""
     stages.requests = requests
     stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [KlaviyoMisconfigured("401")]
-    message = of_orders.accept(created(attempt))
+    message = order_pipeline.accept(created(attempt))
     message.lease.until -= 31
-    of_orders.process([message])
-    assert message.events_may_be_sent is begun
+    order_pipeline.process([message])
+    assert message.events_may_be_sent is may_be_sent
 
 
-def test_a_state_written_long_after_it_was_read_is_read_again(
+def test_state_written_long_after_it_was_read_is_read_again(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
-    """Another worker may have written a newer one before; the same state is not sent twice."""
+    """Another worker may have written a newer state first. An unchanged state is not sent again."""
     stages.age = 2.5
-    kept = run(pipeline, updated("a"), updated("b"))
+    held = run(pipeline, updated("a"), updated("b"))
     assert recorded.settled == []
     stages.age = 0.0
     stages.sent.clear()
-    assert pipeline.process(kept[:1]) == []
+    assert pipeline.process(held[:1]) == []
     assert stages.sent == []
     stages.name = "Grace"
-    assert pipeline.process(kept[1:]) == []
+    assert pipeline.process(held[1:]) == []
     assert [(operation.resource or {})["attributes"]["first_name"] for operation in stages.sent] == ["Grace"]
-    assert [ending[:2] for ending in recorded.settled] == [("ack", "a"), ("ack", "b")]
+    assert [entry[:2] for entry in recorded.settled] == [("ack", "a"), ("ack", "b")]
 
 
-def test_a_state_that_may_have_been_overwritten_is_sent_again(
+def test_state_that_may_have_been_overwritten_is_sent_again(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
-    """Back to what was written first, after a newer state got halfway: Klaviyo may hold the newer one."""
+    """After the write of a newer state failed, Klaviyo may have it, so the first state must be sent again."""
     stages.age = 2.5
-    kept = run(pipeline, updated("a"))
+    held = run(pipeline, updated("a"))
     stages.age = 0.0
     stages.name = "Grace"
     stages.send_errors["a"] = [Transient("no answer")]
-    assert pipeline.process(kept) == kept
+    assert pipeline.process(held) == held
     stages.send_errors.clear()
     stages.name = "Ada"
     stages.sent.clear()
-    assert pipeline.process(kept) == []
+    assert pipeline.process(held) == []
     assert [(operation.resource or {})["attributes"]["first_name"] for operation in stages.sent] == ["Ada"]
-    assert [ending[:2] for ending in recorded.settled] == [("ack", "a")]
+    assert [entry[:2] for entry in recorded.settled] == [("ack", "a")]
 
 
-def test_a_failed_second_reading_leaves_the_comparison_for_later(
+def test_stale_write_is_compared_again_after_a_failed_read(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
-    """Nothing is acked that was not compared."""
+    """The message is acked only after the comparison with the current state."""
     stages.age = 2.5
-    kept = run(pipeline, updated("a"))
+    held = run(pipeline, updated("a"))
     stages.age = 0.0
     stages.enrich_errors["a"] = CircuitOpen("down")
-    assert pipeline.process(kept) == kept
+    assert pipeline.process(held) == held
     del stages.enrich_errors["a"]
     stages.sent.clear()
-    assert pipeline.process(kept) == []
+    assert pipeline.process(held) == []
     assert stages.sent == []
-    assert [ending[:2] for ending in recorded.settled] == [("ack", "a")]
+    assert [entry[:2] for entry in recorded.settled] == [("ack", "a")]
 
 
-def test_events_are_not_read_again(of_orders: Pipeline, recorded: RecordingQueue, stages: Stages) -> None:
-    """They tell what happened: nothing newer can be true."""
+def test_events_are_never_stale(order_pipeline: Pipeline, recorded: RecordingQueue, stages: Stages) -> None:
+    """An event describes the past, so there is no newer state."""
     stages.age = 2.5
-    assert run(of_orders, created(1)) == []
-    assert [ending[:2] for ending in recorded.settled] == [("ack", created(1).id)]
+    assert run(order_pipeline, created(1)) == []
+    assert [entry[:2] for entry in recorded.settled] == [("ack", created(1).id)]
 
 
-def test_what_was_begun_stays_begun(of_orders: Pipeline, stages: Stages) -> None:
-    """A later try that was held back without a request does not undo the first."""
+def test_events_may_be_sent_stays_true(order_pipeline: Pipeline, stages: Stages) -> None:
+    """A retry without a request does not reset it."""
     stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [CircuitOpen("down")]
-    (message,) = run(of_orders, created(1))
+    (message,) = run(order_pipeline, created(1))
     stages.requests = 0
-    of_orders.process([message])
+    order_pipeline.process([message])
     assert message.events_may_be_sent
 
 
-def test_a_lease_that_may_have_ended_is_not_ours_again() -> None:
-    """Somebody else may have had the message in between, whatever the queue says to an extension."""
-    kept, lost = Lease(time.monotonic() + 60), Lease(time.monotonic() - 1)
-    for lease in (kept, lost):
+def test_expired_lease_cannot_be_extended() -> None:
+    """Another worker may have received the message in between, even if the queue accepted the extension."""
+    valid, expired = Lease(time.monotonic() + 60), Lease(time.monotonic() - 1)
+    for lease in (valid, expired):
         lease.extend(time.monotonic(), 60)
-    assert kept.is_valid()
-    assert not lost.is_valid()
+    assert valid.is_valid()
+    assert not expired.is_valid()
 
 
-def test_what_nothing_was_done_for_is_never_acked(
+def test_message_without_operations_and_outcome_is_nacked(
     pipeline: Pipeline, recorded: RecordingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Should a defect leave a message without operations and without an ending, the message comes again."""
+    """Only a defect can cause this. The message must not be lost."""
     monkeypatch.setattr("worker.pipeline.transform", lambda *_, **__: ())
     run(pipeline, updated("a"))
-    assert [how for how, *_ in recorded.settled] == ["nack"]
+    assert [method for method, *_ in recorded.settled] == ["nack"]
 
 
-def test_a_message_with_one_failed_operation_is_not_acked(recorded: RecordingQueue, stages: Stages) -> None:
-    """Placed Order arrived, its second line did not: the message comes again, and repeats are harmless."""
+def test_message_with_one_failed_operation_is_held(recorded: RecordingQueue, stages: Stages) -> None:
+    """All its operations are retried: duplicates of those that succeeded are harmless."""
     line = {"id": "l1", "totalPrice": {"centAmount": 1, "fractionDigits": 2, "currencyCode": "EUR"}}
     order = {"id": "o", "customerEmail": "ada@example.com", "lineItems": [line, line | {"id": "l2"}]}
     body = {"notificationType": "Message", "type": "OrderCreated", "resource": {"typeId": "order", "id": "o"}}
-    answers = [SendResult(None, 1), SendResult(None, 1), SendResult(Transient("503"), 3)]
+    results = [SendResult(None, 1), SendResult(None, 1), SendResult(Transient("503"), 3)]
     pipeline = Pipeline(
         recorded,  # type: ignore[arg-type]
         lambda notifications: [Enriched(n, datetime.now(UTC), order=order) for n in notifications],
-        lambda operations: answers[: len(operations)],
+        lambda operations: results[: len(operations)],
         MappingConfig(),
         Telemetry(Metrics("embedded")),
     )
@@ -413,12 +415,12 @@ def test_a_message_with_one_failed_operation_is_not_acked(recorded: RecordingQue
     assert message.requests == 10
 
 
-def test_a_dead_letter_that_comes_again_is_reported_as_retried(
+def test_message_that_the_queue_does_not_dead_letter_yet_has_outcome_retried(
     pipeline: Pipeline, recorded: RecordingQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where the queue's own policy gives up, only the last attempt is the end."""
-    for recorded.buries in (False, True):
+    """If the queue's policy dead-letters messages, only the last attempt has outcome dead_lettered."""
+    for recorded.can_dead_letter in (False, True):
         with caplog.at_level("WARNING"):
-            run(pipeline, FakeDelivery(b"torn"))
-    assert [how for how, *_ in recorded.settled] == ["dead_letter"] * 2
+            run(pipeline, FakeDelivery(b"unreadable"))
+    assert [method for method, *_ in recorded.settled] == ["dead_letter"] * 2
     assert [vars(record)["outcome"] for record in caplog.records] == ["retried", "dead_lettered"]

@@ -1,4 +1,4 @@
-"""What Prometheus scrapes."""
+"""The Prometheus metrics of the worker."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ for _service in SERVICES:
         f"{_service}_requests_total": ("counter", {"endpoint", "status"}),
         f"{_service}_request_duration_seconds": ("histogram", {"endpoint"}),
     }
-PROCESS = {  # where there is a /proc, as on Linux
+PROCESS = {  # on systems with /proc
     "process_cpu_seconds_total": ("counter", set[str]()),
     "process_resident_memory_bytes": ("gauge", set[str]()),
     "process_virtual_memory_bytes": ("gauge", set[str]()),
@@ -63,7 +63,7 @@ TYPES = {kind for _, kind in HANDLERS} | {"unreadable", "other"}
 
 
 def families(metrics: Metrics) -> dict[str, Metric]:
-    """Return what a scrape says, by full name without the prefix."""
+    """Return the metrics of a scrape by full name without the prefix."""
     body, content_type = metrics.render()
     assert content_type == "text/plain; version=0.0.4; charset=utf-8"
     found = list(text_string_to_metric_families(body.decode()))
@@ -74,7 +74,7 @@ def families(metrics: Metrics) -> dict[str, Metric]:
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
-    """Return the value of a series; None when there is no such series."""
+    """Return the value of a series; None if it does not exist."""
     values = [
         sample.value
         for family in families(metrics).values()
@@ -91,7 +91,7 @@ def labels_of(metrics: Metrics, name: str, label: str) -> set[str]:
 
 
 def busy(state: FakeWorkerState) -> Metrics:
-    """Return metrics after a bit of everything."""
+    """Return metrics with a value in every series."""
     metrics = Metrics("pubsub")
     metrics.observe_worker(state)
     metrics.set_build_info("1.2.3", "2026-07-15")
@@ -106,22 +106,22 @@ def busy(state: FakeWorkerState) -> Metrics:
     return metrics
 
 
-def test_the_table_is_complete() -> None:
-    """Every metric that dashboards and alerts use is there, with its type and its labels, and no other."""
+def test_metrics_are_those_of_the_table() -> None:
+    """Dashboards and alerts depend on the names, types and labels."""
     found = families(busy(FakeWorkerState()))
     assert {name: family.type for name, family in found.items()} == {name: kind for name, (kind, _) in TABLE.items()}
     for name, (_, labels) in TABLE.items():
         assert {frozenset(sample.labels) - {"le"} for sample in found[name].samples} == {frozenset(labels)}
 
 
-def test_the_documents_name_every_metric() -> None:
-    """A dashboard is made from docs/metrics-and-logs.md."""
+def test_every_metric_is_documented() -> None:
+    """Dashboards are built from docs/metrics-and-logs.md."""
     text = (Path(__file__).parents[3] / "docs" / "metrics-and-logs.md").read_text(encoding="utf-8")
     assert [name for name in TABLE if f"`{name}`" not in text] == []
 
 
-def test_names_follow_prometheus() -> None:
-    """Counters end in _total, histograms in a base unit, everything has a help text, no unit is a fraction."""
+def test_names_follow_the_conventions_of_prometheus() -> None:
+    """Counters end in _total and histograms in a base unit. Every metric has a help text."""
     for name, family in families(busy(FakeWorkerState())).items():
         assert family.documentation
         assert name.endswith("_total") == (family.type == "counter")
@@ -130,8 +130,8 @@ def test_names_follow_prometheus() -> None:
         assert not any(sample.name.endswith("_created") for sample in family.samples)
 
 
-def test_an_idle_worker_shows_zeros() -> None:
-    """A counter that appears with its first message would show Prometheus no increase."""
+def test_counters_of_an_idle_worker_are_zero() -> None:
+    """A counter that appears with its first message would show no increase."""
     metrics = Metrics("pubsub")
     assert value(metrics, "messages_received_total", adapter="pubsub") == 0
     assert value(metrics, "messages_processed_total", message_type="OrderCreated", outcome="dead_lettered") == 0
@@ -140,15 +140,15 @@ def test_an_idle_worker_shows_zeros() -> None:
     assert labels_of(metrics, "messages_processed_total", "outcome") == set(OUTCOMES)
 
 
-def test_workers_share_nothing() -> None:
-    """Two in a process, as tests have them, count for themselves."""
+def test_workers_of_a_process_have_separate_metrics() -> None:
+    """Tests run several workers in one process."""
     one, other = Metrics("pubsub"), Metrics("embedded")
     one.record_received(5)
     assert value(one, "messages_received_total", adapter="pubsub") == 5
     assert value(other, "messages_received_total", adapter="embedded") == 0
 
 
-def test_received_and_batches_count_messages() -> None:
+def test_received_messages_and_batch_sizes_are_counted() -> None:
     """The unit is the message, not the call."""
     metrics = Metrics("pubsub")
     for number in (30, 12):
@@ -160,9 +160,11 @@ def test_received_and_batches_count_messages() -> None:
 
 
 @pytest.mark.parametrize("outcome", OUTCOMES)
-def test_a_settled_message_is_counted_once(outcome: str) -> None:
-    """By type and outcome; a message that comes again or was given up has no success and no age."""
-    metrics, began, done = Metrics("pubsub"), time.time(), outcome in {"sent", "ignored"}
+def test_settled_message_is_counted_once(outcome: str) -> None:
+    """It is counted by type and outcome. Only sent and ignored messages have an age and update the last success."""
+    metrics = Metrics("pubsub")
+    started_at = time.time()
+    is_success = outcome in {"sent", "ignored"}
     metrics.record_settled("OrderCreated", outcome, 0.3, 4_000.0)
     counted = families(metrics)["messages_processed_total"].samples
     assert [sample.labels for sample in counted if sample.value] == [
@@ -170,13 +172,13 @@ def test_a_settled_message_is_counted_once(outcome: str) -> None:
     ]
     assert value(metrics, "messages_processed_total", message_type="OrderCreated", outcome=outcome) == 1
     assert value(metrics, "message_duration_seconds_sum") == 0.3
-    assert value(metrics, "message_age_seconds_count") == done
-    assert (value(metrics, "last_success_timestamp_seconds") or 0) >= began * done
-    assert bool(value(metrics, "last_success_timestamp_seconds")) == done
+    assert value(metrics, "message_age_seconds_count") == is_success
+    assert (value(metrics, "last_success_timestamp_seconds") or 0) >= started_at * is_success
+    assert bool(value(metrics, "last_success_timestamp_seconds")) == is_success
 
 
-def test_an_age_may_be_unknown_or_ahead() -> None:
-    """Not every queue tells it, and the queue's clock may be ahead of ours."""
+def test_unknown_age_is_left_out_and_negative_age_is_zero() -> None:
+    """Some queues do not report when a message was published, and the queue's clock can be ahead."""
     metrics = Metrics("pubsub")
     metrics.record_settled("OrderCreated", "sent", 0.3, None)
     assert value(metrics, "message_age_seconds_count") == 0
@@ -184,8 +186,8 @@ def test_an_age_may_be_unknown_or_ahead() -> None:
     assert (value(metrics, "message_age_seconds_count"), value(metrics, "message_age_seconds_sum")) == (1, 0)
 
 
-def test_buckets_reach_as_far_as_the_waits() -> None:
-    """Work takes milliseconds to a minute; a message may wait for hours, and alerts look at five minutes."""
+def test_buckets_cover_the_expected_times() -> None:
+    """Processing takes milliseconds to a minute. A message can wait for hours; alerts use five minutes."""
     metrics = busy(FakeWorkerState())
     bounds = {
         name: [float(sample.labels["le"]) for sample in family.samples if sample.name.endswith("_bucket")]
@@ -199,8 +201,8 @@ def test_buckets_reach_as_far_as_the_waits() -> None:
 
 
 @given(st.lists(st.one_of(st.none(), st.text(), st.sampled_from(sorted(TYPES)))))
-def test_no_message_makes_a_label(message_types: list[str | None]) -> None:
-    """Types come from outside: what the worker does not know is `other`, what it cannot read `unreadable`."""
+def test_messages_cannot_create_labels(message_types: list[str | None]) -> None:
+    """An unknown type counts as `other`, an unreadable message as `unreadable`."""
     metrics = Metrics("pubsub")
     for message_type in message_types:
         metrics.record_settled(message_type, "ignored", 0.1, None)
@@ -214,8 +216,8 @@ def test_no_message_makes_a_label(message_types: list[str | None]) -> None:
 
 
 @given(st.text(), st.text())
-def test_no_error_text_makes_a_label(stage: str, error: str) -> None:
-    """A text given for a class by mistake may quote a person."""
+def test_unknown_stages_and_errors_count_as_other(stage: str, error: str) -> None:
+    """The text of an error, passed instead of its class by mistake, could contain personal data."""
     metrics = Metrics("pubsub")
     metrics.record_failure(stage, f"no {error}")
     metrics.record_stage(f"{stage}?", 0.1)
@@ -231,8 +233,8 @@ def test_no_error_text_makes_a_label(stage: str, error: str) -> None:
 
 
 @pytest.mark.parametrize("error", ["Transient", "Rejected", "KlaviyoMisconfigured", "QueueError", "KeyError"])
-def test_failures_are_told_apart_by_class(error: str) -> None:
-    """Ours, the queues' and Python's own."""
+def test_failures_are_counted_by_error_class(error: str) -> None:
+    """The classes of the worker, of the queues and of Python are known."""
     metrics = Metrics("pubsub")
     metrics.record_failure("send", error)
     assert value(metrics, "message_failures_total", stage="send", error_type=error) == 1
@@ -240,7 +242,7 @@ def test_failures_are_told_apart_by_class(error: str) -> None:
 
 @pytest.mark.parametrize(("status", "label", "limited"), [(202, "202", 0), (429, "429", 1), (None, "none", 0)])
 def test_statuses_are_counted(status: int | None, label: str, limited: int) -> None:
-    """No answer is a status too, and throttling has a counter of its own that starts at 0."""
+    """A missing response has the status `none`. The series of 429 exists from the first request on."""
     metrics = Metrics("pubsub")
     metrics.record_request("klaviyo", "POST /api/events", status, 0.2)
     metrics.record_request("mail", "POST /api/events", status, 0.2)
@@ -250,7 +252,7 @@ def test_statuses_are_counted(status: int | None, label: str, limited: int) -> N
 
 
 def test_gauges_are_read_at_every_scrape() -> None:
-    """They show the worker as it is now."""
+    """They show the current state of the worker."""
     state = FakeWorkerState()
     metrics = Metrics("pubsub")
     metrics.observe_worker(state)
@@ -282,8 +284,8 @@ def test_gauges_are_read_at_every_scrape() -> None:
         ("oldest_age", "oldest_message_age_seconds"),
     ],
 )
-def test_what_a_queue_cannot_tell_is_absent(source: str, name: str) -> None:
-    """A 0 would say that there is nothing, and scale the worker down; an empty queue does say 0."""
+def test_gauge_with_an_unknown_value_is_absent(source: str, name: str) -> None:
+    """A 0 would mean an empty queue and scale the worker down."""
     assert families(busy(FakeWorkerState(**{source: None}))).keys() == TABLE.keys() - {name}
     assert value(busy(FakeWorkerState(**{source: 0})), name) == 0
 
@@ -301,8 +303,8 @@ def test_what_a_queue_cannot_tell_is_absent(source: str, name: str) -> None:
         ("dead_letters", "dead_letter_messages"),
     ],
 )
-def test_a_gauge_that_fails_is_left_out(source: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The rest of the scrape is there; one line says which is missing, without the error's text."""
+def test_failing_gauge_is_left_out_and_logged(source: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The log line names the metric and the error class, without the text of the error."""
     metrics = busy(FakeWorkerState(**{source: OSError("grete@mail.example")}))
     with caplog.at_level(logging.WARNING, "klaviyo_worker"):
         found = families(metrics)
@@ -314,32 +316,32 @@ def test_a_gauge_that_fails_is_left_out(source: str, name: str, caplog: pytest.L
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc here")
-def test_the_process_is_there_under_the_usual_names() -> None:
-    """Of the one that is scraped: dashboards for any process work."""
+def test_process_metrics_have_the_standard_names() -> None:
+    """Dashboards for any process work."""
     found = families(Metrics("pubsub"))
     assert found["process_resident_memory_bytes"].samples[0].value > 10_000_000
     assert 0 < found["process_start_time_seconds"].samples[0].value <= time.time()
 
 
-def test_a_process_that_cannot_be_read_is_left_out(
+def test_unreadable_process_metrics_are_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A sandbox may show another /proc than Linux does: the worker's own metrics are there."""
+    """Some systems have a /proc that differs from Linux. All other metrics remain."""
     metrics = busy(FakeWorkerState())
     monkeypatch.setattr(ProcessCollector, "collect", Scripted(ValueError("invalid literal")))
     assert families(metrics).keys() == TABLE.keys() - PROCESS.keys()
     assert [vars(record)["metric"] for record in caplog.records] == ["process"]
 
 
-def test_what_runs_is_named() -> None:
-    """The version of the worker, and the Klaviyo revision its bodies are written for."""
+def test_build_info_has_the_versions() -> None:
+    """They are the worker's version and the revision of Klaviyo's API."""
     metrics = Metrics("pubsub")
     metrics.set_build_info("1.2.3", "2026-07-15")
     assert value(metrics, "build_info", version="1.2.3", klaviyo_revision="2026-07-15") == 1
 
 
-def test_the_counters_can_be_read() -> None:
-    """As a scrape would tell them: the status page shows the same numbers."""
+def test_counters_can_be_read() -> None:
+    """The status page shows the same numbers as a scrape."""
     metrics = Metrics("embedded")
     metrics.record_settled("OrderCreated", "sent", 0.1, 2.0)
     metrics.record_settled("OrderCreated", "sent", 0.1, 3.0)
