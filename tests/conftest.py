@@ -157,13 +157,13 @@ def rig(
 
 @pytest.fixture(scope="session")
 def moto(pytestconfig: pytest.Config) -> Iterator[sqs.Server]:
-    """moto as the emulator of AWS SQS, shared by all tests. Each test creates its own queue."""
+    """The moto emulator of AWS SQS, shared by all tests. Each test creates its own queue."""
     yield from _shared_sqs(pytestconfig, "moto")
 
 
 @pytest.fixture(scope="session")
 def fauxqs(pytestconfig: pytest.Config) -> Iterator[sqs.Server]:
-    """fauxqs, a faster emulator of AWS SQS for load tests, shared by all tests."""
+    """The fauxqs emulator of AWS SQS, faster and used for load tests, shared by all tests."""
     yield from _shared_sqs(pytestconfig, "fauxqs")
 
 
