@@ -215,7 +215,7 @@ class DeadLetterQueue(Protocol):
     def receive(self, max_messages: int, wait: float) -> Sequence[DeadLetter]:
         """Return up to `max_messages` dead letters that were not returned before, the oldest first if known.
 
-        Wait up to `wait` seconds for the first; return [] if there are no more. Raises QueueError.
+        Wait up to `wait` seconds for the first; return [] if none is left. Raises QueueError.
         """
 
     def remove(self, dead_letters: Sequence[DeadLetter]) -> None:

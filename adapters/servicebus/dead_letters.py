@@ -1,4 +1,4 @@
-"""The dead-letter queue of a Service Bus queue: peeks at dead letters, and locks them only to remove them."""
+"""The dead-letter queue of a Service Bus queue: dead letters are read without locks, and locked to be removed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from azure.servicebus import ServiceBusReceivedMessage, ServiceBusReceiver
 
 REMOVE_TIMEOUT = 10.0  # seconds of retries to remove locked messages
-IDLE_TIMEOUT = 3.0  # seconds without a message after which there are no more to lock
+IDLE_TIMEOUT = 3.0  # seconds without a message after which there is none left to lock
 CLOSE_TIMEOUT = 0.5  # seconds, as for Settlement
 _REASON = ("DeadLetterReason", "DeadLetterErrorDescription")  # properties that the publisher did not set
 
@@ -52,7 +52,7 @@ class ServiceBusDeadLetters:
         """Raise QueueError unless the dead letters can be read."""
         self._read([1], 1)
 
-    def receive(self, max_messages: int, wait: float) -> list[DeadLetter]:  # noqa: ARG002 - peeking does not wait
+    def receive(self, max_messages: int, wait: float) -> list[DeadLetter]:  # noqa: ARG002 - reading does not wait
         """Return the next dead letters. Service Bus returns at most 250 at a time."""
         with self._lock:
             found = self._read([self._next], max_messages)
@@ -90,7 +90,7 @@ class ServiceBusDeadLetters:
             self._pool.close(CLOSE_TIMEOUT)
 
     def _read(self, numbers: Iterable[int], max_messages: int) -> list[ServiceBusReceivedMessage]:
-        """Peek at up to `max_messages` from each sequence number on; unordered if there are several numbers."""
+        """Read up to `max_messages` from each sequence number on, without locks; several numbers in any order."""
         found: list[ServiceBusReceivedMessage] = []
 
         def read(number: int, receiver: ServiceBusReceiver) -> None:
@@ -146,7 +146,7 @@ class ServiceBusDeadLetters:
 
 
 def _dead_letter(message: ServiceBusReceivedMessage) -> DeadLetter:
-    """Return a message that was peeked at as a dead letter."""
+    """Return a message that was read without a lock as a dead letter."""
     delivery = delivery_of(message)
     parsed = parse_reason(*(delivery.attributes.get(name, "") for name in _REASON))
     original = {name: value for name, value in delivery.attributes.items() if name not in _REASON}

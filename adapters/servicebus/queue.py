@@ -175,7 +175,7 @@ class ServiceBusQueue:
         return len(self._expected_redeliveries) or None
 
     def check(self) -> Sequence[QueueWarning]:
-        """Peek at a message, which requires the Listen claim. Raises QueueError if that fails."""
+        """Read a message without a lock, which requires the Listen claim. Raises QueueError if that fails."""
         pool = ReceiverPool(self._open_receiver)
         try:
             (error,) = pool.run([ServiceBusReceiver.peek_messages])

@@ -29,7 +29,7 @@ class ReceiveFailures:
         self._refused_since = self._refused_since or time.monotonic()
 
     def lasting_refusal(self) -> str:
-        """Return the last refusal if refusals began more than `REFUSAL_TIMEOUT` seconds ago, else ""."""
+        """Return the last refusal if refusals have lasted more than `REFUSAL_TIMEOUT` seconds ago, else ""."""
         since = self._refused_since
         return self._refusal if since is not None and time.monotonic() - since > REFUSAL_TIMEOUT else ""
 

@@ -52,7 +52,7 @@ class LambdaQueue(InertQueue):
         return self._seconds
 
     def receive(self, max_messages: int, wait: float) -> Sequence[LambdaDelivery]:
-        """Return the next messages; [] after `wait` seconds if there are no more."""
+        """Return the next messages; [] after `wait` seconds if none is left."""
         if not self._pending:
             time.sleep(wait)
         received, self._pending = self._pending[:max_messages], self._pending[max_messages:]

@@ -42,7 +42,7 @@ def test_a_thousand_mixed_messages_have_every_effect_once(worker: Worker, sandbo
     stop(process)
     workload.assert_exactly_once()
     assert {line["outcome"] for line in log_lines(worker.log.read_text())} <= {"sent", "ignored"}
-    assert rig.left() == []
+    assert rig.unsettled() == []
     assert rig.dead_letters() == []
 
 
@@ -55,7 +55,7 @@ def test_poison_message_is_dead_lettered_alone(worker: Worker, sandbox: Sandbox,
     wait_for(lambda: [dead_letter.body for dead_letter in rig.dead_letters()] == [POISON], 40)
     stop(process)
     workload.assert_exactly_once()
-    assert rig.left() == []
+    assert rig.unsettled() == []
     outcomes = [
         (line["attempt"], line["outcome"]) for line in log_lines(worker.log.read_text()) if line["stage"] == "parse"
     ]
@@ -71,7 +71,7 @@ def test_direct_dead_letter_has_a_reason(worker: Worker, rig: Rig) -> None:
     stop(process)
     (dead_letter,) = rig.dead_letters()
     assert dead_letter.body == b"{}"
-    assert "notificationType" in " ".join(dead_letter.about.values())
+    assert "notificationType" in " ".join(dead_letter.details.values())
     assert [line["outcome"] for line in log_lines(worker.log.read_text())] == ["dead_lettered"]
 
 
@@ -86,7 +86,7 @@ def test_messages_of_a_killed_worker_are_redelivered(worker: Worker, sandbox: Sa
     process.kill()
     process.wait()
     assert not workload.is_done()
-    rig.worker_died()
+    rig.expire_leases_of_killed()
     process = worker.start("run")
     wait_for(workload.is_done, 40)
     stop(process)
@@ -122,7 +122,7 @@ def test_shutdown_timeout_returns_the_message_and_exits_6(worker: Worker, sandbo
     assert process.wait(20) == 6
     with closing(rig.opener()()) as queue:
         (redelivery,) = receive(queue, 1)
-    assert redelivery.attempt == (1 if rig.guarantees.unhandled_is_free else 2)
+    assert redelivery.attempt == (2 if rig.guarantees.unhandled_counts_as_attempt else 1)
 
 
 def test_two_workers_share_the_load(worker: Worker, sandbox: Sandbox, rig: Rig, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_two_workers_share_the_load(worker: Worker, sandbox: Sandbox, rig: Rig, 
     for process in processes:
         stop(process)
     workload.assert_exactly_once()
-    assert rig.left() == []
+    assert rig.unsettled() == []
     shares = [len(log_lines(one.log.read_text())) for one in (worker, other)]
     assert sum(shares) == 600
     assert min(shares) > 20
@@ -160,7 +160,7 @@ def test_once_drains_the_queue(worker: Worker, sandbox: Sandbox, rig: Rig) -> No
     done = worker("run", "--once", "--retry-timeout", "0")
     assert done.returncode == 0, done.stderr
     workload.assert_exactly_once()
-    assert rig.left() == []
+    assert rig.unsettled() == []
 
 
 def test_dry_run_returns_all_messages(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
@@ -180,7 +180,7 @@ def test_publish_and_missing_queue(worker: Worker, sandbox: Sandbox, rig: Rig) -
     """`publish` fills the queue. A missing queue is exit code 3, and the error names QUEUE_URL."""
     workload = Workload(sandbox, 10)
     assert worker("publish", "-", stdin=b"\n".join(workload.bodies) + b"\n").stdout == "10\n"
-    assert sorted(rig.left()) == sorted(workload.bodies)
+    assert sorted(rig.unsettled()) == sorted(workload.bodies)
     missing = worker("run", env={"QUEUE_URL": rig.missing_url})
     assert missing.returncode == 3
     assert missing.stderr.startswith("Error: QUEUE_URL")

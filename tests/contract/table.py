@@ -1,4 +1,4 @@
-"""The table of docs/adapters.md: what the tests here hold each queue against."""
+"""The table of guarantees in docs/adapters.md; the contract tests assert them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ if TYPE_CHECKING:
 
     from tests.rigs.base import Guarantees
 
-_AT_ONCE = {"always": "always", "asked": "with `KLAVIYO_WORKER_DEAD_LETTER_MODE=direct`"}
+_AT_ONCE = {"always": "always", "direct mode": "with `KLAVIYO_WORKER_DEAD_LETTER_MODE=direct`"}
 _ROWS: dict[str, Callable[[Guarantees], str]] = {
     "order": lambda queue: "oldest first" if queue.in_order else "none",
     "lease, extended while a message is held": lambda queue: (
         "the queue's own" if queue.lease_seconds is None else _seconds(queue.lease_seconds)
     ),
-    "a message returned unhandled (shutdown, dry run)": lambda queue: (
-        "spends no attempt" if queue.unhandled_is_free else "spends an attempt"
+    "return without failure (shutdown, dry run)": lambda queue: (
+        "uses no attempt" if not queue.unhandled_counts_as_attempt else "uses an attempt"
     ),
-    "longest delay of a nack": lambda queue: _seconds(queue.longest_delay),
-    "dead letter at once, with its reason": lambda queue: _AT_ONCE[queue.dead_letter],
-    "last reason of a message the queue itself gave up on": lambda queue: "kept" if queue.gave_up else "in the log",
-    "backlog": lambda queue: {"sent back": "what this worker sent back"}.get(queue.backlog, queue.backlog),
-    "largest message": lambda queue: _size(queue.largest),
+    "maximum delay of a nack": lambda queue: _seconds(queue.max_delay),
+    "immediate dead letter with its reason": lambda queue: _AT_ONCE[queue.dead_letter],
+    "last reason of a message that the policy dead-letters": lambda queue: (
+        "kept" if queue.keeps_last_reason else "in the log"
+    ),
+    "backlog": lambda queue: {"returned": "what this worker returned"}.get(queue.backlog, queue.backlog),
+    "maximum message size": lambda queue: _size(queue.max_message_bytes),
     "bodies": lambda queue: "any bytes" if queue.any_bytes else "text",
 }
 

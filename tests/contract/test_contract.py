@@ -1,4 +1,4 @@
-"""What adapters/base.py asks of every queue, and what each promises beyond: tests/rigs."""
+"""The contract of adapters/base.py, and what each queue guarantees beyond it: see tests/rigs."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     Open = Callable[..., QueueAdapter]
 
 FAILURE = Failure("Klaviyo answered 422: the email is malformed", "send", "Rejected")
-SOON = 20.0  # seconds, long before any lease of a minute ends
+SOON = 20.0  # seconds, much less than a lease of a minute
 HOSTILE = ("é☃ \u202e\\u0000 ]]> &amp; %s {{x}}", "\t\r\n", '{"torn', "null", " " * 1000, "\ufeff{}")
 pytestmark = pytest.mark.also_on(*MORE)
 with_short_leases = pytest.mark.short_leases
 
 
 @pytest.fixture
-def opened(rig: Rig) -> Iterator[Callable[..., QueueAdapter]]:
-    """Open the queue, as often as wanted; all are closed in the end."""
+def open_queues(rig: Rig) -> Iterator[Callable[..., QueueAdapter]]:
+    """Open the queue any number of times; close all at the end."""
     with ExitStack() as closing:
 
-        def open_(**options: Any) -> QueueAdapter:
+        def open_one(**options: Any) -> QueueAdapter:
             queue = rig.opener(**options)()
             closing.callback(queue.close)
             return queue
 
-        yield open_
+        yield open_one
 
 
 def receive(queue: QueueAdapter, number: int, wait: float = SOON) -> list[Delivery]:
-    """Receive so many messages, or what came in time."""
+    """Receive `number` messages, or those that arrive within `wait` seconds."""
     deadline = time.monotonic() + wait
     got: list[Delivery] = []
     while len(got) < number and time.monotonic() < deadline:
@@ -59,11 +59,11 @@ def numbered(count: int) -> list[bytes]:
     return [b"%03d" % number for number in range(count)]
 
 
-def test_messages_arrive_whole_and_are_gone_once_acked(rig: Rig, opened: Open) -> None:
-    """With the attempt and the time of publishing; a representation, which a log may hold, shows no body."""
+def test_messages_arrive_unchanged_and_are_removed_by_ack(rig: Rig, open_queues: Open) -> None:
+    """A delivery has an attempt and a time of publishing. Its representation, which can be logged, has no body."""
     sent = [text.encode() for text in HOSTILE]
     rig.publish(sent)
-    queue = opened()
+    queue = open_queues()
     got = receive(queue, len(sent))
     assert bodies(got) == sorted(sent)
     assert {delivery.attempt for delivery in got} == {1}
@@ -73,71 +73,71 @@ def test_messages_arrive_whole_and_are_gone_once_acked(rig: Rig, opened: Open) -
     queue.ack(got)
     assert receive(queue, 1, wait=1) == []
     queue.close()
-    assert rig.left() == []
+    assert rig.unsettled() == []
     assert rig.dead_letters() == []
 
 
-def test_any_bytes_arrive_where_the_queue_takes_any(rig: Rig, opened: Open) -> None:
-    """What is no text reaches the worker as it was sent, and ends there."""
+def test_bytes_arrive_unchanged(rig: Rig, open_queues: Open) -> None:
+    """A queue of bytes delivers a body that is not text."""
     if not rig.guarantees.any_bytes:
-        pytest.skip("this queue takes text only")
+        pytest.skip("this queue accepts text only")
     sent = [b"\xff\xfe\x00 no text", bytes(range(256)), b"\x80" * 1000]
     rig.publish(sent)
-    assert bodies(receive(opened(), len(sent))) == sorted(sent)
+    assert bodies(receive(open_queues(), len(sent))) == sorted(sent)
 
 
-def test_the_largest_message_arrives(rig: Rig, opened: Open) -> None:
-    """Whole, even where it is larger than all that may be held: flow control stops before the next."""
-    body = b"x" * (rig.guarantees.largest - 1000)
+def test_largest_message_arrives(rig: Rig, open_queues: Open) -> None:
+    """A message of the maximum size arrives."""
+    body = b"x" * (rig.guarantees.max_message_bytes - 1000)
     rig.publish([body])
-    (delivery,) = receive(opened(max_bytes=rig.guarantees.largest * 2), 1)
+    (delivery,) = receive(open_queues(max_bytes=rig.guarantees.max_message_bytes * 2), 1)
     assert delivery.body == body
 
 
-def test_messages_come_in_order_where_the_queue_keeps_it(rig: Rig, opened: Open) -> None:
-    """Oldest first."""
+def test_messages_arrive_in_order(rig: Rig, open_queues: Open) -> None:
+    """An ordered queue delivers the oldest message first."""
     if not rig.guarantees.in_order:
-        pytest.skip("this queue promises no order")
+        pytest.skip("this queue guarantees no order")
     rig.publish(numbered(50))
-    assert [delivery.body for delivery in receive(opened(), 50)] == numbered(50)
+    assert [delivery.body for delivery in receive(open_queues(), 50)] == numbered(50)
 
 
-def test_no_more_is_received_than_asked_for(rig: Rig, opened: Open) -> None:
-    """The worker's flow control counts on it."""
+def test_receive_returns_at_most_max_messages(rig: Rig, open_queues: Open) -> None:
+    """The worker's flow control relies on it."""
     rig.publish(numbered(30))
-    queue = opened()
+    queue = open_queues()
     sizes: list[int] = []
     while sum(sizes) < 30:
         sizes.append(len(queue.receive(7, SOON)))
     assert 0 < max(sizes) <= 7
 
 
-def test_an_empty_queue_answers_in_time(opened: Open) -> None:
-    """Idle: nothing, after the time it was told to wait, which is how soon the worker notices that it is to stop."""
-    queue = opened()
+def test_receive_from_empty_queue_returns_in_time(open_queues: Open) -> None:
+    """An idle worker notices within `wait` seconds that it must stop."""
+    queue = open_queues()
     queue.receive(1, 0)  # connects
-    began = time.monotonic()
+    started_at = time.monotonic()
     assert queue.receive(10, 0.5) == []
-    assert 0.4 < time.monotonic() - began < 4
+    assert 0.4 < time.monotonic() - started_at < 4
 
 
-def test_a_message_wakes_who_waits(rig: Rig, opened: Open) -> None:
-    """It is not left for the next look."""
-    queue = opened()
+def test_arriving_message_ends_the_wait(rig: Rig, open_queues: Open) -> None:
+    """`receive` returns a message as soon as it arrives."""
+    queue = open_queues()
     queue.receive(1, 0)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(queue.receive, 1, SOON * 3)
+        received = pool.submit(queue.receive, 1, SOON * 3)
         time.sleep(0.3)
         rig.publish([b"x"])
-        began = time.monotonic()
-        assert bodies(waiting.result()) == [b"x"]
-        assert time.monotonic() - began < SOON
+        started_at = time.monotonic()
+        assert bodies(received.result()) == [b"x"]
+        assert time.monotonic() - started_at < SOON
 
 
-def test_a_nacked_message_comes_again_no_sooner_than_asked(rig: Rig, opened: Open) -> None:
-    """At once, or after the delay, as another attempt."""
+def test_nacked_message_is_redelivered_after_its_delay(rig: Rig, open_queues: Open) -> None:
+    """A nacked message is redelivered at once or after its delay, with the next attempt."""
     rig.publish([b"now", b"later"])
-    queue = opened()
+    queue = open_queues()
     first = {delivery.body: delivery for delivery in receive(queue, 2)}
     nacked = time.monotonic()
     queue.nack([first[b"later"]], 3.0, FAILURE)
@@ -148,29 +148,29 @@ def test_a_nacked_message_comes_again_no_sooner_than_asked(rig: Rig, opened: Ope
     assert [(delivery.body, delivery.attempt) for delivery in (now, later)] == [(b"now", 2), (b"later", 2)]
     queue.ack([now, later])
     queue.close()
-    assert rig.left() == []
+    assert rig.unsettled() == []
 
 
-def test_a_message_returned_unhandled_spends_an_attempt_only_where_it_must(rig: Rig, opened: Open) -> None:
-    """Shutdowns, dry runs and refused credentials are not the message's fault."""
+def test_return_without_failure_counts_as_attempt_only_if_unavoidable(rig: Rig, open_queues: Open) -> None:
+    """Shutdowns, dry runs and rejected credentials are not the message's fault."""
     rig.publish([b"x"])
-    queue = opened()
+    queue = open_queues()
     queue.nack(receive(queue, 1))
     (again,) = receive(queue, 1)
-    assert again.attempt == (1 if rig.guarantees.unhandled_is_free else 2)
+    assert again.attempt == (2 if rig.guarantees.unhandled_counts_as_attempt else 1)
 
 
-def test_a_delay_beyond_what_the_queue_can_is_no_error(rig: Rig, opened: Open) -> None:
-    """It is a hint."""
+def test_excessive_delay_is_reduced(rig: Rig, open_queues: Open) -> None:
+    """The queue reduces a delay to the longest it can."""
     rig.publish([b"x"])
-    queue = opened()
+    queue = open_queues()
     queue.nack(receive(queue, 1), 10_000_000.0, FAILURE)
     assert receive(queue, 1, wait=1.0) == []
 
 
 @with_short_leases
-def test_what_a_killed_consumer_held_comes_again(rig: Rig, opened: Open) -> None:
-    """As another attempt, once the lease has ended."""
+def test_messages_of_killed_consumer_are_redelivered(rig: Rig, open_queues: Open) -> None:
+    """After the lease has ended, the message is redelivered with the next attempt."""
     rig.publish([b"x"])
     spawn = multiprocessing.get_context("spawn")
     held = spawn.Event()
@@ -179,13 +179,13 @@ def test_what_a_killed_consumer_held_comes_again(rig: Rig, opened: Open) -> None
     assert held.wait(30)
     consumer.kill()
     consumer.join()
-    rig.worker_died()
-    (again,) = receive(opened(), 1)
+    rig.expire_leases_of_killed()
+    (again,) = receive(open_queues(), 1)
     assert (again.body, again.attempt) == (b"x", 2)
 
 
 def _hold(environment: dict[str, str], opener: Callable[[], QueueAdapter], held: SharedEvent) -> None:
-    """Receive a message and do nothing about it, in a process of its own."""
+    """Receive a message and keep it, in another process."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -195,10 +195,10 @@ def _hold(environment: dict[str, str], opener: Callable[[], QueueAdapter], held:
         time.sleep(60)
 
 
-def test_leases_last_as_long_as_promised(rig: Rig, opened: Open) -> None:
-    """Known before anything is received, or learnt from what is."""
+def test_lease_lasts_as_long_as_guaranteed(rig: Rig, open_queues: Open) -> None:
+    """`lease_seconds` is known before the first message, or derived from it."""
     rig.publish([b"x"])
-    queue = opened()
+    queue = open_queues()
     assert queue.lease_seconds == rig.guarantees.lease_seconds or rig.guarantees.lease_seconds is None
     receive(queue, 1)
     assert queue.lease_seconds is not None
@@ -206,10 +206,10 @@ def test_leases_last_as_long_as_promised(rig: Rig, opened: Open) -> None:
 
 
 @with_short_leases
-def test_an_extended_lease_holds(rig: Rig, opened: Open) -> None:
-    """Work that takes longer than the lease keeps its messages, those too that wait inside the adapter."""
+def test_extended_lease_lasts(rig: Rig, open_queues: Open) -> None:
+    """Extension keeps the messages in work, and those that wait in the adapter."""
     rig.publish([b"held"])
-    queue, other = opened(), opened()
+    queue, other = open_queues(), open_queues()
     held = receive(queue, 1)
     until = time.monotonic() + 2.5 * rig.lease_seconds
     while time.monotonic() < until:
@@ -218,16 +218,16 @@ def test_an_extended_lease_holds(rig: Rig, opened: Open) -> None:
         assert other.receive(1, queue.lease_seconds / 4) == []
     queue.ack(held)
     queue.close()
-    assert rig.left() == []
+    assert rig.unsettled() == []
 
 
 @with_short_leases
-def test_a_lost_lease_is_no_error(rig: Rig, opened: Open) -> None:
-    """The message comes again, and what is done about the old delivery changes nothing of the new one."""
+def test_settling_after_lost_lease_has_no_effect(rig: Rig, open_queues: Open) -> None:
+    """Settling the old delivery neither fails nor affects the new one."""
     rig.publish([b"x"])
-    queue = opened()
+    queue = open_queues()
     held = receive(queue, 1)
-    rig.lose(held)
+    rig.expire_leases(held)
     again = receive(queue, 1)
     assert [(delivery.body, delivery.attempt) for delivery in again] == [(b"x", 2)]
     queue.extend(held, rig.lease_seconds)
@@ -236,75 +236,75 @@ def test_a_lost_lease_is_no_error(rig: Rig, opened: Open) -> None:
     queue.ack(held)
     assert not queue.backlog()
     queue.close()
-    assert rig.left() == []
+    assert rig.unsettled() == []
 
 
-def test_a_dead_letter_is_there_at_once_with_its_reason(rig: Rig, opened: Open) -> None:
-    """Where that has to be asked for, it was."""
+def test_dead_letter_moves_message_at_once_with_its_reason(rig: Rig, open_queues: Open) -> None:
+    """In direct mode, or always if the queue supports it."""
     rig.publish([b"poison", b"good"])
-    queue = opened(direct_dead_letter=True)
+    queue = open_queues(direct_dead_letter=True)
     queue.check()
     by_body = {delivery.body: delivery for delivery in receive(queue, 2)}
     assert queue.dead_letter(by_body[b"poison"], FAILURE)
     queue.ack([by_body[b"good"]])
-    (letter,) = rig.dead_letters(1)
-    assert letter.body == b"poison"
-    told = " ".join(letter.about.values())
-    assert [word for word in (FAILURE.reason, FAILURE.stage, FAILURE.error) if word not in told] == []
+    (dead_letter,) = rig.dead_letters(1)
+    assert dead_letter.body == b"poison"
+    details = " ".join(dead_letter.details.values())
+    assert [word for word in (FAILURE.reason, FAILURE.stage, FAILURE.error) if word not in details] == []
     queue.close()
-    assert rig.left() == []
+    assert rig.unsettled() == []
 
 
-def test_unasked_the_policy_makes_dead_letters_where_the_queue_has_no_way(rig: Rig, opened: Open) -> None:
-    """`dead_letter` tells whether the message is one now; until then it comes again."""
+def test_dead_letter_without_direct_mode_uses_the_policy(rig: Rig, open_queues: Open) -> None:
+    """`dead_letter` returns whether the message is a dead letter now; until then it is redelivered."""
     rig.publish([b"poison"])
-    queue = opened()
+    queue = open_queues()
     queue.check()
-    endings: list[bool] = []
-    while not (endings and endings[-1]):
+    results: list[bool] = []
+    while not (results and results[-1]):
         (delivery,) = receive(queue, 1)
-        endings.append(queue.dead_letter(delivery, FAILURE))
-    tries = 1 if rig.guarantees.dead_letter == "always" else rig.attempts
-    assert endings == [False] * (tries - 1) + [True]
+        results.append(queue.dead_letter(delivery, FAILURE))
+    attempts = 1 if rig.guarantees.dead_letter == "always" else rig.attempts
+    assert results == [False] * (attempts - 1) + [True]
     assert receive(queue, 1, wait=1) == []
-    assert [letter.body for letter in rig.dead_letters(1)] == [b"poison"]
+    assert [dead_letter.body for dead_letter in rig.dead_letters(1)] == [b"poison"]
     queue.close()
-    assert rig.left() == []
+    assert rig.unsettled() == []
 
 
-def test_the_queue_gives_up_on_what_fails_again_and_again(rig: Rig, opened: Open) -> None:
-    """After as many deliveries as its policy says; the reason of the last is kept where the queue can keep it."""
+def test_policy_dead_letters_message_after_max_attempts(rig: Rig, open_queues: Open) -> None:
+    """If the queue supports it, the dead letter has the reason of the last failure."""
     rig.publish([b"poison"])
-    queue = opened()
+    queue = open_queues()
     queue.check()
     for attempt in range(1, rig.attempts + 1):
         (delivery,) = receive(queue, 1)
         assert delivery.attempt == attempt
         queue.nack([delivery], 0.0, FAILURE)
     assert receive(queue, 1, wait=1) == []
-    (letter,) = rig.dead_letters(1)
-    assert letter.body == b"poison"
-    assert (FAILURE.reason in " ".join(letter.about.values())) is rig.guarantees.gave_up
+    (dead_letter,) = rig.dead_letters(1)
+    assert dead_letter.body == b"poison"
+    assert (FAILURE.reason in " ".join(dead_letter.details.values())) is rig.guarantees.keeps_last_reason
 
 
-def test_stopping_returns_what_was_not_received_and_settles_the_rest(rig: Rig, opened: Open) -> None:
-    """At once, not when the leases end; acks after the stop count; closing twice is no error."""
+def test_stop_returns_pending_messages_and_settling_continues(rig: Rig, open_queues: Open) -> None:
+    """`stop` returns them at once, not when their leases end. `close` is idempotent."""
     rig.publish(numbered(40))
-    queue = opened(max_messages=30)
+    queue = open_queues(max_messages=30)
     held = receive(queue, 10)
-    time.sleep(0.5)  # more are on their way
+    time.sleep(0.5)  # the adapter prefetches more
     queue.stop()
     queue.ack(held[:5])
     queue.nack(held[5:])
     queue.close()
     queue.close()
-    assert bodies(receive(opened(), 35)) == sorted(set(numbered(40)) - {delivery.body for delivery in held[:5]})
+    assert bodies(receive(open_queues(), 35)) == sorted(set(numbered(40)) - {delivery.body for delivery in held[:5]})
 
 
-def test_two_consumers_share(rig: Rig, opened: Open) -> None:
-    """Each message goes to one of them."""
+def test_two_consumers_share_the_messages(rig: Rig, open_queues: Open) -> None:
+    """Each message is delivered to one of them."""
     rig.publish(numbered(40))
-    one, other = opened(max_messages=10), opened(max_messages=10)
+    one, other = open_queues(max_messages=10), open_queues(max_messages=10)
     got: list[Delivery] = []
     deadline = time.monotonic() + SOON
     while len(got) < 40 and time.monotonic() < deadline:
@@ -315,24 +315,24 @@ def test_two_consumers_share(rig: Rig, opened: Open) -> None:
     assert bodies(got) == numbered(40)
 
 
-def test_any_thread_may_settle(rig: Rig, opened: Open) -> None:
-    """The worker's lanes do, all at once."""
+def test_messages_are_settled_from_many_threads(rig: Rig, open_queues: Open) -> None:
+    """The worker's lanes settle concurrently."""
     rig.publish(numbered(200))
-    queue = opened()
+    queue = open_queues()
     got = receive(queue, 200)
-    while len(set(bodies(got))) < 200:  # a stand-in may hand one out twice at the same moment
+    while len(set(bodies(got))) < 200:  # an emulator can deliver one twice at the same moment
         got += receive(queue, 1)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(queue.ack, [got[start : start + 10] for start in range(0, len(got), 10)]))
     queue.close()
-    assert rig.left() == []
+    assert rig.unsettled() == []
 
 
 @with_short_leases
-def test_an_extension_under_way_undoes_no_ack(rig: Rig, opened: Open) -> None:
-    """The worker extends all leases from a thread of its own, whatever the lanes settle meanwhile."""
+def test_concurrent_extension_does_not_undo_ack(rig: Rig, open_queues: Open) -> None:
+    """The worker extends all leases on one thread while lanes settle on others."""
     rig.publish(numbered(100))
-    queue = opened()
+    queue = open_queues()
     got = receive(queue, 100)
     extended, acked = Event(), Event()
 
@@ -342,22 +342,22 @@ def test_an_extension_under_way_undoes_no_ack(rig: Rig, opened: Open) -> None:
             extended.set()
 
     with ThreadPoolExecutor(1) as pool:
-        extending = pool.submit(extend)
+        extension = pool.submit(extend)
         assert extended.wait(SOON)
         for delivery in got:
             queue.ack([delivery])
         acked.set()
-        extending.result()
-    again = receive(queue, 1, wait=1.5 * rig.lease_seconds)  # a stand-in may have handed another one out twice
+        extension.result()
+    again = receive(queue, 1, wait=1.5 * rig.lease_seconds)  # an emulator can deliver another one twice
     assert set(bodies(again)).isdisjoint(bodies(got))
 
 
-def test_the_backlog_is_as_exact_as_promised(rig: Rig, opened: Open) -> None:
-    """Held, delayed, ready: all of it, or what this worker sent back and expects again. Never 0 by mistake."""
+def test_backlog_is_as_exact_as_guaranteed(rig: Rig, open_queues: Open) -> None:
+    """It counts leased, delayed and ready messages, or those that this worker returned. It is never 0 by mistake."""
     rig.publish(numbered(6))
-    queue = opened()
+    queue = open_queues()
     held = receive(queue, 3)
-    expected = 6 if rig.guarantees.backlog != "sent back" else None
+    expected = 6 if rig.guarantees.backlog != "returned" else None
     assert queue.backlog() == expected
     queue.nack(held[:1], 30.0, FAILURE)
     assert queue.backlog() == (expected or 1)
@@ -366,24 +366,24 @@ def test_the_backlog_is_as_exact_as_promised(rig: Rig, opened: Open) -> None:
     assert (queue.backlog() == 4) is (expected is not None)
 
 
-def test_an_emptied_queue_is_known_to_be_empty_only_where_that_is_exact(rig: Rig, opened: Open) -> None:
-    """`run --once` waits ten quiet seconds elsewhere."""
+def test_backlog_of_emptied_queue_is_zero_only_if_exact(rig: Rig, open_queues: Open) -> None:
+    """Otherwise `run --once` waits for ten idle seconds."""
     rig.publish([b"x"])
-    queue = opened()
+    queue = open_queues()
     queue.ack(receive(queue, 1))
     assert queue.backlog() == (0 if rig.guarantees.backlog == "exact" else None)
 
 
-def test_a_good_queue_checks_well_and_one_that_is_not_there_is_an_error(rig: Rig, opened: Open) -> None:
+def test_check_passes_and_fails_for_missing_queue(rig: Rig, open_queues: Open) -> None:
     """The error names QUEUE_URL."""
-    opened().check()
+    open_queues().check()
     with pytest.raises(QueueError, match="QUEUE_URL"):
         open_queue(rig.missing_url).check()
 
 
-def test_the_queue_can_be_published_to(rig: Rig, opened: Open) -> None:
-    """`klaviyo-worker publish` fills it, in as many calls as the service wants."""
-    queue = opened()
+def test_publish_fills_the_queue(rig: Rig, open_queues: Open) -> None:
+    """`klaviyo-worker publish` fills it, in as many calls as the service requires."""
+    queue = open_queues()
     assert isinstance(queue, SupportsPublish)
     assert queue.publish(iter(numbered(25))) == 25
     assert bodies(receive(queue, 25)) == numbered(25)

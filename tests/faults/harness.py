@@ -200,7 +200,7 @@ class ScenarioDriver:
         process = self._running.pop(0)
         process.kill()
         process.wait()
-        self.queue.worker_died()
+        self.queue.expire_leases_of_killed()
 
     def terminate(self) -> None:
         """Send SIGTERM to the worker that was started first. It must exit with 0."""
@@ -231,7 +231,7 @@ class ScenarioDriver:
 
     def measure(self, scenario: str, queue: str) -> Result:
         """Return the outcomes. No worker must be running."""
-        remaining = Counter(self.queue.left())
+        remaining = Counter(self.queue.unsettled())
         dead = Counter(self._dead_letters(len(self.bad)))
         bad, missing = {sent.body for sent in self.bad}, self.workload.missing()
         wrongly_dead_lettered = [sent.name for sent in self.workload.messages if dead[sent.body]]

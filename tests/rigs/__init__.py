@@ -1,6 +1,6 @@
-"""The queues that tests and benchmarks run on, each with what stands in for its service.
+"""The queues that tests and benchmarks run on, each with its emulator.
 
-One line and one file more for a new one.
+To add one, add a line here and a file beside it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from tests.rigs.base import Rig
 
-RIGS = {  # imported on use: their clients are large
+RIGS = {  # imported on demand: their clients are large
     "embedded": "tests.rigs.embedded:Embedded",
     "pubsub": "tests.rigs.pubsub:PubSub",
     "servicebus": "tests.rigs.servicebus:ServiceBus",
     "sqs": "tests.rigs.sqs:SQS",
 }
-MORE = {"directory": "tests.rigs.directory:Directory"}  # of docs/examples: held against the contract too
+MORE = {
+    "directory": "tests.rigs.directory:Directory"
+}  # the example of docs/adapters.md; it passes the contract tests too
 
 
 def rig_type(name: str) -> type[Rig]:

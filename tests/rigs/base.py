@@ -1,4 +1,4 @@
-"""What tests need of a queue to run on: something that stands in for its service, and a way in from the back."""
+"""The interface of a rig: a queue on an emulator, with access that does not use the adapter."""
 
 from __future__ import annotations
 
@@ -15,75 +15,75 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Guarantees:
-    """In what queues differ. tests/contract holds each queue against its own; docs/adapters.md shows them.
+    """The differences between queues. tests/contract asserts them, and docs/adapters.md lists them.
 
-    `dead_letter`: whether a message can become a dead letter at once, with its reason: `always` does, `asked` does
-    with KLAVIYO_WORKER_DEAD_LETTER_MODE=direct. `gave_up`: whether the last reason is kept with a message that the
-    queue itself gave up on. `backlog`: whose word it is.
+    `dead_letter`: whether a message can be dead-lettered at once with its reason: `always`, or in `direct mode` only
+    (KLAVIYO_WORKER_DEAD_LETTER_MODE=direct). `keeps_last_reason`: whether a message that the queue's policy
+    dead-letters keeps the reason of the last failure.
     """
 
-    in_order: bool  # oldest first, as long as nothing comes again
-    lease_seconds: float | None  # seconds, as it is by default; None: the queue's own to decide
-    longest_delay: float  # seconds that a nack may ask for
-    unhandled_is_free: bool  # a message returned unhandled spends no delivery attempt
-    dead_letter: Literal["always", "asked"]
-    gave_up: bool
-    backlog: Literal["exact", "approximate", "sent back"]
-    largest: int  # bytes of a message
-    any_bytes: bool  # or text only
+    in_order: bool  # oldest first, except for redeliveries
+    lease_seconds: float | None  # by default; None if the queue sets it
+    max_delay: float  # seconds, of a nack
+    unhandled_counts_as_attempt: bool  # a message that is returned without a failure
+    dead_letter: Literal["always", "direct mode"]
+    keeps_last_reason: bool
+    backlog: Literal["exact", "approximate", "returned"]
+    max_message_bytes: int
+    any_bytes: bool  # False: text only
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
-    """A dead letter, as the service keeps it: `about` is all it tells besides the body."""
+class StoredDeadLetter:
+    """A dead letter as the service stores it: `details` is everything except the body."""
 
     body: bytes
-    about: Mapping[str, str]
+    details: Mapping[str, str]
 
 
 class Rig(Protocol):
-    """A queue of its own, with dead letters, on a service that others may share.
+    """A queue with a dead-letter queue of its own, on a service that others can share.
 
-    `server`: what stands in for the service; None: nothing does. With `kills`, workers on it will be killed, so
-    leases are short. Not otherwise: a machine that is busy would lose them.
+    `server`: the emulator of the service; None if the queue needs none. With `kills`, workers are killed, so leases are
+    short. Otherwise leases are long, because a busy machine would lose short ones.
     """
 
     guarantees: ClassVar[Guarantees]
     environment: dict[str, str]  # with QUEUE_URL
     missing_url: str  # of a queue that does not exist
-    lease_seconds: float  # seconds
-    attempts: int  # deliveries after which the queue gives a message up
+    lease_seconds: float
+    attempts: int  # deliveries after which the policy dead-letters a message
 
     def __init__(self, server: Any, directory: Path, *, kills: bool = False) -> None: ...
 
     @staticmethod
     def missing() -> str:
-        """Return why the service's stand-in cannot run here, or nothing."""
+        """Return why the emulator cannot run on this machine, or ""."""
 
     @staticmethod
     def server() -> AbstractContextManager[Any]:
-        """Start what stands in for the service."""
+        """Start the emulator."""
 
     def opener(self, **options: Any) -> Callable[[], QueueAdapter]:
-        """Return what opens the queue, in this process or in another; `options` as in QueueOptions."""
+        """Return a function that opens the queue, in this process or in another; `options` as in QueueOptions."""
 
     def publish(self, bodies: Sequence[bytes]) -> None:
-        """Put messages into the queue, without the adapter."""
+        """Publish messages without the adapter."""
 
     def is_empty(self) -> bool | None:
-        """Tell whether every message is settled; None where the service cannot tell."""
+        """Return whether every message is settled; None if the service does not report it."""
 
-    def dead_letters(self, at_least: int = 0) -> list[Letter]:
-        """Return all dead letters so far, waiting a while until there are so many."""
+    def dead_letters(self, at_least: int = 0) -> list[StoredDeadLetter]:
+        """Return all dead letters so far; wait a while for `at_least` of them."""
 
-    def left(self) -> list[bytes]:
-        """Return what was never settled, leased or not. No worker may be running."""
+    def unsettled(self) -> list[bytes]:
+        """Return the messages that were never settled, leased or not. No worker may be running."""
 
-    def worker_died(self) -> None:
-        """Let the leases of a worker that was killed end soon."""
+    def expire_leases_of_killed(self) -> None:
+        """Make the leases of a killed worker end soon."""
 
-    def lose(self, deliveries: Sequence[Delivery]) -> None:
-        """Have the leases end that are held."""
+    def expire_leases(self, deliveries: Sequence[Delivery]) -> None:
+        """Make the leases of these deliveries end now."""
 
     def close(self) -> None:
-        """Let go of what is open."""
+        """Close the connections."""

@@ -1,4 +1,4 @@
-"""The queue of docs/examples, installed as another package would be."""
+"""The queue of docs/examples, installed like another package's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters import ENTRY_POINTS, QueueOptions, open_queue
-from tests.rigs.base import Guarantees, Letter
+from tests.rigs.base import Guarantees, StoredDeadLetter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,12 +28,12 @@ class Directory:
     guarantees: ClassVar = Guarantees(
         in_order=True,
         lease_seconds=60.0,
-        longest_delay=float("inf"),
-        unhandled_is_free=True,
+        max_delay=float("inf"),
+        unhandled_counts_as_attempt=False,
         dead_letter="always",
-        gave_up=True,
+        keeps_last_reason=True,
         backlog="exact",
-        largest=100_000_000,
+        max_message_bytes=100_000_000,
         any_bytes=True,
     )
     attempts = 20
@@ -52,7 +52,7 @@ class Directory:
     @staticmethod
     @contextmanager
     def server() -> Iterator[str]:
-        """Do by hand what pip does with an entry point; return the directory."""
+        """Install the example's entry point as pip does; yield the directory."""
         project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         with tempfile.TemporaryDirectory() as site:
             about = Path(site) / f"directory_queue-{project['version']}.dist-info"
@@ -77,20 +77,20 @@ class Directory:
             path.rename(self._path / f"{time.time_ns() // 1_000_000:013}.000.{path.name}")
 
     def is_empty(self) -> bool:
-        return not self.left()
+        return not self.unsettled()
 
-    def dead_letters(self, at_least: int = 0) -> list[Letter]:
+    def dead_letters(self, at_least: int = 0) -> list[StoredDeadLetter]:
         dead = self._path / "dead"
         reasons = {path.stem: path.read_text(encoding="utf-8") for path in dead.glob("*.reason")}
-        return [Letter((dead / name).read_bytes(), {"reason": reason}) for name, reason in reasons.items()]
+        return [StoredDeadLetter((dead / name).read_bytes(), {"reason": reason}) for name, reason in reasons.items()]
 
-    def left(self) -> list[bytes]:
+    def unsettled(self) -> list[bytes]:
         return [path.read_bytes() for path in self._path.iterdir() if path.is_file()]
 
-    def worker_died(self) -> None:
-        """Do nothing: its leases are short."""
+    def expire_leases_of_killed(self) -> None:
+        """Do nothing: the leases are short."""
 
-    def lose(self, deliveries: Sequence[Delivery]) -> None:
+    def expire_leases(self, deliveries: Sequence[Delivery]) -> None:
         time.sleep(self.lease_seconds)
 
     def close(self) -> None:

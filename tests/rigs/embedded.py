@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters import QueueOptions, open_queue
 from adapters.embedded import EmbeddedQueue
-from tests.rigs.base import Guarantees, Letter
+from tests.rigs.base import Guarantees, StoredDeadLetter
 from worker.commands.dlq.dead_letters import iter_dead_letters
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ class Embedded:
     guarantees: ClassVar = Guarantees(
         in_order=True,
         lease_seconds=EmbeddedQueue.LEASE_SECONDS,
-        longest_delay=float("inf"),
-        unhandled_is_free=True,
+        max_delay=float("inf"),
+        unhandled_counts_as_attempt=False,
         dead_letter="always",
-        gave_up=True,
+        keeps_last_reason=True,
         backlog="exact",
-        largest=100_000_000,
+        max_message_bytes=100_000_000,
         any_bytes=True,
     )
     attempts = EmbeddedQueue.MAX_ATTEMPTS
@@ -62,17 +62,20 @@ class Embedded:
     def is_empty(self) -> bool:
         return self._queue.backlog() == 0
 
-    def dead_letters(self, at_least: int = 0) -> list[Letter]:
-        return [Letter(letter.delivery.body, asdict(letter.failure)) for letter in iter_dead_letters(self._queue)]
+    def dead_letters(self, at_least: int = 0) -> list[StoredDeadLetter]:
+        return [
+            StoredDeadLetter(dead_letter.delivery.body, asdict(dead_letter.failure))
+            for dead_letter in iter_dead_letters(self._queue)
+        ]
 
-    def left(self) -> list[bytes]:
+    def unsettled(self) -> list[bytes]:
         with closing(sqlite3.connect(self._path)) as database:
             return [body for (body,) in database.execute("SELECT body FROM messages")]
 
-    def worker_died(self) -> None:
-        """Do nothing: its leases are short."""
+    def expire_leases_of_killed(self) -> None:
+        """Do nothing: the leases are short."""
 
-    def lose(self, deliveries: Sequence[Delivery]) -> None:
+    def expire_leases(self, deliveries: Sequence[Delivery]) -> None:
         time.sleep(self.lease_seconds)
 
     def close(self) -> None:

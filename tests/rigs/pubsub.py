@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from adapters import QueueOptions
 from adapters.pubsub import queue as pubsub
 from adapters.pubsub.settlement import LEASE_SECONDS
-from tests.rigs.base import Guarantees, Letter
+from tests.rigs.base import Guarantees, StoredDeadLetter
 from tests.support.pubsub_emulator import Emulator, Network, Subscription, missing
 
 if TYPE_CHECKING:
@@ -19,35 +19,36 @@ if TYPE_CHECKING:
 
     from adapters import Delivery, QueueAdapter
 
-NOTICED = 1.0  # seconds in which the emulator has noticed that a worker's stream is gone
-SHORTEST = 10  # seconds, the shortest lease there is
+DISCONNECT_SECONDS = 1.0  # after which the emulator has noticed the end of a stream
+MIN_LEASE = 10  # seconds, Pub/Sub's limit
 
 
 class PubSub:
     """Implements Rig.
 
-    With `kills` behind a relay, which ends the stream of a worker that died; the emulator would believe in it.
+    With `kills`, workers connect through a relay, which ends the stream of a killed worker: the emulator does not
+    detect that it is gone.
     """
 
     guarantees: ClassVar = Guarantees(
         in_order=False,
         lease_seconds=LEASE_SECONDS,
-        longest_delay=pubsub.MAX_DELAY,
-        unhandled_is_free=False,
-        dead_letter="asked",
-        gave_up=False,
-        backlog="sent back",
-        largest=10_000_000,
+        max_delay=pubsub.MAX_DELAY,
+        unhandled_counts_as_attempt=True,
+        dead_letter="direct mode",
+        keeps_last_reason=False,
+        backlog="returned",
+        max_message_bytes=10_000_000,
         any_bytes=True,
     )
     attempts = 5
 
     def __init__(self, server: Emulator, directory: Path, *, kills: bool = False) -> None:
-        self._lease = SHORTEST if kills else LEASE_SECONDS
+        self._lease = MIN_LEASE if kills else LEASE_SECONDS
         self.lease_seconds = float(self._lease)
         self._subscription = Subscription(server, minimum_backoff=1.0 if kills else None)
         self._network = Network(server) if kills else None
-        self._dead: list[Letter] = []
+        self._dead: list[StoredDeadLetter] = []
         host = f"127.0.0.1:{self._network.port}" if self._network else server.host
         self.environment = {"QUEUE_URL": self._subscription.url, "PUBSUB_EMULATOR_HOST": host}
         self.missing_url = "pubsub://demo/nowhere"
@@ -74,25 +75,25 @@ class PubSub:
     def is_empty(self) -> None:
         return None
 
-    def dead_letters(self, at_least: int = 0) -> list[Letter]:
+    def dead_letters(self, at_least: int = 0) -> list[StoredDeadLetter]:
         if at_least:
             found = self._subscription.dead_letters(at_least - len(self._dead))
         else:
             found = [entry.message for entry in self._subscription.pull(0.0, dead=True)]
-        self._dead += [Letter(bytes(message.data), dict(message.attributes)) for message in found]
+        self._dead += [StoredDeadLetter(bytes(message.data), dict(message.attributes)) for message in found]
         return self._dead
 
-    def left(self) -> list[bytes]:
+    def unsettled(self) -> list[bytes]:
         return self._subscription.unacked()
 
-    def worker_died(self) -> None:
-        """End its leases, as a minute of waiting would."""
+    def expire_leases_of_killed(self) -> None:
+        """End the leases now instead of after a minute."""
         assert self._network is not None
-        time.sleep(NOTICED)
+        time.sleep(DISCONNECT_SECONDS)
         self._network.end_leases(self._subscription)
 
-    def lose(self, deliveries: Sequence[Delivery]) -> None:
-        """Do what the server does in the end: the client of one who lives extends its leases."""
+    def expire_leases(self, deliveries: Sequence[Delivery]) -> None:
+        """End the leases at the server: the client of a running worker extends them."""
         ids = [delivery.message.ack_id for delivery in deliveries if isinstance(delivery, pubsub.PubSubDelivery)]
         self._subscription.subscriber.modify_ack_deadline(
             subscription=self._subscription.path, ack_ids=ids, ack_deadline_seconds=0

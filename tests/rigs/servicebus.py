@@ -1,4 +1,4 @@
-"""A queue on a small Service Bus broker of ours, under Azure's own client."""
+"""A queue on the Service Bus broker of tests/support, accessed with Azure's client."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters import QueueOptions, open_queue
-from tests.rigs.base import Guarantees, Letter
+from tests.rigs.base import Guarantees, StoredDeadLetter
 from tests.support.servicebus_broker.broker import Broker, Queue, bodies, missing
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ class ServiceBus:
     guarantees: ClassVar = Guarantees(
         in_order=False,
         lease_seconds=None,
-        longest_delay=float("inf"),
-        unhandled_is_free=False,
+        max_delay=float("inf"),
+        unhandled_counts_as_attempt=True,
         dead_letter="always",
-        gave_up=False,
-        backlog="sent back",
-        largest=256 * 1024,
+        keeps_last_reason=False,
+        backlog="returned",
+        max_message_bytes=256 * 1024,
         any_bytes=True,
     )
     attempts = 10
@@ -67,27 +67,30 @@ class ServiceBus:
         ready, locked, _ = self._queue.counts()
         return ready + locked == 0
 
-    def dead_letters(self, at_least: int = 0) -> list[Letter]:
+    def dead_letters(self, at_least: int = 0) -> list[StoredDeadLetter]:
         deadline = time.monotonic() + 20.0
         while (dead := self._queue.counts()[2]) < at_least and time.monotonic() < deadline:
             time.sleep(0.05)
         if not dead:
             return []
-        letters = self._queue.peek(dead=True)
-        return [Letter(body, _about(letter)) for body, letter in zip(bodies(letters), letters, strict=True)]
+        dead_letters = self._queue.read(dead=True)
+        return [
+            StoredDeadLetter(body, _details(dead_letter))
+            for body, dead_letter in zip(bodies(dead_letters), dead_letters, strict=True)
+        ]
 
-    def left(self) -> list[bytes]:
-        return [] if self.is_empty() else bodies(self._queue.peek())
+    def unsettled(self) -> list[bytes]:
+        return [] if self.is_empty() else bodies(self._queue.read())
 
-    def worker_died(self) -> None:
-        """Do nothing: its leases are short."""
+    def expire_leases_of_killed(self) -> None:
+        """Do nothing: the leases are short."""
 
-    def lose(self, deliveries: Sequence[Delivery]) -> None:
+    def expire_leases(self, deliveries: Sequence[Delivery]) -> None:
         self._queue.broker("expire", name=self._queue.address)
 
     def close(self) -> None:
         self._queue.close()
 
 
-def _about(letter: Any) -> dict[str, str]:
-    return {"reason": letter.dead_letter_reason, "description": letter.dead_letter_error_description}
+def _details(dead_letter: Any) -> dict[str, str]:
+    return {"reason": dead_letter.dead_letter_reason, "description": dead_letter.dead_letter_error_description}

@@ -1,4 +1,4 @@
-"""A queue and its dead-letter queue on a stand-in for AWS SQS."""
+"""A queue and its dead-letter queue on an SQS emulator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adapters.sqs.long_polling import SQSDelivery
 from adapters.sqs.queue import SQSQueue
 from adapters.sqs.sending import MAX_BYTES
 from adapters.sqs.settlement import LEASE_SECONDS, MAX_HOLD
-from tests.rigs.base import Guarantees, Letter
+from tests.rigs.base import Guarantees, StoredDeadLetter
 from tests.support.sqs_fakes import Network, Queue, Server, environment, missing
 
 if TYPE_CHECKING:
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 class SQS:
     """Implements Rig.
 
-    With `kills` behind a relay, which knows what was handed to a worker that died.
+    With `kills`, workers connect through a relay, which records the messages delivered to a killed worker.
     """
 
     guarantees: ClassVar = Guarantees(
         in_order=False,
         lease_seconds=LEASE_SECONDS,
-        longest_delay=MAX_HOLD,
-        unhandled_is_free=False,
-        dead_letter="asked",
-        gave_up=False,
+        max_delay=MAX_HOLD,
+        unhandled_counts_as_attempt=True,
+        dead_letter="direct mode",
+        keeps_last_reason=False,
         backlog="approximate",
-        largest=MAX_BYTES,
+        max_message_bytes=MAX_BYTES,
         any_bytes=False,
     )
     attempts = 5
@@ -71,20 +71,20 @@ class SQS:
     def is_empty(self) -> bool:
         return self._queue.held() == 0
 
-    def dead_letters(self, at_least: int = 0) -> list[Letter]:
+    def dead_letters(self, at_least: int = 0) -> list[StoredDeadLetter]:
         url = self._queue.dead_url
         self._queue.wait_for(url, at_least)
-        return [Letter(body, about) for body, about in self._queue.look(url)]
+        return [StoredDeadLetter(body, about) for body, about in self._queue.look(url)]
 
-    def left(self) -> list[bytes]:
+    def unsettled(self) -> list[bytes]:
         return [body for body, _ in self._queue.look(self._queue.queue_url)]
 
-    def worker_died(self) -> None:
-        """End its leases, as a minute of waiting would."""
+    def expire_leases_of_killed(self) -> None:
+        """End the leases now instead of after a minute."""
         assert self._network is not None
         self._network.end_leases()
 
-    def lose(self, deliveries: Sequence[Delivery]) -> None:
+    def expire_leases(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:
             assert isinstance(delivery, SQSDelivery)
             self._queue.client.change_message_visibility(

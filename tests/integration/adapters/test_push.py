@@ -189,7 +189,7 @@ def test_a_body_without_a_length_counts_as_the_largest(queue: PushQueue) -> None
 
 def test_a_body_that_does_not_arrive_holds_no_place(queue: PushQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a few stalled senders would have everybody else answered 429."""
-    monkeypatch.setattr(push, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(push, "BODY_TIMEOUT", 0.2)
     send = Sender(queue)
     with socket.create_connection(("127.0.0.1", queue.port), timeout=5) as stalled:
         stalled.sendall(b"POST / HTTP/1.1\r\nHost: worker\r\nContent-Length: 900000\r\n\r\n{")
@@ -348,7 +348,7 @@ def test_a_token_whose_signature_cloud_run_removed_proves_nothing(
     """Cloud Run does so when it has checked the token itself; the log says what to do."""
     token = google.token().rpartition(".")[0] + ".SIGNATURE_REMOVED_BY_GOOGLE"
     assert Sender(guarded)(b"{}", Authorization=f"Bearer {token}").result(10) == 401
-    assert "leave audience and service_account out of QUEUE_URL" in str([vars(record) for record in caplog.records])
+    assert "remove audience and service_account from QUEUE_URL" in str([vars(record) for record in caplog.records])
 
 
 def test_keys_out_of_reach_are_no_refusal() -> None:

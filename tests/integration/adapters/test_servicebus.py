@@ -372,7 +372,7 @@ def test_subscriptions_of_a_topic_each_get_all(broker: Broker, opened: Open) -> 
     assert [delivery.body for delivery in got] == [b"1", b"2"]
     adapter.ack(got)
     assert first.counts() == (0, 0, 0)
-    assert bodies(second.peek()) == [b"1", b"2"]
+    assert bodies(second.read()) == [b"1", b"2"]
 
 
 def test_publish_fills_the_queue(broker: Broker, opened: Open) -> None:

@@ -112,7 +112,7 @@ def test_all_letters_are_shown_once_oldest_first_and_left_as_they_were(broker: B
     assert found[0].delivery.published_at is not None
     assert 0 <= time.time() - found[0].delivery.published_at.timestamp() < 300
     assert dead(queue) == (260, 0)
-    assert {letter.delivery_count or 0 for letter in queue.peek(dead=True)} == {0}
+    assert {letter.delivery_count or 0 for letter in queue.read(dead=True)} == {0}
 
 
 def test_a_letter_that_comes_later_is_shown_too(broker: Broker, look: Look) -> None:
@@ -192,7 +192,7 @@ def test_the_oldest_are_removed_without_touching_others(broker: Broker, look: Lo
     while dead(queue) != (2, 0):
         assert time.monotonic() < deadline, dead(queue)
         time.sleep(0.02)
-    left = queue.peek(dead=True)
+    left = queue.read(dead=True)
     assert [(b"".join(letter.body), letter.delivery_count or 0) for letter in left] == [(b"3", 0), (b"4", 0)]
 
 
@@ -215,7 +215,7 @@ def test_what_somebody_else_has_locked_is_not_removed(
     broker: Broker, look: Look, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That is told; what they removed is what was wanted."""
-    monkeypatch.setattr(servicebus_dead_letters, "QUIET", 0.5)
+    monkeypatch.setattr(servicebus_dead_letters, "IDLE_TIMEOUT", 0.5)
     queue = Queue(broker)
     bury(queue, b"1", b"2", b"3")
     letters, others = look(queue), look(queue)

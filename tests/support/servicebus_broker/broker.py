@@ -125,7 +125,7 @@ class Queue:
             assert time.monotonic() < deadline, f"ready, locked, dead: {self.counts()}"
             time.sleep(0.02)
 
-    def peek(self, *, dead: bool = False) -> list[ServiceBusReceivedMessage]:
+    def read(self, *, dead: bool = False) -> list[ServiceBusReceivedMessage]:
         """Return all messages, locked or not."""
         receiver = self._receiver(dead)
         found: list[ServiceBusReceivedMessage] = []

@@ -104,7 +104,7 @@ class Entity:
         if self.dead is not None:
             self.dead.end_locks(now)
 
-    def peek(self, first: int, at_most: int) -> list[Stored]:
+    def read(self, first: int, at_most: int) -> list[Stored]:
         """Return messages, locked or not, from sequence number `first` on."""
         found = [stored for stored in (*self.ready, *self.locked.values()) if stored.sequence >= first]
         return sorted(found, key=lambda stored: stored.sequence)[:at_most]

@@ -12,7 +12,7 @@ from tests.support.servicebus_broker.encoding import milliseconds
 if TYPE_CHECKING:
     from tests.support.servicebus_broker.entities import Entity
 
-MOST_PEEKED = 250  # messages, however many are asked for
+MAX_READ = 250  # messages, however many are asked for
 LOST = "com.microsoft:message-lock-lost"
 
 
@@ -34,7 +34,7 @@ def managed(entity: Entity, operation: str, body: dict[str, Any]) -> tuple[int, 
         settled = [_disposed(entity, token, body) for token in tokens]
         return (200, {}, "") if all(settled) else (410, None, LOST)
     if operation == "peek-message":
-        found = entity.peek(body["from-sequence-number"], min(body["message-count"], MOST_PEEKED))
+        found = entity.read(body["from-sequence-number"], min(body["message-count"], MAX_READ))
         return (
             (200, {"messages": [{"message": each.encode(entity.ahead)} for each in found]}, "")
             if found
