@@ -157,7 +157,7 @@ def test_what_is_pulled_is_held_for_a_minute_at_once(
 
     with monkeypatch.context() as patch:
         patch.setattr(queue._client, "modify_ack_deadline", fail)
-        with pytest.raises(QueueError, match="cannot extend the leases of its dead letters in .*: 404 gone"):
+        with pytest.raises(QueueError, match=r"cannot extend the leases of its dead letters in .*: 404 gone"):
             letters.receive(10, 5.0)
     assert [(len(request["ack_ids"]), request["ack_deadline_seconds"]) for request in told] == [(1, 60)]
     with monkeypatch.context() as patch:
