@@ -38,7 +38,7 @@ def test_pushed_messages_have_every_effect_once(sandbox: Sandbox, emulator: Emul
 def test_sigterm_finishes_open_requests(sandbox: Sandbox, emulator: Emulator, tmp_path: Path) -> None:
     """A host replaces the instance: the old one responds to its open requests, and the new one receives the others.
 
-    The new instance listens before the old one stops because the emulator gives up on a message after few failures.
+    The new instance listens before the old one stops because the emulator drops a message after a few failures.
     """
     old, old_url = _instance(sandbox, tmp_path / "old")
     new, new_url = _instance(sandbox, tmp_path / "new")

@@ -1,4 +1,4 @@
-"""Plain HTTP to the Klaviyo stand-in."""
+"""A plain HTTP client for the Klaviyo emulator."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADERS = {
 
 
 class Caller:
-    """Speaks plain HTTP to the Klaviyo stand-in."""
+    """A plain HTTP client for the Klaviyo emulator."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._url = sandbox.klaviyo.url
@@ -30,8 +30,8 @@ class Caller:
     def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
         content = None if body is None else body if isinstance(body, bytes) else orjson.dumps(body)
         merged = {name: value for name, value in (HEADERS | headers).items() if value}
-        answer = self._pool.request(method, self._url + path, body=content, headers=merged)
-        return answer.status, orjson.loads(answer.data) if answer.data else None
+        response = self._pool.request(method, self._url + path, body=content, headers=merged)
+        return response.status, orjson.loads(response.data) if response.data else None
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Bulk jobs: checked as a whole when they come, worked on one entry at a time, asked about afterwards."""
+"""Bulk jobs: validated as a whole, processed entry by entry, polled by the client."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def catalog(kind: str, verb: str, *entries: dict[str, Any]) -> tuple[str, dict[s
 
 
 def outcome(call: Caller, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Start a job and return its attributes when it is complete."""
+    """Start a job, and return its attributes after it is complete."""
     status, accepted = call("POST", path, body)
     assert status == 202, accepted
     attributes = call("GET", f"{path}/{accepted['data']['id']}")[1]["data"]["attributes"]
@@ -39,8 +39,8 @@ def outcome(call: Caller, path: str, body: dict[str, Any]) -> dict[str, Any]:
     return attributes
 
 
-def test_profiles_are_imported_and_their_conflicts_reported(call: Caller, sandbox: Sandbox) -> None:
-    """A conflict costs one profile, and comes with what was sent."""
+def test_import_reports_conflicting_profiles(call: Caller, sandbox: Sandbox) -> None:
+    """A conflict affects one profile, and its error contains the original payload."""
     call("POST", PROFILES, imports({"email": "ada@example.com"}, {"external_id": "x", "title": "Dr"}))
     both = {"email": "ada@example.com", "external_id": "x"}
     accepted = call("POST", PROFILES, imports(both, {"external_id": "x", "title": "Prof"}))[1]["data"]
@@ -58,23 +58,23 @@ def test_profiles_are_imported_and_their_conflicts_reported(call: Caller, sandbo
 @pytest.mark.parametrize(
     "bad", [{"email": "nonsense"}, {"first_name": "Ada"}, {"email": "a@b.co", "properties": {"x": "y" * 100_000}}]
 )
-def test_one_bad_profile_refuses_the_import(bad: dict[str, Any], call: Caller, sandbox: Sandbox) -> None:
-    """The pointer says which one; none is imported."""
+def test_one_invalid_profile_refuses_the_import(bad: dict[str, Any], call: Caller, sandbox: Sandbox) -> None:
+    """The pointer names the profile, and none is imported."""
     status, document = call("POST", PROFILES, imports({"email": "ada@example.com"}, bad))
     assert status == 400
     assert pointer(document).startswith("/data/attributes/profiles/data/1")
     assert sandbox.account.profiles == []
 
 
-def test_an_import_has_a_size(call: Caller) -> None:
-    """10,000 profiles, at least one."""
+def test_import_has_1_to_10000_profiles(call: Caller) -> None:
+    """Other numbers are refused."""
     assert call("POST", PROFILES, imports(*({"external_id": str(n)} for n in range(10_001))))[0] == 400
     assert call("POST", PROFILES, imports())[0] == 400
     assert call("POST", PROFILES, imports(*({"external_id": str(n)} for n in range(10_000))))[0] == 202
 
 
-def test_a_job_takes_its_time() -> None:
-    """Queued, processing, complete: with its effect only then."""
+def test_job_takes_the_configured_time() -> None:
+    """It is queued, processing, then complete, and has its effect only at the end."""
     with Sandbox(account=Account(job_seconds=0.2)) as sandbox:
         call = Caller(sandbox)
         accepted = call("POST", PROFILES, imports({"email": "ada@example.com"}))[1]["data"]
@@ -91,8 +91,8 @@ def test_a_job_takes_its_time() -> None:
         assert [job["id"] for job in call("GET", query)[1]["data"]] == [accepted["id"]]
 
 
-def test_the_catalog_goes_up_and_down_in_bulk(call: Caller, sandbox: Sandbox) -> None:
-    """Nine jobs: create, update, delete of categories, items, variants."""
+def test_catalog_jobs_create_update_and_delete(call: Caller, sandbox: Sandbox) -> None:
+    """The nine jobs cover categories, items and variants."""
     category = {"attributes": {"external_id": "c", "name": "C"}}
     categories = {"relationships": {"categories": {"data": [{"type": "catalog-category", "id": PREFIX + "c"}]}}}
     created = [
@@ -116,8 +116,8 @@ def test_the_catalog_goes_up_and_down_in_bulk(call: Caller, sandbox: Sandbox) ->
     assert [account.items, account.variants, account.categories] == [{}, {}, {}]
 
 
-def test_what_is_there_or_missing_fails_alone(call: Caller, sandbox: Sandbox) -> None:
-    """In the shape Klaviyo really sends: no id, no code, no title."""
+def test_existing_or_missing_entries_fail_alone(call: Caller, sandbox: Sandbox) -> None:
+    """The errors have Klaviyo's real form: no id, no code, no title."""
     outcome(call, *catalog("item", "create", {"attributes": ITEM}))
     again = outcome(call, *catalog("item", "create", {"attributes": ITEM}, {"attributes": ITEM | {"external_id": "q"}}))
     assert (again["completed_count"], again["failed_count"]) == (1, 1)
@@ -142,8 +142,8 @@ def test_what_is_there_or_missing_fails_alone(call: Caller, sandbox: Sandbox) ->
         ("category", "delete", {"id": PREFIX + "c", "type": "catalog-item"}),
     ],
 )
-def test_one_bad_entry_refuses_the_job(kind: str, verb: str, bad: dict[str, Any], call: Caller) -> None:
-    """The pointer says which one."""
+def test_one_invalid_entry_refuses_the_job(kind: str, verb: str, bad: dict[str, Any], call: Caller) -> None:
+    """The pointer names the entry."""
     good = {"id": PREFIX + "x", "attributes": {"create": ITEM, "update": {}, "delete": {}}[verb]}
     path, body = catalog(kind, verb, good, bad)
     status, document = call("POST", path, body)
@@ -152,16 +152,16 @@ def test_one_bad_entry_refuses_the_job(kind: str, verb: str, bad: dict[str, Any]
     assert call("GET", path)[1]["data"] == []
 
 
-def test_a_catalog_job_has_a_hundred_entries(call: Caller) -> None:
-    """And a body of 5 MB."""
+def test_catalog_job_has_at_most_100_entries(call: Caller) -> None:
+    """The body has at most 5 MB."""
     entries = [{"id": f"{PREFIX}{number}"} for number in range(101)]
     assert call("POST", *catalog("item", "delete", *entries))[0] == 400
     assert call("POST", *catalog("item", "delete", *entries[:100]))[0] == 202
     assert call("POST", "/api/catalog-item-bulk-delete-jobs", b'"' + b"x" * 5_000_000 + b'"')[0] == 413
 
 
-def test_500_jobs_can_be_in_progress() -> None:
-    """The next one is told to come back."""
+def test_at_most_500_catalog_jobs_are_in_progress() -> None:
+    """The next one is throttled."""
     with Sandbox(account=Account(job_seconds=60)) as sandbox:
         call = Caller(sandbox)
         statuses = [call("POST", *catalog("item", "delete", {"id": f"{PREFIX}x"}))[0] for _ in range(501)]
@@ -171,8 +171,8 @@ def test_500_jobs_can_be_in_progress() -> None:
         assert (len(listed["data"]), bool(listed["links"]["next"])) == (100, True)
 
 
-def test_a_job_that_ended_makes_room(call: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what is in progress counts."""
+def test_completed_jobs_do_not_count(call: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only jobs in progress count towards the maximum."""
     monkeypatch.setattr(jobs, "MAX_JOBS", 1)
     path, body = catalog("item", "delete", {"id": f"{PREFIX}x"})
     assert [call("POST", path, body)[0] for _ in range(3)] == [202] * 3
@@ -188,13 +188,13 @@ def test_a_job_that_ended_makes_room(call: Caller, monkeypatch: pytest.MonkeyPat
         "/api/catalog-item-bulk-create-jobs/none/import-errors",
     ],
 )
-def test_an_unknown_job_is_not_found(path: str, call: Caller) -> None:
-    """Nor a kind of job there is not."""
+def test_unknown_job_is_not_found(path: str, call: Caller) -> None:
+    """An unknown kind of job is not found either."""
     assert call("GET", path)[0] == 404
 
 
-def test_a_job_is_found_under_its_own_kind_only(call: Caller) -> None:
-    """An id of another kind of job is unknown there."""
+def test_job_is_found_only_under_its_own_kind(call: Caller) -> None:
+    """The path of another kind of job returns 404."""
     job = call("POST", PROFILES, imports({"email": "ada@example.com"}))[1]["data"]["id"]
     assert call("GET", f"/api/catalog-item-bulk-create-jobs/{job}")[0] == 404
 
@@ -212,8 +212,8 @@ def listed(call: Caller, path: str, query: str = "") -> list[str]:
     return seen
 
 
-def test_imports_are_listed_by_age_a_page_at_a_time(call: Caller) -> None:
-    """Oldest first unless asked otherwise."""
+def test_imports_are_listed_in_pages_by_age(call: Caller) -> None:
+    """The default order is oldest first."""
     made = [call("POST", PROFILES, imports({"external_id": str(n)}))[1]["data"]["id"] for n in range(5)]
     assert listed(call, PROFILES) == listed(call, PROFILES, "sort=created_at&page[size]=2") == made
     assert listed(call, PROFILES, "sort=-created_at&page[size]=2") == made[::-1]
@@ -222,7 +222,7 @@ def test_imports_are_listed_by_age_a_page_at_a_time(call: Caller) -> None:
 
 @pytest.mark.parametrize("quote", ['"', "'"])
 def test_imports_are_listed_by_status(quote: str) -> None:
-    """One, or any of several; in either kind of quotes."""
+    """The filter has one or several statuses, in single or double quotes."""
     with Sandbox(account=Account(job_seconds=60)) as sandbox:
         call = Caller(sandbox)
         job = call("POST", PROFILES, imports({"external_id": "x"}))[1]["data"]["id"]
@@ -249,7 +249,7 @@ def test_imports_are_listed_by_status(quote: str) -> None:
         ("/api/catalog-item-bulk-create-jobs", "filter=any(status,['complete'])"),
     ],
 )
-def test_a_list_takes_the_documented_parameters_only(path: str, query: str, call: Caller) -> None:
-    """Lists of catalog jobs have fixed pages and no order."""
+def test_list_accepts_only_documented_parameters(path: str, query: str, call: Caller) -> None:
+    """Lists of catalog jobs have a fixed page size and no order."""
     assert call("GET", f"{path}?{query}")[0] == 400
     assert call("GET", f"{path}?fields[{path.rpartition('/')[2][:-1]}]=status")[0] == 200

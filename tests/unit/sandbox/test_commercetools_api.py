@@ -1,4 +1,4 @@
-"""The commercetools stand-in: tokens, queries, and the limits of the real one."""
+"""The commercetools emulator: tokens, queries and documented limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRANT = {"grant_type": "client_credentials"}
 
 
 class Caller:
-    """Speaks plain HTTP to the commercetools stand-in."""
+    """A plain HTTP client for the commercetools emulator."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._url = sandbox.commercetools.url
@@ -28,8 +28,10 @@ class Caller:
     def token(self, identity: str = BASIC, **form: str) -> tuple[int, Any]:
         headers = urllib3.make_headers(basic_auth=identity)
         headers["Content-Type"] = "application/x-www-form-urlencoded"
-        answer = self._pool.request("POST", f"{self._url}/oauth/token", body=urlencode(form or GRANT), headers=headers)
-        return answer.status, answer.json()
+        response = self._pool.request(
+            "POST", f"{self._url}/oauth/token", body=urlencode(form or GRANT), headers=headers
+        )
+        return response.status, response.json()
 
     def raw(self, path: str, token: str = "", **headers: str) -> urllib3.BaseHTTPResponse:
         token = token or self.token()[1]["access_token"]
@@ -37,8 +39,8 @@ class Caller:
         return self._pool.request("GET", self._url + path, headers=merged, decode_content=False)
 
     def get(self, collection: str, *parameters: tuple[str, str], token: str = "") -> tuple[int, Any]:
-        answer = self.raw(f"/{PROJECT}/{collection}?{urlencode(parameters)}", token)
-        return answer.status, orjson.loads(answer.data)
+        response = self.raw(f"/{PROJECT}/{collection}?{urlencode(parameters)}", token)
+        return response.status, orjson.loads(response.data)
 
 
 @pytest.fixture
@@ -50,8 +52,8 @@ def names(document: Any) -> set[str]:
     return {resource["id"] for resource in document["results"]}
 
 
-def test_a_token_is_granted_for_what_was_asked(call: Caller) -> None:
-    """All the client has when nothing was asked; less when it has less."""
+def test_token_has_the_requested_scopes(call: Caller) -> None:
+    """Without requested scopes it has all scopes of the client. Scopes that the client lacks are not granted."""
     status, full = call.token()
     assert (status, full["token_type"], full["expires_in"]) == (200, "Bearer", 172_800)
     assert f"view_products:{PROJECT}" in full["scope"].split()
@@ -67,17 +69,17 @@ def test_a_token_is_granted_for_what_was_asked(call: Caller) -> None:
         (BASIC, GRANT | {"scope": "view_orders:other-shop"}, 400, "invalid_scope"),
     ],
 )
-def test_a_bad_token_request_is_refused(
+def test_invalid_token_request_is_refused(
     identity: str, form: dict[str, str], status: int, code: str, call: Caller, sandbox: Sandbox
 ) -> None:
-    """In the form of commercetools' errors."""
-    answer = call.token(identity, **form)
-    assert (answer[0], answer[1]["statusCode"], answer[1]["errors"][0]["code"]) == (status, status, code)
+    """The error has commercetools' format."""
+    response = call.token(identity, **form)
+    assert (response[0], response[1]["statusCode"], response[1]["errors"][0]["code"]) == (status, status, code)
     assert sandbox.commercetools_api.tokens_issued == 0
 
 
-def test_a_token_counts_until_it_is_revoked_or_expires(call: Caller, sandbox: Sandbox) -> None:
-    """401 invalid_token then, as for one never issued or another scheme."""
+def test_token_is_valid_until_revoked_or_expired(call: Caller, sandbox: Sandbox) -> None:
+    """Invalid tokens and other schemes are refused with 401 invalid_token."""
     token = call.token()[1]["access_token"]
     assert call.get("orders", token=token)[0] == 200
     sandbox.commercetools_api.revoke_tokens()
@@ -89,8 +91,8 @@ def test_a_token_counts_until_it_is_revoked_or_expires(call: Caller, sandbox: Sa
         assert Caller(short).get("orders")[0] == 401
 
 
-def test_a_resource_is_read_by_id(call: Caller) -> None:
-    """404 for what is not there: the id, the collection, the project, the method."""
+def test_resource_is_read_by_id(call: Caller) -> None:
+    """An unknown id, collection, project or path is refused with 404."""
     grete = uid("customer:grete")
     assert call.get(f"customers/{grete}")[1]["email"] == "grete.hermannsdotter@mail.example"
     for path in (f"/{PROJECT}/customers/none", f"/{PROJECT}/nonsense", "/other-shop/orders", f"/{PROJECT}"):
@@ -112,20 +114,20 @@ def test_a_resource_is_read_by_id(call: Caller) -> None:
         ("discount-codes", 'code = "SUMMER10"', {"discount-code:summer"}),
     ],
 )
-def test_a_query_finds_what_its_predicate_names(collection: str, where: str, expected: set[str], call: Caller) -> None:
-    """Every query the worker needs."""
+def test_query_returns_matching_resources(collection: str, where: str, expected: set[str], call: Caller) -> None:
+    """The cases cover every query of the worker."""
     status, document = call.get(collection, ("where", where))
     assert (status, names(document)) == (200, set(map(uid, expected)))
 
 
-def test_several_predicates_must_all_hold(call: Caller) -> None:
-    """`where` may be repeated."""
+def test_several_predicates_must_all_match(call: Caller) -> None:
+    """The parameter `where` can be repeated."""
     both = [("where", 'sku = "JEANS-30"'), ("where", "availableQuantity < 10")]
     assert names(call.get("inventory", *both)[1]) == {uid("inventory-entry:jeans-30-store")}
 
 
-def test_a_scan_in_pages_sees_everything_once(call: Caller, sandbox: Sandbox) -> None:
-    """By offset, and by `id >`; the total only when it is wanted."""
+def test_pages_contain_every_resource_once(call: Caller, sandbox: Sandbox) -> None:
+    """The pages use offsets or `id >`. The total is optional."""
     first = call.get("orders", ("sort", "id asc"), ("limit", "4"))[1]
     assert (first["limit"], first["offset"], first["count"], first["total"]) == (4, 0, 4, len(sandbox.shop.orders))
     second = call.get("orders", ("sort", "id asc"), ("limit", "500"), ("offset", "4"), ("withTotal", "false"))[1]
@@ -150,21 +152,21 @@ def test_a_scan_in_pages_sees_everything_once(call: Caller, sandbox: Sandbox) ->
         ("where", "(" * 1_000 + 'id = "x"' + ")" * 1_000),
     ],
 )
-def test_a_malformed_query_is_invalid_input(parameter: tuple[str, str], call: Caller) -> None:
-    """400, never a guess."""
+def test_malformed_query_is_refused(parameter: tuple[str, str], call: Caller) -> None:
+    """The response is 400 InvalidInput."""
     status, document = call.get("orders", parameter)
     assert (status, document["errors"][0]["code"]) == (400, "InvalidInput")
 
 
-def test_an_uri_has_8_kb(call: Caller) -> None:
-    """As the load balancer of the real service has it."""
+def test_uri_has_at_most_8_kb(call: Caller) -> None:
+    """This is the limit of the real load balancer."""
     path = f"/{PROJECT}/orders?x="
     assert call.raw(path + "y" * (8_192 - len(path))).status == 200
     assert call.raw(path + "y" * (8_193 - len(path))).status == 413
 
 
-def test_long_answers_are_compressed_on_request_only(call: Caller) -> None:
-    """And short ones never."""
+def test_long_responses_are_compressed_on_request(call: Caller) -> None:
+    """Short ones are never compressed."""
     path = f"/{PROJECT}/orders/{uid('order:hundred')}"
     zipped, plain = call.raw(path, **{"Accept-Encoding": "gzip"}), call.raw(path)
     assert zipped.headers["Content-Encoding"] == "gzip"
@@ -174,8 +176,8 @@ def test_long_answers_are_compressed_on_request_only(call: Caller) -> None:
     assert "Content-Encoding" not in call.raw(f"/{PROJECT}/orders/none", **{"Accept-Encoding": "gzip"}).headers
 
 
-def test_every_answer_has_a_correlation_id(call: Caller) -> None:
-    """The caller's own, or one of its own."""
+def test_every_response_has_a_correlation_id(call: Caller) -> None:
+    """It is the id of the request, or a new one."""
     path = f"/{PROJECT}/customers"
     assert call.raw(path, **{"X-Correlation-ID": "mine"}).headers["X-Correlation-ID"] == "mine"
     found = {call.raw(path).headers["X-Correlation-ID"] for _ in range(2)}

@@ -1,4 +1,4 @@
-"""A shop at scale: many resources, all different, found without looking at all of them."""
+"""A large shop: many different resources with an index."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def call() -> Iterator[Caller]:
 
 
 def test_ids_are_as_documented() -> None:
-    """From 1 to N, and nothing more than was asked for."""
+    """Ids are numbered from 1 to N."""
     assert [order["id"] for order in ALL["orders"]] == [f"order-{number}" for number in range(1, 21)]
     assert {entry["id"] for entry in ALL["inventory"]} == {f"inventory-entry-{number}" for number in range(1, 21)}
     assert ALL["categories"] == []
     assert list(Copies(sample_shop(), 0).candidates("orders", [])) == []
 
 
-def test_copies_share_nothing_that_names_somebody_or_something() -> None:
-    """Two profiles with one telephone, or two events with one line id, would be one in Klaviyo."""
+def test_copies_have_distinct_identifiers() -> None:
+    """Otherwise Klaviyo would merge profiles with one phone number and events with one line id."""
     phones = [customer["addresses"][1]["phone"] for customer in ALL["customers"]]
     skus = [sku for product in ALL["product-projections"] for sku in skus_of(product)]
     lines = [line["id"] for order in ALL["orders"] for line in order["lineItems"]]
@@ -51,7 +51,7 @@ def test_copies_share_nothing_that_names_somebody_or_something() -> None:
 
 
 def test_copies_refer_to_each_other() -> None:
-    """An order is of its customer, an inventory entry of its product's variant."""
+    """An order belongs to its customer, an inventory entry to a variant of its product."""
     for order, customer, product, entry in zip(*list(ALL.values())[:4], strict=True):
         assert (order["customerId"], order["customerEmail"]) == (customer["id"], customer["email"])
         assert entry["sku"] == product["masterVariant"]["sku"]
@@ -78,14 +78,14 @@ def skus_of(product: dict[str, Any]) -> list[str]:
         ("orders", 'not(id in ("order-1")) and customerId = "customer-9"', {"order-9"}),
     ],
 )
-def test_a_query_finds_the_copies_it_names(collection: str, where: str, expected: set[str], call: Caller) -> None:
-    """As it finds the sample resources."""
+def test_query_returns_matching_copies(collection: str, where: str, expected: set[str], call: Caller) -> None:
+    """Queries work as for the sample resources."""
     status, document = call.get(collection, ("where", where))
     assert (status, names(document)) == (200, expected)
 
 
-def test_a_copy_is_read_by_its_id(call: Caller) -> None:
-    """And one there is none of is not found."""
+def test_copy_is_read_by_id(call: Caller) -> None:
+    """An unknown id is not found."""
     assert call.get("orders/order-20")[1]["orderNumber"] == "R-20"
     assert call.get("orders/order-21")[0] == 404
     assert call.get("categories/order-20")[0] == 404
@@ -116,8 +116,8 @@ PREDICATES = st.recursive(
 
 
 @given(st.lists(PREDICATES, max_size=2))
-def test_the_index_leaves_nothing_out(predicates: list[str]) -> None:
-    """Whatever the predicates, who passes them is among the candidates."""
+def test_index_misses_no_match(predicates: list[str]) -> None:
+    """For any predicates, every match is among the candidates."""
     tests = [parse_predicate(predicate) for predicate in predicates]
     passing = [order["id"] for order in ALL["orders"] if all(test(order) for test in tests)]
     candidates = [order["id"] for order in COPIES.candidates("orders", tests)]
@@ -133,13 +133,13 @@ def test_the_index_leaves_nothing_out(predicates: list[str]) -> None:
         ("inventory", '(sku in ("sku-1-1")) and id > "x"', 1),
     ],
 )
-def test_the_index_narrows(collection: str, where: str, expected: int) -> None:
-    """A query by id or sku does not look at every resource."""
+def test_index_reduces_the_candidates(collection: str, where: str, expected: int) -> None:
+    """A query by id or sku does not test every resource."""
     assert len(list(COPIES.candidates(collection, [parse_predicate(where)]))) == expected
 
 
-def test_many_copies_share_what_is_the_same() -> None:
-    """Names, prices and images are there once."""
+def test_copies_share_equal_parts() -> None:
+    """Names, prices and images exist once in memory."""
     first, second, *_ = ALL["product-projections"]
     assert first["name"] is second["name"]
     assert first["masterVariant"]["prices"] is second["masterVariant"]["prices"]

@@ -1,4 +1,4 @@
-"""The sandbox refuses what Klaviyo refuses: a stand-in that takes anything proves nothing."""
+"""The Klaviyo emulator enforces Klaviyo's documented rules."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def pointer(document: Any) -> str:
     ],
 )
 def test_headers_are_required(headers: dict[str, str], status: int, call: Caller) -> None:
-    """Key, revision and media type, on every call."""
+    """Every request needs a key, a revision and a media type."""
     assert call("POST", "/api/events", event(), **headers)[0] == status
 
 
-def test_an_event_is_taken_with_an_empty_answer(call: Caller, sandbox: Sandbox) -> None:
-    """202, and the profile comes to be."""
+def test_event_is_accepted_with_an_empty_response(call: Caller, sandbox: Sandbox) -> None:
+    """The status is 202, and the profile is created."""
     body = event(value=1.5, value_currency="EUR", time="2026-11-01T00:00:00Z")
     assert call("POST", "/api/events", body) == (202, None)
     assert [(e["metric"], e["value"], e["email"]) for e in sandbox.account.events] == [
@@ -98,7 +98,7 @@ def test_an_event_is_taken_with_an_empty_answer(call: Caller, sandbox: Sandbox) 
         ({"time": "2199-01-01T00:00:00Z"}, "time"),
     ],
 )
-def test_a_bad_event_is_refused_with_its_pointer(
+def test_invalid_event_is_refused_with_a_pointer(
     attributes: dict[str, Any], where: str, call: Caller, sandbox: Sandbox
 ) -> None:
     """Names, types and limits are Klaviyo's."""
@@ -108,22 +108,22 @@ def test_a_bad_event_is_refused_with_its_pointer(
     assert sandbox.account.events == []
 
 
-def test_what_is_at_the_limit_is_taken(call: Caller) -> None:
-    """400 properties, 4,000 items, 100 KB, ten levels."""
+def test_values_at_the_limits_are_accepted(call: Caller) -> None:
+    """The limits are 400 properties, 4,000 items, 100 KB and ten levels."""
     properties: dict[str, Any] = {f"p{n}": n for n in range(397)}
     properties |= {"list": list(range(4_000)), "text": "x" * 100_000, "deep": nested(9)}
     assert call("POST", "/api/events", event(properties=properties))[0] == 202
 
 
-def test_bodies_have_a_size(call: Caller) -> None:
-    """5 MB for events, 100 KB for a profile."""
+def test_bodies_have_a_maximum_size(call: Caller) -> None:
+    """The maximum is 5 MB for events and 100 KB for a profile."""
     assert call("POST", "/api/events", b'"' + b"x" * 5_000_000 + b'"')[0] == 413
     assert call("POST", "/api/profile-import", b'"' + b"x" * 100_000 + b'"')[0] == 413
     assert call("POST", "/api/events", b"{")[0] == 400
 
 
-def test_the_profile_of_an_event_takes_its_attributes(call: Caller, sandbox: Sandbox) -> None:
-    """No import is needed before an event; an identifier of somebody else is not taken over."""
+def test_event_updates_its_profile(call: Caller, sandbox: Sandbox) -> None:
+    """No import is needed before an event. An identifier of another profile is ignored."""
     who = profile(email="ada@example.com", external_id="x", first_name="Ada", anonymous_id="a")
     call("POST", "/api/events", event(profile=who))
     call("POST", "/api/events", event(profile=profile(external_id="x", last_name="Byron"), unique_id="2"))
@@ -136,8 +136,8 @@ def test_the_profile_of_an_event_takes_its_attributes(call: Caller, sandbox: San
     assert [each["attributes"].get("external_id") for each in sandbox.account.profiles] == ["x", None]
 
 
-def test_an_event_counts_once_per_profile_metric_and_id(call: Caller, sandbox: Sandbox) -> None:
-    """Repeats are answered like the first; without an id the second of the time counts."""
+def test_event_is_recorded_once_per_profile_metric_and_id(call: Caller, sandbox: Sandbox) -> None:
+    """Repeats have the same response. Without unique_id, the time in seconds is the id."""
     other = profile(email="grace@example.com")
     for attributes in ({}, {}, {"unique_id": "2"}, {"profile": other}, {"metric": metric_named("Other")}):
         assert call("POST", "/api/events", event(**attributes))[0] == 202
@@ -161,8 +161,8 @@ def bulk(*ids: str, **attributes: Any) -> dict[str, Any]:
 BULK = "/api/event-bulk-create-jobs"
 
 
-def test_a_bulk_call_is_all_or_nothing(call: Caller, sandbox: Sandbox) -> None:
-    """One bad event, a repeated id or too many refuse the whole call."""
+def test_bulk_call_is_all_or_nothing(call: Caller, sandbox: Sandbox) -> None:
+    """One invalid event, a repeated id or too many events refuse the whole call."""
     bad = bulk("1", "2")
     entries = bad["data"]["attributes"]["events-bulk-create"]["data"][0]["attributes"]["events"]["data"]
     entries[1]["attributes"]["value"] = "text"
@@ -176,8 +176,8 @@ def test_a_bulk_call_is_all_or_nothing(call: Caller, sandbox: Sandbox) -> None:
     assert len(sandbox.account.events) == 1_000
 
 
-def test_a_bulk_call_says_whose_profile_is_bad(call: Caller, sandbox: Sandbox) -> None:
-    """The pointer names the entry, as Klaviyo's does; nothing of the call is recorded."""
+def test_invalid_profile_in_a_bulk_call_has_a_pointer(call: Caller, sandbox: Sandbox) -> None:
+    """The pointer names the entry, as Klaviyo's does. Nothing is recorded."""
     several = bulk("0")
     entries = several["data"]["attributes"]["events-bulk-create"]["data"]
     entries += [bulk(str(number))["data"]["attributes"]["events-bulk-create"]["data"][0] for number in range(1, 10)]
@@ -190,8 +190,8 @@ def test_a_bulk_call_says_whose_profile_is_bad(call: Caller, sandbox: Sandbox) -
     assert sandbox.account.events == []
 
 
-def test_a_bulk_call_names_its_profile_once(call: Caller, sandbox: Sandbox) -> None:
-    """For all events of an entry, however it is written; two entries may mean the same person."""
+def test_profile_is_given_once_per_bulk_entry(call: Caller, sandbox: Sandbox) -> None:
+    """Events in an entry have no profile of their own. Two entries can have the same profile."""
     inside = bulk("1")
     first = inside["data"]["attributes"]["events-bulk-create"]["data"][0]["attributes"]
     first["events"]["data"][0]["attributes"]["profile"] = first["profile"]
@@ -209,8 +209,8 @@ def test_a_bulk_call_names_its_profile_once(call: Caller, sandbox: Sandbox) -> N
     assert call("POST", BULK, without)[0] == 202
 
 
-def test_a_refused_repeat_leaves_nothing_behind() -> None:
-    """Neither events nor profiles, whether the id was sent singly or in bulk."""
+def test_refused_repeat_records_nothing() -> None:
+    """No event or profile is created, whether the first event was sent alone or in bulk."""
     with Sandbox(account=Account("refuse")) as sandbox:
         call = Caller(sandbox)
         call("POST", "/api/events", event(unique_id="1"))
@@ -225,8 +225,8 @@ def test_a_refused_repeat_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize(
     ("repeats", "status", "events"), [("ignore", 202, 2), ("refuse", 400, 1), ("drop", 202, 1), ("duplicate", 202, 3)]
 )
-def test_ids_of_earlier_calls_are_an_open_question(repeats: str, status: int, events: int) -> None:
-    """Klaviyo does not say; the sandbox plays each answer."""
+def test_repeats_of_earlier_calls_are_configurable(repeats: str, status: int, events: int) -> None:
+    """Klaviyo does not document its behaviour, so the emulator has four."""
     with Sandbox(account=Account(repeats)) as sandbox:
         call = Caller(sandbox)
         call("POST", BULK, bulk("1"))
@@ -236,8 +236,8 @@ def test_ids_of_earlier_calls_are_an_open_question(repeats: str, status: int, ev
         assert len(sandbox.account.events) == events
 
 
-def test_events_are_read_by_profile_in_order_and_in_pages(call: Caller, sandbox: Sandbox) -> None:
-    """The newest first when asked so; other filters and sorts are refused."""
+def test_events_are_filtered_sorted_and_paged(call: Caller, sandbox: Sandbox) -> None:
+    """Unknown filters and sorts are refused."""
     for number, hour in enumerate((12, 10, 11)):
         call("POST", "/api/events", event(unique_id=str(number), time=f"2026-11-01T{hour}:00:00Z"))
     call("POST", "/api/events", event(unique_id="9", profile=profile(email="bob@example.com")))
@@ -254,8 +254,8 @@ def test_events_are_read_by_profile_in_order_and_in_pages(call: Caller, sandbox:
         assert call("GET", bad)[0] == 400
 
 
-def test_history_is_marked_on_an_event_or_on_its_entry(call: Caller, sandbox: Sandbox) -> None:
-    """And is recorded so; the mark is true, false or nothing."""
+def test_backfill_is_marked_on_an_event_or_on_its_entry(call: Caller, sandbox: Sandbox) -> None:
+    """The mark is true, false or absent, and is recorded."""
     assert call("POST", "/api/events", event(backfill=True))[0] == 202
     assert call("POST", "/api/events", event(unique_id="2"))[0] == 202
     assert call("POST", "/api/events", event(backfill="yes"))[0] == 400
@@ -265,8 +265,8 @@ def test_history_is_marked_on_an_event_or_on_its_entry(call: Caller, sandbox: Sa
     assert [each["backfill"] for each in sandbox.account.events] == [True, None, True]
 
 
-def test_events_of_a_bulk_call_show_later() -> None:
-    """As long as jobs take; single ones at once."""
+def test_events_of_a_bulk_call_are_readable_later() -> None:
+    """They take as long as jobs. Single events are readable immediately."""
     account = Account(job_seconds=3600)
     single, bulk = event()["data"]["attributes"], event(unique_id="2")["data"]
     profile_of_bulk = bulk["attributes"].pop("profile")
@@ -293,15 +293,15 @@ def test_events_of_a_bulk_call_show_later() -> None:
         ({"email": "ada@example.com", "location": {"street": "x"}}, "location"),
     ],
 )
-def test_a_bad_profile_is_refused(attributes: dict[str, Any], where: str, call: Caller) -> None:
-    """Identifiers, names and types."""
+def test_invalid_profile_is_refused(attributes: dict[str, Any], where: str, call: Caller) -> None:
+    """The cases cover identifiers, names and types."""
     status, document = call("POST", "/api/profile-import", profile(**attributes))
     assert status == 400
     assert where in pointer(document)
 
 
-def test_a_profile_is_created_then_updated_in_part(call: Caller, sandbox: Sandbox) -> None:
-    """Absent keeps, null clears, properties merge."""
+def test_profile_is_created_then_partially_updated(call: Caller, sandbox: Sandbox) -> None:
+    """Absent attributes stay, null clears, and properties are merged."""
     first = profile(email="ada@example.com", title="Dr", first_name="Ada", properties={"a": 1, "b": 2})
     second = profile(email="ada@example.com", title=None, properties={"b": 3})
     assert [call("POST", "/api/profile-import", body)[0] for body in (first, second)] == [201, 200]
@@ -311,7 +311,7 @@ def test_a_profile_is_created_then_updated_in_part(call: Caller, sandbox: Sandbo
 
 
 def test_identifiers_of_two_profiles_are_a_conflict(call: Caller) -> None:
-    """The answer names the other profile; writing to it by id conflicts as well."""
+    """The response names the other profile. An update by id conflicts as well."""
     ids = [
         call("POST", "/api/profile-import", profile(**{name: value}))[1]["data"]["id"]
         for name, value in (("email", "ada@example.com"), ("external_id", "x"))
@@ -326,8 +326,8 @@ def test_identifiers_of_two_profiles_are_a_conflict(call: Caller) -> None:
     assert call("PATCH", "/api/profiles/NONE", {"data": both["data"] | {"id": "NONE"}})[0] == 404
 
 
-def test_a_profile_is_created_once(call: Caller, sandbox: Sandbox) -> None:
-    """Creating is no upsert: the conflict names who is there."""
+def test_profile_is_created_once(call: Caller, sandbox: Sandbox) -> None:
+    """Creating does not update, and the conflict names the existing profile."""
     created = call("POST", "/api/profiles", profile(email="ada@example.com", phone_number="+4930901820"))
     assert created[0] == 201
     status, document = call("POST", "/api/profiles", profile(phone_number="+4930901820"))
@@ -336,8 +336,8 @@ def test_a_profile_is_created_once(call: Caller, sandbox: Sandbox) -> None:
     assert len(sandbox.account.profiles) == 1
 
 
-def test_an_identifier_that_is_given_up_is_free(call: Caller) -> None:
-    """A changed or cleared one finds nobody any more."""
+def test_released_identifier_can_be_reused(call: Caller) -> None:
+    """A changed or cleared identifier matches no profile."""
     ada = call("POST", "/api/profiles", profile(email="ada@example.com", external_id="x"))[1]["data"]["id"]
     change = profile(email="countess@example.com", external_id=None)
     change["data"]["id"] = ada
@@ -348,7 +348,7 @@ def test_an_identifier_that_is_given_up_is_free(call: Caller) -> None:
 
 
 def test_profiles_are_found_by_id_and_identifier(call: Caller) -> None:
-    """Other filters are refused, not ignored."""
+    """Other filters are refused."""
     made = [call("POST", "/api/profiles", profile(email=f"p{n}@example.com"))[1]["data"] for n in range(21)]
     assert call("GET", f"/api/profiles/{made[3]['id']}") == (200, {"data": made[3]})
     assert call("GET", "/api/profiles/none")[0] == 404
@@ -359,8 +359,8 @@ def test_profiles_are_found_by_id_and_identifier(call: Caller) -> None:
         assert call("GET", f"/api/profiles?{bad}")[0] == 400
 
 
-def test_a_deletion_takes_exactly_one_identifier(call: Caller, sandbox: Sandbox) -> None:
-    """And no external_id."""
+def test_deletion_requires_exactly_one_identifier(call: Caller, sandbox: Sandbox) -> None:
+    """An external_id is not accepted."""
     created = call("POST", "/api/profile-import", profile(email="ada@example.com", external_id="x"))[1]["data"]
     found = call("GET", "/api/profiles?filter=equals%28external_id%2C%22x%22%29")[1]["data"]
     assert [entry["id"] for entry in found] == [created["id"]]
@@ -389,8 +389,8 @@ def of_item(item: str) -> dict[str, Any]:
     return {"relationships": {"item": {"data": {"type": "catalog-item", "id": PREFIX + item}}}}
 
 
-def test_catalog_entries_are_created_once_and_updated_only_when_there(call: Caller) -> None:
-    """Creating is no upsert, and neither is updating."""
+def test_catalog_entries_are_not_upserted(call: Caller) -> None:
+    """Creating an existing entry and updating a missing one are refused."""
     path = f"/api/catalog-items/{PREFIX}p"
     update = entry("item", {"title": "New"}, id=PREFIX + "p")
     assert call("PATCH", path, update)[0] == 404
@@ -420,14 +420,14 @@ def test_catalog_entries_are_created_once_and_updated_only_when_there(call: Call
         ("category", {"external_id": "c"}),
     ],
 )
-def test_a_bad_catalog_entry_is_refused(kind: str, attributes: dict[str, Any], call: Caller) -> None:
-    """Required, unknown, mistyped, too deep, too large."""
+def test_invalid_catalog_entry_is_refused(kind: str, attributes: dict[str, Any], call: Caller) -> None:
+    """Attributes are missing, unknown, of the wrong type, nested or too large."""
     path = {"item": "items", "variant": "variants", "category": "categories"}[kind]
     assert call("POST", f"/api/catalog-{path}", entry(kind, attributes, **of_item("p")))[0] == 400
 
 
-def test_what_entries_refer_to_must_exist(call: Caller) -> None:
-    """An item's categories, a variant's item; a variant never changes its item."""
+def test_references_of_entries_must_exist(call: Caller) -> None:
+    """An item has categories and a variant has an item, which cannot change."""
     categories = {"categories": {"data": [{"type": "catalog-category", "id": PREFIX + "c"}]}}
     assert call("POST", "/api/catalog-items", entry("item", ITEM, relationships=categories))[0] == 404
     call("POST", "/api/catalog-categories", entry("category", {"external_id": "c", "name": "C"}))
@@ -448,23 +448,23 @@ def test_what_entries_refer_to_must_exist(call: Caller) -> None:
         {"colours": {"data": []}},
     ],
 )
-def test_a_malformed_relationship_is_refused(relationships: dict[str, Any], call: Caller, sandbox: Sandbox) -> None:
-    """Type and id, under a name Klaviyo knows; nothing is created."""
+def test_malformed_relationship_is_refused(relationships: dict[str, Any], call: Caller, sandbox: Sandbox) -> None:
+    """It needs type and id under a known name. Nothing is created."""
     status, document = call("POST", "/api/catalog-items", entry("item", ITEM, relationships=relationships))
     assert (status, "/data/relationships/" in pointer(document)) == (400, True)
     assert sandbox.account.items == {}
 
 
-def test_a_variant_has_exactly_one_item(call: Caller) -> None:
-    """Not none, not a list."""
+def test_variant_has_exactly_one_item(call: Caller) -> None:
+    """No item and a list of items are refused."""
     call("POST", "/api/catalog-items", entry("item", ITEM))
     listed = {"relationships": {"item": {"data": [of_item("p")["relationships"]["item"]["data"]]}}}
     for more in ({}, listed):
         assert call("POST", "/api/catalog-variants", entry("variant", VARIANT, **more))[0] == 400
 
 
-def test_deleting_takes_along_what_belongs_to_it(call: Caller, sandbox: Sandbox) -> None:
-    """An item its variants, a category its place in items; nothing else."""
+def test_deletion_includes_dependent_entries(call: Caller, sandbox: Sandbox) -> None:
+    """An item is deleted with its variants, and a category is removed from its items."""
     call("POST", "/api/catalog-categories", entry("category", {"external_id": "c", "name": "C"}))
     categories = {"categories": {"data": [{"type": "catalog-category", "id": PREFIX + "c"}]}}
     for name in ("p", "q"):
@@ -479,7 +479,7 @@ def test_deleting_takes_along_what_belongs_to_it(call: Caller, sandbox: Sandbox)
 
 
 def test_catalog_lists_can_be_filtered(call: Caller) -> None:
-    """By ids, and variants by their item."""
+    """The filters are ids, and the item of variants."""
     for name in "abc":
         call("POST", "/api/catalog-items", entry("item", ITEM | {"external_id": name}))
         call("POST", "/api/catalog-variants", entry("variant", VARIANT | {"external_id": f"s{name}"}, **of_item(name)))
@@ -495,8 +495,8 @@ def test_catalog_lists_can_be_filtered(call: Caller) -> None:
     assert shown["relationships"]["item"]["data"]["id"] == f"{PREFIX}a"
 
 
-def test_a_link_to_the_next_page_keeps_the_filter(call: Caller) -> None:
-    """Whoever follows links sees each match once, and nothing else."""
+def test_link_to_the_next_page_keeps_the_filter(call: Caller) -> None:
+    """A client that follows the links reads each match once."""
     for name in "pq":
         call("POST", "/api/catalog-items", entry("item", ITEM | {"external_id": name}))
         for number in range(3):
@@ -509,8 +509,8 @@ def test_a_link_to_the_next_page_keeps_the_filter(call: Caller) -> None:
     assert second["links"]["next"] is None
 
 
-def test_variants_of_an_item_come_in_pages(call: Caller) -> None:
-    """A hundred at the most, and a link to the next."""
+def test_variants_of_an_item_are_paged(call: Caller) -> None:
+    """A page has at most 100 variants and a link to the next page."""
     call("POST", "/api/catalog-items", entry("item", ITEM))
     for number in range(5):
         variant = deepcopy(VARIANT) | {"external_id": f"s {number}"}
@@ -526,8 +526,8 @@ def test_variants_of_an_item_come_in_pages(call: Caller) -> None:
     assert call("GET", f"/api/catalog-items/{PREFIX}none/variants")[0] == 404
 
 
-def test_rate_limits_are_those_of_the_endpoint() -> None:
-    """75 a second for profiles; the 76th is told when to come back; other endpoints have windows of their own."""
+def test_endpoints_have_their_own_rate_limits() -> None:
+    """Profiles have 75 requests a second, and the 76th response has Retry-After."""
     with Sandbox(rate_limits=True) as limited:
         call = Caller(limited)
         statuses = [call("POST", "/api/profile-import", profile(email="ada@example.com"))[0] for _ in range(200)]
@@ -536,17 +536,17 @@ def test_rate_limits_are_those_of_the_endpoint() -> None:
         assert call("POST", "/api/events", event())[0] == 202
 
 
-def test_headers_tell_what_is_left_until_nothing_is() -> None:
-    """The long window's, on good and bad answers; on a 429 only Retry-After."""
+def test_rate_limit_headers() -> None:
+    """All responses have the headers of the long window, except a 429, which has only Retry-After."""
     with Sandbox(rate_limits=True) as limited:
         url = f"{limited.klaviyo.url}/api/data-privacy-deletion-jobs"
-        answers = [urllib3.request("POST", url, body=b"{}", headers=HEADERS, retries=False) for _ in range(20)]
-        assert (answers[0].status, answers[0].headers["RateLimit-Limit"]) == (400, "60")
-        left = [int(answer.headers["RateLimit-Remaining"]) for answer in answers if answer.status == 400]
+        responses = [urllib3.request("POST", url, body=b"{}", headers=HEADERS, retries=False) for _ in range(20)]
+        assert (responses[0].status, responses[0].headers["RateLimit-Limit"]) == (400, "60")
+        left = [int(response.headers["RateLimit-Remaining"]) for response in responses if response.status == 400]
         assert left[0] == 59
         assert len(set(left)) > 1
-        assert 0 < int(answers[0].headers["RateLimit-Reset"]) <= 60
-        refused = next(answer for answer in answers if answer.status == 429)
+        assert 0 < int(responses[0].headers["RateLimit-Reset"]) <= 60
+        refused = next(response for response in responses if response.status == 429)
         assert refused.json()["errors"][0]["code"] == "throttled"
         assert refused.headers["Retry-After"] == "1"
         assert not any(name.startswith("RateLimit") for name in refused.headers)
@@ -570,33 +570,33 @@ def test_headers_tell_what_is_left_until_nothing_is() -> None:
         ("POST /api/catalog-category-bulk-create-jobs", 750),
     ],
 )
-def test_every_endpoint_has_its_tier(request_line: str, steady: int) -> None:
-    """As Klaviyo documents them."""
+def test_every_endpoint_has_a_rate_limit_tier(request_line: str, steady: int) -> None:
+    """The tiers are Klaviyo's documented ones."""
     method, path = request_line.split(" ")
     with Sandbox(rate_limits=True) as limited:
-        answer = urllib3.request(method, limited.klaviyo.url + path, headers=HEADERS, retries=False)
-    assert answer.headers["RateLimit-Limit"] == str(steady)
+        response = urllib3.request(method, limited.klaviyo.url + path, headers=HEADERS, retries=False)
+    assert response.headers["RateLimit-Limit"] == str(steady)
 
 
 @pytest.mark.parametrize(("factor", "steady", "burst"), [(10.0, 600, 30), (0.1, 6, 1)])
-def test_an_account_may_have_other_limits(factor: float, steady: int, burst: int) -> None:
-    """A multiple of the documented ones, in headers and in deed."""
+def test_rate_limits_can_be_multiplied(factor: float, steady: int, burst: int) -> None:
+    """The factor applies to the headers and to the enforced limits."""
     klaviyo = KlaviyoApi(Account(), rate_limits=factor)
     path = "/api/data-privacy-deletion-jobs"
-    answers = [klaviyo.handle(ApiRequest("POST", path, {}, HEADERS, b"{}", path)) for _ in range(2 * burst + 1)]
-    assert answers[0].headers["RateLimit-Limit"] == str(steady)
-    assert answers[0].headers["RateLimit-Remaining"] == str(steady - 1)
-    statuses = [answer.status for answer in answers]
-    assert burst <= statuses.count(400) <= 2 * burst  # a second may end in between
+    responses = [klaviyo.handle(ApiRequest("POST", path, {}, HEADERS, b"{}", path)) for _ in range(2 * burst + 1)]
+    assert responses[0].headers["RateLimit-Limit"] == str(steady)
+    assert responses[0].headers["RateLimit-Remaining"] == str(steady - 1)
+    statuses = [response.status for response in responses]
+    assert burst <= statuses.count(400) <= 2 * burst  # a new second can start in between
 
 
 def test_unknown_paths_are_not_found(call: Caller) -> None:
-    """Nothing is answered that was not built."""
+    """The response is 404."""
     assert call("POST", "/api/nonsense", {})[0] == 404
 
 
-def test_state_and_faults_are_there_for_other_processes(call: Caller, sandbox: Sandbox) -> None:
-    """A test that runs the sandbox elsewhere can look and can break things."""
+def test_state_and_faults_over_http(call: Caller, sandbox: Sandbox) -> None:
+    """A test in another process can read the state and inject faults."""
     call("POST", "/_sandbox/faults", [{"status": 500, "times": 1, "match": "POST /api/events", "contains": "ada"}])
     assert [call("POST", "/api/events", event())[0] for _ in range(2)] == [500, 202]
     call("POST", "/_sandbox/faults", [{"times": None}])
@@ -649,12 +649,12 @@ def spots(document: Any) -> list[tuple[Any, Any]]:
 
 
 @given(st.data())
-def test_no_body_is_too_strange(data: st.DataObject) -> None:
-    """Whatever stands in the place of any value, the answer is a refusal or a success, never a failure."""
+def test_any_body_has_a_valid_response(data: st.DataObject) -> None:
+    """Any JSON in the place of any value leads to success or refusal, never to a failure."""
     path = data.draw(st.sampled_from(sorted(VALID)))
     body = deepcopy(VALID[path])
     container, key = data.draw(st.sampled_from(spots(body)))
     container[key] = data.draw(JSON)
     klaviyo = KlaviyoApi(Account(), rate_limits=False)
-    answer = klaviyo.handle(ApiRequest("POST", path, {}, HEADERS, orjson.dumps(body), path))
-    assert answer.status in {200, 201, 202, 400, 404}
+    response = klaviyo.handle(ApiRequest("POST", path, {}, HEADERS, orjson.dumps(body), path))
+    assert response.status in {200, 201, 202, 400, 404}

@@ -1,4 +1,4 @@
-"""Sample notifications look like commercetools' own, and cover all there is."""
+"""The sample notifications have commercetools' format and cover all types."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAMPLES = sample_notifications(SHOP)
 
 
 def unwrapped(body: bytes) -> Any:
-    """Return the notification in an envelope, told by the envelope's own marks."""
+    """Return the notification in an envelope, which is detected by its fields."""
     found = orjson.loads(body)
     while "notificationType" not in found:
         if "message" in found:
@@ -35,7 +35,7 @@ def unwrapped(body: bytes) -> Any:
 
 
 def kinds_of(outcome: str) -> set[str]:
-    """Return type and resource of the samples that can be read."""
+    """Return type and resource of the readable samples."""
     kinds = set()
     for sample in SAMPLES:
         if sample.outcome == outcome:
@@ -48,8 +48,8 @@ def kinds_of(outcome: str) -> set[str]:
     return kinds
 
 
-def test_every_type_is_there() -> None:
-    """With everything the worker sends somewhere."""
+def test_samples_cover_every_type() -> None:
+    """Every type has a sample with a full effect."""
     assert kinds_of("sent") == {
         "order OrderCreated",
         "order OrderImported",
@@ -87,8 +87,8 @@ def test_every_type_is_there() -> None:
     }
 
 
-def test_what_cannot_be_read_is_there() -> None:
-    """Malformed, empty, huge, deep; not an object, not a notification, about nothing."""
+def test_samples_cover_unreadable_bodies() -> None:
+    """They are malformed, empty, huge, deeply nested, no object, no notification, or have no resource."""
     bodies = [sample.body for sample in SAMPLES if sample.outcome == "dead_lettered"]
     assert b"" in bodies
     assert max(map(len, bodies)) > 1_000_000
@@ -107,7 +107,7 @@ def test_what_cannot_be_read_is_there() -> None:
 
 
 def test_products_are_in_the_shop_only_while_published() -> None:
-    """A sample that unpublishes what is still there would test the race, not the rule."""
+    """A sample that unpublishes an existing product would test a race."""
     for sample in SAMPLES:
         if sample.outcome != "sent":
             continue
@@ -117,8 +117,8 @@ def test_products_are_in_the_shop_only_while_published() -> None:
             assert (found["resource"]["id"] in SHOP.products) is (kind == "ProductPublished")
 
 
-def test_only_the_repeat_repeats() -> None:
-    """A worker may know messages by id, or by resource and sequence number."""
+def test_only_the_duplicate_is_a_duplicate() -> None:
+    """A worker can identify messages by id, or by resource and sequence number."""
     ids: Counter[str] = Counter()
     places: Counter[tuple[str, int]] = Counter()
     for sample in SAMPLES:
@@ -146,8 +146,8 @@ def test_only_the_repeat_repeats() -> None:
         notifications.event_grid,
     ],
 )
-def test_an_envelope_changes_nothing_inside(wrap: Callable[[dict[str, Any]], bytes]) -> None:
-    """Whatever the notification."""
+def test_envelopes_do_not_change_the_notification(wrap: Callable[[dict[str, Any]], bytes]) -> None:
+    """This holds for any notification."""
     order = next(iter(SHOP.orders.values()))
     for inside in (
         message("OrderCreated", "order", order["id"], order=order),
@@ -158,8 +158,8 @@ def test_an_envelope_changes_nothing_inside(wrap: Callable[[dict[str, Any]], byt
         assert unwrapped(wrap(inside)) == inside
 
 
-def test_a_message_has_the_fields_of_a_message() -> None:
-    """And its own at the top level."""
+def test_message_fields() -> None:
+    """The fields of its type are at the top level."""
     fields: dict[str, Any] = {"sequence": 4, "identifiers": {"orderNumber": "R-1"}, "orderState": "Complete"}
     found = message("OrderStateChanged", "order", "o1", created_at="2026-11-23T10:00:00Z", **fields)
     assert found.pop("id") == message("OrderStateChanged", "order", "o1", sequence=4)["id"]
@@ -178,8 +178,8 @@ def test_a_message_has_the_fields_of_a_message() -> None:
     }
 
 
-def test_changes_and_events_have_their_own_fields() -> None:
-    """Only an update knows the version before; an event knows no project and no resource."""
+def test_change_and_event_fields() -> None:
+    """Only an update has the old version. An event has no project and no resource."""
     updated = change("ResourceUpdated", "customer", "c1", version=7)
     assert (updated["version"], updated["oldVersion"]) == (7, 6)
     assert change("ResourceDeleted", "customer", "c1", dataErasure=True)["dataErasure"] is True
@@ -190,8 +190,8 @@ def test_changes_and_events_have_their_own_fields() -> None:
     assert absent["payloadNotIncluded"].keys() == {"reason", "payloadType"}
 
 
-def test_a_cloud_event_names_its_notification() -> None:
-    """Messages with their sequence and a reference, changes without."""
+def test_cloudevent_fields() -> None:
+    """Messages have a sequence and a reference, changes have not."""
     of_message = orjson.loads(cloudevent(message("OrderStateChanged", "order", "o1", sequence=2)))
     assert of_message["type"] == "com.commercetools.order.message.OrderStateChanged"
     assert (of_message["sequence"], of_message["sequencetype"]) == ("2", "Integer")

@@ -1,4 +1,4 @@
-"""commercetools predicates, as far as the sandbox needs them and a little further."""
+"""commercetools' query predicates."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ ORDER = {
         ('version < "3"', False),
     ],
 )
-def test_predicates_mean_what_they_say(predicate: str, expected: bool) -> None:
-    """Comparisons, lists, nesting over arrays, and, or, not."""
+def test_predicates(predicate: str, expected: bool) -> None:
+    """The cases cover comparisons, lists, nesting over arrays, and, or, not."""
     assert parse_predicate(predicate)(ORDER) is expected
 
 
@@ -87,8 +87,8 @@ def test_predicates_mean_what_they_say(predicate: str, expected: bool) -> None:
         "not " * 100 + "id = 1",
     ],
 )
-def test_a_malformed_predicate_is_refused(predicate: str) -> None:
-    """The service answers 400, so the stand-in must know."""
+def test_malformed_predicate_is_refused(predicate: str) -> None:
+    """Commercetools responds with 400."""
     with pytest.raises(PredicateError):
         parse_predicate(predicate)
 
@@ -112,15 +112,15 @@ def combined(inner):
 
 
 @given(st.recursive(TERMS, combined, max_leaves=8), IDS, IDS)
-def test_any_combination_is_boolean_algebra(predicate, x: str, y: str) -> None:
-    """However deep and, or and not are put together."""
+def test_combinations_follow_boolean_algebra(predicate, x: str, y: str) -> None:
+    """`and` and `or` can be nested."""
     text, expected = predicate
     assert parse_predicate(text)({"x": x, "y": y}) is expected({"x": x, "y": y})
 
 
 @given(st.lists(IDS), st.lists(IDS, min_size=1))
-def test_an_array_matches_when_any_element_does(held: list[str], wanted: list[str]) -> None:
-    """Of objects by a nested predicate, of texts by `contains any`."""
+def test_array_matches_if_any_element_matches(held: list[str], wanted: list[str]) -> None:
+    """The elements are objects with a nested predicate, or texts with `contains any`."""
     expected = bool(set(held) & set(wanted))
     listed = ", ".join(map(literal, wanted))
     assert parse_predicate(f"parts(id in ({listed}))")({"parts": [{"id": each} for each in held]}) is expected
@@ -128,8 +128,8 @@ def test_an_array_matches_when_any_element_does(held: list[str], wanted: list[st
 
 
 @given(st.text(alphabet='abc ()=<>!,"\\ andornotiscontains0.-'))
-def test_no_text_does_more_than_be_malformed(text: str) -> None:
-    """A predicate is a test or a PredicateError, and a test never fails."""
+def test_any_text_is_a_predicate_or_an_error(text: str) -> None:
+    """A parsed predicate never fails on a value."""
     try:
         test = parse_predicate(text)
     except PredicateError:
@@ -139,7 +139,7 @@ def test_no_text_does_more_than_be_malformed(text: str) -> None:
 
 @given(st.text(), st.text())
 def test_any_text_can_be_a_value(wanted: str, other: str) -> None:
-    """Quotes and backslashes are escaped, and nothing ends a literal early."""
+    """Quotes and backslashes are escaped."""
     test = parse_predicate(f"id in ({literal(wanted)})")
     assert test({"id": wanted})
     assert test({"id": other}) is (wanted == other)

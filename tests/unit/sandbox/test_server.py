@@ -1,4 +1,4 @@
-"""The servers behave like servers, and break in exactly the way they are told to."""
+"""The servers follow HTTP and inject exactly the requested faults."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def post(connection: http.client.HTTPConnection, body: Any) -> http.client.HTTPR
     return connection.getresponse()
 
 
-def test_a_connection_serves_many_requests_without_delay(sandbox: Sandbox) -> None:
-    """An answer in two segments would cost 40 ms each time: here, 4 s."""
+def test_connection_serves_many_requests_without_delay(sandbox: Sandbox) -> None:
+    """A response in two segments would take 40 ms per request, which is 4 s here."""
     connection = connect(sandbox)
     began = time.monotonic()
     for number in range(100):
-        answer = post(connection, event(unique_id=str(number)))
-        assert (answer.status, answer.read()) == (202, b"")
+        response = post(connection, event(unique_id=str(number)))
+        assert (response.status, response.read()) == (202, b"")
     assert time.monotonic() - began < 2
     connection.request("HEAD", "/api/profiles", headers=HEADERS)
     assert connection.getresponse().read() == b""
@@ -52,8 +52,8 @@ def test_a_connection_serves_many_requests_without_delay(sandbox: Sandbox) -> No
     connection.close()
 
 
-def raw_answer(sandbox: Sandbox, body: bytes, extra: str = "") -> bytes:
-    """Post to /api/events over a bare socket; return all bytes up to the close. Raises ConnectionResetError."""
+def raw_response(sandbox: Sandbox, body: bytes, extra: str = "") -> bytes:
+    """Post to /api/events over a socket, and return all bytes until it is closed. Raises ConnectionResetError."""
     host, port = sandbox.klaviyo.url.removeprefix("http://").split(":")
     headers = "".join(f"{name}: {value}\r\n" for name, value in HEADERS.items())
     with socket.create_connection((host, int(port)), timeout=5) as connection:
@@ -65,32 +65,32 @@ def raw_answer(sandbox: Sandbox, body: bytes, extra: str = "") -> bytes:
         return received
 
 
-def test_a_chunked_body_is_refused_rather_than_misread(sandbox: Sandbox) -> None:
-    """The stand-in reads bodies by their length only."""
-    assert b" 411 " in raw_answer(sandbox, b"", "Transfer-Encoding: chunked").splitlines()[0]
+def test_chunked_body_is_refused(sandbox: Sandbox) -> None:
+    """The server reads bodies by their length only."""
+    assert b" 411 " in raw_response(sandbox, b"", "Transfer-Encoding: chunked").splitlines()[0]
     assert not sandbox.klaviyo.requests
 
 
 @pytest.mark.parametrize(("action", "effects"), [("reset", 0), ("lose_response", 1), ("truncate", 1)])
-def test_a_reset_is_a_reset(action: str, effects: int, sandbox: Sandbox) -> None:
-    """RST, not a polite close; `after` and `truncate` leave their effect behind."""
+def test_reset_sends_rst(action: str, effects: int, sandbox: Sandbox) -> None:
+    """The connection is reset, not closed. `lose_response` and `truncate` have their effect before."""
     sandbox.klaviyo.faults.add(Fault(action=action))
     with pytest.raises(ConnectionResetError):
-        raw_answer(sandbox, orjson.dumps(event()))
+        raw_response(sandbox, orjson.dumps(event()))
     assert len(sandbox.account.events) == effects
     assert [request.status for request in sandbox.klaviyo.requests] == [202 if effects else 0]
 
 
 @pytest.mark.parametrize("body", [event(), event(value="text")], ids=["empty answer", "long answer"])
-def test_a_truncated_answer_is_never_complete(body: Any, sandbox: Sandbox, call: Caller) -> None:
-    """Not even one without a body: its head is cut."""
+def test_truncated_response_is_incomplete(body: Any, sandbox: Sandbox, call: Caller) -> None:
+    """If there is no body, the head is truncated."""
     sandbox.klaviyo.faults.add(Fault(action="truncate"))
     with pytest.raises(urllib3.exceptions.HTTPError):
         call("POST", "/api/events", body)
 
 
-def test_a_hanging_request_is_closed_without_effect(sandbox: Sandbox, call: Caller) -> None:
-    """The client waits, then learns nothing."""
+def test_hanging_request_has_no_effect(sandbox: Sandbox, call: Caller) -> None:
+    """The connection is closed without a response."""
     sandbox.klaviyo.faults.add(Fault(action="hang", seconds=0.1))
     began = time.monotonic()
     with pytest.raises(urllib3.exceptions.HTTPError):
@@ -100,7 +100,7 @@ def test_a_hanging_request_is_closed_without_effect(sandbox: Sandbox, call: Call
 
 
 def test_slow_and_latency_only_delay(sandbox: Sandbox, call: Caller) -> None:
-    """The latency can be changed while the server runs."""
+    """The latency can change while the server runs."""
     sandbox.klaviyo.faults.add(Fault(action="slow", seconds=0.1))
     sandbox.klaviyo.latency = 0.1
     began = time.monotonic()
@@ -108,8 +108,8 @@ def test_slow_and_latency_only_delay(sandbox: Sandbox, call: Caller) -> None:
     assert 0.2 <= time.monotonic() - began < 2
 
 
-def test_faults_hit_what_they_match_as_often_as_they_say(sandbox: Sandbox, call: Caller) -> None:
-    """Prefix of method and path, text in the body, times."""
+def test_faults_match_requests_and_are_counted(sandbox: Sandbox, call: Caller) -> None:
+    """A fault has a prefix of method and path, a part of the body, and a number of times."""
     sandbox.klaviyo.faults.add(Fault(status=503, times=2, match="POST /api/events", contains=b"ada@"))
     assert call("POST", "/api/profile-import", profile(email="ada@example.com"))[0] == 201
     other = profile(email="grace@example.com")
@@ -121,8 +121,8 @@ def test_faults_hit_what_they_match_as_often_as_they_say(sandbox: Sandbox, call:
     assert call("POST", "/api/events", event())[0] == 202
 
 
-def test_a_fault_answers_in_the_words_of_its_service(sandbox: Sandbox) -> None:
-    """Unless it brings its own."""
+def test_fault_has_the_error_format_of_its_service(sandbox: Sandbox) -> None:
+    """A fault can also have its own body."""
     own = Fault(status=502, headers={"Content-Type": "text/html", "Retry-After": "7"}, body=b"<html>")
     sandbox.klaviyo.faults.add(Fault(status=429), own)
     sandbox.commercetools.faults.add(Fault(status=503))
@@ -137,8 +137,8 @@ def test_a_fault_answers_in_the_words_of_its_service(sandbox: Sandbox) -> None:
     assert third["errors"][0].keys() >= {"code", "message"}
 
 
-def test_chance_is_repeatable() -> None:
-    """The same seed breaks the same requests."""
+def test_random_faults_are_reproducible() -> None:
+    """The same seed affects the same requests."""
     runs = []
     for seed in (1, 1, 2):
         with Sandbox(seed=seed) as sandbox:
@@ -149,14 +149,14 @@ def test_chance_is_repeatable() -> None:
     assert {202, 503} == set(runs[0])
 
 
-def test_an_unknown_action_is_a_mistake_at_once() -> None:
-    """A fault that does nothing would make a test prove nothing."""
+def test_unknown_action_is_an_error() -> None:
+    """A fault without effect would make a test useless."""
     with pytest.raises(ValueError, match="explode"):
         Fault(action="explode")
 
 
-def test_an_outage_refuses_connections_and_ends_on_the_same_port(sandbox: Sandbox, call: Caller) -> None:
-    """Open connections die with the server; what the account held is still there."""
+def test_stopped_server_starts_again_on_the_same_port(sandbox: Sandbox, call: Caller) -> None:
+    """Open connections are closed. The account keeps its content."""
     assert call("POST", "/api/events", event())[0] == 202
     url = sandbox.klaviyo.url
     sandbox.klaviyo.stop()
@@ -172,8 +172,8 @@ def test_an_outage_refuses_connections_and_ends_on_the_same_port(sandbox: Sandbo
     assert len(sandbox.account.events) == 1
 
 
-def test_the_request_log_holds_what_a_test_asks_for(sandbox: Sandbox, call: Caller) -> None:
-    """Method, path, decoded query, status, size, time."""
+def test_request_log_fields(sandbox: Sandbox, call: Caller) -> None:
+    """An entry has method, path, decoded query, status, size and time."""
     before = time.time()
     call("POST", "/api/events", event())
     call("GET", "/api/profiles?filter=equals%28email%2C%22ada%40example.com%22%29")
@@ -184,8 +184,8 @@ def test_the_request_log_holds_what_a_test_asks_for(sandbox: Sandbox, call: Call
     assert second.query == {"filter": ['equals(email,"ada@example.com")']}
 
 
-def test_another_process_sees_state_and_counts(sandbox: Sandbox, call: Caller) -> None:
-    """By method, path without ids, and status; asking does not count."""
+def test_state_over_http(sandbox: Sandbox, call: Caller) -> None:
+    """Requests are counted by method, path without ids, and status. Requests for the state do not count."""
     call("POST", "/api/events", event())
     call("POST", "/api/events", {})
     for name in ("one", "two"):
@@ -200,8 +200,8 @@ def test_another_process_sees_state_and_counts(sandbox: Sandbox, call: Caller) -
     assert urllib3.request("GET", sandbox.commercetools.url + "/_sandbox/state").json() == {"requests": {}}
 
 
-def test_counts_are_there_without_everything_that_is_counted(sandbox: Sandbox, call: Caller) -> None:
-    """An event that comes twice is accepted twice and there once."""
+def test_counts_over_http(sandbox: Sandbox, call: Caller) -> None:
+    """A repeated event is accepted twice and recorded once."""
     for body in (event(unique_id="1"), event(unique_id="1"), {}):
         call("POST", "/api/events", body)
     assert call("GET", "/_sandbox/counts")[1] == {
@@ -220,14 +220,14 @@ def test_counts_are_there_without_everything_that_is_counted(sandbox: Sandbox, c
 @pytest.mark.parametrize(
     "body", [b"{", b"[1]", b"5", b'[{"status": 500, "colour": "red"}]', b'[{"action": "explode"}]']
 )
-def test_a_malformed_fault_from_outside_is_refused(body: bytes, call: Caller, sandbox: Sandbox) -> None:
-    """And nothing of it is in force."""
+def test_malformed_fault_over_http_is_refused(body: bytes, call: Caller, sandbox: Sandbox) -> None:
+    """None of it becomes active."""
     assert call("POST", "/_sandbox/faults", body)[0] == 400
     assert call("POST", "/api/events", event())[0] == 202
 
 
-def test_a_failing_handler_is_a_500_that_shows_in_the_log(sandbox: Sandbox, call: Caller) -> None:
-    """A mistake in the stand-in must not look like a broken connection."""
+def test_failing_handler_is_logged_as_500(sandbox: Sandbox, call: Caller) -> None:
+    """A defect of the emulator must not look like a broken connection."""
 
     def broken(_: object) -> ApiResponse:
         raise KeyError("mistake")
@@ -237,8 +237,8 @@ def test_a_failing_handler_is_a_500_that_shows_in_the_log(sandbox: Sandbox, call
     assert [request.status for request in sandbox.klaviyo.requests] == [500]
 
 
-def test_windows_are_fixed_and_say_when_they_end() -> None:
-    """Two at a time: what the short one refuses does not count in the long one."""
+def test_fixed_windows_report_their_end() -> None:
+    """There are two windows. A request that the short one refuses does not count in the long one."""
     now = 120.5
     limiter = FixedWindowLimiter(lambda: now)
     limits = {1: 2, 60: 3}
@@ -259,7 +259,7 @@ def test_windows_are_fixed_and_say_when_they_end() -> None:
 
 @contextmanager
 def process(*options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
-    """Run `python -m worker.sandbox` and yield what it says to export."""
+    """Run `python -m worker.sandbox`, and yield the process and the variables that it prints."""
     command = [sys.executable, "-m", "worker.sandbox", "--commercetools-port", "0", "--klaviyo-port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as running:
         try:
@@ -271,8 +271,8 @@ def process(*options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, st
             running.send_signal(signal.SIGTERM)
 
 
-def test_it_runs_on_its_own_until_interrupted() -> None:
-    """`python -m worker.sandbox` prints what to export, serves, and ends at SIGTERM with 0."""
+def test_sandbox_runs_until_interrupted() -> None:
+    """`python -m worker.sandbox` prints variables, serves, and exits with 0 on SIGTERM."""
     with process() as (running, exported):
         assert orjson.loads(exported["CT_API_CLIENT"]).keys() == {"clientId", "secret"}
         assert urllib3.request("GET", exported["KLAVIYO_API_URL"] + "/_sandbox/state").status == 200
@@ -280,8 +280,8 @@ def test_it_runs_on_its_own_until_interrupted() -> None:
     assert running.returncode == 0
 
 
-def test_its_options_reach_shop_and_account() -> None:
-    """Copies, limits, repeats, slow jobs."""
+def test_sandbox_options() -> None:
+    """The options set copies, rate limits, repeats and the duration of jobs."""
     options = ("--copies", "3", "--rate-limits", "10", "--bulk-repeats", "duplicate", "--job-seconds", "60")
     with process(*options) as (_, exported):
         url = exported["KLAVIYO_API_URL"]

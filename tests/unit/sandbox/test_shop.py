@@ -1,4 +1,4 @@
-"""The sample shop has what a real one has: consistent references, and every oddity."""
+"""The sample shop has consistent references and the unusual cases of real shops."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def everything() -> dict[str, dict[str, Any]]:
     return {name: getattr(SHOP, name) for name in names}
 
 
-def test_it_is_the_same_every_time() -> None:
-    """And nobody's changes are anybody else's."""
+def test_shop_is_reproducible() -> None:
+    """Changes to one instance do not affect another."""
     other = sample_shop()
     assert other == SHOP
     next(iter(other.orders.values()))["lineItems"].clear()
@@ -42,8 +42,8 @@ def test_it_is_the_same_every_time() -> None:
 
 
 @pytest.mark.parametrize("name", everything())
-def test_resources_are_json_under_their_own_uuid(name: str) -> None:
-    """With the dates of the days before the samples."""
+def test_resources_are_json_with_a_uuid(name: str) -> None:
+    """Their dates are shortly before those of the samples."""
     collection = everything()[name]
     assert collection
     assert orjson.loads(orjson.dumps(collection)) == collection
@@ -52,8 +52,8 @@ def test_resources_are_json_under_their_own_uuid(name: str) -> None:
         assert "2026-11-14" < resource["createdAt"] < "2026-11-24"
 
 
-def test_references_lead_somewhere() -> None:
-    """To categories, payments and discount codes the shop has."""
+def test_references_exist() -> None:
+    """They name categories, payments and discount codes of the shop."""
     targets = {"category": SHOP.categories, "payment": SHOP.payments, "discount-code": SHOP.discount_codes}
     found = [each for each in references(everything()) if each["typeId"] in targets]
     assert {each["typeId"] for each in found} == set(targets)
@@ -63,8 +63,8 @@ def test_references_lead_somewhere() -> None:
         assert all(line["productId"] in SHOP.products for line in order["lineItems"])
 
 
-def test_ancestors_come_root_first() -> None:
-    """And end with the parent."""
+def test_ancestors_start_with_the_root() -> None:
+    """The last ancestor is the parent."""
     for category in SHOP.categories.values():
         above = [SHOP.categories[each["id"]] for each in category["ancestors"]]
         assert [len(each["ancestors"]) for each in above] == list(range(len(above)))
@@ -72,8 +72,8 @@ def test_ancestors_come_root_first() -> None:
     assert max(len(category["ancestors"]) for category in SHOP.categories.values()) == 2
 
 
-def test_orders_have_every_oddity() -> None:
-    """Guests, yen, fractions of a cent, a hundred lines, nobody at all."""
+def test_orders_cover_unusual_cases() -> None:
+    """Examples are guests, yen, fractions of a cent, a hundred lines, and an order without a customer."""
     orders = list(SHOP.orders.values())
     assert {len(order["lineItems"]) for order in orders} >= {1, 3, 100}
     assert {order["totalPrice"]["currencyCode"] for order in orders} >= {"EUR", "JPY"}
@@ -90,8 +90,8 @@ def test_orders_have_every_oddity() -> None:
     assert not imported.keys() & {"cart", "taxedPrice"}
 
 
-def test_products_have_every_oddity() -> None:
-    """No image, no description, no price, no sku, a discount, a window, a brand in two forms."""
+def test_products_cover_unusual_cases() -> None:
+    """Examples are missing images, prices and SKUs, discounts, validity periods, and brands of two types."""
     products = list(SHOP.products.values())
     variants = [variant for product in products for variant in (product["masterVariant"], *product["variants"])]
     prices = [price for variant in variants for price in variant["prices"]]
@@ -108,8 +108,8 @@ def test_products_have_every_oddity() -> None:
     assert any("supplyChannel" in entry for entry in SHOP.inventory.values())
 
 
-def test_payments_have_refunds_in_every_state() -> None:
-    """Two that went through, one that waits; and a payment no order knows."""
+def test_payments_cover_refund_states() -> None:
+    """There are successful and pending refunds, and a payment without an order."""
     kinds = [
         [(transaction["type"], transaction["state"]) for transaction in payment["transactions"]]
         for payment in SHOP.payments.values()
@@ -120,8 +120,8 @@ def test_payments_have_refunds_in_every_state() -> None:
     assert SHOP.payments.keys() - named
 
 
-def test_phones_are_good_and_bad() -> None:
-    """Valid in the country of their address, but for one."""
+def test_phone_numbers_are_valid_except_one() -> None:
+    """They are valid in the country of their address."""
     found = [
         (address.get("mobile") or address.get("phone"), address["country"])
         for customer in SHOP.customers.values()
@@ -131,8 +131,8 @@ def test_phones_are_good_and_bad() -> None:
     assert sorted(map(phonenumbers.is_valid_number, numbers)) == [False, True, True]
 
 
-def test_personal_data_is_all_that_must_not_be_logged() -> None:
-    """Of customers and of guests, addresses included."""
+def test_personal_data_is_complete() -> None:
+    """It includes guests and addresses."""
     found = SHOP.personal_data()
     texts = {
         "grete.hermannsdotter@mail.example",
@@ -150,8 +150,8 @@ def test_personal_data_is_all_that_must_not_be_logged() -> None:
 
 
 @pytest.mark.parametrize("path", ["product-projections", "discount-codes", "orders", "inventory"])
-def test_paths_of_the_api_lead_to_collections(path: str) -> None:
-    """And no other attribute of the shop can be asked for."""
+def test_collections_by_path(path: str) -> None:
+    """Other attributes of the shop are not accessible."""
     assert SHOP.collection(path)
     for bad in ("products", "personal_data", "__class__", ""):
         assert SHOP.collection(bad) is None
