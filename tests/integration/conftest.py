@@ -1,4 +1,4 @@
-"""The clients over real sockets, against the sandbox; queues against what stands in for their service."""
+"""Fixtures for the clients over real sockets against the sandbox, and for queues against their emulators."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 
 def settings_for(sandbox: Sandbox, **values: Any) -> Settings:
-    """Return settings that point at a sandbox."""
+    """Return settings with the addresses of a sandbox."""
     environment = {"CT_SCOPE": "", **sandbox.environment}
     flags = {name: environment.get(str(info.validation_alias)) for name, info in Settings.model_fields.items()}
     return load(Settings, flags | {"retry_timeout": 2} | values)
 
 
 def commercetools_for(sandbox: Sandbox, **values: Any) -> Commercetools:
-    """Return a client."""
+    """Return a commercetools client for a sandbox."""
     return Commercetools(settings_for(sandbox, **values), Event())
 
 
 def klaviyo_for(sandbox: Sandbox, **values: Any) -> Klaviyo:
-    """Return a client."""
+    """Return a Klaviyo client for a sandbox."""
     return Klaviyo(settings_for(sandbox, **values), Event())
 
 
@@ -44,7 +44,7 @@ FAILURE = Failure("Klaviyo refused the record: " + "é" * 2000, "send", "Rejecte
 
 @pytest.fixture
 def opened() -> Iterator[Open]:
-    """Open queues that are closed in the end."""
+    """Open queues, and close them after the test."""
     queues: list[PubSubQueue] = []
 
     def open_(url: str, **options: Any) -> PubSubQueue:
@@ -59,9 +59,9 @@ def opened() -> Iterator[Open]:
 
 
 def receive(queue: PubSubQueue, number: int, wait: float = 15.0) -> list[PubSubDelivery]:
-    """Receive so many messages, or what came in time."""
+    """Receive `number` messages, or those that arrive within `wait` seconds."""
     deadline = time.monotonic() + wait
-    got: list[PubSubDelivery] = []
-    while len(got) < number and time.monotonic() < deadline:
-        got += queue.receive(number - len(got), 0.2)
-    return got
+    deliveries: list[PubSubDelivery] = []
+    while len(deliveries) < number and time.monotonic() < deadline:
+        deliveries += queue.receive(number - len(deliveries), 0.2)
+    return deliveries

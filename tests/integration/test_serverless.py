@@ -1,4 +1,4 @@
-"""The Lambda function, called as Lambda calls it."""
+"""The Lambda function, called like Lambda calls it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RECORD = {
 
 @dataclass
 class Context:
-    """What Lambda tells of an invocation."""
+    """A fake of Lambda's context object."""
 
     seconds: float = 30.0
 
@@ -49,7 +49,7 @@ def environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     for name, value in sandbox.environment.items():
         monkeypatch.setenv(name, value)
     configured = Scripted()
-    monkeypatch.setattr(serverless, "configure_logging", configured)  # for good, which other tests would notice
+    monkeypatch.setattr(serverless, "configure_logging", configured)  # its effect would remain for other tests
     serverless._warm_state.cache_clear()
     yield
     serverless._warm_state().components.sender.close()
@@ -58,7 +58,7 @@ def environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 
 def event_of(*bodies: bytes) -> dict[str, Any]:
-    """Return an event as AWS documents it, with the fields that matter here."""
+    """Return an event in the format that AWS documents, with the fields that are read."""
     return {
         "Records": [
             {**RECORD, "messageId": f"message-{number}", "body": body.decode()} for number, body in enumerate(bodies)
@@ -66,72 +66,72 @@ def event_of(*bodies: bytes) -> dict[str, Any]:
     }
 
 
-def failed(answer: dict[str, Any]) -> list[str]:
-    return [entry["itemIdentifier"] for entry in answer["batchItemFailures"]]
+def failed(response: dict[str, Any]) -> list[str]:
+    return [entry["itemIdentifier"] for entry in response["batchItemFailures"]]
 
 
-def test_a_batch_has_its_effects_and_only_what_failed_comes_again(sandbox: Sandbox) -> None:
-    """Poison is left to the redrive policy; its neighbours are done."""
+def test_only_failed_messages_of_a_batch_are_returned(sandbox: Sandbox) -> None:
+    """Unreadable messages are left to the redrive policy; the others are processed."""
     workload = Workload(sandbox, 100)
-    answer = sqs_handler(event_of(*workload.bodies, b'{"torn', b""), Context())
-    assert failed(answer) == ["message-100", "message-101"]
-    assert json.loads(json.dumps(answer)) == answer
+    response = sqs_handler(event_of(*workload.bodies, b'{"torn', b""), Context())
+    assert failed(response) == ["message-100", "message-101"]
+    assert json.loads(json.dumps(response)) == response
     workload.assert_exactly_once()
 
 
-def test_an_event_that_comes_twice_adds_nothing(sandbox: Sandbox) -> None:
-    """Lambda promises at least once; connections and tokens stay from one invocation to the next."""
+def test_duplicate_event_has_no_further_effect(sandbox: Sandbox) -> None:
+    """Lambda delivers at least once. Connections and tokens are kept between invocations."""
     workload = Workload(sandbox, 40)
     for _ in range(2):
         assert sqs_handler(event_of(*workload.bodies), Context()) == {"batchItemFailures": []}
         timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
-        assert all(timer.finished.is_set() for timer in timers)  # or it would end the next invocation
+        assert all(timer.finished.is_set() for timer in timers)  # a running timer would end the next invocation
     workload.assert_exactly_once()
     tokens = [request for request in sandbox.commercetools.requests if "oauth" in str(request)]
     assert len(tokens) == 1
 
 
-def test_what_an_outage_holds_up_is_given_back_in_time(sandbox: Sandbox) -> None:
-    """Before Lambda ends the function, which would bring everything again; the next invocation does it."""
+def test_held_messages_are_returned_before_the_timeout_of_the_function(sandbox: Sandbox) -> None:
+    """If Lambda ended the function, SQS would redeliver the whole batch. The next invocation processes the rest."""
     workload = Workload(sandbox, 20)
     sandbox.klaviyo.faults.add(Fault(status=503, times=None))
-    began = time.monotonic()
-    answer = sqs_handler(event_of(*workload.bodies), Context(7.0))
-    assert time.monotonic() - began < 7.0
-    assert len(failed(answer)) > 15
+    started_at = time.monotonic()
+    response = sqs_handler(event_of(*workload.bodies), Context(7.0))
+    assert time.monotonic() - started_at < 7.0
+    assert len(failed(response)) > 15
     sandbox.klaviyo.faults.clear()
     assert failed(sqs_handler(event_of(*workload.bodies), Context())) == []
     workload.assert_exactly_once()
 
 
-def test_a_call_that_hangs_is_not_waited_for(sandbox: Sandbox) -> None:
-    """Lambda would end the function, and bring what is done again too."""
+def test_hanging_call_does_not_exceed_the_timeout_of_the_function(sandbox: Sandbox) -> None:
+    """If Lambda ended the function, SQS would redeliver processed messages too."""
     workload = Workload(sandbox, 5)
     sandbox.klaviyo.faults.add(Fault(action="hang", seconds=20, times=None))
     context = Context(6.0)
-    began = time.monotonic()
+    started_at = time.monotonic()
     assert failed(sqs_handler(event_of(*workload.bodies), context))
-    assert time.monotonic() - began < context.seconds
+    assert time.monotonic() - started_at < context.seconds
     sandbox.klaviyo.faults.clear()
 
 
-def test_work_is_waited_for_and_not_asked_about(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The function has a share of a CPU, which the work needs; nothing more will come."""
-    asked = Scripted()
+def test_runner_does_not_spin_while_messages_are_in_progress(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function has a share of one CPU, which the messages in progress need."""
+    received = Scripted()
     receive = LambdaQueue.receive
-    monkeypatch.setattr(LambdaQueue, "receive", lambda self, *how: (asked(), receive(self, *how))[1])
+    monkeypatch.setattr(LambdaQueue, "receive", lambda self, *how: (received(), receive(self, *how))[1])
     sandbox.klaviyo.latency = 0.5
     workload = Workload(sandbox, 5)
     assert failed(sqs_handler(event_of(*workload.bodies), Context())) == []
-    assert len(asked.calls) < 1000
+    assert len(received.calls) < 1000
 
 
-def test_a_refused_key_loses_nothing(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
-    """Everything comes again, and the log says why."""
+def test_refused_key_returns_all_messages(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+    """The log has the reason."""
     workload = Workload(sandbox, 20)
     sandbox.klaviyo.faults.add(Fault(status=401, times=None))
-    answer = sqs_handler(event_of(*workload.bodies), Context())
-    assert len(failed(answer)) > 15
+    response = sqs_handler(event_of(*workload.bodies), Context())
+    assert len(failed(response)) > 15
     (record,) = [record for record in caplog.records if record.message == "batch_incomplete"]
     assert "KLAVIYO_AUTH_KEY" in vars(record)["reason"]
     sandbox.klaviyo.faults.clear()
@@ -141,22 +141,20 @@ def test_a_refused_key_loses_nothing(sandbox: Sandbox, caplog: pytest.LogCapture
 @pytest.mark.parametrize(
     "event", [{}, {"Records": [{"Sns": {}}]}, {"Records": None}, {"Records": [{**RECORD, "body": None}]}]
 )
-def test_another_event_is_an_error_that_says_what_was_expected(event: dict[str, Any]) -> None:
-    """By hand, from a test console, from another source."""
+def test_event_of_another_source_is_an_error(event: dict[str, Any]) -> None:
+    """A test event of Lambda's console is an example. The error says what was expected."""
     with pytest.raises(QueueError, match="expected the event of an SQS event source"):
         sqs_handler(event, Context())
 
 
-def test_a_timeout_that_leaves_no_time_to_work_is_named() -> None:
-    """Lambda's default is 3 s; messages that are merely given back end in the dead letters, and no log says why."""
+def test_too_short_timeout_of_the_function_is_an_error() -> None:
+    """With Lambda's default of 3 s, all messages would be returned until SQS dead-letters them without a reason."""
     with pytest.raises(SettingsError, match="Timeout: the function has 3 s, expected more than 5: set 60"):
         sqs_handler(event_of(b"{}"), Context(3.0))
 
 
-def test_the_time_that_a_cold_start_takes_is_not_there_for_work(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is in work then is given back in time nevertheless."""
+def test_time_of_a_cold_start_reduces_the_time_for_messages(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages in progress are still returned before the timeout of the function."""
     context = Context(30.0)
     configure = vars(serverless)["configure_logging"]
 
@@ -167,13 +165,13 @@ def test_the_time_that_a_cold_start_takes_is_not_there_for_work(
     monkeypatch.setattr(serverless, "configure_logging", slowly)
     workload = Workload(sandbox, 20)
     sandbox.klaviyo.faults.add(Fault(status=503, times=None))
-    began = time.monotonic()
+    started_at = time.monotonic()
     assert len(failed(sqs_handler(event_of(*workload.bodies), context))) > 15
-    assert time.monotonic() - began < 6.0
+    assert time.monotonic() - started_at < 6.0
 
 
-def test_a_missing_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The invocation fails, so all messages come again."""
+def test_missing_setting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The invocation fails, so SQS redelivers the whole batch."""
     with monkeypatch.context() as without:
         without.delenv("KLAVIYO_AUTH_KEY")
         with pytest.raises(SettingsError, match="KLAVIYO_AUTH_KEY is missing"):

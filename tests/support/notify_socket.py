@@ -1,4 +1,4 @@
-"""Where systemd listens: a datagram socket, by path or abstract."""
+"""A fake of systemd's notification socket: a datagram socket with a path or an abstract name."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class NotifySocket:
-    """Keeps what it is told, line by line."""
+    """A socket that records the lines it receives."""
 
     def __init__(self, address: str) -> None:
-        """`address`: as in NOTIFY_SOCKET; a leading @ stands for an abstract one."""
+        """`address` is a value of NOTIFY_SOCKET. A leading @ means an abstract name."""
         self.address = address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
@@ -27,7 +27,7 @@ class NotifySocket:
         self.close()
 
     def close(self) -> None:
-        """Listen no more. Whoever tells something now finds that out."""
+        """Stop listening. Later notifications fail."""
         self._socket.close()
 
     def lines(self) -> list[str]:
@@ -37,11 +37,11 @@ class NotifySocket:
         return [line for message in self.messages for line in message.decode().split("\n")]
 
     def wait_for(self, condition: Callable[[list[str]], object], seconds: float = 20.0) -> list[str]:
-        """Return all lines, once they are what is waited for."""
+        """Return all lines when they satisfy a condition."""
         deadline = time.monotonic() + seconds
         while not condition(lines := self.lines()):
             message = self._receive(max(0.0, deadline - time.monotonic()))
-            assert message is not None, f"waited in vain: {lines}"
+            assert message is not None, f"timed out: {lines}"
             self.messages.append(message)
         return lines
 

@@ -206,7 +206,7 @@ def test_page_shows_the_state_with_reasons_and_advice_first(serve: Serve, browse
     assert set(browser.requests) <= {f"http://127.0.0.1:{server.port}/{path}" for path in ("", "status.json")} | {
         "data:,"
     }
-    assert browser.complaints == []
+    assert browser.errors == []
 
 
 def test_page_shows_figures_lanes_limits_failures_and_outcomes(serve: Serve, browser: Browser) -> None:
@@ -258,7 +258,7 @@ def test_hostile_text_is_shown_as_text(serve: Serve, browser: Browser) -> None:
     assert HOSTILE in browser.evaluate("document.querySelector('#failures').textContent")
     assert browser.evaluate("document.querySelectorAll('main img, main script').length") == 0
     assert browser.evaluate("document.title") == "running · klaviyo-worker"
-    assert browser.complaints == []
+    assert browser.errors == []
 
 
 @pytest.mark.parametrize("dark", [False, True])
