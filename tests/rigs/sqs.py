@@ -69,15 +69,15 @@ class SQS:
         self._queue.publish(*bodies)
 
     def is_empty(self) -> bool:
-        return self._queue.held() == 0
+        return self._queue.count() == 0
 
     def dead_letters(self, at_least: int = 0) -> list[StoredDeadLetter]:
         url = self._queue.dead_url
         self._queue.wait_for(url, at_least)
-        return [StoredDeadLetter(body, about) for body, about in self._queue.look(url)]
+        return [StoredDeadLetter(body, details) for body, details in self._queue.read_all(url)]
 
     def unsettled(self) -> list[bytes]:
-        return [body for body, _ in self._queue.look(self._queue.queue_url)]
+        return [body for body, _ in self._queue.read_all(self._queue.queue_url)]
 
     def expire_leases_of_killed(self) -> None:
         """End the leases now instead of after a minute."""

@@ -31,7 +31,7 @@ PROJECT = "demo"
 
 
 def missing() -> str:
-    """Return why the emulator cannot run, or nothing."""
+    """Return why the emulator cannot run, or ""."""
     if shutil.which("java") is None:
         return "Google's Pub/Sub emulator needs Java"
     return "" if _jar() else "Google's Pub/Sub emulator is not installed: gcloud components install pubsub-emulator"
@@ -50,7 +50,7 @@ def free_port() -> int:
 
 
 class Emulator:
-    """A process of its own, or the one on `port` that another runs; what it holds is gone when it ends."""
+    """The emulator in a process of its own, or the running one on `port`. It keeps messages in memory."""
 
     def __init__(self, port: int = 0) -> None:
         require(missing())
@@ -77,7 +77,7 @@ class Emulator:
                 return
 
     def kill(self) -> None:
-        assert self._process is not None, "only who started it ends it"
+        assert self._process is not None, "the emulator was started by another process"
         self._process.kill()
         self._process.wait()
 
@@ -108,7 +108,7 @@ class Subscription:
         self.create()
 
     def create(self) -> None:
-        """Create everything; also what an emulator that was restarted has forgotten."""
+        """Create the topics and subscriptions, also after a restart of the emulator."""
         for suffix in ("", "dead"):
             self.publisher.create_topic(request={"name": self._path("topics", suffix)})
         dead = {"name": self._path("subscriptions", "dead"), "topic": self._path("topics", "dead")}
@@ -125,7 +125,7 @@ class Subscription:
         return f"pubsub://{PROJECT}/{self.name}"
 
     def push_to(self, endpoint: str) -> None:
-        """Have what is pushed from now on go elsewhere."""
+        """Set the push endpoint."""
         request = {"subscription": self.path, "push_config": {"push_endpoint": endpoint}}
         self.subscriber.modify_push_config(request=request)
 
@@ -134,39 +134,39 @@ class Subscription:
             messages = [{"data": body, "attributes": attributes} for body in bodies[start : start + 500]]
             self.publisher.publish(request={"topic": self._path("topics"), "messages": messages})
 
-    def pull(self, wait: float = 2.0, *, dead: bool = False, at_most: int = 1000) -> list[Any]:
-        """Take what is ready and acknowledge it."""
+    def pull(self, wait: float = 2.0, *, dead: bool = False, max_messages: int = 1000) -> list[Any]:
+        """Receive and acknowledge messages until there are `max_messages`, for up to `wait` seconds."""
         path = self._path("subscriptions", "dead") if dead else self.path
         pull: Any = self.subscriber.transport.pull
         taken: list[Any] = []
         deadline = time.monotonic() + wait
         while True:
-            # A pull that waits is cut off by its timeout, at times with an error of the emulator's own. The
-            # client warns of one that does not wait; its transport does not.
-            request = PullRequest(subscription=path, max_messages=at_most, return_immediately=True)
+            # A waiting pull ends with a timeout or with an error of the emulator. The client warns of a pull
+            # that does not wait; its transport does not.
+            request = PullRequest(subscription=path, max_messages=max_messages, return_immediately=True)
             batch = pull(request, timeout=60).received_messages
             if batch:
                 self.subscriber.acknowledge(subscription=path, ack_ids=[entry.ack_id for entry in batch])
             taken += batch
-            if len(taken) >= at_most or time.monotonic() > deadline:
+            if len(taken) >= max_messages or time.monotonic() > deadline:
                 return taken
             time.sleep(0 if batch else 0.05)
 
     def unacked(self) -> list[bytes]:
-        """Take what was never acknowledged, even what somebody has leased: a snapshot knows nothing of leases."""
+        """Receive all messages that were never acknowledged, leased ones too: seeking to a snapshot ends leases."""
         snapshot = self._path("snapshots")
         self.subscriber.create_snapshot(name=snapshot, subscription=self.path)
         self.subscriber.seek(request={"subscription": self.path, "snapshot": snapshot})
         return bodies([entry.message for entry in self.pull(1.0)])
 
     def dead_letters(self, at_least: int = 0, wait: float = 20.0) -> list[Any]:
-        """Take the dead letters, waiting until there are so many."""
-        letters: list[Any] = []
+        """Receive the dead letters, waiting until there are `at_least`."""
+        entries: list[Any] = []
         deadline = time.monotonic() + wait
         while True:
-            letters += self.pull(1.0, dead=True)
-            if len(letters) >= at_least or time.monotonic() > deadline:
-                return [letter.message for letter in letters]
+            entries += self.pull(1.0, dead=True)
+            if len(entries) >= at_least or time.monotonic() > deadline:
+                return [entry.message for entry in entries]
 
     def _path(self, kind: str, suffix: str = "") -> str:
         return f"projects/{PROJECT}/{kind}/{self.name}{suffix and '-' + suffix}"
@@ -182,16 +182,16 @@ def _policies(dead_letter_topic: str, attempts: int, minimum_backoff: float | No
 
 
 class Network(grpc.GenericRpcHandler):
-    """A relay to the emulator that can be taken down: links are cut and new ones refused.
+    """A relay to the emulator that can be taken down: connections are closed, and new ones refused.
 
-    It relays calls, not bytes, for the sake of the emulator, which believes for ever in a stream whose link
-    is cut and gives it half of all messages. Here the emulator's end of such a stream is ended in order.
+    It relays calls, not bytes. The emulator does not detect closed connections and would send half of all messages to
+    them; the relay ends its streams instead.
     """
 
     def __init__(self, emulator: Emulator) -> None:
         self.port = free_port()
         self._channel = grpc.insecure_channel(emulator.host, [("grpc.max_receive_message_length", -1)])
-        self._streams: list[tuple[grpc.ServicerContext, list[str]]] = []  # with the ack ids that came by them
+        self._streams: list[tuple[grpc.ServicerContext, list[str]]] = []  # with the ack ids that they delivered
         self.up()
 
     def up(self) -> None:
@@ -204,14 +204,14 @@ class Network(grpc.GenericRpcHandler):
         self._server.stop(None).wait()
 
     def end_leases(self, subscription: Subscription) -> None:
-        """Have what came by streams that are gone delivered again now, as when its leases run out."""
-        gone = [stream for stream in self._streams if not stream[0].is_active()]
-        self._streams = [stream for stream in self._streams if stream not in gone]
-        lost = [ack_id for _, ack_ids in gone for ack_id in ack_ids]
+        """End the leases of messages that were delivered over closed streams, as if they had expired."""
+        closed = [stream for stream in self._streams if not stream[0].is_active()]
+        self._streams = [stream for stream in self._streams if stream not in closed]
+        lost = [ack_id for _, ack_ids in closed for ack_id in ack_ids]
         for start in range(0, len(lost), 500):
-            some = lost[start : start + 500]
+            batch = lost[start : start + 500]
             subscription.subscriber.modify_ack_deadline(
-                subscription=subscription.path, ack_ids=some, ack_deadline_seconds=0
+                subscription=subscription.path, ack_ids=batch, ack_deadline_seconds=0
             )
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
@@ -230,7 +230,7 @@ class Network(grpc.GenericRpcHandler):
     def _stream(self, method: str, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         context.add_callback(lambda: outgoing.put(None))
-        Thread(target=_pump, args=(requests, outgoing), daemon=True).start()
+        Thread(target=_forward, args=(requests, outgoing), daemon=True).start()
         try:
             upstream: Any = self._channel.stream_stream(method)
             ack_ids: list[str] = []
@@ -242,8 +242,8 @@ class Network(grpc.GenericRpcHandler):
             context.abort(error.code(), error.details() or "")
 
 
-def _pump(requests: Iterator[bytes], outgoing: SimpleQueue[bytes | None]) -> None:
-    with suppress(Exception):  # the link was cut
+def _forward(requests: Iterator[bytes], outgoing: SimpleQueue[bytes | None]) -> None:
+    with suppress(Exception):  # the connection was closed
         for request in requests:
             outgoing.put(request)
     outgoing.put(None)

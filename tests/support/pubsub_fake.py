@@ -1,4 +1,4 @@
-"""A Subscriber service with what Google's emulator lacks: flow control, permissions, and calls that fail as told."""
+"""A fake Subscriber service with what Google's emulator lacks: flow control, permissions, and failing calls."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from grpc_status import rpc_status
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LEASE = 60.0  # seconds
+LEASE_SECONDS = 60.0
 NOTHING = bytes(empty_pb2.Empty().SerializeToString())
 
 
-class Verdicts(dict[str, str]):
-    """What became of each ack id, as exactly-once delivery tells it: in the metadata of an error."""
+class AckResults(dict[str, str]):
+    """The results of ack ids in exactly-once delivery: the metadata of an error."""
 
     def __init__(self, code: grpc.StatusCode, **verdicts: str) -> None:
         super().__init__(verdicts)
@@ -37,19 +37,19 @@ class Verdicts(dict[str, str]):
         context.abort_with_status(rpc_status.to_status(status))
 
 
-class Service(grpc.GenericRpcHandler):
+class FakeSubscriber(grpc.GenericRpcHandler):
     """One subscription on a port of its own.
 
-    `answers[method]` are given in order before the method works. A message is outstanding from when it is sent
-    until it is acknowledged, its lease set to 0 or ended; no more are than the stream asked for. That is how the
-    API describes `StreamingPullRequest.max_outstanding_messages`.
+    A call of `method` first returns the results in `answers[method]`, in order. A message is outstanding until it is
+    acknowledged, or its lease is set to 0 or expires; the number of outstanding messages is limited by the stream's
+    request, as the API describes for `StreamingPullRequest.max_outstanding_messages`.
     """
 
     def __init__(self, *bodies: bytes) -> None:
-        self.answers: dict[str, deque[grpc.StatusCode | Verdicts]] = defaultdict(deque)
+        self.answers: dict[str, deque[grpc.StatusCode | AckResults]] = defaultdict(deque)
         self.permissions = {"pubsub.subscriptions.consume"}
         self.description = types.Subscription(name="s", ack_deadline_seconds=60)
-        self.end_of_stream: grpc.StatusCode | None = None  # how the service ends a stream whose requests ended
+        self.end_of_stream: grpc.StatusCode | None = None  # of a stream whose requests have ended
         self.requests: dict[str, list[Any]] = defaultdict(list)
         self._waiting = deque(bodies)
         self._leases: dict[str, float] = {}  # ack id: monotonic seconds
@@ -83,7 +83,7 @@ class Service(grpc.GenericRpcHandler):
             self.requests[method].append(request)
             if self.answers[method]:
                 answer = self.answers[method].popleft()
-                answer.abort(context) if isinstance(answer, Verdicts) else context.abort(answer, "as told")
+                answer.abort(context) if isinstance(answer, AckResults) else context.abort(answer, "as configured")
             return call(request)
 
         return grpc.unary_unary_rpc_method_handler(handle, deserialize)
@@ -116,20 +116,20 @@ class Service(grpc.GenericRpcHandler):
         first = next(requests)
         self.requests["StreamingPull"].append(first)
         ended = Event()
-        Thread(target=_exhaust, args=(requests, ended), daemon=True).start()
+        Thread(target=_consume, args=(requests, ended), daemon=True).start()
         while context.is_active() and not ended.wait(0.02):
             if messages := self._lease(first.max_outstanding_messages):
                 yield types.StreamingPullResponse(received_messages=messages)
         if ended.is_set() and self.end_of_stream is not None:
-            context.abort(self.end_of_stream, "as told")
+            context.abort(self.end_of_stream, "as configured")
 
-    def _lease(self, at_most: int) -> list[types.ReceivedMessage]:
+    def _lease(self, max_messages: int) -> list[types.ReceivedMessage]:
         with self._lock:
             now = time.monotonic()
             self._leases = {name: until for name, until in self._leases.items() if until > now}
-            room = min(at_most - len(self._leases), len(self._waiting))
+            room = min(max_messages - len(self._leases), len(self._waiting))
             bodies = [self._waiting.popleft() for _ in range(room)]
-            self._leases |= {body.decode(): now + LEASE for body in bodies}
+            self._leases |= {body.decode(): now + LEASE_SECONDS for body in bodies}
         return [
             types.ReceivedMessage(
                 ack_id=body.decode(), message=types.PubsubMessage(data=body, message_id=body.decode())
@@ -138,7 +138,7 @@ class Service(grpc.GenericRpcHandler):
         ]
 
 
-def _exhaust(requests: Iterator[Any], ended: Event) -> None:
+def _consume(requests: Iterator[Any], ended: Event) -> None:
     try:
         for _ in requests:
             pass

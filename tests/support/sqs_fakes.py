@@ -1,6 +1,6 @@
-"""Two stand-ins for AWS SQS, and a network in front of them that can fail.
+"""Two emulators of AWS SQS, and a network in front of them that can fail.
 
-moto is close to what AWS documents, but slow when many messages wait; fauxqs is fast enough for load.
+moto is close to what AWS documents, but slow if many messages are queued; fauxqs is fast enough for load.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
     from mypy_boto3_sqs.type_defs import MessageTypeDef
 
-    Receipt = tuple[str, str]  # of a message handed out: the queue's URL, and what SQS calls a receipt handle
+    Receipt = tuple[str, str]  # of a delivered message: the queue's URL and the receipt handle
 
 REGION = "eu-central-1"
 FAUXQS = Path(sys.prefix) / "node_modules" / "fauxqs" / "dist" / "server.js"
@@ -41,14 +41,14 @@ KINDS = ("moto", "fauxqs")
 
 
 def missing(kind: str) -> str:
-    """Return why a stand-in cannot run, or nothing."""
+    """Return why an emulator cannot run, or ""."""
     if kind == "moto" or (shutil.which("node") and FAUXQS.exists()):
         return ""
-    return "fauxqs, a stand-in for AWS SQS, needs Node.js: install it, and make again"
+    return "fauxqs, an emulator of AWS SQS, needs Node.js: install it, and make again"
 
 
 class Server:
-    """A process of its own, or the one on `port` that another runs; what it holds is gone when it ends."""
+    """An emulator in a process of its own, or the running one on `port`. It keeps messages in memory."""
 
     def __init__(self, kind: str, port: int = 0) -> None:
         self.kind = kind
@@ -79,13 +79,13 @@ class Server:
                 return
 
     def kill(self) -> None:
-        assert self._process is not None, "only who started it ends it"
+        assert self._process is not None, "the server was started by another process"
         self._process.kill()
         self._process.wait()
 
 
 def environment(port: int) -> dict[str, str]:
-    """Return what leads boto3 to a stand-in, and to no settings of this machine."""
+    """Return the variables that make boto3 use an emulator, and ignore the settings of this machine."""
     return {
         "AWS_ENDPOINT_URL_SQS": f"http://127.0.0.1:{port}",
         "AWS_DEFAULT_REGION": REGION,
@@ -97,7 +97,7 @@ def environment(port: int) -> dict[str, str]:
 
 
 def client(port: int) -> SQSClient:
-    """Return a client of a stand-in."""
+    """Return a client of an emulator."""
     return boto3.client(
         "sqs",
         endpoint_url=f"http://127.0.0.1:{port}",
@@ -119,12 +119,12 @@ class Queue:
         self.create()
 
     def create(self) -> None:
-        """Create everything; also what a server that was restarted has forgotten."""
+        """Create both queues, also after a restart of the server."""
         self.dead_url = self.client.create_queue(QueueName=f"{self.name}-dead")["QueueUrl"]
         self.queue_url = self.client.create_queue(QueueName=self.name)["QueueUrl"]
         if self._receives:
-            told = self.client.get_queue_attributes(QueueUrl=self.dead_url, AttributeNames=["QueueArn"])
-            policy = {"deadLetterTargetArn": told["Attributes"]["QueueArn"], "maxReceiveCount": self._receives}
+            response = self.client.get_queue_attributes(QueueUrl=self.dead_url, AttributeNames=["QueueArn"])
+            policy = {"deadLetterTargetArn": response["Attributes"]["QueueArn"], "maxReceiveCount": self._receives}
             self.set_attributes(RedrivePolicy=json.dumps(policy))
 
     @property
@@ -139,58 +139,62 @@ class Queue:
         self.client.set_queue_attributes(QueueUrl=self.queue_url, Attributes=attributes)  # type: ignore[arg-type]
 
     def publish(self, *bodies: bytes, **attributes: str) -> None:
-        about = {name: {"DataType": "String", "StringValue": value} for name, value in attributes.items()}
+        values = {name: {"DataType": "String", "StringValue": value} for name, value in attributes.items()}
         for start in range(0, len(bodies), 10):
-            some = enumerate(bodies[start : start + 10])
-            entries: Any = [{"Id": str(n), "MessageBody": b.decode(), "MessageAttributes": about} for n, b in some]
+            batch = enumerate(bodies[start : start + 10])
+            entries: Any = [{"Id": str(n), "MessageBody": b.decode(), "MessageAttributes": values} for n, b in batch]
             assert not self.client.send_message_batch(QueueUrl=self.queue_url, Entries=entries).get("Failed")
 
-    def pull(self, at_most: int = 1000, *, wait: float = 0.0, dead: bool = False) -> list[MessageTypeDef]:
-        """Take what is ready and delete it, waiting until there is so much."""
+    def pull(self, max_messages: int = 1000, *, wait: float = 0.0, dead: bool = False) -> list[MessageTypeDef]:
+        """Receive and delete messages until there are `max_messages`, for up to `wait` seconds."""
         url = self.dead_url if dead else self.queue_url
         taken: list[MessageTypeDef] = []
         deadline = time.monotonic() + wait
         while True:
             batch = self.client.receive_message(
                 QueueUrl=url,
-                MaxNumberOfMessages=min(10, at_most - len(taken)),
+                MaxNumberOfMessages=min(10, max_messages - len(taken)),
                 MessageAttributeNames=["All"],
                 MessageSystemAttributeNames=["All"],
             ).get("Messages", [])
             for message in batch:
                 self.client.delete_message(QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
             taken += batch
-            if len(taken) >= at_most or (not batch and time.monotonic() > deadline):
+            if len(taken) >= max_messages or (not batch and time.monotonic() > deadline):
                 return taken
             time.sleep(0 if batch else 0.05)
 
     def wait_for(self, url: str, at_least: int) -> None:
-        """Wait a while until a queue holds so many messages."""
+        """Wait up to 20 seconds until a queue holds `at_least` messages."""
         deadline = time.monotonic() + 20.0
-        while self.held(url) < at_least and time.monotonic() < deadline:
+        while self.count(url) < at_least and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def held(self, url: str = "") -> int:
-        """Count what was never settled, ready, delayed or leased."""
-        told = self.client.get_queue_attributes(QueueUrl=url or self.queue_url, AttributeNames=["All"])["Attributes"]
-        return sum(int(value) for name, value in told.items() if name.startswith("ApproximateNumberOfMessages"))
+    def count(self, url: str = "") -> int:
+        """Count the messages that were never settled: ready, delayed and leased."""
+        response = self.client.get_queue_attributes(QueueUrl=url or self.queue_url, AttributeNames=["All"])
+        return sum(
+            int(value)
+            for name, value in response["Attributes"].items()
+            if name.startswith("ApproximateNumberOfMessages")
+        )
 
-    def look(self, url: str) -> list[tuple[bytes, dict[str, str]]]:
-        """Return body and attributes of all that a queue holds; what is leased has no body on moto."""
+    def read_all(self, url: str) -> list[tuple[bytes, dict[str, str]]]:
+        """Return body and attributes of all messages in a queue; on moto, leased messages have no body."""
         if self.server.kind == "moto":
             ready = self.client.receive_message(
                 QueueUrl=url, MaxNumberOfMessages=10, VisibilityTimeout=0, MessageAttributeNames=["All"]
             ).get("Messages", [])
             seen = [(m["Body"].encode(), _texts(m.get("MessageAttributes", {}))) for m in ready]
-            return seen + [(b"", {})] * (self.held(url) - len(seen))
+            return seen + [(b"", {})] * (self.count(url) - len(seen))
         path = f"_fauxqs/queues/{url.rpartition('/')[2]}"
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.server.port}/{path}", timeout=10) as told:
-            queue = json.load(told)["messages"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.server.port}/{path}", timeout=10) as response:
+            queue = json.load(response)["messages"]
         messages = [*queue["ready"], *queue["delayed"], *(each["message"] for each in queue["inflight"])]
         return [(m["body"].encode(), _texts(m["messageAttributes"])) for m in messages]
 
     def dead_letters(self, at_least: int = 0, wait: float = 20.0) -> list[MessageTypeDef]:
-        """Take the dead letters, waiting until there are so many."""
+        """Receive and delete the dead letters, waiting until there are `at_least`."""
         return self.pull(at_least, wait=wait, dead=True) if at_least else self.pull(dead=True)
 
 
@@ -202,43 +206,43 @@ def bodies(messages: list[MessageTypeDef]) -> list[bytes]:
     return [message["Body"].encode() for message in messages]
 
 
-class Answer:
-    """An answer of SQS's own: an error, as its JSON protocol has it, or a document."""
+class Response:
+    """A response of SQS: a document, or an error in the form of its JSON protocol."""
 
     def __init__(self, status: int, code: str = "", message: str = "because", **document: Any) -> None:
         self.status = status
         self.headers = {"x-amzn-query-error": f"{code};Sender"} if code else {}
-        answered = {"__type": f"com.amazonaws.sqs#{code}", "message": message} if code else document
-        self.body = json.dumps(answered).encode()
+        content = {"__type": f"com.amazonaws.sqs#{code}", "message": message} if code else document
+        self.body = json.dumps(content).encode()
 
 
-class Noise(Answer):
-    """What a proxy may say instead of SQS."""
+class ProxyResponse(Response):
+    """A response that a proxy can send instead of SQS."""
 
     def __init__(self, status: int, body: bytes) -> None:
         super().__init__(status)
         self.body = body
 
 
-DENIED = Answer(400, "AccessDenied", "not authorized to perform that")
-NO_QUEUE = Answer(400, "AWS.SimpleQueueService.NonExistentQueue")
-BUSY = Answer(400, "ThrottlingException")
-BROKEN = Answer(500, "InternalError")
+DENIED = Response(400, "AccessDenied", "not authorized to perform that")
+NO_QUEUE = Response(400, "AWS.SimpleQueueService.NonExistentQueue")
+BUSY = Response(400, "ThrottlingException")
+BROKEN = Response(500, "InternalError")
 
 
 class Network:
-    """A relay to a stand-in that notes what passes, answers by itself as told, and can be taken down.
+    """A relay to an emulator that records requests, sends responses of its own, and can be taken down.
 
-    `answers[operation]` are given in order before requests are relayed, `always[operation]` for ever.
+    It sends the responses in `responses[operation]` once, in order, and the one in `always[operation]` every time.
     """
 
     def __init__(self, server: Server) -> None:
         self.port = free_port()
-        self.answers: dict[str, deque[Answer]] = defaultdict(deque)
-        self.always: dict[str, Answer] = {}
+        self.responses: dict[str, deque[Response]] = defaultdict(deque)
+        self.always: dict[str, Response] = {}
         self.requests: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.links: dict[socket, list[Receipt]] = {}
-        self._gone: list[Receipt] = []  # of messages handed out by links that are no more
+        self._lost: list[Receipt] = []  # of messages delivered over closed connections
         self._client = client(server.port)
         self._upstream = f"http://127.0.0.1:{server.port}/"
         self._pool = urllib3.PoolManager(maxsize=20)
@@ -255,7 +259,7 @@ class Network:
         Thread(target=self._listener.serve_forever, args=(0.02,), daemon=True).start()
 
     def down(self) -> None:
-        """Refuse connections and cut those there are."""
+        """Close all connections, and refuse new ones."""
         self._listener.shutdown()
         self._listener.server_close()
         for link in list(self.links):
@@ -263,36 +267,36 @@ class Network:
                 link.shutdown(SHUT_RDWR)
 
     def end_leases(self) -> None:
-        """Have what was handed out by links that are gone come again now, as when its leases run out."""
-        for link in [link for link in list(self.links) if _is_gone(link)]:  # whose thread has not noticed yet
-            self.ended(link)
-        while self._gone:
-            url, receipt = self._gone.pop()
+        """End the leases of messages that were delivered over closed connections, as if they had expired."""
+        for link in [link for link in list(self.links) if _is_closed(link)]:  # their threads have not noticed yet
+            self.on_disconnect(link)
+        while self._lost:
+            url, receipt = self._lost.pop()
             with suppress(self._client.exceptions.ClientError):
                 self._client.change_message_visibility(QueueUrl=url, ReceiptHandle=receipt, VisibilityTimeout=0)
 
-    def ended(self, link: socket) -> None:
-        """Note that a link is gone."""
-        self._gone += self.links.pop(link, ())
+    def on_disconnect(self, link: socket) -> None:
+        """Record that a connection was closed."""
+        self._lost += self.links.pop(link, ())
 
     def handle(self, link: socket, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
         operation, request = headers["X-Amz-Target"].rpartition(".")[2], json.loads(body)
         self.requests[operation].append(request)
-        waiting = self.answers[operation]
-        answer = waiting.popleft() if waiting else self.always.get(operation)
-        if answer is not None:
-            return answer.status, answer.headers, answer.body
-        told = self._pool.request("POST", self._upstream, body=body, headers=headers, retries=False, timeout=30)
-        if operation == "ReceiveMessage" and told.status == 200:
-            messages = told.json().get("Messages") or []
+        queued = self.responses[operation]
+        fixed = queued.popleft() if queued else self.always.get(operation)
+        if fixed is not None:
+            return fixed.status, fixed.headers, fixed.body
+        response = self._pool.request("POST", self._upstream, body=body, headers=headers, retries=False, timeout=30)
+        if operation == "ReceiveMessage" and response.status == 200:
+            messages = response.json().get("Messages") or []
             self.links.setdefault(link, []).extend(
                 (request["QueueUrl"], message["ReceiptHandle"]) for message in messages
             )
-            if _is_gone(link):  # a poll outlives who made it
-                self.ended(link)
+            if _is_closed(link):  # the worker was killed during the poll
+                self.on_disconnect(link)
                 self.end_leases()
-        kept = {name: value for name, value in told.headers.items() if name.lower() == "x-amzn-query-error"}
-        return told.status, kept, told.data
+        kept = {name: value for name, value in response.headers.items() if name.lower() == "x-amzn-query-error"}
+        return response.status, kept, response.data
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -304,11 +308,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.relay.links[self.connection] = []
 
     def handle(self) -> None:
-        with suppress(OSError):  # who was killed hangs up without a word
+        with suppress(OSError):  # a killed worker closes the connection at any time
             super().handle()
 
     def finish(self) -> None:
-        self.relay.ended(self.connection)
+        self.relay.on_disconnect(self.connection)
         with suppress(OSError):
             super().finish()
 
@@ -329,7 +333,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def _is_gone(link: socket) -> bool:
+def _is_closed(link: socket) -> bool:
     try:
         return link.recv(1, MSG_PEEK | MSG_DONTWAIT) == b""
     except BlockingIOError:

@@ -189,7 +189,7 @@ def test_stopping_returns_what_was_not_received_and_settles_the_rest(subscriptio
     queue.ack(held)
     queue.close()
     time.sleep(1)  # nobody pulls: nothing may go to a stream that is no more
-    back = subscription.pull(5.0, at_most=90)
+    back = subscription.pull(5.0, max_messages=90)
     assert len(held) == 10
     assert sorted(entry.message.data for entry in back) == sorted(
         {b"%d" % number for number in range(100)} - {delivery.body for delivery in held}

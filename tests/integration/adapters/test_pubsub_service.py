@@ -16,7 +16,7 @@ from adapters import QueueError, QueueURLError, open_queue
 from adapters.pubsub import queue as pubsub
 from adapters.pubsub import settlement, streaming_pull
 from tests.integration.conftest import FAILURE, receive
-from tests.support.pubsub_fake import Service, Verdicts
+from tests.support.pubsub_fake import AckResults, FakeSubscriber
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from adapters.pubsub.queue import PubSubDelivery, PubSubQueue
     from tests.integration.conftest import Open
 
-    Serve = Callable[..., Service]
+    Serve = Callable[..., FakeSubscriber]
 
 URL = "pubsub://demo/klaviyo-worker"
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -33,10 +33,10 @@ UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     """Start a service that holds these messages; their ack ids are their bodies."""
-    services: list[Service] = []
+    services: list[FakeSubscriber] = []
 
-    def start(*bodies: bytes) -> Service:
-        services.append(Service(*bodies))
+    def start(*bodies: bytes) -> FakeSubscriber:
+        services.append(FakeSubscriber(*bodies))
         monkeypatch.setenv("PUBSUB_EMULATOR_HOST", services[-1].host)
         return services[-1]
 
@@ -45,7 +45,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
         service.stop()
 
 
-def acknowledged(service: Service) -> list[list[str]]:
+def acknowledged(service: FakeSubscriber) -> list[list[str]]:
     return [list(request.ack_ids) for request in service.requests["Acknowledge"]]
 
 
@@ -230,7 +230,7 @@ def test_exactly_once_acks_are_told_again_one_by_one(
 ) -> None:
     """Those the service calls transient, or does not name when all may have failed; a lease that ended is counted."""
     service = serve(b"a", b"b", b"c")
-    verdicts = Verdicts(code, a="TRANSIENT_FAILURE_OTHER", b="PERMANENT_FAILURE_INVALID_ACK_ID")
+    verdicts = AckResults(code, a="TRANSIENT_FAILURE_OTHER", b="PERMANENT_FAILURE_INVALID_ACK_ID")
     service.answers["Acknowledge"].append(verdicts)
     queue = opened(URL)
     queue.ack(receive(queue, 3))
@@ -242,7 +242,7 @@ def test_exactly_once_acks_are_told_again_one_by_one(
 def test_an_error_about_something_else_is_no_verdict(serve: Serve, opened: Open) -> None:
     """A quota's or a permission's error has metadata too; taken for a success, the ack would be lost in silence."""
     service = serve(b"a")
-    quota = Verdicts(grpc.StatusCode.RESOURCE_EXHAUSTED, service="pubsub.googleapis.com", consumer="projects/1")
+    quota = AckResults(grpc.StatusCode.RESOURCE_EXHAUSTED, service="pubsub.googleapis.com", consumer="projects/1")
     service.answers["Acknowledge"].append(quota)
     queue = opened(URL)
     queue.ack(receive(queue, 1))

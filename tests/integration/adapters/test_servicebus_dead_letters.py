@@ -74,7 +74,7 @@ def together(calls: list[Callable[[], None]]) -> None:
 def bury(queue: Queue, *bodies: bytes) -> None:
     """Make dead letters, in this order, without the adapter."""
     queue.publish(*bodies)
-    queue.broker("bury", name=queue.address, reason="parse: Rejected", description="no JSON")
+    queue.broker("dead_letter_ready", name=queue.address, reason="parse: Rejected", description="no JSON")
 
 
 def dead(queue: Queue) -> tuple[int, int]:

@@ -17,7 +17,18 @@ from adapters.sqs import settlement as sqs_settlement
 from adapters.sqs.queue import SQSQueue
 from tests.integration.conftest import FAILURE
 from tests.support import sqs_fakes as sqs
-from tests.support.sqs_fakes import BROKEN, BUSY, DENIED, NO_QUEUE, Answer, Network, Noise, Queue, Server, bodies
+from tests.support.sqs_fakes import (
+    BROKEN,
+    BUSY,
+    DENIED,
+    NO_QUEUE,
+    Network,
+    ProxyResponse,
+    Queue,
+    Response,
+    Server,
+    bodies,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -119,7 +130,7 @@ def test_leases_are_extended_of_what_is_held_and_of_what_waits(queue: Queue, ope
         time.sleep(0.8)
         assert queue.pull() == []
     ours.ack([*held, *receive(ours, 1)])
-    assert queue.held() == 0
+    assert queue.count() == 0
 
 
 def test_what_waited_longer_than_its_lease_is_not_handed_out(queue: Queue, network: Network, opened: Open) -> None:
@@ -196,7 +207,7 @@ def test_entries_that_fail_are_told_again_one_by_one(
         {"Id": "4", "SenderFault": True, "Code": "RequestThrottled"},
         {"Id": "5", "SenderFault": False, "Code": "ReceiptHandleIsInvalid"},
     ]
-    network.answers["DeleteMessageBatch"].append(Answer(200, Failed=failed, Successful=[{"Id": "3"}]))
+    network.responses["DeleteMessageBatch"].append(Response(200, Failed=failed, Successful=[{"Id": "3"}]))
     ours.ack(held)
     first, second = ([e["ReceiptHandle"] for e in r["Entries"]] for r in network.requests["DeleteMessageBatch"])
     assert first == [delivery.receipt for delivery in held]
@@ -217,22 +228,22 @@ def test_many_are_settled_in_calls_of_ten(
     entries = [request["Entries"] for request in network.requests["DeleteMessageBatch"]]
     assert sorted(len(some) for some in entries) == [5, 10, 10]
     assert len({entry["Id"] for some in entries for entry in some}) == 25
-    assert queue.held() == 0
+    assert queue.count() == 0
 
 
-@pytest.mark.parametrize("trouble", [BUSY, BROKEN, Answer(200)], ids=["throttled", "5xx", "nothing said"])
+@pytest.mark.parametrize("trouble", [BUSY, BROKEN, Response(200)], ids=["throttled", "5xx", "nothing said"])
 def test_acks_insist(
-    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch, trouble: Answer
+    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch, trouble: Response
 ) -> None:
     """A message whose ack is lost comes twice; a nack that is lost costs a lease at most."""
     monkeypatch.setattr(sqs_settlement, "NACK_TIMEOUT", 0.0)
     queue.publish(b"a")
     ours = opened(queue)
     held = receive(ours, 1)
-    network.answers["DeleteMessageBatch"].extend([trouble] * 3)
+    network.responses["DeleteMessageBatch"].extend([trouble] * 3)
     ours.ack(held)
     assert len(network.requests["DeleteMessageBatch"]) == 4
-    assert queue.held() == 0
+    assert queue.count() == 0
 
 
 def test_an_ack_that_is_refused_is_told_and_no_error(
@@ -391,7 +402,7 @@ def test_direct_dead_letters_carry_their_reason(queue: Queue, opened: Open) -> N
         "attempt": "1",
     }
     assert letter["Body"] == "poison"
-    assert queue.held() == 0
+    assert queue.count() == 0
 
 
 def test_a_dead_letter_that_cannot_be_sent_is_not_lost(
@@ -458,7 +469,7 @@ def test_both_queues_are_counted_as_far_as_permitted(queue: Queue, network: Netw
     ours = opened(queue)
     ours.check()
     assert ours.counts() == (2, 1)
-    network.answers["GetQueueAttributes"].append(DENIED)
+    network.responses["GetQueueAttributes"].append(DENIED)
     assert ours.counts() == (2, None)
     network.down()
     with pytest.raises(QueueError, match=f"QUEUE_URL: cannot reach SQS for {queue.name}: "):
@@ -534,14 +545,14 @@ def test_polls_grow_while_they_come_back_full_and_shrink_when_one_is_empty(
     assert len(network.requests["ReceiveMessage"]) - before <= 2
 
 
-@pytest.mark.parametrize("refusal", [NO_QUEUE, DENIED, Answer(403, "InvalidClientTokenId")])
+@pytest.mark.parametrize("refusal", [NO_QUEUE, DENIED, Response(403, "InvalidClientTokenId")])
 def test_a_refusal_that_lasts_is_told_and_may_end(
     queue: Queue,
     network: Network,
     opened: Open,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-    refusal: Answer,
+    refusal: Response,
 ) -> None:
     """Somebody grants it, or makes the queue anew: the worker goes on by itself."""
     monkeypatch.setattr(reconnect, "REFUSAL_TIMEOUT", 0.3)
@@ -568,13 +579,13 @@ def test_other_trouble_is_outlasted_without_end(
     opened: Open,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-    trouble: Answer,
+    trouble: Response,
 ) -> None:
     """Throttled or broken, SQS will be back; tries become rarer, and a success forgets that."""
     monkeypatch.setattr(reconnect, "REFUSAL_TIMEOUT", 0.0)
     monkeypatch.setattr(reconnect, "MIN_BACKOFF", 0.05)
     monkeypatch.setattr(reconnect, "MAX_BACKOFF", 0.1)
-    network.answers["ReceiveMessage"].extend([trouble] * 3 * aws.ATTEMPTS)
+    network.responses["ReceiveMessage"].extend([trouble] * 3 * aws.ATTEMPTS)
     queue.publish(b"x")
     ours = opened(queue)
     assert len(receive(ours, 1)) == 1
@@ -587,7 +598,7 @@ def test_an_answer_that_is_empty_at_once_is_not_asked_for_again_at_once(
 ) -> None:
     """A long poll takes its time; a proxy that answers in its place would be asked a hundred times a second."""
     monkeypatch.setattr(reconnect, "MIN_BACKOFF", 60.0)
-    network.answers["ReceiveMessage"].append(Noise(200, b"<html>Welcome</html>"))
+    network.responses["ReceiveMessage"].append(ProxyResponse(200, b"<html>Welcome</html>"))
     queue.publish(b"x")
     ours = opened(queue)
     assert receive(ours, 1, wait=1.0) == []
@@ -599,7 +610,7 @@ def test_a_queue_that_hands_out_nothing_checks_well_only_when_it_is_let(
 ) -> None:
     """`run --once` checks a queue that is quiet: one that refuses to be read is not empty."""
     monkeypatch.setattr(reconnect, "MIN_BACKOFF", 0.1)
-    network.answers["ReceiveMessage"].append(DENIED)
+    network.responses["ReceiveMessage"].append(DENIED)
     ours = opened(queue)
     deadline = time.monotonic() + 10
     while not ours._polling.last_error and time.monotonic() < deadline:
@@ -629,7 +640,7 @@ def test_an_answer_that_is_none_does_not_end_the_receiving(
     queue: Queue, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever a proxy says."""
-    network.answers["ReceiveMessage"].append(Answer(200, Messages=[{"MessageId": "1"}]))
+    network.responses["ReceiveMessage"].append(Response(200, Messages=[{"MessageId": "1"}]))
     queue.publish(b"x")
     ours = opened(queue)
     assert len(receive(ours, 1)) == 1
@@ -639,16 +650,16 @@ def test_an_answer_that_is_none_does_not_end_the_receiving(
 @pytest.mark.parametrize(
     "noise",
     [
-        Noise(200, b"<html>Welcome</html>"),
-        Noise(502, "Gerät".encode("latin-1")),
-        Noise(200, b"[]"),
-        Noise(200, b"null"),
-        Answer(200, Successful=[{}], Failed=[{}]),
+        ProxyResponse(200, b"<html>Welcome</html>"),
+        ProxyResponse(502, "Gerät".encode("latin-1")),
+        ProxyResponse(200, b"[]"),
+        ProxyResponse(200, b"null"),
+        Response(200, Successful=[{}], Failed=[{}]),
     ],
     ids=["HTML", "no UTF-8", "a list", "null", "entries without id"],
 )
 def test_an_answer_that_is_none_is_no_reason_to_end(
-    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch, noise: Answer
+    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch, noise: Response
 ) -> None:
     """Settling goes on when SQS is back; all else is an error that an operator can read."""
     monkeypatch.setattr(aws, "RETRY_TIMEOUT", 0.1)
@@ -657,10 +668,10 @@ def test_an_answer_that_is_none_is_no_reason_to_end(
     ours = opened(queue)
     held = receive(ours, 12)
     for operation in ("DeleteMessageBatch", "ChangeMessageVisibilityBatch"):
-        network.answers[operation].extend([noise] * 2)
+        network.responses[operation].extend([noise] * 2)
     ours.nack(held[:1], 60.0, FAILURE)
     ours.ack(held[1:])
-    assert queue.held() == 1
+    assert queue.count() == 1
     for operation in ("GetQueueUrl", "GetQueueAttributes", "SendMessage", "SendMessageBatch"):
         network.always[operation] = noise
     with pytest.raises(QueueError, match="QUEUE_URL: cannot reach SQS"):
@@ -694,13 +705,13 @@ def test_publish_names_the_message_that_sqs_does_not_take(queue: Queue, opened: 
 def test_publish_tells_what_sqs_did_not_take(queue: Queue, network: Network, opened: Open) -> None:
     """Each entry of a call has a fate of its own."""
     failed = [{"Id": str(number), "SenderFault": True, "Code": "Strange", "Message": "because"} for number in (1, 2)]
-    network.answers["SendMessageBatch"].append(Answer(200, Failed=failed, Successful=[{"Id": "0"}]))
+    network.responses["SendMessageBatch"].append(Response(200, Failed=failed, Successful=[{"Id": "0"}]))
     ours = opened(queue)
     with pytest.raises(QueueError, match="1 messages were published, then: SQS did not accept message 2, 3: Strange"):
         ours.publish([b"a", b"b", b"c"])
-    network.answers["SendMessageBatch"].extend([BROKEN, BUSY])
+    network.responses["SendMessageBatch"].extend([BROKEN, BUSY])
     assert ours.publish([b"a"]) == 1
-    network.answers["SendMessageBatch"].append(DENIED)
+    network.responses["SendMessageBatch"].append(DENIED)
     with pytest.raises(QueueError, match=r"0 messages were published, then: An error occurred .AccessDenied"):
         ours.publish([b"a"])
 
@@ -778,7 +789,7 @@ def test_messages_cross_no_network_unencrypted(monkeypatch: pytest.MonkeyPatch) 
 
 def test_who_may_not_ask_for_the_queue_is_told_what_aws_says(queue: Queue, network: Network) -> None:
     """It names who asked and for what."""
-    network.answers["GetQueueUrl"].append(DENIED)
+    network.responses["GetQueueUrl"].append(DENIED)
     with pytest.raises(QueueError, match=f"QUEUE_URL: not permitted on {queue.name}: .*not authorized to perform that"):
         open_queue(queue.url)
 
@@ -786,7 +797,7 @@ def test_who_may_not_ask_for_the_queue_is_told_what_aws_says(queue: Queue, netwo
 def test_a_refused_signature_shows_no_token(queue: Queue, network: Network) -> None:
     """AWS answers with the headers it was given, in further lines."""
     said = "The signature does not match.\n\nThe Canonical String is\nx-amz-security-token:SECRET"
-    network.answers["GetQueueUrl"].append(Answer(403, "SignatureDoesNotMatch", said))
+    network.responses["GetQueueUrl"].append(Response(403, "SignatureDoesNotMatch", said))
     with pytest.raises(QueueError, match="SQS refuses") as error:
         open_queue(queue.url)
     assert "does not match" in str(error.value)

@@ -15,7 +15,7 @@ from adapters.sqs import settlement as sqs_settlement
 from adapters.sqs.dead_letters import SQSDeadLetters
 from adapters.sqs.queue import SQSQueue
 from tests.support import sqs_fakes as sqs
-from tests.support.sqs_fakes import DENIED, Answer, Network, Queue, Server
+from tests.support.sqs_fakes import DENIED, Network, Queue, Response, Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,7 +82,7 @@ def test_the_setting_names_the_queue_where_the_policy_may_not_be_read(
     letters = opened(queue, dead_letter_url=f"sqs://{queue.name}-dead").dead_letters()
     letters.remove([letter for letter in letters.receive(10, 1.0) if letter.delivery.body == b"x"])
     letters.close()
-    assert queue.held(queue.dead_url) == 1
+    assert queue.count(queue.dead_url) == 1
     (row,) = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| **An operator**")]
     assert {asked["VisibilityTimeout"] for asked in network.requests["ReceiveMessage"]} == {60}
     asked = {f"sqs:{operation.removesuffix('Batch')}" for operation in network.requests}
@@ -107,8 +107,10 @@ def test_what_is_missing_is_named(queue: Queue, opened: Open, moto: Server) -> N
 def test_the_policy_may_name_a_queue_of_another_account_or_region(queue: Queue, network: Network, opened: Open) -> None:
     """AWS advises against it, and lets it be."""
     policy = {"deadLetterTargetArn": "arn:aws:sqs:us-east-1:999999999999:theirs", "maxReceiveCount": "3"}
-    told = Answer(200, Attributes={"RedrivePolicy": json.dumps(policy), "QueueArn": "arn:aws:sqs:eu-central-1:1:ours"})
-    network.answers["GetQueueAttributes"].append(told)
+    told = Response(
+        200, Attributes={"RedrivePolicy": json.dumps(policy), "QueueArn": "arn:aws:sqs:eu-central-1:1:ours"}
+    )
+    network.responses["GetQueueAttributes"].append(told)
     letters = opened(queue).dead_letters()
     assert isinstance(letters._source, SQSDeadLetters)
     assert letters._source._client.meta.region_name == "us-east-1"
@@ -120,7 +122,7 @@ def test_refusals_are_told(queue: Queue, network: Network, opened: Open) -> None
     """To receive, to delete; what could not be deleted is there for who looks next."""
     bury(queue, *[b"%d" % number for number in range(12)])
     letters = opened(queue).dead_letters()
-    network.answers["ReceiveMessage"].append(DENIED)
+    network.responses["ReceiveMessage"].append(DENIED)
     with pytest.raises(QueueError, match=f"^QUEUE_URL: its dead letters: not permitted on {queue.name}-dead"):
         letters.receive(10, 1.0)
     found = [*letters.receive(10, 1.0), *letters.receive(10, 1.0)]
@@ -129,7 +131,7 @@ def test_refusals_are_told(queue: Queue, network: Network, opened: Open) -> None
         letters.remove(found)
     failed = [{"Id": "0", "Code": "InternalError", "Message": "because", "SenderFault": False}]
     del network.always["DeleteMessageBatch"]
-    network.answers["DeleteMessageBatch"].append(Answer(200, Successful=[{"Id": "1"}], Failed=failed))
+    network.responses["DeleteMessageBatch"].append(Response(200, Successful=[{"Id": "1"}], Failed=failed))
     with pytest.raises(QueueError, match=r"^QUEUE_URL: 2 dead letters may not have been removed: InternalError"):
         letters.remove(found[:3])  # of the third nothing is said
     letters.close()
@@ -155,7 +157,7 @@ def test_a_letter_whose_lease_was_lost_can_still_be_removed(queue: Queue, opened
     assert letters.receive(10, 1.0) == []
     letters.remove(found)
     letters.close()
-    assert queue.held(queue.dead_url) == 0
+    assert queue.count(queue.dead_url) == 0
 
 
 def test_who_gave_up_is_told_as_far_as_sqs_does(queue: Queue, network: Network, opened: Open) -> None:
@@ -165,7 +167,7 @@ def test_who_gave_up_is_told_as_far_as_sqs_does(queue: Queue, network: Network, 
     told = {"ApproximateReceiveCount": "9", "SentTimestamp": "1000"}
     message = {"MessageId": "1", "ReceiptHandle": "r", "Body": "x", "MessageAttributes": values, "Attributes": told}
     moved = {**message, "MessageId": "2", "Attributes": {**told, "DeadLetterQueueSourceArn": "arn:aws:sqs:r:1:q"}}
-    network.answers["ReceiveMessage"].append(Answer(200, Messages=[message, moved]))
+    network.responses["ReceiveMessage"].append(Response(200, Messages=[message, moved]))
     letters = opened(queue).dead_letters()
     direct, policy = letters.receive(10, 1.0)
     letters.close()

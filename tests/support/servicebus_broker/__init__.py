@@ -1,1 +1,1 @@
-"""A small Service Bus broker on loopback, for the unmodified azure-servicebus SDK, and what drives it in tests."""
+"""A small Service Bus broker on loopback for the unmodified azure-servicebus SDK, and its client for tests."""

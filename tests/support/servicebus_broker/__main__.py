@@ -1,7 +1,7 @@
-"""The broker: speaks AMQP 1.0 on loopback, and obeys JSON lines on its standard input, each answered by one.
+"""The broker: speaks AMQP 1.0 on loopback, and executes commands from standard input, each a JSON line with one answer.
 
-There is no TLS, everybody is let in, and messages live in memory. Not there, as nothing here uses it: sessions,
-transactions, deferral, scheduling, time to live. An entity's lock may be shorter than Azure's five seconds.
+It has no TLS, accepts every client, and keeps messages in memory. It has no sessions, transactions, deferral,
+scheduling and time to live, because the tests do not use them. A lock can be shorter than Azure's five seconds.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from proton.reactor import ApplicationEvent, Container, EventInjector
 
 from tests.support.servicebus_broker.encoding import split, unbatched
 from tests.support.servicebus_broker.entities import Entity
-from tests.support.servicebus_broker.requests import LOST, managed
+from tests.support.servicebus_broker.requests import LOST, handle_request
 
-TICK = 0.25  # seconds between two looks at the locks
+TICK = 0.25  # seconds between two checks of the locks
 NOT_FOUND = "amqp:not-found"
 COMMAND = EventType("command")
 MANAGEMENT = "/$management"
@@ -47,9 +47,9 @@ class Broker(Handler):  # type: ignore[misc]
     def __init__(self, port: int) -> None:
         super().__init__()
         self._port = port
-        self._entities: dict[str, Entity] = {}  # by address, as all here
+        self._entities: dict[str, Entity] = {}  # by address
         self._topics: dict[str, list[Entity]] = {}
-        self._senders: list[Link] = []  # links that messages go out on
+        self._senders: list[Link] = []  # links that deliver messages
         self._connections: list[Connection] = []
         self._calls: Counter[str] = Counter()
         self._acceptor: Any = None
@@ -67,23 +67,23 @@ class Broker(Handler):  # type: ignore[misc]
             injector.trigger(ApplicationEvent(COMMAND, subject=json.loads(line)))
         injector.trigger(ApplicationEvent(COMMAND, subject={"do": "end"}))
 
-    # What the loop calls.
+    # Events of the reactor.
 
     def on_reactor_init(self, event: Event) -> None:
         self.up()
         self._container.schedule(TICK, self)
-        _say({"listening": self._port})
+        _respond({"listening": self._port})
 
     def on_command(self, event: Any) -> None:
         command = dict(event.subject)
         action = getattr(self, command.pop("do"))
-        _say(action(**command) or {})
+        _respond(action(**command) or {})
 
     def on_timer_task(self, event: Event) -> None:
         now = time.time()
         for entity in self._entities.values():
             entity.end_locks(now)
-        self._hand_out()
+        self._deliver()
         self._container.schedule(TICK, self)
 
     def on_connection_bound(self, event: Event) -> None:
@@ -138,7 +138,7 @@ class Broker(Handler):  # type: ignore[misc]
 
     def on_link_flow(self, event: Event) -> None:
         if event.link.is_sender:
-            self._hand_out()
+            self._deliver()
 
     def on_delivery(self, event: Event) -> None:
         delivery, link = event.delivery, event.link
@@ -154,12 +154,12 @@ class Broker(Handler):  # type: ignore[misc]
             if link.address == "$cbs" or link.address.endswith(MANAGEMENT):
                 self._answer(link, raw)
             else:
-                self._take_in(link.address, raw)
+                self._store(link.address, raw)
 
-    # What tests ask for.
+    # Commands of the tests.
 
     def create(self, name: str, lock: float, max_delivery: int, topic: str = "") -> None:
-        """Make a queue, or a subscription of `topic`."""
+        """Create a queue, or a subscription of `topic`."""
         path = _path(f"{topic}/Subscriptions/{name}" if topic else name)
         entity = self._entities[path] = Entity(path, lock, max_delivery)
         if entity.dead is not None:
@@ -168,38 +168,38 @@ class Broker(Handler):  # type: ignore[misc]
             self._topics.setdefault(_path(topic), []).append(entity)
 
     def counts(self, name: str) -> dict[str, int]:
-        """Return how many messages an entity has: ready, locked, dead."""
+        """Count the messages of an entity: ready, locked, dead."""
         entity = self._entities[_path(name)]
         dead = entity.dead
         counts = {"ready": len(entity.ready), "locked": len(entity.locked)}
         return counts | {"dead": len(dead.ready) + len(dead.locked) if dead else 0}
 
-    def bury(self, name: str, reason: str, description: str) -> None:
-        """Make dead letters of all messages that are ready."""
+    def dead_letter_ready(self, name: str, reason: str, description: str) -> None:
+        """Dead-letter all ready messages."""
         entity = self._entities[_path(name)]
         while entity.ready:
-            entity.bury(entity.lock_next()[0], reason, description)
+            entity.dead_letter(entity.lock_next()[0], reason, description)
 
     def expire(self, name: str) -> None:
         """End all locks."""
         self._entities[_path(name)].end_locks(float("inf"))
 
     def refuse(self, name: str, condition: str) -> None:
-        """Let nobody use an entity any more, or again when there is no condition."""
+        """Refuse access to an entity with this condition; "" grants it again."""
         self._entities[_path(name)].refusal = condition
         if condition:
             self.drop()
 
     def busy(self, name: str, requests: int) -> None:
-        """Answer so many requests by saying that it is busy."""
+        """Respond to the next `requests` requests that the server is busy."""
         self._entities[_path(name)].busy = requests
 
     def clock(self, name: str, ahead: float) -> None:
-        """Have the clock of an entity be so many seconds ahead."""
+        """Set how many seconds the clock of an entity is ahead."""
         self._entities[_path(name)].ahead = ahead
 
     def drop(self) -> None:
-        """Cut all connections."""
+        """Close all connections."""
         for connection in list(self._connections):
             self._forget(connection)
             if connection.transport is not None:
@@ -207,23 +207,23 @@ class Broker(Handler):  # type: ignore[misc]
                 connection.transport.close_tail()
 
     def down(self) -> None:
-        """Cut all connections and take no more."""
+        """Close all connections and accept no more."""
         self._acceptor.close()
         self.drop()
 
     def up(self) -> None:
-        """Take connections."""
+        """Accept connections."""
         self._acceptor = self._container.acceptor("127.0.0.1", self._port)
 
     def calls(self) -> dict[str, int]:
-        """Return what was asked for, and how often."""
+        """Return the number of requests by operation."""
         return dict(self._calls)
 
     def end(self) -> None:
         """End the process."""
         sys.exit(0)
 
-    # What the entities do.
+    # Access to the entities.
 
     def _refusal(self, address: str) -> str:
         entity = self._entities.get(address.removesuffix(MANAGEMENT))
@@ -235,14 +235,14 @@ class Broker(Handler):  # type: ignore[misc]
         self._senders = [link for link in self._senders if link.connection != connection]
         self._connections = [each for each in self._connections if each != connection]
 
-    def _take_in(self, address: str, raw: bytes) -> None:
+    def _store(self, address: str, raw: bytes) -> None:
         for entity in self._topics.get(address) or [self._entities[address]]:
             for message in unbatched(raw):
                 entity.put(split(message))
-        self._hand_out()
+        self._deliver()
 
-    def _hand_out(self) -> None:
-        """Send what is ready to the links that want it, in turns."""
+    def _deliver(self) -> None:
+        """Send ready messages to the links with credit, in turns."""
         progress = True
         while progress:
             progress = False
@@ -272,21 +272,21 @@ class Broker(Handler):  # type: ignore[misc]
         state = delivery.remote_state
         self._calls["disposition"] += 1
         if state == Delivery.ACCEPTED:
-            is_ours = entity.complete(token)
+            is_locked = entity.complete(token)
         elif state == Delivery.REJECTED:
             about = {str(name): str(value) for name, value in (delivery.remote.condition.info or {}).items()}
             reason, description = about.get("DeadLetterReason", ""), about.get("DeadLetterErrorDescription", "")
-            is_ours = entity.bury(token, reason, description)
+            is_locked = entity.dead_letter(token, reason, description)
         elif state == Delivery.MODIFIED and delivery.remote.failed:
-            is_ours = entity.abandon(token)
+            is_locked = entity.abandon(token)
         else:
-            is_ours = entity.release(token)
+            is_locked = entity.release(token)
         if not delivery.settled:  # the client waits for the outcome
-            if not is_ours:
+            if not is_locked:
                 delivery.local.condition = Condition(LOST, "The lock supplied is invalid.")
-            delivery.update(state if is_ours else Delivery.REJECTED)
+            delivery.update(state if is_locked else Delivery.REJECTED)
         delivery.settle()
-        self._hand_out()
+        self._deliver()
 
     # Requests.
 
@@ -300,7 +300,7 @@ class Broker(Handler):  # type: ignore[misc]
             operation = str((request.properties or {}).get("operation")).removeprefix("com.microsoft:")
             self._calls[operation] += 1
             entity = self._entities[link.address.removesuffix(MANAGEMENT)]
-            status, body, condition = managed(entity, operation, request.body or {})
+            status, body, condition = handle_request(entity, operation, request.body or {})
             reply.properties = {"statusCode": int32(status), "statusDescription": condition or "OK"}
             if condition:
                 reply.properties["errorCondition"] = symbol(condition)
@@ -313,15 +313,15 @@ class Broker(Handler):  # type: ignore[misc]
             back.send(reply.encode())
             back.advance()
             answer.settle()
-        self._hand_out()
+        self._deliver()
 
 
 def _path(address: str) -> str:
-    """Return an address as entities are found by: without the host, in lower case."""
+    """Return an address in the form that identifies entities: without the host, in lower case."""
     return (urlsplit(address).path if "://" in address else address).strip("/").lower()
 
 
-def _say(answer: dict[str, Any]) -> None:
+def _respond(answer: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Starts the broker and talks to it: by commands, and by the SDK where a publisher or an operator would."""
+"""Starts the broker and controls it: by commands, and by the SDK for publishers and operators."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 def missing() -> str:
-    """Return why the broker cannot run, or nothing."""
+    """Return why the broker cannot run, or ""."""
     if find_spec("proton") is not None:
         return ""
-    return "the Service Bus broker needs python-qpid-proton, and that a C compiler: pip install python-qpid-proton"
+    return "the Service Bus broker needs python-qpid-proton, which needs a C compiler: pip install python-qpid-proton"
 
 
 class Broker:
-    """A process of its own; what it holds is gone when it ends."""
+    """The broker in a process of its own. It keeps messages in memory."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -49,16 +49,16 @@ class Broker:
         key = "SharedAccessKeyName=tests;SharedAccessKey=c2VjcmV0"
         return f"Endpoint=sb://{self.host};{key};UseDevelopmentEmulator=true"
 
-    def __call__(self, do: str, **about: Any) -> dict[str, Any]:
-        """Give a command: the broker's public methods are those."""
+    def __call__(self, do: str, **fields: Any) -> dict[str, Any]:
+        """Execute a command: a public method of the broker in __main__.py."""
         assert self._process.stdin is not None
         with self._lock:
-            self._process.stdin.write(json.dumps({"do": do, **about}).encode() + b"\n")
+            self._process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
             self._process.stdin.flush()
             return self._answer()
 
     def freeze(self) -> None:
-        """Have the broker take connections and say nothing."""
+        """Make the broker accept connections without responding."""
         self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -96,9 +96,9 @@ class Queue:
         return f"{self.topic}/Subscriptions/{self.name}" if self.topic else self.name
 
     def publish(self, *bodies: bytes | AmqpAnnotatedMessage, **properties: str | int) -> None:
-        """Send messages, as batches where they are plain bytes."""
-        about = dict[Any, Any](properties)
-        plain = [ServiceBusMessage(body, application_properties=about) for body in bodies if isinstance(body, bytes)]
+        """Send messages; those that are bytes in batches."""
+        typed = dict[Any, Any](properties)
+        plain = [ServiceBusMessage(body, application_properties=typed) for body in bodies if isinstance(body, bytes)]
         for start in range(0, len(plain), 100):
             self._sender.send_messages(plain[start : start + 100])
         for body in bodies:
@@ -110,11 +110,11 @@ class Queue:
         return self._client.get_topic_sender(self.topic) if self.topic else self._client.get_queue_sender(self.name)
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         _close(self._client)
 
     def counts(self) -> tuple[int, int, int]:
-        """Count the messages that are ready, locked, and dead."""
+        """Count the ready, locked and dead messages."""
         counts = self.broker("counts", name=self.address)
         return counts["ready"], counts["locked"], counts["dead"]
 
@@ -135,7 +135,7 @@ class Queue:
         return found
 
     def dead_letters(self, number: int, wait: float = 10.0) -> list[ServiceBusReceivedMessage]:
-        """Take dead letters for good: so many, or what came in time."""
+        """Receive and delete `number` dead letters, or those that arrive within `wait` seconds."""
         receiver = self._receiver(dead=True)
         taken: list[ServiceBusReceivedMessage] = []
         deadline = time.monotonic() + wait
@@ -145,21 +145,21 @@ class Queue:
         return taken
 
     def _receiver(self, dead: bool) -> ServiceBusReceiver:
-        about: Any = {
+        options: Any = {
             "receive_mode": ServiceBusReceiveMode.RECEIVE_AND_DELETE,
             "sub_queue": ServiceBusSubQueue.DEAD_LETTER if dead else None,
         }
         if self.topic:
-            receiver = self._client.get_subscription_receiver(self.topic, self.name, **about)
+            receiver = self._client.get_subscription_receiver(self.topic, self.name, **options)
         else:
-            receiver = self._client.get_queue_receiver(self.name, **about)
-        return receiver.__enter__()  # in its own time: else the first call's wait bounds the opening too
+            receiver = self._client.get_queue_receiver(self.name, **options)
+        return receiver.__enter__()  # else the timeout of the first call limits the opening, too
 
 
 def _close(link: ServiceBusClient | ServiceBusReceiver) -> None:
-    """Close in the background: the SDK waits up to a second for a thread of its own.
+    """Close in the background: the SDK waits up to a second for a thread.
 
-    A client closes its receivers, too, and the SDK raises AttributeError where both do so at once.
+    A client closes its receivers too, and the SDK raises AttributeError if both happen at once.
     """
 
     def closing() -> None:

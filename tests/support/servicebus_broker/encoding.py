@@ -1,4 +1,4 @@
-"""Messages as AMQP writes them: taken apart and put together again, their bodies untouched."""
+"""Splits AMQP messages into sections and joins them again, without changing their bodies."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from proton import Data, symbol, timestamp, ulong
 HEADER, ANNOTATIONS, APPLICATION_PROPERTIES = 0x70, 0x72, 0x74
 _BODY = frozenset({0x75, 0x76, 0x77})  # data, sequence, value
 _DATA = 0x75
-_DESCRIBED = b"\x00\x53"  # begins every section; the section's code follows
+_DESCRIBED = b"\x00\x53"  # starts every section; the section's code follows
 # Durable, priority 4, no time to live, not the first acquirer. proton itself leaves out a delivery count of 0.
 _HEADER = _DESCRIBED + b"\x70\xc0\x0b\x05\x41\x50\x04\x40\x42\x70"
 
 
 @dataclass(frozen=True, slots=True)
 class Sections:
-    """The sections of a message, as they came."""
+    """The encoded sections of a message."""
 
-    before: dict[int, bytes] = field(default_factory=dict)  # what stands before the body, by code
-    body: bytes = b""  # all of its sections, and the footer
+    before: dict[int, bytes] = field(default_factory=dict)  # sections before the body, by code
+    body: bytes = b""  # all sections of the body, and the footer
 
     def with_properties(self, properties: dict[str, str]) -> Sections:
         """Return the message with more application properties."""
         raw = self.before.get(APPLICATION_PROPERTIES)
-        there = _decoded(raw).value if raw else {}
+        existing = _decoded(raw).value if raw else {}
         return Sections(
-            self.before | {APPLICATION_PROPERTIES: _section(APPLICATION_PROPERTIES, there | properties)}, self.body
+            self.before | {APPLICATION_PROPERTIES: _section(APPLICATION_PROPERTIES, existing | properties)}, self.body
         )
 
     def encode(self, delivery_count: int, annotations: dict[str, Any]) -> bytes:
-        """Write the message as the broker hands it over."""
+        """Encode the message as the broker delivers it."""
         header = _HEADER + struct.pack(">I", delivery_count)
         raw = self.before.get(ANNOTATIONS)
         merged = (_decoded(raw).value if raw else {}) | {symbol(name): value for name, value in annotations.items()}
@@ -41,7 +41,7 @@ class Sections:
 
 
 def split(raw: bytes) -> Sections:
-    """Take a message apart."""
+    """Split a message into sections."""
     before: dict[int, bytes] = {}
     start = 0
     while start < len(raw) and raw[start + 2] not in _BODY:
@@ -52,9 +52,9 @@ def split(raw: bytes) -> Sections:
 
 
 def unbatched(raw: bytes) -> list[bytes]:
-    """Return the messages of a batch, or the one message that this is.
+    """Return the messages of a batch, or the only message.
 
-    A batch has a message in each data section; proton does not tell its message format, so the bytes must.
+    A batch has a message in each data section. proton does not expose the message format, so the bytes are inspected.
     """
     sections = split(raw)
     parts: list[bytes] = []
@@ -72,7 +72,7 @@ def milliseconds(seconds: float) -> timestamp:
 
 
 def _end(raw: bytes, start: int) -> int:
-    """Return where the section that begins at `start` ends: its value is a list, a map or binary."""
+    """Return the end of the section that starts at `start`: its value is a list, a map or binary."""
     constructor = raw[start + 3]
     if constructor == 0x45:  # the empty list
         return start + 4

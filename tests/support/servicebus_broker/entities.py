@@ -1,4 +1,4 @@
-"""Queues and subscriptions: locks, delivery counts, dead letters. Knows nothing of AMQP's links."""
+"""Queues and subscriptions: locks, delivery counts, dead letters; without AMQP's links."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ UNLIMITED = 1_000_000_000  # deliveries, of a dead letter
 
 
 @dataclass(slots=True)
-class Stored:
+class StoredMessage:
     """A message in an entity."""
 
     sections: Sections
     sequence: int
     enqueued_at: float
     delivery_count: int = 0
-    token: uuid.UUID | None = None  # of the lock, while it is locked
+    token: uuid.UUID | None = None  # of the lock; None if it is not locked
     locked_until: float = 0.0
 
     def encode(self, ahead: float) -> bytes:
-        """Write the message as it is handed over now, by a clock that is so many seconds ahead."""
-        about = {
+        """Encode the message for delivery, with times by a clock that is `ahead` seconds ahead."""
+        values = {
             "x-opt-sequence-number": self.sequence,
             "x-opt-enqueued-time": milliseconds(self.enqueued_at + ahead),
         }
         if self.token is not None:
-            about["x-opt-locked-until"] = milliseconds(self.locked_until + ahead)
-        return self.sections.encode(self.delivery_count, about)
+            values["x-opt-locked-until"] = milliseconds(self.locked_until + ahead)
+        return self.sections.encode(self.delivery_count, values)
 
 
 class Entity:
-    """A queue, a subscription, or the dead letters of one."""
+    """A queue, a subscription, or the dead-letter queue of one."""
 
     def __init__(self, name: str, lock: float, max_delivery: int, *, is_dead: bool = False) -> None:
         self.name = name
         self.lock = lock
-        self.ahead = 0.0  # seconds that the clock in messages and answers is ahead
-        self.refusal = ""  # the condition with which links and requests are refused
-        self.busy = 0  # requests to turn away
-        self.ready: deque[Stored] = deque()
-        self.locked: dict[uuid.UUID, Stored] = {}
+        self.ahead = 0.0  # seconds that the clock in messages and responses is ahead
+        self.refusal = ""  # condition that refuses links and requests; "" grants access
+        self.busy = 0  # number of requests to reject as busy
+        self.ready: deque[StoredMessage] = deque()
+        self.locked: dict[uuid.UUID, StoredMessage] = {}
         self.dead = None if is_dead else Entity(f"{name}/{DEAD}", lock, UNLIMITED, is_dead=True)
         self._max_delivery = max_delivery
         self._sequence = count(1)
 
     def put(self, sections: Sections) -> None:
-        """Take a message in."""
-        self.ready.append(Stored(sections, next(self._sequence), time.time()))
+        """Store a message."""
+        self.ready.append(StoredMessage(sections, next(self._sequence), time.time()))
 
-    def lock_next(self) -> tuple[uuid.UUID, Stored]:
-        """Lock the first message that is ready."""
+    def lock_next(self) -> tuple[uuid.UUID, StoredMessage]:
+        """Lock the first ready message."""
         stored = self.ready.popleft()
         token = stored.token = uuid.uuid4()
         stored.locked_until = time.time() + self.lock
@@ -68,7 +68,7 @@ class Entity:
         return token, stored
 
     def renew(self, tokens: list[uuid.UUID]) -> list[float] | None:
-        """Lock for longer; return until when, or None when a lock is lost."""
+        """Renew the locks; return their ends, or None if a lock is lost."""
         if any(token not in self.locked for token in tokens):
             return None
         for token in tokens:
@@ -76,38 +76,38 @@ class Entity:
         return [self.locked[token].locked_until for token in tokens]
 
     def complete(self, token: uuid.UUID) -> bool:
-        """Remove a message; tell whether its lock held, as all that settle do."""
+        """Remove a message. Like all methods that settle, return whether its lock was valid."""
         return self.locked.pop(token, None) is not None
 
     def release(self, token: uuid.UUID) -> bool:
-        """Return a message that nobody looked at."""
+        """Return a message without counting the delivery."""
         return self._unlock(token, failed=False)
 
     def abandon(self, token: uuid.UUID) -> bool:
-        """Return a message; after so many deliveries it is a dead letter."""
+        """Return a message, or dead-letter it after the maximum number of deliveries."""
         return self._unlock(token, failed=True)
 
-    def bury(self, token: uuid.UUID, reason: str, description: str) -> bool:
-        """Make a message a dead letter."""
+    def dead_letter(self, token: uuid.UUID, reason: str, description: str) -> bool:
+        """Dead-letter a message."""
         stored = self.locked.pop(token, None)
         if stored is None:
             return False
         if self.dead is not None:
-            about = {"DeadLetterReason": reason, "DeadLetterErrorDescription": description}
-            self.dead.put(stored.sections.with_properties(about))
+            values = {"DeadLetterReason": reason, "DeadLetterErrorDescription": description}
+            self.dead.put(stored.sections.with_properties(values))
         return True
 
     def end_locks(self, now: float) -> None:
-        """Return the messages whose locks have run out by `now`."""
+        """Return the messages whose locks have ended before `now`."""
         for token in [token for token, stored in self.locked.items() if stored.locked_until <= now]:
             self.abandon(token)
         if self.dead is not None:
             self.dead.end_locks(now)
 
-    def read(self, first: int, at_most: int) -> list[Stored]:
+    def read(self, first: int, max_messages: int) -> list[StoredMessage]:
         """Return messages, locked or not, from sequence number `first` on."""
         found = [stored for stored in (*self.ready, *self.locked.values()) if stored.sequence >= first]
-        return sorted(found, key=lambda stored: stored.sequence)[:at_most]
+        return sorted(found, key=lambda stored: stored.sequence)[:max_messages]
 
     def _unlock(self, token: uuid.UUID, *, failed: bool) -> bool:
         stored = self.locked.get(token)
@@ -115,8 +115,8 @@ class Entity:
             return False
         stored.delivery_count += failed
         if stored.delivery_count >= self._max_delivery:
-            many = f"Message could not be consumed after {stored.delivery_count} delivery attempts."
-            return self.bury(token, "MaxDeliveryCountExceeded", many)
+            description = f"Message could not be consumed after {stored.delivery_count} delivery attempts."
+            return self.dead_letter(token, "MaxDeliveryCountExceeded", description)
         del self.locked[token]
         stored.token = None
         self.ready.appendleft(stored)

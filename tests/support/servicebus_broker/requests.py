@@ -1,4 +1,4 @@
-"""Requests to an entity: renew locks, settle by lock token, peek."""
+"""Requests to an entity: renew locks, settle by lock token, read without a lock."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.support.servicebus_broker.encoding import milliseconds
 if TYPE_CHECKING:
     from tests.support.servicebus_broker.entities import Entity
 
-MAX_READ = 250  # messages, however many are asked for
+MAX_READ = 250  # messages in a response
 LOST = "com.microsoft:message-lock-lost"
 
 
-def managed(entity: Entity, operation: str, body: dict[str, Any]) -> tuple[int, Any, str]:
-    """Carry out a request; return the status, the answer's body, and the error's condition."""
+def handle_request(entity: Entity, operation: str, body: dict[str, Any]) -> tuple[int, Any, str]:
+    """Carry out a request; return the status, the body of the response, and the condition of the error."""
     if entity.refusal:
         return 500, None, entity.refusal
     if entity.busy:
@@ -31,7 +31,7 @@ def managed(entity: Entity, operation: str, body: dict[str, Any]) -> tuple[int, 
         until = [milliseconds(seconds + entity.ahead) for seconds in expirations]
         return 200, {"expirations": Array(UNDESCRIBED, Data.TIMESTAMP, *until)}, ""
     if operation == "update-disposition":
-        settled = [_disposed(entity, token, body) for token in tokens]
+        settled = [_settle(entity, token, body) for token in tokens]
         return (200, {}, "") if all(settled) else (410, None, LOST)
     if operation == "peek-message":
         found = entity.read(body["from-sequence-number"], min(body["message-count"], MAX_READ))
@@ -43,12 +43,12 @@ def managed(entity: Entity, operation: str, body: dict[str, Any]) -> tuple[int, 
     return 501, None, "amqp:not-implemented"
 
 
-def _disposed(entity: Entity, token: uuid.UUID, body: dict[str, Any]) -> bool:
+def _settle(entity: Entity, token: uuid.UUID, body: dict[str, Any]) -> bool:
     match body["disposition-status"]:
         case "completed":
             return entity.complete(token)
         case "abandoned":
             return entity.abandon(token)
         case "suspended":
-            return entity.bury(token, body["deadletter-reason"], body["deadletter-description"])
+            return entity.dead_letter(token, body["deadletter-reason"], body["deadletter-description"])
     return False
