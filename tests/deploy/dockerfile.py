@@ -10,14 +10,14 @@ ROOT = Path(__file__).parents[2]
 
 
 class Instruction(NamedTuple):
-    """One instruction: its name in capitals, and what follows, on one line."""
+    """An instruction: its name in capitals, and its value on one line."""
 
     name: str
     value: str
 
 
 def stages() -> list[list[Instruction]]:
-    """Return the instructions of each stage; a stage begins with its FROM."""
+    """Return the instructions of each stage. A stage starts with FROM."""
     text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     lines = re.sub(r"\\\n\s*", "", text).splitlines()
     found: list[list[Instruction]] = [[]]

@@ -1,4 +1,4 @@
-"""Terraform files, read."""
+"""Parsed Terraform files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def resources(kind: str) -> dict[str, dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Take off what the parser adds: quotes around texts and labels, and its own keys."""
+    """Remove the quotes and keys that the parser adds."""
     if isinstance(value, dict):
         return {_plain(key): _plain(entry) for key, entry in value.items() if not key.startswith("__")}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""`make image-steps`: the steps of the Dockerfile's build stage, read from it, and what they install at work.
+"""`make image-steps`: runs the steps of the Dockerfile's build stage, and then the worker that they installed.
 
-No container engine is needed. The instructions run in a scratch directory, in which their absolute paths are laid;
-this interpreter stands in for the base image. The worker then runs as the image's user, under a read-only root.
+No container engine is needed. The instructions run in a scratch directory with its own absolute paths. This interpreter
+replaces the base image. The worker runs as the image's user with a read-only root.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ _ABSOLUTE = re.compile(r"(?<![\w.])/(?=opt/|build\b)")
 _UNWANTED = {"pip", "setuptools", "wheel", "pytest"}
 _LIST = "import importlib.metadata as m; print(*sorted(d.name for d in m.distributions()))"
 _SEAL = ["unshare", "--mount", "sh", "-ec", 'mount --bind "$0" "$0"; mount -o remount,bind,ro /; exec "$@"']
-# It may read all, as the interpreter may lie where only root looks.
+# dac_read_search, because the interpreter can be in a directory of root.
 _AS_USER = f"setpriv --reuid {USER} --regid {USER} --clear-groups --no-new-privs --inh-caps=-all,+dac_read_search"
 _AS_USER += " --ambient-caps=-all,+dac_read_search --bounding-set=-all,+dac_read_search"
 
 
 def main() -> int:
-    """Build, look and run; return the exit code."""
+    """Build, inspect and run; return the exit code."""
     with tempfile.TemporaryDirectory(prefix="klaviyo-worker-") as temporary:
         scratch = Path(temporary)
         scratch.chmod(0o755)
         build(scratch)
-        show(scratch / _HOME)
+        inspect(scratch / _HOME)
         click.echo(_run([str(scratch / _HOME / "bin/klaviyo-worker"), "demo"], scratch).stdout.splitlines()[-1])
         drain_as_user(scratch)
     return 0
 
 
 def build(scratch: Path) -> None:
-    """Carry out the instructions of the build stage in `scratch`."""
+    """Run the instructions of the build stage in `scratch`."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PIP_QUIET": "1"}
     directory = scratch
     for name, value in stages()[0][1:]:
@@ -65,11 +65,11 @@ def build(scratch: Path) -> None:
             command = _ABSOLUTE.sub(f"{scratch}/", value)
             subprocess.run(["/bin/sh", "-ec", command], cwd=directory, env=environment, check=True)
         else:
-            raise ValueError(f"the Dockerfile's build stage has {name}, which this cannot carry out")
+            raise ValueError(f"the Dockerfile's build stage has {name}: expected ENV, WORKDIR, COPY or RUN")
 
 
 def copy(value: str, directory: Path) -> None:
-    """Carry out a COPY of files into the working directory, or of one directory to another."""
+    """Copy files into the working directory, or one directory to another."""
     *sources, target = value.split()
     for source in sources:
         if (ROOT / source).is_dir():
@@ -78,28 +78,28 @@ def copy(value: str, directory: Path) -> None:
             shutil.copy(ROOT / source, directory / target)
 
 
-def show(home: Path) -> None:
-    """Print what is installed and how large it is; fail when something is that should not be."""
+def inspect(home: Path) -> None:
+    """Print the installed distributions and their size. Fail if there is an unwanted one."""
     installed = set(_run([str(home / "bin/python"), "-c", _LIST], home).stdout.split())
     assert "klaviyo-worker" in installed
     assert not installed & _UNWANTED, installed & _UNWANTED
     assert not list((home / "bin").glob("pip*"))
     (packages,) = home.glob("lib/python*/site-packages")
     (record,) = packages.glob("klaviyo_worker-*.dist-info/RECORD")
-    ours = {line.split("/")[0] for line in record.read_text(encoding="utf-8").splitlines()}
-    assert ours == {"..", "adapters", "worker", record.parent.name}, ours
+    top_level = {line.split("/")[0] for line in record.read_text(encoding="utf-8").splitlines()}
+    assert top_level == {"..", "adapters", "worker", record.parent.name}, top_level
     assert list(packages.glob("worker/cli/__pycache__/*.pyc")), "nothing is compiled"
     size = sum(path.stat().st_size for path in packages.rglob("*") if path.is_file())
     click.echo(f"{len(installed)} distributions, {size / 1e6:.0f} MB in site-packages.")
 
 
 def drain_as_user(scratch: Path) -> None:
-    """Publish and drain as the image's user, under a root where only the queue's directory can be written."""
+    """Publish and drain as the image's user, with a read-only root except for the queue's directory."""
     state = scratch / "state"
     state.mkdir()
     prefix = [*_SEAL, str(state), *_AS_USER.split()]
     if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
-        click.echo(f"Not run as user {USER} under a read-only root: this takes root, unshare and setpriv.")
+        click.echo(f"Not run as user {USER} with a read-only root: this requires root, unshare and setpriv.")
         return
     os.chown(state, USER, USER)
     command = [*prefix, str(scratch / _HOME / "bin/klaviyo-worker")]
@@ -111,21 +111,21 @@ def drain_as_user(scratch: Path) -> None:
         log = _run([*command, "run", "--once"], scratch, environment).stderr
         events = len(sandbox.account.events)
     done = sum(json.loads(line)["event"] == "message_processed" for line in log.splitlines())
-    assert done == len(bodies), f"{len(bodies)} messages, {done} endings"
+    assert done == len(bodies), f"{len(bodies)} messages, {done} outcomes"
     assert events
-    click.echo(f"As user {USER} under a read-only root: {done} messages, {events} events.")
+    click.echo(f"As user {USER} with a read-only root: {done} messages, {events} events.")
 
 
 def _run(
     command: list[str], directory: Path, environment: Mapping[str, str] | None = None, stdin: bytes = b""
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end and return what it printed; raise when it fails."""
+    """Run a command and return its output. Raises RuntimeError if it fails."""
     done = subprocess.run(
         command, cwd=directory, env=environment, input=stdin, capture_output=True, timeout=120, check=False
     )
     output, errors = done.stdout.decode(), done.stderr.decode()
     if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)} ended with {done.returncode}:\n{output}{errors}")
+        raise RuntimeError(f"{shlex.join(command)} exited with {done.returncode}:\n{output}{errors}")
     return subprocess.CompletedProcess(command, 0, output, errors)
 
 

@@ -1,4 +1,4 @@
-"""Renders manifests, holds them against schemas, and finds what is in them."""
+"""Rendering, validating and reading of Kubernetes manifests."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.support.requirements import require_command
 if TYPE_CHECKING:
     from pathlib import Path
 
-KUBERNETES = ("1.31", kubernetes_validate.latest_version())  # the oldest we promise, the newest there is a schema of
-Objects = dict[str, Any]  # by kind: no overlay has two of one
+KUBERNETES = ("1.31", kubernetes_validate.latest_version())  # oldest supported, newest with a schema
+Objects = dict[str, Any]  # by kind; each kind occurs once
 
 
 @cache
@@ -36,7 +36,7 @@ def by_kind(manifests: str) -> Objects:
 
 @cache
 def keda_schema(kind: str) -> dict[str, Any]:
-    """Return the schema of KEDA's own definition, which refuses fields it does not know, as `kubectl apply` does."""
+    """Return KEDA's schema. It rejects unknown fields, as `kubectl apply` does."""
     from cloudcoil.models.keda import v1alpha1  # takes a second
 
     schema: dict[str, Any] = getattr(v1alpha1, kind).model_json_schema()
@@ -65,7 +65,7 @@ def container_of(objects: Objects) -> dict[str, Any]:
 
 
 def environment_of(objects: Objects) -> dict[str, str]:
-    """Return the variables the container sees; its ConfigMap is the one that is rendered."""
+    """Return the container's environment variables."""
     container, settings = container_of(objects), objects["ConfigMap"]
     assert container["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}]
     data: dict[str, str] = settings["data"]

@@ -1,4 +1,4 @@
-"""The commands that documents show."""
+"""The commands in the documents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def page(name: str) -> str:
 
 
 def commands(name: str, mark: str = "") -> list[str]:
-    """Return the commands of a document, each in one line; with `mark` those of blocks after that comment."""
+    """Return the commands of a document, one line each; with `mark`, only those of blocks after that comment."""
     lead = rf"<!-- {re.escape(mark)} -->\n" if mark else ""
     found = re.findall(rf"{lead}```console\n(.*?)```", page(name), re.DOTALL)
     lines = "\n".join(found).replace("\\\n", " ").splitlines()

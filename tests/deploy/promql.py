@@ -1,4 +1,4 @@
-"""Whether a PromQL expression fits what a worker exposes."""
+"""A check of PromQL expressions against the metrics of a worker."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ TARGET = frozenset(
     {"namespace", "pod", "container", "job", "instance"}
 )  # labels that Prometheus adds to a pod's series
 _SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
-_OF_COUNTERS = {"rate", "increase"}
+_COUNTER_FUNCTIONS = {"rate", "increase"}
 
 
 @dataclass
 class Series:
-    """What is exposed under one name."""
+    """The series with one name."""
 
     is_counter: bool
-    values: dict[str, set[str]] = field(default_factory=dict)  # of each label
+    values: dict[str, set[str]] = field(default_factory=dict)  # by label
 
 
 def exposed(text: str) -> dict[str, Series]:
-    """Return the series of a scrape by name. A metric without samples has a name, and no labels."""
+    """Return the series of a scrape by name. A metric without samples has no labels."""
     series: dict[str, Series] = {}
     for family in text_string_to_metric_families(text):
         for suffix in _SUFFIXES[family.type]:
@@ -40,12 +40,12 @@ def exposed(text: str) -> dict[str, Series]:
 
 
 def labels_of(expression: str, series: Mapping[str, Series]) -> set[str]:
-    """Return the labels of the result. Raises ValueError for what no scrape can have, or can never match."""
+    """Return the labels of the result. Raises ValueError for unknown names, and for operands that can never match."""
     return _Check(series).labels(promql.parse(expression)) or set()
 
 
 class _Check:
-    """Walks an expression. Labels are None for a scalar."""
+    """A walk through an expression. The labels of a scalar are None."""
 
     def __init__(self, series: Mapping[str, Series]) -> None:
         self._series = series
@@ -72,7 +72,7 @@ class _Check:
             raise ValueError(f"no metric is named {selector.name}")
         if found.is_counter != as_counter:
             raise ValueError(
-                f"{selector.name} is {'a' if found.is_counter else 'no'} counter: rate and increase are for those"
+                f"{selector.name} is {'a' if found.is_counter else 'not a'} counter: rate and increase require one"
             )
         for matcher in selector.matchers.matchers:
             if matcher.name not in TARGET:
@@ -86,11 +86,11 @@ class _Check:
             return set()
         *_, argument = call.args
         if isinstance(argument, promql.MatrixSelector):
-            return self._selector(argument.vector_selector, as_counter=call.func.name in _OF_COUNTERS)
+            return self._selector(argument.vector_selector, as_counter=call.func.name in _COUNTER_FUNCTIONS)
         labels = self.labels(argument)
         if call.func.name != "histogram_quantile":
             return labels
-        _have({"le"}, labels)
+        _require_labels({"le"}, labels)
         return (labels or set()) - {"le"}
 
     def _aggregate(self, aggregate: Any) -> set[str]:
@@ -98,7 +98,7 @@ class _Check:
         if aggregate.modifier is None:
             return set()
         by = set(aggregate.modifier.labels)
-        _have(by, inner)
+        _require_labels(by, inner)
         return by
 
     def _binary(self, expr: Any) -> set[str] | None:
@@ -106,20 +106,20 @@ class _Check:
         if left is None or right is None:
             return right if left is None else left
         if expr.modifier is not None and expr.modifier.matching is not None:
-            _have(set(expr.modifier.matching.labels), left, right)
+            _require_labels(set(expr.modifier.matching.labels), left, right)
         elif left != right:
             raise ValueError(f"can never match: {sorted(left)} and {sorted(right)} in {expr.prettify()}")
         return left
 
 
 def _match(name: str, matcher: Any, values: set[str]) -> None:
-    is_pattern = matcher.op in (promql.MatchOp.Re, promql.MatchOp.NotRe)  # which have no hash
+    is_pattern = matcher.op in (promql.MatchOp.Re, promql.MatchOp.NotRe)  # not hashable
     for wanted in matcher.value.split("|") if is_pattern else [matcher.value]:
         if not any(re.fullmatch(wanted, value) if is_pattern else wanted == value for value in values):
             raise ValueError(f'{name} has no {matcher.name}="{wanted}"; it has {sorted(values)}')
 
 
-def _have(wanted: set[str], *sides: set[str] | None) -> None:
+def _require_labels(wanted: set[str], *sides: set[str] | None) -> None:
     for labels in sides:
         if missing := wanted - (labels or set()):
             raise ValueError(f"no label {sorted(missing)} among {sorted(labels or ())}")

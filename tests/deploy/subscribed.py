@@ -1,4 +1,4 @@
-"""The subscription as the documentation shows it."""
+"""The subscription in the documentation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draft() -> dict[str, Any]:
 
 
 def lines() -> Iterator[str]:
-    """Yield `draft` as docs/subscriptions.md shows it: a line for each message subscription."""
+    """Yield the lines of `draft` for docs/subscriptions.md, with one line per resource type."""
     yield "```json"
     yield "{"
     *fields, last = draft().items()
@@ -35,7 +35,7 @@ def lines() -> Iterator[str]:
 
 
 def delivered(messages: dict[str, list[str]], changes: list[str]) -> set[tuple[str, str]]:
-    """Return the kinds of notification that come of a subscription, as HANDLERS names them."""
+    """Return the notifications of a subscription, as keys of HANDLERS."""
     return {(resource, kind) for resource, kinds in messages.items() for kind in kinds} | {
         (resource, kind) for resource in changes for kind in CHANGE_TYPES
     }

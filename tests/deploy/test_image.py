@@ -1,4 +1,4 @@
-"""The lock and the Dockerfile say what they should. What the image's steps install is run by `make image-steps`."""
+"""The locks and the Dockerfile. `make image-steps` runs the steps of the image."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def locked(name: str) -> dict[str, str]:
 
 
 def extras() -> list[str]:
-    """Return the extras that the image has."""
+    """Return the extras in the image."""
     build, _ = stages()
     (names,) = _INSTALLED.findall(build[-1].value)
     return str(names).split(",")
 
 
 def requirements() -> list[tuple[str, Requirement]]:
-    """Return what setup.cfg and the build require of each lock."""
+    """Return the requirements that each lock must satisfy."""
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     optional = setup["options.extras_require"]
@@ -71,12 +71,12 @@ def test_lock_contains_only_versions_and_hashes(name: str) -> None:
     assert "/" not in read_lock(name)
 
 
-def test_the_image_has_the_clients_of_all_queues() -> None:
+def test_image_contains_the_clients_of_all_queues() -> None:
     assert sorted(extras()) == ["push", "servicebus", "sqs"]
 
 
-def test_only_what_is_copied_reaches_the_build() -> None:
-    """No test, no document, no secret lying about: .dockerignore lets in what the Dockerfile copies."""
+def test_build_context_contains_only_copied_files() -> None:
+    """.dockerignore excludes tests, documents and secrets."""
     build, _ = stages()
     copied = [source for name, value in build if name == "COPY" for source in value.split()[:-1]]
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
@@ -84,7 +84,7 @@ def test_only_what_is_copied_reaches_the_build() -> None:
     assert patterns == ["*", *(f"!{source}" for source in copied), "**/__pycache__"]
 
 
-def test_a_change_of_the_source_installs_no_dependency_again() -> None:
+def test_source_changes_do_not_reinstall_dependencies() -> None:
     """The layers of the dependencies come first."""
     build, _ = stages()
     steps = [value for name, value in build if name in {"COPY", "RUN"}]
@@ -93,7 +93,7 @@ def test_a_change_of_the_source_installs_no_dependency_again() -> None:
     assert dependencies == [1, 2]
 
 
-def test_the_dependencies_come_by_their_hashes_and_all_else_without_an_index() -> None:
+def test_dependencies_are_verified_by_hash_and_nothing_else_is_downloaded() -> None:
     build, _ = stages()
     commands = [part for name, value in build if name == "RUN" for part in value.split("&& ")]
     installing = [command for command in commands if re.match(r"pip .*\b(wheel|install)\b", command)]
@@ -101,8 +101,8 @@ def test_the_dependencies_come_by_their_hashes_and_all_else_without_an_index() -
     assert ["--no-index" in command for command in installing[1:]] == [True] * 3
 
 
-def test_the_final_stage_holds_the_environment_and_runs_as_a_numeric_user() -> None:
-    """Kubernetes can tell only of a number that it is not root. Only the exec form hands on SIGTERM."""
+def test_final_stage_runs_as_a_numeric_user() -> None:
+    """Kubernetes requires a number to verify a non-root user; the exec form forwards SIGTERM."""
     build, final = stages()
     assert build[0].value == "${PYTHON_IMAGE} AS build"
     assert final[0].value == "${PYTHON_IMAGE}"
@@ -118,14 +118,14 @@ def test_the_final_stage_holds_the_environment_and_runs_as_a_numeric_user() -> N
     assert {"PYTHONUNBUFFERED=1", "PYTHONDONTWRITEBYTECODE=1"} <= set(found["ENV"].split())
 
 
-def test_the_http_port_is_open_to_probes_and_scrapes() -> None:
-    """They come from outside the container, by IPv4 and IPv6."""
+def test_http_port_is_open_to_probes_and_scrapes() -> None:
+    """They come from outside the container, over IPv4 and IPv6."""
     _, final = stages()
     assert f"KLAVIYO_WORKER_HTTP_HOST={ALL_INTERFACES}" in dict(final)["ENV"].split()
 
 
 def test_make_image_sets_the_labels() -> None:
-    """An image tells which version and commit it was built from, and when."""
+    """An image has labels with its version, its commit and its build time."""
     _, final = stages()
     arguments = [value.split("=")[0] for name, value in final if name == "ARG"]
     assert arguments == ["VERSION", "REVISION", "CREATED"]

@@ -1,4 +1,4 @@
-"""The Terraform example: in step with the worker and its documentation, as nobody can apply it here."""
+"""The Terraform example, compared with the worker and its documentation. It is never applied."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SUBSCRIPTIONS = resources("google_pubsub_subscription")
 WORKER = SUBSCRIPTIONS["worker"]
 
 
-def test_commercetools_is_asked_for_what_the_handlers_want() -> None:
-    """Everything, and nothing else."""
+def test_subscription_requests_what_the_handlers_need() -> None:
+    """It requests nothing else."""
     subscription = resources("commercetools_subscription")["worker"]
     assert {block["resource_type_id"]: block["types"] for block in subscription["message"]} == {
         resource: list(types) for resource, types in required_spec().messages.items()
@@ -35,8 +35,8 @@ def test_commercetools_is_asked_for_what_the_handlers_want() -> None:
     assert subscription["format"] == [{"type": "Platform"}]
 
 
-def test_commercetools_comes_last() -> None:
-    """Its test notification needs the right to publish, and whatever follows a subscription that keeps it."""
+def test_subscription_is_created_last() -> None:
+    """Its test notification needs the permission to publish, and a subscription that keeps the message."""
     (destination,) = resources("commercetools_subscription")["worker"]["destination"]
     assert destination == {
         "type": "GoogleCloudPubSub",
@@ -49,7 +49,7 @@ def test_commercetools_comes_last() -> None:
     assert WORKER["depends_on"] == ["${google_pubsub_subscription.dead}"]
 
 
-def test_policies_are_those_of_the_documentation() -> None:
+def test_policies_match_the_documentation() -> None:
     """docs/pubsub.md has them as gcloud commands."""
     shown = {
         command.split()[4]: flags(command)
@@ -64,49 +64,50 @@ def test_policies_are_those_of_the_documentation() -> None:
 
 
 def _as_flags(body: dict[str, Any]) -> dict[str, str]:
-    """Return what gcloud calls the arguments of a subscription."""
+    """Return the arguments of a subscription as flags of gcloud."""
     assert body["expiration_policy"] == [{"ttl": ""}]
     days = int(body["message_retention_duration"].removesuffix("s")) // 86400
     found = {"--message-retention-duration": f"{days}d", "--expiration-period": "never"}
-    found["--topic"] = _named(body["topic"])
+    found["--topic"] = _default_name(body["topic"])
     if "ack_deadline_seconds" in body:
         found["--ack-deadline"] = str(body["ack_deadline_seconds"])
     for policy in body.get("dead_letter_policy", []):
-        found["--dead-letter-topic"] = _named(policy["dead_letter_topic"])
+        found["--dead-letter-topic"] = _default_name(policy["dead_letter_topic"])
         found["--max-delivery-attempts"] = str(policy["max_delivery_attempts"])
     for policy in body.get("retry_policy", []):
         found |= {"--min-retry-delay": policy["minimum_backoff"], "--max-retry-delay": policy["maximum_backoff"]}
     return found
 
 
-def _named(reference: str) -> str:
-    """Return the name, by default, of the topic or subscription that a reference leads to."""
+def _default_name(reference: str) -> str:
+    """Return the default name of the topic or subscription that a reference points to."""
     kind, resource = reference.strip("${}").split(".")[:2]
     (default,) = (block["name"]["default"] for block in blocks("variable") if "name" in block)
     return str(resources(kind)[resource]["name"].replace("${var.name}", default))
 
 
-def test_the_worker_has_nothing_to_warn_about() -> None:
-    """What its own check looks at."""
-    (buried,), (retried,) = WORKER["dead_letter_policy"], WORKER["retry_policy"]
+def test_check_reports_no_warnings() -> None:
+    """The worker's own check accepts the policies."""
+    (dead_letter_policy,), (retry_policy,) = WORKER["dead_letter_policy"], WORKER["retry_policy"]
     subscription = Subscription(
         name="klaviyo-worker",
         ack_deadline_seconds=WORKER["ack_deadline_seconds"],
         dead_letter_policy=DeadLetterPolicy(
-            dead_letter_topic=buried["dead_letter_topic"], max_delivery_attempts=buried["max_delivery_attempts"]
+            dead_letter_topic=dead_letter_policy["dead_letter_topic"],
+            max_delivery_attempts=dead_letter_policy["max_delivery_attempts"],
         ),
         retry_policy=RetryPolicy(
-            minimum_backoff=Duration(seconds=int(retried["minimum_backoff"].removesuffix("s"))),
-            maximum_backoff=Duration(seconds=int(retried["maximum_backoff"].removesuffix("s"))),
+            minimum_backoff=Duration(seconds=int(retry_policy["minimum_backoff"].removesuffix("s"))),
+            maximum_backoff=Duration(seconds=int(retry_policy["maximum_backoff"].removesuffix("s"))),
         ),
     )
     assert list(_warnings(subscription, LEASE_SECONDS)) == []
 
 
-def test_rights_are_those_of_the_documentation() -> None:
-    """Each on one topic or subscription, and none on the project. Those that a variable turns on come on top."""
+def test_permissions_match_the_documentation() -> None:
+    """Each is for one topic or subscription, none for the project; a variable can add two."""
     documented = {
-        (command.split()[2], command.split()[4], flags(command)["--role"], _who(flags(command)["--member"]))
+        (command.split()[2], command.split()[4], flags(command)["--role"], _account_of(flags(command)["--member"]))
         for command in commands("docs/pubsub.md")
         if "add-iam-policy-binding" in command
     }
@@ -122,8 +123,8 @@ def test_rights_are_those_of_the_documentation() -> None:
     }
 
 
-def test_accounts_are_made_before_they_get_rights() -> None:
-    """Google refuses a member that is not there. commercetools' account is its own."""
+def test_accounts_are_created_before_they_get_permissions() -> None:
+    """Google rejects a member that does not exist; commercetools owns its account."""
     shown = commands("docs/pubsub.md")
     (agent,) = [place for place, command in enumerate(shown) if "services identity create" in command]
     (worker,) = [place for place, command in enumerate(shown) if "service-accounts create klaviyo-worker" in command]
@@ -140,12 +141,12 @@ def _granted(*, optional: bool) -> set[tuple[str, str, str, str]]:
             each = body.get("for_each", "")
             if ("var." in f"{each}{body.get('count', '')}") is optional:
                 roles = re.findall(r"roles/[\w.]+", str(each)) or [body["role"]]
-                found |= {(f"{kind}s", _named(body[kind]), role, _who(body["member"])) for role in roles}
+                found |= {(f"{kind}s", _default_name(body[kind]), role, _account_of(body["member"])) for role in roles}
     return found
 
 
-def _who(member: str) -> str:
-    """Return who is meant, in Terraform's words or in the shell's."""
+def _account_of(member: str) -> str:
+    """Return the account that a Terraform expression or a shell variable stands for."""
     names = {
         "$PUBSUB": "pubsub",
         "${local.pubsub}": "pubsub",
@@ -162,18 +163,18 @@ def _who(member: str) -> str:
         ("null", "serviceAccount:klaviyo-worker@acme.iam.gserviceaccount.com"),
         ('{namespace = "klaviyo", name = "klaviyo-worker"}', "$POOL/ns/klaviyo/sa/klaviyo-worker"),
     ],
-    ids=["elsewhere", "gke"],
+    ids=["service account", "gke"],
 )
-def test_the_worker_is_the_member_that_the_documentation_names(account: str, member: str, tmp_path: Path) -> None:
-    """Terraform itself works it out, with what Google would tell in place of Google."""
+def test_member_of_the_worker_matches_the_documentation(account: str, member: str, tmp_path: Path) -> None:
+    """Terraform evaluates the expression, with fixed values in place of those from Google."""
     require_command("terraform")
     (pool,) = [command for command in commands("docs/kubernetes.md") if command.startswith("POOL=")]
     member = member.replace("$POOL", re.sub(r"\$\(.*\)", "123", pool.removeprefix("POOL=")))
     (expressions,) = re.findall(
         r"^locals \{.*?^\}", (INFRASTRUCTURE / "main.tf").read_text("utf-8"), re.DOTALL | re.MULTILINE
     )
-    told = {"data.google_project.this.number": "123", "google_service_account.worker": "local.accounts"}
-    for name, value in told.items():
+    values = {"data.google_project.this.number": "123", "google_service_account.worker": "local.accounts"}
+    for name, value in values.items():
         expressions = expressions.replace(name, value)
     accounts = 'locals {\n  accounts = [{ member = "serviceAccount:klaviyo-worker@acme.iam.gserviceaccount.com" }]\n}\n'
     (tmp_path / "main.tf").write_text(accounts + expressions, encoding="utf-8")
@@ -186,7 +187,7 @@ def test_the_worker_is_the_member_that_the_documentation_names(account: str, mem
 
 
 def test_every_role_is_in_the_table_of_permissions() -> None:
-    """One place names them all: those of Terraform, and those of the other pages, Azure's too."""
+    """The table has the roles of Terraform and of all pages."""
     pages = [f"docs/{name}.md" for name in ("pubsub", "servicebus", "serverless", "kubernetes")]
     shown = [flags(command) for name in pages for command in commands(name) if "role assignment create" in command]
     azure = {found["--role"] for found in shown}
@@ -195,8 +196,8 @@ def test_every_role_is_in_the_table_of_permissions() -> None:
     assert {role for role in azure | google if f"`{role}`" not in page("docs/permissions.md")} == set()
 
 
-def test_no_secret_comes_near_the_state() -> None:
-    """State is plain text: whatever Terraform creates or is told is in it."""
+def test_state_contains_no_secret() -> None:
+    """The state is plain text with everything that Terraform creates or receives."""
     kinds = {kind for block in blocks("resource") for kind in block}
     assert not {kind for kind in kinds if re.search(r"secret|_key|api_client", kind)}
     providers = {name: body for block in blocks("provider") for name, body in block.items()}
@@ -204,8 +205,8 @@ def test_no_secret_comes_near_the_state() -> None:
     assert not re.search(r"secret|klaviyo_auth|password", " ".join(_variables()), re.IGNORECASE)
 
 
-def test_dead_letters_and_old_messages_raise_an_alert() -> None:
-    """One condition each, on the subscription it is about."""
+def test_dead_letters_and_old_messages_have_an_alert() -> None:
+    """Each has one condition, on its subscription."""
     policies = resources("google_monitoring_alert_policy")
     seen = {name: re.findall(r"google_pubsub_subscription\.(\w+)\.name|subscription/(\w+)", str(body["conditions"]))
             for name, body in policies.items()}  # fmt: skip
@@ -221,7 +222,7 @@ def test_dead_letters_and_old_messages_raise_an_alert() -> None:
 
 
 def test_variables_are_declared_and_used() -> None:
-    """Those of the example too, and each says what it is for."""
+    """The same is true for those of the example; each has a description."""
     assert set(re.findall(r"var\.(\w+)", TEXT)) == set(_variables())
     assert all(body["description"] for body in _variables().values())
     example = (INFRASTRUCTURE / "terraform.tfvars.example").read_text(encoding="utf-8")
@@ -232,14 +233,14 @@ def _variables() -> dict[str, Any]:
     return {name: body for block in blocks("variable") for name, body in block.items()}
 
 
-def test_references_lead_somewhere() -> None:
-    """To a resource or a data source that is declared."""
+def test_references_have_a_target() -> None:
+    """The target is a declared resource or data source."""
     declared = {(kind, name) for block in blocks("resource") + blocks("data") for kind in block for name in block[kind]}
     assert set(re.findall(r"\b((?:google|commercetools)_\w+)\.(\w+)", TEXT)) <= declared
 
 
-def test_terraform_likes_the_format() -> None:
-    """`terraform fmt` parses all of it too. Providers are not fetched."""
+def test_terraform_accepts_the_format() -> None:
+    """`terraform fmt` also parses all files; it downloads no providers."""
     require_command("terraform")
     command = ["terraform", "fmt", "-check", "-diff", str(INFRASTRUCTURE)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -1,4 +1,4 @@
-"""The manifests in k8s/: rendered, checked against schemas and rules, and the container in them started."""
+"""The manifests in k8s/: schemas, settings, and a run of the container's command."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ WORKERS, MESSAGES = 4, 20_000  # docs/kubernetes.md derives both
 NAMES = {name: str(info.validation_alias) for name, info in Settings.model_fields.items()}
 SECRET_NAMES = {alias for name, alias in NAMES.items() if name in SECRETS}
 
-# What KEDA's documentation names, required and optional; what it deprecates is left out, and what it reads from the
-# worker's variables: of those it does not notice a change.
+# KEDA's documented parameters, required and optional. Left out: deprecated ones, and those that read the worker's
+# variables, because KEDA does not detect their changes.
 SCALERS = {
     "prometheus": (
         {"serverAddress", "query", "threshold"},
@@ -49,7 +49,7 @@ SCALERS = {
         | {"subscriptionName", "topicName", "useRegex"},
     ),
 }
-# Where a pod may go besides DNS and HTTPS: to who gives it its identity, or to Service Bus.
+# Egress besides DNS and HTTPS: identity services, Service Bus.
 EGRESS = {
     "pubsub": {("169.254.169.254/32", 80), ("169.254.169.254/32", 8080)}
     | {("169.254.169.252/32", 987), ("169.254.169.252/32", 988)},
@@ -68,14 +68,14 @@ def objects(overlay: str) -> Objects:
     return by_kind(rendered(ROOT / "k8s" / "overlays" / overlay))
 
 
-def test_every_object_fits_its_schema(objects: Objects) -> None:
-    """Strictly: a field that Kubernetes or KEDA does not know is refused."""
+def test_objects_match_their_schemas(objects: Objects) -> None:
+    """The check is strict: unknown fields are rejected."""
     for document in objects.values():
         validate(document)
 
 
-def test_what_is_deployed(overlay: str, objects: Objects) -> None:
-    """All parts, under one label, and no Secret: that is the user's."""
+def test_overlay_contains_all_parts(overlay: str, objects: Objects) -> None:
+    """All have the same label; the user creates the Secret."""
     scaling = {"ScaledObject", "TriggerAuthentication"} if overlay.endswith("keda") else {"HorizontalPodAutoscaler"}
     parts = {"ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service", "ServiceAccount"}
     assert set(objects) == parts | scaling
@@ -94,7 +94,7 @@ def test_what_is_deployed(overlay: str, objects: Objects) -> None:
         assert selector.items() <= labels.items()
 
 
-def test_the_pod_has_no_rights_it_does_not_need(objects: Objects) -> None:
+def test_pod_has_minimal_permissions(objects: Objects) -> None:
     pod, container = pod_of(objects), container_of(objects)
     assert pod["securityContext"] == {
         "runAsNonRoot": True,
@@ -113,8 +113,8 @@ def test_the_pod_has_no_rights_it_does_not_need(objects: Objects) -> None:
     assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & set(pod)
 
 
-def test_the_pod_is_bounded_and_probed(objects: Objects) -> None:
-    """Memory is bounded, CPU asked for and not bounded; the probes ask the port that the worker serves."""
+def test_pod_has_a_memory_limit_and_probes(objects: Objects) -> None:
+    """CPU is requested without a limit; the probes use the port that the worker serves."""
     container = container_of(objects)
     resources = container["resources"]
     assert set(resources["limits"]) == {"memory"}
@@ -133,8 +133,8 @@ def test_the_pod_is_bounded_and_probed(objects: Objects) -> None:
     assert objects["Service"]["spec"]["ports"] == [{"name": "metrics", "port": served, "targetPort": "metrics"}]
 
 
-def test_a_roll_out_leaves_no_gap_and_time_to_finish(objects: Objects) -> None:
-    """The pod outlives its worker's grace period and a queue that does not answer; the autoscaler owns replicas."""
+def test_rollout_has_no_gap_and_leaves_time_to_drain(objects: Objects) -> None:
+    """The pod outlives the grace period and an unreachable queue; the autoscaler sets the replicas."""
     spec, pod = objects["Deployment"]["spec"], pod_of(objects)
     assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
     assert "replicas" not in spec
@@ -147,8 +147,8 @@ def test_a_roll_out_leaves_no_gap_and_time_to_finish(objects: Objects) -> None:
 def test_variables_are_settings(
     overlay: str, objects: Objects, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every variable is one that the worker reads, and well-formed; secrets come as files, and from nowhere else."""
-    assert pod_of(objects)["enableServiceLinks"] is False  # KLAVIYO_WORKER_PORT and the like are no settings
+    """Every variable is a valid setting of the worker; secrets are only in files."""
+    assert pod_of(objects)["enableServiceLinks"] is False  # their variables, like KLAVIYO_WORKER_PORT, are not settings
     variables = environment_of(objects)
     assert {name.removesuffix("_FILE") for name in variables} <= set(NAMES.values())
     assert not SECRET_NAMES & set(variables)
@@ -158,7 +158,7 @@ def test_variables_are_settings(
 
 
 def secrets_in(directory: Path, objects: Objects, sandbox: Sandbox) -> dict[str, str]:
-    """Write the Secret's files where the manifest mounts them, under `directory`; return the variables that say so."""
+    """Write the Secret's files where the manifest mounts them, under `directory`; return their variables."""
     (mount,) = container_of(objects)["volumeMounts"]
     (volume,) = pod_of(objects)["volumes"]
     assert (volume["name"], volume["secret"]["secretName"]) == (mount["name"], "klaviyo-worker")
@@ -174,7 +174,7 @@ def secrets_in(directory: Path, objects: Objects, sandbox: Sandbox) -> dict[str,
     return moved
 
 
-def test_the_scaler_counts_the_queue_that_the_worker_reads(objects: Objects) -> None:
+def test_scaler_and_worker_use_the_same_queue(objects: Objects) -> None:
     assert_one_queue(objects)
 
 
@@ -203,7 +203,7 @@ def assert_one_queue(objects: Objects) -> None:
         assert (f"{metadata['namespace']}.servicebus.windows.net", metadata["queueName"]) == (queue.netloc, name)
 
 
-def test_pods_are_added_slowly_and_not_beyond_what_an_account_bears(objects: Objects) -> None:
+def test_scaling_is_slow_and_limited_by_the_account(objects: Objects) -> None:
     if "HorizontalPodAutoscaler" in objects:
         spec = objects["HorizontalPodAutoscaler"]["spec"]
         scaling, bounds = spec["behavior"], (spec["minReplicas"], spec["maxReplicas"])
@@ -224,8 +224,8 @@ def test_pods_are_added_slowly_and_not_beyond_what_an_account_bears(objects: Obj
 
 
 @pytest.mark.parametrize("name", [name for name in OVERLAYS if name.endswith("keda")])
-def test_triggers_have_the_parameters_that_keda_documents(name: str) -> None:
-    """To the schema they are any texts. No secret is among them: KEDA has an identity."""
+def test_triggers_have_documented_parameters(name: str) -> None:
+    """The schema does not check them; none is a secret, because KEDA has an identity."""
     objects = by_kind(rendered(ROOT / "k8s" / "overlays" / name))
     (trigger,) = objects["ScaledObject"]["spec"]["triggers"]
     required, optional = SCALERS[trigger["type"]]
@@ -236,15 +236,15 @@ def test_triggers_have_the_parameters_that_keda_documents(name: str) -> None:
     assert authentication["spec"] == {"podIdentity": {"provider": provider[trigger["type"]]}}
 
 
-def test_azure_gives_the_pod_its_identity() -> None:
-    """Of all overlays this one alone has to ask for it; without the label no token is mounted."""
+def test_pod_on_azure_requests_its_identity() -> None:
+    """Without the label, Azure mounts no token."""
     objects = by_kind(rendered(ROOT / "k8s" / "overlays" / "servicebus-keda"))
     labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert labels["azure.workload.identity/use"] == "true"
     assert list(objects["ServiceAccount"]["metadata"]["annotations"]) == ["azure.workload.identity/client-id"]
 
 
-def test_only_scrapes_come_in_and_only_calls_go_out(overlay: str, objects: Objects) -> None:
+def test_network_policy_allows_only_scrapes_and_calls(overlay: str, objects: Objects) -> None:
     policy = objects["NetworkPolicy"]["spec"]
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     (ingress,) = policy["ingress"]
@@ -260,15 +260,15 @@ def test_only_scrapes_come_in_and_only_calls_go_out(overlay: str, objects: Objec
 
 
 def examples() -> dict[str, str]:
-    """Return the kustomizations that docs/kubernetes.md shows, by the overlay they are on top of."""
+    """Return the kustomizations in docs/kubernetes.md, by their overlay."""
     page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
     texts = re.findall(r"<!-- rendered by [^>]*>\n```yaml\n(.*?)```", page, re.DOTALL)
     return {text.partition("overlays/")[2].split()[0]: text for text in texts}
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_the_documented_kustomization_is_whole(name: str, tmp_path: Path) -> None:
-    """It lies beside the checkout and gives everything that is a placeholder a value."""
+def test_documented_kustomization_is_complete(name: str, tmp_path: Path) -> None:
+    """It is next to the checkout and sets every placeholder."""
     shutil.copytree(ROOT / "k8s", tmp_path / "klaviyo-worker" / "k8s")
     (tmp_path / "deployment").mkdir()
     (tmp_path / "deployment" / "kustomization.yaml").write_text(examples()[name])
@@ -280,26 +280,26 @@ def test_the_documented_kustomization_is_whole(name: str, tmp_path: Path) -> Non
         assert document["metadata"]["namespace"] == "klaviyo"
     assert "/" in container_of(objects)["image"]
     assert_one_queue(objects)
-    below = rendered(ROOT / "k8s" / "overlays" / name)
-    assert any(placeholder in below for placeholder in PLACEHOLDERS)
+    overlay = rendered(ROOT / "k8s" / "overlays" / name)
+    assert any(placeholder in overlay for placeholder in PLACEHOLDERS)
 
 
-def test_the_container_runs_as_the_manifest_says(sandbox: Sandbox, tmp_path: Path) -> None:
-    """Arguments, variables, mounted files, probes and the end are the manifest's; only queue and services are ours.
+def test_worker_runs_with_the_settings_of_the_manifest(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Only the queue and the services differ.
 
-    Home, working directory and TMPDIR stay empty: the root file system may be read-only.
+    The home, working and temporary directories stay empty, because the root file system can be read-only.
     """
     objects = by_kind(rendered(ROOT / "k8s" / "overlays" / "pubsub-keda"))
     container, port = container_of(objects), free_port()
     secrets, home = tmp_path / "secrets", tmp_path / "home"
     secrets.mkdir()
     home.mkdir()
-    ours = {name: value for name, value in sandbox.environment.items() if name not in SECRET_NAMES}
-    ours |= {"QUEUE_URL": f"embedded://{tmp_path}/queue.db", "KLAVIYO_WORKER_HTTP_PORT": str(port)}
-    ours |= {"HOME": str(home), "TMPDIR": str(home)}
-    worker = Worker(environment_of(objects) | secrets_in(secrets, objects, sandbox) | ours, home)
+    overrides = {name: value for name, value in sandbox.environment.items() if name not in SECRET_NAMES}
+    overrides |= {"QUEUE_URL": f"embedded://{tmp_path}/queue.db", "KLAVIYO_WORKER_HTTP_PORT": str(port)}
+    overrides |= {"HOME": str(home), "TMPDIR": str(home)}
+    worker = Worker(environment_of(objects) | secrets_in(secrets, objects, sandbox) | overrides, home)
     worker.publish(sample_notifications(sandbox.shop)[0].body)
-    assert "command" not in container  # the image's: klaviyo-worker
+    assert "command" not in container  # that of the image: klaviyo-worker
     process = worker.start(*container["args"])
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         wait_for(lambda path=container[probe]["httpGet"]["path"]: http_get(port, path)[0] == 200)

@@ -1,4 +1,4 @@
-"""What docs/migrating.md promises of the mapping is there."""
+"""The mapping keys and settings in docs/migrating.md exist."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from worker.settings import Settings
 PAGE = page("docs/migrating.md")
 
 
-def test_the_mapping_that_changes_little_is_one() -> None:
-    """It says what the plugin did, in the worker's words."""
+def test_mapping_for_small_changes_is_valid() -> None:
+    """It sets the behaviour of the plugin."""
     (block,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     mapping = MappingConfig.model_validate(tomllib.loads(block))
     assert mapping.order.raw_line_item
@@ -22,8 +22,8 @@ def test_the_mapping_that_changes_little_is_one() -> None:
     assert (mapping.order.fulfilled_states, mapping.order.fulfilled_shipment_states) == (["Confirmed", "Complete"], [])
 
 
-def test_what_takes_the_place_of_the_plugins_settings_exists() -> None:
-    """Keys of the mapping, in the last column; variables that are the same."""
+def test_replacements_of_plugin_settings_exist() -> None:
+    """The last column has keys of the mapping; the variables that stay the same are settings."""
     _, _, table = PAGE.partition("| In the mapping file |\n|---|---|\n")
     rows = table.partition("\n\n")[0].splitlines()
     keys = [key for row in rows for key in re.findall(r"`([a-z_.]+)`", row.split("|")[2]) if key != "include"]

@@ -1,4 +1,4 @@
-"""Alerts and dashboard name what a running worker exposes, and nothing else."""
+"""Alerts and dashboard use only metrics and labels that a running worker exposes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "k8s" / "monitoring"
-OPERATORS = {*TARGET, "endpoint"}  # labels that the Prometheus operator gives to the targets of a PodMonitor
+OPERATORS = {*TARGET, "endpoint"}  # target labels of the Prometheus operator for a PodMonitor
 DASHBOARD: dict[str, Any] = json.loads((FOLDER / "dashboard.json").read_text(encoding="utf-8"))
 RULES: list[dict[str, Any]] = [
     rule
@@ -44,8 +44,8 @@ def by_alert(rule: dict[str, Any]) -> str:
     return str(rule["alert"])
 
 
-def filled_in(query: str) -> str:
-    """Return a query as Grafana sends it."""
+def with_variables(query: str) -> str:
+    """Return a query with the variables that Grafana replaces."""
     for name, value in {"__rate_interval": "2m", "namespace": ".*", "pod": ".*"}.items():
         query = query.replace(f"${name}", value)
     assert "$" not in query
@@ -54,7 +54,7 @@ def filled_in(query: str) -> str:
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exposed]:
-    """What the installed worker exposes once it has met every kind of message, and holds one that met a limit."""
+    """Return the metrics of an installed worker after every message type, with one throttled message held."""
     with Sandbox() as sandbox:
         directory, port = tmp_path_factory.mktemp("worker"), free_port()
         worker = Worker(sandbox.environment | {"QUEUE_URL": f"embedded://{directory}/queue.db"}, directory)
@@ -62,58 +62,60 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exposed]:
         sandbox.klaviyo.faults.add(Fault(429, match="POST /api/profile-import", headers={"Retry-After": "600"}))
         process = worker.start("run", "--http-port", str(port))
         try:
-            wait_for(lambda: _only_waits(http_get(port, "/metrics")[1]))
+            wait_for(lambda: _only_held_messages_remain(http_get(port, "/metrics")[1]))
             yield exposed(http_get(port, "/metrics")[1])
             stop(process)
         finally:
             process.kill()
 
 
-def _only_waits(text: str) -> bool:
+def _only_held_messages_remain(text: str) -> bool:
     gauges = dict(re.findall(r"^klaviyo_worker_messages_(in_flight|held) (.+)", text, re.MULTILINE))
     return 'error_type="Throttled"' in text and gauges["in_flight"] == gauges["held"] != "0.0"
 
 
 @pytest.fixture
 def series() -> Exposed:
-    """The same metrics without a worker."""
+    """Return the same metrics without a worker."""
     return exposed(busy(FakeWorkerState()).render()[0].decode())
 
 
 def complaints(queries: list[tuple[str, set[str]]], series: Exposed) -> list[str]:
-    """Return what is wrong with queries whose results are to have these labels."""
+    """Return the errors of queries whose results must have the given labels."""
     found = []
-    for query, told in queries:
+    for query, labels in queries:
         try:
-            missing = told - labels_of(query, series)
-            found += [f"no {sorted(missing)} to tell of in {query}"] if missing else []
+            missing = labels - labels_of(query, series)
+            found += [f"no labels {sorted(missing)} in {query}"] if missing else []
         except ValueError as error:
             found.append(f"{error}, in {query}")
     return found
 
 
-def test_alerts_ask_for_what_is_there(scraped: Exposed) -> None:
-    """Metrics, labels and their values; what they tell uses labels that the result has."""
-    asked = [(rule["expr"], set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))) for rule in RULES]
-    assert complaints(asked, scraped) == []
+def test_alerts_use_existing_metrics_and_labels(scraped: Exposed) -> None:
+    """Their texts only use labels of the result."""
+    query_labels = [(rule["expr"], set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))) for rule in RULES]
+    assert complaints(query_labels, scraped) == []
 
 
-def test_panels_ask_for_what_is_there(scraped: Exposed) -> None:
-    """Likewise; their legends too."""
+def test_panels_use_existing_metrics_and_labels(scraped: Exposed) -> None:
+    """Their legends only use labels of the result."""
     targets = [target for panel in PANELS for target in panel["targets"]]
-    asked = [(filled_in(target["expr"]), set(re.findall(r"{{(\w+)}}", target["legendFormat"]))) for target in targets]
-    assert complaints(asked, scraped) == []
+    query_labels = [
+        (with_variables(target["expr"]), set(re.findall(r"{{(\w+)}}", target["legendFormat"]))) for target in targets
+    ]
+    assert complaints(query_labels, scraped) == []
 
 
 @pytest.mark.parametrize("rule", RULES, ids=by_alert)
-def test_an_alert_is_about_all_workers_of_a_queue(rule: dict[str, Any], series: Exposed) -> None:
-    """Ten workers without a key are one thing to mend."""
+def test_alert_covers_all_workers_of_a_queue(rule: dict[str, Any], series: Exposed) -> None:
+    """Ten workers without a key are one problem."""
     expression = rule["expr"].replace('error_type!="Throttled"', "")
     assert {"namespace", "job"} <= labels_of(expression, series) <= {"namespace", "job", "service", "endpoint"}
 
 
-def test_the_dashboard_leaves_nothing_out(series: Exposed) -> None:
-    """Whatever the worker tells of itself can be seen."""
+def test_dashboard_contains_every_metric(series: Exposed) -> None:
+    """Each metric of the worker is in a panel."""
     queries = json.dumps(DASHBOARD)
     metrics = {re.sub("_(bucket|sum|count)$", "", name) for name in series if name.startswith("klaviyo_worker_")}
     assert [name for name in sorted(metrics) if name not in queries] == []
@@ -135,34 +137,34 @@ def test_the_dashboard_leaves_nothing_out(series: Exposed) -> None:
         ("klaviyo_worker_parked unless klaviyo_worker_outage", "can never match"),
         ("sum by (job) (klaviyo_worker_parked) or sum(klaviyo_worker_parked)", "can never match"),
         ("klaviyo_worker_messages_processed_total", "is a counter"),
-        ("rate(klaviyo_worker_parked[5m])", "is no counter"),
+        ("rate(klaviyo_worker_parked[5m])", "is not a counter"),
         ("histogram_quantile(0.5, sum by (job) (rate(klaviyo_worker_message_age_seconds_bucket[5m])))", "no label"),
         ("sum by (job (klaviyo_worker_parked)", "bad|parenthesis|expected|unexpected"),
     ],
 )
-def test_a_mistake_would_be_found(expression: str, complaint: str, series: Exposed) -> None:
-    """The check itself: without it, a query that shows nothing looks like a quiet night."""
+def test_check_detects_wrong_expressions(expression: str, complaint: str, series: Exposed) -> None:
+    """Without the check, a query that returns nothing would look like an idle time."""
     with pytest.raises(ValueError, match=complaint):
         labels_of(expression, series)
 
 
-def test_a_metric_without_samples_exists() -> None:
-    """A counter with labels has its first sample with its first error."""
+def test_metric_without_samples_exists() -> None:
+    """A counter with labels has no sample before its first error."""
     series = exposed("# HELP message_failures_total Errors\n# TYPE message_failures_total counter\n")
     assert labels_of("sum by (job) (rate(message_failures_total[5m]))", series) == {"job"}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=by_alert)
-def test_an_alert_says_what_to_do(rule: dict[str, Any]) -> None:
-    """In a message at night: how bad, what it is, what to do, and where there is more."""
+def test_alert_has_severity_summary_and_runbook(rule: dict[str, Any]) -> None:
+    """The runbook has a section for it."""
     assert rule["labels"]["severity"] in {"critical", "warning"}
     assert all(rule["annotations"][name] for name in ("summary", "description"))
     page, _, anchor = rule["annotations"]["runbook"].partition("#")
     assert f'<a id="{anchor}"></a>' in (ROOT / page).read_text(encoding="utf-8")
 
 
-def test_no_label_of_the_worker_is_pushed_aside(series: Exposed) -> None:
-    """A label that target and metric both have would be `exported_endpoint`, and every panel by endpoint wrong."""
+def test_target_labels_do_not_replace_metric_labels(series: Exposed) -> None:
+    """Prometheus would rename a duplicate label to `exported_endpoint`."""
     (endpoint,) = yaml.safe_load((FOLDER / "podmonitor.yaml").read_text(encoding="utf-8"))["spec"][
         "podMetricsEndpoints"
     ]
@@ -172,8 +174,8 @@ def test_no_label_of_the_worker_is_pushed_aside(series: Exposed) -> None:
     assert not TARGET & {label for one in series.values() for label in one.values}
 
 
-def test_the_dashboard_works_with_any_data_source() -> None:
-    """Nothing in it belongs to the Grafana it was made on."""
+def test_dashboard_works_with_any_data_source() -> None:
+    """It contains no id of a Grafana instance."""
     text = json.dumps(DASHBOARD)
     assert set(re.findall(r'"uid": "([^"]+)"', text)) == {"klaviyo-worker", "${datasource}"}
     assert "id" not in DASHBOARD
@@ -182,18 +184,18 @@ def test_the_dashboard_works_with_any_data_source() -> None:
 
 
 @pytest.mark.parametrize("name", ["namespace", "pod"])
-def test_the_variables_offer_what_there_is(name: str, series: Exposed) -> None:
-    """All of it at first, also where Prometheus gives no such label, as outside Kubernetes."""
-    asked = re.fullmatch(r"label_values\((.+), (\w+)\)", VARIABLES[name]["query"]["query"])
-    assert asked is not None
-    assert asked[2] == name
-    assert name in labels_of(filled_in(asked[1]), series)
+def test_variables_list_existing_values(name: str, series: Exposed) -> None:
+    """The default is all values, also if Prometheus has no such label, as outside Kubernetes."""
+    query_labels = re.fullmatch(r"label_values\((.+), (\w+)\)", VARIABLES[name]["query"]["query"])
+    assert query_labels is not None
+    assert query_labels[2] == name
+    assert name in labels_of(with_variables(query_labels[1]), series)
     assert VARIABLES[name]["allValue"] == ".*"
-    assert VARIABLES[name]["definition"] == asked[0]
+    assert VARIABLES[name]["definition"] == query_labels[0]
 
 
-def test_panels_stand_side_by_side() -> None:
-    """None covers another, every one has a unit and an id of its own, and the grid is 24 wide."""
+def test_panels_do_not_overlap() -> None:
+    """Each has a unit and a unique id, and the grid is 24 wide."""
     places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
     assert all(place["x"] + place["w"] <= 24 for place in places)
     for one, other in combinations(places, 2):
@@ -203,8 +205,8 @@ def test_panels_stand_side_by_side() -> None:
     assert all(panel["fieldConfig"]["defaults"]["unit"] for panel in PANELS)
 
 
-def test_an_overlay_can_use_the_component(tmp_path: Path) -> None:
-    """It adds the monitor, the rules and the dashboard, each in the overlay's namespace and under its own name."""
+def test_overlay_can_use_the_component(tmp_path: Path) -> None:
+    """It adds the monitor, the rules and the dashboard to the namespace of the overlay."""
     shutil.copytree(FOLDER, tmp_path / "monitoring")
     overlay = {"namespace": "klaviyo", "components": ["../monitoring"]}
     (tmp_path / "overlay").mkdir()

@@ -1,4 +1,4 @@
-"""docs/serverless.md: flags that exist, settings that exist, and a worker that runs as Cloud Run would run it."""
+"""docs/serverless.md: flags, settings, and a worker with the settings of the Cloud Run service."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ VARIABLES = {str(field.validation_alias) for field in Settings.model_fields.valu
 KILLED_AFTER = 10  # seconds from SIGTERM, on Cloud Run
 
 
-def _deployed(start: str) -> dict[str, str]:
-    """Return the flags of the one command that begins so."""
+def _flags_of(start: str) -> dict[str, str]:
+    """Return the flags of the only command with this start."""
     (command,) = [command for command in commands(PAGE) if command.startswith(start)]
     return flags(command)
 
@@ -43,15 +43,15 @@ def _pairs(value: str, separator: str = ",") -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in value.split(separator))
 
 
-SERVICE = _deployed("gcloud run deploy")
-POOL = _deployed("gcloud run worker-pools deploy")
-APP = _deployed("az containerapp create")
-PUSH = _deployed("gcloud pubsub subscriptions create")
+SERVICE = _flags_of("gcloud run deploy")
+POOL = _flags_of("gcloud run worker-pools deploy")
+APP = _flags_of("az containerapp create")
+PUSH = _flags_of("gcloud pubsub subscriptions create")
 
 
 @cache
 def _gcloud() -> dict[str, Any]:
-    """Return gcloud's own table of commands and flags, which its completion uses; starting gcloud takes seconds."""
+    """Return gcloud's static table of commands and flags; running gcloud takes seconds."""
     gcloud = shutil.which("gcloud")
     if gcloud is None:
         pytest.skip("gcloud is not installed")
@@ -63,7 +63,7 @@ def _gcloud() -> dict[str, Any]:
 
 
 def _unknown(command: str) -> set[str]:
-    """Return the flags that gcloud does not have for this command; a beta's where it is too old for the command."""
+    """Return the flags that the installed gcloud does not have; for an older gcloud, those of the beta command."""
     old, renamed = next((found for start, found in OLDER.items() if command.startswith(start)), ("", {}))
     node = _node(command) or _node(command.replace("gcloud run worker-pools", old))
     assert node, f"gcloud has no such command: {command}"
@@ -83,7 +83,7 @@ def _node(command: str) -> dict[str, Any] | None:
 
 
 def test_gcloud_has_every_flag() -> None:
-    """As far as the gcloud that is installed knows."""
+    """The flags are those of the installed gcloud."""
     shown = [command for command in commands(PAGE, MARK) if "gcloud" in command]
     inner = [re.sub(r"^\w+=\$\((.*)\)$", r"\1", command) for command in shown]
     assert len(inner) > 10
@@ -91,8 +91,8 @@ def test_gcloud_has_every_flag() -> None:
 
 
 @pytest.mark.parametrize("found", [SERVICE, POOL, APP], ids=["service", "pool", "app"])
-def test_settings_exist_and_none_is_missing(found: dict[str, str]) -> None:
-    """Secrets come as files."""
+def test_variables_are_settings_and_complete(found: dict[str, str]) -> None:
+    """Secrets are files."""
     given = _pairs(found["--set-env-vars"]) if "--set-env-vars" in found else _pairs(found["--env-vars"], " ")
     assert {name.removesuffix("_FILE") for name in given} <= VARIABLES | {"AZURE_CLIENT_ID"}
     required = {str(info.validation_alias) for info in Settings.model_fields.values() if info.is_required()}
@@ -101,8 +101,8 @@ def test_settings_exist_and_none_is_missing(found: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("found", [SERVICE, POOL], ids=["service", "pool"])
-def test_secrets_are_mounted_where_the_worker_looks(found: dict[str, str]) -> None:
-    """Each in a directory of its own, which Cloud Run wants, and by the names they are created with."""
+def test_secrets_are_mounted_where_the_worker_reads_them(found: dict[str, str]) -> None:
+    """Each has its own directory, as Cloud Run requires, and the name with which it is created."""
     mounted = _pairs(found["--set-secrets"])
     files = {value for name, value in _pairs(found["--set-env-vars"]).items() if name.endswith("_FILE")}
     assert set(mounted) == files
@@ -111,34 +111,34 @@ def test_secrets_are_mounted_where_the_worker_looks(found: dict[str, str]) -> No
     assert {secret.removesuffix(":latest") for secret in mounted.values()} == created
 
 
-def test_no_build_sends_secrets_along() -> None:
-    """A build takes the directory it is started in."""
+def test_secret_files_are_outside_the_build_directory() -> None:
+    """A build uploads the current directory."""
     shown = [flags(command) for command in commands(PAGE) if "secrets create" in command or "secret set" in command]
     files = [found.get("--data-file") or found["--file"] for found in shown]
     assert len(files) == 4
     assert all(name.startswith("../") for name in files)
 
 
-def test_container_apps_name_secrets_as_the_files() -> None:
-    """All are mounted in one directory, and their names have at most 20 characters."""
+def test_container_apps_secrets_have_the_names_of_the_files() -> None:
+    """All are mounted in one directory, and a name has at most 20 characters."""
     names = [entry.partition("=")[0] for entry in APP["--secrets"].split()]
     files = {value for name, value in _pairs(APP["--env-vars"], " ").items() if name.endswith("_FILE")}
     assert {f"{APP['--secret-volume-mount']}/{name}" for name in names} == files
     assert max(map(len, names)) <= 20
 
 
-def test_nobody_but_the_pusher_may_call_the_service() -> None:
-    """The worker does not check the token there, so Cloud Run must; it knows the service by its URL."""
+def test_only_the_pusher_can_call_the_service() -> None:
+    """Cloud Run must check the token, because the worker does not; the audience is the URL of the service."""
     assert "--no-allow-unauthenticated" in SERVICE
     assert "audience" not in SERVICE["--set-env-vars"]
-    invoker = _deployed("gcloud run services add-iam-policy-binding")
+    invoker = _flags_of("gcloud run services add-iam-policy-binding")
     assert (invoker["--role"], invoker["--member"]) == ("roles/run.invoker", "serviceAccount:$PUSHER")
     assert PUSH["--push-auth-service-account"] == "$PUSHER"
     assert (PUSH["--push-endpoint"], PUSH["--push-auth-token-audience"]) == ("$URL/", "$URL")
 
 
-def test_times_and_ports_fit_each_other() -> None:
-    """Pub/Sub and Cloud Run wait at least as long as the worker holds a message, and the grace period is over first."""
+def test_timeouts_and_ports_are_consistent() -> None:
+    """Pub/Sub and Cloud Run wait longer than the worker holds a message; the grace period ends before the kill."""
     settings = _pairs(SERVICE["--set-env-vars"])
     hold, deadline = int(settings["KLAVIYO_WORKER_OUTAGE_HOLD"]), int(PUSH["--ack-deadline"])
     assert hold < deadline <= int(SERVICE["--timeout"])
@@ -152,14 +152,16 @@ def test_times_and_ports_fit_each_other() -> None:
     assert probe["httpGet.port"] == str(Settings.model_fields["http_port"].default)
 
 
-def test_the_worker_runs_as_the_cloud_run_service(sandbox: Sandbox, tmp_path: Path) -> None:
-    """With the settings of the page; Cloud Run has checked the token, and taken off its signature."""
+def test_worker_runs_with_the_settings_of_the_cloud_run_service(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Cloud Run has checked the token and removed its signature."""
     port, metrics = free_port(), free_port()
-    worker = Worker(_as_on_cloud_run(sandbox, tmp_path, port) | {"KLAVIYO_WORKER_HTTP_PORT": str(metrics)}, tmp_path)
+    worker = Worker(
+        _cloud_run_environment(sandbox, tmp_path, port) | {"KLAVIYO_WORKER_HTTP_PORT": str(metrics)}, tmp_path
+    )
     workload = Workload(sandbox, 10)
     process = worker.start("run")
     wait_for(lambda: events_named(worker, "listening"))
-    socket.create_connection(("127.0.0.1", port)).close()  # the probe of the start
+    socket.create_connection(("127.0.0.1", port)).close()  # the startup probe
     url = f"http://127.0.0.1:{port}/"
     assert requests.get(url, timeout=10).status_code == 405
     token = {"Authorization": "Bearer eyJhbGciOiJSUzI1NiJ9.e30.SIGNATURE_REMOVED_BY_GOOGLE"}
@@ -175,8 +177,8 @@ def test_the_worker_runs_as_the_cloud_run_service(sandbox: Sandbox, tmp_path: Pa
     assert {line["outcome"] for line in log_lines(worker.log.read_text())} <= {"sent", "ignored"}
 
 
-def _as_on_cloud_run(sandbox: Sandbox, directory: Path, port: int) -> dict[str, str]:
-    """Return the documented environment, with the sandbox for the two services and files under `directory`."""
+def _cloud_run_environment(sandbox: Sandbox, directory: Path, port: int) -> dict[str, str]:
+    """Return the documented environment, with the sandbox as both services and files under `directory`."""
     given = _pairs(SERVICE["--set-env-vars"])
     given["QUEUE_URL"] = given["QUEUE_URL"].replace(SERVICE["--port"], str(port))
     for name in ("CT_API_CLIENT", "KLAVIYO_AUTH_KEY"):
@@ -188,10 +190,10 @@ def _as_on_cloud_run(sandbox: Sandbox, directory: Path, port: int) -> dict[str, 
     return given | {name: sandbox.environment[name] for name in services}
 
 
-def test_the_lambda_template_says_what_the_commands_say() -> None:
-    """And its handler is there."""
+def test_lambda_template_matches_the_commands() -> None:
+    """The handler exists."""
     _, _, template = page("docs/sqs.md").partition("AWS::Serverless::Function")
-    said = dict(re.findall(r"^ +(\w+): (\S.*)$", template, re.MULTILINE))
+    template_values = dict(re.findall(r"^ +(\w+): (\S.*)$", template, re.MULTILINE))
     (function,) = [flags(command) for command in commands("docs/sqs.md") if "create-function" in command]
     (source,) = [flags(command) for command in commands("docs/sqs.md") if "create-event-source-mapping" in command]
     shown = {
@@ -204,10 +206,14 @@ def test_the_lambda_template_says_what_the_commands_say() -> None:
         "ScalingConfig": "{" + source["--scaling-config"].replace("=", ": ") + "}",
         "FunctionResponseTypes": f"[{source['--function-response-types']}]",
     }
-    assert {name: said[name] for name in shown} == shown
+    assert {name: template_values[name] for name in shown} == shown
     (visibility,) = re.findall(r'"VisibilityTimeout": "(\d+)"', page("docs/sqs.md"))
-    assert int(visibility) >= 6 * int(function["--timeout"])  # AWS asks for it
-    (may,) = [command for command in commands("docs/sqs.md") if command.startswith("MAY=")]
-    assert set(re.findall(r"sqs:\w+", may)) == {"sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes"}
+    assert int(visibility) >= 6 * int(function["--timeout"])  # AWS requires it
+    (permissions,) = [command for command in commands("docs/sqs.md") if command.startswith("MAY=")]
+    assert set(re.findall(r"sqs:\w+", permissions)) == {
+        "sqs:ReceiveMessage",
+        "sqs:DeleteMessage",
+        "sqs:GetQueueAttributes",
+    }
     module, _, name = function["--handler"].rpartition(".")
     assert callable(getattr(import_module(module), name))

@@ -36,31 +36,31 @@ ROWS = re.findall(r"^\| .* \| `(\S+)`.* \| `(\{.*?\})`", PAGE, re.MULTILINE)
 DESTINATIONS = [json.loads(text) for _, text in ROWS]
 
 
-def test_every_handler_gets_its_notifications() -> None:
-    """Except a product's deletion as a change, which its message tells; what comes without a handler is one kind."""
+def test_every_handler_receives_its_notifications() -> None:
+    """Two are different: the deletion of a product is a message, and one change has no handler."""
     messages = {entry["resourceTypeId"]: entry["types"] for entry in SHOWN["messages"]}
-    came = subscribed.delivered(messages, [entry["resourceTypeId"] for entry in SHOWN["changes"]])
-    assert set(HANDLERS) - came == {("product", "ResourceDeleted")}
-    assert ("product", "ProductDeleted") in came
-    assert came - set(HANDLERS) == {("inventory-entry", "ResourceDeleted")}
+    received = subscribed.delivered(messages, [entry["resourceTypeId"] for entry in SHOWN["changes"]])
+    assert set(HANDLERS) - received == {("product", "ResourceDeleted")}
+    assert ("product", "ProductDeleted") in received
+    assert received - set(HANDLERS) == {("inventory-entry", "ResourceDeleted")}
 
 
 @pytest.mark.parametrize("destination", DESTINATIONS, ids=[entry["type"] for entry in DESTINATIONS])
-def test_commercetools_own_sdk_reads_the_request(destination: dict[str, Any]) -> None:
-    """It drops what it does not know, and refuses resource types that cannot be subscribed to."""
+def test_commercetools_sdk_parses_the_request(destination: dict[str, Any]) -> None:
+    """It drops unknown fields, and rejects resource types without subscriptions."""
     body = SHOWN | {"destination": destination}
     assert SubscriptionDraft.deserialize(body).serialize() == body
 
 
 @pytest.mark.parametrize(("url", "shown"), ROWS, ids=[json.loads(text)["type"] for _, text in ROWS])
-def test_a_destination_on_the_command_line_is_the_one_beside_it(url: str, shown: str) -> None:
-    """With the secret of its place."""
+def test_destination_url_matches_the_json_next_to_it(url: str, shown: str) -> None:
+    """The secret comes from its own setting."""
     fields = json.loads(shown)
     assert parse(url, fields.get("connectionString") or fields.get("accessKey") or "").fields == fields
 
 
-def test_the_commands_print_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a project without subscriptions."""
+def test_commands_print_the_documented_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project has no subscriptions."""
     (block,) = re.findall(r"<!-- compared by [^>]*>\n```console\n(.*?)```", PAGE, re.DOTALL)
     with Sandbox() as sandbox:
         for name, value in (sandbox.environment | {"CT_SCOPE": ""}).items():
@@ -73,7 +73,7 @@ def test_the_commands_print_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
             assert done.stdout.splitlines()[-int(last or 0) :] == output.splitlines()
 
 
-def test_all_destinations_are_there() -> None:
+def test_page_has_all_destinations() -> None:
     assert [entry["type"] for entry in DESTINATIONS] == [
         "GoogleCloudPubSub",
         "SQS",
@@ -89,21 +89,21 @@ def test_all_destinations_are_there() -> None:
         assert shown in DESTINATIONS
 
 
-class Commercetools:
-    """Gives a token, takes a subscription and tells its health, as commercetools documents it."""
+class FakeCommercetools:
+    """A fake of commercetools: issues a token, creates a subscription and returns its health."""
 
     def __init__(self) -> None:
         self.created: list[dict[str, Any]] = []
-        self.asked: list[str] = []
+        self.requested_paths: list[str] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-                self._answer(*outer.posted(self.path, dict(self.headers), body))
+                self._answer(*outer.answer_post(self.path, dict(self.headers), body))
 
             def do_GET(self) -> None:
-                self._answer(*outer.got(self.path, dict(self.headers)))
+                self._answer(*outer.answer_get(self.path, dict(self.headers)))
 
             def _answer(self, status: int, document: dict[str, Any]) -> None:
                 self.send_response(status)
@@ -116,7 +116,7 @@ class Commercetools:
         Thread(target=self._server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
-    def posted(self, path: str, headers: dict[str, str], body: str) -> tuple[int, dict[str, Any]]:
+    def answer_post(self, path: str, headers: dict[str, str], body: str) -> tuple[int, dict[str, Any]]:
         if path == "/oauth/token":
             assert headers["Authorization"] == f"Basic {b64encode(b'admin:s3cret').decode()}"
             assert parse_qs(body) == {"grant_type": ["client_credentials"], "scope": ["manage_subscriptions:my-shop"]}
@@ -126,8 +126,8 @@ class Commercetools:
         self.created.append(json.loads(body))
         return 201, {"id": "17", "version": 1, "status": "Healthy"}
 
-    def got(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
-        self.asked.append(path)
+    def answer_get(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
+        self.requested_paths.append(path)
         if path.endswith("/health"):
             return 200, {}
         assert headers["Authorization"] == "Bearer t0ken"
@@ -139,14 +139,14 @@ class Commercetools:
 
 
 @pytest.fixture
-def commercetools() -> Iterator[Commercetools]:
-    running = Commercetools()
+def commercetools() -> Iterator[FakeCommercetools]:
+    running = FakeCommercetools()
     yield running
     running.close()
 
 
-def test_the_commands_create_the_subscription_and_show_its_health(commercetools: Commercetools, tmp_path: Path) -> None:
-    """With the variables that the page names, and the worker's own."""
+def test_commands_create_the_subscription_and_show_its_health(commercetools: FakeCommercetools, tmp_path: Path) -> None:
+    """The variables are those of the page and of the worker."""
     require_command("curl", "jq")
     (tmp_path / "subscription.json").write_text(json.dumps(SHOWN), encoding="utf-8")
     environment = {
@@ -163,5 +163,5 @@ def test_the_commands_create_the_subscription_and_show_its_health(commercetools:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert commercetools.created == [SHOWN]
-    assert commercetools.asked[-1] == "/my-shop/subscriptions/17/health"
+    assert commercetools.requested_paths[-1] == "/my-shop/subscriptions/17/health"
     assert done.stdout.splitlines()[-1] == "200"

@@ -25,13 +25,13 @@ ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "systemd/klaviyo-worker.service"
 ENVIRONMENT = ROOT / "systemd/worker.env"
 COMMAND = Path(sys.executable).with_name("klaviyo-worker")
-WORST = 12  # tenths; the exposure that `systemd-analyze security` may find, of 100
+MAX_EXPOSURE = 12  # accepted by `systemd-analyze security`, in tenths
 NAMES = {str(info.validation_alias): name for name, info in Settings.model_fields.items()}
 analyzed = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
 
 
 def options(name: str) -> list[str]:
-    """Return what the unit says of an option, line by line."""
+    """Return the values of an option in the unit."""
     return re.findall(rf"^{name}=(.*)$", UNIT.read_text(encoding="utf-8"), re.MULTILINE)
 
 
@@ -40,8 +40,8 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @analyzed
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
-    """Without a word about it: of an option that it does not know it only warns."""
+def test_systemd_accepts_the_unit_without_warnings(tmp_path: Path) -> None:
+    """Systemd only warns about unknown options."""
     unit = tmp_path / UNIT.name
     text = UNIT.read_text(encoding="utf-8")
     unit.write_text(text.replace("/opt/klaviyo-worker/current/bin/klaviyo-worker", str(COMMAND)), encoding="utf-8")
@@ -50,33 +50,33 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
 
 
 @analyzed
-def test_the_unit_gives_the_worker_little_to_break() -> None:
-    """Who takes the worker over, by a hole in a library, finds a network and an empty machine."""
-    done = analyze("security", "--offline=yes", "--no-pager", f"--threshold={WORST}", str(UNIT))
+def test_unit_has_a_low_exposure() -> None:
+    """An attacker who controls the worker has a network and an empty machine."""
+    done = analyze("security", "--offline=yes", "--no-pager", f"--threshold={MAX_EXPOSURE}", str(UNIT))
     assert done.returncode == 0, done.stdout
 
 
-def test_memory_that_was_written_is_not_run() -> None:
-    """Too light for the exposure to show it."""
+def test_written_memory_is_not_executable() -> None:
+    """The exposure does not show it."""
     assert options("MemoryDenyWriteExecute") == ["yes"]
 
 
-def test_nobody_has_to_make_a_user() -> None:
-    """Docs/vm.md makes none, and an embedded queue has a directory all the same."""
+def test_unit_creates_its_user_and_directory() -> None:
+    """docs/vm.md creates no user, and the embedded queue needs a directory."""
     assert options("DynamicUser") == ["yes"]
     assert options("StateDirectory") == ["klaviyo-worker"]
 
 
 def test_secrets_are_credentials() -> None:
-    """Those that every worker needs, each by its own name from a file of that name, and no other way."""
+    """Each required secret is a credential with the name of its file."""
     required = {alias for alias, name in NAMES.items() if name in SECRETS and Settings.model_fields[name].is_required()}
     assert set(options("LoadCredential")) == {f"{name}:/etc/klaviyo-worker/{name}" for name in required}
     files = {f"{name}_FILE=/run/credentials/%n/{name}" for name in required}
     assert files <= set(options("Environment"))
 
 
-def test_systemd_has_more_patience_than_the_worker() -> None:
-    """A stop is never cut short, and exit code 2, which no restart mends, ends the restarts."""
+def test_systemd_waits_longer_than_the_worker() -> None:
+    """A stop is never cut short; exit code 2 is not restarted, because a restart cannot fix it."""
     (stop,), (prevented,), (watchdog,) = map(options, ("TimeoutStopSec", "RestartPreventExitStatus", "WatchdogSec"))
     assert int(stop) > Settings.model_fields["shutdown_grace_period"].default
     assert int(prevented) == ExitCode.USAGE
@@ -86,29 +86,29 @@ def test_systemd_has_more_patience_than_the_worker() -> None:
     assert f"still runs after {stop} s" in page
 
 
-def offered() -> dict[str, str]:
-    """Return the settings of the example, also those that are commented out."""
+def example_settings() -> dict[str, str]:
+    """Return the settings of the example, including those that are commented out."""
     return dict(re.findall(r"^#?([A-Z_]+)=(.*)$", ENVIRONMENT.read_text(encoding="utf-8"), re.MULTILINE))
 
 
-def test_the_example_has_all_that_is_required(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With the two secrets beside it the worker can start, also with everything that it offers switched on."""
-    for name, value in offered().items():
+def test_example_is_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the two secrets, the worker starts, also with all optional settings."""
+    for name, value in example_settings().items():
         monkeypatch.setenv(name, value)
     for name, secret in {"CT_API_CLIENT": '{"clientId": "id", "secret": "secret"}', "KLAVIYO_AUTH_KEY": "pk_1"}.items():
         (tmp_path / name).write_text(secret, encoding="utf-8")
         monkeypatch.setenv(f"{name}_FILE", str(tmp_path / name))
     settings = load(Settings, {})
     assert not is_loopback(settings.ct_api_url)
-    assert set(offered()) <= set(NAMES)
-    assert {NAMES[name] for name in offered()}.isdisjoint(SECRETS)
+    assert set(example_settings()) <= set(NAMES)
+    assert {NAMES[name] for name in example_settings()}.isdisjoint(SECRETS)
     commented = set(re.findall(r"^#([A-Z_]+)=", ENVIRONMENT.read_text(encoding="utf-8"), re.MULTILINE))
     assert not any(Settings.model_fields[NAMES[name]].is_required() for name in commented)
 
 
-def test_the_service_may_read_the_files_that_it_is_offered() -> None:
-    """It may not enter /etc/klaviyo-worker; what lies there comes to it as a credential, also the mapping."""
-    assert not [name for name, value in offered().items() if value.startswith("/etc/klaviyo-worker/")]
+def test_service_can_read_the_files_of_the_example() -> None:
+    """It cannot read /etc/klaviyo-worker: the mapping is a credential too."""
+    assert not [name for name, value in example_settings().items() if value.startswith("/etc/klaviyo-worker/")]
     page = (ROOT / "docs/vm.md").read_text(encoding="utf-8")
     given = dict(re.findall(r"^LoadCredential=(\S+?):/etc/klaviyo-worker/(\S+)$", page, re.MULTILINE))
     files = dict(re.findall(r"^Environment=(\S+)=/run/credentials/%n/(\S+)$", page, re.MULTILINE))
@@ -116,12 +116,12 @@ def test_the_service_may_read_the_files_that_it_is_offered() -> None:
     assert given[files["KLAVIYO_WORKER_CONFIG"]] == "mapping.toml"
 
 
-def test_shells_and_systemd_read_the_same(tmp_path: Path) -> None:
-    """Docs/vm.md has both read the file; nothing in it needs the quotes, which each would take off in its own way."""
+def test_shells_and_systemd_parse_the_example_equally(tmp_path: Path) -> None:
+    """No value needs quotes, which they would interpret differently."""
     everything = tmp_path / "worker.env"
-    everything.write_text("".join(f"{name}={value}\n" for name, value in offered().items()), encoding="utf-8")
+    everything.write_text("".join(f"{name}={value}\n" for name, value in example_settings().items()), encoding="utf-8")
     done = subprocess.run(["bash", "-c", f". {everything}; declare -p"], capture_output=True, text=True, check=True)
-    for name, value in offered().items():
+    for name, value in example_settings().items():
         assert re.search(rf'^declare \S+ {name}="{re.escape(value)}"$', done.stdout, re.MULTILINE)
         assert not set(value) & set("'\"\\`$&;|<> ")
 
@@ -134,9 +134,9 @@ def block(name: str) -> str:
 
 
 class Machine:
-    """Where the commands of docs/vm.md are run: a scratch directory, with stand-ins for systemctl, python3 and pip.
+    """A scratch directory in which the commands of docs/vm.md run, with fakes of systemctl, python3 and pip.
 
-    A version that is installed is the command that is tested: pip would take half a minute for its dependencies.
+    The fake pip links to the command under test, because a real installation takes half a minute.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -156,7 +156,7 @@ class Machine:
         script.chmod(0o755)
 
     def run(self, commands: str) -> str:
-        """Run them in a checkout; the first that fails ends them."""
+        """Run the commands in a checkout until one fails."""
         for place in ("/opt/", "/etc/"):
             commands = commands.replace(place, f"{self.directory}{place}")
         environment = {"PATH": f"{self.directory}/bin:{os.environ['PATH']}"}
@@ -167,7 +167,7 @@ class Machine:
         return done.stdout.decode()
 
     def configure(self, sandbox: Sandbox) -> None:
-        """Edit what the commands have made."""
+        """Edit the files that the commands created."""
         etc = self.directory / "etc/klaviyo-worker"
         assert {path.name: oct(path.stat().st_mode)[-3:] for path in (etc, *etc.iterdir())} == {
             "klaviyo-worker": "700",
@@ -185,8 +185,8 @@ class Machine:
         return (self.directory / "opt/klaviyo-worker" / link).readlink().name
 
 
-def test_installing_upgrading_and_rolling_back(tmp_path: Path, sandbox: Sandbox) -> None:
-    """As docs/vm.md has it; each version brings its unit along."""
+def test_install_upgrade_and_rollback(tmp_path: Path, sandbox: Sandbox) -> None:
+    """These are the commands of docs/vm.md; each version has its own unit."""
     machine = Machine(tmp_path)
     machine.run(block("install") + "\n" + block("configure"))
     machine.configure(sandbox)
