@@ -189,7 +189,7 @@ function showLimits({ limits }) {
 function failure(line) {
   const at = element("time", new Date(line.at).toLocaleString("en-GB", WHEN));
   at.dateTime = line.at;
-  const times = line.times > 1 ? ` · ${number(line.times)} times, this is the last` : "";
+  const times = line.times > 1 ? ` · last of ${number(line.times)}` : "";
   const fate = element("b", FATES[line.outcome], line.outcome === "held" ? "worrying" : "alarming");
   const { message_type: type, resource_type: resource, resource_id: id, message_id: message } = line;
   const parts = [type ?? "unreadable", resource, id, "· message", message].filter(Boolean);
