@@ -94,7 +94,8 @@ def apply_command(*, wait: float, delete_stale: bool, yes: bool, as_json: bool, 
         _print_plan(plan, as_json=as_json)
         to_delete = plan.stale if delete_stale else ()
         if to_delete and not yes:
-            click.confirm(f"Permanently delete stale subscriptions: {len(to_delete)}?", abort=True, err=True)
+            noun = "subscription" if len(to_delete) == 1 else "subscriptions"
+            click.confirm(f"Permanently delete {len(to_delete)} stale {noun}?", abort=True, err=True)
         applied = apply(client, plan, renew=renew)
         status = client.wait_until_healthy(applied, wait)
         if status not in DELIVERING:  # a stale subscription can be the only one that delivers

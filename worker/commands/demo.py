@@ -88,10 +88,7 @@ def run_demo(keep: Path | None) -> int:
     click.echo(
         f"Every message was published again. Before, Klaviyo held {_format(before)}; afterwards {_format(after)}."
     )
-    for problem in problems:
-        click.secho(f"unexpected: {problem}", fg="red", err=True)
-    summary = "Some results were unexpected." if problems else f"All {len(samples)} messages ended as expected."
-    click.secho(summary, fg="red" if problems else "green", bold=True)
+    _print_summary(problems, len(samples))
     if keep:
         click.echo(
             f"Queue and log are in {keep}: try `klaviyo-worker dlq list --queue-url embedded://{keep}/queue.db`."
@@ -111,6 +108,13 @@ def _process(sandbox: Sandbox, path: Path, samples: Sequence[Sample]) -> list[Me
     return [outcome_log.outcomes_by_id[name] for name in sorted(outcome_log.outcomes_by_id, key=int)]
 
 
+def _print_summary(problems: Sequence[str], number: int) -> None:
+    for problem in problems:
+        click.secho(f"unexpected: {problem}", fg="red", err=True)
+    summary = "Some results were unexpected." if problems else f"All {number} messages ended as expected."
+    click.secho(summary, fg="red" if problems else "green", bold=True)
+
+
 def _print_results(samples: Sequence[Sample], outcomes: Sequence[MessageOutcome], account: Account) -> None:
     click.secho(f"{'MESSAGE':<{_TITLE_WIDTH}}{'OUTCOME':<15}KLAVIYO", bold=True)
     for sample, (outcome, reason, counts) in zip(samples, outcomes, strict=True):
@@ -120,6 +124,14 @@ def _print_results(samples: Sequence[Sample], outcomes: Sequence[MessageOutcome]
     _print_heading("Profiles in Klaviyo", len(account.profiles))
     for profile in account.profiles:
         click.echo("  " + _format_profile(profile))
+    _print_events(account)
+    _print_heading("Catalog in Klaviyo", len(account.items) + len(account.variants) + len(account.categories))
+    for kind, entries in (("category", account.categories), ("item", account.items), ("variant", account.variants)):
+        for external_id, entry in entries.items():
+            click.echo(f"  {kind:<9} {_format_entry(entry.get('attributes', entry), external_id)}")
+
+
+def _print_events(account: Account) -> None:
     _print_heading("Events in Klaviyo", len(account.events))
     metrics = Counter(event["metric"] for event in account.events)
     for metric, number in metrics.items():
@@ -128,10 +140,6 @@ def _print_results(samples: Sequence[Sample], outcomes: Sequence[MessageOutcome]
             click.echo("    " + _format_event(event))
         if number > 4:  # noqa: PLR2004 - a screenful
             click.echo("    …")
-    _print_heading("Catalog in Klaviyo", len(account.items) + len(account.variants) + len(account.categories))
-    for kind, entries in (("category", account.categories), ("item", account.items), ("variant", account.variants)):
-        for external_id, entry in entries.items():
-            click.echo(f"  {kind:<9} {_format_entry(entry.get('attributes', entry), external_id)}")
 
 
 def _print_heading(text: str, number: int) -> None:

@@ -210,7 +210,7 @@ def test_stale_subscriptions_are_deleted_only_on_request(command: Command, sandb
     assert len(command.store.all()) == 3
     declined = command.apply("--delete-stale")
     assert declined.exit_code == 1
-    assert "Permanently delete stale subscriptions: 1?" in declined.stderr
+    assert "Permanently delete 1 stale subscription?" in declined.stderr
     assert len(command.store.all()) == 3
     done = command.apply("--delete-stale", "--yes")
     assert (

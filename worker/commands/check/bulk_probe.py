@@ -88,9 +88,8 @@ class BulkProbe:
             time.sleep(max(elapsed, self._timeout * _LAST_WAIT))
         recorded = self._count_recorded()
         counts = [recorded[name] for name in "ABC"]
-        observation = "Klaviyo accepted calls with A, A and B, A and C, and recorded A {}x, B {}x, C {}x".format(
-            *counts
-        )
+        recorded_counts = "A {}x, B {}x, C {}x".format(*counts)
+        observation = f"Klaviyo accepted calls with A, A and B, A and C, and recorded {recorded_counts}"
         return Verdict(_interpret(*counts), observation)
 
     def _repeat_with(self, name: str) -> Verdict | None:

@@ -85,8 +85,7 @@ def display_name(fields: Json) -> str:
     return _NAMES.get(kind, _unknown)({name: as_text(value) for name, value in fields.items()})
 
 
-def _pubsub(found: re.Match[str], secret: str) -> Destination:
-    del secret
+def _pubsub(found: re.Match[str], _secret: str) -> Destination:
     return Destination({"type": "GoogleCloudPubSub"} | found.groupdict())
 
 
@@ -107,8 +106,7 @@ def _with_aws_login(fields: Json, access_key: str | None, secret: str) -> Destin
     return Destination(fields | key, (secret,))
 
 
-def _eventbridge(found: re.Match[str], secret: str) -> Destination:
-    del secret
+def _eventbridge(found: re.Match[str], _secret: str) -> Destination:
     return Destination({"type": "EventBridge", "region": found["region"], "accountId": found["accountId"]})
 
 

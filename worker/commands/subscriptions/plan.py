@@ -145,7 +145,9 @@ def plan(desired: DesiredSubscription, existing: Sequence[Json], *, renew: bool 
 
 def name_of(subscription: Json) -> str:
     """Return the key of a subscription, or its id if it has none."""
-    return as_text(subscription.get("key")) or f"the one without a key, id {as_text(subscription.get('id'))[:64]}"
+    return (
+        as_text(subscription.get("key")) or f"a subscription without a key, id {as_text(subscription.get('id'))[:64]}"
+    )
 
 
 def _has_destination(subscription: Json, destination: Destination) -> bool:
