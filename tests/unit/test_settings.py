@@ -32,8 +32,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.usefixtures("environment")
-def test_the_names_of_the_mission_are_enough() -> None:
-    """Five variables make a worker; everything else has a default."""
+def test_five_variables_are_required() -> None:
+    """Every other setting has a default."""
     settings = load(Settings, {})
     assert settings.ct_api_url == "https://api.example.com"
     assert settings.ct_token_url == "https://auth.example.com/oauth/token"
@@ -43,8 +43,8 @@ def test_the_names_of_the_mission_are_enough() -> None:
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_a_missing_variable_is_one_line_that_names_it(name: str, environment: pytest.MonkeyPatch) -> None:
-    """The line says what to set, and to what."""
+def test_missing_variable_is_named_in_one_line(name: str, environment: pytest.MonkeyPatch) -> None:
+    """The line states how to set the variable."""
     environment.delenv(name)
     with pytest.raises(SettingsError) as error:
         load(Settings, {})
@@ -72,10 +72,10 @@ def test_a_missing_variable_is_one_line_that_names_it(name: str, environment: py
         ("KLAVIYO_WORKER_LOG_FORMAT", "xml"),
     ],
 )
-def test_a_malformed_variable_is_one_line_without_its_value(
+def test_malformed_variable_is_named_in_one_line_without_its_value(
     name: str, value: str, environment: pytest.MonkeyPatch
 ) -> None:
-    """What was expected is said; a secret is not."""
+    """The line states the expected value and never contains a secret."""
     environment.setenv(name, value)
     with pytest.raises(SettingsError) as error:
         load(Settings, {})
@@ -85,14 +85,14 @@ def test_a_malformed_variable_is_one_line_without_its_value(
 
 
 @pytest.mark.parametrize("url", ["http://localhost:1", "http://127.0.0.1:1", "http://[::1]:1"])
-def test_plain_http_is_for_this_machine(url: str, environment: pytest.MonkeyPatch) -> None:
-    """Credentials never cross a network unencrypted."""
+def test_http_is_accepted_only_on_loopback(url: str, environment: pytest.MonkeyPatch) -> None:
+    """Credentials must not cross a network unencrypted."""
     environment.setenv("CT_API_URL", url)
     assert load(Settings, {}).ct_api_url == url
 
 
-def test_secrets_come_from_files_too(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Mounted secrets end in a newline, and the variable itself wins."""
+def test_value_is_read_from_the_file_named_by_the_environment(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A mounted secret can end in a newline. The variable itself takes precedence."""
     file = tmp_path / "key"
     file.write_text("pk_from_file\n")
     environment.setenv("KLAVIYO_AUTH_KEY_FILE", str(file))
@@ -105,13 +105,13 @@ def test_secrets_come_from_files_too(environment: pytest.MonkeyPatch, tmp_path: 
 
 
 @pytest.mark.usefixtures("environment")
-def test_secrets_are_not_in_the_repr() -> None:
-    """Settings may end in a traceback."""
+def test_repr_contains_no_secret() -> None:
+    """A traceback can contain the repr of the settings."""
     assert "s3cret" not in repr(load(Settings, {}))
 
 
-def test_flags_win_over_the_environment(environment: pytest.MonkeyPatch) -> None:
-    """Flag, then environment, then default."""
+def test_option_takes_precedence_over_the_environment(environment: pytest.MonkeyPatch) -> None:
+    """The order is option, environment, default."""
     assert load(Settings, {}).lanes == 4
     environment.setenv("KLAVIYO_WORKER_LANES", "5")
     assert load(Settings, {"lanes": None}).lanes == 5
@@ -121,10 +121,10 @@ def test_flags_win_over_the_environment(environment: pytest.MonkeyPatch) -> None
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize("suffix", ["", "_FILE"])
 @pytest.mark.parametrize(("old", "new"), renamed.SETTINGS.items())
-def test_a_former_variable_names_its_replacement(
+def test_former_variable_is_an_error_that_names_the_new_one(
     old: str, new: str, suffix: str, environment: pytest.MonkeyPatch
 ) -> None:
-    """A renamed variable is an error for every command, also if its value would be valid."""
+    """A variable with its former name is never ignored, unless it is empty."""
     environment.setenv(f"{old}{suffix}", "1")
     for kind in (Settings, QueueSettings):
         with pytest.raises(SettingsError) as error:
@@ -135,8 +135,8 @@ def test_a_former_variable_names_its_replacement(
     load(Settings, {})
 
 
-def test_a_former_mode_of_dead_lettering_names_its_replacement(environment: pytest.MonkeyPatch) -> None:
-    """`queue` is now `policy`."""
+def test_former_dead_letter_mode_is_an_error_that_names_the_new_one(environment: pytest.MonkeyPatch) -> None:
+    """`policy` replaced `queue`."""
     environment.setenv("KLAVIYO_WORKER_DEAD_LETTER_MODE", "queue")
     with pytest.raises(SettingsError) as error:
         load(Settings, {})
@@ -146,25 +146,25 @@ def test_a_former_mode_of_dead_lettering_names_its_replacement(environment: pyte
     )
 
 
-def test_an_empty_variable_counts_as_not_set(environment: pytest.MonkeyPatch) -> None:
-    """Compose files and manifests often pass empty values on."""
+def test_empty_variable_counts_as_not_set(environment: pytest.MonkeyPatch) -> None:
+    """Compose files and manifests often set variables to empty values."""
     environment.setenv("KLAVIYO_API_URL", "")
     assert load(Settings, {}).klaviyo_api_url == "https://a.klaviyo.com"
 
 
-def test_the_token_endpoint_may_be_named_itself(environment: pytest.MonkeyPatch) -> None:
-    """CT_AUTH_URL is the host, with or without the path."""
+def test_auth_url_can_be_the_token_endpoint(environment: pytest.MonkeyPatch) -> None:
+    """CT_AUTH_URL names the host, with or without the path."""
     environment.setenv("CT_AUTH_URL", "https://auth.example.com/oauth/token/")
     assert load(Settings, {}).ct_token_url == "https://auth.example.com/oauth/token"
 
 
-def test_the_queue_has_a_default() -> None:
-    """A newcomer needs no queue of their own."""
+def test_default_queue_is_embedded() -> None:
+    """The worker runs without a queue service."""
     assert load(QueueSettings, {}).queue_url.startswith("embedded://")
 
 
-def test_the_mapping_file_is_optional_and_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Environment over file, file over defaults."""
+def test_environment_takes_precedence_over_the_mapping_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file takes precedence over the defaults."""
     file = tmp_path / "mapping.toml"
     file.write_text('locale = "de"\ncurrency = "EUR"\n[metrics]\nplaced_order = "Bestellung"\n')
     monkeypatch.setenv("PREFERRED_LOCALE", "fr-FR")
@@ -184,8 +184,8 @@ def test_the_mapping_file_is_optional_and_the_environment_wins(tmp_path: Path, m
         ("locale = ", "is not TOML"),
     ],
 )
-def test_a_mistake_in_the_mapping_file_names_the_key(text: str, expected: str, tmp_path: Path) -> None:
-    """A typing error must not be ignored silently."""
+def test_mistake_in_the_mapping_file_names_the_key(text: str, expected: str, tmp_path: Path) -> None:
+    """A typing error is not ignored."""
     file = tmp_path / "mapping.toml"
     file.write_text(text)
     with pytest.raises(SettingsError) as error:
@@ -195,23 +195,25 @@ def test_a_mistake_in_the_mapping_file_names_the_key(text: str, expected: str, t
 
 
 @pytest.mark.parametrize(("old", "new"), renamed.MAPPING_KEYS.items())
-def test_a_former_key_of_the_mapping_file_names_its_replacement(old: str, new: str, tmp_path: Path) -> None:
-    """A renamed key is an error, also if its value would be valid."""
+def test_former_mapping_key_is_an_error_that_names_the_new_one(old: str, new: str, tmp_path: Path) -> None:
+    """The new key exists, and the former one does not."""
     file = tmp_path / "mapping.toml"
     file.write_text(f'{old} = ["Complete"]')
     with pytest.raises(SettingsError) as error:
         load_mapping(file)
     assert str(error.value) == f"{file}: {old} was renamed: use {new}"
     assert attrgetter(new)(MappingConfig()) is not None
+    with pytest.raises(AttributeError):
+        attrgetter(old)(MappingConfig())
 
 
-def test_the_queue_is_told_where_its_dead_letters_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it cannot find them by itself."""
+def test_dead_letter_queue_url_is_an_option_of_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue needs the URL if it cannot find its dead letters."""
     monkeypatch.setenv("DEAD_LETTER_QUEUE_URL", "sqs://dead")
     assert load(QueueSettings, {}).queue_options.dead_letter_url == "sqs://dead"
 
 
-def test_a_mapping_file_that_is_not_there_is_said(tmp_path: Path) -> None:
-    """Better than running with defaults nobody asked for."""
+def test_missing_mapping_file_is_an_error(tmp_path: Path) -> None:
+    """The worker does not fall back to the defaults."""
     with pytest.raises(SettingsError, match="cannot read"):
         load_mapping(tmp_path / "missing.toml")
