@@ -1,4 +1,4 @@
-"""The queue of docs/examples: what the contract of all queues does not ask for."""
+"""The queue of docs/examples, beyond the contract of all queues."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import pytest
 
 
-def test_files_that_are_no_messages_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever can write into the directory may have put them there."""
+def test_other_files_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other programs can write into the directory."""
     monkeypatch.syspath_prepend(EXAMPLE)
     from directory_queue import DirectoryQueue
 

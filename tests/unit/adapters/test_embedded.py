@@ -27,8 +27,8 @@ def bodies(queue: EmbeddedQueue, wait: float = 0.0) -> list[bytes]:
     return [delivery.body for delivery in queue.receive(100, wait)]
 
 
-def test_messages_come_out_in_order_and_once(queue: EmbeddedQueue) -> None:
-    """A received message is invisible to others, and gone once acked."""
+def test_messages_are_delivered_once_in_order(queue: EmbeddedQueue) -> None:
+    """A received message is invisible to others, and removed by its ack."""
     assert queue.publish([b"one", b"", b"\xff\x00"]) == 3
     deliveries = queue.receive(2, 0)
     assert [(d.body, d.attempt) for d in deliveries] == [(b"one", 1), (b"", 1)]
@@ -37,15 +37,15 @@ def test_messages_come_out_in_order_and_once(queue: EmbeddedQueue) -> None:
     assert queue.backlog() == 1
 
 
-def test_an_empty_queue_answers_in_time(queue: EmbeddedQueue) -> None:
-    """Receive waits as long as it was told, and no longer."""
-    began = time.monotonic()
+def test_receive_from_empty_queue_waits_as_long_as_requested(queue: EmbeddedQueue) -> None:
+    """`receive` returns after `wait` seconds."""
+    started_at = time.monotonic()
     assert queue.receive(10, 0.1) == []
-    assert 0.1 <= time.monotonic() - began < 1
+    assert 0.1 <= time.monotonic() - started_at < 1
 
 
-def test_a_nacked_message_waits_and_counts_its_attempts(queue: EmbeddedQueue) -> None:
-    """A delay is kept, and every delivery is an attempt."""
+def test_nacked_message_is_delayed_and_counts_attempts(queue: EmbeddedQueue) -> None:
+    """Every delivery is an attempt."""
     queue.publish([b"x"])
     queue.nack(queue.receive(1, 0), delay=0.2, failure=FAILURE)
     assert queue.receive(1, 0) == []
@@ -53,8 +53,8 @@ def test_a_nacked_message_waits_and_counts_its_attempts(queue: EmbeddedQueue) ->
     assert again.attempt == 2
 
 
-def test_the_lease_ends_and_the_message_comes_again(tmp_path: Path) -> None:
-    """A worker that died leaves its messages to the others; its late ack changes nothing."""
+def test_message_is_redelivered_after_its_lease(tmp_path: Path) -> None:
+    """Settling the old delivery has no effect."""
     queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=0.1)
     queue.publish([b"x"])
     first = queue.receive(1, 0)
@@ -69,7 +69,7 @@ def test_the_lease_ends_and_the_message_comes_again(tmp_path: Path) -> None:
     assert queue.backlog() == 0
 
 
-def test_an_extended_lease_holds(tmp_path: Path) -> None:
+def test_extended_lease_lasts(tmp_path: Path) -> None:
     """Work that takes longer than the lease keeps its message."""
     queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=0.1)
     queue.publish([b"x"])
@@ -80,27 +80,27 @@ def test_an_extended_lease_holds(tmp_path: Path) -> None:
     assert queue.backlog() == 0
 
 
-def test_a_dead_letter_keeps_its_reason(queue: EmbeddedQueue) -> None:
-    """What was given up on can be looked at."""
+def test_dead_letter_keeps_its_reason(queue: EmbeddedQueue) -> None:
+    """With the body and the number of deliveries."""
     queue.publish([b"x"])
     queue.dead_letter(queue.receive(1, 0)[0], FAILURE)
-    (letter,) = iter_dead_letters(queue)
-    assert (letter.delivery.body, letter.failure, letter.delivery.attempt) == (b"x", FAILURE, 1)
+    (dead_letter,) = iter_dead_letters(queue)
+    assert (dead_letter.delivery.body, dead_letter.failure, dead_letter.delivery.attempt) == (b"x", FAILURE, 1)
     assert queue.backlog() == 0
 
 
-def test_the_last_attempt_ends_in_the_dead_letters_with_the_last_reason(queue: EmbeddedQueue) -> None:
-    """The queue's own policy gives up after max_attempts, and says why."""
+def test_message_is_dead_lettered_after_its_last_attempt(queue: EmbeddedQueue) -> None:
+    """With the reason of its last failure."""
     queue.publish([b"x"])
     for _ in range(3):
         queue.nack(queue.receive(1, 0), failure=FAILURE)
-    (letter,) = iter_dead_letters(queue)
-    assert letter.failure == Failure("failed after 3 attempts: Klaviyo answered 503", "send", "Transient")
+    (dead_letter,) = iter_dead_letters(queue)
+    assert dead_letter.failure == Failure("failed after 3 attempts: Klaviyo answered 503", "send", "Transient")
     assert queue.receive(1, 0) == []
 
 
-def test_a_message_returned_unhandled_has_spent_no_attempt(queue: EmbeddedQueue) -> None:
-    """Shutdowns, dry runs and refused credentials are not the message's fault, however often they come."""
+def test_return_without_failure_does_not_count_as_attempt(queue: EmbeddedQueue) -> None:
+    """Shutdowns, dry runs and rejected credentials are not the message's fault."""
     queue.publish([b"x"])
     queue.nack(queue.receive(1, 0), failure=FAILURE)
     for _ in range(10):
@@ -112,8 +112,8 @@ def test_a_message_returned_unhandled_has_spent_no_attempt(queue: EmbeddedQueue)
     assert len(list(iter_dead_letters(queue))) == 1
 
 
-def test_giving_up_is_logged(queue: EmbeddedQueue, caplog: pytest.LogCaptureFixture) -> None:
-    """The worker's own line says `retried`: it cannot know that the queue had enough."""
+def test_dead_letter_of_the_policy_is_logged(queue: EmbeddedQueue, caplog: pytest.LogCaptureFixture) -> None:
+    """The worker's own log line says `retried`, because it does not know the queue's policy."""
     queue.publish([b"x"])
     for _ in range(3):
         queue.nack(queue.receive(1, 0), failure=FAILURE)
@@ -121,19 +121,19 @@ def test_giving_up_is_logged(queue: EmbeddedQueue, caplog: pytest.LogCaptureFixt
     assert (record.message, record.levelname, vars(record)["message_id"]) == ("queue_gave_up", "ERROR", "1")
 
 
-def test_a_message_that_kills_its_workers_ends_in_the_dead_letters(tmp_path: Path) -> None:
-    """Nobody nacks it, so the lease's end counts."""
+def test_message_that_kills_its_workers_is_dead_lettered(tmp_path: Path) -> None:
+    """No worker nacks it, so the end of its lease counts as an attempt."""
     queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=0.01, max_attempts=2)
     queue.publish([b"poison", b"good"])
     for _ in range(2):
         assert len(queue.receive(10, 1)) == 2
         time.sleep(0.02)
     assert queue.receive(10, 0) == []
-    assert {letter.failure.stage for letter in iter_dead_letters(queue)} == {"queue"}
+    assert {dead_letter.failure.stage for dead_letter in iter_dead_letters(queue)} == {"queue"}
 
 
-def test_a_queue_survives_its_process(tmp_path: Path) -> None:
-    """What was published is there for the next process."""
+def test_messages_survive_the_process(tmp_path: Path) -> None:
+    """The next process receives them."""
     queue = EmbeddedQueue(tmp_path / "q.db")
     queue.publish([b"x"])
     queue.close()
@@ -149,8 +149,8 @@ def _consume(path: str, done: str) -> None:
         queue.ack(deliveries)
 
 
-def test_nothing_is_lost_when_workers_are_killed(tmp_path: Path) -> None:
-    """Three processes on one queue, killed at random moments: every message is handled at least once."""
+def test_no_message_is_lost_if_workers_are_killed(tmp_path: Path) -> None:
+    """Processes are killed at random moments; every message is processed at least once."""
     path, done = str(tmp_path / "q.db"), tmp_path / "done"
     EmbeddedQueue(tmp_path / "q.db").publish(str(number).encode() for number in range(600))
     context = multiprocessing.get_context("spawn")
@@ -168,8 +168,8 @@ def test_nothing_is_lost_when_workers_are_killed(tmp_path: Path) -> None:
     assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_publish_is_all_or_nothing(queue: EmbeddedQueue) -> None:
-    """A publisher that fails half-way has published nothing, and may try again."""
+def test_publish_is_atomic(queue: EmbeddedQueue) -> None:
+    """A publisher that fails in between has published nothing, and can retry."""
 
     def breaking() -> object:
         yield b"one"
@@ -180,7 +180,7 @@ def test_publish_is_all_or_nothing(queue: EmbeddedQueue) -> None:
     assert queue.backlog() == 0
 
 
-def test_the_queue_can_be_published_to_and_has_dead_letters(queue: EmbeddedQueue) -> None:
+def test_queue_supports_publish_and_dead_letters(queue: EmbeddedQueue) -> None:
     """The commands that need more than the basic contract find it."""
     assert isinstance(queue, SupportsPublish)
     assert isinstance(queue, SupportsDeadLetters)
@@ -200,23 +200,23 @@ def test_the_queue_can_be_published_to_and_has_dead_letters(queue: EmbeddedQueue
         ("queue.db", "no scheme"),
     ],
 )
-def test_a_wrong_url_says_what_was_expected(url: str, expected: str) -> None:
-    """The error names QUEUE_URL and the form it takes."""
+def test_invalid_url_error_has_the_expected_form(url: str, expected: str) -> None:
+    """The error names QUEUE_URL."""
     with pytest.raises(QueueError, match="QUEUE_URL") as error:
         open_queue(url)
     assert expected in str(error.value)
 
 
-def test_options_and_home_directories_in_the_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default queue lives below the home directory; lease and attempts can be set."""
+def test_url_has_options_and_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default queue is below the home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
     queue = open_queue("embedded://~/deep/er/q.db?lease=5&max_attempts=2")
     assert (tmp_path / "deep/er/q.db").exists()
     assert queue.lease_seconds == 5
 
 
-def test_a_queue_that_breaks_says_so(tmp_path: Path) -> None:
-    """A file that is no database is a QueueError, not a traceback."""
+def test_invalid_file_is_a_queue_error(tmp_path: Path) -> None:
+    """A file that is not a database causes no traceback."""
     (tmp_path / "q.db").write_bytes(b"no database" * 1000)
     with pytest.raises(QueueError, match="cannot open"):
         EmbeddedQueue(tmp_path / "q.db")
@@ -225,28 +225,28 @@ def test_a_queue_that_breaks_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "ask", [EmbeddedQueue.backlog, EmbeddedQueue.check, lambda queue: list(iter_dead_letters(queue))]
 )
-def test_a_queue_that_breaks_later_says_so_too(ask: Callable[[EmbeddedQueue], object], queue: EmbeddedQueue) -> None:
-    """The runner knows QueueError, not SQLite's errors."""
+def test_sqlite_error_is_a_queue_error(ask: Callable[[EmbeddedQueue], object], queue: EmbeddedQueue) -> None:
+    """The runner handles QueueError, not the errors of SQLite."""
     queue.close()
     with pytest.raises(QueueError):
         ask(queue)
 
 
-def test_a_full_disk_is_named(queue: EmbeddedQueue) -> None:
-    """SQLite rolls back by itself then; that there is nothing left to roll back is not the reason."""
+def test_full_disk_is_named(queue: EmbeddedQueue) -> None:
+    """SQLite rolls back by itself; the failing rollback is not reported."""
     queue._db.execute("PRAGMA max_page_count = 1")
     with pytest.raises(QueueError, match="database or disk is full"):
         queue.publish([b"x" * 1_000_000])
 
 
-def test_no_temporary_files_are_needed(queue: EmbeddedQueue) -> None:
-    """In a container whose root is read-only the queue's directory may be all that can be written."""
+def test_temporary_files_are_not_needed(queue: EmbeddedQueue) -> None:
+    """In a container with a read-only root, only the queue's directory may be writable."""
     in_memory = 2
     assert queue._db.execute("PRAGMA temp_store").fetchone() == (in_memory,)
 
 
-def test_no_more_is_handed_out_at_a_time_than_memory_is_meant_for(tmp_path: Path) -> None:
-    """Flow control counts bytes once they are received: large messages come a few at a time, the largest alone."""
+def test_receive_limits_the_total_size(tmp_path: Path) -> None:
+    """Flow control counts bytes only afterwards, so large messages are delivered a few at a time."""
     queue = EmbeddedQueue(tmp_path / "queue.db")
     sizes = [1_000_000] * 5 + [9_000_000, 10, 10]
     queue.publish(b"x" * size for size in sizes)

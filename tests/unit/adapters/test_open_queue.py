@@ -1,4 +1,4 @@
-"""How a URL finds its queue, ours or another package's."""
+"""How a URL selects its adapter: a built-in one, or one of another package."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package that offers queues: one that works, one whose client is not installed, one with a name of ours."""
-    about = tmp_path / "others-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Name: others\nVersion: 1.0\n")
+    """A package with three adapters: a good one, one whose client is missing, and one with a built-in scheme."""
+    metadata = tmp_path / "others-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: others\nVersion: 1.0\n")
     entries = "kafka = others:KafkaQueue\nbroken = others_broken:open_url\nembedded = others:KafkaQueue\n"
-    (about / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\n{entries}")
+    (metadata / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\n{entries}")
     (tmp_path / "others.py").write_text(
         "class KafkaQueue:\n    def __init__(self, url, options):\n        self.url = url\n"
     )
@@ -31,7 +31,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("entry", "why"),
+    ("entry", "reason"),
     [
         ("torn = torn_queue:Nothing", "module 'torn_queue' has no attribute 'Nothing'"),
         ("torn = torn_queue_of_old:open_url", "cannot import name 'nothing' from 'os'"),
@@ -39,55 +39,55 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("torn = no path", "'NoneType' object has no attribute 'group'"),
     ],
 )
-def test_what_is_broken_in_another_package_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, why: str
+def test_broken_package_is_reported_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, reason: str
 ) -> None:
-    """One line, not a traceback: it is not a defect of ours."""
-    about = tmp_path / "torn-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Name: torn\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\n{entry}\n")
+    """Without a traceback: the worker is not at fault."""
+    metadata = tmp_path / "torn-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: torn\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\n{entry}\n")
     (tmp_path / "torn_queue.py").touch()
     (tmp_path / "torn_queue_of_old.py").write_text("from os import nothing\n")
     (tmp_path / "torn_queue_of_tomorrow.py").write_text("def\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(QueueError, match=f"QUEUE_URL: the adapter for torn:// cannot be imported: {why}"):
+    with pytest.raises(QueueError, match=f"QUEUE_URL: the adapter for torn:// cannot be imported: {reason}"):
         open_queue("torn://x")
 
 
-def test_broken_metadata_of_another_package_is_no_matter_to_our_queues(
+def test_broken_metadata_of_another_package_does_not_affect_built_in_queues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody is asked for what is ours."""
-    about = tmp_path / "torn-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Name: torn\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\nno equals sign\n")
+    """Built-in adapters are found without entry points."""
+    metadata = tmp_path / "torn-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: torn\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\nno equals sign\n")
     monkeypatch.syspath_prepend(tmp_path)
     open_queue(f"embedded://{tmp_path}/queue.db").close()
 
 
-def test_a_url_that_is_none_is_malformed_and_not_repeated() -> None:
-    """Exit code 2; it may hold a secret."""
+def test_malformed_url_is_rejected_and_not_quoted() -> None:
+    """The exit code is 2. The URL can hold a secret."""
     with pytest.raises(QueueURLError, match="QUEUE_URL is malformed: expected a URL") as error:
         open_queue("sqs://user:secret@[")
     assert "secret" not in str(error.value)
 
 
 @pytest.mark.usefixtures("site")
-def test_a_class_of_another_package_is_found_by_its_entry_point() -> None:
-    """Called with the URL and the worker's wishes, like a function."""
+def test_class_of_another_package_is_found_by_its_entry_point() -> None:
+    """It is called with the URL and the options, like a function."""
     assert vars(open_queue("kafka://broker/topic")) == {"url": "kafka://broker/topic"}
 
 
-def test_a_name_of_ours_stays_ours(site: Path) -> None:
-    """A package that is merely installed changes nothing about queues that work."""
+def test_built_in_scheme_cannot_be_replaced(site: Path) -> None:
+    """Installing a package does not affect queues that work."""
     assert type(open_queue(f"embedded://{site}/queue.db")).__module__ == "adapters.embedded"
 
 
 @pytest.mark.usefixtures("site")
-def test_errors_name_what_is_offered_and_what_is_missing() -> None:
-    """What another package lacks is not to be had by an extra of ours."""
+def test_errors_name_known_schemes_and_missing_modules() -> None:
+    """The worker's extras do not install the client of another package's adapter."""
     with pytest.raises(QueueURLError, match=r"expected one of .*kafka://.*; found rabbit"):
         open_queue("rabbit://x")
     with pytest.raises(QueueError) as error:
@@ -98,7 +98,7 @@ def test_errors_name_what_is_offered_and_what_is_missing() -> None:
 @pytest.mark.parametrize(
     ("scheme", "module"), [("push", "uvicorn"), ("sqs", "boto3"), ("servicebus", "azure.identity")]
 )
-def test_a_missing_extra_is_named(scheme: str, module: str) -> None:
+def test_missing_extra_is_named(scheme: str, module: str) -> None:
     """With the command that installs it."""
     code = f"import sys, adapters; sys.modules['{module}'] = None; adapters.open_queue('{scheme}://x')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -108,8 +108,8 @@ def test_a_missing_extra_is_named(scheme: str, module: str) -> None:
     )
 
 
-def test_the_https_url_of_a_queue_is_sqs() -> None:
-    """AWS shows it so."""
+def test_https_url_selects_sqs() -> None:
+    """AWS shows it in this form."""
     assert scheme_of("https://sqs.eu-central-1.amazonaws.com/123456789012/orders") == "sqs"
     assert scheme_of("pubsub://project/subscription") == "pubsub"
     assert scheme_of("queue.db") == ""

@@ -1,4 +1,4 @@
-"""The streaming pull, as far as it does without Pub/Sub."""
+"""The streaming pull, without a Pub/Sub service."""
 
 from __future__ import annotations
 
@@ -13,42 +13,40 @@ from adapters.shared import reconnect
 NO_SERVER = DefaultCredentialsError("no metadata server")  # type: ignore[no-untyped-call]
 
 
-class Nobody:
-    """Credentials that cannot be had, as when the host's metadata server does not answer."""
+class MissingCredentials:
+    """Credentials that are not available, for example because the host's metadata server does not respond."""
 
     def __init__(self, error: Exception = NO_SERVER) -> None:
-        self.tries = 0
+        self.attempts = 0
         self._error = error
 
     def __call__(self) -> StreamClient:
-        self.tries += 1
+        self.attempts += 1
         raise self._error
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconnect, "MIN_BACKOFF", 0.01)
     monkeypatch.setattr(reconnect, "MAX_BACKOFF", 0.04)
 
 
 @pytest.mark.parametrize("error", [NO_SERVER, PermissionError("the file is being replaced")])
-def test_credentials_that_cannot_be_had_now_are_asked_for_again(
-    error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
-    """With growing pauses; each is told."""
-    connect = Nobody(error)
+def test_unavailable_credentials_are_retried_with_backoff(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    """Each failure is logged."""
+    connect = MissingCredentials(error)
     pull = StreamingPull(connect, "projects/demo/subscriptions/s", FlowControl())
     for _ in range(20):
         assert pull.receive(1, 0.01) == []
-    assert 3 <= connect.tries <= 12
+    assert 3 <= connect.attempts <= 12
     assert [vars(record)["retry_in_s"] for record in caplog.records][:4] == [0.01, 0.02, 0.04, 0.04]
     assert pull.stop() == []
 
 
-def test_credentials_that_stay_away_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The supervisor starts it again, and says so."""
+def test_permanently_unavailable_credentials_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor restarts the worker, and reports the error."""
     monkeypatch.setattr(reconnect, "REFUSAL_TIMEOUT", 0.1)
-    pull = StreamingPull(Nobody(), "projects/demo/subscriptions/s", FlowControl())
-    with pytest.raises(QueueError, match="no metadata server"):  # noqa: PT012 - in the end
+    pull = StreamingPull(MissingCredentials(), "projects/demo/subscriptions/s", FlowControl())
+    with pytest.raises(QueueError, match="no metadata server"):  # noqa: PT012 - eventually
         while True:
             pull.receive(1, 0.01)

@@ -1,4 +1,4 @@
-"""Service Bus: what a URL and a connection string name, and what bytes a body is."""
+"""Service Bus without a broker: URLs, connection strings, bodies, locks and settlement."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ amqp_values = st.recursive(
 
 
 @given(names, st.none() | names)
-def test_every_name_that_service_bus_allows_can_be_written(name: str, subscription: str | None) -> None:
-    """Percent-encoded, so that a queue's name may hold a slash."""
+def test_url_can_hold_every_allowed_name(name: str, subscription: str | None) -> None:
+    """Names are percent-encoded, because a queue's name can contain a slash."""
     path = "/".join(quote(part, safe="") for part in (name, subscription) if part is not None)
     assert parse_url(f"servicebus://{HOST}/{path}") == Entity(HOST, name, subscription or "")
 
 
-def test_an_emulator_is_named_with_its_port() -> None:
-    """As in its connection string."""
+def test_url_of_an_emulator_has_a_port() -> None:
+    """Like its connection string."""
     assert parse_url("servicebus://127.0.0.1:5672/orders") == Entity("127.0.0.1:5672", "orders")
     assert parse_url("servicebus://localhost/orders") == Entity("localhost", "orders")
     assert parse_url(f"servicebus://{HOST.upper()}/Orders") == Entity(HOST, "Orders")
@@ -73,16 +73,16 @@ def test_an_emulator_is_named_with_its_port() -> None:
         "servicebus:///a",
     ],
 )
-def test_a_url_that_names_no_queue_is_refused_and_not_quoted(url: str) -> None:
-    """The text says what was expected."""
+def test_invalid_url_is_rejected_and_not_quoted(url: str) -> None:
+    """The error says what was expected."""
     with pytest.raises(QueueURLError, match="QUEUE_URL is malformed: expected servicebus://NAMESPACE") as caught:
         open_queue(url)
     assert "secret" not in str(caught.value)
 
 
 @given(st.text())
-def test_whatever_is_written_a_url_is_parsed_or_refused(text: str) -> None:
-    """No other error escapes."""
+def test_any_text_is_parsed_or_rejected(text: str) -> None:
+    """No text causes another error."""
     try:
         entity = parse_url(f"servicebus://{text}")
     except QueueURLError:
@@ -99,13 +99,13 @@ def test_whatever_is_written_a_url_is_parsed_or_refused(text: str) -> None:
         f"Endpoint=sb://{HOST}/;{KEY};EntityPath=orders",
     ],
 )
-def test_a_connection_string_fits_its_queue(connection_string: str) -> None:
-    """Of the namespace, or of this queue alone."""
+def test_matching_connection_string_is_accepted(connection_string: str) -> None:
+    """It can be for the namespace, or for this queue only."""
     check_connection_string(connection_string, QUEUE)
 
 
 @pytest.mark.parametrize(
-    ("connection_string", "said"),
+    ("connection_string", "expected"),
     [
         (f"Endpoint=sb://other.servicebus.windows.net/;{KEY}", "another namespace than QUEUE_URL"),
         (f"Endpoint=sb://{HOST}/;{KEY};EntityPath=customers", "another queue or topic than QUEUE_URL"),
@@ -115,15 +115,17 @@ def test_a_connection_string_fits_its_queue(connection_string: str) -> None:
         ("c2VjcmV0", "is malformed"),
     ],
 )
-def test_a_connection_string_of_something_else_is_refused_and_not_quoted(connection_string: str, said: str) -> None:
-    """It is a secret, in the whole traceback."""
-    with pytest.raises(QueueURLError, match=f"SERVICEBUS_CONNECTION_STRING is .*{said.removeprefix('is ')}") as caught:
+def test_other_connection_string_is_rejected_and_not_quoted(connection_string: str, expected: str) -> None:
+    """It is a secret, and must not be in the traceback."""
+    with pytest.raises(
+        QueueURLError, match=f"SERVICEBUS_CONNECTION_STRING is .*{expected.removeprefix('is ')}"
+    ) as caught:
         open_queue(f"servicebus://{HOST}/orders", QueueOptions(connection_string=connection_string))
     assert "c2VjcmV0" not in "".join(traceback.format_exception_only(caught.value))
 
 
-def test_messages_cross_no_network_unencrypted() -> None:
-    """They hold what belongs to people. An emulator on this machine needs no certificate."""
+def test_connection_without_tls_is_rejected() -> None:
+    """Messages hold personal data. An emulator on this machine needs no certificate."""
     emulated = f"{KEY};usedevelopmentemulator=TRUE"
     check_connection_string(f"Endpoint=sb://127.0.0.1:5672;{emulated}", Entity("127.0.0.1:5672", "orders"))
     with pytest.raises(QueueError, match="SERVICEBUS_CONNECTION_STRING: UseDevelopmentEmulator, which turns TLS off"):
@@ -131,8 +133,8 @@ def test_messages_cross_no_network_unencrypted() -> None:
 
 
 @given(st.text())
-def test_whatever_a_connection_string_holds_it_fits_or_is_refused(text: str) -> None:
-    """No other error escapes, and none quotes it."""
+def test_any_connection_string_is_accepted_or_rejected(text: str) -> None:
+    """No other error occurs, and none quotes it."""
     try:
         check_connection_string(f"{text};{KEY}", QUEUE)
     except QueueError as error:
@@ -140,14 +142,14 @@ def test_whatever_a_connection_string_holds_it_fits_or_is_refused(text: str) -> 
 
 
 @given(st.lists(st.binary()))
-def test_sections_of_data_are_joined(sections: list[bytes]) -> None:
-    """The publisher's client cuts a body as it likes."""
+def test_data_sections_are_joined(sections: list[bytes]) -> None:
+    """The publisher's client splits a body at any place."""
     assert body_of(AmqpMessageBodyType.DATA, iter(sections)) == b"".join(sections)
 
 
 @given(amqp_values)
-def test_every_value_is_some_bytes(value: Any) -> None:
-    """Whatever it is, it must get as far as the dead letters."""
+def test_any_value_is_converted_to_bytes(value: Any) -> None:
+    """Every message must reach the pipeline, or it could not be dead-lettered."""
     body = body_of(AmqpMessageBodyType.VALUE, value)
     assert isinstance(body, bytes)
     if isinstance(value, bytes):
@@ -155,8 +157,8 @@ def test_every_value_is_some_bytes(value: Any) -> None:
     assert isinstance(body_of(AmqpMessageBodyType.SEQUENCE, [[value], [value]]), bytes)
 
 
-def test_a_notification_as_an_amqp_map_is_json() -> None:
-    """Its keys and texts are bytes by the time the SDK has read them."""
+def test_amqp_map_is_converted_to_json() -> None:
+    """The SDK decodes its keys and texts as bytes."""
     value = {b"id": b"1", b"tags": [b"\xc3\xa9", None, True, 1.5], 3: {"a": "b"}}
     assert json.loads(body_of(AmqpMessageBodyType.VALUE, value)) == {
         "id": "1",
@@ -166,23 +168,23 @@ def test_a_notification_as_an_amqp_map_is_json() -> None:
 
 
 @given(st.sampled_from(AmqpMessageBodyType), amqp_values)
-def test_a_body_that_is_none_is_empty(kind: AmqpMessageBodyType, value: Any) -> None:
-    """AMQP can say that a section of data holds a number: no error keeps what came with it from being received."""
+def test_invalid_body_is_empty(kind: AmqpMessageBodyType, value: Any) -> None:
+    """In AMQP a data section can contain a number. Such a message does not prevent others from being received."""
     assert isinstance(body_of(kind, value), bytes)
     assert isinstance(body_of(kind, [value]), bytes)
     assert body_of(AmqpMessageBodyType.DATA, [3]) == b""
 
 
-def test_a_value_as_deep_as_no_notification_is_empty() -> None:
-    """It ends in the dead letters, whole."""
+def test_deeply_nested_value_is_empty() -> None:
+    """The message is dead-lettered with its original body."""
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
     assert body_of(AmqpMessageBodyType.VALUE, deep) == b""
 
 
-def test_a_receiver_that_fails_to_close_does_not_end_the_receiving() -> None:
-    """Whatever the SDK raises: a thread that ends would never receive again."""
+def test_receiving_continues_if_closing_fails() -> None:
+    """The thread survives any error of the SDK."""
     closed = Event()
 
     class FakeReceiver:
@@ -201,55 +203,55 @@ def test_a_receiver_that_fails_to_close_does_not_end_the_receiving() -> None:
     receiver.close()
 
 
-def _locked(seconds: float, stored_ago: float) -> Any:
+def _locked(seconds: float, enqueued_ago: float) -> Any:
     now = datetime.now(UTC)
     return SimpleNamespace(
-        locked_until_utc=now + timedelta(seconds=seconds), enqueued_time_utc=now - timedelta(seconds=stored_ago)
+        locked_until_utc=now + timedelta(seconds=seconds), enqueued_time_utc=now - timedelta(seconds=enqueued_ago)
     )
 
 
 @pytest.mark.parametrize(
-    ("seconds", "stored_ago", "lease", "warnings"),
+    ("seconds", "enqueued_ago", "expected", "warnings"),
     [
         (60.0, 3600.0, 60.0, 0),
-        (160.0, -100.0, 60.0, 0),  # ours is behind: what was stored just now tells
-        (660.0, 3600.0, 5.0, 1),  # ours is behind, and nothing tells by how much
-        (-540.0, 3600.0, 5.0, 1),  # ours is ahead
+        (160.0, -100.0, 60.0, 0),  # the local clock is behind, by as much as the time of enqueueing shows
+        (660.0, 3600.0, 5.0, 1),  # the local clock is behind by an unknown offset
+        (-540.0, 3600.0, 5.0, 1),  # the local clock is ahead
     ],
 )
-def test_a_lease_that_cannot_be_is_not_believed(
-    seconds: float, stored_ago: float, lease: float, warnings: int, caplog: pytest.LogCaptureFixture
+def test_implausible_lock_duration_is_ignored(
+    seconds: float, enqueued_ago: float, expected: float, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Locks are renewed by it, and end when it is taken for too long; said once."""
-    learnt = LockDuration()
-    learnt.update([])
-    assert learnt.seconds == 5.0
+    """Locks are renewed by this duration, and end if it is overestimated. The warning is logged once."""
+    duration = LockDuration()
+    duration.update([])
+    assert duration.seconds == 5.0
     for _ in range(2):
-        learnt.update([_locked(seconds - 2.0, stored_ago), _locked(seconds, stored_ago)])
-    assert learnt.seconds == pytest.approx(lease, abs=0.5)
+        duration.update([_locked(seconds - 2.0, enqueued_ago), _locked(seconds, enqueued_ago)])
+    assert duration.seconds == pytest.approx(expected, abs=0.5)
     assert [record.message for record in caplog.records] == ["clock_skew"] * warnings
 
 
-def test_what_is_known_of_the_clock_is_remembered() -> None:
-    """A renewed lock tells nothing new, nor does a message that was stored long ago."""
-    learnt = LockDuration()
-    learnt.update([_locked(160.0, -100.0)])
-    learnt.update([_locked(160.0, 3600.0)])
-    assert learnt.seconds == pytest.approx(60.0, abs=0.5)
+def test_clock_offset_is_remembered() -> None:
+    """A renewed lock does not reveal the offset, nor does a message that was enqueued long ago."""
+    duration = LockDuration()
+    duration.update([_locked(160.0, -100.0)])
+    duration.update([_locked(160.0, 3600.0)])
+    assert duration.seconds == pytest.approx(60.0, abs=0.5)
 
 
-def test_a_clock_that_is_set_right_is_believed_again() -> None:
-    """What it was behind by would make every lock too short."""
-    learnt = LockDuration()
-    learnt.update([_locked(160.0, -100.0)])
-    learnt.update([_locked(60.0, 0.0)])
-    assert learnt.seconds == 5.0
-    learnt.update([_locked(60.0, 0.0)])
-    assert learnt.seconds == pytest.approx(60.0, abs=0.5)
+def test_corrected_clock_is_trusted_again() -> None:
+    """The old offset would make every lock too short."""
+    duration = LockDuration()
+    duration.update([_locked(160.0, -100.0)])
+    duration.update([_locked(60.0, 0.0)])
+    assert duration.seconds == 5.0
+    duration.update([_locked(60.0, 0.0)])
+    assert duration.seconds == pytest.approx(60.0, abs=0.5)
 
 
-def test_what_is_stopped_while_it_connects_receives_nothing() -> None:
-    """Nobody would return it: it would stay locked, and cost a delivery."""
+def test_receiver_stopped_while_connecting_receives_nothing() -> None:
+    """Such messages would not be returned: they would stay locked, and count a delivery."""
     connecting, connected, closed = Event(), Event(), Event()
     received: list[int] = []
 
@@ -274,14 +276,14 @@ def test_what_is_stopped_while_it_connects_receives_nothing() -> None:
     assert received == []
 
 
-class _Receiver:
-    """Renews a lock when it may, and abandons at once."""
+class FakeSettlingReceiver:
+    """Renews a lock for each permit of the semaphore, and abandons at once."""
 
-    def __init__(self, may_renew: Semaphore) -> None:
-        self._may_renew = may_renew
+    def __init__(self, renewals: Semaphore) -> None:
+        self._renewals = renewals
 
     def renew_message_lock(self, message: Any) -> None:
-        if not self._may_renew.acquire(timeout=10) or message.lock_token == "unreachable":
+        if not self._renewals.acquire(timeout=10) or message.lock_token == "unreachable":
             raise ServiceBusConnectionError(message="reset")
 
     def abandon_message(self, message: Any) -> None:
@@ -292,9 +294,9 @@ class _Receiver:
 
 
 @pytest.fixture
-def may_renew(monkeypatch: pytest.MonkeyPatch) -> Semaphore:
+def renewals(monkeypatch: pytest.MonkeyPatch) -> Semaphore:
     for name in ("renew_message_lock", "abandon_message"):
-        monkeypatch.setattr(ServiceBusReceiver, name, getattr(_Receiver, name))
+        monkeypatch.setattr(ServiceBusReceiver, name, getattr(FakeSettlingReceiver, name))
     return Semaphore(0)
 
 
@@ -302,45 +304,45 @@ def _held(number: int, token: str = "some") -> list[Any]:
     return [SimpleNamespace(lock_token=token) for _ in range(number)]
 
 
-def test_what_is_to_be_settled_does_not_wait_for_all_renewals(may_renew: Semaphore) -> None:
-    """They are a call each: with thousands a dead letter would be given up before its turn."""
-    settlement = Settlement(lambda: cast("Any", _Receiver(may_renew)))
+def test_settlement_does_not_wait_for_all_renewals(renewals: Semaphore) -> None:
+    """Each renewal is a call; behind thousands of them, a settlement would time out."""
+    settlement = Settlement(lambda: cast("Any", FakeSettlingReceiver(renewals)))
     renewing = Thread(target=settlement.extend, args=(_held(1000),))
     renewing.start()
-    sent_back = _held(1)
-    settling = Thread(target=settlement.nack, args=(sent_back,))
+    returned = _held(1)
+    settling = Thread(target=settlement.nack, args=(returned,))
     settling.start()
-    may_renew.release(500)
+    renewals.release(500)
     settling.join(10)
-    assert sent_back[0].lock_token is None
-    may_renew.release(500)
+    assert returned[0].lock_token is None
+    renewals.release(500)
     renewing.join(10)
     settlement.close()
 
 
-def test_renewals_go_on_while_some_come_through(may_renew: Semaphore) -> None:
-    """One message that fails keeps no other from being renewed; an outage is not tried thousands of times."""
-    may_renew.release(10_000)
-    settlement = Settlement(lambda: cast("Any", _Receiver(may_renew)))
+def test_renewals_continue_while_some_succeed(renewals: Semaphore) -> None:
+    """A failing message does not prevent other renewals. In an outage, not all messages are tried."""
+    renewals.release(10_000)
+    settlement = Settlement(lambda: cast("Any", FakeSettlingReceiver(renewals)))
     assert settlement.extend(_held(1000))
-    began = may_renew._value
+    before = renewals._value
     assert not settlement.extend([*_held(1, "unreachable"), *_held(1000)])
-    assert began - may_renew._value > 1000
-    began = may_renew._value
+    assert before - renewals._value > 1000
+    before = renewals._value
     assert not settlement.extend(_held(1000, "unreachable"))
-    assert began - may_renew._value < 500
+    assert before - renewals._value < 500
     settlement.close()
 
 
-def test_what_is_just_being_settled_is_not_called_lost(
+def test_lock_of_message_being_settled_is_not_reported_as_lost(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Service Bus may have let go of it before its answer is here."""
-    settling, go_on = Event(), Event()
+    """Service Bus can release the lock before its response arrives."""
+    settling, proceed = Event(), Event()
 
     def complete_message(_: Any, message: Any) -> None:
         settling.set()
-        go_on.wait(10)
+        proceed.wait(10)
         message.lock_token = None
 
     def renew_message_lock(_: Any, __: Any) -> None:
@@ -348,14 +350,14 @@ def test_what_is_just_being_settled_is_not_called_lost(
 
     monkeypatch.setattr(ServiceBusReceiver, "complete_message", complete_message)
     monkeypatch.setattr(ServiceBusReceiver, "renew_message_lock", renew_message_lock)
-    settlement = Settlement(lambda: cast("Any", _Receiver(Semaphore())))
+    settlement = Settlement(lambda: cast("Any", FakeSettlingReceiver(Semaphore())))
     held = _held(1)
-    completing = Thread(target=settlement.ack, args=(held, 0.0))
-    completing.start()
+    acking = Thread(target=settlement.ack, args=(held, 0.0))
+    acking.start()
     assert settling.wait(10)
     assert settlement.extend(held)
-    go_on.set()
-    completing.join(10)
+    proceed.set()
+    acking.join(10)
     assert settlement.extend(held)
     assert caplog.records == []
     assert settlement.extend(_held(1))
@@ -363,10 +365,10 @@ def test_what_is_just_being_settled_is_not_called_lost(
     settlement.close()
 
 
-def test_credentials_that_are_missing_are_a_refusal() -> None:
-    """Wrapped by the SDK: not an outage, which would be waited for in silence."""
-    wrapped = ServiceBusError("Handler failed", error=ClientAuthenticationError("no credential\nTo mend that: ..."))
+def test_missing_credentials_are_a_refusal() -> None:
+    """The SDK wraps the error. It is not an outage, which would be retried without an error."""
+    wrapped = ServiceBusError("Handler failed", error=ClientAuthenticationError("no credential\nTo fix that: ..."))
     assert is_refusal(wrapped)
     assert is_refusal(ClientAuthenticationError("no"))
     assert not is_refusal(ServiceBusConnectionError(message="reset"))
-    assert first_line(ClientAuthenticationError("no credential\nTo mend that: ...")) == "no credential"
+    assert first_line(ClientAuthenticationError("no credential\nTo fix that: ...")) == "no credential"

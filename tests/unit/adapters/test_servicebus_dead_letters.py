@@ -1,4 +1,4 @@
-"""Dead letters of Service Bus: what their properties mean, and when a search for one ends."""
+"""The dead letters of Service Bus: their properties, and the end of a search for one."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 STAGES = ("parse", "enrich", "transform", "send")
 POLICY = "MaxDeliveryCountExceeded"
-LOCKING = {"prefetch_count": 49, "keep_alive": 0}  # else the SDK reads on a thread of its own
-NO_DAY = "Refused (attempt 1, 2026-02-30T00:00:00Z)"
+LOCKING = {"prefetch_count": 49, "keep_alive": 0}  # else a thread of the SDK reads from the link
+INVALID_DATE = "Refused (attempt 1, 2026-02-30T00:00:00Z)"
 
 amqp_values = st.one_of(st.none(), st.booleans(), st.integers(), st.binary(), st.text(), st.lists(st.integers()))
 
@@ -36,24 +36,24 @@ def by_policy(attempt: int | None) -> ParsedReason:
     return ParsedReason(Failure(reason, "queue", POLICY), attempt)
 
 
-class _Receiver:
-    """Shows letters, and locks what it is told to."""
+class FakeReceiver:
+    """Returns dead letters, and locks those that it is given."""
 
-    def __init__(self, letters: list[Any], locked: Iterator[Any]) -> None:
-        self._letters = letters
+    def __init__(self, dead_letters: list[Any], locked: Iterator[Any]) -> None:
+        self._messages = dead_letters
         self._locked = locked
 
     def receive_messages(self, *_: object) -> list[Any]:
         return [next(self._locked)]
 
     def peek_messages(self, number: int, sequence_number: int) -> list[Any]:
-        return [each for each in self._letters if each.sequence_number >= sequence_number][:number]
+        return [each for each in self._messages if each.sequence_number >= sequence_number][:number]
 
     def close(self) -> None:
         """Do nothing."""
 
 
-def _letter(number: int = 1, properties: Any = None, locked_until: datetime | None = None) -> Any:
+def _message(number: int = 1, properties: Any = None, locked_until: datetime | None = None) -> Any:
     return SimpleNamespace(
         sequence_number=number,
         message_id=None,
@@ -67,17 +67,19 @@ def _letter(number: int = 1, properties: Any = None, locked_until: datetime | No
     )
 
 
-def _letters(letters: list[Any], locked: Iterable[Any] = ()) -> tuple[ServiceBusDeadLetters, list[dict[str, Any]]]:
-    """Open dead letters; return them and what receivers that lock are asked for."""
-    receiver = _Receiver(letters, iter(locked))
-    asked: list[dict[str, Any]] = []
+def _open_dead_letters(
+    dead_letters: list[Any], locked: Iterable[Any] = ()
+) -> tuple[ServiceBusDeadLetters, list[dict[str, Any]]]:
+    """Open dead letters; also return the options of the receivers that lock."""
+    receiver = FakeReceiver(dead_letters, iter(locked))
+    receiver_options: list[dict[str, Any]] = []
 
     def connect(**options: Any) -> Any:
         if options:
-            asked.append(options)
+            receiver_options.append(options)
         return receiver
 
-    return ServiceBusDeadLetters(connect, lambda error: QueueError(str(error))), asked
+    return ServiceBusDeadLetters(connect, lambda error: QueueError(str(error))), receiver_options
 
 
 @pytest.mark.parametrize(
@@ -90,12 +92,12 @@ def _letters(letters: list[Any], locked: Iterable[Any] = ()) -> tuple[ServiceBus
         ("send: by hand", "Refused", ParsedReason(Failure("Refused", "queue", "send: by hand"))),
         ("3", "", ParsedReason(Failure("3", "queue", "3"))),
         ("send: Rejected", "Refused", ParsedReason(Failure("Refused", "send", "Rejected"))),
-        ("send: Rejected", NO_DAY, ParsedReason(Failure(NO_DAY, "send", "Rejected"))),
+        ("send: Rejected", INVALID_DATE, ParsedReason(Failure(INVALID_DATE, "send", "Rejected"))),
         ("", "", ParsedReason(Failure("", "", ""))),
     ],
 )
-def test_a_letter_says_who_gave_up_and_why(reason: str, description: str, parsed: ParsedReason) -> None:
-    """The worker, with its stage and error; Service Bus itself, or somebody by other means."""
+def test_reason_and_description_are_parsed(reason: str, description: str, parsed: ParsedReason) -> None:
+    """They are written by the worker, with its stage and error, by Service Bus, or by other clients."""
     assert parse_reason(reason, description) == parsed
 
 
@@ -106,12 +108,12 @@ def test_a_letter_says_who_gave_up_and_why(reason: str, description: str, parsed
     st.sampled_from(["", "OrderCreated"]),
     st.sampled_from([("", ""), ("", "o-1"), ("order", "o-1")]),
     st.integers(1, 10**6),
-    st.datetimes(min_value=datetime(2000, 1, 1), timezones=st.just(UTC)),  # noqa: DTZ001 - hypothesis wants it so
+    st.datetimes(min_value=datetime(2000, 1, 1), timezones=st.just(UTC)),  # noqa: DTZ001 - hypothesis requires it
 )
-def test_what_the_worker_writes_is_read(
+def test_formatted_reason_can_be_parsed(
     reason: str, stage: str, error: str, message_type: str, resource: tuple[str, str], attempt: int, at: datetime
 ) -> None:
-    """Reason and description are no longer than Service Bus takes; the sentence is cut for that, and nothing else."""
+    """Reason and description have at most Service Bus's length; only the sentence is truncated."""
     texts = format_reason(Failure(reason, stage, error, message_type, *resource), attempt, at)
     assert all(len(text) <= 4096 for text in texts)
     parsed = parse_reason(*texts)
@@ -121,34 +123,34 @@ def test_what_the_worker_writes_is_read(
     assert (parsed.attempt, parsed.at) == (attempt, at.replace(microsecond=0))
 
 
-def test_what_is_not_known_is_not_mentioned() -> None:
-    """People read it, in the portal."""
+def test_unknown_details_are_omitted() -> None:
+    """Operators read the description in the portal."""
     at = datetime(2026, 1, 31, 12, tzinfo=UTC)
     assert format_reason(Failure("Refused", "send", "Rejected"), None, at)[1] == "Refused (2026-01-31T12:00:00Z)"
 
 
 @given(st.text(), st.text(), st.sampled_from(["", " (attempt 1, 2026-01-01T00:00:00Z)"]))
-def test_whatever_the_properties_hold_is_a_line_and_a_known_stage(reason: str, description: str, end: str) -> None:
-    """Any client may write them."""
+def test_any_properties_result_in_one_line_and_a_known_stage(reason: str, description: str, end: str) -> None:
+    """Any client can write them."""
     failure = parse_reason(reason, description + end).failure
     assert failure.stage in {*STAGES, "queue", ""}
     assert len((failure.reason + failure.error).splitlines()) <= 1
 
 
 @given(amqp_values, amqp_values)
-def test_properties_of_any_type_are_some_letter(reason: Any, description: Any) -> None:
-    """AMQP has more than texts, and a letter that cannot be read would hide all others."""
+def test_properties_of_any_type_are_read(reason: Any, description: Any) -> None:
+    """AMQP has other types than text. A dead letter that cannot be read would hide all others."""
     properties = {b"DeadLetterReason": reason, b"DeadLetterErrorDescription": description, b"colour": b"blue"}
-    for about in (properties, None):
-        letters, _ = _letters([_letter(properties=about)])
-        (letter,) = letters.receive(10, 0)
-        letters.close()
-        assert letter.delivery.attributes == ({"colour": "blue"} if about else {})
+    for written in (properties, None):
+        dead_letters, _ = _open_dead_letters([_message(properties=written)])
+        (dead_letter,) = dead_letters.receive(10, 0)
+        dead_letters.close()
+        assert dead_letter.delivery.attributes == ({"colour": "blue"} if written else {})
 
 
 @pytest.fixture(autouse=True)
-def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settle whose lock has not ended, by the clock here."""
+def _settle_valid_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settle messages whose lock has not ended, by the local clock."""
 
     def settle(_: Any, message: Any) -> None:
         if message.locked_until_utc and message.locked_until_utc < datetime.now(UTC):
@@ -159,42 +161,42 @@ def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ServiceBusReceiver, "abandon_message", settle)
 
 
-def test_the_search_for_a_letter_ends_when_locks_end_first() -> None:
-    """With thousands of letters and a short lock those ahead of it would come again for ever."""
-    there = [_letter(number) for number in (1, 2, 3)]
-    letters, asked = _letters(there, cycle(there[:2]))
-    found = letters.receive(10, 0)
+def test_search_ends_if_locks_end_first() -> None:
+    """With thousands of dead letters and a short lock, those ahead would be delivered again indefinitely."""
+    existing = [_message(number) for number in (1, 2, 3)]
+    dead_letters, receiver_options = _open_dead_letters(existing, cycle(existing[:2]))
+    found = dead_letters.receive(10, 0)
     with pytest.raises(QueueError, match=r"1 of 1 dead letters still exist: .* locks end before"):
-        letters.remove(found[2:])
-    assert asked == [LOCKING]
-    letters.close()
+        dead_letters.remove(found[2:])
+    assert receiver_options == [LOCKING]
+    dead_letters.close()
 
 
-def test_a_lock_that_ended_meanwhile_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
-    """An operator who looks on need not read that it was lost: the letter comes again."""
+def test_expired_lock_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    """It is not reported as lost either: Service Bus delivers the dead letter again."""
     ended = datetime.now(UTC) - timedelta(seconds=1)
-    letters, _ = _letters(
-        [_letter(1), _letter(2), _letter(3)],
-        iter([_letter(1, None, ended), _letter(2, None, ended), _letter(3), _letter(1)]),
+    dead_letters, _ = _open_dead_letters(
+        [_message(1), _message(2), _message(3)],
+        iter([_message(1, None, ended), _message(2, None, ended), _message(3), _message(1)]),
     )
-    found = letters.receive(10, 0)
-    letters.remove(found[2:])
-    letters.remove(found[:1])
-    letters.close()
+    found = dead_letters.receive(10, 0)
+    dead_letters.remove(found[2:])
+    dead_letters.remove(found[:1])
+    dead_letters.close()
     assert caplog.records == []
 
 
-def test_what_was_on_its_way_for_long_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its locks may have ended; in quick succession letters come by one connection."""
-    there = [_letter(number) for number in (1, 2, 3)]
-    letters, asked = _letters(there, there)
-    found = letters.receive(10, 0)
-    letters.remove(found[:1])
-    letters.remove(found[1:2])
-    assert asked == [LOCKING]
+def test_old_prefetched_messages_are_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their locks may have ended. In quick succession, dead letters are received over one connection."""
+    existing = [_message(number) for number in (1, 2, 3)]
+    dead_letters, receiver_options = _open_dead_letters(existing, existing)
+    found = dead_letters.receive(10, 0)
+    dead_letters.remove(found[:1])
+    dead_letters.remove(found[1:2])
+    assert receiver_options == [LOCKING]
     later = time.monotonic() + 6.0
     with monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: later)
-        letters.remove(found[2:])
-    assert asked == [LOCKING] * 2
-    letters.close()
+        dead_letters.remove(found[2:])
+    assert receiver_options == [LOCKING] * 2
+    dead_letters.close()

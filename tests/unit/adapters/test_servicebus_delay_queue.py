@@ -1,4 +1,4 @@
-"""Messages that wait in the worker to be sent back."""
+"""The delay queue of returned messages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from threading import Event
 from adapters.servicebus.delay_queue import DelayQueue
 
 
-def test_items_are_released_when_they_are_due_and_not_in_the_order_they_came() -> None:
-    """Each by its own delay, however many wait already."""
+def test_items_are_released_when_due() -> None:
+    """Each after its own delay, in any order of arrival."""
     released: SimpleQueue[list[str]] = SimpleQueue()
     delay_queue = DelayQueue(10, released.put)
     assert delay_queue.put(["late"], 60.0) == []
@@ -21,8 +21,8 @@ def test_items_are_released_when_they_are_due_and_not_in_the_order_they_came() -
     delay_queue.close()
 
 
-def test_beyond_its_places_what_is_due_first_goes_at_once() -> None:
-    """It has waited longest, as a rule."""
+def test_full_queue_releases_item_that_is_due_first() -> None:
+    """It has usually waited longest."""
     delay_queue: DelayQueue[str] = DelayQueue(2, lambda _: None)
     assert delay_queue.put(["b"], 50.0) == []
     assert delay_queue.put(["a", "c"], 60.0) == ["b"]
@@ -30,8 +30,8 @@ def test_beyond_its_places_what_is_due_first_goes_at_once() -> None:
     assert sorted(delay_queue.close()) == ["a", "c"]
 
 
-def test_once_closed_it_holds_nothing() -> None:
-    """What is parked during shutdown goes back at once."""
+def test_closed_queue_accepts_no_items() -> None:
+    """A message that is nacked during shutdown is returned at once."""
     delay_queue: DelayQueue[str] = DelayQueue(2, lambda _: None)
     delay_queue.put(["a"], 60.0)
     assert delay_queue.close() == ["a"]
@@ -39,17 +39,17 @@ def test_once_closed_it_holds_nothing() -> None:
     assert delay_queue.put(["b"], 60.0) == ["b"]
 
 
-def test_what_is_being_released_does_not_keep_others_from_being_parked() -> None:
+def test_release_in_progress_does_not_block_put() -> None:
     """Releasing takes round trips."""
-    going, go_on = Event(), Event()
+    releasing, proceed = Event(), Event()
 
     def release(_: list[str]) -> None:
-        going.set()
-        go_on.wait(10)
+        releasing.set()
+        proceed.wait(10)
 
     delay_queue = DelayQueue(2, release)
     delay_queue.put(["a"], 0.01)
-    assert going.wait(10)
+    assert releasing.wait(10)
     assert delay_queue.put(["b"], 60.0) == []
-    go_on.set()
+    proceed.set()
     assert delay_queue.close() == ["b"]

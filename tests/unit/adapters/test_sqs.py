@@ -1,4 +1,4 @@
-"""What of the SQS adapter needs no queue: URLs, attributes, what errors mean."""
+"""The SQS adapter without a queue: URLs, attributes, and the classification of errors."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ ALLOWED = re.compile("[\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]+")
 
 
 @given(name=NAMES, region=st.just("") | REGIONS)
-def test_a_url_names_queue_and_region(name: str, region: str) -> None:
-    """Every name that SQS allows."""
+def test_url_has_queue_and_region(name: str, region: str) -> None:
+    """Every name that SQS allows is accepted."""
     assert parse_url(f"sqs://{name}" + (f"?region={region}" if region else "")) == (name, region)
 
 
 @given(name=NAMES, region=REGIONS)
-def test_the_url_that_aws_shows_has_the_region_in_it(name: str, region: str) -> None:
-    """As the console shows it, and as `aws sqs get-queue-url` prints it."""
+def test_https_url_has_the_region(name: str, region: str) -> None:
+    """As the console and `aws sqs get-queue-url` show it."""
     assert parse_url(f"https://sqs.{region}.amazonaws.com/123456789012/{name}") == (name, region)
 
 
 @given(st.text() | st.text().map("sqs://{}".format) | st.text().map("https://sqs.eu-central-1.amazonaws.com/{}".format))
-def test_what_is_no_such_url_is_refused_and_not_repeated(url: str) -> None:
-    """It may hold a secret; nothing worse than QueueURLError comes of any text."""
+def test_invalid_url_is_rejected_and_not_quoted(url: str) -> None:
+    """It can hold a secret. No text causes another error than QueueURLError."""
     try:
         name, _ = parse_url(url)
     except QueueURLError as error:
@@ -45,26 +45,26 @@ def test_what_is_no_such_url_is_refused_and_not_repeated(url: str) -> None:
         assert re.fullmatch(r"[A-Za-z0-9_-]{1,80}|[A-Za-z0-9_-]{1,75}\.fifo", name)
 
 
-@given(ours=TEXTS, theirs=TEXTS, room=st.integers(0, 5000))
-def test_attributes_are_what_sqs_takes(ours: dict[str, str], theirs: dict[str, str], room: int) -> None:
-    """At most ten, not empty, without control characters, in the room there is; ours before theirs."""
-    theirs = {name: value for name, value in theirs.items() if ALLOWED.fullmatch(value)}  # they came from SQS
-    yielded = list(message_attributes(ours, theirs, room))
-    told = {name: value["StringValue"] for name, value in yielded}
-    assert len(told) == len(yielded) <= MAX_ATTRIBUTES
-    assert all(ALLOWED.fullmatch(value) for value in told.values())
-    assert sum(len(name) + len("String") + len(value.encode()) for name, value in told.items()) <= room
-    assert all(name in ours or told[name] == theirs[name] for name in told)
-    expected = {name for name, value in ours.items() if value}
-    if room == 5000 and len(expected) <= MAX_ATTRIBUTES and sum(map(len, ours.values())) < 1000:
-        assert expected <= told.keys()
+@given(added=TEXTS, original=TEXTS, max_bytes=st.integers(0, 5000))
+def test_attributes_are_valid_for_sqs(added: dict[str, str], original: dict[str, str], max_bytes: int) -> None:
+    """At most ten, not empty, without control characters, within the size; added ones first."""
+    original = {name: value for name, value in original.items() if ALLOWED.fullmatch(value)}  # SQS delivered them
+    yielded = list(message_attributes(added, original, max_bytes))
+    values = {name: value["StringValue"] for name, value in yielded}
+    assert len(values) == len(yielded) <= MAX_ATTRIBUTES
+    assert all(ALLOWED.fullmatch(value) for value in values.values())
+    assert sum(len(name) + len("String") + len(value.encode()) for name, value in values.items()) <= max_bytes
+    assert all(name in added or values[name] == original[name] for name in values)
+    expected = {name for name, value in added.items() if value}
+    if max_bytes == 5000 and len(expected) <= MAX_ATTRIBUTES and sum(map(len, added.values())) < 1000:
+        assert expected <= values.keys()
 
 
-def test_long_values_of_ours_are_cut_and_theirs_are_not() -> None:
-    """A reason may be long; what is theirs is sent as it was or not at all."""
-    told = dict(message_attributes({"reason": "é" * 2000}, {"theirs": "x" * 2000}, 10_000))
-    assert told["reason"]["StringValue"] == "é" * (MAX_VALUE // 2)
-    assert told["theirs"]["StringValue"] == "x" * 2000
+def test_only_added_values_are_truncated() -> None:
+    """A reason can be long. An original value is sent unchanged or not at all."""
+    values = dict(message_attributes({"reason": "é" * 2000}, {"original": "x" * 2000}, 10_000))
+    assert values["reason"]["StringValue"] == "é" * (MAX_VALUE // 2)
+    assert values["original"]["StringValue"] == "x" * 2000
 
 
 def client_error(status: int, code: str) -> boto.ClientError:
@@ -92,19 +92,19 @@ def client_error(status: int, code: str) -> boto.ClientError:
     ],
     ids=lambda value: aws.error_code(value) if isinstance(value, Exception) else "",
 )
-def test_what_somebody_has_to_mend_is_a_refusal(error: Exception, refused: bool) -> None:
-    """Everything else passes by itself."""
+def test_error_that_an_operator_must_fix_is_a_refusal(error: Exception, refused: bool) -> None:
+    """All other errors are transient."""
     assert aws.is_refusal(error) is refused
 
 
 @pytest.mark.parametrize("code", ["AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist"])
-def test_both_names_of_a_missing_queue_are_known(code: str) -> None:
-    """The older one comes with the query protocol's compatibility."""
+def test_both_codes_of_a_missing_queue_are_known(code: str) -> None:
+    """The older code belongs to the compatibility with the query protocol."""
     assert aws.is_missing(client_error(400, code))
 
 
-def test_what_came_is_awaited_no_more() -> None:
-    """Whoever sent it back, and in whatever order."""
+def test_received_message_is_no_longer_expected() -> None:
+    """In any order, and for any message."""
     expected = ExpectedRedeliveries()
     expected.add(["a", "b", "a"])
     assert len(expected) == 2
