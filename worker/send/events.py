@@ -96,7 +96,7 @@ class BulkEvents:
         return [(event.kind, event.key) for event in selected] if len(selected) > self._threshold else []
 
     def _is_eligible(self, event_id: tuple[str, str], events: Sequence[Operation]) -> bool:
-        has_id = all(event_id)  # without an id, Klaviyo takes two events of one second for the same event
+        has_id = all(event_id)  # without an id, Klaviyo treats two events of one second as duplicates
         if self._mode == "auto":
             return has_id and len(events) == 1 and _is_first_delivery(events[0]) and not self._was_sent(event_id)
         return has_id and self._mode == "always"
@@ -244,7 +244,7 @@ def bulk_body(operations: Iterable[Operation]) -> bytes:
 
 
 def _event_id(event: Operation) -> tuple[str, str]:
-    """Return metric and unique_id. The profile is no part of it: Klaviyo can know one by several identifiers."""
+    """Return metric and unique_id. The profile does not count: Klaviyo can know one by several identifiers."""
     attributes = as_dict(as_dict(event.resource).get("attributes"))
     metric = as_dict(as_dict(as_dict(attributes.get("metric")).get("data")).get("attributes"))
     return as_text(metric.get("name")), as_text(attributes.get("unique_id"))

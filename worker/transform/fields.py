@@ -116,16 +116,16 @@ def image_url(variant: Any) -> str:
     return as_text(images[0].get("url")) if images else ""
 
 
-def _joined(address: Json, *names: str) -> str:
+def _join(address: Json, *names: str) -> str:
     return ", ".join(filter(None, (as_text(address.get(name)) for name in names)))
 
 
 def _street(address: Json) -> str:
-    return _joined(address, "apartment", "building", "streetNumber", "streetName")
+    return _join(address, "apartment", "building", "streetNumber", "streetName")
 
 
-def _more_street(address: Json) -> str:
-    return _joined(address, "additionalStreetInfo", "additionalAddressInfo")
+def _street_details(address: Json) -> str:
+    return _join(address, "additionalStreetInfo", "additionalAddressInfo")
 
 
 def _region(address: Json) -> str:
@@ -138,7 +138,7 @@ def location(address: Any) -> Json:
     return compact(
         {
             "address1": _street(address),
-            "address2": _more_street(address),
+            "address2": _street_details(address),
             "city": as_text(address.get("city")),
             "country": as_text(address.get("country")),
             "region": _region(address),
@@ -157,7 +157,7 @@ def address_properties(address: Any) -> Json:
             "LastName": as_text(address.get("lastName")),
             "Company": as_text(address.get("company")),
             "Address1": _street(address),
-            "Address2": _more_street(address),
+            "Address2": _street_details(address),
             "City": as_text(address.get("city")),
             "Region": _region(address),
             "RegionCode": as_text(address.get("state")),
@@ -182,7 +182,7 @@ def phone(address: Any) -> str:
 
 def report_invalid_phone(address: Any) -> Iterator[str]:
     """Report if an address has phone numbers but no valid one."""
-    if _joined(as_dict(address), "mobile", "phone") and not phone(address):
+    if _join(as_dict(address), "mobile", "phone") and not phone(address):
         yield "phone_number: neither mobile nor phone of the address is a valid number"
 
 

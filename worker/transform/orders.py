@@ -164,5 +164,5 @@ def _billing_profile(order: Json) -> Json:
 
 
 def _loggable(state: Any) -> str:
-    """Return a state for a log line. A text that is no state name could be personal data."""
+    """Return a state for a log line. Any other text could be personal data."""
     return state if str(state).isalpha() and len(state) <= _MAX_STATE_LENGTH else "unknown to commercetools"

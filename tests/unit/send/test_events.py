@@ -29,7 +29,7 @@ BULK, SINGLE, PROFILE = "/api/event-bulk-create-jobs", "/api/events", "/api/prof
 BASE = "/data/attributes/events-bulk-create/data"
 
 
-def event(unique_id: str, *, fresh: bool = True, who: str = "a@example.com", size: int = 0) -> Operation:
+def event(unique_id: str, *, first_delivery: bool = True, who: str = "a@example.com", size: int = 0) -> Operation:
     made = event_operation(
         metric="Placed Order",
         unique_id=unique_id,
@@ -38,7 +38,7 @@ def event(unique_id: str, *, fresh: bool = True, who: str = "a@example.com", siz
         profile={"email": who},
         properties={"filler": ["x" * 50_000] * (size // 50_000) + ["x" * (size % 50_000)]} if size else {},
     )
-    return Operation(made.kind, made.key, made.resource, is_first_delivery=(lambda: True) if fresh else None)
+    return Operation(made.kind, made.key, made.resource, is_first_delivery=(lambda: True) if first_delivery else None)
 
 
 def events(number: int, *, profiles: int = 7) -> list[Operation]:
@@ -154,7 +154,7 @@ def test_bulk_calls_stop_after_the_maximum_of_refusals(pointing: str) -> None:
 
 
 def test_rejected_profile_isolates_its_own_events_only() -> None:
-    """These events are sent one by one, where an invalid identifier can be dropped."""
+    """These events are sent one by one, which can drop an invalid identifier."""
     klaviyo = Klaviyo(["3"], "entry")
     batch = [event(str(number), who=f"{number // 3}@example.com") for number in range(30)]
     results = sender(klaviyo).send(batch)
@@ -237,12 +237,12 @@ def test_call_without_a_response_is_not_repeated_in_bulk(failure: Exception) -> 
     """Its events can be recorded. They get the error, and the retry sends them one by one."""
     klaviyo = Klaviyo()
     klaviyo.failure = failure
-    ours = sender(klaviyo)
+    bulk_sender = sender(klaviyo)
     batch = events(20)
-    assert ours.send(batch) == [failure] * 20
+    assert bulk_sender.send(batch) == [failure] * 20
     assert klaviyo.calls == [BULK]
     klaviyo.failure = None
-    assert ours.send(batch) == [None] * 20
+    assert bulk_sender.send(batch) == [None] * 20
     assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 20}
 
 
@@ -286,7 +286,7 @@ def test_few_events_are_sent_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "fresh", "path"),
+    ("mode", "first_delivery", "path"),
     [
         ("auto", True, BULK),
         ("auto", False, SINGLE),
@@ -296,10 +296,10 @@ def test_few_events_are_sent_one_by_one() -> None:
         ("never", False, SINGLE),
     ],
 )
-def test_mode_decides_which_events_are_sent_in_bulk(mode: BulkMode, fresh: bool, path: str) -> None:
+def test_mode_decides_which_events_are_sent_in_bulk(mode: BulkMode, first_delivery: bool, path: str) -> None:
     """Mode `auto` sends only events in bulk that no worker can have sent before."""
     klaviyo = Klaviyo()
-    assert sender(klaviyo, mode).send([event(str(n), fresh=fresh) for n in range(5)]) == [None] * 5
+    assert sender(klaviyo, mode).send([event(str(n), first_delivery=first_delivery) for n in range(5)]) == [None] * 5
     assert set(klaviyo.calls) == {path}
 
 
@@ -309,36 +309,36 @@ def test_redelivered_event_does_not_prevent_bulk_calls() -> None:
     profile = Operation(
         OperationKind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {"email": "a@example.com"}}
     )
-    assert sender(klaviyo, threshold=5).send([*events(10), event("old", fresh=False), profile]) == [None] * 12
+    assert sender(klaviyo, threshold=5).send([*events(10), event("old", first_delivery=False), profile]) == [None] * 12
     assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 1, PROFILE: 1}
 
 
 def test_recently_sent_event_is_sent_one_by_one() -> None:
     """A copy of an event is sent by the single endpoint, which ignores duplicates."""
     klaviyo = Klaviyo()
-    ours = sender(klaviyo)
-    ours.send([event(str(n)) for n in range(5)])
-    ours.send([event("single", fresh=False)])
+    bulk_sender = sender(klaviyo)
+    bulk_sender.send([event(str(n)) for n in range(5)])
+    bulk_sender.send([event("single", first_delivery=False)])
     klaviyo.calls.clear()
-    ours.send([*(event(str(n)) for n in range(5)), event("single")])
+    bulk_sender.send([*(event(str(n)) for n in range(5)), event("single")])
     assert klaviyo.calls == [SINGLE] * 6
 
 
 def test_memory_of_sent_events_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest events are forgotten."""
     monkeypatch.setattr(bulk, "REMEMBERED_EVENTS", 10)
-    ours = BulkEvents(Klaviyo(), lambda _: (), "auto", 0)
+    bulk_sender = BulkEvents(Klaviyo(), lambda _: (), "auto", 0)
     for number in range(100):
-        assert ours.select([event(str(number))])
-    assert not any(ours.select([event(str(number))]) for number in range(91, 100))
-    assert ours.select([event("0")])
+        assert bulk_sender.select([event(str(number))])
+    assert not any(bulk_sender.select([event(str(number))]) for number in range(91, 100))
+    assert bulk_sender.select([event("0")])
 
 
 def test_unique_id_twice_in_a_batch_is_not_sent_in_bulk() -> None:
     """Two profiles do not help: Klaviyo can know them as one, and would refuse the whole call."""
     klaviyo = Klaviyo()
     twice = [event("twice", who="a@example.com"), event("twice", who="b@example.com")]
-    again = [event("again", fresh=False), event("again")]  # one operation to the sender: the last
+    again = [event("again", first_delivery=False), event("again")]  # one operation to the sender: the last
     assert sender(klaviyo).send([*events(5), *twice, *again]) == [None] * 9
     assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 3}
     assert sorted(each for *_, each in _places(klaviyo.bodies[0])) == ["0", "1", "2", "3", "4"]
@@ -356,7 +356,7 @@ def test_mode_always_has_a_unique_id_once_per_call() -> None:
 
 @pytest.mark.parametrize("mode", ["auto", "always"])
 def test_event_without_unique_id_is_not_sent_in_bulk(mode: BulkMode) -> None:
-    """Klaviyo would take two events of one second for the same event, and refuse the call."""
+    """Klaviyo would treat two events of one second as duplicates and refuse the call."""
     klaviyo = Klaviyo()
     nameless = [event("", who=f"{n}@example.com") for n in range(3)]
     assert not BulkEvents(klaviyo, lambda _: (), mode, 0).select(nameless)

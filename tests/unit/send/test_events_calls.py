@@ -75,7 +75,7 @@ def always() -> bool:
     return True
 
 
-def event(name: str, fresh: Callable[[], bool] = always) -> Operation:
+def event(name: str, first_delivery: Callable[[], bool] = always) -> Operation:
     made = event_operation(
         metric="Placed Order",
         unique_id=name,
@@ -84,7 +84,7 @@ def event(name: str, fresh: Callable[[], bool] = always) -> Operation:
         profile={"email": f"{name}@example.com"},
         properties={},
     )
-    return Operation(OperationKind.CREATE_EVENT, made.key, made.resource, is_first_delivery=fresh)
+    return Operation(OperationKind.CREATE_EVENT, made.key, made.resource, is_first_delivery=first_delivery)
 
 
 def names(lane: str, number: int = 5) -> list[str]:
@@ -270,7 +270,7 @@ def test_leases_are_checked_before_every_request(lanes: Lanes, klaviyo: Klaviyo)
 
 
 def test_call_without_events_is_not_made(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """The exception is no WorkerError, so the circuit breaker does not count it."""
+    """The exception is not a WorkerError, so the circuit breaker does not count it."""
     leased = Event()
     leased.set()
     future = lanes.send(*(event(name, leased.is_set) for name in names("a")))
