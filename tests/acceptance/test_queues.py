@@ -66,7 +66,7 @@ def test_poison_message_is_dead_lettered_alone(worker: Worker, sandbox: Sandbox,
 def test_direct_dead_letter_has_a_reason(worker: Worker, rig: Rig) -> None:
     """The worker moves the message to the dead-letter queue at its first attempt."""
     rig.publish([b"{}"])
-    process = worker.start("run", "--dead-letter", "direct")
+    process = worker.start("run", "--dead-letter-mode", "direct")
     wait_for(rig.dead_letters)
     stop(process)
     (dead_letter,) = rig.dead_letters()
