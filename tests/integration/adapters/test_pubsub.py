@@ -30,8 +30,8 @@ def subscription(emulator: Emulator) -> Subscription:
     return Subscription(emulator)
 
 
-def test_messages_come_in_batches_and_are_gone_once_acked(subscription: Subscription, opened: Open) -> None:
-    """Any bytes, attributes, the attempt, and the time of publishing arrive."""
+def test_messages_arrive_unchanged_and_are_removed_by_ack(subscription: Subscription, opened: Open) -> None:
+    """With any bytes, attributes, the attempt and the time of publishing."""
     sent = [b"\xff\x00 no text", "é".encode(), b"x" * 9_000_000, *(b"%d" % number for number in range(200))]
     subscription.publish(*sent[:2], colour="blue")
     subscription.publish(sent[2])
@@ -50,17 +50,17 @@ def test_messages_come_in_batches_and_are_gone_once_acked(subscription: Subscrip
     assert subscription.unacked() == []
 
 
-def test_receive_waits_no_longer_than_asked(subscription: Subscription, opened: Open) -> None:
-    """Idle: an empty batch, in time."""
+def test_receive_waits_as_long_as_requested(subscription: Subscription, opened: Open) -> None:
+    """`receive` returns [] in time if the queue is empty."""
     queue = opened(subscription.url)
     queue.receive(1, 0)
-    began = time.monotonic()
+    started_at = time.monotonic()
     assert queue.receive(10, 0.3) == []
-    assert 0.25 < time.monotonic() - began < 3
+    assert 0.25 < time.monotonic() - started_at < 3
 
 
-def test_nacked_messages_come_again_no_sooner_than_asked(emulator: Emulator, opened: Open) -> None:
-    """At once, or after the delay; with the attempt counted up; and they are known to be under way."""
+def test_nacked_message_is_redelivered_after_its_delay(emulator: Emulator, opened: Open) -> None:
+    """At once or after the delay, with the next attempt. Until then it counts in the backlog."""
     subscription = Subscription(emulator, minimum_backoff=None)
     subscription.publish(b"now", b"later")
     queue = opened(subscription.url)
@@ -77,8 +77,8 @@ def test_nacked_messages_come_again_no_sooner_than_asked(emulator: Emulator, ope
     assert queue.backlog() is None
 
 
-def test_a_retry_policy_decides_when_nacked_messages_come_again(subscription: Subscription, opened: Open) -> None:
-    """Not the worker: a message whose lease runs would keep others out."""
+def test_retry_policy_replaces_the_delay(subscription: Subscription, opened: Open) -> None:
+    """A message that stays leased would keep others out."""
     subscription.publish(b"x")
     queue = opened(subscription.url)
     assert queue.check() == []
@@ -87,39 +87,39 @@ def test_a_retry_policy_decides_when_nacked_messages_come_again(subscription: Su
     assert again.attempt == 2
 
 
-def test_the_policy_gives_up_on_poison_while_its_neighbours_pass(
+def test_policy_dead_letters_message_after_its_last_attempt(
     subscription: Subscription, opened: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`dead_letter` says when the message really is one; nothing waits for it any more."""
+    """`dead_letter` returns when it is one; then it is no longer expected. Other messages are not affected."""
     subscription.publish(b"poison", b"good")
     queue = opened(subscription.url)
     queue.check()
-    endings: list[tuple[int | None, bool]] = []
-    while not (endings and endings[-1][1]):
+    results: list[tuple[int | None, bool]] = []
+    while not (results and results[-1][1]):
         for delivery in receive(queue, 1):
             if delivery.body == b"good":
                 queue.ack([delivery])
             else:
-                endings.append((delivery.attempt, queue.dead_letter(delivery, FAILURE)))
-    assert endings == [(1, False), (2, False), (3, False), (4, False), (5, True)]
+                results.append((delivery.attempt, queue.dead_letter(delivery, FAILURE)))
+    assert results == [(1, False), (2, False), (3, False), (4, False), (5, True)]
     assert bodies(subscription.dead_letters(1)) == [b"poison"]
     assert queue.backlog() is None
     assert "queue_gave_up" in [record.message for record in caplog.records]
 
 
-def test_direct_dead_letters_carry_their_reason(subscription: Subscription, opened: Open) -> None:
-    """Buried at the first attempt, its own attributes kept, whatever their names; values cut to Pub/Sub's limit."""
+def test_direct_dead_letter_has_its_reason(subscription: Subscription, opened: Open) -> None:
+    """It is published at the first attempt, with its own attributes; values are truncated to Pub/Sub's limit."""
     subscription.publish(b"poison", topic="mine", retry="é" * 512)
     queue = opened(subscription.url, direct_dead_letter=True)
     queue.check()
     (delivery,) = receive(queue, 1)
     assert queue.dead_letter(delivery, FAILURE)
-    (letter,) = subscription.dead_letters(1)
-    assert letter.data == b"poison"
-    reason = letter.attributes.pop("reason")
+    (dead_letter,) = subscription.dead_letters(1)
+    assert dead_letter.data == b"poison"
+    reason = dead_letter.attributes.pop("reason")
     assert FAILURE.reason.startswith(reason)
     assert 1000 < len(reason.encode()) <= 1024
-    assert dict(letter.attributes) == {
+    assert dict(dead_letter.attributes) == {
         "topic": "mine",
         "retry": "é" * 512,
         "stage": "send",
@@ -132,8 +132,8 @@ def test_direct_dead_letters_carry_their_reason(subscription: Subscription, open
     assert subscription.unacked() == []
 
 
-def test_a_dead_letter_that_cannot_be_published_is_not_lost(subscription: Subscription, opened: Open) -> None:
-    """Without the topic the message comes again."""
+def test_message_is_redelivered_if_dead_letter_cannot_be_published(subscription: Subscription, opened: Open) -> None:
+    """For example, if the topic does not exist."""
     subscription.publish(b"poison")
     queue = opened(subscription.url, direct_dead_letter=True)
     queue.check()
@@ -145,8 +145,8 @@ def test_a_dead_letter_that_cannot_be_published_is_not_lost(subscription: Subscr
     queue.ack([again])
 
 
-def test_poison_without_a_policy_comes_seldom(emulator: Emulator, opened: Open) -> None:
-    """Nobody counts attempts, so nothing may spin."""
+def test_dead_letter_without_policy_delays_the_message(emulator: Emulator, opened: Open) -> None:
+    """Pub/Sub does not count attempts and redelivers indefinitely."""
     subscription = Subscription(emulator, bare=True)
     subscription.publish(b"poison")
     queue = opened(subscription.url)
@@ -156,8 +156,8 @@ def test_poison_without_a_policy_comes_seldom(emulator: Emulator, opened: Open) 
     assert receive(queue, 1, wait=2) == []
 
 
-def test_check_names_what_the_subscription_lacks(emulator: Emulator, opened: Open) -> None:
-    """One sentence each, with the command that mends it."""
+def test_check_reports_missing_policies(emulator: Emulator, opened: Open) -> None:
+    """Each warning has the command that fixes it."""
     bare = Subscription(emulator, bare=True)
     update = {"name": bare.path, "ack_deadline_seconds": 10}
     bare.subscriber.update_subscription(
@@ -179,16 +179,16 @@ def test_check_names_what_the_subscription_lacks(emulator: Emulator, opened: Ope
         opened("pubsub://demo/nowhere").check()
 
 
-def test_stopping_returns_what_was_not_received_and_settles_the_rest(subscription: Subscription, opened: Open) -> None:
-    """At once, not when the leases end; acks after the stop count."""
+def test_stop_returns_pending_messages_and_settling_continues(subscription: Subscription, opened: Open) -> None:
+    """`stop` returns them at once, not when their leases end."""
     subscription.publish(*(b"%d" % number for number in range(100)))
     queue = opened(subscription.url, max_messages=50)
     held = receive(queue, 10)
-    time.sleep(1)  # more are on their way
+    time.sleep(1)  # more are prefetched
     queue.stop()
     queue.ack(held)
     queue.close()
-    time.sleep(1)  # nobody pulls: nothing may go to a stream that is no more
+    time.sleep(1)  # without a pull, no message must go to the closed stream
     back = subscription.pull(5.0, max_messages=90)
     assert len(held) == 10
     assert sorted(entry.message.data for entry in back) == sorted(
@@ -196,21 +196,21 @@ def test_stopping_returns_what_was_not_received_and_settles_the_rest(subscriptio
     )
 
 
-def test_a_stream_takes_its_connection_with_it(subscription: Subscription, opened: Open) -> None:
-    """Whatever ends it: a worker of many months must not collect connections, nor dead streams messages."""
+def test_connection_is_closed_with_its_stream(subscription: Subscription, opened: Open) -> None:
+    """A long-running worker must not accumulate connections, and dead streams must not receive messages."""
     queue = opened(subscription.url)
     queue.receive(1, 0.5)
     client = queue._stream._client
     assert client is not None
     queue.stop()
     deadline = time.monotonic() + 15
-    with pytest.raises(ValueError, match="closed channel"):  # noqa: PT012 - in the end
+    with pytest.raises(ValueError, match="closed channel"):  # noqa: PT012 - eventually
         while time.monotonic() < deadline:
             client.get_subscription(subscription=subscription.path)
 
 
-def test_leases_outlive_the_stream(subscription: Subscription) -> None:
-    """The client extends nothing once its stream has ended; held and waiting messages stay ours all the same."""
+def test_leases_are_extended_without_a_stream(subscription: Subscription) -> None:
+    """The client does not extend leases without a stream; the adapter extends those of held and pending messages."""
     queue = pubsub.PubSubQueue(subscription.path, QueueOptions(), lease_seconds=10)
     subscription.publish(b"held")
     held = receive(queue, 1)
@@ -227,10 +227,10 @@ def test_leases_outlive_the_stream(subscription: Subscription) -> None:
     assert subscription.unacked() == []
 
 
-def test_a_stream_that_hangs_is_opened_anew(
+def test_hanging_stream_is_reopened(
     subscription: Subscription, opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A defect in the client's consumer thread leaves a stream that runs for ever and brings nothing."""
+    """A defect in the client's consumer thread leaves a stream open that receives nothing."""
     from google.cloud.pubsub_v1.subscriber._protocol.streaming_pull_manager import StreamingPullManager
 
     original = StreamingPullManager._on_response
@@ -249,20 +249,20 @@ def test_a_stream_that_hangs_is_opened_anew(
     deadline = time.monotonic() + 10
     while not seen and time.monotonic() < deadline:
         time.sleep(0.05)
-    with monkeypatch.context() as impatient, caplog.at_level("INFO"):
-        impatient.setattr(streaming_pull, "IDLE_TIMEOUT", 0.5)
+    with monkeypatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr(streaming_pull, "IDLE_TIMEOUT", 0.5)
         assert receive(queue, 1, wait=1) == []
     assert "receiver_restarted" in [record.message for record in caplog.records]
     deadline = time.monotonic() + 20
     while not (got := receive(queue, 1, wait=1)) and time.monotonic() < deadline:
-        subscription.publish(b"news")  # the emulator gives some to streams that were closed a moment ago
+        subscription.publish(b"news")  # the emulator sends some messages to streams that were just closed
     assert got[0].body == b"news"
 
 
-def test_a_subscription_that_is_gone_for_a_while_is_waited_for(
+def test_receiving_resumes_after_subscription_is_recreated(
     subscription: Subscription, opened: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Somebody makes it anew: the worker goes on by itself."""
+    """The worker does not need a restart."""
     queue = opened(subscription.url)
     queue.receive(1, 0.5)
     subscription.subscriber.delete_subscription(subscription=subscription.path)
@@ -274,10 +274,10 @@ def test_a_subscription_that_is_gone_for_a_while_is_waited_for(
     assert "receive_failed" in [record.message for record in caplog.records]
 
 
-def test_a_subscription_that_stays_away_ends_the_run(
+def test_permanently_missing_subscription_raises(
     subscription: Subscription, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit code 3, and the supervisor tries again."""
+    """The exit code is 3, and the supervisor restarts the worker."""
     monkeypatch.setattr(reconnect, "REFUSAL_TIMEOUT", 1.0)
     queue = opened("pubsub://demo/nowhere")
     with pytest.raises(QueueError, match="Pub/Sub refuses the subscription: 404"):
@@ -285,7 +285,7 @@ def test_a_subscription_that_stays_away_ends_the_run(
 
 
 def test_publish_fills_the_topic(subscription: Subscription, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In calls that Pub/Sub takes; what it does not take is an error that says how far it came."""
+    """In calls within Pub/Sub's limits. An error has the number of messages published before."""
     monkeypatch.setattr(pubsub, "MAX_BATCH", 100)
     queue = opened(subscription.url)
     assert queue.publish(b"%d" % number for number in range(250)) == 250
@@ -295,7 +295,7 @@ def test_publish_fills_the_topic(subscription: Subscription, opened: Open, monke
         queue.publish([*[b"fine"] * 101, b""])
 
     def until_the_topic_is_gone() -> Iterator[bytes]:
-        yield from [b"fine"] * 101  # the first call is made when the second one's first message comes
+        yield from [b"fine"] * 101  # the first call is made when the first message of the second one is read
         subscription.publisher.delete_topic(topic=f"projects/demo/topics/{subscription.name}")
 
     with pytest.raises(QueueError, match="100 messages were published, then: 404"):

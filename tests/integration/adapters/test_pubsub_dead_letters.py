@@ -1,4 +1,4 @@
-"""The dead letters of Pub/Sub on Google's emulator: where they are found, and what is said when they are not."""
+"""The dead letters of Pub/Sub on Google's emulator: how they are found, and the errors if they are not."""
 
 from __future__ import annotations
 
@@ -31,54 +31,57 @@ def subscription(emulator: Emulator) -> Subscription:
     return Subscription(emulator)
 
 
-def attach(subscription: Subscription, suffix: str, **more: Any) -> str:
-    """Create another subscription on the topic of the dead letters; return its URL."""
+def add_subscription(subscription: Subscription, suffix: str, **more: Any) -> str:
+    """Create another subscription of the dead-letter topic; return its URL."""
     name = subscription._path("subscriptions", suffix)
     topic = subscription._path("topics", "dead")
     subscription.subscriber.create_subscription(request={"name": name, "topic": topic, **more})
     return f"pubsub://demo/{name.rpartition('/')[2]}"
 
 
-def bury(subscription: Subscription, body: bytes, **attributes: str) -> None:
+def publish_dead_letter(subscription: Subscription, body: bytes, **attributes: str) -> None:
+    """Publish a message to the dead-letter topic."""
     topic = subscription._path("topics", "dead")
     message = {"data": body, "attributes": attributes}
     subscription.publisher.publish(request={"topic": topic, "messages": [message]})
 
 
 def bodies(queue: PubSubQueue, wait: float = 5.0) -> list[bytes]:
-    """Look once, and leave all."""
-    letters = queue.dead_letters()
+    """Receive dead letters and release them."""
+    dead_letters = queue.dead_letters()
     try:
-        return [letter.delivery.body for letter in letters.receive(10, wait)]
+        return [dead_letter.delivery.body for dead_letter in dead_letters.receive(10, wait)]
     finally:
-        letters.close()
+        dead_letters.close()
 
 
-def test_the_only_subscription_that_is_pulled_is_found(subscription: Subscription, opened: Open) -> None:
-    """One that is pushed, to an archive maybe, is no place to look."""
-    attach(subscription, "pushed", push_config={"push_endpoint": "http://127.0.0.1:9/"})
-    bury(subscription, b"x")
+def test_only_pull_subscription_is_found(subscription: Subscription, opened: Open) -> None:
+    """A push subscription, for example to an archive, is ignored."""
+    add_subscription(subscription, "pushed", push_config={"push_endpoint": "http://127.0.0.1:9/"})
+    publish_dead_letter(subscription, b"x")
     assert bodies(opened(subscription.url)) == [b"x"]
 
 
-def test_of_several_one_is_to_be_named(subscription: Subscription, opened: Open) -> None:
-    """The error has their URLs. The setting is all there is to it then."""
-    other = attach(subscription, "other")
-    bury(subscription, b"x")
+def test_several_subscriptions_require_the_setting(subscription: Subscription, opened: Open) -> None:
+    """The error has their URLs. With the setting, the topic is not read."""
+    other = add_subscription(subscription, "other")
+    publish_dead_letter(subscription, b"x")
     text = f"set DEAD_LETTER_QUEUE_URL to one of pubsub://demo/{subscription.name}-dead, {other}"
     with pytest.raises(QueueError, match=f"^QUEUE_URL: .*{re.escape(text)}$"):
         opened(subscription.url).dead_letters()
     assert bodies(opened("pubsub://demo/another-worker", dead_letter_url=other)) == [b"x"]
 
 
-def test_the_queue_itself_is_no_place_of_dead_letters(subscription: Subscription, opened: Open) -> None:
-    """Else `dlq drop` would remove what is still to be handled."""
+def test_setting_must_not_be_the_queue_itself(subscription: Subscription, opened: Open) -> None:
+    """Otherwise `dlq drop` would remove messages that are not processed yet."""
     with pytest.raises(QueueURLError, match=r"^DEAD_LETTER_QUEUE_URL is QUEUE_URL: "):
         opened(subscription.url, dead_letter_url=subscription.url).dead_letters()
 
 
-def test_what_is_missing_is_named(subscription: Subscription, opened: Open, emulator: Emulator) -> None:
-    """With what to do: a policy, a subscription for its topic, the right name."""
+def test_missing_policy_or_subscription_is_reported(
+    subscription: Subscription, opened: Open, emulator: Emulator
+) -> None:
+    """With what to do: add a policy, create a subscription, or correct the name."""
     bare = Subscription(emulator, bare=True)
     with pytest.raises(QueueError) as missing:
         opened(bare.url).dead_letters()
@@ -98,22 +101,22 @@ def test_what_is_missing_is_named(subscription: Subscription, opened: Open, emul
             opened(subscription.url, dead_letter_url=wrong).dead_letters()
 
 
-def test_refusals_say_what_to_grant_or_to_set(
+def test_missing_permissions_are_reported(
     subscription: Subscription, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The emulator has no permissions: each call is refused in turn."""
+    """The emulator has no permissions, so each call is made to fail in turn."""
     queue = opened(subscription.url)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise google.PermissionDenied("no")  # type: ignore[no-untyped-call]
 
-    letters = queue.dead_letters()
+    dead_letters = queue.dead_letters()
     with monkeypatch.context() as patch:
         patch.setattr(queue._client, "pull", refuse)
         path = f"{subscription.path}-dead"
         with pytest.raises(QueueError, match=f"not permitted to pull .*: grant roles/pubsub.subscriber on {path}$"):
-            letters.receive(10, 1.0)
-    letters.close()
+            dead_letters.receive(10, 1.0)
+    dead_letters.close()
     with monkeypatch.context() as patch:
         patch.setattr(queue._publisher, "list_topic_subscriptions", refuse)
         with pytest.raises(QueueError, match=r"grant roles/pubsub.viewer on it, or set DEAD_LETTER_QUEUE_URL$"):
@@ -124,61 +127,61 @@ def test_refusals_say_what_to_grant_or_to_set(
             queue.dead_letters()
 
 
-def test_a_letter_whose_lease_was_lost_can_still_be_removed(subscription: Subscription, opened: Open) -> None:
-    """It is leased anew by the look that goes on, and not handed out again."""
-    bury(subscription, b"x")
-    letters = opened(subscription.url).dead_letters()
-    found = letters.receive(10, 5.0)
-    (old,) = [lease.handle for lease in letters._leases.values()]
-    letters._source.extend([old], 0)
-    assert letters.receive(10, 1.0) == []
-    (new,) = [lease.handle for lease in letters._leases.values()]
+def test_dead_letter_with_lost_lease_can_be_removed(subscription: Subscription, opened: Open) -> None:
+    """It is leased again by the next pull, and not returned twice."""
+    publish_dead_letter(subscription, b"x")
+    dead_letters = opened(subscription.url).dead_letters()
+    found = dead_letters.receive(10, 5.0)
+    (old,) = [lease.handle for lease in dead_letters._leases.values()]
+    dead_letters._source.extend([old], 0)
+    assert dead_letters.receive(10, 1.0) == []
+    (new,) = [lease.handle for lease in dead_letters._leases.values()]
     assert new != old
-    letters.remove(found)
-    letters.close()
+    dead_letters.remove(found)
+    dead_letters.close()
     assert subscription.pull(0.5, dead=True) == []
 
 
-def test_what_is_pulled_is_held_for_a_minute_at_once(
+def test_pulled_messages_are_leased_for_a_minute_at_once(
     subscription: Subscription, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The subscription's own deadline may be ten seconds. What cannot be held is not shown. Silence is no error."""
-    bury(subscription, b"x")
+    """The subscription's own deadline can be ten seconds. Without an extension, the messages are not returned."""
+    publish_dead_letter(subscription, b"x")
     queue = opened(subscription.url)
-    letters = queue.dead_letters()
-    told: list[dict[str, Any]] = []
+    dead_letters = queue.dead_letters()
+    requests: list[dict[str, Any]] = []
 
     def fail(*, request: dict[str, Any], **_: Any) -> None:
-        told.append(request)
+        requests.append(request)
         raise google.NotFound("gone")  # type: ignore[no-untyped-call]
 
-    def say_nothing(**_: Any) -> None:
+    def time_out(**_: Any) -> None:
         raise google.DeadlineExceeded("late")  # type: ignore[no-untyped-call]
 
     with monkeypatch.context() as patch:
         patch.setattr(queue._client, "modify_ack_deadline", fail)
         with pytest.raises(QueueError, match=r"cannot extend the leases of its dead letters in .*: 404 gone"):
-            letters.receive(10, 5.0)
-    assert [(len(request["ack_ids"]), request["ack_deadline_seconds"]) for request in told] == [(1, 60)]
+            dead_letters.receive(10, 5.0)
+    assert [(len(request["ack_ids"]), request["ack_deadline_seconds"]) for request in requests] == [(1, 60)]
     with monkeypatch.context() as patch:
-        patch.setattr(queue._client, "pull", say_nothing)
-        assert letters.receive(10, 0.1) == []
-    letters.close()
+        patch.setattr(queue._client, "pull", time_out)
+        assert dead_letters.receive(10, 0.1) == []
+    dead_letters.close()
 
 
-def test_removing_in_vain_is_told(subscription: Subscription, opened: Open) -> None:
-    """The subscription may be gone meanwhile."""
-    bury(subscription, b"x")
-    letters = opened(subscription.url).dead_letters()
-    found = letters.receive(10, 5.0)
+def test_failed_removal_is_reported(subscription: Subscription, opened: Open) -> None:
+    """For example, if the subscription was deleted."""
+    publish_dead_letter(subscription, b"x")
+    dead_letters = opened(subscription.url).dead_letters()
+    found = dead_letters.receive(10, 5.0)
     subscription.subscriber.delete_subscription(subscription=f"{subscription.path}-dead")
     with pytest.raises(QueueError, match=r"^QUEUE_URL: 1 dead letters may not have been removed: 404 "):
-        letters.remove(found)
-    letters.close()
+        dead_letters.remove(found)
+    dead_letters.close()
 
 
 @pytest.mark.parametrize(
-    ("attributes", "told"),
+    ("attributes", "expected"),
     [
         (
             {"CloudPubSubDeadLetterSourceDeliveryCount": "10", "reason": "stale", "message_id": "7", "attempt": "1"}
@@ -195,11 +198,11 @@ def test_removing_in_vain_is_told(subscription: Subscription, opened: Open) -> N
         ),
         ({"reason": "of the publisher's own"}, (None, None, {"reason": "of the publisher's own"}, "queue")),
     ],
-    ids=["the policy's", "ours", "unreadable", "anybody's"],
+    ids=["policy", "worker", "unreadable", "another publisher"],
 )
-def test_attributes_tell_who_gave_up(attributes: dict[str, str], told: tuple[Any, ...]) -> None:
-    """Pub/Sub's word counts more than ours, which a message that was sent again may still have on it."""
-    letter = _dead_letter(PubsubMessage(data=b"x", message_id="1", attributes=attributes, publish_time=PUBLISHED))
-    delivery = letter.delivery
-    assert (delivery.attempt, delivery.published_at, delivery.attributes, letter.failure.stage) == told
-    assert letter.dead_lettered_at == PUBLISHED
+def test_attributes_distinguish_policy_and_worker(attributes: dict[str, str], expected: tuple[Any, ...]) -> None:
+    """Pub/Sub's attributes take precedence: a replayed message can still have the worker's."""
+    dead_letter = _dead_letter(PubsubMessage(data=b"x", message_id="1", attributes=attributes, publish_time=PUBLISHED))
+    delivery = dead_letter.delivery
+    assert (delivery.attempt, delivery.published_at, delivery.attributes, dead_letter.failure.stage) == expected
+    assert dead_letter.dead_lettered_at == PUBLISHED

@@ -34,7 +34,7 @@ ACCOUNT = "pubsub@shop.iam.gserviceaccount.com"
 
 
 def envelope(data: bytes, **more: Any) -> bytes:
-    """Return what Pub/Sub posts."""
+    """Return the body of a push request of Pub/Sub."""
     message = {
         "data": base64.b64encode(data).decode(),
         "attributes": {"colour": "blue"},
@@ -45,11 +45,11 @@ def envelope(data: bytes, **more: Any) -> bytes:
 
 
 class Sender:
-    """Posts in the background, as Pub/Sub does, and keeps the answers."""
+    """Posts in the background, like Pub/Sub, and keeps the responses."""
 
     def __init__(self, queue: PushQueue) -> None:
         self.queue = queue
-        queue.receive(1, 0)  # listens from now on
+        queue.receive(1, 0)  # starts to listen
         self._pool = ThreadPoolExecutor(16)
 
     def __call__(self, body: bytes, **headers: str) -> Future[int]:
@@ -75,28 +75,28 @@ def received(queue: PushQueue, number: int = 1) -> list[PushDelivery]:
     return got
 
 
-def test_the_answer_is_the_settlement(queue: PushQueue) -> None:
-    """Nothing is answered before; 204 means the effect is in Klaviyo, anything else that it is not."""
+def test_response_is_the_settlement(queue: PushQueue) -> None:
+    """No response is sent before. 204 means that the effect is in Klaviyo."""
     send = Sender(queue)
-    answers = [send(envelope(b"%d" % number)) for number in range(3)]
+    responses = [send(envelope(b"%d" % number)) for number in range(3)]
     done, failed, poison = received(queue, 3)
     time.sleep(0.2)
-    assert not any(answer.done() for answer in answers)
+    assert not any(response.done() for response in responses)
     queue.ack([done])
     queue.nack([failed], 5.0, FAILURE)
     assert not queue.dead_letter(poison, FAILURE)
-    queue.ack([poison])  # too late to change anything
-    by_body = {b"%d" % number: answer.result(10) for number, answer in enumerate(answers)}
+    queue.ack([poison])  # too first_other_status to change anything
+    by_body = {b"%d" % number: response.result(10) for number, response in enumerate(responses)}
     assert [by_body[delivery.body] for delivery in (done, failed, poison)] == [204, 503, 500]
 
 
-def test_metadata_comes_out_of_the_envelope(queue: PushQueue) -> None:
-    """Id, attributes, attempt and the time of publishing, as from the other queues."""
+def test_envelope_has_the_metadata(queue: PushQueue) -> None:
+    """Id, attributes, attempt and the time of publishing, as in other queues."""
     send = Sender(queue)
-    answer = send(envelope(b"\xff body", deliveryAttempt=3))
+    response = send(envelope(b"\xff body", deliveryAttempt=3))
     (delivery,) = received(queue)
     queue.ack([delivery])
-    assert answer.result(10) == 204
+    assert response.result(10) == 204
     assert (delivery.id, delivery.body, delivery.attributes) == ("17", b"\xff body", {"colour": "blue"})
     assert delivery.attempt == 3
     assert delivery.published_at is not None
@@ -105,13 +105,13 @@ def test_metadata_comes_out_of_the_envelope(queue: PushQueue) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"message": 1}', b'{"notificationType": "Message"}'])
-def test_what_is_no_envelope_is_a_message_itself(body: bytes, queue: PushQueue) -> None:
-    """Payload unwrapping, or rubbish: the pipeline decides, and nothing is lost."""
-    answer = Sender(queue)(body)
+def test_body_without_envelope_is_the_message(body: bytes, queue: PushQueue) -> None:
+    """With payload unwrapping, or an invalid body: the pipeline decides."""
+    response = Sender(queue)(body)
     (delivery,) = received(queue)
     assert (delivery.body, delivery.attempt) == (body, None)
     queue.nack([delivery])
-    assert answer.result(10) == 503
+    assert response.result(10) == 503
 
 
 json_values = st.recursive(
@@ -135,7 +135,7 @@ json_values = st.recursive(
     )
 )
 def test_any_envelope_becomes_a_delivery(document: dict[str, Any]) -> None:
-    """Whatever is posted."""
+    """No request body causes an error."""
     delivery = push._delivery(json.dumps(document).encode(), lambda _: None)
     assert isinstance(delivery.body, bytes)
     assert isinstance(delivery.id, str)
@@ -143,14 +143,14 @@ def test_any_envelope_becomes_a_delivery(document: dict[str, Any]) -> None:
     assert delivery.published_at is None or delivery.published_at.tzinfo
 
 
-def test_only_post_is_answered(queue: PushQueue) -> None:
-    """A browser, or a scanner."""
+def test_only_post_is_accepted(queue: PushQueue) -> None:
+    """Other methods come from browsers and scanners."""
     Sender(queue)
     assert requests.get(f"http://127.0.0.1:{queue.port}/", timeout=5).status_code == 405
 
 
-def test_bodies_and_load_are_bounded(queue: PushQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """413 for what no Pub/Sub message can be; 429 when enough is held, by number or bytes."""
+def test_size_and_number_of_requests_are_limited(queue: PushQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """413 for a body larger than any Pub/Sub message; 429 if the limit of messages or bytes is reached."""
     monkeypatch.setattr(push, "MAX_BODY", 5_000)
     send = Sender(queue)
     assert send(b"x" * 5_001).result(10) == 413
@@ -158,7 +158,7 @@ def test_bodies_and_load_are_bounded(queue: PushQueue, monkeypatch: pytest.Monke
     deliveries = received(queue, 3)
     assert send(envelope(b"one too many")).result(10) == 429
     queue.ack(deliveries)
-    assert [answer.result(10) for answer in held] == [204] * 3
+    assert [response.result(10) for response in held] == [204] * 3
     monkeypatch.setattr(push, "MAX_BODY", 2_000_000)
     large = send(b"x" * 900_000)
     deliveries = received(queue)
@@ -167,17 +167,17 @@ def test_bodies_and_load_are_bounded(queue: PushQueue, monkeypatch: pytest.Monke
     assert large.result(10) == 204
 
 
-def test_a_sender_that_hung_up_is_forgotten(queue: PushQueue) -> None:
-    """It sends again: working on both would fill the endpoint with messages whose answers nobody hears."""
+def test_message_of_disconnected_client_is_dropped(queue: PushQueue) -> None:
+    """Pub/Sub sends the message again, and does not receive the response of the first request."""
     Sender(queue)
-    for _ in range(5):  # more than are taken at a time
+    for _ in range(5):  # more than the limit
         with pytest.raises(requests.Timeout):
             requests.post(f"http://127.0.0.1:{queue.port}/", envelope(b"x"), timeout=0.2)
     assert received_for(queue, 1.0) == []
 
 
-def test_a_body_without_a_length_counts_as_the_largest(queue: PushQueue) -> None:
-    """The bound on memory holds before anything is read."""
+def test_body_without_length_counts_as_the_largest(queue: PushQueue) -> None:
+    """The limit of memory applies before the body is read."""
     send = Sender(queue)
     held = send(envelope(b"x"))
     deliveries = received(queue)
@@ -187,16 +187,16 @@ def test_a_body_without_a_length_counts_as_the_largest(queue: PushQueue) -> None
     assert held.result(5) == 204
 
 
-def test_a_body_that_does_not_arrive_holds_no_place(queue: PushQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a few stalled senders would have everybody else answered 429."""
+def test_incomplete_body_times_out(queue: PushQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a few stalled clients would cause 429 for all others."""
     monkeypatch.setattr(push, "BODY_TIMEOUT", 0.2)
     send = Sender(queue)
     with socket.create_connection(("127.0.0.1", queue.port), timeout=5) as stalled:
         stalled.sendall(b"POST / HTTP/1.1\r\nHost: worker\r\nContent-Length: 900000\r\n\r\n{")
         assert stalled.recv(1000).startswith(b"HTTP/1.1 408")
-    answer = send(b"x" * 900_000)
+    response = send(b"x" * 900_000)
     queue.ack(received(queue))
-    assert answer.result(10) == 204
+    assert response.result(10) == 204
 
 
 def received_for(queue: PushQueue, seconds: float) -> list[PushDelivery]:
@@ -204,11 +204,11 @@ def received_for(queue: PushQueue, seconds: float) -> list[PushDelivery]:
     return list(queue.receive(10, 0))
 
 
-def late(send: Sender) -> int | None:
-    """Send until nobody listens any more; return an answer that is not 503."""
+def first_other_status(send: Sender) -> int | None:
+    """Send until the endpoint is closed; return the first status other than 503, or None."""
     for _ in range(50):
         try:
-            status = send(envelope(b"late")).result(5)
+            status = send(envelope(b"first_other_status")).result(5)
         except requests.RequestException:
             return None
         if status != 503:
@@ -217,10 +217,10 @@ def late(send: Sender) -> int | None:
     return 0
 
 
-def test_stopping_answers_who_was_not_received_and_lets_the_rest_finish(queue: PushQueue) -> None:
-    """503 at once for what nobody has begun; no new requests; what is in work gets its answer."""
+def test_stop_rejects_pending_requests_and_waits_for_others(queue: PushQueue) -> None:
+    """Pending and new requests get 503; a received message gets the response of its settlement."""
     send = Sender(queue)
-    begun = send(envelope(b"begun"))
+    in_work = send(envelope(b"in work"))
     deliveries = received(queue)
     waiting = send(envelope(b"waiting"))
     deadline = time.monotonic() + 10
@@ -228,29 +228,29 @@ def test_stopping_answers_who_was_not_received_and_lets_the_rest_finish(queue: P
         time.sleep(0.01)
     queue.stop()
     assert waiting.result(5) == 503
-    assert late(send) is None
-    assert not begun.done()
+    assert first_other_status(send) is None
+    assert not in_work.done()
     queue.ack(deliveries)
-    assert begun.result(5) == 204
+    assert in_work.result(5) == 204
     queue.close()
-    queue.ack(deliveries)  # the server is gone: no error
+    queue.ack(deliveries)  # the server is closed: no error
 
 
-def test_a_port_in_use_says_so(queue: PushQueue) -> None:
-    """Exit code 3, with the port."""
+def test_port_in_use_is_reported(queue: PushQueue) -> None:
+    """The exit code is 3; the error names the port."""
     queue.receive(1, 0)
     with pytest.raises(QueueError, match=f"cannot listen on 127.0.0.1 port {queue.port}: Address already in use"):
         PushQueue("127.0.0.1", queue.port, QueueOptions()).receive(1, 0)
 
 
-def test_the_url_names_host_port_and_whose_tokens_count() -> None:
-    """The port is PUB_SUB_PORT where the URL has none."""
+def test_url_has_host_port_audience_and_account() -> None:
+    """Without a port in the URL, the port is PUB_SUB_PORT."""
     port = free_port()
     queue = open_queue("push://127.0.0.1", QueueOptions(port=port, direct_dead_letter=True))
     assert isinstance(queue, PushQueue)
     assert (queue.host, queue.port, queue.lease_seconds) == ("127.0.0.1", port, None)
-    anybody, direct = map(str, queue.check())
-    assert "audience" in anybody
+    no_token, direct = map(str, queue.check())
+    assert "audience" in no_token
     assert "KLAVIYO_WORKER_DEAD_LETTER_MODE" in direct
     assert open_queue(f"push://[::1]:80?audience={AUDIENCE}&service_account={ACCOUNT}").check() == []
     half = (f"service_account={ACCOUNT}", f"audience={AUDIENCE}", "audience=", "audience=&service_account=")
@@ -260,8 +260,8 @@ def test_the_url_names_host_port_and_whose_tokens_count() -> None:
             open_queue(url)
 
 
-class Google:
-    """Signs tokens as Google does, and publishes its keys."""
+class FakeGoogle:
+    """Signs tokens like FakeGoogle, and serves its public keys."""
 
     def __init__(self) -> None:
         self.key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -299,35 +299,35 @@ class Google:
 
 
 @pytest.fixture
-def google() -> Iterator[Google]:
-    running = Google()
+def google() -> Iterator[FakeGoogle]:
+    running = FakeGoogle()
     yield running
     running.close()
 
 
 @pytest.fixture
-def guarded(google: Google) -> Iterator[PushQueue]:
+def verifying_queue(google: FakeGoogle) -> Iterator[PushQueue]:
     queue = PushQueue("127.0.0.1", 0, QueueOptions(), TokenVerifier(AUDIENCE, ACCOUNT, google.url))
     yield queue
     queue.close()
 
 
-def test_with_an_audience_only_googles_token_opens(
-    google: Google, guarded: PushQueue, caplog: pytest.LogCaptureFixture
+def test_only_valid_token_is_accepted(
+    google: FakeGoogle, verifying_queue: PushQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Signature, audience, issuer, time, and service account."""
-    send = Sender(guarded)
-    answer = send(envelope(b"mine"), Authorization=f"Bearer {google.token()}")
-    guarded.ack(received(guarded))
-    assert answer.result(10) == 204
-    stranger = Google()
+    """Signature, audience, issuer, time and service account are verified."""
+    send = Sender(verifying_queue)
+    response = send(envelope(b"mine"), Authorization=f"Bearer {google.token()}")
+    verifying_queue.ack(received(verifying_queue))
+    assert response.result(10) == 204
+    other = FakeGoogle()
     now = int(time.time())
     forged = [
-        stranger.token(),
+        other.token(),
         google.token(aud="https://other.example.com"),
         google.token(iss="https://evil.example.com"),
         google.token(iat=now - 7200, exp=now - 3600),
-        google.token(email="somebody@else.example"),
+        google.token(email="other@example.com"),
         google.token(email_verified=False),
         jwt.encode({"aud": AUDIENCE}, "secret-of-at-least-thirty-two-bytes", algorithm="HS256", headers={"kid": "1"}),
         jwt.encode({"aud": AUDIENCE}, "", algorithm="none", headers={"kid": "1"}),
@@ -337,25 +337,25 @@ def test_with_an_audience_only_googles_token_opens(
     assert [send(b"{}", Authorization=f"Bearer {token}").result(10) for token in forged] == [401] * len(forged)
     assert send(b"{}").result(10) == 401
     assert send(b"{}", Authorization="Basic eDp5").result(10) == 401
-    assert guarded.receive(10, 0.1) == []
+    assert verifying_queue.receive(10, 0.1) == []
     assert all(token not in caplog.text for token in forged if token)
-    stranger.close()
+    other.close()
 
 
-def test_a_token_whose_signature_cloud_run_removed_proves_nothing(
-    google: Google, guarded: PushQueue, caplog: pytest.LogCaptureFixture
+def test_token_without_signature_is_rejected(
+    google: FakeGoogle, verifying_queue: PushQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Cloud Run does so when it has checked the token itself; the log says what to do."""
+    """Cloud Run removes the signature after it has verified the token; the log says what to do."""
     token = google.token().rpartition(".")[0] + ".SIGNATURE_REMOVED_BY_GOOGLE"
-    assert Sender(guarded)(b"{}", Authorization=f"Bearer {token}").result(10) == 401
+    assert Sender(verifying_queue)(b"{}", Authorization=f"Bearer {token}").result(10) == 401
     assert "remove audience and service_account from QUEUE_URL" in str([vars(record) for record in caplog.records])
 
 
-def test_keys_out_of_reach_are_no_refusal() -> None:
-    """Pub/Sub sends it again, and the message waits."""
+def test_unavailable_keys_cause_redelivery() -> None:
+    """Pub/Sub sends the message again."""
     verifier = TokenVerifier(AUDIENCE, ACCOUNT, f"http://127.0.0.1:{free_port()}/certs")
     queue = PushQueue("127.0.0.1", 0, QueueOptions(), verifier)
-    google = Google()
+    google = FakeGoogle()
     try:
         assert Sender(queue)(b"{}", Authorization=f"Bearer {google.token()}").result(10) == 503
     finally:
@@ -363,8 +363,8 @@ def test_keys_out_of_reach_are_no_refusal() -> None:
         google.close()
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who pulls does without uvicorn; who is pushed to is told what to install."""
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that pull do not need uvicorn."""
     monkeypatch.delitem(sys.modules, "adapters.push.queue")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(QueueError, match=r"push:// needs uvicorn, .* pip install 'klaviyo-worker\[push\]'"):

@@ -1,4 +1,4 @@
-"""The SQS adapter on moto, and behind a relay that answers as moto cannot."""
+"""The SQS adapter on moto, and behind a relay that sends responses that moto cannot."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def queue(moto: Server) -> Queue:
 
 @pytest.fixture
 def network(moto: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
-    """All calls of queues opened from now on go by a relay."""
+    """A relay for all calls of queues that are open_queues afterwards."""
     relay = Network(moto)
     monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", f"http://127.0.0.1:{relay.port}")
     yield relay
@@ -59,24 +59,24 @@ def network(moto: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
 
 
 @pytest.fixture
-def opened() -> Iterator[Open]:
-    """Open queues, with polls that end soon, as closing waits for them; closed in the end."""
+def open_queues() -> Iterator[Open]:
+    """Open queues with short polls, because closing waits for them; close them at the end."""
     queues: list[SQSQueue] = []
 
-    def open_(queue: Queue, lease_seconds: float = 60.0, **options: Any) -> SQSQueue:
+    def open_one(queue: Queue, lease_seconds: float = 60.0, **options: Any) -> SQSQueue:
         client = aws.connect()
         queues.append(
             SQSQueue(client, queue.queue_url, QueueOptions(**options), lease_seconds=lease_seconds, poll_seconds=1)
         )
         return queues[-1]
 
-    yield open_
+    yield open_one
     for queue in queues:
         queue.close()
 
 
 def receive(queue: SQSQueue, number: int, wait: float = 15.0) -> list[SQSDelivery]:
-    """Receive so many messages, or what came in time."""
+    """Receive `number` messages, or those that arrive within `wait` seconds."""
     deadline = time.monotonic() + wait
     got: list[SQSDelivery] = []
     while len(got) < number and time.monotonic() < deadline:
@@ -89,117 +89,124 @@ def numbered(number: int) -> list[bytes]:
 
 
 def logged(caplog: pytest.LogCaptureFixture, *names: str) -> list[tuple[str, Any]]:
-    """Return what was logged: its name, and how many messages it was about."""
+    """Return the events of the log, with the number of messages that each concerns."""
     records = [(record.message, vars(record).get("messages")) for record in caplog.records]
     return [record for record in records if not names or record[0] in names]
 
 
-def test_attributes_arrive_and_receipts_are_not_shown(queue: Queue, opened: Open) -> None:
-    """Who reads a log must not be able to delete messages."""
+def test_attributes_arrive_and_receipt_is_not_shown(queue: Queue, open_queues: Open) -> None:
+    """A reader of the log must not be able to delete messages."""
     queue.publish("é \U0001f600".encode(), colour="blue", number="7")
-    ours = opened(queue)
-    (delivery,) = receive(ours, 1)
+    adapter = open_queues(queue)
+    (delivery,) = receive(adapter, 1)
     assert (delivery.body, delivery.attributes) == ("é \U0001f600".encode(), {"colour": "blue", "number": "7"})
     assert delivery.receipt not in repr(delivery)
 
 
-def test_what_is_sent_back_counts_when_sqs_does_not_see_it(queue: Queue, network: Network, opened: Open) -> None:
-    """Its counts are approximate, and may be forbidden: an empty queue is never told from them."""
+def test_backlog_includes_returned_messages(queue: Queue, network: Network, open_queues: Open) -> None:
+    """SQS's counts are approximate and can be forbidden, so the backlog is never 0."""
     queue.publish(b"x")
-    ours = opened(queue)
-    held = receive(ours, 1)
+    adapter = open_queues(queue)
+    held = receive(adapter, 1)
     network.always["GetQueueAttributes"] = DENIED
-    assert ours.backlog() is None
-    ours.nack(held, 5.0, FAILURE)
+    assert adapter.backlog() is None
+    adapter.nack(held, 5.0, FAILURE)
     network.always["GetQueueAttributes"] = BROKEN
-    assert ours.backlog() == 1
+    assert adapter.backlog() == 1
 
 
-def test_leases_are_extended_of_what_is_held_and_of_what_waits(queue: Queue, opened: Open) -> None:
-    """Past the time they were received for, which is ours to say, not the queue's."""
+def test_leases_of_held_and_pending_messages_are_extended(queue: Queue, open_queues: Open) -> None:
+    """The adapter sets the visibility timeout, not the queue."""
     queue.set_attributes(VisibilityTimeout="0")
     queue.publish(b"held", b"waiting")
-    ours = opened(queue, lease_seconds=2.0)
-    held = receive(ours, 1)
-    ours.receive(1, 0)  # what its poll brings waits
+    adapter = open_queues(queue, lease_seconds=2.0)
+    held = receive(adapter, 1)
+    adapter.receive(1, 0)  # the message of its poll is pending
     deadline = time.monotonic() + 10
-    while not ours._polling.pending() and time.monotonic() < deadline:
+    while not adapter._polling.pending() and time.monotonic() < deadline:
         time.sleep(0.01)
     for _ in range(4):
-        ours.extend(held, 2.0)
+        adapter.extend(held, 2.0)
         time.sleep(0.8)
         assert queue.pull() == []
-    ours.ack([*held, *receive(ours, 1)])
+    adapter.ack([*held, *receive(adapter, 1)])
     assert queue.count() == 0
 
 
-def test_what_waited_longer_than_its_lease_is_not_handed_out(queue: Queue, network: Network, opened: Open) -> None:
-    """A parked worker leaves it in the inbox, and SQS may not be told to extend it: it comes again by itself."""
+def test_pending_message_with_expired_lease_is_dropped(queue: Queue, network: Network, open_queues: Open) -> None:
+    """A parked worker does not receive it, and SQS can refuse its extension. SQS redelivers it."""
     network.always["ChangeMessageVisibilityBatch"] = DENIED
     queue.publish(b"a")
-    ours = opened(queue, lease_seconds=1.0)
-    ours.receive(1, 0)  # what its poll brings waits
+    adapter = open_queues(queue, lease_seconds=1.0)
+    adapter.receive(1, 0)  # the message of its poll is pending
     deadline = time.monotonic() + 10
-    while not ours._polling.pending() and time.monotonic() < deadline:
+    while not adapter._polling.pending() and time.monotonic() < deadline:
         time.sleep(0.01)
     with pytest.raises(QueueError, match="leases"):
-        ours.extend([], 1.0)
+        adapter.extend([], 1.0)
     time.sleep(1.1)
-    (again,) = receive(ours, 1)
+    (again,) = receive(adapter, 1)
     assert again.attempt == 2
-    assert ours._polling._expected == 0
-    ours.ack([again])
+    assert adapter._polling._expected == 0
+    adapter.ack([again])
 
 
-def test_a_lease_that_ended_is_no_error(queue: Queue, opened: Open, caplog: pytest.LogCaptureFixture) -> None:
-    """The message came again by then; the first holder's acks and nacks change nothing for the second."""
+def test_settling_after_lost_lease_has_no_effect(
+    queue: Queue, open_queues: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The message was redelivered by then."""
     queue.publish(b"x")
-    ours = opened(queue, lease_seconds=1.0)
-    late = receive(ours, 1)
-    (again,) = receive(ours, 1)
+    adapter = open_queues(queue, lease_seconds=1.0)
+    late = receive(adapter, 1)
+    (again,) = receive(adapter, 1)
     assert again.attempt == 2
     queue.client.delete_message(QueueUrl=queue.queue_url, ReceiptHandle=again.receipt)
-    ours.nack(late, 0.0, FAILURE)
-    ours.extend(late, 60)
-    ours.ack(late)
-    assert logged(caplog) == [("lease_lost", 1), ("lease_lost", 1)]  # of a nack and an extension; acks are not told
-    assert receive(ours, 1, wait=0.5) == []
+    adapter.nack(late, 0.0, FAILURE)
+    adapter.extend(late, 60)
+    adapter.ack(late)
+    assert logged(caplog) == [
+        ("lease_lost", 1),
+        ("lease_lost", 1),
+    ]  # of a nack and an extension; SQS reports success for the ack
+    assert receive(adapter, 1, wait=0.5) == []
 
 
-def test_no_lease_is_asked_for_that_sqs_does_not_grant(queue: Queue, network: Network, opened: Open) -> None:
-    """Twelve hours from the receipt at the most; then the message comes again, and the worker knows that it may."""
+def test_leases_are_limited_to_twelve_hours(queue: Queue, network: Network, open_queues: Open) -> None:
+    """That is SQS's limit from the receipt; the worker gets an error, because the message can be redelivered."""
     queue.publish(b"x")
-    ours = opened(queue)
-    (held,) = receive(ours, 1)
+    adapter = open_queues(queue)
+    (held,) = receive(adapter, 1)
     old = replace(held, received_at=held.received_at - sqs_settlement.MAX_HOLD + 30)
     with pytest.raises(QueueError, match="twelve hours"):
-        ours.extend([old], 60.0)
-    ours.nack([old], 600.0, FAILURE)
-    ours.nack([replace(held, received_at=held.received_at - 13 * 3600)], 600.0, FAILURE)
-    told = [request["Entries"][0]["VisibilityTimeout"] for request in network.requests["ChangeMessageVisibilityBatch"]]
-    assert [29 <= told[0] <= 30, 29 <= told[1] <= 30, told[2]] == [True, True, 0]
+        adapter.extend([old], 60.0)
+    adapter.nack([old], 600.0, FAILURE)
+    adapter.nack([replace(held, received_at=held.received_at - 13 * 3600)], 600.0, FAILURE)
+    seconds = [
+        request["Entries"][0]["VisibilityTimeout"] for request in network.requests["ChangeMessageVisibilityBatch"]
+    ]
+    assert [29 <= seconds[0] <= 30, 29 <= seconds[1] <= 30, seconds[2]] == [True, True, 0]
     before = len(network.requests["ChangeMessageVisibilityBatch"])
     with pytest.raises(QueueError, match="twelve hours"):
-        ours.extend([replace(held, received_at=held.received_at - 13 * 3600)], 60.0)
+        adapter.extend([replace(held, received_at=held.received_at - 13 * 3600)], 60.0)
     assert len(network.requests["ChangeMessageVisibilityBatch"]) == before
 
 
-def test_a_delay_is_never_cut(queue: Queue, network: Network, opened: Open) -> None:
-    """SQS takes whole seconds; a message comes again no sooner than asked."""
+def test_delay_is_rounded_up(queue: Queue, network: Network, open_queues: Open) -> None:
+    """SQS accepts whole seconds. A message must not be redelivered early."""
     queue.publish(b"x")
-    ours = opened(queue)
-    ours.nack(receive(ours, 1), 0.4, FAILURE)
+    adapter = open_queues(queue)
+    adapter.nack(receive(adapter, 1), 0.4, FAILURE)
     (request,) = network.requests["ChangeMessageVisibilityBatch"]
     assert request["Entries"][0]["VisibilityTimeout"] == 1
 
 
-def test_entries_that_fail_are_told_again_one_by_one(
-    queue: Queue, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
+def test_only_retryable_entries_are_retried(
+    queue: Queue, network: Network, open_queues: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Those whose fault is SQS's; a lease that ended is counted, and one that is refused is said to be."""
+    """Lost leases are counted, and rejected entries are logged."""
     queue.publish(*numbered(6))
-    ours = opened(queue)
-    held = receive(ours, 6)
+    adapter = open_queues(queue)
+    held = receive(adapter, 6)
     failed = [
         {"Id": "0", "SenderFault": False, "Code": "InternalError", "Message": "try again"},
         {"Id": "1", "SenderFault": True, "Code": "ReceiptHandleIsInvalid"},
@@ -208,7 +215,7 @@ def test_entries_that_fail_are_told_again_one_by_one(
         {"Id": "5", "SenderFault": False, "Code": "ReceiptHandleIsInvalid"},
     ]
     network.responses["DeleteMessageBatch"].append(Response(200, Failed=failed, Successful=[{"Id": "3"}]))
-    ours.ack(held)
+    adapter.ack(held)
     first, second = ([e["ReceiptHandle"] for e in r["Entries"]] for r in network.requests["DeleteMessageBatch"])
     assert first == [delivery.receipt for delivery in held]
     assert second == [held[0].receipt, held[4].receipt]
@@ -216,183 +223,185 @@ def test_entries_that_fail_are_told_again_one_by_one(
     assert vars(caplog.records[1])["reason"] == "Strange: because"
 
 
-def test_many_are_settled_in_calls_of_ten(
-    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch
+def test_messages_are_settled_in_calls_of_ten(
+    queue: Queue, network: Network, open_queues: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each entry has a name of its own; all of them go."""
-    monkeypatch.setattr(sqs_settlement, "THREADS", 1)  # moto loses count of what is deleted side by side
-    ours = opened(queue)
+    """Each entry has a unique id."""
+    monkeypatch.setattr(sqs_settlement, "THREADS", 1)  # moto miscounts concurrent deletions
+    adapter = open_queues(queue)
     queue.publish(*numbered(25))
-    held = receive(ours, 25)
-    ours.ack(held)
+    held = receive(adapter, 25)
+    adapter.ack(held)
     entries = [request["Entries"] for request in network.requests["DeleteMessageBatch"]]
-    assert sorted(len(some) for some in entries) == [5, 10, 10]
-    assert len({entry["Id"] for some in entries for entry in some}) == 25
+    assert sorted(len(batch) for batch in entries) == [5, 10, 10]
+    assert len({entry["Id"] for batch in entries for entry in batch}) == 25
     assert queue.count() == 0
 
 
-@pytest.mark.parametrize("trouble", [BUSY, BROKEN, Response(200)], ids=["throttled", "5xx", "nothing said"])
-def test_acks_insist(
-    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch, trouble: Response
+@pytest.mark.parametrize("failure", [BUSY, BROKEN, Response(200)], ids=["throttled", "5xx", "no entry"])
+def test_ack_is_retried(
+    queue: Queue, network: Network, open_queues: Open, monkeypatch: pytest.MonkeyPatch, failure: Response
 ) -> None:
-    """A message whose ack is lost comes twice; a nack that is lost costs a lease at most."""
+    """A message whose ack is lost is processed twice."""
     monkeypatch.setattr(sqs_settlement, "NACK_TIMEOUT", 0.0)
     queue.publish(b"a")
-    ours = opened(queue)
-    held = receive(ours, 1)
-    network.responses["DeleteMessageBatch"].extend([trouble] * 3)
-    ours.ack(held)
+    adapter = open_queues(queue)
+    held = receive(adapter, 1)
+    network.responses["DeleteMessageBatch"].extend([failure] * 3)
+    adapter.ack(held)
     assert len(network.requests["DeleteMessageBatch"]) == 4
     assert queue.count() == 0
 
 
-def test_an_ack_that_is_refused_is_told_and_no_error(
-    queue: Queue, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
+def test_refused_ack_is_logged(
+    queue: Queue, network: Network, open_queues: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The messages come again; nothing else stops."""
+    """SQS redelivers the messages; nothing else fails."""
     queue.publish(b"a")
-    ours = opened(queue)
-    held = receive(ours, 1)
+    adapter = open_queues(queue)
+    held = receive(adapter, 1)
     network.always["DeleteMessageBatch"] = DENIED
-    ours.ack(held)
+    adapter.ack(held)
     assert len(network.requests["DeleteMessageBatch"]) == 1
     assert logged(caplog) == [("settlement_failed", 1)]
 
 
-def test_a_longer_outage_ends_the_insisting(
+def test_retries_of_ack_end_with_the_lease(
     queue: Queue,
     network: Network,
-    opened: Open,
+    open_queues: Open,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By then the messages have been given to somebody else. One call that finds nobody speaks for the others."""
+    """By then the messages were redelivered. After one unreachable call, the others of that attempt are skipped."""
     monkeypatch.setattr(sqs_settlement, "ACK_TIMEOUT", 0.3)
     monkeypatch.setattr(sqs_settlement, "THREADS", 1)
     queue.publish(b"a")
-    ours = opened(queue)
-    (held,) = receive(ours, 1)
+    adapter = open_queues(queue)
+    (held,) = receive(adapter, 1)
     network.always["DeleteMessageBatch"] = BROKEN
-    ours.ack([held] * 500)
+    adapter.ack([held] * 500)
     assert len(network.requests["DeleteMessageBatch"]) < 50
     assert logged(caplog) == [("settlement_failed", 500)]
 
 
 @pytest.mark.parametrize("number", [1, 30])
-def test_closing_ends_the_insisting(queue: Queue, network: Network, opened: Open, number: int) -> None:
-    """What the grace period did not suffice for is not waited for any more."""
+def test_close_ends_retries(queue: Queue, network: Network, open_queues: Open, number: int) -> None:
+    """After the grace period, no retries delay the shutdown."""
     queue.publish(b"a")
-    ours = opened(queue)
-    (held,) = receive(ours, 1)
+    adapter = open_queues(queue)
+    (held,) = receive(adapter, 1)
     network.always["DeleteMessageBatch"] = BROKEN
-    acking = threading.Thread(target=ours.ack, args=([held] * number,))
+    acking = threading.Thread(target=adapter.ack, args=([held] * number,))
     acking.start()
     deadline = time.monotonic() + 10
     while not network.requests["DeleteMessageBatch"] and time.monotonic() < deadline:
         time.sleep(0.01)
-    ours.close()
+    adapter.close()
     acking.join(10)
     assert not acking.is_alive()
-    ours.ack([held] * number)  # a lane that is still at it hears nothing worse than that it failed
+    adapter.ack([held] * number)  # a lane that still acks gets no exception
 
 
-def test_an_extension_is_tried_once(
-    queue: Queue, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
+def test_extension_is_not_retried(
+    queue: Queue, network: Network, open_queues: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One that insists could overtake a nack. That it failed is said: the messages may not be ours any more."""
+    """A retry could overtake a nack. The caller gets an error, because leases may end."""
     queue.publish(b"a")
-    ours = opened(queue)
-    held = receive(ours, 1)
-    ours.extend(held, 60)
+    adapter = open_queues(queue)
+    held = receive(adapter, 1)
+    adapter.extend(held, 60)
     network.always["ChangeMessageVisibilityBatch"] = BROKEN
     with pytest.raises(QueueError, match="leases"):
-        ours.extend(held, 61)
+        adapter.extend(held, 61)
     assert len(network.requests["ChangeMessageVisibilityBatch"]) == 1 + aws.ATTEMPTS
     assert [vars(record)["action"] for record in caplog.records] == ["extend"]
 
 
-def test_an_extension_leaves_alone_what_is_settled_meanwhile(
-    queue: Queue, opened: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_extension_skips_messages_settled_in_the_meantime(
+    queue: Queue, open_queues: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes a while for thousands: a nack is not undone, and an ack is no lost lease."""
-    monkeypatch.setattr(sqs_settlement, "THREADS", 1)  # a call after the other
+    """Extending thousands takes a while. A nack is not undone, and an ack is not reported as a lost lease."""
+    monkeypatch.setattr(sqs_settlement, "THREADS", 1)  # sequential calls
     queue.publish(*numbered(20))
-    ours = opened(queue)
-    held = receive(ours, 20)
-    change = ours._client.change_message_visibility_batch
+    adapter = open_queues(queue)
+    held = receive(adapter, 20)
+    change = adapter._client.change_message_visibility_batch
 
-    def settle_meanwhile(**asked: Any) -> Any:
-        monkeypatch.setattr(ours._client, "change_message_visibility_batch", change)
-        ours.ack([held[0], held[15]])
-        ours.nack([held[16]], 0.0, FAILURE)
-        return change(**asked)
+    def settle_during_extension(**request: Any) -> Any:
+        monkeypatch.setattr(adapter._client, "change_message_visibility_batch", change)
+        adapter.ack([held[0], held[15]])
+        adapter.nack([held[16]], 0.0, FAILURE)
+        return change(**request)
 
-    monkeypatch.setattr(ours._client, "change_message_visibility_batch", settle_meanwhile)
-    ours.extend(held, 60.0)
+    monkeypatch.setattr(adapter._client, "change_message_visibility_batch", settle_during_extension)
+    adapter.extend(held, 60.0)
     assert logged(caplog) == []
-    assert [delivery.body for delivery in receive(ours, 1)] == [held[16].body]
+    assert [delivery.body for delivery in receive(adapter, 1)] == [held[16].body]
 
 
-def test_what_the_queue_gives_up_on_is_logged_with_its_last_reason(
-    moto: Server, opened: Open, caplog: pytest.LogCaptureFixture
+def test_last_failure_is_logged_if_the_policy_dead_letters(
+    moto: Server, open_queues: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The dead letter itself tells none. Nothing is waited for any more."""
+    """The dead letter itself has no reason. The message is no longer expected."""
     queue = Queue(moto, receives=2)
     queue.publish(b"poison")
-    ours = opened(queue)
-    ours.check()
-    ours.nack(receive(ours, 1), 0.0, FAILURE)
-    assert len(ours._expected_redeliveries) == 1
-    ours.nack(receive(ours, 1), 0.0, FAILURE)
-    assert len(ours._expected_redeliveries) == 0
+    adapter = open_queues(queue)
+    adapter.check()
+    adapter.nack(receive(adapter, 1), 0.0, FAILURE)
+    assert len(adapter._expected_redeliveries) == 1
+    adapter.nack(receive(adapter, 1), 0.0, FAILURE)
+    assert len(adapter._expected_redeliveries) == 0
     assert [(record.message, vars(record)["reason"]) for record in caplog.records] == [
         ("queue_gave_up", FAILURE.reason)
     ]
-    assert receive(ours, 1, wait=0.5) == []
+    assert receive(adapter, 1, wait=0.5) == []
     assert bodies(queue.dead_letters(1)) == [b"poison"]
-    assert ours.backlog() is None
+    assert adapter.backlog() is None
 
 
-def test_poison_without_a_policy_comes_seldom(moto: Server, opened: Open) -> None:
-    """Nobody counts, so nothing may spin. Where the policy is not known there may be one, which has to be reached."""
+def test_dead_letter_without_policy_delays_the_message(moto: Server, open_queues: Open) -> None:
+    """SQS redelivers indefinitely. If the policy is unknown, redeliveries must reach its limit."""
     queue = Queue(moto, receives=None)
     queue.publish(b"poison")
-    ours = opened(queue)
-    (delivery,) = receive(ours, 1)
-    assert not ours.dead_letter(delivery, FAILURE)
-    (delivery,) = receive(ours, 1)
-    ours.check()
-    assert not ours.dead_letter(delivery, FAILURE)
-    assert receive(ours, 1, wait=1) == []
+    adapter = open_queues(queue)
+    (delivery,) = receive(adapter, 1)
+    assert not adapter.dead_letter(delivery, FAILURE)
+    (delivery,) = receive(adapter, 1)
+    adapter.check()
+    assert not adapter.dead_letter(delivery, FAILURE)
+    assert receive(adapter, 1, wait=1) == []
 
 
-def test_poison_does_not_spin_where_the_policy_is_not_known(queue: Queue, network: Network, opened: Open) -> None:
-    """There may be none, and every turn is paid for."""
+def test_dead_letter_backs_off_if_the_policy_is_unknown(queue: Queue, network: Network, open_queues: Open) -> None:
+    """There may be no policy, and AWS charges for every request."""
     queue.publish(b"poison")
-    ours = opened(queue)
-    (delivery,) = receive(ours, 1)
+    adapter = open_queues(queue)
+    (delivery,) = receive(adapter, 1)
     for attempt in (1, 5, 10_000):
-        assert not ours.dead_letter(replace(delivery, attempt=attempt), FAILURE)
-    told = [request["Entries"][0]["VisibilityTimeout"] for request in network.requests["ChangeMessageVisibilityBatch"]]
-    assert told == [2, 32, 3600]
+        assert not adapter.dead_letter(replace(delivery, attempt=attempt), FAILURE)
+    seconds = [
+        request["Entries"][0]["VisibilityTimeout"] for request in network.requests["ChangeMessageVisibilityBatch"]
+    ]
+    assert seconds == [2, 32, 3600]
 
 
-def test_direct_dead_letters_carry_their_reason(queue: Queue, opened: Open) -> None:
-    """Buried at the first attempt; its own attributes are kept as far as ten go."""
-    queue.publish(b"poison", reason="theirs", **{f"own{number}": "é" for number in range(9)})
-    ours = opened(queue, direct_dead_letter=True)
-    assert ours.check() == []
-    (delivery,) = receive(ours, 1)
+def test_direct_dead_letter_has_its_reason(queue: Queue, open_queues: Open) -> None:
+    """It is sent at the first attempt, with as many of the original attributes as SQS allows."""
+    queue.publish(b"poison", reason="original", **{f"own{number}": "é" for number in range(9)})
+    adapter = open_queues(queue, direct_dead_letter=True)
+    assert adapter.check() == []
+    (delivery,) = receive(adapter, 1)
     failure = Failure("Klaviyo said \x00 " + "é" * 2000, "send", "Rejected", "OrderCreated", "order", "")
-    assert ours.dead_letter(delivery, failure)
-    (letter,) = queue.dead_letters(1)
-    told = {name: value["StringValue"] for name, value in letter["MessageAttributes"].items()}
-    reason = told.pop("reason")
+    assert adapter.dead_letter(delivery, failure)
+    (dead_letter,) = queue.dead_letters(1)
+    values = {name: value["StringValue"] for name, value in dead_letter["MessageAttributes"].items()}
+    reason = values.pop("reason")
     assert reason.startswith("Klaviyo said \N{REPLACEMENT CHARACTER} é")
     assert len(reason.encode()) in {1023, 1024}
-    own = {name: told.pop(name) for name in list(told) if name.startswith("own")}
+    own = {name: values.pop(name) for name in list(values) if name.startswith("own")}
     assert own == dict.fromkeys(("own0", "own1"), "é")
-    assert told == {
+    assert values == {
         "stage": "send",
         "error": "Rejected",
         "message_type": "OrderCreated",
@@ -401,249 +410,249 @@ def test_direct_dead_letters_carry_their_reason(queue: Queue, opened: Open) -> N
         "message_id": delivery.id,
         "attempt": "1",
     }
-    assert letter["Body"] == "poison"
+    assert dead_letter["Body"] == "poison"
     assert queue.count() == 0
 
 
-def test_a_dead_letter_that_cannot_be_sent_is_not_lost(
-    queue: Queue, opened: Open, caplog: pytest.LogCaptureFixture
+def test_message_is_redelivered_if_dead_letter_cannot_be_sent(
+    queue: Queue, open_queues: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without its queue the message comes again."""
+    """For example, if the dead-letter queue does not exist."""
     queue.publish(b"poison")
-    ours = opened(queue, direct_dead_letter=True)
-    (unknown,) = receive(ours, 1)
-    assert not ours.dead_letter(unknown, FAILURE)
-    ours.check()
+    adapter = open_queues(queue, direct_dead_letter=True)
+    (unknown,) = receive(adapter, 1)
+    assert not adapter.dead_letter(unknown, FAILURE)
+    adapter.check()
     queue.client.delete_queue(QueueUrl=queue.dead_url)
-    (delivery,) = receive(ours, 1)
-    assert not ours.dead_letter(delivery, FAILURE)
-    (again,) = receive(ours, 1)
+    (delivery,) = receive(adapter, 1)
+    assert not adapter.dead_letter(delivery, FAILURE)
+    (again,) = receive(adapter, 1)
     assert again.attempt == 3
     assert logged(caplog, "dead_letter_failed") == [("dead_letter_failed", None)]
-    ours.ack([again])
+    adapter.ack([again])
 
 
-def test_check_names_what_the_queue_lacks(moto: Server, opened: Open) -> None:
-    """One sentence each, with the command that mends it."""
+def test_check_reports_missing_policies(moto: Server, open_queues: Open) -> None:
+    """Each warning has the command that fixes it."""
     bare = Queue(moto, receives=None)
-    (policy,) = opened(bare).check()
+    (policy,) = open_queues(bare).check()
     assert f"aws sqs set-queue-attributes --queue-url {bare.queue_url} --attributes" in policy.todo
     assert "no redrive policy" in policy.reason
     assert policy.is_missing_policy
     with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: .* has no dead-letter queue"):
-        opened(bare, direct_dead_letter=True).check()
+        open_queues(bare, direct_dead_letter=True).check()
     few = Queue(moto, receives=4)
     few.client.delete_queue(QueueUrl=few.dead_url)
-    dead, receives = opened(few).check()
+    dead, receives = open_queues(few).check()
     assert str(dead) == f"the dead-letter queue: {few.name}-dead does not exist: create it, or correct name or region"
     assert "after 4 receives" in receives.reason
     assert (dead.is_missing_policy, receives.is_missing_policy) == (True, False)
     with pytest.raises(QueueError, match=f"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: .* {few.name}-dead does not exist"):
-        opened(few, direct_dead_letter=True).check()
+        open_queues(few, direct_dead_letter=True).check()
     few.client.delete_queue(QueueUrl=few.queue_url)
     with pytest.raises(QueueError, match=f"QUEUE_URL: {few.name} does not exist: create it"):
-        opened(few).check()
+        open_queues(few).check()
 
 
-def test_who_may_not_read_the_queue_is_warned_and_works(
-    moto: Server, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
+def test_missing_permission_to_read_the_queue_is_a_warning(
+    moto: Server, network: Network, open_queues: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The policy is unknown, which only direct dead letters cannot do without."""
+    """The policy is unknown. Only direct mode requires it."""
     network.always["GetQueueAttributes"] = DENIED
     queue = Queue(moto)
-    (warning,) = opened(queue).check()
+    (warning,) = open_queues(queue).check()
     assert warning.todo == "grant sqs:GetQueueAttributes on it"
     with pytest.raises(
         QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: .* grant sqs:GetQueueAttributes on it"
     ):
-        opened(queue, direct_dead_letter=True).check()
-    assert opened(queue).counts() == (None, None)
+        open_queues(queue, direct_dead_letter=True).check()
+    assert open_queues(queue).counts() == (None, None)
 
 
-def test_both_queues_are_counted_as_far_as_permitted(queue: Queue, network: Network, opened: Open) -> None:
-    """That one may not be read does not hide the other."""
+def test_each_queue_is_counted_if_permitted(queue: Queue, network: Network, open_queues: Open) -> None:
+    """A missing permission for one of them does not hide the other."""
     queue.publish(b"a", b"b")
     queue.client.send_message(QueueUrl=queue.dead_url, MessageBody="dead")
-    ours = opened(queue)
-    assert ours.counts() == (2, None)  # nobody looked for its dead-letter queue yet
-    ours = opened(queue)
-    ours.check()
-    assert ours.counts() == (2, 1)
+    adapter = open_queues(queue)
+    assert adapter.counts() == (2, None)  # its dead-letter queue is not known yet
+    adapter = open_queues(queue)
+    adapter.check()
+    assert adapter.counts() == (2, 1)
     network.responses["GetQueueAttributes"].append(DENIED)
-    assert ours.counts() == (2, None)
+    assert adapter.counts() == (2, None)
     network.down()
     with pytest.raises(QueueError, match=f"QUEUE_URL: cannot reach SQS for {queue.name}: "):
-        ours.counts()
+        adapter.counts()
 
 
-def test_what_a_poll_still_brings_after_the_stop_goes_back_at_once(queue: Queue, opened: Open) -> None:
-    """It cannot be called off; the next worker has the message long before a lease ends."""
-    ours = opened(queue)
-    ours.receive(1, 0)
+def test_messages_that_arrive_after_stop_are_returned_at_once(queue: Queue, open_queues: Open) -> None:
+    """A poll cannot be cancelled. Another worker gets the message before the lease ends."""
+    adapter = open_queues(queue)
+    adapter.receive(1, 0)
     queue.publish(b"x")
-    ours.stop()
-    (again,) = receive(opened(queue), 1)
+    adapter.stop()
+    (again,) = receive(open_queues(queue), 1)
     assert again.attempt == 2
 
 
-def test_polls_that_do_not_end_are_not_waited_for_twice(
-    queue: Queue, opened: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_stop_waits_for_polls_only_once(
+    queue: Queue, open_queues: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What they bring comes again by itself."""
+    """SQS redelivers their messages."""
     monkeypatch.setattr(polling, "STOP_TIMEOUT", -0.9)
-    ours = opened(queue)
-    ours.receive(1, 0)
-    ours.stop()
-    ours.stop()
+    adapter = open_queues(queue)
+    adapter.receive(1, 0)
+    adapter.stop()
+    adapter.stop()
     assert logged(caplog) == [("polls_not_ended", None)]
 
 
-def test_no_more_is_asked_for_than_there_is_room(queue: Queue, network: Network, opened: Open) -> None:
-    """What is in the inbox is out of reach for others."""
+def test_polls_request_no_more_than_there_is_room(queue: Queue, network: Network, open_queues: Open) -> None:
+    """Other workers cannot receive the messages in the inbox."""
     queue.publish(*numbered(40))
-    ours = opened(queue)
-    got = receive(ours, 23)
+    adapter = open_queues(queue)
+    got = receive(adapter, 23)
     assert len(got) == 23
-    handed_out = sum(request["MaxNumberOfMessages"] for request in network.requests["ReceiveMessage"])
-    assert handed_out == 23
+    requested = sum(request["MaxNumberOfMessages"] for request in network.requests["ReceiveMessage"])
+    assert requested == 23
     assert {request["VisibilityTimeout"] for request in network.requests["ReceiveMessage"]} == {60}
 
 
-def test_nothing_is_asked_for_while_nobody_waits(queue: Queue, network: Network, opened: Open) -> None:
-    """A parked worker must not keep messages from others: a poll that ends has no successor."""
-    ours = opened(queue)
-    ours.receive(5, 0)
-    (poll,) = ours._polling._polls
+def test_no_poll_starts_without_a_waiting_receive(queue: Queue, network: Network, open_queues: Open) -> None:
+    """A parked worker must not keep messages from others."""
+    adapter = open_queues(queue)
+    adapter.receive(5, 0)
+    (poll,) = adapter._polling._polls
     poll.join(10)
     time.sleep(0.2)
     assert len(network.requests["ReceiveMessage"]) == 1
 
 
-def test_polls_grow_while_they_come_back_full_and_shrink_when_one_is_empty(
-    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch
+def test_concurrent_polls_increase_when_full_and_decrease_when_empty(
+    queue: Queue, network: Network, open_queues: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every poll is paid for."""
+    """AWS charges for every poll."""
     monkeypatch.setattr(polling, "MAX_RECEIVERS", 3)
     queue.publish(*numbered(60))
-    ours = opened(queue)
-    most = 0
+    adapter = open_queues(queue)
+    max_receivers = 0
     got: list[SQSDelivery] = []
     while len(got) < 60:
-        got += ours.receive(1000, 0.5)
-        most = max(most, ours._polling._receivers)
-    ours.ack(got)
-    assert most == 3
+        got += adapter.receive(1000, 0.5)
+        max_receivers = max(max_receivers, adapter._polling._receivers)
+    adapter.ack(got)
+    assert max_receivers == 3
     deadline = time.monotonic() + 10
-    while ours._polling._receivers > 1 and time.monotonic() < deadline:
-        ours.receive(1000, 0.2)
+    while adapter._polling._receivers > 1 and time.monotonic() < deadline:
+        adapter.receive(1000, 0.2)
     deadline = time.monotonic() + 3
-    while len(ours._polling._polls) > 1 and time.monotonic() < deadline:
-        ours.receive(1000, 0.1)
+    while len(adapter._polling._polls) > 1 and time.monotonic() < deadline:
+        adapter.receive(1000, 0.1)
     before = len(network.requests["ReceiveMessage"])
     for _ in range(10):
-        ours.receive(1000, 0.1)
+        adapter.receive(1000, 0.1)
     assert len(network.requests["ReceiveMessage"]) - before <= 2
 
 
 @pytest.mark.parametrize("refusal", [NO_QUEUE, DENIED, Response(403, "InvalidClientTokenId")])
-def test_a_refusal_that_lasts_is_told_and_may_end(
+def test_lasting_refusal_raises_until_it_ends(
     queue: Queue,
     network: Network,
-    opened: Open,
+    open_queues: Open,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     refusal: Response,
 ) -> None:
-    """Somebody grants it, or makes the queue anew: the worker goes on by itself."""
+    """The worker resumes after a permission was granted or the queue was created."""
     monkeypatch.setattr(reconnect, "REFUSAL_TIMEOUT", 0.3)
     monkeypatch.setattr(reconnect, "MIN_BACKOFF", 0.1)
     monkeypatch.setattr(reconnect, "MAX_BACKOFF", 0.2)
     network.always["ReceiveMessage"] = refusal
-    ours = opened(queue)
+    adapter = open_queues(queue)
     with pytest.raises(QueueRefusedError, match="QUEUE_URL: SQS refuses to deliver messages: An error occurred"):
-        receive(ours, 1)
+        receive(adapter, 1)
     with pytest.raises(QueueRefusedError):
-        receive(ours, 1)
+        receive(adapter, 1)
     assert "receive_failed" in [record.message for record in caplog.records]
     del network.always["ReceiveMessage"]
     queue.publish(b"back")
-    ours._polling._refusal = ""
-    assert [delivery.body for delivery in receive(ours, 1)] == [b"back"]
-    assert ours._polling._failures.lasting_refusal() == ""
+    adapter._polling._refusal = ""
+    assert [delivery.body for delivery in receive(adapter, 1)] == [b"back"]
+    assert adapter._polling._failures.lasting_refusal() == ""
 
 
-@pytest.mark.parametrize("trouble", [BUSY, BROKEN])
-def test_other_trouble_is_outlasted_without_end(
+@pytest.mark.parametrize("failure", [BUSY, BROKEN])
+def test_transient_errors_are_retried_indefinitely(
     queue: Queue,
     network: Network,
-    opened: Open,
+    open_queues: Open,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-    trouble: Response,
+    failure: Response,
 ) -> None:
-    """Throttled or broken, SQS will be back; tries become rarer, and a success forgets that."""
+    """The backoff grows, and a success resets it."""
     monkeypatch.setattr(reconnect, "REFUSAL_TIMEOUT", 0.0)
     monkeypatch.setattr(reconnect, "MIN_BACKOFF", 0.05)
     monkeypatch.setattr(reconnect, "MAX_BACKOFF", 0.1)
-    network.responses["ReceiveMessage"].extend([trouble] * 3 * aws.ATTEMPTS)
+    network.responses["ReceiveMessage"].extend([failure] * 3 * aws.ATTEMPTS)
     queue.publish(b"x")
-    ours = opened(queue)
-    assert len(receive(ours, 1)) == 1
+    adapter = open_queues(queue)
+    assert len(receive(adapter, 1)) == 1
     assert [vars(record)["retry_in_s"] for record in caplog.records] == [0.05, 0.1, 0.1]
-    assert ours._polling._failures._backoff == 0.05
+    assert adapter._polling._failures._backoff == 0.05
 
 
-def test_an_answer_that_is_empty_at_once_is_not_asked_for_again_at_once(
-    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch
+def test_immediate_empty_response_is_followed_by_a_pause(
+    queue: Queue, network: Network, open_queues: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A long poll takes its time; a proxy that answers in its place would be asked a hundred times a second."""
+    """A long poll takes seconds. A proxy that answers at once would be polled a hundred times a second."""
     monkeypatch.setattr(reconnect, "MIN_BACKOFF", 60.0)
     network.responses["ReceiveMessage"].append(ProxyResponse(200, b"<html>Welcome</html>"))
     queue.publish(b"x")
-    ours = opened(queue)
-    assert receive(ours, 1, wait=1.0) == []
+    adapter = open_queues(queue)
+    assert receive(adapter, 1, wait=1.0) == []
     assert len(network.requests["ReceiveMessage"]) == 1
 
 
-def test_a_queue_that_hands_out_nothing_checks_well_only_when_it_is_let(
-    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch
+def test_check_fails_after_a_failed_poll(
+    queue: Queue, network: Network, open_queues: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`run --once` checks a queue that is quiet: one that refuses to be read is not empty."""
+    """`run --once` checks an idle queue: one that cannot be read is not empty."""
     monkeypatch.setattr(reconnect, "MIN_BACKOFF", 0.1)
     network.responses["ReceiveMessage"].append(DENIED)
-    ours = opened(queue)
+    adapter = open_queues(queue)
     deadline = time.monotonic() + 10
-    while not ours._polling.last_error and time.monotonic() < deadline:
-        ours.receive(1, 0)
+    while not adapter._polling.last_error and time.monotonic() < deadline:
+        adapter.receive(1, 0)
     with pytest.raises(QueueError, match=r"QUEUE_URL: cannot receive from SQS: .*AccessDenied"):
-        ours.check()
+        adapter.check()
     queue.publish(b"x")
-    ours.ack(receive(ours, 1))
-    assert ours.check() == []
+    adapter.ack(receive(adapter, 1))
+    assert adapter.check() == []
 
 
-def test_a_network_that_was_down_is_used_again(
-    queue: Queue, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
+def test_receiving_resumes_after_network_failure(
+    queue: Queue, network: Network, open_queues: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Connections cut in the middle of a poll, and refused for a while."""
-    ours = opened(queue)
-    ours.receive(1, 0.3)
+    """Connections were closed during a poll, and refused for a while."""
+    adapter = open_queues(queue)
+    adapter.receive(1, 0.3)
     network.down()
-    assert receive(ours, 1, wait=1.5) == []  # the poll that was cut ends at the server meanwhile
+    assert receive(adapter, 1, wait=1.5) == []  # the interrupted poll ends at the server in the meantime
     queue.publish(b"x")
     network.up()
-    assert len(receive(ours, 1)) == 1
+    assert len(receive(adapter, 1)) == 1
     assert "receive_failed" in [record.message for record in caplog.records]
 
 
-def test_an_answer_that_is_none_does_not_end_the_receiving(
-    queue: Queue, network: Network, opened: Open, caplog: pytest.LogCaptureFixture
+def test_receiving_continues_after_invalid_response(
+    queue: Queue, network: Network, open_queues: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever a proxy says."""
+    """A proxy can send any response."""
     network.responses["ReceiveMessage"].append(Response(200, Messages=[{"MessageId": "1"}]))
     queue.publish(b"x")
-    ours = opened(queue)
-    assert len(receive(ours, 1)) == 1
+    adapter = open_queues(queue)
+    assert len(receive(adapter, 1)) == 1
     assert [vars(record)["error"] for record in caplog.records] == ["KeyError"]
 
 
@@ -658,88 +667,88 @@ def test_an_answer_that_is_none_does_not_end_the_receiving(
     ],
     ids=["HTML", "no UTF-8", "a list", "null", "entries without id"],
 )
-def test_an_answer_that_is_none_is_no_reason_to_end(
-    queue: Queue, network: Network, opened: Open, monkeypatch: pytest.MonkeyPatch, noise: Response
+def test_invalid_response_is_retried_or_reported(
+    queue: Queue, network: Network, open_queues: Open, monkeypatch: pytest.MonkeyPatch, noise: Response
 ) -> None:
-    """Settling goes on when SQS is back; all else is an error that an operator can read."""
+    """Settlement is retried; other calls raise an error that an operator understands."""
     monkeypatch.setattr(aws, "RETRY_TIMEOUT", 0.1)
-    monkeypatch.setattr(sqs_settlement, "THREADS", 1)  # moto loses count of what is deleted side by side
+    monkeypatch.setattr(sqs_settlement, "THREADS", 1)  # moto miscounts concurrent deletions
     queue.publish(*numbered(12))
-    ours = opened(queue)
-    held = receive(ours, 12)
+    adapter = open_queues(queue)
+    held = receive(adapter, 12)
     for operation in ("DeleteMessageBatch", "ChangeMessageVisibilityBatch"):
         network.responses[operation].extend([noise] * 2)
-    ours.nack(held[:1], 60.0, FAILURE)
-    ours.ack(held[1:])
+    adapter.nack(held[:1], 60.0, FAILURE)
+    adapter.ack(held[1:])
     assert queue.count() == 1
     for operation in ("GetQueueUrl", "GetQueueAttributes", "SendMessage", "SendMessageBatch"):
         network.always[operation] = noise
     with pytest.raises(QueueError, match="QUEUE_URL: cannot reach SQS"):
         open_queue(queue.url)
     with pytest.raises(QueueError, match="QUEUE_URL: cannot reach SQS"):
-        ours.check()
+        adapter.check()
     with pytest.raises(QueueError, match="QUEUE_URL: 0 messages were published, then: "):
-        ours.publish([b"x"])
-    assert ours.backlog() == 1
+        adapter.publish([b"x"])
+    assert adapter.backlog() == 1
 
 
-def test_publish_fills_the_queue(queue: Queue, opened: Open) -> None:
-    """In calls that SQS takes: ten messages, a mebibyte."""
-    ours = opened(queue)
-    assert ours.publish(iter(numbered(25))) == 25
-    assert ours.publish([b"x" * 400_000] * 5) == 5
-    assert ours.publish([]) == 0
+def test_publish_fills_the_queue(queue: Queue, open_queues: Open) -> None:
+    """In calls of at most ten messages and one mebibyte."""
+    adapter = open_queues(queue)
+    assert adapter.publish(iter(numbered(25))) == 25
+    assert adapter.publish([b"x" * 400_000] * 5) == 5
+    assert adapter.publish([]) == 0
     assert len(queue.pull()) == 30
 
 
 @pytest.mark.parametrize("body", [b"", b"\xff", b"a\x00", "\ufffe".encode(), b"\x0b"])
-def test_publish_names_the_message_that_sqs_does_not_take(queue: Queue, opened: Open, body: bytes) -> None:
-    """Its number, and how many went in before."""
+def test_publish_rejects_invalid_message(queue: Queue, open_queues: Open, body: bytes) -> None:
+    """The error has its number, and how many were published before."""
     with pytest.raises(
         QueueError, match=r"10 messages were published, then: message 12 is invalid: expected UTF-8 text"
     ):
-        opened(queue).publish([*[b"fine"] * 11, body, b"fine"])
+        open_queues(queue).publish([*[b"fine"] * 11, body, b"fine"])
     assert len(queue.pull()) == 10
 
 
-def test_publish_tells_what_sqs_did_not_take(queue: Queue, network: Network, opened: Open) -> None:
-    """Each entry of a call has a fate of its own."""
+def test_publish_reports_failed_entries(queue: Queue, network: Network, open_queues: Open) -> None:
+    """Each entry of a call has its own result."""
     failed = [{"Id": str(number), "SenderFault": True, "Code": "Strange", "Message": "because"} for number in (1, 2)]
     network.responses["SendMessageBatch"].append(Response(200, Failed=failed, Successful=[{"Id": "0"}]))
-    ours = opened(queue)
+    adapter = open_queues(queue)
     with pytest.raises(QueueError, match="1 messages were published, then: SQS did not accept message 2, 3: Strange"):
-        ours.publish([b"a", b"b", b"c"])
+        adapter.publish([b"a", b"b", b"c"])
     network.responses["SendMessageBatch"].extend([BROKEN, BUSY])
-    assert ours.publish([b"a"]) == 1
+    assert adapter.publish([b"a"]) == 1
     network.responses["SendMessageBatch"].append(DENIED)
     with pytest.raises(QueueError, match=r"0 messages were published, then: An error occurred .AccessDenied"):
-        ours.publish([b"a"])
+        adapter.publish([b"a"])
 
 
-def test_fifo_queues_are_read_and_not_written(moto: Server, opened: Open) -> None:
-    """Their messages need groups, which neither a line of a file nor a dead letter has."""
+def test_fifo_queue_can_be_read_only(moto: Server, open_queues: Open) -> None:
+    """Its messages need a group, which a line of a file and a dead letter do not have."""
     client = Queue(moto, receives=None).client
     url = client.create_queue(QueueName="orders.fifo", Attributes={"FifoQueue": "true"})["QueueUrl"]
     client.send_message(QueueUrl=url, MessageBody="x", MessageGroupId="g", MessageDeduplicationId="1")
-    ours = open_queue("sqs://orders.fifo")
-    assert isinstance(ours, SQSQueue)
-    ours.ack(receive(ours, 1))
+    adapter = open_queue("sqs://orders.fifo")
+    assert isinstance(adapter, SQSQueue)
+    adapter.ack(receive(adapter, 1))
     with pytest.raises(QueueError, match=r"orders.fifo is a FIFO queue, which `publish` does not support"):
-        ours.publish([b"x"])
-    ours.close()
+        adapter.publish([b"x"])
+    adapter.close()
     direct = open_queue("sqs://orders.fifo", QueueOptions(direct_dead_letter=True))
     with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct does not support FIFO queues"):
         direct.check()
     direct.close()
 
 
-def test_both_forms_of_url_name_the_queue(moto: Server, queue: Queue) -> None:
-    """By name, wherever AWS's variables lead; by the URL that AWS shows, in its region."""
+def test_both_forms_of_url_are_accepted(moto: Server, queue: Queue) -> None:
+    """The name, with AWS's variables, and the https URL, with its region."""
     queue.publish(b"x")
-    ours = open_queue(f"https://sqs.eu-central-1.amazonaws.com/123456789012/{queue.name}")
-    assert isinstance(ours, SQSQueue)
-    ours.ack(receive(ours, 1))
-    ours.close()
+    adapter = open_queue(f"https://sqs.eu-central-1.amazonaws.com/123456789012/{queue.name}")
+    assert isinstance(adapter, SQSQueue)
+    adapter.ack(receive(adapter, 1))
+    adapter.close()
     named = open_queue(f"{queue.url}?region=eu-central-1")
     assert named.check() == []
     named.close()
@@ -747,7 +756,7 @@ def test_both_forms_of_url_name_the_queue(moto: Server, queue: Queue) -> None:
         open_queue(f"{queue.url}?region=us-east-1")
 
 
-def test_the_region_of_a_container_is_used(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aws_region_is_read(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     """ECS sets AWS_REGION, which boto3 does not read."""
     monkeypatch.delenv("AWS_DEFAULT_REGION")
     with pytest.raises(QueueError, match=r"no AWS region: write sqs://NAME\?region=REGION, or set AWS_DEFAULT_REGION"):
@@ -757,21 +766,21 @@ def test_the_region_of_a_container_is_used(queue: Queue, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("url", ["sqs://", "sqs://a/b", "sqs://a?lease=3", "https://example.com/q", "sqs://a:b@c"])
-def test_a_malformed_url_says_what_was_expected(url: str) -> None:
-    """Exit code 2, not a call that fails later."""
+def test_malformed_url_error_has_the_expected_form(url: str) -> None:
+    """The exit code is 2; no call is made."""
     with pytest.raises(QueueURLError, match=r"sqs://NAME\[\?region=REGION\] or https://sqs.REGION.amazonaws.com"):
         open_queue(url)
 
 
-def test_what_boto3_lacks_is_named(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No traceback from its depths."""
+def test_invalid_aws_settings_are_reported(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a traceback of boto3."""
     monkeypatch.setattr(aws, "RETRY_TIMEOUT", 0.1)
-    with monkeypatch.context() as changed:
-        changed.setenv("AWS_PROFILE", "nobody")
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_PROFILE", "missing")
         with pytest.raises(QueueError, match="AWS's own settings are invalid: The config profile"):
             open_queue(queue.url)
-    with monkeypatch.context() as changed:
-        changed.setenv("AWS_ENDPOINT_URL_SQS", "http://127.0.0.1:1")
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_SQS", "http://127.0.0.1:1")
         with pytest.raises(QueueError, match=f"cannot reach SQS for {queue.name}: Could not connect"):
             open_queue(queue.url)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -780,24 +789,24 @@ def test_what_boto3_lacks_is_named(queue: Queue, monkeypatch: pytest.MonkeyPatch
         open_queue(queue.url)
 
 
-def test_messages_cross_no_network_unencrypted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They hold what belongs to people. A stand-in on this machine needs no certificate."""
+def test_endpoint_without_tls_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages hold personal data. An emulator on this machine needs no certificate."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", "http://sqs.example.com:4566")
     with pytest.raises(QueueError, match=r"AWS_ENDPOINT_URL_SQS: sqs.example.com:4566: expected an https:// URL"):
         open_queue("sqs://orders?region=eu-central-1")
 
 
-def test_who_may_not_ask_for_the_queue_is_told_what_aws_says(queue: Queue, network: Network) -> None:
-    """It names who asked and for what."""
+def test_denied_access_is_reported_in_the_words_of_aws(queue: Queue, network: Network) -> None:
+    """AWS names the identity and the action."""
     network.responses["GetQueueUrl"].append(DENIED)
     with pytest.raises(QueueError, match=f"QUEUE_URL: not permitted on {queue.name}: .*not authorized to perform that"):
         open_queue(queue.url)
 
 
-def test_a_refused_signature_shows_no_token(queue: Queue, network: Network) -> None:
-    """AWS answers with the headers it was given, in further lines."""
-    said = "The signature does not match.\n\nThe Canonical String is\nx-amz-security-token:SECRET"
-    network.responses["GetQueueUrl"].append(Response(403, "SignatureDoesNotMatch", said))
+def test_refused_signature_error_has_no_token(queue: Queue, network: Network) -> None:
+    """In further lines, AWS quotes the headers of the request."""
+    text = "The signature does not match.\n\nThe Canonical String is\nx-amz-security-token:SECRET"
+    network.responses["GetQueueUrl"].append(Response(403, "SignatureDoesNotMatch", text))
     with pytest.raises(QueueError, match="SQS refuses") as error:
         open_queue(queue.url)
     assert "does not match" in str(error.value)

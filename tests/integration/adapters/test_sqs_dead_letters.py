@@ -1,4 +1,4 @@
-"""The dead letters of SQS on moto, and behind a relay that answers as moto cannot."""
+"""The dead letters of SQS on moto, and behind a relay that sends responses that moto cannot."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "permissions.md"
 
 @pytest.fixture
 def network(moto: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
-    """All calls go by a relay."""
+    """A relay for all calls."""
     relay = Network(moto)
     for name, value in sqs.environment(relay.port).items():
         monkeypatch.setenv(name, value)
@@ -36,15 +36,15 @@ def network(moto: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
 
 
 @pytest.fixture
-def opened(network: Network) -> Iterator[Open]:
-    """Open queues that are closed in the end."""
+def open_queues(network: Network) -> Iterator[Open]:
+    """Open queues; close them at the end."""
     queues: list[SQSQueue] = []
 
-    def open_(queue: Queue, **options: Any) -> SQSQueue:
+    def open_one(queue: Queue, **options: Any) -> SQSQueue:
         queues.append(SQSQueue(aws.connect(), queue.queue_url, QueueOptions(**options)))
         return queues[-1]
 
-    yield open_
+    yield open_one
     for queue in queues:
         queue.close()
 
@@ -54,123 +54,127 @@ def queue(moto: Server) -> Queue:
     return Queue(moto)
 
 
-def bury(queue: Queue, *bodies: bytes, **attributes: str) -> None:
-    """Put messages where dead letters are."""
-    about: Any = {name: {"DataType": "String", "StringValue": value} for name, value in attributes.items()}
+def send_dead_letters(queue: Queue, *bodies: bytes, **attributes: str) -> None:
+    """Send messages to the dead-letter queue."""
+    values: Any = {name: {"DataType": "String", "StringValue": value} for name, value in attributes.items()}
     for body in bodies:
-        queue.client.send_message(QueueUrl=queue.dead_url, MessageBody=body.decode(), MessageAttributes=about)
+        queue.client.send_message(QueueUrl=queue.dead_url, MessageBody=body.decode(), MessageAttributes=values)
 
 
 def bodies(queue: SQSQueue) -> list[bytes]:
-    """Look once, and leave all."""
-    letters = queue.dead_letters()
+    """Receive dead letters and release them."""
+    dead_letters = queue.dead_letters()
     try:
-        return [letter.delivery.body for letter in letters.receive(10, 1.0)]
+        return [dead_letter.delivery.body for dead_letter in dead_letters.receive(10, 1.0)]
     finally:
-        letters.close()
+        dead_letters.close()
 
 
-def test_the_setting_names_the_queue_where_the_policy_may_not_be_read(
-    queue: Queue, network: Network, opened: Open
-) -> None:
-    """All that an operator then needs are the rights on the dead letters that the page has."""
-    bury(queue, b"x", b"y")
+def test_setting_replaces_unreadable_policy(queue: Queue, network: Network, open_queues: Open) -> None:
+    """Operators then need only the permissions on the dead-letter queue that docs/permissions.md lists."""
+    send_dead_letters(queue, b"x", b"y")
     network.always["GetQueueAttributes"] = DENIED
     with pytest.raises(QueueError, match=r"grant sqs:GetQueueAttributes on it, or set DEAD_LETTER_QUEUE_URL$"):
-        opened(queue).dead_letters()
+        open_queues(queue).dead_letters()
     network.requests.clear()
-    letters = opened(queue, dead_letter_url=f"sqs://{queue.name}-dead").dead_letters()
-    letters.remove([letter for letter in letters.receive(10, 1.0) if letter.delivery.body == b"x"])
-    letters.close()
+    dead_letters = open_queues(queue, dead_letter_url=f"sqs://{queue.name}-dead").dead_letters()
+    dead_letters.remove(
+        [dead_letter for dead_letter in dead_letters.receive(10, 1.0) if dead_letter.delivery.body == b"x"]
+    )
+    dead_letters.close()
     assert queue.count(queue.dead_url) == 1
     (row,) = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| **An operator**")]
-    assert {asked["VisibilityTimeout"] for asked in network.requests["ReceiveMessage"]} == {60}
-    asked = {f"sqs:{operation.removesuffix('Batch')}" for operation in network.requests}
-    assert asked == set(re.findall(r"sqs:\w+", row)) - {"sqs:GetQueueAttributes"}
+    assert {request["VisibilityTimeout"] for request in network.requests["ReceiveMessage"]} == {60}
+    actions = {f"sqs:{operation.removesuffix('Batch')}" for operation in network.requests}
+    assert actions == set(re.findall(r"sqs:\w+", row)) - {"sqs:GetQueueAttributes"}
 
 
-def test_what_is_missing_is_named(queue: Queue, opened: Open, moto: Server) -> None:
-    """With what to do: a policy, a queue, the right name."""
+def test_missing_queue_or_policy_is_reported(queue: Queue, open_queues: Open, moto: Server) -> None:
+    """With what to do: add a policy, create a queue, or correct the name."""
     with pytest.raises(QueueError, match="has no dead-letter queue: aws sqs set-queue-attributes"):
-        opened(Queue(moto, receives=None)).dead_letters()
+        open_queues(Queue(moto, receives=None)).dead_letters()
     with pytest.raises(QueueError, match=r"^DEAD_LETTER_QUEUE_URL: nowhere does not exist: create it"):
-        opened(queue, dead_letter_url="sqs://nowhere").dead_letters()
+        open_queues(queue, dead_letter_url="sqs://nowhere").dead_letters()
     with pytest.raises(QueueURLError, match=r"^DEAD_LETTER_QUEUE_URL is malformed: expected sqs://NAME"):
-        opened(queue, dead_letter_url="pubsub://demo/dead").dead_letters()
-    with pytest.raises(QueueURLError, match=r"^DEAD_LETTER_QUEUE_URL is QUEUE_URL: "):  # else `drop` would empty it
-        opened(queue, dead_letter_url=queue.url).dead_letters()
+        open_queues(queue, dead_letter_url="pubsub://demo/dead").dead_letters()
+    with pytest.raises(
+        QueueURLError, match=r"^DEAD_LETTER_QUEUE_URL is QUEUE_URL: "
+    ):  # otherwise `drop` would empty it
+        open_queues(queue, dead_letter_url=queue.url).dead_letters()
     queue.client.delete_queue(QueueUrl=queue.dead_url)
     with pytest.raises(QueueError, match=f"^QUEUE_URL: its dead letters: {queue.name}-dead does not exist"):
-        bodies(opened(queue))
+        bodies(open_queues(queue))
 
 
-def test_the_policy_may_name_a_queue_of_another_account_or_region(queue: Queue, network: Network, opened: Open) -> None:
-    """AWS advises against it, and lets it be."""
-    policy = {"deadLetterTargetArn": "arn:aws:sqs:us-east-1:999999999999:theirs", "maxReceiveCount": "3"}
-    told = Response(
+def test_policy_can_name_a_queue_of_another_account_or_region(
+    queue: Queue, network: Network, open_queues: Open
+) -> None:
+    """AWS advises against it, but allows it."""
+    policy = {"deadLetterTargetArn": "arn:aws:sqs:us-east-1:999999999999:other", "maxReceiveCount": "3"}
+    policy_response = Response(
         200, Attributes={"RedrivePolicy": json.dumps(policy), "QueueArn": "arn:aws:sqs:eu-central-1:1:ours"}
     )
-    network.responses["GetQueueAttributes"].append(told)
-    letters = opened(queue).dead_letters()
-    assert isinstance(letters._source, SQSDeadLetters)
-    assert letters._source._client.meta.region_name == "us-east-1"
-    assert letters._source._url.endswith("/999999999999/theirs")
-    letters.close()
+    network.responses["GetQueueAttributes"].append(policy_response)
+    dead_letters = open_queues(queue).dead_letters()
+    assert isinstance(dead_letters._source, SQSDeadLetters)
+    assert dead_letters._source._client.meta.region_name == "us-east-1"
+    assert dead_letters._source._url.endswith("/999999999999/other")
+    dead_letters.close()
 
 
-def test_refusals_are_told(queue: Queue, network: Network, opened: Open) -> None:
-    """To receive, to delete; what could not be deleted is there for who looks next."""
-    bury(queue, *[b"%d" % number for number in range(12)])
-    letters = opened(queue).dead_letters()
+def test_refusals_are_reported(queue: Queue, network: Network, open_queues: Open) -> None:
+    """Of receiving and of deletion. Messages that could not be deleted still exist."""
+    send_dead_letters(queue, *[b"%d" % number for number in range(12)])
+    dead_letters = open_queues(queue).dead_letters()
     network.responses["ReceiveMessage"].append(DENIED)
     with pytest.raises(QueueError, match=f"^QUEUE_URL: its dead letters: not permitted on {queue.name}-dead"):
-        letters.receive(10, 1.0)
-    found = [*letters.receive(10, 1.0), *letters.receive(10, 1.0)]
+        dead_letters.receive(10, 1.0)
+    found = [*dead_letters.receive(10, 1.0), *dead_letters.receive(10, 1.0)]
     network.always["DeleteMessageBatch"] = DENIED
     with pytest.raises(QueueError, match=r"^QUEUE_URL: 12 dead letters may not have been removed: not permitted on"):
-        letters.remove(found)
+        dead_letters.remove(found)
     failed = [{"Id": "0", "Code": "InternalError", "Message": "because", "SenderFault": False}]
     del network.always["DeleteMessageBatch"]
     network.responses["DeleteMessageBatch"].append(Response(200, Successful=[{"Id": "1"}], Failed=failed))
     with pytest.raises(QueueError, match=r"^QUEUE_URL: 2 dead letters may not have been removed: InternalError"):
-        letters.remove(found[:3])  # of the third nothing is said
-    letters.close()
-    assert len(bodies(opened(queue))) == 10
+        dead_letters.remove(found[:3])  # the response does not mention the third
+    dead_letters.close()
+    assert len(bodies(open_queues(queue))) == 10
 
 
-def test_a_refusal_is_not_asked_for_again_and_again(queue: Queue, network: Network, opened: Open) -> None:
-    """Nor is a service that is out of reach: hundreds of calls would each take their time."""
+def test_refused_call_is_not_repeated_for_all_batches(queue: Queue, network: Network, open_queues: Open) -> None:
+    """Nor is an unreachable service called for hundreds of batches."""
     network.always["DeleteMessageBatch"] = DENIED
-    letters = opened(queue).dead_letters()
+    dead_letters = open_queues(queue).dead_letters()
     handles = [f"h{number}" for number in range(400)]
-    assert letters._source.remove(handles).keys() == set(handles)
+    assert dead_letters._source.remove(handles).keys() == set(handles)
     assert len(network.requests["DeleteMessageBatch"]) <= sqs_settlement.THREADS
-    letters.close()
+    dead_letters.close()
 
 
-def test_a_letter_whose_lease_was_lost_can_still_be_removed(queue: Queue, opened: Open) -> None:
-    """It is leased anew by the look that goes on, and not handed out again."""
-    bury(queue, b"x")
-    letters = opened(queue).dead_letters()
-    found = letters.receive(10, 1.0)
-    letters._source.extend([lease.handle for lease in letters._leases.values()], 0)
-    assert letters.receive(10, 1.0) == []
-    letters.remove(found)
-    letters.close()
+def test_dead_letter_with_lost_lease_can_be_removed(queue: Queue, open_queues: Open) -> None:
+    """It is leased again by the next poll, and not returned twice."""
+    send_dead_letters(queue, b"x")
+    dead_letters = open_queues(queue).dead_letters()
+    found = dead_letters.receive(10, 1.0)
+    dead_letters._source.extend([lease.handle for lease in dead_letters._leases.values()], 0)
+    assert dead_letters.receive(10, 1.0) == []
+    dead_letters.remove(found)
+    dead_letters.close()
     assert queue.count(queue.dead_url) == 0
 
 
-def test_who_gave_up_is_told_as_far_as_sqs_does(queue: Queue, network: Network, opened: Open) -> None:
-    """A message that was moved back with our attributes on it, and given up on by the policy, is the policy's."""
-    ours = {"reason": "why", "stage": "send", "message_id": "7", "attempt": "2", "queue": "q", "colour": "blue"}
-    values = {name: {"StringValue": value, "DataType": "String"} for name, value in ours.items()}
-    told = {"ApproximateReceiveCount": "9", "SentTimestamp": "1000"}
-    message = {"MessageId": "1", "ReceiptHandle": "r", "Body": "x", "MessageAttributes": values, "Attributes": told}
-    moved = {**message, "MessageId": "2", "Attributes": {**told, "DeadLetterQueueSourceArn": "arn:aws:sqs:r:1:q"}}
+def test_dead_letter_of_the_policy_is_distinguished(queue: Queue, network: Network, open_queues: Open) -> None:
+    """A message that was moved back with the worker's attributes, and dead-lettered by the policy, is the policy's."""
+    added = {"reason": "why", "stage": "send", "message_id": "7", "attempt": "2", "queue": "q", "colour": "blue"}
+    values = {name: {"StringValue": value, "DataType": "String"} for name, value in added.items()}
+    system = {"ApproximateReceiveCount": "9", "SentTimestamp": "1000"}
+    message = {"MessageId": "1", "ReceiptHandle": "r", "Body": "x", "MessageAttributes": values, "Attributes": system}
+    moved = {**message, "MessageId": "2", "Attributes": {**system, "DeadLetterQueueSourceArn": "arn:aws:sqs:r:1:q"}}
     network.responses["ReceiveMessage"].append(Response(200, Messages=[message, moved]))
-    letters = opened(queue).dead_letters()
-    direct, policy = letters.receive(10, 1.0)
-    letters.close()
+    dead_letters = open_queues(queue).dead_letters()
+    direct, policy = dead_letters.receive(10, 1.0)
+    dead_letters.close()
     assert (direct.failure.reason, direct.delivery.attempt, direct.delivery.attributes) == (
         "why",
         2,
@@ -178,22 +182,22 @@ def test_who_gave_up_is_told_as_far_as_sqs_does(queue: Queue, network: Network, 
     )
     assert direct.delivery.published_at is None
     assert direct.dead_lettered_at is not None
-    assert (policy.failure.stage, policy.delivery.attempt, policy.delivery.attributes) == ("queue", 5, ours)
+    assert (policy.failure.stage, policy.delivery.attempt, policy.delivery.attributes) == ("queue", 5, added)
     assert policy.delivery.published_at is not None
     assert policy.dead_lettered_at is None
 
 
-def test_a_fifo_queue_tells_when_a_letter_was_buried(moto: Server, opened: Open) -> None:
-    """It sets the time of sending anew, where a standard queue keeps it."""
+def test_fifo_queue_has_the_time_of_dead_lettering(moto: Server, open_queues: Open) -> None:
+    """It sets SentTimestamp when the message is moved; a standard queue keeps it."""
     client = sqs.client(moto.port)
     url = client.create_queue(
         QueueName="dead.fifo", Attributes={"FifoQueue": "true", "ContentBasedDeduplication": "true"}
     )["QueueUrl"]
     client.send_message(QueueUrl=url, MessageBody="x", MessageGroupId="g")
-    letters = opened(Queue(moto), dead_letter_url="sqs://dead.fifo").dead_letters()
-    (letter,) = letters.receive(10, 1.0)
-    letters.remove([letter])
-    letters.close()
-    assert letter.delivery.published_at is None
-    assert letter.dead_lettered_at is not None
-    assert letter.failure.reason == "dead-lettered by the queue: the worker's log has the reason"
+    dead_letters = open_queues(Queue(moto), dead_letter_url="sqs://dead.fifo").dead_letters()
+    (dead_letter,) = dead_letters.receive(10, 1.0)
+    dead_letters.remove([dead_letter])
+    dead_letters.close()
+    assert dead_letter.delivery.published_at is None
+    assert dead_letter.dead_lettered_at is not None
+    assert dead_letter.failure.reason == "dead-lettered by the queue: the worker's log has the reason"
