@@ -77,7 +77,9 @@ class Worker:
 
     def _environment(self, extra: dict[str, str]) -> dict[str, str]:
         path = {
-            name: os.environ[name] for name in os.environ if name in {"PATH", "HOME"} or name.startswith("COVERAGE")
+            name: os.environ[name]
+            for name in os.environ
+            if name in {"PATH", "PYTHONPATH", "HOME"} or name.startswith("COVERAGE")
         }
         merged = path | self.environment | extra
         return {name: value for name, value in merged.items() if value}
