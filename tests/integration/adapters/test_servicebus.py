@@ -1,4 +1,4 @@
-"""The Service Bus adapter and the SDK, on a broker of ours."""
+"""The Service Bus adapter and Azure's SDK, on the broker of tests/support."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from azure.servicebus.amqp import AmqpAnnotatedMessage
 
 from adapters import QueueError, QueueOptions, QueueRefusedError, open_queue
-from adapters.servicebus import connections as servicebus_links
+from adapters.servicebus import connections
 from adapters.servicebus import receiver as servicebus_receiver
 from adapters.servicebus.queue import ServiceBusQueue
 from adapters.shared import reconnect
@@ -38,7 +38,7 @@ def broker() -> Iterator[Broker]:
 
 @pytest.fixture
 def own_broker() -> Iterator[Broker]:
-    """A broker that a test may take down."""
+    """A broker that a test can take down."""
     require(missing())
     running = Broker()
     yield running
@@ -46,18 +46,18 @@ def own_broker() -> Iterator[Broker]:
 
 
 @pytest.fixture
-def opened() -> Iterator[Open]:
-    """Open queues that are closed in the end."""
+def open_queues() -> Iterator[Open]:
+    """Open queues; close them at the end."""
     queues: list[ServiceBusQueue] = []
 
-    def open_(queue: Queue, url: str = "", **options: Any) -> ServiceBusQueue:
+    def open_one(queue: Queue, url: str = "", **options: Any) -> ServiceBusQueue:
         options.setdefault("connection_string", queue.broker.connection_string)
         adapter = open_queue(url or queue.url, QueueOptions(**options))
         assert isinstance(adapter, ServiceBusQueue)
         queues.append(adapter)
         return adapter
 
-    yield open_
+    yield open_one
     closing = [Thread(target=queue.close) for queue in queues]
     for thread in closing:
         thread.start()
@@ -66,7 +66,7 @@ def opened() -> Iterator[Open]:
 
 
 def receive(queue: ServiceBusQueue, number: int, wait: float = 15.0) -> list[ServiceBusDelivery]:
-    """Receive so many messages, or what came in time."""
+    """Receive `number` messages, or those that arrive within `wait` seconds."""
     deadline = time.monotonic() + wait
     got: list[ServiceBusDelivery] = []
     while len(got) < number and time.monotonic() < deadline:
@@ -74,14 +74,14 @@ def receive(queue: ServiceBusQueue, number: int, wait: float = 15.0) -> list[Ser
     return got
 
 
-def test_messages_come_in_batches_and_are_gone_once_acked(broker: Broker, opened: Open) -> None:
-    """Any bytes, attributes, the attempt, and the time of publishing arrive; a name may hold a slash."""
+def test_messages_arrive_unchanged_and_are_removed_by_ack(broker: Broker, open_queues: Open) -> None:
+    """With any bytes, attributes, the attempt and the time of publishing. A queue's name can contain a slash."""
     queue = Queue(broker, name="orders/eu")
     sent = [b"\xff\x00 no text", "é".encode(), b"", b"x" * 900_000, *(b"%d" % number for number in range(200))]
     queue.publish(*sent[:3], colour="blue", size=3)
     queue.publish(sent[3])
     queue.publish(*sent[4:])
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     assert adapter.check() == []
     got = receive(adapter, len(sent))
     assert sorted(delivery.body for delivery in got) == sorted(sent)
@@ -95,8 +95,8 @@ def test_messages_come_in_batches_and_are_gone_once_acked(broker: Broker, opened
     assert queue.counts() == (0, 0, 0)
 
 
-def test_bodies_of_all_kinds_are_read(broker: Broker, opened: Open) -> None:
-    """AMQP has many ways to say the same, and the publisher chooses."""
+def test_all_types_of_bodies_are_read(broker: Broker, open_queues: Open) -> None:
+    """AMQP has several ways to encode the same body, and the publisher chooses one."""
     queue = Queue(broker)
     queue.publish(
         AmqpAnnotatedMessage(data_body=[b'{"a":', b" 1}"]),
@@ -105,28 +105,28 @@ def test_bodies_of_all_kinds_are_read(broker: Broker, opened: Open) -> None:
         AmqpAnnotatedMessage(value_body={"a": [1, None, True, "b"]}),
         AmqpAnnotatedMessage(sequence_body=[[1, 2], ["x"]]),
     )
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     got = [delivery.body for delivery in receive(adapter, 5)]
     assert got[:3] == [b'{"a": 1}', "é".encode(), b"\xff"]
     assert [json.loads(body) for body in got[3:]] == [{"a": [1, None, True, "b"]}, [1, 2, "x"]]
 
 
-def test_no_more_is_held_than_was_asked_for(broker: Broker, opened: Open) -> None:
-    """What is on its way when nobody has room goes back, and that costs no attempt."""
+def test_prefetched_messages_are_returned_without_room(broker: Broker, open_queues: Open) -> None:
+    """Returning them does not count as a delivery."""
     queue = Queue(broker)
     queue.publish(*(b"%d" % number for number in range(80)))
-    adapter, other = opened(queue), opened(queue)
+    adapter, other = open_queues(queue), open_queues(queue)
     held = receive(adapter, 10)
     got = receive(other, 70)
     assert {delivery.attempt for delivery in (*held, *got)} == {1}
     assert len({delivery.body for delivery in (*held, *got)}) == 80
 
 
-def test_no_more_bytes_wait_than_one_call_brings_beyond_the_limit(broker: Broker, opened: Open) -> None:
-    """Nobody takes them: what there is no room for goes back."""
+def test_pending_bytes_are_limited(broker: Broker, open_queues: Open) -> None:
+    """Messages without room are returned."""
     queue = Queue(broker)
     queue.publish(*[b"x" * 10_000] * 60)
-    adapter = opened(queue, max_bytes=25_000)
+    adapter = open_queues(queue, max_bytes=25_000)
     adapter.receive(60, 0)
     deadline = time.monotonic() + 15
     while (counts := queue.counts())[0] < 40 or counts[1] == 0:
@@ -134,10 +134,10 @@ def test_no_more_bytes_wait_than_one_call_brings_beyond_the_limit(broker: Broker
         time.sleep(0.05)
 
 
-def test_the_sdk_reads_on_no_thread_of_its_own(broker: Broker, opened: Open) -> None:
-    """Two threads at once make it mix up messages and lock tokens: one's ack removes another."""
+def test_sdk_starts_no_thread_that_reads(broker: Broker, open_queues: Open) -> None:
+    """With two reading threads, the SDK mixes up messages and lock tokens: an ack removes another message."""
     queue = Queue(broker)
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     deadline = time.monotonic() + 15
     while adapter._receiver._receiver is None and time.monotonic() < deadline:
         adapter.receive(1, 0.2)
@@ -145,11 +145,11 @@ def test_the_sdk_reads_on_no_thread_of_its_own(broker: Broker, opened: Open) -> 
     assert receiver._handler._keep_alive_thread is None
 
 
-def test_nacked_messages_come_again_no_sooner_than_asked(broker: Broker, opened: Open) -> None:
-    """At once, or after the delay and longer than a lock lasts; attempts counted; known to be under way."""
+def test_nacked_message_is_redelivered_after_its_delay(broker: Broker, open_queues: Open) -> None:
+    """At once, or after a delay longer than a lock. Attempts are counted. Until then it counts in the backlog."""
     queue = Queue(broker, lock=2.0)
     queue.publish(b"now", b"later")
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     first = {delivery.body: delivery for delivery in receive(adapter, 2)}
     assert adapter.backlog() is None
     nacked = time.monotonic()
@@ -165,55 +165,55 @@ def test_nacked_messages_come_again_no_sooner_than_asked(broker: Broker, opened:
     assert adapter.backlog() is None
 
 
-def test_no_more_is_parked_than_may_be_held(broker: Broker, opened: Open) -> None:
-    """Beyond that, what is due first goes back at once."""
+def test_delayed_messages_are_limited(broker: Broker, open_queues: Open) -> None:
+    """Beyond the limit, the message that is due first is returned at once."""
     queue = Queue(broker)
     queue.publish(b"1", b"2", b"3")
-    adapter = opened(queue, max_messages=2)
+    adapter = open_queues(queue, max_messages=2)
     for delivery, delay in zip(receive(adapter, 3), (60.0, 50.0, 70.0), strict=True):
         adapter.nack([delivery], delay)
     assert [delivery.body for delivery in receive(adapter, 1)] == [b"2"]
     assert queue.counts() == (0, 3, 0)
 
 
-def test_dead_letters_carry_their_reason(broker: Broker, opened: Open) -> None:
-    """Cut to what Service Bus takes; the message's own properties are kept."""
+def test_dead_letter_has_its_reason(broker: Broker, open_queues: Open) -> None:
+    """It is truncated to Service Bus's limit; the message's own properties are kept."""
     queue = Queue(broker)
     queue.publish(b"poison", colour="blue")
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     (delivery,) = receive(adapter, 1)
     failure = FAILURE.__class__("Klaviyo refused the record: " + "é" * 5000, "send", "Rejected", "OrderCreated")
     assert adapter.dead_letter(delivery, failure)
-    (letter,) = queue.dead_letters(1)
-    assert bodies([letter]) == [b"poison"]
-    assert letter.dead_letter_reason == "send: Rejected"
-    assert letter.dead_letter_error_description is not None
-    assert letter.dead_letter_error_description.startswith("Klaviyo refused the record: é")
-    assert len(letter.dead_letter_error_description) == 4096
-    assert (letter.application_properties or {})[b"colour"] == b"blue"
+    (dead_letter,) = queue.dead_letters(1)
+    assert bodies([dead_letter]) == [b"poison"]
+    assert dead_letter.dead_letter_reason == "send: Rejected"
+    assert dead_letter.dead_letter_error_description is not None
+    assert dead_letter.dead_letter_error_description.startswith("Klaviyo refused the record: é")
+    assert len(dead_letter.dead_letter_error_description) == 4096
+    assert (dead_letter.application_properties or {})[b"colour"] == b"blue"
     assert queue.counts() == (0, 0, 0)
 
 
-def test_a_dead_letter_says_what_message_it_is(broker: Broker, opened: Open) -> None:
-    """For who looks at the queue and not at our log."""
+def test_description_of_dead_letter_names_the_resource(broker: Broker, open_queues: Open) -> None:
+    """For operators who read the queue and not the worker's log."""
     queue = Queue(broker)
     queue.publish(b"poison")
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     failure = FAILURE.__class__("Refused", "send", "Rejected", "OrderCreated", "order", "o-1")
     (delivery,) = receive(adapter, 1)
     assert adapter.dead_letter(delivery, failure)
-    (letter,) = queue.dead_letters(1)
-    description = letter.dead_letter_error_description or ""
+    (dead_letter,) = queue.dead_letters(1)
+    description = dead_letter.dead_letter_error_description or ""
     assert description.startswith("Refused (message_type OrderCreated, order o-1, attempt 1, 20")
 
 
-def test_a_lock_that_ended_brings_the_message_again(
-    broker: Broker, opened: Open, caplog: pytest.LogCaptureFixture
+def test_settling_after_lost_lock_has_no_effect(
+    broker: Broker, open_queues: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """To settle it is no error, and does not touch the next delivery."""
+    """The message is redelivered; settling the old delivery does not affect the new one."""
     queue = Queue(broker)
     queue.publish(b"1", b"2", b"3")
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     stale = receive(adapter, 3)
     broker("expire", name=queue.name)
     again = receive(adapter, 3)
@@ -234,11 +234,11 @@ def test_a_lock_that_ended_brings_the_message_again(
     assert queue.counts() == (0, 0, 0)
 
 
-def test_a_message_that_is_done_is_awaited_no_more(broker: Broker, opened: Open) -> None:
-    """Even if it was sent back too, by who had it before and noticed late that its lock had ended."""
+def test_acked_message_is_no_longer_expected(broker: Broker, open_queues: Open) -> None:
+    """Even if an old delivery of it was nacked after its lock had ended."""
     queue = Queue(broker)
     queue.publish(b"1")
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     stale = receive(adapter, 1)
     broker("expire", name=queue.name)
     again = receive(adapter, 1)
@@ -248,15 +248,15 @@ def test_a_message_that_is_done_is_awaited_no_more(broker: Broker, opened: Open)
     assert adapter.backlog() is None
 
 
-def test_leases_last_as_long_as_they_are_extended(broker: Broker, opened: Open) -> None:
+def test_locks_of_held_pending_and_delayed_messages_are_renewed(broker: Broker, open_queues: Open) -> None:
     """Of what is held, of what waits to be received, and of what waits to go back."""
     queue = Queue(broker, lock=3.0)
     queue.publish(*(b"%d" % number for number in range(30)))
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     held = receive(adapter, 1)
     adapter.nack(held, 60.0)
     held = receive(adapter, 10)
-    adapter.receive(19, 0)  # more are on their way, and nobody takes them
+    adapter.receive(19, 0)  # more are prefetched and pending
     for _ in range(12):
         time.sleep(0.4)
         adapter.extend(held, adapter.lease_seconds)
@@ -266,14 +266,14 @@ def test_leases_last_as_long_as_they_are_extended(broker: Broker, opened: Open) 
 
 
 @pytest.mark.parametrize("ahead", [600.0, 100.0, -600.0, -20.0])
-def test_a_clock_that_is_wrong_loses_nothing(
-    broker: Broker, opened: Open, ahead: float, caplog: pytest.LogCaptureFixture
+def test_wrong_clock_loses_no_messages(
+    broker: Broker, open_queues: Open, ahead: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The lease is never taken for longer than it is, and what is done is settled: Service Bus says what is locked."""
+    """The lock is never overestimated, and messages are settled: only Service Bus decides whether a lock is valid."""
     queue = Queue(broker, lock=30.0)
     broker("clock", name=queue.name, ahead=ahead)
     queue.publish(b"1", b"2", b"3")
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     held = receive(adapter, 3)
     assert 0 < adapter.lease_seconds < 32
     adapter.extend(held, adapter.lease_seconds)
@@ -286,13 +286,13 @@ def test_a_clock_that_is_wrong_loses_nothing(
     assert {record.message for record in caplog.records} <= {"clock_skew"}
 
 
-def test_what_is_settled_while_it_is_extended_is_not_lost(
-    broker: Broker, opened: Open, caplog: pytest.LogCaptureFixture
+def test_message_settled_during_extension_is_not_reported_as_lost(
+    broker: Broker, open_queues: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The keeper of leases works beside the lanes; nobody is to be alarmed."""
+    """Leases are extended while lanes settle."""
     queue = Queue(broker)
     queue.publish(*(b"%d" % number for number in range(300)))
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     held = receive(adapter, 300)
     acking = Thread(target=adapter.ack, args=(held,))
     acking.start()
@@ -303,11 +303,11 @@ def test_what_is_settled_while_it_is_extended_is_not_lost(
     assert [(record.message, vars(record).get("action")) for record in caplog.records] == []
 
 
-def test_a_busy_service_is_asked_again(broker: Broker, opened: Open) -> None:
-    """Throttled for a moment: acks and nacks insist."""
+def test_busy_service_is_retried(broker: Broker, open_queues: Open) -> None:
+    """Acks and nacks are retried when the service throttles."""
     queue = Queue(broker)
     queue.publish(b"1", b"2")
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     done, failed = receive(adapter, 2)
     broker("busy", name=queue.name, requests=2)
     adapter.ack([done])
@@ -317,11 +317,11 @@ def test_a_busy_service_is_asked_again(broker: Broker, opened: Open) -> None:
     assert queue.counts() == (0, 1, 0)
 
 
-def test_a_connection_that_the_service_ended_costs_nothing(broker: Broker, opened: Open) -> None:
-    """Idle ones end after some minutes: what is tried but once has another try on a new one."""
+def test_call_on_closed_connection_is_retried_on_a_new_one(broker: Broker, open_queues: Open) -> None:
+    """Service Bus closes idle connections after some minutes."""
     queue = Queue(broker)
     queue.publish(b"1")
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     held = receive(adapter, 1)
     adapter.extend(held, 30.0)
     broker("drop")
@@ -330,13 +330,13 @@ def test_a_connection_that_the_service_ended_costs_nothing(broker: Broker, opene
     assert queue.counts() == (0, 0, 0)
 
 
-def test_a_receiver_that_hears_nothing_is_opened_anew(
-    broker: Broker, opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_idle_receiver_is_reopened(
+    broker: Broker, open_queues: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It may hang, and the service ends what is idle for long."""
+    """It can hang, and the service closes idle connections."""
     monkeypatch.setattr(servicebus_receiver, "IDLE_TIMEOUT", 0.1)
     queue = Queue(broker)
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     deadline = time.monotonic() + 15
     with caplog.at_level("INFO"):
         while "receiver_restarted" not in [record.message for record in caplog.records] and time.monotonic() < deadline:
@@ -346,11 +346,11 @@ def test_a_receiver_that_hears_nothing_is_opened_anew(
     assert len(receive(adapter, 1)) == 1
 
 
-def test_stopping_returns_what_was_not_received_and_what_is_parked(broker: Broker, opened: Open) -> None:
-    """At once, not when the locks end; acks after the stop count."""
+def test_stop_returns_pending_and_delayed_messages(broker: Broker, open_queues: Open) -> None:
+    """At once, not when the locks end. Settling continues."""
     queue = Queue(broker)
     queue.publish(*(b"%d" % number for number in range(100)))
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     held = receive(adapter, 10)
     adapter.receive(50, 0)
     adapter.nack(held[:2], 60.0)
@@ -362,10 +362,10 @@ def test_stopping_returns_what_was_not_received_and_what_is_parked(broker: Broke
     assert adapter.receive(10, 0.1) == []
 
 
-def test_subscriptions_of_a_topic_each_get_all(broker: Broker, opened: Open) -> None:
-    """And the adapter publishes to the topic."""
+def test_each_subscription_of_a_topic_receives_all_messages(broker: Broker, open_queues: Open) -> None:
+    """The adapter publishes to the topic."""
     first, second = Queue(broker, topic="news"), Queue(broker, topic="news")
-    adapter = opened(first)
+    adapter = open_queues(first)
     assert adapter.check() == []
     assert adapter.publish([b"1", b"2"]) == 2
     got = receive(adapter, 2)
@@ -375,10 +375,10 @@ def test_subscriptions_of_a_topic_each_get_all(broker: Broker, opened: Open) -> 
     assert bodies(second.read()) == [b"1", b"2"]
 
 
-def test_publish_fills_the_queue(broker: Broker, opened: Open) -> None:
-    """In batches of the size that it takes; what it does not take is an error that says how far it came."""
+def test_publish_fills_the_queue(broker: Broker, open_queues: Open) -> None:
+    """In batches of the size that it accepts. An error has the number of messages published before."""
     queue = Queue(broker)
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     assert adapter.publish(b"%d" % number for number in range(1500)) == 1500
     assert adapter.publish([b"x" * 600_000] * 3) == 3
     assert queue.counts() == (1503, 0, 0)
@@ -389,20 +389,20 @@ def test_publish_fills_the_queue(broker: Broker, opened: Open) -> None:
         adapter.publish([b"x" * 2_000_000])
 
 
-def test_without_a_connection_string_azure_says_who_we_are() -> None:
-    """By the SDK's own chain: managed identity, environment, command line."""
+def test_credentials_of_azure_are_used_without_connection_string() -> None:
+    """The SDK's default chain: managed identity, environment, command line."""
     adapter = open_queue("servicebus://127.0.0.1:1/orders")
     with pytest.raises(QueueError, match=r"QUEUE_URL: cannot reach 127.0.0.1:1/orders"):
         adapter.check()
     adapter.close()
 
 
-def test_check_says_what_to_do(own_broker: Broker, opened: Open) -> None:
-    """One sentence: the queue is missing, not for us, disabled, or out of reach."""
+def test_check_reports_the_cause_and_what_to_do(own_broker: Broker, open_queues: Open) -> None:
+    """The queue is missing, not permitted, disabled or unreachable."""
     queue = Queue(own_broker)
     with pytest.raises(QueueError, match=r"QUEUE_URL: 127.*/nowhere does not exist: create it"):
-        opened(queue, f"servicebus://{own_broker.host}/nowhere").check()
-    adapter = opened(queue)
+        open_queues(queue, f"servicebus://{own_broker.host}/nowhere").check()
+    adapter = open_queues(queue)
     own_broker("refuse", name=queue.name, condition="amqp:unauthorized-access")
     with pytest.raises(QueueError, match=r"not permitted .* grant the role Azure Service Bus Data Receiver on it"):
         adapter.check()
@@ -416,13 +416,13 @@ def test_check_says_what_to_do(own_broker: Broker, opened: Open) -> None:
         adapter.publish([b"1"])
 
 
-def test_a_queue_that_refuses_is_waited_for(
-    broker: Broker, opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_lasting_refusal_raises_until_it_ends(
+    broker: Broker, open_queues: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """For a minute, as permissions take a while to spread; then it is said, until it is mended."""
+    """New permissions take effect with a delay, so the error is raised only after a minute."""
     monkeypatch.setattr(reconnect, "REFUSAL_TIMEOUT", 1.0)
     queue = Queue(broker)
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     broker("refuse", name=queue.name, condition="amqp:unauthorized-access")
     with pytest.raises(QueueRefusedError, match="QUEUE_URL: Service Bus refuses the queue"):
         receive(adapter, 1)
@@ -440,10 +440,10 @@ def test_a_queue_that_refuses_is_waited_for(
     assert adapter.receive(1, 0.2) == []
 
 
-def test_an_outage_loses_nothing(own_broker: Broker, opened: Open) -> None:
-    """Connections are cut, and later the broker is away for 3 s, while messages flow; acks insist."""
+def test_outage_loses_no_messages(own_broker: Broker, open_queues: Open) -> None:
+    """Connections are closed, and later the broker is down for 3 s, while messages are processed."""
     queue = Queue(own_broker, lock=8.0)
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     queue.publish(*(b"%d" % number for number in range(300)))
     seen: list[bytes] = []
     faults: list[Callable[[], object]] = [lambda: own_broker("drop"), lambda: _down_for(own_broker, 3.0)]
@@ -464,14 +464,14 @@ def _down_for(broker: Broker, seconds: float) -> None:
     broker("up")
 
 
-def test_a_service_that_says_nothing_is_not_waited_for(
-    own_broker: Broker, opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_unresponsive_service_times_out(
+    own_broker: Broker, open_queues: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It takes connections, and that is all: the SDK alone would wait for ever."""
-    monkeypatch.setattr(servicebus_links, "OPEN_TIMEOUT", 0.5)
+    """It accepts connections and does not respond; the SDK would wait indefinitely."""
+    monkeypatch.setattr(connections, "OPEN_TIMEOUT", 0.5)
     queue = Queue(own_broker)
     queue.publish(b"1")
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     own_broker.freeze()
     with pytest.raises(QueueError, match=r"cannot reach .*: no answer within"):
         adapter.check()
@@ -485,10 +485,12 @@ def test_a_service_that_says_nothing_is_not_waited_for(
     assert len(receive(adapter, 1)) == 1
 
 
-def test_what_is_opened_too_late_is_closed(own_broker: Broker, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else each try of an outage would leave a connection, which a thread of the SDK keeps for ever."""
-    monkeypatch.setattr(servicebus_links, "OPEN_TIMEOUT", 0.1)
-    adapter = opened(Queue(own_broker))
+def test_connection_opened_after_the_timeout_is_closed(
+    own_broker: Broker, open_queues: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise each attempt of an outage would leave a connection with a thread of the SDK."""
+    monkeypatch.setattr(connections, "OPEN_TIMEOUT", 0.1)
+    adapter = open_queues(Queue(own_broker))
     before = set(threading.enumerate())
     own_broker.freeze()
     for _ in range(3):
@@ -497,25 +499,25 @@ def test_what_is_opened_too_late_is_closed(own_broker: Broker, opened: Open, mon
     assert set(threading.enumerate()) - before
     own_broker.thaw()
     deadline = time.monotonic() + 15
-    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+    while (remaining := set(threading.enumerate()) - before) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not left
+    assert not remaining
 
 
-def test_no_end_of_connections_is_opened_in_vain(
-    own_broker: Broker, opened: Open, monkeypatch: pytest.MonkeyPatch
+def test_waiting_connections_are_limited(
+    own_broker: Broker, open_queues: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each takes a thread and a socket for as long as the service says nothing; the worker needs some itself."""
-    monkeypatch.setattr(servicebus_links, "OPEN_TIMEOUT", 0.1)
-    monkeypatch.setattr(servicebus_links, "_opening", threading.Semaphore(1))
-    adapter = opened(Queue(own_broker))
+    """Each has a thread and a socket while the service does not respond."""
+    monkeypatch.setattr(connections, "OPEN_TIMEOUT", 0.1)
+    monkeypatch.setattr(connections, "_opening", threading.Semaphore(1))
+    adapter = open_queues(Queue(own_broker))
     own_broker.freeze()
     with pytest.raises(QueueError, match="no answer within"):
         adapter.check()
     with pytest.raises(QueueError, match="connections still wait for an answer"):
         adapter.check()
     own_broker.thaw()
-    monkeypatch.setattr(servicebus_links, "OPEN_TIMEOUT", 10.0)
+    monkeypatch.setattr(connections, "OPEN_TIMEOUT", 10.0)
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
         try:
@@ -526,26 +528,26 @@ def test_no_end_of_connections_is_opened_in_vain(
     assert adapter.check() == []
 
 
-def test_extend_says_that_leases_may_end(own_broker: Broker, opened: Open) -> None:
-    """So that nobody counts on them."""
+def test_failed_extension_raises(own_broker: Broker, open_queues: Open) -> None:
+    """The worker must not rely on these leases."""
     queue = Queue(own_broker)
     queue.publish(b"1")
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     held = receive(adapter, 1)
     own_broker.kill()
     with pytest.raises(QueueError, match="some locks could not be renewed"):
         adapter.extend(held, 30.0)
 
 
-def test_closing_does_not_wait_for_a_broker_that_is_gone(own_broker: Broker, opened: Open) -> None:
-    """What was held comes again when the locks end."""
+def test_close_does_not_wait_for_unreachable_broker(own_broker: Broker, open_queues: Open) -> None:
+    """Held messages are redelivered when their locks end."""
     queue = Queue(own_broker)
     queue.publish(*(b"%d" % number for number in range(20)))
-    adapter = opened(queue)
+    adapter = open_queues(queue)
     held = receive(adapter, 10)
     own_broker.kill()
-    began = time.monotonic()
+    started_at = time.monotonic()
     adapter.nack(held, 60.0)
     adapter.close()
     adapter.close()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - started_at < 30
