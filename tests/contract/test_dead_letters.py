@@ -1,4 +1,4 @@
-"""The contract of adapters/base.py for queues with dead dead_letters."""
+"""The contract of adapters/base.py for queues with dead letters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def queue(rig: Rig) -> Iterator[QueueAdapter]:
     opened = rig.opener(direct_dead_letter=True)()
     if not isinstance(opened, SupportsDeadLetters):
         opened.close()
-        pytest.skip("the dead dead_letters of this queue cannot be read")
+        pytest.skip("the dead letters of this queue cannot be read")
     opened.check()
     yield opened
     opened.close()
@@ -36,7 +36,7 @@ def dead_letters(queue: QueueAdapter) -> Iterator[DeadLetterQueue]:
 
 
 def make_dead_letters(rig: Rig, queue: QueueAdapter, bodies: Sequence[bytes], failure: Failure = FAILURE) -> None:
-    """Publish messages and dead-dead_letter them."""
+    """Publish messages and dead-letter them."""
     rig.publish(bodies)
     remaining = set(bodies)
     while remaining:  # an emulator can deliver one twice at the same moment
@@ -49,7 +49,7 @@ def make_dead_letters(rig: Rig, queue: QueueAdapter, bodies: Sequence[bytes], fa
 
 
 def receive_dead_letters(dead_letters: DeadLetterQueue, number: int) -> list[DeadLetter]:
-    """Receive `number` dead dead_letters, or those that arrive in time."""
+    """Receive `number` dead letters, or those that arrive in time."""
     deadline = time.monotonic() + SOON
     found: list[DeadLetter] = []
     while len(found) < number and time.monotonic() < deadline:

@@ -249,7 +249,7 @@ def test_acked_message_is_no_longer_expected(broker: Broker, open_queues: Open) 
 
 
 def test_locks_of_held_pending_and_delayed_messages_are_renewed(broker: Broker, open_queues: Open) -> None:
-    """Of what is held, of what waits to be received, and of what waits to go back."""
+    """`extend` renews all locks of the adapter, not only those of the given deliveries."""
     queue = Queue(broker, lock=3.0)
     queue.publish(*(b"%d" % number for number in range(30)))
     adapter = open_queues(queue)

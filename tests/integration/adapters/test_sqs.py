@@ -51,7 +51,7 @@ def queue(moto: Server) -> Queue:
 
 @pytest.fixture
 def network(moto: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
-    """A relay for all calls of queues that are open_queues afterwards."""
+    """A relay for all calls of queues that are opened afterwards."""
     relay = Network(moto)
     monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", f"http://127.0.0.1:{relay.port}")
     yield relay
