@@ -1,4 +1,4 @@
-"""The contract between the worker and its queues: what an adapter must implement."""
+"""The contract between the worker and its queues: the methods that an adapter must implement."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class QueueError(Exception):
 
 
 class QueueRefusedError(QueueError):
-    """The queue is missing or not permitted. The worker parks and retries until an operator has fixed it."""
+    """The queue is missing or not permitted. The worker parks and retries until an operator has fixed the cause."""
 
 
 class QueueURLError(QueueError):
-    """The URL of the queue, or a secret that belongs to it, is invalid. The text says what was expected."""
+    """The URL of the queue, or a secret that belongs to it, is invalid. `todo` says what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +47,14 @@ class QueueWarning:
 
 @dataclass(frozen=True, slots=True)
 class QueueOptions:
-    """Settings of the worker that concern queues. An adapter ignores the ones that do not apply to it."""
+    """Settings of the worker that concern queues. An adapter ignores those that do not apply to it."""
 
     max_messages: int = 2_000  # limit of messages received and not settled
     max_bytes: int = 8_000_000  # limit of the total size of their bodies
     direct_dead_letter: bool = False  # dead-letter at once and with a reason, not by the queue's own policy
-    port: int = 6789  # to listen on, if messages are pushed and the URL names no port
+    port: int = 6789  # to listen on, if messages are pushed and the URL has no port
     connection_string: str = field(default="", repr=False)  # for Azure Service Bus
-    dead_letter_url: str = ""  # dead-letter queue to read; "": the one of the queue's own policy
+    dead_letter_url: str = ""  # of the dead-letter queue to read; "": the queue of the policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Failure:
     reason: str  # one sentence for an operator
     stage: str  # parse, enrich, transform or send; queue if the queue itself dead-lettered the message
     error: str  # class name of the error
-    message_type: str = ""  # this and the following if known; only dead letters need them
+    message_type: str = ""  # this and the next two only if known; dead letters show them
     resource_type: str = ""
     resource_id: str = ""
 
@@ -94,53 +94,57 @@ class Delivery(Protocol):
 
 
 class QueueAdapter(Protocol):
-    """A queue that delivers at least once and leases each delivery to one of any number of workers.
+    """A queue that delivers at least once, and leases each delivery to one of any number of workers.
 
-    The worker calls `receive` from one thread, `extend` from another, and `ack`, `nack` and `dead_letter` from all.
-    Settling a delivery whose lease has ended, and extending such a lease, must do nothing and raise nothing: the
-    queue redelivers the message.
+    The worker calls `receive` from one thread and `extend` from another. It calls `ack`, `nack` and `dead_letter` from
+    several threads at the same time. Settling a delivery whose lease has ended, and extending such a lease, must do
+    nothing and raise nothing: the queue redelivers the message.
     """
 
     @property
     def lease_seconds(self) -> float | None:
-        """Seconds that a delivery stays leased without `extend`, at least; None if it needs no extension.
+        """Seconds for which a delivery stays leased without `extend`, at least; None if leases need no extension.
 
-        The worker reads it before each extension, so it can change.
+        The worker reads it before each extension, so the value can change.
         """
 
     def receive(self, max_messages: int, wait: float) -> Sequence[Delivery]:
         """Return up to `max_messages` deliveries, or [] if none arrives within `wait` seconds.
 
-        Return as soon as there is one; do not wait for more. Called in a loop, `max_messages` is at least 1, and
-        `wait` is a second or less. Retry transient errors here and return [].
+        Return as soon as one is there, without waiting for others. The worker calls this method in a loop, with at
+        least 1 for `max_messages` and a second or less for `wait`. Log transient errors, return [], and retry in a
+        later call.
 
-        Raises QueueError if the queue can no longer be read: the worker returns its messages and exits. Raises
+        Raises QueueError if the queue cannot be read: the worker returns its messages and exits. Raises
         QueueRefusedError if credentials or permissions are refused: the worker parks and calls again later.
         """
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Remove the messages permanently. Retry transient errors while the leases last; then give no error."""
+        """Remove the messages permanently: their effect is in Klaviyo, or there is none.
+
+        Retry transient errors while the leases last. If that fails, log it: the queue redelivers the messages.
+        """
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """Return the messages; the queue redelivers each of them after at least `delay` seconds.
+        """Return the messages. The queue redelivers each of them after at least `delay` seconds.
 
-        A queue reduces `delay` to the longest it can. Store `failure` with the messages if the queue can: it is the
-        reason of a dead letter if the queue's own policy then dead-letters the message. `failure` is None if the
-        worker did not handle the messages: the delivery must then not count as an attempt if the queue can undo that.
+        If `delay` is longer than the queue supports, use its maximum. If the queue can store `failure`, it is the
+        reason of the dead letter when the queue's own policy dead-letters the message later. `failure` is None if the
+        worker did not process the messages: the delivery must not count as an attempt if the queue can undo that.
         """
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
-        """Move the message to the dead-letter queue with its reason; if that is impossible, nack it.
+        """Move a message that can never succeed to the dead-letter queue, with its reason.
 
-        Return whether the message is a dead letter now. False: it is redelivered until the queue's policy
-        dead-letters it.
+        If that is impossible, nack it. Return whether the message is a dead letter now. If not, the queue redelivers it
+        until its own policy dead-letters it.
         """
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
         """Make the leases end `seconds` from now.
 
-        Called every third of `lease_seconds` with all deliveries that are not settled. Include the messages that
-        the adapter holds itself. Raises QueueError if some leases could not be extended.
+        Called after every third of `lease_seconds`, with all deliveries that are not settled. Also extend the messages
+        that the adapter holds and `receive` did not return yet. Raises QueueError if some leases could not be extended.
         """
 
     def backlog(self) -> int | None:
@@ -153,22 +157,23 @@ class QueueAdapter(Protocol):
     def check(self) -> Sequence[QueueWarning]:
         """Return what an operator should change about the queue. Raises QueueError unless this process may consume.
 
-        A missing policy has `is_missing_policy`. A policy that this process has no permission to read is reported
-        as unreadable, not as missing.
+        Called at start-up, by `klaviyo-worker check`, and by `run --once` before it ends without knowing the backlog. A
+        missing policy has `is_missing_policy`. A policy that this process has no permission to read is reported as
+        unreadable, not as missing.
         """
 
     def stop(self) -> None:
-        """Stop pulling and return the messages that `receive` did not hand out.
+        """Stop pulling, and return the messages to the queue that `receive` did not return to the worker.
 
-        Called once `receive` is no longer called. Messages are still settled and extended until `close`.
+        Called after the last `receive`. The worker settles and extends its messages until `close`.
         """
 
     def close(self) -> None:
-        """Stop, if not done yet, and close the connections. Idempotent."""
+        """Stop, unless `stop` was called, and close the connections. Idempotent."""
 
 
 class InertQueue:
-    """A base for queues of messages that need no lease, and that need no action when they are not acked."""
+    """A base class for queues whose messages have no lease, and stay where they are unless they are acked."""
 
     @property
     def lease_seconds(self) -> float | None:
@@ -179,7 +184,7 @@ class InertQueue:
         """Do nothing."""
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:  # noqa: ARG002 - nothing to move
-        """Report success."""
+        """Return True."""
         return True
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
@@ -206,10 +211,10 @@ class DeadLetter:
 
 
 class DeadLetterQueue(Protocol):
-    """One pass through the dead letters of a queue. Methods can be called from several threads.
+    """One pass through the dead letters of a queue. Its methods can be called from several threads.
 
-    Dead letters that were returned stay reserved for this object until they are removed or it is closed. If its
-    process dies, all of them are still dead letters.
+    Dead letters that `receive` returned stay reserved for this object until they are removed or the object is closed.
+    If its process dies, they are still dead letters.
     """
 
     def receive(self, max_messages: int, wait: float) -> Sequence[DeadLetter]:
@@ -222,7 +227,7 @@ class DeadLetterQueue(Protocol):
         """Remove dead letters permanently. Raises QueueError if some of them may still exist."""
 
     def close(self) -> None:
-        """Release the others, unchanged, for the next reader. Idempotent."""
+        """Release the dead letters that were not removed, for the next reader. Idempotent."""
 
 
 class Counts(NamedTuple):

@@ -47,17 +47,17 @@ def find_dead_letter_subscription(topic: str, publisher: PublisherClient, subscr
     try:
         found = list(publisher.list_topic_subscriptions(request=request, retry=_RETRY, timeout=CALL_TIMEOUT))
     except google.PermissionDenied:
-        what = f"not permitted to list the subscriptions of {topic}"
-        raise QueueError(f"QUEUE_URL: {what}", todo=f"grant roles/pubsub.viewer on it, or set {SETTING}") from None
+        reason = f"not permitted to list the subscriptions of {topic}"
+        raise QueueError(f"QUEUE_URL: {reason}", todo=f"grant roles/pubsub.viewer on it, or set {SETTING}") from None
     except google.NotFound:
         raise QueueError(f"QUEUE_URL: its dead-letter topic {topic} does not exist", todo="create it") from None
     except (google.GoogleAPIError, GoogleAuthError) as error:
         raise QueueError(f"QUEUE_URL: cannot reach Pub/Sub for {topic}: {error}") from None
     pulled = [path for path in found if _is_pulled(path, subscriber)]
     if not pulled:
-        what = f"its dead-letter topic {topic} has no pull subscription"
+        reason = f"its dead-letter topic {topic} has no pull subscription"
         raise QueueError(
-            f"QUEUE_URL: {what}", todo=f"create one, because the topic keeps no messages without it, or set {SETTING}"
+            f"QUEUE_URL: {reason}", todo=f"create one, because the topic keeps no messages without it, or set {SETTING}"
         )
     if len(pulled) > 1:
         urls = ", ".join(sorted(_url(path) for path in pulled))

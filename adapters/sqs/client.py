@@ -134,7 +134,7 @@ def explain(error: BaseException, queue: str) -> tuple[str, str]:
     return f"cannot reach SQS for {queue}: {first_line(error)}", ""
 
 
-def queue_error(error: BaseException, queue: str, about: str = "QUEUE_URL") -> QueueError:
-    """Return an error that explains `error`; `about` is the setting that names `queue`."""
+def queue_error(error: BaseException, queue: str, setting: str = "QUEUE_URL") -> QueueError:
+    """Return an error that explains `error`; `setting` names the setting of `queue`."""
     reason, todo = explain(error, queue)
-    return QueueError(f"{about}: {reason}", todo=todo)
+    return QueueError(f"{setting}: {reason}", todo=todo)

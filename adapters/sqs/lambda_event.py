@@ -39,8 +39,8 @@ class LambdaQueue(InertQueue):
         try:
             deliveries = [_delivery(record) for record in event["Records"]]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            what = f"expected the event of an SQS event source ({type(error).__name__}: {error})"
-            raise QueueError(what, todo="add an SQS event source mapping to the function") from None
+            reason = f"expected the event of an SQS event source ({type(error).__name__}: {error})"
+            raise QueueError(reason, todo="add an SQS event source mapping to the function") from None
         self._seconds = seconds
         self._pending = deliveries
         self._failed = {delivery.id for delivery in deliveries}
