@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -38,6 +38,11 @@ _QUEUE_SETTINGS = frozenset(
 )
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _ID = re.compile(r"[\w-]{1,256}", re.ASCII)  # anything else could be an email address, which must not be printed
+
+
+class _Files(NamedTuple):
+    checkpoint: Path | None
+    failures: Path | None
 
 
 @click.command(cls=Command)
@@ -85,7 +90,7 @@ def backfill(  # noqa: PLR0913 - options
         status_line = StatusLine(sys.stderr)
         configure_logging(settings.log_level, settings.log_format, status_line)  # type: ignore[arg-type] # a partial TextIO
         failures_file = failures_file or (checkpoint and checkpoint.with_suffix(".failures.jsonl"))
-        files = (checkpoint, None if dry_run else failures_file)
+        files = _Files(checkpoint, None if dry_run else failures_file)
         try:
             running = _prepare(settings, selection, limit, files, dry_run=dry_run)
             on_signals(running.stop)
@@ -98,7 +103,7 @@ def _prepare(
     settings: BackfillSettings,
     selection: RecordSelection,
     limit: int | None,
-    files: tuple[Path | None, Path | None],
+    files: _Files,
     *,
     dry_run: bool,
 ) -> Backfill:
@@ -106,8 +111,7 @@ def _prepare(
     from worker.commands.backfill.backfill import Backfill  # noqa: PLC0415
     from worker.commands.backfill.checkpoint import Checkpoint, FailureLog, checkpoint_key  # noqa: PLC0415
 
-    checkpoint, failures_file = files
-    if checkpoint and failures_file and checkpoint.resolve() == failures_file.resolve():
+    if files.checkpoint and files.failures and files.checkpoint.resolve() == files.failures.resolve():
         raise SettingsError("--failures-file: expected another file than --checkpoint")
     key = checkpoint_key(selection, settings.ct_project_id)
     try:
@@ -115,8 +119,8 @@ def _prepare(
             settings,
             selection,
             limit=limit,
-            checkpoint=Checkpoint(checkpoint, key) if checkpoint else None,
-            failure_log=FailureLog(failures_file) if failures_file else None,
+            checkpoint=Checkpoint(files.checkpoint, key) if files.checkpoint else None,
+            failure_log=FailureLog(files.failures) if files.failures else None,
             dry_run=dry_run,
         )
     except OSError as error:
@@ -127,12 +131,13 @@ def _file_error(error: OSError) -> str:
     return f"cannot write {error.filename or 'the checkpoint or the failures file'}: {error.strerror}"
 
 
-def _run(running: Backfill, status_line: StatusLine, title: str, files: tuple[Path | None, Path | None]) -> None:
+def _run(running: Backfill, status_line: StatusLine, title: str, files: _Files) -> None:
     """Run, print the summary, and raise or exit with a code other than 0 unless all records succeeded."""
     from worker.runtime.runner import ShutdownTimeoutError  # noqa: PLC0415
 
-    checkpoint, failures_file = files
-    advice = "run the same command to continue" if checkpoint else "without --checkpoint FILE the next run starts over"
+    advice = "without --checkpoint FILE the next run starts over"
+    if files.checkpoint:
+        advice = "run the same command to continue"
     try:
         rate = running.run(status_line)
     except Rejected as error:
@@ -141,8 +146,8 @@ def _run(running: Backfill, status_line: StatusLine, title: str, files: tuple[Pa
         exit_without_waiting(f"interrupted before all records in flight were sent: {advice}")
     for line in _summarize(title, running.progress, rate):
         click.echo(line, err=True)
-    if running.progress.failed and failures_file:
-        click.echo(f"The failures are in {failures_file}. To retry them: --ids {failures_file}", err=True)
+    if running.progress.failed and files.failures:
+        click.echo(f"The failures are in {files.failures}. To retry them: --ids {files.failures}", err=True)
     if running.is_interrupted:
         raise CommandError(f"interrupted: {advice}", ExitCode.INTERRUPTED)
     if running.progress.failed:

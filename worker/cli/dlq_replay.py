@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Maximum dead letters per second."
 )
-@click.option("--canary/--no-canary", default=True, help="Stop if the first dead letter fails again, or try all.")
+@click.option("--canary/--no-canary", default=True, help="Stop if the first one fails again (default), or try all.")
 @click.option("--dry-run", is_flag=True, help="Print what would be sent; send and remove nothing.")
 @settings_options(Settings)
 def replay(*, filters: DeadLetterFilter, rate: float | None, canary: bool, dry_run: bool, **flags: Any) -> None:

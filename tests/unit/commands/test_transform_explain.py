@@ -114,9 +114,7 @@ def test_missing_resource_means_nothing_to_do() -> None:
     """No omissions are listed for a resource that does not exist."""
     text = explained(change("ResourceUpdated", "customer"), {"customers": [{"id": "other"}]})
     assert "fetched customers where id in (…): none for id-1" in text
-    assert (
-        "outcome acknowledged with nothing to do, in stage transform: commercetools no longer has the customer" in text
-    )
+    assert "outcome ignored and acknowledged, in stage transform: commercetools no longer has the customer" in text
     assert "left out" not in explained(message("OrderStateChanged", "order", orderState="Complete"))
 
 
@@ -153,7 +151,7 @@ def test_missing_handler_lists_existing_ones() -> None:
     """The existing handlers are those of the same resource type, or the resource types that have any."""
     text = explained(message("OrderDeleted", "order"))
     assert "handler none; order has handlers for OrderCreated, OrderImported" in text
-    assert "outcome acknowledged with nothing to do, in stage parse: no handler for this type" in text
+    assert "outcome ignored and acknowledged, in stage parse: no handler for this type" in text
     assert "none; subscription has no handlers resource types with handlers: order, payment" in explained(
         change("ResourceCreated", "subscription")
     )
@@ -293,7 +291,7 @@ def test_empty_properties_of_an_ignored_customer_are_named() -> None:
     text = explained(change("ResourceUpdated", "customer"), {"customers": [customer]})
     assert "without a value: email, first_name, last_name, " in text
     assert "left out phone_number: neither" in text
-    assert "outcome acknowledged with nothing to do, in stage transform: the customer has neither" in text
+    assert "outcome ignored and acknowledged, in stage transform: the customer has neither" in text
 
 
 def test_deleted_product_has_no_omissions() -> None:
@@ -306,7 +304,9 @@ def test_deleted_product_has_no_omissions() -> None:
 def test_only_a_message_from_the_future_is_retried() -> None:
     """An offline read never lags, but a clock can be wrong."""
     now, then = datetime.now(UTC).isoformat(), "2999-01-01T00:00:00Z"
-    assert "outcome acknowledged with nothing" in explained(message("OrderCreated", "order", createdAt=now))
+    assert "outcome ignored and acknowledged, in stage transform: commercetools no longer has the order" in explained(
+        message("OrderCreated", "order", createdAt=now)
+    )
     assert "outcome held and retried, in stage enrich: commercetools does not show" in explained(
         message("OrderCreated", "order", createdAt=then)
     )

@@ -179,5 +179,5 @@ def _describe_outcome(trace: Trace) -> str:
     if trace.stopped_by is None:
         return "acknowledged when Klaviyo has accepted all operations; dead-lettered if Klaviyo refuses one"
     if isinstance(trace.stopped_by, Ignored):
-        return f"acknowledged with nothing to do, in stage {trace.stage}: {trace.stopped_by}"
+        return f"ignored and acknowledged, in stage {trace.stage}: {trace.stopped_by}"
     return f"{_FATES[trace.stopped_by.disposition]}, in stage {trace.stage}: {trace.stopped_by}"
