@@ -235,7 +235,7 @@ class EmbeddedQueue:
         with self._transaction():
             values = (token, now + self._lease_seconds, now, max_messages, RECEIVE_BYTES)
             rows = self._db.execute(_LEASE, values).fetchall()
-        leased = [_delivery(row) for row in sorted(rows)]  # RETURNING promises no order
+        leased = [_delivery(row) for row in sorted(rows)]  # RETURNING guarantees no order
         for delivery in leased:
             if delivery.attempt > self._max_attempts:
                 self._dead_letter_spent(delivery, delivery.last_failure or _OVERDUE)
@@ -266,7 +266,7 @@ class EmbeddedQueue:
             try:
                 yield
             except BaseException:
-                if self._db.in_transaction:  # after an I/O error SQLite has rolled back itself
+                if self._db.in_transaction:  # false after an I/O error: SQLite has rolled back
                     self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")

@@ -143,12 +143,12 @@ def _dead_letter(message: PubsubMessage) -> DeadLetter:
     own = {name: value for name, value in attributes.items() if not name.startswith(_PREFIX)}
     by_worker = None if _COUNT in attributes else from_worker(attributes)
     info = by_worker or from_policy(parse_attempt(attributes.get(_COUNT, "")), own)
-    published_at = _time(attributes.get(_PUBLISHED, ""))
+    published_at = _parse_time(attributes.get(_PUBLISHED, ""))
     delivery = DeadLetterDelivery(message.message_id, message.data, info.attributes, info.attempt, published_at)
     return DeadLetter(delivery, info.failure, cast("datetime", message.publish_time))
 
 
-def _time(text: str) -> datetime | None:
+def _parse_time(text: str) -> datetime | None:
     """Return a time; None if `text` is not one: publishers can set this attribute, too."""
     try:
         time = datetime.fromisoformat(text)

@@ -292,12 +292,12 @@ def _delivery(body: bytes, respond: Callable[[int], None]) -> PushDelivery:
         data,
         attributes,
         attempt if isinstance(attempt, int) else None,
-        _time(message.get("publishTime")),
+        _parse_time(message.get("publishTime")),
         respond,
     )
 
 
-def _time(text: Any) -> datetime | None:
+def _parse_time(text: Any) -> datetime | None:
     try:
         moment = datetime.fromisoformat(text)
     except (ValueError, TypeError):

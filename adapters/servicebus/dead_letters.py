@@ -36,10 +36,10 @@ class ServiceBusDeadLetters:
     """
 
     def __init__(
-        self, connect: Callable[..., ServiceBusReceiver], explain: Callable[[BaseException], QueueError]
+        self, connect: Callable[..., ServiceBusReceiver], queue_error: Callable[[BaseException], QueueError]
     ) -> None:
         self._connect = connect
-        self._explain = explain
+        self._queue_error = queue_error
         self._pool = ReceiverPool(connect)
         self._settlement = Settlement(connect)
         self._locked: dict[int, ServiceBusReceivedMessage] = {}  # by sequence number
@@ -56,13 +56,13 @@ class ServiceBusDeadLetters:
         """Return the next dead letters. Service Bus returns at most 250 at a time."""
         with self._lock:
             found = self._read([self._next], max_messages)
-            self._next = _number(found[-1]) + 1 if found else self._next
+            self._next = _sequence_number(found[-1]) + 1 if found else self._next
         return [_dead_letter(message) for message in found]
 
     def remove(self, dead_letters: Sequence[DeadLetter]) -> None:
         """Lock and complete the dead letters. Raises QueueError if some still exist afterwards."""
         deliveries = [dead_letter.delivery for dead_letter in dead_letters]
-        wanted = {_number(each.message) for each in deliveries if isinstance(each, ServiceBusDelivery)}
+        wanted = {_sequence_number(each.message) for each in deliveries if isinstance(each, ServiceBusDelivery)}
         remaining = set(wanted)
         with self._lock:
             self._forget_expired()
@@ -72,8 +72,8 @@ class ServiceBusDeadLetters:
             try:
                 self._lock_and_complete(remaining)
             except FAILURES as error:
-                raise self._explain(error) from None
-            existing = remaining and remaining & {_number(message) for message in self._read(remaining, 1)}
+                raise self._queue_error(error) from None
+            existing = remaining and remaining & {_sequence_number(message) for message in self._read(remaining, 1)}
         if existing:
             reason = "another process has locked them, or locks end before all dead letters ahead of them are locked"
             text = f"QUEUE_URL: {len(existing)} of {len(wanted)} dead letters still exist: {reason}"
@@ -98,14 +98,16 @@ class ServiceBusDeadLetters:
 
         for error in self._pool.run([partial(read, number) for number in numbers]):
             if error is not None:
-                raise self._explain(error)
+                raise self._queue_error(error)
         return found
 
     def _lock_and_complete(self, remaining: set[int]) -> None:
         """Lock dead letters, and remove those in `remaining` from it and from the queue, until none is available."""
         skipped: set[int] = set()
         while remaining:
-            locked = {_number(message): message for message in self._lock_next(min(len(remaining), MAX_PREFETCH))}
+            locked = {
+                _sequence_number(message): message for message in self._lock_next(min(len(remaining), MAX_PREFETCH))
+            }
             self._locked |= locked
             if not locked or skipped & locked.keys():  # a skipped one again: all were seen
                 return
@@ -153,5 +155,5 @@ def _dead_letter(message: ServiceBusReceivedMessage) -> DeadLetter:
     return DeadLetter(replace(delivery, attributes=original, attempt=parsed.attempt), parsed.failure, parsed.at)
 
 
-def _number(message: ServiceBusReceivedMessage) -> int:
+def _sequence_number(message: ServiceBusReceivedMessage) -> int:
     return message.sequence_number or 0

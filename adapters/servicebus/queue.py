@@ -182,7 +182,7 @@ class ServiceBusQueue:
         finally:
             pool.close(0.0)
         if error is not None:
-            raise self._explain(error) from None
+            raise self._queue_error(error) from None
         return []
 
     def stop(self) -> None:
@@ -200,7 +200,7 @@ class ServiceBusQueue:
     def dead_letters(self) -> ServiceBusDeadLetters:
         """Open the dead-letter queue, which requires only the Listen claim."""
         connect = partial(self._open_receiver, sub_queue=ServiceBusSubQueue.DEAD_LETTER)
-        dead_letters = ServiceBusDeadLetters(connect, self._explain)
+        dead_letters = ServiceBusDeadLetters(connect, self._queue_error)
         try:
             dead_letters.check()
         except QueueError:
@@ -219,7 +219,7 @@ class ServiceBusQueue:
         except MessageSizeExceededError:
             raise QueueError(f"QUEUE_URL: {stored} messages were published, then one was too large") from None
         except FAILURES as error:
-            raise self._explain(error, f"{stored} messages were published, then: ") from None
+            raise self._queue_error(error, f"{stored} messages were published, then: ") from None
         finally:
             close_in_background(sender)
         return stored
@@ -245,7 +245,7 @@ class ServiceBusQueue:
         client, name = self._make_client(_PUBLISH_RETRIES), self._entity.name
         return client.get_topic_sender(name) if self._entity.subscription else client.get_queue_sender(name)
 
-    def _explain(self, error: BaseException, prefix: str = "") -> QueueError:
+    def _queue_error(self, error: BaseException, prefix: str = "") -> QueueError:
         """Return an error that says what is wrong with the queue, and what to do."""
         reason, todo = f"cannot reach {self._entity}: {first_line(error)}", ""
         if isinstance(error, MessagingEntityNotFoundError):

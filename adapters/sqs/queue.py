@@ -171,7 +171,7 @@ class SQSQueue:
                 raise QueueError(f"{_DIRECT}: cannot read the dead-letter queue of {self._name}", todo=_READ)
             return [QueueWarning(f"cannot read the redrive policy of {self._name}", _READ)]
         if self._options.direct_dead_letter and not self._dead_letter_url:
-            raise QueueError(f"{_DIRECT}: {self._name} has no dead-letter queue", todo=self._set_policy)
+            raise QueueError(f"{_DIRECT}: {self._name} has no dead-letter queue", todo=self._policy_command)
         unusable = self._dead_letter_warning()
         if self._options.direct_dead_letter and unusable:
             raise QueueError(f"{_DIRECT}: {unusable.reason}", todo=unusable.todo)
@@ -204,7 +204,7 @@ class SQSQueue:
             unknown = f"cannot read the dead-letter queue of {self._name}"
             raise QueueError(f"QUEUE_URL: {unknown}", todo=f"{_READ}, or set {_SETTING}")
         if not self._dead_letter_url:
-            raise QueueError(f"QUEUE_URL: {self._name} has no dead-letter queue", todo=self._set_policy)
+            raise QueueError(f"QUEUE_URL: {self._name} has no dead-letter queue", todo=self._policy_command)
         client = aws.connect(self._dead_letter_region)
         receives = None if math.isinf(self._max_receives) else int(self._max_receives)
         return LeasedDeadLetters(SQSDeadLetters(client, self._dead_letter_url, receives))
@@ -220,7 +220,7 @@ class SQSQueue:
         return self._name.endswith(".fifo")
 
     @property
-    def _set_policy(self) -> str:
+    def _policy_command(self) -> str:
         arn = f"arn:aws:sqs:{self._client.meta.region_name}:ACCOUNT:{self._name}-dead"
         policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 10})
         attributes = json.dumps({"RedrivePolicy": policy})
@@ -269,14 +269,14 @@ class SQSQueue:
         """Yield what the queue lacks, with the command that sets it."""
         if not self._dead_letter_url:
             reason = f"{self._name} has no redrive policy, so SQS redelivers failed messages indefinitely"
-            yield QueueWarning(reason, self._set_policy, is_missing_policy=True)
+            yield QueueWarning(reason, self._policy_command, is_missing_policy=True)
         if unusable:
             yield unusable
         if self._max_receives < MIN_RECEIVES:
             yield QueueWarning(
                 f"{self._name} dead-letters messages after {self._max_receives} receives, and every restart of a "
                 "worker uses up a receive of some messages",
-                f"set maxReceiveCount to 10: {self._set_policy}",
+                f"set maxReceiveCount to 10: {self._policy_command}",
             )
 
     def _is_last(self, delivery: Delivery) -> bool:

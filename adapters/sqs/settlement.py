@@ -83,7 +83,7 @@ class Settlement:
     def nack(self, deliveries: Sequence[SQSDelivery], seconds: float) -> None:
         """Make the leases end in `seconds`, or as late as SQS can."""
         self._settled.update(delivery.receipt for delivery in deliveries)
-        entries = [_entry(d) | {"VisibilityTimeout": _limited(d, seconds)} for d in deliveries]
+        entries = [_entry(d) | {"VisibilityTimeout": _visibility_timeout(d, seconds)} for d in deliveries]
         self._settle("nack", self._client.change_message_visibility_batch, entries, NACK_TIMEOUT)
 
     def extend(self, deliveries: Sequence[SQSDelivery], seconds: float) -> bool:
@@ -92,9 +92,11 @@ class Settlement:
         Not retried: the next extension comes long before the leases end, and a retry could undo a nack.
         """
         self._settled = set()
-        entries = [_entry(d) | {"VisibilityTimeout": limit} for d in deliveries if (limit := _limited(d, seconds))]
+        entries = [
+            _entry(d) | {"VisibilityTimeout": limit} for d in deliveries if (limit := _visibility_timeout(d, seconds))
+        ]
         succeeded = self._settle("extend", self._extend_unsettled, entries, 0.0)
-        return succeeded and all(_limited(d, seconds) >= seconds for d in deliveries)
+        return succeeded and all(_visibility_timeout(d, seconds) >= seconds for d in deliveries)
 
     def close(self) -> None:
         """Stop all retries."""
@@ -158,10 +160,10 @@ class Settlement:
             if is_retryable:
                 unreachable.set()
             return [_EntryResult(entry, aws.first_line(error), is_retryable=is_retryable) for entry in entries]
-        return [_failed(entry, errors.get(entry["Id"], {})) for entry in entries if entry["Id"] not in successful]
+        return [_failure_of(entry, errors.get(entry["Id"], {})) for entry in entries if entry["Id"] not in successful]
 
 
-def _failed(entry: Entry, error: dict[str, Any]) -> _EntryResult:
+def _failure_of(entry: Entry, error: dict[str, Any]) -> _EntryResult:
     """Return the result of an entry that failed; `error` is empty if the response does not mention the entry."""
     code = error.get("Code", "NoAnswer")
     reason = f"{code}: {error.get('Message', '')}"
@@ -174,7 +176,7 @@ def _entry(delivery: SQSDelivery) -> Entry:
     return {"ReceiptHandle": delivery.receipt}
 
 
-def _limited(delivery: SQSDelivery, seconds: float) -> int:
+def _visibility_timeout(delivery: SQSDelivery, seconds: float) -> int:
     """Return `seconds`, or the rest of the twelve hours that SQS lets a message be leased."""
     remaining = MAX_HOLD - (time.monotonic() - delivery.received_at)
     return max(math.ceil(min(seconds, remaining)), 0)
