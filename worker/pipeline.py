@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from worker.telemetry.message_log import Telemetry
 
 FIRST_DELAY, MAX_DELAY = 2.0, 600.0  # seconds before a nacked message is redelivered
-STALE_AFTER = 2.0  # seconds between reading commercetools and the effect in Klaviyo
+STALE_AFTER = 2.0  # seconds from reading commercetools to the effect in Klaviyo, after which it is read again
 MIN_LEASE = 10.0  # seconds; assumed if the queue reports no lease: Pub/Sub's shortest ack deadline
 _STATE_WRITES = frozenset(OperationKind) - {OperationKind.CREATE_EVENT, OperationKind.DELETE_PROFILE}
-_SEVERITY = (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)  # the first one wins
+_PRECEDENCE = (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)  # the first one wins
 
 
 class Enrich(Protocol):
@@ -87,7 +87,7 @@ class Pipeline:
         self._settle([message for message in messages if not message.is_held])
         return [message for message in messages if message.is_held]
 
-    def return_to_queue(self, messages: Sequence[Message], delay: float) -> None:
+    def nack_held(self, messages: Sequence[Message], delay: float) -> None:
         """Nack messages that were held too long. The queue redelivers them after at least `delay` seconds."""
         for message in messages:
             assert message.outcome is not None
@@ -100,7 +100,7 @@ class Pipeline:
         try:
             results = self._enrich_all(notifications)
         except Exception as defect:  # noqa: BLE001 - a defect must not lose the batch
-            results = [_report_defect("enrich", defect)] * len(messages)
+            results = [_report_defect("enrich", _describe(defect))] * len(messages)
         for message, result in zip(messages, results, strict=True):
             if isinstance(result, WorkerError):
                 message.outcome = _failure_outcome(message, "enrich", result)
@@ -120,7 +120,7 @@ class Pipeline:
         try:
             results = iter(self._send_all(operations))
         except Exception as defect:  # noqa: BLE001 - a defect must not lose the batch
-            results = iter([SendResult(_report_defect("send", defect), 0)] * len(operations))
+            results = iter([SendResult(_report_defect("send", _describe(defect)), 0)] * len(operations))
         for message, was_sent_before in zip(messages, were_sent_before, strict=True):
             own_results = [next(results) for _ in message.operations]
             requests = sum(result.requests for result in own_results)
@@ -176,14 +176,14 @@ def _transform(message: Message, mapping: MappingConfig) -> None:
 
 
 def _send_outcome(message: Message, errors: Sequence[WorkerError]) -> Outcome:
-    """Return the outcome of a message from the errors of its operations."""
-    worst = min(errors, key=lambda error: _SEVERITY.index(error.disposition), default=None)
-    if worst is None and not message.operations:  # a defect: never ack a message without an effect
-        worst = _report_defect("send", AssertionError())
-    if worst is None and _is_stale(message):
+    """Return the outcome of a message whose operations had these errors."""
+    cause = min(errors, key=lambda error: _PRECEDENCE.index(error.disposition), default=None)
+    if cause is None and not message.operations:  # never ack a message without an effect
+        cause = _report_defect("send", "transform returned no operations and no reason; please report it")
+    if cause is None and _is_stale(message):
         message.last_sent = message.operations
-        worst = StaleWrite("written long after it was read: read it again")
-    return Outcome(Disposition.ACK, "send") if worst is None else _failure_outcome(message, "send", worst)
+        cause = StaleWrite("written long after it was read: read it again")
+    return Outcome(Disposition.ACK, "send") if cause is None else _failure_outcome(message, "send", cause)
 
 
 def _is_stale(message: Message) -> bool:
@@ -221,11 +221,10 @@ def _nack_delay(message: Message) -> float:
     return min(FIRST_DELAY * 2.0 ** min((message.delivery.attempt or 1) - 1, 16), MAX_DELAY)
 
 
-def _report_defect(stage: str, error: Exception) -> WorkerError:
-    """Log an unexpected error and return it as a WorkerError, which nacks the message."""
-    description = _describe(error)
-    log.error("defect", extra={"stage": stage, "reason": description})
-    return WorkerError(description)
+def _report_defect(stage: str, reason: str) -> WorkerError:
+    """Log a defect of the worker and return it as a WorkerError, which nacks the message."""
+    log.error("defect", extra={"stage": stage, "reason": reason})
+    return WorkerError(reason)
 
 
 def _describe(error: Exception) -> str:

@@ -189,7 +189,7 @@ def test_message_that_was_held_too_long_is_nacked_with_its_reason(
 ) -> None:
     """The delay doubles with every attempt, because attempts are limited."""
     stages.enrich_errors["a"] = Transient("500")
-    pipeline.return_to_queue(run(pipeline, updated("a", attempt)), 60.0)
+    pipeline.nack_held(run(pipeline, updated("a", attempt)), 60.0)
     assert recorded.settled == [("nack", "a", delay, "500")]
 
 
@@ -235,9 +235,9 @@ def test_unexpected_error_in_a_pure_stage_dead_letters_the_message(
 
 def test_outcome_of_a_message_is_the_first_disposition_of_its_operations() -> None:
     """Park, hold, nack, dead-letter: a retry finds the rejected operation again, but a dead letter loses the others."""
-    from worker.pipeline import _SEVERITY
+    from worker.pipeline import _PRECEDENCE
 
-    assert _SEVERITY == (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)
+    assert _PRECEDENCE == (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)
 
 
 ORDER = {"id": "o", "customerEmail": "ada@example.com"}
@@ -392,7 +392,8 @@ def test_message_without_operations_and_outcome_is_nacked(
     """Only a defect can cause this. The message must not be lost."""
     monkeypatch.setattr("worker.pipeline.transform", lambda *_, **__: ())
     run(pipeline, updated("a"))
-    assert [method for method, *_ in recorded.settled] == ["nack"]
+    ((method, _, _, reason),) = recorded.settled
+    assert (method, reason) == ("nack", "transform returned no operations and no reason; please report it")
 
 
 def test_message_with_one_failed_operation_is_held(recorded: RecordingQueue, stages: Stages) -> None:

@@ -144,7 +144,7 @@ class Lane(Thread):
             message.failed_at = 0.0 if _is_parked(message) else message.failed_at or now
         expired = [message for message in unsettled if self._is_hold_expired(message, now)]
         if expired and not self._stopping.is_set():
-            self._pipeline.return_to_queue(expired, self._settings.outage_hold * NACK_DELAY_SHARE)
+            self._pipeline.nack_held(expired, self._settings.outage_hold * NACK_DELAY_SHARE)
             self._in_flight.remove(expired)
             unsettled = [message for message in unsettled if message not in expired]
         self._hold(unsettled, now)

@@ -30,7 +30,7 @@ class Pipeline:
     def __init__(self) -> None:
         self.errors: dict[str, WorkerError | None] = {}
         self.batches: list[list[str]] = []
-        self.returned: list[tuple[str, float]] = []  # with the delay
+        self.nacked: list[tuple[str, float]] = []  # with the delay
 
     def process(self, messages: Sequence[Message]) -> list[Message]:
         self.batches.append([message.delivery.id for message in messages])
@@ -39,8 +39,8 @@ class Pipeline:
             message.outcome = Outcome(error.disposition, "send", error) if error else None
         return [message for message in messages if message.is_held]
 
-    def return_to_queue(self, messages: Sequence[Message], delay: float) -> None:
-        self.returned += [(message.delivery.id, delay) for message in messages]
+    def nack_held(self, messages: Sequence[Message], delay: float) -> None:
+        self.nacked += [(message.delivery.id, delay) for message in messages]
 
     @property
     def processed(self) -> list[str]:
@@ -99,7 +99,7 @@ def test_transient_error_is_retried_without_nack(rig: Rig) -> None:
     rig.pipeline.errors.clear()
     wait_for(lambda: not rig.in_flight)
     assert rig.in_flight.held == 0
-    assert (rig.pipeline.returned, rig.returned_unprocessed, rig.failures) == ([], [], [])
+    assert (rig.pipeline.nacked, rig.returned_unprocessed, rig.failures) == ([], [], [])
 
 
 def test_later_messages_of_the_resource_wait_in_order(rig: Rig) -> None:
@@ -137,9 +137,9 @@ def test_message_is_returned_when_its_hold_expires() -> None:
     started_at = time.monotonic()
     rig.put("a1")
     rig.lane.start()
-    wait_for(lambda: rig.pipeline.returned)
+    wait_for(lambda: rig.pipeline.nacked)
     assert time.monotonic() - started_at >= 1.2
-    ((name, delay),) = rig.pipeline.returned
+    ((name, delay),) = rig.pipeline.nacked
     assert name == "a1"
     assert delay == pytest.approx(0.02)
     assert rig.pipeline.processed == ["a1"] * 3
@@ -154,7 +154,7 @@ def test_without_a_hold_a_message_is_returned_at_once() -> None:
     rig.pipeline.errors["a1"] = SOON
     rig.put("a1")
     rig.lane.start()
-    wait_for(lambda: rig.pipeline.returned)
+    wait_for(lambda: rig.pipeline.nacked)
     assert rig.pipeline.processed == ["a1"]
     rig.stop()
 
@@ -171,7 +171,7 @@ def test_parked_message_is_held_without_a_time_limit() -> None:
     rig.pipeline.errors.clear()
     wait_for(lambda: not rig.in_flight)
     assert rig.in_flight.parked_reason() == ""
-    assert rig.pipeline.returned == []
+    assert rig.pipeline.nacked == []
     rig.stop()
 
 
@@ -184,7 +184,7 @@ def test_parked_time_does_not_count_as_hold() -> None:
     time.sleep(0.5)  # longer than the hold and the backoff added to it
     rig.pipeline.errors["a1"] = SOON
     while_parked = rig.pipeline.processed.count("a1")
-    wait_for(lambda: rig.pipeline.returned)
+    wait_for(lambda: rig.pipeline.nacked)
     assert rig.pipeline.processed.count("a1") > while_parked + 2
     rig.stop()
 
@@ -217,7 +217,7 @@ def test_hold_that_expires_during_shutdown_uses_up_no_attempt() -> None:
     rig.lane.start()
     rig.lane.join(5)
     assert rig.returned_unprocessed == ["a1"]
-    assert rig.pipeline.returned == []
+    assert rig.pipeline.nacked == []
 
 
 def test_batch_of_held_messages_is_limited() -> None:

@@ -40,7 +40,7 @@ class Pipeline:
         self._queue = queue
         self._work = work
         self.batches: list[tuple[int, list[bytes]]] = []
-        self.returned: list[tuple[bytes, float]] = []  # with the delay
+        self.nacked: list[tuple[bytes, float]] = []  # with the delay
 
     def accept(self, delivery: Delivery) -> Message:
         resource = delivery.body.decode().partition(":")[0]
@@ -54,8 +54,8 @@ class Pipeline:
         self._queue.ack([message.delivery for message in done])
         return held
 
-    def return_to_queue(self, messages: Sequence[Message], delay: float) -> None:
-        self.returned += [(message.delivery.body, delay) for message in messages]
+    def nack_held(self, messages: Sequence[Message], delay: float) -> None:
+        self.nacked += [(message.delivery.body, delay) for message in messages]
         self._queue.nack([message.delivery for message in messages], delay, Failure("503", "send", "CircuitOpen"))
 
 
