@@ -109,10 +109,7 @@ class EmbeddedQueue:
         self._lock = RLock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA temp_store = MEMORY")  # a read-only root has no place for temporary files
-            self._db.executescript(_SCHEMA)
+            self._db = _connect(path)
         except (OSError, sqlite3.Error) as error:
             raise QueueError(f"QUEUE_URL: cannot open {path}: {error}") from error
 
@@ -293,6 +290,19 @@ class EmbeddedDeadLetters:
 
     def close(self) -> None:
         """Do nothing: reading leases nothing."""
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open the file and create the tables that are missing. The connection is closed if that fails."""
+    connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA temp_store = MEMORY")  # a read-only root has no place for temporary files
+        connection.executescript(_SCHEMA)
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
 
 
 def _dead_letter(row: tuple[int, bytes, float, int, str, str, str, float]) -> DeadLetter:

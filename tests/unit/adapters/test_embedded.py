@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -165,7 +166,8 @@ def test_no_message_is_lost_if_workers_are_killed(tmp_path: Path) -> None:
             worker.join()
     _consume(path, str(done))
     assert {int(line) for line in done.read_bytes().split()} == set(range(600))
-    assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 def test_publish_is_atomic(queue: EmbeddedQueue) -> None:
