@@ -96,6 +96,13 @@ class BulkCatalog:
             return list(self._one_by_one(operations))
         except WorkerError as error:
             return [SendResult(error, 1)] * len(operations)
+        results = self._run_write_jobs(collection, writes, existing)
+        return with_fallback(operations, [results.get(operation.key) for operation in operations], self._one_by_one)
+
+    def _run_write_jobs(
+        self, collection: str, writes: Mapping[str, Operation], existing: set[str]
+    ) -> dict[str, BulkResult]:
+        """Run the jobs that create and update entries; return the results by key. Keys can be missing: undecided."""
         results: dict[str, BulkResult] = dict.fromkeys(existing, _NO_CALLS)
         creations = [
             o for key, o in writes.items() if key not in existing and o.kind is not OperationKind.UPDATE_INVENTORY
@@ -107,7 +114,7 @@ class BulkCatalog:
             result = results[operation.key]
             if result and result.error is None:
                 self._single.remember(entry_path(operation))
-        return with_fallback(operations, [results.get(operation.key) for operation in operations], self._one_by_one)
+        return results
 
     def _find_existing(self, collection: str, writes: Mapping[str, Operation]) -> set[str]:
         """Return the keys of the entries that exist in Klaviyo. Raises WorkerError."""

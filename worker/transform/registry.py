@@ -42,7 +42,8 @@ def handles(
     `effect` describes for people what the handler sends. `precheck` raises Ignored if the notification alone shows
     that there is nothing to send; it runs before any data is fetched. `once_per_resource` states that a resource has
     only one message of this type, and that no earlier message creates events with the same unique_id: the events of
-    its first delivery can be sent in bulk. `omissions` describes which data is not sent and why, by name only.
+    its first delivery can be sent in bulk. `omissions` describes, by name only, which data the handler leaves out and
+    why: change it with the handler.
     """
 
     def register(function: HandlerFunction) -> HandlerFunction:
