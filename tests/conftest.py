@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
+from collections import Counter, deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -81,6 +81,16 @@ def logger() -> Iterator[None]:
     before = (log.handlers, log.propagate, log.level, logging.lastResort)
     yield
     log.handlers, log.propagate, log.level, logging.lastResort = before
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print one line for all skipped tests: how many need what."""
+    reasons = Counter(
+        str(report.longrepr[2]).removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped")
+    )
+    if reasons:
+        counted = "; ".join(f"{number} x {reason}" for reason, number in reasons.most_common())
+        terminalreporter.write_line(f"Skipped {reasons.total()} tests: {counted}")
 
 
 @pytest.fixture

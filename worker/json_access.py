@@ -59,3 +59,13 @@ def printable(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else json.dumps(c)[1:-1] for c in text)
+
+
+def is_shallow(value: Json | list[Any], depth: int) -> bool:
+    """Return whether objects and arrays are nested at most `depth` deep."""
+    if depth == 0:
+        return False
+    for child in value.values() if isinstance(value, dict) else value:
+        if isinstance(child, (dict, list)) and not is_shallow(child, depth - 1):
+            return False
+    return True

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from worker.json_access import is_shallow
+
 if TYPE_CHECKING:
     from worker.model import Json
 
@@ -35,17 +37,7 @@ def _is_small(properties: Json) -> bool:
     # An entry of an array takes at least 2 bytes.
     if len(orjson.dumps(properties)) > 2 * MAX_ARRAY or len(properties) > MAX_PROPERTIES:
         return False
-    return _is_shallow(properties, MAX_DEPTH)
-
-
-def _is_shallow(value: Json | list[Any], depth: int) -> bool:
-    """Return whether objects and arrays are nested at most `depth` deep."""
-    if depth == 0:
-        return False
-    for child in value.values() if isinstance(value, dict) else value:
-        if isinstance(child, (dict, list)) and not _is_shallow(child, depth - 1):
-            return False
-    return True
+    return is_shallow(properties, MAX_DEPTH)
 
 
 def _clamp(value: Any, depth: int, path: str, truncated: list[str]) -> Any:

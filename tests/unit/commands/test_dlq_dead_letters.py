@@ -239,9 +239,10 @@ def test_every_body_is_printed_without_control_characters(body: bytes) -> None:
         (b"12345678901234567890123", "12345678901234567890123"),
         (b"not json\n\x1b]0;x\x07 \xff\xfe", "not json\n\\u001b]0;x\\u0007 \\xff\\xfe"),
         (b"", ""),
+        (b"[" * 101 + b"]" * 101, "[" * 101 + "]" * 101),
         (b"[" * 5_000 + b"]" * 5_000, "[" * 5_000 + "]" * 5_000),
     ],
 )
 def test_bodies_are_printed_in_full(body: bytes, shown: str) -> None:
-    """JSON is indented; other text is unchanged."""
+    """JSON is indented if it is nested up to 100 levels. Other text is unchanged."""
     assert format_body(body) == shown

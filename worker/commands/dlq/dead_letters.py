@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from worker.errors import Ignored, WorkerError
-from worker.json_access import printable
+from worker.json_access import is_shallow, printable
 from worker.parse import parse
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BATCH_SIZE = 100  # dead letters per request, with their bodies
 IDLE_TIMEOUT = 5.0  # seconds without a dead letter after which the queue counts as empty
 MAX_CLOCK_SKEW = timedelta(seconds=10)  # how far a queue's clock can be ahead of ours
+MAX_INDENTED_DEPTH = 100  # a small body with thousands of levels would print megabytes of indentation
 UNREADABLE = "unreadable"  # type of a message that cannot be parsed
 _AGE = re.compile(r"(\d+)([smhdw])", re.ASCII)
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -152,8 +153,9 @@ def parse_since(text: str, now: datetime) -> datetime:
 
 def format_body(body: bytes) -> str:
     """Return a body for display: JSON indented, anything else as text with invalid bytes escaped."""
-    try:
-        text = json.dumps(json.loads(body), indent=2, ensure_ascii=False)
-    except (ValueError, RecursionError):
-        text = body.decode("utf-8", "backslashreplace")
+    text = body.decode("utf-8", "backslashreplace")
+    with suppress(ValueError, RecursionError):
+        document = json.loads(body)
+        if not isinstance(document, (dict, list)) or is_shallow(document, MAX_INDENTED_DEPTH):
+            text = json.dumps(document, indent=2, ensure_ascii=False)
     return printable(text, keep="\n")
