@@ -65,8 +65,8 @@ class Destination:
 def parse(url: str, secret: str) -> Destination:
     """Parse the value of `--destination`. Raises SettingsError, which quotes neither URL nor secret."""
     for pattern, build in _BUILDERS.items():
-        if found := pattern.fullmatch(url):
-            return build(found, secret)
+        if match := pattern.fullmatch(url):
+            return build(match, secret)
     raise SettingsError("--destination is malformed", todo=f"expected {EXPECTED}")
 
 
@@ -85,17 +85,17 @@ def display_name(fields: Json) -> str:
     return _NAMES.get(kind, _unknown)({name: as_text(value) for name, value in fields.items()})
 
 
-def _pubsub(found: re.Match[str], _secret: str) -> Destination:
-    return Destination({"type": "GoogleCloudPubSub"} | found.groupdict())
+def _pubsub(match: re.Match[str], _secret: str) -> Destination:
+    return Destination({"type": "GoogleCloudPubSub"} | match.groupdict())
 
 
-def _sqs(found: re.Match[str], secret: str) -> Destination:
-    fields = {"type": "SQS", "queueUrl": f"https://{found['rest']}", "region": found["region"]}
-    return _with_aws_login(fields, found["access_key"], secret)
+def _sqs(match: re.Match[str], secret: str) -> Destination:
+    fields = {"type": "SQS", "queueUrl": f"https://{match['rest']}", "region": match["region"]}
+    return _with_aws_login(fields, match["access_key"], secret)
 
 
-def _sns(found: re.Match[str], secret: str) -> Destination:
-    return _with_aws_login({"type": "SNS", "topicArn": found["arn"]}, found["access_key"], secret)
+def _sns(match: re.Match[str], secret: str) -> Destination:
+    return _with_aws_login({"type": "SNS", "topicArn": match["arn"]}, match["access_key"], secret)
 
 
 def _with_aws_login(fields: Json, access_key: str | None, secret: str) -> Destination:
@@ -106,26 +106,26 @@ def _with_aws_login(fields: Json, access_key: str | None, secret: str) -> Destin
     return Destination(fields | key, (secret,))
 
 
-def _eventbridge(found: re.Match[str], _secret: str) -> Destination:
-    return Destination({"type": "EventBridge", "region": found["region"], "accountId": found["accountId"]})
+def _eventbridge(match: re.Match[str], _secret: str) -> Destination:
+    return Destination({"type": "EventBridge", "region": match["region"], "accountId": match["accountId"]})
 
 
-def _servicebus(found: re.Match[str], secret: str) -> Destination:
+def _servicebus(match: re.Match[str], secret: str) -> Destination:
     expected = "a connection string with the right Send, Endpoint=sb://…;SharedAccessKeyName=…;SharedAccessKey=…"
     parts = _parse_connection_string(_require_secret(secret, expected))
     if not parts.get("sharedaccesskey"):
         raise SettingsError(f"{SECRET_VARIABLE} is malformed", todo=f"expected {expected}")
-    if _host_of(parts) != found["host"] or parts.get("entitypath", found["entity"]) != found["entity"]:
+    if _host_of(parts) != match["host"] or parts.get("entitypath", match["entity"]) != match["entity"]:
         raise SettingsError(
             f"{SECRET_VARIABLE} is for another queue or topic than --destination", todo="correct one of them"
         )
-    complete = secret if "entitypath" in parts else f"{secret.rstrip(';')};EntityPath={found['entity']}"
+    complete = secret if "entitypath" in parts else f"{secret.rstrip(';')};EntityPath={match['entity']}"
     return Destination({"type": "AzureServiceBus", "connectionString": complete}, (secret, parts["sharedaccesskey"]))
 
 
-def _eventgrid(found: re.Match[str], secret: str) -> Destination:
+def _eventgrid(match: re.Match[str], secret: str) -> Destination:
     secret = _require_secret(secret, "an access key of the topic")
-    uri = f"https://{found['host']}{found['path'] or '/api/events'}"
+    uri = f"https://{match['host']}{match['path'] or '/api/events'}"
     return Destination({"type": "EventGrid", "uri": uri, "accessKey": secret}, (secret,))
 
 
