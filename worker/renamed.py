@@ -18,10 +18,12 @@ OPTIONS = {
     "--concurrency": "--max-requests",
     "--dead-letter": "--dead-letter-mode",
     "--enriched": "--commercetools",
+    "--failures": "--failures-file",
     "--grace-period": "--shutdown-grace-period",
     "--metrics-port": "--http-port",
     "--park-seconds": "--park-retry-interval",
     "--rate-share": "--rate-limit-share",
+    "--resume": "--checkpoint",
     "--retry-seconds": "--retry-timeout",
 }
 

@@ -55,7 +55,7 @@ def _prefixed(field_name: str) -> str:
 
 
 class SettingsBase(BaseSettings):
-    """The common ground of all settings: where values come from, and a variable's name from its field's."""
+    """The base of all settings, with the sources of their values and the names of their variables."""
 
     model_config = SettingsConfigDict(
         alias_generator=AliasGenerator(validation_alias=_prefixed),
@@ -242,7 +242,7 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
     )
     shutdown_grace_period: float = Field(25.0, ge=0, description="Seconds to finish messages in flight after SIGTERM")
     http_host: NonEmptyStr = Field(
-        "127.0.0.1", description="Address of the HTTP port; 0.0.0.0: all interfaces, also those of IPv6"
+        "127.0.0.1", description="Address that the HTTP port listens on; 0.0.0.0: all interfaces, including IPv6"
     )
     http_port: int = Field(
         9090,
