@@ -39,9 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klaviyo_worker.pubsub")
 
-MAX_LEASE_DURATION = (
-    7 * 86400.0
-)  # seconds for which the client extends leases: longer than the worker ever holds a message
+MAX_LEASE_DURATION = 7 * 86400.0  # seconds for which the client extends leases; the worker never holds them so long
 MAX_DELAY = 600  # seconds, Pub/Sub's limit
 CALL_TIMEOUT = 10.0  # seconds for one call
 DEAD_LETTER_TIMEOUT = 5.0  # seconds of retries to publish a dead letter; then the message is redelivered
@@ -55,10 +53,8 @@ _CONSUME = "pubsub.subscriptions.consume"
 _VIEWER = "grant roles/pubsub.viewer on it"
 _SET_TOPIC = "gcloud pubsub subscriptions update {} --dead-letter-topic=TOPIC --max-delivery-attempts=10"
 _SET_RETRY = "gcloud pubsub subscriptions update {} --min-retry-delay=10s --max-retry-delay=600s"
-_ANY_SIZE = (
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-)  # as in the client's own transport
+# As in the client's own transport: no limit
+_ANY_SIZE = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 _RECONNECT = ("grpc.max_reconnect_backoff_ms", 10_000)  # else reconnecting after a long outage takes minutes
 _RETRY = Retry(predicate=if_exception_type(*TRANSIENT_ERRORS), initial=0.2, maximum=5.0, timeout=30.0)
 
@@ -331,7 +327,7 @@ def _stream_client() -> StreamClient:
 
 
 def _transport(kind: Any) -> Any:
-    """Return a transport as the client's own, which pings every 30 s, but one that reconnects sooner.
+    """Return a transport like the client's own, which pings every 30 s, but with a shorter backoff of reconnecting.
 
     The emulator gets no pings: it rejects them with `too_many_pings` and closes the connection.
     """

@@ -29,10 +29,9 @@ def publish(client: SQSClient, queue_url: str, bodies: Iterable[bytes]) -> int:
     for batch in batches(bodies, MAX_BATCH, MAX_BYTES):
         texts = [_decode(body) for body in batch]
         if None in texts:
-            which = f"message {stored + texts.index(None) + 1}"
-            raise _publish_error(
-                stored, f"{which} is invalid: expected UTF-8 text, not empty, without control characters"
-            )
+            number = stored + texts.index(None) + 1
+            expected = "expected UTF-8 text, not empty, without control characters"
+            raise _publish_error(stored, f"message {number} is invalid: {expected}")
         entries = [{"Id": str(index), "MessageBody": text or ""} for index, text in enumerate(texts)]
         try:
             response = aws.with_retries(client.send_message_batch, QueueUrl=queue_url, Entries=entries)  # type: ignore[arg-type]
