@@ -20,10 +20,11 @@ test: $(VENV)/ready ## run all tests, with branch coverage
 
 check: lint types test ## what CI runs: ruff, mypy --strict, all tests
 
-lint: $(VENV)/ready ## ruff (rules and format), hadolint, and whether generated docs are up to date
+lint: $(VENV)/ready ## ruff (rules and format), import layers, the glossary's words, generated docs, hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m tests.prose
 	$(BIN)/python -m cogapp --check docs/*.md
 	$(BIN)/hadolint Dockerfile
 
@@ -87,7 +88,8 @@ $(VENV)/ready: $(VENV)/worker $(VENV)/fauxqs requirements-dev.lock
 		|| echo "python-qpid-proton, which needs a C compiler, could not be installed: the Service Bus tests are skipped"
 	@touch $@
 
-$(VENV)/fauxqs: $(VENV)/worker
+$(VENV)/fauxqs:
+	@mkdir -p $(VENV)
 	@npm install --prefix $(VENV) --no-save --no-audit --no-fund --ignore-scripts --loglevel=error fauxqs@1.9.2 >$(VENV)/npm.log 2>&1 \
 		|| echo "npm could not install fauxqs, an emulator of AWS SQS: the SQS load tests are skipped"
 	@touch $@
