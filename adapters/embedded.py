@@ -100,7 +100,7 @@ class EmbeddedQueue:
     """A queue in one SQLite file. Implements QueueAdapter, SupportsPublish, SupportsCounts and SupportsDeadLetters."""
 
     LEASE_SECONDS = 60.0
-    MAX_ATTEMPTS = 20  # with delays up to ten minutes: an outage of two hours
+    MAX_ATTEMPTS = 20  # enough for an outage of two hours, with delays up to ten minutes
 
     def __init__(self, path: Path, *, lease_seconds: float = LEASE_SECONDS, max_attempts: int = MAX_ATTEMPTS) -> None:
         self._path = path

@@ -55,7 +55,7 @@ _SET_TOPIC = "gcloud pubsub subscriptions update {} --dead-letter-topic=TOPIC --
 _SET_RETRY = "gcloud pubsub subscriptions update {} --min-retry-delay=10s --max-retry-delay=600s"
 # As in the client's own transport: no limit
 _ANY_SIZE = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
-_RECONNECT = ("grpc.max_reconnect_backoff_ms", 10_000)  # else reconnecting after a long outage takes minutes
+_RECONNECT = ("grpc.max_reconnect_backoff_ms", 10_000)  # otherwise reconnecting after a long outage takes minutes
 _RETRY = Retry(predicate=if_exception_type(*TRANSIENT_ERRORS), initial=0.2, maximum=5.0, timeout=30.0)
 
 
@@ -106,7 +106,7 @@ class PubSubQueue:
         self._stream = StreamingPull(_stream_client, path, flow_control)
         self._topic = ""  # of dead letters; "" if the subscription has none or was not read yet
         self._max_attempts = math.inf
-        self._has_retry_policy = False  # or it is unknown
+        self._has_retry_policy = False  # False also if unknown
         self._expected_redeliveries = ExpectedRedeliveries()
 
     @property

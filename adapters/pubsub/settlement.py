@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klaviyo_worker.pubsub")
 
-LEASE_SECONDS = 60  # an int for the client; after a crash, messages are redelivered this much later
+LEASE_SECONDS = 60  # an int for the client; messages of a crashed worker are redelivered after this time
 ACK_TIMEOUT, NACK_TIMEOUT = LEASE_SECONDS, 3.0  # seconds of retries; a lost nack delays the message by a lease at most
 CALL_TIMEOUT = 3.0  # seconds for one call
 MAX_IDS = 1000  # ack ids in a call, whose limit is 512 KiB

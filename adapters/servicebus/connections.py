@@ -21,7 +21,13 @@ Link = TypeVar("Link", ServiceBusReceiver, ServiceBusSender)
 
 OPEN_TIMEOUT = 10.0  # seconds
 MAX_OPENING = 200  # connections that wait for a response, each with a thread and a socket
-FAILURES = (ServiceBusError, ClientAuthenticationError, OSError, ValueError, AttributeError)  # last two: it was closed
+FAILURES = (
+    ServiceBusError,
+    ClientAuthenticationError,
+    OSError,
+    ValueError,
+    AttributeError,
+)  # last two: the link was closed
 _REFUSALS = (
     ClientAuthenticationError,
     MessagingEntityDisabledError,

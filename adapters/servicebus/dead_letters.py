@@ -118,7 +118,7 @@ class ServiceBusDeadLetters:
         """Lock up to `max_messages`; [] if none is available, also over a new connection."""
         is_new = self._receiver is None
         try:
-            # keep_alive=0 as in ServiceBusQueue: else a thread of the SDK reads from the link, too
+            # keep_alive=0 as in ServiceBusQueue: otherwise a thread of the SDK reads from the link, too
             self._receiver = self._receiver or self._connect(prefetch_count=MAX_PREFETCH - 1, keep_alive=0)
             messages = self._receiver.receive_messages(max_messages, IDLE_TIMEOUT)
             self._locked_at = time.monotonic()

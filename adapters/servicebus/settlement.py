@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klaviyo_worker.servicebus")
 
-THREADS = 16  # at most; enough for 1,000 messages a second if a round trip takes 10 ms
-MAX_RENEWALS = 10 * THREADS  # in a row, so that settlements do not wait behind more of them
+THREADS = 16  # maximum; enough for 1,000 messages a second if a round trip takes 10 ms
+MAX_RENEWALS = 10 * THREADS  # queued at a time, so that a settlement waits behind no more of them
 NACK_TIMEOUT = 3.0  # seconds of retries; a lost nack delays the message by a lease at most
 RUN_TIMEOUT, RUN_TIMEOUT_EACH = 10.0, 0.01  # seconds for concurrent calls: for all of them, and for each
-CLOSE_TIMEOUT = 0.5  # seconds for the SDK to say goodbye; afterwards it waits for a thread of its own, in vain
+CLOSE_TIMEOUT = 0.5  # seconds for the SDK to close its links; after that it only waits for a thread of its own
 _LOST = (MessageLockLostError, MessageNotFoundError)
 _FINAL = (*_LOST, MessageAlreadySettled)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from adapters.base import DeadLetter
 
-LEASE_SECONDS = 60  # a process that is killed hides its dead letters for this long
+LEASE_SECONDS = 60  # after which dead letters of a killed process can be leased again
 EMPTY_POLL_PAUSE = 0.1  # seconds before the next poll of a queue that returned nothing at once
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klaviyo_worker.sqs")
 
-LEASE_SECONDS = 60.0  # after a crash, messages are redelivered this much later
+LEASE_SECONDS = 60.0  # messages of a crashed worker are redelivered after this time
 ACK_TIMEOUT, NACK_TIMEOUT = LEASE_SECONDS, 3.0  # seconds of retries; a lost nack delays the message by a lease at most
 MAX_HOLD = 12 * 3600 - 60  # seconds that a message can stay leased after its receipt: SQS's limit minus a minute
 MAX_ENTRIES = 10  # in a call, SQS's limit

@@ -47,7 +47,7 @@ def open_url(url: str, options: QueueOptions) -> QueueAdapter:
     del options  # flow control is the worker's task; every dead letter has its reason
     path = Path(unquote(urlsplit(url).path))
     if path == Path("/"):
-        raise QueueURLError("QUEUE_URL is malformed: expected directory:///path")
+        raise QueueURLError("QUEUE_URL is malformed", todo="expected directory:///path")
     return DirectoryQueue(path)
 
 
