@@ -138,7 +138,7 @@ function showLanes({ lanes, batch }) {
 function showServices({ services }) {
   fill("services", services, (all) => all.map(({ service, outage, requests }) => {
     const [status, className] = outage ? ["outage", "worrying"] : ["no outage", ""];
-    return entry(service, status, className, `${number(requests)} requests in the last minute`);
+    return entry(service, status, className, `${number(requests)} requests per minute`);
   }));
 }
 
