@@ -108,7 +108,7 @@ class QueueSettings(SettingsBase):
 class MappingSettings(SettingsBase):
     """The settings of the mapping. The names without a prefix are those of Klaviyo's plugin."""
 
-    config: Path | None = Field(None, description="Mapping file (TOML); see docs/mapping.md")
+    config: Path | None = Field(None, description="Mapping file (TOML); see docs/configuration.md")
     preferred_locale: str = Field(
         "", validation_alias="PREFERRED_LOCALE", description="Preferred locale of texts [mapping: en-US]"
     )
