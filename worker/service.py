@@ -100,7 +100,7 @@ class Worker:
         try:
             server.start()
         except OSError as error:
-            hint = "if another worker runs on this host, give each its own KLAVIYO_WORKER_HTTP_PORT, or 0 for none"
+            hint = "check KLAVIYO_WORKER_HTTP_HOST, and give each worker its own KLAVIYO_WORKER_HTTP_PORT (0: none)"
             log.warning(
                 "http_port_unavailable", extra={"host": host, "port": port, "reason": f"{error.strerror}: {hint}"}
             )

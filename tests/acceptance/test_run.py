@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import urllib3
 
-from tests.acceptance.conftest import Worker, log_lines
+from tests.acceptance.conftest import Worker, events_named, log_lines
 from tests.support.pubsub_emulator import free_port
 from worker.sandbox import Fault
 from worker.sandbox.notifications import change, message, sample_notifications
@@ -183,6 +183,18 @@ def test_http_port_in_use_does_not_stop_the_worker(worker: Worker, sandbox: Sand
     (line,) = [line for line in worker.log.read_text().splitlines() if "http_port_unavailable" in line]
     assert port in line
     assert "KLAVIYO_WORKER_HTTP_PORT" in line
+
+
+def test_wrong_http_host_does_not_stop_the_worker(worker: Worker, sandbox: Sandbox) -> None:
+    """The worker logs the address and runs without the port."""
+    worker.publish(updated(next(iter(sandbox.shop.customers))))
+    process = worker.start("run", "--http-host", "192.0.2.1", "--http-port", str(free_port()))
+    wait_for(lambda: sandbox.account.profiles)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    (line,) = events_named(worker, "http_port_unavailable")
+    assert line["host"] == "192.0.2.1"
+    assert "KLAVIYO_WORKER_HTTP_HOST" in line["reason"]
 
 
 def test_once_serves_no_metrics(worker: Worker) -> None:
