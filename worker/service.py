@@ -14,7 +14,7 @@ from worker.commercetools.cache import CachedReader
 from worker.commercetools.client import Commercetools
 from worker.enrich import Enricher
 from worker.health.server import HealthServer
-from worker.health.state import RunningWorkerState
+from worker.health.running_worker import RunningWorkerState
 from worker.health.status import Status
 from worker.health.systemd import Notifier
 from worker.klaviyo.client import REVISION, Klaviyo

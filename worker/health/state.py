@@ -1,57 +1,44 @@
-"""The state of the running worker."""
+"""The condition of a worker, for its status page: a state, its severity, the reasons and advice."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from adapters import Counts, SupportsCounts
-from worker.health.cached_reading import CachedReading
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
-    from adapters import QueueAdapter
-    from worker.commercetools.client import Commercetools
-    from worker.klaviyo.client import Klaviyo
-    from worker.runtime.runner import Runner
+    from worker.telemetry.state import WorkerState
+
+_WAIT = "Messages are held and retried; none is lost. The worker resumes by itself: do not restart it."
+_FIX = "Fix the cause. No message is lost and the worker resumes by itself; restart it only after replacing a key."
+_RESTART = "Restart the worker, and please report it."
+_STOPPING = "The worker finishes the messages in progress and returns the others to the queue."
 
 
-class RunningWorkerState:
-    """The WorkerState of a running worker: its runner, clients and queue."""
+class Condition(NamedTuple):
+    """The condition of a worker in words."""
 
-    def __init__(
-        self, runner: Runner, queue: QueueAdapter, lanes: int, commercetools: Commercetools, klaviyo: Klaviyo
-    ) -> None:
-        self._runner = runner
-        self._counts = CachedReading(queue.counts if isinstance(queue, SupportsCounts) else lambda: Counts(None, None))
-        self._lanes = lanes
-        self._commercetools = commercetools
-        self._klaviyo = klaviyo
-        self.has_polled = runner.has_polled
-        self.is_alive = runner.is_alive
-        self.is_stopping = runner.is_stopping
-        self.in_flight = runner.in_flight
-        self.held = runner.held
-        self.oldest_age = runner.oldest_age
-        self.parked_reason = runner.parked_reason
-        self.batch_sizes = runner.batch_sizes
-        self.rate_limit_status = klaviyo.rate_limit_status
+    state: str  # one word
+    severity: str  # good, quiet, warning or bad
+    reasons: Sequence[str] = ()
+    advice: str = ""
 
-    def lanes(self) -> int:
-        """Return the number of lanes."""
-        return self._lanes
 
-    def outage_reasons(self) -> Mapping[str, str]:
-        """Return the reason of each service's outage; "" if there is none."""
-        return {
-            "commercetools": self._commercetools.outage_reason(),
-            "klaviyo": self._klaviyo.outage_reason(),
-        }
-
-    def backlog(self) -> int | None:
-        """Return the number of messages in the queue, cached for some seconds."""
-        return self._counts.read().backlog
-
-    def dead_letters(self) -> int | None:
-        """Return the number of dead letters, cached for some seconds."""
-        return self._counts.read().dead_letters
+def condition_of(state: WorkerState, *, settled_recently: bool) -> Condition:
+    """Return the condition of a worker. The most important state wins."""
+    outages = [f"{service}: {reason}" for service, reason in state.outage_reasons().items() if reason]
+    in_flight = state.in_flight()
+    if state.is_stopping():
+        return Condition("stopping", "quiet", outages, _STOPPING)
+    if not state.is_alive():
+        return Condition("stalled", "bad", ["the receive loop hangs"], _RESTART)
+    if parked_reason := state.parked_reason():
+        return Condition("parked", "bad", [parked_reason, *outages], _FIX)
+    if outages:
+        is_paused = 0 < in_flight <= state.held()
+        return Condition("paused" if is_paused else "running", "warning", outages, _WAIT)
+    if not state.has_polled():
+        return Condition("starting", "quiet", ["the queue has not answered yet"])
+    if not in_flight and not settled_recently:
+        return Condition("idle", "quiet", ["the queue has had no messages for this worker in the last minute"])
+    return Condition("running", "good")

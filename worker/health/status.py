@@ -12,7 +12,7 @@ from importlib.metadata import version
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from worker.health.condition import condition_of
+from worker.health.state import condition_of
 from worker.health.history import STEP, History
 from worker.telemetry.metrics import OUTCOMES, SERVICES
 

@@ -1,0 +1,57 @@
+"""The state of the running worker."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapters import Counts, SupportsCounts
+from worker.health.cached_reading import CachedReading
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from adapters import QueueAdapter
+    from worker.commercetools.client import Commercetools
+    from worker.klaviyo.client import Klaviyo
+    from worker.runtime.runner import Runner
+
+
+class RunningWorkerState:
+    """The WorkerState of a running worker: its runner, clients and queue."""
+
+    def __init__(
+        self, runner: Runner, queue: QueueAdapter, lanes: int, commercetools: Commercetools, klaviyo: Klaviyo
+    ) -> None:
+        self._runner = runner
+        self._counts = CachedReading(queue.counts if isinstance(queue, SupportsCounts) else lambda: Counts(None, None))
+        self._lanes = lanes
+        self._commercetools = commercetools
+        self._klaviyo = klaviyo
+        self.has_polled = runner.has_polled
+        self.is_alive = runner.is_alive
+        self.is_stopping = runner.is_stopping
+        self.in_flight = runner.in_flight
+        self.held = runner.held
+        self.oldest_age = runner.oldest_age
+        self.parked_reason = runner.parked_reason
+        self.batch_sizes = runner.batch_sizes
+        self.rate_limit_status = klaviyo.rate_limit_status
+
+    def lanes(self) -> int:
+        """Return the number of lanes."""
+        return self._lanes
+
+    def outage_reasons(self) -> Mapping[str, str]:
+        """Return the reason of each service's outage; "" if there is none."""
+        return {
+            "commercetools": self._commercetools.outage_reason(),
+            "klaviyo": self._klaviyo.outage_reason(),
+        }
+
+    def backlog(self) -> int | None:
+        """Return the number of messages in the queue, cached for some seconds."""
+        return self._counts.read().backlog
+
+    def dead_letters(self) -> int | None:
+        """Return the number of dead letters, cached for some seconds."""
+        return self._counts.read().dead_letters
