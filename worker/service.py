@@ -13,8 +13,8 @@ from adapters import open_queue, scheme_of
 from worker.commercetools.cache import CachedReader
 from worker.commercetools.client import Commercetools
 from worker.enrich import Enricher
-from worker.health.server import HealthServer
 from worker.health.running_worker import RunningWorkerState
+from worker.health.server import HealthServer
 from worker.health.status import Status
 from worker.health.systemd import Notifier
 from worker.klaviyo.client import REVISION, Klaviyo

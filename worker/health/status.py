@@ -12,8 +12,8 @@ from importlib.metadata import version
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from worker.health.state import condition_of
 from worker.health.history import STEP, History
+from worker.health.state import condition_of
 from worker.telemetry.metrics import OUTCOMES, SERVICES
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from tests.support.worker_state import FakeWorkerState
 from tests.unit.runtime.test_runner import settings_for
-from worker.health.state import condition_of
 from worker.health.history import STEP, STEPS, History
+from worker.health.state import condition_of
 from worker.health.status import Status, redact
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
