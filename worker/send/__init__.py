@@ -1,7 +1,7 @@
 """The send stage: write operations to Klaviyo and return a result for each.
 
 This is the only stage that writes to Klaviyo. Every operation can be repeated without a second effect.
-A few operations are sent one at a time (one_by_one.py). Many operations of a kind are sent in bulk: events.py for
+A few operations are sent one at a time (single.py). Many operations of a kind are sent in bulk: events.py for
 events, profiles.py for profiles, catalog.py for catalog entries.
 """
 
@@ -14,7 +14,7 @@ from worker.model import Operation, OperationKind, SendResult
 from worker.send.catalog import BulkCatalog
 from worker.send.events import BulkEvents
 from worker.send.jobs import BulkJobs
-from worker.send.one_by_one import SingleSender
+from worker.send.single import SingleSender
 from worker.send.profiles import BulkProfiles
 from worker.send.requests import Request, request_for
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from worker.klaviyo.client import KlaviyoClient
     from worker.send.bulk import BulkResult, OneByOne, OperationId
     from worker.send.jobs import BulkJobs
-    from worker.send.one_by_one import SingleSender
+    from worker.send.single import SingleSender
 
 MAX_ENTRIES = 100  # per job: https://developers.klaviyo.com/en/reference/bulk_create_catalog_items
 MAX_FILTER_BYTES = 6_000  # of a percent-encoded filter; proxies accept URIs of 8 KB
