@@ -14,9 +14,9 @@ from worker.model import Operation, OperationKind, SendResult
 from worker.send.catalog import BulkCatalog
 from worker.send.events import BulkEvents
 from worker.send.jobs import BulkJobs
-from worker.send.single import SingleSender
 from worker.send.profiles import BulkProfiles
 from worker.send.requests import Request, request_for
+from worker.send.single import SingleSender
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
