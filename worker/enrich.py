@@ -1,7 +1,7 @@
 """[Notification] -> [Enriched]. The only stage that reads commercetools.
 
 Each resource type has a plan: a generator that is written as if for a single message. It yields the lookups that it
-needs next, and continues when their results have been fetched. All plans of a batch run in step, and the lookups of a
+needs next, and continues when their results have been context. All plans of a batch run in step, and the lookups of a
 step are merged. A hundred messages therefore cost as many queries as one.
 """
 
@@ -21,7 +21,7 @@ from worker.model import Enriched, Json, Notification
 if TYPE_CHECKING:
     from worker.mapping import MappingConfig
 
-READ_LAG = 5.0  # seconds until a change is readable everywhere in commercetools
+READ_LAG = 5.0  # seconds after a change in which commercetools can still return the previous state
 
 Lookup = tuple[queries.Query, Iterable[str]]
 Plan = Generator[Sequence[Lookup], None, Enriched]
@@ -50,26 +50,26 @@ class Enricher:
 
     def enrich(self, notifications: Sequence[Notification]) -> list[Result]:
         """Return, for each notification in order, the notification with its data or the error that prevented it."""
-        fetched = _Fetched(self._mapping, self._read_lag)
+        context = _PlanContext(self._mapping, self._read_lag)
         now = self._now()
-        plans = [PLANS[n.resource_type](Enriched(n, now), fetched) for n in notifications]
+        plans = [PLANS[n.resource_type](Enriched(n, now), context) for n in notifications]
         results: list[Result | None] = [None] * len(plans)
         while pending := [index for index, result in enumerate(results) if result is None]:
             lookups: dict[queries.Query, set[str]] = defaultdict(set)
             for index in pending:
                 results[index] = _advance(plans[index], lookups)
-            self._fetch(lookups, fetched)
+            self._fetch(lookups, context)
         return [result for result in results if result is not None]
 
-    def _fetch(self, lookups: dict[queries.Query, set[str]], fetched: _Fetched) -> None:
+    def _fetch(self, lookups: dict[queries.Query, set[str]], context: _PlanContext) -> None:
         for query, values in lookups.items():
-            missing = fetched.missing(query, values)
+            missing = context.missing(query, values)
             if missing:
-                fetched.add(query, self._reader.find(query, missing))
+                context.add(query, self._reader.find(query, missing))
 
 
 def _advance(plan: Plan, lookups: dict[queries.Query, set[str]]) -> Result | None:
-    """Run a plan until it yields lookups, or to its end. Add the lookups, and return the result at the end."""
+    """Advance a plan by one step. Return its result if it has ended; otherwise add its lookups and return None."""
     try:
         for query, values in next(plan):
             lookups[query].update(value for value in values if value)
@@ -81,8 +81,8 @@ def _advance(plan: Plan, lookups: dict[queries.Query, set[str]]) -> Result | Non
     return None
 
 
-class _Fetched:
-    """The results that a batch has fetched so far, and the settings of the plans."""
+class _PlanContext:
+    """Data that the plans of a batch share: the results fetched so far, the mapping and the read lag."""
 
     def __init__(self, mapping: MappingConfig, read_lag: float) -> None:
         self.mapping = mapping
@@ -104,42 +104,42 @@ class _Fetched:
         return result
 
     def get(self, query: queries.Query, value: str) -> Json | None:
-        """Return the resource for a value, or None if there is none. Raises as get_all does."""
+        """Return the first resource for a value, or None if there is none. Raises as get_all does."""
         return next(iter(self.get_all(query, value)), None)
 
     def get_optional(self, query: queries.Query, value: str) -> Json | None:
-        """Return optional data. A rejected id counts as missing, so that the message does not fail."""
+        """Return optional data. An id that commercetools rejects counts as missing, so the message does not fail."""
         try:
             return self.get(query, value)
         except Rejected:
             return None
 
 
-def _order(enriched: Enriched, fetched: _Fetched) -> Plan:
+def _order_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     notification = enriched.notification
     order = notification.payload.get("order")
     if not isinstance(order, dict):
         yield [(queries.ORDERS, [notification.resource_id])]
-        order = _main_resource(queries.ORDERS, enriched, fetched)
-    return (yield from _with_order_data(replace(enriched, order=order), fetched))
+        order = _main_resource(queries.ORDERS, enriched, context)
+    return (yield from _order_data_plan(replace(enriched, order=order), context))
 
 
-def _payment(enriched: Enriched, fetched: _Fetched) -> Plan:
+def _payment_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     """Add the payment and its first order, or the payment's customer if it has no order."""
     notification = enriched.notification
     payment_id = notification.resource_id
     yield [(queries.PAYMENTS, [payment_id]), (queries.ORDERS_BY_PAYMENT, [payment_id])]
-    payment = _main_resource(queries.PAYMENTS, enriched, fetched)
-    orders = fetched.get_all(queries.ORDERS_BY_PAYMENT, payment_id)
+    payment = _main_resource(queries.PAYMENTS, enriched, context)
+    orders = context.get_all(queries.ORDERS_BY_PAYMENT, payment_id)
     order = min(orders, key=lambda order: as_text(order.get("createdAt")), default=None)
     customer_id = "" if order else as_text(as_dict(as_dict(payment).get("customer")).get("id"))
     yield [(queries.CUSTOMERS, [customer_id])]
-    customer = fetched.get_optional(queries.CUSTOMERS, customer_id)
+    customer = context.get_optional(queries.CUSTOMERS, customer_id)
     enriched = replace(enriched, payment=payment, order=order, customer=customer)
-    return (yield from _with_order_data(enriched, fetched))
+    return (yield from _order_data_plan(enriched, context))
 
 
-def _with_order_data(enriched: Enriched, fetched: _Fetched) -> Plan:
+def _order_data_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     """Add the data of every order event: categories of the line items, discount codes, and the customer."""
     order = as_dict(enriched.order)
     products = unique(as_text(line.get("productId")) for line in as_dicts(order.get("lineItems")))
@@ -148,59 +148,59 @@ def _with_order_data(enriched: Enriched, fetched: _Fetched) -> Plan:
     customer_id = "" if as_text(order.get("customerEmail")) else as_text(order.get("customerId"))
     yield [(queries.PRODUCT_CATEGORIES, products), (queries.DISCOUNT_CODES, codes), (queries.CUSTOMERS, [customer_id])]
     product_categories = {
-        product: pick_ids(as_dict(fetched.get_optional(queries.PRODUCT_CATEGORIES, product)).get("categories"))
+        product: pick_ids(as_dict(context.get_optional(queries.PRODUCT_CATEGORIES, product)).get("categories"))
         for product in products
     }
-    categories = yield from _categories(queries.CATEGORY_NAMES, product_categories.values(), fetched)
+    categories = yield from _categories(queries.CATEGORY_NAMES, product_categories.values(), context)
     return replace(
         enriched,
         product_categories=product_categories,
         categories=categories,
-        discount_codes={code: _code_text(code, fetched) for code in codes},
-        customer=enriched.customer or fetched.get_optional(queries.CUSTOMERS, customer_id),
+        discount_codes={code: _code_text(code, context) for code in codes},
+        customer=enriched.customer or context.get_optional(queries.CUSTOMERS, customer_id),
     )
 
 
-def _customer(enriched: Enriched, fetched: _Fetched) -> Plan:
+def _customer_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     notification = enriched.notification
     yield [(queries.CUSTOMERS, [notification.resource_id])]
-    return replace(enriched, customer=_main_resource(queries.CUSTOMERS, enriched, fetched))
+    return replace(enriched, customer=_main_resource(queries.CUSTOMERS, enriched, context))
 
 
-def _category(enriched: Enriched, fetched: _Fetched) -> Plan:
-    """Add the category and its ancestors. After an update add its descendants too: their names contain its name."""
+def _category_plan(enriched: Enriched, context: _PlanContext) -> Plan:
+    """Add the category and its ancestors. After an update, add its descendants: their breadcrumbs contain its name."""
     notification = enriched.notification
-    max_descendants = fetched.mapping.category.max_descendants
+    max_descendants = context.mapping.category.max_descendants
     lookups: list[Lookup] = [(queries.CATEGORIES, [notification.resource_id])]
     if notification.type == "ResourceUpdated" and max_descendants:
         lookups.append((queries.DESCENDANTS, [notification.resource_id]))
     yield lookups
-    category = _main_resource(queries.CATEGORIES, enriched, fetched)
-    descendants = fetched.get_all(queries.DESCENDANTS, notification.resource_id)[:max_descendants]
+    category = _main_resource(queries.CATEGORIES, enriched, context)
+    descendants = context.get_all(queries.DESCENDANTS, notification.resource_id)[:max_descendants]
     ancestors = [pick_ids(entry.get("ancestors")) for entry in (as_dict(category), *descendants)]
-    categories = yield from _categories(queries.CATEGORIES, ancestors, fetched)
+    categories = yield from _categories(queries.CATEGORIES, ancestors, context)
     return replace(enriched, category=category, descendants=descendants, categories=categories)
 
 
-def _product(enriched: Enriched, fetched: _Fetched) -> Plan:
+def _product_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     notification = enriched.notification
     yield [(queries.PRODUCTS, [notification.resource_id])]
-    product = _main_resource(queries.PRODUCTS, enriched, fetched)
-    return (yield from _with_product_data(replace(enriched, product=product), fetched))
+    product = _main_resource(queries.PRODUCTS, enriched, context)
+    return (yield from _product_data_plan(replace(enriched, product=product), context))
 
 
-def _inventory_entry(enriched: Enriched, fetched: _Fetched) -> Plan:
+def _inventory_entry_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     notification = enriched.notification
     yield [(queries.INVENTORY, [notification.resource_id])]
-    entry = _main_resource(queries.INVENTORY, enriched, fetched)
+    entry = _main_resource(queries.INVENTORY, enriched, context)
     sku = as_text(as_dict(entry).get("sku"))
     yield [(queries.PRODUCTS_BY_SKU, [sku])]
-    product = fetched.get_optional(queries.PRODUCTS_BY_SKU, sku)
+    product = context.get_optional(queries.PRODUCTS_BY_SKU, sku)
     enriched = replace(enriched, inventory_entry=entry, product=product)
-    return (yield from _with_product_data(enriched, fetched))
+    return (yield from _product_data_plan(enriched, context))
 
 
-def _with_product_data(enriched: Enriched, fetched: _Fetched) -> Plan:
+def _product_data_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     """Add the data of a catalog item: its categories, and the stock of its variants."""
     if enriched.product is None:
         return enriched
@@ -209,51 +209,52 @@ def _with_product_data(enriched: Enriched, fetched: _Fetched) -> Plan:
     skus = unique(as_text(variant.get("sku")) for variant in variants)
     yield [(queries.INVENTORY_BY_SKU, skus)]
     own = pick_ids(product.get("categories"))
-    categories = yield from _categories(queries.CATEGORY_NAMES, [own], fetched)
+    categories = yield from _categories(queries.CATEGORY_NAMES, [own], context)
     return replace(
         enriched,
         product_categories={as_text(product.get("id")): own},
         categories=categories,
-        inventory={sku: fetched.get_all(queries.INVENTORY_BY_SKU, sku) for sku in skus},
+        inventory={sku: context.get_all(queries.INVENTORY_BY_SKU, sku) for sku in skus},
     )
 
 
-def _no_data(enriched: Enriched, _fetched: _Fetched) -> Plan:
-    """Return the notification unchanged: its resource type needs no data."""
+def _empty_plan(enriched: Enriched, _fetched: _PlanContext) -> Plan:
+    """Return the notification unchanged, because its resource type needs no data."""
     yield []
     return enriched
 
 
-PLANS: dict[str, Callable[[Enriched, _Fetched], Plan]] = defaultdict(
-    lambda: _no_data,
+PLANS: dict[str, Callable[[Enriched, _PlanContext], Plan]] = defaultdict(
+    lambda: _empty_plan,
     {
-        "order": _order,
-        "payment": _payment,
-        "customer": _customer,
-        "category": _category,
-        "product": _product,
-        "inventory-entry": _inventory_entry,
+        "order": _order_plan,
+        "payment": _payment_plan,
+        "customer": _customer_plan,
+        "category": _category_plan,
+        "product": _product_plan,
+        "inventory-entry": _inventory_entry_plan,
     },
 )
 
 
-def _main_resource(query: queries.Query, enriched: Enriched, fetched: _Fetched) -> Json | None:
+def _main_resource(query: queries.Query, enriched: Enriched, context: _PlanContext) -> Json | None:
     """Return the notification's resource, or None if commercetools does not have it.
 
-    Raises Transient if the resource is missing or stale but changed only seconds ago: reads can lag behind messages.
+    commercetools can send a notification before its API returns the change. Raises Transient if the change is younger
+    than the read lag and the resource does not show it yet.
     """
     notification = enriched.notification
-    resource = fetched.get(query, notification.resource_id)
+    resource = context.get(query, notification.resource_id)
     changed_at = parse_time(notification.time)
-    age = (enriched.as_of - changed_at).total_seconds() if changed_at else fetched.read_lag
-    if age < fetched.read_lag and _is_stale(resource, notification):
-        wait = min(fetched.read_lag - age, fetched.read_lag)
+    age = (enriched.as_of - changed_at).total_seconds() if changed_at else context.read_lag
+    if age < context.read_lag and _is_stale(resource, notification):
+        wait = min(context.read_lag - age, context.read_lag)
         raise Transient(f"commercetools does not show the {notification.resource_type}'s change yet", wait)
     return resource
 
 
 def _is_stale(resource: Json | None, notification: Notification) -> bool:
-    """Return whether the resource does not show the notification's change yet."""
+    """Return whether the resource does not show the notification's change."""
     if resource is None:
         return not notification.type.endswith(("Deleted", "Unpublished"))
     # A Message's own version is always 1; https://docs.commercetools.com/api/projects/messages
@@ -264,21 +265,21 @@ def _is_stale(resource: Json | None, notification: Notification) -> bool:
 
 
 def _categories(
-    query: queries.Query, groups: Iterable[Sequence[str]], fetched: _Fetched
+    query: queries.Query, groups: Iterable[Sequence[str]], context: _PlanContext
 ) -> Generator[Sequence[Lookup], None, dict[str, Json]]:
-    """Return the categories and all their ancestors, by id."""
+    """Look up categories and their ancestors. Return by id those that exist."""
     ids = unique(category for group in groups for category in group)
     yield [(query, ids)]
-    found = {category: fetched.get_optional(query, category) for category in ids}
+    found = {category: context.get_optional(query, category) for category in ids}
     ancestors = unique(ancestor for entry in found.values() for ancestor in pick_ids(as_dict(entry).get("ancestors")))
     yield [(query, ancestors)]
-    found |= {category: fetched.get_optional(query, category) for category in ancestors}
+    found |= {category: context.get_optional(query, category) for category in ancestors}
     return {category: entry for category, entry in found.items() if entry is not None}
 
 
-def _code_text(code_id: str, fetched: _Fetched) -> str:
+def _code_text(code_id: str, context: _PlanContext) -> str:
     """Return the text of a discount code, or "" if the API client has no scope for discount codes."""
     try:
-        return as_text(as_dict(fetched.get_optional(queries.DISCOUNT_CODES, code_id)).get("code"))
+        return as_text(as_dict(context.get_optional(queries.DISCOUNT_CODES, code_id)).get("code"))
     except Misconfigured:
         return ""

@@ -151,7 +151,7 @@ class Message:
     requests: int = 0  # sent to Klaviyo for it; a shared bulk request counts for each of its messages
     retries: int = 0  # in this process
     last_sent: Sequence[Operation] = ()  # carried out, but possibly stale (see errors.StaleWrite)
-    events_may_be_sent: bool = False  # True if this is the first delivery and its events may be in Klaviyo
+    events_possibly_sent: bool = False  # True if this is the first delivery and its events may be in Klaviyo
     failed_at: float = 0.0  # when the first attempt of this process failed
     due_at: float = 0.0  # when to retry
     lease: Lease = field(default_factory=Lease)

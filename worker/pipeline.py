@@ -64,7 +64,7 @@ class Pipeline:
         self._mapping = mapping
         self._telemetry = telemetry
 
-    def accept(self, delivery: Delivery) -> Message:
+    def parse(self, delivery: Delivery) -> Message:
         """Parse a delivery. The runner calls this first, because the resource determines the message's lane."""
         now = time.monotonic()
         # Half of the lease: the queue's client may have buffered the message before `receive` returned it.
@@ -113,10 +113,10 @@ class Pipeline:
 
     def _send(self, messages: Sequence[Message]) -> None:
         operations = [operation for message in messages for operation in message.operations]
-        were_sent_before = [message.events_may_be_sent for message in messages]
+        were_sent_before = [message.events_possibly_sent for message in messages]
         for message in messages:
             message.last_sent = ()  # from here on, Klaviyo may no longer match the last recorded state
-            message.events_may_be_sent = message.events_may_be_sent or _is_first_delivery_of_events(message)
+            message.events_possibly_sent = message.events_possibly_sent or _is_first_delivery_of_events(message)
         try:
             results = iter(self._send_all(operations))
         except Exception as defect:  # noqa: BLE001 - a defect must not lose the batch
@@ -125,7 +125,7 @@ class Pipeline:
             own_results = [next(results) for _ in message.operations]
             requests = sum(result.requests for result in own_results)
             message.requests += requests
-            message.events_may_be_sent = was_sent_before or (message.events_may_be_sent and requests > 0)
+            message.events_possibly_sent = was_sent_before or (message.events_possibly_sent and requests > 0)
             message.outcome = _send_outcome(message, [result.error for result in own_results if result.error])
 
     def _settle(self, messages: Sequence[Message]) -> None:
@@ -169,7 +169,7 @@ def _parse(message: Message, mapping: MappingConfig) -> None:
 
 def _transform(message: Message, mapping: MappingConfig) -> None:
     assert message.enriched is not None
-    is_first = message.delivery.attempt == 1 and not message.events_may_be_sent
+    is_first = message.delivery.attempt == 1 and not message.events_possibly_sent
     message.operations = transform(message.enriched, mapping, message.lease.is_valid if is_first else None)
     if message.last_sent and message.operations == message.last_sent:
         message.outcome = Outcome(Disposition.ACK, "send")

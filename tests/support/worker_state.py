@@ -18,7 +18,7 @@ _HEALTHY = {
     "outage_reasons": {"klaviyo": "", "commercetools": ""},
     "backlog": 120,
     "dead_letters": 2,
-    "has_polled": True,
+    "has_received": True,
     "is_alive": True,
     "is_stopping": False,
     "batch_sizes": {"events": [12, 0], "profiles": [0, 1], "catalog": [0, 0]},
@@ -65,8 +65,8 @@ class FakeWorkerState:
         number: int | None = self._value("dead_letters")
         return number
 
-    def has_polled(self) -> bool:
-        return bool(self._value("has_polled"))
+    def has_received(self) -> bool:
+        return bool(self._value("has_received"))
 
     def is_alive(self) -> bool:
         return bool(self._value("is_alive"))

@@ -103,7 +103,7 @@ def updated(customer: str, attempt: int | None = 1) -> FakeDelivery:
 
 
 def run(pipeline: Pipeline, *deliveries: FakeDelivery) -> list[Message]:
-    return pipeline.process([pipeline.accept(delivery) for delivery in deliveries])
+    return pipeline.process([pipeline.parse(delivery) for delivery in deliveries])
 
 
 def test_message_is_acked_when_its_effect_is_in_klaviyo(pipeline: Pipeline, recorded: RecordingQueue) -> None:
@@ -131,7 +131,7 @@ def test_message_without_effect_is_acked_without_reading_commercetools(
     body: bytes, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
     """These are commercetools' test notification, unknown types and Event notifications."""
-    message = pipeline.accept(FakeDelivery(body))
+    message = pipeline.parse(FakeDelivery(body))
     assert pipeline.process([message]) == []
     assert recorded.settled == [("ack", "1", 0.0, "")]
     assert outcome_name(message) == "ignored"
@@ -276,7 +276,7 @@ def test_retried_events_are_not_new(order_pipeline: Pipeline, stages: Stages) ->
     for _ in range(2):
         messages = order_pipeline.process(messages)
     assert are_first_deliveries(stages.sent) == [True, False, False]
-    assert messages[0].events_may_be_sent
+    assert messages[0].events_possibly_sent
 
 
 def test_events_without_a_request_stay_new(order_pipeline: Pipeline, stages: Stages) -> None:
@@ -284,30 +284,30 @@ def test_events_without_a_request_stay_new(order_pipeline: Pipeline, stages: Sta
     stages.requests = 0
     stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [CircuitOpen("down")]
     (message,) = run(order_pipeline, created(1))
-    assert not message.events_may_be_sent
+    assert not message.events_possibly_sent
     order_pipeline.process([message])
     assert are_first_deliveries(stages.sent) == [True, True]
 
 
 def test_events_are_not_new_after_the_lease_has_expired(order_pipeline: Pipeline, stages: Stages) -> None:
     """Another worker may have received the message and sent its events."""
-    message = order_pipeline.accept(created(1))
+    message = order_pipeline.parse(created(1))
     message.lease.until -= 31
     order_pipeline.process([message])
     assert are_first_deliveries(stages.sent) == [False]
 
 
-@pytest.mark.parametrize(("attempt", "requests", "may_be_sent"), [(1, 1, True), (1, 0, False), (2, 1, False)])
-def test_events_may_be_sent_after_a_request_of_the_first_delivery(
-    attempt: int, requests: int, may_be_sent: bool, order_pipeline: Pipeline, stages: Stages
+@pytest.mark.parametrize(("attempt", "requests", "possibly_sent"), [(1, 1, True), (1, 0, False), (2, 1, False)])
+def test_events_possibly_sent_after_a_request_of_the_first_delivery(
+    attempt: int, requests: int, possibly_sent: bool, order_pipeline: Pipeline, stages: Stages
 ) -> None:
     """The next delivery must not treat them as new. A later delivery never does."""
     stages.requests = requests
     stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [KlaviyoMisconfigured("401")]
-    message = order_pipeline.accept(created(attempt))
+    message = order_pipeline.parse(created(attempt))
     message.lease.until -= 31
     order_pipeline.process([message])
-    assert message.events_may_be_sent is may_be_sent
+    assert message.events_possibly_sent is possibly_sent
 
 
 def test_state_written_long_after_it_was_read_is_read_again(
@@ -368,13 +368,13 @@ def test_events_are_never_stale(order_pipeline: Pipeline, recorded: RecordingQue
     assert [entry[:2] for entry in recorded.settled] == [("ack", created(1).id)]
 
 
-def test_events_may_be_sent_stays_true(order_pipeline: Pipeline, stages: Stages) -> None:
+def test_events_possibly_sent_stays_true(order_pipeline: Pipeline, stages: Stages) -> None:
     """A retry without a request does not reset it."""
     stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [CircuitOpen("down")]
     (message,) = run(order_pipeline, created(1))
     stages.requests = 0
     order_pipeline.process([message])
-    assert message.events_may_be_sent
+    assert message.events_possibly_sent
 
 
 def test_expired_lease_cannot_be_extended() -> None:

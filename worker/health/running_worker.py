@@ -27,7 +27,7 @@ class RunningWorkerState:
         self._lanes = lanes
         self._commercetools = commercetools
         self._klaviyo = klaviyo
-        self.has_polled = runner.has_polled
+        self.has_received = runner.has_received
         self.is_alive = runner.is_alive
         self.is_stopping = runner.is_stopping
         self.in_flight = runner.in_flight

@@ -37,7 +37,7 @@ def condition_of(state: WorkerState, *, settled_recently: bool) -> Condition:
     if outages:
         is_paused = 0 < in_flight <= state.held()
         return Condition("paused" if is_paused else "running", "warning", outages, _WAIT)
-    if not state.has_polled():
+    if not state.has_received():
         return Condition("starting", "quiet", ["the queue has not answered yet"])
     if not in_flight and not settled_recently:
         return Condition("idle", "quiet", ["the queue has had no messages for this worker in the last minute"])

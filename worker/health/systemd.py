@@ -67,7 +67,7 @@ class Notifier:
         return min(POLL, wait if wait > 0 else self._interval)
 
     def _lines(self) -> Iterator[str]:
-        if self._state.has_polled():
+        if self._state.has_received():
             yield "READY=1"
         if self._state.is_stopping():
             yield "STOPPING=1"
@@ -81,7 +81,7 @@ class Notifier:
         outages = [f"{service}: {reason}" for service, reason in self._state.outage_reasons().items() if reason]
         if outages:
             return f"outage of {', '.join(outages)}"
-        return "running" if self._state.has_polled() else "starting"
+        return "running" if self._state.has_received() else "starting"
 
     def _send(self, message: str) -> bool:
         """Send one datagram and return whether systemd accepted it. The worker continues without systemd."""

@@ -87,7 +87,7 @@ class InFlight:
         return max((datetime.now(UTC) - min(published)).total_seconds(), 0.0)  # 0 if clocks differ
 
     @property
-    def is_idle(self) -> bool:
+    def has_only_held(self) -> bool:
         """Return whether no message can be processed now: there is none, or all are held."""
         return len(self._held) >= len(self._messages)
 
@@ -95,7 +95,7 @@ class InFlight:
     def is_blocked(self) -> bool:
         """Return whether there are messages, all are held, and a circuit breaker is open."""
         with self._changed:
-            return self.is_idle and any(isinstance(cause, CircuitOpen) for cause in self._held.values())
+            return self.has_only_held and any(isinstance(cause, CircuitOpen) for cause in self._held.values())
 
     def parked_reason(self) -> str:
         """Return why the worker is parked; "" if it is not."""

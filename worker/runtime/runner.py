@@ -63,7 +63,7 @@ class Runner:
         self._refused_at = 0.0  # monotonic seconds, as in the next lines
         self._pulled_at = 0.0
         self._heartbeat = time.monotonic()
-        self._has_polled = False
+        self._has_received = False
         self._parked = ConditionLog("parked", "unparked", logging.ERROR)
         self._paused = ConditionLog("pulling_paused", "pulling_resumed", logging.WARNING)
 
@@ -74,9 +74,9 @@ class Runner:
         self._stopping.set()
         self._in_flight.wake()
 
-    def has_polled(self) -> bool:
+    def has_received(self) -> bool:
         """Return whether the queue has answered at least once, even with no messages or a refusal."""
-        return self._has_polled
+        return self._has_received
 
     def is_alive(self) -> bool:
         """Return whether the receive loop runs, or ended in order."""
@@ -141,15 +141,15 @@ class Runner:
             if self._once and self._is_done(idle, waited, max_wait):
                 return
             started_at = time.monotonic()
-            was_idle = self._in_flight.is_idle
+            was_idle = self._in_flight.has_only_held
             deliveries = self._receive()
-            self._has_polled = True
+            self._has_received = True
             self._telemetry.record_received(len(deliveries))
             seconds = time.monotonic() - started_at if was_idle and not deliveries else 0.0
             waited += seconds
             idle = 0.0 if deliveries or self._in_flight else idle + seconds
             for delivery in deliveries:
-                self._dispatch(self._pipeline.accept(delivery))
+                self._dispatch(self._pipeline.parse(delivery))
 
     def _log_conditions(self) -> None:
         """Log that the worker is parked or that pulling is paused, and when that ends."""
@@ -160,7 +160,7 @@ class Runner:
 
     def _is_done(self, idle: float, waited: float, max_wait: float) -> bool:
         """Return whether `once` ends: no message can be processed, and none is worth waiting for."""
-        if not self._in_flight.is_idle:
+        if not self._in_flight.has_only_held:
             return False
         remaining = len(self._in_flight) or self._queue.backlog()
         if remaining is None:
@@ -226,8 +226,8 @@ class Runner:
         may have been sent, the return counts as a delivery attempt: the next delivery must not treat them as new.
         """
         self._pulling_ended.wait()
-        untouched = [message.delivery for message in messages if not message.events_may_be_sent]
-        interrupted = [message.delivery for message in messages if message.events_may_be_sent]
+        untouched = [message.delivery for message in messages if not message.events_possibly_sent]
+        interrupted = [message.delivery for message in messages if message.events_possibly_sent]
         self._queue.nack(untouched)
         if interrupted:
             self._queue.nack(interrupted, failure=_INTERRUPTED)

@@ -72,9 +72,9 @@ class Sender:
         self._single = SingleSender(client)
         jobs = BulkJobs(client, stopping)
         self._bulk_senders: tuple[BulkSender, ...] = (
-            BulkEvents(client, self._send_one_by_one, bulk_events, bulk_threshold),
-            BulkProfiles(jobs, self._send_one_by_one, bulk_threshold),
-            BulkCatalog(client, jobs, self._single, catalog, self._send_one_by_one, bulk_threshold),
+            BulkEvents(client, self._send_individually, bulk_events, bulk_threshold),
+            BulkProfiles(jobs, self._send_individually, bulk_threshold),
+            BulkCatalog(client, jobs, self._single, catalog, self._send_individually, bulk_threshold),
         )
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
@@ -88,7 +88,7 @@ class Sender:
         for phase in PHASES:
             group = {name: operation for name, operation in distinct.items() if name[0] in phase}
             single = {name: operation for name, operation in group.items() if name not in bulk_sender_of}
-            single_results = self._send_one_by_one(list(single.values()))  # they run during the bulk calls below
+            single_results = self._send_individually(list(single.values()))  # they run during the bulk calls below
             for sender in self._bulk_senders:
                 bulk = {name: operation for name, operation in group.items() if bulk_sender_of.get(name) is sender}
                 if bulk:
@@ -101,7 +101,7 @@ class Sender:
         for executor in set(self._executors.values()):
             executor.shutdown(wait=False, cancel_futures=True)
 
-    def _send_one_by_one(self, operations: Sequence[Operation]) -> Iterable[SendResult]:
+    def _send_individually(self, operations: Sequence[Operation]) -> Iterable[SendResult]:
         """Start to send operations of one lane concurrently; yield their results in the same order."""
         if len(operations) <= 1:  # in the calling thread: a thread switch would only add latency
             return map(self._single.send, operations)

@@ -11,12 +11,12 @@ from worker.model import Operation, OperationKind, SendResult
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-MAX_REFUSALS = 20  # refused calls per batch; enough to find two rejected records among 1,000 without pointers
+MAX_REJECTIONS = 20  # refused calls per batch; enough to find two rejected records among 1,000 without pointers
 
 R = TypeVar("R")
 OperationId = tuple[OperationKind, str]  # kind and key
 BulkResult = SendResult | None  # None: the bulk call did not decide; the operation must be sent on its own
-OneByOne = Callable[[Sequence[Operation]], Iterable[SendResult]]
+SendIndividually = Callable[[Sequence[Operation]], Iterable[SendResult]]
 
 
 class BulkSender(Protocol):
@@ -36,14 +36,14 @@ def isolate_rejected(
 
     `send` raises Rejected if Klaviyo refuses the whole call. `culprits` returns the records that the pointer of the
     refusal names. Without culprits, the records of the call are halved. If every refusal has a pointer, each rejected
-    record costs one call more. There are at most 2 * MAX_REFUSALS calls.
+    record costs one call more. There are at most 2 * MAX_REJECTIONS calls.
     """
     alone: list[R] = []
     waiting = [records]
     refusals = 0
     while waiting:
         part = waiting.pop()
-        if refusals and (len(part) <= 1 or refusals == MAX_REFUSALS):
+        if refusals and (len(part) <= 1 or refusals == MAX_REJECTIONS):
             alone += part
             continue
         try:
@@ -67,9 +67,9 @@ def _halves(records: list[R]) -> list[list[R]]:
 
 
 def with_fallback(
-    operations: Sequence[Operation], results: Sequence[BulkResult], one_by_one: OneByOne
+    operations: Sequence[Operation], results: Sequence[BulkResult], send_individually: SendIndividually
 ) -> list[SendResult]:
     """Send the undecided operations one by one, and return the results of all."""
     undecided = [operation for operation, result in zip(operations, results, strict=True) if result is None]
-    others = iter(one_by_one(undecided))
+    others = iter(send_individually(undecided))
     return [next(others) if result is None else result for result in results]

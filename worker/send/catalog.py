@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from worker.klaviyo.client import KlaviyoClient
-    from worker.send.bulk import BulkResult, OneByOne, OperationId
+    from worker.send.bulk import BulkResult, OperationId, SendIndividually
     from worker.send.jobs import BulkJobs
     from worker.send.single import SingleSender
 
@@ -51,14 +51,14 @@ class BulkCatalog:
         jobs: BulkJobs,
         single: SingleSender,
         executor: Executor,
-        one_by_one: OneByOne,
+        send_individually: SendIndividually,
         threshold: int,
     ) -> None:
         self._client = client
         self._jobs = jobs
         self._single = single
         self._executor = executor
-        self._one_by_one = one_by_one
+        self._send_individually = send_individually
         self._threshold = threshold
 
     def select(self, operations: Sequence[Operation]) -> list[OperationId]:
@@ -93,11 +93,13 @@ class BulkCatalog:
         try:
             existing = self._find_existing(collection, writes)
         except Rejected:
-            return list(self._one_by_one(operations))
+            return list(self._send_individually(operations))
         except WorkerError as error:
             return [SendResult(error, 1)] * len(operations)
         results = self._run_write_jobs(collection, writes, existing)
-        return with_fallback(operations, [results.get(operation.key) for operation in operations], self._one_by_one)
+        return with_fallback(
+            operations, [results.get(operation.key) for operation in operations], self._send_individually
+        )
 
     def _run_write_jobs(
         self, collection: str, writes: Mapping[str, Operation], existing: set[str]
@@ -130,7 +132,9 @@ class BulkCatalog:
     def _delete(self, collection: str, operations: list[Operation]) -> list[SendResult]:
         for operation in operations:
             self._single.forget(entry_path(operation))
-        return with_fallback(operations, self._jobs.run(*_job(collection, "delete", operations)), self._one_by_one)
+        return with_fallback(
+            operations, self._jobs.run(*_job(collection, "delete", operations)), self._send_individually
+        )
 
     def _delete_stale_variants(self, operations: list[Operation]) -> list[SendResult]:
         """Delete the variants that commercetools no longer has, for all items together."""
@@ -139,7 +143,7 @@ class BulkCatalog:
         if len(deletions) > self._threshold:
             results: Iterable[SendResult] = self._delete("catalog-variants", list(deletions.values()))
         else:
-            results = self._one_by_one(list(deletions.values()))
+            results = self._send_individually(list(deletions.values()))
         result_of = dict(zip(deletions, results, strict=True))
         return [stale.result(result_of) for stale in stale_variants]
 

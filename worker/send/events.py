@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from worker.klaviyo.client import KlaviyoClient
-    from worker.send.bulk import BulkResult, OneByOne, OperationId
+    from worker.send.bulk import BulkResult, OperationId, SendIndividually
 
 # Limits of a call: https://developers.klaviyo.com/en/reference/bulk_create_events
 MAX_EVENTS = 1_000
@@ -42,7 +42,7 @@ BulkMode = Literal["auto", "always", "never"]
 
 
 @dataclass(slots=True)
-class _Submission:
+class _SendProgress:
     """The events that a lane sends together: how many wait for a call, and how many have no result yet."""
 
     waiting: int = 0
@@ -55,8 +55,8 @@ class _BulkEvent:
 
     profile: bytes  # JSON; followed by `,"backfill":true` for history, which Klaviyo expects in the entry too
     event: bytes
-    submission: _Submission
-    may_send: Callable[[], bool]  # called before every request
+    progress: _SendProgress
+    can_send_in_bulk: Callable[[], bool]  # called before every request
     is_finished: bool = False
     result: BulkResult = None
 
@@ -71,9 +71,11 @@ class _EmptyCallError(Exception):
 class BulkEvents:
     """Bulk sender for events. Safe for many threads, whose events share calls."""
 
-    def __init__(self, client: KlaviyoClient, one_by_one: OneByOne, mode: BulkMode, threshold: int) -> None:
+    def __init__(
+        self, client: KlaviyoClient, send_individually: SendIndividually, mode: BulkMode, threshold: int
+    ) -> None:
         self._batcher = _CallBatcher(client)
-        self._one_by_one = one_by_one
+        self._send_individually = send_individually
         self._mode = mode
         self._threshold = threshold
         # Hashes of the ids of sent events, in two generations. A collision costs one single call.
@@ -110,7 +112,7 @@ class BulkEvents:
             self._sent_before = self._sent
             self._sent = set()
 
-    def _may_send_check(self, event: Operation) -> Callable[[], bool]:
+    def _bulk_check(self, event: Operation) -> Callable[[], bool]:
         return event.is_first_delivery if self._mode == "auto" and event.is_first_delivery else _always
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
@@ -118,10 +120,10 @@ class BulkEvents:
 
         The error of a failed call is the result of its events. A refused call is split, see bulk.isolate_rejected.
         """
-        submission = _Submission()
-        events = [_bulk_event(operation, submission, self._may_send_check(operation)) for operation in operations]
-        self._batcher.send([event for event in events if _fits_alone(event)], submission)
-        return with_fallback(operations, [event.result for event in events], self._one_by_one)
+        progress = _SendProgress()
+        events = [_bulk_event(operation, progress, self._bulk_check(operation)) for operation in operations]
+        self._batcher.send([event for event in events if _fits_alone(event)], progress)
+        return with_fallback(operations, [event.result for event in events], self._send_individually)
 
 
 class _CallBatcher:
@@ -137,26 +139,26 @@ class _CallBatcher:
         self._changed = Condition()
         self._is_next_call_claimed = False  # by a lane that waits until the rate limit grants it
 
-    def send(self, events: Sequence[_BulkEvent], submission: _Submission) -> None:
+    def send(self, events: Sequence[_BulkEvent], progress: _SendProgress) -> None:
         """Return when every event is finished."""
         with self._changed:
-            submission.waiting = submission.unfinished = len(events)
+            progress.waiting = progress.unfinished = len(events)
             self._waiting.extend(events)
-        while self._claim_next_call(submission):
-            self._make_call(submission)
+        while self._claim_next_call(progress):
+            self._make_call(progress)
 
-    def _claim_next_call(self, submission: _Submission) -> bool:
+    def _claim_next_call(self, progress: _SendProgress) -> bool:
         """Wait until this lane can make the next call, and return True; return False when its events are finished."""
         with self._changed:
             self._changed.wait_for(
-                lambda: not submission.unfinished or (submission.waiting and not self._is_next_call_claimed)
+                lambda: not progress.unfinished or (progress.waiting and not self._is_next_call_claimed)
             )
-            if not submission.unfinished:
+            if not progress.unfinished:
                 return False
             self._is_next_call_claimed = True
             return True
 
-    def _make_call(self, submission: _Submission) -> None:
+    def _make_call(self, progress: _SendProgress) -> None:
         """Make a call, and further ones if Klaviyo refuses it; finish all its events."""
         taken: list[_BulkEvent] = []
         before = self._client.requests_sent()
@@ -165,10 +167,10 @@ class _CallBatcher:
         except WorkerError as error:
             # If the call failed before the rate limit granted it, it has no events: fail this lane's own events only.
             result = SendResult(error, min(self._client.requests_sent() - before, 1))
-            self._finish(taken or self._withdraw(submission, release_claim=True), result)
+            self._finish(taken or self._withdraw(progress, release_claim=True), result)
         except BaseException:
             # This lane returns its messages. No other lane may send their waiting events, or they could be duplicated.
-            own = self._withdraw(submission, release_claim=not taken)
+            own = self._withdraw(progress, release_claim=not taken)
             self._finish([*taken, *own], SendResult(Transient("a bulk call of events failed unexpectedly"), 1))
             raise
 
@@ -190,7 +192,7 @@ class _CallBatcher:
         """
         if not events:
             events.extend(self._take_waiting())
-        self._finish([event for event in events if not event.may_send()], None)
+        self._finish([event for event in events if not event.can_send_in_bulk()], None)
         events[:] = [event for event in events if not event.is_finished]
         if not events:
             raise _EmptyCallError
@@ -207,22 +209,22 @@ class _CallBatcher:
                 if taken and size > MAX_BYTES:
                     break
                 event = self._waiting.popleft()
-                event.submission.waiting -= 1
+                event.progress.waiting -= 1
                 profiles.add(event.profile)
                 taken.append(event)
             self._is_next_call_claimed = False
             self._changed.notify_all()
         return taken
 
-    def _withdraw(self, submission: _Submission, *, release_claim: bool) -> list[_BulkEvent]:
+    def _withdraw(self, progress: _SendProgress, *, release_claim: bool) -> list[_BulkEvent]:
         """Remove the waiting events of this lane from the queue and return them.
 
         `release_claim`: this lane has claimed the next call and cannot make it, so let another lane claim it.
         """
         with self._changed:
-            own = [event for event in self._waiting if event.submission is submission]
-            self._waiting = deque(event for event in self._waiting if event.submission is not submission)
-            submission.waiting = 0
+            own = [event for event in self._waiting if event.progress is progress]
+            self._waiting = deque(event for event in self._waiting if event.progress is not progress)
+            progress.waiting = 0
             if release_claim:
                 self._is_next_call_claimed = False
             self._changed.notify_all()
@@ -234,13 +236,13 @@ class _CallBatcher:
                 if not event.is_finished:
                     event.is_finished = True
                     event.result = result
-                    event.submission.unfinished -= 1
+                    event.progress.unfinished -= 1
             self._changed.notify_all()
 
 
 def bulk_body(operations: Iterable[Operation]) -> bytes:
     """Return the body of one call with these events."""
-    return _body(_entries(_bulk_event(operation, _Submission(), _always) for operation in operations))
+    return _body(_entries(_bulk_event(operation, _SendProgress(), _always) for operation in operations))
 
 
 def _event_id(event: Operation) -> tuple[str, str]:
@@ -258,13 +260,13 @@ def _is_first_delivery(event: Operation) -> bool:
     return event.is_first_delivery is not None and event.is_first_delivery()
 
 
-def _bulk_event(event: Operation, submission: _Submission, may_send: Callable[[], bool]) -> _BulkEvent:
+def _bulk_event(event: Operation, progress: _SendProgress, can_send_in_bulk: Callable[[], bool]) -> _BulkEvent:
     resource = event.resource or {}
     attributes = {name: value for name, value in resource["attributes"].items() if name != "profile"}
     profile = orjson.dumps(resource["attributes"]["profile"])
     if attributes.get("backfill"):
         profile += b',"backfill":true'
-    return _BulkEvent(profile, orjson.dumps(resource | {"attributes": attributes}), submission, may_send)
+    return _BulkEvent(profile, orjson.dumps(resource | {"attributes": attributes}), progress, can_send_in_bulk)
 
 
 def _fits_alone(event: _BulkEvent) -> bool:

@@ -16,7 +16,7 @@ from worker.send.jobs import PROFILES, BulkJobType, JobEntry
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from worker.send.bulk import OneByOne, OperationId
+    from worker.send.bulk import OperationId, SendIndividually
     from worker.send.jobs import BulkJobs
 
 _IMPORT = BulkJobType(PROFILES, "profiles", 10_000)  # https://developers.klaviyo.com/en/reference/bulk_import_profiles
@@ -25,9 +25,9 @@ _IMPORT = BulkJobType(PROFILES, "profiles", 10_000)  # https://developers.klaviy
 class BulkProfiles:
     """Bulk sender for profiles. Failed profiles are sent one by one, which resolves conflicts."""
 
-    def __init__(self, jobs: BulkJobs, one_by_one: OneByOne, threshold: int) -> None:
+    def __init__(self, jobs: BulkJobs, send_individually: SendIndividually, threshold: int) -> None:
         self._jobs = jobs
-        self._one_by_one = one_by_one
+        self._send_individually = send_individually
         self._threshold = threshold
 
     def select(self, operations: Sequence[Operation]) -> list[OperationId]:
@@ -43,7 +43,7 @@ class BulkProfiles:
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
         """Import the profiles and return their results in the same order."""
         entries = [JobEntry(_external_id(upsert), orjson.dumps(upsert.resource)) for upsert in operations]
-        return with_fallback(operations, self._jobs.run(_IMPORT, entries), self._one_by_one)
+        return with_fallback(operations, self._jobs.run(_IMPORT, entries), self._send_individually)
 
 
 def _attributes(upsert: Operation) -> Json:

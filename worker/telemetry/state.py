@@ -52,7 +52,7 @@ class WorkerState(Protocol):
     def is_stopping(self) -> bool:
         """Return whether the worker stops."""
 
-    def has_polled(self) -> bool:
+    def has_received(self) -> bool:
         """Return whether the queue has answered at least once."""
 
     def batch_sizes(self) -> Mapping[str, Sequence[int]]:

@@ -81,7 +81,7 @@ def _check_order_state(notification: Notification, mapping: MappingConfig) -> No
     state = notification.payload.get("orderState")
     states = (*mapping.order.fulfilled_states, *mapping.order.cancelled_states)
     if isinstance(state, str) and state not in states:
-        reason = f"no event for order state {_loggable(state)}"
+        reason = f"no event for order state {_state_for_log(state)}"
         raise Ignored(f"{reason}: see order.fulfilled_states, order.cancelled_states")
 
 
@@ -106,7 +106,7 @@ def order_state_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[
 def _check_shipment_state(notification: Notification, mapping: MappingConfig) -> None:
     state = notification.payload.get("shipmentState")
     if isinstance(state, str) and state not in mapping.order.fulfilled_shipment_states:
-        raise Ignored(f"no event for shipment state {_loggable(state)}: see order.fulfilled_shipment_states")
+        raise Ignored(f"no event for shipment state {_state_for_log(state)}: see order.fulfilled_shipment_states")
 
 
 @handles(
@@ -163,6 +163,6 @@ def _billing_profile(order: Json) -> Json:
     )
 
 
-def _loggable(state: Any) -> str:
+def _state_for_log(state: Any) -> str:
     """Return a state for a log line. Any other text could be personal data."""
     return state if str(state).isalpha() and len(state) <= _MAX_STATE_LENGTH else "unknown to commercetools"

@@ -33,11 +33,11 @@ def notifier(listener: NotifySocket, state: FakeWorkerState | None = None, **env
 
 def test_ready_is_sent_once_when_the_queue_has_answered(listener: NotifySocket) -> None:
     """`systemctl start` waits for READY=1."""
-    state = FakeWorkerState(has_polled=False)
+    state = FakeWorkerState(has_received=False)
     systemd_notifier = notifier(listener, state)
     systemd_notifier.notify(0.0)
     assert listener.lines() == ["STATUS=starting"]
-    state.values["has_polled"] = True
+    state.values["has_received"] = True
     for now in (1.0, 2.0):
         systemd_notifier.notify(now)
     assert listener.lines()[1:] == ["READY=1", "STATUS=running"]
@@ -158,11 +158,11 @@ def test_full_socket_does_not_block_the_notifier(
 
 def test_thread_sends_changes_and_a_last_one_at_stop(listener: NotifySocket) -> None:
     """A worker can stop before the next check of the state."""
-    state = FakeWorkerState(has_polled=False)
+    state = FakeWorkerState(has_received=False)
     systemd_notifier = notifier(listener, state)
     systemd_notifier.start()
     listener.wait_for(lambda lines: "STATUS=starting" in lines)
-    state.values["has_polled"] = True
+    state.values["has_received"] = True
     listener.wait_for(lambda lines: "STATUS=running" in lines)
     state.values["is_stopping"] = True
     systemd_notifier.stop()

@@ -242,13 +242,13 @@ def test_worker_is_blocked_if_all_messages_are_held_because_of_an_outage() -> No
     a.outcome = Outcome(CircuitOpen.disposition, "send", CircuitOpen("down"))
     b.outcome = Outcome(Transient.disposition, "enrich", Transient("not readable yet"))
     in_flight.hold([a])
-    assert (in_flight.is_idle, in_flight.is_blocked) == (False, False)
+    assert (in_flight.has_only_held, in_flight.is_blocked) == (False, False)
     in_flight.hold([b])
-    assert (in_flight.is_idle, in_flight.is_blocked) == (True, True)
+    assert (in_flight.has_only_held, in_flight.is_blocked) == (True, True)
     in_flight.remove([a])
-    assert (in_flight.is_idle, in_flight.is_blocked) == (True, False)
+    assert (in_flight.has_only_held, in_flight.is_blocked) == (True, False)
     in_flight.remove([b])
-    assert (in_flight.is_idle, in_flight.is_blocked, len(in_flight)) == (True, False, 0)
+    assert (in_flight.has_only_held, in_flight.is_blocked, len(in_flight)) == (True, False, 0)
 
 
 def test_age_of_the_oldest_message_starts_at_its_publication() -> None:

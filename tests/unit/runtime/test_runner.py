@@ -398,9 +398,9 @@ def test_worker_has_polled_once_the_queue_has_answered(
     runner, _ = runner_for(queue)
     running(runner)
     assert asked.wait(10)
-    assert not runner.has_polled()
+    assert not runner.has_received()
     release.set()
-    wait_for(runner.has_polled)
+    wait_for(runner.has_received)
 
 
 def test_empty_response_soon_after_a_refusal_does_not_end_parking(
@@ -538,16 +538,16 @@ def test_messages_are_returned_after_pulling_has_ended(queue: EmbeddedQueue) -> 
     assert "nack" in calls
 
 
-@pytest.mark.parametrize(("events_may_be_sent", "attempt"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize(("events_possibly_sent", "attempt"), [(False, 1), (True, 2)])
 def test_return_counts_as_an_attempt_if_events_may_be_sent(
-    events_may_be_sent: bool, attempt: int, queue: EmbeddedQueue
+    events_possibly_sent: bool, attempt: int, queue: EmbeddedQueue
 ) -> None:
     """The next delivery must not be a first one. Other messages are returned as if they had not been received."""
     started = threading.Event()
 
     def parking(messages: Sequence[Message]) -> list[Message]:
         for message in messages:
-            message.events_may_be_sent = events_may_be_sent
+            message.events_possibly_sent = events_possibly_sent
         started.set()
         return list(messages)
 

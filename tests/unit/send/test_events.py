@@ -15,7 +15,7 @@ from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.model import Json, Operation, OperationKind
 from worker.send import events as bulk
 from worker.send import jobs
-from worker.send.bulk import MAX_REFUSALS
+from worker.send.bulk import MAX_REJECTIONS
 from worker.send.events import MAX_BYTES, MAX_EVENTS, BulkEvents
 from worker.transform.order_events import event_operation
 
@@ -127,9 +127,9 @@ def test_only_rejected_events_fail(data: st.DataObject, number: int, pointing: s
     assert [isinstance(result, Rejected) for result in results] == [each in bad for each in range(number)]
     assert sorted(map(int, klaviyo.recorded)) == [each for each in range(number) if each not in bad]
     calls = Counter(klaviyo.calls)
-    assert calls[BULK] <= 2 * MAX_REFUSALS + 1
+    assert calls[BULK] <= 2 * MAX_REJECTIONS + 1
     assert calls[SINGLE] <= number
-    if pointing == "event" and len(bad) < MAX_REFUSALS:
+    if pointing == "event" and len(bad) < MAX_REJECTIONS:
         assert calls[BULK] <= 1 + len(bad)
         assert calls[SINGLE] <= 1 + len(bad)
 
@@ -150,7 +150,7 @@ def test_bulk_calls_stop_after_the_maximum_of_refusals(pointing: str) -> None:
     klaviyo = Klaviyo([str(number) for number in range(200)], pointing)
     results = sender(klaviyo).send(events(200))
     assert all(isinstance(result, Rejected) for result in results)
-    assert Counter(klaviyo.calls) == {BULK: MAX_REFUSALS, SINGLE: 200}
+    assert Counter(klaviyo.calls) == {BULK: MAX_REJECTIONS, SINGLE: 200}
 
 
 def test_rejected_profile_isolates_its_own_events_only() -> None:
@@ -364,6 +364,6 @@ def test_event_without_unique_id_is_not_sent_in_bulk(mode: BulkMode) -> None:
 
 def test_repr_of_a_waiting_event_has_no_personal_data() -> None:
     """A repr can appear in a log or a traceback."""
-    record = bulk._bulk_event(event("1", who="ada@example.com"), bulk._Submission(), lambda: True)
+    record = bulk._bulk_event(event("1", who="ada@example.com"), bulk._SendProgress(), lambda: True)
     entry = jobs.JobEntry("c1", b'{"email":"ada@example.com"}')
     assert "ada" not in repr([record, entry])
