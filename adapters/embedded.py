@@ -244,7 +244,7 @@ class EmbeddedQueue:
         failure = Failure(f"failed after {attempts} attempts: {last.reason}", last.stage, last.error)
         self.dead_letter(delivery, failure)
         fields = {"message_id": delivery.id, "reason": failure.reason, "stage": failure.stage, "error": failure.error}
-        log.error("queue_gave_up", extra=fields)
+        log.error("attempts_exhausted", extra=fields)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:

@@ -139,7 +139,7 @@ class PubSubQueue:
                 self._expected_redeliveries.add([delivery.id])
             elif failure is not None:
                 fields = {"reason": failure.reason, "stage": failure.stage, "error": failure.error}
-                log.error("queue_gave_up", extra={"message_id": delivery.id, **fields})
+                log.error("attempts_exhausted", extra={"message_id": delivery.id, **fields})
         messages = _messages(deliveries)
         for message in messages:  # first, so that the client does not extend the leases again
             message.drop()

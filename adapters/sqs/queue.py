@@ -116,7 +116,7 @@ class SQSQueue:
         for delivery in deliveries:
             if failure is not None and self._is_last(delivery):
                 fields = {"reason": failure.reason, "stage": failure.stage, "error": failure.error}
-                log.error("queue_gave_up", extra={"message_id": delivery.id, **fields})
+                log.error("attempts_exhausted", extra={"message_id": delivery.id, **fields})
         self._settlement.nack(_sqs_deliveries(deliveries), max(delay, 0.0))
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:

@@ -104,7 +104,7 @@ def test_policy_dead_letters_message_after_its_last_attempt(
     assert results == [(1, False), (2, False), (3, False), (4, False), (5, True)]
     assert bodies(subscription.dead_letters(1)) == [b"poison"]
     assert queue.backlog() is None
-    assert "queue_gave_up" in [record.message for record in caplog.records]
+    assert "attempts_exhausted" in [record.message for record in caplog.records]
 
 
 def test_direct_dead_letter_has_its_reason(subscription: Subscription, opened: Open) -> None:

@@ -353,7 +353,7 @@ def test_last_failure_is_logged_if_the_policy_dead_letters(
     adapter.nack(receive(adapter, 1), 0.0, FAILURE)
     assert len(adapter._expected_redeliveries) == 0
     assert [(record.message, vars(record)["reason"]) for record in caplog.records] == [
-        ("queue_gave_up", FAILURE.reason)
+        ("attempts_exhausted", FAILURE.reason)
     ]
     assert receive(adapter, 1, wait=0.5) == []
     assert bodies(queue.dead_letters(1)) == [b"poison"]

@@ -119,7 +119,7 @@ def test_dead_letter_of_the_policy_is_logged(queue: EmbeddedQueue, caplog: pytes
     for _ in range(3):
         queue.nack(queue.receive(1, 0), failure=FAILURE)
     (record,) = caplog.records
-    assert (record.message, record.levelname, vars(record)["message_id"]) == ("queue_gave_up", "ERROR", "1")
+    assert (record.message, record.levelname, vars(record)["message_id"]) == ("attempts_exhausted", "ERROR", "1")
 
 
 def test_message_that_kills_its_workers_is_dead_lettered(tmp_path: Path) -> None:
