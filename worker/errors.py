@@ -46,7 +46,7 @@ class ExitCode(IntEnum):
     QUEUE = 3, "the queue cannot be used"
     COMMERCETOOLS = 4, "commercetools refuses the credentials"
     KLAVIYO = 5, "Klaviyo refuses the key"
-    SHUTDOWN_TIMED_OUT = 6, "shutdown timed out; messages in flight were not finished"
+    UNFINISHED = 6, "ended before everything was done; the messages that are left are in the queue"
     INTERRUPTED = 7, "interrupted; run the same command to continue"
 
     meaning: str

@@ -71,15 +71,15 @@ class Worker:
         self._systemd = Notifier(self._state, os.environ)
         self._settings = settings
 
-    def run(self, *, once: bool, max_wait: float) -> None:
-        """Run until stopped, or with `once` until the queue is empty. Raises the errors of Runner.run."""
+    def run(self, *, once: bool, max_wait: float) -> str:
+        """Run until stopped, or with `once` until the queue is empty. See Runner.run for result and errors."""
         _collect_garbage_less_often()
         health = self._serve() if self._settings.http_port and not once else None
         if not once:
             self._systemd.start()
         log.info("started")
         try:
-            self._runner.run(once=once, max_wait=max_wait)
+            return self._runner.run(once=once, max_wait=max_wait)
         finally:
             self._components.sender.close()
             if health:

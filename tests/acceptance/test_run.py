@@ -112,7 +112,8 @@ def test_message_is_kept_if_enrichment_fails(style: str, worker: Worker, sandbox
     else:
         sandbox.commercetools.faults.add(Fault(status=500, times=None, match="GET /" if style == "500" else ""))
     done = worker("run", "--once", "--max-wait", "0.1", "--retry-timeout", "0.3")
-    assert done.returncode == 0
+    assert done.returncode == 6
+    assert done.stderr.endswith("messages are left after waiting 0.1 s: run the command again to process them\n")
     assert [line["outcome"] for line in log_lines(done.stderr)] == ["returned"]
     assert "wait_timed_out" in done.stderr
     assert sandbox.account.profiles == []

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from worker.cli.options import Command, settings_options
-from worker.cli.termination import exit_without_waiting, handle_errors, on_signals
+from worker.cli.termination import CommandError, exit_without_waiting, handle_errors, on_signals
+from worker.errors import ExitCode
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.option("--once", is_flag=True, help="Process the messages in the queue, then exit.")
+@click.option("--once", is_flag=True, help="Process the messages in the queue, then exit: with 0 if none is left, with 6 if some are.")
 @click.option(
     "--max-wait",
     type=float,
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long --once waits for held messages.",
+    help="How long --once waits in total for messages that are held, or that the queue redelivers later.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the requests. Send and settle nothing. Implies --once.")
 @settings_options(Settings)
@@ -54,6 +55,8 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
         on_signals(stop)
         worker = Worker(settings, dry_run=dry_run)
         try:
-            worker.run(once=once or dry_run, max_wait=max_wait)
+            left = worker.run(once=once or dry_run, max_wait=max_wait)
         except ShutdownTimeoutError as error:
             exit_without_waiting(str(error))
+        if left and not dry_run:
+            raise CommandError(f"{left}: run the command again to process them", ExitCode.UNFINISHED)

@@ -49,7 +49,7 @@ def exit_without_waiting(reason: str) -> NoReturn:
     """Print the reason and exit at once. Lanes can hang in calls that no other thread can interrupt."""
     click.echo(f"Error: {reason}", err=True)
     sys.stdout.flush()
-    os._exit(ExitCode.SHUTDOWN_TIMED_OUT)
+    os._exit(ExitCode.UNFINISHED)
 
 
 def on_signals(stop: Callable[[], None]) -> None:

@@ -56,6 +56,7 @@ class Runner:
         self._pulling_ended = Event()
         self._once = False
         self._fatal: Exception | None = None
+        self._left_reason = ""  # why `once` ended while messages were left
         self._in_flight = InFlight(settings.max_in_flight, settings.max_in_flight_bytes)
         callbacks = LaneCallbacks(self._return_unprocessed, self._fail, self._on_refusal)
         self._lanes = [Lane(pipeline, self._in_flight, settings, stopping, callbacks) for _ in range(settings.threads)]
@@ -110,8 +111,8 @@ class Runner:
         """Return why the worker is parked; "" if it is not."""
         return self._queue_refusal or self._in_flight.parked_reason()
 
-    def run(self, *, once: bool = False, max_wait: float = 600.0) -> None:
-        """Run until `stop`, or with `once` until the queue is empty.
+    def run(self, *, once: bool = False, max_wait: float = 600.0) -> str:
+        """Run until `stop`, or with `once` until the queue is empty. Return why `once` left messages; "" if none.
 
         `max_wait`: seconds that `once` waits in total for held and delayed messages. Raises QueueError,
         ShutdownTimeoutError and, with `once`, Misconfigured.
@@ -131,6 +132,7 @@ class Runner:
             raise self._fatal
         if unfinished:
             raise ShutdownTimeoutError(f"{unfinished} messages in flight were returned to the queue")
+        return self._left_reason
 
     def _pull(self, max_wait: float) -> None:
         waited = 0.0  # seconds without a message to process, in total
@@ -150,6 +152,8 @@ class Runner:
             idle = 0.0 if deliveries or self._in_flight else idle + seconds
             for delivery in deliveries:
                 self._dispatch(self._pipeline.parse(delivery))
+        if self._once:
+            self._left_reason = "stopped before the queue was empty"
 
     def _log_conditions(self) -> None:
         """Log that the worker is parked or that pulling is paused, and when that ends."""
@@ -178,6 +182,7 @@ class Runner:
         if waited < max_wait:
             return False
         log.warning("wait_timed_out", extra={"waiting": remaining, "waited_s": round(waited)})
+        self._left_reason = f"{remaining} messages are left after waiting {max_wait:g} s"
         return True
 
     def _receive(self) -> Sequence[Delivery]:

@@ -627,8 +627,25 @@ def test_once_waits_for_redeliveries_up_to_max_wait(queue: EmbeddedQueue, caplog
     queue.publish([b"a:1"])
     queue.nack(queue.receive(1, 0), delay=60)
     runner, _ = runner_for(queue)
-    runner.run(once=True, max_wait=0.1)
+    assert runner.run(once=True, max_wait=0.1) == "1 messages are left after waiting 0.1 s"
     assert [record.message for record in caplog.records] == ["wait_timed_out"]
+
+
+def test_once_reports_that_it_was_stopped(queue: EmbeddedQueue) -> None:
+    """A stopped `run --once` does not end as if the queue were empty; a stopped worker ends in order."""
+    queue.publish([b"a:1"])
+    queue.nack(queue.receive(1, 0), delay=60)
+    for once, reason in ((True, "stopped before the queue was empty"), (False, "")):
+        runner, _ = runner_for(EmbeddedQueue(queue._path))
+        threading.Timer(0.3, runner.stop).start()
+        assert runner.run(once=once) == reason
+
+
+def test_once_reports_nothing_left(queue: EmbeddedQueue) -> None:
+    """All messages were processed."""
+    queue.publish([b"a:1"])
+    runner, _ = runner_for(queue)
+    assert runner.run(once=True) == ""
 
 
 def test_once_does_not_treat_an_unreachable_queue_as_empty(
