@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.option("--once", is_flag=True, help="Process the messages in the queue, then exit: with 0 if none is left, with 6 if some are.")
+@click.option(
+    "--once",
+    is_flag=True,
+    help="Process the messages in the queue, then exit: with 0 if none is left, with 6 if some are.",
+)
 @click.option(
     "--max-wait",
     type=float,
