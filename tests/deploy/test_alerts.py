@@ -65,15 +65,15 @@ CASES: dict[str, tuple[list[dict[str, str]], Firing]] = {
     "one worker gone": ([{}, dict.fromkeys(HEALTHY, "0x60 stale")], {"42": []}),
     "a backlog without any success": (
         [{"last_success_timestamp_seconds": f"0x{LONG}", "queue_backlog_messages": f"5x{LONG}"}] * 2,
-        {"9": [], "16": ["NothingDone"]},
+        {"9": [], "16": ["NoProgress"]},
     ),
     "held messages without any success, on a queue without counts": (
         [NO_COUNTS | {"last_success_timestamp_seconds": f"0x{LONG}", "messages_in_flight": f"5x{LONG}"}],
-        {"9": [], "16": ["NothingDone"]},
+        {"9": [], "16": ["NoProgress"]},
     ),
     "a backlog, and no success any more": (
         [{"last_success_timestamp_seconds": f"0+30x20 600x{LONG}", "queue_backlog_messages": f"5x{LONG}"}],
-        {"24": [], "26": ["NothingDone"]},
+        {"24": [], "26": ["NoProgress"]},
     ),
     "a message after an idle time": (
         [IDLE | {"queue_backlog_messages": f"0x200 1x2 0x{LONG}"}],
