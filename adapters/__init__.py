@@ -1,4 +1,4 @@
-"""The queues that the worker can read: `open_queue` opens them, base.py is the contract of their adapters."""
+"""The queue adapters. `open_queue` opens a queue by its URL; base.py is the contract that adapters implement."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _BUILT_IN = {  # imported on demand: a worker does not load the clients of other
     "servicebus": "adapters.servicebus.queue:open_url",
     "sqs": "adapters.sqs.queue:open_url",
 }
-_ALIASES = {"https": "sqs"}  # AWS's own URL of a queue
+_ALIASES = {"https": "sqs"}  # AWS names its queues by https URLs
 _DEFAULTS = QueueOptions()
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class QueueError(Exception):
-    """The queue cannot be used: unreachable, missing, or not permitted.
+    """The queue cannot be used: it is unreachable or missing, or access to it is refused.
 
     `reason` says what is wrong, `todo` what to do about it ("" if there is no advice). The text joins both.
     """
@@ -23,7 +23,7 @@ class QueueError(Exception):
 
 
 class QueueRefusedError(QueueError):
-    """The queue is missing or not permitted. The worker parks and retries until an operator has fixed the cause."""
+    """The queue is missing, or access to it is refused. The worker parks until an operator fixes the cause."""
 
 
 class QueueURLError(QueueError):
@@ -51,7 +51,7 @@ class QueueOptions:
 
     max_messages: int = 2_000  # limit of messages received and not settled
     max_bytes: int = 8_000_000  # limit of the total size of their bodies
-    direct_dead_letter: bool = False  # dead-letter at once and with a reason, not by the queue's own policy
+    direct_dead_letter: bool = False  # dead-letter immediately and with a reason, instead of by the queue's policy
     port: int = 6789  # to listen on, if messages are pushed and the URL has no port
     connection_string: str = field(default="", repr=False)  # for Azure Service Bus
     dead_letter_url: str = ""  # of the dead-letter queue to read; "": the queue of the policy
@@ -59,14 +59,14 @@ class QueueOptions:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a message is returned or dead-lettered. Holds no personal data."""
+    """Why a message is nacked or dead-lettered. Contains no personal data."""
 
     reason: str  # one sentence for an operator
     stage: str  # parse, enrich, transform or send; queue if the queue itself dead-lettered the message
     error: str  # class name of the error
-    message_type: str = ""  # this and the next two only if known; dead letters show them
-    resource_type: str = ""
-    resource_id: str = ""
+    message_type: str = ""  # "" if unknown
+    resource_type: str = ""  # "" if unknown
+    resource_id: str = ""  # "" if unknown
 
 
 class Delivery(Protocol):
@@ -74,7 +74,10 @@ class Delivery(Protocol):
 
     @property
     def id(self) -> str:
-        """The queue's id of the message, for logs. Redeliveries keep it; a queue's own redrive can change it."""
+        """The queue's id of the message, for logs.
+
+        Redeliveries have the same id. It can change if the queue's own tools move a dead letter back to the queue.
+        """
 
     @property
     def body(self) -> bytes:
@@ -103,77 +106,81 @@ class QueueAdapter(Protocol):
 
     @property
     def lease_seconds(self) -> float | None:
-        """Seconds for which a delivery stays leased without `extend`, at least; None if leases need no extension.
+        """The minimum number of seconds that a delivery stays leased without `extend`; None if no lease ends.
 
-        The worker reads it before each extension, so the value can change.
+        The value can change: the worker reads it before each extension.
         """
 
     def receive(self, max_messages: int, wait: float) -> Sequence[Delivery]:
         """Return up to `max_messages` deliveries, or [] if none arrives within `wait` seconds.
 
-        Return as soon as one is there, without waiting for others. The worker calls this method in a loop, with at
-        least 1 for `max_messages` and a second or less for `wait`. Log transient errors, return [], and retry in a
-        later call.
+        Return as soon as any delivery is available; do not wait for more. The worker calls this method in a loop:
+        `max_messages` is at least 1, and `wait` is at most one second. After a transient error, log it and return [];
+        retry in a later call.
 
-        Raises QueueError if the queue cannot be read: the worker returns its messages and exits. Raises
-        QueueRefusedError if credentials or permissions are refused: the worker parks and calls again later.
+        Raises QueueError if the queue cannot be read: the worker gives its messages back to the queue and exits.
+        Raises QueueRefusedError if credentials or permissions are refused: the worker parks and calls again later.
         """
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Remove the messages permanently: their effect is in Klaviyo, or there is none.
+        """Remove the messages permanently: their effect is in Klaviyo, or they have none.
 
-        Retry transient errors while the leases last. If that fails, log it: the queue redelivers the messages.
+        After a transient error, retry while the leases last. If the retries fail, log the error: the queue redelivers
+        the messages.
         """
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """Return the messages. The queue redelivers each of them after at least `delay` seconds.
+        """Give the messages back to the queue, which redelivers each of them after at least `delay` seconds.
 
-        If `delay` is longer than the queue supports, use its maximum. If the queue can store `failure`, it is the
-        reason of the dead letter when the queue's own policy dead-letters the message later. `failure` is None if the
-        worker did not process the messages: the delivery must not count as an attempt if the queue can undo that.
+        If `delay` is longer than the queue supports, use the queue's maximum.
+
+        `failure` is the reason why processing failed. Store it if the queue can: it becomes the reason of the dead
+        letter if the queue's policy dead-letters the message later. `failure` is None if the worker did not process
+        the messages. Do not count those deliveries as attempts if the queue can undo the count.
         """
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
         """Move a message that can never succeed to the dead-letter queue, with its reason.
 
-        If that is impossible, nack it. Return whether the message is a dead letter now. If not, the queue redelivers it
-        until its own policy dead-letters it.
+        If the queue cannot do that, nack the message. Return True if the message is a dead letter now. Return False if
+        the queue redelivers it until the queue's policy dead-letters it.
         """
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
         """Make the leases end `seconds` from now.
 
-        Called after every third of `lease_seconds`, with all deliveries that are not settled. Also extend the messages
-        that the adapter holds and `receive` did not return yet. Raises QueueError if some leases could not be extended.
+        The worker calls this method three times per `lease_seconds`, with all deliveries that are not settled. Also
+        extend the messages that the adapter has received and that `receive` has not returned yet. Raises QueueError if
+        some leases could not be extended.
         """
 
     def backlog(self) -> int | None:
-        """Count the messages that are not settled: ready, delayed and leased.
+        """Return the number of messages on the queue that are not settled: ready, delayed and leased.
 
-        `run --once` ends when the backlog is 0. A queue that cannot count returns the number of messages that this
-        worker returned and that were not redelivered yet, or None instead of 0.
+        `run --once` ends when the backlog is 0. If the queue cannot count, return the number of messages that this
+        worker nacked and that were not redelivered yet; return None instead of 0.
         """
 
     def check(self) -> Sequence[QueueWarning]:
-        """Return what an operator should change about the queue. Raises QueueError unless this process may consume.
+        """Return warnings for an operator. Raises QueueError if this process cannot consume the queue.
 
-        Called at start-up, by `klaviyo-worker check`, and by `run --once` before it ends without knowing the backlog. A
-        missing policy has `is_missing_policy`. A policy that this process has no permission to read is reported as
-        unreadable, not as missing.
+        Called at startup, by `klaviyo-worker check`, and by `run --once` before it ends if the backlog is unknown. Set
+        `is_missing_policy` for a missing policy. If this process has no permission to read a policy, warn that the
+        policy is unreadable.
         """
 
     def stop(self) -> None:
-        """Stop pulling, and return the messages to the queue that `receive` did not return to the worker.
+        """Stop receiving. Nack the messages that the adapter has received and that `receive` has not returned.
 
-        Called after the last `receive`. The worker settles and extends its messages until `close`.
+        Called after the last `receive`. The worker can settle and extend deliveries until it calls `close`.
         """
 
     def close(self) -> None:
-        """Stop, unless `stop` was called, and close the connections. Idempotent."""
+        """Stop as `stop` does, and close the connections. Idempotent."""
 
 
 class InertQueue:
-    """A base class for queues whose messages have no lease, and stay where they are unless they are acked."""
+    """A base class for queues without leases. Its methods do nothing, so messages stay in place unless acked."""
 
     @property
     def lease_seconds(self) -> float | None:
@@ -213,21 +220,21 @@ class DeadLetter:
 class DeadLetterQueue(Protocol):
     """One pass through the dead letters of a queue. Its methods can be called from several threads.
 
-    Dead letters that `receive` returned stay reserved for this object until they are removed or the object is closed.
-    If its process dies, they are still dead letters.
+    If the queue leases dead letters, those that `receive` returned stay leased to this object until they are removed or
+    the object is closed. If the process dies, they remain dead letters.
     """
 
     def receive(self, max_messages: int, wait: float) -> Sequence[DeadLetter]:
-        """Return up to `max_messages` dead letters that were not returned before, the oldest first if known.
+        """Return up to `max_messages` dead letters that were not returned before, in the order of the queue.
 
         Wait up to `wait` seconds for the first; return [] if none is left. Raises QueueError.
         """
 
     def remove(self, dead_letters: Sequence[DeadLetter]) -> None:
-        """Remove dead letters permanently. Raises QueueError if some of them may still exist."""
+        """Remove dead letters permanently. Raises QueueError if some of them possibly still exist."""
 
     def close(self) -> None:
-        """Release the dead letters that were not removed, for the next reader. Idempotent."""
+        """Release the dead letters that were not removed, so that other readers can get them. Idempotent."""
 
 
 class Counts(NamedTuple):
@@ -242,12 +249,12 @@ class SupportsPublish(Protocol):
     """A queue that `klaviyo-worker publish` can fill."""
 
     def publish(self, bodies: Iterable[bytes]) -> int:
-        """Store the messages durably and return their number. Raises QueueError with the number stored before."""
+        """Store the messages durably and return their number. A QueueError says how many were stored before it."""
 
 
 @runtime_checkable
 class SupportsCounts(Protocol):
-    """A queue that can count all its messages, whichever process published or returned them."""
+    """A queue that can count all its messages, including those of other processes."""
 
     def counts(self) -> Counts:
         """Count the messages and the dead letters. Raises QueueError."""

@@ -1,7 +1,7 @@
-"""The embedded queue: SQLite in WAL mode, durable and leased, for any number of processes on one machine.
+"""The embedded queue: durable and leased messages in SQLite, for any number of processes on one machine.
 
-The column `visible_at` is both the end of the lease and the end of the delay: a message is ready after that time. A
-lease token makes a late ack harmless. docs/decisions/0003-embedded-queue.md explains why this is not a library.
+The column `visible_at` holds the end of a lease or of a delay: after that time, the message is ready. A late ack is
+harmless because it names an old lease token. docs/decisions/0003-embedded-queue.md explains why no library is used.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klaviyo_worker.embedded")
 POLL_SECONDS = 0.005  # a poll takes microseconds
-RECEIVE_BYTES = (
-    4_000_000  # of the bodies that `receive` returns, plus one body: flow control counts them only afterwards
-)
+# Limit of the bodies that `receive` returns, exceeded by one body at most. The worker limits bodies only afterwards.
+RECEIVE_BYTES = 4_000_000
 _EXPECTED = "expected embedded:///path/queue.db[?lease=SECONDS&max_attempts=N]"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS messages (
@@ -56,10 +55,10 @@ _DEAD_LETTER = """
 INSERT INTO dead_letters SELECT id, body, published_at, attempts, ?, ?, ?, ?
 FROM messages WHERE id = ? AND lease = ?
 """
-_RETURN = """
+_NACK = """
 UPDATE messages SET lease = NULL, visible_at = ?, reason = ?, stage = ?, error = ? WHERE id = ? AND lease = ?
 """
-_RETURN_UNHANDLED = (
+_NACK_UNPROCESSED = (
     "UPDATE messages SET lease = NULL, visible_at = ?, attempts = attempts - 1 WHERE id = ? AND lease = ?"
 )
 _NEXT_DEAD_LETTERS = (
@@ -70,7 +69,7 @@ _OVERDUE = Failure("was delivered the maximum number of times and never settled"
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedDelivery:
-    """A leased row."""
+    """A message that this worker has leased."""
 
     id: str
     body: bytes = field(repr=False)
@@ -100,7 +99,7 @@ class EmbeddedQueue:
     """A queue in one SQLite file. Implements QueueAdapter, SupportsPublish, SupportsCounts and SupportsDeadLetters."""
 
     LEASE_SECONDS = 60.0
-    MAX_ATTEMPTS = 20  # enough for an outage of two hours, with delays up to ten minutes
+    MAX_ATTEMPTS = 20  # enough for an outage of two hours, because delays grow to ten minutes
 
     def __init__(self, path: Path, *, lease_seconds: float = LEASE_SECONDS, max_attempts: int = MAX_ATTEMPTS) -> None:
         self._path = path
@@ -115,11 +114,11 @@ class EmbeddedQueue:
 
     @property
     def lease_seconds(self) -> float:
-        """Seconds for which a received message is invisible to others."""
+        """Seconds for which a received message is invisible to other workers."""
         return self._lease_seconds
 
     def publish(self, bodies: Iterable[bytes]) -> int:
-        """Store the messages in one transaction that survives a power failure; return their number."""
+        """Store the messages in one transaction and return their number. They survive a power failure."""
         now = time.time()
         with self._transaction("FULL"):
             cursor = self._db.executemany(
@@ -129,7 +128,7 @@ class EmbeddedQueue:
             return max(cursor.rowcount, 0)
 
     def receive(self, max_messages: int, wait: float) -> Sequence[EmbeddedDelivery]:
-        """Lease ready messages, oldest first; dead-letter those that have used up their attempts."""
+        """Lease ready messages, the oldest first. Dead-letter those that have used up their attempts."""
         deadline = time.monotonic() + wait
         while True:
             ready = self._lease_ready(max_messages) if self._is_any_ready() else []
@@ -144,17 +143,17 @@ class EmbeddedQueue:
             self._db.executemany("DELETE FROM messages WHERE id = ? AND lease = ?", _keys(deliveries))
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """Make the messages ready after `delay`; dead-letter those that have used up their attempts."""
+        """Make the messages ready after `delay`. Dead-letter those that have used up their attempts."""
         visible_at = time.time() + max(delay, 0.0)
         if failure is None:
             with self._transaction():
-                self._db.executemany(_RETURN_UNHANDLED, ((visible_at, *key) for key in _keys(deliveries)))
+                self._db.executemany(_NACK_UNPROCESSED, ((visible_at, *key) for key in _keys(deliveries)))
             return
         spent = [d for d in deliveries if (d.attempt or 0) >= self._max_attempts]
-        returned = [d for d in deliveries if d not in spent]
+        retryable = [d for d in deliveries if d not in spent]
         reason = (failure.reason, failure.stage, failure.error)
         with self._transaction():
-            self._db.executemany(_RETURN, ((visible_at, *reason, *key) for key in _keys(returned)))
+            self._db.executemany(_NACK, ((visible_at, *reason, *key) for key in _keys(retryable)))
         for delivery in spent:
             self._dead_letter_spent(delivery, failure)
 
@@ -176,7 +175,7 @@ class EmbeddedQueue:
             )
 
     def backlog(self) -> int:
-        """Count ready, delayed and leased messages."""
+        """Return the number of ready, delayed and leased messages."""
         with self._guard():
             return int(self._db.execute("SELECT count(*) FROM messages").fetchone()[0])
 
@@ -188,7 +187,7 @@ class EmbeddedQueue:
             return Counts(int(waiting), int(dead))
 
     def check(self) -> Sequence[QueueWarning]:
-        """Raise QueueError unless the file can be written."""
+        """Raise QueueError if the file cannot be written."""
         with self._transaction():
             return ()
 
@@ -222,7 +221,7 @@ class EmbeddedQueue:
             self._db.executemany("DELETE FROM dead_letters WHERE id = ?", [(int(d.id),) for d in deliveries])
 
     def _is_any_ready(self) -> bool:
-        """Check without a write lock, so that idle workers do not block the others."""
+        """Return whether a message is ready. Takes no write lock, so idle workers do not block the others."""
         with self._guard():
             query = "SELECT 1 FROM messages WHERE visible_at <= ? LIMIT 1"
             return self._db.execute(query, (time.time(),)).fetchone() is not None
@@ -256,7 +255,7 @@ class EmbeddedQueue:
 
     @contextmanager
     def _transaction(self, synchronous: str = "NORMAL") -> Iterator[None]:
-        """Run a write transaction. With NORMAL, a power failure can undo it: then messages are redelivered."""
+        """Run a write transaction. With NORMAL, a power failure can undo it; its messages are then redelivered."""
         with self._guard():
             self._db.execute(f"PRAGMA synchronous = {synchronous}")
             self._db.execute("BEGIN IMMEDIATE")
@@ -270,7 +269,7 @@ class EmbeddedQueue:
 
 
 class EmbeddedDeadLetters:
-    """The rows of dead letters, read by a cursor. Concurrent readers each get all: handling twice is harmless."""
+    """A cursor over the dead letters. Concurrent readers each get all of them; handling one twice is harmless."""
 
     def __init__(self, queue: EmbeddedQueue) -> None:
         self._queue = queue
@@ -293,7 +292,7 @@ class EmbeddedDeadLetters:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Open the file and create the tables that are missing. The connection is closed if that fails."""
+    """Open the file and create missing tables. If that fails, close the connection."""
     connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")

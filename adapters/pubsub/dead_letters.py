@@ -1,6 +1,6 @@
-"""The subscription of a dead-letter topic: finds it, and reads it by single pulls.
+"""Finds the subscription of a dead-letter topic, and reads it by single pulls.
 
-A stream would deliver more messages than are read, and it does not end quickly.
+A stream would lease more messages than are read, and would take long to close.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from google.pubsub_v1 import PublisherClient
     from google.pubsub_v1.types import PubsubMessage
 
-SETTING = "DEAD_LETTER_QUEUE_URL"
-CALL_TIMEOUT = 5.0  # seconds for one call; Ctrl-C waits for the end of a pull
+DEAD_LETTER_SETTING = "DEAD_LETTER_QUEUE_URL"
+CALL_TIMEOUT = 5.0  # seconds for one call; short, because Ctrl-C waits for the end of a pull
 MIN_PULL_TIMEOUT = 1.0  # seconds; messages of a pull that times out can stay leased
 MAX_PULL = 1000  # messages in a pull, Pub/Sub's limit
 _RETRY_TIMEOUT = 10.0  # seconds of retries
@@ -48,7 +48,8 @@ def find_dead_letter_subscription(topic: str, publisher: PublisherClient, subscr
         found = list(publisher.list_topic_subscriptions(request=request, retry=_RETRY, timeout=CALL_TIMEOUT))
     except google.PermissionDenied:
         reason = f"not permitted to list the subscriptions of {topic}"
-        raise QueueError(f"QUEUE_URL: {reason}", todo=f"grant roles/pubsub.viewer on it, or set {SETTING}") from None
+        todo = f"grant roles/pubsub.viewer on {topic}, or set {DEAD_LETTER_SETTING}"
+        raise QueueError(f"QUEUE_URL: {reason}", todo=todo) from None
     except google.NotFound:
         raise QueueError(f"QUEUE_URL: its dead-letter topic {topic} does not exist", todo="create it") from None
     except (google.GoogleAPIError, GoogleAuthError) as error:
@@ -56,14 +57,13 @@ def find_dead_letter_subscription(topic: str, publisher: PublisherClient, subscr
     pulled = [path for path in found if _is_pulled(path, subscriber)]
     if not pulled:
         reason = f"its dead-letter topic {topic} has no pull subscription"
-        raise QueueError(
-            f"QUEUE_URL: {reason}", todo=f"create one, because the topic keeps no messages without it, or set {SETTING}"
-        )
+        todo = f"create one (without a subscription, a topic keeps no messages), or set {DEAD_LETTER_SETTING}"
+        raise QueueError(f"QUEUE_URL: {reason}", todo=todo)
     if len(pulled) > 1:
         urls = ", ".join(sorted(_url(path) for path in pulled))
         raise QueueError(
             f"QUEUE_URL: its dead-letter topic {topic} has several pull subscriptions",
-            todo=f"set {SETTING} to one of {urls}",
+            todo=f"set {DEAD_LETTER_SETTING} to one of {urls}",
         )
     return pulled[0]
 
@@ -76,7 +76,7 @@ class PubSubDeadLetters:
         self._path = path
 
     def lease(self, max_messages: int, wait: float, seconds: int) -> list[tuple[str, DeadLetter]]:
-        """Pull once. The subscription's own ack deadline, 10 s by default, is extended to `seconds` at once."""
+        """Pull once. The subscription's own ack deadline, 10 s by default, is immediately extended to `seconds`."""
         request = {"subscription": self._path, "max_messages": min(max_messages, MAX_PULL)}
         timeout = min(max(wait, MIN_PULL_TIMEOUT), CALL_TIMEOUT)
         try:
@@ -102,7 +102,7 @@ class PubSubDeadLetters:
         """Do nothing: the client belongs to the queue."""
 
     def _call_batches(self, call: Callable[..., object], handles: Sequence[str], **fields: int) -> dict[str, str]:
-        """Make the calls; return the reason for each handle for which that failed."""
+        """Make the calls. Return the error text of each handle that failed."""
         errors: dict[str, str] = {}
         for start in range(0, len(handles), MAX_IDS):
             batch = handles[start : start + MAX_IDS]
@@ -115,7 +115,9 @@ class PubSubDeadLetters:
 
     def _queue_error(self, error: Exception) -> QueueError:
         if isinstance(error, google.NotFound):
-            return QueueError(f"{SETTING}: {self._path} does not exist", todo="create it, or correct the name")
+            return QueueError(
+                f"{DEAD_LETTER_SETTING}: {self._path} does not exist", todo="create it, or correct the name"
+            )
         if isinstance(error, google.PermissionDenied):
             todo = f"grant roles/pubsub.subscriber on {self._path}"
             return QueueError("QUEUE_URL: not permitted to pull its dead letters", todo=todo)
@@ -123,7 +125,7 @@ class PubSubDeadLetters:
 
 
 def _is_pulled(path: str, subscriber: SubscriberClient) -> bool:
-    """Return whether a subscription is neither detached nor exported. True if it cannot be read."""
+    """Return whether a subscription is neither pushed, exported nor detached. True if it cannot be read."""
     try:
         found = subscriber.get_subscription(request={"subscription": path}, retry=_RETRY, timeout=CALL_TIMEOUT)
     except (google.GoogleAPIError, GoogleAuthError):
@@ -149,7 +151,7 @@ def _dead_letter(message: PubsubMessage) -> DeadLetter:
 
 
 def _parse_time(text: str) -> datetime | None:
-    """Return a time; None if `text` is not one: publishers can set this attribute, too."""
+    """Return the time; None if `text` is not a time, because publishers can also set this attribute."""
     try:
         time = datetime.fromisoformat(text)
     except ValueError:

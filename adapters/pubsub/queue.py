@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klaviyo_worker.pubsub")
 
-MAX_LEASE_DURATION = 7 * 86400.0  # seconds for which the client extends leases; the worker never holds them so long
+MAX_LEASE_DURATION = 7 * 86400.0  # seconds for which the client extends leases; longer than the worker holds messages
 MAX_DELAY = 600  # seconds, Pub/Sub's limit
 CALL_TIMEOUT = 10.0  # seconds for one call
 DEAD_LETTER_TIMEOUT = 5.0  # seconds of retries to publish a dead letter; then the message is redelivered
@@ -48,14 +48,13 @@ MAX_BATCH_BYTES = 5_000_000  # of the bodies in a call to publish, half of Pub/S
 MAX_ATTRIBUTE = 1024  # bytes of an attribute's value
 _EXPECTED = "expected pubsub://PROJECT/SUBSCRIPTION"
 _URL = re.compile(r"(?i:pubsub)://(?P<project>[^/?#]+)/(?P<subscription>[A-Za-z][A-Za-z0-9._~+%-]{2,254})")
-_DIRECT = "KLAVIYO_WORKER_DEAD_LETTER_MODE=direct"
+_DIRECT_MODE = "KLAVIYO_WORKER_DEAD_LETTER_MODE=direct"
 _CONSUME = "pubsub.subscriptions.consume"
-_VIEWER = "grant roles/pubsub.viewer on it"
 _SET_TOPIC = "gcloud pubsub subscriptions update {} --dead-letter-topic=TOPIC --max-delivery-attempts=10"
 _SET_RETRY = "gcloud pubsub subscriptions update {} --min-retry-delay=10s --max-retry-delay=600s"
-# As in the client's own transport: no limit
+# no limit, as in the client's own transport
 _ANY_SIZE = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
-_RECONNECT = ("grpc.max_reconnect_backoff_ms", 10_000)  # otherwise reconnecting after a long outage takes minutes
+_RECONNECT = ("grpc.max_reconnect_backoff_ms", 10_000)  # by default, reconnecting after a long outage takes minutes
 _RETRY = Retry(predicate=if_exception_type(*TRANSIENT_ERRORS), initial=0.2, maximum=5.0, timeout=30.0)
 
 
@@ -104,7 +103,7 @@ class PubSubQueue:
         )
         self._settlement = Settlement(self._client, path)
         self._stream = StreamingPull(_stream_client, path, flow_control)
-        self._topic = ""  # of dead letters; "" if the subscription has none or was not read yet
+        self._dead_letter_topic = ""  # "" if the subscription has none or was not read yet
         self._max_attempts = math.inf
         self._has_retry_policy = False  # False also if unknown
         self._expected_redeliveries = ExpectedRedeliveries()
@@ -121,7 +120,7 @@ class PubSubQueue:
         return deliveries
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Acknowledge, retrying for as long as the leases can last."""
+        """Acknowledge the messages. Retry for as long as the leases can last."""
         self._expected_redeliveries.remove(delivery.id for delivery in deliveries)
         messages = _messages(deliveries)
         self._settlement.ack(messages)
@@ -129,10 +128,11 @@ class PubSubQueue:
             message.drop()
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """End the leases at once if a retry policy delays the messages; otherwise after `delay`, at most 600 s.
+        """End the leases immediately if a retry policy delays redeliveries; otherwise after `delay`, at most 600 s.
 
-        A delayed message stays leased, and counts against the flow control of this worker's stream: many of them would
-        keep others out. Every return counts as a delivery attempt, also of a message that was not handled.
+        A delayed message stays leased and counts against the flow control of this worker's stream, so many delayed
+        messages would keep new ones out. Every delivery counts as an attempt, even if the worker did not process the
+        message.
         """
         for delivery in deliveries:
             if not self._is_last(delivery):
@@ -147,9 +147,11 @@ class PubSubQueue:
         self._settlement.nack(messages, seconds)
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
-        """In direct mode publish to the dead-letter topic, otherwise return the message for the dead-letter policy.
+        """In direct mode, publish the message to the dead-letter topic. Otherwise, or if that fails, nack it.
 
-        Without a policy Pub/Sub redelivers indefinitely, so the message is delayed as long as possible.
+        Return True if the message was published, or if the dead-letter policy moves it after this attempt.
+
+        Without a dead-letter policy, Pub/Sub redelivers indefinitely, so the message is delayed as long as possible.
         """
         if self._options.direct_dead_letter and self._publish_dead_letter(delivery, failure):
             self.ack([delivery])
@@ -158,13 +160,13 @@ class PubSubQueue:
         return self._is_last(delivery)
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Extend the leases, also of pending messages: without a stream, the client does not extend them."""
+        """Extend the leases, including those of pending messages: without a stream, the client does not extend them."""
         messages = [*_messages(deliveries), *self._stream.pending()]
         if not self._settlement.extend(messages, math.ceil(seconds)):
             raise QueueError("some leases could not be extended")
 
     def backlog(self) -> int | None:
-        """Count the messages that were returned and not redelivered yet: Pub/Sub does not report its backlog."""
+        """Return the number of messages nacked and not redelivered yet, because Pub/Sub does not report its backlog."""
         return len(self._expected_redeliveries) or None
 
     def check(self) -> Sequence[QueueWarning]:
@@ -173,10 +175,12 @@ class PubSubQueue:
         self._check_permission()
         if subscription is None:
             if self._options.direct_dead_letter:
-                raise QueueError(f"{_DIRECT}: {self._unreadable}, so its dead-letter topic is unknown", todo=_VIEWER)
-            return [QueueWarning(f"{self._unreadable}, so its policies are unknown", _VIEWER)]
-        if self._options.direct_dead_letter and not self._topic:
-            raise QueueError(f"{_DIRECT}: {self._path} has no dead-letter topic", todo=_SET_TOPIC.format(self._path))
+                reason = f"{_DIRECT_MODE}: {self._unreadable}, so its dead-letter topic is unknown"
+                raise QueueError(reason, todo=self._grant_viewer)
+            return [QueueWarning(f"{self._unreadable}, so its policies are unknown", self._grant_viewer)]
+        if self._options.direct_dead_letter and not self._dead_letter_topic:
+            reason = f"{_DIRECT_MODE}: {self._path} has no dead-letter topic"
+            raise QueueError(reason, todo=_SET_TOPIC.format(self._path))
         if subscription.push_config.push_endpoint:
             raise QueueError(
                 f"QUEUE_URL: {self._path} is a push subscription", todo="use push://HOST:PORT, or a pull subscription"
@@ -184,7 +188,7 @@ class PubSubQueue:
         return list(_warnings(subscription, self._lease_seconds))
 
     def stop(self) -> None:
-        """Stop the stream and return pending messages."""
+        """Stop the stream and nack pending messages."""
         self._settlement.nack(self._stream.stop(), 0)
 
     def close(self) -> None:
@@ -198,7 +202,7 @@ class PubSubQueue:
         """Publish the messages to the subscription's topic, in order."""
         subscription = self._read_subscription()
         if subscription is None:
-            raise QueueError(f"QUEUE_URL: {self._unreadable}, so its topic is unknown", todo=_VIEWER)
+            raise QueueError(f"QUEUE_URL: {self._unreadable}, so its topic is unknown", todo=self._grant_viewer)
         stored = 0
         for batch in batches(bodies, MAX_BATCH, MAX_BATCH_BYTES):
             if b"" in batch:
@@ -213,12 +217,13 @@ class PubSubQueue:
         return stored
 
     def dead_letters(self) -> LeasedDeadLetters:
-        """Open the subscription of the dead letters. Close it before the queue."""
+        """Open the subscription of the dead-letter topic. Close it before the queue."""
         given = self._options.dead_letter_url
-        path = _path(given, dead_letters.SETTING) if given else self._dead_letter_path()
+        path = _path(given, dead_letters.DEAD_LETTER_SETTING) if given else self._dead_letter_path()
         if path == self._path:
             raise QueueURLError(
-                f"{dead_letters.SETTING} is QUEUE_URL", todo="set it to the subscription of the dead letters"
+                f"{dead_letters.DEAD_LETTER_SETTING} names the same subscription as QUEUE_URL",
+                todo="set it to the subscription of the dead-letter topic",
             )
         return LeasedDeadLetters(dead_letters.PubSubDeadLetters(self._client, path))
 
@@ -230,8 +235,12 @@ class PubSubQueue:
     def _unreadable(self) -> str:
         return f"not permitted to read {self._path}"
 
+    @property
+    def _grant_viewer(self) -> str:
+        return f"grant roles/pubsub.viewer on {self._path}"
+
     def _read_subscription(self) -> Subscription | None:
-        """Read the subscription and store its policies; None if that is not permitted."""
+        """Read the subscription and store its policies. Return None if this process is not permitted to read it."""
         try:
             subscription: Subscription = self._client.get_subscription(
                 request={"subscription": self._path}, retry=_RETRY, timeout=CALL_TIMEOUT
@@ -242,18 +251,18 @@ class PubSubQueue:
             raise QueueError(f"QUEUE_URL: {self._path} does not exist", todo="create it, or correct the name") from None
         except (google.GoogleAPIError, GoogleAuthError) as error:
             raise QueueError(f"QUEUE_URL: cannot reach Pub/Sub for {self._path}: {error}") from None
-        self._topic = subscription.dead_letter_policy.dead_letter_topic
+        self._dead_letter_topic = subscription.dead_letter_policy.dead_letter_topic
         self._max_attempts = subscription.dead_letter_policy.max_delivery_attempts or self._max_attempts
         self._has_retry_policy = "retry_policy" in subscription
         return subscription
 
     def _dead_letter_path(self) -> str:
         if self._read_subscription() is None:
-            todo = f"{_VIEWER}, or set {dead_letters.SETTING}"
+            todo = f"{self._grant_viewer}, or set {dead_letters.DEAD_LETTER_SETTING}"
             raise QueueError(f"QUEUE_URL: {self._unreadable}, so its dead-letter topic is unknown", todo=todo)
-        if not self._topic:
+        if not self._dead_letter_topic:
             raise QueueError(f"QUEUE_URL: {self._path} has no dead-letter topic", todo=_SET_TOPIC.format(self._path))
-        return dead_letters.find_dead_letter_subscription(self._topic, self._publisher, self._client)
+        return dead_letters.find_dead_letter_subscription(self._dead_letter_topic, self._publisher, self._client)
 
     def _check_permission(self) -> None:
         request = {"resource": self._path, "permissions": [_CONSUME]}
@@ -265,11 +274,12 @@ class PubSubQueue:
             raise QueueError(f"QUEUE_URL: cannot read the permissions on {self._path}: {error}") from None
         if _CONSUME not in allowed.permissions:
             raise QueueError(
-                f"QUEUE_URL: not permitted to consume {self._path}", todo="grant roles/pubsub.subscriber on it"
+                f"QUEUE_URL: not permitted to consume {self._path}",
+                todo=f"grant roles/pubsub.subscriber on {self._path}",
             )
 
     def _is_last(self, delivery: Delivery) -> bool:
-        """Return whether the dead-letter policy dead-letters this message if it is returned now."""
+        """Return whether the dead-letter policy dead-letters this message if it is nacked now."""
         return delivery.attempt is not None and delivery.attempt >= self._max_attempts
 
     def _publish_dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
@@ -282,7 +292,7 @@ class PubSubQueue:
             "attempt": str(delivery.attempt),
         }
         truncated = {name: value.encode()[:MAX_ATTRIBUTE].decode(errors="ignore") for name, value in attributes.items()}
-        request = {"topic": self._topic, "messages": [{"data": delivery.body, "attributes": truncated}]}
+        request = {"topic": self._dead_letter_topic, "messages": [{"data": delivery.body, "attributes": truncated}]}
         try:
             retry = _RETRY.with_timeout(DEAD_LETTER_TIMEOUT)
             self._publisher.publish(request=request, retry=retry, timeout=CALL_TIMEOUT)
@@ -293,13 +303,13 @@ class PubSubQueue:
 
 
 def _warnings(subscription: Subscription, lease_seconds: int) -> Iterator[QueueWarning]:
-    """Yield what the subscription lacks, with the command that sets it."""
+    """Yield a warning for each deficiency of the subscription, with the command that fixes it."""
     name = subscription.name
     if not subscription.dead_letter_policy.dead_letter_topic:
         reason = f"{name} has no dead-letter policy, so Pub/Sub redelivers failed messages indefinitely"
         yield QueueWarning(reason, _SET_TOPIC.format(name), is_missing_policy=True)
     if "retry_policy" not in subscription:
-        reason = f"{name} has no retry policy, so Pub/Sub redelivers failed messages at once"
+        reason = f"{name} has no retry policy, so Pub/Sub redelivers failed messages immediately"
         yield QueueWarning(reason, _SET_RETRY.format(name), is_missing_policy=True)
     if subscription.ack_deadline_seconds < lease_seconds:
         deadline = f"an ack deadline of {subscription.ack_deadline_seconds} s"
@@ -327,9 +337,9 @@ def _stream_client() -> StreamClient:
 
 
 def _transport(kind: Any) -> Any:
-    """Return a transport like the client's own, which pings every 30 s, but with a shorter backoff of reconnecting.
+    """Return a transport like the client's own, which pings every 30 s, but with a shorter backoff for reconnecting.
 
-    The emulator gets no pings: it rejects them with `too_many_pings` and closes the connection.
+    The emulator gets no pings, because it closes the connection with `too_many_pings`.
     """
     if emulator := os.environ.get("PUBSUB_EMULATOR_HOST"):
         return kind(host=emulator, channel=grpc.insecure_channel(emulator, [*_ANY_SIZE, _RECONNECT]))

@@ -1,7 +1,7 @@
 """Settles and extends messages by ack id, in batches, independently of the stream that delivered them.
 
-`message.ack()` of the client is lost if its stream has ended, and does not report its result. These calls wait for the
-response and retry. Messages that cannot be settled are logged; Pub/Sub redelivers them.
+The client's own `message.ack()` reports no result, and is lost if its stream has ended. The calls of this module wait
+for the response and retry. Messages that cannot be settled are logged; Pub/Sub redelivers them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("klaviyo_worker.pubsub")
 
 LEASE_SECONDS = 60  # an int for the client; messages of a crashed worker are redelivered after this time
-ACK_TIMEOUT, NACK_TIMEOUT = LEASE_SECONDS, 3.0  # seconds of retries; a lost nack delays the message by a lease at most
+ACK_TIMEOUT, NACK_TIMEOUT = LEASE_SECONDS, 3.0  # seconds of retries; after a lost nack, the lease must end first
 CALL_TIMEOUT = 3.0  # seconds for one call
 MAX_IDS = 1000  # ack ids in a call, whose limit is 512 KiB
 TRANSIENT_ERRORS = (
@@ -43,7 +43,7 @@ class Settlement:
         self._path = path
 
     def ack(self, messages: Sequence[Message]) -> None:
-        """Acknowledge, retrying for as long as the leases can last."""
+        """Acknowledge the messages. Retry for as long as the leases can last."""
         self._settle("ack", self._client.acknowledge, messages, ACK_TIMEOUT)
 
     def nack(self, messages: Sequence[Message], seconds: int) -> None:
@@ -51,7 +51,7 @@ class Settlement:
         self._settle("nack", self._client.modify_ack_deadline, messages, NACK_TIMEOUT, ack_deadline_seconds=seconds)
 
     def extend(self, messages: Sequence[Message], seconds: int) -> bool:
-        """Make the leases end `seconds` from now, at most 600; return whether all calls succeeded.
+        """Make the leases end `seconds` from now, at most 600. Return whether all calls succeeded.
 
         Not retried: the next extension comes long before the leases end, and a retry could undo a nack.
         """
@@ -72,7 +72,7 @@ class Settlement:
                 retry_error_callback=lambda state: state.outcome and state.outcome.result(),
             )
             try:
-                unsettled, reason = len(retrying(_attempt, call, request)), "Pub/Sub reported transient failures"
+                unsettled, reason = len(retrying(_try_once, call, request)), "Pub/Sub reported transient failures"
             except (google.GoogleAPIError, ValueError) as error:  # ValueError: the connection was closed
                 unsettled, reason = len(request["ack_ids"]), str(error)
             failed += unsettled
@@ -81,17 +81,17 @@ class Settlement:
         return not failed
 
 
-def _attempt(call: Callable[..., object], request: dict[str, Any]) -> list[str]:
-    """Make the call; reduce the ids of `request` to those that must be retried, and return them.
+def _try_once(call: Callable[..., object], request: dict[str, Any]) -> list[str]:
+    """Make the call. Reduce the ids of `request` to those that must be retried, and return them.
 
-    Only subscriptions with exactly-once delivery report a result for each id, in the metadata of the error. The other
-    ids succeeded, unless the error itself is transient:
+    Only subscriptions with exactly-once delivery report results for single ids, in the metadata of the error. Ids
+    without a result succeeded, unless the error itself is transient:
     https://cloud.google.com/pubsub/docs/exactly-once-delivery
     """
     try:
         call(request=request, retry=None, timeout=CALL_TIMEOUT)
     except google.GoogleAPICallError as error:
-        metadata = error.metadata or {}  # can concern other things than ids
+        metadata = error.metadata or {}  # can also contain entries that are not ids
         results = {name: metadata[name] for name in request["ack_ids"] if name in metadata}
         if not results:
             raise

@@ -1,8 +1,8 @@
 """A streaming pull that reopens its stream when the stream ends or receives nothing.
 
-The Pub/Sub client reconnects after most faults. After some faults its stream ends permanently: one of its own RPCs
-failed for a minute, or the subscription does not exist yet. A defect in its consumer thread can leave the stream open
-without receiving. docs/decisions/0008-pubsub-streaming-pull.md explains the choice of this client.
+The Pub/Sub client reconnects after most faults. Its stream ends permanently if one of its own RPCs fails for a minute,
+or if the subscription does not exist yet. A defect in its consumer thread can leave the stream open although it
+receives nothing. docs/decisions/0008-pubsub-streaming-pull.md explains the choice of this client.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logging.getLogger("klaviyo_worker.pubsub")
 
 IDLE_TIMEOUT = 300.0  # seconds without a message after which the stream is reopened, in case it hangs
 SERVER_CLOSE_TIMEOUT = 1.0  # seconds for the server to end the stream
-CLIENT_CLOSE_TIMEOUT = 3.0  # seconds for the client to return the messages that it holds
+CLIENT_CLOSE_TIMEOUT = 3.0  # seconds for the client to nack the messages that it has buffered
 _REFUSALS = (
     google.NotFound,
     google.PermissionDenied,
@@ -50,8 +50,8 @@ _REFUSALS = (
 class StreamClient(SubscriberClient):  # type: ignore[misc] # no types
     """A client that can end its stream gracefully: it ends the requests, then reads the remaining responses.
 
-    The superclass cancels the call. Until the server notices, it sends messages into the cancelled call, including
-    messages that were just returned. They stay leased until their leases end.
+    The superclass cancels the call. Until the server notices this, it sends messages into the cancelled call, including
+    messages that were just nacked. Such messages are redelivered only when their leases have ended.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -72,8 +72,8 @@ class StreamClient(SubscriberClient):  # type: ignore[misc] # no types
     def modify_ack_deadline(self, *arguments: Any, **named: Any) -> None:
         """Extend leases. Log errors instead of raising them.
 
-        An extension that failed for a minute would end the stream; a closed connection would end the client's thread
-        with a traceback.
+        If raised, the error of an extension that failed for a minute would end the stream. The error of a closed
+        connection would end the client's thread with a traceback.
         """
         try:
             super().modify_ack_deadline(*arguments, **named)
@@ -98,9 +98,9 @@ def _forward(requests: Iterable[object], outgoing: SimpleQueue[object]) -> None:
 class StreamingPull:
     """The messages of a subscription, received over a stream that is reopened after every failure.
 
-    `connect` returns a new client. Every stream has a client of its own, because only closing the client ends a
-    stream reliably; a hanging stream would continue to receive messages. `receive` also reopens the stream, so it must
-    be called regularly.
+    `connect` returns a new client. Every stream has its own client, because only closing the client ends a stream
+    reliably; a hanging stream would continue to receive messages. `receive` also reopens the stream, so it must be
+    called regularly.
     """
 
     def __init__(self, connect: Callable[[], StreamClient], path: str, flow_control: FlowControl) -> None:

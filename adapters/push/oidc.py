@@ -11,7 +11,7 @@ import jwt
 
 GOOGLE_KEYS = "https://www.googleapis.com/oauth2/v3/certs"
 _ISSUERS = ("https://accounts.google.com", "accounts.google.com")
-_KEYS_LIFESPAN = 3600  # seconds; an unknown key is fetched at once
+_KEYS_LIFESPAN = 3600  # seconds; an unknown key is fetched immediately
 _LEEWAY = 30  # seconds by which clocks can differ
 _REMOVED = ".SIGNATURE_REMOVED_BY_GOOGLE"  # https://cloud.google.com/run/docs/troubleshooting#signature-removed
 

@@ -36,7 +36,7 @@ log = logging.getLogger("klaviyo_worker.push")
 MAX_BODY = 15_000_000  # bytes; a Pub/Sub message of 10 MB is 13.4 MB in base64
 BODY_TIMEOUT = 30.0  # seconds to read a request's body
 STOP_TIMEOUT = 5.0  # seconds to send the last responses
-KEEP_ALIVE = 620  # seconds; Google's front ends close idle connections earlier
+KEEP_ALIVE = 620  # seconds; longer than Google's front ends keep idle connections open
 _EXPECTED = "expected push://HOST[:PORT][?audience=AUDIENCE&service_account=EMAIL], both or neither"
 
 
@@ -55,7 +55,7 @@ class PushDelivery:
 def open_url(url: str, options: QueueOptions) -> PushQueue:
     """Open `push://HOST[:PORT]`. With `audience` and `service_account`, only requests with their token are accepted.
 
-    Both are required: Google signs tokens for any audience, for everybody.
+    The audience alone is not sufficient, because Google signs tokens for any audience on request of any account.
     """
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -115,20 +115,21 @@ class PushQueue:
         """Return None: a push endpoint cannot read the backlog."""
 
     def check(self) -> Sequence[QueueWarning]:
-        """Warn if the endpoint accepts requests without a token, and about settings without effect."""
+        """Warn if the endpoint accepts requests without a token, or if a setting has no effect."""
         warnings = []
         if self._verifier is None:
             open_to_all = "push:// accepts messages from every client that can reach it"
             warnings.append(QueueWarning(open_to_all, "add ?audience=AUDIENCE&service_account=EMAIL to QUEUE_URL"))
         if self._options.direct_dead_letter:
             no_effect = (
-                "KLAVIYO_WORKER_DEAD_LETTER_MODE=direct has no effect on push://: the subscription's policy counts"
+                "KLAVIYO_WORKER_DEAD_LETTER_MODE=direct has no effect on push://, "
+                "because the subscription's policy dead-letters messages"
             )
             warnings.append(QueueWarning(no_effect))
         return warnings
 
     def stop(self) -> None:
-        """Accept no more requests, and respond with 503 to those not received."""
+        """Accept no more requests. Respond with 503 to those whose message `receive` has not returned."""
         self._stopping = True
         _respond(self._inbox.clear(), HTTPStatus.SERVICE_UNAVAILABLE)
         if self._server is not None:
@@ -216,11 +217,11 @@ class PushQueue:
         disconnect.cancel()
         if response.done():
             return response.result()
-        self._inbox.remove(delivery)  # Pub/Sub redelivers it; if the worker has it already, the work continues
+        self._inbox.remove(delivery)  # Pub/Sub redelivers it, even if the worker is processing it already
         return HTTPStatus.SERVICE_UNAVAILABLE
 
     async def _authorize(self, headers: dict[bytes, bytes]) -> int | None:
-        """Return a status to reject the request with; None if its token is valid."""
+        """Return None if the request's token is valid, otherwise the status of the response."""
         if self._verifier is None:
             return None
         authorization = headers.get(b"authorization", b"").decode("latin-1")
@@ -256,7 +257,7 @@ class _OpenRequests:
 
 
 async def _read_body(receive: Callable[[], Awaitable[Any]]) -> bytes | None:
-    """Read the request's body; None if it is larger than any Pub/Sub message, or incomplete."""
+    """Read the request's body. Return None if it is incomplete, or larger than any Pub/Sub message."""
     body = bytearray()
     more = True
     while more:
@@ -277,7 +278,7 @@ def _respond(deliveries: Sequence[Delivery], status: int) -> None:
 
 
 def _delivery(body: bytes, respond: Callable[[int], None]) -> PushDelivery:
-    """Parse Pub/Sub's envelope. Without one, the body is the message itself, as with payload unwrapping."""
+    """Parse Pub/Sub's envelope. Without an envelope, the body is the message: payload unwrapping is enabled."""
     try:
         envelope = orjson.loads(body)
         message = envelope["message"]

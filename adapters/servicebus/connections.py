@@ -21,13 +21,8 @@ Link = TypeVar("Link", ServiceBusReceiver, ServiceBusSender)
 
 OPEN_TIMEOUT = 10.0  # seconds
 MAX_OPENING = 200  # connections that wait for a response, each with a thread and a socket
-FAILURES = (
-    ServiceBusError,
-    ClientAuthenticationError,
-    OSError,
-    ValueError,
-    AttributeError,
-)  # last two: the link was closed
+# The SDK raises ValueError and AttributeError if the link was closed.
+FAILURES = (ServiceBusError, ClientAuthenticationError, OSError, ValueError, AttributeError)
 _REFUSALS = (
     ClientAuthenticationError,
     MessagingEntityDisabledError,
@@ -39,19 +34,19 @@ _opening = Semaphore(MAX_OPENING)
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Return whether Service Bus, or the provider of credentials, whose error the SDK wraps, refused the request."""
+    """Return whether Service Bus or the credential provider, whose error the SDK wraps, refused access."""
     return isinstance(error, _REFUSALS) or isinstance(getattr(error, "inner_exception", None), _REFUSALS)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text; the others are general advice."""
+    """Return the first line of the error text. The other lines are general advice."""
     return str(error).strip().partition("\n")[0][:300]
 
 
 def open_with_timeout(link: Link) -> Link:
     """Open a receiver or a sender and return it. Raises one of FAILURES.
 
-    Uses a thread, because the SDK waits indefinitely for a service that accepts a connection and sends nothing. A
+    Uses a thread, because the SDK waits indefinitely if the service accepts the connection and then sends nothing. A
     link that opens after the timeout is closed.
     """
     if not _opening.acquire(blocking=False):

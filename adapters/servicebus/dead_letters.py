@@ -1,4 +1,4 @@
-"""The dead-letter queue of a Service Bus queue: dead letters are read without locks, and locked to be removed."""
+"""The dead-letter queue of a Service Bus queue. Dead letters are read without locks, and locked only for removal."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _REASON = ("DeadLetterReason", "DeadLetterErrorDescription")  # properties that 
 class ServiceBusDeadLetters:
     """The dead letters by sequence number. Concurrent readers each get all of them: handling twice is harmless.
 
-    Service Bus delivers dead letters in its own order only. To remove one, the ones before it must be locked, too;
-    they are released by `close`. A dead letter whose lock ends before is locked again.
+    Service Bus locks dead letters only in its own order. To remove a dead letter, those before it must be locked too;
+    `close` releases them. A dead letter whose lock ends earlier is locked again.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ServiceBusDeadLetters:
         remaining = set(wanted)
         with self._lock:
             self._forget_expired()
-            if time.monotonic() - self._locked_at > MIN_LOCK:  # locks of prefetched messages may have ended
+            if time.monotonic() - self._locked_at > MIN_LOCK:  # locks of prefetched messages have possibly ended
                 self._close_receiver()
             self._complete(remaining)
             try:
@@ -90,7 +90,7 @@ class ServiceBusDeadLetters:
             self._pool.close(CLOSE_TIMEOUT)
 
     def _read(self, numbers: Iterable[int], max_messages: int) -> list[ServiceBusReceivedMessage]:
-        """Read up to `max_messages` from each sequence number on, without locks; several numbers in any order."""
+        """Read up to `max_messages` from each sequence number on, without locks. The results are in any order."""
         found: list[ServiceBusReceivedMessage] = []
 
         def read(number: int, receiver: ServiceBusReceiver) -> None:
@@ -102,23 +102,23 @@ class ServiceBusDeadLetters:
         return found
 
     def _lock_and_complete(self, remaining: set[int]) -> None:
-        """Lock dead letters, and remove those in `remaining` from it and from the queue, until none is available."""
+        """Lock dead letters until none is available. Remove those in `remaining` from it and from the queue."""
         skipped: set[int] = set()
         while remaining:
             locked = {
                 _sequence_number(message): message for message in self._lock_next(min(len(remaining), MAX_PREFETCH))
             }
             self._locked |= locked
-            if not locked or skipped & locked.keys():  # a skipped one again: all were seen
+            if not locked or skipped & locked.keys():  # a skipped dead letter came again, so all were seen
                 return
             skipped |= locked.keys() - remaining
             self._complete(remaining)
 
     def _lock_next(self, max_messages: int) -> Sequence[ServiceBusReceivedMessage]:
-        """Lock up to `max_messages`; [] if none is available, also over a new connection."""
+        """Lock up to `max_messages`. Return [] if none is available even over a new connection."""
         is_new = self._receiver is None
         try:
-            # keep_alive=0 as in ServiceBusQueue: otherwise a thread of the SDK reads from the link, too
+            # keep_alive=0 as in ServiceBusQueue: otherwise a thread of the SDK also reads from the link
             self._receiver = self._receiver or self._connect(prefetch_count=MAX_PREFETCH - 1, keep_alive=0)
             messages = self._receiver.receive_messages(max_messages, IDLE_TIMEOUT)
             self._locked_at = time.monotonic()

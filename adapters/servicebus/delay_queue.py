@@ -1,4 +1,4 @@
-"""Delays returned messages for a queue that has no delayed nack."""
+"""Delays nacked messages for a queue that has no delayed nack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class DelayQueue(Generic[T]):
-    """A queue of up to `max_items` items that passes each item to `release` when it is due, on a thread of its own.
+    """A buffer of up to `max_items` items that passes each item to `release` when it is due, on a thread of its own.
 
     If it is full, the items that are due first leave it early. Safe for many threads.
     """
@@ -30,7 +30,7 @@ class DelayQueue(Generic[T]):
         self._thread = Thread(target=self._run, daemon=True, name="delay-queue")
 
     def put(self, items: list[T], delay: float) -> list[T]:
-        """Add items for `delay` seconds; return the items that must leave now: surplus ones, or all after `close`."""
+        """Add items for `delay` seconds. Return the items that must leave now: surplus ones, or all after `close`."""
         due_at = time.monotonic() + delay
         with self._changed:
             if self._is_closed:

@@ -22,11 +22,11 @@ class LockDuration:
 
     def __init__(self) -> None:
         self.seconds = MIN_LOCK  # until a message arrives, and while the local clock is wrong
-        self._clock_offset = 0.0  # seconds that the local clock is behind, at least
+        self._clock_offset = 0.0  # minimum number of seconds by which the local clock is behind
         self._is_wrong = False
 
     def update(self, messages: Sequence[ServiceBusReceivedMessage]) -> None:
-        """Take the remaining time of the lock that ends last: the other messages may have waited here for a while.
+        """Use the remaining time of the lock that ends last, because the other messages have possibly waited longer.
 
         Overestimating the duration means losing locks. Implausible values therefore reset it to the minimum: a
         message enqueued in the future, or a lock that lasts longer than the maximum.
@@ -55,5 +55,5 @@ def lock_end(message: ServiceBusReceivedMessage) -> datetime | None:
 
 
 def ignore_local_expiry(message: ServiceBusReceivedMessage) -> None:
-    """Stop the SDK from checking the lock by the local clock: it would refuse to settle a message that is locked."""
+    """Stop the SDK from checking the lock by a wrong local clock, which would prevent settling a locked message."""
     message._expiry = NEVER  # noqa: SLF001 - there is no other way

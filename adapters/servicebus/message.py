@@ -28,7 +28,7 @@ class ServiceBusDelivery:
 
     @property
     def sequence_number(self) -> str:
-        """The queue's number of the message; redeliveries keep it."""
+        """The number that the queue gave the message. Redeliveries have the same number."""
         return str(self.message.sequence_number)
 
 

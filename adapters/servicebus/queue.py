@@ -50,7 +50,7 @@ _EXPECTED = "expected servicebus://NAMESPACE.servicebus.windows.net/QUEUE or /TO
 _SECRET = "SERVICEBUS_CONNECTION_STRING"  # noqa: S105 - its name
 _NO_TLS = re.compile(r";\s*UseDevelopmentEmulator\s*=\s*true", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~/-]{0,259}")
-_ROLE = f"grant the role Azure Service Bus Data Receiver on it, or set {_SECRET} to one with Listen rights"
+
 _PUBLISH_RETRIES, _BACKOFF = 3, 0.3  # of the SDK: after 0.6, 1.2 and 2.4 seconds
 
 
@@ -118,8 +118,8 @@ class ServiceBusQueue:
         self._connection_string = options.connection_string
         self._credential = None if options.connection_string else DefaultAzureCredential()
         self._client = self._make_client(retries=0)
-        # A thread of the SDK occasionally reads from a link while our thread does, and then mixes up messages and
-        # lock tokens. `keep_alive=0` turns that off, but only if messages are prefetched.
+        # A thread of the SDK occasionally reads from a link while the receiving thread does, and then mixes up messages
+        # and lock tokens. `keep_alive=0` turns that off, but only if messages are prefetched.
         prefetch = max(min(MAX_PREFETCH, options.max_messages) - 1, 1)
         connect = partial(self._open_receiver, prefetch_count=prefetch, keep_alive=0)
         self._receiver = Receiver(connect, options.max_bytes)
@@ -132,7 +132,7 @@ class ServiceBusQueue:
 
     @property
     def lease_seconds(self) -> float:
-        """The duration of a lock, estimated from received messages; the shortest possible one before the first."""
+        """The duration of a lock, estimated from received messages. Before the first message, the shortest possible."""
         return self._lock_duration.seconds
 
     def receive(self, max_messages: int, wait: float) -> Sequence[ServiceBusDelivery]:
@@ -143,15 +143,16 @@ class ServiceBusQueue:
         return deliveries
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Complete the messages, retrying for as long as the locks can last."""
+        """Complete the messages. Retry for as long as the locks can last."""
         self._expected_redeliveries.remove(delivery.sequence_number for delivery in _deliveries(deliveries))
         self._settlement.ack(_messages(deliveries), self._lock_duration.seconds)
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:  # noqa: ARG002 - Service Bus cannot keep a failure
-        """Abandon the messages at once, or after `delay`; until then they stay locked by this worker.
+        """Abandon the messages immediately, or after `delay`; until then they stay locked by this worker.
 
-        Service Bus has no delayed abandon, and counts each one as a delivery attempt, also of a message that was not
-        handled. At most `max_messages` are delayed; beyond that, and after `stop`, those due first are abandoned.
+        Service Bus has no delayed abandon. Every delivery counts as an attempt, even if the worker did not process the
+        message. At most `max_messages` are delayed: if there are more, those due first are abandoned early. After
+        `stop`, none is delayed.
         """
         self._expected_redeliveries.add(delivery.sequence_number for delivery in _deliveries(deliveries))
         messages = _messages(deliveries)
@@ -164,14 +165,14 @@ class ServiceBusQueue:
         return self._settlement.dead_letter(message, reason, description)
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:  # noqa: ARG002 - the queue sets the duration
-        """Renew the locks, also of pending and of delayed messages."""
+        """Renew the locks, including those of pending and of delayed messages."""
         messages = [*_messages(deliveries), *_messages(self._receiver.pending()), *self._delay_queue.items()]
         if not self._settlement.extend(messages):
             raise QueueError("some locks could not be renewed")
         self._lock_duration.update(messages)
 
     def backlog(self) -> int | None:
-        """Count the messages that were returned and not redelivered yet: the true backlog requires the Manage claim."""
+        """Return the number of messages nacked and not redelivered yet: the real backlog requires the Manage claim."""
         return len(self._expected_redeliveries) or None
 
     def check(self) -> Sequence[QueueWarning]:
@@ -186,7 +187,7 @@ class ServiceBusQueue:
         return []
 
     def stop(self) -> None:
-        """Stop receiving; return pending and delayed messages."""
+        """Stop receiving. Abandon pending and delayed messages."""
         self._settlement.nack([*_messages(self._receiver.stop()), *self._delay_queue.close()])
 
     def close(self) -> None:
@@ -253,7 +254,10 @@ class ServiceBusQueue:
         elif isinstance(error, MessagingEntityDisabledError):
             reason, todo = f"{self._entity} is disabled", "set its status to Active"
         elif is_refusal(error):
-            reason, todo = f"not permitted to use {self._entity} ({first_line(error)})", _ROLE
+            reason = f"not permitted to use {self._entity} ({first_line(error)})"
+            todo = (
+                f"grant the role Azure Service Bus Data Receiver on {self._entity}, or a {_SECRET} with Listen rights"
+            )
         return QueueError(f"QUEUE_URL: {prefix}{reason}", todo=todo)
 
 

@@ -22,16 +22,16 @@ log = logging.getLogger("klaviyo_worker.servicebus")
 
 RECEIVE_WAIT = 0.5  # seconds after which a waiting thread checks if it must stop
 STOP_TIMEOUT = 3 * RECEIVE_WAIT  # the SDK can end its wait 0.2 s late
-CLOSE_TIMEOUT = 1.0  # seconds for the SDK to return the messages that it prefetched
+CLOSE_TIMEOUT = 1.0  # seconds for the SDK to release the messages that it prefetched
 MAX_PREFETCH = 50  # messages that Service Bus sends ahead to a receiver
 IDLE_TIMEOUT = 300.0  # seconds without a message after which the receiver is reopened, in case it hangs
 
 
 class Receiver:
-    """The messages of a queue, received on a thread of its own.
+    """The messages of a queue, received on a separate thread.
 
-    At most as many messages wait here as the last `receive` asked for. Their bodies can exceed `max_bytes` by those of
-    one call of the SDK.
+    It buffers at most as many messages as the last `receive` requested. The total size of their bodies can exceed
+    `max_bytes` by the bodies of one SDK call.
     """
 
     def __init__(self, connect: Callable[[], ServiceBusReceiver], max_bytes: int) -> None:
@@ -44,14 +44,14 @@ class Receiver:
         self._stopping = Event()
         self._ended = Event()  # the last message has arrived
         self._thread = Thread(target=self._run, daemon=True, name="servicebus-receiver")
-        self._batch = 1  # messages to ask the SDK for
+        self._batch = 1  # messages to request from the SDK
         self._failures = ReceiveFailures("servicebus")
         self._active_at = 0.0  # monotonic seconds: the last message, or the opening
 
     def receive(self, max_messages: int, wait: float) -> list[ServiceBusDelivery]:
         """Return up to `max_messages`, waiting at most `wait` seconds for the first.
 
-        Raises QueueRefusedError after a lasting refusal; the next call can succeed.
+        Raises QueueRefusedError after a lasting refusal; the next call tries again.
         """
         self._request(max_messages)
         deliveries = self._inbox.get(max_messages, wait)
@@ -92,7 +92,7 @@ class Receiver:
                 has_room = self._requested.wait_for(self._has_room, RECEIVE_WAIT)
             if has_room:
                 self._receive()
-            else:  # return the prefetched messages: their locks are not renewed
+            else:  # closing releases the prefetched messages, whose locks are not renewed
                 self._close()
         self._ended.set()
         self._close()
@@ -102,16 +102,16 @@ class Receiver:
         return len(pending) < self._wanted and sum(len(delivery.body) for delivery in pending) < self._max_bytes
 
     def _receive(self) -> None:
-        """Receive the messages that are there; ask for a single one while few arrive.
+        """Receive available messages. Request only one message at a time while few arrive.
 
-        If the SDK is asked for more messages than there are, it waits 0.2 s for the others.
+        If more messages are requested than are available, the SDK waits 0.2 s for the others.
         """
         wanted = max(min(self._batch, self._wanted - len(self._inbox.items())), 1)
         try:
             if self._receiver is None:
                 self._receiver = self._connect()
                 self._active_at = time.monotonic()
-                return  # connecting took a while: check again if there is room
+                return  # connecting takes a while: check again whether there is room
             messages = self._receiver.receive_messages(wanted, RECEIVE_WAIT)
             for message in messages:
                 self._inbox.put(delivery_of(message))

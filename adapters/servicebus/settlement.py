@@ -1,7 +1,7 @@
-"""Settles and renews messages by lock token, over other connections than those that delivered them.
+"""Settles and renews messages by lock token, over connections that receive no messages.
 
-A receiver of the SDK must be used by one thread only, and each message costs a round trip. Several receivers that
-receive nothing therefore settle messages concurrently. See docs/decisions/0015-service-bus-receivers.md.
+A receiver of the SDK must be used by one thread only, and each message costs a round trip. Several receivers therefore
+settle messages concurrently. See docs/decisions/0015-service-bus-receivers.md.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("klaviyo_worker.servicebus")
 
 THREADS = 16  # maximum; enough for 1,000 messages a second if a round trip takes 10 ms
-MAX_RENEWALS = 10 * THREADS  # queued at a time, so that a settlement waits behind no more of them
-NACK_TIMEOUT = 3.0  # seconds of retries; a lost nack delays the message by a lease at most
+MAX_RENEWALS = 10 * THREADS  # queued at a time; limits how long a settlement waits behind renewals
+NACK_TIMEOUT = 3.0  # seconds of retries; after a lost nack, the lock must end first
 RUN_TIMEOUT, RUN_TIMEOUT_EACH = 10.0, 0.01  # seconds for concurrent calls: for all of them, and for each
-CLOSE_TIMEOUT = 0.5  # seconds for the SDK to close its links; after that it only waits for a thread of its own
+CLOSE_TIMEOUT = 0.5  # seconds for the SDK to close its links; afterwards it only waits for its own thread
 _LOST = (MessageLockLostError, MessageNotFoundError)
 _FINAL = (*_LOST, MessageAlreadySettled)
 
@@ -54,11 +54,11 @@ class Settlement:
         self._settling: set[int] = set()  # id() of messages that are being settled
 
     def ack(self, messages: Sequence[ServiceBusReceivedMessage], timeout: float) -> None:
-        """Complete messages, retrying for `timeout` seconds, which should be as long as the locks can last."""
+        """Complete messages. Retry for `timeout` seconds, which should be as long as the locks can last."""
         self._settle("ack", ServiceBusReceiver.complete_message, messages, timeout)
 
     def nack(self, messages: Sequence[ServiceBusReceivedMessage]) -> None:
-        """Abandon messages: Service Bus redelivers them at once."""
+        """Abandon messages: Service Bus redelivers them immediately."""
         self._settle("nack", ServiceBusReceiver.abandon_message, messages, NACK_TIMEOUT)
 
     def dead_letter(self, message: ServiceBusReceivedMessage, reason: str, description: str) -> bool:
@@ -70,7 +70,7 @@ class Settlement:
     def extend(self, messages: Sequence[ServiceBusReceivedMessage]) -> bool:
         """Renew the locks; return whether all calls succeeded.
 
-        Not retried: the next renewal comes long before the locks end. Stops after a group of which every call failed.
+        Not retried: the next renewal comes long before the locks end. Stops if all calls of a group fail.
         """
         failures = 0
         for start in range(0, len(messages), MAX_RENEWALS):
@@ -104,13 +104,13 @@ class Settlement:
             retry=retry_if_result(bool),
             retry_error_callback=lambda state: state.outcome and state.outcome.result(),
         )
-        reason = retrying(self._attempt, action, call, pending)
+        reason = retrying(self._try_once, action, call, pending)
         if pending:
             log.warning("settlement_failed", extra={"action": action, "messages": len(pending), "reason": reason})
         return len(pending)
 
-    def _attempt(self, action: str, call: MessageCall, pending: list[ServiceBusReceivedMessage]) -> str:
-        """Make the call once for each message; reduce `pending` to those that must be retried, and return why."""
+    def _try_once(self, action: str, call: MessageCall, pending: list[ServiceBusReceivedMessage]) -> str:
+        """Make the call once for each message. Reduce `pending` to those to retry, and return an error text."""
         errors = self._pool.run([partial(_call_for, call, message) for message in pending])
         failed = [(message, error) for message, error in zip(pending, errors, strict=True) if error is not None]
         lost = [message for message, error in failed if isinstance(error, _LOST)]
@@ -136,7 +136,7 @@ class ReceiverPool:
         self._is_closed = False
 
     def run(self, calls: Sequence[Call]) -> list[BaseException | None]:
-        """Make the calls concurrently; return the error of each, or None."""
+        """Make the calls concurrently. Return for each call its error, or None."""
         timeout = RUN_TIMEOUT + len(calls) * RUN_TIMEOUT_EACH
         futures: list[Future[None]] = [Future() for _ in calls]
         with self._lock:
@@ -181,7 +181,7 @@ class ReceiverPool:
     def _run_call(
         self, call: Call, receiver: ServiceBusReceiver | None
     ) -> tuple[ServiceBusReceiver | None, Exception | None]:
-        """Make a call. If it fails on an open receiver, retry it on a new one: the connection may have ended before."""
+        """Make a call. If it fails on an open receiver, whose connection has possibly ended, retry it on a new one."""
         is_new = receiver is None
         try:
             receiver = receiver or self._connect()
@@ -196,7 +196,7 @@ class ReceiverPool:
 
 
 def is_settled(message: ServiceBusReceivedMessage) -> bool:
-    """Return whether a message was settled: then it has no lock token."""
+    """Return whether a message was settled. A settled message has no lock token."""
     return message.lock_token is None
 
 

@@ -1,4 +1,4 @@
-"""Reads the attributes of dead letters: the failure and the origin that `dead_letter` of an adapter added."""
+"""Reads the attributes of dead letters, to which an adapter's `dead_letter` adds the failure and the origin."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DeadLetterInfo:
 
 
 def from_worker(attributes: Mapping[str, str]) -> DeadLetterInfo | None:
-    """Read the attributes of a message that a worker dead-lettered; None if it was not a worker."""
+    """Read the attributes of a message that a worker dead-lettered. Return None if no worker did."""
     if not attributes.keys() >= _REQUIRED:
         return None
     failure = {"stage": "", "error": "", **{name: attributes[name] for name in _FAILURE & attributes.keys()}}

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Inbox(Generic[T]):
-    """A thread-safe FIFO queue that is read in batches. It has no size limit; the producers must enforce one."""
+    """A thread-safe FIFO buffer that is read in batches. It has no size limit; the producers must enforce one."""
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()

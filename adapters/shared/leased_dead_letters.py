@@ -1,6 +1,6 @@
-"""Dead letters of a queue that leases them: returns each once, and releases those that are not removed.
+"""One pass through the dead letters of a queue that leases them.
 
-Only a handle is kept of each dead letter, so a pass through many of them needs little memory.
+Only the handles of dead letters are kept, so a pass through many dead letters needs little memory.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
     from adapters.base import DeadLetter
 
-LEASE_SECONDS = 60  # after which dead letters of a killed process can be leased again
-EMPTY_POLL_PAUSE = 0.1  # seconds before the next poll of a queue that returned nothing at once
+LEASE_SECONDS = 60  # dead letters of a killed process can be leased again after this time
+EMPTY_POLL_PAUSE = 0.1  # seconds between polls of a queue that returns nothing, possibly immediately
 
 
 class DeadLetterSource(Protocol):
     """A queue that leases dead letters. A handle identifies a lease. Methods are called from several threads."""
 
     def lease(self, max_messages: int, wait: float, seconds: int) -> Sequence[tuple[str, DeadLetter]]:
-        """Return dead letters leased for `seconds`, with their handles, within `wait` seconds. Raises QueueError."""
+        """Lease dead letters for `seconds`; return them with their handles within `wait` seconds. Raises QueueError."""
 
     def extend(self, handles: Sequence[str], seconds: int) -> Mapping[str, str]:
-        """Make the leases end `seconds` from now; return the reason for each handle for which that failed."""
+        """Make the leases end `seconds` from now. Return the error text of each handle that failed."""
 
     def remove(self, handles: Sequence[str]) -> Mapping[str, str]:
-        """Remove the dead letters permanently; return the reason for each handle for which that failed."""
+        """Remove the dead letters permanently. Return the error text of each handle that failed."""
 
     def close(self) -> None:
         """Close the connections."""
@@ -57,9 +57,9 @@ class _Lease:
 
 
 class LeasedDeadLetters:
-    """Implements DeadLetterQueue.
+    """Returns each dead letter once, and releases those that are not removed. Implements DeadLetterQueue.
 
-    If a lease expires, the queue delivers the dead letter again. Its new handle is stored; it is not returned twice.
+    If a lease expires, the queue delivers the dead letter again: then only the new handle is stored.
     """
 
     def __init__(self, source: DeadLetterSource, *, seconds: int = LEASE_SECONDS) -> None:
@@ -78,7 +78,7 @@ class LeasedDeadLetters:
         return self._polls.submit(self._poll, max_messages, wait).result()
 
     def remove(self, dead_letters: Sequence[DeadLetter]) -> None:
-        """Remove dead letters permanently. Raises QueueError if some leases were lost: those may still exist."""
+        """Remove dead letters permanently. Raises QueueError if leases were lost: these dead letters can remain."""
         now = time.monotonic()
         ids = [dead_letter.delivery.id for dead_letter in dead_letters]
         with self._lock:
@@ -92,7 +92,7 @@ class LeasedDeadLetters:
                     self._leases.pop(id_, None)
         if errors:
             reason = next(iter(errors.values()))
-            raise QueueError(f"QUEUE_URL: {len(errors)} dead letters may not have been removed: {reason}")
+            raise QueueError(f"QUEUE_URL: {len(errors)} dead letters were possibly not removed: {reason}")
 
     def close(self) -> None:
         """End the leases; if that fails, they expire."""
@@ -105,7 +105,7 @@ class LeasedDeadLetters:
         self._source.close()
 
     def _poll(self, max_messages: int, wait: float) -> list[DeadLetter]:
-        """Poll until there are new dead letters: a queue can return none, or known ones, although it has more."""
+        """Poll until new dead letters arrive: a queue can return none, or known ones, although it has new ones."""
         deadline = time.monotonic() + wait
         new: list[DeadLetter] = []
         while not (new or self._closed.is_set()):
@@ -119,7 +119,7 @@ class LeasedDeadLetters:
         return new
 
     def _store(self, leased: Sequence[tuple[str, DeadLetter]], expires_at: float) -> list[DeadLetter]:
-        """Store the leases and return the new dead letters. Remove again those that were removed before."""
+        """Store the leases and return the new dead letters. If a removed dead letter reappears, remove it again."""
         new = []
         reappeared = []
         with self._lock:

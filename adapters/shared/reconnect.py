@@ -1,11 +1,11 @@
-"""Retries of receiving after failures: backoff, one log event for every queue, and refusals that last."""
+"""Failures to receive: their backoff, their log event, and the detection of a lasting refusal."""
 
 from __future__ import annotations
 
 import logging
 import time
 
-MIN_BACKOFF, MAX_BACKOFF = 0.5, 10.0  # seconds before the next attempt to receive
+MIN_BACKOFF, MAX_BACKOFF = 0.5, 10.0  # seconds before receiving is retried
 REFUSAL_TIMEOUT = 60.0  # seconds for which a refusal counts as transient: new permissions take effect with a delay
 
 
@@ -18,7 +18,7 @@ class ReceiveFailures:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew: the queue has answered."""
+        """Forget all failures, because the queue has answered."""
         self._backoff = MIN_BACKOFF
         self._refused_since: float | None = None  # monotonic seconds
         self._refusal = ""
@@ -29,12 +29,12 @@ class ReceiveFailures:
         self._refused_since = self._refused_since or time.monotonic()
 
     def lasting_refusal(self) -> str:
-        """Return the last refusal if refusals have lasted more than `REFUSAL_TIMEOUT` seconds ago, else ""."""
+        """Return the last refusal if the queue has refused for more than `REFUSAL_TIMEOUT` seconds, else ""."""
         since = self._refused_since
         return self._refusal if since is not None and time.monotonic() - since > REFUSAL_TIMEOUT else ""
 
     def back_off(self, error: str, reason: str) -> float:
-        """Log a failure and return the seconds to wait before the next attempt."""
+        """Log a failure and return the seconds to wait before the retry."""
         backoff = self._backoff
         fields = {"adapter": self._adapter, "error": error, "reason": reason, "retry_in_s": backoff}
         self._log.warning("receive_failed", extra=fields)

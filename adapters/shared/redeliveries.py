@@ -1,4 +1,4 @@
-"""Messages that this worker returned and expects again: the backlog of queues that cannot count, or not exactly."""
+"""The messages that this worker nacked and that were not redelivered yet: the backlog of a queue that cannot count."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MAX_IDS = 100_000
-EXPECTED_SECONDS = 1800.0  # after which a message is no longer expected
+EXPECTED_SECONDS = 1800.0  # seconds after a nack during which a redelivery is expected
 
 
 class ExpectedRedeliveries:
@@ -26,12 +26,15 @@ class ExpectedRedeliveries:
             return len(self._ids)
 
     def add(self, ids: Iterable[str]) -> None:
-        """Add messages that were returned."""
+        """Add messages that were nacked."""
         with self._lock:
             self._ids.update(dict.fromkeys(ids))
 
     def remove(self, ids: Iterable[str]) -> None:
-        """Remove messages that were received, or acked: a message can be returned after its lease was lost."""
+        """Remove messages that were received or acked.
+
+        An acked message can be included: an earlier delivery that lost its lease can be nacked after the redelivery.
+        """
         with self._lock:
             for name in ids:
                 self._ids.pop(name, None)

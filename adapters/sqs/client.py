@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 CONNECT_TIMEOUT, READ_TIMEOUT = 3, 10  # seconds; longer than a long poll, much shorter than a lease
-ATTEMPTS = 2  # by boto3; further retries are the adapter's, because they must end when the worker stops
+BOTO_ATTEMPTS = 2  # per call; the adapter makes further retries itself, because they must end when the worker stops
 CONNECTIONS = 48  # in boto3's pool: for receivers, settlement, and a call of each lane
-RETRY_TIMEOUT = 10.0  # seconds for which a call is retried if only its caller waits for it
+RETRY_TIMEOUT = 10.0  # seconds for which `with_retries` repeats a call
 _SDK_ERRORS = (boto.BotoCoreError, boto.ClientError, ResponseParserError)
-# Errors of a call and of reading its response: both boto3 and the adapter fail on the response of a proxy.
+# Errors of a call and of parsing its response. A proxy can send a response that boto3 or the adapter cannot parse.
 ERRORS = (*_SDK_ERRORS, AttributeError, LookupError, TypeError, ValueError)
 _NO_CREDENTIALS = (
     boto.NoCredentialsError,
@@ -40,7 +40,7 @@ _NO_CREDENTIALS = (
 )
 _PERMANENT = (*_NO_CREDENTIALS, boto.ParamValidationError)
 _THROTTLING = frozenset({"OverLimit", "TooManyRequestsException", "RequestTimeout"})
-_TRANSIENT_STATUSES = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})  # a proxy's, too
+_TRANSIENT_STATUSES = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})  # also of a proxy
 _DENIED = frozenset({"AccessDenied", "AccessDeniedException"})
 _ENCRYPTED = "expected an https:// URL (http:// for this machine only)"
 _SET_REGION = "write sqs://NAME?region=REGION, or set AWS_DEFAULT_REGION"
@@ -48,13 +48,13 @@ _SET_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROF
 
 
 def connect(region: str = "") -> SQSClient:
-    """Return a thread-safe client. Raises QueueError if AWS's own settings are incomplete.
+    """Return a thread-safe client. Raises QueueError if AWS's own settings are incomplete or invalid.
 
-    Credentials come from boto3's chain, the endpoint from AWS_ENDPOINT_URL_SQS if it is set. boto3 does not read
-    AWS_REGION, which is set in containers, so it is read here.
+    Credentials come from boto3's chain, and the endpoint from AWS_ENDPOINT_URL_SQS if it is set. Containers set
+    AWS_REGION, which boto3 does not read, so this function reads it.
     """
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        retries={"mode": "standard", "total_max_attempts": BOTO_ATTEMPTS},
         max_pool_connections=CONNECTIONS,
         connect_timeout=CONNECT_TIMEOUT,
         read_timeout=READ_TIMEOUT,
@@ -85,7 +85,7 @@ def with_retries(call: Callable[P, T], *arguments: P.args, **named: P.kwargs) ->
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Return whether a call fails until an operator fixes the cause: a response of 4xx, or no credentials."""
+    """Return whether the call fails until an operator fixes the cause: a 4xx response, or missing credentials."""
     if not isinstance(error, boto.ClientError):
         return isinstance(error, _PERMANENT)
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
@@ -94,7 +94,7 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def is_throttling(code: str) -> bool:
-    """Return whether an error code means that the call must be made later."""
+    """Return whether an error code asks the client to retry later."""
     return "Throttl" in code or code in _THROTTLING
 
 
@@ -104,33 +104,33 @@ def is_denied(error: BaseException) -> bool:
 
 
 def is_missing(error: BaseException) -> bool:
-    """Return whether the queue does not exist; AWS has two codes for that."""
+    """Return whether the queue does not exist. AWS has two error codes for that."""
     return error_code(error).endswith(("NonExistentQueue", "QueueDoesNotExist"))
 
 
 def error_code(error: BaseException) -> str:
-    """Return AWS's code for the error, or the name of its class."""
+    """Return AWS's error code, or the class name of the error if it has none."""
     details = error.response.get("Error", {}) if isinstance(error, boto.ClientError) else {}
     return details.get("Code", type(error).__name__)
 
 
 def first_line(error: BaseException) -> str:
-    """Describe the error in one line. After a refused signature, further lines quote headers with the token."""
+    """Return the error text as one line. If AWS refused the signature, the other lines quote headers with the token."""
     if not isinstance(error, _SDK_ERRORS):
-        return f"the response is not one of SQS ({type(error).__name__})"
+        return f"the response is not from SQS ({type(error).__name__})"
     return str(error).partition("\n")[0]
 
 
 def explain(error: BaseException, queue: str) -> tuple[str, str]:
-    """Return what is wrong with `queue`, and what to do about it ("" if that is not known)."""
+    """Return what is wrong with `queue`, and what to do about it ("" if there is no advice)."""
     if is_missing(error):
-        return f"{queue} does not exist", "create it, or correct name or region"
+        return f"{queue} does not exist", "create it, or correct its name or region in the URL"
     if isinstance(error, _NO_CREDENTIALS):
         return f"no AWS credentials ({type(error).__name__})", _SET_CREDENTIALS
     if is_denied(error):
-        return f"not permitted on {queue}: {first_line(error)}", ""
+        return f"not permitted to use {queue}: {first_line(error)}", ""
     if is_refusal(error):
-        return f"SQS refuses {queue}: {first_line(error)}", ""
+        return f"SQS refuses requests for {queue}: {first_line(error)}", ""
     return f"cannot reach SQS for {queue}: {first_line(error)}", ""
 
 

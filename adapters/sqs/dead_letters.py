@@ -1,4 +1,4 @@
-"""The dead-letter queue of SQS, read by long polls like any other queue."""
+"""Reads the dead-letter queue of an SQS queue by long polls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SOURCE: Final = "DeadLetterQueueSourceArn"  # an attribute of messages that a r
 class SQSDeadLetters:
     """A dead-letter queue. Implements DeadLetterSource.
 
-    `receives`: the number of receives after which the redrive policy moves a message, if known.
+    `receives`: the number of receives after which the redrive policy moves a message; None if unknown.
     """
 
     def __init__(self, client: SQSClient, url: str, receives: int | None) -> None:
@@ -38,7 +38,7 @@ class SQSDeadLetters:
         self._pool = ThreadPoolExecutor(THREADS, "sqs-dead-letters")
 
     def lease(self, max_messages: int, wait: float, seconds: int) -> list[tuple[str, DeadLetter]]:
-        """Poll once, for ten dead letters at most."""
+        """Poll once for up to ten dead letters."""
         try:
             found = aws.with_retries(
                 self._client.receive_message,
@@ -67,7 +67,7 @@ class SQSDeadLetters:
         self._client.close()
 
     def _call_batches(self, call: Callable[..., Any], handles: Sequence[str], **fields: int) -> dict[str, str]:
-        """Make concurrent calls of ten handles; return the reason for each handle for which that failed."""
+        """Make concurrent calls with up to ten handles each. Return the error text of each handle that failed."""
         batches = [handles[start : start + MAX_ENTRIES] for start in range(0, len(handles), MAX_ENTRIES)]
         errors: dict[str, str] = {}
         for failed in self._pool.map(partial(self._call_batch, call, fields, []), batches):
@@ -77,7 +77,7 @@ class SQSDeadLetters:
     def _call_batch(
         self, call: Callable[..., Any], fields: dict[str, int], errors: list[str], handles: Sequence[str]
     ) -> dict[str, str]:
-        """Make one call, unless another one failed as a whole: `errors`, which they share, says why."""
+        """Make one call. Skip it if a call has failed for all its handles: the calls share `errors`, its error text."""
         if errors:
             return dict.fromkeys(handles, errors[0])
         entries = [{"Id": str(number), "ReceiptHandle": handle, **fields} for number, handle in enumerate(handles)]
@@ -95,8 +95,8 @@ class SQSDeadLetters:
     def _dead_letter(self, message: MessageTypeDef) -> DeadLetter:
         """Return a message as a dead letter.
 
-        Its SentTimestamp is when it was published if a redrive policy of a standard queue moved it. Otherwise it is
-        when the message was dead-lettered.
+        If the redrive policy of a standard queue moved the message, SentTimestamp is the time of publication.
+        Otherwise it is the time at which the message was dead-lettered.
         """
         delivery = delivery_of(message, time.monotonic())
         by_worker = None

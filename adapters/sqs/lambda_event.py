@@ -28,10 +28,10 @@ class LambdaDelivery:
 
 
 class LambdaQueue(InertQueue):
-    """Implements QueueAdapter for a batch that Lambda leases and settles.
+    """The messages of one invocation, which Lambda leases and settles. Implements QueueAdapter.
 
-    Lambda deletes the messages that are not in `failed_ids`; SQS redelivers the others after the visibility timeout,
-    and its redrive policy dead-letters them. `seconds`: the time left until Lambda ends the function. The leases last
+    Lambda deletes the messages that are not in `failed_ids`. SQS redelivers the others after the visibility timeout
+    until the redrive policy dead-letters them. `seconds`: the time left until Lambda ends the function; the leases last
     longer.
     """
 
@@ -68,7 +68,7 @@ class LambdaQueue(InertQueue):
         return False
 
     def backlog(self) -> int:
-        """Count the messages that were not received yet; redeliveries are events of other invocations."""
+        """Return the number of messages that were not received yet. Redeliveries belong to other invocations."""
         return len(self._pending)
 
     def stop(self) -> None:

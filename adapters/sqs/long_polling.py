@@ -1,7 +1,7 @@
 """Long polling of SQS: one poll at a time while the queue is empty, up to ten concurrent polls while it is not.
 
-AWS charges for every poll, and a poll returns ten messages at most. Concurrent polls therefore pay only while polls
-return well filled.
+AWS charges for every poll, and a poll returns at most ten messages. Concurrent polls are therefore worth their price
+only while polls return many messages.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klaviyo_worker.sqs")
 
-# Seconds. A poll cannot be cancelled, so it delays a shutdown, and messages it brings after SIGTERM must be returned.
+# Seconds. A poll cannot be cancelled: it delays a shutdown, and messages that it receives after SIGTERM must be nacked.
 # SQS allows 20. The polls of an idle worker cost about 0.20 USD a month with 5, and 0.05 USD with 20.
 POLL_SECONDS = 5
 MAX_MESSAGES = 10  # in a poll, SQS's limit
 MAX_RECEIVERS = 10  # concurrent polls
-STOP_TIMEOUT = 2.0  # seconds that polls can take longer than `POLL_SECONDS` when the worker stops
+STOP_TIMEOUT = 2.0  # seconds beyond `POLL_SECONDS` that `stop` waits for polls
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,9 @@ class SQSDelivery:
 class LongPolling:
     """The messages of a queue, received by polls that continue after every failure.
 
-    Polls start only while `receive` is waiting, and only for the messages that it has room for. The size of messages
-    is unknown until they arrive, so their total size can exceed the worker's limit by `MAX_RECEIVERS` polls.
+    Polls start only while `receive` is waiting, and request only as many messages as it can return. The size of
+    messages is unknown until they arrive. Their total size can therefore exceed the worker's limit by the messages of
+    `MAX_RECEIVERS` polls.
     """
 
     def __init__(self, client: SQSClient, queue_url: str, *, lease_seconds: float, poll_seconds: int) -> None:
@@ -115,7 +116,7 @@ class LongPolling:
         return self._inbox.clear()
 
     def _drop_expired(self) -> None:
-        """Drop pending messages whose lease has ended: another worker can have them. The caller holds the lock."""
+        """Drop pending messages whose lease has ended, because SQS redelivers them. The caller holds the lock."""
         started_at = time.monotonic() - self._lease_seconds
         self._expected -= self._inbox.drop(lambda message: max(message.received_at, self._extended_at) <= started_at)
 
@@ -151,7 +152,7 @@ class LongPolling:
             self._inbox.put(*deliveries)
             if failure is None:
                 self._on_success(len(deliveries), requested)
-                if not deliveries:  # SQS answers an empty poll late; a proxy in front of it can answer at once
+                if not deliveries:  # SQS answers an empty poll late, but a proxy can answer immediately
                     self._resume_at = max(started_at + reconnect.MIN_BACKOFF, self._resume_at)
             else:
                 self._on_failure(failure)
@@ -170,9 +171,9 @@ class LongPolling:
         return [delivery_of(message, now) for message in response.get("Messages", ())]
 
     def _on_success(self, messages: int, requested: int) -> None:
-        """Allow one more concurrent poll after a poll that is at least half full, and a single one after an empty poll.
+        """Allow one more concurrent poll after a poll that is at least half full, and only one poll after an empty one.
 
-        Half is enough: SQS samples its servers, and can return fewer messages than requested although more are ready.
+        Half is enough because SQS samples its servers: it can return fewer messages than are ready.
         """
         self._failures.reset()
         self._refusal = self.last_error = ""
@@ -193,7 +194,7 @@ class LongPolling:
 
 
 def delivery_of(message: MessageTypeDef, received_at: float) -> SQSDelivery:
-    """Return a message as a delivery; attributes that are not text are left out."""
+    """Return a message as a delivery, without the attributes that are not text."""
     system = message["Attributes"]
     attributes = {name: value.get("StringValue") for name, value in message.get("MessageAttributes", {}).items()}
     return SQSDelivery(

@@ -35,9 +35,8 @@ _NAME = r"(?P<name>[A-Za-z0-9_-]{1,80}|[A-Za-z0-9_-]{1,75}\.fifo)"
 _REGION = r"(?P<region>[a-z]{2,}(-[a-z]+)+-[0-9]+)"
 _BY_NAME = re.compile(rf"sqs://{_NAME}/?(\?region={_REGION})?")
 _BY_URL = re.compile(rf"https://sqs\.{_REGION}\.amazonaws\.(com|com\.cn|eu)/[0-9]{{12}}/{_NAME}")
-_SETTING = "DEAD_LETTER_QUEUE_URL"
-_DIRECT = "KLAVIYO_WORKER_DEAD_LETTER_MODE=direct"
-_READ = "grant sqs:GetQueueAttributes on it"
+_DEAD_LETTER_SETTING = "DEAD_LETTER_QUEUE_URL"
+_DIRECT_MODE = "KLAVIYO_WORKER_DEAD_LETTER_MODE=direct"
 
 
 def open_url(url: str, options: QueueOptions) -> SQSQueue:
@@ -47,7 +46,7 @@ def open_url(url: str, options: QueueOptions) -> SQSQueue:
 
 
 def parse_url(url: str, setting: str = "QUEUE_URL") -> tuple[str, str]:
-    """Return the queue's name and its region, or "" if AWS's variables name the region. Raises QueueURLError."""
+    """Return the queue's name and its region, which is "" if the URL does not name it. Raises QueueURLError."""
     named = _BY_NAME.fullmatch(url) or _BY_URL.fullmatch(url)
     if named is None:
         raise QueueURLError(f"{setting} is malformed", todo=_EXPECTED)
@@ -78,7 +77,7 @@ class SQSQueue:
         lease_seconds: float = LEASE_SECONDS,
         poll_seconds: int = POLL_SECONDS,
     ) -> None:
-        """`lease_seconds`: the visibility timeout to receive with; the queue's own is not used."""
+        """`lease_seconds`: the visibility timeout of received messages, which replaces the queue's own."""
         self._client = client
         self._url = url
         self._name = url.rpartition("/")[2]
@@ -103,14 +102,14 @@ class SQSQueue:
         return deliveries
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Delete the messages, retrying for as long as the leases can last."""
+        """Delete the messages. Retry for as long as the leases can last."""
         self._expected_redeliveries.remove(delivery.id for delivery in deliveries)
         self._settlement.ack(_sqs_deliveries(deliveries))
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """Make the leases end after `delay`, at most twelve hours after the receipt.
+        """Make the leases end after `delay`, at most twelve hours after the messages were received.
 
-        Every return counts as a receive, also of a message that was not handled: SQS cannot undo that.
+        Every delivery counts as a receive, even if the worker did not process the message: SQS cannot undo the count.
         """
         self._expected_redeliveries.add(delivery.id for delivery in deliveries if not self._is_last(delivery))
         for delivery in deliveries:
@@ -120,9 +119,11 @@ class SQSQueue:
         self._settlement.nack(_sqs_deliveries(deliveries), max(delay, 0.0))
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
-        """In direct mode send the message to the dead-letter queue, otherwise return it for the redrive policy.
+        """In direct mode, send the message to the dead-letter queue. Otherwise, or if that fails, nack it.
 
-        Without a redrive policy SQS redelivers indefinitely, so the message is delayed by an hour. If the policy is
+        Return True if the message was sent, or if the redrive policy moves it because it was received often enough.
+
+        Without a redrive policy, SQS redelivers indefinitely, so the message is delayed by an hour. If the policy is
         unknown, the delay grows exponentially.
         """
         if self._options.direct_dead_letter and self._send_dead_letter(delivery, failure):
@@ -132,14 +133,17 @@ class SQSQueue:
         return self._is_last(delivery)
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Extend the leases, also of pending messages. SQS allows twelve hours from the receipt."""
+        """Extend the leases, including those of pending messages. A lease can last twelve hours from the receipt."""
         started_at = time.monotonic()
         if not self._settlement.extend([*_sqs_deliveries(deliveries), *self._polling.pending()], seconds):
-            raise QueueError("some leases could not be extended, or are nearly twelve hours old, SQS's limit")
+            raise QueueError("some leases could not be extended, or have nearly reached SQS's limit of twelve hours")
         self._polling.set_extended(started_at)
 
     def backlog(self) -> int | None:
-        """Return SQS's approximate count, or None instead of 0: SQS never reports reliably that a queue is empty."""
+        """Return SQS's approximate count, or the number of expected redeliveries if that is larger.
+
+        Return None instead of 0, because SQS never reports reliably that a queue is empty.
+        """
         try:
             counted = self._count(self._url) or 0
         except aws.ERRORS:
@@ -147,7 +151,7 @@ class SQSQueue:
         return max(counted, len(self._expected_redeliveries)) or None
 
     def counts(self) -> Counts:
-        """Count both queues; the dead letters only after `check` has found their queue. Raises QueueError."""
+        """Count the messages, and the dead letters if `check` has found their queue. Raises QueueError."""
         try:
             dead = self._count(self._dead_letter_url) if self._dead_letter_url else None
             return Counts(self._count(self._url), dead)
@@ -158,27 +162,29 @@ class SQSQueue:
         """Read the queue and its redrive policy. Raises QueueError if the queue cannot be used in the configured mode.
 
         The permissions to receive, delete and extend are not tested: AWS reports them only when they are used, and a
-        test would use up a receive of a message. If the queue was polled, the result of the last poll is known.
+        test would use up a receive of a message. If the queue was polled and the last poll failed, the error names the
+        reason.
         """
         if self._polling.last_error:
             raise QueueError(f"QUEUE_URL: cannot receive from SQS: {self._polling.last_error}")
         if self._options.direct_dead_letter and self._is_fifo:
             raise QueueError(
-                f"{_DIRECT} does not support FIFO queues, such as {self._name}", todo="use the redrive policy"
+                f"{_DIRECT_MODE} does not support FIFO queues, such as {self._name}", todo="use the redrive policy"
             )
         if not self._read_policy():
+            unreadable = f"cannot read the redrive policy of {self._name}"
             if self._options.direct_dead_letter:
-                raise QueueError(f"{_DIRECT}: cannot read the dead-letter queue of {self._name}", todo=_READ)
-            return [QueueWarning(f"cannot read the redrive policy of {self._name}", _READ)]
+                raise QueueError(f"{_DIRECT_MODE}: {unreadable}", todo=self._grant_read)
+            return [QueueWarning(unreadable, self._grant_read)]
         if self._options.direct_dead_letter and not self._dead_letter_url:
-            raise QueueError(f"{_DIRECT}: {self._name} has no dead-letter queue", todo=self._policy_command)
+            raise QueueError(f"{_DIRECT_MODE}: {self._name} has no dead-letter queue", todo=self._policy_command)
         unusable = self._dead_letter_warning()
         if self._options.direct_dead_letter and unusable:
-            raise QueueError(f"{_DIRECT}: {unusable.reason}", todo=unusable.todo)
+            raise QueueError(f"{_DIRECT_MODE}: {unusable.reason}", todo=unusable.todo)
         return list(self._warnings(unusable))
 
     def stop(self) -> None:
-        """Wait for the running polls, and return pending messages."""
+        """Wait for the running polls, and nack pending messages."""
         self._settlement.nack(self._polling.stop(), 0.0)
 
     def close(self) -> None:
@@ -194,15 +200,17 @@ class SQSQueue:
         return sending.publish(self._client, self._url, bodies)
 
     def dead_letters(self) -> LeasedDeadLetters:
-        """Open the dead-letter queue: the configured one, or else the one of the redrive policy."""
+        """Open the configured dead-letter queue, or that of the redrive policy if none is configured."""
         if given := self._options.dead_letter_url:
-            client, url = _locate(given, _SETTING)
+            client, url = _locate(given, _DEAD_LETTER_SETTING)
             if url == self._url:
-                raise QueueURLError(f"{_SETTING} is QUEUE_URL", todo="set it to the queue of the dead letters")
+                raise QueueURLError(
+                    f"{_DEAD_LETTER_SETTING} names the same queue as QUEUE_URL", todo="set it to the dead-letter queue"
+                )
             return LeasedDeadLetters(SQSDeadLetters(client, url, None))
         if not self._read_policy():
-            unknown = f"cannot read the dead-letter queue of {self._name}"
-            raise QueueError(f"QUEUE_URL: {unknown}", todo=f"{_READ}, or set {_SETTING}")
+            unreadable = f"cannot read the redrive policy of {self._name}"
+            raise QueueError(f"QUEUE_URL: {unreadable}", todo=f"{self._grant_read}, or set {_DEAD_LETTER_SETTING}")
         if not self._dead_letter_url:
             raise QueueError(f"QUEUE_URL: {self._name} has no dead-letter queue", todo=self._policy_command)
         client = aws.connect(self._dead_letter_region)
@@ -220,6 +228,10 @@ class SQSQueue:
         return self._name.endswith(".fifo")
 
     @property
+    def _grant_read(self) -> str:
+        return f"grant sqs:GetQueueAttributes on {self._name}"
+
+    @property
     def _policy_command(self) -> str:
         arn = f"arn:aws:sqs:{self._client.meta.region_name}:ACCOUNT:{self._name}-dead"
         policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 10})
@@ -232,7 +244,7 @@ class SQSQueue:
             response = aws.with_retries(
                 self._client.get_queue_attributes,
                 QueueUrl=self._url,
-                AttributeNames=["RedrivePolicy", "QueueArn"],  # a response without the ARN is not one of SQS
+                AttributeNames=["RedrivePolicy", "QueueArn"],  # a response without the ARN is not from SQS
             )
             policy = json.loads(response["Attributes"].get("RedrivePolicy") or "{}")
             self._max_receives = int(policy.get("maxReceiveCount", 0)) or math.inf
@@ -244,7 +256,7 @@ class SQSQueue:
         return True
 
     def _set_dead_letter_queue(self, arn: str | None) -> None:
-        """Store the URL of the redrive policy's queue; it can belong to another account or region."""
+        """Store the URL of the dead-letter queue, which can belong to another account or region."""
         if not arn:
             self._dead_letter_url = ""
             return
@@ -266,7 +278,7 @@ class SQSQueue:
         return None
 
     def _warnings(self, unusable: QueueWarning | None) -> Iterator[QueueWarning]:
-        """Yield what the queue lacks, with the command that sets it."""
+        """Yield a warning for each deficiency of the queue, with the command that fixes it."""
         if not self._dead_letter_url:
             reason = f"{self._name} has no redrive policy, so SQS redelivers failed messages indefinitely"
             yield QueueWarning(reason, self._policy_command, is_missing_policy=True)
@@ -280,7 +292,7 @@ class SQSQueue:
             )
 
     def _is_last(self, delivery: Delivery) -> bool:
-        """Return whether the redrive policy dead-letters this message if it is returned now."""
+        """Return whether the redrive policy dead-letters this message if it is nacked now."""
         return delivery.attempt is not None and delivery.attempt >= self._max_receives
 
     def _count(self, url: str) -> int | None:

@@ -24,7 +24,7 @@ _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def publish(client: SQSClient, queue_url: str, bodies: Iterable[bytes]) -> int:
-    """Send the messages in order and return their number. Raises QueueError with the number sent before."""
+    """Send the messages in order and return their number. A QueueError says how many were sent before it."""
     stored = 0
     for batch in batches(bodies, MAX_BATCH, MAX_BYTES):
         texts = [_decode(body) for body in batch]
@@ -50,7 +50,7 @@ def publish(client: SQSClient, queue_url: str, bodies: Iterable[bytes]) -> int:
 def send_dead_letter(
     client: SQSClient, queue_url: str, body: bytes, added: Mapping[str, str], original: Mapping[str, str]
 ) -> None:
-    """Send a dead letter with added attributes, and with those of its original attributes that fit.
+    """Send a dead letter with the added attributes, and with as many of its original attributes as fit.
 
     Raises one of `aws.ERRORS`.
     """

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("klaviyo_worker.sqs")
 
 LEASE_SECONDS = 60.0  # messages of a crashed worker are redelivered after this time
-ACK_TIMEOUT, NACK_TIMEOUT = LEASE_SECONDS, 3.0  # seconds of retries; a lost nack delays the message by a lease at most
+ACK_TIMEOUT, NACK_TIMEOUT = LEASE_SECONDS, 3.0  # seconds of retries; after a lost nack, the lease must end first
 MAX_HOLD = 12 * 3600 - 60  # seconds that a message can stay leased after its receipt: SQS's limit minus a minute
 MAX_ENTRIES = 10  # in a call, SQS's limit
 THREADS = 16  # concurrent calls
@@ -47,17 +47,17 @@ _LOST = ("ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue"
 
 @dataclass
 class _PendingSettlement:
-    """Entries that are not settled yet, and the number of those that failed."""
+    """Entries that are not settled yet, and the number of those that cannot be settled."""
 
     entries: list[Entry]
-    lost: int = 0
-    refused: int = 0
+    lost: int = 0  # whose lease has ended
+    failed: int = 0  # for another reason
     reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class _EntryResult:
-    """Why an entry failed: its lease is lost, the call can be retried, or neither."""
+    """Why an entry failed. At most one of `is_lost` (its lease has ended) and `is_retryable` is True."""
 
     entry: Entry
     reason: str
@@ -73,21 +73,21 @@ class Settlement:
         self._queue_url = queue_url
         self._pool = ThreadPoolExecutor(THREADS, "sqs-settlement")
         self._closing = Event()
-        self._settled: set[str] = set()  # receipts, since the start of the last extension
+        self._settled: set[str] = set()  # receipts of messages settled since the last extension started
 
     def ack(self, deliveries: Sequence[SQSDelivery]) -> None:
-        """Delete, retrying for as long as the leases can last."""
+        """Delete the messages. Retry for as long as the leases can last."""
         self._settled.update(delivery.receipt for delivery in deliveries)
         self._settle("ack", self._client.delete_message_batch, [_entry(d) for d in deliveries], ACK_TIMEOUT)
 
     def nack(self, deliveries: Sequence[SQSDelivery], seconds: float) -> None:
-        """Make the leases end in `seconds`, or as late as SQS can."""
+        """Make the leases end in `seconds`, or as late as SQS allows."""
         self._settled.update(delivery.receipt for delivery in deliveries)
         entries = [_entry(d) | {"VisibilityTimeout": _visibility_timeout(d, seconds)} for d in deliveries]
         self._settle("nack", self._client.change_message_visibility_batch, entries, NACK_TIMEOUT)
 
     def extend(self, deliveries: Sequence[SQSDelivery], seconds: float) -> bool:
-        """Make the leases end `seconds` from now, or as late as SQS can; return whether all do.
+        """Make the leases end `seconds` from now, or as late as SQS allows. Return whether all end in `seconds`.
 
         Not retried: the next extension comes long before the leases end, and a retry could undo a nack.
         """
@@ -121,15 +121,15 @@ class Settlement:
             retry=retry_if_result(bool),
             retry_error_callback=lambda state: state.outcome and state.outcome.result(),
         )
-        retrying(self._attempt, call, pending)
+        retrying(self._try_once, call, pending)
         if pending.lost:
             log.warning("lease_lost", extra={"messages": pending.lost, "reason": "the lease had ended"})
-        if failed := pending.refused + len(pending.entries):
+        if failed := pending.failed + len(pending.entries):
             log.warning("settlement_failed", extra={"action": action, "messages": failed, "reason": pending.reason})
         return not failed
 
-    def _attempt(self, call: Call, pending: _PendingSettlement) -> list[Entry]:
-        """Make the calls; reduce the entries of `pending` to those that must be retried, and return them."""
+    def _try_once(self, call: Call, pending: _PendingSettlement) -> list[Entry]:
+        """Make the calls. Reduce the entries of `pending` to those that must be retried, and return them."""
         entries = pending.entries
         chunks = [entries[start : start + MAX_ENTRIES] for start in range(0, len(entries), MAX_ENTRIES)]
         call_chunk = partial(self._call_chunk, call, Event())
@@ -139,16 +139,16 @@ class Settlement:
             pending.reason = "the queue was closed"
             return pending.entries
         failures = [failure for result in results for failure in result]
-        refused = [failure for failure in failures if not (failure.is_lost or failure.is_retryable)]
+        permanent = [failure for failure in failures if not (failure.is_lost or failure.is_retryable)]
         pending.entries = [failure.entry for failure in failures if failure.is_retryable]
         pending.lost += sum(failure.is_lost for failure in failures)
-        pending.refused += len(refused)
-        reasons = (failure.reason for failure in (*refused, *failures) if not failure.is_lost)
+        pending.failed += len(permanent)
+        reasons = (failure.reason for failure in (*permanent, *failures) if not failure.is_lost)
         pending.reason = next(reasons, pending.reason)
         return pending.entries
 
     def _call_chunk(self, call: Call, unreachable: Event, entries: list[Entry]) -> list[_EntryResult]:
-        """Make one call, unless SQS was unreachable for another; return the entries that failed."""
+        """Make one call, unless SQS was unreachable for another call. Return the entries that failed."""
         if unreachable.is_set():
             return [_EntryResult(entry, "SQS is unreachable", is_retryable=True) for entry in entries]
         try:
@@ -177,6 +177,6 @@ def _entry(delivery: SQSDelivery) -> Entry:
 
 
 def _visibility_timeout(delivery: SQSDelivery, seconds: float) -> int:
-    """Return `seconds`, or the rest of the twelve hours that SQS lets a message be leased."""
+    """Return `seconds`, limited to the rest of the twelve hours for which SQS leases a message."""
     remaining = MAX_HOLD - (time.monotonic() - delivery.received_at)
     return max(math.ceil(min(seconds, remaining)), 0)

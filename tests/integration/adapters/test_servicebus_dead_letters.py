@@ -267,7 +267,7 @@ def test_closed_connection_is_reopened(broker: Broker, open_dead_letters: OpenDe
     ("condition", "expected"),
     [
         ("amqp:not-found", "does not exist: create it, or correct the name"),
-        ("amqp:unauthorized-access", "not permitted to use .*: grant the role Azure Service Bus Data Receiver on it"),
+        ("amqp:unauthorized-access", "not permitted to use .*: grant the role Azure Service Bus Data Receiver on "),
     ],
 )
 def test_refusal_is_reported_with_what_to_do(

@@ -314,7 +314,7 @@ def test_extension_is_not_retried(
     network.always["ChangeMessageVisibilityBatch"] = BROKEN
     with pytest.raises(QueueError, match="leases"):
         adapter.extend(held, 61)
-    assert len(network.requests["ChangeMessageVisibilityBatch"]) == 1 + aws.ATTEMPTS
+    assert len(network.requests["ChangeMessageVisibilityBatch"]) == 1 + aws.BOTO_ATTEMPTS
     assert [vars(record)["action"] for record in caplog.records] == ["extend"]
 
 
@@ -444,7 +444,8 @@ def test_check_reports_missing_policies(moto: Server, open_queues: Open) -> None
     few = Queue(moto, receives=4)
     few.client.delete_queue(QueueUrl=few.dead_url)
     dead, receives = open_queues(few).check()
-    assert str(dead) == f"the dead-letter queue: {few.name}-dead does not exist: create it, or correct name or region"
+    todo = "create it, or correct its name or region in the URL"
+    assert str(dead) == f"the dead-letter queue: {few.name}-dead does not exist: {todo}"
     assert "after 4 receives" in receives.reason
     assert (dead.is_missing_policy, receives.is_missing_policy) == (True, False)
     with pytest.raises(QueueError, match=f"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: .* {few.name}-dead does not exist"):
@@ -461,9 +462,9 @@ def test_missing_permission_to_read_the_queue_is_a_warning(
     network.always["GetQueueAttributes"] = DENIED
     queue = Queue(moto)
     (warning,) = open_queues(queue).check()
-    assert warning.todo == "grant sqs:GetQueueAttributes on it"
+    assert warning.todo == f"grant sqs:GetQueueAttributes on {queue.name}"
     with pytest.raises(
-        QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: .* grant sqs:GetQueueAttributes on it"
+        QueueError, match=f"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: .* grant sqs:GetQueueAttributes on {queue.name}"
     ):
         open_queues(queue, direct_dead_letter=True).check()
     assert open_queues(queue).counts() == (None, None)
@@ -594,7 +595,7 @@ def test_transient_errors_are_retried_indefinitely(
     monkeypatch.setattr(reconnect, "REFUSAL_TIMEOUT", 0.0)
     monkeypatch.setattr(reconnect, "MIN_BACKOFF", 0.05)
     monkeypatch.setattr(reconnect, "MAX_BACKOFF", 0.1)
-    network.responses["ReceiveMessage"].extend([failure] * 3 * aws.ATTEMPTS)
+    network.responses["ReceiveMessage"].extend([failure] * 3 * aws.BOTO_ATTEMPTS)
     queue.publish(b"x")
     adapter = open_queues(queue)
     assert len(receive(adapter, 1)) == 1
@@ -799,7 +800,9 @@ def test_endpoint_without_tls_is_rejected(monkeypatch: pytest.MonkeyPatch) -> No
 def test_denied_access_is_reported_in_the_words_of_aws(queue: Queue, network: Network) -> None:
     """AWS names the identity and the action."""
     network.responses["GetQueueUrl"].append(DENIED)
-    with pytest.raises(QueueError, match=f"QUEUE_URL: not permitted on {queue.name}: .*not authorized to perform that"):
+    with pytest.raises(
+        QueueError, match=f"QUEUE_URL: not permitted to use {queue.name}: .*not authorized to perform that"
+    ):
         open_queue(queue.url)
 
 
@@ -807,7 +810,7 @@ def test_refused_signature_error_has_no_token(queue: Queue, network: Network) ->
     """In further lines, AWS quotes the headers of the request."""
     text = "The signature does not match.\n\nThe Canonical String is\nx-amz-security-token:SECRET"
     network.responses["GetQueueUrl"].append(Response(403, "SignatureDoesNotMatch", text))
-    with pytest.raises(QueueError, match="SQS refuses") as error:
+    with pytest.raises(QueueError, match="SQS refuses requests for") as error:
         open_queue(queue.url)
     assert "does not match" in str(error.value)
     assert "SECRET" not in str(error.value)

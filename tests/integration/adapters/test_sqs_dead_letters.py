@@ -74,7 +74,9 @@ def test_setting_replaces_unreadable_policy(queue: Queue, network: Network, open
     """Operators then need only the permissions on the dead-letter queue that docs/permissions.md lists."""
     send_dead_letters(queue, b"x", b"y")
     network.always["GetQueueAttributes"] = DENIED
-    with pytest.raises(QueueError, match=r"grant sqs:GetQueueAttributes on it, or set DEAD_LETTER_QUEUE_URL$"):
+    with pytest.raises(
+        QueueError, match=f"grant sqs:GetQueueAttributes on {queue.name}, or set DEAD_LETTER_QUEUE_URL$"
+    ):
         open_queues(queue).dead_letters()
     network.requests.clear()
     dead_letters = open_queues(queue, dead_letter_url=f"sqs://{queue.name}-dead").dead_letters()
@@ -98,7 +100,7 @@ def test_missing_queue_or_policy_is_reported(queue: Queue, open_queues: Open, mo
     with pytest.raises(QueueURLError, match=r"^DEAD_LETTER_QUEUE_URL is malformed: expected sqs://NAME"):
         open_queues(queue, dead_letter_url="pubsub://demo/dead").dead_letters()
     with pytest.raises(
-        QueueURLError, match=r"^DEAD_LETTER_QUEUE_URL is QUEUE_URL: "
+        QueueURLError, match=r"^DEAD_LETTER_QUEUE_URL names the same queue as QUEUE_URL: "
     ):  # otherwise `drop` would empty it
         open_queues(queue, dead_letter_url=queue.url).dead_letters()
     queue.client.delete_queue(QueueUrl=queue.dead_url)
@@ -127,16 +129,18 @@ def test_refusals_are_reported(queue: Queue, network: Network, open_queues: Open
     send_dead_letters(queue, *[b"%d" % number for number in range(12)])
     dead_letters = open_queues(queue).dead_letters()
     network.responses["ReceiveMessage"].append(DENIED)
-    with pytest.raises(QueueError, match=f"^QUEUE_URL: its dead letters: not permitted on {queue.name}-dead"):
+    with pytest.raises(QueueError, match=f"^QUEUE_URL: its dead letters: not permitted to use {queue.name}-dead"):
         dead_letters.receive(10, 1.0)
     found = [*dead_letters.receive(10, 1.0), *dead_letters.receive(10, 1.0)]
     network.always["DeleteMessageBatch"] = DENIED
-    with pytest.raises(QueueError, match=r"^QUEUE_URL: 12 dead letters may not have been removed: not permitted on"):
+    with pytest.raises(
+        QueueError, match=r"^QUEUE_URL: 12 dead letters were possibly not removed: not permitted to use"
+    ):
         dead_letters.remove(found)
     failed = [{"Id": "0", "Code": "InternalError", "Message": "because", "SenderFault": False}]
     del network.always["DeleteMessageBatch"]
     network.responses["DeleteMessageBatch"].append(Response(200, Successful=[{"Id": "1"}], Failed=failed))
-    with pytest.raises(QueueError, match=r"^QUEUE_URL: 2 dead letters may not have been removed: InternalError"):
+    with pytest.raises(QueueError, match=r"^QUEUE_URL: 2 dead letters were possibly not removed: InternalError"):
         dead_letters.remove(found[:3])  # the response does not mention the third
     dead_letters.close()
     assert len(bodies(open_queues(queue))) == 10
