@@ -1,8 +1,8 @@
-"""[Notification] -> [Enriched]. The only stage that reads commercetools.
+"""The enrich stage: adds commercetools data to notifications. No other stage reads commercetools.
 
-Each resource type has a plan: a generator that is written as if for a single message. It yields the lookups that it
-needs next, and continues when their results have been context. All plans of a batch run in step, and the lookups of a
-step are merged. A hundred messages therefore cost as many queries as one.
+Each resource type has a plan: a generator that is written for a single notification. It yields the lookups that it
+needs next, and continues when their results have been fetched. All plans of a batch run in step, and the lookups of
+each step are merged. A batch therefore needs about as many queries as a single message.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The errors of the worker. The class of an error determines what happens to the message.
 
 WorkerError                          nack         a defect: retrying in this process would not help
-├── Transient                        hold         failed for now, can succeed later
+├── Transient                        hold         failed temporarily, can succeed later
 │   ├── Throttled                                 answered with 429
-│   ├── StaleWrite                                written so late that the current state must be read again
-│   └── CircuitOpen                               not sent, because the service keeps failing
+│   ├── StaleWrite                                written late: the current state must be read again
+│   └── CircuitOpen                               not sent, because the endpoint keeps failing
 ├── Rejected                         dead-letter  can never succeed
 └── Misconfigured                    park         credentials, scopes or project are refused
     ├── CommercetoolsMisconfigured                exit code 4
@@ -12,7 +12,8 @@ WorkerError                          nack         a defect: retrying in this pro
 Ignored                              ack          nothing to do: a result, not an error
 SettingsError                        -            exit code 2
 
-The texts are written for operators and appear in logs and dead letters. They contain no personal data and no secrets.
+The error texts are written for operators and appear in logs and dead letters. They contain no personal data and no
+secrets.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ if TYPE_CHECKING:
 
 
 class Disposition(Enum):
-    """The fate of a delivery: settled in one of three ways, or held for one of two reasons."""
+    """The fate of a delivery: ACK, NACK and DEAD_LETTER settle it, HOLD and PARK keep it in memory."""
 
     ACK = "ack"
     NACK = "nack"
     DEAD_LETTER = "dead_letter"
-    HOLD = "hold"  # an outage: hold and retry, and nack if it lasts longer than KLAVIYO_WORKER_OUTAGE_HOLD
-    PARK = "park"  # credentials or permissions are refused: hold without a time limit
+    HOLD = "hold"  # an outage: retry, but nack the message after KLAVIYO_WORKER_OUTAGE_HOLD seconds
+    PARK = "park"  # credentials or permissions are refused: retry without a time limit
 
 
 HELD = frozenset({Disposition.HOLD, Disposition.PARK})
 
 
 class ExitCode(IntEnum):
-    """The exit codes of all commands, one for each kind of failure that needs a different reaction."""
+    """The exit codes of all commands. Each kind of failure that needs a different reaction has its own code."""
 
     OK = 0, "success"
     UNEXPECTED = 1, "unexpected error, or a part of the work failed"
-    USAGE = 2, "usage or configuration"
+    USAGE = 2, "invalid usage or configuration"
     QUEUE = 3, "the queue cannot be used"
     COMMERCETOOLS = 4, "commercetools refuses the credentials"
     KLAVIYO = 5, "Klaviyo refuses the key"
@@ -60,9 +61,10 @@ class ExitCode(IntEnum):
 
 
 class WorkerError(Exception):
-    """A message could not be processed; `disposition` determines what happens to it.
+    """A message could not be processed. `disposition` determines what happens to it.
 
-    `reason` says what is wrong, `todo` what to do about it ("" if there is no advice). The text joins both.
+    `reason` says what is wrong. `todo` says what to do about it; it is "" if there is no advice. The error text
+    consists of the reason and the advice.
     """
 
     disposition = Disposition.NACK
@@ -74,9 +76,9 @@ class WorkerError(Exception):
 
 
 class Transient(WorkerError):
-    """A failure that can disappear by itself: outage, throttling, timeout.
+    """A failure that can disappear by itself: an outage, throttling, a timeout.
 
-    `retry_after`: seconds to wait before a retry; None if unknown.
+    `retry_after` is the number of seconds to wait before a retry; None if unknown.
     """
 
     disposition = Disposition.HOLD
@@ -87,7 +89,7 @@ class Transient(WorkerError):
 
 
 class Throttled(Transient):
-    """The service is up and answered with 429."""
+    """The service is up, but it answered with 429."""
 
 
 class StaleWrite(Transient):
@@ -95,14 +97,14 @@ class StaleWrite(Transient):
 
 
 class CircuitOpen(Transient):
-    """The circuit breaker rejected the call because the service keeps failing."""
+    """The circuit breaker sent no request, because the endpoint keeps failing."""
 
 
 class Rejected(WorkerError):
     """The message can never succeed: it is unreadable, or Klaviyo or commercetools rejects its data.
 
-    `status` is the HTTP status of the response. `duplicate_id` is the profile that Klaviyo names in a 409.
-    `pointer` is Klaviyo's JSON pointer to the invalid part of the request, "" if there is none.
+    `status` is the HTTP status of the response; None if there was no request. `duplicate_id` is the id of the profile
+    that Klaviyo names in a 409. `pointer` is Klaviyo's JSON pointer to the invalid part of the request, or "".
     """
 
     disposition = Disposition.DEAD_LETTER
@@ -117,7 +119,8 @@ class Rejected(WorkerError):
 class Misconfigured(WorkerError):
     """The configuration is at fault, not the message: credentials, scopes or project are refused.
 
-    `retry_after`: seconds until the next check whether it is fixed. `lacks_scope`: a missing scope can be the cause.
+    `retry_after` is the number of seconds until the next retry; None if unknown. `lacks_scope` is True if a missing
+    scope is a possible cause.
     """
 
     disposition = Disposition.PARK
@@ -144,11 +147,11 @@ class KlaviyoMisconfigured(Misconfigured):
 
 
 class Ignored(Exception):
-    """There is nothing to do for the message; the text is the reason."""
+    """There is nothing to do for the message. The error text is the reason."""
 
 
 class SettingsError(Exception):
-    """Settings are missing or malformed. The text has a line for each of `problems`."""
+    """Settings are missing or malformed. The error text has a line for each of `problems`."""
 
     def __init__(self, reason: str, *, todo: str = "", problems: Sequence[SettingsError] = ()) -> None:
         super().__init__(f"{reason}: {todo}" if todo else reason)
@@ -158,5 +161,5 @@ class SettingsError(Exception):
 
     @classmethod
     def joined(cls, problems: Sequence[SettingsError]) -> SettingsError:
-        """Return one error for several settings."""
+        """Return one error that lists the problems of several settings."""
         return cls("\n".join(map(str, problems)), problems=problems)

@@ -1,4 +1,4 @@
-"""Readers for JSON of any shape. Unexpected data gives an empty value, never an error."""
+"""Accessors for JSON of any shape. They return an empty value for unexpected data, and never raise an error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pick_ids(references: Any) -> list[str]:
 
 
 def parse_time(value: Any) -> datetime | None:
-    """Return an RFC 3339 time as a datetime, or None. The default time zone is UTC."""
+    """Return an RFC 3339 time as a datetime, or None if `value` is not a time. The default time zone is UTC."""
     try:
         moment = datetime.fromisoformat(as_text(value))
     except ValueError:
@@ -52,9 +52,9 @@ def parse_time(value: Any) -> datetime | None:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return `text` with JSON escapes for characters that could control a terminal. JSON keeps its meaning.
+    """Return `text` with JSON escapes in place of characters that could control a terminal.
 
-    `keep` lists characters that are not escaped.
+    JSON keeps its meaning. `keep` lists characters that are not escaped.
     """
     if text.isprintable():
         return text

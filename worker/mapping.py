@@ -1,4 +1,7 @@
-"""The mapping: how commercetools data becomes Klaviyo data. Every value of the TOML file (`--config`) has a default."""
+"""The mapping: the rules that convert commercetools data to Klaviyo data.
+
+It is a TOML file (`--config`). Every value has a default.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class PropertyRules(_Section):
 
 
 class RawPropertyRules(PropertyRules):
-    """Rules for raw order properties, of which none is sent by default."""
+    """Rules for raw order properties. By default, none of these properties is sent."""
 
     include: list[str] = Field([], description='Raw order properties to add; ["*"]: all; empty: none.')
 
@@ -62,7 +65,8 @@ class CustomerMapping(_Section):
     custom_fields: PropertyRules = Field(PropertyRules(), description="Custom fields on profiles.")
     erasure: bool = Field(
         default=False,
-        description="Request deletion in Klaviyo when commercetools deletes a customer with dataErasure.",
+        description="Request the deletion of the profile in Klaviyo when commercetools deletes a customer with "
+        "dataErasure.",
     )
 
 
@@ -82,14 +86,14 @@ class CategoryMapping(_Section):
 
 
 class PriceMapping(_Section):
-    """The choice of the price that is sent to the catalog."""
+    """The rules that select the price of a catalog entry."""
 
     channel: str = Field("", description="Id of the distribution channel whose prices count; empty: none.")
     country: str = Field("", description="Country whose prices are preferred; empty: none.")
 
 
 class InventoryMapping(_Section):
-    """The choice of the stock that is sent to the catalog."""
+    """The rules that select the stock of a variant."""
 
     channel: str = Field("", description="Id of the supply channel whose stock counts; empty: stock without a channel.")
 
@@ -104,7 +108,7 @@ class MappingConfig(_Section):
     product_url_template: str = Field(
         "",
         description="URL of the product page, with {{productSlug}} {{productId}} {{sku}} {{locale}}; "
-        "PRODUCT_URL_TEMPLATE takes precedence; empty: url is the text None.",
+        "PRODUCT_URL_TEMPLATE takes precedence; empty: the url in the catalog is the text None.",
     )
     disabled_types: list[str] = Field([], description="Message types to ignore; `klaviyo-worker handlers` lists them.")
     metrics: MetricNames = MetricNames()
@@ -117,7 +121,7 @@ class MappingConfig(_Section):
 
 
 def load_mapping(path: Path | None, **overrides: str) -> MappingConfig:
-    """Return the mapping of the file, if any, with `overrides` (from the environment) on top.
+    """Return the mapping in the file, or the default mapping. `overrides` (from the environment) take precedence.
 
     Raises SettingsError with one line per mistake. Each line names the file and the key.
     """

@@ -23,8 +23,8 @@ Json = dict[str, Any]
 class Notification:
     """A commercetools notification without its envelope.
 
-    `type` is the message type (`OrderCreated`, even if the payload was not included) or the change
-    (`ResourceUpdated`). `payload` is the whole notification, with the message's fields at the top level.
+    `type` is the message type (`OrderCreated`, even if the payload is not included) or the change
+    (`ResourceUpdated`). `payload` is the whole notification, with the fields of the Message at the top level.
     """
 
     type: str
@@ -36,7 +36,10 @@ class Notification:
 
 @dataclass(frozen=True, slots=True)
 class Enriched:
-    """A notification with the commercetools data that its handler needs. None: commercetools has no such resource."""
+    """A notification with the commercetools data that its handler needs.
+
+    A resource is None if commercetools does not have it or the handler does not need it.
+    """
 
     notification: Notification
     as_of: datetime  # when commercetools was read; prices valid at this time are used
@@ -49,7 +52,7 @@ class Enriched:
     inventory_entry: Json | None = field(default=None, repr=False)
     inventory: Mapping[str, Sequence[Json]] = field(default_factory=dict, repr=False)  # sku -> entries
     product_categories: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)  # product -> ids
-    categories: Mapping[str, Json] = field(default_factory=dict, repr=False)  # id -> category, ancestors too
+    categories: Mapping[str, Json] = field(default_factory=dict, repr=False)  # id -> category, including ancestors
     discount_codes: Mapping[str, str] = field(default_factory=dict, repr=False)  # id -> code
 
 
@@ -69,18 +72,18 @@ class OperationKind(Enum):
     DELETE_STALE_VARIANTS = "delete_stale_variants"
     DELETE_VARIANT = "delete_variant"  # one for each variant that DELETE_STALE_VARIANTS finds
 
-    __hash__ = object.__hash__  # faster: Enum's own is Python code, and a message needs about sixty hashes
+    __hash__ = object.__hash__  # Enum's own method is slow Python code, and a message needs about sixty hashes
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One write to Klaviyo: idempotent and self-contained.
 
-    If a batch has several operations with the same kind and `key`, only the last one counts. `resource` is the
+    If a batch has several operations with the same kind and `key`, only the last one is sent. `resource` is the
     JSON:API object (`type`, `id`, `attributes`, `relationships`); None if the key is enough. `keep_skus` are the
     variants that DELETE_STALE_VARIANTS keeps. `fallback` returns the operations to send instead if Klaviyo does not
-    have the object to update. `is_first_delivery` returns True as long as no worker can have sent this event before;
-    None if one might have.
+    have the object to update. `is_first_delivery` returns whether it is still certain that no worker has sent this
+    event before; it is None if that is already uncertain.
     """
 
     kind: OperationKind
@@ -96,21 +99,21 @@ class SendResult(NamedTuple):
     """The result of an operation."""
 
     error: WorkerError | None  # None: the effect is in Klaviyo
-    requests: int  # sent to Klaviyo for it
+    requests: int  # that were sent to Klaviyo for the operation
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a delivery ends, in which stage, and why."""
+    """The result of processing a message: its disposition, the stage that determined it, and the cause."""
 
     disposition: Disposition
     stage: str
     cause: Exception | None = None  # None: the effect is in Klaviyo
-    delay: float = 0.0  # seconds before the redelivery, for NACK
+    delay: float = 0.0  # seconds before the redelivery, if the disposition is NACK
 
     @property
     def reason(self) -> str:
-        """Return one sentence for an operator, without personal data; "" if the effect is in Klaviyo."""
+        """Return the error text of the cause; "" if the effect is in Klaviyo."""
         return "" if self.cause is None else str(self.cause)
 
     @property
@@ -121,18 +124,18 @@ class Outcome:
 
 @dataclass(slots=True)
 class Lease:
-    """The time until which no other worker can receive a message."""
+    """The lease of a message: until it expires, no other worker can receive the message."""
 
     until: float = 0.0  # monotonic seconds
 
     def is_valid(self) -> bool:
-        """Return whether no other worker can have received the message yet."""
+        """Return whether the lease has not expired, so that no other worker has received the message."""
         return time.monotonic() < self.until
 
     def extend(self, since: float, seconds: float) -> None:
-        """Extend the lease to `seconds` after `since`. A lease that has expired stays expired.
+        """Extend the lease to `seconds` after `since` (monotonic seconds). An expired lease stays expired.
 
-        Another worker may have received the message in between, even if the queue accepted the extension.
+        After it expired, another worker may have received the message, even if the queue accepted the extension.
         """
         if self.is_valid():
             self.until = since + seconds
@@ -148,22 +151,22 @@ class Message:
     enriched: Enriched | None = None
     operations: Sequence[Operation] = ()
     outcome: Outcome | None = None
-    requests: int = 0  # sent to Klaviyo for it; a shared bulk request counts for each of its messages
+    requests: int = 0  # sent to Klaviyo for this message; a bulk request counts for every message in it
     retries: int = 0  # in this process
-    last_sent: Sequence[Operation] = ()  # carried out, but possibly stale (see errors.StaleWrite)
+    last_sent: Sequence[Operation] = ()  # operations that are in Klaviyo, but may be stale (see errors.StaleWrite)
     events_possibly_sent: bool = False  # True if this is the first delivery and its events may be in Klaviyo
-    failed_at: float = 0.0  # when the first attempt of this process failed
+    failed_at: float = 0.0  # when processing first failed in this process
     due_at: float = 0.0  # when to retry
     lease: Lease = field(default_factory=Lease)
 
     @property
     def key(self) -> tuple[str, str]:
-        """Return the resource. Messages with the same key are processed in order."""
+        """Return the type and id of the resource. Messages with the same key are processed in order."""
         if self.notification is None:
             return "", self.delivery.id
         return self.notification.resource_type, self.notification.resource_id
 
     @property
     def is_held(self) -> bool:
-        """Return whether the message is held or parked after its last attempt."""
+        """Return whether the message is held or parked."""
         return self.outcome is not None and self.outcome.disposition in HELD

@@ -1,4 +1,7 @@
-"""The parse stage: bytes -> Notification. Pure. Opens all envelopes, reads both delivery formats of commercetools."""
+"""The parse stage: opens all envelopes of a message and returns the notification. It is pure.
+
+It reads both delivery formats of commercetools: Platform and CloudEvents.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from worker.model import Json, Notification
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MAX_ENVELOPES = 6  # nested
+MAX_ENVELOPES = 6  # a message with this number of nested envelopes is rejected
 MAX_ID_LENGTH = 256  # commercetools' limit for ids and keys
 _CHANGES = frozenset({"ResourceCreated", "ResourceUpdated", "ResourceDeleted"})
 
 
 def parse(body: bytes) -> Notification:
-    """Return the notification in `body`. Raises Rejected (unreadable) or Ignored (no resource)."""
+    """Return the notification in `body`. Raises Rejected if it is unreadable, Ignored if it concerns no resource."""
     *_, (_, document) = layers(body)
     return _notification(document)
 
@@ -28,7 +31,7 @@ def parse(body: bytes) -> Notification:
 def layers(body: bytes) -> Iterator[tuple[str, Json]]:
     """Yield the name and content of every envelope from the outside in, then "" and the innermost document.
 
-    Envelopes can be nested (EventBridge inside SQS). Raises Rejected if one cannot be opened.
+    Envelopes can be nested (EventBridge inside SQS). Raises Rejected if an envelope cannot be opened.
     """
     content: Any = body
     for _ in range(MAX_ENVELOPES):
@@ -37,7 +40,7 @@ def layers(body: bytes) -> Iterator[tuple[str, Json]]:
         yield envelope, document
         if not envelope:
             return
-    raise Rejected(f"expected a commercetools notification; found more than {MAX_ENVELOPES} nested envelopes")
+    raise Rejected(f"expected a commercetools notification; found at least {MAX_ENVELOPES} nested envelopes")
 
 
 def _document(text: Any) -> Json:
@@ -49,7 +52,7 @@ def _document(text: Any) -> Json:
     try:
         document = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        # `error.msg` never quotes the body, unlike `error.doc`.
+        # Unlike `error.doc`, `error.msg` never quotes the body.
         raise Rejected(f"expected a JSON object; the body is not JSON ({error.msg} at {error.pos})") from None
     if not isinstance(document, dict):
         raise Rejected(f"expected a JSON object; found {_json_type(document)}")
@@ -57,10 +60,10 @@ def _document(text: Any) -> Json:
 
 
 def _open_envelope(document: Json) -> tuple[str, Any]:
-    """Return the envelope's name and content; "" and None if `document` is not an envelope."""
+    """Return the name and the content of an envelope; "" and None if `document` is not an envelope."""
     if "notificationType" in document:
         return "", None
-    if "specversion" in document:  # structured mode, also of Event Grid
+    if "specversion" in document:  # structured mode, which Event Grid also uses
         return "CloudEvents", document.get("data", "")
     if document.get("Type") == "Notification" and "Message" in document:
         return "SNS", document["Message"]
@@ -103,7 +106,7 @@ def _notification(payload: Json) -> Notification:
 
 
 def _message_type(payload: Json) -> str:
-    """Return the message type. commercetools moves it to `payloadNotIncluded` if the payload was too large."""
+    """Return the message type. commercetools moves it to `payloadNotIncluded` if the payload is too large."""
     not_included = payload.get("payloadNotIncluded")
     kind = payload.get("type") or (not_included.get("payloadType") if isinstance(not_included, dict) else None)
     if not isinstance(kind, str) or not kind:

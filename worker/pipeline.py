@@ -1,8 +1,9 @@
 """The journey of a message: parse -> enrich -> transform -> send, then settle.
 
 A message is acked only when its effect is in Klaviyo, or when there is nothing to do. Every other result is an error.
-Its class determines what happens to the message: dead-letter, nack, or hold in memory and retry (worker/errors.py).
-Each stage processes only the messages without an outcome, so a bad message never blocks the others of its batch.
+The class of the error determines what happens to the message: it is dead-lettered, nacked, or held in memory and
+retried (worker/errors.py). Each stage processes only the messages without an outcome, so a bad message never blocks
+the others of its batch.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from worker.telemetry.message_log import Telemetry
 
 FIRST_DELAY, MAX_DELAY = 2.0, 600.0  # seconds before a nacked message is redelivered
-STALE_AFTER = 2.0  # seconds from reading commercetools to the effect in Klaviyo, after which it is read again
-MIN_LEASE = 10.0  # seconds; assumed if the queue reports no lease: Pub/Sub's shortest ack deadline
+STALE_AFTER = 2.0  # seconds; a write that ends later than this after its data was read is possibly stale
+MIN_LEASE = 10.0  # seconds; assumed if the adapter reports no lease. It is the shortest ack deadline of Pub/Sub
 _STATE_WRITES = frozenset(OperationKind) - {OperationKind.CREATE_EVENT, OperationKind.DELETE_PROFILE}
 _PRECEDENCE = (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)  # the first one wins
 
@@ -49,7 +50,7 @@ class Send(Protocol):
     """The send stage."""
 
     def __call__(self, operations: Sequence[Operation]) -> Sequence[SendResult]:
-        """Carry out the operations and return their results in order."""
+        """Send the operations and return their results in order."""
 
 
 class Pipeline:
@@ -65,9 +66,9 @@ class Pipeline:
         self._telemetry = telemetry
 
     def parse(self, delivery: Delivery) -> Message:
-        """Parse a delivery. The runner calls this first, because the resource determines the message's lane."""
+        """Return the delivery as a parsed message. Its resource determines its lane."""
         now = time.monotonic()
-        # Half of the lease: the queue's client may have buffered the message before `receive` returned it.
+        # Count on half of the lease only: the queue's client may have buffered the message before `receive` returned.
         lease = Lease(now + (self._queue.lease_seconds or MIN_LEASE) / 2)
         message = Message(delivery, received_at=now, lease=lease)
         with self._telemetry.time_stage("parse"):
@@ -75,7 +76,7 @@ class Pipeline:
         return message
 
     def process(self, messages: Sequence[Message]) -> list[Message]:
-        """Take a batch through the stages and settle it. Return the messages to hold and process again."""
+        """Process a batch in all stages and settle it. Return the messages that must be held and processed again."""
         for message in messages:
             if message.is_held:
                 message.outcome = None
@@ -113,23 +114,23 @@ class Pipeline:
 
     def _send(self, messages: Sequence[Message]) -> None:
         operations = [operation for message in messages for operation in message.operations]
-        were_sent_before = [message.events_possibly_sent for message in messages]
+        were_possibly_sent = [message.events_possibly_sent for message in messages]
         for message in messages:
-            message.last_sent = ()  # from here on, Klaviyo may no longer match the last recorded state
+            message.last_sent = ()  # this send can change Klaviyo even if it fails
             message.events_possibly_sent = message.events_possibly_sent or _is_first_delivery_of_events(message)
         try:
             results = iter(self._send_all(operations))
         except Exception as defect:  # noqa: BLE001 - a defect must not lose the batch
             results = iter([SendResult(_report_defect("send", _describe(defect)), 0)] * len(operations))
-        for message, was_sent_before in zip(messages, were_sent_before, strict=True):
+        for message, was_possibly_sent in zip(messages, were_possibly_sent, strict=True):
             own_results = [next(results) for _ in message.operations]
             requests = sum(result.requests for result in own_results)
             message.requests += requests
-            message.events_possibly_sent = was_sent_before or (message.events_possibly_sent and requests > 0)
+            message.events_possibly_sent = was_possibly_sent or (message.events_possibly_sent and requests > 0)
             message.outcome = _send_outcome(message, [result.error for result in own_results if result.error])
 
     def _settle(self, messages: Sequence[Message]) -> None:
-        """Settle with the queue. Ack last, so that a crash in between cannot lose a message to be redelivered."""
+        """Settle with the queue, failures first. If that raises an error, no message of the batch is acked."""
         nacked: dict[tuple[float, Failure], list[Delivery]] = defaultdict(list)
         acked: list[Delivery] = []
         for message in messages:
@@ -151,7 +152,7 @@ class Pipeline:
 
 
 def _with_message(failure: Failure, notification: Notification | None) -> Failure:
-    """Add the message's type and resource to the reason of a dead letter, if the message could be parsed."""
+    """Return the failure with the type and resource of the message, if the message could be parsed."""
     if notification is None:
         return failure
     return replace(
@@ -164,7 +165,7 @@ def _with_message(failure: Failure, notification: Notification | None) -> Failur
 
 def _parse(message: Message, mapping: MappingConfig) -> None:
     message.notification = parse(message.delivery.body)
-    handler_for(message.notification, mapping)  # raises Ignored here, before any data is fetched
+    handler_for(message.notification, mapping)  # if it raises Ignored, no data is fetched
 
 
 def _transform(message: Message, mapping: MappingConfig) -> None:
@@ -182,26 +183,31 @@ def _send_outcome(message: Message, errors: Sequence[WorkerError]) -> Outcome:
         cause = _report_defect("send", "transform returned no operations and no reason; please report it")
     if cause is None and _is_stale(message):
         message.last_sent = message.operations
-        cause = StaleWrite("written long after it was read: read it again")
+        cause = StaleWrite(
+            f"written more than {STALE_AFTER:.0f} s after commercetools was read: the state must be read again"
+        )
     return Outcome(Disposition.ACK, "send") if cause is None else _failure_outcome(message, "send", cause)
 
 
 def _is_stale(message: Message) -> bool:
-    """Return whether another worker can have written a newer state first: bulk jobs and rate limits delay writes."""
+    """Return whether this write was delayed (by a bulk job or a rate limit) and may have replaced a newer state."""
     assert message.enriched is not None
     age = (datetime.now(UTC) - message.enriched.as_of).total_seconds()
     return age > STALE_AFTER and any(operation.kind in _STATE_WRITES for operation in message.operations)
 
 
 def _is_first_delivery_of_events(message: Message) -> bool:
-    """Return whether the next delivery could mistake events that this one sends for new."""
+    """Return whether this is the first delivery of a message that creates events.
+
+    If its events are possibly sent, the next delivery must not count as the first one.
+    """
     return message.delivery.attempt == 1 and any(
         operation.kind is OperationKind.CREATE_EVENT for operation in message.operations
     )
 
 
 def _run_pure_stage(message: Message, stage: str, work: Callable[[], None]) -> None:
-    """Run a pure stage for one message. A retry would fail the same way, so an unexpected error dead-letters it."""
+    """Run a pure stage for one message. An unexpected error dead-letters the message: a retry would fail again."""
     try:
         work()
     except Ignored as reason:
@@ -217,18 +223,18 @@ def _failure_outcome(message: Message, stage: str, error: WorkerError) -> Outcom
 
 
 def _nack_delay(message: Message) -> float:
-    """Return the seconds before a nacked message is redelivered. They double with every attempt."""
+    """Return the number of seconds before a nacked message is redelivered. It doubles with every attempt."""
     return min(FIRST_DELAY * 2.0 ** min((message.delivery.attempt or 1) - 1, 16), MAX_DELAY)
 
 
 def _report_defect(stage: str, reason: str) -> WorkerError:
-    """Log a defect of the worker and return it as a WorkerError, which nacks the message."""
+    """Log a defect of the worker. Return it as a WorkerError, which nacks the message."""
     log.error("defect", extra={"stage": stage, "reason": reason})
     return WorkerError(reason)
 
 
 def _describe(error: Exception) -> str:
-    """Describe an unexpected error by class and source lines. Its text is left out: it can quote personal data."""
+    """Describe an unexpected error by class and source lines. Its error text can quote personal data: omit it."""
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
     return f"unexpected {type(error).__name__} at {places}; please report it"

@@ -23,31 +23,33 @@ from worker.telemetry.metrics import Metrics
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-STOP_BEFORE = 5.0  # seconds before Lambda ends the function, from which no message is started
-GRACE_SECONDS = 4.0  # of these, for the messages in progress
+STOP_BEFORE = 5.0  # seconds; when Lambda ends the function in less than this time, no more messages are started
+GRACE_SECONDS = 4.0  # the part of STOP_BEFORE in which messages in progress can be finished
 
 
 class Context(Protocol):
-    """The part of Lambda's context object that is used here."""
+    """The part of Lambda's context object that the handler uses."""
 
     def get_remaining_time_in_millis(self) -> int:
         """Return the milliseconds until Lambda ends the function."""
 
 
 def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    """Process the records of an SQS event. Return those to redeliver: `{"batchItemFailures": […]}`.
+    """Process the messages of an SQS event. Return the ids of those to redeliver: `{"batchItemFailures": […]}`.
 
-    Held messages are retried until STOP_BEFORE. Raises SettingsError, and QueueError if the event is not from SQS;
-    SQS then redelivers the whole batch.
+    Held messages are retried until STOP_BEFORE. Raises SettingsError if a setting is invalid and QueueError if the
+    event is not from SQS. SQS then redelivers the whole batch.
     """
     batch = LambdaQueue(event, _seconds_left(context))
-    if batch.lease_seconds <= STOP_BEFORE:  # Lambda's default is 3: every message would be dead-lettered unprocessed
+    # Lambda's default timeout is 3 s. The queue would dead-letter every message unprocessed.
+    if batch.lease_seconds <= STOP_BEFORE:
         found = f"the function has {batch.lease_seconds:.0f} s, expected more than {STOP_BEFORE:.0f}"
         raise SettingsError(f"Timeout: {found}", todo="set 60")
     settings, telemetry, components = _warm_state()
     pipeline = Pipeline(batch, components.enricher.enrich, components.sender.send, components.mapping, telemetry)
     runner = Runner(batch, pipeline, settings, telemetry, components.stopping)
-    timer = Timer(_seconds_left(context) - STOP_BEFORE, runner.stop)  # read again: a cold start takes seconds
+    # The remaining time is read again, because a cold start takes seconds.
+    timer = Timer(_seconds_left(context) - STOP_BEFORE, runner.stop)
     timer.start()
     try:
         runner.run(once=True, max_wait=batch.lease_seconds)
@@ -55,7 +57,7 @@ def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
         log.error("batch_incomplete", extra={"reason": str(error), "returned": len(batch.failed_ids())})
     finally:
         timer.cancel()
-        if components.stopping.is_set():  # its clients are stopped permanently
+        if components.stopping.is_set():  # stopped clients cannot be started again
             components.sender.close()
             _warm_state.cache_clear()
     return {"batchItemFailures": [{"itemIdentifier": name} for name in batch.failed_ids()]}

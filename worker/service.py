@@ -1,4 +1,4 @@
-"""The wiring of the worker: settings -> clients -> stages -> runner."""
+"""The wiring of the worker: it creates clients, stages and the runner from the settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Components:
-    """The clients and stages that are the same for every queue. Raises SettingsError."""
+    """The clients and stages of a worker, without its queue. Raises SettingsError."""
 
     def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
         self.stopping = Event()
@@ -72,7 +72,7 @@ class Worker:
         self._settings = settings
 
     def run(self, *, once: bool, max_wait: float) -> str:
-        """Run until stopped, or with `once` until the queue is empty. See Runner.run for result and errors."""
+        """Run until `stop` is called, or with `once` until the queue is empty. See Runner.run for result and errors."""
         _collect_garbage_less_often()
         health = self._serve() if self._settings.http_port and not once else None
         if not once:
@@ -88,11 +88,11 @@ class Worker:
             log.info("stopped", extra=dict(self._telemetry.outcomes))
 
     def stop(self) -> None:
-        """Stop pulling and finish the messages in flight. A second call stops without waiting for them."""
+        """Stop pulling and finish the messages in progress. If called again, do not wait for these messages."""
         self._runner.stop()
 
     def _serve(self) -> HealthServer | None:
-        """Serve health, metrics and the status page. The worker runs without them if the port is taken."""
+        """Serve probes, metrics and the status page. If the port is unavailable, the worker runs without them."""
         host, port = self._settings.http_host, self._settings.http_port
         has_status_page = self._settings.status_page == "on"
         status = Status(self._settings, self._state, self._telemetry) if has_status_page else None
@@ -109,6 +109,9 @@ class Worker:
 
 
 def _collect_garbage_less_often() -> None:
-    """Exclude the objects made at start-up, and search for cycles rarely: the search costs CPU and JSON has none."""
+    """Let the garbage collector run rarely and ignore the objects created at startup.
+
+    The search for reference cycles costs CPU, and decoded JSON contains no cycles.
+    """
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)

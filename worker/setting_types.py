@@ -1,4 +1,4 @@
-"""Types of settings. Their errors say what was expected, and never quote a secret."""
+"""Types of settings. Their error texts say what was expected. They never quote a secret."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _check_url(value: str) -> str:
     parts = urlsplit(value)
     if (parts.scheme == "https" and parts.netloc) or (parts.scheme == "http" and is_loopback(parts.hostname or "")):
         return value.rstrip("/")
-    raise ValueError("expected an https:// URL (http:// for this machine only)")
+    raise ValueError("expected an https:// URL; http:// is accepted only for this machine")
 
 
 def _check_non_empty(value: str) -> str:
@@ -33,7 +33,7 @@ def _check_non_empty(value: str) -> str:
 
 
 def _parse_api_client(value: Any) -> Any:
-    """Decode the JSON here, because a JSON decoder's error message can quote the secret."""
+    """Decode the JSON. pydantic must not do it, because its error text can quote the secret."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,7 +1,7 @@
 """The worker's settings. The order of precedence is option, environment variable, file (`NAME_FILE`), default.
 
-A field defines everything about a setting: the variable, the option (unless it is a secret), the check and the line in
-docs/configuration.md, which a test compares with this file.
+A field defines everything about a setting: its environment variable, its option (secrets have none), its check and its
+line in docs/configuration.md. A test compares that page with this file.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ S = TypeVar("S", bound=BaseSettings)
 
 
 class SecretFileSource(PydanticBaseSettingsSource):
-    """Values from files: `NAME_FILE` names the file that holds the value of `NAME`."""
+    """A source that reads values from files: `NAME_FILE` names the file that contains the value of `NAME`."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """Return the content of the field's file, or None if there is no file or the variable itself is set."""
+        """Return the content of the field's file, or None if no file is named or the variable itself is set."""
         name = str(field.validation_alias or field_name)
         path = os.environ.get(f"{name}_FILE")
         if not path or os.environ.get(name):
@@ -95,7 +95,7 @@ class QueueSettings(SettingsBase):
     dead_letter_queue_url: str = Field(
         "",
         validation_alias="DEAD_LETTER_QUEUE_URL",
-        description="URL of the dead-letter queue, if dlq cannot find it",
+        description="URL of the dead-letter queue; only needed if `klaviyo-worker dlq` cannot find it",
     )
 
     @property
@@ -154,22 +154,27 @@ class CommercetoolsSettings(SettingsBase):
     )
     connect_timeout: float = Field(5.0, gt=0, description="Seconds to wait for a connection")
     read_timeout: float = Field(30.0, gt=0, description="Seconds to wait for a response")
-    retry_timeout: float = Field(10.0, ge=0, description="Seconds to retry a failed request before its message is held")
+    retry_timeout: float = Field(
+        10.0, ge=0, description="Seconds during which a failed request is retried before its message is held"
+    )
     outage_hold: float = Field(
-        1800.0, ge=0, description="Seconds to hold a message during an outage before it is returned to the queue"
+        1800.0, ge=0, description="Seconds to hold a message during an outage before it is nacked"
     )
     park_retry_interval: float = Field(
-        30.0, gt=0, description="Seconds between retries while the worker is parked: credentials or queue refused"
+        30.0,
+        gt=0,
+        description="Seconds between retries while the worker is parked because its credentials or permissions are "
+        "refused",
     )
 
     @property
     def threads(self) -> int:
-        """Return the number of threads that send requests to commercetools at once."""
+        """Return the number of threads that send requests to commercetools concurrently."""
         return 1
 
     @property
     def ct_token_url(self) -> str:
-        """Return the token endpoint. CT_AUTH_URL can name the host or the endpoint itself."""
+        """Return the URL of the token endpoint. CT_AUTH_URL can name the host or the endpoint itself."""
         suffix = "/oauth/token"
         return self.ct_auth_url if self.ct_auth_url.endswith(suffix) else self.ct_auth_url + suffix
 
@@ -194,43 +199,43 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         "EVENT",
         pattern="^EVENT$",
         validation_alias="APP_TYPE",
-        description="Application of Klaviyo's plugin to run; only EVENT, the worker, is supported",
+        description="Application to run, as in Klaviyo's plugin; only EVENT (the worker) is supported",
     )
     pub_sub_port: int = Field(
         6789,
         ge=0,
         le=65535,
         validation_alias="PUB_SUB_PORT",
-        description="Port that push:// listens on if QUEUE_URL names none",
+        description="Port that push:// listens on if QUEUE_URL names no port",
     )
     dead_letter_mode: Literal["policy", "direct"] = Field(
         "policy",
-        description="policy: the queue's own policy dead-letters a message; direct: the worker does, at once and with "
-        "the reason",
+        description="policy: the queue dead-letters a message after its maximum number of attempts; direct: the worker "
+        "dead-letters it immediately and adds the reason",
     )
     klaviyo_api_url: Url = Field(
         "https://a.klaviyo.com", validation_alias="KLAVIYO_API_URL", description="URL of the Klaviyo API"
     )
     lanes: int = Field(
-        4, ge=1, le=64, description="Lanes for events, and as many each for profiles and for the catalog"
+        4, ge=1, le=64, description="Number of lanes per lane group; the groups are events, profiles and catalog"
     )
     max_batch: int = Field(250, ge=1, le=10_000, description="Maximum number of messages in a batch")
     max_requests: int = Field(
         16,
         ge=1,
         le=256,
-        description="Maximum number of concurrent Klaviyo requests for events, and as many each for profiles and for "
-        "the catalog",
+        description="Maximum number of concurrent Klaviyo requests per lane group: events, profiles, catalog",
     )
     bulk_events: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Events to send in bulk: auto: those that are certainly sent for the first time; always: all; "
-        "never: none",
+        description="Which events to send in bulk: auto (events that have certainly not been sent before), always (all "
+        "events) or never",
     )
     bulk_threshold: int = Field(
         10,
         ge=0,
-        description="Maximum number of operations of one kind in a batch that are sent one by one, not in bulk",
+        description="Maximum number of operations of one kind in a batch that are sent individually; if there are "
+        "more, they are sent in bulk",
     )
     max_in_flight: int = Field(2_000, ge=1, le=100_000, description="Maximum number of messages in flight")
     max_in_flight_bytes: int = Field(8_000_000, ge=1, description="Maximum size of the messages in flight, in bytes")
@@ -238,9 +243,13 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         1.0, gt=0, le=1, description="Share of Klaviyo's rate limits that this worker can use, like 0.5"
     )
     cache_ttl: float = Field(
-        300.0, ge=0, description="Seconds to cache categories, products and discount codes for order events"
+        300.0,
+        ge=0,
+        description="Seconds to cache commercetools categories, products and discount codes for order events",
     )
-    shutdown_grace_period: float = Field(25.0, ge=0, description="Seconds to finish messages in flight after SIGTERM")
+    shutdown_grace_period: float = Field(
+        25.0, ge=0, description="Seconds to finish the messages in progress after SIGTERM"
+    )
     http_host: NonEmptyStr = Field(
         "127.0.0.1", description="Address that the HTTP port listens on; 0.0.0.0: all interfaces, including IPv6"
     )
@@ -248,7 +257,7 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         9090,
         ge=0,
         le=65535,
-        description="HTTP port of /livez, /readyz, /metrics and the status page; 0: none",
+        description="HTTP port for /livez, /readyz, /metrics and the status page; 0: no port",
     )
     status_page: Literal["on", "off"] = Field("on", description="Status page at / of the HTTP port: on or off")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="DEBUG, INFO, WARNING or ERROR")
@@ -269,19 +278,19 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
 
     @property
     def threads(self) -> int:
-        """Return the number of lanes: for events, for profiles and for the catalog."""
+        """Return the number of lanes in all lane groups. Each lane is a thread."""
         return 3 * self.lanes
 
 
-def load(kind: type[S], flags: Mapping[str, Any]) -> S:
-    """Return the settings; `flags` are values of options by field name, and take precedence.
+def load(kind: type[S], options: Mapping[str, Any]) -> S:
+    """Return the settings of a class. `options` are values by field name, which take precedence over variables.
 
-    Raises SettingsError with one line per variable: its name, what was expected, what to do.
+    Raises SettingsError with one line per invalid variable: its name, what was expected, what to do.
     """
     if former := list(_former_variables()):
         raise SettingsError.joined(former)
     aliases = {name: str(info.validation_alias) for name, info in kind.model_fields.items()}
-    given = {aliases[name]: value for name, value in flags.items() if value is not None}
+    given = {aliases[name]: value for name, value in options.items() if value is not None}
     try:
         return kind(**given)
     except ValidationError as errors:

@@ -141,8 +141,9 @@ def test_former_dead_letter_mode_is_an_error_that_names_the_new_one(environment:
     with pytest.raises(SettingsError) as error:
         load(Settings, {})
     assert str(error.value) == (
-        "KLAVIYO_WORKER_DEAD_LETTER_MODE is malformed: Input should be 'policy' or 'direct' — policy: the queue's own "
-        "policy dead-letters a message; direct: the worker does, at once and with the reason"
+        "KLAVIYO_WORKER_DEAD_LETTER_MODE is malformed: Input should be 'policy' or 'direct' — policy: the queue "
+        "dead-letters a message after its maximum number of attempts; direct: the worker dead-letters it immediately "
+        "and adds the reason"
     )
 
 

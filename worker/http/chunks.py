@@ -1,4 +1,4 @@
-"""Splits values into calls of a limited size."""
+"""A function that splits values into chunks of a limited size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ T = TypeVar("T")
 
 
 def chunked(values: Iterable[T], size: Callable[[T], int], max_bytes: int, max_items: float) -> Iterator[list[T]]:
-    """Yield lists of at most `max_items` values and `max_bytes`. A value larger than `max_bytes` is yielded alone."""
+    """Yield lists of at most `max_items` values and `max_bytes` bytes.
+
+    A value that is larger than `max_bytes` is yielded in a list of its own.
+    """
     chunk: list[T] = []
     total = 0
     for value in values:

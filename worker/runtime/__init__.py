@@ -1,1 +1,1 @@
-"""The engine: pulls messages, processes them in lanes, holds and retries them. Read runner.py first."""
+"""The engine: pulls messages, processes them in lanes, and holds and retries them. Read runner.py first."""

@@ -1,4 +1,4 @@
-"""`run --dry-run`: the whole journey without writes to Klaviyo or to the queue."""
+"""`run --dry-run`: processes messages without writing to Klaviyo and without settling the messages."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def print_instead(operations: Sequence[Operation]) -> Sequence[SendResult]:
         try:
             for operation in operations:
                 click.echo(operation_line(operation))
-        except BrokenPipeError:  # the reader, `head` for example, has ended: stop in order, which returns the messages
+        except BrokenPipeError:  # the reader has ended (`head` for example): stop, which returns the messages
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             os.kill(os.getpid(), signal.SIGTERM)
     return [SendResult(None, 0)] * len(operations)
 
 
 class DryRunQueue(InertQueue):
-    """A queue that delivers each message once and returns all of them at the end, as if they had not been received."""
+    """A queue that delivers each message once. `close` gives all of them back to the underlying queue."""
 
     def __init__(self, queue: QueueAdapter, at_most: int) -> None:
         self._queue = queue
@@ -64,7 +64,7 @@ class DryRunQueue(InertQueue):
         return self._queue.lease_seconds
 
     def receive(self, max_messages: int, wait: float) -> Sequence[Delivery]:
-        """Receive messages that were not delivered yet."""
+        """Receive messages until `at_most` have been delivered or the queue is empty."""
         if not self._remaining:
             time.sleep(wait)
             return ()
@@ -78,11 +78,11 @@ class DryRunQueue(InertQueue):
         """Keep the messages leased until `close`."""
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:  # noqa: ARG002 - extends all
-        """Extend all delivered messages, even those that the worker has processed."""
+        """Extend the leases of all delivered messages, including those that the worker has processed."""
         self._queue.extend(self._delivered, seconds)
 
     def backlog(self) -> int | None:
-        """Count the messages still to deliver at most: 0 once the queue was empty, None if it cannot count."""
+        """Return how many messages are still to be delivered, at most: 0 after the queue was empty, None if unknown."""
         return None if self._remaining and self._queue.backlog() is None else self._remaining
 
     def check(self) -> Sequence[QueueWarning]:
@@ -94,6 +94,6 @@ class DryRunQueue(InertQueue):
         self._queue.stop()
 
     def close(self) -> None:
-        """Return all messages to the queue."""
+        """Give all messages back to the queue."""
         self._queue.nack(self._delivered)
         self._queue.close()

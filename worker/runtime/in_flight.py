@@ -1,4 +1,4 @@
-"""The messages in flight: received and not settled, bounded in number and bytes."""
+"""The messages in flight: received and not settled. Their number and their size are limited."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class InFlight:
     def __init__(self, max_messages: int, max_bytes: int) -> None:
         self._max_messages = max_messages
         self._max_bytes = max_bytes
-        self._messages: dict[int, Message] = {}  # by id(), as in the next line
-        self._held: dict[int, Exception | None] = {}  # why each held message could not be processed
+        self._messages: dict[int, Message] = {}  # by id()
+        self._held: dict[int, Exception | None] = {}  # by id() of each held message: why it could not be processed
         self._bytes = 0
         self._changed = Condition()
 
@@ -29,7 +29,7 @@ class InFlight:
         return len(self._messages)
 
     def messages(self) -> list[Message]:
-        """Return all messages."""
+        """Return all messages in flight."""
         with self._changed:
             return list(self._messages.values())
 
@@ -57,14 +57,14 @@ class InFlight:
             self._changed.notify_all()
 
     def wait_for_capacity(self, seconds: float) -> int:
-        """Return how many messages can be received. If none, wait for a change first, at most `seconds`."""
+        """Return how many messages can be received. If there is no capacity, first wait at most `seconds` for it."""
         with self._changed:
             if self._capacity() <= 0:
                 self._changed.wait(seconds)
             return max(self._capacity(), 0)
 
     def wait_for_change(self, seconds: float) -> None:
-        """Wait until a message is settled or held, at most `seconds`."""
+        """Wait at most `seconds` until a message is settled or held."""
         with self._changed:
             self._changed.wait(seconds)
 
@@ -79,21 +79,21 @@ class InFlight:
         return len(self._held)
 
     def oldest_age(self) -> float | None:
-        """Return the seconds since the oldest message was published: 0 without messages, None if unknown."""
+        """Return the number of seconds since the oldest message was published: 0 without messages, None if unknown."""
         messages = self.messages()
         published = [message.delivery.published_at for message in messages if message.delivery.published_at is not None]
         if not published:
             return None if messages else 0.0
-        return max((datetime.now(UTC) - min(published)).total_seconds(), 0.0)  # 0 if clocks differ
+        return max((datetime.now(UTC) - min(published)).total_seconds(), 0.0)  # clocks can differ
 
     @property
     def has_only_held(self) -> bool:
-        """Return whether no message can be processed now: there is none, or all are held."""
+        """Return whether every message is held. True without messages."""
         return len(self._held) >= len(self._messages)
 
     @property
     def is_blocked(self) -> bool:
-        """Return whether there are messages, all are held, and a circuit breaker is open."""
+        """Return whether there are messages, all of them are held, and one is held because a circuit is open."""
         with self._changed:
             return self.has_only_held and any(isinstance(cause, CircuitOpen) for cause in self._held.values())
 

@@ -1,4 +1,4 @@
-"""A lane: a thread that processes the messages of its resources in order, and holds those that must wait."""
+"""A lane: a thread that processes the messages of its resources in order, and holds those that must be retried."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ if TYPE_CHECKING:
     from worker.runtime.in_flight import InFlight
     from worker.settings import Settings
 
-NACK_DELAY_SHARE = 1 / 30  # of the hold: the minimum delay of a message that is nacked after it
+NACK_DELAY_SHARE = 1 / 30  # of `outage_hold`: the minimum delay of a message that was held too long
 
 
 @dataclass(frozen=True, slots=True)
 class LaneCallbacks:
     """The functions of the runner that a lane calls."""
 
-    return_unprocessed: Callable[[Sequence[Message]], None]  # with the messages that the lane still holds at its end
-    fail: Callable[[Exception], None]  # with an unexpected error, which ends the run
-    report_refusal: Callable[[Misconfigured], None]  # with the reason of each parked message
+    return_unprocessed: Callable[[Sequence[Message]], None]  # called with the messages that are held when it ends
+    fail: Callable[[Exception], None]  # called with an unexpected error, which ends the run
+    report_refusal: Callable[[Misconfigured], None]  # called with the cause for each parked message
 
 
 class Lane(Thread):
-    """A thread that processes all messages waiting for it together, up to the size of a batch.
+    """A thread that processes all messages in its inbox as one batch, up to `max_batch` messages.
 
-    An idle lane therefore processes a message immediately, and a backlog produces large batches.
+    An idle lane therefore processes a message immediately, and a busy lane processes large batches.
 
     A message that cannot be processed now is held and retried for `outage_hold` seconds, or without a time limit
-    while it is parked. Later messages of the same resource wait behind it; messages of other resources overtake it.
+    while it is parked. Later messages of the same resource are held behind it. Messages of other resources are
+    processed in the meantime.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Lane(Thread):
         self._stopping = stopping
         self._callbacks = callbacks
         self._max_backoff = max_backoff(settings.outage_hold)
-        # The added backoff guarantees a retry at the end of `outage_hold`.
+        # With the added backoff, the last retry is never before the end of `outage_hold`.
         self._hold_seconds = settings.outage_hold + min(settings.outage_hold, self._max_backoff)
         self._inbox: SimpleQueue[Message | None] = SimpleQueue()  # None ends the lane
         self._held: list[Message] = []  # in order of arrival
@@ -59,19 +60,19 @@ class Lane(Thread):
         self.batch_size = 0  # messages in the current batch
 
     def put(self, message: Message) -> None:
-        """Give the lane a message to process."""
+        """Put a message into the inbox."""
         self._inbox.put(message)
 
     def end(self) -> None:
-        """End the lane after the messages that were put before."""
+        """End the lane after it has processed its inbox."""
         self._inbox.put(None)
 
     def drain_inbox(self) -> list[Message]:
-        """Return the messages that were put and not started."""
+        """Empty the inbox and return its messages."""
         return [message for message in _emptied(self._inbox) if message is not None]
 
     def run(self) -> None:
-        """Process batches until the lane ends, then return the held messages."""
+        """Process batches until the lane ends, then give the held messages back to the queue."""
         while batch := self._next_batch():
             self.batch_size = len(batch)
             self._run_guarded(self._process, batch)
@@ -82,11 +83,11 @@ class Lane(Thread):
     def _run_guarded(self, work: Callable[[Sequence[Message]], None], messages: Sequence[Message]) -> None:
         try:
             work(messages)
-        except Exception as error:  # noqa: BLE001 - if a lane's thread ended, its resources would never be processed
+        except Exception as error:  # noqa: BLE001 - if this thread ended, its messages would never be processed
             self._callbacks.fail(error)
 
     def _next_batch(self) -> list[Message]:
-        """Return the next batch of new and held messages. Wait for one if necessary; return [] if the lane ends."""
+        """Return the next batch of new and held messages; [] if the lane ends. Wait for a message if necessary."""
         while not self._ended and not self._stopping.is_set():
             batch = self._take_due()
             self._add_arrived(batch)
@@ -97,7 +98,7 @@ class Lane(Thread):
         return []
 
     def _take_due(self) -> list[Message]:
-        """Take the held messages that are due, up to a batch, and none before an earlier one of its resource."""
+        """Take up to `max_batch` held messages that are due, but none before an earlier message of its resource."""
         now = time.monotonic()
         due: list[Message] = []
         later: list[Message] = []
@@ -112,11 +113,11 @@ class Lane(Thread):
         return due
 
     def _add_arrived(self, batch: list[Message]) -> None:
-        """Add arrived messages to the batch, or hold them if an earlier message of their resource is held.
+        """Add the messages in the inbox to the batch, or hold them if an earlier message of their resource is held.
 
-        If the batch is empty, wait for a message to arrive or to become due.
+        If the batch is empty, wait until a message arrives or a held message becomes due.
         """
-        due_at = {message.key: message.due_at for message in reversed(self._held)}  # of the first one per resource
+        due_at = {message.key: message.due_at for message in reversed(self._held)}  # of the resource's first message
         wait = max(min(due_at.values()) - time.monotonic(), 0.0) if due_at else None
         try:
             message = self._inbox.get_nowait() if batch else self._inbox.get(timeout=wait)
@@ -135,7 +136,7 @@ class Lane(Thread):
             return
 
     def _process(self, batch: Sequence[Message]) -> None:
-        """Take a batch through the pipeline. Hold the messages to retry, and return those held too long."""
+        """Process a batch in the pipeline. Hold the messages to retry, and nack those that were held too long."""
         unsettled = self._pipeline.process(batch)
         self._in_flight.remove([message for message in batch if message not in unsettled])
         now = time.monotonic()
@@ -150,12 +151,12 @@ class Lane(Thread):
         self._hold(unsettled, now)
 
     def _is_hold_expired(self, message: Message, now: float) -> bool:
-        """Return whether a message was held too long. A parked message has no time limit."""
+        """Return whether a message was held too long. Parked messages have no time limit."""
         is_on_hold = message.outcome is not None and message.outcome.disposition is Disposition.HOLD
         return is_on_hold and now - message.failed_at >= self._hold_seconds
 
     def _hold(self, messages: Sequence[Message], now: float) -> None:
-        """Hold messages until their next retry, and report those that are parked."""
+        """Hold messages until their next retry. Report the cause for each parked message."""
         refusals = []
         for message in messages:
             cause = message.outcome.cause if message.outcome else None
@@ -169,7 +170,7 @@ class Lane(Thread):
                 message.due_at = min(now + wait, last_retry_at)
         self._held = [*messages, *self._held]
         self._in_flight.hold(messages)
-        for refusal in refusals:  # after `hold`, which lets the runner see that the worker is parked
+        for refusal in refusals:  # after `hold`, because the runner then sees that the worker is parked
             self._callbacks.report_refusal(refusal)
 
 

@@ -1,4 +1,4 @@
-"""The receive loop: it pulls messages, gives them to lanes, extends leases, parks and shuts down."""
+"""The runner: pulls messages, distributes them to lanes, extends leases, parks, and shuts down."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ if TYPE_CHECKING:
     from worker.settings import Settings
     from worker.telemetry.message_log import Telemetry
 
-RECEIVE_WAIT = 1.0  # seconds; an idle loop notices within this time that it must stop
-DRAIN_WAIT = 0.05  # seconds; `once` notices within this time that the lanes are done
-IDLE_TIMEOUT = 10.0  # idle seconds after which `once` treats the queue as empty, if it cannot report its backlog
-STALL_TIMEOUT = 60.0  # seconds without an iteration after which the loop counts as dead
-LANE_GROUPS = ("events", "profiles", "catalog")  # separate lanes, so that bulk jobs of one never delay another
-_GROUP_OF_RESOURCE = {"customer": 1, "category": 2, "product": 2, "inventory-entry": 2}  # index; 0: all others
+RECEIVE_WAIT = 1.0  # seconds; a waiting receive loop notices within this time that it must stop
+DRAIN_WAIT = 0.05  # seconds; with `once`, the receive loop notices within this time that the lanes are done
+IDLE_TIMEOUT = 10.0  # seconds without messages after which `once` treats a queue that reports no backlog as empty
+STALL_TIMEOUT = 60.0  # seconds without an iteration after which the receive loop counts as stalled
+LANE_GROUPS = ("events", "profiles", "catalog")  # separate lanes, because bulk jobs must not delay events
+_GROUP_OF_RESOURCE = {"customer": 1, "category": 2, "product": 2, "inventory-entry": 2}  # all others: 0
 _INTERRUPTED = Failure("in progress when the worker stopped", "send", "Interrupted")
 
 
 class ShutdownTimeoutError(Exception):
-    """The grace period ended before all messages in flight were processed; the others were returned to the queue."""
+    """The grace period ended before all messages in flight were processed. The rest was returned to the queue."""
 
 
 class Runner:
-    """The engine of a worker: it pulls messages and distributes them to lanes, each resource always to the same one.
+    """The engine of a worker. It pulls messages and distributes them to lanes. A resource always has the same lane.
 
-    At most `max_in_flight` messages and `max_in_flight_bytes` bytes are in flight. While the worker is parked, it
-    pulls nothing. While all messages are held because of an outage, it pulls a single message every MAX_BACKOFF
-    seconds: if that message can be processed, only the held ones cannot.
+    At most `max_in_flight` messages are in flight. Pulling pauses while their size exceeds `max_in_flight_bytes`, and
+    while the worker is parked. While all messages are held because of an outage, the runner pulls only one message
+    every MAX_BACKOFF seconds. If that message can be processed, the outage affects only the held messages, and the
+    runner pulls normally again.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Runner:
         self._settings = settings
         self._telemetry = telemetry
         self._stopping = stopping
-        self._abort = Event()  # do not wait for the messages in progress any longer
+        self._abort = Event()  # set to stop without waiting for the messages in progress
         self._pulling_ended = Event()
         self._once = False
         self._fatal: Exception | None = None
@@ -61,30 +62,30 @@ class Runner:
         callbacks = LaneCallbacks(self._return_unprocessed, self._fail, self._on_refusal)
         self._lanes = [Lane(pipeline, self._in_flight, settings, stopping, callbacks) for _ in range(settings.threads)]
         self._queue_refusal = ""  # why the queue refuses this worker
-        self._refused_at = 0.0  # monotonic seconds, as in the next lines
-        self._pulled_at = 0.0
+        self._refused_at = 0.0  # monotonic seconds
+        self._pulled_at = 0.0  # monotonic seconds
         self._heartbeat = time.monotonic()
         self._has_received = False
         self._parked = ConditionLog("parked", "unparked", logging.ERROR)
         self._paused = ConditionLog("pulling_paused", "pulling_resumed", logging.WARNING)
 
     def stop(self) -> None:
-        """Stop pulling and finish the messages in progress. A second call stops without waiting for them."""
+        """Stop pulling and finish the messages in progress. If called again, do not wait for these messages."""
         if self._stopping.is_set():
             self._abort.set()
         self._stopping.set()
         self._in_flight.wake()
 
     def has_received(self) -> bool:
-        """Return whether the queue has answered at least once, even with no messages or a refusal."""
+        """Return whether the queue has answered at least once: with messages, without messages or with a refusal."""
         return self._has_received
 
     def is_alive(self) -> bool:
-        """Return whether the receive loop runs, or ended in order."""
+        """Return whether the receive loop is not stalled. True after it has ended."""
         return self._pulling_ended.is_set() or time.monotonic() - self._heartbeat < STALL_TIMEOUT
 
     def is_stopping(self) -> bool:
-        """Return whether pulling ends or has ended."""
+        """Return whether the worker is stopping or has stopped."""
         return self._stopping.is_set()
 
     def in_flight(self) -> int:
@@ -96,11 +97,11 @@ class Runner:
         return self._in_flight.held
 
     def oldest_age(self) -> float | None:
-        """Return the age of the oldest message in flight; see InFlight."""
+        """Return the number of seconds since the oldest message in flight was published: 0 without messages."""
         return self._in_flight.oldest_age()
 
     def batch_sizes(self) -> dict[str, list[int]]:
-        """Return the number of messages in the current batch of each lane, by group; 0 if the lane is idle."""
+        """Return the number of messages in the current batch of each lane, by lane group; 0 if the lane is idle."""
         number = self._settings.lanes
         return {
             name: [lane.batch_size for lane in self._lanes[group * number : (group + 1) * number]]
@@ -112,10 +113,11 @@ class Runner:
         return self._queue_refusal or self._in_flight.parked_reason()
 
     def run(self, *, once: bool = False, max_wait: float = 600.0) -> str:
-        """Run until `stop`, or with `once` until the queue is empty. Return why `once` left messages; "" if none.
+        """Run until `stop` is called, or with `once` until the queue is empty.
 
-        `max_wait`: seconds that `once` waits in total for held and delayed messages. Raises QueueError,
-        ShutdownTimeoutError and, with `once`, Misconfigured.
+        Return why `once` left messages in the queue; "" if it left none. `max_wait` is the total number of seconds
+        that `once` waits for held and delayed messages. Raises QueueError, ShutdownTimeoutError and, with `once`,
+        Misconfigured.
         """
         self._once = once
         lease_extender = Thread(target=self._extend_leases, daemon=True)
@@ -123,11 +125,11 @@ class Runner:
             thread.start()
         try:
             self._pull(max_wait)
-        except Exception as error:  # noqa: BLE001 - on any error, return the messages in flight first
+        except Exception as error:  # noqa: BLE001 - the messages in flight must be returned before `run` raises
             self._fail(error)
         self._finish()
         lease_extender.join()
-        unfinished = self._close()
+        unfinished = self._close_queue()
         if self._fatal is not None:
             raise self._fatal
         if unfinished:
@@ -135,21 +137,21 @@ class Runner:
         return self._left_reason
 
     def _pull(self, max_wait: float) -> None:
-        waited = 0.0  # seconds without a message to process, in total
-        idle = 0.0  # seconds without a message in flight, since the last one
+        waited_s = 0.0  # total time in which no message could be processed
+        idle_s = 0.0  # time since a message was last in flight
         while not self._stopping.is_set():
             self._heartbeat = time.monotonic()
             self._log_conditions()
-            if self._once and self._is_done(idle, waited, max_wait):
+            if self._once and self._is_done(idle_s, waited_s, max_wait):
                 return
             started_at = time.monotonic()
-            was_idle = self._in_flight.has_only_held
+            had_only_held = self._in_flight.has_only_held
             deliveries = self._receive()
             self._has_received = True
             self._telemetry.record_received(len(deliveries))
-            seconds = time.monotonic() - started_at if was_idle and not deliveries else 0.0
-            waited += seconds
-            idle = 0.0 if deliveries or self._in_flight else idle + seconds
+            seconds = time.monotonic() - started_at if had_only_held and not deliveries else 0.0
+            waited_s += seconds
+            idle_s = 0.0 if deliveries or self._in_flight else idle_s + seconds
             for delivery in deliveries:
                 self._dispatch(self._pipeline.parse(delivery))
         if self._once:
@@ -162,31 +164,31 @@ class Runner:
         is_paused = self._in_flight.is_blocked
         self._paused.log("all messages in flight are held because of an outage" if is_paused else "", **fields)
 
-    def _is_done(self, idle: float, waited: float, max_wait: float) -> bool:
-        """Return whether `once` ends: no message can be processed, and none is worth waiting for."""
+    def _is_done(self, idle_s: float, waited_s: float, max_wait: float) -> bool:
+        """Return whether `once` ends: no message can be processed now, and none is left or `max_wait` is over."""
         if not self._in_flight.has_only_held:
             return False
         remaining = len(self._in_flight) or self._queue.backlog()
         if remaining is None:
-            return self._was_idle_long_enough(idle)
-        return remaining == 0 or self._has_waited_long_enough(waited, max_wait, remaining)
+            return self._is_queue_empty(idle_s)
+        return remaining == 0 or self._is_wait_over(waited_s, max_wait, remaining)
 
-    def _was_idle_long_enough(self, idle: float) -> bool:
-        """Return whether a queue that cannot report its backlog counts as empty. Raises QueueError if unreachable."""
-        if idle < IDLE_TIMEOUT:
+    def _is_queue_empty(self, idle_s: float) -> bool:
+        """Return whether a queue that reports no backlog counts as empty. Raises QueueError if it is unreachable."""
+        if idle_s < IDLE_TIMEOUT:
             return False
         self._queue.check()
         return True
 
-    def _has_waited_long_enough(self, waited: float, max_wait: float, remaining: int) -> bool:
-        if waited < max_wait:
+    def _is_wait_over(self, waited_s: float, max_wait: float, remaining: int) -> bool:
+        if waited_s < max_wait:
             return False
-        log.warning("wait_timed_out", extra={"waiting": remaining, "waited_s": round(waited)})
+        log.warning("wait_timed_out", extra={"waiting": remaining, "waited_s": round(waited_s)})
         self._left_reason = f"{remaining} messages are left after waiting {max_wait:g} s"
         return True
 
     def _receive(self) -> Sequence[Delivery]:
-        """Receive as many messages as there is capacity for. If there is none, wait briefly and return []."""
+        """Receive as many messages as there is capacity for. Without capacity, wait briefly and return ()."""
         capacity = self._wait_for_capacity()
         if capacity <= 0:
             return ()
@@ -199,13 +201,14 @@ class Runner:
             self._queue_refusal = str(error)
             self._refused_at = time.monotonic()
             return ()
-        # A stream reports a refusal only a moment after it was opened: no messages at first proves nothing.
+        # A new stream reports a refusal only after a moment. No messages and no error do not mean that access is
+        # granted, until a second retry has passed without a refusal.
         if deliveries or time.monotonic() > self._refused_at + 2 * self._settings.park_retry_interval:
             self._queue_refusal = ""
         return deliveries
 
     def _wait_for_capacity(self) -> int:
-        """Return how many messages can be received now. If none, wait briefly first."""
+        """Return how many messages can be received now. If there is no capacity, first wait briefly for it."""
         now = time.monotonic()
         is_refused = self._queue_refusal and now < self._refused_at + self._settings.park_retry_interval
         is_blocked = self._in_flight.is_blocked
@@ -225,12 +228,12 @@ class Runner:
         self._lanes[group * number + hash(message.key) % number].put(message)
 
     def _return_unprocessed(self, messages: Sequence[Message]) -> None:
-        """Return messages to the queue once pulling has ended, so that this worker cannot receive them again.
+        """Give messages back to the queue after pulling has ended.
 
-        A lane can still be processing them, so the messages themselves are not changed. If the events of a message
-        may have been sent, the return counts as a delivery attempt: the next delivery must not treat them as new.
+        A lane can still be processing the messages, so they are not changed. If the events of a message are possibly
+        sent, the nack counts as a failed attempt: the next delivery must not count as the first one.
         """
-        self._pulling_ended.wait()
+        self._pulling_ended.wait()  # otherwise this worker could receive the messages again
         untouched = [message.delivery for message in messages if not message.events_possibly_sent]
         interrupted = [message.delivery for message in messages if message.events_possibly_sent]
         self._queue.nack(untouched)
@@ -240,7 +243,7 @@ class Runner:
         self._in_flight.remove(messages)
 
     def _fail(self, error: Exception) -> None:
-        """Stop with an error. If there are several, `run` raises the first."""
+        """Stop the worker because of an error. `run` raises the first error."""
         self._fatal = self._fatal or error
         self._stopping.set()
 
@@ -250,13 +253,13 @@ class Runner:
             self._fail(error)
 
     def _extend_leases(self) -> None:
-        """Extend the leases of all messages in flight when a third of the lease has passed."""
+        """Extend the leases of all messages in flight whenever a third of the lease time has passed."""
         while (lease := self._queue.lease_seconds) is not None and not self._abort.wait(lease / 3):
             messages = self._in_flight.messages()
             started_at = time.monotonic()
             try:
                 self._queue.extend([message.delivery for message in messages], lease)
-            except Exception as error:  # noqa: BLE001 - if this thread ended, every message would be redelivered
+            except Exception as error:  # noqa: BLE001 - if this thread ended, all leases would expire
                 reason = str(error) if isinstance(error, QueueError) else f"unexpected {type(error).__name__}"
                 log.warning("lease_extension_failed", extra={"reason": reason})
             else:
@@ -264,17 +267,17 @@ class Runner:
                     message.lease.extend(started_at, lease)
 
     def _finish(self) -> None:
-        """Return the messages that no lane has started, and let the lanes end within the grace period."""
+        """Give back the messages that no lane has started. Let the lanes end within the grace period."""
         deadline = time.monotonic() + self._settings.shutdown_grace_period
         try:
             self._queue.stop()
-        except Exception as error:  # noqa: BLE001 - on any error, return the messages in flight first
+        except Exception as error:  # noqa: BLE001 - the messages in flight must be returned before `run` raises
             self._fail(error)
         self._pulling_ended.set()
         try:
             if self._stopping.is_set():
                 self._return_unprocessed([message for lane in self._lanes for message in lane.drain_inbox()])
-        except Exception as error:  # noqa: BLE001 - on any error, let the lanes end first
+        except Exception as error:  # noqa: BLE001 - the lanes must end before `run` raises
             self._fail(error)
         for lane in self._lanes:
             lane.end()
@@ -282,10 +285,10 @@ class Runner:
             if self._stopping.is_set() and time.monotonic() > deadline:
                 break
             self._abort.wait(0.02)
-        self._abort.set()  # also ends the extension of leases
+        self._abort.set()  # this also ends the thread that extends leases
 
-    def _close(self) -> int:
-        """Return the unfinished messages to the queue, close it, and return their number."""
+    def _close_queue(self) -> int:
+        """Give the unfinished messages back to the queue and close it. Return the number of these messages."""
         unfinished = self._in_flight.messages()
         try:
             if unfinished:
