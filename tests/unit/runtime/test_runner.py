@@ -42,7 +42,7 @@ class Pipeline:
         self.batches: list[tuple[int, list[bytes]]] = []
         self.nacked: list[tuple[bytes, float]] = []  # with the delay
 
-    def accept(self, delivery: Delivery) -> Message:
+    def parse(self, delivery: Delivery) -> Message:
         resource = delivery.body.decode().partition(":")[0]
         lease = Lease(time.monotonic() + (self._queue.lease_seconds or 0.0))
         return Message(delivery, time.monotonic(), Notification("T", resource, resource, None, {}), lease=lease)
