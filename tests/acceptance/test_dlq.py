@@ -146,7 +146,7 @@ def test_failed_canary_ends_the_replay(dlq: Dlq, path: Path, sandbox: Sandbox) -
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert error == (
         "Error: the first dead letter failed again, so the others were not tried: "
-        f"{ids[0]} OrderCreated order order-1: Klaviyo answered 400 to POST /api/events: invalid Invalid input. "
+        f"{ids[0]} OrderCreated order order-1: Klaviyo answered 400 to POST /api/events: Invalid input (invalid). "
         "Fix the cause, select others with --type, --reason or MESSAGE_ID, or try all with --no-canary"
     )
     assert calls(sandbox) == EVENTS_EACH

@@ -1,1 +1,1 @@
-"""The commercetools client. queries.py lists the queries, client.py sends them."""
+"""The commercetools client. queries.py defines the queries, and client.py sends them."""

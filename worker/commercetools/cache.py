@@ -1,4 +1,4 @@
-"""A cache of catalog data and discount codes."""
+"""A cache for catalog data and discount codes of commercetools."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 MAX_ENTRIES = 20_000
 _CACHED = (queries.PRODUCT_CATEGORIES, queries.CATEGORY_NAMES, queries.DISCOUNT_CODES)
-# The cached query that a result of a query updates: also that of the same query for whole resources.
+# query -> the cached query that its results update. A query for whole resources updates the cached one, too.
 _CACHED_BY_QUERY = {query: cached for cached in _CACHED for query in (cached, replace(cached, cached_fields=()))}
 
 Key = tuple[queries.Query, str]
 
 
 class CachedReader:
-    """A Reader that keeps the `cached_fields` of queries for `ttl` seconds. Safe for many threads.
+    """A Reader that caches the `cached_fields` of resources for `ttl` seconds. Safe for many threads.
 
     If several threads miss the same value, one of them reads it and the others wait for its result.
     """
@@ -37,7 +37,7 @@ class CachedReader:
         self._lock = Lock()
 
     def find(self, query: queries.Query, values: Collection[str]) -> queries.QueryResult:
-        """Find the resources, from the cache if the query has `cached_fields`."""
+        """Find the resources. Use the cache if the query has `cached_fields`."""
         if not query.cached_fields:
             return self._read(query, values)
         with self._lock:
@@ -57,7 +57,7 @@ class CachedReader:
     def _read_for_all(
         self, query: queries.Query, values: list[str], future: Future[queries.QueryResult]
     ) -> queries.QueryResult:
-        """Read for this thread and for those that wait for `future`."""
+        """Read the resources for this thread and for the threads that wait for `future`."""
         try:
             result = self._read(query, values)
             future.set_result(result)

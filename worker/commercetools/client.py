@@ -1,6 +1,6 @@
 """The commercetools client: raw JSON with chunked `id in (...)` queries.
 
-The SDK only fetches the token. Its typed models cost much CPU and fail on values that are newer than the SDK:
+The SDK is used only to fetch the token. Its typed models cost much CPU and fail on values that are newer than the SDK:
 docs/decisions/0002-raw-json-over-sdk-models.md.
 """
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from worker.model import Json
     from worker.settings import CommercetoolsSettings
 
-PAGE_SIZE = 500  # the maximum of commercetools
-MAX_WHERE_BYTES = 6_000  # percent-encoded; keeps the URI below the limit of 8 KB of commercetools' load balancers
+PAGE_SIZE = 500  # the maximum that commercetools allows
+MAX_WHERE_BYTES = 6_000  # percent-encoded; commercetools' load balancers accept URIs of up to 8 KB
 _MISCONFIGURED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND})
 
 
@@ -45,7 +45,7 @@ class Commercetools:
         self._transport = http.Transport(http.pool(self._url, settings.threads), settings, observe)
 
     def find(self, query: Query, values: Collection[str]) -> QueryResult:
-        """Find the resources with chunked queries. A failed chunk fails only its own values."""
+        """Find the resources with chunked queries. If a query fails, only the values in its chunk have an error."""
         found: QueryResult = {}
         for chunk in _chunks(sorted(values), query):
             found |= self._find_chunk(query, chunk)
@@ -56,9 +56,10 @@ class Commercetools:
         return self._breakers.outage_reason()
 
     def call(self, endpoint: str, method: str, path: str = "", body: Json | None = None) -> http.Response:
-        """Call `endpoint` + `path` and return the response. Only a GET with an unknown result is repeated.
+        """Send a request to `endpoint` + `path` and return the response. A response with status 4xx is returned, too.
 
-        Raises Transient, and CommercetoolsMisconfigured if the token is refused. A response of 4xx is returned.
+        If the result is unknown, only a GET request is repeated. Raises Transient, and CommercetoolsMisconfigured if
+        commercetools refuses a token.
         """
         breaker = self._breakers[endpoint]
         content = None if body is None else orjson.dumps(body)
@@ -66,11 +67,11 @@ class Commercetools:
         return request(self._request_with_token, endpoint, method, f"{self._url}/{endpoint}{path}", content)
 
     def get_public(self, endpoint: str, path: str) -> http.Response:
-        """Return the response, with any status, to one request without a token. Raises Transient."""
+        """Send one request without a token and return the response with any status. Raises Transient."""
         return self._request(endpoint, "GET", f"{self._url}/{endpoint}{path}")
 
     def _find_chunk(self, query: Query, chunk: list[str]) -> QueryResult:
-        """Query one chunk. If commercetools rejects it (400), halve it until the invalid value is alone."""
+        """Query one chunk. If commercetools rejects the query (400), halve the chunk to isolate the invalid value."""
         try:
             return group_by_value(query, chunk, self._all_pages(query, chunk))
         except Rejected as error:
@@ -82,7 +83,7 @@ class Commercetools:
             return dict.fromkeys(chunk, error)
 
     def page(self, query: Query, where: str = "", after: str = "") -> list[Json]:
-        """Return the first PAGE_SIZE resources, ordered by id, with an id after `after`. Raises WorkerError."""
+        """Return the first PAGE_SIZE resources with ids greater than `after`, in order of id. Raises WorkerError."""
         parameters = f"limit={PAGE_SIZE}&sort=id%20asc&withTotal=false"
         document = self._breakers[query.path](self._get, query, where, after, parameters)
         return as_dicts(document["results"])
@@ -92,7 +93,11 @@ class Commercetools:
         return as_int(self._breakers[query.path](self._get, query, where, after, "limit=0").get("total")) or 0
 
     def _all_pages(self, query: Query, chunk: list[str]) -> list[Json]:
-        """Return all pages, read by id: offsets are limited, and skip resources during concurrent writes."""
+        """Return the resources of all pages.
+
+        Each page starts after the last id. Offsets are not used: they are limited, and they skip resources during
+        concurrent writes.
+        """
         results: list[Json] = []
         after = ""
         while True:
@@ -109,14 +114,14 @@ class Commercetools:
         parameters += "".join(f"&expand={quote(path)}" for path in query.expand)
         response = self._request_with_token(query.path, "GET", f"{self._url}/{query.path}?{parameters}")
         document = as_dict(_decode(response, query.path))
-        if not isinstance(document.get("results"), list):  # unlike an empty list, this does not mean "none found"
+        if not isinstance(document.get("results"), list):  # this must not be taken for an empty list
             raise Transient(f"commercetools answered for {query.path} without results")
         return document
 
     def _request_with_token(self, endpoint: str, method: str, url: str, body: bytes | None = None) -> http.Response:
         token = self._token.get()
         response = self._request(endpoint, method, url, body, token)
-        if response.status == HTTPStatus.UNAUTHORIZED:  # revoked before its expiry
+        if response.status == HTTPStatus.UNAUTHORIZED:  # the token was revoked before its expiry
             response = self._request(endpoint, method, url, body, self._token.replace(token))
         http.raise_for_transient(response)
         return response
@@ -133,7 +138,7 @@ class Commercetools:
 
 
 def _decode(response: http.Response, path: str) -> Any:
-    """Return the decoded body of a 200. Raises the error for any other status."""
+    """Return the decoded body of a response with status 200. Raises an error for any other status."""
     if response.status == HTTPStatus.OK:
         return response.json()
     error = next(iter(as_dicts(as_dict(response.json()).get("errors"))), {})
@@ -151,12 +156,12 @@ def _quoted(value: str) -> str:
 
 
 def _where(query: Query, values: list[str]) -> str:
-    # not str.format: a value can contain braces
+    # str.format is not used, because a value can contain braces.
     joined = ",".join(map(_quoted, values))
     return query.predicate.replace("{0}", "{}").replace("{}", joined)
 
 
 def _chunks(values: list[str], query: Query) -> Iterator[list[str]]:
-    """Split values so that the encoded predicate of each query stays below MAX_WHERE_BYTES."""
+    """Split values so that the values in each query's predicate take at most MAX_WHERE_BYTES when encoded."""
     repeats = query.predicate.count("{")
     return chunked(values, lambda value: repeats * len(quote(f",{_quoted(value)}")), MAX_WHERE_BYTES, math.inf)

@@ -19,10 +19,10 @@ QueryResult = dict[str, "list[Json] | WorkerError"]
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A query that finds the resources for many values at once.
+    """A query that finds the resources for many values together.
 
     `predicate` is a template for the comma-separated, quoted values. `keys_of` returns the values that a resource
-    matches. `cached_fields` are the fields that a CachedReader keeps; without any, it always reads the resource.
+    matches. `cached_fields` are the fields that a CachedReader caches. If there are none, it caches nothing.
     """
 
     path: str
@@ -69,13 +69,10 @@ DISCOUNT_CODES = Query("discount-codes", "id in ({})", _id, cached_fields=("id",
 
 
 class Reader(Protocol):
-    """Reads resources of commercetools."""
+    """A reader of commercetools resources."""
 
     def find(self, query: Query, values: Collection[str]) -> QueryResult:
-        """Return the resources for each value ([] if there are none), or the error that prevented reading them.
-
-        An error of a single value is returned, not raised.
-        """
+        """Return for each value its resources ([] if there are none), or the error that prevented reading them."""
 
 
 class InMemoryReader:
@@ -85,12 +82,12 @@ class InMemoryReader:
         self._resources = resources
 
     def find(self, query: Query, values: Collection[str]) -> QueryResult:
-        """Return the given resources that match."""
+        """Return the given resources that match the query."""
         return group_by_value(query, values, as_dicts(self._resources.get(query.path)))
 
 
 def group_by_value(query: Query, values: Collection[str], resources: list[Json]) -> QueryResult:
-    """Return the resources for each value."""
+    """Return for each value the resources that match it."""
     by_value: dict[str, list[Json]] = defaultdict(list)
     for resource in resources:
         for value in query.keys_of(resource):

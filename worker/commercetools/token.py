@@ -1,4 +1,4 @@
-"""The access token of commercetools."""
+"""The access token for commercetools."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from worker.json_access import as_text
 if TYPE_CHECKING:
     from worker.settings import CommercetoolsSettings
 
-TOKEN_MARGIN = 300.0  # seconds before its expiry at which a token is replaced
+TOKEN_MARGIN = 300.0  # seconds; a token is replaced this long before it expires
 _ENDPOINT = "oauth/token"
 
 
 class AccessToken:
-    """An access token for many threads: one thread fetches it while the others wait."""
+    """An access token that many threads share. One thread fetches it while the others wait."""
 
     def __init__(self, settings: CommercetoolsSettings, observe: http.Observe) -> None:
         self._settings = settings
@@ -39,10 +39,10 @@ class AccessToken:
                 self._fetch()
             return self._value
 
-    def replace(self, rejected: str) -> str:
-        """Return a token other than `rejected`, which another thread can have replaced already. Raises as get does."""
+    def replace(self, refused: str) -> str:
+        """Return a token other than `refused`. Raises as `get` does."""
         with self._lock:
-            if self._value == rejected:
+            if self._value == refused:  # otherwise another thread has already replaced it
                 self._fetch()
             return self._value
 
@@ -75,14 +75,15 @@ class AccessToken:
                 url,
                 client_id=client.client_id,
                 client_secret=client.secret.get_secret_value(),
-                # Not given to the session, which would refuse a token with fewer scopes. None: all of the API client.
+                # The scopes are not given to the session, which would raise an error for a token with fewer scopes.
+                # None requests all scopes of the API client.
                 scope=self._settings.ct_scope.split() or None,
                 timeout=(self._settings.connect_timeout, self._settings.read_timeout),
             )
             return token
 
     def _check_response(self, response: requests.Response) -> requests.Response:
-        """Raise Transient if the server could not decide. Leave its decisions to oauthlib."""
+        """Raise Transient for a transient status. oauthlib handles all other responses."""
         status = response.status_code
         self._observe(_ENDPOINT, status, response.elapsed.total_seconds())
         if http.is_transient(status):
@@ -91,10 +92,10 @@ class AccessToken:
 
 
 class _PlainHTTPAdapter(HTTPAdapter):
-    """Sends requests for https:// URLs over http://.
+    """A transport for the requests library that sends requests for https:// URLs over http://.
 
-    oauthlib accepts http:// only if an environment variable allows it for the whole process. The settings accept it
-    for loopback addresses.
+    The settings accept http:// URLs with loopback addresses. oauthlib accepts them only if an environment variable
+    allows http:// for the whole process.
     """
 
     def send(self, request: requests.PreparedRequest, *arguments: Any, **options: Any) -> requests.Response:

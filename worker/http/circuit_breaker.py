@@ -1,6 +1,6 @@
 """A circuit breaker per endpoint: retries with backoff, and an open circuit during outages.
 
-docs/decisions/0012-hold-and-circuit-breakers.md describes why.
+A call is a request with its retries. docs/decisions/0012-hold-and-circuit-breakers.md has the reasons.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from worker.settings import CommercetoolsSettings
 
 FAILURE_THRESHOLD = 5  # consecutive failed calls that open a circuit
-THROTTLE_TIMEOUT = 60.0  # seconds that a throttled call is retried: Klaviyo's longest window
-PROBE_WAIT = 1.0  # seconds; minimum retry delay of calls that are rejected while a probe is running
+THROTTLE_TIMEOUT = 60.0  # seconds during which a throttled request is retried: Klaviyo's longest window
+PROBE_WAIT = 1.0  # seconds; minimum delay until the retry of a call that failed because a probe was running
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class CircuitBreakers:
-    """The circuit breakers of one service, by endpoint: one endpoint can fail while others work."""
+    """The circuit breakers of one service, by endpoint, because one endpoint can fail while others work."""
 
     def __init__(self, service: str, settings: CommercetoolsSettings, stopping: Event) -> None:
         self._service = service
@@ -41,7 +41,7 @@ class CircuitBreakers:
         self._breakers: dict[str, CircuitBreaker] = {}
 
     def __getitem__(self, endpoint: str) -> CircuitBreaker:
-        """Return the circuit breaker of an endpoint. An endpoint must not contain ids: breakers are never removed."""
+        """Return the circuit breaker of an endpoint. `endpoint` must not contain ids: breakers are never removed."""
         if breaker := self._breakers.get(endpoint):
             return breaker
         breaker = CircuitBreaker({"service": self._service, "endpoint": endpoint}, self._settings, self._stopping)
@@ -55,24 +55,25 @@ class CircuitBreakers:
 class CircuitState(Enum):
     """The state of a circuit."""
 
-    CLOSED = "closed"  # calls are sent
-    OPEN = "open"  # calls fail without a request; the first one after the backoff becomes the probe
+    CLOSED = "closed"  # calls send requests
+    OPEN = "open"  # calls fail without a request; the first call after the backoff becomes the probe
     HALF_OPEN = "half_open"  # the probe is running; all other calls fail without a request
 
 
-_NO_CAUSE = Transient("")  # of a closed circuit
+_NO_CAUSE = Transient("")  # the cause while the circuit is closed
 
 
 class CircuitBreaker:
-    """Retries the calls to one endpoint, and stops calling it during an outage.
+    """Retries the requests to one endpoint, and stops sending them during an outage.
 
-    A call that raises Transient is retried for about `retry_timeout`, after random delays of up to 0.2 s at first and
-    up to 5 s later. Retry-After is obeyed. A call that raises Throttled is retried for up to THROTTLE_TIMEOUT.
+    A request that raises Transient is retried for up to `retry_timeout`. A request that raises Throttled is retried
+    for up to THROTTLE_TIMEOUT. The delay before a retry is random, at first up to 0.2 s and later up to 5 s. It is
+    never shorter than Retry-After.
 
-    After FAILURE_THRESHOLD failed calls in a row the circuit opens: calls raise CircuitOpen without a request. After a
-    backoff, one call is let through as a probe, without retries. The probe closes the circuit if it succeeds. If it
-    fails, the circuit opens again with a longer backoff. Misconfigured opens the circuit immediately, for
-    `park_retry_interval`.
+    After FAILURE_THRESHOLD consecutive failed calls the circuit opens: calls raise CircuitOpen without a request.
+    After a backoff, one call becomes the probe. It sends a request without retries. If the probe succeeds, the circuit
+    closes. If it fails, the circuit opens again with a longer backoff. Misconfigured opens the circuit immediately,
+    for `park_retry_interval`.
     """
 
     def __init__(self, labels: Mapping[str, str], settings: CommercetoolsSettings, stopping: Event) -> None:
@@ -97,11 +98,14 @@ class CircuitBreaker:
         self._only_throttled = self._retrying.copy(retry=tenacity.retry_if_exception_type(Throttled))
 
     def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function` with retries. Raises its last error, or CircuitOpen or Misconfigured without calling it."""
+        """Call `function` with retries. Raises its last error.
+
+        If the circuit is open, raises CircuitOpen or Misconfigured without calling `function`.
+        """
         return self._guarded(self._only_throttled if self._failures else self._retrying, function, *args, **kwargs)
 
     def call_once(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function`, and retry it only if it was throttled: then it had no effect. Raises as a call does."""
+        """Call `function`. Retry it only if it was throttled, and so had no effect. Raises as `__call__` does."""
         return self._guarded(self._only_throttled, function, *args, **kwargs)
 
     def _guarded(self, retrying: tenacity.Retrying, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -123,7 +127,7 @@ class CircuitBreaker:
     def outage_reason(self) -> str:
         """Return why the circuit is open, or "" if the endpoint has no outage.
 
-        An outage counts as over if no call has probed the endpoint for twice the longest backoff.
+        If no call has probed the endpoint for 2 * MAX_BACKOFF seconds after the backoff, the outage counts as over.
         """
         with self._lock:
             if self._state is CircuitState.CLOSED or isinstance(self._cause, Misconfigured):
@@ -131,7 +135,7 @@ class CircuitBreaker:
             return str(self._cause) if time.monotonic() < self._open_until + 2 * MAX_BACKOFF else ""
 
     def _before_call(self) -> bool:
-        """Return whether the call is the probe. Raises CircuitOpen or Misconfigured if the call must not be sent."""
+        """Return whether the call is the probe. Raises CircuitOpen or Misconfigured if it must not send a request."""
         now = time.monotonic()
         with self._lock:
             if self._state is CircuitState.CLOSED:
@@ -148,7 +152,7 @@ class CircuitBreaker:
             self._close()
 
     def _on_failure(self, error: Transient | Misconfigured, is_probe: bool) -> Transient | Misconfigured:
-        """Count a failed call and return the error to raise: a CircuitOpen if the circuit is open now."""
+        """Count a failed call and return the error to raise: CircuitOpen, not Transient, if the circuit is open."""
         with self._lock:
             self._failures += 1
             is_closed = self._state is CircuitState.CLOSED
@@ -161,7 +165,7 @@ class CircuitBreaker:
             return _copy_of(error, seconds)
 
     def _abandon_probe(self) -> None:
-        """Let the next call probe: this one ended with an unexpected error, which says nothing about the service."""
+        """Let the next call be the probe. This probe ended with an unexpected error of the worker itself."""
         with self._lock:
             if self._state is CircuitState.HALF_OPEN:
                 self._state = CircuitState.OPEN
@@ -172,7 +176,7 @@ class CircuitBreaker:
         self._state = CircuitState.CLOSED
         self._failures = 0
         self._openings = 0
-        self._cause = _NO_CAUSE  # an error keeps its traceback alive
+        self._cause = _NO_CAUSE  # the previous cause would keep its traceback alive
         self._outage.log("", **self._labels)
 
     def _open(self, cause: Transient | Misconfigured, seconds: float) -> None:
@@ -188,20 +192,20 @@ class CircuitBreaker:
         self._probing_since = now
 
     def _open_seconds(self, cause: Transient | Misconfigured) -> float:
-        """Return how long the circuit must stay open."""
+        """Return the number of seconds during which the circuit must stay open."""
         if isinstance(cause, Misconfigured):
             return self._settings.park_retry_interval
         return max(cause.retry_after or 0.0, backoff(self._openings, max_backoff(self._settings.outage_hold)))
 
     def _stop(self, state: tenacity.RetryCallState) -> bool:
-        """Return whether to stop retrying: the next delay would exceed the timeout, or the worker stops."""
+        """Return whether to stop retrying, because the next retry would exceed the timeout or the worker stops."""
         error = state.outcome.exception() if state.outcome else None
         timeout = THROTTLE_TIMEOUT if isinstance(error, Throttled) else self._settings.retry_timeout
         return (state.seconds_since_start or 0.0) + state.upcoming_sleep >= timeout or self._stopping.is_set()
 
 
 def _copy_of(error: Transient | Misconfigured, seconds: float) -> Transient | Misconfigured:
-    """Return an equivalent error. One object raised in many threads would collect the tracebacks of all."""
+    """Return an equivalent error. If threads raised the same object, it would collect the tracebacks of all of them."""
     if isinstance(error, Misconfigured):
         return type(error)(error.reason, seconds, todo=error.todo, lacks_scope=error.lacks_scope)
     return CircuitOpen(str(error), seconds)

@@ -1,4 +1,7 @@
-"""HTTP requests for both clients: network errors and transient statuses are raised as Transient."""
+"""HTTP requests for the commercetools client and the Klaviyo client.
+
+Network errors and transient statuses are raised as Transient.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,17 @@ if TYPE_CHECKING:
     from worker.settings import CommercetoolsSettings
 
 MAX_RETRY_AFTER = 3600.0  # seconds
-BODY_TIMEOUT_FACTOR = 10  # read timeouts for a whole response; a read timeout applies between two packets
+BODY_TIMEOUT_FACTOR = 10  # a whole body can take this number of read timeouts; one applies between two packets
 CHUNK_SIZE = 65_536  # bytes
 _TRANSIENT = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 _RETRY = urllib3.Retry()
 _ID = re.compile(r"^(/api/[^/]+)/[^/]+")  # in Klaviyo's paths
 
-Observe = Callable[[str, int | None, float], None]  # endpoint, status (None: no response), seconds
+Observe = Callable[[str, int | None, float], None]  # called with endpoint, status (None: no response) and seconds
 
 
 def unobserved(endpoint: str, status: int | None, seconds: float) -> None:
-    """Observe nothing."""
+    """Ignore the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Response:
 
 
 def pool(url: str, size: int) -> urllib3.PoolManager:
-    """Return a connection pool for `size` threads that verifies TLS and uses the proxy of the environment."""
+    """Return a connection pool for `size` threads. It verifies TLS and uses the proxy that the environment names."""
     proxy = proxy_for(url)
     if proxy:
         return urllib3.ProxyManager(proxy, maxsize=size, cert_reqs="CERT_REQUIRED")
@@ -85,7 +88,7 @@ class Transport:
     def request(
         self, endpoint: str, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> Response:
-        """Send one request and return its response. Raises Transient if the response is missing or incomplete."""
+        """Send one request and return its response. Raises Transient if there is no complete response."""
         self._thread.requests_sent = self.requests_sent + 1
         start = time.monotonic()
         status = None
@@ -110,7 +113,7 @@ class Transport:
 
 
 def _read(response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
-    """Return the body. Raises TimeoutError at `deadline` (monotonic seconds): a slow sender must not block a lane."""
+    """Return the body. Raises TimeoutError after `deadline` (monotonic seconds): slow servers must not block a lane."""
     parts = []
     while part := response.read1(CHUNK_SIZE):
         parts.append(part)
@@ -121,7 +124,10 @@ def _read(response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
 
 
 def _target(method: str, url: str) -> str:
-    """Return method, host and path. A query can hold personal data, and an id would make each outage reason unique."""
+    """Return method, host and path, without query and ids.
+
+    A query can contain personal data. An id would make every reason of an outage unique.
+    """
     target = urlsplit(url)
     path = _ID.sub(r"\1/{id}", target.path)
     return f"{method} {target.netloc}{path}"
@@ -134,17 +140,17 @@ def raise_for_transient(response: Response) -> None:
         raise Throttled(f"{status} to {response.target}", retry_after(response.headers))
     if is_transient(status):
         raise Transient(f"{status} to {response.target}", retry_after(response.headers))
-    if status < HTTPStatus.MULTIPLE_CHOICES and response.body and response.json() is None:  # maintenance page or proxy
+    if status < HTTPStatus.MULTIPLE_CHOICES and response.body and response.json() is None:  # a page of a proxy
         raise Transient(f"{status} to {response.target} with a body that is not JSON")
 
 
 def is_transient(status: int) -> bool:
-    """Return whether the same request can succeed later. Proxies have their own 5xx statuses."""
+    """Return whether the same request can succeed later. Proxies use 5xx statuses of their own, so all 5xx count."""
     return status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _TRANSIENT
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the Retry-After header (a number or an HTTP date) in seconds, or None if it is missing or invalid."""
+    """Return the Retry-After header in seconds, or None if it is missing or invalid. It is a number or an HTTP date."""
     value = headers.get("Retry-After")
     if value is None:
         return None

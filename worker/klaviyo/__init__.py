@@ -1,1 +1,1 @@
-"""The Klaviyo client and its rate limits. Start with client.py."""
+"""The Klaviyo client and its rate limits. Read client.py first."""

@@ -1,7 +1,7 @@
 """The Klaviyo client: raw JSON over the connection pool of klaviyo-api.
 
-klaviyo-api provides the host, authentication and connection pool. Its models cost much CPU and drop attributes that
-they do not know: docs/decisions/0002-raw-json-over-sdk-models.md.
+klaviyo-api provides the host, the authentication and the connection pool. Its models are not used: they cost much CPU
+and drop attributes that they do not know (docs/decisions/0002-raw-json-over-sdk-models.md).
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ if TYPE_CHECKING:
     from worker.settings import Settings
     from worker.telemetry.state import RateLimitStatus
 
-REVISION = "2026-07-15"  # of the request bodies; the SDK has a newer one, which changes with each release
+REVISION = "2026-07-15"  # the API revision of the request bodies; the SDK's revision changes with each release
 MEDIA_TYPE = "application/vnd.api+json"
 Body = Json | bytes | Callable[[], bytes] | None
 _ID = re.compile(r"^(\w+ /api/[^/]+)/[^/]+")
 
 
 class KlaviyoClient(Protocol):
-    """The part of Klaviyo's HTTP API that the send stage uses. `Klaviyo` implements it, and fakes in tests."""
+    """The part of Klaviyo's HTTP API that the send stage uses. The class `Klaviyo` and fakes in tests implement it."""
 
     def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
-        """Call an endpoint with retries and return the decoded response. Raises WorkerError.
+        """Send a request with retries and return the decoded response. Raises WorkerError.
 
-        `body`: bytes are encoded JSON. A function is called before every request, after the rate limiter has
-        granted it. `idempotent` False: a request with an unknown result is not repeated.
+        `body` is a JSON object, encoded JSON, or a function that returns encoded JSON. The function is called before
+        every request, when the rate limiter has granted the request. If `idempotent` is False, a request with an
+        unknown result is not repeated.
         """
 
     def requests_sent(self) -> int:
@@ -74,10 +75,8 @@ class Klaviyo:
         }
 
     def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
-        """Call an endpoint with retries and return the decoded response.
+        """Send a request with retries and return the decoded response. See KlaviyoClient for the parameters.
 
-        `body`: bytes are encoded JSON. A function is called before every request, after the rate limiter has
-        granted it. `idempotent` False: a request with an unknown result is not repeated.
         Raises Transient, Rejected (with the status) or KlaviyoMisconfigured.
         """
         content = orjson.dumps(body) if isinstance(body, dict) else body
@@ -112,12 +111,15 @@ class Klaviyo:
 
 
 def endpoint_of(method: str, path: str) -> str:
-    """Return the endpoint that rate limits, breakers and metrics are kept for: `PATCH /api/catalog-items/{id}`."""
+    """Return the endpoint, like `PATCH /api/catalog-items/{id}`.
+
+    Each endpoint has its own rate limits, circuit breaker and metrics.
+    """
     return _ID.sub(r"\1/{id}", f"{method} {path.partition('?')[0]}")
 
 
 def _error_from(method: str, path: str, response: http.Response) -> Exception:
-    """Return the error for a response that is not a success. Klaviyo's `detail` can quote the record: it is omitted."""
+    """Return the error for an unsuccessful response. Klaviyo's `detail` is omitted, because it can quote the record."""
     document = response.json()
     error = next(iter(as_dicts(as_dict(document).get("errors"))), {})
     endpoint = path.partition("?")[0].partition("/$custom")[0]
@@ -131,14 +133,24 @@ def _error_from(method: str, path: str, response: http.Response) -> Exception:
         return KlaviyoMisconfigured(what, todo="check KLAVIYO_AUTH_KEY and its scopes", lacks_scope=True)
     if _is_wrong_api(method, status, error):
         return KlaviyoMisconfigured(what, todo="check KLAVIYO_API_URL")
-    reason = " ".join(filter(None, (as_text(error.get(name))[:100] for name in ("code", "title"))))
     pointer = as_text(as_dict(error.get("source")).get("pointer"))[:200]
     duplicate = as_text(as_dict(error.get("meta")).get("duplicate_profile_id"))
-    return Rejected(f"{what}: {reason or 'no reason given'} {pointer}".strip(), status, duplicate, pointer)
+    return Rejected(f"{what}: {_reason(error, pointer)}", status, duplicate, pointer)
+
+
+def _reason(error: Json, pointer: str) -> str:
+    """Return the reason of a rejection: `Invalid input (invalid) at /data/attributes/email`."""
+    title = as_text(error.get("title"))[:100].rstrip(".")
+    code = as_text(error.get("code"))[:100]
+    reason = f"{title} ({code})" if title and code else title or code or "no reason given"
+    return f"{reason} at {pointer}" if pointer else reason
 
 
 def _is_wrong_api(method: str, status: int, error: dict[str, Any]) -> bool:
-    """Return whether a status concerns no record: a redirect, a retired revision, or a server that is not Klaviyo."""
+    """Return whether the URL or the revision is at fault, not the record.
+
+    Signs are a redirect, a retired revision, and a response that is not from Klaviyo.
+    """
     if status < HTTPStatus.BAD_REQUEST or status in {HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.GONE}:
         return True
     return status == HTTPStatus.NOT_FOUND and method == "POST" and not error

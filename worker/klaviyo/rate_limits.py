@@ -1,11 +1,14 @@
-"""Paces calls to each Klaviyo endpoint: by the documented rate limits, corrected by the headers of its responses.
+"""The rate limiter: paces the requests to each Klaviyo endpoint.
 
-Klaviyo counts calls per account and endpoint in fixed windows of 1 s (burst) and 60 s (steady). The tiers are those of
-its OpenAPI document, revision 2026-07-15, except for L: it is 750 a minute there but 700 in Klaviyo's guide, so it is
-700 until a response reports another limit: https://developers.klaviyo.com/en/docs/rate_limits_and_error_handling
+It starts with the documented rate limits and adjusts them to the headers of Klaviyo's responses. Klaviyo counts
+requests per account and endpoint in fixed windows of 1 s (burst) and 60 s (steady). The tiers are those of its OpenAPI
+document, revision 2026-07-15, except for L: that document says 750 a minute, but Klaviyo's guide says 700
+(https://developers.klaviyo.com/en/docs/rate_limits_and_error_handling). The limiter uses 700 until a response reports
+another limit.
 
-Several processes can share an account. Each one attributes the drop of `RateLimit-Remaining` between two of its own
-responses to all of them, and uses its proportional share of the calls that remain: docs/decisions/0010-rate-limits.md.
+Several processes can share an account. The drop of `RateLimit-Remaining` between two responses to one process counts
+the requests of all processes in that time. Each process uses it to estimate its own share of the requests, and then
+uses the same share of the remaining requests: docs/decisions/0010-rate-limits.md.
 """
 
 from __future__ import annotations
@@ -26,16 +29,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from threading import Event
 
-WINDOW = 60.0  # seconds of the steady limit's window
-MAX_WAIT = 60.0  # seconds that a call waits
-MIN_FACTOR = 1 / 16  # of the rate, after repeated 429 responses
-RECOVERY = 60.0  # seconds in which the factor would rise from 0 to 1
-SHARE_WINDOW = 2.0  # seconds at the account's steady rate: the share is an average over that number of own calls
-SAFE_BURST_SHARE = 0.7  # of the burst: the highest rate for accounts with a raised steady limit; the rest is for jitter
-MIN_POLL = 0.001  # seconds until a waiting call checks the rate again, which can have changed
-MAX_POLL = 1.0
-S, M, L, XL = (3, 60), (10, 150), (75, 700), (350, 3500)  # calls per second, calls per minute
-TIERS = (  # L for all other endpoints
+WINDOW = 60.0  # seconds; the window of the steady limit
+MAX_WAIT = 60.0  # seconds; the maximum wait of a request
+MIN_FACTOR = 1 / 16  # the lowest throttle factor, which repeated 429 responses lead to
+RECOVERY = 60.0  # seconds in which the throttle factor would rise from 0 to 1
+SHARE_WINDOW = 2.0  # the share is an average over the requests that the steady rate allows in this number of seconds
+SAFE_BURST_SHARE = 0.7  # of the burst; the maximum steady rate, if Klaviyo raised the steady limit of an account
+MIN_POLL, MAX_POLL = 0.001, 1.0  # seconds until a waiting request checks again: the rate can change
+S, M, L, XL = (3, 60), (10, 150), (75, 700), (350, 3500)  # requests per second, requests per minute
+TIERS = (  # all other endpoints have tier L
     (r"POST /api/data-privacy-deletion-jobs", S),
     (r"POST /api/event-bulk-create-jobs|\w+ /api/profile-bulk-import-jobs.*", M),
     (r"(GET|POST) /api/events|GET /api/catalog-(?!(item|variant)-bulk-(create|update)-jobs).*", XL),
@@ -43,7 +45,7 @@ TIERS = (  # L for all other endpoints
 
 
 class RateLimiter:
-    """Paces calls, per endpoint, to a share (0 < share <= 1) of the account's limits. Safe for many threads."""
+    """Paces the requests to each endpoint to a share of the account's limits (0 < share <= 1). Thread-safe."""
 
     def __init__(self, share: float, stopping: Event, now: Callable[[], float] = time.monotonic) -> None:
         self._share = share
@@ -53,10 +55,10 @@ class RateLimiter:
         self._lock = Lock()
 
     def acquire(self, endpoint: str) -> None:
-        """Block until `endpoint` ("POST /api/events", "PATCH /api/catalog-items/{id}") can be called.
+        """Block until a request to `endpoint` ("POST /api/events", "PATCH /api/catalog-items/{id}") can be sent.
 
         Raises Throttled, with retry_after, as soon as the whole wait would exceed MAX_WAIT. Raises Transient if the
-        call would have to wait while `stopping` is set.
+        request would have to wait while `stopping` is set.
         """
         limiter = self._limiter(endpoint)
         ticket = object()
@@ -71,7 +73,7 @@ class RateLimiter:
             limiter.cancel(ticket)
 
     def update(self, endpoint: str, status: int, headers: Mapping[str, str], retry_after: float | None) -> None:
-        """Adjust the rate to a response: to its RateLimit-* headers, or to a 429 and its Retry-After (default 1 s)."""
+        """Adjust the rate to the headers of a response. After a 429, pause for `retry_after` seconds, at least 1 s."""
         limiter = self._limiter(endpoint)
         if status == HTTPStatus.TOO_MANY_REQUESTS:
             limiter.on_throttled(max(retry_after or 0.0, 1.0))
@@ -79,7 +81,7 @@ class RateLimiter:
             limiter.on_headers(*(_number(headers, f"RateLimit-{name}") for name in ("Limit", "Remaining", "Reset")))
 
     def statuses(self) -> dict[str, RateLimitStatus]:
-        """Return the status of each endpoint that was called."""
+        """Return the status of each endpoint that received a request."""
         with self._lock:
             limiters = dict(self._limiters)
         return {endpoint: limiter.status() for endpoint, limiter in limiters.items()}
@@ -93,43 +95,44 @@ class RateLimiter:
 
 
 class _Window(NamedTuple):
-    """A window of the steady limit, as a response reported it."""
+    """A window of the steady limit, as the latest response reported it."""
 
-    remaining: float  # calls of the account
-    rate: float  # calls per second until the window ends
+    remaining: float  # requests that the account can still send in the window
+    rate: float  # requests per second that would use them up by the end of the window
     ends_at: float  # monotonic seconds
 
 
 class _EndpointLimiter:
-    """Paces the calls to one endpoint. Safe for many threads."""
+    """Paces the requests to one endpoint. Safe for many threads."""
 
     def __init__(self, burst: float, steady: float, share: float, now: Callable[[], float]) -> None:
-        self._burst = burst  # calls per second of the account
-        self._steady = steady / WINDOW  # calls per second of the account
-        self._share = share  # at most this share of the account's limits
+        self._burst = burst  # the account's limit in requests per second
+        self._steady = steady / WINDOW  # the account's limit in requests per second
+        self._share = share  # the maximum share of the account's limits
         self._now = now
-        self._throttle_factor = 1.0  # of the rate; a 429 lowers it
+        self._throttle_factor = 1.0  # a 429 lowers it, and so the rate
         self._window = _Window(math.inf, math.inf, -math.inf)
         self._estimator = ShareEstimator()
         self._bucket = TokenBucket(now())
         self._lock = Lock()
 
     def take(self, ticket: object) -> float:
-        """Take a token and return 0, or queue `ticket` and return the seconds until its token is available."""
+        """Take a token and return 0, or let `ticket` wait and return the seconds until its token is available."""
         with self._lock:
             now = self._refill()
             missing = self._bucket.take(ticket)
             return self._seconds_until(missing, now) if missing else 0.0
 
     def cancel(self, ticket: object) -> None:
-        """Remove `ticket` from the queue."""
+        """Remove `ticket` from the waiting requests."""
         with self._lock:
             self._bucket.cancel(ticket)
 
     def on_headers(self, limit: float, remaining: float, reset: float) -> None:
-        """Adjust the rate to the steady limit, the remaining calls of the window and the seconds until it ends.
+        """Adjust the rate to the RateLimit-* headers of a response.
 
-        If `remaining` or `reset` is NaN or out of range, assume that no other process calls the endpoint.
+        `limit` is the steady limit, `remaining` the number of requests left in the window, and `reset` the number of
+        seconds until it ends. If `remaining` or `reset` is NaN or out of range, count only this process's request.
         """
         with self._lock:
             now = self._refill()
@@ -145,7 +148,7 @@ class _EndpointLimiter:
                 self._bucket.pause(self._window.ends_at)
 
     def on_throttled(self, seconds: float) -> None:
-        """Pause, then continue at half the rate. Several 429 responses in one pause halve it once."""
+        """Pause, then continue at half the rate. Several 429 responses during one pause halve the rate only once."""
         with self._lock:
             now = self._refill()
             if self._bucket.refilled_at <= now:
@@ -153,7 +156,7 @@ class _EndpointLimiter:
             self._bucket.pause(now + seconds)
 
     def status(self) -> RateLimitStatus:
-        """Return how the limits are used now."""
+        """Return the current use of the limits."""
         with self._lock:
             now = self._refill()
             rate = self._rate(now)
@@ -168,8 +171,8 @@ class _EndpointLimiter:
                 self._bucket.waiting,
             )
 
-    def _observe(self, account_calls: float) -> None:
-        self._estimator.observe(account_calls, memory=1 + SHARE_WINDOW * self._steady)
+    def _observe(self, account_requests: float) -> None:
+        self._estimator.observe(account_requests, memory=1 + SHARE_WINDOW * self._steady)
 
     def _refill(self) -> float:
         """Add the tokens since the last refill, and return the time."""
@@ -180,16 +183,16 @@ class _EndpointLimiter:
         return now
 
     def _rate(self, at: float) -> float:
-        """Return the calls per second of this process at a time."""
+        """Return the number of requests per second that this process can send at a time."""
         account = min(self._steady, self._window.rate) if at < self._window.ends_at else self._steady
         return min(self._share * self._throttle_factor * self._steady, self._estimator.share() * account)
 
     def _capacity(self, rate: float) -> float:
-        """Return the size of the bucket: together with `rate`, one second has no more calls than the burst allows."""
+        """Return the size of the bucket. A full bucket and one second at `rate` stay within the burst limit."""
         return max((self._burst / self._steady - 1) * rate, 1.0)
 
     def _seconds_until(self, missing: float, now: float) -> float:
-        """Return the seconds until `missing` more tokens are available. The rate changes when the window ends."""
+        """Return the seconds until `missing` more tokens are available. The rate can change when the window ends."""
         start = max(now, self._bucket.refilled_at)
         in_window = self._rate(start) * (self._window.ends_at - start)
         if 0 < in_window < missing:

@@ -1,31 +1,31 @@
-"""An estimate of this process's share of the calls to an endpoint."""
+"""An estimate of this process's share of the requests to an endpoint."""
 
 from __future__ import annotations
 
 import math
 
-INITIAL_SHARE = 1 / 4  # before responses show how many calls other processes make
-MIN_SHARE = 1 / 16  # of one observation
-FAIRNESS_EXPONENT = 0.8  # below 1, so that a process with a small share gains on one with a large share
+INITIAL_SHARE = 1 / 4  # used until responses show how many requests other processes send
+MIN_SHARE = 1 / 16  # the smallest share that a single observation can show
+FAIRNESS_EXPONENT = 0.8  # below 1: shares converge, because it raises small shares more than large ones
 
 
 class ShareEstimator:
-    """This process's share of the account's calls, as a weighted average of observations."""
+    """This process's share of the account's requests, as a weighted average of observations."""
 
     def __init__(self) -> None:
-        self._own_calls = 1.0
-        self._account_calls = 1 / INITIAL_SHARE  # of all processes, while this one made its own
+        self._own_requests = 1.0
+        self._account_requests = 1 / INITIAL_SHARE  # requests of all processes in the same time
 
-    def observe(self, account_calls: float, memory: float) -> None:
-        """Count one own call, and the calls of all processes since the previous own call.
+    def observe(self, account_requests: float, memory: float) -> None:
+        """Count one request of this process. `account_requests` is the number that all processes sent since the last.
 
-        `memory`: the number of own calls that the average covers. More than 1 / MIN_SHARE calls count as 1 / MIN_SHARE,
-        because many calls can also mean that this process was idle.
+        `memory` is the number of own requests that the average covers. More than 1 / MIN_SHARE account requests count
+        as 1 / MIN_SHARE, because a high number can also mean that this process was idle.
         """
         kept = 1 - 1 / memory
-        self._own_calls = self._own_calls * kept + 1
-        self._account_calls = self._account_calls * kept + min(account_calls, 1 / MIN_SHARE)
+        self._own_requests = self._own_requests * kept + 1
+        self._account_requests = self._account_requests * kept + min(account_requests, 1 / MIN_SHARE)
 
     def share(self) -> float:
-        """Return the part of the account's calls that this process can make, from 0 to 1."""
-        return math.pow(self._own_calls / max(self._own_calls, self._account_calls), FAIRNESS_EXPONENT)
+        """Return the share of the account's requests that this process can send, from 0 to 1."""
+        return math.pow(self._own_requests / max(self._own_requests, self._account_requests), FAIRNESS_EXPONENT)

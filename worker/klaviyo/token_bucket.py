@@ -1,4 +1,4 @@
-"""A token bucket with a FIFO queue."""
+"""A token bucket with waiting requests."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 
 
 class TokenBucket:
-    """A token bucket with a FIFO queue: each waiting call knows how many tokens come before its own.
+    """A token bucket that serves waiting requests in the order of their arrival.
 
-    It starts full. Times are monotonic seconds. Not safe for many threads: the owner holds a lock.
+    It starts full. All times are monotonic seconds. It is not thread-safe: the caller must hold a lock.
     """
 
     def __init__(self, now: float) -> None:
-        self._tokens = math.inf  # the first refill cuts it to the capacity
-        self._tickets: list[object] = []  # of waiting calls, in the order in which they get their tokens
-        self.refilled_at = now  # in the future while paused
+        self._tokens = math.inf  # the first refill reduces it to the capacity
+        self._tickets: list[object] = []  # one per waiting request, in the order of their arrival
+        self.refilled_at = now  # in the future during a pause
 
     @property
     def tokens(self) -> float:
@@ -23,7 +23,7 @@ class TokenBucket:
 
     @property
     def waiting(self) -> int:
-        """Return the number of waiting calls."""
+        """Return the number of waiting requests."""
         return len(self._tickets)
 
     def elapsed(self, now: float) -> float:
@@ -36,7 +36,10 @@ class TokenBucket:
         self.refilled_at = max(now, self.refilled_at)
 
     def take(self, ticket: object) -> float:
-        """Take a token for `ticket` and return 0, or queue it and return the number of tokens that are missing."""
+        """Take a token for `ticket` and return 0. If none is available, let `ticket` wait.
+
+        In that case, return the number of tokens that must be added before `ticket` gets its token.
+        """
         if ticket not in self._tickets:
             self._tickets.append(ticket)
         missing = self._tickets.index(ticket) + 1 - self._tokens
@@ -47,11 +50,11 @@ class TokenBucket:
         return 0.0
 
     def cancel(self, ticket: object) -> None:
-        """Remove `ticket` from the queue, if it still waits."""
+        """Remove `ticket` from the waiting requests, if it still waits."""
         if ticket in self._tickets:
             self._tickets.remove(ticket)
 
     def pause(self, until: float) -> None:
-        """Drop all tokens and add none before `until`, or before the end of a longer pause."""
+        """Remove all tokens, and add no token before `until` or before the end of a longer pause."""
         self._tokens = 0.0
         self.refilled_at = max(until, self.refilled_at)

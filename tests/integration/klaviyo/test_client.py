@@ -138,7 +138,7 @@ def test_rejection_does_not_quote_the_record(sandbox: Sandbox) -> None:
     assert error.value.status == 400
     assert error.value.pointer == "/data/attributes/ada"
     assert str(error.value) == (
-        "Klaviyo answered 400 to POST /api/profile-import: invalid Invalid input. /data/attributes/ada"
+        "Klaviyo answered 400 to POST /api/profile-import: Invalid input (invalid) at /data/attributes/ada"
     )
 
 
