@@ -134,9 +134,9 @@ class QueueAdapter(Protocol):
 
         If `delay` is longer than the queue supports, use the queue's maximum.
 
-        `failure` is the reason why processing failed. Store it if the queue can: it becomes the reason of the dead
-        letter if the queue's policy dead-letters the message later. `failure` is None if the worker did not process
-        the messages. Do not count those deliveries as attempts if the queue can undo the count.
+        `failure` says why processing failed. Store it if the queue can: if the queue's policy dead-letters the message
+        later, this is the reason to report. `failure` is None if the worker did not process the messages. Do not count
+        those deliveries as attempts if the queue can undo the count.
         """
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:

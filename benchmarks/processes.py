@@ -43,7 +43,7 @@ class Sandbox:
         self._before = {service: self._counts(service) for service in SERVICES}
 
     def added(self) -> dict[str, int]:
-        """Return how many objects were added to the account since `start_counting`."""
+        """Return the number of objects added to the account since `start_counting`, by kind."""
         now, before = self._counts("klaviyo").document, self._before["klaviyo"].document
         return {name: count - before.get(name, 0) for name, count in now.items() if isinstance(count, int)}
 
@@ -52,7 +52,7 @@ class Sandbox:
         return self._counts(service).requests(status) - self._before[service].requests(status)
 
     def log(self, service: str) -> list[dict[str, Any]]:
-        """Return the request log: method, path, status, and `at`, the time of the answer in seconds since the epoch."""
+        """Return the request log: method, path, status, and `at` (time of the response, in seconds since the epoch)."""
         lines: list[dict[str, Any]] = self._get(service, "requests")
         return lines
 

@@ -161,7 +161,7 @@ class Idle:
         return f"idle: single {self.kind.name}"
 
     def measure(self) -> Row:
-        """Publish messages one by one. Measure from publishing to the log line."""
+        """Publish one message at a time. Measure from publishing to the log line."""
         pause = random.Random(self.messages)
         spans: list[tuple[float, float]] = []
         with (
@@ -278,7 +278,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def time_waiting(answers: Sequence[float], span: tuple[float, float], latency: float) -> float:
-    """Return the seconds of a span in which at least one call was waiting for its answer."""
+    """Return the seconds of a span during which at least one call waited for its response."""
     total, end = 0.0, span[0]
     for answer in answers:
         if span[0] <= answer <= span[1]:

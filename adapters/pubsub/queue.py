@@ -130,9 +130,9 @@ class PubSubQueue:
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
         """End the leases immediately if a retry policy delays redeliveries; otherwise after `delay`, at most 600 s.
 
-        A delayed message stays leased and counts against the flow control of this worker's stream, so many delayed
-        messages would keep new ones out. Every delivery counts as an attempt, even if the worker did not process the
-        message.
+        A delayed message stays leased and counts against the flow control of this worker's stream: if many messages
+        are delayed, the stream delivers no new ones. Every delivery counts as an attempt, even if the worker did not
+        process the message.
         """
         for delivery in deliveries:
             if not self._is_last(delivery):

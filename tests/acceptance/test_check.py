@@ -167,12 +167,12 @@ def test_scopes_of_the_probe_are_checked_before_it_writes(worker: Worker, sandbo
 
 
 def test_scopes_for_import_jobs_are_optional(worker: Worker, sandbox: Sandbox) -> None:
-    """Without them customers are sent one by one, which the check reports."""
+    """Without these permissions, customers are sent individually, which the check reports."""
     sandbox.klaviyo.faults.add(Fault(403, times=None, match="GET /api/profile-bulk-import-jobs"))
     done = worker("check", "--json")
     assert done.returncode == 0
     text = results(done)["klaviyo"]["text"]
-    assert text.endswith("without profiles:read, lists:read, lists:write, customers are always sent one by one")
+    assert text.endswith("without profiles:read, lists:read, lists:write, customers are always sent individually")
 
 
 def test_erasure_needs_more_scopes(worker: Worker) -> None:

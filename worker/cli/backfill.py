@@ -48,13 +48,22 @@ class _Files(NamedTuple):
 @click.command(cls=Command)
 @click.argument("name", metavar="KIND", type=click.Choice(["customers", "orders", "products", "categories"]))
 @click.option(
-    "--since", metavar="TIME", help="Only records since then: 2026-01-31 or 2026-01-31T12:00Z; UTC by default."
+    "--since",
+    metavar="TIME",
+    help="Only orders created, or other records changed, at this time or later: 2026-01-31 or 2026-01-31T12:00Z. "
+    "UTC by default.",
 )
-@click.option("--until", metavar="TIME", help="Only records before. Compares creation of orders, else last change.")
-@click.option("--ids", metavar="IDS|FILE", help="Only these ids: separated by commas, or one per line of a file.")
+@click.option("--until", metavar="TIME", help="Only orders created, or other records changed, before this time.")
+@click.option(
+    "--ids",
+    metavar="IDS|FILE",
+    help="Only records with these ids, separated by commas, or in a file with one per line.",
+)
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Maximum number of records.")
-@click.option("--dry-run", is_flag=True, help="Print what would be sent; send and write nothing.")
-@click.option("--checkpoint", type=_FILE, metavar="FILE", help="Checkpoint file, created if missing.")
+@click.option("--dry-run", is_flag=True, help="Print the requests. Send nothing and write no files.")
+@click.option(
+    "--checkpoint", type=_FILE, metavar="FILE", help="Save progress in this file, or continue from it if it exists."
+)
 @click.option(
     "--failures-file",
     type=_FILE,
@@ -72,20 +81,21 @@ def backfill(  # noqa: PLR0913 - options
     dry_run: bool,
     checkpoint: Path | None,
     failures_file: Path | None,
-    **flags: Any,
+    **option_values: Any,
 ) -> None:
-    """Send existing records of commercetools to Klaviyo.
+    """Send existing commercetools records to Klaviyo.
 
-    Records pass through the same stages as messages. Their events are marked as backfill, so that no flow starts.
-    A record that was already sent has no second effect, and the worker can run at the same time.
+    Records pass through the same stages as messages. Their events are marked as backfill and start no flow.
+    A record that was already sent has no second effect. The worker can run at the same time.
 
-    After an interruption (exit code 7), the same command with --checkpoint continues. Exit code 1: some records failed.
+    After an interruption (exit code 7), run the same command with --checkpoint again to continue. Exit code 1 means
+    that some records failed.
     """
     from worker.commands.progress_bar import StatusLine  # noqa: PLC0415 - keeps --help fast
     from worker.telemetry.log import configure_logging  # noqa: PLC0415
 
     with handle_errors():
-        settings = load(BackfillSettings, flags)
+        settings = load(BackfillSettings, option_values)
         selection = _parse_selection(name, since, until, ids)
         status_line = StatusLine(sys.stderr)
         configure_logging(settings.log_level, settings.log_format, status_line)  # type: ignore[arg-type] # a partial TextIO
@@ -107,7 +117,7 @@ def _prepare(
     *,
     dry_run: bool,
 ) -> Backfill:
-    """Open the files and connect the parts. Raises SettingsError."""
+    """Create the backfill and open its files. Raises SettingsError."""
     from worker.commands.backfill.backfill import Backfill  # noqa: PLC0415
     from worker.commands.backfill.checkpoint import Checkpoint, FailureLog, checkpoint_key  # noqa: PLC0415
 

@@ -36,23 +36,23 @@ from worker.settings import Settings, load
     help="Key of the commercetools subscription.",
 )
 @settings_options(Settings)
-def check(*, as_json: bool, probe_bulk: bool, probe_wait: float, subscription_key: str, **flags: Any) -> None:
+def check(*, as_json: bool, probe_bulk: bool, probe_wait: float, subscription_key: str, **option_values: Any) -> None:
     """Verify settings, queue, commercetools and Klaviyo.
 
-    Prints a line per check: OK, FAIL with the reason and → what to do, or SKIP if this API client has no permission
-    to check. Exits with the code of the first failure: 2 configuration, 3 queue, 4 commercetools, 5 Klaviyo. Writes
-    nothing and receives no message.
+    Prints one line per check: OK; FAIL, with the reason and, after →, the advice; or SKIP if the API client has no
+    permission for the check. Exits with the code of the first failure: 2 configuration, 3 queue, 4 commercetools,
+    5 Klaviyo. Receives no message, and writes nothing without --probe-bulk.
 
     --probe-bulk writes to the Klaviyo account: one profile (name "klaviyo-worker probe", external id
-    klaviyo-worker-probe, no email, no consent) and three events of the metric "klaviyo-worker probe" per run. It
-    also needs the scopes profiles:read and events:read, takes up to three times --probe-wait, and exits with 1 if
-    there is no result. To remove the data, search Klaviyo for the profile by its name and select Profile actions,
-    Delete profile.
+    klaviyo-worker-probe, no email, no consent) and, in every run, three events of the metric "klaviyo-worker probe".
+    The probe also needs the scopes profiles:read and events:read. It takes up to three times --probe-wait. If it has
+    no result, the exit code is 1. To remove the data, search Klaviyo for the profile by its name and select Profile
+    actions, Delete profile.
     """
     from worker.commands.check.checks import run_checks  # noqa: PLC0415
 
     exit_code: int = ExitCode.OK
-    read_settings, report_progress = partial(load, Settings, flags), partial(click.echo, err=True)
+    read_settings, report_progress = partial(load, Settings, option_values), partial(click.echo, err=True)
     timeout = probe_wait if probe_bulk else None
     for result in run_checks(read_settings, subscription_key, timeout, report_progress):
         click.echo(result.json() if as_json else result.line())

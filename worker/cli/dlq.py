@@ -55,12 +55,18 @@ def filter_options(function: Callable[..., None]) -> Callable[..., None]:
     """Add the options that select dead letters, and pass them to `function` as its argument `filters`."""
 
     @click.option("--reason", default="", metavar="TEXT", help="Only dead letters whose reason contains this text.")
-    @click.option("--type", "message_type", default="", metavar="TYPE", help="Only this message type, or unreadable.")
+    @click.option(
+        "--type",
+        "message_type",
+        default="",
+        metavar="TYPE",
+        help="Only messages of this type; `unreadable` selects those that cannot be parsed.",
+    )
     @click.option(
         "--since",
         type=_parse_since_option,
         metavar="AGE|TIME",
-        help="Only messages dead-lettered since then: 2h, 3d, 2026-11-24.",
+        help="Only messages dead-lettered within this age (2h, 3d), or since this time (2026-11-24).",
     )
     @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Maximum number of dead letters.")
     @wraps(function)
@@ -84,8 +90,8 @@ def open_dead_letters(settings: QueueSettings) -> Iterator[SupportsDeadLetters]:
     """Open a queue whose dead letters can be read. Raises QueueError."""
     if scheme_of(settings.queue_url) == "push":
         raise QueueError(
-            "QUEUE_URL: push:// cannot read dead letters: "
-            "for this command, set it to pubsub://PROJECT/SUBSCRIPTION with the push subscription"
+            "QUEUE_URL: push:// cannot read dead letters: for this command, set QUEUE_URL to "
+            "pubsub://PROJECT/SUBSCRIPTION with the name of the push subscription"
         )
     with open_configured_queue(settings) as queue:
         if not isinstance(queue, SupportsDeadLetters):
@@ -102,12 +108,12 @@ def dlq() -> None:
 @filter_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line per dead letter.")
 @settings_options(QueueSettings)
-def list_(*, filters: DeadLetterFilter, as_json: bool, **flags: Any) -> None:
+def list_(*, filters: DeadLetterFilter, as_json: bool, **option_values: Any) -> None:
     """List dead letters, and count them by type and reason.
 
-    Prints the oldest first: 50 without --limit, or all with --json. Nothing is removed.
+    Prints the oldest dead letters first. Without --limit, prints 50, or all with --json. Removes nothing.
     """
-    with handle_errors(), open_dead_letters(load(QueueSettings, flags)) as queue:
+    with handle_errors(), open_dead_letters(load(QueueSettings, option_values)) as queue:
         selected = replace(filters, limit=None).select(iter_dead_letters(queue))
         dated = [(dead_lettered_or_published_at(found) or _LATEST, summarize(found)) for found in selected]
     summaries = [summary for _, summary in sorted(dated, key=lambda pair: pair[0])]
@@ -126,7 +132,7 @@ def list_(*, filters: DeadLetterFilter, as_json: bool, **flags: Any) -> None:
 @dlq.command()
 @click.argument("message_id")
 @settings_options(QueueSettings)
-def show(*, message_id: str, **flags: Any) -> None:
+def show(*, message_id: str, **option_values: Any) -> None:
     """Show one dead letter.
 
     Prints the body to stdout and everything else to stderr. The body can contain personal data.
@@ -134,13 +140,13 @@ def show(*, message_id: str, **flags: Any) -> None:
     filters = DeadLetterFilter(frozenset([message_id]))
     with (
         handle_errors(),
-        open_dead_letters(load(QueueSettings, flags)) as queue,
+        open_dead_letters(load(QueueSettings, option_values)) as queue,
         closing(iter_dead_letters(queue)) as dead_letters,
     ):
         dead_letter = next(filters.select(dead_letters), None)
     if dead_letter is None:
         raise not_found_error([message_id])
-    click.echo("The body can contain personal data: share it only with people who may see that.", err=True)
+    click.echo("The body can contain personal data: share it only with people who are allowed to see it.", err=True)
     for name, value in _details(dead_letter):
         if value:
             click.echo(f"{name:<18}{printable(value)}", err=True)
@@ -152,9 +158,9 @@ def show(*, message_id: str, **flags: Any) -> None:
 @click.argument("message_ids", metavar="[MESSAGE_ID]...", nargs=-1)
 @filter_options
 @click.option("--all", "is_all", is_flag=True, help="Drop all dead letters.")
-@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+@click.option("--yes", is_flag=True, help="Drop without asking for confirmation.")
 @settings_options(QueueSettings)
-def drop(*, filters: DeadLetterFilter, is_all: bool, yes: bool, **flags: Any) -> None:
+def drop(*, filters: DeadLetterFilter, is_all: bool, yes: bool, **option_values: Any) -> None:
     """Remove dead letters permanently.
 
     Requires MESSAGE_IDs, a filter other than --limit, or --all.
@@ -164,7 +170,7 @@ def drop(*, filters: DeadLetterFilter, is_all: bool, yes: bool, **flags: Any) ->
         raise click.UsageError("expected MESSAGE_ID, --reason, --type or --since; or --all without any of them")
     if not yes and not sys.stdin.isatty():
         raise click.UsageError("cannot ask for confirmation without a terminal: use --yes")
-    with handle_errors(), open_dead_letters(load(QueueSettings, flags)) as queue:
+    with handle_errors(), open_dead_letters(load(QueueSettings, option_values)) as queue:
         summaries = [summarize(dead_letter) for dead_letter in filters.select(iter_dead_letters(queue))]
         listed = frozenset(summary.message_id for summary in summaries)
         if missing := filters.missing_ids(listed):
@@ -179,17 +185,18 @@ def drop(*, filters: DeadLetterFilter, is_all: bool, yes: bool, **flags: Any) ->
     if dropped < len(summaries):
         remaining = count_phrase(len(summaries) - dropped)
         raise CommandError(
-            f"{remaining} not dropped: removed or leased by another process; try again", ExitCode.UNEXPECTED
+            f"{remaining} not dropped, because another process has removed or leased them: try again",
+            ExitCode.UNEXPECTED,
         )
 
 
 def _drop(queue: SupportsDeadLetters, filters: DeadLetterFilter, listed: Collection[str], maximum: int) -> int:
-    """Remove the listed dead letters. Return and print how many were removed, also after an error."""
+    """Remove the listed dead letters. Return how many were removed, and print that number even after an error."""
     dropped = 0
     try:
         with closing(queue.dead_letters()) as dead_letters:
             matching = (found for found in filters.select(iter_unseen(dead_letters)) if found.delivery.id in listed)
-            selected = islice(matching, maximum)  # count, because ids on Service Bus are not unique
+            selected = islice(matching, maximum)  # limit the number, because ids on Service Bus are not unique
             while batch := list(islice(selected, BATCH_SIZE)):
                 dead_letters.remove(batch)
                 dropped += len(batch)

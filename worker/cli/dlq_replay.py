@@ -31,22 +31,29 @@ if TYPE_CHECKING:
 @click.option(
     "--rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Maximum dead letters per second."
 )
-@click.option("--canary/--no-canary", default=True, help="Stop if the first one fails again (default), or try all.")
-@click.option("--dry-run", is_flag=True, help="Print what would be sent; send and remove nothing.")
+@click.option(
+    "--canary/--no-canary",
+    default=True,
+    help="Stop if the first dead letter fails again (default), or process all dead letters.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the requests. Send and remove nothing.")
 @settings_options(Settings)
-def replay(*, filters: DeadLetterFilter, rate: float | None, canary: bool, dry_run: bool, **flags: Any) -> None:
+def replay(*, filters: DeadLetterFilter, rate: float | None, canary: bool, dry_run: bool, **option_values: Any) -> None:
     """Process dead letters again.
 
-    Replays the given MESSAGE_IDs, the dead letters that match the options, or all. This command processes them itself;
-    nothing goes back to the queue. It removes a dead letter once its effect is in Klaviyo, or if it has none. The rest
-    stay dead letters. The first one is a canary: the others start after it succeeded.
+    Replays the dead letters with the given MESSAGE_IDs, those that match the options, or all. This command sends them
+    to Klaviyo itself and does not give them back to the queue. It removes a dead letter when Klaviyo has accepted it,
+    or when it has no effect in Klaviyo. All others remain dead letters.
+
+    The first dead letter is a canary: the others are processed only after Klaviyo has accepted it. If it has no
+    effect, the next dead letter is the canary.
     """
     from worker.commands.dlq.replay import Replay, ReplayOptions  # noqa: PLC0415
     from worker.commands.progress_bar import Rate, StatusLine, show_progress  # noqa: PLC0415 - keeps --help fast
 
     stop = _StopOnSignal()
     with handle_errors():
-        settings = load(Settings, flags)
+        settings = load(Settings, option_values)
         status_line = StatusLine(sys.stderr)
         has_bar = status_line.isatty() and not dry_run
         _configure_logging(settings, status_line, has_bar=has_bar)
@@ -65,7 +72,7 @@ def replay(*, filters: DeadLetterFilter, rate: float | None, canary: bool, dry_r
 
 
 class _StopOnSignal:
-    """The signal handler: the first signal finishes what is in flight, the second stops immediately."""
+    """The signal handler: the first signal finishes the messages in flight, the second stops immediately."""
 
     def __init__(self) -> None:
         self.running: Replay | None = None
@@ -79,7 +86,7 @@ class _StopOnSignal:
 
 
 def _configure_logging(settings: Settings, status_line: StatusLine, *, has_bar: bool) -> None:
-    """Log as `run` does, except for the line per message below which a bar would be unreadable."""
+    """Log as `run` does. With a progress bar, omit the line per message, which would make the bar unreadable."""
     from worker.telemetry.log import configure_logging, log  # noqa: PLC0415
 
     configure_logging(settings.log_level, settings.log_format, status_line)  # type: ignore[arg-type] # a partial TextIO
@@ -88,7 +95,7 @@ def _configure_logging(settings: Settings, status_line: StatusLine, *, has_bar: 
 
 
 def _count_expected(queue: SupportsDeadLetters, filters: DeadLetterFilter) -> int | None:
-    """Return the maximum number of dead letters to replay; None if it is unknown."""
+    """Return the maximum number of dead letters to replay; None if unknown."""
     known: list[int | None] = [filters.limit, len(filters.ids) or None]
     selects_by_content = filters.reason or filters.message_type or filters.since
     if isinstance(queue, SupportsCounts) and not selects_by_content:

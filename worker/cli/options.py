@@ -1,4 +1,4 @@
-"""Parts that the commands share: flags for settings, sections of --help, opening the queue."""
+"""Parts that the commands share: options for settings, the sections of --help, and opening the queue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECRETS = frozenset({"ct_api_client", "destination_secret", "klaviyo_auth_key", 
 
 
 class Setting(click.Option):
-    """A flag that sets a setting."""
+    """An option for a setting."""
 
 
 class Command(click.Command):
@@ -50,7 +50,7 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group of commands of this class."""
+    """A group whose commands are of the class `Command`."""
 
     command_class = Command
 
@@ -58,7 +58,7 @@ class Group(click.Group):
 def settings_options(
     kind: type[BaseSettings], without: frozenset[str] = frozenset()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a flag for every setting of `kind` except secrets and `without`. `load` validates the values."""
+    """Add an option for every setting of `kind` except secrets and `without`. `load` validates the values."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         for name, info in reversed(kind.model_fields.items()):
@@ -66,10 +66,12 @@ def settings_options(
                 default = info.get_default()
                 default_text = "" if default in (None, "") or info.is_required() else f"  [default: {default}]"
                 text = f"{info.description}{default_text}  [env: {info.validation_alias}]"
-                flag = "--" + name.replace("_", "-")
+                option_name = "--" + name.replace("_", "-")
                 metavar = _metavar(info)
-                flag_type = click.Path() if metavar == "FILE" else str  # lets shells complete a path
-                option = click.option(flag, name, cls=Setting, type=flag_type, default=None, help=text, metavar=metavar)
+                kind_of_value = click.Path() if metavar == "FILE" else str  # lets shells complete a path
+                option = click.option(
+                    option_name, name, cls=Setting, type=kind_of_value, default=None, help=text, metavar=metavar
+                )
                 function = option(function)
         return function
 

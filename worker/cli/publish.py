@@ -15,12 +15,12 @@ from worker.settings import QueueSettings, load
 @click.command(cls=Command)
 @click.argument("file", type=click.File("rb"))
 @settings_options(QueueSettings)
-def publish(*, file: BinaryIO, **flags: Any) -> None:
+def publish(*, file: BinaryIO, **option_values: Any) -> None:
     """Publish every line of FILE to the queue as a message.
 
     FILE can be - for stdin. Lines are published unchanged. Prints the number of messages.
     """
-    with handle_errors(), open_configured_queue(load(QueueSettings, flags)) as queue:
+    with handle_errors(), open_configured_queue(load(QueueSettings, option_values)) as queue:
         if not isinstance(queue, SupportsPublish):
             raise QueueError("QUEUE_URL: this queue does not support publishing")
         click.echo(queue.publish(line.removesuffix(b"\n") for line in file))

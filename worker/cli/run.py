@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option(
     "--once",
     is_flag=True,
-    help="Process the messages in the queue, then exit: with 0 if none is left, with 6 if some are.",
+    help="Process the messages on the queue, then exit: with 0 if no message is left, otherwise with 6.",
 )
 @click.option(
     "--max-wait",
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Print the requests. Send and settle nothing. Implies --once.")
 @settings_options(Settings)
-def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
-    """Process the queue and update Klaviyo.
+def run(*, once: bool, max_wait: float, dry_run: bool, **option_values: Any) -> None:
+    """Process the messages on the queue and update Klaviyo.
 
-    Runs until SIGTERM or SIGINT. After the first signal the worker finishes the messages in flight. After a second
-    signal it exits without waiting for them.
+    Runs until SIGTERM or SIGINT. After the first signal, the worker finishes the messages in flight. After a second
+    signal, it exits without waiting for them.
 
-    Secrets have no flags. Set CT_API_CLIENT, KLAVIYO_AUTH_KEY and, for servicebus://, SERVICEBUS_CONNECTION_STRING,
+    Secrets have no options. Set CT_API_CLIENT, KLAVIYO_AUTH_KEY and, for servicebus://, SERVICEBUS_CONNECTION_STRING,
     or set CT_API_CLIENT_FILE and so on to the path of a file that contains the value.
     """
     from worker.runtime.runner import ShutdownTimeoutError  # noqa: PLC0415 - keeps --help and publish fast
@@ -46,7 +46,7 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **flags: Any) -> None:
     from worker.telemetry.log import configure_logging, log  # noqa: PLC0415
 
     with handle_errors():
-        settings = load(Settings, flags)
+        settings = load(Settings, option_values)
         configure_logging(settings.log_level, settings.log_format)
         worker: Worker | None = None
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Group)
 def subscriptions() -> None:
-    """Plan or apply the commercetools subscription for the queue.
+    """Plan or apply the subscription that feeds the queue.
 
     CT_API_CLIENT must have the scope manage_subscriptions, which the worker itself does not need. If the
     destination needs a secret, set KLAVIYO_WORKER_DESTINATION_SECRET (or KLAVIYO_WORKER_DESTINATION_SECRET_FILE).
@@ -49,7 +49,11 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(["Platform", "CloudEvents"]),
             help="Format of a new subscription.  [default: Platform; CloudEvents for Event Grid]",
         ),
-        click.option("--renew", is_flag=True, help="Send the destination again, with its new secret."),
+        click.option(
+            "--renew",
+            is_flag=True,
+            help="Send the destination to commercetools again, for example because its secret has changed.",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print JSON lines."),
         settings_options(SubscriptionSettings),
     )
@@ -60,10 +64,10 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 
 @subscriptions.command("plan")
 @_options
-def plan_command(*, as_json: bool, renew: bool, **flags: Any) -> None:
+def plan_command(*, as_json: bool, renew: bool, **option_values: Any) -> None:
     """Show what `apply` would change."""
     with _commercetools_errors():
-        client, desired = _connect(**flags)
+        client, desired = _connect(**option_values)
         _print_plan(_make_plan(client, desired, renew=renew), as_json=as_json)
 
 
@@ -76,20 +80,22 @@ def plan_command(*, as_json: bool, renew: bool, **flags: Any) -> None:
     metavar="SECONDS",
     help="How long to wait until the subscription is healthy.",
 )
-@click.option("--delete-stale", is_flag=True, help="Delete the other subscriptions to the same destination.")
-@click.option("--yes", is_flag=True, help="Delete them without asking for confirmation.")
+@click.option("--delete-stale", is_flag=True, help="Delete all other subscriptions with the same destination.")
+@click.option("--yes", is_flag=True, help="With --delete-stale: do not ask for confirmation.")
 @_options
-def apply_command(*, wait: float, delete_stale: bool, yes: bool, as_json: bool, renew: bool, **flags: Any) -> None:
+def apply_command(
+    *, wait: float, delete_stale: bool, yes: bool, as_json: bool, renew: bool, **option_values: Any
+) -> None:
     """Create or change the subscription, and wait until it is healthy.
 
-    If the subscription is up to date, nothing is changed. Exits with 4 if commercetools refuses the subscription or
+    Changes nothing if the subscription is up to date. Exits with 4 if commercetools refuses the subscription or
     cannot deliver notifications.
     """
     from worker.commands.subscriptions.apply import apply  # noqa: PLC0415
     from worker.commands.subscriptions.health import DELIVERING  # noqa: PLC0415
 
     with _commercetools_errors():
-        client, desired = _connect(**flags)
+        client, desired = _connect(**option_values)
         plan = _make_plan(client, desired, renew=renew)
         _print_plan(plan, as_json=as_json)
         to_delete = plan.stale if delete_stale else ()
@@ -98,7 +104,7 @@ def apply_command(*, wait: float, delete_stale: bool, yes: bool, as_json: bool, 
             click.confirm(f"Permanently delete {len(to_delete)} stale {noun}?", abort=True, err=True)
         applied = apply(client, plan, renew=renew)
         status = client.wait_until_healthy(applied, wait)
-        if status not in DELIVERING:  # a stale subscription can be the only one that delivers
+        if status not in DELIVERING:  # possibly only a stale subscription delivers
             to_delete = ()
         for subscription in to_delete:
             client.delete(subscription)
@@ -107,7 +113,7 @@ def apply_command(*, wait: float, delete_stale: bool, yes: bool, as_json: bool, 
 
 @contextmanager
 def _commercetools_errors() -> Iterator[None]:
-    """Turn every error of commercetools into one line and exit code 4."""
+    """Convert every commercetools error into one line and exit code 4."""
     with handle_errors():
         try:
             yield
@@ -116,7 +122,7 @@ def _commercetools_errors() -> Iterator[None]:
 
 
 def _connect(
-    *, destination: str, key: str, delivery_format: str | None, **flags: Any
+    *, destination: str, key: str, delivery_format: str | None, **option_values: Any
 ) -> tuple[Subscriptions, DesiredSubscription]:
     """Return a client and the desired subscription. Raises SettingsError."""
     from threading import Event  # noqa: PLC0415
@@ -127,7 +133,7 @@ def _connect(
     from worker.commands.subscriptions.spec import required_spec  # noqa: PLC0415
     from worker.commercetools.client import Commercetools  # noqa: PLC0415
 
-    settings = load(SubscriptionSettings, flags)
+    settings = load(SubscriptionSettings, option_values)
     secret = settings.destination_secret.get_secret_value().strip()
     target = parse(destination or from_queue_url(settings.queue_url), secret)
     spec = required_spec(settings.mapping().disabled_types)

@@ -1,4 +1,4 @@
-"""The end of a command: exit codes for errors, and handling of signals."""
+"""The end of a command: exit codes for errors, and signal handling."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def handle_errors() -> Iterator[None]:
 
 
 def exit_without_waiting(reason: str) -> NoReturn:
-    """Print the reason and exit at once. Lanes can hang in calls that no other thread can interrupt."""
+    """Print the reason and exit immediately. Lanes can hang in calls that no other thread can interrupt."""
     click.echo(f"Error: {reason}", err=True)
     sys.stdout.flush()
     os._exit(ExitCode.UNFINISHED)
 
 
 def on_signals(stop: Callable[[], None]) -> None:
-    """Call `stop` in a thread on SIGTERM and SIGINT. A signal handler could wait for a lock of the main thread."""
+    """Call `stop` on SIGTERM and SIGINT, in a thread: a signal handler could wait for a lock of the main thread."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # threads that start later inherit this
     Thread(target=_wait_for_signals, args=(stop,), daemon=True).start()
 

@@ -23,23 +23,25 @@ klaviyo-worker transform --explain message.json | grep -v '^{'  # without the JS
 
 @click.command(cls=Command, epilog=_EXAMPLES)
 @click.argument("file", type=click.File("rb"))
-@click.option("--explain", is_flag=True, help="Explain how each notification led to its requests.")
+@click.option("--explain", is_flag=True, help="Explain how each notification leads to its requests.")
 @click.option(
     "--commercetools",
     type=click.File("rb"),
     metavar="FILE",
-    help='The resources in commercetools: JSON {"orders": […], "customers": […], "product-projections": […], …}.',
+    help="Read resources from this file instead of commercetools: JSON "
+    '{"orders": […], "customers": […], "product-projections": […], …}.',
 )
 @settings_options(MappingSettings)
-def transform(*, file: BinaryIO, explain: bool, commercetools: BinaryIO | None, **flags: Any) -> None:
+def transform(*, file: BinaryIO, explain: bool, commercetools: BinaryIO | None, **option_values: Any) -> None:
     """Print the Klaviyo requests for notifications, offline.
 
-    FILE (- for stdin) contains one JSON document, or one per line, in any envelope. Prints a JSON line per operation.
-    Ignored notifications are reported on stderr. Failed ones too, with exit code 1.
+    FILE (- for stdin) contains one notification, or one per line, as JSON in any envelope. Prints one JSON line per
+    operation on stdout. Reports ignored and failed notifications on stderr. If any notification failed, the exit code
+    is 1.
 
     --explain prints an explanation on stdout before the JSON lines of each notification: envelopes, handler, lookups,
-    operations, omissions with their reasons, and the outcome. It names fields and ids but contains no personal data.
-    The JSON lines contain personal data.
+    operations, omissions with their reasons, and the outcome. The explanation names fields and ids but contains no
+    personal data. The JSON lines contain personal data.
     """
     from worker.commands.transform.explain import explain_trace  # noqa: PLC0415
     from worker.commands.transform.trace import split_documents, trace_notification  # noqa: PLC0415
@@ -47,7 +49,7 @@ def transform(*, file: BinaryIO, explain: bool, commercetools: BinaryIO | None, 
 
     failed = False
     with handle_errors():
-        mapping = load(MappingSettings, flags).mapping()
+        mapping = load(MappingSettings, option_values).mapping()
         snapshot = _load_snapshot(commercetools)
         if explain and not commercetools:
             click.echo("without --commercetools, only the resources in a message are known", err=True)

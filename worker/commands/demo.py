@@ -102,9 +102,9 @@ def _process(sandbox: Sandbox, path: Path, samples: Sequence[Sample]) -> list[Me
     queue.publish(sample.body for sample in samples)
     queue.close()
     environment = sandbox.environment | {"QUEUE_URL": f"embedded://{path}"}
-    flags = {name: environment.get(str(info.validation_alias)) for name, info in Settings.model_fields.items()}
+    values = {name: environment.get(str(info.validation_alias)) for name, info in Settings.model_fields.items()}
     outcome_log = OutcomeLog()
-    Worker(load(Settings, flags), telemetry=outcome_log).run(once=True, max_wait=60)
+    Worker(load(Settings, values), telemetry=outcome_log).run(once=True, max_wait=60)
     return [outcome_log.outcomes_by_id[name] for name in sorted(outcome_log.outcomes_by_id, key=int)]
 
 

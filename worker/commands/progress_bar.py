@@ -41,7 +41,7 @@ class StatusLine:
             return written
 
     def draw(self, status: str) -> None:
-        """Replace the status, cut to the width of the terminal: a wrapped line cannot be erased."""
+        """Replace the status. Truncate it to the width of the terminal, because a wrapped line cannot be erased."""
         status = status[: shutil.get_terminal_size().columns - 1]
         with self._lock:
             self._stream.write(f"{_CLEAR if self._status else ''}{status}")
@@ -58,9 +58,10 @@ class StatusLine:
 
 
 class Rate:
-    """The rate at which a run completes items, measured from its construction.
+    """The rate at which a run completes items, measured from the construction of this object.
 
-    `count` returns the items done, earlier runs included. `remaining` is the number of items to do, None if unknown.
+    `count` returns the number of items done, including those of earlier runs. `remaining` is the number of items to do;
+    None if unknown.
     """
 
     def __init__(self, count: Callable[[], int], remaining: int | None) -> None:
@@ -71,7 +72,7 @@ class Rate:
 
     @property
     def done(self) -> int:
-        """Return the items done, earlier runs included."""
+        """Return the number of items done, including those of earlier runs."""
         return self._count()
 
     @property

@@ -222,12 +222,13 @@ def report_filtered(values: Any, rules: PropertyRules, section: str) -> Iterator
     names = list(as_dict(values))
     excluded = [name for name in names if name in rules.exclude]
     others = [name for name in names if name not in excluded and not _is_included(name, rules)]
-    for key, left_out in (("exclude", excluded), ("include", others)):
-        if left_out:
-            yield f"{', '.join(left_out)}: by {section}.{key}"
+    if excluded:
+        yield f"{', '.join(excluded)}: listed in {section}.exclude"
+    if others:
+        yield f"{', '.join(others)}: not listed in {section}.include"
     for name in names:
         if name in rules.rename and _is_included(name, rules):
-            yield f"the name {name}: it is sent as {rules.rename[name]}, by {section}.rename"
+            yield f"the name {name}: renamed to {rules.rename[name]} by {section}.rename"
 
 
 def _is_included(name: str, rules: PropertyRules) -> bool:

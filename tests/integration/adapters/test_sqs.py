@@ -753,7 +753,10 @@ def test_both_forms_of_url_are_accepted(moto: Server, queue: Queue) -> None:
     named = open_queue(f"{queue.url}?region=eu-central-1")
     assert named.check() == []
     named.close()
-    with pytest.raises(QueueError, match=f"QUEUE_URL: {queue.name} does not exist: create it, or correct name or reg"):
+    with pytest.raises(
+        QueueError,
+        match=f"QUEUE_URL: {queue.name} does not exist: create it, or correct its name or region in the URL$",
+    ):
         open_queue(f"{queue.url}?region=us-east-1")
 
 

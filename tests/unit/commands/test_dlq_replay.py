@@ -51,7 +51,7 @@ def start_replay(queue: EmbeddedQueue, **options: Any) -> tuple[ReplayQueue, Rep
     """Return a replay of the queue's dead letters; by default of all, without a rate and a canary."""
     stats = ReplayStats(Metrics("embedded"))
     dead_letters = queue.dead_letters()
-    options = {"rate_limiter": None, "canary": False, "removes_acked": True, "filters": DeadLetterFilter()} | options
+    options = {"rate_limiter": None, "canary": False, "remove_on_ack": True, "filters": DeadLetterFilter()} | options
     selected = options.pop("filters").select(iter_unseen(dead_letters))
     return ReplayQueue(dead_letters, selected, stats, **options), stats
 
@@ -115,7 +115,7 @@ def test_only_selected_dead_letters_are_delivered(queue: EmbeddedQueue) -> None:
 def test_dry_run_removes_nothing(queue: EmbeddedQueue) -> None:
     """An ack in a dry run leaves the dead letter."""
     ids = make_dead_letters(queue, b"1", b"2")
-    replay, _ = start_replay(queue, removes_acked=False)
+    replay, _ = start_replay(queue, remove_on_ack=False)
     replay.ack(replay.receive(10, 0))
     assert remaining_ids(queue) == ids
 

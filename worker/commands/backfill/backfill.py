@@ -56,7 +56,7 @@ class Backfill:
         self._runner = Runner(queue, pipeline, _limit_batch(settings, selection), telemetry, components.stopping)
 
     def run(self, status_line: StatusLine) -> Rate:
-        """Process all records, or stop early on `stop`. The checkpoint is saved in any case.
+        """Process records until none remain or `stop` is called. The checkpoint is saved in either case.
 
         Raises Misconfigured, ShutdownTimeoutError and OSError.
         """
@@ -82,7 +82,7 @@ class Backfill:
 
 
 def _limit_batch(settings: BackfillSettings, selection: RecordSelection) -> BackfillSettings:
-    """Return settings whose batches take seconds, so that progress is visible. Bulk events need no such limit."""
+    """Return settings with batches that take only seconds, so that progress is visible. Bulk events need no limit."""
     if selection.name == "orders" and settings.bulk_events == "always":
         return settings
     return settings.model_copy(update={"max_batch": min(settings.max_batch, selection.kind.max_batch)})

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class BackfillProgress:
-    """The counts in a checkpoint. Records complete in any order; one counts once all records before it are complete."""
+    """The counts in a checkpoint.
+
+    Records complete in any order. A record is counted when it and all records before it are complete.
+    """
 
     last_id: str = ""
     sent: int = 0
@@ -128,7 +131,7 @@ def _parse_progress(document: Any) -> BackfillProgress:
 
 
 class FailureLog:
-    """A file with a JSON line per failure. Lines are appended, also when a record fails again.
+    """A file to which a JSON line is appended for every failure, including repeated failures of a record.
 
     Raises OSError if the file is not writable.
     """
@@ -150,7 +153,7 @@ class FailureLog:
 
 
 def read_ids(path: Path, resource_type: str) -> list[str]:
-    """Return the ids in a file with an id or a line of a failure log per line. Raises SettingsError."""
+    """Return the ids in a file. Each line is an id, or a line of a failure log. Raises SettingsError."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -171,6 +174,6 @@ def _parse_id(line: str, location: str, resource_type: str) -> str:
         ) from None
     if document.get("resource_type") != resource_type:
         raise SettingsError(
-            f"{location}: expected a failure of the kind {resource_type}: use the failures file of such a run"
+            f"{location}: expected a failure of the kind {resource_type}: use the failures file of that kind"
         )
     return as_text(document.get("resource_id"))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from worker.commercetools.client import Commercetools
     from worker.model import Json
 
-Page = list[tuple[str, "Json | Rejected"]]  # the id, and the resource or why it cannot be sent
+Page = list[tuple[str, "Json | Rejected"]]  # the id, and the resource or the reason why it cannot be sent
 
 
 class RecordPages(Protocol):
@@ -44,7 +44,7 @@ class _ByTime:
         resources = self._commercetools.page(self._query, self._where, self._after)
         page: Page = [(as_text(resource.get("id")), resource) for resource in resources]
         if not all(record_id for record_id, _ in page):  # the next request needs the last id
-            raise Transient(f"commercetools answered for {self._query.path} without ids")
+            raise Transient(f"commercetools returned {self._query.path} without ids")
         if page:
             self._after = page[-1][0]
         return page

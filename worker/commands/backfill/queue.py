@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from worker.commands.backfill.telemetry import BackfillTelemetry
     from worker.model import Json
 
-ORDER_DELAY = 60.0  # seconds after an order's last change, in which the worker sends that change first
+ORDER_DELAY = 60.0  # seconds after an order's last change within which the worker sends that change
 MAX_DELAYED = 10_000  # delayed messages; at this number, no more records are read
 MAX_DEFECT_ATTEMPTS = 5  # attempts at a message that raises an unexpected error
 
@@ -63,7 +63,7 @@ class RecordQueue(InertQueue):
         return deliveries
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Do nothing: BackfillTelemetry records the outcomes."""
+        """Do nothing, because BackfillTelemetry records the outcomes."""
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
         """Redeliver the messages. A message that repeatedly raises an unexpected error fails."""
@@ -72,12 +72,12 @@ class RecordQueue(InertQueue):
             if failure and failure.error == WorkerError.__name__:
                 delivery.defects += 1
             if failure and delivery.defects >= MAX_DEFECT_ATTEMPTS:
-                self._telemetry.failed(delivery.record, failure)
+                self._telemetry.record_failure(delivery.record, failure)
             else:
                 self._put(delivery, delay)
 
     def backlog(self) -> int:
-        """Return the number of messages to receive. Unread records count as one."""
+        """Return the number of messages that are not received yet. All unread records count as one."""
         with self._changed:
             return len(self._ready) + len(self._delayed) + (not self._is_exhausted)
 
@@ -97,7 +97,7 @@ class RecordQueue(InertQueue):
             return [self._ready.popleft() for _ in range(min(max_messages, len(self._ready)))]
 
     def _read_page(self) -> None:
-        """Read a page. After a transient error, the next `receive` reads it again, without limit."""
+        """Read a page. After a transient error, the next `receive` reads the page again, any number of times."""
         try:
             page = self._pages.next_page()[: self._limit]
         except Transient as error:
@@ -113,7 +113,7 @@ class RecordQueue(InertQueue):
         if isinstance(resource, Rejected):
             record = BackfillRecord(record_id, 1)
             self._telemetry.start(record)
-            self._telemetry.failed(record, Failure(str(resource), "enrich", type(resource).__name__))
+            self._telemetry.record_failure(record, Failure(str(resource), "enrich", type(resource).__name__))
             return
         notifications = notifications_for(self._selection, resource)
         record = BackfillRecord(record_id, len(notifications))
@@ -123,7 +123,7 @@ class RecordQueue(InertQueue):
             self._put(RecordDelivery(record, body), delay)
 
     def _order_delay(self, resource: Json) -> float:
-        """Return the seconds in which the worker might still send the order's last change.
+        """Return the seconds during which the worker can still send the order's last change.
 
         If the backfill sent that event first, Klaviyo would drop the worker's event and start no flow.
         """

@@ -26,7 +26,7 @@ class RecordKind:
     query: queries.Query
     resource_type: str
     time_field: str  # the field that --since and --until compare
-    max_batch: int  # messages: what Klaviyo's rate limits allow in a few seconds, or one bulk message
+    max_batch: int  # messages that Klaviyo's rate limits allow in a few seconds, or that fit in one bulk job
     notifications: Callable[[Json], Iterable[Json]]
 
 
@@ -45,9 +45,10 @@ def _created(kind: str, resource_type: str, resource: Json) -> Iterable[Json]:
 
 
 def _order_history(order: Json) -> Iterable[Json]:
-    """Yield the notifications of an order's past. Handlers ignore states without an event.
+    """Yield notifications for an order's history. Handlers ignore states that have no event.
 
-    commercetools does not report when an order entered its state. The time of the last change is the latest possible.
+    commercetools does not report when an order entered its state, so the time of the last change is used: the latest
+    possible time.
     """
     order_id, changed_at = as_text(order.get("id")), order.get("lastModifiedAt")
     yield _notification("OrderCreated", "order", order_id, order.get("createdAt"))
@@ -107,7 +108,7 @@ class BackfillRecord:
 
 @dataclass(slots=True, eq=False)
 class RecordDelivery:
-    """A message of a record. Its attempt is unknown: an earlier run or the worker might have sent it."""
+    """A message of a record. Its attempt is unknown, because an earlier run or the worker has possibly sent it."""
 
     record: BackfillRecord
     body: bytes = field(repr=False)
@@ -132,7 +133,10 @@ def notifications_for(selection: RecordSelection, resource: Json) -> list[bytes]
 
 
 def mark_as_backfill(operation: Operation) -> Operation:
-    """Return the operation with Klaviyo's `backfill` flag (revision 2026-07-15) if it is an event: no flow starts."""
+    """Return an event with Klaviyo's attribute `backfill` (revision 2026-07-15), which starts no flow.
+
+    Other operations are returned unchanged.
+    """
     if operation.kind is not OperationKind.CREATE_EVENT or operation.resource is None:
         return operation
     resource = operation.resource

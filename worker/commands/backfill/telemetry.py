@@ -34,7 +34,7 @@ class BackfillTelemetry(Telemetry):
     ) -> None:
         super().__init__(Metrics("backfill"))
         self.progress = progress
-        self.completed = progress.done  # records with an outcome, also those after a gap
+        self.completed = progress.done  # records with an outcome, including those that `progress` does not count yet
         self._resource_type = resource_type
         self._checkpoint = checkpoint
         self._failure_log = failure_log
@@ -47,15 +47,15 @@ class BackfillTelemetry(Telemetry):
             self.progress.start(record)
 
     def record_settled(self, messages: Iterable[Message]) -> None:
-        """Record outcomes, and save the checkpoint periodically. Raises OSError."""
+        """Record outcomes. Save the checkpoint every SAVE_INTERVAL. Raises OSError."""
         with self._progress_lock:
             for message in messages:
                 self._record(message)
             if time.monotonic() - self._saved_at >= SAVE_INTERVAL:
                 self.save()
 
-    def failed(self, record: BackfillRecord, failure: Failure) -> None:
-        """Record a failed message. The failure log comes first: no later run repeats a record that is counted."""
+    def record_failure(self, record: BackfillRecord, failure: Failure) -> None:
+        """Record a failed message. The failure log is written first, because no later run repeats a counted record."""
         line = {
             "resource_type": self._resource_type,
             "resource_id": record.id,
@@ -70,7 +70,7 @@ class BackfillTelemetry(Telemetry):
             self._complete(record, failure=failure.reason)
 
     def record_returned(self, messages: Iterable[Message]) -> None:
-        """Leave returned messages to the next run."""
+        """Do nothing: the next run sends messages that were given back."""
 
     def save(self) -> None:
         """Save the checkpoint. Raises OSError."""
@@ -86,7 +86,7 @@ class BackfillTelemetry(Telemetry):
             assert message.outcome is not None
             message_type = message.notification.type if message.notification else ""
             failure = Failure(message.outcome.reason, message.outcome.stage, message.outcome.error, message_type)
-            self.failed(delivery.record, failure)
+            self.record_failure(delivery.record, failure)
         elif outcome != "retried":
             self._complete(delivery.record, is_sent=outcome == "sent")
 

@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 PROFILE, METRIC = "klaviyo-worker-probe", "klaviyo-worker probe"
 SCOPES = {"profiles:read": "/api/profiles", "events:read": "/api/events"}  # in addition to events:write
 _POLL_INTERVAL = 1 / 60  # share of the timeout
-_LAST_WAIT = 1 / 12  # share of the timeout; a second copy of A can become readable after B and C
+_LAST_WAIT = 1 / 12  # share of the timeout; a duplicate of A can become readable later than B and C
 
 Repeat = Literal["ignore", "refuse", "drop", "duplicate", "undecided"]
 _AUTO = "keep KLAVIYO_WORKER_BULK_EVENTS=auto"
 _MEANING: dict[Repeat, str] = {
-    "ignore": "Klaviyo ignores a repeated event, KLAVIYO_WORKER_BULK_EVENTS=always is safe",
-    "refuse": f"Klaviyo refuses a call with a repeated event, {_AUTO}",
-    "drop": f"Klaviyo drops a call with a repeated event, or is slow: {_AUTO}",
-    "duplicate": f"Klaviyo records a repeated event again, {_AUTO}",
-    "undecided": f"no result, {_AUTO} or probe again with a longer --probe-wait",
+    "ignore": "Klaviyo ignores a repeated event, so KLAVIYO_WORKER_BULK_EVENTS=always is safe",
+    "refuse": f"Klaviyo rejects a call with a repeated event, so {_AUTO}",
+    "drop": f"Klaviyo drops a call with a repeated event, or is slow, so {_AUTO}",
+    "duplicate": f"Klaviyo records a repeated event again, so {_AUTO}",
+    "undecided": f"no result, so {_AUTO}, or probe again with a longer --probe-wait",
 }
 
 
@@ -59,9 +59,10 @@ class Verdict:
 class BulkProbe:
     """Three bulk calls for a test profile, whose events are then read back.
 
-    The calls contain A; immediately afterwards A and B; and when A is readable, A and C. Klaviyo processes a bulk
-    call some time after accepting it, so it could treat an early repeat differently from a late one.
-    `timeout`: seconds to wait until events are readable, twice. `report_progress` receives each step.
+    The first call contains A. The second contains A and B, and follows immediately. The third contains A and C, and
+    follows when A is readable. Klaviyo processes a bulk call some time after accepting it, so it could treat an early
+    repeat differently from a late one. `timeout`: the maximum seconds of each of the two waits until events are
+    readable. `report_progress` receives each step.
     """
 
     def __init__(self, client: KlaviyoClient, timeout: float, report_progress: Callable[[str], None]) -> None:
@@ -73,7 +74,7 @@ class BulkProbe:
         self._profile_id = ""
 
     def run(self) -> Verdict:
-        """Run the probe. Raises WorkerError if Klaviyo refuses the calls, the key or a scope, or is unreachable."""
+        """Run the probe. Raises WorkerError if Klaviyo rejects a call, refuses access, or is unreachable."""
         self._send("A")
         if refused := self._repeat_with("B"):
             return refused
@@ -93,11 +94,11 @@ class BulkProbe:
         return Verdict(_interpret(*counts), observation)
 
     def _repeat_with(self, name: str) -> Verdict | None:
-        """Send A again, with another event. Return the verdict if Klaviyo refuses the call."""
+        """Send A again, with another event. Return the verdict if Klaviyo rejects the call."""
         try:
             self._send("A", name)
         except Rejected as error:
-            return Verdict("refuse", f"Klaviyo refused a call that repeats A ({error})")
+            return Verdict("refuse", f"Klaviyo rejected a call that repeats A ({error})")
         return None
 
     def _send(self, *names: str) -> None:

@@ -55,9 +55,9 @@ def run_checks(
     probe_timeout: float | None,
     report_progress: Callable[[str], None],
 ) -> Iterator[CheckResult]:
-    """Yield the result of each check. If the configuration is wrong, yield only that.
+    """Yield the result of each check. If the configuration is invalid, yield only its errors.
 
-    `probe_timeout`: seconds that the bulk probe waits for events; None: no bulk probe, and nothing is written.
+    `probe_timeout`: seconds that the bulk probe waits for events; None for no probe, so that nothing is written.
     `report_progress` receives the steps of the bulk probe.
     """
     try:
@@ -158,7 +158,7 @@ def _check_klaviyo(client: Klaviyo, resources: Collection[str], *, erasure: bool
         if "customer" in resources:
             _get(client, "/api/profile-bulk-import-jobs")
     except Misconfigured:
-        return f"{text}; without {', '.join(_IMPORT_JOBS)}, customers are always sent one by one"
+        return f"{text}; without {', '.join(_IMPORT_JOBS)}, customers are always sent individually"
     return text
 
 
@@ -167,7 +167,7 @@ def _get(client: Klaviyo, path: str) -> None:
 
 
 def _post_nothing(client: Klaviyo, path: str) -> None:
-    """Send an empty document, which is always refused: with 403 only if the scope is missing."""
+    """Send an empty document, which Klaviyo never accepts. It responds with 403 only if the scope is missing."""
     with suppress(Rejected):
         client.call("POST", path, {})
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from adapters import DeadLetter, DeadLetterQueue, SupportsDeadLetters
 
-BATCH_SIZE = 100  # dead letters per request, with their bodies
+BATCH_SIZE = 100  # dead letters received at a time, with their bodies
 IDLE_TIMEOUT = 5.0  # seconds without a dead letter after which the queue counts as empty
-MAX_CLOCK_SKEW = timedelta(seconds=10)  # how far a queue's clock can be ahead of ours
+MAX_CLOCK_SKEW = timedelta(seconds=10)  # by which a queue's clock can be ahead of the local clock
 MAX_INDENTED_DEPTH = 100  # a small body with thousands of levels would print megabytes of indentation
 UNREADABLE = "unreadable"  # type of a message that cannot be parsed
 _AGE = re.compile(r"(\d+)([smhdw])", re.ASCII)
@@ -55,7 +55,7 @@ class DeadLetterFilter:
     limit: int | None = None
 
     def select(self, dead_letters: Iterable[DeadLetter]) -> Iterator[DeadLetter]:
-        """Yield the dead letters that match, and stop reading after the last possible one."""
+        """Yield the dead letters that match. Stop reading when no further dead letter can match."""
         missing, remaining = set(self.ids), self.limit
         for dead_letter in dead_letters:
             if not self._matches(dead_letter):
@@ -89,7 +89,7 @@ def iter_dead_letters(queue: SupportsDeadLetters) -> Generator[DeadLetter]:
 
 
 def iter_unseen(dead_letters: DeadLetterQueue) -> Iterator[DeadLetter]:
-    """Yield the dead letters not yet received. Raises QueueError.
+    """Yield the dead letters that were not received yet. Raises QueueError.
 
     Dead letters that arrive after the start are ignored: otherwise the loop might never end.
     """
@@ -138,10 +138,7 @@ def dead_lettered_or_published_at(dead_letter: DeadLetter) -> datetime | None:
 
 
 def parse_since(text: str, now: datetime) -> datetime:
-    """Return the time that an age (90s, 30m, 2h, 3d, 1w) or an ISO 8601 time stands for; UTC by default.
-
-    Raises ValueError.
-    """
+    """Parse an age (90s, 30m, 2h, 3d, 1w) or an ISO 8601 time (UTC by default). Raises ValueError."""
     if age := _AGE.fullmatch(text.strip()):
         try:
             return now - timedelta(**{_UNITS[age[2]]: int(age[1])})

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from worker.model import Message
     from worker.settings import Settings
 
-_FAILED = ("dead_lettered", "retried")  # outcomes that count as failed: a replay does not redeliver
+_FAILED = ("dead_lettered", "retried")  # outcomes that count as failed, because a replay does not retry
 MAX_WAIT = 600.0  # total seconds to wait for outages to end
 _MAX_BATCH = 50  # messages; small, so that progress is visible and an interruption takes effect soon
 
@@ -40,13 +40,13 @@ class ReplayOptions:
     """How dead letters are replayed."""
 
     rate: float | None = None  # maximum dead letters per second
-    canary: bool = True  # replay one at a time until one is sent; stop if one fails before that
+    canary: bool = True  # process dead letters one at a time until one is sent; stop if one fails before that
     dry_run: bool = False  # print the requests; send and remove nothing
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayDelivery:
-    """A dead letter as a delivery. Its attempt is unknown, so that none of its events is treated as new."""
+    """A dead letter as a delivery. Its attempt is unknown, so none of its events is treated as new."""
 
     dead_letter: DeadLetter
 
@@ -87,12 +87,12 @@ class ReplayStats(Telemetry):
 
     @property
     def done(self) -> int:
-        """Return how many delivered dead letters have an outcome."""
+        """Return the number of dead letters that have an outcome."""
         return self.outcomes.total()
 
     @property
     def failed(self) -> int:
-        """Return how many dead letters failed again."""
+        """Return the number of dead letters that failed again."""
         return sum(self.outcomes[outcome] for outcome in _FAILED)
 
     def record_settled(self, messages: Iterable[Message]) -> None:
@@ -109,13 +109,13 @@ class ReplayStats(Telemetry):
             self._changed.notify_all()
 
     def wait_for_outcomes(self, seconds: float) -> None:
-        """Wait until further dead letters have an outcome, at most `seconds`."""
+        """Wait at most `seconds` until another dead letter has an outcome."""
         with self._changed:
             self._changed.wait(seconds)
 
 
 class ReplayRateLimiter:
-    """An even rate of at most `rate` calls per second. `wait` sleeps for a number of seconds."""
+    """Spreads deliveries evenly, at most `rate` per second. `wait` sleeps for a number of seconds."""
 
     def __init__(
         self, rate: float, wait: Callable[[float], object], clock: Callable[[], float] = time.monotonic
@@ -126,7 +126,7 @@ class ReplayRateLimiter:
         self._next = clock()
 
     def acquire(self) -> None:
-        """Wait until the next call is allowed."""
+        """Wait until the next delivery is allowed."""
         if (delay := self._next - self._clock()) > 0:
             self._wait(delay)
         self._next = max(self._next, self._clock()) + self._interval
@@ -135,7 +135,7 @@ class ReplayRateLimiter:
 class ReplayQueue(InertQueue):
     """The selected dead letters as a finite queue. Implements QueueAdapter.
 
-    An ack removes the dead letter. A nack or dead-letter leaves it unchanged.
+    With `remove_on_ack`, an ack removes the dead letter. A nack or dead-letter leaves it unchanged.
     """
 
     def __init__(
@@ -146,25 +146,25 @@ class ReplayQueue(InertQueue):
         *,
         rate_limiter: ReplayRateLimiter | None,
         canary: bool,
-        removes_acked: bool,
+        remove_on_ack: bool,
     ) -> None:
         self._dead_letters = dead_letters
         self._selected = selected
         self._stats = stats
         self._rate_limiter = rate_limiter
         self._canary = canary
-        self._removes_acked = removes_acked
+        self._remove_on_ack = remove_on_ack
         self._is_exhausted = False
         self._deliveries = 0
         self.delivered_ids: set[str] = set()
 
     @property
     def canary_failed(self) -> bool:
-        """Return whether a canary failed: no more dead letters are delivered."""
+        """Return whether a dead letter failed before any was sent. Then no more dead letters are delivered."""
         return self._needs_canary and self._stats.failed > 0
 
     def receive(self, max_messages: int, wait: float) -> Sequence[ReplayDelivery]:
-        """Return the next dead letters: one at a time if a rate is set or no canary was sent yet."""
+        """Return the next dead letters: one at a time if a rate is set, or until the canary is sent."""
         needs_canary = self._needs_canary
         canary_in_flight = needs_canary and self._deliveries > self._stats.done
         if self._is_exhausted or self.canary_failed or canary_in_flight:
@@ -180,8 +180,8 @@ class ReplayQueue(InertQueue):
         return deliveries
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Remove the dead letters. Raises QueueError if they might still be there."""
-        if self._removes_acked:
+        """Remove the dead letters. Raises QueueError if some of them possibly still exist."""
+        if self._remove_on_ack:
             replayed = (delivery for delivery in deliveries if isinstance(delivery, ReplayDelivery))
             self._dead_letters.remove([delivery.dead_letter for delivery in replayed])
 
@@ -195,7 +195,7 @@ class ReplayQueue(InertQueue):
 
     @property
     def _needs_canary(self) -> bool:
-        """Return whether no dead letter was sent yet. An ignored one proves nothing."""
+        """Return whether the next dead letter is a canary: none was sent yet. An ignored dead letter sends nothing."""
         return self._canary and not self._stats.outcomes["sent"]
 
 
@@ -216,14 +216,14 @@ class Replay:
             self.stats,
             rate_limiter=ReplayRateLimiter(options.rate, components.stopping.wait) if options.rate else None,
             canary=options.canary and not options.dry_run,
-            removes_acked=not options.dry_run,
+            remove_on_ack=not options.dry_run,
         )
         send = print_instead if options.dry_run else components.sender.send
         pipeline = Pipeline(self.queue, components.enricher.enrich, send, components.mapping, self.stats)
         self._runner = Runner(self.queue, pipeline, settings, self.stats, components.stopping)
 
     def run(self) -> None:
-        """Replay until no dead letters remain. Raises the errors of `Runner.run`."""
+        """Replay the selected dead letters. Raises the errors of `Runner.run`."""
         try:
             self._runner.run(once=True, max_wait=MAX_WAIT)
         finally:

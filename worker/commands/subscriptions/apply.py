@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from worker.commands.subscriptions.plan import Plan
     from worker.model import Json
 
-MAX_ATTEMPTS = 5
+MAX_TRIES = 5
 
 
 def apply(subscriptions: Subscriptions, first: Plan, *, renew: bool) -> Json:
     """Create or change the subscription as planned, and return its new state.
 
     After a conflict, or a request whose result is unknown, read the subscriptions and plan again.
-    Raises the last of these errors after MAX_ATTEMPTS; Rejected and CommercetoolsMisconfigured at once.
+    Raises the last of these errors after MAX_TRIES. Raises Rejected and CommercetoolsMisconfigured immediately.
     """
     current, last = first, None
-    for _ in range(MAX_ATTEMPTS):
+    for _ in range(MAX_TRIES):
         try:
             return _execute(subscriptions, current)
         except (Conflict, Transient) as error:

@@ -29,11 +29,11 @@ class Conflict(WorkerError):
 
 
 class NotPermitted(CommercetoolsMisconfigured):
-    """The API client lacks the scope, or CT_SCOPE leaves it out."""
+    """The API client lacks the scope, or CT_SCOPE does not contain it."""
 
 
 class Subscriptions:
-    """The subscriptions of a project. `redact` removes secrets from commercetools' error messages."""
+    """The subscriptions of a project. `redact` removes secrets from commercetools' error texts."""
 
     def __init__(self, commercetools: Commercetools, redact: Callable[[str], str] = str) -> None:
         self._commercetools = commercetools
@@ -61,7 +61,7 @@ class Subscriptions:
         self._request("DELETE", f"/{_id(subscription)}?version={version}", may_be_missing=True)
 
     def wait_until_healthy(self, subscription: Json, wait: float) -> str:
-        """Wait up to `wait` seconds until it is healthy; return its status, or "" if commercetools reports none."""
+        """Wait up to `wait` seconds until a subscription is healthy. Return its status, or "" if none is reported."""
         deadline = time.monotonic() + wait
         while True:
             status = self._commercetools.get_public(_ENDPOINT, f"/{_id(subscription)}/health").status

@@ -71,7 +71,7 @@ def parse(url: str, secret: str) -> Destination:
 
 
 def from_queue_url(url: str) -> str:
-    """Return the destination that QUEUE_URL implies. Raises SettingsError if it names only a source to read from."""
+    """Return the destination that QUEUE_URL implies. Raises SettingsError if it names only a source, no destination."""
     if _SQS.fullmatch(url):
         return url
     if url.startswith("servicebus://"):
@@ -80,7 +80,7 @@ def from_queue_url(url: str) -> str:
 
 
 def display_name(fields: Json) -> str:
-    """Return a destination's name. `fields` can have its secrets, or asterisks in their place."""
+    """Return a destination's name. `fields` can contain its secrets, or asterisks in their place."""
     kind = as_text(fields.get("type"))
     return _NAMES.get(kind, _unknown)({name: as_text(value) for name, value in fields.items()})
 
@@ -111,7 +111,7 @@ def _eventbridge(match: re.Match[str], _secret: str) -> Destination:
 
 
 def _servicebus(match: re.Match[str], secret: str) -> Destination:
-    expected = "a connection string with the right Send, Endpoint=sb://…;SharedAccessKeyName=…;SharedAccessKey=…"
+    expected = "a connection string with Send rights, Endpoint=sb://…;SharedAccessKeyName=…;SharedAccessKey=…"
     parts = _parse_connection_string(_require_secret(secret, expected))
     if not parts.get("sharedaccesskey"):
         raise SettingsError(f"{SECRET_VARIABLE} is malformed", todo=f"expected {expected}")

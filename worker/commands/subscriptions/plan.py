@@ -46,8 +46,8 @@ class Plan:
     """The changes to make.
 
     `current`: the existing subscription, or None if it must be created. `old_destination`: the destination to
-    replace, or "" to keep it. `added`, `removed`: what to request in addition, and no longer. `stale`: other
-    subscriptions to the same destination.
+    replace, or "" to keep it. `added`: the messages and changes to request in addition. `removed`: those to request no
+    longer. `stale`: other subscriptions with the same destination.
     """
 
     desired: DesiredSubscription
@@ -126,8 +126,8 @@ class Plan:
 def plan(desired: DesiredSubscription, existing: Sequence[Json], *, renew: bool = False) -> Plan:
     """Compare the desired subscription with all subscriptions of the project.
 
-    The destination is sent again if `renew` is set, because its secret cannot be compared, and if the status is a
-    configuration error. Raises SettingsError if the format would have to change.
+    A destination's secret cannot be compared. The destination is therefore also sent again if `renew` is set, or if the
+    status is a configuration error. Raises SettingsError if the format would have to change.
     """
     current = next((entry for entry in existing if as_text(entry.get("key")) == desired.key), None)
     others = [entry for entry in existing if entry is not current]
@@ -151,7 +151,7 @@ def name_of(subscription: Json) -> str:
 
 
 def _has_destination(subscription: Json, destination: Destination) -> bool:
-    """Return True for the same destination. On EventBridge each subscription has its own event source."""
+    """Return whether the subscription has this destination. False on EventBridge: each has its own event source."""
     fields = as_dict(subscription.get("destination"))
     return fields.get("type") != "EventBridge" and display_name(fields) == destination.name
 

@@ -29,7 +29,7 @@ class SubscriptionSpec:
     changes: tuple[str, ...]
 
     def minus(self, other: SubscriptionSpec) -> SubscriptionSpec:
-        """Return what is here and not in `other`. An empty tuple of message types then means "all others"."""
+        """Return what this spec requests and `other` does not. An empty tuple of types then means "all others"."""
         messages = {}
         for resource, types in self.messages.items():
             known = other.messages.get(resource)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 _INDENT, _WIDTH = 15, 110
 _MAX_LISTED = 8  # names or ids in a list
-_FATES = {
+_OUTCOMES = {
     Disposition.DEAD_LETTER: "dead-lettered",
-    Disposition.NACK: "returned to the queue",
+    Disposition.NACK: "given back to the queue",
     Disposition.HOLD: "held and retried",
     Disposition.PARK: "parked",
 }
@@ -177,7 +177,7 @@ def _describe_omissions(trace: Trace, mapping: MappingConfig) -> Iterator[Row]:
 
 def _describe_outcome(trace: Trace) -> str:
     if trace.stopped_by is None:
-        return "acknowledged when Klaviyo has accepted all operations; dead-lettered if Klaviyo refuses one"
+        return "acknowledged when Klaviyo has accepted all operations; dead-lettered if Klaviyo rejects one"
     if isinstance(trace.stopped_by, Ignored):
         return f"ignored and acknowledged, in stage {trace.stage}: {trace.stopped_by}"
-    return f"{_FATES[trace.stopped_by.disposition]}, in stage {trace.stage}: {trace.stopped_by}"
+    return f"{_OUTCOMES[trace.stopped_by.disposition]}, in stage {trace.stage}: {trace.stopped_by}"

@@ -34,8 +34,8 @@ _PAYLOADS = {
 class Trace:
     """The stages that a notification reached, and their results.
 
-    `stage`: the last stage. `lookups`: the queries and their results. `stopped_by`: the reason why there are no
-    operations, or None.
+    `stage`: the last stage that was reached. `lookups`: the queries and their results. `stopped_by`: the reason why
+    there are no operations, or None.
     """
 
     body: bytes = field(repr=False)

@@ -1,4 +1,4 @@
-"""A large shop: many copies of a few sample resources. They never change and have an index."""
+"""A large shop: many copies of a few sample resources. The copies are constant and indexed."""
 
 from __future__ import annotations
 

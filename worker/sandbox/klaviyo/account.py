@@ -43,7 +43,7 @@ class Account(Catalog):
         self.profiles: list[Json] = []
         self.events: list[Json] = []
         self.deletion_requests: list[Json] = []
-        self.accepted_events = 0  # in calls answered with 202, recorded or not
+        self.accepted_events = 0  # in calls that were answered with 202, even if they were not recorded
         self.repeated_events = 0
         self._seen: set[tuple[str, str, str]] = set()
         self._visible_from: list[float] = []  # monotonic seconds, one per event
@@ -51,7 +51,7 @@ class Account(Catalog):
         self._by_identifier: dict[tuple[str, str], Json] = {}
 
     def state(self) -> Json:
-        """Return the content, for a test in another process."""
+        """Return the content of the account, for a test in another process."""
         with self.lock:
             names = ("profiles", "events", "items", "variants", "categories", "deletion_requests", "repeated_events")
             return {name: getattr(self, name) for name in names}
@@ -210,7 +210,7 @@ class Account(Catalog):
                 self._record(event, profile, self.job_seconds, duplicate=self.bulk_repeats == "duplicate")
 
     def _identity(self, attributes: Json) -> str:
-        """Return the id of the profile that matches the attributes, otherwise the strongest identifier."""
+        """Return the id of the profile that matches the attributes; if there is none, the strongest identifier."""
         found = self._find_matching(attributes.get("id"), attributes)
         return found[0]["id"] if found else str(next(attributes[n] for n in ("id", *IDENTIFIERS) if attributes.get(n)))
 
@@ -246,7 +246,7 @@ class Account(Catalog):
         return attributes
 
     def _upsert_event_profile(self, attributes: Json) -> Json:
-        """Update the profile with the strongest identifier. An event that matches two profiles is not refused."""
+        """Update the profile with the strongest identifier. An event that matches two profiles is not rejected."""
         found = self._find_matching(attributes.get("id"), attributes)
         profile = found[0] if found else self._new_profile()
         taken = [name for name in _MATCHING_FIELDS if self._is_taken(name, attributes.get(name), profile)]
