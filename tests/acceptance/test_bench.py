@@ -27,7 +27,7 @@ def test_small_run_returns_plausible_figures(tmp_path: Path) -> None:
     assert {"versions", "cores"} < figures.keys()
     (row,) = figures["rows"]
     assert (row["row"], row["queue"], row["latency_ms"], row["messages"]) == ("mixture", "embedded", 0, 60)
-    assert 0 < row["klaviyo_calls"] < 4 * 60  # one by one, on a busy machine
+    assert 0 < row["klaviyo_calls"] < 4 * 60  # events are sent individually, on a busy machine
     assert 0 < row["commercetools_calls"] < 60
     assert row["klaviyo_calls_answered_429"] == row["retried"] == 0
     assert 0 < row["cpu_s"] < 30

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ORDERS = 300
-FEWER = 120  # for tests that send many events one by one, at Klaviyo's 3,500 a minute
+FEWER = 120  # for tests that send many events individually, at Klaviyo's limit of 3,500 a minute
 BULK = "/api/event-bulk-create-jobs"
 
 
@@ -79,7 +79,7 @@ def test_duplicate_messages_have_no_effect(worker: Worker, sandbox: Sandbox, acc
 
 @pytest.mark.parametrize("account", ["ignore", "refuse", "drop"], indirect=True)
 def test_second_process_has_no_effect(worker: Worker, sandbox: Sandbox, account: Account) -> None:
-    """It does not know which events were sent. A call that is refused is narrowed with a bounded number of calls."""
+    """It does not know which events were sent. A rejected call is narrowed with a bounded number of calls."""
     backlog = orders(sandbox)
     for _ in range(2):
         worker.publish(*backlog)
@@ -92,7 +92,7 @@ def test_second_process_has_no_effect(worker: Worker, sandbox: Sandbox, account:
         assert requests.total() < 2 * ORDERS / 5
 
 
-def test_events_are_sent_one_by_one_if_configured(worker: Worker, sandbox: Sandbox, account: Account) -> None:
+def test_events_are_sent_individually_if_configured(worker: Worker, sandbox: Sandbox, account: Account) -> None:
     """The setting is `never`, or the threshold is larger than any batch."""
     worker.publish(*orders(sandbox)[:20])
     assert worker("run", "--once", env={"KLAVIYO_WORKER_BULK_EVENTS": "never"}).returncode == 0
@@ -104,7 +104,7 @@ def test_events_are_sent_one_by_one_if_configured(worker: Worker, sandbox: Sandb
 
 @pytest.mark.parametrize("action", ["respond", "reset", "lose_response", "truncate"])
 def test_failed_bulk_calls_cause_no_duplicates(action: str, worker: Worker, sandbox: Sandbox, account: Account) -> None:
-    """Klaviyo may have recorded the events, so they are sent one by one."""
+    """Klaviyo has possibly recorded the events, so they are sent individually."""
     sandbox.klaviyo.faults.add(Fault(status=503, times=3, match=f"POST {BULK}", action=action))
     worker.publish(*orders(sandbox))
     done = worker("run", "--once")
@@ -114,7 +114,7 @@ def test_failed_bulk_calls_cause_no_duplicates(action: str, worker: Worker, sand
 
 
 def test_stopped_worker_causes_no_duplicates(worker: Worker, sandbox: Sandbox, account: Account) -> None:
-    """Messages return to the queue before the response to their bulk call, which Klaviyo has recorded."""
+    """Messages are given back to the queue before the response to their bulk call, which Klaviyo has recorded."""
     sandbox.klaviyo.faults.add(Fault(action="lose_response", seconds=15, times=None, match=f"POST {BULK}"))
     worker.publish(*orders(sandbox))
     process = worker.start("run", "--shutdown-grace-period", "0.1")

@@ -125,7 +125,7 @@ def test_every_missing_scope_of_klaviyo_is_named(worker: Worker, sandbox: Sandbo
 
 
 def test_discount_codes_are_optional(worker: Worker, sandbox: Sandbox) -> None:
-    """Without the scope orders are still processed, so the check only reports it."""
+    """Without the scope, orders are still processed, so the check reports it but does not fail."""
     sandbox.commercetools.faults.add(Fault(403, times=None, match="GET /sandbox-shop/discount-codes"))
     done = worker("check", "--json")
     assert done.returncode == 0
@@ -235,7 +235,7 @@ def test_unreadable_events_are_no_result(worker: Worker) -> None:
     ids=["scope", "refused", "unknown fate", "down"],
 )
 def test_failed_probe_has_no_result(fault: Fault, text: str, worker: Worker, sandbox: Sandbox) -> None:
-    """A refusal for another reason is not a refused repeat."""
+    """A rejection for another reason is not a rejected repeat."""
     sandbox.klaviyo.faults.add(fault)
     done = worker(*PROBE)
     assert done.returncode == 5

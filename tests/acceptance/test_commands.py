@@ -89,7 +89,7 @@ def test_transform_reads_resources_from_a_file(worker: Worker, sandbox: Sandbox)
 
 
 def test_transform_reports_errors_on_stderr(worker: Worker) -> None:
-    """Ignored notifications are reported there too. Errors lead to exit code 1."""
+    """Ignored notifications are also reported on stderr. Errors lead to exit code 1."""
     subscription = b'{"notificationType": "ResourceCreated", "resource": {"typeId": "subscription", "id": "1"}}'
     done = worker("transform", "-", stdin=subscription + b"\nnonsense\n")
     assert done.returncode == 1
@@ -100,7 +100,7 @@ def test_transform_reports_errors_on_stderr(worker: Worker) -> None:
 
 
 def test_handlers_and_help_are_complete(worker: Worker) -> None:
-    """`handlers` lists every type. `run --help` lists the variable of every flag."""
+    """`handlers` lists every type. `run --help` lists the variable of every option."""
     table = worker("handlers").stdout
     assert "OrderCreatedFromRecurringOrder" in table
     assert "inventory-entry" in table

@@ -103,7 +103,7 @@ def words(text: str) -> str:
 
 
 def test_replay_removes_dead_letters_that_were_sent(dlq: Dlq, path: Path, sandbox: Sandbox) -> None:
-    """A dead letter that fails again stays and its reason is printed; an ignored one is removed."""
+    """A dead letter that fails again stays, and its reason is printed. An ignored dead letter is removed."""
     ignored = message("OrderTeleported", "order", "order-9")
     ids = make_dead_letters_at(path, *map(order, range(1, 6)), ignored)
     sandbox.klaviyo.faults.add(Fault(400, times=None, match="POST", contains=b"order-3"))
@@ -122,7 +122,7 @@ def test_replay_removes_dead_letters_that_were_sent(dlq: Dlq, path: Path, sandbo
 
 
 def test_replay_does_not_duplicate_events(dlq: Dlq, path: Path, sandbox: Sandbox) -> None:
-    """Events are sent one by one, because this Klaviyo duplicates an event that is repeated in bulk."""
+    """Events are sent individually, because this Klaviyo duplicates an event that is repeated in bulk."""
     for _ in range(2):
         make_dead_letters_at(path, *map(order, range(1, 31)))
         assert dlq("replay").exit_code == 0
@@ -131,7 +131,7 @@ def test_replay_does_not_duplicate_events(dlq: Dlq, path: Path, sandbox: Sandbox
 
 
 def test_replay_sends_in_bulk_if_bulk_events_is_always(dlq: Dlq, path: Path, sandbox: Sandbox) -> None:
-    """Three thousand dead letters take a minute then."""
+    """With this setting, three thousand dead letters take a minute."""
     make_dead_letters_at(path, *map(order, range(1, 31)))
     assert dlq("replay", "--bulk-events", "always").exit_code == 0
     assert calls(sandbox, BULK) > 0
@@ -215,7 +215,7 @@ def test_dry_run_prints_requests_and_changes_nothing(dlq: Dlq, path: Path, sandb
 def test_interruption_finishes_the_messages_in_flight(
     dlq: Dlq, path: Path, sandbox: Sandbox, signals: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing else is sent; the same command continues."""
+    """No other message is sent. The same command continues the replay."""
     make_dead_letters_at(path, *map(order, range(1, 11)))
     waits_for_rate = Event()
     acquire = replay.ReplayRateLimiter.acquire

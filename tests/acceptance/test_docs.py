@@ -68,9 +68,9 @@ def test_the_readme_shows_lines_of_the_demo() -> None:
 
 
 def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The queue that they create causes no warnings, with direct dead letters too.
+    """The queue that they create causes no warnings, not even in direct mode.
 
-    The function is created last because moto calls it from then on. Its package is a fake.
+    The function is created last, because moto calls it as soon as it exists. Its package is a fake.
     """
     require_command("aws")
     for name, value in sqs.environment(moto.port).items():

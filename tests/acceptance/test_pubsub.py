@@ -67,7 +67,7 @@ def test_errors_contain_advice(worker: Worker) -> None:
 
 
 def test_subscription_without_policies_logs_warnings(worker: Worker, emulator: Emulator) -> None:
-    """Each missing policy is logged at start-up."""
+    """Each missing policy is logged at startup."""
     process = worker.start("run", env=on(Subscription(emulator, bare=True)))
     wait_for(lambda: events_named(worker, "started"))
     stop(process)
@@ -111,7 +111,7 @@ def outage_120(scene: Scene) -> None:
 
 
 def _outage(scene: Scene, seconds: float) -> None:
-    """Publish messages before, during and after an outage: none is nacked, and all arrive soon afterwards."""
+    """Publish messages before, during and after an outage. No message is nacked. All arrive soon after the outage."""
     published = scene.workload.bodies
     process = scene.worker.start("run")
     scene.subscription.publish(*published[:100])
@@ -129,7 +129,7 @@ def _outage(scene: Scene, seconds: float) -> None:
 
 
 def killed(scene: Scene) -> None:
-    """The next worker receives the messages of the killed one when their leases expire."""
+    """The next worker receives the messages of the killed worker when their leases expire."""
     scene.sandbox.klaviyo.latency = 0.05
     scene.subscription.publish(*scene.workload.bodies)
     process = scene.worker.start("run")

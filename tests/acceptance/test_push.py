@@ -36,7 +36,7 @@ def test_pushed_messages_have_every_effect_once(sandbox: Sandbox, emulator: Emul
 
 
 def test_sigterm_finishes_open_requests(sandbox: Sandbox, emulator: Emulator, tmp_path: Path) -> None:
-    """A host replaces the instance: the old one responds to its open requests, and the new one receives the others.
+    """A host replaces an instance. The old instance responds to its open requests; the new one receives the others.
 
     The new instance listens before the old one stops because the emulator drops a message after a few failures.
     """
@@ -78,7 +78,7 @@ def test_port_in_use_is_exit_code_3(sandbox: Sandbox, tmp_path: Path) -> None:
     assert (done.returncode, f"port {taken}: Address already in use" in done.stderr) == (3, True)
 
 
-def test_other_app_type_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_other_app_type_is_an_error(sandbox: Sandbox, tmp_path: Path) -> None:
     """The error names the plugin's other APP_TYPE."""
     done = Worker(sandbox.environment | {"APP_TYPE": "BULK_IMPORT"}, tmp_path)("run", "--once")
     assert (done.returncode, "APP_TYPE is malformed" in done.stderr) == (2, True)

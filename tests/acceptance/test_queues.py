@@ -64,7 +64,7 @@ def test_poison_message_is_dead_lettered_alone(worker: Worker, sandbox: Sandbox,
 
 
 def test_direct_dead_letter_has_a_reason(worker: Worker, rig: Rig) -> None:
-    """The worker moves the message to the dead-letter queue at its first attempt."""
+    """The worker moves the message to the dead-letter queue at the first attempt."""
     rig.publish([b"{}"])
     process = worker.start("run", "--dead-letter-mode", "direct")
     wait_for(rig.dead_letters)
@@ -94,7 +94,7 @@ def test_messages_of_a_killed_worker_are_redelivered(worker: Worker, sandbox: Sa
     assert rig.dead_letters() == []
 
 
-def test_sigterm_under_load_returns_unprocessed_messages(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
+def test_sigterm_under_load_nacks_unprocessed_messages(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
     """The next worker receives them long before the leases expire."""
     sandbox.klaviyo.latency = 0.05
     workload = Workload(sandbox, 400)
@@ -111,7 +111,7 @@ def test_sigterm_under_load_returns_unprocessed_messages(worker: Worker, sandbox
     assert rig.dead_letters() == []
 
 
-def test_shutdown_timeout_returns_the_message_and_exits_6(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
+def test_shutdown_timeout_nacks_the_message_and_exits_6(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
     """The next worker receives the message immediately."""
     customer = next(iter(sandbox.shop.customers))
     sandbox.klaviyo.faults.add(Fault(action="hang", seconds=30, times=1))
@@ -148,13 +148,13 @@ def test_two_workers_share_the_load(worker: Worker, sandbox: Sandbox, rig: Rig, 
 
 
 def _both_have_received(rig: Rig, remaining: Iterator[bytes], *workers: Worker) -> bool:
-    """Publish a message. Return True if both workers have received one."""
+    """Publish a message. Return whether both workers have received a message."""
     rig.publish([next(remaining)])
     return all(log_lines(worker.log.read_text()) for worker in workers)
 
 
 def test_once_drains_the_queue(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
-    """If the queue cannot report its backlog, the run ends after ten idle seconds without returned messages."""
+    """If the queue cannot report its backlog, the run ends after ten idle seconds without nacked messages."""
     workload = Workload(sandbox, 100)
     rig.publish(workload.bodies)
     done = worker("run", "--once", "--retry-timeout", "0")
@@ -163,7 +163,7 @@ def test_once_drains_the_queue(worker: Worker, sandbox: Sandbox, rig: Rig) -> No
     assert rig.unsettled() == []
 
 
-def test_dry_run_returns_all_messages(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
+def test_dry_run_keeps_all_messages(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
     """A dry run prints the requests."""
     workload = Workload(sandbox, 30)
     rig.publish(workload.bodies)

@@ -104,7 +104,7 @@ def test_log_has_no_personal_data(worker: Worker, sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("style", ["refused", "500", "token"])
 def test_message_is_kept_if_enrichment_fails(style: str, worker: Worker, sandbox: Sandbox) -> None:
-    """It is processed when commercetools is available again."""
+    """The message is processed when commercetools is available again."""
     customer = next(iter(sandbox.shop.customers.values()))
     worker.publish(updated(customer["id"]))
     if style == "refused":
@@ -127,7 +127,7 @@ def test_message_is_kept_if_enrichment_fails(style: str, worker: Worker, sandbox
 
 @pytest.mark.parametrize(("seconds", "attempts"), [(2.0, 1), (6.0, 2)], ids=["20 minutes", "an hour"])
 def test_delivery_attempts_after_an_outage(seconds: float, attempts: int, worker: Worker, sandbox: Sandbox) -> None:
-    """An outage shorter than the hold uses no attempt, one twice as long uses one. The hold is 3 s here."""
+    """An outage shorter than the hold uses no attempt. An outage twice as long uses one. The hold is 3 s here."""
     customers = [name for name, customer in sandbox.shop.customers.items() if customer.get("email")]
     sandbox.klaviyo.stop()
     worker.publish(*map(updated, customers))
@@ -261,7 +261,7 @@ def test_sigterm_finishes_messages_in_flight_and_exits_0(worker: Worker, sandbox
     }
 
 
-def test_shutdown_timeout_returns_the_messages_and_exits_6(worker: Worker, sandbox: Sandbox) -> None:
+def test_shutdown_timeout_nacks_the_messages_and_exits_6(worker: Worker, sandbox: Sandbox) -> None:
     """The grace period limits the duration of a shutdown."""
     customer = next(iter(sandbox.shop.customers))
     sandbox.klaviyo.faults.add(Fault(action="hang", seconds=15, times=1))
@@ -276,7 +276,7 @@ def test_shutdown_timeout_returns_the_messages_and_exits_6(worker: Worker, sandb
 
 
 def test_second_signal_exits_without_waiting(worker: Worker, sandbox: Sandbox) -> None:
-    """The messages stay in the queue."""
+    """The messages stay on the queue."""
     customer = next(iter(sandbox.shop.customers))
     sandbox.klaviyo.faults.add(Fault(action="hang", seconds=15, times=1))
     worker.publish(updated(customer))

@@ -34,7 +34,7 @@ def worker(sandbox: Sandbox, queue: Queue, tmp_path: Path) -> Worker:
 
 
 def test_network_outage_loses_nothing(worker: Worker, sandbox: Sandbox, queue: Queue) -> None:
-    """Connections are cut and refused while messages are in flight. The worker resumes by itself."""
+    """Connections are closed and refused while messages are in flight. The worker resumes by itself."""
     network = Network(queue.server)
     sandbox.klaviyo.latency = 0.02
     workload = Workload(sandbox, 300)
@@ -43,7 +43,7 @@ def test_network_outage_loses_nothing(worker: Worker, sandbox: Sandbox, queue: Q
     wait_for(lambda: len(sandbox.account.events) > 20)
     network.down()
     time.sleep(2)
-    network.end_leases()  # of cut-off responses; messages in flight are redelivered, as in longer outages
+    network.end_leases()  # of incomplete responses; messages in flight are redelivered, as in longer outages
     queue.publish(*workload.bodies[150:])
     network.up()
     wait_for(workload.is_done, SOON)
@@ -88,7 +88,7 @@ def test_errors_contain_advice(worker: Worker) -> None:
 
 
 def test_queue_without_a_policy_logs_a_warning(worker: Worker, fauxqs: Server) -> None:
-    """It is logged at start-up."""
+    """The warning is logged at startup."""
     process = worker.start("run", env=Queue(fauxqs, receives=None).environment)
     wait_for(lambda: events_named(worker, "started"))
     stop(process)

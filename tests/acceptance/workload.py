@@ -80,7 +80,7 @@ class Workload:
         ]
 
     def is_done(self) -> bool:
-        """Return True if every effect exists at least once."""
+        """Return whether every effect exists at least once."""
         arrived = self._arrived()
         return all(effect in arrived for sent in self.messages for effect in sent.effects)
 

@@ -1,4 +1,4 @@
-"""The contract of adapters/base.py, and what each queue guarantees beyond it: see tests/rigs."""
+"""The contract of adapters/base.py, and the further guarantees of each queue: see tests/rigs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def open_queues(rig: Rig) -> Iterator[Callable[..., QueueAdapter]]:
 
 
 def receive(queue: QueueAdapter, number: int, wait: float = SOON) -> list[Delivery]:
-    """Receive `number` messages, or those that arrive within `wait` seconds."""
+    """Receive `number` messages, or fewer if no more arrive within `wait` seconds."""
     deadline = time.monotonic() + wait
     got: list[Delivery] = []
     while len(got) < number and time.monotonic() < deadline:
@@ -60,7 +60,7 @@ def numbered(count: int) -> list[bytes]:
 
 
 def test_messages_arrive_unchanged_and_are_removed_by_ack(rig: Rig, open_queues: Open) -> None:
-    """A delivery has an attempt and a time of publishing. Its representation, which can be logged, has no body."""
+    """A delivery has an attempt and a time of publishing. Its `repr`, which can be logged, has no body."""
     sent = [text.encode() for text in HOSTILE]
     rig.publish(sent)
     queue = open_queues()
@@ -103,7 +103,7 @@ def test_messages_arrive_in_order(rig: Rig, open_queues: Open) -> None:
 
 
 def test_receive_returns_at_most_max_messages(rig: Rig, open_queues: Open) -> None:
-    """The worker's flow control relies on it."""
+    """The worker's flow control relies on this limit."""
     rig.publish(numbered(30))
     queue = open_queues()
     sizes: list[int] = []
@@ -135,7 +135,7 @@ def test_arriving_message_ends_the_wait(rig: Rig, open_queues: Open) -> None:
 
 
 def test_nacked_message_is_redelivered_after_its_delay(rig: Rig, open_queues: Open) -> None:
-    """A nacked message is redelivered at once or after its delay, with the next attempt."""
+    """A nacked message is redelivered immediately or after its delay, with the next attempt number."""
     rig.publish([b"now", b"later"])
     queue = open_queues()
     first = {delivery.body: delivery for delivery in receive(queue, 2)}
@@ -151,7 +151,7 @@ def test_nacked_message_is_redelivered_after_its_delay(rig: Rig, open_queues: Op
     assert rig.unsettled() == []
 
 
-def test_return_without_failure_counts_as_attempt_only_if_unavoidable(rig: Rig, open_queues: Open) -> None:
+def test_nack_without_failure_counts_as_attempt_only_if_unavoidable(rig: Rig, open_queues: Open) -> None:
     """Shutdowns, dry runs and rejected credentials are not the message's fault."""
     rig.publish([b"x"])
     queue = open_queues()
@@ -161,7 +161,7 @@ def test_return_without_failure_counts_as_attempt_only_if_unavoidable(rig: Rig, 
 
 
 def test_excessive_delay_is_reduced(rig: Rig, open_queues: Open) -> None:
-    """The queue reduces a delay to the longest it can."""
+    """The queue reduces a delay to its maximum."""
     rig.publish([b"x"])
     queue = open_queues()
     queue.nack(receive(queue, 1), 10_000_000.0, FAILURE)
@@ -170,7 +170,7 @@ def test_excessive_delay_is_reduced(rig: Rig, open_queues: Open) -> None:
 
 @with_short_leases
 def test_messages_of_killed_consumer_are_redelivered(rig: Rig, open_queues: Open) -> None:
-    """After the lease has ended, the message is redelivered with the next attempt."""
+    """After the lease has ended, the message is redelivered with the next attempt number."""
     rig.publish([b"x"])
     spawn = multiprocessing.get_context("spawn")
     held = spawn.Event()
@@ -207,7 +207,7 @@ def test_lease_lasts_as_long_as_guaranteed(rig: Rig, open_queues: Open) -> None:
 
 @with_short_leases
 def test_extended_lease_lasts(rig: Rig, open_queues: Open) -> None:
-    """Extension keeps the messages in work, and those that wait in the adapter."""
+    """`extend` extends the leases of the given deliveries, and of messages that wait in the adapter."""
     rig.publish([b"held"])
     queue, other = open_queues(), open_queues()
     held = receive(queue, 1)
@@ -239,8 +239,8 @@ def test_settling_after_lost_lease_has_no_effect(rig: Rig, open_queues: Open) ->
     assert rig.unsettled() == []
 
 
-def test_dead_letter_moves_message_at_once_with_its_reason(rig: Rig, open_queues: Open) -> None:
-    """In direct mode, or always if the queue supports it."""
+def test_dead_letter_moves_message_immediately_with_its_reason(rig: Rig, open_queues: Open) -> None:
+    """Some queues always do so, others only in direct mode."""
     rig.publish([b"poison", b"good"])
     queue = open_queues(direct_dead_letter=True)
     queue.check()
@@ -256,7 +256,7 @@ def test_dead_letter_moves_message_at_once_with_its_reason(rig: Rig, open_queues
 
 
 def test_dead_letter_without_direct_mode_uses_the_policy(rig: Rig, open_queues: Open) -> None:
-    """`dead_letter` returns whether the message is a dead letter now; until then it is redelivered."""
+    """`dead_letter` returns False until the policy moves the message; until then the message is redelivered."""
     rig.publish([b"poison"])
     queue = open_queues()
     queue.check()
@@ -273,7 +273,7 @@ def test_dead_letter_without_direct_mode_uses_the_policy(rig: Rig, open_queues: 
 
 
 def test_policy_dead_letters_message_after_max_attempts(rig: Rig, open_queues: Open) -> None:
-    """If the queue supports it, the dead letter has the reason of the last failure."""
+    """If the queue stores failures, the dead letter has the reason of the last one."""
     rig.publish([b"poison"])
     queue = open_queues()
     queue.check()
@@ -287,8 +287,8 @@ def test_policy_dead_letters_message_after_max_attempts(rig: Rig, open_queues: O
     assert (FAILURE.reason in " ".join(dead_letter.details.values())) is rig.guarantees.keeps_last_reason
 
 
-def test_stop_returns_pending_messages_and_settling_continues(rig: Rig, open_queues: Open) -> None:
-    """`stop` returns them at once, not when their leases end. `close` is idempotent."""
+def test_stop_nacks_pending_messages_and_settling_continues(rig: Rig, open_queues: Open) -> None:
+    """They are redelivered immediately, not when their leases end. `close` is idempotent."""
     rig.publish(numbered(40))
     queue = open_queues(max_messages=30)
     held = receive(queue, 10)
@@ -302,7 +302,7 @@ def test_stop_returns_pending_messages_and_settling_continues(rig: Rig, open_que
 
 
 def test_two_consumers_share_the_messages(rig: Rig, open_queues: Open) -> None:
-    """Each message is delivered to one of them."""
+    """Each message is delivered to one of the consumers."""
     rig.publish(numbered(40))
     one, other = open_queues(max_messages=10), open_queues(max_messages=10)
     got: list[Delivery] = []
@@ -353,7 +353,7 @@ def test_concurrent_extension_does_not_undo_ack(rig: Rig, open_queues: Open) -> 
 
 
 def test_backlog_is_as_exact_as_guaranteed(rig: Rig, open_queues: Open) -> None:
-    """It counts leased, delayed and ready messages, or those that this worker returned. It is never 0 by mistake."""
+    """It counts ready, delayed and leased messages, or only those that this worker nacked. It is never 0 by mistake."""
     rig.publish(numbered(6))
     queue = open_queues()
     held = receive(queue, 3)
@@ -367,7 +367,7 @@ def test_backlog_is_as_exact_as_guaranteed(rig: Rig, open_queues: Open) -> None:
 
 
 def test_backlog_of_emptied_queue_is_zero_only_if_exact(rig: Rig, open_queues: Open) -> None:
-    """Otherwise `run --once` waits for ten idle seconds."""
+    """If the backlog is None, `run --once` waits for ten idle seconds."""
     rig.publish([b"x"])
     queue = open_queues()
     queue.ack(receive(queue, 1))
@@ -382,7 +382,7 @@ def test_check_passes_and_fails_for_missing_queue(rig: Rig, open_queues: Open) -
 
 
 def test_publish_fills_the_queue(rig: Rig, open_queues: Open) -> None:
-    """`klaviyo-worker publish` fills it, in as many calls as the service requires."""
+    """`klaviyo-worker publish` makes as many calls as the service requires."""
     queue = open_queues()
     assert isinstance(queue, SupportsPublish)
     assert queue.publish(iter(numbered(25))) == 25

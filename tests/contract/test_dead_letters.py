@@ -49,7 +49,7 @@ def make_dead_letters(rig: Rig, queue: QueueAdapter, bodies: Sequence[bytes], fa
 
 
 def receive_dead_letters(dead_letters: DeadLetterQueue, number: int) -> list[DeadLetter]:
-    """Receive `number` dead letters, or those that arrive in time."""
+    """Receive `number` dead letters, or fewer if no more arrive in time."""
     deadline = time.monotonic() + SOON
     found: list[DeadLetter] = []
     while len(found) < number and time.monotonic() < deadline:
@@ -64,7 +64,7 @@ def bodies_of(dead_letters: Sequence[DeadLetter]) -> list[bytes]:
 def test_dead_letter_has_body_failure_attempt_and_time(
     rig: Rig, queue: QueueAdapter, dead_letters: DeadLetterQueue
 ) -> None:
-    """Its representation omits the body."""
+    """The `repr` of a dead letter omits the body."""
     sent = [text.encode() for text in HOSTILE]
     make_dead_letters(
         rig, queue, sent, Failure(FAILURE.reason, FAILURE.stage, FAILURE.error, message_type="OrderCreated")
@@ -84,7 +84,7 @@ def test_dead_letter_has_body_failure_attempt_and_time(
 def test_dead_letter_of_the_policy_has_the_number_of_deliveries(
     rig: Rig, queue: QueueAdapter, dead_letters: DeadLetterQueue
 ) -> None:
-    """It has the last reason if the queue keeps it; otherwise it says where to find the reason."""
+    """If the queue keeps the last reason, the dead letter has it. Otherwise it says that the log has the reason."""
     rig.publish([b"poison"])
     for _ in range(rig.attempts):
         (delivery,) = receive(queue, 1, SOON * 2)
@@ -103,7 +103,7 @@ def test_dead_letter_of_the_policy_has_the_number_of_deliveries(
 def test_pass_returns_each_dead_letter_once_and_close_releases_all(
     rig: Rig, queue: QueueAdapter, dead_letters: DeadLetterQueue
 ) -> None:
-    """`close` releases them at once, not when their leases end. It is idempotent."""
+    """`close` releases the dead letters immediately, not when their leases end. It is idempotent."""
     assert isinstance(queue, SupportsDeadLetters)
     make_dead_letters(rig, queue, numbered(300))
     for _ in range(2):
@@ -123,7 +123,7 @@ def test_pass_returns_each_dead_letter_once_and_close_releases_all(
 def test_removed_dead_letter_is_gone_and_the_others_stay(
     rig: Rig, queue: QueueAdapter, dead_letters: DeadLetterQueue
 ) -> None:
-    """For the next pass, and for the service itself. Removing one twice is not an error."""
+    """The next pass and the service itself do not have it. Removing it twice is not an error."""
     assert isinstance(queue, SupportsDeadLetters)
     make_dead_letters(rig, queue, numbered(25))
     removed = [
@@ -141,7 +141,7 @@ def test_removed_dead_letter_is_gone_and_the_others_stay(
 
 
 def test_receive_without_dead_letters_returns_in_time(dead_letters: DeadLetterQueue) -> None:
-    """An operator waits for it."""
+    """An operator waits for the result."""
     started_at = time.monotonic()
     assert dead_letters.receive(10, 1.0) == []
     assert time.monotonic() - started_at < SOON

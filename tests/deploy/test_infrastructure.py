@@ -146,7 +146,7 @@ def _granted(*, optional: bool) -> set[tuple[str, str, str, str]]:
 
 
 def _account_of(member: str) -> str:
-    """Return the account that a Terraform expression or a shell variable stands for."""
+    """Return the account to which a Terraform expression or a shell variable evaluates."""
     names = {
         "$PUBSUB": "pubsub",
         "${local.pubsub}": "pubsub",

@@ -185,7 +185,7 @@ def test_dashboard_works_with_any_data_source() -> None:
 
 @pytest.mark.parametrize("name", ["namespace", "pod"])
 def test_variables_list_existing_values(name: str, series: Exposed) -> None:
-    """The default is all values, also if Prometheus has no such label, as outside Kubernetes."""
+    """The default is all values, even if Prometheus has no such label, as outside Kubernetes."""
     query_labels = re.fullmatch(r"label_values\((.+), (\w+)\)", VARIABLES[name]["query"]["query"])
     assert query_labels is not None
     assert query_labels[2] == name

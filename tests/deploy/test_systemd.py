@@ -57,7 +57,7 @@ def test_unit_has_a_low_exposure() -> None:
 
 
 def test_written_memory_is_not_executable() -> None:
-    """The exposure does not show it."""
+    """The exposure score does not cover this."""
     assert options("MemoryDenyWriteExecute") == ["yes"]
 
 
@@ -92,7 +92,7 @@ def example_settings() -> dict[str, str]:
 
 
 def test_example_is_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With the two secrets, the worker starts, also with all optional settings."""
+    """With the two secrets, the worker starts, even with all optional settings."""
     for name, value in example_settings().items():
         monkeypatch.setenv(name, value)
     for name, secret in {"CT_API_CLIENT": '{"clientId": "id", "secret": "secret"}', "KLAVIYO_AUTH_KEY": "pk_1"}.items():

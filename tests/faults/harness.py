@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from worker.sandbox.server import Server
 
 SETTLE_TIMEOUT = 45.0  # seconds after the last fault within which all messages must be settled
-IDLE_TIMEOUT = 3.0  # seconds without a log line after which a worker is done, if the queue reports no backlog
+IDLE_TIMEOUT = 3.0  # seconds without a log line after which a worker counts as done if the queue reports no backlog
 MAX_NAMES = 12  # in an assertion message
 CLOCK_SKEW = timedelta(seconds=5)  # commercetools' clock is ahead of the worker's when orders are new
 SETTINGS = {
@@ -75,10 +75,10 @@ class Result:
     scenario: str
     queue: str
     messages: int
-    lost: Sequence[str]  # without an effect, not in the queue, not a dead letter
-    duplicated: Sequence[str]  # effects that exist twice or that no message causes
+    lost: Sequence[str]  # without an effect, not on the queue, not a dead letter
+    duplicated: Sequence[str]  # effects that appear twice or that no message causes
     dead_lettered_wrongly: Sequence[str]  # good messages that are dead letters, bad messages that are not
-    unfinished: Sequence[str]  # still in the queue
+    unfinished: Sequence[str]  # still on the queue
     extra_attempts: int  # deliveries beyond the first, for all messages
 
     @property
@@ -181,7 +181,7 @@ class ScenarioDriver:
     def wait_until_fault_met(self) -> None:
         """Wait until a fault affects a request of any failing service.
 
-        If both services fail, one is enough: a message whose data cannot be read is never sent.
+        If both services fail, a fault of one service is enough: a message whose data cannot be read is never sent.
         """
         deadline = time.monotonic() + 20
         while all(self._server(name).faults.triggered == met for name, met in self._failing.items()):

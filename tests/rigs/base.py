@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Guarantees:
     """The differences between queues. tests/contract asserts them, and docs/adapters.md lists them.
 
-    `dead_letter`: whether a message can be dead-lettered at once with its reason: `always`, or in `direct mode` only
+    `dead_letter`: when a message can be dead-lettered immediately with its reason: `always`, or only in `direct mode`
     (KLAVIYO_WORKER_DEAD_LETTER_MODE=direct). `keeps_last_reason`: whether a message that the queue's policy
     dead-letters keeps the reason of the last failure.
     """
@@ -25,7 +25,7 @@ class Guarantees:
     in_order: bool  # oldest first, except for redeliveries
     lease_seconds: float | None  # by default; None if the queue sets it
     max_delay: float  # seconds, of a nack
-    unhandled_counts_as_attempt: bool  # a message that is returned without a failure
+    unhandled_counts_as_attempt: bool  # a nack without a failure counts as an attempt
     dead_letter: Literal["always", "direct mode"]
     keeps_last_reason: bool
     backlog: Literal["exact", "approximate", "returned"]
@@ -42,7 +42,7 @@ class StoredDeadLetter:
 
 
 class Rig(Protocol):
-    """A queue with a dead-letter queue of its own, on a service that others can share.
+    """A queue with its own dead-letter queue, on a service that other rigs can share.
 
     `server`: the emulator of the service; None if the queue needs none. With `kills`, workers are killed, so leases are
     short. Otherwise leases are long, because a busy machine would lose short ones.
@@ -74,10 +74,10 @@ class Rig(Protocol):
         """Return whether every message is settled; None if the service does not report it."""
 
     def dead_letters(self, at_least: int = 0) -> list[StoredDeadLetter]:
-        """Return all dead letters so far; wait a while for `at_least` of them."""
+        """Return all dead letters so far. Wait for a limited time until there are `at_least`."""
 
     def unsettled(self) -> list[bytes]:
-        """Return the messages that were never settled, leased or not. No worker may be running."""
+        """Return the messages that were never settled, whether leased or not. No worker must be running."""
 
     def expire_leases_of_killed(self) -> None:
         """Make the leases of a killed worker end soon."""

@@ -88,7 +88,7 @@ class Directory:
         return [path.read_bytes() for path in self._path.iterdir() if path.is_file()]
 
     def expire_leases_of_killed(self) -> None:
-        """Do nothing: the leases are short."""
+        """Do nothing, because the leases are short."""
 
     def expire_leases(self, deliveries: Sequence[Delivery]) -> None:
         time.sleep(self.lease_seconds)

@@ -73,7 +73,7 @@ class Embedded:
             return [body for (body,) in database.execute("SELECT body FROM messages")]
 
     def expire_leases_of_killed(self) -> None:
-        """Do nothing: the leases are short."""
+        """Do nothing, because the leases are short."""
 
     def expire_leases(self, deliveries: Sequence[Delivery]) -> None:
         time.sleep(self.lease_seconds)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from adapters import Delivery, QueueAdapter
 
-DISCONNECT_SECONDS = 1.0  # after which the emulator has noticed the end of a stream
+DISCONNECT_SECONDS = 1.0  # seconds after which the emulator has noticed the end of a stream
 MIN_LEASE = 10  # seconds, Pub/Sub's limit
 
 

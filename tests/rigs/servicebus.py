@@ -83,7 +83,7 @@ class ServiceBus:
         return [] if self.is_empty() else bodies(self._queue.read())
 
     def expire_leases_of_killed(self) -> None:
-        """Do nothing: the leases are short."""
+        """Do nothing, because the leases are short."""
 
     def expire_leases(self, deliveries: Sequence[Delivery]) -> None:
         self._queue.broker("expire", name=self._queue.address)

@@ -1,4 +1,4 @@
-"""Dead letters in the embedded queue."""
+"""Dead letters of the embedded queue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REFUSED = Failure("Klaviyo answered 400: invalid", "send", "Rejected")
 
 
 def make_dead_letters(queue: EmbeddedQueue, *bodies: bytes | dict[str, Any], failure: Failure = REFUSED) -> list[str]:
-    """Publish and dead-letter messages, and return their ids. Other messages in the queue are dead-lettered too."""
+    """Publish and dead-letter messages, and return their ids. Also dead-letters other messages on the queue."""
     queue.publish([body if isinstance(body, bytes) else json.dumps(body).encode() for body in bodies])
     ids = []
     while deliveries := queue.receive(500, 0):
@@ -28,12 +28,12 @@ def make_dead_letters(queue: EmbeddedQueue, *bodies: bytes | dict[str, Any], fai
 
 
 def make_dead_letters_at(path: Path, *bodies: bytes | dict[str, Any], failure: Failure = REFUSED) -> list[str]:
-    """Make dead letters in the queue at a path."""
+    """Make dead letters of the queue at a path."""
     with closing(EmbeddedQueue(path)) as queue:
         return make_dead_letters(queue, *bodies, failure=failure)
 
 
 def dead_letter_ids_at(path: Path) -> Sequence[str]:
-    """Return the ids of the dead letters in the queue at a path."""
+    """Return the ids of the dead letters of the queue at a path."""
     with closing(EmbeddedQueue(path)) as queue:
         return [dead_letter.delivery.id for dead_letter in queue.dead_letters().receive(10_000, 0)]

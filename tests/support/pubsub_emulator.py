@@ -50,7 +50,7 @@ def free_port() -> int:
 
 
 class Emulator:
-    """The emulator in a process of its own, or the running one on `port`. It keeps messages in memory."""
+    """The emulator, started in a separate process, or already running on `port`. It keeps messages in memory."""
 
     def __init__(self, port: int = 0) -> None:
         require(missing())
@@ -108,7 +108,7 @@ class Subscription:
         self.create()
 
     def create(self) -> None:
-        """Create the topics and subscriptions, also after a restart of the emulator."""
+        """Create the topics and subscriptions. Needed again after a restart of the emulator."""
         for suffix in ("", "dead"):
             self.publisher.create_topic(request={"name": self._path("topics", suffix)})
         dead = {"name": self._path("subscriptions", "dead"), "topic": self._path("topics", "dead")}
@@ -153,7 +153,7 @@ class Subscription:
             time.sleep(0 if batch else 0.05)
 
     def unacked(self) -> list[bytes]:
-        """Receive all messages that were never acknowledged, leased ones too: seeking to a snapshot ends leases."""
+        """Receive all messages that were never acknowledged. Seeking to a snapshot ends their leases."""
         snapshot = self._path("snapshots")
         self.subscriber.create_snapshot(name=snapshot, subscription=self.path)
         self.subscriber.seek(request={"subscription": self.path, "snapshot": snapshot})

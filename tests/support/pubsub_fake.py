@@ -1,4 +1,4 @@
-"""A fake Subscriber service with what Google's emulator lacks: flow control, permissions, and failing calls."""
+"""A fake Subscriber service that has flow control, permissions and failing calls, which Google's emulator lacks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class AckResults(dict[str, str]):
 
 
 class FakeSubscriber(grpc.GenericRpcHandler):
-    """One subscription on a port of its own.
+    """One subscription on its own port.
 
     A call of `method` first returns the results in `answers[method]`, in order. A message is outstanding until it is
     acknowledged, or its lease is set to 0 or expires; the number of outstanding messages is limited by the stream's

@@ -48,7 +48,7 @@ def missing(kind: str) -> str:
 
 
 class Server:
-    """An emulator in a process of its own, or the running one on `port`. It keeps messages in memory."""
+    """An emulator, started in a separate process, or already running on `port`. It keeps messages in memory."""
 
     def __init__(self, kind: str, port: int = 0) -> None:
         self.kind = kind
@@ -119,7 +119,7 @@ class Queue:
         self.create()
 
     def create(self) -> None:
-        """Create both queues, also after a restart of the server."""
+        """Create both queues. Needed again after a restart of the server."""
         self.dead_url = self.client.create_queue(QueueName=f"{self.name}-dead")["QueueUrl"]
         self.queue_url = self.client.create_queue(QueueName=self.name)["QueueUrl"]
         if self._receives:
@@ -180,7 +180,7 @@ class Queue:
         )
 
     def read_all(self, url: str) -> list[tuple[bytes, dict[str, str]]]:
-        """Return body and attributes of all messages in a queue; on moto, leased messages have no body."""
+        """Return body and attributes of all messages on a queue. On moto, leased messages have no body."""
         if self.server.kind == "moto":
             ready = self.client.receive_message(
                 QueueUrl=url, MaxNumberOfMessages=10, VisibilityTimeout=0, MessageAttributeNames=["All"]
@@ -231,9 +231,9 @@ BROKEN = Response(500, "InternalError")
 
 
 class Network:
-    """A relay to an emulator that records requests, sends responses of its own, and can be taken down.
+    """A relay to an emulator. It records requests, can send its own responses, and can be taken down.
 
-    It sends the responses in `responses[operation]` once, in order, and the one in `always[operation]` every time.
+    It sends each response in `responses[operation]` once, in order, and the response in `always[operation]` every time.
     """
 
     def __init__(self, server: Server) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option(
     "--canary/--no-canary",
     default=True,
-    help="Stop if the first dead letter fails again (default), or process all dead letters.",
+    help="Stop if the first dead letter fails again (default), or process the others.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the requests. Send and remove nothing.")
 @settings_options(Settings)
@@ -42,11 +42,11 @@ def replay(*, filters: DeadLetterFilter, rate: float | None, canary: bool, dry_r
     """Process dead letters again.
 
     Replays the dead letters with the given MESSAGE_IDs, those that match the options, or all. This command sends them
-    to Klaviyo itself and does not give them back to the queue. It removes a dead letter when Klaviyo has accepted it,
-    or when it has no effect in Klaviyo. All others remain dead letters.
+    to Klaviyo itself and gives none back to the queue. It removes those that Klaviyo has accepted, and those that have
+    no effect in Klaviyo. All others remain dead letters.
 
     The first dead letter is a canary: the others are processed only after Klaviyo has accepted it. If it has no
-    effect, the next dead letter is the canary.
+    effect, the next one is the canary.
     """
     from worker.commands.dlq.replay import Replay, ReplayOptions  # noqa: PLC0415
     from worker.commands.progress_bar import Rate, StatusLine, show_progress  # noqa: PLC0415 - keeps --help fast

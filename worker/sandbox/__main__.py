@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=BULK_REPEATS,
         default="drop",
         help="what to do with a bulk call that repeats an event of an earlier call, which Klaviyo does not document: "
-        "ignore the repeated event, refuse the call, accept and drop the call, or record a duplicate (default: drop)",
+        "ignore the repeated event, reject the call, accept and drop the call, or record a duplicate (default: drop)",
     )
     parser.add_argument("--job-seconds", type=float, default=0.0, help="how long bulk jobs take (default: 0)")
     return parser

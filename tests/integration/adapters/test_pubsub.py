@@ -31,7 +31,7 @@ def subscription(emulator: Emulator) -> Subscription:
 
 
 def test_messages_arrive_unchanged_and_are_removed_by_ack(subscription: Subscription, opened: Open) -> None:
-    """With any bytes, attributes, the attempt and the time of publishing."""
+    """The body can be any bytes. Attributes, attempt and time of publishing arrive."""
     sent = [b"\xff\x00 no text", "é".encode(), b"x" * 9_000_000, *(b"%d" % number for number in range(200))]
     subscription.publish(*sent[:2], colour="blue")
     subscription.publish(sent[2])
@@ -60,7 +60,7 @@ def test_receive_waits_as_long_as_requested(subscription: Subscription, opened: 
 
 
 def test_nacked_message_is_redelivered_after_its_delay(emulator: Emulator, opened: Open) -> None:
-    """At once or after the delay, with the next attempt. Until then it counts in the backlog."""
+    """The delay can be 0. The attempt number increases. Until the redelivery, the backlog counts the message."""
     subscription = Subscription(emulator, minimum_backoff=None)
     subscription.publish(b"now", b"later")
     queue = opened(subscription.url)
@@ -78,7 +78,7 @@ def test_nacked_message_is_redelivered_after_its_delay(emulator: Emulator, opene
 
 
 def test_retry_policy_replaces_the_delay(subscription: Subscription, opened: Open) -> None:
-    """A message that stays leased would keep others out."""
+    """Messages that stay leased would prevent the delivery of new ones."""
     subscription.publish(b"x")
     queue = opened(subscription.url)
     assert queue.check() == []
@@ -90,7 +90,7 @@ def test_retry_policy_replaces_the_delay(subscription: Subscription, opened: Ope
 def test_policy_dead_letters_message_after_its_last_attempt(
     subscription: Subscription, opened: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`dead_letter` returns when it is one; then it is no longer expected. Other messages are not affected."""
+    """`dead_letter` returns True at the last attempt. Then the message is no longer expected; others still are."""
     subscription.publish(b"poison", b"good")
     queue = opened(subscription.url)
     queue.check()
@@ -133,7 +133,7 @@ def test_direct_dead_letter_has_its_reason(subscription: Subscription, opened: O
 
 
 def test_message_is_redelivered_if_dead_letter_cannot_be_published(subscription: Subscription, opened: Open) -> None:
-    """For example, if the topic does not exist."""
+    """Publishing fails, for example, if the topic does not exist."""
     subscription.publish(b"poison")
     queue = opened(subscription.url, direct_dead_letter=True)
     queue.check()
@@ -179,8 +179,8 @@ def test_check_reports_missing_policies(emulator: Emulator, opened: Open) -> Non
         opened("pubsub://demo/nowhere").check()
 
 
-def test_stop_returns_pending_messages_and_settling_continues(subscription: Subscription, opened: Open) -> None:
-    """`stop` returns them at once, not when their leases end."""
+def test_stop_nacks_pending_messages_and_settling_continues(subscription: Subscription, opened: Open) -> None:
+    """They are redelivered immediately, not when their leases end."""
     subscription.publish(*(b"%d" % number for number in range(100)))
     queue = opened(subscription.url, max_messages=50)
     held = receive(queue, 10)
@@ -285,7 +285,7 @@ def test_permanently_missing_subscription_raises(
 
 
 def test_publish_fills_the_topic(subscription: Subscription, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In calls within Pub/Sub's limits. An error has the number of messages published before."""
+    """The calls respect Pub/Sub's limits. An error has the number of messages published before it."""
     monkeypatch.setattr(pubsub, "MAX_BATCH", 100)
     queue = opened(subscription.url)
     assert queue.publish(b"%d" % number for number in range(250)) == 250
@@ -295,7 +295,7 @@ def test_publish_fills_the_topic(subscription: Subscription, opened: Open, monke
         queue.publish([*[b"fine"] * 101, b""])
 
     def until_the_topic_is_gone() -> Iterator[bytes]:
-        yield from [b"fine"] * 101  # the first call is made when the first message of the second one is read
+        yield from [b"fine"] * 101  # the first call is made when the first message of the second call is read
         subscription.publisher.delete_topic(topic=f"projects/demo/topics/{subscription.name}")
 
     with pytest.raises(QueueError, match="100 messages were published, then: 404"):

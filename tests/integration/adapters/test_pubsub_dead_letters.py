@@ -1,4 +1,4 @@
-"""The dead letters of Pub/Sub on Google's emulator: how they are found, and the errors if they are not."""
+"""The dead letters of Pub/Sub on Google's emulator, and the errors if they are not found."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_setting_must_not_be_the_queue_itself(subscription: Subscription, opened
 def test_missing_policy_or_subscription_is_reported(
     subscription: Subscription, opened: Open, emulator: Emulator
 ) -> None:
-    """With what to do: add a policy, create a subscription, or correct the name."""
+    """The advice is to add a policy, create a subscription, or correct the name."""
     bare = Subscription(emulator, bare=True)
     with pytest.raises(QueueError) as missing:
         opened(bare.url).dead_letters()
@@ -132,7 +132,7 @@ def test_missing_permissions_are_reported(
 
 
 def test_dead_letter_with_lost_lease_can_be_removed(subscription: Subscription, opened: Open) -> None:
-    """It is leased again by the next pull, and not returned twice."""
+    """The next pull leases it again. It is not returned twice."""
     publish_dead_letter(subscription, b"x")
     dead_letters = opened(subscription.url).dead_letters()
     found = dead_letters.receive(10, 5.0)
@@ -146,7 +146,7 @@ def test_dead_letter_with_lost_lease_can_be_removed(subscription: Subscription, 
     assert subscription.pull(0.5, dead=True) == []
 
 
-def test_pulled_messages_are_leased_for_a_minute_at_once(
+def test_pulled_messages_are_immediately_leased_for_a_minute(
     subscription: Subscription, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The subscription's own deadline can be ten seconds. Without an extension, the messages are not returned."""
@@ -174,7 +174,7 @@ def test_pulled_messages_are_leased_for_a_minute_at_once(
 
 
 def test_failed_removal_is_reported(subscription: Subscription, opened: Open) -> None:
-    """For example, if the subscription was deleted."""
+    """It fails, for example, if the subscription was deleted."""
     publish_dead_letter(subscription, b"x")
     dead_letters = opened(subscription.url).dead_letters()
     found = dead_letters.receive(10, 5.0)
@@ -205,7 +205,7 @@ def test_failed_removal_is_reported(subscription: Subscription, opened: Open) ->
     ids=["policy", "worker", "unreadable", "another publisher"],
 )
 def test_attributes_distinguish_policy_and_worker(attributes: dict[str, str], expected: tuple[Any, ...]) -> None:
-    """Pub/Sub's attributes take precedence: a replayed message can still have the worker's."""
+    """Pub/Sub's attributes take precedence: a message that was moved back to the queue can still have the worker's."""
     dead_letter = _dead_letter(PubsubMessage(data=b"x", message_id="1", attributes=attributes, publish_time=PUBLISHED))
     delivery = dead_letter.delivery
     assert (delivery.attempt, delivery.published_at, delivery.attributes, dead_letter.failure.stage) == expected

@@ -81,7 +81,7 @@ def test_nacked_messages_make_room_if_a_retry_policy_delays_them(serve: Serve, o
 
 
 def test_lease_is_the_delay_without_a_retry_policy(serve: Serve, opened: Open) -> None:
-    """Otherwise the message would be redelivered at once."""
+    """Otherwise the message would be redelivered immediately."""
     service = serve(*numbered(1))
     queue = opened(URL)
     queue.check()
@@ -105,7 +105,7 @@ def test_closed_stream_is_not_reopened(end: grpc.StatusCode | None, serve: Serve
 
 
 def test_stop_is_not_delayed_by_unreachable_service(serve: Serve, opened: Open) -> None:
-    """The client sleeps up to ten seconds between its attempts; its connection cannot be closed during that time."""
+    """The client sleeps up to ten seconds before it reconnects. Its connection cannot be closed during that time."""
     service = serve()
     queue = opened(URL)
     queue.receive(1, 0.5)
@@ -121,7 +121,7 @@ def test_stop_is_not_delayed_by_unreachable_service(serve: Serve, opened: Open) 
 
 
 def test_failed_stream_leaves_no_thread(serve: Serve) -> None:
-    """In a long outage, each attempt would leave a thread."""
+    """Otherwise each reconnect in a long outage would leave a thread."""
     serve()
     client = pubsub._stream_client()
     client.close()
@@ -131,7 +131,7 @@ def test_failed_stream_leaves_no_thread(serve: Serve) -> None:
 
 
 def test_check_reports_missing_permission_to_consume(serve: Serve, opened: Open) -> None:
-    """At start-up, not when the first stream is refused."""
+    """The error is reported at startup, not when the first stream is refused."""
     serve().permissions.clear()
     with pytest.raises(QueueError, match=r"not permitted to consume .*/klaviyo-worker: grant roles/pubsub.subscriber"):
         opened(URL).check()
@@ -159,7 +159,7 @@ def test_malformed_url_error_has_the_expected_form(url: str) -> None:
 
 
 def test_missing_credentials_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """Without a traceback of google-auth."""
+    """The error is one line, without a traceback of google-auth."""
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
     with pytest.raises(QueueError, match="set GOOGLE_APPLICATION_CREDENTIALS"):
         open_queue("pubsub://demo/klaviyo-worker")
@@ -197,9 +197,9 @@ def test_failed_extension_of_the_client_does_not_end_the_stream(
 
 
 def test_extension_is_not_retried(serve: Serve, opened: Open, caplog: pytest.LogCaptureFixture) -> None:
-    """A retry could overtake a nack, and the message would be redelivered a minute late instead of at once.
+    """A retry could take effect after a nack. The message would then be redelivered a minute late.
 
-    The caller gets an error, because the leases may end.
+    The caller gets an error, because the leases can end.
     """
     service = serve(b"a")
     queue = opened(URL)
@@ -249,7 +249,7 @@ def test_error_metadata_about_other_things_is_ignored(serve: Serve, opened: Open
     assert acknowledged(service) == [["a"], ["a"]]
 
 
-def test_refused_ack_is_logged(serve: Serve, opened: Open, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_ack_is_logged(serve: Serve, opened: Open, caplog: pytest.LogCaptureFixture) -> None:
     """Pub/Sub redelivers the message; nothing else fails."""
     service = serve(b"a")
     service.answers["Acknowledge"].append(grpc.StatusCode.PERMISSION_DENIED)
@@ -262,7 +262,7 @@ def test_refused_ack_is_logged(serve: Serve, opened: Open, caplog: pytest.LogCap
 def test_retries_of_ack_end_with_the_lease(
     serve: Serve, opened: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By then Pub/Sub has redelivered the message."""
+    """At that time, Pub/Sub has redelivered the message."""
     monkeypatch.setattr(settlement, "ACK_TIMEOUT", 0.5)
     service = serve(b"a")
     service.answers["Acknowledge"].extend([UNAVAILABLE] * 50)

@@ -76,7 +76,7 @@ def received(queue: PushQueue, number: int = 1) -> list[PushDelivery]:
 
 
 def test_response_is_the_settlement(queue: PushQueue) -> None:
-    """No response is sent before. 204 means that the effect is in Klaviyo."""
+    """The response is sent only after the settlement. 204 means that the effect is in Klaviyo."""
     send = Sender(queue)
     responses = [send(envelope(b"%d" % number)) for number in range(3)]
     done, failed, poison = received(queue, 3)
@@ -85,13 +85,13 @@ def test_response_is_the_settlement(queue: PushQueue) -> None:
     queue.ack([done])
     queue.nack([failed], 5.0, FAILURE)
     assert not queue.dead_letter(poison, FAILURE)
-    queue.ack([poison])  # too first_other_status to change anything
+    queue.ack([poison])  # too late to change anything
     by_body = {b"%d" % number: response.result(10) for number, response in enumerate(responses)}
     assert [by_body[delivery.body] for delivery in (done, failed, poison)] == [204, 503, 500]
 
 
 def test_envelope_has_the_metadata(queue: PushQueue) -> None:
-    """Id, attributes, attempt and the time of publishing, as in other queues."""
+    """A delivery has id, attributes, attempt and the time of publishing, as on other queues."""
     send = Sender(queue)
     response = send(envelope(b"\xff body", deliveryAttempt=3))
     (delivery,) = received(queue)
@@ -106,7 +106,7 @@ def test_envelope_has_the_metadata(queue: PushQueue) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"message": 1}', b'{"notificationType": "Message"}'])
 def test_body_without_envelope_is_the_message(body: bytes, queue: PushQueue) -> None:
-    """With payload unwrapping, or an invalid body: the pipeline decides."""
+    """This is the case with payload unwrapping. The pipeline rejects an invalid body."""
     response = Sender(queue)(body)
     (delivery,) = received(queue)
     assert (delivery.body, delivery.attempt) == (body, None)
@@ -150,7 +150,7 @@ def test_only_post_is_accepted(queue: PushQueue) -> None:
 
 
 def test_size_and_number_of_requests_are_limited(queue: PushQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """413 for a body larger than any Pub/Sub message; 429 if the limit of messages or bytes is reached."""
+    """The response is 413 for a body larger than any Pub/Sub message, and 429 at the limit of messages or bytes."""
     monkeypatch.setattr(push, "MAX_BODY", 5_000)
     send = Sender(queue)
     assert send(b"x" * 5_001).result(10) == 413
@@ -261,7 +261,7 @@ def test_url_has_host_port_audience_and_account() -> None:
 
 
 class FakeGoogle:
-    """Signs tokens like FakeGoogle, and serves its public keys."""
+    """A fake of Google that signs tokens and serves its public keys."""
 
     def __init__(self) -> None:
         self.key = rsa.generate_private_key(public_exponent=65537, key_size=2048)

@@ -66,7 +66,7 @@ def open_queues() -> Iterator[Open]:
 
 
 def receive(queue: ServiceBusQueue, number: int, wait: float = 15.0) -> list[ServiceBusDelivery]:
-    """Receive `number` messages, or those that arrive within `wait` seconds."""
+    """Receive `number` messages, or fewer if no more arrive within `wait` seconds."""
     deadline = time.monotonic() + wait
     got: list[ServiceBusDelivery] = []
     while len(got) < number and time.monotonic() < deadline:
@@ -75,7 +75,7 @@ def receive(queue: ServiceBusQueue, number: int, wait: float = 15.0) -> list[Ser
 
 
 def test_messages_arrive_unchanged_and_are_removed_by_ack(broker: Broker, open_queues: Open) -> None:
-    """With any bytes, attributes, the attempt and the time of publishing. A queue's name can contain a slash."""
+    """Any body, the attributes, attempt and publishing time arrive. A queue's name can contain a slash."""
     queue = Queue(broker, name="orders/eu")
     sent = [b"\xff\x00 no text", "é".encode(), b"", b"x" * 900_000, *(b"%d" % number for number in range(200))]
     queue.publish(*sent[:3], colour="blue", size=3)
@@ -111,8 +111,8 @@ def test_all_types_of_bodies_are_read(broker: Broker, open_queues: Open) -> None
     assert [json.loads(body) for body in got[3:]] == [{"a": [1, None, True, "b"]}, [1, 2, "x"]]
 
 
-def test_prefetched_messages_are_returned_without_room(broker: Broker, open_queues: Open) -> None:
-    """Returning them does not count as a delivery."""
+def test_prefetched_messages_are_released_without_room(broker: Broker, open_queues: Open) -> None:
+    """Releasing them does not count as a delivery."""
     queue = Queue(broker)
     queue.publish(*(b"%d" % number for number in range(80)))
     adapter, other = open_queues(queue), open_queues(queue)
@@ -123,7 +123,7 @@ def test_prefetched_messages_are_returned_without_room(broker: Broker, open_queu
 
 
 def test_pending_bytes_are_limited(broker: Broker, open_queues: Open) -> None:
-    """Messages without room are returned."""
+    """Messages without room are released."""
     queue = Queue(broker)
     queue.publish(*[b"x" * 10_000] * 60)
     adapter = open_queues(queue, max_bytes=25_000)
@@ -146,7 +146,7 @@ def test_sdk_starts_no_thread_that_reads(broker: Broker, open_queues: Open) -> N
 
 
 def test_nacked_message_is_redelivered_after_its_delay(broker: Broker, open_queues: Open) -> None:
-    """At once, or after a delay longer than a lock. Attempts are counted. Until then it counts in the backlog."""
+    """The delay can be longer than a lock. Attempts are counted. Until redelivery, the backlog counts the message."""
     queue = Queue(broker, lock=2.0)
     queue.publish(b"now", b"later")
     adapter = open_queues(queue)
@@ -166,7 +166,7 @@ def test_nacked_message_is_redelivered_after_its_delay(broker: Broker, open_queu
 
 
 def test_delayed_messages_are_limited(broker: Broker, open_queues: Open) -> None:
-    """Beyond the limit, the message that is due first is returned at once."""
+    """Beyond the limit, the message that is due first is released immediately."""
     queue = Queue(broker)
     queue.publish(b"1", b"2", b"3")
     adapter = open_queues(queue, max_messages=2)
@@ -195,7 +195,7 @@ def test_dead_letter_has_its_reason(broker: Broker, open_queues: Open) -> None:
 
 
 def test_description_of_dead_letter_names_the_resource(broker: Broker, open_queues: Open) -> None:
-    """For operators who read the queue and not the worker's log."""
+    """Operators can read it on the queue, without the worker's log."""
     queue = Queue(broker)
     queue.publish(b"poison")
     adapter = open_queues(queue)
@@ -235,7 +235,7 @@ def test_settling_after_lost_lock_has_no_effect(
 
 
 def test_acked_message_is_no_longer_expected(broker: Broker, open_queues: Open) -> None:
-    """Even if an old delivery of it was nacked after its lock had ended."""
+    """This holds even if an old delivery was nacked after its lock had ended."""
     queue = Queue(broker)
     queue.publish(b"1")
     adapter = open_queues(queue)
@@ -269,7 +269,7 @@ def test_locks_of_held_pending_and_delayed_messages_are_renewed(broker: Broker, 
 def test_wrong_clock_loses_no_messages(
     broker: Broker, open_queues: Open, ahead: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The lock is never overestimated, and messages are settled: only Service Bus decides whether a lock is valid."""
+    """The lock duration is never overestimated. Only Service Bus decides whether a lock is still valid."""
     queue = Queue(broker, lock=30.0)
     broker("clock", name=queue.name, ahead=ahead)
     queue.publish(b"1", b"2", b"3")
@@ -333,7 +333,7 @@ def test_call_on_closed_connection_is_retried_on_a_new_one(broker: Broker, open_
 def test_idle_receiver_is_reopened(
     broker: Broker, open_queues: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It can hang, and the service closes idle connections."""
+    """An idle receiver can hang, and the service closes idle connections."""
     monkeypatch.setattr(servicebus_receiver, "IDLE_TIMEOUT", 0.1)
     queue = Queue(broker)
     adapter = open_queues(queue)
@@ -346,8 +346,8 @@ def test_idle_receiver_is_reopened(
     assert len(receive(adapter, 1)) == 1
 
 
-def test_stop_returns_pending_and_delayed_messages(broker: Broker, open_queues: Open) -> None:
-    """At once, not when the locks end. Settling continues."""
+def test_stop_abandons_pending_and_delayed_messages(broker: Broker, open_queues: Open) -> None:
+    """They are redelivered immediately, not when the locks end. Settling continues."""
     queue = Queue(broker)
     queue.publish(*(b"%d" % number for number in range(100)))
     adapter = open_queues(queue)
@@ -376,7 +376,7 @@ def test_each_subscription_of_a_topic_receives_all_messages(broker: Broker, open
 
 
 def test_publish_fills_the_queue(broker: Broker, open_queues: Open) -> None:
-    """In batches of the size that it accepts. An error has the number of messages published before."""
+    """The batches have the size that the queue accepts. An error has the number of messages published before it."""
     queue = Queue(broker)
     adapter = open_queues(queue)
     assert adapter.publish(b"%d" % number for number in range(1500)) == 1500
@@ -398,7 +398,7 @@ def test_credentials_of_azure_are_used_without_connection_string() -> None:
 
 
 def test_check_reports_the_cause_and_what_to_do(own_broker: Broker, open_queues: Open) -> None:
-    """The queue is missing, not permitted, disabled or unreachable."""
+    """The queue is missing, access is refused, or the queue is disabled or unreachable."""
     queue = Queue(own_broker)
     with pytest.raises(QueueError, match=r"QUEUE_URL: 127.*/nowhere does not exist: create it"):
         open_queues(queue, f"servicebus://{own_broker.host}/nowhere").check()
@@ -490,7 +490,7 @@ def test_unresponsive_service_times_out(
 def test_connection_opened_after_the_timeout_is_closed(
     own_broker: Broker, open_queues: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise each attempt of an outage would leave a connection with a thread of the SDK."""
+    """Otherwise each reconnect during an outage would leave a connection with a thread of the SDK."""
     monkeypatch.setattr(connections, "OPEN_TIMEOUT", 0.1)
     adapter = open_queues(Queue(own_broker))
     before = set(threading.enumerate())

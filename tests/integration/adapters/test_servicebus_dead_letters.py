@@ -97,7 +97,7 @@ def bodies(dead_letters: list[DeadLetter]) -> list[bytes]:
 
 
 def test_pass_returns_all_dead_letters_without_locks(broker: Broker, open_dead_letters: OpenDeadLetters) -> None:
-    """Once each, oldest first, also more than Service Bus returns at a time. Killing the process has no effect."""
+    """Each is returned once, the oldest first, in as many calls as necessary. Killing the process has no effect."""
     queue = Queue(broker)
     sent = [b"%d" % number for number in range(260)]
     make_dead_letters(queue, *sent)
@@ -116,7 +116,7 @@ def test_pass_returns_all_dead_letters_without_locks(broker: Broker, open_dead_l
 
 
 def test_later_dead_letter_is_returned(broker: Broker, open_dead_letters: OpenDeadLetters) -> None:
-    """After an empty result, `receive` can return dead letters that were added since."""
+    """After an empty result, `receive` can return dead letters that were added later."""
     queue = Queue(broker)
     dead_letters = open_dead_letters(queue)
     assert dead_letters.receive(10, 0) == []
@@ -128,7 +128,7 @@ def test_later_dead_letter_is_returned(broker: Broker, open_dead_letters: OpenDe
 def test_dead_letter_has_the_details_of_the_worker(
     broker: Broker, open_dead_letters: OpenDeadLetters, open_queues: Callable[[Queue], ServiceBusQueue]
 ) -> None:
-    """Failure, number of deliveries and time; its attributes are the publisher's only."""
+    """It has the failure, the number of deliveries and the time. Its attributes are only those of the publisher."""
     queue = Queue(broker)
     queue.publish(b"poison", colour="blue")
     adapter = open_queues(queue)
@@ -150,7 +150,7 @@ def test_dead_letter_has_the_details_of_the_worker(
 def test_dead_letter_of_the_policy_is_marked(
     broker: Broker, open_dead_letters: OpenDeadLetters, open_queues: Callable[[Queue], ServiceBusQueue]
 ) -> None:
-    """With the number of deliveries. The worker's log has the reasons."""
+    """It has the number of deliveries. The worker's log has the reasons."""
     queue = Queue(broker, attempts=1)
     queue.publish(b"1")
     adapter = open_queues(queue)
@@ -165,7 +165,7 @@ def test_dead_letter_of_the_policy_is_marked(
 def test_removed_dead_letters_are_gone_and_the_other_released(
     broker: Broker, open_dead_letters: OpenDeadLetters
 ) -> None:
-    """Any of them can be removed; `close` releases the locks of those ahead."""
+    """Any dead letter can be removed. `close` releases the locks of those ahead."""
     queue = Queue(broker)
     sent = [b"%d" % number for number in range(150)]
     make_dead_letters(queue, *sent)
@@ -185,7 +185,7 @@ def test_removed_dead_letters_are_gone_and_the_other_released(
 def test_oldest_dead_letters_are_removed_without_affecting_other(
     broker: Broker, open_dead_letters: OpenDeadLetters
 ) -> None:
-    """Prefetched dead letters are used for the next removal, and returned without counting a delivery."""
+    """Prefetched dead letters are used for the next removal, and released without counting a delivery."""
     queue = Queue(broker)
     make_dead_letters(queue, b"1", b"2", b"3", b"4")
     dead_letters = open_dead_letters(queue)
@@ -273,7 +273,7 @@ def test_closed_connection_is_reopened(broker: Broker, open_dead_letters: OpenDe
 def test_refusal_is_reported_with_what_to_do(
     broker: Broker, open_dead_letters: OpenDeadLetters, condition: str, expected: str
 ) -> None:
-    """When dead letters are opened, and later."""
+    """It is reported when dead letters are opened, and in later calls."""
     queue = Queue(broker)
     make_dead_letters(queue, b"1")
     dead_letters = open_dead_letters(queue)
@@ -310,7 +310,7 @@ def test_outage_during_removal_is_reported(
 
 
 def test_dlq_reads_all_dead_letters(broker: Broker, open_queues: Callable[[Queue], ServiceBusQueue]) -> None:
-    """`klaviyo-worker dlq list` does not wait when there are none left."""
+    """`klaviyo-worker dlq list` does not wait when no dead letters are left."""
     queue = Queue(broker)
     make_dead_letters(queue, *(b"%d" % number for number in range(20)))
     assert bodies(list(iter_dead_letters(open_queues(queue)))) == [b"%d" % number for number in range(20)]

@@ -76,7 +76,7 @@ def open_queues() -> Iterator[Open]:
 
 
 def receive(queue: SQSQueue, number: int, wait: float = 15.0) -> list[SQSDelivery]:
-    """Receive `number` messages, or those that arrive within `wait` seconds."""
+    """Receive `number` messages, or fewer if no more arrive within `wait` seconds."""
     deadline = time.monotonic() + wait
     got: list[SQSDelivery] = []
     while len(got) < number and time.monotonic() < deadline:
@@ -95,7 +95,7 @@ def logged(caplog: pytest.LogCaptureFixture, *names: str) -> list[tuple[str, Any
 
 
 def test_attributes_arrive_and_receipt_is_not_shown(queue: Queue, open_queues: Open) -> None:
-    """A reader of the log must not be able to delete messages."""
+    """The receipt in a log would allow its readers to delete messages."""
     queue.publish("é \U0001f600".encode(), colour="blue", number="7")
     adapter = open_queues(queue)
     (delivery,) = receive(adapter, 1)
@@ -103,7 +103,7 @@ def test_attributes_arrive_and_receipt_is_not_shown(queue: Queue, open_queues: O
     assert delivery.receipt not in repr(delivery)
 
 
-def test_backlog_includes_returned_messages(queue: Queue, network: Network, open_queues: Open) -> None:
+def test_backlog_includes_nacked_messages(queue: Queue, network: Network, open_queues: Open) -> None:
     """SQS's counts are approximate and can be forbidden, so the backlog is never 0."""
     queue.publish(b"x")
     adapter = open_queues(queue)
@@ -134,7 +134,7 @@ def test_leases_of_held_and_pending_messages_are_extended(queue: Queue, open_que
 
 
 def test_pending_message_with_expired_lease_is_dropped(queue: Queue, network: Network, open_queues: Open) -> None:
-    """A parked worker does not receive it, and SQS can refuse its extension. SQS redelivers it."""
+    """A parked worker does not receive it, and SQS can reject its extension. SQS redelivers it."""
     network.always["ChangeMessageVisibilityBatch"] = DENIED
     queue.publish(b"a")
     adapter = open_queues(queue, lease_seconds=1.0)
@@ -154,7 +154,7 @@ def test_pending_message_with_expired_lease_is_dropped(queue: Queue, network: Ne
 def test_settling_after_lost_lease_has_no_effect(
     queue: Queue, open_queues: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The message was redelivered by then."""
+    """At that time, the message was redelivered."""
     queue.publish(b"x")
     adapter = open_queues(queue, lease_seconds=1.0)
     late = receive(adapter, 1)
@@ -172,7 +172,7 @@ def test_settling_after_lost_lease_has_no_effect(
 
 
 def test_leases_are_limited_to_twelve_hours(queue: Queue, network: Network, open_queues: Open) -> None:
-    """That is SQS's limit from the receipt; the worker gets an error, because the message can be redelivered."""
+    """SQS's limit counts from the receipt. The worker gets an error, because the message can be redelivered."""
     queue.publish(b"x")
     adapter = open_queues(queue)
     (held,) = receive(adapter, 1)
@@ -253,7 +253,7 @@ def test_ack_is_retried(
     assert queue.count() == 0
 
 
-def test_refused_ack_is_logged(
+def test_failed_ack_is_logged(
     queue: Queue, network: Network, open_queues: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
     """SQS redelivers the messages; nothing else fails."""
@@ -273,7 +273,7 @@ def test_retries_of_ack_end_with_the_lease(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By then the messages were redelivered. After one unreachable call, the others of that attempt are skipped."""
+    """At that time, SQS has redelivered the messages. If one call fails to connect, the others are skipped."""
     monkeypatch.setattr(sqs_settlement, "ACK_TIMEOUT", 0.3)
     monkeypatch.setattr(sqs_settlement, "THREADS", 1)
     queue.publish(b"a")
@@ -306,7 +306,7 @@ def test_close_ends_retries(queue: Queue, network: Network, open_queues: Open, n
 def test_extension_is_not_retried(
     queue: Queue, network: Network, open_queues: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A retry could overtake a nack. The caller gets an error, because leases may end."""
+    """A retry could take effect after a nack. The caller gets an error, because leases can end."""
     queue.publish(b"a")
     adapter = open_queues(queue)
     held = receive(adapter, 1)
@@ -361,7 +361,7 @@ def test_last_failure_is_logged_if_the_policy_dead_letters(
 
 
 def test_dead_letter_without_policy_delays_the_message(moto: Server, open_queues: Open) -> None:
-    """SQS redelivers indefinitely. If the policy is unknown, redeliveries must reach its limit."""
+    """SQS redelivers indefinitely. If the policy is unknown, the message must still reach its maximum of receives."""
     queue = Queue(moto, receives=None)
     queue.publish(b"poison")
     adapter = open_queues(queue)
@@ -374,7 +374,7 @@ def test_dead_letter_without_policy_delays_the_message(moto: Server, open_queues
 
 
 def test_dead_letter_backs_off_if_the_policy_is_unknown(queue: Queue, network: Network, open_queues: Open) -> None:
-    """There may be no policy, and AWS charges for every request."""
+    """There is possibly no policy, and AWS charges for every request."""
     queue.publish(b"poison")
     adapter = open_queues(queue)
     (delivery,) = receive(adapter, 1)
@@ -417,7 +417,7 @@ def test_direct_dead_letter_has_its_reason(queue: Queue, open_queues: Open) -> N
 def test_message_is_redelivered_if_dead_letter_cannot_be_sent(
     queue: Queue, open_queues: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """For example, if the dead-letter queue does not exist."""
+    """Sending fails, for example, if the dead-letter queue does not exist."""
     queue.publish(b"poison")
     adapter = open_queues(queue, direct_dead_letter=True)
     (unknown,) = receive(adapter, 1)
@@ -486,7 +486,7 @@ def test_each_queue_is_counted_if_permitted(queue: Queue, network: Network, open
         adapter.counts()
 
 
-def test_messages_that_arrive_after_stop_are_returned_at_once(queue: Queue, open_queues: Open) -> None:
+def test_messages_that_arrive_after_stop_are_nacked_immediately(queue: Queue, open_queues: Open) -> None:
     """A poll cannot be cancelled. Another worker gets the message before the lease ends."""
     adapter = open_queues(queue)
     adapter.receive(1, 0)
@@ -499,7 +499,7 @@ def test_messages_that_arrive_after_stop_are_returned_at_once(queue: Queue, open
 def test_stop_waits_for_polls_only_once(
     queue: Queue, open_queues: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SQS redelivers their messages."""
+    """SQS redelivers the messages of later polls."""
     monkeypatch.setattr(polling, "STOP_TIMEOUT", -0.9)
     adapter = open_queues(queue)
     adapter.receive(1, 0)
@@ -606,7 +606,7 @@ def test_transient_errors_are_retried_indefinitely(
 def test_immediate_empty_response_is_followed_by_a_pause(
     queue: Queue, network: Network, open_queues: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A long poll takes seconds. A proxy that answers at once would be polled a hundred times a second."""
+    """A long poll takes seconds. A proxy that answers immediately would be polled a hundred times a second."""
     monkeypatch.setattr(reconnect, "MIN_BACKOFF", 60.0)
     network.responses["ReceiveMessage"].append(ProxyResponse(200, b"<html>Welcome</html>"))
     queue.publish(b"x")
@@ -694,7 +694,7 @@ def test_invalid_response_is_retried_or_reported(
 
 
 def test_publish_fills_the_queue(queue: Queue, open_queues: Open) -> None:
-    """In calls of at most ten messages and one mebibyte."""
+    """The calls have at most ten messages and one mebibyte."""
     adapter = open_queues(queue)
     assert adapter.publish(iter(numbered(25))) == 25
     assert adapter.publish([b"x" * 400_000] * 5) == 5
@@ -704,7 +704,7 @@ def test_publish_fills_the_queue(queue: Queue, open_queues: Open) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"\xff", b"a\x00", "\ufffe".encode(), b"\x0b"])
 def test_publish_rejects_invalid_message(queue: Queue, open_queues: Open, body: bytes) -> None:
-    """The error has its number, and how many were published before."""
+    """The error has the number of the message, and how many messages were published before it."""
     with pytest.raises(
         QueueError, match=r"10 messages were published, then: message 12 is invalid: expected UTF-8 text"
     ):
@@ -744,7 +744,7 @@ def test_fifo_queue_can_be_read_only(moto: Server, open_queues: Open) -> None:
 
 
 def test_both_forms_of_url_are_accepted(moto: Server, queue: Queue) -> None:
-    """The name, with AWS's variables, and the https URL, with its region."""
+    """The two forms are the name with AWS's variables, and the https URL with its region."""
     queue.publish(b"x")
     adapter = open_queue(f"https://sqs.eu-central-1.amazonaws.com/123456789012/{queue.name}")
     assert isinstance(adapter, SQSQueue)
@@ -777,7 +777,7 @@ def test_malformed_url_error_has_the_expected_form(url: str) -> None:
 
 
 def test_invalid_aws_settings_are_reported(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a traceback of boto3."""
+    """The error is one line, without a traceback of boto3."""
     monkeypatch.setattr(aws, "RETRY_TIMEOUT", 0.1)
     with monkeypatch.context() as patch:
         patch.setenv("AWS_PROFILE", "missing")
@@ -794,7 +794,7 @@ def test_invalid_aws_settings_are_reported(queue: Queue, monkeypatch: pytest.Mon
 
 
 def test_endpoint_without_tls_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages hold personal data. An emulator on this machine needs no certificate."""
+    """Messages contain personal data. An emulator on this machine needs no certificate."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", "http://sqs.example.com:4566")
     with pytest.raises(QueueError, match=r"AWS_ENDPOINT_URL_SQS: sqs.example.com:4566: expected an https:// URL"):
         open_queue("sqs://orders?region=eu-central-1")

@@ -92,7 +92,7 @@ def test_setting_replaces_unreadable_policy(queue: Queue, network: Network, open
 
 
 def test_missing_queue_or_policy_is_reported(queue: Queue, open_queues: Open, moto: Server) -> None:
-    """With what to do: add a policy, create a queue, or correct the name."""
+    """The advice is to add a policy, create a queue, or correct the name."""
     with pytest.raises(QueueError, match="has no dead-letter queue: aws sqs set-queue-attributes"):
         open_queues(Queue(moto, receives=None)).dead_letters()
     with pytest.raises(QueueError, match=r"^DEAD_LETTER_QUEUE_URL: nowhere does not exist: create it"):
@@ -125,7 +125,7 @@ def test_policy_can_name_a_queue_of_another_account_or_region(
 
 
 def test_refusals_are_reported(queue: Queue, network: Network, open_queues: Open) -> None:
-    """Of receiving and of deletion. Messages that could not be deleted still exist."""
+    """Both receiving and deletion can be refused. Messages that could not be deleted still exist."""
     send_dead_letters(queue, *[b"%d" % number for number in range(12)])
     dead_letters = open_queues(queue).dead_letters()
     network.responses["ReceiveMessage"].append(DENIED)
@@ -147,7 +147,7 @@ def test_refusals_are_reported(queue: Queue, network: Network, open_queues: Open
 
 
 def test_refused_call_is_not_repeated_for_all_batches(queue: Queue, network: Network, open_queues: Open) -> None:
-    """Nor is an unreachable service called for hundreds of batches."""
+    """The same applies to an unreachable service: hundreds of batches would take long."""
     network.always["DeleteMessageBatch"] = DENIED
     dead_letters = open_queues(queue).dead_letters()
     handles = [f"h{number}" for number in range(400)]
@@ -157,7 +157,7 @@ def test_refused_call_is_not_repeated_for_all_batches(queue: Queue, network: Net
 
 
 def test_dead_letter_with_lost_lease_can_be_removed(queue: Queue, open_queues: Open) -> None:
-    """It is leased again by the next poll, and not returned twice."""
+    """The next poll leases it again. It is not returned twice."""
     send_dead_letters(queue, b"x")
     dead_letters = open_queues(queue).dead_letters()
     found = dead_letters.receive(10, 1.0)
@@ -169,7 +169,7 @@ def test_dead_letter_with_lost_lease_can_be_removed(queue: Queue, open_queues: O
 
 
 def test_dead_letter_of_the_policy_is_distinguished(queue: Queue, network: Network, open_queues: Open) -> None:
-    """A message that was moved back with the worker's attributes, and dead-lettered by the policy, is the policy's."""
+    """If a message with the worker's attributes was moved back to the queue, the policy can dead-letter it."""
     added = {"reason": "why", "stage": "send", "message_id": "7", "attempt": "2", "queue": "q", "colour": "blue"}
     values = {name: {"StringValue": value, "DataType": "String"} for name, value in added.items()}
     system = {"ApproximateReceiveCount": "9", "SentTimestamp": "1000"}
@@ -192,7 +192,7 @@ def test_dead_letter_of_the_policy_is_distinguished(queue: Queue, network: Netwo
 
 
 def test_fifo_queue_has_the_time_of_dead_lettering(moto: Server, open_queues: Open) -> None:
-    """It sets SentTimestamp when the message is moved; a standard queue keeps it."""
+    """A FIFO queue sets SentTimestamp when the message is moved. A standard queue keeps it."""
     client = sqs.client(moto.port)
     url = client.create_queue(
         QueueName="dead.fifo", Attributes={"FifoQueue": "true", "ContentBasedDeduplication": "true"}

@@ -172,7 +172,7 @@ def test_events_are_sent_in_bulk_only_if_bulk_events_is_always(sandbox: Sandbox)
 
 
 def test_outage_fails_no_record(sandbox: Sandbox) -> None:
-    """Records are held until commercetools and Klaviyo answer again."""
+    """Records are held until commercetools and Klaviyo are available again."""
     sandbox.klaviyo.faults.add(Fault(status=503, times=6))
     sandbox.commercetools.faults.add(Fault(status=503, times=3, match="GET"))
     result = backfill(sandbox, "customers", KLAVIYO_WORKER_RETRY_TIMEOUT="0", KLAVIYO_WORKER_OUTAGE_HOLD="2")

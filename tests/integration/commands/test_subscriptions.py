@@ -145,7 +145,7 @@ def test_subscription_created_by_another_client(
 
 
 def test_repeated_conflicts_are_an_error(command: Command, sandbox: Sandbox) -> None:
-    """`apply` exits with 4 after five attempts."""
+    """`apply` exits with 4 after five tries."""
     sandbox.commercetools.faults.add(Fault(409, times=None, match=f"POST {PATH}"))
     done = command.apply()
     assert done.exit_code == 4
@@ -162,7 +162,7 @@ def test_lost_response_leads_to_a_new_plan(command: Command, sandbox: Sandbox) -
 
 
 def test_commercetools_cannot_deliver(command: Command) -> None:
-    """Nothing is created. The error of commercetools is shown without the secret."""
+    """Nothing is created. The commercetools error is shown without the secret."""
     command.store.unreachable.add("my-shop")
     done = command.apply(to=GRID, **{SECRET: "grid-s3cret"})
     assert done.exit_code == 4
@@ -174,7 +174,7 @@ def test_commercetools_cannot_deliver(command: Command) -> None:
     assert not command.store.all()
 
 
-def test_error_of_commercetools_is_sanitized(command: Command, sandbox: Sandbox) -> None:
+def test_commercetools_error_is_sanitized(command: Command, sandbox: Sandbox) -> None:
     """It becomes one printable line without any part of the secret."""
     secret = "grid-" + "s3cret" * 20
     body = json.dumps({"errors": [{"code": "No\n", "message": f"one\ntwo\x1b[2J {'x' * 450}{secret}"}]}).encode()
@@ -397,7 +397,7 @@ def test_check_tests_only_needed_scopes(
 
 
 def test_other_errors_do_not_blame_scopes(command: Command, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Wrong credentials and a wrong URL have their own advice."""
+    """The advice for wrong credentials and for a wrong URL does not mention scopes."""
     disabled = sorted({kind for _, kind in HANDLERS} - {"CustomerCreated", "ProductPublished"})
     (tmp_path / "mapping.toml").write_text(f"disabled_types = {json.dumps(disabled)}")
     sandbox.klaviyo.faults.add(Fault(302, times=None, match="GET /api/catalog-items"))

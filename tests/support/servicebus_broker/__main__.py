@@ -1,4 +1,4 @@
-"""The broker: speaks AMQP 1.0 on loopback, and executes commands from standard input, each a JSON line with one answer.
+"""The broker: speaks AMQP 1.0 on loopback, and executes commands from stdin: JSON lines with one response each.
 
 It has no TLS, accepts every client, and keeps messages in memory. It has no sessions, transactions, deferral,
 scheduling and time to live, because the tests do not use them. A lock can be shorter than Azure's five seconds.
@@ -207,7 +207,7 @@ class Broker(Handler):  # type: ignore[misc]
                 connection.transport.close_tail()
 
     def down(self) -> None:
-        """Close all connections and accept no more."""
+        """Close all connections and accept no new ones."""
         self._acceptor.close()
         self.drop()
 

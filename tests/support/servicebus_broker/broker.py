@@ -31,7 +31,7 @@ def missing() -> str:
 
 
 class Broker:
-    """The broker in a process of its own. It keeps messages in memory."""
+    """The broker, in a separate process. It keeps messages in memory."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -96,7 +96,7 @@ class Queue:
         return f"{self.topic}/Subscriptions/{self.name}" if self.topic else self.name
 
     def publish(self, *bodies: bytes | AmqpAnnotatedMessage, **properties: str | int) -> None:
-        """Send messages; those that are bytes in batches."""
+        """Send messages. Bytes are sent in batches."""
         typed = dict[Any, Any](properties)
         plain = [ServiceBusMessage(body, application_properties=typed) for body in bodies if isinstance(body, bytes)]
         for start in range(0, len(plain), 100):
@@ -153,13 +153,13 @@ class Queue:
             receiver = self._client.get_subscription_receiver(self.topic, self.name, **options)
         else:
             receiver = self._client.get_queue_receiver(self.name, **options)
-        return receiver.__enter__()  # else the timeout of the first call limits the opening, too
+        return receiver.__enter__()  # otherwise the timeout of the first call also limits the opening
 
 
 def _close(link: ServiceBusClient | ServiceBusReceiver) -> None:
     """Close in the background: the SDK waits up to a second for a thread.
 
-    A client closes its receivers too, and the SDK raises AttributeError if both happen at once.
+    A client also closes its receivers. The SDK raises AttributeError if both threads close one at the same time.
     """
 
     def closing() -> None:

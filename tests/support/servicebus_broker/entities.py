@@ -80,11 +80,11 @@ class Entity:
         return self.locked.pop(token, None) is not None
 
     def release(self, token: uuid.UUID) -> bool:
-        """Return a message without counting the delivery."""
+        """Make a message ready again without counting the delivery."""
         return self._unlock(token, failed=False)
 
     def abandon(self, token: uuid.UUID) -> bool:
-        """Return a message, or dead-letter it after the maximum number of deliveries."""
+        """Make a message ready again, or dead-letter it after the maximum number of deliveries."""
         return self._unlock(token, failed=True)
 
     def dead_letter(self, token: uuid.UUID, reason: str, description: str) -> bool:
@@ -98,7 +98,7 @@ class Entity:
         return True
 
     def end_locks(self, now: float) -> None:
-        """Return the messages whose locks have ended before `now`."""
+        """Make the messages ready whose locks ended before `now`."""
         for token in [token for token, stored in self.locked.items() if stored.locked_until <= now]:
             self.abandon(token)
         if self.dead is not None:

@@ -29,7 +29,7 @@ def bodies(queue: EmbeddedQueue, wait: float = 0.0) -> list[bytes]:
 
 
 def test_messages_are_delivered_once_in_order(queue: EmbeddedQueue) -> None:
-    """A received message is invisible to others, and removed by its ack."""
+    """A received message is invisible to other workers, and an ack removes it."""
     assert queue.publish([b"one", b"", b"\xff\x00"]) == 3
     deliveries = queue.receive(2, 0)
     assert [(d.body, d.attempt) for d in deliveries] == [(b"one", 1), (b"", 1)]
@@ -46,7 +46,7 @@ def test_receive_from_empty_queue_waits_as_long_as_requested(queue: EmbeddedQueu
 
 
 def test_nacked_message_is_delayed_and_counts_attempts(queue: EmbeddedQueue) -> None:
-    """Every delivery is an attempt."""
+    """Every delivery counts as an attempt."""
     queue.publish([b"x"])
     queue.nack(queue.receive(1, 0), delay=0.2, failure=FAILURE)
     assert queue.receive(1, 0) == []
@@ -82,7 +82,7 @@ def test_extended_lease_lasts(tmp_path: Path) -> None:
 
 
 def test_dead_letter_keeps_its_reason(queue: EmbeddedQueue) -> None:
-    """With the body and the number of deliveries."""
+    """The dead letter also has the body and the number of deliveries."""
     queue.publish([b"x"])
     queue.dead_letter(queue.receive(1, 0)[0], FAILURE)
     (dead_letter,) = iter_dead_letters(queue)
@@ -91,7 +91,7 @@ def test_dead_letter_keeps_its_reason(queue: EmbeddedQueue) -> None:
 
 
 def test_message_is_dead_lettered_after_its_last_attempt(queue: EmbeddedQueue) -> None:
-    """With the reason of its last failure."""
+    """The dead letter has the reason of the last failure."""
     queue.publish([b"x"])
     for _ in range(3):
         queue.nack(queue.receive(1, 0), failure=FAILURE)
@@ -100,7 +100,7 @@ def test_message_is_dead_lettered_after_its_last_attempt(queue: EmbeddedQueue) -
     assert queue.receive(1, 0) == []
 
 
-def test_return_without_failure_does_not_count_as_attempt(queue: EmbeddedQueue) -> None:
+def test_nack_without_failure_does_not_count_as_attempt(queue: EmbeddedQueue) -> None:
     """Shutdowns, dry runs and rejected credentials are not the message's fault."""
     queue.publish([b"x"])
     queue.nack(queue.receive(1, 0), failure=FAILURE)
@@ -171,7 +171,7 @@ def test_no_message_is_lost_if_workers_are_killed(tmp_path: Path) -> None:
 
 
 def test_publish_is_atomic(queue: EmbeddedQueue) -> None:
-    """A publisher that fails in between has published nothing, and can retry."""
+    """A publisher that fails before the end has published nothing, and can retry."""
 
     def breaking() -> object:
         yield b"one"
@@ -228,7 +228,7 @@ def test_invalid_file_is_a_queue_error(tmp_path: Path) -> None:
     "ask", [EmbeddedQueue.backlog, EmbeddedQueue.check, lambda queue: list(iter_dead_letters(queue))]
 )
 def test_sqlite_error_is_a_queue_error(ask: Callable[[EmbeddedQueue], object], queue: EmbeddedQueue) -> None:
-    """The runner handles QueueError, not the errors of SQLite."""
+    """The runner handles QueueError, not SQLite's own errors."""
     queue.close()
     with pytest.raises(QueueError):
         ask(queue)
@@ -242,13 +242,13 @@ def test_full_disk_is_named(queue: EmbeddedQueue) -> None:
 
 
 def test_temporary_files_are_not_needed(queue: EmbeddedQueue) -> None:
-    """In a container with a read-only root, only the queue's directory may be writable."""
+    """In a container with a read-only root, often only the queue's directory is writable."""
     in_memory = 2
     assert queue._db.execute("PRAGMA temp_store").fetchone() == (in_memory,)
 
 
 def test_receive_limits_the_total_size(tmp_path: Path) -> None:
-    """Flow control counts bytes only afterwards, so large messages are delivered a few at a time."""
+    """Flow control counts bytes only after `receive`, so large messages are received a few at a time."""
     queue = EmbeddedQueue(tmp_path / "queue.db")
     sizes = [1_000_000] * 5 + [9_000_000, 10, 10]
     queue.publish(b"x" * size for size in sizes)

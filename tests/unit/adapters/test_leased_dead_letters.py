@@ -18,7 +18,7 @@ SOON = 10.0  # seconds
 
 
 class FakeSource:
-    """A DeadLetterSource that returns what it is given, and records calls."""
+    """A fake DeadLetterSource that returns the given dead letters and records calls."""
 
     def __init__(self) -> None:
         self.polls: list[list[tuple[str, DeadLetter]]] = []
@@ -72,7 +72,7 @@ def ids(found: Sequence[DeadLetter]) -> list[str]:
 
 
 def test_redelivered_dead_letter_is_not_returned_again(source: FakeSource, dead_letters: LeasedDeadLetters) -> None:
-    """Its lease was lost: the newest handle removes it."""
+    """Its lease was lost, so only the newest handle removes it."""
     source.polls = [[("h1", dead_letter("a"))], [("h2", dead_letter("a"))], [("h3", dead_letter("b"))]]
     first = dead_letters.receive(10, SOON)
     assert ids(first) == ["a"]
@@ -110,7 +110,7 @@ def test_failed_removal_raises_and_can_be_repeated(source: FakeSource, dead_lett
 
 
 def test_leases_are_extended_until_dead_letters_are_removed(source: FakeSource) -> None:
-    """A dead letter whose lease has ended may still exist after its removal."""
+    """A dead letter whose lease has ended can still exist after its removal."""
     dead_letters = LeasedDeadLetters(source, seconds=3)
     source.polls = [[("h1", dead_letter("a")), ("h2", dead_letter("b")), ("h3", dead_letter("c"))]]
     found = dead_letters.receive(10, SOON)
@@ -146,7 +146,7 @@ def test_close_waits_for_interrupted_poll_and_releases_its_dead_letters(
 
 
 def test_close_waits_for_running_extension(source: FakeSource) -> None:
-    """Otherwise the extension could lease again what was released."""
+    """Otherwise the extension could lease released dead letters again."""
     dead_letters = LeasedDeadLetters(source, seconds=1)
     source.polls = [[("h1", dead_letter("a"))]]
     dead_letters.receive(10, SOON)
@@ -163,7 +163,7 @@ def test_close_waits_for_running_extension(source: FakeSource) -> None:
 
 
 def test_receive_polls_again_after_empty_poll(source: FakeSource, dead_letters: LeasedDeadLetters) -> None:
-    """Pub/Sub can return nothing, or known messages, although there are others."""
+    """Pub/Sub can return no messages, or known ones, although there are new ones."""
     source.polls = [[], [], [("h1", dead_letter("a"))]]
     assert ids(dead_letters.receive(10, SOON)) == ["a"]
     assert dead_letters.receive(10, 0.3) == []

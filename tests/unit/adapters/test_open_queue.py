@@ -42,7 +42,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_broken_package_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, reason: str
 ) -> None:
-    """Without a traceback: the worker is not at fault."""
+    """No traceback is printed, because the worker is not at fault."""
     metadata = tmp_path / "torn-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Name: torn\nVersion: 1.0\n")
@@ -68,7 +68,7 @@ def test_broken_metadata_of_another_package_does_not_affect_built_in_queues(
 
 
 def test_malformed_url_is_rejected_and_not_quoted() -> None:
-    """The exit code is 2. The URL can hold a secret."""
+    """The exit code is 2. The URL can contain a secret."""
     with pytest.raises(QueueURLError, match="QUEUE_URL is malformed: expected a URL") as error:
         open_queue("sqs://user:secret@[")
     assert "secret" not in str(error.value)
@@ -76,7 +76,7 @@ def test_malformed_url_is_rejected_and_not_quoted() -> None:
 
 @pytest.mark.usefixtures("site")
 def test_class_of_another_package_is_found_by_its_entry_point() -> None:
-    """It is called with the URL and the options, like a function."""
+    """The class is called with the URL and the options, as a function would be."""
     assert vars(open_queue("kafka://broker/topic")) == {"url": "kafka://broker/topic"}
 
 
@@ -99,7 +99,7 @@ def test_errors_name_known_schemes_and_missing_modules() -> None:
     ("scheme", "module"), [("push", "uvicorn"), ("sqs", "boto3"), ("servicebus", "azure.identity")]
 )
 def test_missing_extra_is_named(scheme: str, module: str) -> None:
-    """With the command that installs it."""
+    """The error has the command that installs it."""
     code = f"import sys, adapters; sys.modules['{module}'] = None; adapters.open_queue('{scheme}://x')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.rstrip().endswith(

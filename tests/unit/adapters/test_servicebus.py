@@ -48,7 +48,7 @@ def test_url_can_hold_every_allowed_name(name: str, subscription: str | None) ->
 
 
 def test_url_of_an_emulator_has_a_port() -> None:
-    """Like its connection string."""
+    """Its connection string has one too."""
     assert parse_url("servicebus://127.0.0.1:5672/orders") == Entity("127.0.0.1:5672", "orders")
     assert parse_url("servicebus://localhost/orders") == Entity("localhost", "orders")
     assert parse_url(f"servicebus://{HOST.upper()}/Orders") == Entity(HOST, "Orders")
@@ -125,7 +125,7 @@ def test_other_connection_string_is_rejected_and_not_quoted(connection_string: s
 
 
 def test_connection_without_tls_is_rejected() -> None:
-    """Messages hold personal data. An emulator on this machine needs no certificate."""
+    """Messages contain personal data. An emulator on this machine needs no certificate."""
     emulated = f"{KEY};usedevelopmentemulator=TRUE"
     check_connection_string(f"Endpoint=sb://127.0.0.1:5672;{emulated}", Entity("127.0.0.1:5672", "orders"))
     with pytest.raises(QueueError, match="SERVICEBUS_CONNECTION_STRING: UseDevelopmentEmulator, which turns TLS off"):
@@ -143,13 +143,13 @@ def test_any_connection_string_is_accepted_or_rejected(text: str) -> None:
 
 @given(st.lists(st.binary()))
 def test_data_sections_are_joined(sections: list[bytes]) -> None:
-    """The publisher's client splits a body at any place."""
+    """The publisher's client can split a body anywhere."""
     assert body_of(AmqpMessageBodyType.DATA, iter(sections)) == b"".join(sections)
 
 
 @given(amqp_values)
 def test_any_value_is_converted_to_bytes(value: Any) -> None:
-    """Every message must reach the pipeline, or it could not be dead-lettered."""
+    """Every message must reach the pipeline. Otherwise it could not be dead-lettered."""
     body = body_of(AmqpMessageBodyType.VALUE, value)
     assert isinstance(body, bytes)
     if isinstance(value, bytes):
@@ -251,7 +251,7 @@ def test_corrected_clock_is_trusted_again() -> None:
 
 
 def test_receiver_stopped_while_connecting_receives_nothing() -> None:
-    """Such messages would not be returned: they would stay locked, and count a delivery."""
+    """Such messages would stay locked, and their deliveries would count as attempts."""
     connecting, connected, closed = Event(), Event(), Event()
     received: list[int] = []
 
@@ -277,7 +277,7 @@ def test_receiver_stopped_while_connecting_receives_nothing() -> None:
 
 
 class FakeSettlingReceiver:
-    """Renews a lock for each permit of the semaphore, and abandons at once."""
+    """Renews a lock for each permit of the semaphore, and abandons immediately."""
 
     def __init__(self, renewals: Semaphore) -> None:
         self._renewals = renewals
@@ -305,7 +305,7 @@ def _held(number: int, token: str = "some") -> list[Any]:
 
 
 def test_settlement_does_not_wait_for_all_renewals(renewals: Semaphore) -> None:
-    """Each renewal is a call; behind thousands of them, a settlement would time out."""
+    """Each renewal is a call. A settlement behind thousands of renewals would time out."""
     settlement = Settlement(lambda: cast("Any", FakeSettlingReceiver(renewals)))
     renewing = Thread(target=settlement.extend, args=(_held(1000),))
     renewing.start()

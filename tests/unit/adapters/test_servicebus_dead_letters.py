@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STAGES = ("parse", "enrich", "transform", "send")
 POLICY = "MaxDeliveryCountExceeded"
-LOCKING = {"prefetch_count": 49, "keep_alive": 0}  # else a thread of the SDK reads from the link
+LOCKING = {"prefetch_count": 49, "keep_alive": 0}  # otherwise a thread of the SDK also reads from the link
 INVALID_DATE = "Refused (attempt 1, 2026-02-30T00:00:00Z)"
 
 amqp_values = st.one_of(st.none(), st.booleans(), st.integers(), st.binary(), st.text(), st.lists(st.integers()))
@@ -37,7 +37,7 @@ def by_policy(attempt: int | None) -> ParsedReason:
 
 
 class FakeReceiver:
-    """Returns dead letters, and locks those that it is given."""
+    """A fake receiver that returns the given dead letters and locks them."""
 
     def __init__(self, dead_letters: list[Any], locked: Iterator[Any]) -> None:
         self._messages = dead_letters
@@ -124,7 +124,7 @@ def test_formatted_reason_can_be_parsed(
 
 
 def test_unknown_details_are_omitted() -> None:
-    """Operators read the description in the portal."""
+    """Operators read the description in the Azure portal."""
     at = datetime(2026, 1, 31, 12, tzinfo=UTC)
     assert format_reason(Failure("Refused", "send", "Rejected"), None, at)[1] == "Refused (2026-01-31T12:00:00Z)"
 
@@ -139,7 +139,7 @@ def test_any_properties_result_in_one_line_and_a_known_stage(reason: str, descri
 
 @given(amqp_values, amqp_values)
 def test_properties_of_any_type_are_read(reason: Any, description: Any) -> None:
-    """AMQP has other types than text. A dead letter that cannot be read would hide all others."""
+    """AMQP has other types than text. A dead letter that cannot be read would prevent reading all others."""
     properties = {b"DeadLetterReason": reason, b"DeadLetterErrorDescription": description, b"colour": b"blue"}
     for written in (properties, None):
         dead_letters, _ = _open_dead_letters([_message(properties=written)])
@@ -162,7 +162,7 @@ def _settle_valid_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_search_ends_if_locks_end_first() -> None:
-    """With thousands of dead letters and a short lock, those ahead would be delivered again indefinitely."""
+    """With thousands of dead letters and short locks, those ahead would be locked again indefinitely."""
     existing = [_message(number) for number in (1, 2, 3)]
     dead_letters, receiver_options = _open_dead_letters(existing, cycle(existing[:2]))
     found = dead_letters.receive(10, 0)
@@ -186,8 +186,8 @@ def test_expired_lock_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records == []
 
 
-def test_old_prefetched_messages_are_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their locks may have ended. In quick succession, dead letters are received over one connection."""
+def test_old_prefetched_messages_are_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their locks have possibly ended. Removals in quick succession use one connection."""
     existing = [_message(number) for number in (1, 2, 3)]
     dead_letters, receiver_options = _open_dead_letters(existing, existing)
     found = dead_letters.receive(10, 0)

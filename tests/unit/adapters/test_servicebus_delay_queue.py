@@ -1,4 +1,4 @@
-"""The delay queue of returned messages."""
+"""The delay queue of nacked messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from adapters.servicebus.delay_queue import DelayQueue
 
 
 def test_items_are_released_when_due() -> None:
-    """Each after its own delay, in any order of arrival."""
+    """Each item is released after its own delay, independently of the order of arrival."""
     released: SimpleQueue[list[str]] = SimpleQueue()
     delay_queue = DelayQueue(10, released.put)
     assert delay_queue.put(["late"], 60.0) == []
@@ -22,7 +22,7 @@ def test_items_are_released_when_due() -> None:
 
 
 def test_full_queue_releases_item_that_is_due_first() -> None:
-    """It has usually waited longest."""
+    """This item has usually waited longest."""
     delay_queue: DelayQueue[str] = DelayQueue(2, lambda _: None)
     assert delay_queue.put(["b"], 50.0) == []
     assert delay_queue.put(["a", "c"], 60.0) == ["b"]
@@ -31,7 +31,7 @@ def test_full_queue_releases_item_that_is_due_first() -> None:
 
 
 def test_closed_queue_accepts_no_items() -> None:
-    """A message that is nacked during shutdown is returned at once."""
+    """A message that is nacked during shutdown is released immediately."""
     delay_queue: DelayQueue[str] = DelayQueue(2, lambda _: None)
     delay_queue.put(["a"], 60.0)
     assert delay_queue.close() == ["a"]

@@ -30,13 +30,13 @@ def test_url_has_queue_and_region(name: str, region: str) -> None:
 
 @given(name=NAMES, region=REGIONS)
 def test_https_url_has_the_region(name: str, region: str) -> None:
-    """As the console and `aws sqs get-queue-url` show it."""
+    """The console and `aws sqs get-queue-url` show this form."""
     assert parse_url(f"https://sqs.{region}.amazonaws.com/123456789012/{name}") == (name, region)
 
 
 @given(st.text() | st.text().map("sqs://{}".format) | st.text().map("https://sqs.eu-central-1.amazonaws.com/{}".format))
 def test_invalid_url_is_rejected_and_not_quoted(url: str) -> None:
-    """It can hold a secret. No text causes another error than QueueURLError."""
+    """It can contain a secret. No text causes another error than QueueURLError."""
     try:
         name, _ = parse_url(url)
     except QueueURLError as error:
@@ -104,7 +104,7 @@ def test_both_codes_of_a_missing_queue_are_known(code: str) -> None:
 
 
 def test_received_message_is_no_longer_expected() -> None:
-    """In any order, and for any message."""
+    """This holds for any message and any order."""
     expected = ExpectedRedeliveries()
     expected.add(["a", "b", "a"])
     assert len(expected) == 2

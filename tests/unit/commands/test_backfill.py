@@ -89,7 +89,7 @@ def test_malformed_resources_still_become_notifications(name: str, resource: dic
 
 
 def test_order_becomes_its_history() -> None:
-    """It was placed at its creation; states and refunds have the time of its last change."""
+    """The order was placed when it was created. States and refunds have the time of its last change."""
     order = {
         "id": "o",
         "createdAt": "2025-01-01T00:00:00.000Z",
@@ -129,7 +129,7 @@ def placed(unique_id: str) -> Operation:
 
 
 def test_only_events_of_a_backfill_are_marked() -> None:
-    """The flag is on the event, in bulk also on its entry; no other body changes."""
+    """The attribute is on the event and, in a bulk call, also on its entry. No other body changes."""
     operation, live = mark_as_backfill(placed("1")), placed("1")
     assert operation.resource is not None
     assert live.resource is not None
@@ -146,7 +146,7 @@ def test_only_events_of_a_backfill_are_marked() -> None:
 
 
 def test_times_become_a_predicate_on_the_time_field() -> None:
-    """Orders are compared by creation, all others by last change: since <= time < until."""
+    """Orders are compared by creation, all other records by last change: since <= time < until."""
     since, until = datetime(2025, 1, 1, tzinfo=UTC), datetime(2025, 2, 1, 12, 30, 0, 250_000, tzinfo=UTC)
     assert RecordSelection("orders").where == ""
     assert RecordSelection("orders", since, until).where == (
@@ -190,7 +190,7 @@ def test_failed_save_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: 
 
 
 def test_two_processes_can_save_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each replaces the whole file, also during a save of the other."""
+    """Each process replaces the whole file, even while the other saves."""
     checkpoint, sync, other = Checkpoint(tmp_path / "c.json", KEY), os.fsync, os.getpid() + 1
 
     def save_in_other_process(_: int) -> None:
@@ -255,7 +255,7 @@ def test_checkpoint_of_another_backfill_is_rejected(
 
 
 def test_failures_file_is_valid_input_for_ids(tmp_path: Path) -> None:
-    """A line that a crash truncated is ended before the next one."""
+    """A line that a crash truncated is ended before the next line is added."""
     path = tmp_path / "failures.jsonl"
     path.write_bytes(b'{"resource_ty')
     FailureLog(path).add({"resource_type": "order", "resource_id": "o-1"})
@@ -379,7 +379,7 @@ def test_selected_ids_continue_after_the_last_id() -> None:
 
 
 def test_retried_message_is_not_complete() -> None:
-    """Its record counts after the last outcome."""
+    """The record is counted after its last outcome."""
     harness = Harness(FakeCommercetools(*customers("a")))
     (delivery,) = harness.receive()
     retried, done = Message(delivery, 0.0), Message(delivery, 0.0)
@@ -411,7 +411,7 @@ def test_no_page_is_read_while_too_many_messages_are_delayed(monkeypatch: pytest
     harness = Harness(FakeCommercetools(*({"id": name} | recent for name in "abcdef")), "orders")
     for _ in range(5):
         assert harness.receive() == []
-    assert harness.queue.backlog() == 3  # two orders, and what was not read
+    assert harness.queue.backlog() == 3  # two orders, and one for the unread records
     assert harness.receive_all() == ["a", "b", "c", "d", "e", "f"]
 
 

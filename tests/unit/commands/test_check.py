@@ -1,4 +1,4 @@
-"""`klaviyo-worker check` reports the advice of errors and warnings, whatever their wording."""
+"""`klaviyo-worker check` reports the advice of errors and warnings, independently of their wording."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from worker.errors import ExitCode, KlaviyoMisconfigured, SettingsError, WorkerE
 
 @pytest.mark.parametrize("kind", [KlaviyoMisconfigured, QueueError, QueueWarning, SettingsError, WorkerError])
 def test_advice_is_structured(kind: type[WorkerError]) -> None:
-    """No wording of the advice makes `check` lose it."""
+    """`check` does not depend on the wording of the advice."""
     problem = kind("the key is refused", todo="replace the key")
     assert str(problem) == "the key is refused: replace the key"
     result = make_failure("klaviyo", ExitCode.KLAVIYO, problem, default_todo="try again later")
@@ -19,7 +19,7 @@ def test_advice_is_structured(kind: type[WorkerError]) -> None:
 
 
 def test_reason_with_colons_is_not_advice() -> None:
-    """A reason that happens to contain a verb after a colon is not cut."""
+    """A reason with a verb after a colon is not truncated."""
     problem = QueueError("cannot reach the queue: set by peer")
     result = make_failure("queue", ExitCode.QUEUE, problem, default_todo="check the network")
     assert (result.text, result.todo) == ("cannot reach the queue: set by peer", "check the network")

@@ -22,9 +22,9 @@ Calls = list[list[str]]
 
 
 class FakeKlaviyo:
-    """A fake account. `shows` returns the recorded events for the calls so far.
+    """A fake account. `shows` returns the recorded events after the calls so far.
 
-    Calls after the first `accepts` are refused.
+    It rejects all calls after the first `accepts`.
     """
 
     def __init__(self, shows: Callable[[Calls], dict[str, int]], accepts: int = 3) -> None:
@@ -86,7 +86,7 @@ def test_one_event_each_is_safe() -> None:
     ],
 )
 def test_other_counts_are_not_safe(final: dict[str, int], repeat: str) -> None:
-    """An immediate repeat (with B) or a later one (with C) can be the one that does harm."""
+    """Either the immediate repeat (with B) or the later repeat (with C) can do harm."""
     assert probe(lambda calls: final if len(calls) == 3 else {"A": 1}) == repeat
 
 
@@ -117,15 +117,15 @@ def test_last_call_waits_until_the_first_is_readable() -> None:
 
 
 @pytest.mark.parametrize("accepts", [1, 2])
-def test_refused_repeat_is_detected_in_either_call(accepts: int) -> None:
-    """The first call had the same form and was accepted, so the repeat was refused."""
+def test_rejected_repeat_is_detected_in_either_call(accepts: int) -> None:
+    """The first call had the same form and was accepted, so the repeat was rejected."""
     klaviyo = FakeKlaviyo(every_event_once, accepts)
     assert BulkProbe(klaviyo, 0.05, lambda _: None).run().repeat == "refuse"
     assert len(klaviyo.calls) == accepts
 
 
-def test_refused_query_is_not_a_refused_repeat() -> None:
-    """A refused query says nothing about bulk calls."""
+def test_rejected_query_is_not_a_rejected_repeat() -> None:
+    """The rejection of a query says nothing about bulk calls."""
 
     def refuse(_: Calls) -> dict[str, int]:
         raise Rejected("Klaviyo answered 400 to GET /api/events", 400)

@@ -154,7 +154,7 @@ def test_ids_beyond_the_limit_are_not_missing() -> None:
 
 
 class GrowingDeadLetters:
-    """Dead letters of a queue that gets another one at each request."""
+    """The dead letters of a queue to which each `receive` adds another dead letter."""
 
     def __init__(self, *dead_letters: DeadLetter) -> None:
         self._existing = list(dead_letters)
@@ -182,7 +182,7 @@ def test_iteration_ends_while_dead_letters_keep_arriving(monkeypatch: pytest.Mon
 
 
 def test_iteration_removes_nothing(queue: EmbeddedQueue) -> None:
-    """A complete or an aborted iteration leaves all dead letters in the queue."""
+    """A complete or an aborted iteration leaves all dead letters on the queue."""
     ids = make_dead_letters(queue, *(b"%d" % number for number in range(250)))
     assert [found.delivery.id for found in iter_dead_letters(queue)] == ids
     assert next(iter_dead_letters(queue)).delivery.id == ids[0]

@@ -48,7 +48,7 @@ class FakeClock:
 
 
 def start_replay(queue: EmbeddedQueue, **options: Any) -> tuple[ReplayQueue, ReplayStats]:
-    """Return a replay of the queue's dead letters; by default of all, without a rate and a canary."""
+    """Return a replay of the queue's dead letters. By default it replays all, without a rate limit and a canary."""
     stats = ReplayStats(Metrics("embedded"))
     dead_letters = queue.dead_letters()
     options = {"rate_limiter": None, "canary": False, "remove_on_ack": True, "filters": DeadLetterFilter()} | options
@@ -70,7 +70,7 @@ def remaining_ids(queue: EmbeddedQueue) -> list[str]:
 
 
 def test_ack_removes_a_dead_letter_and_other_outcomes_leave_it(queue: EmbeddedQueue) -> None:
-    """A dead letter that fails again, is returned or is not reached stays."""
+    """A dead letter stays if it fails again, is nacked, or is not reached."""
     ids = make_dead_letters(queue, *(b"%d" % number for number in range(5)))
     replay, _ = start_replay(queue)
     first, second, third, fourth = replay.receive(4, 0)
@@ -83,7 +83,7 @@ def test_ack_removes_a_dead_letter_and_other_outcomes_leave_it(queue: EmbeddedQu
 
 
 def test_replay_delivery_has_no_attempt(queue: EmbeddedQueue) -> None:
-    """Its events might have been sent before, so none is treated as new."""
+    """Its events have possibly been sent before, so none is treated as new."""
     make_dead_letters(queue, b"1")
     replay, _ = start_replay(queue)
     (delivery,) = replay.receive(10, 0)
@@ -121,7 +121,7 @@ def test_dry_run_removes_nothing(queue: EmbeddedQueue) -> None:
 
 
 def test_canary_is_delivered_alone(queue: EmbeddedQueue) -> None:
-    """No other dead letter is delivered before the canary is sent; then all can be."""
+    """No other dead letter is delivered until the canary is sent. Then all can be delivered."""
     make_dead_letters(queue, *(b"%d" % number for number in range(5)))
     replay, stats = start_replay(queue, canary=True)
     canary = replay.receive(10, 0)
@@ -133,7 +133,7 @@ def test_canary_is_delivered_alone(queue: EmbeddedQueue) -> None:
 
 
 def test_ignored_canary_is_followed_by_another(queue: EmbeddedQueue) -> None:
-    """An ignored dead letter does not prove that others can be sent."""
+    """An ignored dead letter sends nothing, so it does not show whether others can be sent."""
     make_dead_letters(queue, *(b"%d" % number for number in range(5)))
     replay, stats = start_replay(queue, canary=True)
     settle(stats, replay, IGNORED, replay.receive(10, 0))
@@ -144,7 +144,7 @@ def test_ignored_canary_is_followed_by_another(queue: EmbeddedQueue) -> None:
 
 @pytest.mark.parametrize("outcome", [REJECTED, RETRIED])
 def test_failed_canary_ends_the_replay(outcome: Outcome, queue: EmbeddedQueue) -> None:
-    """No other is tried; the stats contain the canary and its reason."""
+    """No other dead letter is processed. The stats contain the canary and its reason."""
     ids = make_dead_letters(queue, *(b"%d" % number for number in range(5)))
     replay, stats = start_replay(queue, canary=True)
     settle(stats, replay, outcome, replay.receive(10, 0))
@@ -171,7 +171,7 @@ def test_failures_after_the_canary_do_not_stop_the_replay(queue: EmbeddedQueue) 
 
 
 def test_failures_without_a_canary_do_not_stop_the_replay(queue: EmbeddedQueue) -> None:
-    """All dead letters are tried."""
+    """All dead letters are processed."""
     make_dead_letters(queue, *(b"%d" % number for number in range(3)))
     replay, stats = start_replay(queue)
     settle(stats, replay, REJECTED, replay.receive(1, 0))
@@ -194,7 +194,7 @@ def test_rate_limits_deliveries_evenly(queue: EmbeddedQueue) -> None:
 
 
 class EndlessDeadLetters:
-    """The same dead letters at each request. The third request stops the replay."""
+    """Returns the same dead letters at each `receive`. The third `receive` stops the replay."""
 
     def __init__(self, *dead_letters: DeadLetter) -> None:
         self._dead_letters = dead_letters

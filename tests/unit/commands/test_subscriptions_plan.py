@@ -174,7 +174,7 @@ def test_plan_as_text() -> None:
 
 @pytest.mark.parametrize("status", ["ConfigurationError", "ConfigurationErrorDeliveryStopped"])
 def test_destination_is_sent_again_after_a_configuration_error(status: str) -> None:
-    """This makes commercetools try again. Other statuses do not need it."""
+    """This makes commercetools deliver again. With other statuses, it is not necessary."""
     store = store_of(desired().draft())
     store.set_status("klaviyo-worker", status)
     assert [action["action"] for action in plan(desired(), store.all()).updates()] == ["changeDestination"]

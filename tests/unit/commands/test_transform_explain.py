@@ -110,7 +110,7 @@ def test_payload_not_included_is_fetched() -> None:
     assert "fetched orders where id in (…): found id-1 " in text
 
 
-def test_missing_resource_means_nothing_to_do() -> None:
+def test_notification_of_missing_resource_is_ignored() -> None:
     """No omissions are listed for a resource that does not exist."""
     text = explained(change("ResourceUpdated", "customer"), {"customers": [{"id": "other"}]})
     assert "fetched customers where id in (…): none for id-1" in text
@@ -392,7 +392,7 @@ def test_requests_are_the_same_with_and_without_explain() -> None:
 
 
 def test_failed_notification_is_explained_with_exit_code_1() -> None:
-    """The other notifications are explained too."""
+    """The other notifications are also explained."""
     good = json.dumps(message("OrderCreated", "order", order=ORDER)).encode()
     done = CliRunner().invoke(main, ["transform", "--explain", "-"], input=b"nonsense\n{}\x9b\n" + good)
     assert done.exit_code == 1

@@ -58,7 +58,7 @@ def test_import_reports_conflicting_profiles(call: Caller, sandbox: Sandbox) -> 
 @pytest.mark.parametrize(
     "bad", [{"email": "nonsense"}, {"first_name": "Ada"}, {"email": "a@b.co", "properties": {"x": "y" * 100_000}}]
 )
-def test_one_invalid_profile_refuses_the_import(bad: dict[str, Any], call: Caller, sandbox: Sandbox) -> None:
+def test_one_invalid_profile_rejects_the_import(bad: dict[str, Any], call: Caller, sandbox: Sandbox) -> None:
     """The pointer names the profile, and none is imported."""
     status, document = call("POST", PROFILES, imports({"email": "ada@example.com"}, bad))
     assert status == 400
@@ -67,7 +67,7 @@ def test_one_invalid_profile_refuses_the_import(bad: dict[str, Any], call: Calle
 
 
 def test_import_has_1_to_10000_profiles(call: Caller) -> None:
-    """Other numbers are refused."""
+    """Other numbers are rejected."""
     assert call("POST", PROFILES, imports(*({"external_id": str(n)} for n in range(10_001))))[0] == 400
     assert call("POST", PROFILES, imports())[0] == 400
     assert call("POST", PROFILES, imports(*({"external_id": str(n)} for n in range(10_000))))[0] == 202
@@ -142,7 +142,7 @@ def test_existing_or_missing_entries_fail_alone(call: Caller, sandbox: Sandbox) 
         ("category", "delete", {"id": PREFIX + "c", "type": "catalog-item"}),
     ],
 )
-def test_one_invalid_entry_refuses_the_job(kind: str, verb: str, bad: dict[str, Any], call: Caller) -> None:
+def test_one_invalid_entry_rejects_the_job(kind: str, verb: str, bad: dict[str, Any], call: Caller) -> None:
     """The pointer names the entry."""
     good = {"id": PREFIX + "x", "attributes": {"create": ITEM, "update": {}, "delete": {}}[verb]}
     path, body = catalog(kind, verb, good, bad)

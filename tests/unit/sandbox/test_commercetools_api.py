@@ -92,7 +92,7 @@ def test_token_is_valid_until_revoked_or_expired(call: Caller, sandbox: Sandbox)
 
 
 def test_resource_is_read_by_id(call: Caller) -> None:
-    """An unknown id, collection, project or path is refused with 404."""
+    """The response for an unknown id, collection, project or path is 404."""
     grete = uid("customer:grete")
     assert call.get(f"customers/{grete}")[1]["email"] == "grete.hermannsdotter@mail.example"
     for path in (f"/{PROJECT}/customers/none", f"/{PROJECT}/nonsense", "/other-shop/orders", f"/{PROJECT}"):
@@ -152,7 +152,7 @@ def test_pages_contain_every_resource_once(call: Caller, sandbox: Sandbox) -> No
         ("where", "(" * 1_000 + 'id = "x"' + ")" * 1_000),
     ],
 )
-def test_malformed_query_is_refused(parameter: tuple[str, str], call: Caller) -> None:
+def test_malformed_query_is_rejected(parameter: tuple[str, str], call: Caller) -> None:
     """The response is 400 InvalidInput."""
     status, document = call.get("orders", parameter)
     assert (status, document["errors"][0]["code"]) == (400, "InvalidInput")

@@ -209,7 +209,7 @@ def test_profile_is_given_once_per_bulk_entry(call: Caller, sandbox: Sandbox) ->
     assert call("POST", BULK, without)[0] == 202
 
 
-def test_refused_repeat_records_nothing() -> None:
+def test_rejected_repeat_records_nothing() -> None:
     """No event or profile is created, whether the first event was sent alone or in bulk."""
     with Sandbox(account=Account("refuse")) as sandbox:
         call = Caller(sandbox)
@@ -237,7 +237,7 @@ def test_repeats_of_earlier_calls_are_configurable(repeats: str, status: int, ev
 
 
 def test_events_are_filtered_sorted_and_paged(call: Caller, sandbox: Sandbox) -> None:
-    """Unknown filters and sorts are refused."""
+    """Unknown filters and sorts are rejected."""
     for number, hour in enumerate((12, 10, 11)):
         call("POST", "/api/events", event(unique_id=str(number), time=f"2026-11-01T{hour}:00:00Z"))
     call("POST", "/api/events", event(unique_id="9", profile=profile(email="bob@example.com")))
@@ -293,7 +293,7 @@ def test_events_of_a_bulk_call_are_readable_later() -> None:
         ({"email": "ada@example.com", "location": {"street": "x"}}, "location"),
     ],
 )
-def test_invalid_profile_is_refused(attributes: dict[str, Any], where: str, call: Caller) -> None:
+def test_invalid_profile_is_rejected(attributes: dict[str, Any], where: str, call: Caller) -> None:
     """The cases cover identifiers, names and types."""
     status, document = call("POST", "/api/profile-import", profile(**attributes))
     assert status == 400
@@ -348,7 +348,7 @@ def test_released_identifier_can_be_reused(call: Caller) -> None:
 
 
 def test_profiles_are_found_by_id_and_identifier(call: Caller) -> None:
-    """Other filters are refused."""
+    """Other filters are rejected."""
     made = [call("POST", "/api/profiles", profile(email=f"p{n}@example.com"))[1]["data"] for n in range(21)]
     assert call("GET", f"/api/profiles/{made[3]['id']}") == (200, {"data": made[3]})
     assert call("GET", "/api/profiles/none")[0] == 404
@@ -390,7 +390,7 @@ def of_item(item: str) -> dict[str, Any]:
 
 
 def test_catalog_entries_are_not_upserted(call: Caller) -> None:
-    """Creating an existing entry and updating a missing one are refused."""
+    """Creating an existing entry and updating a missing one are rejected."""
     path = f"/api/catalog-items/{PREFIX}p"
     update = entry("item", {"title": "New"}, id=PREFIX + "p")
     assert call("PATCH", path, update)[0] == 404
@@ -420,7 +420,7 @@ def test_catalog_entries_are_not_upserted(call: Caller) -> None:
         ("category", {"external_id": "c"}),
     ],
 )
-def test_invalid_catalog_entry_is_refused(kind: str, attributes: dict[str, Any], call: Caller) -> None:
+def test_invalid_catalog_entry_is_rejected(kind: str, attributes: dict[str, Any], call: Caller) -> None:
     """Attributes are missing, unknown, of the wrong type, nested or too large."""
     path = {"item": "items", "variant": "variants", "category": "categories"}[kind]
     assert call("POST", f"/api/catalog-{path}", entry(kind, attributes, **of_item("p")))[0] == 400
@@ -448,7 +448,7 @@ def test_references_of_entries_must_exist(call: Caller) -> None:
         {"colours": {"data": []}},
     ],
 )
-def test_malformed_relationship_is_refused(relationships: dict[str, Any], call: Caller, sandbox: Sandbox) -> None:
+def test_malformed_relationship_is_rejected(relationships: dict[str, Any], call: Caller, sandbox: Sandbox) -> None:
     """It needs type and id under a known name. Nothing is created."""
     status, document = call("POST", "/api/catalog-items", entry("item", ITEM, relationships=relationships))
     assert (status, "/data/relationships/" in pointer(document)) == (400, True)
@@ -456,7 +456,7 @@ def test_malformed_relationship_is_refused(relationships: dict[str, Any], call: 
 
 
 def test_variant_has_exactly_one_item(call: Caller) -> None:
-    """No item and a list of items are refused."""
+    """No item and a list of items are rejected."""
     call("POST", "/api/catalog-items", entry("item", ITEM))
     listed = {"relationships": {"item": {"data": [of_item("p")["relationships"]["item"]["data"]]}}}
     for more in ({}, listed):
@@ -650,7 +650,7 @@ def spots(document: Any) -> list[tuple[Any, Any]]:
 
 @given(st.data())
 def test_any_body_has_a_valid_response(data: st.DataObject) -> None:
-    """Any JSON in the place of any value leads to success or refusal, never to a failure."""
+    """Any JSON in the place of any value leads to success or a rejection, never to a failure of the emulator."""
     path = data.draw(st.sampled_from(sorted(VALID)))
     body = deepcopy(VALID[path])
     container, key = data.draw(st.sampled_from(spots(body)))

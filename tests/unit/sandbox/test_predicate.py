@@ -87,7 +87,7 @@ def test_predicates(predicate: str, expected: bool) -> None:
         "not " * 100 + "id = 1",
     ],
 )
-def test_malformed_predicate_is_refused(predicate: str) -> None:
+def test_malformed_predicate_is_rejected(predicate: str) -> None:
     """Commercetools responds with 400."""
     with pytest.raises(PredicateError):
         parse_predicate(predicate)

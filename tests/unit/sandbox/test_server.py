@@ -65,7 +65,7 @@ def raw_response(sandbox: Sandbox, body: bytes, extra: str = "") -> bytes:
         return received
 
 
-def test_chunked_body_is_refused(sandbox: Sandbox) -> None:
+def test_chunked_body_is_rejected(sandbox: Sandbox) -> None:
     """The server reads bodies by their length only."""
     assert b" 411 " in raw_response(sandbox, b"", "Transfer-Encoding: chunked").splitlines()[0]
     assert not sandbox.klaviyo.requests
@@ -73,7 +73,7 @@ def test_chunked_body_is_refused(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize(("action", "effects"), [("reset", 0), ("lose_response", 1), ("truncate", 1)])
 def test_reset_sends_rst(action: str, effects: int, sandbox: Sandbox) -> None:
-    """The connection is reset, not closed. `lose_response` and `truncate` have their effect before."""
+    """The connection is reset, not closed. With `lose_response` and `truncate`, the request has its effect first."""
     sandbox.klaviyo.faults.add(Fault(action=action))
     with pytest.raises(ConnectionResetError):
         raw_response(sandbox, orjson.dumps(event()))
@@ -220,8 +220,8 @@ def test_counts_over_http(sandbox: Sandbox, call: Caller) -> None:
 @pytest.mark.parametrize(
     "body", [b"{", b"[1]", b"5", b'[{"status": 500, "colour": "red"}]', b'[{"action": "explode"}]']
 )
-def test_malformed_fault_over_http_is_refused(body: bytes, call: Caller, sandbox: Sandbox) -> None:
-    """None of it becomes active."""
+def test_malformed_fault_over_http_is_rejected(body: bytes, call: Caller, sandbox: Sandbox) -> None:
+    """No fault of the request becomes active."""
     assert call("POST", "/_sandbox/faults", body)[0] == 400
     assert call("POST", "/api/events", event())[0] == 202
 
@@ -238,7 +238,7 @@ def test_failing_handler_is_logged_as_500(sandbox: Sandbox, call: Caller) -> Non
 
 
 def test_fixed_windows_report_their_end() -> None:
-    """There are two windows. A request that the short one refuses does not count in the long one."""
+    """There are two windows. A request that exceeds the short window does not count in the long window."""
     now = 120.5
     limiter = FixedWindowLimiter(lambda: now)
     limits = {1: 2, 60: 3}

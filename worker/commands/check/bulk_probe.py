@@ -76,13 +76,13 @@ class BulkProbe:
     def run(self) -> Verdict:
         """Run the probe. Raises WorkerError if Klaviyo rejects a call, refuses access, or is unreachable."""
         self._send("A")
-        if refused := self._repeat_with("B"):
-            return refused
+        if rejected := self._repeat_with("B"):
+            return rejected
         if self._wait_for("A") is None:
             observation = f"Klaviyo accepted a call with A, but A was not readable within {self._timeout:g} s"
             return Verdict("undecided", observation)
-        if refused := self._repeat_with("C"):
-            return refused
+        if rejected := self._repeat_with("C"):
+            return rejected
         elapsed = self._wait_for("B", "C")
         if elapsed is not None:
             self._report_progress("bulk events: B and C are readable; waiting for a possible second A")

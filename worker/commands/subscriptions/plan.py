@@ -67,7 +67,7 @@ class Plan:
     def updates(self) -> list[Json]:
         """Return the update actions.
 
-        Messages and changes are always set together because commercetools refuses a subscription without either.
+        Messages and changes are always set together, because commercetools rejects a subscription that has neither.
         """
         if self.current is None:
             return []

@@ -1,4 +1,4 @@
-"""Run notifications through parse, enrich and transform without network access. The golden tests use it too."""
+"""Runs notifications through parse, enrich and transform, without network access. Also used by the golden tests."""
 
 from __future__ import annotations
 

@@ -31,9 +31,9 @@ class Account(Catalog):
     """Profiles, events and the custom catalog of one account. Safe for many threads.
 
     `bulk_repeats` selects the treatment of a bulk call that repeats a unique_id of an *earlier* call, which Klaviyo
-    does not document. "ignore": accept the call and ignore the repeated event. "refuse": refuse the call. "drop":
+    does not document. "ignore": accept the call and ignore the repeated event. "refuse": reject the call. "drop":
     answer 202 and drop the whole call. "duplicate": accept the call and record the event again.
-    `job_seconds`: how long a bulk job takes, and how long until the events of a bulk call can be read.
+    `job_seconds`: how long a bulk job takes, and after how long the events of a bulk call can be read.
     """
 
     def __init__(self, bulk_repeats: str = "drop", job_seconds: float = 0.0) -> None:

@@ -256,7 +256,7 @@ def _check_headers_and_size(request: ApiRequest) -> None:
         raise ApiError(415, "unsupported_media_type", f"Expected {MEDIA_TYPE}.")
     limit = MAX_PROFILE if path_template(request.path).startswith(("/api/profiles", "/api/profile-import")) else 5 * MB
     if len(request.body) > limit:
-        raise ApiError(413, "payload_too_large", f"The body may have {limit} bytes.")
+        raise ApiError(413, "payload_too_large", f"The body can have at most {limit} bytes.")
 
 
 def _not_found() -> ApiError:

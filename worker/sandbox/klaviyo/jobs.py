@@ -123,12 +123,12 @@ class BulkJobs:
         job.errors = errors
 
 
-def _job_error(kind: str, entry: Json, refusal: ApiError) -> Json:
-    error = refusal.document()["errors"][0]
+def _job_error(kind: str, entry: Json, error: ApiError) -> Json:
+    details = error.document()["errors"][0]
     if kind.startswith("catalog-"):
         external_id = entry.get("attributes", {}).get("external_id") or entry["id"].removeprefix(PREFIX)
-        return {"detail": error["detail"], "meta": {"external_id": external_id}, "source": error["source"]}
-    attributes = {name: error[name] for name in ("code", "title", "detail", "source")}
+        return {"detail": details["detail"], "meta": {"external_id": external_id}, "source": details["source"]}
+    attributes = {name: details[name] for name in ("code", "title", "detail", "source")}
     attributes["original_payload"] = entry
     return {"type": "import-error", "id": secrets.token_hex(13).upper(), "attributes": attributes}
 
