@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Sender(send.Sender):
     """A Sender that returns errors instead of results."""
 
-    def __init__(self, client: KlaviyoClient, concurrency: int, **more: Any) -> None:
-        super().__init__(client, concurrency, Event(), **more)
+    def __init__(self, client: KlaviyoClient, max_requests: int, **more: Any) -> None:
+        super().__init__(client, max_requests, Event(), **more)
 
     def send(self, operations: Sequence[Operation]) -> list[WorkerError | None]:  # type: ignore[override]
         """Return the error of each operation, None for success."""

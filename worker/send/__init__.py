@@ -1,8 +1,8 @@
-"""The send stage: write operations to Klaviyo and return a result for each.
+"""The send stage: sends operations to Klaviyo and returns a result for each.
 
-This is the only stage that writes to Klaviyo. Every operation can be repeated without a second effect.
-A few operations are sent one at a time (single.py). Many operations of a kind are sent in bulk: events.py for
-events, profiles.py for profiles, catalog.py for catalog entries.
+No other stage writes to Klaviyo. Every operation can be repeated without a second effect. If a batch has few operations
+of a kind, they are sent individually (single.py). If it has many, they are sent in bulk: events.py for events,
+profiles.py for profiles, catalog.py for catalog entries.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Request", "Sender", "request_for"]
 
-# Phases run one after the other: a variant needs its item, an item its categories.
-# The operations of one phase run concurrently.
+# Phases run in sequence, because a variant needs its item, and an item needs its categories.
+# The operations of a phase are sent concurrently.
 PHASES: tuple[frozenset[OperationKind], ...] = (
     frozenset(
         {
@@ -48,22 +48,22 @@ PHASES: tuple[frozenset[OperationKind], ...] = (
 
 
 class Sender:
-    """The send stage: single calls for a few operations, bulk calls for many. Safe for many threads.
+    """The send stage: sends operations individually or in bulk. Safe for many threads.
 
-    `stopping` ends the wait for Klaviyo's bulk jobs.
+    `max_requests` is the maximum number of concurrent requests per lane group. `stopping` ends the wait for bulk jobs.
     """
 
     def __init__(
         self,
         client: KlaviyoClient,
-        concurrency: int,
+        max_requests: int,
         stopping: Event,
         *,
         bulk_events: BulkMode = "auto",
         bulk_threshold: int = 10,
     ) -> None:
-        # Each lane has its own threads, so that slow deletions of profiles cannot block order events.
-        events, profiles, catalog = (ThreadPoolExecutor(concurrency, thread_name_prefix="klaviyo") for _ in range(3))
+        # Each lane group has its own threads, because slow deletions of profiles must not delay events.
+        events, profiles, catalog = (ThreadPoolExecutor(max_requests, thread_name_prefix="klaviyo") for _ in range(3))
         self._executors = dict.fromkeys(OperationKind, catalog) | {
             OperationKind.CREATE_EVENT: events,
             OperationKind.UPSERT_PROFILE: profiles,
@@ -80,7 +80,7 @@ class Sender:
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
         """Send the operations and return their results in the same order.
 
-        If several operations have the same kind and key, only the last is sent. Its result counts for all of them.
+        If several operations have the same kind and key, only the last one is sent. All of them get its result.
         """
         bulk_sender_of = {name: sender for sender in self._bulk_senders for name in sender.select(operations)}
         distinct = {(operation.kind, operation.key): operation for operation in operations}
@@ -88,7 +88,7 @@ class Sender:
         for phase in PHASES:
             group = {name: operation for name, operation in distinct.items() if name[0] in phase}
             single = {name: operation for name, operation in group.items() if name not in bulk_sender_of}
-            single_results = self._send_individually(list(single.values()))  # they run during the bulk calls below
+            single_results = self._send_individually(list(single.values()))  # sent while the bulk senders run
             for sender in self._bulk_senders:
                 bulk = {name: operation for name, operation in group.items() if bulk_sender_of.get(name) is sender}
                 if bulk:
@@ -97,12 +97,12 @@ class Sender:
         return [results[operation.kind, operation.key] for operation in operations]
 
     def close(self) -> None:
-        """Cancel the calls that have not started. Do not wait for the others."""
+        """Cancel the operations that have not started. Do not wait for the others."""
         for executor in set(self._executors.values()):
             executor.shutdown(wait=False, cancel_futures=True)
 
     def _send_individually(self, operations: Sequence[Operation]) -> Iterable[SendResult]:
-        """Start to send operations of one lane concurrently; yield their results in the same order."""
-        if len(operations) <= 1:  # in the calling thread: a thread switch would only add latency
+        """Send operations of one lane group concurrently. Return an iterable of their results in the same order."""
+        if len(operations) <= 1:  # in the calling thread, because a thread switch would only add latency
             return map(self._single.send, operations)
         return self._executors[operations[0].kind].map(self._single.send, operations)

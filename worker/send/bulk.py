@@ -1,4 +1,4 @@
-"""Parts that the bulk senders share: their interface, the search for rejected records, the fallback."""
+"""Parts that the bulk senders share: the interface, the isolation of rejected records, and the fallback."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from worker.model import Operation, OperationKind, SendResult
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-MAX_REJECTIONS = 20  # refused calls per batch; enough to find two rejected records among 1,000 without pointers
+MAX_REJECTIONS = 20  # rejected requests per batch; enough to find two bad records among 1,000 without pointers
 
 R = TypeVar("R")
 OperationId = tuple[OperationKind, str]  # kind and key
-BulkResult = SendResult | None  # None: the bulk call did not decide; the operation must be sent on its own
+BulkResult = SendResult | None  # None: unknown, so the operation must be sent individually
 SendIndividually = Callable[[Sequence[Operation]], Iterable[SendResult]]
 
 
 class BulkSender(Protocol):
-    """A way to send many operations in a few calls."""
+    """A sender that needs few requests for many operations."""
 
     def select(self, operations: Sequence[Operation]) -> Collection[OperationId]:
         """Return the ids of the operations to send in bulk. Called once per batch, with the whole batch."""
@@ -32,28 +32,28 @@ class BulkSender(Protocol):
 def isolate_rejected(
     records: list[R], send: Callable[[list[R]], object], culprits: Callable[[list[R], str], list[R]]
 ) -> list[R]:
-    """Send records in as few calls as possible; return the records that must be sent on their own.
+    """Send records in few requests. Return the records that must be sent individually.
 
-    `send` raises Rejected if Klaviyo refuses the whole call. `culprits` returns the records that the pointer of the
-    refusal names. Without culprits, the records of the call are halved. If every refusal has a pointer, each rejected
-    record costs one call more. There are at most 2 * MAX_REJECTIONS calls.
+    `send` sends a request and raises Rejected if Klaviyo rejects it. `culprits` returns the records that Klaviyo's
+    pointer names. The other records are sent again. If the pointer names no record, the records are halved. If every
+    rejection has a pointer, each bad record costs one more request. The maximum is 2 * MAX_REJECTIONS requests.
     """
-    alone: list[R] = []
-    waiting = [records]
-    refusals = 0
-    while waiting:
-        part = waiting.pop()
-        if refusals and (len(part) <= 1 or refusals == MAX_REJECTIONS):
-            alone += part
+    individual: list[R] = []
+    unsent = [records]
+    rejections = 0
+    while unsent:
+        part = unsent.pop()
+        if rejections and (len(part) <= 1 or rejections == MAX_REJECTIONS):
+            individual += part
             continue
         try:
             send(part)
-        except Rejected as refusal:
-            refusals += 1
-            found = culprits(part, refusal.pointer)
-            alone += found
-            waiting += [_without(found, part)] if found else _halves(part)
-    return alone
+        except Rejected as rejection:
+            rejections += 1
+            found = culprits(part, rejection.pointer)
+            individual += found
+            unsent += [_without(found, part)] if found else _halves(part)
+    return individual
 
 
 def _without(excluded: list[R], records: list[R]) -> list[R]:
@@ -69,7 +69,7 @@ def _halves(records: list[R]) -> list[list[R]]:
 def with_fallback(
     operations: Sequence[Operation], results: Sequence[BulkResult], send_individually: SendIndividually
 ) -> list[SendResult]:
-    """Send the undecided operations one by one, and return the results of all."""
-    undecided = [operation for operation, result in zip(operations, results, strict=True) if result is None]
-    others = iter(send_individually(undecided))
-    return [next(others) if result is None else result for result in results]
+    """Send the operations with an unknown result individually. Return the results of all operations."""
+    unknown = [operation for operation, result in zip(operations, results, strict=True) if result is None]
+    individual_results = iter(send_individually(unknown))
+    return [next(individual_results) if result is None else result for result in results]

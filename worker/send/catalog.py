@@ -1,4 +1,4 @@
-"""Bulk writes of catalog entries: jobs that create, update and delete."""
+"""The bulk sender for catalog entries. It uses Klaviyo's jobs that create, update and delete entries."""
 
 from __future__ import annotations
 
@@ -28,21 +28,20 @@ if TYPE_CHECKING:
     from worker.send.single import SingleSender
 
 MAX_ENTRIES = 100  # per job: https://developers.klaviyo.com/en/reference/bulk_create_catalog_items
-MAX_FILTER_BYTES = 6_000  # of a percent-encoded filter; proxies accept URIs of 8 KB
-_TYPES = {  # collection -> JSON:API type, name of the entries in a job
+MAX_FILTER_BYTES = 6_000  # percent-encoded; proxies accept URIs of up to 8 KB
+_TYPES = {  # collection -> JSON:API type, name of the list of entries in a job
     "catalog-categories": ("catalog-category", "categories"),
     "catalog-items": ("catalog-item", "items"),
     "catalog-variants": ("catalog-variant", "variants"),
 }
 _FULL_WRITES = frozenset({OperationKind.UPSERT_CATEGORY, OperationKind.UPSERT_ITEM, OperationKind.UPSERT_VARIANT})
-_NO_CALLS = SendResult(None, 0)
+_NO_REQUESTS = SendResult(None, 0)
 
 
 class BulkCatalog:
-    """Bulk sender for catalog entries. It looks up which entries exist, many per call, before it writes.
+    """The bulk sender for catalog entries. Before it writes entries, it looks up which of them exist.
 
-    Failed entries are sent one by one. The single calls handle entries that another process has just created or
-    deleted.
+    Failed entries are sent individually. That also handles entries that another process has just created or deleted.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class BulkCatalog:
         self._threshold = threshold
 
     def select(self, operations: Sequence[Operation]) -> list[OperationId]:
-        """Return the ids of the operations of every kind that exceeds the threshold."""
+        """Return the ids of the operations of those kinds that have more operations than the threshold."""
         names = {(operation.kind, operation.key) for operation in operations if operation.kind in COLLECTION}
         sizes = Counter(kind for kind, _ in names)
         return [name for name in names if sizes[name[0]] > self._threshold]
@@ -88,7 +87,10 @@ class BulkCatalog:
                 return self._write(collection, operations)
 
     def _write(self, collection: str, operations: list[Operation]) -> list[SendResult]:
-        """Create missing entries and update existing ones. A full write to an entry replaces a partial one."""
+        """Create missing entries and update existing entries.
+
+        If an entry has a full and a partial write, only the full write is sent.
+        """
         writes = {operation.key: operation for operation in sorted(operations, key=lambda o: o.kind in _FULL_WRITES)}
         try:
             existing = self._find_existing(collection, writes)
@@ -104,8 +106,8 @@ class BulkCatalog:
     def _run_write_jobs(
         self, collection: str, writes: Mapping[str, Operation], existing: set[str]
     ) -> dict[str, BulkResult]:
-        """Run the jobs that create and update entries; return the results by key. Keys can be missing: undecided."""
-        results: dict[str, BulkResult] = dict.fromkeys(existing, _NO_CALLS)
+        """Run the jobs that create and update entries. Return the results by key. A missing result is unknown."""
+        results: dict[str, BulkResult] = dict.fromkeys(existing, _NO_REQUESTS)
         creations = [
             o for key, o in writes.items() if key not in existing and o.kind is not OperationKind.UPDATE_INVENTORY
         ]
@@ -137,7 +139,7 @@ class BulkCatalog:
         )
 
     def _delete_stale_variants(self, operations: list[Operation]) -> list[SendResult]:
-        """Delete the variants that commercetools no longer has, for all items together."""
+        """Delete the variants that commercetools no longer has. The deletions of all items are sent together."""
         stale_variants = list(self._executor.map(self._stale_variants, operations))
         deletions = {deletion.key: deletion for stale in stale_variants for deletion in stale.deletions}
         if len(deletions) > self._threshold:
@@ -161,7 +163,10 @@ class _StaleVariants(NamedTuple):
     error: WorkerError | None = None
 
     def result(self, result_of: Mapping[str, SendResult]) -> SendResult:
-        """Return the item's result: the first error, and the number of requests. `result_of` is by variant."""
+        """Return the item's result: the first error and the number of requests.
+
+        `result_of` has the result of each deletion, by SKU.
+        """
         errors = (result_of[deletion.key].error for deletion in self.deletions)
         return SendResult(self.error or next(filter(None, errors), None), 1 + len(self.deletions))
 

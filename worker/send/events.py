@@ -1,8 +1,8 @@
-"""Bulk creation of events: which events qualify, calls that lanes share, and the search for rejected events.
+"""The bulk sender for events: it selects events, and sends them in bulk calls that several lanes share.
 
-Klaviyo records nothing of a call that it refuses, so the other events of such a call can be sent in bulk again. If a
-call fails without a usable response, Klaviyo may have recorded its events. Such a call is never repeated in bulk
-(docs/decisions/0011-bulk-events.md).
+A bulk call is one request with many events. If Klaviyo rejects a bulk call, it records none of its events, so the valid
+events are sent in bulk again. If a bulk call fails without a usable response, Klaviyo may have recorded its events, so
+they are never sent in bulk again (docs/decisions/0011-bulk-events.md).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from worker.klaviyo.client import KlaviyoClient
     from worker.send.bulk import BulkResult, OperationId, SendIndividually
 
-# Limits of a call: https://developers.klaviyo.com/en/reference/bulk_create_events
+# Limits of a bulk call: https://developers.klaviyo.com/en/reference/bulk_create_events
 MAX_EVENTS = 1_000
 MAX_BYTES = 5_000_000
-REMEMBERED_EVENTS = 50_000  # at least; a forgotten event can be sent in bulk again, as a duplicate
+REMEMBERED_EVENTS = 50_000  # minimum number; if an event is forgotten, a retry can send it in bulk and duplicate it
 PATH = "/api/event-bulk-create-jobs"
 _HEAD = b'{"data":{"type":"event-bulk-create-job","attributes":{"events-bulk-create":{"data":['
 _TAIL = b"]}}}}"
@@ -43,7 +43,7 @@ BulkMode = Literal["auto", "always", "never"]
 
 @dataclass(slots=True)
 class _SendProgress:
-    """The events that a lane sends together: how many wait for a call, and how many have no result yet."""
+    """Counts of the events that a lane sends together: those that wait for a bulk call, and those without a result."""
 
     waiting: int = 0
     unfinished: int = 0
@@ -51,25 +51,25 @@ class _SendProgress:
 
 @dataclass(slots=True, eq=False, repr=False)
 class _BulkEvent:
-    """An event as the bytes of a bulk call, with its result."""
+    """An event as bytes for a bulk call, with its result."""
 
-    profile: bytes  # JSON; followed by `,"backfill":true` for history, which Klaviyo expects in the entry too
-    event: bytes
-    progress: _SendProgress
-    can_send_in_bulk: Callable[[], bool]  # called before every request
+    profile: bytes  # JSON. A backfill appends `,"backfill":true`, which Klaviyo expects in the entry and in the event
+    event: bytes  # JSON
+    progress: _SendProgress  # of the lane that sends the event
+    can_send_in_bulk: Callable[[], bool]  # checked before every request
     is_finished: bool = False
     result: BulkResult = None
 
 
-_Entries = dict[bytes, list[_BulkEvent]]  # profile -> its events, in the order of the call
+_Entries = dict[bytes, list[_BulkEvent]]  # profile -> its events, in the order of the bulk call
 
 
 class _EmptyCallError(Exception):
-    """No event of a call may be sent in bulk any more. Not a WorkerError: the circuit breaker must not count it."""
+    """A bulk call has no events left. It is not a WorkerError, because the circuit breaker must not count it."""
 
 
 class BulkEvents:
-    """Bulk sender for events. Safe for many threads, whose events share calls."""
+    """The bulk sender for events. Safe for many threads. Their events share bulk calls."""
 
     def __init__(
         self, client: KlaviyoClient, send_individually: SendIndividually, mode: BulkMode, threshold: int
@@ -78,15 +78,15 @@ class BulkEvents:
         self._send_individually = send_individually
         self._mode = mode
         self._threshold = threshold
-        # Hashes of the ids of sent events, in two generations. A collision costs one single call.
+        # Hashes of the ids of sent events, in two generations. After a collision, an event is sent individually.
         self._sent: set[int] = set()
-        self._sent_before: set[int] = set()
+        self._sent_earlier: set[int] = set()
         self._lock = Lock()
 
     def select(self, operations: Sequence[Operation]) -> list[OperationId]:
-        """Return the ids of the events to send in bulk; none if there are too few.
+        """Return the ids of the events to send in bulk, or [] if there are too few.
 
-        From now on every event of the batch counts as sent, because the result of a call can stay unknown.
+        Every event of the batch is remembered as sent, because the result of a request can stay unknown.
         """
         by_id: dict[tuple[str, str], list[Operation]] = defaultdict(list)
         for operation in operations:
@@ -98,27 +98,27 @@ class BulkEvents:
         return [(event.kind, event.key) for event in selected] if len(selected) > self._threshold else []
 
     def _is_eligible(self, event_id: tuple[str, str], events: Sequence[Operation]) -> bool:
-        has_id = all(event_id)  # without an id, Klaviyo treats two events of one second as duplicates
+        has_id = all(event_id)  # without ids, Klaviyo treats events of the same second as duplicates
         if self._mode == "auto":
             return has_id and len(events) == 1 and _is_first_delivery(events[0]) and not self._was_sent(event_id)
         return has_id and self._mode == "always"
 
     def _was_sent(self, event_id: tuple[str, str]) -> bool:
-        return hash(event_id) in self._sent or hash(event_id) in self._sent_before
+        return hash(event_id) in self._sent or hash(event_id) in self._sent_earlier
 
     def _remember(self, event_ids: Iterable[tuple[str, str]]) -> None:
         self._sent.update(map(hash, event_ids))
         if len(self._sent) >= REMEMBERED_EVENTS:
-            self._sent_before = self._sent
+            self._sent_earlier = self._sent
             self._sent = set()
 
     def _bulk_check(self, event: Operation) -> Callable[[], bool]:
         return event.is_first_delivery if self._mode == "auto" and event.is_first_delivery else _always
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
-        """Send the events and return their results in the same order. No two may have the same metric and unique_id.
+        """Send the events and return their results in the same order. Their metric and unique_id must be distinct.
 
-        The error of a failed call is the result of its events. A refused call is split, see bulk.isolate_rejected.
+        If a bulk call fails, all its events get its error. If Klaviyo rejects it, it is split: see isolate_rejected.
         """
         progress = _SendProgress()
         events = [_bulk_event(operation, progress, self._bulk_check(operation)) for operation in operations]
@@ -127,20 +127,20 @@ class BulkEvents:
 
 
 class _CallBatcher:
-    """Bulk calls that several lanes fill together (group commit).
+    """Batches the events of all lanes into bulk calls (group commit).
 
-    One lane at a time claims the next call and waits until Klaviyo's rate limit grants it. Then the call takes all
-    waiting events, of this lane and the others, up to the limits of a call. The longer the wait, the fuller the call.
+    One lane claims the next bulk call and waits until the rate limiter grants it. The bulk call then takes the waiting
+    events of all lanes, up to its limits. During the wait, other lanes can add events, but cannot claim a bulk call.
     """
 
     def __init__(self, client: KlaviyoClient) -> None:
         self._client = client
         self._waiting: deque[_BulkEvent] = deque()
         self._changed = Condition()
-        self._is_next_call_claimed = False  # by a lane that waits until the rate limit grants it
+        self._is_next_call_claimed = False  # True while a lane waits until the rate limiter grants the bulk call
 
     def send(self, events: Sequence[_BulkEvent], progress: _SendProgress) -> None:
-        """Return when every event is finished."""
+        """Send the events of a lane. Return when all of them are finished."""
         with self._changed:
             progress.waiting = progress.unfinished = len(events)
             self._waiting.extend(events)
@@ -148,7 +148,7 @@ class _CallBatcher:
             self._make_call(progress)
 
     def _claim_next_call(self, progress: _SendProgress) -> bool:
-        """Wait until this lane can make the next call, and return True; return False when its events are finished."""
+        """Wait for the next bulk call and claim it. Return False if all events of this lane are finished first."""
         with self._changed:
             self._changed.wait_for(
                 lambda: not progress.unfinished or (progress.waiting and not self._is_next_call_claimed)
@@ -159,36 +159,36 @@ class _CallBatcher:
             return True
 
     def _make_call(self, progress: _SendProgress) -> None:
-        """Make a call, and further ones if Klaviyo refuses it; finish all its events."""
+        """Make the claimed bulk call, and more bulk calls if Klaviyo rejects it. Finish all its events."""
         taken: list[_BulkEvent] = []
         before = self._client.requests_sent()
         try:
             self._finish(self._send_isolating_rejected(taken), None)
         except WorkerError as error:
-            # If the call failed before the rate limit granted it, it has no events: fail this lane's own events only.
+            # If the bulk call failed before it was granted, it has taken no events. Then fail the lane's own events.
             result = SendResult(error, min(self._client.requests_sent() - before, 1))
             self._finish(taken or self._withdraw(progress, release_claim=True), result)
         except BaseException:
-            # This lane returns its messages. No other lane may send their waiting events, or they could be duplicated.
+            # This lane nacks its messages. No other lane must send their events, which would then be duplicated.
             own = self._withdraw(progress, release_claim=not taken)
             self._finish([*taken, *own], SendResult(Transient("a bulk call of events failed unexpectedly"), 1))
             raise
 
     def _send_isolating_rejected(self, taken: list[_BulkEvent]) -> list[_BulkEvent]:
-        """Send waiting events in a call and add them to `taken`; return the events to send one by one."""
+        """Send waiting events in a bulk call and add them to `taken`. Return the events to send individually."""
 
         def send(part: list[_BulkEvent]) -> None:
             with suppress(_EmptyCallError):
-                self._client.call("POST", PATH, partial(self._body, part), idempotent=False)
+                self._client.call("POST", PATH, partial(self._next_body, part), idempotent=False)
                 self._finish(part, SendResult(None, 1))
 
         return isolate_rejected(taken, send, _culprits)
 
-    def _body(self, events: list[_BulkEvent]) -> bytes:
-        """Return the body of the next request. The client calls this when the rate limit has granted the request.
+    def _next_body(self, events: list[_BulkEvent]) -> bytes:
+        """Return the body of the next request. The client calls this when the rate limiter has granted the request.
 
-        `events` is empty before the first request of a call: the waiting events are added to it now, so that the call
-        holds all that arrived during the wait. Events that may no longer be sent in bulk are removed from it.
+        Before the first request `events` is empty, and all waiting events are added to it. Events that can no longer
+        be sent in bulk are removed from it. Raises _EmptyCallError if no event remains.
         """
         if not events:
             events.extend(self._take_waiting())
@@ -196,10 +196,10 @@ class _CallBatcher:
         events[:] = [event for event in events if not event.is_finished]
         if not events:
             raise _EmptyCallError
-        return _body(_entries(events))
+        return _encode(_entries(events))
 
     def _take_waiting(self) -> list[_BulkEvent]:
-        """Remove from the queue the events of this call, and let another lane claim the next one."""
+        """Take the waiting events for this bulk call, and let another lane claim the next one."""
         taken: list[_BulkEvent] = []
         profiles: set[bytes] = set()
         size = len(_HEAD + _TAIL)
@@ -217,9 +217,9 @@ class _CallBatcher:
         return taken
 
     def _withdraw(self, progress: _SendProgress, *, release_claim: bool) -> list[_BulkEvent]:
-        """Remove the waiting events of this lane from the queue and return them.
+        """Take back the waiting events of this lane and return them.
 
-        `release_claim`: this lane has claimed the next call and cannot make it, so let another lane claim it.
+        If `release_claim` is True, this lane cannot make the bulk call that it has claimed: let another lane claim it.
         """
         with self._changed:
             own = [event for event in self._waiting if event.progress is progress]
@@ -241,12 +241,12 @@ class _CallBatcher:
 
 
 def bulk_body(operations: Iterable[Operation]) -> bytes:
-    """Return the body of one call with these events."""
-    return _body(_entries(_bulk_event(operation, _SendProgress(), _always) for operation in operations))
+    """Return the body of one bulk call with these events."""
+    return _encode(_entries(_bulk_event(operation, _SendProgress(), _always) for operation in operations))
 
 
 def _event_id(event: Operation) -> tuple[str, str]:
-    """Return metric and unique_id. The profile does not count: Klaviyo can know one by several identifiers."""
+    """Return metric and unique_id, without the profile: Klaviyo can know a profile by several identifiers."""
     attributes = as_dict(as_dict(event.resource).get("attributes"))
     metric = as_dict(as_dict(as_dict(attributes.get("metric")).get("data")).get("attributes"))
     return as_text(metric.get("name")), as_text(attributes.get("unique_id"))
@@ -274,7 +274,10 @@ def _fits_alone(event: _BulkEvent) -> bool:
 
 
 def _size(event: _BulkEvent, profiles: set[bytes]) -> int:
-    """Return the bytes that an event adds to a call that already has these profiles, with a comma for each part."""
+    """Return the number of bytes that an event adds to a bulk call that already has these profiles.
+
+    Each part has a comma.
+    """
     entry = 0 if event.profile in profiles else len(b"".join(_ENTRY)) + len(event.profile) + 1
     return entry + len(event.event) + 1
 
@@ -286,8 +289,8 @@ def _entries(events: Iterable[_BulkEvent]) -> _Entries:
     return entries
 
 
-def _body(entries: _Entries) -> bytes:
-    """Return the body of a call, joined from the bytes of its events."""
+def _encode(entries: _Entries) -> bytes:
+    """Return the body of a bulk call. It is joined from the bytes of the events."""
     start, middle, end = _ENTRY
     fragments = (
         b"".join((start, profile, middle, b",".join(event.event for event in events), end))
@@ -297,7 +300,7 @@ def _body(entries: _Entries) -> bytes:
 
 
 def _culprits(events: list[_BulkEvent], pointer: str) -> list[_BulkEvent]:
-    """Return the event that a pointer names, or all events of the profile that it names; [] if it names neither."""
+    """Return the event that a pointer names, or all events of the profile that it names, or []."""
     match = _CULPRIT.match(pointer)
     entry = list(_entries(events).values())[int(match[1]) :][:1] if match else []
     found = entry[0] if entry else []

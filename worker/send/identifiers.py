@@ -1,4 +1,4 @@
-"""Identifiers of a profile, and how to send a record without an identifier that Klaviyo finds invalid."""
+"""The identifiers of a profile, and the removal of an identifier that Klaviyo rejects."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ IDENTIFIER_PRIORITY = ("email", "external_id", "phone_number")  # the strongest 
 _INVALID = re.compile(r"/data/attributes/(?:profile/data/attributes/)?(email|phone_number)")
 
 
-def invalid_identifier(refusal: Rejected) -> str:
-    """Return the identifier that Klaviyo refuses as invalid in a profile or event, or ""."""
-    match = _INVALID.fullmatch(refusal.pointer) if refusal.status == HTTPStatus.BAD_REQUEST else None
+def invalid_identifier(rejection: Rejected) -> str:
+    """Return the name of the identifier that made Klaviyo reject a profile or event, or ""."""
+    match = _INVALID.fullmatch(rejection.pointer) if rejection.status == HTTPStatus.BAD_REQUEST else None
     return match[1] if match else ""
 
 
 def drop_identifier(resource: Json, identifier: str) -> Json | None:
-    """Return a profile or event without an identifier; None if it lacks that identifier or has no other."""
+    """Return a profile or event without an identifier; None if it does not have it or has no other identifier."""
     attributes = resource["attributes"]
     if resource["type"] == "event":
         profile = drop_identifier(attributes["profile"]["data"], identifier)

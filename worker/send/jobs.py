@@ -1,4 +1,4 @@
-"""Klaviyo's bulk jobs: started in chunks, polled until they end, with a result for each entry."""
+"""Klaviyo's bulk jobs: the worker starts them, polls them until they end, and sets the result of each entry."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from worker.klaviyo.client import KlaviyoClient
     from worker.send.bulk import BulkResult
 
-MAX_BYTES = 5_000_000  # of a call: https://developers.klaviyo.com/en/reference/bulk_import_profiles
-ENVELOPE_BYTES = 200  # upper bound of a call's bytes around its entries
+MAX_BYTES = 5_000_000  # of the request for a job: https://developers.klaviyo.com/en/reference/bulk_import_profiles
+ENVELOPE_BYTES = 200  # maximum number of bytes around the entries in a request
 MAX_CONCURRENT_JOBS = 25  # per batch; Klaviyo accepts 500 per account
 FIRST_POLL = 0.25  # seconds from the start of a job to its first poll
-MAX_POLL = 5.0  # maximum seconds between two polls
-JOB_TIMEOUT = 120.0  # seconds until the entries of an unfinished job are sent one by one
+MAX_POLL = 5.0  # seconds; the maximum time between two polls of a job
+JOB_TIMEOUT = 120.0  # seconds after which the entries of an unfinished job are sent individually
 PROFILES = "profile-bulk-import-job"
 _CULPRIT = re.compile(r"/data/attributes/\w+/data/(\d+)(?:/|$)")
 _ENDED = frozenset({"complete", "cancelled"})
 
 
 class BulkJobType(NamedTuple):
-    """A type of bulk job: its JSON:API type, the name of its entries, and the maximum of entries per call."""
+    """A type of bulk job: its JSON:API type, the name of its list of entries, and the maximum number of entries."""
 
     type: str
     member: str
@@ -64,13 +64,13 @@ class _BulkJob(NamedTuple):
 
 
 class _Failures(NamedTuple):
-    """The external ids of a job's failed entries. If `is_complete` is False, any other entry can have failed too."""
+    """The external ids of a job's failed entries. If `is_complete` is False, other entries have possibly failed."""
 
     keys: frozenset[str]
     is_complete: bool
 
     def can_include(self, entry: JobEntry) -> bool:
-        """Return whether the entry failed or can have failed."""
+        """Return whether the entry has failed or has possibly failed."""
         return not self.is_complete or entry.key in self.keys
 
 
@@ -78,21 +78,22 @@ _UNKNOWN = _Failures(frozenset(), is_complete=False)
 
 
 class BulkJobs:
-    """A runner of bulk jobs. Safe for many threads, which share their polls.
+    """A runner of bulk jobs. Safe for many threads. Their polls of import jobs share requests.
 
-    Import jobs need more scopes than single calls. If the key lacks them, all entries must be sent one by one.
+    Import jobs need more scopes than other requests. If the key lacks these scopes, the results of all entries are
+    unknown, so that the entries are sent individually.
     """
 
     def __init__(self, client: KlaviyoClient, stopping: Event) -> None:
         self._client = client
         self._stopping = stopping
-        self._recent: dict[str, Json] = {}  # job id -> import job, as of the latest list
+        self._recent: dict[str, Json] = {}  # job id -> import job, as listed at `_listed_at`
         self._listed_at = float("-inf")  # monotonic seconds
         self._lock = Lock()
         self._refusal_log = ConditionLog("bulk_jobs_refused", "bulk_jobs_allowed", logging.WARNING)
 
     def run(self, job_type: BulkJobType, entries: Sequence[JobEntry]) -> list[BulkResult]:
-        """Process the entries in jobs and return their results in the same order."""
+        """Run jobs with the entries and return the results of the entries in the same order."""
         chunks = list(_chunks(job_type, entries))
         for first in range(0, len(chunks), MAX_CONCURRENT_JOBS):
             jobs: list[_BulkJob] = []
@@ -103,7 +104,7 @@ class BulkJobs:
         return [entry.result for entry in entries]
 
     def _start_jobs(self, job_type: BulkJobType, chunk: list[JobEntry], jobs: list[_BulkJob]) -> None:
-        """Start one job for the chunk, or several without its rejected entries; append them to `jobs`."""
+        """Start a job for the chunk and append it to `jobs`. If Klaviyo rejects entries, start jobs for the others."""
         before = self._client.requests_sent()
 
         def send(part: list[JobEntry]) -> None:
@@ -115,12 +116,12 @@ class BulkJobs:
             self._refusal_log.log(str(error), job=job_type.type)
         except WorkerError as error:
             result = SendResult(error, min(self._client.requests_sent() - before, 1))
-            for entry in chunk:  # entries of a started job get its result later
+            for entry in chunk:  # the entries of started jobs get another result later
                 entry.result = result
 
     def _start(self, job_type: BulkJobType, entries: list[JobEntry]) -> str:
         """Start a job and return its id. Raises WorkerError."""
-        # After a stop, no process waits for the job. It could overwrite newer data of another worker.
+        # After a stop, the worker does not wait for the job, which could then overwrite newer data of another worker.
         if self._stopping.is_set():
             raise Transient(f"the worker stopped before it could start a {job_type.type}")
         head = f'{{"data":{{"type":"{job_type.type}","attributes":{{"{job_type.member}":{{"data":['.encode()
@@ -131,7 +132,7 @@ class BulkJobs:
         return job_id
 
     def _wait_for(self, job_type: BulkJobType, job: _BulkJob) -> None:
-        """Wait until the job ends and set the results of its entries. Failed entries are left undecided."""
+        """Wait until the job ends and set the results of its entries. The result of failed entries stays None."""
         failures = _UNKNOWN
         try:
             failures = self._failures(job_type, job, self._poll_until_ended(job_type, job))
@@ -148,10 +149,10 @@ class BulkJobs:
             entry.result = None if failures.can_include(entry) else SendResult(None, 1)
 
     def _poll_until_ended(self, job_type: BulkJobType, job: _BulkJob) -> Json:
-        """Poll the job until it ends or JOB_TIMEOUT is over; return its attributes. Raises WorkerError."""
+        """Poll the job until it ends or JOB_TIMEOUT is over. Return its attributes. Raises WorkerError."""
         polled_at = job.started_at
         pause = FIRST_POLL
-        while True:  # poll at least once: earlier jobs of the batch can have used up the timeout
+        while True:  # poll at least once, even if waiting for earlier jobs of the batch has used up the timeout
             if self._stopping.wait(max(polled_at + pause - time.monotonic(), 0.0)):
                 raise Transient(f"the worker stopped while Klaviyo processed a {job_type.type}")
             previous_poll, polled_at = polled_at, time.monotonic()
@@ -161,9 +162,9 @@ class BulkJobs:
             pause = min(pause * 1.5, MAX_POLL)
 
     def _poll(self, job_type: BulkJobType, job_id: str, since: float) -> Json:
-        """Return the job as read after `since` (monotonic seconds).
+        """Return the job, read later than `since` (monotonic seconds).
 
-        All threads share a list of the recent import jobs, because the endpoint accepts only 150 calls a minute.
+        All threads share a list of the recent import jobs, because the endpoint accepts only 150 requests a minute.
         """
         if job_type.type == PROFILES:
             with self._lock:
@@ -180,10 +181,10 @@ class BulkJobs:
         return {as_text(job.get("id")): job for job in as_dicts(self._client.call("GET", path).get("data"))}
 
     def _failures(self, job_type: BulkJobType, job: _BulkJob, attributes: Json) -> _Failures:
-        """Return which entries of an ended job failed. Raises WorkerError."""
+        """Return which entries of a job have failed. Raises WorkerError."""
         if attributes.get("status") != "complete":
             return _UNKNOWN
-        count = as_int(attributes.get("failed_count"))  # None: Klaviyo can return null
+        count = as_int(attributes.get("failed_count"))  # Klaviyo can return null
         errors = as_dicts(attributes.get("errors"))
         if count != 0 and job_type.type == PROFILES:
             path = f"{job_type.path}/{job.id}/import-errors?page%5Bsize%5D=100"
@@ -194,7 +195,7 @@ class BulkJobs:
 
 
 def _chunks(job_type: BulkJobType, entries: Sequence[JobEntry]) -> Iterator[list[JobEntry]]:
-    """Split entries into the calls that Klaviyo's limits require."""
+    """Split entries into chunks that Klaviyo accepts in one job."""
     return chunked(entries, lambda entry: len(entry.body) + 1, MAX_BYTES - ENVELOPE_BYTES, job_type.max_entries)
 
 
@@ -204,7 +205,7 @@ def _culprits(entries: list[JobEntry], pointer: str) -> list[JobEntry]:
 
 
 def _key_of(error: Json) -> str:
-    """Return the external id of a failed entry, or "". Catalog jobs name it; import jobs quote the entry."""
+    """Return the external id of a failed entry, or "". Catalog jobs return the id; import jobs return the entry."""
     quoted = as_dict(error.get("original_payload"))
     sources = (as_dict(error.get("meta")), as_dict(quoted.get("attributes")), quoted)
     return next(filter(None, (as_text(source.get("external_id")) for source in sources)), "")

@@ -1,4 +1,4 @@
-"""Bulk upserts of profiles by Klaviyo's import jobs."""
+"""The bulk sender for profiles. It uses Klaviyo's import jobs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _IMPORT = BulkJobType(PROFILES, "profiles", 10_000)  # https://developers.klaviy
 
 
 class BulkProfiles:
-    """Bulk sender for profiles. Failed profiles are sent one by one, which resolves conflicts."""
+    """The bulk sender for profiles. Failed profiles are sent individually, which resolves conflicts."""
 
     def __init__(self, jobs: BulkJobs, send_individually: SendIndividually, threshold: int) -> None:
         self._jobs = jobs
@@ -31,9 +31,9 @@ class BulkProfiles:
         self._threshold = threshold
 
     def select(self, operations: Sequence[Operation]) -> list[OperationId]:
-        """Return the ids of the upserts to send in bulk; none if there are too few.
+        """Return the ids of the upserts to send in bulk, or [] if there are too few.
 
-        Upserts that share an identifier are sent one by one: Klaviyo documents no order within a job.
+        Upserts that share an identifier are sent individually, because Klaviyo documents no order within a job.
         """
         upserts = {o.key: o for o in operations if o.kind is OperationKind.UPSERT_PROFILE}
         uses = Counter(identifier for upsert in upserts.values() for identifier in _identifiers(upsert))

@@ -1,4 +1,4 @@
-"""Requests for operations: paths and bodies."""
+"""The requests for operations: their paths and bodies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ class Request:
 
 
 def request_for(operation: Operation) -> Request:
-    """Return the request that an operation sends first; it shows a reader the whole operation."""
+    """Return a request that represents an operation in the output of commands.
+
+    It usually is the first request that the operation sends.
+    """
     match operation.kind:
         case OperationKind.CREATE_EVENT:
             return Request("POST", "/api/events", {"data": operation.resource})
@@ -56,7 +59,7 @@ def entry_path(operation: Operation) -> str:
 
 
 def update_body(operation: Operation) -> Json:
-    """Return the resource to update an entry that exists, for an UPSERT_* operation."""
+    """Return the JSON:API object for the update of an existing entry by an UPSERT_* operation."""
     resource = operation.resource or {}
     attributes = {n: v for n, v in resource["attributes"].items() if n not in _CREATE_ONLY}
     update = {"type": resource["type"], "id": catalog_id(operation.key), "attributes": attributes}
@@ -67,7 +70,7 @@ def update_body(operation: Operation) -> Json:
 
 
 def deletion_request(profile_id: str) -> Request:
-    """Return the request to delete a profile and its data. `profile_id` is Klaviyo's id."""
+    """Return the request for the deletion of a profile and its data. `profile_id` is Klaviyo's id."""
     profile = {"data": {"type": "profile", "id": profile_id, "attributes": {}}}
     data = {"type": "data-privacy-deletion-job", "attributes": {"profile": profile}}
     return Request("POST", "/api/data-privacy-deletion-jobs", {"data": data})

@@ -1,4 +1,4 @@
-"""Single calls: one operation at a time, with conflicts resolved."""
+"""The sender for individual operations. It resolves conflicts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     from worker.klaviyo.client import KlaviyoClient
 
-# The cache of catalog entries that exist. A miss costs one call.
+# The cache of existing catalog entries. A miss costs one request.
 _CACHE_SIZE = 50_000
 _CACHE_SECONDS = 600.0
 
 
 class SingleSender:
-    """A sender for single operations that remembers which catalog entries exist. Safe for many threads."""
+    """A sender for individual operations. It remembers which catalog entries exist. Safe for many threads."""
 
     def __init__(self, client: KlaviyoClient) -> None:
         self._client = client
@@ -62,7 +62,7 @@ class SingleSender:
         return SendResult(error, self._client.requests_sent() - before)
 
     def stale_variants(self, operation: Operation) -> list[Operation]:
-        """Return the deletions of the item's variants in Klaviyo that are not in `keep_skus`."""
+        """Return deletions for the item's variants in Klaviyo whose SKU is not in `keep_skus`. Raises WorkerError."""
         try:
             found = list(
                 iter_resources(self._client, f"{entry_path(operation)}/variants?fields%5Bcatalog-variant%5D=id")
@@ -93,10 +93,11 @@ class SingleSender:
         self._write_profile("POST", "/api/events", operation.resource or {})
 
     def _upsert_profile(self, operation: Operation) -> None:
-        """Import the profile; if it conflicts with another profile, update that one.
+        """Import the profile. If it conflicts with another profile, update the other profile.
 
-        The 409 response names a profile that has one of the identifiers. If its update conflicts too, the identifiers
-        belong to several profiles. Klaviyo does not merge them, so the weaker identifiers are dropped.
+        The 409 response names a profile that has one of the identifiers. If the update of that profile conflicts, too,
+        the identifiers belong to several profiles. Klaviyo does not merge profiles, so the weaker identifiers are
+        dropped.
         """
         resource = operation.resource or {}
         try:
@@ -115,7 +116,7 @@ class SingleSender:
         return self._import_strongest(resource)
 
     def _import_strongest(self, resource: Json) -> None:
-        """Import the profile without its phone number; if that conflicts, with its strongest identifier only."""
+        """Import the profile without its phone number. If that conflicts, keep only its strongest identifier."""
         attributes = dict(resource["attributes"])
         strongest = next(name for name in IDENTIFIER_PRIORITY if name in attributes)
         without_phone = {n: v for n, v in attributes.items() if n != "phone_number" or n == strongest}
@@ -131,7 +132,7 @@ class SingleSender:
         self._write_profile("POST", "/api/profile-import", resource)
 
     def _write_profile(self, method: str, path: str, resource: Json) -> None:
-        """Write a profile or an event. Drop an invalid email or phone number if another identifier remains."""
+        """Write a profile or an event. If its email or phone number is invalid, drop it and use another identifier."""
         try:
             self._client.call(method, path, {"data": resource})
         except Rejected as error:
@@ -143,7 +144,7 @@ class SingleSender:
             self._write_profile(method, path, remaining)
 
     def _delete_profile(self, operation: Operation) -> None:
-        """Request the deletion of every profile with this external_id. The endpoint accepts Klaviyo's ids only."""
+        """Look up every profile with this external_id and request its deletion, which requires Klaviyo's id."""
         literal = orjson.dumps(operation.key).decode()
         path = f"/api/profiles?filter={quote(f'equals(external_id,{literal})')}&fields%5Bprofile%5D=id"
         for profile in iter_resources(self._client, path):
@@ -151,7 +152,7 @@ class SingleSender:
             self._client.call(request.method, request.path, request.body)
 
     def _upsert(self, operation: Operation) -> None:
-        """Create the entry, or update it if it exists. An entry that is known to exist is updated first."""
+        """Create the entry, or update it if it exists. If it is known to exist, try the update first."""
         entry = entry_path(operation)
         if self.is_known(entry) and self._update(operation):
             return
@@ -160,14 +161,14 @@ class SingleSender:
         self.remember(entry)
 
     def _ensure(self, operation: Operation) -> None:
-        """Create the entry; leave it unchanged if it exists."""
+        """Create the entry. If it exists, leave it unchanged."""
         entry = entry_path(operation)
         if not self.is_known(entry):
             self._create(operation)
             self.remember(entry)
 
     def _create(self, operation: Operation) -> bool:
-        """Create the entry and return True; return False if it exists already."""
+        """Create the entry and return True. If it already exists, return False."""
         try:
             self._client.call("POST", f"/api/{COLLECTION[operation.kind]}", {"data": operation.resource})
         except Rejected as error:
@@ -177,7 +178,7 @@ class SingleSender:
         return True
 
     def _update(self, operation: Operation) -> bool:
-        """Update the entry and return True; return False if it does not exist."""
+        """Update the entry and return True. If it does not exist, return False."""
         try:
             self._client.call("PATCH", entry_path(operation), {"data": update_body(operation)})
         except Rejected as error:
@@ -187,7 +188,7 @@ class SingleSender:
         return True
 
     def _update_inventory(self, operation: Operation) -> None:
-        """Update the stock of a variant. If Klaviyo has no such variant, send the fallback, if there is one."""
+        """Update the stock of a variant. If Klaviyo has no such variant, send the fallback operations."""
         try:
             self._client.call("PATCH", entry_path(operation), {"data": operation.resource})
         except Rejected as error:
@@ -206,5 +207,5 @@ class SingleSender:
         try:
             self._client.call("DELETE", path)
         except Rejected as error:
-            if error.status != HTTPStatus.NOT_FOUND:  # deleted already
+            if error.status != HTTPStatus.NOT_FOUND:  # 404: already deleted
                 raise

@@ -59,7 +59,7 @@ def klaviyo() -> Klaviyo:
 
 @pytest.fixture
 def sender(klaviyo: Klaviyo) -> Sender:
-    return Sender(klaviyo, concurrency=4)
+    return Sender(klaviyo, max_requests=4)
 
 
 def event(key: str) -> Operation:
@@ -306,7 +306,7 @@ def test_every_operation_reports_an_outage(kind: OperationKind, error: Exception
         raise error
 
     klaviyo.call = unavailable  # type: ignore[method-assign]
-    assert Sender(klaviyo, concurrency=1).send([entry(kind, "k")]) == [error]
+    assert Sender(klaviyo, max_requests=1).send([entry(kind, "k")]) == [error]
 
 
 @pytest.mark.parametrize("kind", OperationKind)
@@ -328,7 +328,7 @@ def test_events_do_not_wait_for_throttled_deletions() -> None:
                 assert may_delete.wait(5.0)
             return super().call(method, path, body, idempotent=idempotent)
 
-    sender = Sender(Slow(), concurrency=2)
+    sender = Sender(Slow(), max_requests=2)
     with ThreadPoolExecutor(2) as lanes:
         erasures = lanes.submit(sender.send, [Operation(OperationKind.DELETE_PROFILE, str(each)) for each in range(4)])
         assert all(deleting.acquire(timeout=5.0) for _ in range(2))
