@@ -11,21 +11,23 @@ if TYPE_CHECKING:
 
     from tests.rigs.base import Guarantees
 
-_AT_ONCE = {"always": "always", "direct mode": "with `KLAVIYO_WORKER_DEAD_LETTER_MODE=direct`"}
+_IMMEDIATE = {"always": "always", "direct mode": "with `KLAVIYO_WORKER_DEAD_LETTER_MODE=direct`"}
 _ROWS: dict[str, Callable[[Guarantees], str]] = {
     "order": lambda queue: "oldest first" if queue.in_order else "none",
     "lease, extended while a message is held": lambda queue: (
         "the queue's own" if queue.lease_seconds is None else _seconds(queue.lease_seconds)
     ),
-    "return without failure (shutdown, dry run)": lambda queue: (
+    "a nack without a failure (shutdown, dry run)": lambda queue: (
         "uses no attempt" if not queue.unhandled_counts_as_attempt else "uses an attempt"
     ),
     "maximum delay of a nack": lambda queue: _seconds(queue.max_delay),
-    "immediate dead letter with its reason": lambda queue: _AT_ONCE[queue.dead_letter],
-    "last reason of a message that the policy dead-letters": lambda queue: (
-        "kept" if queue.keeps_last_reason else "in the log"
+    "immediate dead-lettering, with the reason": lambda queue: _IMMEDIATE[queue.dead_letter],
+    "last reason of a message that the queue itself dead-letters": lambda queue: (
+        "with the dead letter" if queue.keeps_last_reason else "only in the log"
     ),
-    "backlog": lambda queue: {"returned": "what this worker returned"}.get(queue.backlog, queue.backlog),
+    "reported backlog": lambda queue: {"returned": "only messages that this worker returned"}.get(
+        queue.backlog, queue.backlog
+    ),
     "maximum message size": lambda queue: _size(queue.max_message_bytes),
     "bodies": lambda queue: "any bytes" if queue.any_bytes else "text",
 }

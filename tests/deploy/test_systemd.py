@@ -80,7 +80,7 @@ def test_systemd_waits_longer_than_the_worker() -> None:
     (stop,), (prevented,), (watchdog,) = map(options, ("TimeoutStopSec", "RestartPreventExitStatus", "WatchdogSec"))
     assert int(stop) > Settings.model_fields["shutdown_grace_period"].default
     assert int(prevented) == ExitCode.USAGE
-    assert f"hung for {STALL_TIMEOUT:.0f} s the worker stops notifying the watchdog" in UNIT.read_text(encoding="utf-8")
+    assert f"hangs for {STALL_TIMEOUT:.0f} s, the worker stops notifying" in UNIT.read_text(encoding="utf-8")
     page = " ".join((ROOT / "docs/vm.md").read_text(encoding="utf-8").split())
     assert f"has not run for {STALL_TIMEOUT:.0f} s | gets no notification for another {watchdog} s" in page
     assert f"still runs after {stop} s" in page
