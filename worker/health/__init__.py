@@ -1,1 +1,1 @@
-"""Health: probes, the status page and systemd notifications. server.py serves the port."""
+"""Probes, the status page and systemd notifications. Read server.py first."""

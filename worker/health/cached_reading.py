@@ -1,4 +1,4 @@
-"""A cached reading of an expensive value, for frequent callers that must not block."""
+"""A cache for a value that is expensive to read. Callers can read it often and do not block for long."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_AGE = 10.0  # seconds after which the value is read again
-READ_TIMEOUT = 0.5  # seconds to wait for a call; the call continues, and a later `read` returns its result
+MAX_AGE = 10.0  # seconds after which the function is called again
+READ_TIMEOUT = 0.5  # seconds that `read` waits for the function; if it takes longer, a later `read` returns its result
 
 
 class CachedReading(Generic[T]):
-    """The result of the last call of a function, at most MAX_AGE old. Thread-safe; calls never overlap."""
+    """The result of a function, which is called again after MAX_AGE. Thread-safe. Calls never overlap."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
@@ -27,7 +27,7 @@ class CachedReading(Generic[T]):
         self._called_at = 0.0  # monotonic seconds
 
     def read(self) -> T:
-        """Return the value. Call the function if the value is too old. Raises its errors, and TimeoutError."""
+        """Return the value. Raises the error of the function, or TimeoutError."""
         with self._lock:
             now = time.monotonic()
             if self._call is None or (self._call.done() and now > self._called_at + MAX_AGE):

@@ -1,4 +1,4 @@
-"""The HTML of the status page: one response with style and script, and its security headers."""
+"""The HTML of the status page, with its style and script, and its security headers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hashlib import sha256
 from importlib.resources import files
 from typing import NamedTuple
 
-HEADERS = {  # of the page and its data
+HEADERS = {  # for the page and for its data
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
@@ -21,20 +21,20 @@ _POLICY = (
     "base-uri 'none'",
     "form-action 'none'",
     "frame-ancestors 'none'",
-    "require-trusted-types-for 'script'",  # with the next line: the script cannot turn text into HTML
+    "require-trusted-types-for 'script'",  # together with the next line: the script cannot turn text into HTML
     "trusted-types 'none'",
 )
 
 
 class Page(NamedTuple):
-    """The page with its style and script, and a Content-Security-Policy that allows only these."""
+    """The page with its style and script, and a Content-Security-Policy that allows no other style and script."""
 
     body: bytes
     policy: str
 
 
 def build_page() -> Page:
-    """Build the page from the files beside this module."""
+    """Build the page from the files in this folder."""
     parts = {name: (files(__package__) / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     html = re.sub(r"/\* (css|js) \*/", lambda match: parts[match[1]], parts["html"])
     allowed = (f"style-src {_hash(parts['css'])}", f"script-src {_hash(parts['js'])}")

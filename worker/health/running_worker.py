@@ -1,4 +1,4 @@
-"""The state of the running worker."""
+"""The implementation of WorkerState for a running worker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class RunningWorkerState:
-    """The WorkerState of a running worker: its runner, clients and queue."""
+    """The WorkerState of a running worker. It reads the runner, the clients and the queue."""
 
     def __init__(
         self, runner: Runner, queue: QueueAdapter, lanes: int, commercetools: Commercetools, klaviyo: Klaviyo
@@ -42,16 +42,16 @@ class RunningWorkerState:
         return self._lanes
 
     def outage_reasons(self) -> Mapping[str, str]:
-        """Return the reason of each service's outage; "" if there is none."""
+        """Return the reason for the outage of each service; "" if a service has no outage."""
         return {
             "commercetools": self._commercetools.outage_reason(),
             "klaviyo": self._klaviyo.outage_reason(),
         }
 
     def backlog(self) -> int | None:
-        """Return the number of messages in the queue, cached for some seconds."""
+        """Return the number of messages on the queue that are not settled. The value is cached."""
         return self._counts.read().backlog
 
     def dead_letters(self) -> int | None:
-        """Return the number of dead letters, cached for some seconds."""
+        """Return the number of dead letters. The value is cached."""
         return self._counts.read().dead_letters

@@ -1,4 +1,4 @@
-"""The HTTP port: GET /livez, /readyz, /metrics and the status page. Read-only."""
+"""The HTTP server for /livez, /readyz, /metrics and the status page. It is read-only."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from worker.telemetry.state import WorkerState
 
 ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - the setting in a container
-TIMEOUT = 10.0  # seconds for a whole connection
-MAX_CONNECTIONS = 32  # at once; one more drops the oldest
-_POLL = 0.2  # seconds
+TIMEOUT = 10.0  # seconds; the maximum duration of a connection
+MAX_CONNECTIONS = 32  # an additional connection closes the oldest one
+_POLL = 0.2  # seconds between two checks of the connections
 
 
 class _Response(NamedTuple):
@@ -38,7 +38,7 @@ class _Response(NamedTuple):
 
 
 class HealthServer:
-    """The HTTP server for probes, scrapes and, with a `status`, the status page. It runs in separate threads."""
+    """The HTTP server for probes, metrics and, if `status` is given, the status page. It runs in separate threads."""
 
     def __init__(
         self, host: str, port: int, metrics: Metrics, state: WorkerState, status: Status | None = None
@@ -52,11 +52,11 @@ class HealthServer:
 
     @property
     def port(self) -> int:
-        """Return the port. If it was 0, `start` replaces it by the one that the system has chosen."""
+        """Return the port. If it is 0, `start` replaces it with the port that the system chooses."""
         return self._port
 
     def start(self) -> None:
-        """Listen. Raises OSError if the address or the port cannot be used."""
+        """Listen on the port. Raises OSError if the address or the port cannot be used."""
         routes = {"/livez": self._livez, "/readyz": self._readyz, "/metrics": self._scrape}
         if self._status:
             routes |= _status_routes(self._status)
@@ -77,12 +77,12 @@ class HealthServer:
             server.drop_all()
 
     def _livez(self) -> _Response:
-        """Return 503 if a restart would help. Outages of Klaviyo do not count."""
+        """Return 503 if the receive loop is stalled, so that a restart helps. Outages do not count."""
         is_alive = self._state.is_alive()
         return _json(is_alive, {"status": "ok" if is_alive else "stalled"})
 
     def _readyz(self) -> _Response:
-        """Return 503 if the worker is parked. An outage does not count, because it ends by itself."""
+        """Return 503 if the worker is parked. Outages do not count, because they end by themselves."""
         parked = self._state.parked_reason()
         is_ready = not parked
         document = {
@@ -138,7 +138,7 @@ class _Server(ThreadingTCPServer):
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4 too
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # also accept IPv4
         super().server_bind()
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -152,7 +152,7 @@ class _Server(ThreadingTCPServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Drop connections that exceed the timeout, even if the client sends single bytes. Called every `_POLL` s."""
+        """Close connections that exceed the timeout, even if the client keeps sending bytes. Called every `_POLL` s."""
         now = time.monotonic()
         for connection, end in list(self._open.items()):
             if end < now:
@@ -169,12 +169,12 @@ class _Server(ThreadingTCPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         error = sys.exception()
-        if not isinstance(error, OSError):  # which a client that disconnects causes
+        if not isinstance(error, OSError):  # a client that disconnects causes an OSError
             log.error("health_request_failed", extra={"error": type(error).__name__})
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """The handler of one request per connection. Only the path and the method are read."""
+    """The handler of a connection with one request. It reads only the path and the method."""
 
     server: _Server
     disable_nagle_algorithm = True
@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
-        """Reject invalid HTTP, other paths and other methods with a plain text."""
+        """Answer a request that is invalid or has an unknown path or method with plain text."""
         status = HTTPStatus.METHOD_NOT_ALLOWED if code == HTTPStatus.NOT_IMPLEMENTED else HTTPStatus(code)
         self._send(_Response(status, "text/plain; charset=utf-8", f"{status.phrase}\n".encode()))
 
@@ -206,4 +206,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(response.body)
 
     def log_message(self, *_: Any) -> None:
-        """Log nothing: probes come every few seconds."""
+        """Log nothing, because probes arrive every few seconds."""

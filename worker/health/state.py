@@ -1,4 +1,4 @@
-"""The condition of a worker, for its status page: a state, its severity, the reasons and advice."""
+"""The condition of a worker on its status page: a state with its severity, reasons and advice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STOPPING = "The worker finishes the messages in progress and returns the others
 
 
 class Condition(NamedTuple):
-    """The condition of a worker in words."""
+    """The condition of a worker, in words for an operator."""
 
     state: str  # one word
     severity: str  # good, quiet, warning or bad
@@ -25,7 +25,7 @@ class Condition(NamedTuple):
 
 
 def condition_of(state: WorkerState, *, settled_recently: bool) -> Condition:
-    """Return the condition of a worker. The most important state wins."""
+    """Return the condition of a worker. If several states apply, return the most important one."""
     outages = [f"{service}: {reason}" for service, reason in state.outage_reasons().items() if reason]
     in_flight = state.in_flight()
     if state.is_stopping():

@@ -1,4 +1,4 @@
-"""The data of the status page: read-only, from memory, without personal data."""
+"""The data of the status page. It is read from memory and contains no personal data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Status:
-    """The state of a worker now and in the last ten minutes, sampled by a separate thread."""
+    """The state of a worker now and in the last ten minutes. A separate thread takes the samples."""
 
     def __init__(self, settings: Settings, state: WorkerState, telemetry: Telemetry) -> None:
         self._settings = settings
@@ -52,7 +52,7 @@ class Status:
         self._history.sample(now, self._state.oldest_age())
 
     def render(self) -> bytes:
-        """Return the document as JSON. The json module is used because orjson rejects strings with lone surrogates."""
+        """Return the document as JSON. orjson cannot be used, because it rejects strings with lone surrogates."""
         return json.dumps(self.document()).encode()
 
     def document(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Status:
         return [{"service": name, "outage": outages[name], "requests": totals[name]} for name in SERVICES]
 
     def _outcomes(self) -> list[dict[str, Any]]:
-        """Return the number of messages since the start by type and outcome, the most frequent types first."""
+        """Return the number of messages since the start by type and outcome. The most frequent types come first."""
         types: defaultdict[str, dict[str, int]] = defaultdict(dict)
         for (kind, outcome), messages in self._telemetry.metrics.outcomes().items():
             types[kind][outcome] = messages
@@ -107,7 +107,7 @@ class Status:
         return sorted(rows, key=lambda row: (-sum(row[outcome] for outcome in OUTCOMES), row["type"]))
 
     def _limits(self, requests: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
-        """Return the rate limits used in the last minute, the most used first."""
+        """Return the rate limits that were used in the last minute. The most used ones come first."""
         share = self._settings.rate_limit_share
         lines = [
             {

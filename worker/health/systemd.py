@@ -1,4 +1,7 @@
-"""Notifications to systemd by sd_notify(3): ready, status, watchdog, stopping. None without NOTIFY_SOCKET."""
+"""Notifications to systemd, as sd_notify(3) describes: ready, status, watchdog, stopping.
+
+Without NOTIFY_SOCKET, nothing is sent.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ _MAX_STATUS = 500  # characters: systemd drops a message of more than 4096 bytes
 
 
 class Notifier:
-    """A thread that sends changes of the state to systemd and feeds its watchdog while the receive loop runs.
+    """A thread that sends state changes to systemd, and feeds the watchdog unless the receive loop is stalled.
 
-    While the worker stops, it feeds the watchdog in any case: TimeoutStopSec is the limit then.
+    While the worker is stopping, it always feeds the watchdog, because TimeoutStopSec limits the time to stop.
     """
 
     def __init__(self, state: WorkerState, environment: Mapping[str, str]) -> None:
-        """`environment` has systemd's variables: NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
+        """Create the thread. `environment` has systemd's variables NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
         address = environment.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
         timeout = _watchdog_timeout(environment)
@@ -53,7 +56,7 @@ class Notifier:
             self._thread.join()
 
     def notify(self, now: float) -> float:
-        """Send what has changed. Return the seconds until the next call. `now` is in monotonic seconds."""
+        """Send the lines that have changed. Return the seconds until the next call. `now` is in monotonic seconds."""
         lines = list(self._lines())
         changed = [line for line in lines if line not in self._sent]
         is_fed = now >= self._feed_at and (self._state.is_alive() or self._state.is_stopping())
@@ -84,11 +87,11 @@ class Notifier:
         return "running" if self._state.has_received() else "starting"
 
     def _send(self, message: str) -> bool:
-        """Send one datagram and return whether systemd accepted it. The worker continues without systemd."""
+        """Send one datagram and return whether that succeeded. The worker also runs without systemd."""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
                 connection.settimeout(POLL)
-                connection.connect(self._address)  # unconnected, a full socket would make `send` spin
+                connection.connect(self._address)  # without it, a full socket would make `send` spin
                 connection.send(message.encode(errors="replace"))
         except OSError as error:
             self._unreachable.log(f"NOTIFY_SOCKET: {error.strerror or type(error).__name__}")

@@ -1,1 +1,1 @@
-"""Logs and metrics. Read message_log.py for the line that every message gets."""
+"""Logs and metrics. message_log.py writes the canonical log line of each message."""

@@ -12,11 +12,11 @@ from pythonjsonlogger.json import JsonFormatter
 
 log = logging.getLogger("klaviyo_worker")
 
-REPEAT_INTERVAL = 60.0  # seconds between two lines about a condition that lasts
+REPEAT_INTERVAL = 60.0  # seconds between two log lines about a condition that lasts
 
 
 class ConditionLog:
-    """Logs a condition: `event` when it starts and once a minute while it lasts, `end_event` when it ends.
+    """The log of a condition: `event` when it starts and once a minute while it lasts, `end_event` when it ends.
 
     Thread-safe.
     """
@@ -30,8 +30,8 @@ class ConditionLog:
         self._lock = Lock()
 
     def log(self, reason: str, **fields: object) -> None:
-        """Log `reason`, at most once per interval. An empty reason means that the condition does not hold."""
-        if not reason and self._since is None:  # nearly always: skip the lock
+        """Log `reason`, at most once per REPEAT_INTERVAL. An empty reason means that the condition does not hold."""
+        if not reason and self._since is None:  # nearly always the case; avoids the lock
             return
         now = time.monotonic()
         with self._lock:
@@ -47,10 +47,10 @@ class ConditionLog:
 
 
 def configure_logging(level: str, style: str, stream: TextIO | None = None) -> None:
-    """Write log lines to `stream` (default: stderr), as text if it is a terminal, else as JSON.
+    """Write log lines to `stream` (default: stderr). `style` is "json", "text", or "auto": text on a terminal.
 
-    Only the logger of the worker is configured: debug lines of libraries contain tokens and bodies. A warning of a
-    library is logged without its text.
+    Only the worker's logger is configured, because debug lines of libraries contain tokens and bodies. Warnings of
+    libraries are logged without their text.
     """
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
@@ -63,10 +63,10 @@ def configure_logging(level: str, style: str, stream: TextIO | None = None) -> N
 
 
 class _LibraryWarningHandler(logging.Handler):
-    """Logs that a library warned, and where. The text is left out: it can contain personal data."""
+    """Logs warnings of libraries, without their text, because it can contain personal data."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Log a `library_warning` with the library and the source line."""
+        """Log a `library_warning` with the name of the library and the source line."""
         error = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
         where = f"{record.filename}:{record.lineno}"
         log.log(record.levelno, "library_warning", extra={"library": record.name, "where": where, "error": error})
@@ -81,12 +81,12 @@ def _json_formatter() -> JsonFormatter:
 
 
 class _TextFormatter(logging.Formatter):
-    """`12:00:01 message_processed outcome=sent message_type=OrderCreated ...`."""
+    """A formatter for lines like `12:00:01 message_processed outcome=sent message_type=OrderCreated ...`."""
 
     _plain = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one line: the time, the event, and every field that has a value."""
+        """Return one line with the time, the event, and every field that has a value."""
         extra = {name: value for name, value in vars(record).items() if name not in self._plain}
         shown = (f"{name}={value}" for name, value in extra.items() if value is not None)
         line = " ".join((self.formatTime(record, "%H:%M:%S"), record.getMessage(), *shown))

@@ -1,4 +1,4 @@
-"""The canonical log line of each message. Event and field names are fixed; there is no personal data."""
+"""The canonical log line of each message. Its names are fixed, and it contains no personal data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LEVELS = {"retried": logging.WARNING, "dead_lettered": logging.ERROR}
 
 
 class Telemetry:
-    """The outcomes of messages: canonical log lines, counts, metrics and recent failures. Thread-safe."""
+    """Records the outcomes of messages: as canonical log lines, counts, metrics and recent failures. Thread-safe."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.outcomes: Counter[str] = Counter()
@@ -45,13 +45,13 @@ class Telemetry:
 
     @contextmanager
     def time_stage(self, name: str) -> Iterator[None]:
-        """Measure the time of a batch in a stage."""
+        """Measure the time that a batch spends in a stage."""
         started_at = time.monotonic()
         yield
         self.metrics.record_stage(name, time.monotonic() - started_at)
 
     def record_processed(self, messages: Sequence[Message]) -> None:
-        """Count a processed batch and the messages that failed in it, including those to be retried."""
+        """Count a processed batch and its failed messages, including those that are held and retried."""
         self.metrics.record_batch(len(messages))
         for message in messages:
             outcome = message.outcome
@@ -65,7 +65,7 @@ class Telemetry:
         self._record_outcomes((message, outcome_name(message)) for message in messages)
 
     def record_returned(self, messages: Iterable[Message]) -> None:
-        """Log and count messages that were returned to the queue unprocessed."""
+        """Log and count messages that were given back to the queue unprocessed."""
         self._record_outcomes((message, "returned") for message in messages)
 
     def _record_outcomes(self, outcomes: Iterable[tuple[Message, str]]) -> None:
@@ -80,7 +80,10 @@ class Telemetry:
 
 
 def outcome_name(message: Message) -> str:
-    """Return the outcome of a settled message for the log: sent, ignored, retried or dead_lettered."""
+    """Return the outcome of a settled message for the log: sent, ignored, retried or dead_lettered.
+
+    `retried` means that the message was nacked after a failure.
+    """
     assert message.outcome is not None
     if message.outcome.disposition is Disposition.ACK and not message.operations:
         return "ignored"

@@ -39,14 +39,14 @@ T = TypeVar("T")
 
 
 class Metrics:
-    """The metrics of one worker, in a separate registry. Thread-safe; no method raises.
+    """The metrics of one worker, in a separate registry. Thread-safe. No method raises an error.
 
-    Labels are bounded: an unlisted value counts as `other`, so that hostile messages cannot create series. Dashboards
-    and alerts depend on the names.
+    The values of labels are bounded: an unlisted value counts as `other`, so that hostile messages cannot create
+    series. Dashboards and alerts depend on the names of the metrics.
     """
 
     def __init__(self, adapter: str) -> None:
-        """`adapter` is the scheme of QUEUE_URL."""
+        """Create the metrics. `adapter` is the scheme of QUEUE_URL."""
         registry = self._registry = CollectorRegistry()
         self._types = frozenset(kind for _, kind in HANDLERS)
         self._errors = _error_types()
@@ -67,12 +67,12 @@ class Metrics:
         )
         registry.register(_Process())
         self._build = _gauge(registry, "build_info", "Always 1; the labels are versions", "version", "klaviyo_revision")
-        for kind in (*self._types, "unreadable", OTHER):  # start at 0, or increase() misses the first message
+        for kind in (*self._types, "unreadable", OTHER):  # start at 0; otherwise increase() misses the first message
             for outcome in OUTCOMES:
                 self._processed.labels(kind, outcome)
 
     def set_build_info(self, version: str, klaviyo_revision: str) -> None:
-        """Set the version of the worker and of Klaviyo's API."""
+        """Set the version of the worker and the revision of Klaviyo's API."""
         self._build.labels(version, klaviyo_revision).set(1)
 
     def record_received(self, messages: int) -> None:
@@ -82,8 +82,9 @@ class Metrics:
     def record_settled(self, message_type: str | None, outcome: str, duration: float, age: float | None) -> None:
         """Count a message that was settled `duration` seconds after it was received.
 
-        `message_type` is None if the message is unreadable. `outcome` is one of OUTCOMES. `age`: seconds since it
-        was published, None if unknown; recorded only for messages that were sent or ignored.
+        `message_type` is None if the message is unreadable. `outcome` is one of OUTCOMES. `age` is the number of
+        seconds since the message was published; None if unknown. The age is recorded only if the message was sent or
+        ignored.
         """
         kind = "unreadable" if message_type is None else _bounded(message_type, self._types)
         self._processed.labels(kind, _bounded(outcome, OUTCOMES)).inc()
@@ -91,18 +92,18 @@ class Metrics:
         if outcome in _DONE:
             self._last_success.set(time.time())
             if age is not None:
-                self._age.observe(max(age, 0.0))  # 0 if clocks differ
+                self._age.observe(max(age, 0.0))  # clocks can differ
 
     def record_failure(self, stage: str, error: str) -> None:
         """Count a message that failed in one of STAGES, by error class."""
         self._failures.labels(_bounded(stage, STAGES), _bounded(error, self._errors)).inc()
 
     def record_batch(self, messages: int) -> None:
-        """Record the size of a lane's batch."""
+        """Record the number of messages in a batch."""
         self._batch.observe(messages)
 
     def record_stage(self, name: str, seconds: float) -> None:
-        """Record the time of a batch in one of STAGES."""
+        """Record the time that a batch spent in one of STAGES."""
         self._stages.labels(_bounded(name, STAGES)).observe(seconds)
 
     def record_request(self, service: str, endpoint: str, status: int | None, seconds: float) -> None:
@@ -114,7 +115,7 @@ class Metrics:
             self._requests[service].record(endpoint, status, seconds)
 
     def observe_worker(self, state: WorkerState) -> None:
-        """Read the gauges from a running worker at every scrape. Call this once."""
+        """Read the gauges from a running worker at every scrape. Call this method only once."""
         self._registry.register(_Gauges(state))
 
     def outcomes(self) -> dict[tuple[str, str], int]:
@@ -130,7 +131,7 @@ class Metrics:
         }
 
     def ages(self) -> tuple[int, float]:
-        """Return the number of messages whose age at their effect is known, and the sum of these ages in seconds."""
+        """Return the number of sent or ignored messages with a known age, and the sum of these ages in seconds."""
         return _number_and_sum(self._age)
 
     def batches(self) -> tuple[int, float]:
@@ -138,7 +139,7 @@ class Metrics:
         return _number_and_sum(self._batch)
 
     def render(self) -> tuple[bytes, str]:
-        """Return the response to GET /metrics: body and content type."""
+        """Return the body and the content type of the response to GET /metrics."""
         encode, content_type = choose_encoder("")
         return encode(_Scrape(self._registry)), content_type
 
@@ -154,7 +155,7 @@ class _Requests:
 
     def record(self, endpoint: str, status: int | None, seconds: float) -> None:
         self._count.labels(endpoint, "none" if status is None else status).inc()
-        self._count.labels(endpoint, _THROTTLED).inc(0)  # start at 0, or increase() misses the first one
+        self._count.labels(endpoint, _THROTTLED).inc(0)  # start at 0; otherwise increase() misses the first 429
         self._duration.labels(endpoint).observe(seconds)
 
     def by_endpoint(self) -> dict[str, int]:
@@ -173,9 +174,9 @@ class _Gauges:
             ("messages_in_flight", "Messages received and not settled", state.in_flight),
             ("messages_held", "Messages in flight that are held or parked", state.held),
             ("oldest_message_age_seconds", "Age of the oldest message in flight", state.oldest_age),
-            ("lanes", "Lanes, each with its own batch", state.lanes),
+            ("lanes", "Number of lanes", state.lanes),
             ("parked", "1 while the worker is parked", lambda: bool(state.parked_reason())),
-            ("queue_backlog_messages", "Messages in the queue; absent if unknown", state.backlog),
+            ("queue_backlog_messages", "Messages on the queue that are not settled; absent if unknown", state.backlog),
             ("dead_letter_messages", "Dead letters; absent if unknown", state.dead_letters),
         )
         for name, text, read in readings:
@@ -191,7 +192,7 @@ class _Gauges:
 
 
 class _Process:
-    """CPU, memory and start time of this process, under the standard names of Prometheus clients."""
+    """CPU time, memory and start time of this process, with the standard names of Prometheus clients."""
 
     def __init__(self) -> None:
         self._collector = ProcessCollector(registry=None)
@@ -201,7 +202,7 @@ class _Process:
 
 
 class _Scrape:
-    """A registry without the `_created` series, which only repeat the start time and double the size of a scrape."""
+    """A registry without the `_created` series. These repeat the start time and double the size of a scrape."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
@@ -232,7 +233,7 @@ def _number_and_sum(histogram: Histogram) -> tuple[int, float]:
 
 
 def _error_types() -> frozenset[str]:
-    """Return the values of `error_type`: the exceptions of Python, the worker and the queues."""
+    """Return the values of the label `error_type`: the exceptions of Python, the worker and the adapters."""
     entries = (entry for module in (builtins, errors, base) for entry in vars(module).items())
     return frozenset(name for name, value in entries if isinstance(value, type) and issubclass(value, Exception))
 

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 MAX_FAILURES = 20
 MAX_TEXT = 300  # characters of each field
-_KEY_FIELDS = ("outcome", "stage", "error", "reason")  # failures with the same values are counted as one
+_KEY_FIELDS = ("outcome", "stage", "error", "reason")  # failures with the same values share an entry
 _FIELDS = (*_KEY_FIELDS, "message_type", "resource_type", "resource_id", "message_id", "attempt")
 
 
 class RecentFailures:
     """The last MAX_FAILURES distinct failures, each with its newest message. Thread-safe.
 
-    Repeated failures are counted, so that an outage with a thousand messages does not displace all others.
+    Each entry counts its repetitions, so that an outage with a thousand messages does not displace all other failures.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class RecentFailures:
                 del self._failures[next(iter(self._failures))]
 
     def newest(self) -> list[dict[str, Any]]:
-        """Return all failures, the newest first."""
+        """Return all failures, newest first."""
         with self._lock:
             return list(reversed(self._failures.values()))
 

@@ -1,4 +1,4 @@
-"""The state of a running worker, as metrics, probes, the status page and systemd read it."""
+"""The interface to the state of a running worker. Metrics, probes, the status page and systemd notifications use it."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ if TYPE_CHECKING:
 class RateLimitStatus(NamedTuple):
     """The use of a Klaviyo endpoint's rate limits."""
 
-    burst: float  # the account's limit in calls per second
-    steady: float  # the account's limit in calls per minute
-    pace: float  # calls per minute that this worker can make now
-    burst_used: float  # used share of the calls that this worker can make at once
-    remaining: float | None  # calls in the account's window according to the last response; None if unknown
-    waiting: int  # calls that wait for a token
+    burst: float  # the account's limit in requests per second
+    steady: float  # the account's limit in requests per minute
+    pace: float  # requests per minute that this worker can send now
+    burst_used: float  # used share of the tokens, which are the requests that this worker can send without waiting
+    remaining: float | None  # requests left in the account's window according to the last response; None if unknown
+    waiting: int  # requests that wait for a token
 
 
 class WorkerState(Protocol):
-    """The state of a running worker. Any thread can call every method; each returns within a second."""
+    """The state of a running worker. Every method is thread-safe and returns within a second."""
 
     def in_flight(self) -> int:
-        """Count the messages that are received and not settled."""
+        """Return the number of messages in flight."""
 
     def held(self) -> int:
-        """Count the messages in flight that are held or parked."""
+        """Return the number of messages in flight that are held or parked."""
 
     def oldest_age(self) -> float | None:
         """Return the seconds since the oldest message in flight was published: 0 without messages, None if unknown."""
 
     def lanes(self) -> int:
-        """Count the lanes."""
+        """Return the number of lanes."""
 
     def parked_reason(self) -> str:
         """Return why the worker is parked; "" if it is not."""
 
     def outage_reasons(self) -> Mapping[str, str]:
-        """Return the reason of the outage of each of SERVICES; "" if there is none."""
+        """Return the reason for the outage of each of SERVICES; "" if a service has no outage."""
 
     def backlog(self) -> int | None:
-        """Count the messages in the queue; None if unknown."""
+        """Return the number of messages on the queue that are not settled; None if unknown."""
 
     def dead_letters(self) -> int | None:
-        """Count the dead letters; None if unknown."""
+        """Return the number of dead letters; None if unknown."""
 
     def is_alive(self) -> bool:
-        """Return whether the receive loop runs. Outages of Klaviyo do not affect it."""
+        """Return whether the receive loop is not stalled. Outages do not stall it."""
 
     def is_stopping(self) -> bool:
-        """Return whether the worker stops."""
+        """Return whether the worker is stopping or has stopped."""
 
     def has_received(self) -> bool:
         """Return whether the queue has answered at least once."""
