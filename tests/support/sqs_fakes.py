@@ -47,6 +47,11 @@ def missing(kind: str) -> str:
     return "fauxqs, an emulator of AWS SQS, needs Node.js: install it, and make again"
 
 
+# moto has no lock between checking that a message is visible and leasing it: two polls can lease the same message.
+# With a long switch interval, a thread of moto runs until it waits, so that no other thread comes in between.
+_START_MOTO = "import sys; sys.setswitchinterval(5); from moto.server import main; main(sys.argv[1:])"
+
+
 class Server:
     """An emulator, started in a separate process, or already running on `port`. It keeps messages in memory."""
 
@@ -60,7 +65,7 @@ class Server:
     def start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("COV", "AWS_"))}
         if self.kind == "moto":
-            command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+            command = [sys.executable, "-c", _START_MOTO, "-H", "127.0.0.1", "-p", str(self.port)]
         else:
             command = ["node", str(FAUXQS)]
             environment |= {"FAUXQS_PORT": str(self.port), "FAUXQS_HOST": "127.0.0.1", "FAUXQS_LOGGER": "false"}
