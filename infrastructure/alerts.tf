@@ -26,9 +26,9 @@ resource "google_monitoring_alert_policy" "dead_letters" {
   documentation {
     mime_type = "text/markdown"
     content   = <<-EOT
-      Messages that can never succeed were dead-lettered. They are kept for seven days. The worker's log has the reasons, in
-      `message_processed` lines with `"outcome": "dead_lettered"`. `klaviyo-worker dlq list` shows them without removing them,
-      with QUEUE_URL=pubsub://${var.project}/${google_pubsub_subscription.worker.name} and
+      Messages were moved to the dead-letter queue, which keeps them for seven days. The worker's log has the reasons, in
+      `message_processed` lines with `"outcome": "dead_lettered"`. `klaviyo-worker dlq list` shows the dead letters without
+      removing them. Run it with QUEUE_URL=pubsub://${var.project}/${google_pubsub_subscription.worker.name} and
       DEAD_LETTER_QUEUE_URL=pubsub://${var.project}/${google_pubsub_subscription.dead.name}
     EOT
   }
