@@ -1,7 +1,7 @@
-"""The transform stage: turn an enriched notification into operations, without I/O and without a clock.
+"""The transform stage: turns an enriched notification into operations. It does no I/O and reads no clock.
 
-There is one handler per type of notification and one file per resource type. To add a message type, write a function
-with `@handles` in the file of its resource and add a folder to tests/golden.
+Each type of notification has a handler, and each resource type has a file. To add a message type, write a function with
+`@handles` in the file of its resource type, and add a folder to tests/golden.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ for _module in ("orders", "payments", "customers", "categories", "products", "in
 def handler_for(notification: Notification, mapping: MappingConfig) -> Handler:
     """Return the handler of a notification.
 
-    Raises Ignored if there is none, if the mapping disables it, or if the notification shows that there is nothing to
-    send.
+    Raises Ignored if it has no handler, if the mapping disables its type, or if the handler's precheck finds that there
+    is nothing to send.
     """
     handler = HANDLERS.get((notification.resource_type, notification.type))
     if handler is None:
@@ -44,9 +44,11 @@ def handler_for(notification: Notification, mapping: MappingConfig) -> Handler:
 def transform(
     enriched: Enriched, mapping: MappingConfig, is_first_delivery: Callable[[], bool] | None = None
 ) -> Sequence[Operation]:
-    """Return the operations for a notification. Raises Ignored if there are none, Rejected if they can never succeed.
+    """Return the operations for a notification.
 
-    `is_first_delivery` returns True as long as no worker can have handled the message before; None if one might have.
+    `is_first_delivery` returns whether it is still certain that no worker has sent the message's events before; it is
+    None if that is already uncertain. Raises Ignored if there is nothing to send, and Rejected if the message can never
+    succeed.
     """
     handler = handler_for(enriched.notification, mapping)
     operations = tuple(handler.function(enriched, mapping))

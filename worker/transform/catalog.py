@@ -1,4 +1,4 @@
-"""Klaviyo's custom catalog: ids, and the operation that writes a category."""
+"""Klaviyo's custom catalog: the ids of its entries, and the operation that writes a category."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _PREFIX = "$custom:::$default:::"
 
 
 def catalog_id(external_id: str) -> str:
-    """Return the id of a catalog entry in Klaviyo for an external id."""
+    """Return Klaviyo's id of the catalog entry that has an external id."""
     return _PREFIX + external_id
 
 
 def external_id(entry_id: str) -> str:
-    """Return the external id of a catalog entry for its id in Klaviyo."""
+    """Return the external id of the catalog entry that has Klaviyo's id `entry_id`."""
     return entry_id.removeprefix(_PREFIX)
 
 
 def category_operation(
     kind: OperationKind, category: Json, categories: Mapping[str, Json], mapping: MappingConfig
 ) -> Operation:
-    """Return the operation that writes a category, named by its breadcrumb."""
+    """Return the operation that writes a category. Its name in Klaviyo is its breadcrumb."""
     category_id = as_text(category.get("id"))
     attributes = {
         "external_id": category_id,

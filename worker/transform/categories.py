@@ -1,4 +1,4 @@
-"""Category messages -> catalog categories, named by their breadcrumb."""
+"""Category messages -> catalog categories. Their names in Klaviyo are their breadcrumbs."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     "ResourceUpdated",
     "ResourceDeleted",
     resource="category",
-    effect="catalog category upsert (descendants too), or delete",
+    effect="catalog category upsert (including descendants), or delete",
     omissions=_omissions,
 )
 def category_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Upsert the current category and its descendants, whose breadcrumbs contain its name; or delete it."""
+    """Upsert the current category and its descendants, whose breadcrumbs contain its name.
+
+    If commercetools no longer has the category, delete it.
+    """
     category = enriched.category
     if category is None:
         yield Operation(OperationKind.DELETE_CATEGORY, enriched.notification.resource_id)

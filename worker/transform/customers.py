@@ -1,4 +1,4 @@
-"""Customer messages -> profile upsert, or deletion if commercetools erases personal data."""
+"""Customer messages -> an upsert of a profile, or its deletion if commercetools erases personal data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     omissions=_omissions,
 )
 def customer_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Upsert the profile with the current customer data. The order of messages does not matter."""
+    """Upsert the profile with the current data of the customer, so the order of messages does not matter."""
     customer = enriched.customer or _customer_in_message(enriched, mapping)
     if customer is None:
         raise Ignored("commercetools no longer has the customer")
@@ -53,9 +53,9 @@ def customer_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Ope
 
 
 def _customer_in_message(enriched: Enriched, mapping: MappingConfig) -> Json | None:
-    """Return the customer in a CustomerCreated, for use when commercetools does not return it yet.
+    """Return the customer in a CustomerCreated message. It is used if commercetools does not return the customer yet.
 
-    If erasure is enabled, return None: a late message must not restore the data of an erased customer.
+    If erasure is enabled, return None, because a late message must not restore the data of an erased customer.
     """
     payload = enriched.notification.payload.get("customer")
     return payload if isinstance(payload, dict) and not mapping.customer.erasure else None
@@ -91,13 +91,13 @@ def _own_properties(customer: Json) -> Json:
 
 
 def _group(customer: Json) -> str:
-    """Return the key of the customer group. The reference is expanded when the customer is fetched."""
+    """Return the key of the customer group. Queries for customers expand this reference."""
     group = as_dict(customer.get("customerGroup"))
     return fields.first_nonempty(as_text(as_dict(group.get("obj")).get("key")), as_text(group.get("key")))
 
 
 def _address(customer: Json) -> Json:
-    """Return the default billing address, or the first billing address, or the first address."""
+    """Return the default billing address, otherwise the first billing address, otherwise the first address."""
     addresses = as_dicts(customer.get("addresses"))
     by_id = {as_text(address.get("id")): address for address in addresses}
     billing = customer.get("billingAddressIds")
@@ -120,5 +120,5 @@ def _check_erasure(notification: Notification, mapping: MappingConfig) -> None:
     precheck=_check_erasure,
 )
 def customer_erased(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:  # noqa: ARG001
-    """Request the deletion of the profile with this external_id, the only data in the message."""
+    """Request the deletion of the profile with the customer's external_id. The message contains no other data."""
     yield Operation(OperationKind.DELETE_PROFILE, enriched.notification.resource_id)

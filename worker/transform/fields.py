@@ -1,4 +1,4 @@
-"""Conversions from commercetools JSON to Klaviyo values. Malformed data gives None, "" or {}, never an error."""
+"""Conversions from commercetools JSON to Klaviyo values. Malformed data gives None, "" or {}, but never an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from worker.mapping import MappingConfig, PropertyRules
     from worker.model import Json
 
-MAX_FRACTION_DIGITS = 20  # commercetools' limit for high precision money
+MAX_FRACTION_DIGITS = 20  # commercetools' limit for highPrecision money
 MAX_MINOR_UNITS = 2**63
 
 
@@ -32,7 +32,7 @@ def compact(values: Json) -> Json:
 
 
 def report_empty(values: Json) -> Iterator[str]:
-    """Describe what `compact` leaves out."""
+    """Describe the values that `compact` leaves out."""
     compacted = compact(values)
     if names := [name for name in values if name not in compacted]:
         yield f"without a value: {', '.join(names)}"
@@ -45,7 +45,7 @@ def amount(money: Any) -> Decimal | None:
 
 
 def _minor_units(money: Any) -> tuple[int, int] | None:
-    """Return the minor units of a money and its fraction digits: https://docs.commercetools.com/api/types#typedmoney."""
+    """Return minor units and fraction digits of a money: https://docs.commercetools.com/api/types#typedmoney."""
     money = as_dict(money)
     units = as_int(money.get("preciseAmount"))
     units = as_int(money.get("centAmount")) if units is None else units
@@ -63,7 +63,7 @@ def number(value: Decimal | None) -> float | None:
 def money(value: Any) -> float | None:
     """Return a money as a JSON number in major units, or None."""
     minor = _minor_units(value)
-    return None if minor is None else minor[0] / 10 ** minor[1]  # the nearest float, as a Decimal gives it
+    return None if minor is None else minor[0] / 10 ** minor[1]  # the same float as with a Decimal
 
 
 def total(values: Iterable[Any]) -> Decimal | None:
@@ -80,8 +80,8 @@ def currency(money: Any) -> str:
 def localized(value: Any, locale: str) -> str:
     """Return the best text of a LocalizedString for a locale, or "".
 
-    The order of preference is: the locale, its language, a regional variant of that language, the first text. A plain
-    text is returned as it is, because an attribute can be either.
+    The order of preference is: the locale, its language, a regional variant of that language, the first text. `value`
+    can also be a plain text, because attributes can have either type.
     """
     if isinstance(value, str):
         return value.strip()
@@ -96,7 +96,10 @@ def localized(value: Any, locale: str) -> str:
 
 
 def attribute_text(value: Any, locale: str) -> str:
-    """Return a product attribute as text: a text, a localized text, an enum `{key, label}` or the first of a set."""
+    """Return the text of a product attribute: a text, a localized text, an enum `{key, label}`, or a set of these.
+
+    For a set, return the first text that is not empty.
+    """
     if isinstance(value, list):
         return next(filter(None, (attribute_text(entry, locale) for entry in value)), "")
     if isinstance(value, dict) and "label" in value:
@@ -111,7 +114,7 @@ def attribute(variant: Json, name: str) -> Any:
 
 
 def image_url(variant: Any) -> str:
-    """Return the variant's first image, or ""."""
+    """Return the URL of the variant's first image, or ""."""
     images = as_dicts(as_dict(variant).get("images"))
     return as_text(images[0].get("url")) if images else ""
 
@@ -148,7 +151,7 @@ def location(address: Any) -> Json:
 
 
 def address_properties(address: Any) -> Json:
-    """Return an address as Klaviyo's templates expect it in `BillingAddress` and `ShippingAddress`, or {}."""
+    """Return an address with the names that Klaviyo's templates use (`BillingAddress`, `ShippingAddress`), or {}."""
     address = as_dict(address)
     country = as_text(address.get("country"))
     return compact(
@@ -170,9 +173,9 @@ def address_properties(address: Any) -> Json:
 
 
 def phone(address: Any) -> str:
-    """Return the mobile number of an address, or its phone number, in E.164; "" if neither is valid.
+    """Return the mobile number of an address, otherwise its phone number, in E.164; "" if neither is valid.
 
-    Klaviyo refuses a whole profile if libphonenumber does not accept its number.
+    Klaviyo rejects a whole profile if libphonenumber does not accept its number.
     """
     address = as_dict(address)
     country = as_text(address.get("country")) or None
@@ -181,7 +184,7 @@ def phone(address: Any) -> str:
 
 
 def report_invalid_phone(address: Any) -> Iterator[str]:
-    """Report if an address has phone numbers but no valid one."""
+    """Describe the phone numbers of an address if none of them is valid."""
     if _join(as_dict(address), "mobile", "phone") and not phone(address):
         yield "phone_number: neither mobile nor phone of the address is a valid number"
 
@@ -202,7 +205,7 @@ def breadcrumb(category: Json, categories: Mapping[str, Json], locale: str) -> s
 
 
 def breadcrumbs(category: Json, categories: Mapping[str, Json], locale: str) -> list[str]:
-    """Return the breadcrumbs of the ancestors, from the root, and of the category."""
+    """Return the breadcrumbs of all ancestors, starting at the root, and of the category."""
     ids = [as_text(ancestor.get("id")) for ancestor in as_dicts(category.get("ancestors"))]
     path = [*(categories[ancestor] for ancestor in ids if ancestor in categories), category]
     names = (localized(entry.get("name"), locale) for entry in path)
@@ -218,7 +221,10 @@ def filter_properties(values: Any, rules: PropertyRules) -> Json:
 
 
 def report_filtered(values: Any, rules: PropertyRules, section: str) -> Iterator[str]:
-    """Describe what `filter_properties` leaves out or renames. `section` is the key of `rules` in the mapping."""
+    """Describe the properties that `filter_properties` leaves out or renames.
+
+    `section` is the key of `rules` in the mapping.
+    """
     names = list(as_dict(values))
     excluded = [name for name in names if name in rules.exclude]
     others = [name for name in names if name not in excluded and not _is_included(name, rules)]
@@ -245,7 +251,7 @@ def add_seconds(value: Any, seconds: int) -> str:
 
 
 def product_url(slug: Any, product_id: str, variant: Json, mapping: MappingConfig) -> str:
-    """Return the URL of a product page by the template of the mapping, or "" if there is no template."""
+    """Return the URL of a product page, or "" if the mapping has no template for it."""
     values = {
         "productSlug": localized(slug, mapping.locale),
         "productId": product_id,

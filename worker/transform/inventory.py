@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @handles("ResourceCreated", "ResourceUpdated", resource="inventory-entry", effect="variant inventory_quantity")
 def inventory_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Set the stock of the variant. If Klaviyo has no such variant, write the whole product instead."""
+    """Update the stock of the variant. If Klaviyo has no such variant, write the whole product instead."""
     entry = enriched.inventory_entry
     if entry is None:
         raise Ignored("commercetools no longer has the inventory entry")

@@ -25,7 +25,8 @@ def event_operation(
 ) -> Operation:
     """Return the operation that creates an event. `value` is a commercetools money.
 
-    Klaviyo ignores an event if the profile has one with the same metric and `unique_id`. So it can be sent again.
+    The operation can be repeated: Klaviyo ignores an event if the profile already has an event with the same metric and
+    `unique_id`.
     """
     fitted, truncated = truncate(properties)
     attributes = fields.compact(
@@ -44,7 +45,7 @@ def event_operation(
 
 
 def identifiers(order: Json, enriched: Enriched) -> Json:
-    """Return the profile attributes that identify the customer. Raises Rejected if the order has none."""
+    """Return the profile attributes that identify the customer. Raises Rejected if the order has neither of them."""
     found = fields.compact(_identifiers(order, enriched))
     if not found:
         raise Rejected("the order has neither customerEmail nor customerId: an event needs one of them")
@@ -60,14 +61,14 @@ def _identifiers(order: Json, enriched: Enriched) -> Json:
 
 
 def order_properties(order: Json, items: list[Json], enriched: Enriched, mapping: MappingConfig) -> Json:
-    """Return the properties of every order event, under the names that Klaviyo's flows and templates use."""
+    """Return the properties of an order event, with the names that Klaviyo's flows and templates use."""
     custom = fields.filter_properties(as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields)
     raw = fields.filter_properties(order, mapping.order.properties) if mapping.order.properties.include else {}
     return fields.compact(raw | custom | fields.compact(_own_properties(order, items, enriched)))
 
 
 def order_omissions(order: Json, enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
-    """Describe which data of an order its events leave out."""
+    """Describe the data of an order that its events leave out."""
     if not order:
         return
     items = items_of(order, enriched, mapping)
@@ -77,7 +78,7 @@ def order_omissions(order: Json, enriched: Enriched, mapping: MappingConfig) -> 
     yield from fields.report_filtered(
         as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields, "order.custom_fields"
     )
-    # Raw properties are opt-in: those that the mapping does not name are not reported.
+    # Raw properties are opt-in, so properties that the mapping does not include are not reported.
     included = mapping.order.properties.include
     raw = order if "*" in included else {name: order[name] for name in included if name in order}
     yield from fields.report_filtered(raw, mapping.order.properties, "order.properties")
@@ -102,7 +103,7 @@ def _own_properties(order: Json, items: list[Json], enriched: Enriched) -> Json:
 
 
 def items_of(order: Json, enriched: Enriched, mapping: MappingConfig) -> list[Json]:
-    """Return the entries of `Items`: one per line item, then one per custom line item."""
+    """Return the entries of `Items`: first the line items, then the custom line items."""
     items = [_line_item(line, enriched, mapping) for line in as_dicts(order.get("lineItems"))]
     return items + [_custom_line_item(line, mapping) for line in as_dicts(order.get("customLineItems"))]
 
@@ -157,7 +158,7 @@ def _discount_codes(order: Json, enriched: Enriched) -> list[str]:
 
 
 def _discount_value(order: Json) -> Decimal | None:
-    """Return the sum of the cart discounts on the lines (times their quantity) and on the total."""
+    """Return the sum of the cart discounts on the lines (multiplied by their quantities) and on the total."""
     lines = [*as_dicts(order.get("lineItems")), *as_dicts(order.get("customLineItems"))]
     parts = [
         discount * (as_int(part.get("quantity")) or 0)
@@ -172,7 +173,7 @@ def _discount_value(order: Json) -> Decimal | None:
 
 
 def _shipping_costs(order: Json) -> Decimal | None:
-    """Return the shipping costs after discounts, summed over all shipping methods."""
+    """Return the sum of the shipping costs of all shipping methods, after discounts."""
     infos = [order.get("shippingInfo"), *(entry.get("shippingInfo") for entry in as_dicts(order.get("shipping")))]
     prices = []
     for info in map(as_dict, infos):

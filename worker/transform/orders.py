@@ -1,7 +1,7 @@
 """Order messages -> order events.
 
-A handler is a generator function with `@handles`. It reads the enriched notification and yields operations.
-A precheck decides from the notification alone whether there is anything to send, before any data is fetched.
+A handler is a generator function with `@handles`. It reads the enriched notification and yields operations. A precheck
+reads only the notification. It raises Ignored if there is nothing to send, and then no data is fetched.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def _placed_omissions(enriched: Enriched, mapping: MappingConfig) -> Iterable[st
 )
 @handles("OrderCreated", resource="order", effect=_PLACED, once_per_resource=True, omissions=_placed_omissions)
 def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Create Placed Order, and one second later an Ordered Product for every line."""
+    """Create a Placed Order event, and an Ordered Product event for every line.
+
+    The time of the Ordered Product events is one second after the time of the Placed Order event.
+    """
     order = _order(enriched)
     profile = identifiers(order, enriched)
     time = _created_at(order, enriched)
@@ -93,7 +96,7 @@ def _check_order_state(notification: Notification, mapping: MappingConfig) -> No
     omissions=_omissions,
 )
 def order_state_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Create Fulfilled Order or Cancelled Order. If the message has no state, the state of the order decides."""
+    """Create a Fulfilled Order or Cancelled Order event, depending on the state in the message or in the order."""
     order = _order(enriched)
     payload = enriched.notification.payload
     state = fields.first_nonempty(as_text(payload.get("orderState")), as_text(order.get("orderState")))
@@ -117,7 +120,7 @@ def _check_shipment_state(notification: Notification, mapping: MappingConfig) ->
     omissions=_omissions,
 )
 def order_shipment_state_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Create Fulfilled Order if the order is shipped."""
+    """Create a Fulfilled Order event if the order is shipped."""
     order = _order(enriched)
     payload = enriched.notification.payload
     state = fields.first_nonempty(as_text(payload.get("shipmentState")), as_text(order.get("shipmentState")))
@@ -151,7 +154,7 @@ def _created_at(order: Json, enriched: Enriched) -> str:
 
 
 def _billing_profile(order: Json) -> Json:
-    """Return the profile attributes in the billing address."""
+    """Return the profile attributes that the billing address contains."""
     billing_address = as_dict(order.get("billingAddress"))
     return fields.compact(
         {
@@ -164,5 +167,5 @@ def _billing_profile(order: Json) -> Json:
 
 
 def _state_for_log(state: Any) -> str:
-    """Return a state for a log line. Any other text could be personal data."""
+    """Return the state if it looks like one. Any other text can be personal data, which must not be logged."""
     return state if str(state).isalpha() and len(state) <= _MAX_STATE_LENGTH else "unknown to commercetools"

@@ -1,4 +1,4 @@
-"""Payment messages -> Refunded Order, one event per refund."""
+"""Payment messages -> Refunded Order events, one per refund."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     omissions=_omissions,
 )
 def payment_transaction(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Create a Refunded Order for every refund, with its own amount. The transaction id is the unique_id."""
+    """Create a Refunded Order event for every refund, with the refund's amount. The transaction id is the unique_id."""
     refunds = [t for t in _transactions(enriched) if _is_refund(t, enriched.notification, mapping)]
     if not refunds:
         raise Ignored("the payment has no refund in a state that payment.refund_states lists")
@@ -64,7 +64,7 @@ def payment_transaction(enriched: Enriched, mapping: MappingConfig) -> Iterable[
 
 
 def _transactions(enriched: Enriched) -> list[Json]:
-    """Return the transaction of the message; all transactions if the payload is not included."""
+    """Return the transaction of the message, or all transactions of the payment if the payload is not included."""
     payload = enriched.notification.payload
     if added := as_dict(payload.get("transaction")):
         return [added]
@@ -74,7 +74,10 @@ def _transactions(enriched: Enriched) -> list[Json]:
 
 
 def _is_refund(transaction: Json, notification: Notification, mapping: MappingConfig) -> bool:
-    """Return whether a transaction is a refund in a state to report. The state in the message takes precedence."""
+    """Return whether a transaction is a refund in one of `payment.refund_states`.
+
+    The state in the message takes precedence over the state in the transaction.
+    """
     state = notification.payload.get("state") or transaction.get("state")
     return (
         transaction.get("type") == "Refund"

@@ -1,4 +1,4 @@
-"""Prices of a variant: the one for the catalog, and all for the metadata."""
+"""The prices of a variant: the price for the catalog, and all prices for the metadata."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _ALWAYS = datetime.min.replace(tzinfo=UTC)
 def catalog_price(variant: Json, mapping: MappingConfig, as_of: datetime) -> float:
     """Return the price that is valid at `as_of`, in major units; 0 if there is none.
 
-    A price with a validity window takes precedence: the one with the earliest validFrom, then the earliest
-    validUntil. Otherwise it is the first price without a window and without a customer group.
+    Prices with a validity window take precedence. Among them, the price with the earliest validFrom is chosen, and
+    among equals the price with the earliest validUntil. If no such price is valid, the first price without a window and
+    without a customer group is chosen.
     """
     prices = _eligible_prices(as_dicts(variant.get("prices")), mapping)
     with_window = [price for price in prices if _has_window(price) and _is_valid(price, as_of)]
@@ -30,7 +31,7 @@ def catalog_price(variant: Json, mapping: MappingConfig, as_of: datetime) -> flo
 
 
 def price_metadata(variant: Json) -> tuple[Json, Json]:
-    """Return `{price_EUR: 10.0, price_DE: 12.0}` and `{currency_DE: "EUR"}` of all prices."""
+    """Return all prices (`{price_EUR: 10.0, price_DE: 12.0}`) and the currency per country (`{currency_DE: "EUR"}`)."""
     amounts: Json = {}
     currencies: Json = {}
     for price in as_dicts(variant.get("prices")):
@@ -49,9 +50,9 @@ def price_amount(price: Any) -> float | None:
 
 
 def _eligible_prices(prices: list[Json], mapping: MappingConfig) -> list[Json]:
-    """Return the prices in the preferred currency that have the preferred channel or none.
+    """Return the prices in the preferred currency that have the preferred channel or no channel.
 
-    If some of them have the preferred channel or the preferred country, return only those.
+    If some of these prices have the preferred channel, keep only them. Then do the same for the preferred country.
     """
     prices = [
         price

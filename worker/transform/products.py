@@ -39,7 +39,7 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     omissions=_omissions,
 )
 def product_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Write the current projection of the product; delete the product if it is not published."""
+    """Write the current projection of the product. If the product is not published, delete it."""
     if enriched.product is None:
         product_id = enriched.notification.resource_id
         yield Operation(OperationKind.DELETE_STALE_VARIANTS, product_id)
@@ -54,7 +54,7 @@ def product_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Oper
 
 
 def product_operations(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Yield the operations that write a whole product: its categories, the item, the variants."""
+    """Yield the operations that write a whole product: its categories, its item and its variants."""
     product = as_dict(enriched.product)
     product_id = as_text(product.get("id"))
     for category in _categories(product_id, enriched):
@@ -67,7 +67,7 @@ def product_operations(enriched: Enriched, mapping: MappingConfig) -> Iterable[O
 
 
 def available_quantity(entries: Iterable[Json], channel: str) -> int | None:
-    """Return the stock in a supply channel ("": without a channel), or None if no entry has it."""
+    """Return the stock in a supply channel, or None if no entry has that channel. "": the stock without a channel."""
     for entry in entries:
         if as_text(as_dict(entry.get("supplyChannel")).get("id")) == channel:
             return as_int(entry.get("availableQuantity"))
@@ -129,7 +129,7 @@ def _common(product: Json, variant: Json, enriched: Enriched, mapping: MappingCo
         "published": True,
         "title": fields.localized(product.get("name"), mapping.locale) or as_text(product.get("id")),
         "description": fields.localized(product.get("description"), mapping.locale),
-        # Klaviyo requires a url. Without a template it is this text, which existing accounts hold.
+        # Klaviyo requires a url. Without a template it is the text None, as in existing accounts.
         "url": fields.product_url(product.get("slug"), as_text(product.get("id")), variant, mapping) or "None",
         "image_full_url": fields.image_url(variant) or None,  # null removes the image
         "price": catalog_price(variant, mapping, enriched.as_of),
@@ -138,7 +138,7 @@ def _common(product: Json, variant: Json, enriched: Enriched, mapping: MappingCo
 
 
 def _metadata(product: Json, variant: Json) -> Json:
-    """Return all translations and prices as JSON texts: Klaviyo accepts no nested metadata."""
+    """Return all translations and prices as JSON texts, because Klaviyo accepts no nested metadata."""
     prices, currencies = price_metadata(variant)
     texts = {
         "title_json": _by_locale("title", product.get("name")),
@@ -154,7 +154,7 @@ def _by_locale(prefix: str, texts: Any) -> Json:
 
 
 def _stock(variant: Json, enriched: Enriched, mapping: MappingConfig) -> int:
-    """Return the stock in the inventory entries, otherwise in the projection, otherwise 0. The projection can lag."""
+    """Return the stock in the inventory entries, otherwise in the projection (which can be stale), otherwise 0."""
     channel = mapping.inventory.channel
     in_channel = available_quantity(enriched.inventory.get(as_text(variant.get("sku")), ()), channel)
     availability = as_dict(variant.get("availability"))

@@ -15,7 +15,7 @@ Omissions = Callable[[Enriched, MappingConfig], Iterable[str]]
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """A function that handles one type of notification, and its description."""
+    """A function that handles one type of notification, with its description."""
 
     resource_type: str
     type: str
@@ -39,11 +39,11 @@ def handles(
 ) -> Callable[[HandlerFunction], HandlerFunction]:
     """Register a handler for types of messages or changes (ResourceCreated, ...) of a commercetools resource type.
 
-    `effect` describes for people what the handler sends. `precheck` raises Ignored if the notification alone shows
-    that there is nothing to send; it runs before any data is fetched. `once_per_resource` states that a resource has
-    only one message of this type, and that no earlier message creates events with the same unique_id: the events of
-    its first delivery can be sent in bulk. `omissions` describes, by name only, which data the handler leaves out and
-    why: change it with the handler.
+    `effect` describes for readers what the handler sends. `precheck` raises Ignored if the notification alone shows
+    that there is nothing to send. It runs before any data is fetched. `once_per_resource` states that a resource has
+    only one message of this type, and that no earlier message creates events with the same unique_id. The events of
+    the first delivery can therefore be sent in bulk. `omissions` describes which data the handler leaves out and why.
+    It contains names but no values. Change it whenever you change the handler.
     """
 
     def register(function: HandlerFunction) -> HandlerFunction:

@@ -1,4 +1,4 @@
-"""Truncation of properties to Klaviyo's limits: https://developers.klaviyo.com/en/reference/create_event."""
+"""The truncation of properties to Klaviyo's limits: https://developers.klaviyo.com/en/reference/create_event."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MAX_PROPERTIES = 400
 MAX_ARRAY = 4_000
 MAX_DEPTH = 10
 MAX_TEXT_BYTES = 100_000
-EVENT_BYTES = 4_500_000  # Klaviyo's limit for an event is 5 MB; the rest is for its profile
-PROFILE_BYTES = 80_000  # Klaviyo's limit for a profile is 100 KB; the rest is for its other attributes
+EVENT_BYTES = 4_500_000  # Klaviyo's limit for an event is 5 MB, including its profile
+PROFILE_BYTES = 80_000  # Klaviyo's limit for a profile is 100 KB, including its other attributes
 
 
 def truncate(properties: Json, max_bytes: int = EVENT_BYTES) -> tuple[Json, list[str]]:
-    """Return the properties within all limits, and the paths of those that were truncated or removed."""
+    """Return properties that respect all limits, and the paths of the properties that were truncated or removed."""
     if _is_small(properties):
         return properties, []
     truncated: list[str] = []
@@ -33,7 +33,7 @@ def truncate(properties: Json, max_bytes: int = EVENT_BYTES) -> tuple[Json, list
 
 
 def _is_small(properties: Json) -> bool:
-    """Return True if no limit can be exceeded. This is a fast check for usual sizes; False leaves it open."""
+    """Return True if the properties certainly respect all limits. This check is fast."""
     # An entry of an array takes at least 2 bytes.
     if len(orjson.dumps(properties)) > 2 * MAX_ARRAY or len(properties) > MAX_PROPERTIES:
         return False
@@ -63,7 +63,7 @@ def _clamp_text(text: str, path: str, truncated: list[str]) -> str:
 
 
 def _shrink(properties: Json, max_bytes: int, truncated: list[str]) -> Json:
-    """Shorten the largest property until all fit: halve it if it is an array, otherwise remove it."""
+    """Shrink the largest property until all properties fit: halve it if it is an array, otherwise remove it."""
     sizes = {name: len(orjson.dumps(value)) for name, value in properties.items()}
     while sum(sizes.values()) > max_bytes:
         largest = max(sizes, key=lambda name: sizes[name])
