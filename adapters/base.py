@@ -32,7 +32,7 @@ class QueueURLError(QueueError):
 
 @dataclass(frozen=True, slots=True)
 class QueueWarning:
-    """Something about a queue that an operator should change. It does not stop a worker.
+    """A problem of a queue that an operator should fix. It does not stop a worker.
 
     `is_missing_policy`: the queue lacks a policy that delivery relies on. `klaviyo-worker check` then fails.
     """
@@ -97,16 +97,16 @@ class Delivery(Protocol):
 
 
 class QueueAdapter(Protocol):
-    """A queue that delivers at least once, and leases each delivery to one of any number of workers.
+    """A queue that delivers at least once. Any number of workers can share it: each delivery is leased to one of them.
 
     The worker calls `receive` from one thread and `extend` from another. It calls `ack`, `nack` and `dead_letter` from
-    several threads at the same time. Settling a delivery whose lease has ended, and extending such a lease, must do
-    nothing and raise nothing: the queue redelivers the message.
+    several threads at the same time. Settling or extending a delivery whose lease has ended must do nothing and raise
+    nothing, because the queue redelivers the message.
     """
 
     @property
     def lease_seconds(self) -> float | None:
-        """The minimum number of seconds that a delivery stays leased without `extend`; None if no lease ends.
+        """The minimum number of seconds that a lease lasts without `extend`; None if leases need no extension.
 
         The value can change: the worker reads it before each extension.
         """

@@ -83,9 +83,9 @@ class Sandbox:
             "revision": "2026-07-15",
         }
         url = f"{self.environment['KLAVIYO_API_URL']}/api/{job}s"
-        answer = _HTTP.request("POST", url, body=orjson.dumps(body), headers=headers)
-        if answer.status != 202:  # noqa: PLR2004
-            raise BenchmarkError(f"the sandbox rejected the catalog: {answer.data.decode()[:200]}")
+        response = _HTTP.request("POST", url, body=orjson.dumps(body), headers=headers)
+        if response.status != 202:  # noqa: PLR2004
+            raise BenchmarkError(f"the sandbox rejected the catalog: {response.data.decode()[:200]}")
 
     def _counts(self, service: str) -> Counts:
         return Counts(self._get(service, "counts"))

@@ -181,9 +181,9 @@ class Idle:
             usage = worker.stop()
             services = ("klaviyo", "commercetools")
             calls = sum(test_bed.sandbox.calls(service) for service in services)
-            answers = sorted(line["at"] for service in services for line in test_bed.sandbox.log(service))
+            responses = sorted(line["at"] for service in services for line in test_bed.sandbox.log(service))
         durations = [(end - started_at) * 1000 for started_at, end in spans]
-        waits = [time_waiting(answers, span, self.latency_ms / 1000) * 1000 for span in spans]
+        waits = [time_waiting(responses, span, self.latency_ms / 1000) * 1000 for span in spans]
         return {
             "queue": self.queue,
             "latency_ms": self.latency_ms,
@@ -277,13 +277,13 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def time_waiting(answers: Sequence[float], span: tuple[float, float], latency: float) -> float:
+def time_waiting(responses: Sequence[float], span: tuple[float, float], latency: float) -> float:
     """Return the seconds of a span during which at least one call waited for its response."""
     total, end = 0.0, span[0]
-    for answer in answers:
-        if span[0] <= answer <= span[1]:
-            total += max(0.0, answer - max(end, answer - latency))
-            end = max(end, answer)
+    for response in responses:
+        if span[0] <= response <= span[1]:
+            total += max(0.0, response - max(end, response - latency))
+            end = max(end, response)
     return total
 
 

@@ -50,14 +50,14 @@ def open_with_timeout(link: Link) -> Link:
     link that opens after the timeout is closed.
     """
     if not _opening.acquire(blocking=False):
-        raise ConnectionError(f"{MAX_OPENING} connections still wait for an answer")
+        raise ConnectionError(f"{MAX_OPENING} connections still wait for a response")
     future: Future[None] = Future()
     Thread(target=_open, args=(link, future), daemon=True, name="servicebus-opening").start()
     try:
         future.result(OPEN_TIMEOUT)
     except TimeoutError:
         if future.cancel():
-            raise TimeoutError(f"no answer within {OPEN_TIMEOUT:.0f} s") from None
+            raise TimeoutError(f"no response within {OPEN_TIMEOUT:.0f} s") from None
         future.result()  # it has just finished
     return link
 

@@ -150,7 +150,7 @@ class ReceiverPool:
         for call, future in zip(calls, futures, strict=True):
             self._calls.put((call, future))
         wait_for(futures, timeout)
-        timed_out = TimeoutError(f"no answer within {timeout:.0f} s")
+        timed_out = TimeoutError(f"no response within {timeout:.0f} s")
         return [timed_out if future.cancel() or not future.done() else future.exception() for future in futures]
 
     def close(self, timeout: float) -> None:

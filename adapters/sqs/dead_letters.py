@@ -90,7 +90,7 @@ class SQSDeadLetters:
         except aws.ERRORS as error:
             errors.append(": ".join(filter(None, aws.explain(error, self._name))))
             return dict.fromkeys(handles, errors[0])
-        return {handle: reasons.get(i, "no answer") for i, handle in enumerate(handles) if i not in done}
+        return {handle: reasons.get(i, "no response") for i, handle in enumerate(handles) if i not in done}
 
     def _dead_letter(self, message: MessageTypeDef) -> DeadLetter:
         """Return a message as a dead letter.

@@ -37,7 +37,7 @@ def publish(client: SQSClient, queue_url: str, bodies: Iterable[bytes]) -> int:
             response = aws.with_retries(client.send_message_batch, QueueUrl=queue_url, Entries=entries)  # type: ignore[arg-type]
             accepted = {int(each["Id"]) for each in response.get("Successful", ())}
             reasons = (f"{each['Code']}: {each.get('Message', '')}" for each in response.get("Failed", ()))
-            reason = next(reasons, "no answer")
+            reason = next(reasons, "no response")
         except aws.ERRORS as error:
             raise _publish_error(stored, aws.first_line(error)) from None
         if len(accepted) < len(batch):

@@ -165,7 +165,7 @@ class Settlement:
 
 def _failure_of(entry: Entry, error: dict[str, Any]) -> _EntryResult:
     """Return the result of an entry that failed; `error` is empty if the response does not mention the entry."""
-    code = error.get("Code", "NoAnswer")
+    code = error.get("Code", "NoResponse")
     reason = f"{code}: {error.get('Message', '')}"
     is_lost = code.endswith(_LOST)
     is_retryable = aws.is_throttling(code) or not error.get("SenderFault", False)

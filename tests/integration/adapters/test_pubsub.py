@@ -90,7 +90,7 @@ def test_retry_policy_replaces_the_delay(subscription: Subscription, opened: Ope
 def test_policy_dead_letters_message_after_its_last_attempt(
     subscription: Subscription, opened: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`dead_letter` returns True at the last attempt. Then the message is no longer expected; others still are."""
+    """`dead_letter` returns True at the last attempt. The message is then not expected. Others are not affected."""
     subscription.publish(b"poison", b"good")
     queue = opened(subscription.url)
     queue.check()

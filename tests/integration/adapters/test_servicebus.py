@@ -475,7 +475,7 @@ def test_unresponsive_service_times_out(
     queue.publish(b"1")
     adapter = open_queues(queue)
     own_broker.freeze()
-    with pytest.raises(QueueError, match=r"cannot reach .*: no answer within"):
+    with pytest.raises(QueueError, match=r"cannot reach .*: no response within"):
         adapter.check()
     with pytest.raises(QueueError, match=r"QUEUE_URL: 0 messages were published, then: cannot reach"):
         adapter.publish([b"1"])
@@ -496,7 +496,7 @@ def test_connection_opened_after_the_timeout_is_closed(
     before = set(threading.enumerate())
     own_broker.freeze()
     for _ in range(3):
-        with pytest.raises(QueueError, match="no answer within"):
+        with pytest.raises(QueueError, match="no response within"):
             adapter.check()
     assert set(threading.enumerate()) - before
     own_broker.thaw()
@@ -514,9 +514,9 @@ def test_waiting_connections_are_limited(
     monkeypatch.setattr(connections, "_opening", threading.Semaphore(1))
     adapter = open_queues(Queue(own_broker))
     own_broker.freeze()
-    with pytest.raises(QueueError, match="no answer within"):
+    with pytest.raises(QueueError, match="no response within"):
         adapter.check()
-    with pytest.raises(QueueError, match="connections still wait for an answer"):
+    with pytest.raises(QueueError, match="connections still wait for a response"):
         adapter.check()
     own_broker.thaw()
     monkeypatch.setattr(connections, "OPEN_TIMEOUT", 10.0)
