@@ -192,7 +192,7 @@ def test_omissions_by_the_mapping_are_named() -> None:
     )
     assert listed in text
     assert "left out the name a: renamed to A by order.custom_fields.rename" in text
-    assert "left out origin: by order.properties.exclude" in text
+    assert "left out origin: listed in order.properties.exclude" in text
     assert "name b" not in text
 
 
