@@ -248,7 +248,7 @@ def test_omissions_by_the_mapping_are_named() -> None:
         (
             change("ResourceUpdated", "category"),
             {"categories": [{"id": "id-1"}, *({"id": f"d{n}", "ancestors": [{"id": "id-1"}]} for n in range(501))]},
-            "descendants after the first 500, if any: by category.max_descendants",
+            "descendants after the first 500, if any: limited by category.max_descendants",
         ),
         (
             change("ResourceCreated", "inventory-entry"),
