@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     if enriched.descendants and len(enriched.descendants) == mapping.category.max_descendants:
-        yield f"descendants after the first {mapping.category.max_descendants}, if any: limited by category.max_descendants"
+        limit = mapping.category.max_descendants
+        yield f"descendants after the first {limit}, if any: limited by category.max_descendants"
 
 
 @handles(
