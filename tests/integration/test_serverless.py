@@ -1,4 +1,4 @@
-"""The Lambda function, called like Lambda calls it."""
+"""The Lambda function, called in the same way as by Lambda."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     for name, value in sandbox.environment.items():
         monkeypatch.setenv(name, value)
     configured = Scripted()
-    monkeypatch.setattr(serverless, "configure_logging", configured)  # its effect would remain for other tests
+    monkeypatch.setattr(
+        serverless, "configure_logging", configured
+    )  # otherwise its effect would remain for other tests
     serverless._warm_state.cache_clear()
     yield
     serverless._warm_state().components.sender.close()
@@ -58,7 +60,7 @@ def environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 
 def event_of(*bodies: bytes) -> dict[str, Any]:
-    """Return an event in the format that AWS documents, with the fields that are read."""
+    """Return an event in the format that AWS documents, with the fields that the worker reads."""
     return {
         "Records": [
             {**RECORD, "messageId": f"message-{number}", "body": body.decode()} for number, body in enumerate(bodies)
@@ -71,7 +73,7 @@ def failed(response: dict[str, Any]) -> list[str]:
 
 
 def test_only_failed_messages_of_a_batch_are_returned(sandbox: Sandbox) -> None:
-    """Unreadable messages are left to the redrive policy; the others are processed."""
+    """Unreadable messages are left to the redrive policy. The others are processed."""
     workload = Workload(sandbox, 100)
     response = sqs_handler(event_of(*workload.bodies, b'{"torn', b""), Context())
     assert failed(response) == ["message-100", "message-101"]
@@ -116,7 +118,7 @@ def test_hanging_call_does_not_exceed_the_timeout_of_the_function(sandbox: Sandb
 
 
 def test_runner_does_not_spin_while_messages_are_in_progress(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The function has a share of one CPU, which the messages in progress need."""
+    """The messages in progress need the CPU share of the function."""
     received = Scripted()
     receive = LambdaQueue.receive
     monkeypatch.setattr(LambdaQueue, "receive", lambda self, *how: (received(), receive(self, *how))[1])
@@ -142,7 +144,7 @@ def test_refused_key_returns_all_messages(sandbox: Sandbox, caplog: pytest.LogCa
     "event", [{}, {"Records": [{"Sns": {}}]}, {"Records": None}, {"Records": [{**RECORD, "body": None}]}]
 )
 def test_event_of_another_source_is_an_error(event: dict[str, Any]) -> None:
-    """A test event of Lambda's console is an example. The error says what was expected."""
+    """The Lambda console can send such a test event. The error text says what was expected."""
     with pytest.raises(QueueError, match="expected the event of an SQS event source"):
         sqs_handler(event, Context())
 

@@ -161,7 +161,7 @@ def test_category_gets_ancestors_and_descendants(enricher: Enricher, reader: Cou
 
 
 def test_product_gets_stock_and_categories(enricher: Enricher) -> None:
-    """These are the data of a catalog item and its variants."""
+    """A catalog item and its variants need this data."""
     enriched = one(enricher, about("product", "p1", "ProductPublished"))
     assert enriched.product == SHOP["product-projections"][0]
     assert enriched.inventory == {"s1": SHOP["inventory"], "s2": []}
@@ -178,7 +178,7 @@ def test_inventory_entry_gets_its_product(enricher: Enricher) -> None:
 
 @pytest.mark.parametrize("kind", ["order", "payment", "customer", "category", "product", "inventory-entry"])
 def test_missing_resource_is_none(kind: str, enricher: Enricher) -> None:
-    """A resource can be deleted before its message is handled."""
+    """A resource can be deleted before its message is processed."""
     enriched = one(enricher, about(kind, "gone"))
     fetched = (enriched.order, enriched.payment, enriched.customer, enriched.category, enriched.product)
     assert fetched == (None,) * 5
@@ -218,7 +218,7 @@ def test_deletion_is_accepted_immediately(enricher: Enricher) -> None:
     [{"notificationType": "ResourceUpdated", "version": 5}, {"notificationType": "Message", "resourceVersion": 5}],
 )
 def test_version_older_than_the_message_is_transient(payload: dict[str, Any]) -> None:
-    """A stale replica must not hide the last change of a customer."""
+    """A stale read must not hide the last change of a customer."""
     shop = {"customers": [{"id": "c", "version": 4, "email": "ada@example.com"}]}
     enricher = Enricher(InMemoryReader(shop), MappingConfig(), now=lambda: NOW)
     for age, expected in ((1, Transient), (60, Enriched)):
@@ -244,7 +244,7 @@ def test_order_with_unavailable_data_is_transient(path: str, enricher: Enricher,
 
 
 def test_rejected_optional_data_is_omitted(enricher: Enricher, reader: CountingReader) -> None:
-    """An invalid product id costs the line item its categories, a missing scope the discount code."""
+    """With an invalid product id the line item has no categories. With a missing scope there is no discount code."""
     reader.errors["p1"] = Rejected("malformed id", 400)
     reader.errors["discount-codes"] = CommercetoolsMisconfigured("403")
     enriched = one(enricher, about("order", "o1", "OrderStateChanged"))
@@ -253,7 +253,7 @@ def test_rejected_optional_data_is_omitted(enricher: Enricher, reader: CountingR
 
 
 def test_missing_scope_for_required_data_is_misconfigured(enricher: Enricher, reader: CountingReader) -> None:
-    """The worker parks: no message is at fault."""
+    """The worker parks, because the message is not at fault."""
     reader.errors["orders"] = CommercetoolsMisconfigured("403")
     (result,) = enricher.enrich([about("order", "o1", "OrderStateChanged")])
     assert isinstance(result, CommercetoolsMisconfigured)
@@ -294,6 +294,6 @@ def test_queries_stay_below_the_longest_uri() -> None:
 
 
 def test_values_are_quoted() -> None:
-    """Ids come from outside, so they must not end their literal."""
+    """Ids are untrusted, so they must not end their literal."""
     assert _where(CATEGORIES, ['a"b', "c\\d", "{0}"]) == 'id in ("a\\"b","c\\\\d","{0}")'
     assert PRODUCTS.predicate == CATEGORIES.predicate

@@ -76,7 +76,7 @@ def test_notification_is_the_same_in_every_envelope(name: str) -> None:
 
 
 def test_byte_order_mark_is_skipped() -> None:
-    """Some publishers write one before the JSON."""
+    """Some publishers write a byte order mark before the JSON."""
     assert parse(b"\xef\xbb\xbf" + TEXT.encode()).resource_id == "o-1"
 
 

@@ -143,15 +143,15 @@ def test_bad_message_does_not_affect_the_others_of_its_batch(
 ) -> None:
     """Each message of a batch has its own outcome."""
     stages.enrich_errors["down"] = Transient("commercetools answered 500")
-    stages.send_errors["refused"] = [Rejected("400 invalid")]
+    stages.send_errors["rejected"] = [Rejected("400 invalid")]
     held = run(
-        pipeline, updated("good"), FakeDelivery(b"[]", id="bad"), updated("down"), updated("refused"), updated("gone")
+        pipeline, updated("good"), FakeDelivery(b"[]", id="bad"), updated("down"), updated("rejected"), updated("gone")
     )
     assert [message.delivery.id for message in held] == ["down"]
     assert {(method, name) for method, name, *_ in recorded.settled} == {
         ("ack", "good"),
         ("dead_letter", "bad"),
-        ("dead_letter", "refused"),
+        ("dead_letter", "rejected"),
         ("ack", "gone"),
     }
 
@@ -159,11 +159,11 @@ def test_bad_message_does_not_affect_the_others_of_its_batch(
 def test_dead_letter_has_the_type_and_resource_of_its_message(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
-    """They are missing if the message is unreadable."""
-    stages.send_errors["refused"] = [Rejected("400 invalid")]
-    run(pipeline, updated("refused"), FakeDelivery(b"[]"))
-    refused, unreadable = recorded.dead_letters
-    assert refused == Failure("400 invalid", "send", "Rejected", "ResourceUpdated", "customer", "refused")
+    """The failure of an unreadable message has neither."""
+    stages.send_errors["rejected"] = [Rejected("400 invalid")]
+    run(pipeline, updated("rejected"), FakeDelivery(b"[]"))
+    rejected, unreadable = recorded.dead_letters
+    assert rejected == Failure("400 invalid", "send", "Rejected", "ResourceUpdated", "customer", "rejected")
     assert (unreadable.stage, unreadable.error, unreadable.message_type) == ("parse", "Rejected", "")
 
 
@@ -220,7 +220,7 @@ def test_unexpected_error_in_enrich_or_send_nacks_the_batch(
 def test_unexpected_error_in_a_pure_stage_dead_letters_the_message(
     pipeline: Pipeline, recorded: RecordingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pure stage would fail again, so the message waits for a new release as a dead letter."""
+    """A retry would fail again. The dead letter can be replayed after the defect is fixed."""
 
     def broken(*_: object, **__: object) -> None:
         raise TypeError("ada@example.com")
@@ -233,8 +233,8 @@ def test_unexpected_error_in_a_pure_stage_dead_letters_the_message(
     assert "ada" not in reason
 
 
-def test_outcome_of_a_message_is_the_first_disposition_of_its_operations() -> None:
-    """Park, hold, nack, dead-letter: a retry finds the rejected operation again, but a dead letter loses the others."""
+def test_precedence_of_the_dispositions_of_operations() -> None:
+    """A retry fails again for the rejected operation, but a dead letter would lose the other operations."""
     from worker.pipeline import _PRECEDENCE
 
     assert _PRECEDENCE == (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)
@@ -280,7 +280,7 @@ def test_retried_events_are_not_new(order_pipeline: Pipeline, stages: Stages) ->
 
 
 def test_events_without_a_request_stay_new(order_pipeline: Pipeline, stages: Stages) -> None:
-    """An open circuit breaker rejects most calls. The events can be sent in bulk later."""
+    """While a circuit is open, no request is sent. The events can be sent in bulk later."""
     stages.requests = 0
     stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [CircuitOpen("down")]
     (message,) = run(order_pipeline, created(1))
@@ -330,7 +330,7 @@ def test_state_written_long_after_it_was_read_is_read_again(
 def test_state_that_may_have_been_overwritten_is_sent_again(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
-    """After the write of a newer state failed, Klaviyo may have it, so the first state must be sent again."""
+    """A failed write may have changed Klaviyo, so the first state must be sent again."""
     stages.age = 2.5
     held = run(pipeline, updated("a"))
     stages.age = 0.0
@@ -397,7 +397,7 @@ def test_message_without_operations_and_outcome_is_nacked(
 
 
 def test_message_with_one_failed_operation_is_held(recorded: RecordingQueue, stages: Stages) -> None:
-    """All its operations are retried: duplicates of those that succeeded are harmless."""
+    """All its operations are retried. Repeating those that succeeded has no second effect."""
     line = {"id": "l1", "totalPrice": {"centAmount": 1, "fractionDigits": 2, "currencyCode": "EUR"}}
     order = {"id": "o", "customerEmail": "ada@example.com", "lineItems": [line, line | {"id": "l2"}]}
     body = {"notificationType": "Message", "type": "OrderCreated", "resource": {"typeId": "order", "id": "o"}}

@@ -186,7 +186,7 @@ def test_environment_takes_precedence_over_the_mapping_file(tmp_path: Path, monk
     ],
 )
 def test_mistake_in_the_mapping_file_names_the_key(text: str, expected: str, tmp_path: Path) -> None:
-    """A typing error is not ignored."""
+    """A misspelled key is not ignored."""
     file = tmp_path / "mapping.toml"
     file.write_text(text)
     with pytest.raises(SettingsError) as error:

@@ -39,7 +39,7 @@ def ids(found: QueryResult, value: str) -> list[str]:
 
 
 def test_query_finds_resources_by_value(sandbox: Sandbox) -> None:
-    """By id, payment, ancestor or SKU. A value without a resource has an empty result."""
+    """The values are ids, payments, ancestors or SKUs. A value without a resource has an empty result."""
     client = commercetools_for(sandbox)
     three, card, women = uid("order:three"), uid("payment:card"), uid("category:women")
     assert ids(client.find(ORDERS, [three, "nothing"]), three) == [three]
@@ -92,7 +92,7 @@ def test_failed_connection_is_retried(action: str, sandbox: Sandbox) -> None:
 
 
 def test_outage_is_transient(sandbox: Sandbox) -> None:
-    """Both a 500 and a refused connection are, and the error has no id."""
+    """A 500 and a failed connection raise Transient, and the error text has no id."""
     client = commercetools_for(sandbox, retry_timeout=0.2)
     sandbox.commercetools.faults.add(Fault(status=500, times=None, match="GET"))
     assert isinstance(client.find(CUSTOMERS, ["x"])["x"], Transient)
@@ -110,7 +110,7 @@ def test_malformed_response_is_not_an_empty_result(body: bytes, sandbox: Sandbox
 
 
 def test_redirect_is_misconfigured(sandbox: Sandbox) -> None:
-    """The server is not the API."""
+    """The server is not the commercetools API."""
     sandbox.commercetools.faults.add(Fault(status=302, times=1, match="GET"))
     assert isinstance(commercetools_for(sandbox).find(PRODUCTS, ["x"])["x"], CommercetoolsMisconfigured)
 
@@ -182,8 +182,8 @@ def test_token_is_replaced_before_it_expires() -> None:
     ],
     ids=["credentials", "project"],
 )
-def test_rejected_credentials_are_misconfigured(values: dict[str, str], sandbox: Sandbox) -> None:
-    """The error names the settings and has no secret."""
+def test_refused_credentials_are_misconfigured(values: dict[str, str], sandbox: Sandbox) -> None:
+    """The error text names the settings and contains no secret."""
     error = commercetools_for(sandbox, **values).find(PRODUCTS, ["x"])["x"]
     assert isinstance(error, CommercetoolsMisconfigured)
     assert "CT_API_CLIENT" in str(error)
@@ -192,14 +192,14 @@ def test_rejected_credentials_are_misconfigured(values: dict[str, str], sandbox:
 
 @pytest.mark.parametrize("fault", [Fault(status=503, times=1), Fault(action="reset", times=1)], ids=["503", "reset"])
 def test_outage_of_the_authorization_server_is_retried(fault: Fault, sandbox: Sandbox) -> None:
-    """A missing token is not a rejection of the credentials."""
+    """It does not mean that the credentials are refused."""
     sandbox.commercetools.faults.add(fault)
     assert commercetools_for(sandbox).find(CUSTOMERS, ["x"]) == {"x": []}
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b'{"access_token": "t", "token_type": "bearer", "expires_in": "x"}'])
 def test_malformed_token_is_retried(body: bytes, sandbox: Sandbox) -> None:
-    """It is handled as any malformed response."""
+    """It is handled like any malformed response."""
     sandbox.commercetools.faults.add(Fault(status=200, match="POST", body=body))
     assert commercetools_for(sandbox).find(CUSTOMERS, ["x"]) == {"x": []}
 

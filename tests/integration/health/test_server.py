@@ -78,7 +78,7 @@ def is_closed(connection: socket.socket, more: bytes = b"") -> bool:
 
 
 def test_worker_is_alive_while_its_loop_runs(serve: Serve) -> None:
-    """An outage of Klaviyo must not restart every pod."""
+    """Kubernetes must not restart the pods during an outage."""
     down = {"klaviyo": "503 to POST /api/events", "commercetools": "no answer"}
     server = serve(outage_reasons=down, parked_reason="Klaviyo answered 401", is_stopping=True)
     response = request(server, "/livez")
@@ -87,7 +87,7 @@ def test_worker_is_alive_while_its_loop_runs(serve: Serve) -> None:
 
 
 def test_stalled_worker_is_not_alive(serve: Serve) -> None:
-    """A restart helps."""
+    """Kubernetes then restarts the worker."""
     response = request(serve(is_alive=False), "/livez")
     assert (response.status, json.loads(response.body)) == (503, {"status": "stalled"})
 
@@ -120,7 +120,7 @@ def test_worker_is_ready_if_it_is_not_parked(serve: Serve) -> None:
 def test_only_a_parked_worker_is_not_ready(
     serve: Serve, state: dict[str, Any], status: int, shown: dict[str, Any]
 ) -> None:
-    """An operator must fix the cause of parking; an outage ends by itself."""
+    """An operator must fix the cause of parking. An outage ends by itself."""
     response = request(serve(**state), "/readyz")
     assert response.status == status
     assert json.loads(response.body).items() >= shown.items()
@@ -170,14 +170,14 @@ def test_other_paths_are_not_found(serve: Serve, path: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW"])
-def test_methods_other_than_get_and_head_are_refused(serve: Serve, method: str) -> None:
+def test_methods_other_than_get_and_head_are_rejected(serve: Serve, method: str) -> None:
     """The response names the allowed methods."""
     response = request(serve(), "/readyz", method)
     assert (response.status, response.headers["Allow"], response.body) == (405, "GET, HEAD", b"Method Not Allowed\n")
 
 
 @pytest.mark.parametrize("sent", [b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET /<b>x</b> HTTP/x\r\n\r\n"])
-def test_invalid_http_is_refused_without_quoting_it(serve: Serve, sent: bytes) -> None:
+def test_invalid_http_is_rejected_without_quoting_it(serve: Serve, sent: bytes) -> None:
     """The request could contain HTML."""
     with connect(serve(), sent) as connection:
         response = connection.makefile("rb").read()
@@ -261,7 +261,7 @@ def test_stop_closes_the_port_and_open_connections(serve: Serve) -> None:
     """`stop` is idempotent."""
     server = serve()
     with connect(server) as connection:
-        request(server, "/livez")  # after this, the earlier connection is accepted too
+        request(server, "/livez")  # when it returns, the earlier connection has been accepted
         server.stop()
         assert is_closed(connection)
     server.stop()
@@ -286,7 +286,7 @@ def test_only_the_given_address_is_served(host: str, serve: Serve) -> None:
 
 
 def test_address_of_another_machine_is_an_error() -> None:
-    """The worker logs it and runs without the port."""
+    """The worker logs the error and runs without the port."""
     server = HealthServer("192.0.2.1", 0, Metrics("embedded"), FakeWorkerState())
     with pytest.raises(OSError, match=r"assign"):
         server.start()

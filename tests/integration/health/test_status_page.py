@@ -74,7 +74,7 @@ def policy_of(response: Response) -> dict[str, str]:
 
 
 def test_page_is_self_contained(serve: Serve) -> None:
-    """Fonts, images, scripts and styles of other servers may be unreachable."""
+    """Other servers can be unreachable, so the page loads no fonts, images, scripts or styles from them."""
     response = request(serve(), "/")
     page = response.body.decode()
     assert (response.status, response.headers["Content-Type"]) == (200, "text/html; charset=utf-8")

@@ -68,7 +68,7 @@ def test_error_names_the_endpoint_without_ids(listener: socket.socket) -> None:
 @pytest.mark.parametrize("size", [0, 1, 65_536, 300_000])
 @pytest.mark.parametrize("way", ["plain", "gzip", "chunked"])
 def test_connection_is_reused_after_every_kind_of_response(way: str, size: int, listener: socket.socket) -> None:
-    """Opening a connection takes longer than most calls."""
+    """Opening a connection takes longer than most requests."""
     content = b"x" * size
     body = gzip.compress(content) if way == "gzip" else content
     length = b"Transfer-Encoding: chunked" if way == "chunked" else b"Content-Length: %d" % len(body)

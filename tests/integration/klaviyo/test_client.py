@@ -38,7 +38,7 @@ PROFILE: Json = {"data": {"type": "profile", "attributes": {"email": "ada@exampl
     ],
 )
 def test_endpoint_has_no_ids(method: str, path: str, endpoint: str) -> None:
-    """Rate limits, breakers and metrics are per endpoint: ids would multiply them, and a query can name people."""
+    """Rate limits, breakers and metrics exist per endpoint. Ids would multiply them. A query can name people."""
     assert endpoint_of(method, path) == endpoint
 
 
@@ -76,7 +76,7 @@ def test_call_that_is_not_idempotent_is_not_retried(action: str, sandbox: Sandbo
 
 
 def test_retry_after_is_obeyed(sandbox: Sandbox) -> None:
-    """The client waits for a short delay. A long one is returned with the error, so that the lane waits."""
+    """The client waits for a short delay. A long delay is in the error, so that the lane waits."""
     client = klaviyo_for(sandbox)
     sandbox.klaviyo.faults.add(Fault(status=429, times=1, headers={"Retry-After": "1"}))
     start = time.monotonic()
@@ -88,8 +88,8 @@ def test_retry_after_is_obeyed(sandbox: Sandbox) -> None:
     assert error.value.retry_after == 600
 
 
-def test_rate_limiter_gets_every_call_and_response(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It paces the calls of each endpoint, and adjusts to the responses."""
+def test_rate_limiter_gets_every_request_and_response(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It paces the requests to each endpoint, and adjusts to the responses."""
     client = klaviyo_for(sandbox)
     acquired, updated = Scripted(), Scripted()
     monkeypatch.setattr(client._rate_limiter, "acquire", acquired)
@@ -112,7 +112,7 @@ def test_invalid_retry_after_is_ignored(header: str, sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("action", ["reset", "truncate", "hang", "lose_response"])
 def test_idempotent_call_without_a_response_is_retried(action: str, sandbox: Sandbox) -> None:
-    """The write can have succeeded, so it is repeated with the same effect."""
+    """The write may have succeeded. Repeating it has no second effect."""
     sandbox.klaviyo.faults.add(Fault(action=action, times=1, seconds=1.0))
     klaviyo_for(sandbox, read_timeout=0.2).call("POST", "/api/profile-import", PROFILE)
     assert len(sandbox.account.profiles) == 1
@@ -169,14 +169,14 @@ def test_conflict_names_the_other_profile(sandbox: Sandbox) -> None:
     ids=["401", "403", "410", "405", "302", "not Klaviyo"],
 )
 def test_status_that_concerns_no_record_is_misconfigured(fault: Fault, expected: str, sandbox: Sandbox) -> None:
-    """The worker parks: no message is at fault."""
+    """The worker parks, because no record is at fault."""
     sandbox.klaviyo.faults.add(fault)
     with pytest.raises(KlaviyoMisconfigured, match=expected):
         klaviyo_for(sandbox).call("POST", "/api/events", PROFILE)
 
 
 def test_success_without_json_is_transient(sandbox: Sandbox) -> None:
-    """A maintenance page with status 200 has recorded no event."""
+    """A maintenance page can have status 200."""
     sandbox.klaviyo.faults.add(Fault(status=200, times=None, body=b"<html>maintenance</html>"))
     with pytest.raises(Transient, match=r"^200 to POST .*/api/events with a body that is not JSON$"):
         klaviyo_for(sandbox, retry_timeout=0.1).call("POST", "/api/events", PROFILE)
@@ -190,7 +190,7 @@ def test_challenge_page_is_transient(sandbox: Sandbox) -> None:
 
 
 def test_proxy_of_the_environment_is_used(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HTTPS_PROXY selects the proxy, NO_PROXY the hosts that are reached without it."""
+    """HTTPS_PROXY names the proxy. NO_PROXY lists the hosts that are reached without it."""
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,internal.example")
     assert proxy_for("https://a.klaviyo.com") == "http://proxy.example:3128"
@@ -201,7 +201,7 @@ def test_proxy_of_the_environment_is_used(sandbox: Sandbox, monkeypatch: pytest.
 
 
 def test_connections_are_reused(sandbox: Sandbox) -> None:
-    """Twenty calls need one handshake."""
+    """Twenty requests need one handshake."""
     client = klaviyo_for(sandbox)
     for _ in range(20):
         client.call("POST", "/api/profile-import", PROFILE)
@@ -210,7 +210,7 @@ def test_connections_are_reused(sandbox: Sandbox) -> None:
 
 
 def test_only_the_first_call_of_an_outage_is_retried(sandbox: Sandbox) -> None:
-    """After a failed call, each further call is sent once until Klaviyo responds again."""
+    """After a failed call, the next calls send one request each until Klaviyo responds again."""
     client = klaviyo_for(sandbox, retry_timeout=0.5)
     sandbox.klaviyo.faults.add(Fault(status=503, times=None))
     for _ in range(3):

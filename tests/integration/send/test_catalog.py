@@ -98,7 +98,7 @@ def test_whole_catalog_is_sent_in_jobs_of_a_hundred(sandbox: Sandbox, sender: Se
 
 
 def test_existing_entries_are_updated(sandbox: Sandbox, sender: Sender) -> None:
-    """They are known from earlier writes or found by the lookup. An ensured category keeps its name."""
+    """They are known from earlier writes, or the lookup finds them. An ensured category keeps its name."""
     sender.send(products(50))
     sandbox.klaviyo.requests.clear()
     Sender(klaviyo_for(sandbox), 4).send([*products(60, title="New"), *(category(n, name="Hats") for n in range(5))])
@@ -123,7 +123,7 @@ def test_entry_created_after_the_lookup_is_updated(sandbox: Sandbox, sender: Sen
 
 
 def test_known_entry_that_was_deleted_is_created(sandbox: Sandbox, sender: Sender) -> None:
-    """An entry that this process knows can be deleted by another."""
+    """Another process can delete an entry that this process knows."""
     sender.send(products(40))
     for number in range(7):
         sandbox.account.delete_entry("catalog-item", catalog_id(f"p{number}"))
@@ -132,14 +132,14 @@ def test_known_entry_that_was_deleted_is_created(sandbox: Sandbox, sender: Sende
 
 
 def test_invalid_entry_does_not_affect_the_others(sandbox: Sandbox, sender: Sender) -> None:
-    """An entry that is refused with the call or fails within the job gets its own result."""
+    """An entry that makes Klaviyo reject the job, or that fails in the job, gets its own result."""
     batch = products(50)
     batch[3] = variant(3, stock="many")
     batch[4] = variant(4, parent=999)
     batch[50 + 20] = item(20, title=20)
     results = sender.send(batch)
     bad = [number for number, result in enumerate(results) if isinstance(result, Rejected)]
-    assert bad == [3, 4, 20, 70]  # 20: its item is not there
+    assert bad == [3, 4, 20, 70]  # 20: Klaviyo does not have its item
     assert len(sandbox.account.items) == 49
     assert len(sandbox.account.variants) == 47
 
@@ -178,7 +178,7 @@ def test_variants_that_moved_to_another_product_are_kept(sandbox: Sandbox, sende
 
 
 def test_stock_is_sent_in_a_job_with_missing_products(sandbox: Sandbox, sender: Sender) -> None:
-    """If the variant is missing, the whole product is written. If there is no product, nothing is."""
+    """If the variant is missing, the whole product is written. If there is no product, nothing is written."""
     sender.send(products(50))
     sandbox.klaviyo.requests.clear()
     changes = [stock(number, 7) for number in range(50)]
@@ -234,7 +234,9 @@ def test_unfinished_job_does_not_affect_a_complete_one(
         {"status": "complete", "failed_count": 1, "errors": [{"meta": {"external_id": catalog_id("c3")}}]},
     ],
 )
-def test_job_with_incomplete_errors_is_sent_one_by_one(shown: dict[str, Any], sandbox: Sandbox, sender: Sender) -> None:
+def test_job_with_incomplete_errors_is_sent_individually(
+    shown: dict[str, Any], sandbox: Sandbox, sender: Sender
+) -> None:
     """If the errors do not name all failed entries, none counts as written."""
     path = "/api/catalog-category-bulk-create-jobs"
     job = {"type": "catalog-category-bulk-create-job", "id": "J", "attributes": shown}
@@ -247,7 +249,7 @@ def test_job_with_incomplete_errors_is_sent_one_by_one(shown: dict[str, Any], sa
 
 
 def test_stopping_worker_starts_no_more_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process would wait for such a job, and it could overwrite newer data of another worker."""
+    """The worker would not wait for such a job, which could overwrite newer data of another worker."""
     monkeypatch.setattr(jobs, "MAX_CONCURRENT_JOBS", 1)
     with Sandbox(account=Account(job_seconds=60.0)) as sandbox, ThreadPoolExecutor(1) as lane:
         stopping = Event()
@@ -282,14 +284,14 @@ def test_outage_while_variants_are_listed_fails_their_item_only(sandbox: Sandbox
     assert list(sandbox.account.variants) == ["s3"]
 
 
-def test_refused_lookup_sends_the_entries_one_by_one(sandbox: Sandbox, sender: Sender) -> None:
-    """A refused filter is no fault of any record."""
+def test_rejected_lookup_sends_the_entries_individually(sandbox: Sandbox, sender: Sender) -> None:
+    """If Klaviyo rejects the filter, no record is at fault."""
     sandbox.klaviyo.faults.add(Fault(match="GET /api/catalog-items", status=400))
     assert sender.send([item(number) for number in range(0, 600, 30)] + [category(0)]) == [None] * 21
     assert calls(sandbox)["POST items"] == 20
 
 
-def test_few_entries_are_sent_one_by_one(sandbox: Sandbox, sender: Sender) -> None:
+def test_few_entries_are_sent_individually(sandbox: Sandbox, sender: Sender) -> None:
     """A kind of operation is sent in a job only if there are more than the threshold."""
     sender.send([*(category(number) for number in range(11)), *(item(number) for number in range(10))])
     made = calls(sandbox)

@@ -1,4 +1,4 @@
-"""Bulk creation of events over real sockets: every valid event is recorded once, whatever fails."""
+"""The bulk sender for events over real sockets: every valid event is recorded once, even after failures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BULK, SINGLE = "/api/event-bulk-create-jobs", "/api/events"
 
 @pytest.fixture(params=["ignore", "refuse", "drop", "duplicate"])
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
-    """A Klaviyo for each way in which it could handle the ids of earlier calls."""
+    """A sandbox for each way in which Klaviyo could handle ids of earlier bulk calls."""
     with Sandbox(account=Account(request.param)) as running:
         yield running
 
@@ -50,7 +50,7 @@ def recorded(sandbox: Sandbox) -> list[int]:
 
 
 def test_many_events_are_one_request(sandbox: Sandbox) -> None:
-    """Events in bulk have the same effect as single events."""
+    """Events in a bulk call have the same effect as individual events."""
     assert sender_for(sandbox).send([placed(number) for number in range(100)]) == [None] * 100
     assert recorded(sandbox) == list(range(100))
     assert {each["attributes"]["email"] for each in sandbox.account.profiles} == {
@@ -83,8 +83,8 @@ def test_only_invalid_events_are_rejected(sandbox: Sandbox) -> None:
     ],
     ids=["lose_response", "truncate", "reset", "500", "strange"],
 )
-def test_call_with_an_unknown_result_is_repeated_one_by_one(fault: Fault, sandbox: Sandbox) -> None:
-    """Every event is recorded once, whether the call arrived or not, and however Klaviyo handles duplicates."""
+def test_call_with_an_unknown_result_is_repeated_individually(fault: Fault, sandbox: Sandbox) -> None:
+    """Every event is recorded once, whether Klaviyo received the call or not, and however it handles duplicates."""
     sandbox.klaviyo.faults.add(fault)
     sender = sender_for(sandbox)
     batch = [placed(number) for number in range(50)]
@@ -96,7 +96,7 @@ def test_call_with_an_unknown_result_is_repeated_one_by_one(fault: Fault, sandbo
 
 
 def test_mode_always_sends_duplicates_in_bulk(sandbox: Sandbox) -> None:
-    """This mode is for accounts that refuse duplicates only within a call. Otherwise events are sent one by one."""
+    """This mode is for accounts that reject duplicates only within a call. Other modes send duplicates individually."""
     sender = sender_for(sandbox, "always")
     for _ in range(2):
         assert sender.send([placed(number) for number in range(50)]) == [None] * 50

@@ -56,8 +56,8 @@ def test_many_profiles_are_one_job(sandbox: Sandbox) -> None:
     assert calls(sandbox) == {f"POST {JOBS}": 1, f"GET {JOBS}": 1}
 
 
-def test_few_profiles_are_sent_one_by_one(sandbox: Sandbox) -> None:
-    """A job takes longer than a single call."""
+def test_few_profiles_are_sent_individually(sandbox: Sandbox) -> None:
+    """A job takes longer than a few requests."""
     assert Sender(klaviyo_for(sandbox), 4).send(upserts(10)) == [None] * 10
     assert calls(sandbox) == {f"POST {SINGLE}": 10}
 
@@ -70,7 +70,7 @@ def test_result_waits_until_the_job_is_complete() -> None:
 
 
 def test_invalid_profile_does_not_affect_the_others(sandbox: Sandbox) -> None:
-    """A refused call is repeated without its invalid profiles. A bad name is rejected, a bad phone number dropped."""
+    """A rejected job is sent again without the invalid profiles. A bad phone number is dropped."""
     batch = upserts(50)
     batch[7] = upsert(7, first_name=7)
     batch[30] = upsert(30, phone_number="123")
@@ -81,7 +81,7 @@ def test_invalid_profile_does_not_affect_the_others(sandbox: Sandbox) -> None:
     assert calls(sandbox)[f"POST {JOBS}"] == 3
 
 
-def test_conflict_within_a_job_is_resolved_by_a_single_call(sandbox: Sandbox) -> None:
+def test_conflict_within_a_job_is_resolved_individually(sandbox: Sandbox) -> None:
     """A profile fails in the job if its identifiers belong to two profiles. The other profiles succeed."""
     for attributes in ({"email": "5@example.com"}, {"external_id": "c5"}):
         sandbox.account.create_profile({"type": "profile", "attributes": attributes})
@@ -95,8 +95,8 @@ def test_conflict_within_a_job_is_resolved_by_a_single_call(sandbox: Sandbox) ->
 @pytest.mark.parametrize(
     "errors", [[], [{"attributes": {"detail": "?"}}], [{"attributes": {"original_payload": None}}]]
 )
-def test_failures_without_ids_send_all_profiles_one_by_one(errors: list[Any], sandbox: Sandbox) -> None:
-    """A profile that can have failed does not count as imported."""
+def test_failures_without_ids_send_all_profiles_individually(errors: list[Any], sandbox: Sandbox) -> None:
+    """A profile that has possibly failed does not count as imported."""
     for attributes in ({"email": "5@example.com"}, {"external_id": "c5"}):
         sandbox.account.create_profile({"type": "profile", "attributes": attributes})
     body = orjson.dumps({"data": errors})
@@ -121,7 +121,7 @@ def test_errors_are_read_if_the_failed_count_is_unknown(sandbox: Sandbox) -> Non
     assert five["attributes"]["first_name"] == "Ada"
 
 
-def test_profiles_that_share_an_identifier_are_sent_one_by_one(sandbox: Sandbox) -> None:
+def test_profiles_that_share_an_identifier_are_sent_individually(sandbox: Sandbox) -> None:
     """Klaviyo documents no order within a job."""
     batch = [*upserts(20), upsert(20, email="3@example.com")]
     Sender(klaviyo_for(sandbox), 4).send(batch)
@@ -140,8 +140,8 @@ def test_outage_fails_all_profiles_and_the_retry_succeeds(match: str, sandbox: S
     assert len(sandbox.account.profiles) == 20
 
 
-def test_outage_after_a_refused_call_spares_the_accepted_half(sandbox: Sandbox) -> None:
-    """The call is refused without a pointer and halved. One half is accepted, the other half meets an outage."""
+def test_outage_after_a_rejected_job_spares_the_accepted_half(sandbox: Sandbox) -> None:
+    """The job is rejected without a pointer and halved. One half is accepted, and the other half fails in an outage."""
     sandbox.klaviyo.faults.add(
         Fault(match=f"POST {JOBS}", status=400), Fault(match=f"POST {JOBS}", contains=b'"c15"', times=None)
     )
@@ -150,7 +150,7 @@ def test_outage_after_a_refused_call_spares_the_accepted_half(sandbox: Sandbox) 
 
 
 @pytest.mark.parametrize("status", ["cancelled", "processing"])
-def test_unfinished_job_is_sent_one_by_one(status: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_job_is_sent_individually(status: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job is cancelled, or it is not complete when the timeout is over."""
     monkeypatch.setattr(jobs, "JOB_TIMEOUT", 0.5)
     job = {"type": "profile-bulk-import-job", "id": "J", "attributes": {"status": status}}
@@ -171,8 +171,8 @@ def test_job_that_is_not_listed_is_read_by_its_id(sandbox: Sandbox) -> None:
     assert sum(each.startswith(f"GET {JOBS}/") for each in calls(sandbox).elements()) == 1
 
 
-def test_unknown_job_is_sent_one_by_one(sandbox: Sandbox) -> None:
-    """The job can have expired, so no profile counts as imported."""
+def test_unknown_job_is_sent_individually(sandbox: Sandbox) -> None:
+    """The job may have expired, so no profile counts as imported."""
     sandbox.klaviyo.faults.add(
         Fault(match=f"GET {JOBS}/", status=404), Fault(match=f"GET {JOBS}", status=200, body=b'{"data":[]}')
     )
@@ -188,7 +188,7 @@ def test_response_without_a_job_is_a_transient_error(body: bytes, sandbox: Sandb
 
 
 @pytest.mark.parametrize("match", [f"POST {JOBS}", f"GET {JOBS}"])
-def test_key_without_the_scopes_of_jobs_sends_one_by_one(
+def test_key_without_the_scopes_of_jobs_sends_individually(
     match: str, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The missing scope is logged once, and the worker is not parked."""
@@ -203,7 +203,7 @@ def test_key_without_the_scopes_of_jobs_sends_one_by_one(
 
 
 def test_lanes_share_their_polls() -> None:
-    """The endpoint accepts 150 calls a minute for all jobs."""
+    """The endpoint accepts 150 requests a minute for all jobs."""
     with Sandbox(account=Account(job_seconds=2.0)) as sandbox, ThreadPoolExecutor(4) as lanes:
         sender = Sender(klaviyo_for(sandbox), 4)
         batches = [[upsert(lane * 100 + number) for number in range(20)] for lane in range(4)]

@@ -80,7 +80,7 @@ def test_queries_without_cached_fields_are_always_read(reader: SlowReader) -> No
 
 
 def test_missing_resources_are_not_cached(reader: SlowReader) -> None:
-    """They can be created at any time."""
+    """A missing resource can be created at any time."""
     cached = CachedReader(reader, 60)
     assert cached.find(CATEGORY_NAMES, ["none"]) == {"none": []}
     assert cached.find(CATEGORY_NAMES, ["none"]) == {"none": []}
@@ -96,7 +96,7 @@ def test_lifetime_of_zero_disables_the_cache(reader: SlowReader) -> None:
 
 
 def test_concurrent_misses_are_read_once(reader: SlowReader, threads: ThreadPoolExecutor) -> None:
-    """At start-up, a backlog of orders of one product costs one query, not one per lane."""
+    """At startup, many orders for one product need one query in total, not one per lane."""
     cached = CachedReader(reader, 60)
     reader.unblocked.clear()
     first = threads.submit(cached.find, CATEGORY_NAMES, ["a", "b"])

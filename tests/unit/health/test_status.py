@@ -124,7 +124,7 @@ def test_charts_show_rates_and_ages_by_step() -> None:
     """Rates are computed from the actual time between two samples. `failed` excludes returned messages."""
     metrics = Metrics("embedded")
     history = History(metrics)
-    metrics.record_settled("OrderCreated", "sent", 0.1, 50.0)  # before the first sample: no step has it
+    metrics.record_settled("OrderCreated", "sent", 0.1, 50.0)  # before the first sample, so no step counts it
     history.sample(100.0, 0.0)
     for outcome in ("sent", "sent", "ignored", "retried", "dead_lettered", "returned"):
         metrics.record_settled("OrderCreated", outcome, 0.1, 3.0 if outcome == "sent" else 9.0)
@@ -156,8 +156,8 @@ def test_history_is_bounded() -> None:
     assert history.recent_requests() == {("klaviyo", "POST /api/events"): 12}
     assert history.recently_settled() == 12
     metrics.record_settled("OrderCreated", "sent", 0.1, 1.0)
-    assert history.recently_settled() == 13  # it counts before the next sample
-    assert history.recent_batch_size() == 3 * STEPS - 6.5  # the mean of the last twelve
+    assert history.recently_settled() == 13  # it is counted before the next sample
+    assert history.recent_batch_size() == 3 * STEPS - 6.5  # the mean of the last twelve batches
 
 
 def test_document_is_complete_before_the_first_sample() -> None:
@@ -233,7 +233,7 @@ def test_document_is_complete_if_the_queue_cannot_count() -> None:
     ],
 )
 def test_queue_url_is_shown_without_query_and_credentials(url: str, shown: str) -> None:
-    """The rest is shown as the operator wrote it."""
+    """The other parts are shown unchanged."""
     assert redact(url) == shown
 
 

@@ -78,7 +78,7 @@ def test_status_is_one_short_line(listener: NotifySocket) -> None:
 
 
 def test_watchdog_is_fed_at_half_its_timeout(listener: NotifySocket) -> None:
-    """Other notifications do not affect it. The next call is at most a second later, and not after the next feed."""
+    """Other notifications do not affect it. The wait is at most a second, and never longer than until the next feed."""
     state = FakeWorkerState()
     systemd_notifier = notifier(listener, state, WATCHDOG_USEC="30000000", WATCHDOG_PID=str(os.getpid()))
     fed, waits = [], []
@@ -103,7 +103,7 @@ def test_watchdog_is_not_fed_while_the_loop_hangs(listener: NotifySocket) -> Non
 
 
 def test_watchdog_is_fed_while_the_worker_stops(listener: NotifySocket) -> None:
-    """Closing an unreachable queue can take longer than the watchdog's timeout; TimeoutStopSec is the limit."""
+    """Closing an unreachable queue can take longer than the watchdog's timeout. TimeoutStopSec limits it."""
     notifier(listener, FakeWorkerState(is_alive=False, is_stopping=True), WATCHDOG_USEC="500000").notify(0.0)
     assert "WATCHDOG=1" in listener.lines()
 
@@ -114,7 +114,7 @@ def test_watchdog_is_fed_while_the_worker_stops(listener: NotifySocket) -> None:
     ids=["off", "of another process", "malformed", "zero"],
 )
 def test_watchdog_that_is_off_is_not_fed(listener: NotifySocket, environment: dict[str, Any]) -> None:
-    """The state is sent without a watchdog too."""
+    """The state is also sent without a watchdog."""
     assert notifier(listener, **environment).notify(0.0) == 1.0
     assert listener.lines() == ["READY=1", "STATUS=running"]
 

@@ -1,4 +1,4 @@
-"""Circuit breakers and backoff: retries, outages, rejected credentials."""
+"""Circuit breakers and backoff: retries, outages, refused credentials."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def opened(error: Exception = DOWN, **values: Any) -> CircuitBreaker:
     return breaker
 
 
-def rejected_for(breaker: CircuitBreaker) -> float:
-    """Return the retry delay of a call that is rejected without a request, or 0 if the call is let through."""
+def retry_delay_of(breaker: CircuitBreaker) -> float:
+    """Return the retry delay of a call that fails without a request, or 0 if it sends a request."""
     call = Scripted(None)
     try:
         breaker(call)
@@ -86,7 +86,7 @@ def test_transient_error_is_retried() -> None:
 
 
 def test_consecutive_failures_open_the_circuit(clock: Clock) -> None:
-    """Calls are sent up to the threshold. After that none is sent until the backoff is over."""
+    """After the threshold, no call sends a request until the backoff is over."""
     breaker = breaker_with()
     for _ in range(FAILURE_THRESHOLD - 1):
         with pytest.raises(Transient) as error:
@@ -96,10 +96,10 @@ def test_consecutive_failures_open_the_circuit(clock: Clock) -> None:
     with pytest.raises(CircuitOpen) as last:
         breaker(failing(DOWN))
     assert str(last.value) == breaker.outage_reason() == str(DOWN)
-    assert last.value.retry_after == pytest.approx(rejected_for(breaker))
-    assert MIN_BACKOFF / 2 <= rejected_for(breaker) <= MIN_BACKOFF
+    assert last.value.retry_after == pytest.approx(retry_delay_of(breaker))
+    assert MIN_BACKOFF / 2 <= retry_delay_of(breaker) <= MIN_BACKOFF
     clock.now += MIN_BACKOFF
-    assert rejected_for(breaker) == 0
+    assert retry_delay_of(breaker) == 0
     assert breaker.outage_reason() == ""
 
 
@@ -117,12 +117,12 @@ def test_success_or_rejection_resets_the_count_of_failures() -> None:
     assert breaker.outage_reason() == ""
 
 
-def test_backoff_grows_and_each_one_ends_with_a_single_probe(clock: Clock) -> None:
+def test_backoff_grows_and_ends_with_a_single_probe(clock: Clock) -> None:
     """Jitter spreads the probes of many workers. No backoff is longer than MAX_BACKOFF."""
     breaker = opened()
     delays = []
     for _ in range(10):
-        delays.append(rejected_for(breaker))
+        delays.append(retry_delay_of(breaker))
         clock.now += delays[-1] + 0.001
         call = Scripted(DOWN, DOWN)
         with pytest.raises(CircuitOpen):
@@ -136,13 +136,13 @@ def test_backoff_grows_and_each_one_ends_with_a_single_probe(clock: Clock) -> No
 def test_retry_after_extends_the_backoff(clock: Clock) -> None:
     """The circuit stays open for at least the seconds that the service asked for."""
     breaker = opened(Transient("503", 120.0))
-    assert rejected_for(breaker) == pytest.approx(120)
+    assert retry_delay_of(breaker) == pytest.approx(120)
     clock.now += 120
-    assert rejected_for(breaker) == 0
+    assert retry_delay_of(breaker) == 0
 
 
-def test_calls_are_rejected_while_a_probe_is_running() -> None:
-    """Only one call at a time is sent to a service that is down."""
+def test_calls_fail_while_a_probe_is_running() -> None:
+    """During an outage, only one call at a time sends a request."""
     breaker = opened(retry_timeout=0)
     breaker._open_until = 0.0
     started, answer = threading.Event(), threading.Event()
@@ -154,10 +154,10 @@ def test_calls_are_rejected_while_a_probe_is_running() -> None:
     thread = threading.Thread(target=breaker, args=(slow,))
     thread.start()
     started.wait(5)
-    assert rejected_for(breaker) == pytest.approx(1.0, abs=0.5)
+    assert retry_delay_of(breaker) == pytest.approx(1.0, abs=0.5)
     answer.set()
     thread.join(5)
-    assert rejected_for(breaker) == 0
+    assert retry_delay_of(breaker) == 0
 
 
 def test_calls_started_before_an_outage_do_not_extend_it(clock: Clock) -> None:
@@ -182,12 +182,12 @@ def test_calls_started_before_an_outage_do_not_extend_it(clock: Clock) -> None:
     fail.set()
     for thread in threads:
         thread.join(5)
-    assert rejected_for(breaker) <= MIN_BACKOFF
+    assert retry_delay_of(breaker) <= MIN_BACKOFF
 
 
 @pytest.mark.parametrize("error", [DOWN, KeyError("x")])
 def test_call_started_before_an_outage_does_not_end_the_probe(error: Exception, clock: Clock) -> None:
-    """It can last as long as the read timeout. When it fails, the running probe stays the only call."""
+    """It can last as long as the read timeout. When it fails, the running probe continues."""
     breaker = breaker_with()
     started, end = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
 
@@ -213,10 +213,10 @@ def test_call_started_before_an_outage_does_not_end_the_probe(error: Exception, 
     end[0].set()
     threads[0].join(5)
     clock.now += 10
-    assert rejected_for(breaker) == 10
+    assert retry_delay_of(breaker) == 10
     end[1].set()
     threads[1].join(5)
-    assert rejected_for(breaker) == 0
+    assert retry_delay_of(breaker) == 0
 
 
 def test_unexpected_error_of_a_probe_lets_the_next_call_probe(clock: Clock) -> None:
@@ -225,11 +225,11 @@ def test_unexpected_error_of_a_probe_lets_the_next_call_probe(clock: Clock) -> N
     clock.now += MIN_BACKOFF
     with pytest.raises(KeyError):
         breaker(failing(KeyError("x")))
-    assert rejected_for(breaker) == 0
+    assert retry_delay_of(breaker) == 0
 
 
-def test_rejected_credentials_open_the_circuit_immediately(clock: Clock) -> None:
-    """This is not an outage: the worker parks, and one call per `park_retry_interval` is the probe."""
+def test_refused_credentials_open_the_circuit_immediately(clock: Clock) -> None:
+    """This is not an outage. The worker parks, and one call per `park_retry_interval` is the probe."""
     breaker = breaker_with(park_retry_interval=30)
     refused = KlaviyoMisconfigured("403", todo="check KLAVIYO_AUTH_KEY and its scopes", lacks_scope=True)
     for call in (failing(refused), Scripted(None)):
@@ -241,13 +241,13 @@ def test_rejected_credentials_open_the_circuit_immediately(clock: Clock) -> None
         assert error.value.retry_after == 30
     assert breaker.outage_reason() == ""
     clock.now += 20
-    assert rejected_for(breaker) == 10
+    assert retry_delay_of(breaker) == 10
     clock.now += 10
     with pytest.raises(KlaviyoMisconfigured):
         breaker(failing(refused))
-    assert rejected_for(breaker) == 30
+    assert retry_delay_of(breaker) == 30
     clock.now += 30
-    assert rejected_for(breaker) == 0
+    assert retry_delay_of(breaker) == 0
 
 
 def test_each_endpoint_has_its_own_circuit() -> None:
@@ -256,13 +256,13 @@ def test_each_endpoint_has_its_own_circuit() -> None:
     for _ in range(FAILURE_THRESHOLD):
         with pytest.raises(Transient):
             breakers["POST /api/events"](failing(DOWN))
-    assert rejected_for(breakers["POST /api/events"])
-    assert not rejected_for(breakers["POST /api/profile-import"])
+    assert retry_delay_of(breakers["POST /api/events"])
+    assert not retry_delay_of(breakers["POST /api/profile-import"])
     assert breakers.outage_reason() == str(DOWN)
 
 
 def test_outage_without_further_calls_expires(clock: Clock) -> None:
-    """The gauge must not report an outage after the last message for the endpoint was returned to the queue."""
+    """The gauge must not report an outage after the last message for the endpoint was nacked."""
     breaker = opened()
     assert breaker.outage_reason()
     clock.now += MIN_BACKOFF + 2 * MAX_BACKOFF
@@ -294,7 +294,7 @@ def test_shutdown_ends_the_retries() -> None:
 
 
 def test_start_and_end_of_an_outage_are_logged(caplog: pytest.LogCaptureFixture, clock: Clock) -> None:
-    """One line each, and one line per minute in between."""
+    """During the outage, it is logged once a minute."""
     caplog.set_level("INFO", "klaviyo_worker")
     breaker = opened()
     for _ in range(3):

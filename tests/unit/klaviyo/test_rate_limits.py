@@ -28,7 +28,7 @@ S, M, L, XL = (
     "POST /api/events",
 )
 TIERS = {S: (3, 60), M: (10, 150), L: (75, 700), XL: (350, 3500)}
-MOMENT = 0.005  # seconds: a call can poll slightly late, and the rate rises a little while it waits
+MOMENT = 0.005  # seconds: a request can poll slightly late, and the rate rises a little while it waits
 
 
 class VirtualTime(Event):
@@ -99,7 +99,7 @@ def limiter(fresh: RateLimiter, time: VirtualTime) -> RateLimiter:
 
 
 def be_alone(limiter: RateLimiter, time: VirtualTime, *endpoints: str) -> RateLimiter:
-    """Report no calls of other processes, then let a minute pass."""
+    """Report no requests of other processes, then let a minute pass."""
     for endpoint in endpoints:
         for _ in range(1000):
             limiter.update(endpoint, 200, {}, None)
@@ -108,7 +108,7 @@ def be_alone(limiter: RateLimiter, time: VirtualTime, *endpoints: str) -> RateLi
 
 
 def waits(limiter: RateLimiter, time: VirtualTime, endpoint: str, calls: int) -> list[float]:
-    """Return how long each of several consecutive calls waits."""
+    """Return how long each of several consecutive requests waits."""
     taken = []
     for _ in range(calls):
         before = time.now()
@@ -118,7 +118,7 @@ def waits(limiter: RateLimiter, time: VirtualTime, endpoint: str, calls: int) ->
 
 
 def steady_rate(limiter: RateLimiter, time: VirtualTime, endpoint: str) -> float:
-    """Return the calls per second once the bucket is empty."""
+    """Return the requests per second once the bucket is empty."""
     while not waits(limiter, time, endpoint, 1)[0]:
         pass
     return 4 / sum(waits(limiter, time, endpoint, 4))
@@ -153,7 +153,7 @@ def window(limit: object = None, remaining: object = None, reset: object = None)
 def test_single_process_uses_the_documented_limits(
     fresh: RateLimiter, time: VirtualTime, endpoint: str, at_once: int, per_minute: int
 ) -> None:
-    """A few calls are sent at once, so that no second exceeds the burst. The others follow at the steady rate."""
+    """No second exceeds the burst. After a few immediate requests, the others follow at the steady rate."""
     limiter = be_alone(fresh, time, endpoint)
     assert waits(limiter, time, endpoint, at_once) == pytest.approx([0] * at_once, abs=MOMENT)
     assert steady_rate(limiter, time, endpoint) == pytest.approx(per_minute / 60, rel=0.01)
@@ -165,13 +165,13 @@ def test_single_process_uses_the_documented_limits(
 def test_process_starts_with_a_quarter_of_the_limits(
     fresh: RateLimiter, time: VirtualTime, endpoint: str, at_once: int, per_second: float
 ) -> None:
-    """Other processes can start with it. It sends few calls at once, but the calls of one message do not wait."""
+    """Other processes can start with it. The requests of one message are sent immediately, the others are paced."""
     assert waits(fresh, time, endpoint, at_once) == [0] * at_once
     assert steady_rate(fresh, time, endpoint) == pytest.approx(per_second, rel=0.02)
 
 
 def test_single_process_reaches_the_full_rate(fresh: RateLimiter, time: VirtualTime) -> None:
-    """If only its own calls reduce the remaining calls, it uses the full rate within a minute."""
+    """If no other process reduces the remaining requests, it uses the full rate within a minute."""
     remaining, end = 150, time.now() + 20
     while time.now() < end:
         fresh.acquire(M)
@@ -183,14 +183,14 @@ def test_single_process_reaches_the_full_rate(fresh: RateLimiter, time: VirtualT
 
 @pytest.mark.parametrize(("calls", "share"), [(1, 1), (2, 1 / 2), (4, 1 / 4), (8, 1 / 8), (40, 1 / 16)])
 def test_process_uses_its_share_of_the_account(fresh: RateLimiter, time: VirtualTime, calls: int, share: float) -> None:
-    """If one of `calls` calls is its own, it uses slightly more than that share, and at least that of a sixteenth."""
+    """If it sent one of `calls` requests, it uses slightly more than that share, and at least that of a sixteenth."""
     for number in range(300):
         fresh.update(L, 200, window(remaining=99_999 - calls * number, reset=60), None)
     assert steady_rate(fresh, time, L) == pytest.approx(share**0.8 * 700 / 60, rel=0.02)
 
 
 def test_process_takes_over_the_share_of_stopped_processes(fresh: RateLimiter, time: VirtualTime) -> None:
-    """A dozen own calls show that it is alone now. Two responses of different windows are not compared."""
+    """After a dozen own requests it uses the full rate. Responses of different windows are not compared."""
     for number in range(100):
         fresh.update(M, 202, window(remaining=9_999 - 4 * number, reset=60), None)
     time.wait(60)
@@ -211,7 +211,7 @@ def test_process_takes_over_the_share_of_stopped_processes(fresh: RateLimiter, t
 def test_no_window_exceeds_its_limit(
     endpoint: str, fresh: bool, share: float, gaps: Sequence[float], answers: Sequence[tuple[int, int, int]]
 ) -> None:
-    """For any calls and responses, a second has at most the burst, a minute at most the steady limit and a burst."""
+    """For any load, a second has at most the burst, and a minute has at most the steady limit plus a burst."""
     time = VirtualTime()
     limiter = RateLimiter(share, time, time.now)
     if not fresh:
@@ -234,20 +234,20 @@ def test_no_window_exceeds_its_limit(
 
 
 def test_configured_share_applies_to_both_limits(time: VirtualTime) -> None:
-    """A share of one half is half of the burst and half of the steady rate."""
+    """With a share of one half, both the burst and the steady rate are halved."""
     limiter = be_alone(RateLimiter(0.5, time, time.now), time, L)
     assert waits(limiter, time, L, 32)[30:] == [0, pytest.approx(60 / 350 / 3, abs=MOMENT)]
     assert steady_rate(limiter, time, L) == pytest.approx(350 / 60, rel=0.01)
 
 
-def test_small_share_still_allows_calls(time: VirtualTime) -> None:
-    """A share of less than one call per second delays calls, but does not stop them."""
+def test_small_share_still_allows_requests(time: VirtualTime) -> None:
+    """A share of less than one request per second delays requests, but does not stop them."""
     limiter = be_alone(RateLimiter(0.1, time, time.now), time, S)
     assert waits(limiter, time, S, 3) == [0, pytest.approx(10, abs=MOMENT), pytest.approx(10, abs=MOMENT)]
 
 
 def test_each_endpoint_has_its_own_limit(limiter: RateLimiter, time: VirtualTime) -> None:
-    """Neither used tokens nor a 429 of one endpoint delay the calls to another one."""
+    """Neither used tokens nor a 429 of one endpoint delay the requests to another one."""
     be_alone(limiter, time, "POST /api/catalog-items")
     limiter.update(L, 429, {}, 30)
     assert waits(limiter, time, "POST /api/catalog-items", 63) == [0] * 63
@@ -263,8 +263,8 @@ def test_rate_follows_the_reported_steady_limit(
     assert steady_rate(limiter, time, L) == pytest.approx(per_second, rel=0.02)
 
 
-def test_rate_follows_the_remaining_calls_of_the_window(limiter: RateLimiter, time: VirtualTime) -> None:
-    """Ten calls in twenty seconds: half a call per second, with few at once, until the window ends."""
+def test_rate_follows_the_remaining_requests_of_the_window(limiter: RateLimiter, time: VirtualTime) -> None:
+    """Ten requests remain for twenty seconds: half a request per second is sent until the window ends."""
     waits(limiter, time, L, 63)
     limiter.update(L, 202, window(700, 10, 20), None)
     start = time.now()
@@ -281,7 +281,7 @@ def test_saved_tokens_are_not_spent_in_a_nearly_used_window(limiter: RateLimiter
 
 
 def test_wait_beyond_the_end_of_the_window_uses_the_new_rate(limiter: RateLimiter, time: VirtualTime) -> None:
-    """With one call left for 40 s, the next two calls wait about 40 s, not 80 s: a new window starts."""
+    """With one request left for 40 s, the next two requests wait about 40 s, not 80 s: a new window starts."""
     start = time.now()
     limiter.update(L, 200, window(700, 1, 40), None)
     limiter.acquire(L)
@@ -295,8 +295,8 @@ def test_wait_beyond_the_end_of_the_window_uses_the_new_rate(limiter: RateLimite
     assert moments == [pytest.approx(40, abs=0.1), pytest.approx(40 + 60 / 700, abs=0.1)]
 
 
-def test_no_call_is_sent_in_an_exhausted_window(limiter: RateLimiter, time: VirtualTime) -> None:
-    """If no calls remain, none is sent before the reset. Then they follow at the steady rate."""
+def test_no_request_is_sent_in_an_exhausted_window(limiter: RateLimiter, time: VirtualTime) -> None:
+    """If no requests remain, none is sent before the reset. Then they follow at the steady rate."""
     limiter.update(L, 200, window(700, 0, 17), None)
     assert waits(limiter, time, L, 1)[0] == pytest.approx(17 + 60 / 700, abs=MOMENT)
     assert steady_rate(limiter, time, L) == pytest.approx(700 / 60, rel=0.01)
@@ -316,14 +316,14 @@ def test_429_pauses_and_halves_the_rate(limiter: RateLimiter, time: VirtualTime,
 
 
 def test_429_halves_the_burst(limiter: RateLimiter, time: VirtualTime) -> None:
-    """After a pause and a short idle time, fewer calls are sent at once than before."""
+    """After a pause and a short idle time, fewer requests are sent immediately than before."""
     limiter.update(L, 429, {}, 1)
     time.wait(1 + 6)
     assert 31 <= waits(limiter, time, L, 63).count(0) < 45
 
 
 def test_several_429_in_one_pause_halve_the_rate_once(limiter: RateLimiter, time: VirtualTime) -> None:
-    """Concurrent calls are throttled together. The longest pause applies."""
+    """Concurrent requests are throttled together. The longest pause applies."""
     for retry_after in (2, 5, 3):
         limiter.update(L, 429, {}, retry_after)
     assert waits(limiter, time, L, 1)[0] == pytest.approx(5 + 2 * 60 / 700, abs=MOMENT)
@@ -361,14 +361,14 @@ def test_repeated_429_leave_a_sixteenth_of_the_rate(limiter: RateLimiter, time: 
     ids=str,
 )
 def test_invalid_headers_are_ignored(limiter: RateLimiter, time: VirtualTime, headers: Mapping[str, str]) -> None:
-    """The headers of a proxy, or an error of Klaviyo, neither block the endpoint nor disable the limit."""
+    """Headers of a proxy and wrong Klaviyo headers neither block the endpoint nor disable the limit."""
     limiter.update(L, 200, headers, None)
     assert waits(limiter, time, L, 63) == [0] * 63
     assert steady_rate(limiter, time, L) == pytest.approx(700 / 60, rel=0.01)
 
 
-def test_too_long_a_wait_is_throttled_immediately(limiter: RateLimiter, time: VirtualTime) -> None:
-    """The call fails at once with retry_after, and leaves its place to other calls."""
+def test_request_with_too_long_a_wait_fails_immediately(limiter: RateLimiter, time: VirtualTime) -> None:
+    """The request fails immediately with retry_after. Its token goes to other requests."""
     limiter.update(L, 429, {}, 300)
     before = time.now()
     for _ in range(5):
@@ -381,8 +381,8 @@ def test_too_long_a_wait_is_throttled_immediately(limiter: RateLimiter, time: Vi
     assert waits(limiter, time, L, 1)[0] == pytest.approx(2 * 60 / 700, abs=MOMENT)
 
 
-def test_waiting_calls_are_served_in_order(limiter: RateLimiter, time: VirtualTime) -> None:
-    """As many calls wait as the limit allows in a minute. The others fail without waiting."""
+def test_waiting_requests_are_served_in_order(limiter: RateLimiter, time: VirtualTime) -> None:
+    """At most the number of requests that the limit allows in a minute can wait. The others fail immediately."""
     start = time.now()
     served: list[tuple[int, float]] = []
     rejected: list[float | None] = []
@@ -402,8 +402,8 @@ def test_waiting_calls_are_served_in_order(limiter: RateLimiter, time: VirtualTi
     assert all(after is not None and after > MAX_WAIT for after in rejected)
 
 
-def test_pause_applies_to_waiting_calls(limiter: RateLimiter, time: VirtualTime) -> None:
-    """A 429 of another thread delays the calls that already wait."""
+def test_pause_applies_to_waiting_requests(limiter: RateLimiter, time: VirtualTime) -> None:
+    """A 429 of another thread delays the requests that already wait."""
     start = time.now()
     waits(limiter, time, M, 7)
     moments: list[float] = []
@@ -440,7 +440,7 @@ def test_wait_is_bounded_when_pauses_follow_each_other(limiter: RateLimiter, tim
 
 
 def test_shutdown_ends_every_wait() -> None:
-    """Waiting threads fail when the worker stops. No call that had to wait is sent."""
+    """Waiting threads fail when the worker stops. No request that had to wait is sent."""
     stopping = Event()
     limiter = RateLimiter(1.0, stopping, lambda: 0.0)
     with ThreadPoolExecutor(40) as threads:
@@ -451,8 +451,8 @@ def test_shutdown_ends_every_wait() -> None:
     assert sum(isinstance(call.exception(), Transient) for call in calls) == 38
 
 
-def test_call_that_need_not_wait_is_sent_during_shutdown() -> None:
-    """The last calls of a stopping worker are sent while tokens are available."""
+def test_request_that_need_not_wait_is_sent_during_shutdown() -> None:
+    """The last requests of a stopping worker are sent while tokens are available."""
     stopping = Event()
     stopping.set()
     limiter = RateLimiter(1.0, stopping, lambda: 0.0)
@@ -465,7 +465,7 @@ def test_call_that_need_not_wait_is_sent_during_shutdown() -> None:
 def run_workers(endpoint: str, limit: dict[int, int], number: int, share: float = 1.0) -> list[list[int]]:
     """Run workers with constant demand on one account for two minutes. Return the statuses of each worker.
 
-    They start within a second, in the middle of a minute. A call takes 50 to 200 ms.
+    They start within a second, in the middle of a minute. A request takes 50 to 200 ms.
     """
     time, random = VirtualTime(), Random(7)
     account = FixedWindowLimiter(time.now)
@@ -496,7 +496,7 @@ def run_workers(endpoint: str, limit: dict[int, int], number: int, share: float 
 @pytest.mark.parametrize(("endpoint", "limit"), [(S, {1: 3, 60: 60}), (M, {1: 10, 60: 150}), (L, {1: 75, 60: 750})])
 @pytest.mark.parametrize("number", [2, 4])
 def test_processes_share_an_account(endpoint: str, limit: dict[int, int], number: int) -> None:
-    """With constant demand, the whole limit is used, few calls are throttled, and each process gets its share."""
+    """With constant demand, the whole limit is used, few requests are throttled, and each process gets its share."""
     workers = run_workers(endpoint, limit, number)
     sent = [statuses.count(202) for statuses in workers]
     assert sum(sent) >= 0.97 * 2 * limit[60]
@@ -505,7 +505,7 @@ def test_processes_share_an_account(endpoint: str, limit: dict[int, int], number
 
 
 def test_single_process_uses_the_whole_limit() -> None:
-    """The low initial rate costs little, and no call is throttled."""
+    """The low initial rate costs little, and no request is throttled."""
     (statuses,) = run_workers(M, {1: 10, 60: 150}, 1)
     assert statuses.count(202) == len(statuses) >= 0.97 * 2 * 150
 
@@ -523,7 +523,7 @@ def test_raised_limit_is_used_up_to_the_safe_burst() -> None:
 
 
 def test_status_by_endpoint(limiter: RateLimiter, time: VirtualTime) -> None:
-    """Reading it takes no token. The reported remaining calls expire with their window."""
+    """Reading it takes no token. The reported remaining requests expire with their window."""
     assert limiter.statuses().keys() == {S, M, L}
     assert list(limiter.statuses()[M]) == [10, 150, pytest.approx(150), 0.0, None, 0]
     for _ in range(3):

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import pytest
 
 
-def test_dry_run_stops_in_order_when_its_reader_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`| head` is not a defect: the process sends itself one signal, and later output is discarded."""
+def test_dry_run_stops_normally_when_its_reader_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If `| head` ends, the process stops normally: it sends itself a signal, and later output is discarded."""
     signals: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     read, write = os.pipe()

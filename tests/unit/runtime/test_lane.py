@@ -103,7 +103,7 @@ def test_transient_error_is_retried_without_nack(rig: Rig) -> None:
 
 
 def test_later_messages_of_the_resource_wait_in_order(rig: Rig) -> None:
-    """Messages of other resources overtake the held one."""
+    """Messages of other resources are processed in the meantime."""
     rig.pipeline.errors["a1"] = Transient("503", retry_after=0.5)
     rig.put("a1")
     rig.lane.start()
@@ -130,7 +130,7 @@ def test_backoff_grows_with_every_retry(rig: Rig, monkeypatch: pytest.MonkeyPatc
     assert retries[:4] == [0, 1, 2, 3]
 
 
-def test_message_is_returned_when_its_hold_expires() -> None:
+def test_message_is_nacked_when_its_hold_expires() -> None:
     """The last retry is at the end of the hold. The delay of the nack is a share of the hold."""
     rig = Rig(outage_hold=0.6)
     rig.pipeline.errors["a1"] = Transient("503", retry_after=0.61)
@@ -148,8 +148,8 @@ def test_message_is_returned_when_its_hold_expires() -> None:
     assert rig.returned_unprocessed == []
 
 
-def test_without_a_hold_a_message_is_returned_at_once() -> None:
-    """`outage_hold` = 0 suits queues without a limit of attempts."""
+def test_without_a_hold_a_message_is_nacked_immediately() -> None:
+    """`outage_hold` = 0 suits queues without a maximum number of attempts."""
     rig = Rig(outage_hold=0)
     rig.pipeline.errors["a1"] = SOON
     rig.put("a1")
@@ -190,7 +190,7 @@ def test_parked_time_does_not_count_as_hold() -> None:
 
 
 def test_held_messages_are_returned_when_the_lane_ends(rig: Rig) -> None:
-    """They are returned at once, whenever their next retry is due."""
+    """They are returned immediately, even if their next retry is not due yet."""
     rig.pipeline.errors |= {"a1": Transient("503", retry_after=3600), "b1": KlaviyoMisconfigured("401", 3600)}
     rig.put("a1", "b1")
     rig.lane.start()
@@ -234,7 +234,7 @@ def test_batch_of_held_messages_is_limited() -> None:
 
 
 def test_worker_is_blocked_if_all_messages_are_held_because_of_an_outage() -> None:
-    """It is not blocked if a message can be processed, or if none is held because of an open circuit breaker."""
+    """It is not blocked if a message can be processed, or if no message is held because of an open circuit."""
     in_flight = InFlight(10, 1000)
     a, b = (Message(FakeDelivery(b"x", id=name), 0.0) for name in "ab")
     in_flight.add(a)
@@ -271,7 +271,7 @@ def test_age_of_the_oldest_message_starts_at_its_publication() -> None:
 
 @pytest.mark.parametrize(("first", "second", "max_batch"), [(0.2, 0.05, 100), (0.1, 0.1, 1)])
 def test_held_messages_of_a_resource_stay_in_order(first: float, second: float, max_batch: int) -> None:
-    """The order is independent of their retry times and of where a batch ends."""
+    """Neither their retry times nor the limits of batches affect the order."""
     rig = Rig(max_batch=max_batch)
     rig.pipeline.errors |= {"a1": Transient("503", retry_after=first), "a2": Transient("503", retry_after=second)}
     rig.put("a1", "a2")

@@ -103,7 +103,7 @@ def test_once_drains_the_queue_and_returns(queue: EmbeddedQueue) -> None:
 
 
 def test_messages_of_a_resource_use_one_lane_in_order(queue: EmbeddedQueue) -> None:
-    """Two changes of one customer never race within a process."""
+    """Two changes of one customer are never processed concurrently in a process."""
     queue.publish(f"{n % 7}:{n}".encode() for n in range(300))
     runner, pipeline = runner_for(queue, lanes=4)
     runner.run(once=True)
@@ -120,7 +120,7 @@ def test_messages_of_a_resource_use_one_lane_in_order(queue: EmbeddedQueue) -> N
 
 
 def test_batches_grow_with_the_backlog_up_to_their_limit(queue: EmbeddedQueue) -> None:
-    """A lane takes all waiting messages together, and does not wait for a full batch."""
+    """A lane processes all messages in its inbox together, and does not wait for a full batch."""
 
     def slow(_messages: Sequence[Message]) -> list[Message]:
         time.sleep(0.05)
@@ -174,7 +174,7 @@ def test_events_profiles_and_catalog_have_separate_lanes(queue: EmbeddedQueue) -
 
 
 def test_lease_of_a_message_is_valid_while_it_is_extended(tmp_path: Path) -> None:
-    """Until it expires, the events of the message are certainly new."""
+    """Until the lease expires, the events of the message are certainly new."""
     queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=0.6)
     queue.publish([b"order:1"])
     valid: list[bool] = []
@@ -322,7 +322,7 @@ def test_pulling_pauses_while_all_messages_are_held_because_of_an_outage(
 def test_single_message_is_pulled_periodically_during_an_outage(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If only the held messages fail, the worker detects that others can be processed."""
+    """If the outage affects only the held messages, the worker detects that others can be processed."""
     monkeypatch.setattr("worker.runtime.runner.MAX_BACKOFF", 0.5)
     queue.publish([b"a:1"])
     runner, pipeline = runner_for(queue, holding(CircuitOpen("500", retry_after=0.1), threading.Event()))
@@ -337,7 +337,7 @@ def test_single_message_is_pulled_periodically_during_an_outage(
 def test_pulling_continues_while_a_message_is_held_without_an_outage(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread]
 ) -> None:
-    """A resource that commercetools cannot read yet is not an outage."""
+    """A resource that commercetools does not return yet is not an outage."""
     queue.publish([b"a:1"])
     runner, pipeline = runner_for(queue, holding(Transient("not readable yet", 60), threading.Event()))
     running(runner)
@@ -383,10 +383,10 @@ def test_refusal_by_the_queue_parks_the_worker(
 
 
 @pytest.mark.parametrize("answer", [[], QueueRefusedError("gone")], ids=["no messages", "refused"])
-def test_worker_has_polled_once_the_queue_has_answered(
+def test_has_received_is_true_after_the_queue_has_answered(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], answer: Any
 ) -> None:
-    """A refusal counts too: a worker that is parked from the start is up."""
+    """A refusal counts, too, because a worker that is parked from the start is up."""
     asked, release = threading.Event(), threading.Event()
 
     def waiting(*_: object) -> Any:
@@ -406,7 +406,7 @@ def test_worker_has_polled_once_the_queue_has_answered(
 def test_empty_response_soon_after_a_refusal_does_not_end_parking(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stream reports a refusal a moment after it was opened, so no messages count after two intervals only."""
+    """A stream reports a refusal a moment after it was opened, so parking ends only after two retry intervals."""
     monkeypatch.setattr("worker.runtime.runner.RECEIVE_WAIT", 0.05)
     refusals = [QueueRefusedError("QUEUE_URL: gone")]
     reasons: list[str] = []
@@ -539,10 +539,10 @@ def test_messages_are_returned_after_pulling_has_ended(queue: EmbeddedQueue) -> 
 
 
 @pytest.mark.parametrize(("events_possibly_sent", "attempt"), [(False, 1), (True, 2)])
-def test_return_counts_as_an_attempt_if_events_may_be_sent(
+def test_return_counts_as_an_attempt_if_events_are_possibly_sent(
     events_possibly_sent: bool, attempt: int, queue: EmbeddedQueue
 ) -> None:
-    """The next delivery must not be a first one. Other messages are returned as if they had not been received."""
+    """The next delivery must not count as the first one. The other messages use up no attempt."""
     started = threading.Event()
 
     def parking(messages: Sequence[Message]) -> list[Message]:
@@ -606,7 +606,7 @@ def test_failing_queue_ends_the_run_unless_only_an_extension_fails(method: str, 
 
 @pytest.mark.parametrize("method", ["receive", "stop", "nack"])
 def test_messages_in_flight_are_returned_after_an_unexpected_error(method: str, queue: EmbeddedQueue) -> None:
-    """They are returned at once, not when their leases expire."""
+    """They are returned immediately, not when their leases expire."""
     broken = RuntimeError("can't start new thread")
     queue.publish([b"a:1", b"a:2"])
     runner, pipeline = runner_for(queue, slowly, max_batch=1)
@@ -623,7 +623,7 @@ def test_messages_in_flight_are_returned_after_an_unexpected_error(method: str, 
 
 
 def test_once_waits_for_redeliveries_up_to_max_wait(queue: EmbeddedQueue, caplog: pytest.LogCaptureFixture) -> None:
-    """`max_wait` limits the idle time, and the messages that remain are logged."""
+    """`max_wait` limits the total wait, and the number of remaining messages is logged."""
     queue.publish([b"a:1"])
     queue.nack(queue.receive(1, 0), delay=60)
     runner, _ = runner_for(queue)
@@ -632,7 +632,7 @@ def test_once_waits_for_redeliveries_up_to_max_wait(queue: EmbeddedQueue, caplog
 
 
 def test_once_reports_that_it_was_stopped(queue: EmbeddedQueue) -> None:
-    """A stopped `run --once` does not end as if the queue were empty; a stopped worker ends in order."""
+    """A stopped `run --once` does not end as if the queue were empty. A stopped worker ends normally."""
     queue.publish([b"a:1"])
     queue.nack(queue.receive(1, 0), delay=60)
     for once, reason in ((True, "stopped before the queue was empty"), (False, "")):

@@ -1,4 +1,4 @@
-"""Bulk creation of events: which events qualify, the size of calls, the search for rejected events."""
+"""The bulk sender for events: the selected events, the size of bulk calls, the isolation of rejected events."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def events(number: int, *, profiles: int = 7) -> list[Operation]:
 
 
 class Klaviyo:
-    """A fake that refuses bulk calls with a bad event. `pointing` selects the pointer of the refusal."""
+    """A fake that rejects bulk calls with a bad event. `pointing` selects the pointer of the rejection."""
 
     def __init__(self, bad: Sequence[str] = (), pointing: str = "none", wrong: int = 0) -> None:
         self.bad = frozenset(bad)
@@ -120,7 +120,7 @@ POINTING = ["none", "whole", "other", "event", "entry", "bare", "wrong", "far", 
 
 @given(st.data(), st.integers(2, 60), st.sampled_from(POINTING))
 def test_only_rejected_events_fail(data: st.DataObject, number: int, pointing: str) -> None:
-    """With any bad events and pointers, bad events are rejected, good ones recorded once, and calls are bounded."""
+    """For any pointers, bad events are rejected, good events are recorded once, and bulk calls are limited."""
     bad = data.draw(st.sets(st.integers(0, number - 1)))
     klaviyo = Klaviyo([str(each) for each in bad], pointing, wrong=data.draw(st.integers(0, 9)))
     results = sender(klaviyo).send(events(number))
@@ -135,8 +135,8 @@ def test_only_rejected_events_fail(data: st.DataObject, number: int, pointing: s
 
 
 @pytest.mark.parametrize(("pointing", "bulk_calls"), [("event", 2), ("none", 20)])
-def test_one_rejected_event_in_a_full_call_is_found_in_a_few_calls(pointing: str, bulk_calls: int) -> None:
-    """A pointer finds it at once. Bisection needs at most two calls per halving."""
+def test_one_rejected_event_in_a_full_bulk_call_is_found_quickly(pointing: str, bulk_calls: int) -> None:
+    """With a pointer it is found immediately. Bisection needs at most two bulk calls per halving."""
     klaviyo = Klaviyo(["612"], pointing)
     results = sender(klaviyo).send(events(MAX_EVENTS))
     assert [number for number, result in enumerate(results) if result] == [612]
@@ -145,8 +145,8 @@ def test_one_rejected_event_in_a_full_call_is_found_in_a_few_calls(pointing: str
 
 
 @pytest.mark.parametrize("pointing", ["event", "none"])
-def test_bulk_calls_stop_after_the_maximum_of_refusals(pointing: str) -> None:
-    """The other events are then sent one by one, because the rate limit of the bulk endpoint is far lower."""
+def test_bulk_calls_stop_after_the_maximum_number_of_rejections(pointing: str) -> None:
+    """The other events are then sent individually, because the rate limit of the bulk endpoint is far lower."""
     klaviyo = Klaviyo([str(number) for number in range(200)], pointing)
     results = sender(klaviyo).send(events(200))
     assert all(isinstance(result, Rejected) for result in results)
@@ -154,7 +154,7 @@ def test_bulk_calls_stop_after_the_maximum_of_refusals(pointing: str) -> None:
 
 
 def test_rejected_profile_isolates_its_own_events_only() -> None:
-    """These events are sent one by one, which can drop an invalid identifier."""
+    """These events are sent individually, which can drop an invalid identifier."""
     klaviyo = Klaviyo(["3"], "entry")
     batch = [event(str(number), who=f"{number // 3}@example.com") for number in range(30)]
     results = sender(klaviyo).send(batch)
@@ -206,7 +206,7 @@ def test_call_has_at_most_five_megabytes() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 900), st.integers(0, 3)), min_size=1, max_size=30))
 def test_events_of_any_size_keep_to_the_limits(shapes: list[tuple[int, int]]) -> None:
-    """An event larger than a call is sent by the single endpoint."""
+    """An event that is too large for a bulk call is sent individually."""
     klaviyo = Klaviyo()
     batch = [event(str(n), who=f"{who}@example.com", size=size) for n, (size, who) in enumerate(shapes)]
     with pytest.MonkeyPatch.context() as patch:
@@ -217,7 +217,7 @@ def test_events_of_any_size_keep_to_the_limits(shapes: list[tuple[int, int]]) ->
     assert sorted(klaviyo.recorded) == sorted(str(n) for n in range(len(batch)))
 
 
-def test_call_refused_as_too_large_is_halved() -> None:
+def test_call_rejected_as_too_large_is_halved() -> None:
     """Klaviyo can count bytes differently. A 413 names no record."""
 
     class Small(Klaviyo):
@@ -234,7 +234,7 @@ def test_call_refused_as_too_large_is_halved() -> None:
 
 @pytest.mark.parametrize("failure", [Transient("no answer"), Transient("503"), KlaviyoMisconfigured("401")])
 def test_call_without_a_response_is_not_repeated_in_bulk(failure: Exception) -> None:
-    """Its events can be recorded. They get the error, and the retry sends them one by one."""
+    """Klaviyo may have recorded its events. They get the error, and the retry sends them individually."""
     klaviyo = Klaviyo()
     klaviyo.failure = failure
     bulk_sender = sender(klaviyo)
@@ -276,7 +276,7 @@ def test_failed_call_does_not_affect_a_later_call() -> None:
     assert Counter(klaviyo.calls) == {BULK: 2}
 
 
-def test_few_events_are_sent_one_by_one() -> None:
+def test_few_events_are_sent_individually() -> None:
     """Events are sent in bulk only if there are more than the threshold."""
     few, many = Klaviyo(), Klaviyo()
     sender(few, threshold=10).send(events(10))
@@ -297,7 +297,7 @@ def test_few_events_are_sent_one_by_one() -> None:
     ],
 )
 def test_mode_decides_which_events_are_sent_in_bulk(mode: BulkMode, first_delivery: bool, path: str) -> None:
-    """Mode `auto` sends only events in bulk that no worker can have sent before."""
+    """Mode `auto` sends an event in bulk only if certainly no worker has sent it before."""
     klaviyo = Klaviyo()
     assert sender(klaviyo, mode).send([event(str(n), first_delivery=first_delivery) for n in range(5)]) == [None] * 5
     assert set(klaviyo.calls) == {path}
@@ -313,8 +313,8 @@ def test_redelivered_event_does_not_prevent_bulk_calls() -> None:
     assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 1, PROFILE: 1}
 
 
-def test_recently_sent_event_is_sent_one_by_one() -> None:
-    """A copy of an event is sent by the single endpoint, which ignores duplicates."""
+def test_recently_sent_event_is_sent_individually() -> None:
+    """Klaviyo ignores duplicates of events that are sent individually."""
     klaviyo = Klaviyo()
     bulk_sender = sender(klaviyo)
     bulk_sender.send([event(str(n)) for n in range(5)])
@@ -335,17 +335,17 @@ def test_memory_of_sent_events_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_unique_id_twice_in_a_batch_is_not_sent_in_bulk() -> None:
-    """Two profiles do not help: Klaviyo can know them as one, and would refuse the whole call."""
+    """Klaviyo can know two profiles as one, and would then reject the whole bulk call."""
     klaviyo = Klaviyo()
     twice = [event("twice", who="a@example.com"), event("twice", who="b@example.com")]
-    again = [event("again", first_delivery=False), event("again")]  # one operation to the sender: the last
+    again = [event("again", first_delivery=False), event("again")]  # the sender sends only the last of them
     assert sender(klaviyo).send([*events(5), *twice, *again]) == [None] * 9
     assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 3}
     assert sorted(each for *_, each in _places(klaviyo.bodies[0])) == ["0", "1", "2", "3", "4"]
 
 
-def test_mode_always_has_a_unique_id_once_per_call() -> None:
-    """The event of the other profile is sent on its own."""
+def test_mode_always_sends_a_unique_id_once_per_call() -> None:
+    """The event of the other profile is sent individually."""
     klaviyo = Klaviyo()
     twice = [event("twice", who="a@example.com"), event("twice", who="b@example.com")]
     assert sender(klaviyo, "always").send([*events(5), *twice, event("0", who="0@example.com")]) == [None] * 8
@@ -356,7 +356,7 @@ def test_mode_always_has_a_unique_id_once_per_call() -> None:
 
 @pytest.mark.parametrize("mode", ["auto", "always"])
 def test_event_without_unique_id_is_not_sent_in_bulk(mode: BulkMode) -> None:
-    """Klaviyo would treat two events of one second as duplicates and refuse the call."""
+    """Klaviyo would treat two events of the same second as duplicates and reject the bulk call."""
     klaviyo = Klaviyo()
     nameless = [event("", who=f"{n}@example.com") for n in range(3)]
     assert not BulkEvents(klaviyo, lambda _: (), mode, 0).select(nameless)

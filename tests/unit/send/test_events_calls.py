@@ -1,4 +1,4 @@
-"""Bulk calls that lanes share: which lane waits for what, and which events get an error."""
+"""Bulk calls that several lanes share: the waits of the lanes, and the events that get an error."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def lanes(klaviyo: Klaviyo) -> Iterator[Lanes]:
 
 
 def sent_by(lanes: Lanes, *lane_names: str, number: int = 5) -> list[Future[list[Any]]]:
-    """Start lanes one after the other while the rate limit grants no call."""
+    """Start lanes in sequence while the rate limiter grants no bulk call."""
     futures = []
     for index, lane in enumerate(lane_names, 1):
         futures.append(lanes.send(*map(event, names(lane, number))))
@@ -136,15 +136,15 @@ def sent_by(lanes: Lanes, *lane_names: str, number: int = 5) -> list[Future[list
 
 
 def test_waiting_call_takes_the_events_of_all_lanes(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """The longer the rate limit delays a call, the more events it has."""
+    """While the rate limiter delays a bulk call, other lanes add events to it."""
     futures = sent_by(lanes, "a", "b", "c")
     klaviyo.grants.release()
     assert [future.result(WAIT) for future in futures] == [[None] * 5] * 3
     assert klaviyo.calls == [{*names("a"), *names("b"), *names("c")}]
 
 
-def test_single_lane_sends_at_once(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """A call of an idle worker does not wait for other lanes."""
+def test_single_lane_sends_immediately(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """If no other lane has events, a bulk call does not wait for them."""
     klaviyo.grants.release()
     assert lanes.send(*map(event, names("a"))).result(WAIT) == [None] * 5
     assert klaviyo.calls == [set(names("a"))]
@@ -170,7 +170,7 @@ def assert_(condition: bool) -> None:
 
 
 def test_call_without_a_response_fails_all_its_events(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """The lane that made the call does not matter."""
+    """The events of the lanes that did not make the bulk call fail, too."""
     error = Transient("no answer")
 
     def fail(_: set[str]) -> None:
@@ -183,7 +183,7 @@ def test_call_without_a_response_fails_all_its_events(lanes: Lanes, klaviyo: Kla
     assert klaviyo.single == []
 
 
-def test_call_rejected_by_the_circuit_breaker_fails_its_own_lane_only(lanes: Lanes, klaviyo: Klaviyo) -> None:
+def test_open_circuit_fails_the_events_of_one_lane_only(lanes: Lanes, klaviyo: Klaviyo) -> None:
     """The other lanes make their own calls, which can succeed."""
     klaviyo.before = CircuitOpen("down")
     first, second = sent_by(lanes, "a", "b")
@@ -197,7 +197,7 @@ def test_call_rejected_by_the_circuit_breaker_fails_its_own_lane_only(lanes: Lan
 
 
 def test_rejected_event_of_one_lane_does_not_affect_the_others(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """The refused call is split. The rejected event is sent on its own by its lane."""
+    """The rejected bulk call is split. The lane of the rejected event sends it individually."""
 
     def refuse(ids: set[str]) -> None:
         if "b3" in ids:
@@ -228,7 +228,7 @@ def test_unexpected_error_ends_the_wait_of_all_lanes(lanes: Lanes, klaviyo: Klav
 def test_events_of_a_lane_that_failed_unexpectedly_are_not_sent(
     lanes: Lanes, klaviyo: Klaviyo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their messages are redelivered, so a later call must not have them too."""
+    """Their messages are redelivered, so a later bulk call must not send these events."""
     monkeypatch.setattr(events, "MAX_EVENTS", 3)
 
     def fail(_: set[str]) -> None:
@@ -244,8 +244,8 @@ def test_events_of_a_lane_that_failed_unexpectedly_are_not_sent(
     assert set().union(*klaviyo.calls[1:]) == set(names("b"))
 
 
-def test_event_whose_lease_expired_before_the_call_is_sent_one_by_one(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """A lease can expire while a call waits for the rate limit, for example if the machine sleeps."""
+def test_event_whose_lease_expired_before_the_call_is_sent_individually(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """A lease can expire while a bulk call waits for the rate limiter, for example if the machine sleeps."""
     leased = Event()
     leased.set()
     future = lanes.send(*(event(name, leased.is_set) for name in names("a")), *map(event, names("b")))
@@ -258,7 +258,7 @@ def test_event_whose_lease_expired_before_the_call_is_sent_one_by_one(lanes: Lan
 
 
 def test_leases_are_checked_before_every_request(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """A throttled call is retried up to a minute later."""
+    """A throttled bulk call is retried for up to a minute."""
     leased = Event()
     leased.set()
     klaviyo.throttled = leased.clear

@@ -1,4 +1,4 @@
-"""Identifiers that Klaviyo finds invalid: the record is sent without them if another one remains."""
+"""Invalid identifiers: the record is sent without them if another identifier remains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHO = {"email": "ada", "phone_number": "123", "external_id": "x", "first_name": 
 
 
 class Klaviyo:
-    """A fake that refuses invalid identifiers, one per response."""
+    """A fake that rejects invalid identifiers, one per response."""
 
     def __init__(self, *invalid: str) -> None:
         self.invalid = invalid
@@ -74,7 +74,7 @@ KINDS = pytest.mark.parametrize("kind", PATHS)
 def test_record_is_sent_without_its_invalid_identifier(
     kind: OperationKind, invalid: list[str], given: set[str], left: set[str]
 ) -> None:
-    """An invalid phone number or email address must not cost the event or the profile."""
+    """An invalid phone number or email address must not prevent the event or the profile."""
     klaviyo = Klaviyo(*invalid)
     assert Sender(klaviyo, 1).send([operation(kind, given)]) == [None]
     assert klaviyo.taken == [(PATHS[kind], left)]
@@ -101,8 +101,8 @@ def test_record_without_another_identifier_is_rejected(kind: OperationKind, give
         Rejected("no", 413, pointer="/data/attributes/phone_number"),
     ],
 )
-def test_other_refusals_are_final(kind: OperationKind, refusal: Rejected) -> None:
-    """Only a 400 with a pointer to an identifier is about that identifier."""
+def test_other_rejections_are_final(kind: OperationKind, refusal: Rejected) -> None:
+    """An identifier is dropped only after a 400 with a pointer to it."""
 
     class Refusing(Klaviyo):
         def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
@@ -115,8 +115,8 @@ def test_other_refusals_are_final(kind: OperationKind, refusal: Rejected) -> Non
 
 
 @KINDS
-def test_repeated_refusal_of_a_dropped_identifier_is_final(kind: OperationKind) -> None:
-    """The record is rejected if Klaviyo still refuses an identifier that it no longer has."""
+def test_repeated_rejection_of_a_dropped_identifier_is_final(kind: OperationKind) -> None:
+    """The record is rejected if Klaviyo still names an identifier that the record no longer has."""
 
     class Stubborn(Klaviyo):
         def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
@@ -131,7 +131,7 @@ def test_repeated_refusal_of_a_dropped_identifier_is_final(kind: OperationKind) 
 
 
 def test_log_names_the_identifier_without_its_value(caplog: pytest.LogCaptureFixture) -> None:
-    """The log line names the dropped identifier and holds no personal data."""
+    """The log line names the dropped identifier and contains no personal data."""
     with caplog.at_level(logging.INFO, "klaviyo_worker"):
         Sender(Klaviyo("phone_number"), 1).send([operation(OperationKind.CREATE_EVENT, WHO)])
     (record,) = caplog.records

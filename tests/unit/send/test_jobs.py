@@ -30,7 +30,7 @@ def test_chunk_is_within_the_limits_of_a_job(sizes: list[int]) -> None:
 
 
 def test_chunks_are_as_large_as_possible() -> None:
-    """Jobs have a rate limit too, so there are as few as possible."""
+    """Jobs have a rate limit, so the number of jobs is minimal."""
     assert [len(chunk) for chunk in jobs._chunks(KIND, [JobEntry("", b"{}")] * 250)] == [100, 100, 50]
     large = JobEntry("", b"x" * 1_000_000)
     assert [len(chunk) for chunk in jobs._chunks(KIND, [large] * 9)] == [4, 4, 1]

@@ -1,4 +1,4 @@
-"""The send stage: phases, conflicts, single calls."""
+"""The send stage: phases, conflicts, individual operations."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ def test_update_of_a_variant_has_no_relationships(sender: Sender, klaviyo: Klavi
     assert "relationships" not in body["data"]
 
 
-def test_known_entry_costs_one_call(sender: Sender, klaviyo: Klaviyo) -> None:
-    """An entry that this process has written is updated at once. If it is gone, it is created again."""
+def test_known_entry_costs_one_request(sender: Sender, klaviyo: Klaviyo) -> None:
+    """An entry that this process has written is updated immediately. If it no longer exists, it is created again."""
     sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
     sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
     assert klaviyo.names == ["POST /api/catalog-items", f"PATCH {ITEM}"]
@@ -153,8 +153,8 @@ def test_deleted_entry_is_no_longer_known(sender: Sender, klaviyo: Klaviyo) -> N
     assert klaviyo.names == ["POST /api/catalog-items", f"DELETE {ITEM}", "POST /api/catalog-items"]
 
 
-def test_entry_deleted_between_two_calls_is_a_transient_error(sender: Sender, klaviyo: Klaviyo) -> None:
-    """Another worker can delete an entry between our creation and our update."""
+def test_entry_deleted_between_two_requests_is_a_transient_error(sender: Sender, klaviyo: Klaviyo) -> None:
+    """Another worker can delete an entry between the failed creation and the update."""
     klaviyo.answer("POST /api/catalog-items", CONFLICT)
     klaviyo.answer(f"PATCH {ITEM}", NOT_FOUND)
     (error,) = sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
@@ -248,7 +248,7 @@ def test_conflicting_profile_is_updated_by_its_id(sender: Sender, klaviyo: Klavi
 
 
 def test_weaker_identifiers_of_several_profiles_are_dropped(sender: Sender, klaviyo: Klaviyo) -> None:
-    """The update goes to the profile of the email address instead of the dead-letter queue."""
+    """The profile with the email address is updated, and the message is not dead-lettered."""
     duplicate = Rejected("duplicate", 409, duplicate_id="01A")
     klaviyo.answer("POST /api/profile-import", duplicate, CONFLICT)
     klaviyo.answer("PATCH /api/profiles/01A", duplicate)
@@ -262,7 +262,7 @@ def test_weaker_identifiers_of_several_profiles_are_dropped(sender: Sender, klav
 
 
 @pytest.mark.parametrize("calls_before", [0, 1, 2])
-def test_other_refusals_of_a_profile_are_final(calls_before: int, sender: Sender, klaviyo: Klaviyo) -> None:
+def test_other_rejections_of_a_profile_are_final(calls_before: int, sender: Sender, klaviyo: Klaviyo) -> None:
     """Only a conflict is resolved."""
     refused = Rejected("bad", 400)
     klaviyo.answer("POST /api/profile-import", *([CONFLICT, CONFLICT] * calls_before)[:calls_before], refused)

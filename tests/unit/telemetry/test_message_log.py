@@ -39,7 +39,7 @@ def message(outcome: Outcome | None, operations: int = 0) -> Message:
     ],
 )
 def test_every_message_has_one_canonical_line(outcome: Outcome, operations: int, name: str, level: str) -> None:
-    """Scripts rely on the fields. The level shows whether an operator should look."""
+    """Scripts rely on the fields. The level shows whether an operator must act."""
     stream = io.StringIO()
     configure_logging("INFO", "auto", stream)
     telemetry = Telemetry(Metrics("embedded"))

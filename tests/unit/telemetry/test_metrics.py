@@ -149,7 +149,7 @@ def test_workers_of_a_process_have_separate_metrics() -> None:
 
 
 def test_received_messages_and_batch_sizes_are_counted() -> None:
-    """The unit is the message, not the call."""
+    """Messages are counted, not calls of `receive`."""
     metrics = Metrics("pubsub")
     for number in (30, 12):
         metrics.record_received(number)
@@ -234,7 +234,7 @@ def test_unknown_stages_and_errors_count_as_other(stage: str, error: str) -> Non
 
 @pytest.mark.parametrize("error", ["Transient", "Rejected", "KlaviyoMisconfigured", "QueueError", "KeyError"])
 def test_failures_are_counted_by_error_class(error: str) -> None:
-    """The classes of the worker, of the queues and of Python are known."""
+    """The error classes of the worker, the adapters and Python are known."""
     metrics = Metrics("pubsub")
     metrics.record_failure("send", error)
     assert value(metrics, "message_failures_total", stage="send", error_type=error) == 1

@@ -45,7 +45,7 @@ def test_money_is_exact_in_every_currency(money: object, expected: float | None)
 
 
 def test_total_is_exact() -> None:
-    """Ten times ten cents is one euro."""
+    """The sum of ten amounts of ten cents is one euro."""
     assert fields.total([cents(10)] * 10) == Decimal(1)
     assert fields.total([None, {}]) is None
 
@@ -129,7 +129,7 @@ def test_location_joins_the_address_fields() -> None:
     ],
 )
 def test_only_a_valid_phone_number_is_sent(address: object, expected: str) -> None:
-    """An invalid number is dropped, because Klaviyo would refuse the whole profile."""
+    """An invalid number is dropped, because Klaviyo would reject the whole profile."""
     assert fields.phone(address) == expected
 
 

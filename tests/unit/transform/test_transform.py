@@ -65,7 +65,7 @@ def test_order_of_ten_thousand_lines_is_truncated() -> None:
 
 
 def test_same_event_of_another_profile_has_another_key() -> None:
-    """OrderCustomerSet records the order for its new customer, beside the event of the former one."""
+    """OrderCustomerSet records the order for its new customer, in addition to the event for the former customer."""
     fields: dict[str, Any] = {"metric": "M", "unique_id": "1", "time": "", "value": None, "properties": {}}
     guest = event_operation(**fields, profile={"email": "a@example.com"})
     customer = event_operation(**fields, profile={"email": "a@example.com", "external_id": "x"})
@@ -85,7 +85,7 @@ def always() -> bool:
     ["OrderCreated", "OrderImported", "OrderCustomerSet", "OrderCreatedFromRecurringOrder", "OrderStateChanged"],
 )
 def test_only_order_created_can_be_a_first_delivery(kind: str, first: bool) -> None:
-    """Other messages repeat the unique_id of an event, or an order has several of them."""
+    """Other messages repeat the unique_id of an event, or an order can have several messages of the type."""
     operations = transform(Enriched(about("order", kind), NOW, order=ORDER), MappingConfig(), always if first else None)
     assert {operation.is_first_delivery for operation in operations} == {
         always if first and kind == "OrderCreated" else None
