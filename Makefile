@@ -1,12 +1,12 @@
 # Every target sets up what it needs: a virtual environment in .venv with the package and its tools.
 PYTHON ?= python3
 DOCKER ?= docker
-VENV := .venv
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE  # keep compiled bytecode for the next process
 VERSION = $(shell sed -n 's/^version = //p' setup.cfg)
 
-.PHONY: help demo test check lint types docs format bench faults lock image image-steps emulator ct-mock clean
+.PHONY: help demo test pythons check lint types docs format bench faults lock image image-steps emulator ct-mock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,11 @@ demo: $(VENV)/worker ## watch sample notifications become Klaviyo profiles, even
 test: $(VENV)/ready ## run all tests, with branch coverage
 	@$(BIN)/pytest --collect-only --quiet >/dev/null || true  # compiles the bytecode once instead of in eight processes
 	$(BIN)/pytest --numprocesses=8 --maxschedchunk=1 --cov --cov-fail-under=98
+
+pythons: ## run the tests on each installed Python from 3.11 to 3.14
+	@for python in python3.11 python3.12 python3.13 python3.14; do \
+		if $$python -c "" 2>/dev/null; then $(MAKE) test PYTHON=$$python || exit 1; \
+		else echo "$$python is not installed: skipped"; fi; done
 
 check: lint types test ## what CI runs: ruff, mypy --strict, all tests
 
@@ -66,7 +71,7 @@ ct-mock: $(VENV)/ready ## install a third-party commercetools mock with npm; its
 	npm install --prefix $(VENV)/commercetools-mock --no-save --no-audit --no-fund @labdigital/commercetools-mock@4.4.0
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv* build dist *.egg-info .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 # Three stamps: `worker` has the package and what it needs, `ready` also the tools of the tests, `fauxqs` npm's emulator.
 # uv installs several times faster than pip. pip is the fallback, because uv does not read pip's configuration.
