@@ -153,8 +153,8 @@ class Message:
     outcome: Outcome | None = None
     requests: int = 0  # sent to Klaviyo for this message; a bulk request counts for every message in it
     retries: int = 0  # in this process
-    last_sent: Sequence[Operation] = ()  # operations that are in Klaviyo, but may be stale (see errors.StaleWrite)
-    events_possibly_sent: bool = False  # True if this is the first delivery and its events may be in Klaviyo
+    last_sent: Sequence[Operation] = ()  # operations that are in Klaviyo, but possibly stale (see errors.StaleWrite)
+    events_possibly_sent: bool = False  # True if this is the first delivery and its events are possibly in Klaviyo
     failed_at: float = 0.0  # when processing first failed in this process
     due_at: float = 0.0  # when to retry
     lease: Lease = field(default_factory=Lease)

@@ -165,11 +165,11 @@ class _CallBatcher:
         try:
             self._finish(self._send_isolating_rejected(taken), None)
         except WorkerError as error:
-            # If the bulk call failed before it was granted, it has taken no events. Then fail the lane's own events.
+            # If the bulk call failed before it was granted, it has taken no events. In that case fail this lane's events.
             result = SendResult(error, min(self._client.requests_sent() - before, 1))
             self._finish(taken or self._withdraw(progress, release_claim=True), result)
         except BaseException:
-            # This lane nacks its messages. No other lane must send their events, which would then be duplicated.
+            # The messages of this lane are redelivered. Other lanes must not send their events, or duplicates result.
             own = self._withdraw(progress, release_claim=not taken)
             self._finish([*taken, *own], SendResult(Transient("a bulk call of events failed unexpectedly"), 1))
             raise
@@ -187,8 +187,8 @@ class _CallBatcher:
     def _next_body(self, events: list[_BulkEvent]) -> bytes:
         """Return the body of the next request. The client calls this when the rate limiter has granted the request.
 
-        Before the first request `events` is empty, and all waiting events are added to it. Events that can no longer
-        be sent in bulk are removed from it. Raises _EmptyCallError if no event remains.
+        Before the first request `events` is empty, and the waiting events are added to it. Events that can no longer be
+        sent in bulk are removed from it. Raises _EmptyCallError if no event remains.
         """
         if not events:
             events.extend(self._take_waiting())
