@@ -165,7 +165,7 @@ class _CallBatcher:
         try:
             self._finish(self._send_isolating_rejected(taken), None)
         except WorkerError as error:
-            # If the bulk call failed before it was granted, it has taken no events. In that case fail this lane's events.
+            # If the bulk call failed before it was granted, it has taken no events. Then fail this lane's events.
             result = SendResult(error, min(self._client.requests_sent() - before, 1))
             self._finish(taken or self._withdraw(progress, release_claim=True), result)
         except BaseException:
