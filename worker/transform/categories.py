@@ -31,14 +31,11 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     omissions=_omissions,
 )
 def category_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Upsert the current category and its descendants, whose breadcrumbs contain its name.
-
-    If commercetools no longer has the category, delete it.
-    """
+    """Upsert the category and its descendants. If commercetools no longer has the category, delete it."""
     category = enriched.category
     if category is None:
         yield Operation(OperationKind.DELETE_CATEGORY, enriched.notification.resource_id)
         return
     yield category_operation(OperationKind.UPSERT_CATEGORY, category, enriched.categories, mapping)
-    for descendant in enriched.descendants[: mapping.category.max_descendants]:
+    for descendant in enriched.descendants[: mapping.category.max_descendants]:  # their breadcrumbs contain its name
         yield category_operation(OperationKind.UPSERT_CATEGORY, descendant, enriched.categories, mapping)

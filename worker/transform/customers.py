@@ -38,7 +38,7 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     omissions=_omissions,
 )
 def customer_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Upsert the profile with the current data of the customer, so the order of messages does not matter."""
+    """Upsert the profile with the current customer data, so the order of messages does not matter."""
     customer = enriched.customer or _customer_in_message(enriched, mapping)
     if customer is None:
         raise Ignored("commercetools no longer has the customer")

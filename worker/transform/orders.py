@@ -50,10 +50,7 @@ def _placed_omissions(enriched: Enriched, mapping: MappingConfig) -> Iterable[st
 )
 @handles("OrderCreated", resource="order", effect=_PLACED, once_per_resource=True, omissions=_placed_omissions)
 def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Create a Placed Order event, and an Ordered Product event for every line.
-
-    The time of the Ordered Product events is one second after the time of the Placed Order event.
-    """
+    """Create a Placed Order event and, dated one second later, an Ordered Product event for every line."""
     order = _order(enriched)
     profile = identifiers(order, enriched)
     time = _created_at(order, enriched)

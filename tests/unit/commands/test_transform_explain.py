@@ -56,7 +56,7 @@ def test_whole_explanation() -> None:
    format      commercetools' own (Platform)
    time        2026-11-23T10:00:00.123Z
    handler     customer_changed in worker/transform/customers.py: profile upsert
-               Upsert the profile with the current customer data. The order of messages does not matter.
+               Upsert the profile with the current customer data, so the order of messages does not matter.
    fetched     customers where id in (…): found cust-ada
    operation 1 upsert_profile: POST /api/profile-import
                key: cust-ada
