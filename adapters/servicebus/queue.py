@@ -100,11 +100,11 @@ def check_connection_string(connection_string: str, entity: Entity) -> None:
         raise QueueURLError(f"{_SECRET} is malformed", todo=f"expected {expected}") from None
     if host != entity.host:
         raise QueueURLError(
-            f"{_SECRET} is for another namespace than QUEUE_URL, {entity.host}", todo="correct one of them"
+            f"{_SECRET} is not for the namespace of QUEUE_URL, {entity.host}", todo="correct one of them"
         )
     if parsed.entity_path and parsed.entity_path != entity.name:
         raise QueueURLError(
-            f"{_SECRET} is for another queue or topic than QUEUE_URL, {entity}", todo="correct one of them"
+            f"{_SECRET} is not for the queue or topic of QUEUE_URL, {entity}", todo="correct one of them"
         )
     if _NO_TLS.search(connection_string) and not is_loopback(urlsplit(f"//{host}").hostname or ""):
         raise QueueURLError(f"{_SECRET}: UseDevelopmentEmulator, which turns TLS off, is for this machine only")
@@ -118,8 +118,8 @@ class ServiceBusQueue:
         self._connection_string = options.connection_string
         self._credential = None if options.connection_string else DefaultAzureCredential()
         self._client = self._make_client(retries=0)
-        # A thread of the SDK occasionally reads from a link while the receiving thread does, and then mixes up messages
-        # and lock tokens. `keep_alive=0` turns that off, but only if messages are prefetched.
+        # A thread of the SDK can read from a link at the same time as the receiving thread. Messages then get the lock
+        # tokens of other messages. `keep_alive=0` turns that thread off, but only if messages are prefetched.
         prefetch = max(min(MAX_PREFETCH, options.max_messages) - 1, 1)
         connect = partial(self._open_receiver, prefetch_count=prefetch, keep_alive=0)
         self._receiver = Receiver(connect, options.max_bytes)

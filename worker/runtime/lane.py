@@ -20,16 +20,18 @@ if TYPE_CHECKING:
     from worker.runtime.in_flight import InFlight
     from worker.settings import Settings
 
-NACK_DELAY_SHARE = 1 / 30  # of `outage_hold`: the minimum delay of a message that was held too long
+NACK_DELAY_SHARE = (
+    1 / 30
+)  # share of `outage_hold`: the minimum delay before the redelivery of a message whose hold expired
 
 
 @dataclass(frozen=True, slots=True)
 class LaneCallbacks:
     """The functions of the runner that a lane calls."""
 
-    return_unprocessed: Callable[[Sequence[Message]], None]  # called with the messages that are held when it ends
+    return_unprocessed: Callable[[Sequence[Message]], None]  # called with the messages that are held when the lane ends
     fail: Callable[[Exception], None]  # called with an unexpected error, which ends the run
-    report_refusal: Callable[[Misconfigured], None]  # called with the cause for each parked message
+    report_refusal: Callable[[Misconfigured], None]  # called for each failure that parks the worker
 
 
 class Lane(Thread):
@@ -37,9 +39,9 @@ class Lane(Thread):
 
     An idle lane therefore processes a message immediately, and a busy lane processes large batches.
 
-    A message that cannot be processed now is held and retried for `outage_hold` seconds, or without a time limit
-    while it is parked. Later messages of the same resource are held behind it. Messages of other resources are
-    processed in the meantime.
+    A message that cannot be processed now is held and retried for `outage_hold` seconds. If its failure parks the
+    worker, there is no time limit. Later messages of the same resource are held behind it. Messages of other resources
+    are processed in the meantime.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Lane(Thread):
         self._stopping = stopping
         self._callbacks = callbacks
         self._max_backoff = max_backoff(settings.outage_hold)
-        # With the added backoff, the last retry is never before the end of `outage_hold`.
+        # One backoff longer than `outage_hold`, so that the last retry is never before the end of `outage_hold`.
         self._hold_seconds = settings.outage_hold + min(settings.outage_hold, self._max_backoff)
         self._inbox: SimpleQueue[Message | None] = SimpleQueue()  # None ends the lane
         self._held: list[Message] = []  # in order of arrival
@@ -69,7 +71,7 @@ class Lane(Thread):
 
     def drain_inbox(self) -> list[Message]:
         """Empty the inbox and return its messages."""
-        return [message for message in _emptied(self._inbox) if message is not None]
+        return [message for message in _drain(self._inbox) if message is not None]
 
     def run(self) -> None:
         """Process batches until the lane ends, then give the held messages back to the queue."""
@@ -98,7 +100,7 @@ class Lane(Thread):
         return []
 
     def _take_due(self) -> list[Message]:
-        """Take up to `max_batch` held messages that are due, but none before an earlier message of its resource."""
+        """Take up to `max_batch` held messages that are due. Skip those whose resource has an earlier held message."""
         now = time.monotonic()
         due: list[Message] = []
         later: list[Message] = []
@@ -117,7 +119,7 @@ class Lane(Thread):
 
         If the batch is empty, wait until a message arrives or a held message becomes due.
         """
-        due_at = {message.key: message.due_at for message in reversed(self._held)}  # of the resource's first message
+        due_at = {message.key: message.due_at for message in reversed(self._held)}  # of the first held message
         wait = max(min(due_at.values()) - time.monotonic(), 0.0) if due_at else None
         try:
             message = self._inbox.get_nowait() if batch else self._inbox.get(timeout=wait)
@@ -136,13 +138,13 @@ class Lane(Thread):
             return
 
     def _process(self, batch: Sequence[Message]) -> None:
-        """Process a batch in the pipeline. Hold the messages to retry, and nack those that were held too long."""
+        """Process a batch in the pipeline. Hold the messages to retry, and nack those whose hold has expired."""
         unsettled = self._pipeline.process(batch)
         self._in_flight.remove([message for message in batch if message not in unsettled])
         now = time.monotonic()
         for message in unsettled:
             message.retries += 1
-            message.failed_at = 0.0 if _is_parked(message) else message.failed_at or now
+            message.failed_at = 0.0 if _parks_worker(message) else message.failed_at or now
         expired = [message for message in unsettled if self._is_hold_expired(message, now)]
         if expired and not self._stopping.is_set():
             self._pipeline.nack_held(expired, self._settings.outage_hold * NACK_DELAY_SHARE)
@@ -151,12 +153,12 @@ class Lane(Thread):
         self._hold(unsettled, now)
 
     def _is_hold_expired(self, message: Message, now: float) -> bool:
-        """Return whether a message was held too long. Parked messages have no time limit."""
+        """Return whether the hold of a message has expired. It never does if the failure parks the worker."""
         is_on_hold = message.outcome is not None and message.outcome.disposition is Disposition.HOLD
         return is_on_hold and now - message.failed_at >= self._hold_seconds
 
     def _hold(self, messages: Sequence[Message], now: float) -> None:
-        """Hold messages until their next retry. Report the cause for each parked message."""
+        """Hold messages until their next retry. Report the failures that park the worker."""
         refusals = []
         for message in messages:
             cause = message.outcome.cause if message.outcome else None
@@ -170,15 +172,15 @@ class Lane(Thread):
                 message.due_at = min(now + wait, last_retry_at)
         self._held = [*messages, *self._held]
         self._in_flight.hold(messages)
-        for refusal in refusals:  # after `hold`, because the runner then sees that the worker is parked
+        for refusal in refusals:  # only after `hold`: the runner then knows that the worker is parked
             self._callbacks.report_refusal(refusal)
 
 
-def _is_parked(message: Message) -> bool:
+def _parks_worker(message: Message) -> bool:
     return message.outcome is not None and message.outcome.disposition is Disposition.PARK
 
 
-def _emptied(inbox: SimpleQueue[Message | None]) -> Iterator[Message | None]:
+def _drain(inbox: SimpleQueue[Message | None]) -> Iterator[Message | None]:
     while True:
         try:
             yield inbox.get_nowait()

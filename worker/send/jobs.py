@@ -78,7 +78,7 @@ _UNKNOWN = _Failures(frozenset(), is_complete=False)
 
 
 class BulkJobs:
-    """A runner of bulk jobs. Safe for many threads. Their polls of import jobs share requests.
+    """A runner of bulk jobs. Safe for many threads. Threads that poll import jobs share their requests.
 
     Import jobs need more scopes than other requests. If the key lacks these scopes, the results of all entries are
     unknown, so that the entries are sent individually.
@@ -121,7 +121,7 @@ class BulkJobs:
 
     def _start(self, job_type: BulkJobType, entries: list[JobEntry]) -> str:
         """Start a job and return its id. Raises WorkerError."""
-        # After a stop, the worker does not wait for the job, which could then overwrite newer data of another worker.
+        # A stopping worker does not wait for the job, so the job could overwrite newer data of another worker.
         if self._stopping.is_set():
             raise Transient(f"the worker stopped before it could start a {job_type.type}")
         head = f'{{"data":{{"type":"{job_type.type}","attributes":{{"{job_type.member}":{{"data":['.encode()
@@ -149,7 +149,7 @@ class BulkJobs:
             entry.result = None if failures.can_include(entry) else SendResult(None, 1)
 
     def _poll_until_ended(self, job_type: BulkJobType, job: _BulkJob) -> Json:
-        """Poll the job until it ends or JOB_TIMEOUT is over. Return its attributes. Raises WorkerError."""
+        """Poll the job until it ends or JOB_TIMEOUT has passed. Return its attributes. Raises WorkerError."""
         polled_at = job.started_at
         pause = FIRST_POLL
         while True:  # poll at least once, even if waiting for earlier jobs of the batch has used up the timeout

@@ -107,8 +107,8 @@ def test_matching_connection_string_is_accepted(connection_string: str) -> None:
 @pytest.mark.parametrize(
     ("connection_string", "expected"),
     [
-        (f"Endpoint=sb://other.servicebus.windows.net/;{KEY}", "another namespace than QUEUE_URL"),
-        (f"Endpoint=sb://{HOST}/;{KEY};EntityPath=customers", "another queue or topic than QUEUE_URL"),
+        (f"Endpoint=sb://other.servicebus.windows.net/;{KEY}", "is not for the namespace of QUEUE_URL"),
+        (f"Endpoint=sb://{HOST}/;{KEY};EntityPath=customers", "is not for the queue or topic of QUEUE_URL"),
         (f"Endpoint=sb://{HOST}/", "is malformed"),
         (f"Endpoint={HOST};{KEY}", "is malformed"),
         (KEY, "is malformed"),

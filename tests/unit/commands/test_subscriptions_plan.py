@@ -295,9 +295,9 @@ def test_missing_secret_is_named(url: str) -> None:
     ("secret", "why"),
     [
         ("s3cret", "is malformed: expected a connection string"),
-        (CONNECTION.replace("my-shop", "other"), "is for another queue"),
-        (f"{CONNECTION};EntityPath=other", "is for another queue"),
-        ("Endpoint=sb://[;SharedAccessKey=s3cret", "is for another queue"),
+        (CONNECTION.replace("my-shop", "other"), "is not for the queue"),
+        (f"{CONNECTION};EntityPath=other", "is not for the queue"),
+        ("Endpoint=sb://[;SharedAccessKey=s3cret", "is not for the queue"),
     ],
 )
 def test_connection_string_must_match_the_destination(secret: str, why: str) -> None:

@@ -117,7 +117,7 @@ def _servicebus(match: re.Match[str], secret: str) -> Destination:
         raise SettingsError(f"{SECRET_VARIABLE} is malformed", todo=f"expected {expected}")
     if _host_of(parts) != match["host"] or parts.get("entitypath", match["entity"]) != match["entity"]:
         raise SettingsError(
-            f"{SECRET_VARIABLE} is for another queue or topic than --destination", todo="correct one of them"
+            f"{SECRET_VARIABLE} is not for the queue or topic of --destination", todo="correct one of them"
         )
     complete = secret if "entitypath" in parts else f"{secret.rstrip(';')};EntityPath={match['entity']}"
     return Destination({"type": "AzureServiceBus", "connectionString": complete}, (secret, parts["sharedaccesskey"]))
