@@ -170,8 +170,12 @@ def test_check_reports_missing_policies(emulator: Emulator, opened: Open) -> Non
     assert "10 s" in deadline.reason
     command = f"gcloud pubsub subscriptions update {bare.path} --"
     assert all(warning.todo.startswith(command) for warning in (dead, retry, deadline))
-    with pytest.raises(QueueError, match=r"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: .* has no dead-letter topic"):
+    with pytest.raises(QueueError) as missing:
         opened(bare.url, direct_dead_letter=True).check()
+    assert str(missing.value) == (
+        f"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: {bare.path} has no dead-letter topic: gcloud pubsub subscriptions "
+        f"update {bare.path} --dead-letter-topic=TOPIC --max-delivery-attempts=10"
+    )
     pushed = Subscription(emulator, push="http://127.0.0.1:1/")
     with pytest.raises(QueueError, match="is a push subscription: use push://HOST:PORT"):
         opened(pushed.url).check()
