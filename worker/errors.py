@@ -47,7 +47,7 @@ class ExitCode(IntEnum):
     QUEUE = 3, "the queue cannot be used"
     COMMERCETOOLS = 4, "commercetools refuses the credentials"
     KLAVIYO = 5, "Klaviyo refuses the key"
-    UNFINISHED = 6, "ended before everything was done; the messages that are left are in the queue"
+    UNFINISHED = 6, "ended before everything was done; nothing that is left is lost"
     INTERRUPTED = 7, "interrupted; run the same command to continue"
 
     meaning: str
