@@ -4,7 +4,9 @@ WorkerError                          nack         a defect: retrying in this pro
 ├── Transient                        hold         failed temporarily, can succeed later
 │   ├── Throttled                                 answered with 429
 │   ├── StaleWrite                                written late: the current state must be read again
-│   └── CircuitOpen                               not sent, because the endpoint keeps failing
+│   ├── CircuitOpen                               not sent, because the endpoint keeps failing
+│   ├── EndpointRefused                           one endpoint refuses the worker; the service accepts it
+│   └── RequestBlocked                            this request is refused; the endpoint answers others
 ├── Rejected                         dead-letter  can never succeed
 └── Misconfigured                    park         credentials, scopes or project are refused
     ├── CommercetoolsMisconfigured                exit code 4
@@ -83,8 +85,8 @@ class Transient(WorkerError):
 
     disposition = Disposition.HOLD
 
-    def __init__(self, reason: str, retry_after: float | None = None) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str, retry_after: float | None = None, *, todo: str = "") -> None:
+        super().__init__(reason, todo=todo)
         self.retry_after = retry_after
 
 
@@ -98,6 +100,20 @@ class StaleWrite(Transient):
 
 class CircuitOpen(Transient):
     """The circuit breaker sent no request, because the endpoint keeps failing."""
+
+
+class EndpointRefused(Transient):
+    """One endpoint refuses the worker, while the service accepts its credentials. Usually a scope is missing.
+
+    Only the messages that need the endpoint wait.
+    """
+
+
+class RequestBlocked(Transient):
+    """The service or a firewall in front of it refuses this request, while the same endpoint answers others.
+
+    If it happens several times in a row, the message is at fault: see Message.times_blocked.
+    """
 
 
 class Rejected(WorkerError):
@@ -117,7 +133,7 @@ class Rejected(WorkerError):
 
 
 class Misconfigured(WorkerError):
-    """The configuration is at fault, not the message: credentials, scopes or project are refused.
+    """A whole service refuses the worker's credentials, scopes or project: the configuration is at fault.
 
     `retry_after` is the number of seconds until the next retry; None if unknown. `lacks_scope` is True if a missing
     scope is a possible cause.

@@ -153,6 +153,7 @@ class Message:
     outcome: Outcome | None = None
     requests: int = 0  # sent to Klaviyo for this message; a bulk request counts for every message in it
     retries: int = 0  # in this process
+    times_blocked: int = 0  # in a row (see errors.RequestBlocked)
     last_sent: Sequence[Operation] = ()  # operations that are in Klaviyo, but possibly stale (see errors.StaleWrite)
     events_possibly_sent: bool = False  # True if this is the first delivery and its events are possibly in Klaviyo
     failed_at: float = 0.0  # when processing first failed in this process

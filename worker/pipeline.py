@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from adapters.base import Failure
-from worker.errors import Disposition, Ignored, Rejected, StaleWrite, WorkerError
+from worker.errors import Disposition, Ignored, Rejected, RequestBlocked, StaleWrite, WorkerError
 from worker.model import Lease, Message, OperationKind, Outcome, SendResult
 from worker.parse import parse
 from worker.telemetry.log import log
@@ -36,6 +36,9 @@ FIRST_DELAY, MAX_DELAY = 2.0, 600.0  # seconds before a nacked message is redeli
 STALE_AFTER = 2.0  # seconds; a write that ends later than this after its data was read is possibly stale
 MIN_LEASE = 10.0  # seconds; assumed if the adapter reports no lease. It is the shortest ack deadline of Pub/Sub
 _STATE_WRITES = frozenset(OperationKind) - {OperationKind.CREATE_EVENT, OperationKind.DELETE_PROFILE}
+MAX_TIMES_BLOCKED = (
+    5  # times in a row that a message is blocked before it is dead-lettered; the backoff is 15 s in total
+)
 _PRECEDENCE = (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)  # the first one wins
 
 
@@ -219,6 +222,9 @@ def _run_pure_stage(message: Message, stage: str, work: Callable[[], None]) -> N
 
 
 def _failure_outcome(message: Message, stage: str, error: WorkerError) -> Outcome:
+    message.times_blocked = message.times_blocked + 1 if isinstance(error, RequestBlocked) else 0
+    if message.times_blocked == MAX_TIMES_BLOCKED:
+        error = Rejected(f"{error.reason}, {MAX_TIMES_BLOCKED} times in a row")
     return Outcome(error.disposition, stage, error, _nack_delay(message))
 
 

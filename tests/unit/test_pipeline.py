@@ -12,10 +12,18 @@ import pytest
 
 from adapters.base import Failure
 from tests.conftest import FakeDelivery
-from worker.errors import CircuitOpen, Disposition, KlaviyoMisconfigured, Rejected, Transient, WorkerError
+from worker.errors import (
+    CircuitOpen,
+    Disposition,
+    KlaviyoMisconfigured,
+    Rejected,
+    RequestBlocked,
+    Transient,
+    WorkerError,
+)
 from worker.mapping import MappingConfig
 from worker.model import Enriched, Lease, Message, Notification, Operation, SendResult
-from worker.pipeline import Pipeline
+from worker.pipeline import MAX_TIMES_BLOCKED, Pipeline
 from worker.telemetry.message_log import Telemetry, outcome_name
 from worker.telemetry.metrics import Metrics
 
@@ -184,6 +192,23 @@ def test_message_is_held_during_an_outage_and_while_parked(
 
 
 @pytest.mark.parametrize(("attempt", "delay"), [(None, 60), (1, 60), (8, 256), (100, 600)])
+@pytest.mark.parametrize("stage", ["enrich", "send"])
+def test_message_that_is_blocked_several_times_in_a_row_is_dead_lettered(
+    stage: str, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """A firewall refuses its data. An outage in between starts the count again, because a firewall can be at fault."""
+    blocked, outage = RequestBlocked("403 with a page"), Transient("503")
+    messages = [pipeline.parse(updated("x"))]
+    for error in [blocked] * (MAX_TIMES_BLOCKED - 1) + [outage] + [blocked] * (MAX_TIMES_BLOCKED - 1):
+        stages.enrich_errors = {"x": error} if stage == "enrich" else {}
+        stages.send_errors = {"x": [error]} if stage == "send" else {}
+        assert pipeline.process(messages) == messages
+    stages.enrich_errors = {"x": blocked} if stage == "enrich" else {}
+    stages.send_errors = {"x": [blocked]} if stage == "send" else {}
+    assert pipeline.process(messages) == []
+    assert recorded.settled == [("dead_letter", "x", 0.0, "403 with a page, 5 times in a row")]
+
+
 def test_message_that_was_held_too_long_is_nacked_with_its_reason(
     attempt: int | None, delay: float, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:

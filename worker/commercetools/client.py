@@ -55,6 +55,14 @@ class Commercetools:
         """Return why a circuit is open, or "" if commercetools has no outage."""
         return self._breakers.outage_reason()
 
+    def refusal_reason(self) -> str:
+        """Return why commercetools refuses the worker as a whole, or "" if it does not."""
+        return self._breakers.refusal_reason()
+
+    def refused_endpoints(self) -> dict[str, str]:
+        """Return the reason of each endpoint that refuses the worker, while commercetools accepts its credentials."""
+        return self._breakers.refused_endpoints()
+
     def call(self, endpoint: str, method: str, path: str = "", body: Json | None = None) -> http.Response:
         """Send a request to `endpoint` + `path` and return the response. A response with status 4xx is returned, too.
 

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import tenacity
 
-from worker.errors import CircuitOpen, Misconfigured, Rejected, Throttled, Transient
+from worker.errors import (
+    CircuitOpen,
+    EndpointRefused,
+    Misconfigured,
+    Rejected,
+    RequestBlocked,
+    Throttled,
+    Transient,
+)
 from worker.http.backoff import MAX_BACKOFF, backoff, max_backoff
 from worker.telemetry.log import ConditionLog
 
@@ -48,8 +56,20 @@ class CircuitBreakers:
         return self._breakers.setdefault(endpoint, breaker)
 
     def outage_reason(self) -> str:
-        """Return why a circuit is open, or "" if the service has no outage."""
-        return next(filter(None, (breaker.outage_reason() for breaker in list(self._breakers.values()))), "")
+        """Return why a circuit is open, or "" if the service has no outage. A refusal is no outage."""
+        return next((str(cause) for cause in self._causes().values() if not isinstance(cause, _REFUSALS)), "")
+
+    def refusal_reason(self) -> str:
+        """Return why the whole service refuses the worker, or "" if it does not."""
+        return next((str(cause) for cause in self._causes().values() if isinstance(cause, Misconfigured)), "")
+
+    def refused_endpoints(self) -> dict[str, str]:
+        """Return the reason of each endpoint that refuses the worker, while the service accepts its credentials."""
+        return {name: str(cause) for name, cause in self._causes().items() if isinstance(cause, EndpointRefused)}
+
+    def _causes(self) -> dict[str, Transient | Misconfigured]:
+        causes = {endpoint: breaker.cause() for endpoint, breaker in list(self._breakers.items())}
+        return {endpoint: cause for endpoint, cause in causes.items() if cause is not None}
 
 
 class CircuitState(Enum):
@@ -60,20 +80,21 @@ class CircuitState(Enum):
     HALF_OPEN = "half_open"  # the probe is running; all other calls fail without a request
 
 
+_REFUSALS = (EndpointRefused, Misconfigured)
 _NO_CAUSE = Transient("")  # the cause while the circuit is closed
 
 
 class CircuitBreaker:
     """Retries the requests to one endpoint, and stops sending them during an outage.
 
-    A request that raises Transient is retried for up to `retry_timeout`. A request that raises Throttled is retried
-    for up to THROTTLE_TIMEOUT. The delay before a retry is random, at first up to 0.2 s and later up to 5 s. It is
-    never shorter than Retry-After.
+    A request that raises Transient is retried for up to `retry_timeout`, except for EndpointRefused. A request that
+    raises Throttled is retried for up to THROTTLE_TIMEOUT. The delay before a retry is random, at first up to 0.2 s and
+    later up to 5 s. It is never shorter than Retry-After.
 
     After FAILURE_THRESHOLD consecutive failed calls the circuit opens: calls raise CircuitOpen without a request.
     After a backoff, one call becomes the probe. It sends a request without retries. If the probe succeeds, the circuit
-    closes. If it fails, the circuit opens again with a longer backoff. Misconfigured opens the circuit immediately,
-    for `park_retry_interval`.
+    closes. If it fails, the circuit opens again with a longer backoff. EndpointRefused and Misconfigured open the
+    circuit immediately, for `park_retry_interval`.
     """
 
     def __init__(self, labels: Mapping[str, str], settings: CommercetoolsSettings, stopping: Event) -> None:
@@ -81,6 +102,7 @@ class CircuitBreaker:
         self._settings = settings
         self._stopping = stopping
         self._outage = ConditionLog("outage", "outage_over", logging.WARNING)
+        self._refusal = ConditionLog("endpoint_refused", "endpoint_accepted", logging.WARNING)
         self._lock = Lock()
         self._state = CircuitState.CLOSED
         self._failures = 0  # consecutive failed calls
@@ -89,7 +111,7 @@ class CircuitBreaker:
         self._open_until = 0.0  # monotonic seconds
         self._probing_since = 0.0  # monotonic seconds
         self._retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(Transient),
+            retry=tenacity.retry_if_exception(_is_worth_a_retry),
             stop=self._stop,
             wait=_wait,
             sleep=tenacity.sleep_using_event(stopping),
@@ -112,7 +134,7 @@ class CircuitBreaker:
         is_probe = self._before_call()
         try:
             result = retrying(function, *args, **kwargs)
-        except (Rejected, Throttled):  # the service is up
+        except (Rejected, RequestBlocked, Throttled):  # the service is up
             self._on_success()
             raise
         except (Transient, Misconfigured) as error:
@@ -124,15 +146,14 @@ class CircuitBreaker:
         self._on_success()
         return result
 
-    def outage_reason(self) -> str:
-        """Return why the circuit is open, or "" if the endpoint has no outage.
+    def cause(self) -> Transient | Misconfigured | None:
+        """Return the error that opened the circuit, or None if the circuit is closed.
 
-        If no call has probed the endpoint for 2 * MAX_BACKOFF seconds after the backoff, the outage counts as over.
+        If no call has probed the endpoint for 2 * MAX_BACKOFF seconds after the backoff, the cause counts as gone.
         """
         with self._lock:
-            if self._state is CircuitState.CLOSED or isinstance(self._cause, Misconfigured):
-                return ""
-            return str(self._cause) if time.monotonic() < self._open_until + 2 * MAX_BACKOFF else ""
+            is_open = self._state is not CircuitState.CLOSED and time.monotonic() < self._open_until + 2 * MAX_BACKOFF
+            return self._cause if is_open else None
 
     def _before_call(self) -> bool:
         """Return whether the call is the probe. Raises CircuitOpen or Misconfigured if it must not send a request."""
@@ -158,7 +179,7 @@ class CircuitBreaker:
             is_closed = self._state is CircuitState.CLOSED
             if not is_closed and not is_probe:  # a call that started before the circuit opened
                 return _copy_of(self._cause, max(self._open_until - time.monotonic(), 0.0))
-            if is_closed and isinstance(error, Transient) and self._failures < FAILURE_THRESHOLD:
+            if is_closed and not isinstance(error, _REFUSALS) and self._failures < FAILURE_THRESHOLD:
                 return error
             seconds = self._open_seconds(error)
             self._open(error, seconds)
@@ -178,14 +199,17 @@ class CircuitBreaker:
         self._openings = 0
         self._cause = _NO_CAUSE  # the previous cause would keep its traceback alive
         self._outage.log("", **self._labels)
+        self._refusal.log("", **self._labels)
 
     def _open(self, cause: Transient | Misconfigured, seconds: float) -> None:
         self._state = CircuitState.OPEN
         self._openings += 1
         self._cause = cause
         self._open_until = time.monotonic() + seconds
-        if isinstance(cause, Transient):
+        if not isinstance(cause, _REFUSALS):
             self._outage.log(str(cause), **self._labels)
+        elif isinstance(cause, EndpointRefused):
+            self._refusal.log(str(cause), **self._labels)
 
     def _half_open(self, now: float) -> None:
         self._state = CircuitState.HALF_OPEN
@@ -193,7 +217,7 @@ class CircuitBreaker:
 
     def _open_seconds(self, cause: Transient | Misconfigured) -> float:
         """Return the number of seconds during which the circuit must stay open."""
-        if isinstance(cause, Misconfigured):
+        if isinstance(cause, _REFUSALS):
             return self._settings.park_retry_interval
         return max(cause.retry_after or 0.0, backoff(self._openings, max_backoff(self._settings.outage_hold)))
 
@@ -208,7 +232,13 @@ def _copy_of(error: Transient | Misconfigured, seconds: float) -> Transient | Mi
     """Return an equivalent error. If threads raised the same object, it would collect the tracebacks of all of them."""
     if isinstance(error, Misconfigured):
         return type(error)(error.reason, seconds, todo=error.todo, lacks_scope=error.lacks_scope)
+    if isinstance(error, EndpointRefused):
+        return EndpointRefused(error.reason, seconds, todo=error.todo)
     return CircuitOpen(str(error), seconds)
+
+
+def _is_worth_a_retry(error: BaseException) -> bool:
+    return isinstance(error, Transient) and not isinstance(error, EndpointRefused)
 
 
 _retry_delay = tenacity.wait_random_exponential(multiplier=0.2, max=5)

@@ -93,6 +93,14 @@ class Klaviyo:
         """Return why a circuit is open, or "" if Klaviyo has no outage."""
         return self._breakers.outage_reason()
 
+    def refusal_reason(self) -> str:
+        """Return why Klaviyo refuses the worker as a whole, or "" if it does not."""
+        return self._breakers.refusal_reason()
+
+    def refused_endpoints(self) -> dict[str, str]:
+        """Return the reason of each endpoint that refuses the worker, while Klaviyo accepts its credentials."""
+        return self._breakers.refused_endpoints()
+
     def rate_limit_status(self) -> Mapping[str, RateLimitStatus]:
         """Return the status of the rate limits, by endpoint."""
         return self._rate_limiter.statuses()

@@ -12,7 +12,16 @@ import pytest
 
 from tests.conftest import Scripted
 from tests.unit.runtime.test_runner import settings_for
-from worker.errors import CircuitOpen, KlaviyoMisconfigured, Misconfigured, Rejected, Throttled, Transient
+from worker.errors import (
+    CircuitOpen,
+    EndpointRefused,
+    KlaviyoMisconfigured,
+    Misconfigured,
+    Rejected,
+    RequestBlocked,
+    Throttled,
+    Transient,
+)
 from worker.http.backoff import MAX_BACKOFF, MIN_BACKOFF, backoff, max_backoff
 from worker.http.circuit_breaker import FAILURE_THRESHOLD, CircuitBreakers
 
@@ -92,15 +101,15 @@ def test_consecutive_failures_open_the_circuit(clock: Clock) -> None:
         with pytest.raises(Transient) as error:
             breaker(failing(DOWN))
         assert not isinstance(error.value, CircuitOpen)
-    assert breaker.outage_reason() == ""
+    assert breaker.cause() is None
     with pytest.raises(CircuitOpen) as last:
         breaker(failing(DOWN))
-    assert str(last.value) == breaker.outage_reason() == str(DOWN)
+    assert str(last.value) == str(breaker.cause()) == str(DOWN)
     assert last.value.retry_after == pytest.approx(retry_delay_of(breaker))
     assert MIN_BACKOFF / 2 <= retry_delay_of(breaker) <= MIN_BACKOFF
     clock.now += MIN_BACKOFF
     assert retry_delay_of(breaker) == 0
-    assert breaker.outage_reason() == ""
+    assert breaker.cause() is None
 
 
 def test_success_or_rejection_resets_the_count_of_failures() -> None:
@@ -114,7 +123,7 @@ def test_success_or_rejection_resets_the_count_of_failures() -> None:
         else:
             with pytest.raises(type(answer)):
                 breaker(failing(answer))
-    assert breaker.outage_reason() == ""
+    assert breaker.cause() is None
 
 
 def test_backoff_grows_and_ends_with_a_single_probe(clock: Clock) -> None:
@@ -230,7 +239,8 @@ def test_unexpected_error_of_a_probe_lets_the_next_call_probe(clock: Clock) -> N
 
 def test_refused_credentials_open_the_circuit_immediately(clock: Clock) -> None:
     """This is not an outage. The worker parks, and one call per `park_retry_interval` is the probe."""
-    breaker = breaker_with(park_retry_interval=30)
+    breakers = breakers_with(park_retry_interval=30)
+    breaker = breakers["POST /api/events"]
     refused = KlaviyoMisconfigured("403", todo="check KLAVIYO_AUTH_KEY and its scopes", lacks_scope=True)
     for call in (failing(refused), Scripted(None)):
         with pytest.raises(KlaviyoMisconfigured) as error:
@@ -239,7 +249,9 @@ def test_refused_credentials_open_the_circuit_immediately(clock: Clock) -> None:
         assert (str(error.value), error.value.todo) == (str(refused), refused.todo)
         assert error.value.lacks_scope
         assert error.value.retry_after == 30
-    assert breaker.outage_reason() == ""
+    assert breakers.outage_reason() == ""
+    assert breakers.refused_endpoints() == {}
+    assert breakers.refusal_reason() == str(refused)
     clock.now += 20
     assert retry_delay_of(breaker) == 10
     clock.now += 10
@@ -248,6 +260,39 @@ def test_refused_credentials_open_the_circuit_immediately(clock: Clock) -> None:
     assert retry_delay_of(breaker) == 30
     clock.now += 30
     assert retry_delay_of(breaker) == 0
+    assert breakers.refusal_reason() == ""
+
+
+def test_refused_endpoint_opens_only_its_circuit(caplog: pytest.LogCaptureFixture, clock: Clock) -> None:
+    """A missing scope is not retried, is no outage, and is logged when it starts and when it ends."""
+    caplog.set_level("INFO", "klaviyo_worker")
+    breakers = breakers_with(park_retry_interval=30, retry_timeout=5)
+    breaker = breakers["POST /api/data-privacy-deletion-jobs"]
+    refused = Scripted(EndpointRefused("403", todo="grant data-privacy:write"))
+    for call in (refused, Scripted(None)):
+        with pytest.raises(EndpointRefused, match=r"^403: grant data-privacy:write$") as error:
+            breaker(call)
+        assert error.value.retry_after == 30
+    assert len(refused.calls) == 1
+    assert breakers["POST /api/events"](Scripted("fine")) == "fine"
+    assert (breakers.outage_reason(), breakers.refusal_reason()) == ("", "")
+    assert breakers.refused_endpoints() == {"POST /api/data-privacy-deletion-jobs": "403: grant data-privacy:write"}
+    clock.now += 30
+    breaker(Scripted(None))
+    assert breakers.refused_endpoints() == {}
+    assert [record.getMessage() for record in caplog.records] == ["endpoint_refused", "endpoint_accepted"]
+
+
+def test_blocked_request_is_retried_but_opens_no_circuit() -> None:
+    """The endpoint answers others, so only this request is at fault."""
+    breakers = breakers_with(retry_timeout=5)
+    breaker = breakers["POST /api/events"]
+    blocked = RequestBlocked("403 with a page")
+    assert breaker(Scripted(blocked, blocked, "fine")) == "fine"
+    for _ in range(2 * FAILURE_THRESHOLD):
+        with pytest.raises(RequestBlocked):
+            breaker.call_once(failing(blocked))
+    assert breakers.outage_reason() == ""
 
 
 def test_each_endpoint_has_its_own_circuit() -> None:
@@ -264,9 +309,9 @@ def test_each_endpoint_has_its_own_circuit() -> None:
 def test_outage_without_further_calls_expires(clock: Clock) -> None:
     """The gauge must not report an outage after the last message for the endpoint was nacked."""
     breaker = opened()
-    assert breaker.outage_reason()
+    assert breaker.cause()
     clock.now += MIN_BACKOFF + 2 * MAX_BACKOFF
-    assert breaker.outage_reason() == ""
+    assert breaker.cause() is None
 
 
 def test_throttled_call_is_retried_for_longer_than_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
