@@ -191,7 +191,6 @@ def test_message_is_held_during_an_outage_and_while_parked(
     assert recorded.settled[1:] == [("ack", "a", 0.0, "")]
 
 
-@pytest.mark.parametrize(("attempt", "delay"), [(None, 60), (1, 60), (8, 256), (100, 600)])
 @pytest.mark.parametrize("stage", ["enrich", "send"])
 def test_message_that_is_blocked_several_times_in_a_row_is_dead_lettered(
     stage: str, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
@@ -209,6 +208,7 @@ def test_message_that_is_blocked_several_times_in_a_row_is_dead_lettered(
     assert recorded.settled == [("dead_letter", "x", 0.0, "403 with a page, 5 times in a row")]
 
 
+@pytest.mark.parametrize(("attempt", "delay"), [(None, 60), (1, 60), (8, 256), (100, 600)])
 def test_message_that_was_held_too_long_is_nacked_with_its_reason(
     attempt: int | None, delay: float, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
