@@ -1,7 +1,10 @@
 """The embedded queue: durable and leased messages in SQLite, for any number of processes on one machine.
 
-The column `visible_at` holds the end of a lease or of a delay: after that time, the message is ready. A late ack is
-harmless because it names an old lease token. docs/decisions/0003-embedded-queue.md explains why no library is used.
+The column `visible_at` holds the end of a lease or of a delay: after that time, the message is ready. It is in seconds
+of the monotonic clock, which all processes of the machine share, so a change of the wall clock or a suspension of the
+machine has no effect on it. The clock starts again when the machine boots. After that, all messages are ready. A late
+ack is harmless because it names an old lease token. docs/decisions/0003-embedded-queue.md explains why no library is
+used.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ CREATE TABLE IF NOT EXISTS dead_letters (
     id INTEGER PRIMARY KEY, body BLOB NOT NULL, published_at REAL NOT NULL, attempts INTEGER NOT NULL,
     reason TEXT NOT NULL, stage TEXT NOT NULL, error TEXT NOT NULL, dead_lettered_at REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS dead_letters_oldest ON dead_letters (dead_lettered_at, id);
+CREATE TABLE IF NOT EXISTS clock (boot_id TEXT NOT NULL);
 """
 _LEASE = """
 UPDATE messages SET lease = ?, visible_at = ?, attempts = attempts + 1
@@ -64,6 +68,7 @@ _NACK_UNPROCESSED = (
 _NEXT_DEAD_LETTERS = (
     "SELECT * FROM dead_letters WHERE (dead_lettered_at, id) > (?, ?) ORDER BY dead_lettered_at, id LIMIT ?"
 )
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # exists on Linux
 _OVERDUE = Failure("was delivered the maximum number of times and never settled", "queue", "LeaseExpired")
 
 
@@ -119,11 +124,11 @@ class EmbeddedQueue:
 
     def publish(self, bodies: Iterable[bytes]) -> int:
         """Store the messages in one transaction and return their number. They survive a power failure."""
-        now = time.time()
+        published_at, visible_at = time.time(), time.monotonic()
         with self._transaction("FULL"):
             cursor = self._db.executemany(
                 "INSERT INTO messages (body, published_at, visible_at) VALUES (?, ?, ?)",
-                ((body, now, now) for body in bodies),
+                ((body, published_at, visible_at) for body in bodies),
             )
             return max(cursor.rowcount, 0)
 
@@ -144,7 +149,7 @@ class EmbeddedQueue:
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
         """Make the messages ready after `delay`. Dead-letter those that have used up their attempts."""
-        visible_at = time.time() + max(delay, 0.0)
+        visible_at = time.monotonic() + max(delay, 0.0)
         if failure is None:
             with self._transaction():
                 self._db.executemany(_NACK_UNPROCESSED, ((visible_at, *key) for key in _keys(deliveries)))
@@ -167,7 +172,7 @@ class EmbeddedQueue:
 
     def extend(self, deliveries: Sequence[Delivery], seconds: float) -> None:
         """Make the leases end `seconds` from now."""
-        until = time.time() + seconds
+        until = time.monotonic() + seconds
         with self._transaction():
             self._db.executemany(
                 "UPDATE messages SET visible_at = ? WHERE id = ? AND lease = ?",
@@ -224,10 +229,10 @@ class EmbeddedQueue:
         """Return whether a message is ready. Takes no write lock, so idle workers do not block the others."""
         with self._guard():
             query = "SELECT 1 FROM messages WHERE visible_at <= ? LIMIT 1"
-            return self._db.execute(query, (time.time(),)).fetchone() is not None
+            return self._db.execute(query, (time.monotonic(),)).fetchone() is not None
 
     def _lease_ready(self, max_messages: int) -> list[EmbeddedDelivery]:
-        token, now = uuid.uuid4().hex, time.time()
+        token, now = uuid.uuid4().hex, time.monotonic()
         with self._transaction():
             values = (token, now + self._lease_seconds, now, max_messages, RECEIVE_BYTES)
             rows = self._db.execute(_LEASE, values).fetchall()
@@ -298,10 +303,35 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA temp_store = MEMORY")  # a read-only root has no place for temporary files
         connection.executescript(_SCHEMA)
+        _release_after_boot(connection, _boot_id())
     except sqlite3.Error:
         connection.close()
         raise
     return connection
+
+
+def _release_after_boot(connection: sqlite3.Connection, boot_id: str) -> None:
+    """Make all messages ready if the machine has booted since the file was last opened, or if the file was moved.
+
+    Their times belong to a clock that no longer exists, and so do the processes that had leased them.
+    """
+    query = "SELECT 1 FROM clock WHERE boot_id = ?"
+    if connection.execute(query, (boot_id,)).fetchone():
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    if not connection.execute(query, (boot_id,)).fetchone():  # another process can have done it in the meantime
+        connection.execute("UPDATE messages SET visible_at = 0, lease = NULL")
+        connection.execute("DELETE FROM clock")
+        connection.execute("INSERT INTO clock VALUES (?)", (boot_id,))
+    connection.execute("COMMIT")
+
+
+def _boot_id() -> str:
+    """Return an id that changes when the machine boots. Without Linux's id, it is the time of the boot."""
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return f"{time.time() - time.monotonic():.0f}"
 
 
 def _dead_letter(row: tuple[int, bytes, float, int, str, str, str, float]) -> DeadLetter:

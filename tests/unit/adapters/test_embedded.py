@@ -256,3 +256,45 @@ def test_receive_limits_the_total_size(tmp_path: Path) -> None:
     while batch := queue.receive(100, 0):
         received.append([len(delivery.body) for delivery in batch])
     assert received == [sizes[:4], sizes[4:6], sizes[6:]]
+
+
+@pytest.mark.parametrize("step", [-3600.0, 3600.0], ids=["set back", "set forward"])
+def test_change_of_the_wall_clock_has_no_effect(
+    step: float, queue: EmbeddedQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Messages become ready, and leases and delays end, as if the clock had not changed."""
+    queue.publish([b"ready", b"delayed", b"leased"])
+    deliveries = queue.receive(3, 0)
+    queue.nack(deliveries[:1])
+    queue.nack(deliveries[1:2], delay=60)
+    wall_clock = time.time
+    monkeypatch.setattr("adapters.embedded.time.time", lambda: wall_clock() + step)
+    assert [delivery.body for delivery in queue.receive(9, 0)] == [b"ready"]
+
+
+def test_all_messages_are_ready_after_the_machine_boots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The monotonic clock starts again, and no process survives that could hold a lease."""
+    before = EmbeddedQueue(tmp_path / "q.db")
+    before.publish([b"leased", b"delayed"])
+    before.nack(before.receive(2, 0)[1:], delay=600)
+    assert EmbeddedQueue(tmp_path / "q.db").receive(9, 0) == []  # another process of the same boot
+    boot_id = tmp_path / "boot_id"
+    boot_id.write_text("another\n")
+    monkeypatch.setattr("adapters.embedded._BOOT_ID", boot_id)
+    after = EmbeddedQueue(tmp_path / "q.db")
+    assert [delivery.body for delivery in after.receive(9, 0)] == [b"leased", b"delayed"]
+    assert EmbeddedQueue(tmp_path / "q.db").receive(9, 0) == []
+
+
+def test_boot_is_known_on_systems_without_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of the boot serves as its id."""
+    now = {"time": 1_000_000.0, "monotonic": 500.0}
+    for name in now:
+        monkeypatch.setattr(f"adapters.embedded.time.{name}", lambda name=name: now[name])
+    monkeypatch.setattr("adapters.embedded._BOOT_ID", tmp_path / "missing")
+    EmbeddedQueue(tmp_path / "q.db").publish([b"a"])
+    EmbeddedQueue(tmp_path / "q.db").receive(1, 0)
+    now |= {"time": 1_000_010.0, "monotonic": 510.0}
+    assert EmbeddedQueue(tmp_path / "q.db").receive(1, 0) == []
+    now |= {"time": 1_000_100.0, "monotonic": 1.0}
+    assert len(EmbeddedQueue(tmp_path / "q.db").receive(1, 0)) == 1
