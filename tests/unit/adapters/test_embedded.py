@@ -289,8 +289,8 @@ def test_all_messages_are_ready_after_the_machine_boots(tmp_path: Path, monkeypa
 def test_boot_is_known_on_systems_without_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time of the boot serves as its id."""
     now = {"time": 1_000_000.0, "monotonic": 500.0}
-    for name in now:
-        monkeypatch.setattr(f"adapters.embedded.time.{name}", lambda name=name: now[name])
+    monkeypatch.setattr("adapters.embedded.time.time", lambda: now["time"])
+    monkeypatch.setattr("adapters.embedded.time.monotonic", lambda: now["monotonic"])
     monkeypatch.setattr("adapters.embedded._BOOT_ID", tmp_path / "missing")
     EmbeddedQueue(tmp_path / "q.db").publish([b"a"])
     EmbeddedQueue(tmp_path / "q.db").receive(1, 0)
