@@ -24,6 +24,8 @@ NACK_DELAY_SHARE = (
     1 / 30
 )  # share of `outage_hold`: the minimum delay before the redelivery of a message whose hold expired
 
+SUSPECT_ATTEMPT = 3  # from this delivery on, a message possibly ended the workers that received it before
+
 
 @dataclass(frozen=True, slots=True)
 class LaneCallbacks:
@@ -42,6 +44,8 @@ class Lane(Thread):
     A message that cannot be processed now is held and retried for `outage_hold` seconds. If its failure parks the
     worker, there is no time limit. Later messages of the same resource are held behind it. Messages of other resources
     are processed in the meantime.
+
+    A message that possibly ended earlier workers is processed alone, after the others of its batch.
     """
 
     def __init__(
@@ -76,9 +80,13 @@ class Lane(Thread):
     def run(self) -> None:
         """Process batches until the lane ends, then give the held messages back to the queue."""
         while batch := self._next_batch():
-            self.batch_size = len(batch)
-            self._run_guarded(self._process, batch)
-            self.batch_size = 0
+            for part in isolate_suspects(batch):
+                if self._stopping.is_set():
+                    self._held += part
+                    continue
+                self.batch_size = len(part)
+                self._run_guarded(self._process, part)
+                self.batch_size = 0
         if self._held:
             self._run_guarded(self._callbacks.return_unprocessed, self._held)
 
@@ -174,6 +182,22 @@ class Lane(Thread):
         self._in_flight.hold(messages)
         for refusal in refusals:  # only after `hold`: the runner then knows that the worker is parked
             self._callbacks.report_refusal(refusal)
+
+
+def isolate_suspects(batch: Sequence[Message]) -> list[list[Message]]:
+    """Split a batch: first the messages of all other resources together, then those of each suspect's resource.
+
+    A suspect is a message at its SUSPECT_ATTEMPT-th delivery or later: nothing settled it before, possibly because it
+    ended its workers. Messages of one resource stay together, so their order does not change. If the queue counts no
+    attempts, there are no suspects.
+    """
+    alone: dict[tuple[str, str], list[Message]] = {
+        message.key: [] for message in batch if (message.delivery.attempt or 1) >= SUSPECT_ATTEMPT
+    }
+    others: list[Message] = []
+    for message in batch:
+        alone.get(message.key, others).append(message)
+    return [part for part in (others, *alone.values()) if part]
 
 
 def _parks_worker(message: Message) -> bool:

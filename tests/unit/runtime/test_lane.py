@@ -14,7 +14,7 @@ from tests.unit.runtime.test_runner import settings_for, wait_for
 from worker.errors import CircuitOpen, KlaviyoMisconfigured, Transient
 from worker.model import Message, Notification, Outcome
 from worker.runtime.in_flight import InFlight
-from worker.runtime.lane import Lane, LaneCallbacks
+from worker.runtime.lane import SUSPECT_ATTEMPT, Lane, LaneCallbacks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -65,11 +65,13 @@ class Rig:
         settings = settings_for(**{"outage_hold": 60, "park_retry_interval": 0.05} | values)
         self.lane = Lane(self.pipeline, self.in_flight, settings, self.stopping, callbacks)  # type: ignore[arg-type]
 
-    def put(self, *names: str) -> None:
+    def put(self, *names: str, attempt: int | None = 1) -> None:
         """Put messages into the lane; `a1` and `a2` belong to the same resource."""
         for name in names:
             message = Message(
-                FakeDelivery(b"x", id=name), time.monotonic(), Notification("T", "thing", name[0], None, {})
+                FakeDelivery(b"x", id=name, attempt=attempt),
+                time.monotonic(),
+                Notification("T", "thing", name[0], None, {}),
             )
             self.in_flight.add(message)
             self.lane.put(message)
@@ -231,6 +233,36 @@ def test_batch_of_held_messages_is_limited() -> None:
     wait_for(lambda: not rig.in_flight)
     assert max(map(len, rig.pipeline.batches)) == 3
     rig.stop()
+
+
+def test_suspect_is_processed_alone_after_the_others(rig: Rig) -> None:
+    """If it ends the worker, the others are done. Messages of its resource stay in order."""
+    rig.put("a1")
+    rig.put("b1", attempt=2)
+    rig.put("c1", "d1", attempt=SUSPECT_ATTEMPT)
+    rig.put("a2", "d2")
+    rig.put("e1", attempt=None)
+    rig.lane.start()
+    wait_for(lambda: not rig.in_flight)
+    assert rig.pipeline.batches == [["a1", "b1", "a2", "e1"], ["c1"], ["d1", "d2"]]
+
+
+def test_suspects_are_returned_if_the_worker_stops_before_their_turn() -> None:
+    """Processing them one by one can take longer than the grace period."""
+    rig = Rig()
+    process = rig.pipeline.process
+
+    def stop_during_processing(messages: Sequence[Message]) -> list[Message]:
+        rig.stopping.set()
+        return process(messages)
+
+    rig.pipeline.process = stop_during_processing  # type: ignore[method-assign]
+    rig.put("a1", "b1", attempt=SUSPECT_ATTEMPT)
+    rig.put("c1")
+    rig.lane.start()
+    rig.lane.join(60)
+    assert rig.pipeline.batches == [["c1"]]
+    assert rig.returned_unprocessed == ["a1", "b1"]
 
 
 def test_worker_is_blocked_if_all_messages_are_held_because_of_an_outage() -> None:
