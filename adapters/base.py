@@ -135,8 +135,8 @@ class QueueAdapter(Protocol):
         If `delay` is longer than the queue supports, use the queue's maximum.
 
         `failure` says why processing failed. Store it if the queue can: if the queue's policy dead-letters the message
-        later, this is the reason to report. `failure` is None if the worker did not process the messages. Do not count
-        those deliveries as attempts if the queue can undo the count.
+        later, this is the reason to report. `failure` is None if the worker returns messages without a result, because
+        it stops. A queue that can undo the count does not count those deliveries as attempts.
         """
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:

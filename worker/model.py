@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,8 +81,7 @@ class Operation:
     If a batch has several operations with the same kind and `key`, only the last one is sent. `resource` is the
     JSON:API object (`type`, `id`, `attributes`, `relationships`); None if the key is enough. `keep_skus` are the
     variants that DELETE_STALE_VARIANTS keeps. `fallback` returns the operations to send instead if Klaviyo does not
-    have the object to update. `is_first_delivery` returns whether it is still certain that no worker has sent this
-    event before; it is None if that is already uncertain.
+    have the object to update.
     """
 
     kind: OperationKind
@@ -92,7 +90,6 @@ class Operation:
     keep_skus: frozenset[str] = frozenset()
     fallback: Callable[[], Iterable[Operation]] | None = field(default=None, repr=False, compare=False)
     truncated: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
-    is_first_delivery: Callable[[], bool] | None = field(default=None, repr=False, compare=False)
 
 
 class SendResult(NamedTuple):
@@ -122,25 +119,6 @@ class Outcome:
         return "" if self.cause is None else type(self.cause).__name__
 
 
-@dataclass(slots=True)
-class Lease:
-    """The lease of a message: until it expires, no other worker can receive the message."""
-
-    until: float = 0.0  # monotonic seconds
-
-    def is_valid(self) -> bool:
-        """Return whether the lease has not expired, so that no other worker has received the message."""
-        return time.monotonic() < self.until
-
-    def extend(self, since: float, seconds: float) -> None:
-        """Extend the lease to `seconds` after `since` (monotonic seconds). An expired lease stays expired.
-
-        After it expired, another worker may have received the message, even if the queue accepted the extension.
-        """
-        if self.is_valid():
-            self.until = since + seconds
-
-
 @dataclass(slots=True, eq=False)
 class Message:
     """A delivery on its way through the pipeline. Mutable. All times are monotonic seconds."""
@@ -155,10 +133,8 @@ class Message:
     retries: int = 0  # in this process
     times_blocked: int = 0  # in a row (see errors.RequestBlocked)
     last_sent: Sequence[Operation] = ()  # operations that are in Klaviyo, but possibly stale (see errors.StaleWrite)
-    events_possibly_sent: bool = False  # True if this is the first delivery and its events are possibly in Klaviyo
     failed_at: float = 0.0  # when processing first failed in this process
     due_at: float = 0.0  # when to retry
-    lease: Lease = field(default_factory=Lease)
 
     @property
     def key(self) -> tuple[str, str]:

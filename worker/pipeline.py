@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from adapters.base import Failure
 from worker.errors import Disposition, Ignored, Rejected, RequestBlocked, StaleWrite, WorkerError
-from worker.model import Lease, Message, OperationKind, Outcome, SendResult
+from worker.model import Message, OperationKind, Outcome, SendResult
 from worker.parse import parse
 from worker.telemetry.log import log
 from worker.transform import handler_for, transform
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 FIRST_DELAY, MAX_DELAY = 2.0, 600.0  # seconds before a nacked message is redelivered
 STALE_AFTER = 2.0  # seconds; a write that ends later than this after its data was read is possibly stale
-MIN_LEASE = 10.0  # seconds; assumed if the adapter reports no lease. It is the shortest ack deadline of Pub/Sub
 _STATE_WRITES = frozenset(OperationKind) - {OperationKind.CREATE_EVENT, OperationKind.DELETE_PROFILE}
 MAX_TIMES_BLOCKED = (
     5  # times in a row that a message is blocked before it is dead-lettered; the backoff is 15 s in total
@@ -70,10 +69,7 @@ class Pipeline:
 
     def parse(self, delivery: Delivery) -> Message:
         """Return the delivery as a parsed message. Its resource determines its lane."""
-        now = time.monotonic()
-        # Count on half of the lease only: the queue's client may have buffered the message before `receive` returned.
-        lease = Lease(now + (self._queue.lease_seconds or MIN_LEASE) / 2)
-        message = Message(delivery, received_at=now, lease=lease)
+        message = Message(delivery, received_at=time.monotonic())
         with self._telemetry.time_stage("parse"):
             _run_pure_stage(message, "parse", partial(_parse, message, self._mapping))
         return message
@@ -117,19 +113,15 @@ class Pipeline:
 
     def _send(self, messages: Sequence[Message]) -> None:
         operations = [operation for message in messages for operation in message.operations]
-        were_possibly_sent = [message.events_possibly_sent for message in messages]
         for message in messages:
             message.last_sent = ()  # this send can change Klaviyo even if it fails
-            message.events_possibly_sent = message.events_possibly_sent or _is_first_delivery_of_events(message)
         try:
             results = iter(self._send_all(operations))
         except Exception as defect:  # noqa: BLE001 - a defect must not lose the batch
             results = iter([SendResult(_report_defect("send", _describe(defect)), 0)] * len(operations))
-        for message, was_possibly_sent in zip(messages, were_possibly_sent, strict=True):
+        for message in messages:
             own_results = [next(results) for _ in message.operations]
-            requests = sum(result.requests for result in own_results)
-            message.requests += requests
-            message.events_possibly_sent = was_possibly_sent or (message.events_possibly_sent and requests > 0)
+            message.requests += sum(result.requests for result in own_results)
             message.outcome = _send_outcome(message, [result.error for result in own_results if result.error])
 
     def _settle(self, messages: Sequence[Message]) -> None:
@@ -173,8 +165,7 @@ def _parse(message: Message, mapping: MappingConfig) -> None:
 
 def _transform(message: Message, mapping: MappingConfig) -> None:
     assert message.enriched is not None
-    is_first = message.delivery.attempt == 1 and not message.events_possibly_sent
-    message.operations = transform(message.enriched, mapping, message.lease.is_valid if is_first else None)
+    message.operations = transform(message.enriched, mapping)
     if message.last_sent and message.operations == message.last_sent:
         message.outcome = Outcome(Disposition.ACK, "send")
 
@@ -197,16 +188,6 @@ def _is_stale(message: Message) -> bool:
     assert message.enriched is not None
     age = (datetime.now(UTC) - message.enriched.as_of).total_seconds()
     return age > STALE_AFTER and any(operation.kind in _STATE_WRITES for operation in message.operations)
-
-
-def _is_first_delivery_of_events(message: Message) -> bool:
-    """Return whether this is the first delivery of a message that creates events.
-
-    If its events are possibly sent, the next delivery must not count as the first one.
-    """
-    return message.delivery.attempt == 1 and any(
-        operation.kind is OperationKind.CREATE_EVENT for operation in message.operations
-    )
 
 
 def _run_pure_stage(message: Message, stage: str, work: Callable[[], None]) -> None:

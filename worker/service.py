@@ -45,7 +45,7 @@ class Components:
             self.klaviyo,
             settings.max_requests,
             self.stopping,
-            bulk_events=settings.bulk_events,
+            allows_bulk_events=lambda: settings.bulk_events == "always",
             bulk_threshold=settings.bulk_threshold,
         )
 

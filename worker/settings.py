@@ -228,8 +228,7 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
     )
     bulk_events: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Which events to send in bulk: auto (events that have certainly not been sent before), always (all "
-        "events) or never",
+        description="Whether to send events in bulk: always, never, or auto (never)",
     )
     bulk_threshold: int = Field(
         10,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from worker import send
 
@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 class Sender(send.Sender):
     """A Sender that returns errors instead of results."""
 
-    def __init__(self, client: KlaviyoClient, max_requests: int, **more: Any) -> None:
-        super().__init__(client, max_requests, Event(), **more)
+    def __init__(
+        self, client: KlaviyoClient, max_requests: int, *, bulk_events: bool = True, bulk_threshold: int = 10
+    ) -> None:
+        allows_bulk_events = lambda: bulk_events  # noqa: E731
+        super().__init__(
+            client, max_requests, Event(), allows_bulk_events=allows_bulk_events, bulk_threshold=bulk_threshold
+        )
 
     def send(self, operations: Sequence[Operation]) -> list[WorkerError | None]:  # type: ignore[override]
         """Return the error of each operation, None for success."""

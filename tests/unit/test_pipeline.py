@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ from worker.errors import (
     WorkerError,
 )
 from worker.mapping import MappingConfig
-from worker.model import Enriched, Lease, Message, Notification, Operation, SendResult
+from worker.model import Enriched, Message, Notification, Operation, SendResult
 from worker.pipeline import MAX_TIMES_BLOCKED, Pipeline
 from worker.telemetry.message_log import Telemetry, outcome_name
 from worker.telemetry.metrics import Metrics
@@ -273,66 +272,12 @@ def created(attempt: int | None) -> FakeDelivery:
     return FakeDelivery(json.dumps(body).encode(), attempt=attempt)
 
 
-def are_first_deliveries(operations: Sequence[Operation]) -> list[bool]:
-    return [operation.is_first_delivery is not None and operation.is_first_delivery() for operation in operations]
-
-
 @pytest.fixture
 def order_pipeline(stages: Stages, recorded: RecordingQueue) -> Pipeline:
     def enrich(notifications: Sequence[Notification]) -> list[Enriched]:
         return [Enriched(n, datetime.now(UTC) - timedelta(seconds=stages.age), order=ORDER) for n in notifications]
 
     return Pipeline(recorded, enrich, stages.send, MappingConfig(), Telemetry(Metrics("embedded")))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("attempt", "is_first"), [(1, True), (2, False), (None, False)])
-def test_events_are_new_only_in_the_first_delivery(
-    attempt: int | None, is_first: bool, order_pipeline: Pipeline, stages: Stages
-) -> None:
-    """A queue that does not count deliveries may have delivered the message before."""
-    run(order_pipeline, created(attempt))
-    assert are_first_deliveries(stages.sent) == [is_first]
-
-
-def test_retried_events_are_not_new(order_pipeline: Pipeline, stages: Stages) -> None:
-    """The result of the first request can be unknown."""
-    stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [KlaviyoMisconfigured("401")]
-    messages = run(order_pipeline, created(1))
-    for _ in range(2):
-        messages = order_pipeline.process(messages)
-    assert are_first_deliveries(stages.sent) == [True, False, False]
-    assert messages[0].events_possibly_sent
-
-
-def test_events_without_a_request_stay_new(order_pipeline: Pipeline, stages: Stages) -> None:
-    """While a circuit is open, no request is sent. The events can be sent in bulk later."""
-    stages.requests = 0
-    stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [CircuitOpen("down")]
-    (message,) = run(order_pipeline, created(1))
-    assert not message.events_possibly_sent
-    order_pipeline.process([message])
-    assert are_first_deliveries(stages.sent) == [True, True]
-
-
-def test_events_are_not_new_after_the_lease_has_expired(order_pipeline: Pipeline, stages: Stages) -> None:
-    """Another worker may have received the message and sent its events."""
-    message = order_pipeline.parse(created(1))
-    message.lease.until -= 31
-    order_pipeline.process([message])
-    assert are_first_deliveries(stages.sent) == [False]
-
-
-@pytest.mark.parametrize(("attempt", "requests", "possibly_sent"), [(1, 1, True), (1, 0, False), (2, 1, False)])
-def test_events_possibly_sent_after_a_request_of_the_first_delivery(
-    attempt: int, requests: int, possibly_sent: bool, order_pipeline: Pipeline, stages: Stages
-) -> None:
-    """The next delivery must not treat them as new. A later delivery never does."""
-    stages.requests = requests
-    stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [KlaviyoMisconfigured("401")]
-    message = order_pipeline.parse(created(attempt))
-    message.lease.until -= 31
-    order_pipeline.process([message])
-    assert message.events_possibly_sent is possibly_sent
 
 
 def test_state_written_long_after_it_was_read_is_read_again(
@@ -391,24 +336,6 @@ def test_events_are_never_stale(order_pipeline: Pipeline, recorded: RecordingQue
     stages.age = 2.5
     assert run(order_pipeline, created(1)) == []
     assert [entry[:2] for entry in recorded.settled] == [("ack", created(1).id)]
-
-
-def test_events_possibly_sent_stays_true(order_pipeline: Pipeline, stages: Stages) -> None:
-    """A retry without a request does not reset it."""
-    stages.send_errors["Placed Order\0o\0ada@example.com\0None"] = [CircuitOpen("down")]
-    (message,) = run(order_pipeline, created(1))
-    stages.requests = 0
-    order_pipeline.process([message])
-    assert message.events_possibly_sent
-
-
-def test_expired_lease_cannot_be_extended() -> None:
-    """Another worker may have received the message in between, even if the queue accepted the extension."""
-    valid, expired = Lease(time.monotonic() + 60), Lease(time.monotonic() - 1)
-    for lease in (valid, expired):
-        lease.extend(time.monotonic(), 60)
-    assert valid.is_valid()
-    assert not expired.is_valid()
 
 
 def test_message_without_operations_and_outcome_is_nacked(

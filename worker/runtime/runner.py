@@ -7,7 +7,7 @@ import time
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
-from adapters.base import Failure, QueueError, QueueRefusedError
+from adapters.base import QueueError, QueueRefusedError
 from worker.http.backoff import MAX_BACKOFF
 from worker.runtime.in_flight import InFlight
 from worker.runtime.lane import Lane, LaneCallbacks
@@ -29,7 +29,6 @@ IDLE_TIMEOUT = 10.0  # seconds without messages after which `once` treats a queu
 STALL_TIMEOUT = 60.0  # seconds without an iteration after which the receive loop counts as stalled
 LANE_GROUPS = ("events", "profiles", "catalog")  # separate lanes, because bulk jobs must not delay events
 _GROUP_OF_RESOURCE = {"customer": 1, "category": 2, "product": 2, "inventory-entry": 2}  # all others: 0
-_INTERRUPTED = Failure("in progress when the worker stopped", "send", "Interrupted")
 
 
 class ShutdownTimeoutError(Exception):
@@ -230,15 +229,10 @@ class Runner:
     def _return_unprocessed(self, messages: Sequence[Message]) -> None:
         """Give messages back to the queue after pulling has ended.
 
-        A lane can still be processing the messages, so they are not changed. If the events of a message are possibly
-        sent, the nack counts as a failed attempt: the next delivery must not count as the first one.
+        A lane can still be processing the messages, so they are not changed.
         """
         self._pulling_ended.wait()  # otherwise this worker could receive the messages again
-        untouched = [message.delivery for message in messages if not message.events_possibly_sent]
-        interrupted = [message.delivery for message in messages if message.events_possibly_sent]
-        self._queue.nack(untouched)
-        if interrupted:
-            self._queue.nack(interrupted, failure=_INTERRUPTED)
+        self._queue.nack([message.delivery for message in messages])
         self._telemetry.record_returned(messages)
         self._in_flight.remove(messages)
 
@@ -255,16 +249,11 @@ class Runner:
     def _extend_leases(self) -> None:
         """Extend the leases of all messages in flight whenever a third of the lease time has passed."""
         while (lease := self._queue.lease_seconds) is not None and not self._abort.wait(lease / 3):
-            messages = self._in_flight.messages()
-            started_at = time.monotonic()
             try:
-                self._queue.extend([message.delivery for message in messages], lease)
+                self._queue.extend([message.delivery for message in self._in_flight.messages()], lease)
             except Exception as error:  # noqa: BLE001 - if this thread ended, all leases would expire
                 reason = str(error) if isinstance(error, QueueError) else f"unexpected {type(error).__name__}"
                 log.warning("lease_extension_failed", extra={"reason": reason})
-            else:
-                for message in messages:
-                    message.lease.extend(started_at, lease)
 
     def _finish(self) -> None:
         """Give back the messages that no lane has started. Let the lanes end within the grace period."""

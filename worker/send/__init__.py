@@ -19,12 +19,11 @@ from worker.send.requests import Request, request_for
 from worker.send.single import SingleSender
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from threading import Event
 
     from worker.klaviyo.client import KlaviyoClient
     from worker.send.bulk import BulkSender, OperationId
-    from worker.send.events import BulkMode
 
 __all__ = ["Request", "Sender", "request_for"]
 
@@ -51,6 +50,7 @@ class Sender:
     """The send stage: sends operations individually or in bulk. Safe for many threads.
 
     `max_requests` is the maximum number of concurrent requests per lane group. `stopping` ends the wait for bulk jobs.
+    `allows_bulk_events` returns whether events may be sent in bulk.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Sender:
         max_requests: int,
         stopping: Event,
         *,
-        bulk_events: BulkMode = "auto",
-        bulk_threshold: int = 10,
+        allows_bulk_events: Callable[[], bool],
+        bulk_threshold: int,
     ) -> None:
         # Each lane group has its own threads, because slow deletions of profiles must not delay events.
         events, profiles, catalog = (ThreadPoolExecutor(max_requests, thread_name_prefix="klaviyo") for _ in range(3))
@@ -72,7 +72,7 @@ class Sender:
         self._single = SingleSender(client)
         jobs = BulkJobs(client, stopping)
         self._bulk_senders: tuple[BulkSender, ...] = (
-            BulkEvents(client, self._send_individually, bulk_events, bulk_threshold),
+            BulkEvents(client, self._send_individually, allows_bulk_events, bulk_threshold),
             BulkProfiles(jobs, self._send_individually, bulk_threshold),
             BulkCatalog(client, jobs, self._single, catalog, self._send_individually, bulk_threshold),
         )

@@ -6,7 +6,6 @@ Each type of notification has a handler, and each resource type has a file. To a
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from worker.errors import Ignored
 from worker.transform.registry import HANDLERS, Handler, handles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from worker.mapping import MappingConfig
     from worker.model import Enriched, Notification, Operation
@@ -41,19 +40,12 @@ def handler_for(notification: Notification, mapping: MappingConfig) -> Handler:
     return handler
 
 
-def transform(
-    enriched: Enriched, mapping: MappingConfig, is_first_delivery: Callable[[], bool] | None = None
-) -> Sequence[Operation]:
+def transform(enriched: Enriched, mapping: MappingConfig) -> Sequence[Operation]:
     """Return the operations for a notification.
 
-    `is_first_delivery` returns whether it is still certain that no worker has sent the message's events before; it is
-    None if that is already uncertain. Raises Ignored if there is nothing to send, and Rejected if the message can never
-    succeed.
+    Raises Ignored if there is nothing to send, and Rejected if the message can never succeed.
     """
-    handler = handler_for(enriched.notification, mapping)
-    operations = tuple(handler.function(enriched, mapping))
+    operations = tuple(handler_for(enriched.notification, mapping).function(enriched, mapping))
     if not operations:
         raise Ignored("nothing to send")
-    if is_first_delivery and handler.once_per_resource:
-        return tuple(replace(operation, is_first_delivery=is_first_delivery) for operation in operations)
     return operations

@@ -41,6 +41,7 @@ def _placed_omissions(enriched: Enriched, mapping: MappingConfig) -> Iterable[st
 
 
 @handles(
+    "OrderCreated",
     "OrderImported",
     "OrderCustomerSet",
     "OrderCreatedFromRecurringOrder",
@@ -48,7 +49,6 @@ def _placed_omissions(enriched: Enriched, mapping: MappingConfig) -> Iterable[st
     effect=_PLACED,
     omissions=_placed_omissions,
 )
-@handles("OrderCreated", resource="order", effect=_PLACED, once_per_resource=True, omissions=_placed_omissions)
 def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
     """Create a Placed Order event and, dated one second later, an Ordered Product event for every line."""
     order = _order(enriched)

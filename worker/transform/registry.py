@@ -22,7 +22,6 @@ class Handler:
     effect: str  # shown by `klaviyo-worker handlers` and docs/mapping.md
     function: HandlerFunction
     precheck: Precheck | None = None
-    once_per_resource: bool = False
     omissions: Omissions | None = None
 
 
@@ -34,21 +33,18 @@ def handles(
     resource: str,
     effect: str,
     precheck: Precheck | None = None,
-    once_per_resource: bool = False,
     omissions: Omissions | None = None,
 ) -> Callable[[HandlerFunction], HandlerFunction]:
     """Register a handler for types of messages or changes (ResourceCreated, ...) of a commercetools resource type.
 
     `effect` describes for readers what the handler sends. `precheck` raises Ignored if the notification alone shows
-    that there is nothing to send. It runs before any data is fetched. `once_per_resource` states that a resource has
-    only one message of this type, and that no earlier message creates events with the same unique_id. The events of
-    the first delivery can therefore be sent in bulk. `omissions` describes which data the handler leaves out and why.
-    It contains names but no values. Change it whenever you change the handler.
+    that there is nothing to send. It runs before any data is fetched. `omissions` describes which data the handler
+    leaves out and why. It contains names but no values. Change it whenever you change the handler.
     """
 
     def register(function: HandlerFunction) -> HandlerFunction:
         for kind in types:
-            HANDLERS[resource, kind] = Handler(resource, kind, effect, function, precheck, once_per_resource, omissions)
+            HANDLERS[resource, kind] = Handler(resource, kind, effect, function, precheck, omissions)
         return function
 
     return register

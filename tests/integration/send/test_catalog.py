@@ -253,7 +253,7 @@ def test_stopping_worker_starts_no_more_jobs(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(jobs, "MAX_CONCURRENT_JOBS", 1)
     with Sandbox(account=Account(job_seconds=60.0)) as sandbox, ThreadPoolExecutor(1) as lane:
         stopping = Event()
-        sender = send.Sender(klaviyo_for(sandbox), 4, stopping)
+        sender = send.Sender(klaviyo_for(sandbox), 4, stopping, allows_bulk_events=bool, bulk_threshold=10)
         sending = lane.submit(sender.send, [category(number) for number in range(300)])
         while not calls(sandbox)["GET category-bulk-create-jobs/…"]:
             time.sleep(0.01)

@@ -10,7 +10,6 @@ import pytest
 from tests.integration.conftest import klaviyo_for
 from tests.support.sender import Sender
 from worker.errors import Rejected, Transient
-from worker.model import Operation
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import Account
 from worker.transform.order_events import event_operation
@@ -18,7 +17,7 @@ from worker.transform.order_events import event_operation
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from worker.send.events import BulkMode
+    from worker.model import Operation
 
 BULK, SINGLE = "/api/event-bulk-create-jobs", "/api/events"
 
@@ -33,12 +32,11 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 def placed(number: int, **more: Any) -> Operation:
     profile = {"email": f"{number}@example.com"} | more.pop("profile", {})
     fields = {"metric": "Placed Order", "time": "2026-11-01T10:00:00Z", "value": None, "properties": {}} | more
-    made = event_operation(unique_id=str(number), profile=profile, **fields)
-    return Operation(made.kind, made.key, made.resource, is_first_delivery=lambda: True)
+    return event_operation(unique_id=str(number), profile=profile, **fields)
 
 
-def sender_for(sandbox: Sandbox, mode: BulkMode = "auto") -> Sender:
-    return Sender(klaviyo_for(sandbox), 4, bulk_events=mode, bulk_threshold=10)
+def sender_for(sandbox: Sandbox) -> Sender:
+    return Sender(klaviyo_for(sandbox, retry_timeout=0.0), 4)
 
 
 def calls(sandbox: Sandbox) -> Counter[str]:
@@ -72,6 +70,7 @@ def test_only_invalid_events_are_rejected(sandbox: Sandbox) -> None:
     assert calls(sandbox) == {BULK: 5, SINGLE: 5}
 
 
+@pytest.mark.parametrize("sandbox", ["ignore"], indirect=True)
 @pytest.mark.parametrize(
     "fault",
     [
@@ -83,23 +82,22 @@ def test_only_invalid_events_are_rejected(sandbox: Sandbox) -> None:
     ],
     ids=["lose_response", "truncate", "reset", "500", "strange"],
 )
-def test_call_with_an_unknown_result_is_repeated_individually(fault: Fault, sandbox: Sandbox) -> None:
-    """Every event is recorded once, whether Klaviyo received the call or not, and however it handles duplicates."""
+def test_call_with_an_unknown_result_is_repeated_in_bulk(fault: Fault, sandbox: Sandbox) -> None:
+    """Every event is recorded once, whether Klaviyo received the first call or not."""
     sandbox.klaviyo.faults.add(fault)
     sender = sender_for(sandbox)
     batch = [placed(number) for number in range(50)]
     assert all(isinstance(result, Transient) for result in sender.send(batch))
-    assert calls(sandbox) == {BULK: 1}
     assert sender.send(batch) == [None] * 50
     assert recorded(sandbox) == list(range(50))
-    assert calls(sandbox) == {BULK: 1, SINGLE: 50}
+    assert calls(sandbox) == {BULK: 2}
 
 
-def test_mode_always_sends_duplicates_in_bulk(sandbox: Sandbox) -> None:
-    """This mode is for accounts that reject duplicates only within a call. Other modes send duplicates individually."""
-    sender = sender_for(sandbox, "always")
-    for _ in range(2):
-        assert sender.send([placed(number) for number in range(50)]) == [None] * 50
-    expected = sorted([*range(50)] * (1 + (sandbox.account.bulk_repeats == "duplicate")))
-    assert recorded(sandbox) == expected
-    assert calls(sandbox)[BULK] == {"refuse": 21}.get(sandbox.account.bulk_repeats, 2)
+def test_repeats_in_bulk_have_the_effect_of_the_account(sandbox: Sandbox) -> None:
+    """Only an account that ignores repeats records every event once. Therefore the account is asked first."""
+    sender = sender_for(sandbox)
+    assert sender.send([placed(number) for number in range(30)]) == [None] * 30
+    assert sender.send([placed(number) for number in range(20, 50)]) == [None] * 30
+    repeated = {"duplicate": [*range(20, 30)], "drop": []}.get(sandbox.account.bulk_repeats, [])
+    lost = {"drop": range(30, 50)}.get(sandbox.account.bulk_repeats, ())
+    assert recorded(sandbox) == sorted([*(set(range(50)) - set(lost)), *repeated])

@@ -220,7 +220,7 @@ def test_stopping_worker_does_not_wait_for_a_job() -> None:
     """Its messages are returned. A repeated import has no second effect."""
     with Sandbox(account=Account(job_seconds=60.0)) as sandbox:
         stopping = Event()
-        sender = send.Sender(klaviyo_for(sandbox), 4, stopping)
+        sender = send.Sender(klaviyo_for(sandbox), 4, stopping, allows_bulk_events=bool, bulk_threshold=10)
         results: list[Any] = []
         lane = Thread(target=lambda: results.extend(sender.send(upserts(20))))
         lane.start()

@@ -12,7 +12,7 @@ from adapters import Failure, QueueError, QueueRefusedError, QueueWarning
 from adapters.embedded import EmbeddedQueue
 from tests.conftest import Scripted
 from worker.errors import CircuitOpen, Disposition, KlaviyoMisconfigured, Transient
-from worker.model import Lease, Message, Notification, Outcome
+from worker.model import Message, Notification, Outcome
 from worker.runtime.runner import Runner, ShutdownTimeoutError
 from worker.settings import Settings, load
 from worker.telemetry.message_log import Telemetry
@@ -44,8 +44,7 @@ class Pipeline:
 
     def parse(self, delivery: Delivery) -> Message:
         resource = delivery.body.decode().partition(":")[0]
-        lease = Lease(time.monotonic() + (self._queue.lease_seconds or 0.0))
-        return Message(delivery, time.monotonic(), Notification("T", resource, resource, None, {}), lease=lease)
+        return Message(delivery, time.monotonic(), Notification("T", resource, resource, None, {}))
 
     def process(self, messages: Sequence[Message]) -> list[Message]:
         held = self._work(messages)
@@ -171,21 +170,6 @@ def test_events_profiles_and_catalog_have_separate_lanes(queue: EmbeddedQueue) -
     release.set()
     running.join(10)
     assert len(processed(pipeline)) == 4
-
-
-def test_lease_of_a_message_is_valid_while_it_is_extended(tmp_path: Path) -> None:
-    """Until the lease expires, the events of the message are certainly new."""
-    queue = EmbeddedQueue(tmp_path / "q.db", lease_seconds=0.6)
-    queue.publish([b"order:1"])
-    valid: list[bool] = []
-
-    def work(messages: Sequence[Message]) -> list[Message]:
-        time.sleep(1.5)
-        valid.extend(message.lease.is_valid() for message in messages)
-        return []
-
-    runner_for(queue, work)[0].run(once=True)
-    assert valid == [True]
 
 
 def test_leases_of_messages_in_flight_are_extended(tmp_path: Path) -> None:
@@ -538,16 +522,11 @@ def test_messages_are_returned_after_pulling_has_ended(queue: EmbeddedQueue) -> 
     assert "nack" in calls
 
 
-@pytest.mark.parametrize(("events_possibly_sent", "attempt"), [(False, 1), (True, 2)])
-def test_return_counts_as_an_attempt_if_events_are_possibly_sent(
-    events_possibly_sent: bool, attempt: int, queue: EmbeddedQueue
-) -> None:
-    """The next delivery must not count as the first one. The other messages use up no attempt."""
+def test_return_at_shutdown_uses_up_no_attempt(queue: EmbeddedQueue) -> None:
+    """The embedded queue can undo the count of the delivery."""
     started = threading.Event()
 
     def parking(messages: Sequence[Message]) -> list[Message]:
-        for message in messages:
-            message.events_possibly_sent = events_possibly_sent
         started.set()
         return list(messages)
 
@@ -558,7 +537,7 @@ def test_return_counts_as_an_attempt_if_events_are_possibly_sent(
     started.wait(5)
     runner.stop()
     thread.join(5)
-    assert [delivery.attempt for delivery in EmbeddedQueue(queue._path).receive(1, 1)] == [attempt]
+    assert [delivery.attempt for delivery in EmbeddedQueue(queue._path).receive(1, 1)] == [1]
 
 
 def test_messages_in_progress_are_returned_after_the_grace_period(queue: EmbeddedQueue) -> None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from tests.support.sender import Sender
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
-from worker.model import Json, Operation, OperationKind
 from worker.send import events as bulk
 from worker.send import jobs
 from worker.send.bulk import MAX_REJECTIONS
@@ -23,14 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from worker.klaviyo.client import Body
-    from worker.send.events import BulkMode
+    from worker.model import Json, Operation
 
 BULK, SINGLE, PROFILE = "/api/event-bulk-create-jobs", "/api/events", "/api/profile-import"
 BASE = "/data/attributes/events-bulk-create/data"
 
 
-def event(unique_id: str, *, first_delivery: bool = True, who: str = "a@example.com", size: int = 0) -> Operation:
-    made = event_operation(
+def event(unique_id: str, *, who: str = "a@example.com", size: int = 0) -> Operation:
+    return event_operation(
         metric="Placed Order",
         unique_id=unique_id,
         time="2026-11-01T10:00:00Z",
@@ -38,7 +37,6 @@ def event(unique_id: str, *, first_delivery: bool = True, who: str = "a@example.
         profile={"email": who},
         properties={"filler": ["x" * 50_000] * (size // 50_000) + ["x" * (size % 50_000)]} if size else {},
     )
-    return Operation(made.kind, made.key, made.resource, is_first_delivery=(lambda: True) if first_delivery else None)
 
 
 def events(number: int, *, profiles: int = 7) -> list[Operation]:
@@ -69,7 +67,7 @@ class Klaviyo:
             assert (path, idempotent) == (SINGLE, True)
             self._record([body["data"]["attributes"]["unique_id"]], "")
         else:
-            assert (path, idempotent) == (BULK, False)
+            assert (path, idempotent) == (BULK, True)
             content = body() if callable(body) else body or b""
             self.bodies.append(content)
             places = list(_places(content))
@@ -111,8 +109,8 @@ def _places(body: bytes) -> Iterator[tuple[int, int, str]]:
             yield number, index, each["attributes"]["unique_id"]
 
 
-def sender(klaviyo: Klaviyo, mode: BulkMode = "auto", threshold: int = 0) -> Sender:
-    return Sender(klaviyo, 4, bulk_events=mode, bulk_threshold=threshold)
+def sender(klaviyo: Klaviyo, *, bulk_events: bool = True, threshold: int = 0) -> Sender:
+    return Sender(klaviyo, 4, bulk_events=bulk_events, bulk_threshold=threshold)
 
 
 POINTING = ["none", "whole", "other", "event", "entry", "bare", "wrong", "far", "far event"]
@@ -233,8 +231,8 @@ def test_call_rejected_as_too_large_is_halved() -> None:
 
 
 @pytest.mark.parametrize("failure", [Transient("no answer"), Transient("503"), KlaviyoMisconfigured("401")])
-def test_call_without_a_response_is_not_repeated_in_bulk(failure: Exception) -> None:
-    """Klaviyo may have recorded its events. They get the error, and the retry sends them individually."""
+def test_call_without_a_response_is_repeated_in_bulk(failure: Exception) -> None:
+    """Klaviyo may have recorded its events. They get the error, and Klaviyo ignores those that it has."""
     klaviyo = Klaviyo()
     klaviyo.failure = failure
     bulk_sender = sender(klaviyo)
@@ -243,7 +241,7 @@ def test_call_without_a_response_is_not_repeated_in_bulk(failure: Exception) -> 
     assert klaviyo.calls == [BULK]
     klaviyo.failure = None
     assert bulk_sender.send(batch) == [None] * 20
-    assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 20}
+    assert Counter(klaviyo.calls) == {BULK: 2}
 
 
 def test_failed_call_does_not_affect_an_earlier_call() -> None:
@@ -285,85 +283,48 @@ def test_few_events_are_sent_individually() -> None:
     assert many.calls == [BULK]
 
 
-@pytest.mark.parametrize(
-    ("mode", "first_delivery", "path"),
-    [
-        ("auto", True, BULK),
-        ("auto", False, SINGLE),
-        ("always", True, BULK),
-        ("always", False, BULK),
-        ("never", True, SINGLE),
-        ("never", False, SINGLE),
-    ],
-)
-def test_mode_decides_which_events_are_sent_in_bulk(mode: BulkMode, first_delivery: bool, path: str) -> None:
-    """Mode `auto` sends an event in bulk only if certainly no worker has sent it before."""
+def test_events_are_sent_individually_if_bulk_calls_are_not_allowed() -> None:
+    """Klaviyo ignores a repeated event for certain only if it is sent individually."""
     klaviyo = Klaviyo()
-    assert sender(klaviyo, mode).send([event(str(n), first_delivery=first_delivery) for n in range(5)]) == [None] * 5
-    assert set(klaviyo.calls) == {path}
+    assert sender(klaviyo, bulk_events=False).send(events(20)) == [None] * 20
+    assert klaviyo.calls == [SINGLE] * 20
+    assert sorted(map(int, klaviyo.recorded)) == list(range(20))
 
 
-def test_redelivered_event_does_not_prevent_bulk_calls() -> None:
-    """A batch can have events of a redelivered message among those of new messages."""
-    klaviyo = Klaviyo()
-    profile = Operation(
-        OperationKind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {"email": "a@example.com"}}
-    )
-    assert sender(klaviyo, threshold=5).send([*events(10), event("old", first_delivery=False), profile]) == [None] * 12
-    assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 1, PROFILE: 1}
+def test_permission_is_asked_only_for_many_events() -> None:
+    """The first answer can take seconds, for which a few events need not wait."""
+    asked: list[bool] = []
+
+    def ask() -> bool:
+        asked.append(True)
+        return True
+
+    bulk_events = BulkEvents(Klaviyo(), lambda _: (), ask, 10)
+    assert bulk_events.select(events(10)) == []
+    assert asked == []
+    assert len(bulk_events.select(events(11))) == 11
+    assert asked == [True]
 
 
-def test_recently_sent_event_is_sent_individually() -> None:
-    """Klaviyo ignores duplicates of events that are sent individually."""
-    klaviyo = Klaviyo()
-    bulk_sender = sender(klaviyo)
-    bulk_sender.send([event(str(n)) for n in range(5)])
-    bulk_sender.send([event("single", first_delivery=False)])
-    klaviyo.calls.clear()
-    bulk_sender.send([*(event(str(n)) for n in range(5)), event("single")])
-    assert klaviyo.calls == [SINGLE] * 6
-
-
-def test_memory_of_sent_events_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest events are forgotten."""
-    monkeypatch.setattr(bulk, "REMEMBERED_EVENTS", 10)
-    bulk_sender = BulkEvents(Klaviyo(), lambda _: (), "auto", 0)
-    for number in range(100):
-        assert bulk_sender.select([event(str(number))])
-    assert not any(bulk_sender.select([event(str(number))]) for number in range(91, 100))
-    assert bulk_sender.select([event("0")])
-
-
-def test_unique_id_twice_in_a_batch_is_not_sent_in_bulk() -> None:
-    """Klaviyo can know two profiles as one, and would then reject the whole bulk call."""
+def test_bulk_call_has_a_unique_id_once() -> None:
+    """Klaviyo can know two profiles as one, and would then reject the call. The other event is sent individually."""
     klaviyo = Klaviyo()
     twice = [event("twice", who="a@example.com"), event("twice", who="b@example.com")]
-    again = [event("again", first_delivery=False), event("again")]  # the sender sends only the last of them
-    assert sender(klaviyo).send([*events(5), *twice, *again]) == [None] * 9
-    assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 3}
-    assert sorted(each for *_, each in _places(klaviyo.bodies[0])) == ["0", "1", "2", "3", "4"]
-
-
-def test_mode_always_sends_a_unique_id_once_per_call() -> None:
-    """The event of the other profile is sent individually."""
-    klaviyo = Klaviyo()
-    twice = [event("twice", who="a@example.com"), event("twice", who="b@example.com")]
-    assert sender(klaviyo, "always").send([*events(5), *twice, event("0", who="0@example.com")]) == [None] * 8
+    assert sender(klaviyo).send([*events(5), *twice, event("0", who="0@example.com")]) == [None] * 8
     assert Counter(klaviyo.calls) == {BULK: 1, SINGLE: 1}
     ids = [each for *_, each in _places(klaviyo.bodies[0])]
     assert len(ids) == len(set(ids)) == 6
 
 
-@pytest.mark.parametrize("mode", ["auto", "always"])
-def test_event_without_unique_id_is_not_sent_in_bulk(mode: BulkMode) -> None:
+def test_event_without_unique_id_is_not_sent_in_bulk() -> None:
     """Klaviyo would treat two events of the same second as duplicates and reject the bulk call."""
     klaviyo = Klaviyo()
     nameless = [event("", who=f"{n}@example.com") for n in range(3)]
-    assert not BulkEvents(klaviyo, lambda _: (), mode, 0).select(nameless)
+    assert not BulkEvents(klaviyo, lambda _: (), lambda: True, 0).select(nameless)
 
 
 def test_repr_of_a_waiting_event_has_no_personal_data() -> None:
     """A repr can appear in a log or a traceback."""
-    record = bulk._bulk_event(event("1", who="ada@example.com"), bulk._SendProgress(), lambda: True)
+    record = bulk._bulk_event(event("1", who="ada@example.com"), bulk._SendProgress(0, 0))
     entry = jobs.JobEntry("c1", b'{"email":"ada@example.com"}')
     assert "ada" not in repr([record, entry])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Event, Lock, Semaphore, get_ident
+from threading import Event, Semaphore
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -11,8 +11,7 @@ import pytest
 
 from tests.support.sender import Sender
 from tests.unit.runtime.test_runner import wait_for
-from worker.errors import CircuitOpen, Rejected, Transient, WorkerError
-from worker.model import Json, Operation, OperationKind
+from worker.errors import CircuitOpen, Rejected, Transient
 from worker.send import events
 from worker.transform.order_events import event_operation
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from worker.klaviyo.client import Body
+    from worker.model import Json, Operation
 
 WAIT = 30.0
 
@@ -34,13 +34,10 @@ class Klaviyo:
         self.single: list[str] = []
         self.before: Exception | None = None  # raised before the call is granted
         self.after: Callable[[set[str]], None] = lambda _: None
-        self.body_errors: list[Exception] = []  # raised while a body was prepared
-        self.throttled: Callable[[], None] | None = None  # called when the first request is throttled
-        self._sent: dict[int, int] = {}
-        self._lock = Lock()
+        self.throttled = False  # True: every call needs two requests
 
     def requests_sent(self) -> int:
-        return self._sent.get(get_ident(), 0)
+        return 0
 
     def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
         if not callable(body):
@@ -51,32 +48,20 @@ class Klaviyo:
         assert self.grants.acquire(timeout=WAIT)
         if self.before:
             raise self.before
-        if self.throttled:
-            body()
-            self.throttled()
-        try:
-            document = orjson.loads(body())
-        except Exception as reason:
-            self.body_errors.append(reason)
-            raise
-        ids = {
-            each["attributes"]["unique_id"]
-            for entry in document["data"]["attributes"]["events-bulk-create"]["data"]
-            for each in entry["attributes"]["events"]["data"]
-        }
-        with self._lock:
-            self._sent[get_ident()] = self.requests_sent() + 1
+        for _ in range(1 + self.throttled):
+            ids = _ids(body())
             self.calls.append(ids)
         self.after(ids)
         return {}
 
 
-def always() -> bool:
-    return True
+def _ids(body: bytes) -> set[str]:
+    entries = orjson.loads(body)["data"]["attributes"]["events-bulk-create"]["data"]
+    return {each["attributes"]["unique_id"] for entry in entries for each in entry["attributes"]["events"]["data"]}
 
 
-def event(name: str, first_delivery: Callable[[], bool] = always) -> Operation:
-    made = event_operation(
+def event(name: str) -> Operation:
+    return event_operation(
         metric="Placed Order",
         unique_id=name,
         time="2026-11-01T10:00:00Z",
@@ -84,7 +69,6 @@ def event(name: str, first_delivery: Callable[[], bool] = always) -> Operation:
         profile={"email": f"{name}@example.com"},
         properties={},
     )
-    return Operation(OperationKind.CREATE_EVENT, made.key, made.resource, is_first_delivery=first_delivery)
 
 
 def names(lane: str, number: int = 5) -> list[str]:
@@ -225,10 +209,10 @@ def test_unexpected_error_ends_the_wait_of_all_lanes(lanes: Lanes, klaviyo: Klav
     assert [type(error) for error in second.result(WAIT)] == [Transient] * 5
 
 
-def test_events_of_a_lane_that_failed_unexpectedly_are_not_sent(
+def test_events_of_a_lane_that_failed_unexpectedly_do_not_stop_the_other_lanes(
     lanes: Lanes, klaviyo: Klaviyo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their messages are redelivered, so a later bulk call must not send these events."""
+    """The next bulk calls can contain events of that lane, which Klaviyo ignores when they are redelivered."""
     monkeypatch.setattr(events, "MAX_EVENTS", 3)
 
     def fail(_: set[str]) -> None:
@@ -239,45 +223,22 @@ def test_events_of_a_lane_that_failed_unexpectedly_are_not_sent(
     klaviyo.grants.release()
     assert isinstance(first.exception(WAIT), ZeroDivisionError)
     klaviyo.after = lambda _: None
-    klaviyo.grants.release(2)
+    klaviyo.grants.release(3)
     assert lanes.send(*map(event, names("b"))).result(WAIT) == [None] * 5
-    assert set().union(*klaviyo.calls[1:]) == set(names("b"))
+    assert set(names("b")) <= set().union(*klaviyo.calls[1:])
 
 
-def test_event_whose_lease_expired_before_the_call_is_sent_individually(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """A lease can expire while a bulk call waits for the rate limiter, for example if the machine sleeps."""
-    leased = Event()
-    leased.set()
-    future = lanes.send(*(event(name, leased.is_set) for name in names("a")), *map(event, names("b")))
-    lanes.first_waits()
-    leased.clear()
+def test_id_of_two_lanes_is_in_two_calls(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """Klaviyo rejects a call with a repeated id: https://developers.klaviyo.com/en/reference/bulk_create_events."""
+    first, second = sent_by(lanes, "a", "a")
+    klaviyo.grants.release(2)
+    assert [first.result(WAIT), second.result(WAIT)] == [[None] * 5] * 2
+    assert klaviyo.calls == [set(names("a"))] * 2
+
+
+def test_throttled_call_is_repeated_with_the_same_events(lanes: Lanes, klaviyo: Klaviyo) -> None:
+    """The client asks for the body before each request."""
+    klaviyo.throttled = True
     klaviyo.grants.release()
-    assert future.result(WAIT) == [None] * 10
-    assert klaviyo.calls == [set(names("b"))]
-    assert sorted(klaviyo.single) == names("a")
-
-
-def test_leases_are_checked_before_every_request(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """A throttled bulk call is retried for up to a minute."""
-    leased = Event()
-    leased.set()
-    klaviyo.throttled = leased.clear
-    klaviyo.grants.release()
-    sent = lanes.send(*(event(name, leased.is_set) for name in names("a")), *map(event, names("b"))).result(WAIT)
-    assert sent == [None] * 10
-    assert klaviyo.calls == [set(names("b"))]
-    assert sorted(klaviyo.single) == names("a")
-
-
-def test_call_without_events_is_not_made(lanes: Lanes, klaviyo: Klaviyo) -> None:
-    """The exception is not a WorkerError, so the circuit breaker does not count it."""
-    leased = Event()
-    leased.set()
-    future = lanes.send(*(event(name, leased.is_set) for name in names("a")))
-    lanes.first_waits()
-    leased.clear()
-    klaviyo.grants.release()
-    assert future.result(WAIT) == [None] * 5
-    assert klaviyo.calls == []
-    assert [isinstance(reason, WorkerError) for reason in klaviyo.body_errors] == [False]
-    assert sorted(klaviyo.single) == names("a")
+    assert lanes.send(*map(event, names("a"))).result(WAIT) == [None] * 5
+    assert klaviyo.calls == [set(names("a"))] * 2

@@ -70,23 +70,3 @@ def test_same_event_of_another_profile_has_another_key() -> None:
     guest = event_operation(**fields, profile={"email": "a@example.com"})
     customer = event_operation(**fields, profile={"email": "a@example.com", "external_id": "x"})
     assert guest.key != customer.key
-
-
-ORDER = {"id": "o", "customerEmail": "a@example.com", "orderState": "Complete", "lineItems": [{"id": "l"}]}
-
-
-def always() -> bool:
-    return True
-
-
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize(
-    "kind",
-    ["OrderCreated", "OrderImported", "OrderCustomerSet", "OrderCreatedFromRecurringOrder", "OrderStateChanged"],
-)
-def test_only_order_created_can_be_a_first_delivery(kind: str, first: bool) -> None:
-    """Other messages repeat the unique_id of an event, or an order can have several messages of the type."""
-    operations = transform(Enriched(about("order", kind), NOW, order=ORDER), MappingConfig(), always if first else None)
-    assert {operation.is_first_delivery for operation in operations} == {
-        always if first and kind == "OrderCreated" else None
-    }

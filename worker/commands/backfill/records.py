@@ -108,7 +108,7 @@ class BackfillRecord:
 
 @dataclass(slots=True, eq=False)
 class RecordDelivery:
-    """A message of a record. Its attempt is unknown, because an earlier run or the worker has possibly sent it."""
+    """A message of a record, which is not on a queue. Therefore nothing counts its attempts."""
 
     record: BackfillRecord
     body: bytes = field(repr=False)

@@ -46,7 +46,7 @@ class ReplayOptions:
 
 @dataclass(frozen=True, slots=True)
 class ReplayDelivery:
-    """A dead letter as a delivery. Its attempt is unknown, so none of its events is treated as new."""
+    """A dead letter as a delivery. The queue counts no attempts of it."""
 
     dead_letter: DeadLetter
 
@@ -67,7 +67,7 @@ class ReplayDelivery:
 
     @property
     def attempt(self) -> None:
-        """Return None: unknown."""
+        """Return None: a replay is no attempt."""
         return
 
     @property
