@@ -13,9 +13,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from worker.budget import check_lines, check_lookups
 from worker.commercetools import queries
 from worker.errors import Misconfigured, Rejected, Transient, WorkerError
-from worker.json_access import as_dict, as_dicts, as_int, as_text, parse_time, pick_ids, unique
+from worker.json_access import MAX_ID_LENGTH, as_dict, as_dicts, as_int, as_text, parse_time, pick_ids, unique
 from worker.model import Enriched, Json, Notification
 
 if TYPE_CHECKING:
@@ -72,7 +73,10 @@ def _advance(plan: Plan, lookups: dict[queries.Query, set[str]]) -> Result | Non
     """Advance a plan by one step. Return its result if it has ended; otherwise add its lookups and return None."""
     try:
         for query, values in next(plan):
-            lookups[query].update(value for value in values if value)
+            # A longer value is the id of nothing in commercetools.
+            ids = {value for value in values if 0 < len(value) <= MAX_ID_LENGTH}
+            check_lookups(len(ids))
+            lookups[query] |= ids
     except StopIteration as end:
         enriched: Enriched = end.value
         return enriched
@@ -140,8 +144,12 @@ def _payment_plan(enriched: Enriched, context: _PlanContext) -> Plan:
 
 
 def _order_data_plan(enriched: Enriched, context: _PlanContext) -> Plan:
-    """Add the data of every order event: categories of the line items, discount codes, and the customer."""
+    """Add the data of every order event: categories of the line items, discount codes, and the customer.
+
+    Raises Rejected if the order has too many lines.
+    """
     order = as_dict(enriched.order)
+    check_lines(order)
     products = unique(as_text(line.get("productId")) for line in as_dicts(order.get("lineItems")))
     references = [as_dict(info.get("discountCode")) for info in as_dicts(order.get("discountCodes"))]
     codes = pick_ids(references)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from worker.model import Json
 
+MAX_ID_LENGTH = 256  # commercetools' limit for keys and SKUs, and above that for ids
+
 
 def as_dict(value: Any) -> Json:
     """Return `value` if it is an object, else an empty object."""
@@ -25,6 +27,12 @@ def as_dicts(value: Any) -> list[Json]:
 def as_text(value: Any) -> str:
     """Return `value` without surrounding white space if it is a string, else ""."""
     return value.strip() if isinstance(value, str) else ""
+
+
+def as_id(value: Any) -> str:
+    """Return `value` as as_text does if it has at most MAX_ID_LENGTH characters, else ""."""
+    text = as_text(value)
+    return text if len(text) <= MAX_ID_LENGTH else ""
 
 
 def as_int(value: Any) -> int | None:

@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from worker.budget import check_bytes, check_values
 from worker.errors import Ignored, Rejected
+from worker.json_access import MAX_ID_LENGTH, as_id
 from worker.model import Json, Notification
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_ENVELOPES = 6  # a message with this number of nested envelopes is rejected
-MAX_ID_LENGTH = 256  # commercetools' limit for ids and keys
 _CHANGES = frozenset({"ResourceCreated", "ResourceUpdated", "ResourceDeleted"})
 
 
 def parse(body: bytes) -> Notification:
-    """Return the notification in `body`. Raises Rejected if it is unreadable, Ignored if it concerns no resource."""
-    *_, (_, document) = layers(body)
+    """Return the notification in `body`.
+
+    Raises Rejected if it is unreadable or beyond the budget of a message, Ignored if it concerns no resource.
+    """
+    check_bytes(body)
+    ((_, document),) = deque(layers(body), maxlen=1)  # the outer documents need not stay in memory
     return _notification(document)
 
 
@@ -49,6 +55,7 @@ def _document(text: Any) -> Json:
     raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.removeprefix(b"\xef\xbb\xbf")
     if not raw.strip():
         raise Rejected("expected a JSON object; the body is empty")
+    check_values(raw)
     try:
         document = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -98,9 +105,9 @@ def _notification(payload: Json) -> Notification:
     time = payload.get("createdAt") if kind == "Message" else payload.get("modifiedAt")
     return Notification(
         type=_message_type(payload) if kind == "Message" else kind,
-        resource_type=_identifier(resource, "typeId"),
-        resource_id=_identifier(resource, "id"),
-        time=time if isinstance(time, str) else None,
+        resource_type=_identifier(resource.get("typeId"), "resource.typeId"),
+        resource_id=_identifier(resource.get("id"), "resource.id"),
+        time=as_id(time) or None,
         payload=payload,
     )
 
@@ -109,15 +116,14 @@ def _message_type(payload: Json) -> str:
     """Return the message type. commercetools moves it to `payloadNotIncluded` if the payload is too large."""
     not_included = payload.get("payloadNotIncluded")
     kind = payload.get("type") or (not_included.get("payloadType") if isinstance(not_included, dict) else None)
-    if not isinstance(kind, str) or not kind:
-        raise Rejected("expected `type` or `payloadNotIncluded.payloadType`, a string, in a Message")
-    return kind
+    return _identifier(kind, "type", "payloadNotIncluded.payloadType")
 
 
-def _identifier(resource: Json, name: str) -> str:
-    value = resource.get(name)
+def _identifier(value: Any, *fields: str) -> str:
+    """Return a value that logs and queries can contain. `fields` are the fields of the notification that it is from."""
     if not isinstance(value, str) or not value or len(value) > MAX_ID_LENGTH or not value.isprintable():
-        raise Rejected(f"expected `resource.{name}`, a string of 1 to {MAX_ID_LENGTH} printable characters")
+        names = " or ".join(f"`{field}`" for field in fields)
+        raise Rejected(f"expected {names}, a string of 1 to {MAX_ID_LENGTH} printable characters")
     return value
 
 

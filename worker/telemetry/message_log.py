@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from worker.budget import limit_paths
 from worker.errors import Disposition, Ignored, StaleWrite
 from worker.telemetry.log import log
 from worker.telemetry.recent_failures import RecentFailures
@@ -109,5 +110,5 @@ def _canonical_fields(message: Message, outcome: str) -> dict[str, Any]:
         "age_s": None if age is None else round(max(age, 0.0), 3),
         "operations": len(message.operations),
         "requests": message.requests,
-        "truncated": sorted({path for operation in message.operations for path in operation.truncated}) or None,
+        "truncated": limit_paths(sorted({path for each in message.operations for path in each.truncated})) or None,
     }

@@ -100,8 +100,11 @@ def attribute_text(value: Any, locale: str) -> str:
 
     For a set, return the first text that is not empty.
     """
-    if isinstance(value, list):
-        return next(filter(None, (attribute_text(entry, locale) for entry in value)), "")
+    entries = value if isinstance(value, list) else [value]
+    return next(filter(None, (_entry_text(entry, locale) for entry in entries)), "")
+
+
+def _entry_text(value: Any, locale: str) -> str:
     if isinstance(value, dict) and "label" in value:
         return first_nonempty(localized(value["label"], locale), as_text(value.get("key")))
     return localized(value, locale)

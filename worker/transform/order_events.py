@@ -7,7 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import Rejected
-from worker.json_access import as_dict, as_dicts, as_int, as_text, unique
+from worker.json_access import as_dict, as_dicts, as_id, as_int, as_text, unique
 from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
 from worker.transform.prices import price_amount
@@ -55,8 +55,8 @@ def identifiers(order: Json, enriched: Enriched) -> Json:
 def _identifiers(order: Json, enriched: Enriched) -> Json:
     customer = as_dict(enriched.customer)
     return {
-        "email": fields.first_nonempty(as_text(order.get("customerEmail")), as_text(customer.get("email"))),
-        "external_id": fields.first_nonempty(as_text(order.get("customerId")), as_text(customer.get("id"))),
+        "email": fields.first_nonempty(as_id(order.get("customerEmail")), as_id(customer.get("email"))),
+        "external_id": fields.first_nonempty(as_id(order.get("customerId")), as_id(customer.get("id"))),
     }
 
 
@@ -86,8 +86,8 @@ def order_omissions(order: Json, enriched: Enriched, mapping: MappingConfig) -> 
 
 def _own_properties(order: Json, items: list[Json], enriched: Enriched) -> Json:
     return {
-        "OrderId": as_text(order.get("id")),
-        "OrderNumber": as_text(order.get("orderNumber")),
+        "OrderId": as_id(order.get("id")),
+        "OrderNumber": as_id(order.get("orderNumber")),
         "ItemNames": unique(item.get("ProductName", "") for item in items),
         "Categories": unique(name for item in items for name in item.get("Categories", ())),
         "Brands": unique(item.get("Brand", "") for item in items),

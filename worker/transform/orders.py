@@ -10,7 +10,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import Ignored
-from worker.json_access import as_dict, as_dicts, as_text
+from worker.json_access import as_dict, as_dicts, as_id, as_text
 from worker.transform import fields
 from worker.transform.order_events import (
     event_operation,
@@ -63,13 +63,13 @@ def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operati
         profile=profile | _billing_profile(order),
         properties=order_properties(order, items, enriched, mapping),
     )
-    order_ids = fields.compact({"OrderId": as_text(order.get("id")), "OrderNumber": as_text(order.get("orderNumber"))})
+    order_ids = fields.compact({"OrderId": as_id(order.get("id")), "OrderNumber": as_id(order.get("orderNumber"))})
     lines = chain(as_dicts(order.get("lineItems")), as_dicts(order.get("customLineItems")))
     for line, item in zip(lines, items, strict=True):
         raw = line if mapping.order.raw_line_item else {}
         yield event_operation(
             metric=mapping.metrics.ordered_product,
-            unique_id=as_text(line.get("id")) or f"{_order_id(order, enriched)}:{item.get('SKU', '')}",
+            unique_id=as_id(line.get("id")) or f"{_order_id(order, enriched)}:{item.get('SKU', '')}",
             time=fields.add_seconds(time, 1),
             value=line.get("totalPrice"),
             profile=profile,
@@ -143,11 +143,11 @@ def _order(enriched: Enriched) -> Json:
 
 
 def _order_id(order: Json, enriched: Enriched) -> str:
-    return as_text(order.get("id")) or enriched.notification.resource_id
+    return as_id(order.get("id")) or enriched.notification.resource_id
 
 
 def _created_at(order: Json, enriched: Enriched) -> str:
-    return as_text(order.get("createdAt")) or enriched.notification.time or ""
+    return as_id(order.get("createdAt")) or enriched.notification.time or ""
 
 
 def _billing_profile(order: Json) -> Json:

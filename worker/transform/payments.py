@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from worker.budget import check_refunds, limit_paths
 from worker.errors import Ignored, Rejected
 from worker.json_access import as_dict, as_dicts, as_text
 from worker.transform import fields
 from worker.transform.order_events import event_operation, identifiers, items_of, order_omissions, order_properties
 from worker.transform.registry import handles
+from worker.transform.size_limits import EVENT_BYTES, truncate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -43,24 +46,32 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     omissions=_omissions,
 )
 def payment_transaction(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Create a Refunded Order event for every refund, with the refund's amount. The transaction id is the unique_id."""
+    """Create a Refunded Order event for every refund, with the refund's amount. The transaction id is the unique_id.
+
+    Every event has the properties of the order. If these are large, they are truncated so that all copies together are
+    as large as one event can be. Raises Rejected if there are too many refunds.
+    """
     refunds = [t for t in _transactions(enriched) if _is_refund(t, enriched.notification, mapping)]
     if not refunds:
         raise Ignored("the payment has no refund in a state that payment.refund_states lists")
     if enriched.order is None and enriched.customer is None:
         raise Rejected("no order has this payment and it names no customer: a refund needs one of them")
+    check_refunds(len(refunds))
     order = as_dict(enriched.order)
     profile = identifiers(order, enriched)
     properties = order_properties(order, items_of(order, enriched, mapping), enriched, mapping)
+    properties, truncated = truncate(properties, EVENT_BYTES // len(refunds))
     for transaction in refunds:
-        yield event_operation(
+        refund = _refund_properties(transaction, mapping)
+        operation = event_operation(
             metric=mapping.metrics.refunded_order,
             unique_id=as_text(transaction.get("id")),
             time=fields.first_nonempty(as_text(transaction.get("timestamp")), enriched.notification.time or ""),
             value=transaction.get("amount"),
             profile=profile,
-            properties=properties | _refund_properties(transaction, mapping),
+            properties=refund | properties | refund,  # first, so that they are not the ones to truncate
         )
+        yield replace(operation, truncated=limit_paths(dict.fromkeys([*truncated, *operation.truncated])))
 
 
 def _transactions(enriched: Enriched) -> list[Json]:
