@@ -102,7 +102,7 @@ def test_order_with_too_many_lines_is_rejected_before_anything_is_looked_up(line
 
 
 def test_order_that_is_fetched_has_the_same_budget() -> None:
-    """What commercetools returns is larger than what the queue accepts."""
+    """An answer of commercetools can be larger than a message."""
     order = {"id": "o", "customerEmail": "a@example.com", "lineItems": [{"productId": str(n)} for n in range(10_000)]}
     with pytest.raises(Rejected, match="10,000 lines"):
         processed(orjson.dumps(HEAD), {"orders": [order]})
@@ -170,7 +170,7 @@ def test_message_type_is_a_short_printable_text(kind: object, field: str) -> Non
     """It appears in every log line and dead letter of the message."""
     message = {name: value for name, value in HEAD.items() if name != "type"}
     message[field] = kind if field == "type" else {"payloadType": kind}
-    with pytest.raises(Rejected, match="`type` or `payloadNotIncluded[.]payloadType`"):
+    with pytest.raises(Rejected, match=r"`type` or `payloadNotIncluded\.payloadType`"):
         parse(orjson.dumps(message))
 
 
