@@ -17,6 +17,7 @@ from tests.rigs import RIGS, rig_type
 from tests.support import sqs_fakes as sqs
 from tests.support.pubsub_emulator import Emulator, missing
 from tests.support.requirements import require
+from worker import network
 from worker.sandbox import Sandbox
 from worker.telemetry.log import log
 
@@ -72,6 +73,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove the settings of the machine from the environment."""
     for name in [name for name in os.environ if name.startswith((*_SETTINGS, *_QUEUES))]:
+        monkeypatch.delenv(name)
+    for name in network.VARIABLES:  # `load` sets them
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
 

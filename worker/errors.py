@@ -7,6 +7,7 @@ WorkerError                          nack         a defect: retrying in this pro
 │   └── CircuitOpen                               not sent, because the endpoint keeps failing
 ├── Rejected                         dead-letter  can never succeed
 └── Misconfigured                    park         credentials, scopes or project are refused
+    ├── ProxyMisconfigured                        exit code 2
     ├── CommercetoolsMisconfigured                exit code 4
     └── KlaviyoMisconfigured                      exit code 5
 Ignored                              ack          nothing to do: a result, not an error
@@ -83,8 +84,8 @@ class Transient(WorkerError):
 
     disposition = Disposition.HOLD
 
-    def __init__(self, reason: str, retry_after: float | None = None) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str, retry_after: float | None = None, *, todo: str = "") -> None:
+        super().__init__(reason, todo=todo)
         self.retry_after = retry_after
 
 
@@ -132,6 +133,12 @@ class Misconfigured(WorkerError):
         super().__init__(reason, todo=todo)
         self.retry_after = retry_after
         self.lacks_scope = lacks_scope
+
+
+class ProxyMisconfigured(Misconfigured):
+    """The proxy refuses its credentials, or requires some."""
+
+    exit_code = ExitCode.USAGE
 
 
 class CommercetoolsMisconfigured(Misconfigured):

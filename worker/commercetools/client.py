@@ -55,6 +55,10 @@ class Commercetools:
         """Return why a circuit is open, or "" if commercetools has no outage."""
         return self._breakers.outage_reason()
 
+    def clock_offset(self) -> float:
+        """Return how far the clock of commercetools is ahead of this machine's, in seconds; 0 if unknown."""
+        return self._transport.clock.offset
+
     def call(self, endpoint: str, method: str, path: str = "", body: Json | None = None) -> http.Response:
         """Send a request to `endpoint` + `path` and return the response. A response with status 4xx is returned, too.
 
