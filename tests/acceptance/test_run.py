@@ -13,7 +13,7 @@ import pytest
 import urllib3
 
 from tests.acceptance.conftest import Worker, events_named, log_lines
-from tests.support.pubsub_emulator import free_port
+from tests.support.ports import free_port
 from worker.sandbox import Fault
 from worker.sandbox.notifications import change, message, sample_notifications
 

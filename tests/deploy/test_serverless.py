@@ -20,7 +20,7 @@ from tests.acceptance.test_run import wait_for
 from tests.acceptance.workload import Workload
 from tests.deploy.pages import commands, flags, page
 from tests.integration.adapters.test_push import envelope
-from tests.support.pubsub_emulator import free_port
+from tests.support.ports import free_port
 from worker.settings import Settings
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ import boto3
 import urllib3
 from botocore.config import Config
 
-from tests.support.pubsub_emulator import free_port
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -23,7 +23,7 @@ from adapters import Failure, QueueError, QueueOptions, QueueURLError, open_queu
 from adapters.push import queue as push
 from adapters.push.oidc import TokenVerifier
 from adapters.push.queue import PushDelivery, PushQueue
-from tests.support.pubsub_emulator import free_port
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

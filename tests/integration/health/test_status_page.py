@@ -17,7 +17,7 @@ import pytest
 from tests.integration.conftest import settings_for
 from tests.integration.health.test_server import Response, request
 from tests.support.chromium import Browser
-from tests.support.pubsub_emulator import free_port
+from tests.support.ports import free_port
 from tests.support.requirements import require_command
 from tests.support.worker_state import FakeWorkerState
 from tests.unit.health.test_status import line

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from azure.servicebus import ServiceBusClient, ServiceBusMessage, ServiceBusReceiveMode, ServiceBusSubQueue
 
-from tests.support.pubsub_emulator import free_port
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from azure.servicebus import ServiceBusReceivedMessage, ServiceBusReceiver, ServiceBusSender
