@@ -36,6 +36,7 @@ _QUEUES = ("DEAD_LETTER_", "PUBSUB_", "AWS_", "AZURE_", "SERVICEBUS_")
 _SHARED = pytest.StashKey[Emulator]()
 _SHARED_SQS = pytest.StashKey[dict[str, sqs.Server]]()
 _FIXTURES = {"pubsub": "emulator", "sqs": "fauxqs"}  # servers that all tests share
+_PROCESS_TESTS = frozenset({"acceptance", "faults", "deploy"})
 _SLOWEST_FIRST = {"acceptance": 0, "faults": 0, "integration": 1}  # 2: all others
 
 
@@ -60,13 +61,20 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the slowest tests first, so that the workers of xdist end together."""
+    """Run the slowest tests first, so that the workers of xdist end together.
+
+    Tests in a folder of _PROCESS_TESTS are not measured themselves, only the processes that they start: the rest is
+    code of the sandbox, which other tests cover, and measuring it takes longer than running it.
+    """
 
     def sort_key(item: pytest.Item) -> tuple[float, int]:
         timeout = item.get_closest_marker("timeout")
         return -timeout.args[0] if timeout else 0.0, _SLOWEST_FIRST.get(item.path.parent.name, 2)
 
     items.sort(key=sort_key)
+    for item in items:
+        if item.path.parent.name in _PROCESS_TESTS:
+            item.add_marker(pytest.mark.no_cover)
 
 
 @pytest.fixture(autouse=True)

@@ -120,7 +120,7 @@ def test_stopped_worker_causes_no_duplicates(worker: Worker, sandbox: Sandbox, a
     process = worker.start("run", "--shutdown-grace-period", "0.1")
     wait_for(lambda: any(request.path == BULK for request in sandbox.klaviyo.requests))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 6
+    assert process.wait(60) == 6
     sandbox.klaviyo.faults.clear()
     assert worker("run", "--once").returncode == 0
     assert_exactly_once(account)
