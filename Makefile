@@ -15,8 +15,7 @@ demo: $(VENV)/worker ## watch sample notifications become Klaviyo profiles, even
 	@$(BIN)/klaviyo-worker demo
 
 test: $(VENV)/ready ## run all tests, with branch coverage
-	@$(BIN)/pytest --collect-only --quiet >/dev/null || true  # compiles the bytecode once instead of in eight processes
-	$(BIN)/pytest --numprocesses=8 --maxschedchunk=1 --cov --cov-fail-under=98
+	$(BIN)/pytest --numprocesses=6 --maxschedchunk=1 --cov --cov-fail-under=98
 
 pythons: ## run the tests on each installed Python from 3.11 to 3.14
 	@for python in python3.11 python3.12 python3.13 python3.14; do \
@@ -91,6 +90,7 @@ $(VENV)/ready: $(VENV)/worker $(VENV)/fauxqs requirements-dev.lock
 	@$(call install,--require-hashes --requirement requirements-dev.lock,the tools of the tests)
 	@$(BIN)/pip install --quiet --no-compile python-qpid-proton >$(VENV)/proton.log 2>&1 \
 		|| echo "python-qpid-proton, which needs a C compiler, could not be installed: the Service Bus tests are skipped"
+	@$(BIN)/pytest --collect-only --quiet >/dev/null || true  # compiles the bytecode once instead of in each process
 	@touch $@
 
 $(VENV)/fauxqs:

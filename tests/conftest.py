@@ -17,6 +17,7 @@ from tests.rigs import RIGS, rig_type
 from tests.support import sqs_fakes as sqs
 from tests.support.pubsub_emulator import Emulator, missing
 from tests.support.requirements import require
+from worker import network
 from worker.sandbox import Sandbox
 from worker.telemetry.log import log
 
@@ -35,6 +36,7 @@ _QUEUES = ("DEAD_LETTER_", "PUBSUB_", "AWS_", "AZURE_", "SERVICEBUS_")
 _SHARED = pytest.StashKey[Emulator]()
 _SHARED_SQS = pytest.StashKey[dict[str, sqs.Server]]()
 _FIXTURES = {"pubsub": "emulator", "sqs": "fauxqs"}  # servers that all tests share
+_PROCESS_TESTS = frozenset({"acceptance", "faults", "deploy"})
 _SLOWEST_FIRST = {"acceptance": 0, "faults": 0, "integration": 1}  # 2: all others
 
 
@@ -59,19 +61,29 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the slowest tests first, so that the workers of xdist end together."""
+    """Run the slowest tests first, so that the workers of xdist end together.
+
+    Tests in a folder of _PROCESS_TESTS are not measured themselves, only the processes that they start: the rest is
+    code of the sandbox, which other tests cover, and measuring it takes longer than running it.
+    """
 
     def sort_key(item: pytest.Item) -> tuple[float, int]:
         timeout = item.get_closest_marker("timeout")
         return -timeout.args[0] if timeout else 0.0, _SLOWEST_FIRST.get(item.path.parent.name, 2)
 
     items.sort(key=sort_key)
+    for item in items:
+        if item.path.parent.name in _PROCESS_TESTS:
+            item.add_marker(pytest.mark.no_cover)
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove the settings of the machine from the environment."""
     for name in [name for name in os.environ if name.startswith((*_SETTINGS, *_QUEUES))]:
+        monkeypatch.delenv(name)
+    for name in network.VARIABLES:  # `load` sets them
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
 

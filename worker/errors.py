@@ -9,6 +9,7 @@ WorkerError                          nack         a defect: retrying in this pro
 │   └── RequestBlocked                            this request is refused; the endpoint answers others
 ├── Rejected                         dead-letter  can never succeed
 └── Misconfigured                    park         credentials, scopes or project are refused
+    ├── ProxyMisconfigured                        exit code 2
     ├── CommercetoolsMisconfigured                exit code 4
     └── KlaviyoMisconfigured                      exit code 5
 Ignored                              ack          nothing to do: a result, not an error
@@ -148,6 +149,12 @@ class Misconfigured(WorkerError):
         super().__init__(reason, todo=todo)
         self.retry_after = retry_after
         self.lacks_scope = lacks_scope
+
+
+class ProxyMisconfigured(Misconfigured):
+    """The proxy refuses its credentials, or requires some."""
+
+    exit_code = ExitCode.USAGE
 
 
 class CommercetoolsMisconfigured(Misconfigured):

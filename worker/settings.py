@@ -15,7 +15,7 @@ from pydantic import AliasGenerator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from adapters.base import QueueOptions
-from worker import renamed
+from worker import network, renamed
 from worker.errors import SettingsError
 from worker.mapping import MappingConfig, load_mapping
 from worker.setting_types import ApiClientJson, NonEmptyStr, PrivateKey, Url  # noqa: TC001 - read by pydantic
@@ -284,16 +284,26 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
 def load(kind: type[S], options: Mapping[str, Any]) -> S:
     """Return the settings of a class. `options` are values by field name, which take precedence over variables.
 
+    Makes all libraries use the proxy and the certificate authority of the environment, if the command uses a network.
     Raises SettingsError with one line per invalid variable: its name, what was expected, what to do.
     """
     if former := list(_former_variables()):
         raise SettingsError.joined(former)
     aliases = {name: str(info.validation_alias) for name, info in kind.model_fields.items()}
     given = {aliases[name]: value for name, value in options.items() if value is not None}
+    problems: list[SettingsError] = []
     try:
-        return kind(**given)
+        if issubclass(kind, QueueSettings):
+            network.configure(os.environ)
+    except SettingsError as error:
+        problems += error.problems
+    try:
+        settings = kind(**given)
     except ValidationError as errors:
-        raise SettingsError.joined([_problem(kind, error) for error in errors.errors()]) from None
+        problems += [_problem(kind, error) for error in errors.errors()]
+    if problems:
+        raise SettingsError.joined(problems)
+    return settings
 
 
 def _former_variables() -> Iterator[SettingsError]:

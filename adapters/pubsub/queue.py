@@ -55,6 +55,7 @@ _SET_RETRY = "gcloud pubsub subscriptions update {} --min-retry-delay=10s --max-
 # no limit, as in the client's own transport
 _ANY_SIZE = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 _RECONNECT = ("grpc.max_reconnect_backoff_ms", 10_000)  # by default, reconnecting after a long outage takes minutes
+_PROXYLESS = ("grpc.enable_http_proxy", 0)  # an emulator runs in the same network
 _RETRY = Retry(predicate=if_exception_type(*TRANSIENT_ERRORS), initial=0.2, maximum=5.0, timeout=30.0)
 
 
@@ -342,7 +343,7 @@ def _transport(kind: Any) -> Any:
     The emulator gets no pings, because it closes the connection with `too_many_pings`.
     """
     if emulator := os.environ.get("PUBSUB_EMULATOR_HOST"):
-        return kind(host=emulator, channel=grpc.insecure_channel(emulator, [*_ANY_SIZE, _RECONNECT]))
+        return kind(host=emulator, channel=grpc.insecure_channel(emulator, [*_ANY_SIZE, _RECONNECT, _PROXYLESS]))
 
     def channel(host: str, *, options: Iterable[tuple[str, int]], **arguments: Any) -> grpc.Channel:
         return cast("grpc.Channel", kind.create_channel(host, options=[*options, _RECONNECT], **arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -231,6 +232,8 @@ class ServiceBusQueue:
             "retry_backoff_factor": _BACKOFF,
             "try_timeout": CALL_TIMEOUT,
         }
+        if bundle := os.environ.get("SSL_CERT_FILE"):  # the SDK reads no variable
+            options["connection_verify"] = bundle
         if self._credential is None:
             return ServiceBusClient.from_connection_string(self._connection_string, **options)
         return ServiceBusClient(self._entity.host, self._credential, **options)

@@ -119,7 +119,7 @@ def test_shutdown_timeout_nacks_the_message_and_exits_6(worker: Worker, sandbox:
     process = worker.start("run", "--shutdown-grace-period", "0.3")
     wait_for(lambda: sandbox.klaviyo.faults.triggered)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 6
+    assert process.wait(60) == 6
     with closing(rig.opener()()) as queue:
         (redelivery,) = receive(queue, 1)
     assert redelivery.attempt == (2 if rig.guarantees.unhandled_counts_as_attempt else 1)

@@ -103,5 +103,5 @@ def test_signal_ends_a_worker_that_waits_for_its_queue(worker: Worker) -> None:
         connection, _ = silent.accept()
         with connection:
             process.send_signal(signal.SIGTERM)
-            assert process.wait(5) == 0
+            assert process.wait(60) == 0
     assert events_named(worker, "stopped")

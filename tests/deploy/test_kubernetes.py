@@ -16,7 +16,7 @@ from adapters import scheme_of
 from tests.acceptance.conftest import Worker, kill_remaining_processes, log_lines  # noqa: F401 - a fixture
 from tests.acceptance.test_run import http_get, wait_for
 from tests.deploy.manifests import by_kind, container_of, environment_of, pod_of, rendered, validate
-from tests.support.pubsub_emulator import free_port
+from tests.support.ports import free_port
 from worker.cli.options import SECRETS
 from worker.sandbox.notifications import sample_notifications
 from worker.settings import Settings, load

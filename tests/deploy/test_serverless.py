@@ -20,7 +20,7 @@ from tests.acceptance.test_run import wait_for
 from tests.acceptance.workload import Workload
 from tests.deploy.pages import commands, flags, page
 from tests.integration.adapters.test_push import envelope
-from tests.support.pubsub_emulator import free_port
+from tests.support.ports import free_port
 from worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -163,14 +163,14 @@ def test_worker_runs_with_the_settings_of_the_cloud_run_service(sandbox: Sandbox
     wait_for(lambda: events_named(worker, "listening"))
     socket.create_connection(("127.0.0.1", port)).close()  # the startup probe
     url = f"http://127.0.0.1:{port}/"
-    assert requests.get(url, timeout=10).status_code == 405
+    assert requests.get(url, timeout=60).status_code == 405
     token = {"Authorization": "Bearer eyJhbGciOiJSUzI1NiJ9.e30.SIGNATURE_REMOVED_BY_GOOGLE"}
     with ThreadPoolExecutor(10) as pool:
         push = partial(requests.post, url, headers=token, timeout=30)
         answers = [answer.status_code for answer in pool.map(push, map(envelope, workload.bodies))]
     assert answers == [204] * 10
     probe = _pairs(SERVICE["--liveness-probe"])["httpGet.path"]
-    assert requests.get(f"http://127.0.0.1:{metrics}{probe}", timeout=10).status_code == 200
+    assert requests.get(f"http://127.0.0.1:{metrics}{probe}", timeout=60).status_code == 200
     process.send_signal(signal.SIGTERM)
     assert process.wait(KILLED_AFTER) == 0
     workload.assert_exactly_once()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tests.rigs.base import Rig
     from worker.sandbox.server import Server
 
-SETTLE_TIMEOUT = 45.0  # seconds after the last fault within which all messages must be settled
+SETTLE_TIMEOUT = 60.0  # seconds after the last fault within which all messages must be settled
 IDLE_TIMEOUT = 3.0  # seconds without a log line after which a worker counts as done if the queue reports no backlog
 MAX_NAMES = 12  # in an assertion message
 CLOCK_SKEW = timedelta(seconds=30)  # of new orders: commercetools' clock is ahead, so a slow machine has time
@@ -143,7 +143,7 @@ class ScenarioDriver:
 
     def wait_until_started(self) -> None:
         """Wait until every worker has started. Before that, a signal would hit the Python interpreter."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         logs = self.logs[-len(self._running) :]
         while any("started" not in log.read_text() for log in logs) and time.monotonic() < deadline:
             self.wait(0.05)
@@ -183,14 +183,14 @@ class ScenarioDriver:
 
         If both services fail, a fault of one service is enough: a message whose data cannot be read is never sent.
         """
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while all(self._server(name).faults.triggered == met for name, met in self._failing.items()):
             assert time.monotonic() < deadline, "the fault affected no request"
             self.wait(0.02)
 
     def wait_for_log(self, word: str) -> None:
         """Wait until the log of a worker contains the word."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not any(word in log.read_text() for log in self.logs):
             assert time.monotonic() < deadline, f"no log contains {word}"
             self.wait(0.02)

@@ -36,7 +36,7 @@ class NotifySocket:
             self.messages.append(message)
         return [line for message in self.messages for line in message.decode().split("\n")]
 
-    def wait_for(self, condition: Callable[[list[str]], object], seconds: float = 20.0) -> list[str]:
+    def wait_for(self, condition: Callable[[list[str]], object], seconds: float = 60.0) -> list[str]:
         """Return all lines when they satisfy a condition."""
         deadline = time.monotonic() + seconds
         while not condition(lines := self.lines()):

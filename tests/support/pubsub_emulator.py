@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import time
 import urllib.request
@@ -22,6 +21,7 @@ from google.pubsub_v1 import PublisherClient, PullRequest, StreamingPullResponse
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
+from tests.support.ports import free_port
 from tests.support.requirements import require
 
 if TYPE_CHECKING:
@@ -42,11 +42,6 @@ def _jar() -> Path | None:
     homes = [Path(gcloud).resolve().parents[1]] if gcloud else []
     found = [jar for home in homes for jar in home.glob("platform/pubsub-emulator/lib/cloud-pubsub-emulator-*-all.jar")]
     return found[0] if found else None
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 class Emulator:

@@ -25,7 +25,7 @@ import boto3
 import urllib3
 from botocore.config import Config
 
-from tests.support.pubsub_emulator import free_port
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -193,7 +193,7 @@ class Queue:
             seen = [(m["Body"].encode(), _texts(m.get("MessageAttributes", {}))) for m in ready]
             return seen + [(b"", {})] * (self.count(url) - len(seen))
         path = f"_fauxqs/queues/{url.rpartition('/')[2]}"
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.server.port}/{path}", timeout=10) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.server.port}/{path}", timeout=60) as response:
             queue = json.load(response)["messages"]
         messages = [*queue["ready"], *queue["delayed"], *(each["message"] for each in queue["inflight"])]
         return [(m["body"].encode(), _texts(m["messageAttributes"])) for m in messages]

@@ -63,6 +63,10 @@ class Commercetools:
         """Return the reason of each endpoint that refuses the worker, while commercetools accepts its credentials."""
         return self._breakers.refused_endpoints()
 
+    def clock_offset(self) -> float:
+        """Return how far the clock of commercetools is ahead of this machine's, in seconds; 0 if unknown."""
+        return self._transport.clock.offset
+
     def call(self, endpoint: str, method: str, path: str = "", body: Json | None = None) -> http.Response:
         """Send a request to `endpoint` + `path` and return the response. A response with status 4xx is returned, too.
 

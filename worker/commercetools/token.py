@@ -13,6 +13,7 @@ from requests.adapters import HTTPAdapter
 
 from worker.errors import CommercetoolsMisconfigured, Transient
 from worker.http import transport as http
+from worker.http.connection_errors import connection_error
 from worker.json_access import as_text
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class AccessToken:
             token = self._request()
         except requests.RequestException as error:
             self._observe(_ENDPOINT, None, time.monotonic() - start)
-            raise Transient(f"no token from commercetools: {type(error).__name__}") from None
+            url = self._settings.ct_token_url
+            raise connection_error(error, url, "no token from commercetools") from None
         except OAuth2Error as error:
             raise CommercetoolsMisconfigured(
                 f"commercetools refuses a token ({error.error})", todo="check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"

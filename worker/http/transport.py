@@ -5,6 +5,7 @@ Network errors and transient statuses are raised as Transient.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from urllib.parse import urlsplit
 
 import orjson
 import urllib3
-from requests.utils import get_environ_proxies
 
 from worker.errors import Throttled, Transient
+from worker.http.clock import Clock
+from worker.http.connection_errors import connection_error
+from worker.network import proxy_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,16 +61,11 @@ class Response:
 
 def pool(url: str, size: int) -> urllib3.PoolManager:
     """Return a connection pool for `size` threads. It verifies TLS and uses the proxy that the environment names."""
-    proxy = proxy_for(url)
+    proxy = proxy_for(url, os.environ)
     if proxy:
-        return urllib3.ProxyManager(proxy, maxsize=size, cert_reqs="CERT_REQUIRED")
+        headers = dict(proxy.headers)
+        return urllib3.ProxyManager(proxy.url, maxsize=size, proxy_headers=headers, cert_reqs="CERT_REQUIRED")
     return urllib3.PoolManager(maxsize=size, cert_reqs="CERT_REQUIRED")
-
-
-def proxy_for(url: str) -> str | None:
-    """Return the proxy that HTTPS_PROXY and NO_PROXY select for a URL, or None."""
-    proxies: dict[str, str] = get_environ_proxies(url)
-    return proxies.get(urlsplit(url).scheme)
 
 
 class Transport:
@@ -79,6 +77,7 @@ class Transport:
         self._read_timeout = settings.read_timeout
         self._observe = observe
         self._thread = local()
+        self.clock = Clock()  # of the service
 
     @property
     def requests_sent(self) -> int:
@@ -88,7 +87,10 @@ class Transport:
     def request(
         self, endpoint: str, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> Response:
-        """Send one request and return its response. Raises Transient if there is no complete response."""
+        """Send one request and return its response.
+
+        Raises Transient if there is no complete response, and ProxyMisconfigured if the proxy refuses its credentials.
+        """
         self._thread.requests_sent = self.requests_sent + 1
         start = time.monotonic()
         status = None
@@ -105,8 +107,9 @@ class Transport:
             )
             content = _read(response, start + BODY_TIMEOUT_FACTOR * self._read_timeout)
             status = response.status
+            self.clock.update(response.headers)
         except urllib3.exceptions.HTTPError as error:
-            raise Transient(f"no response to {_target(method, url)}: {type(error).__name__}") from None
+            raise connection_error(error, url, f"no response to {_target(method, url)}") from None
         finally:
             self._observe(endpoint, status, time.monotonic() - start)
         return Response(response.status, response.headers, content, _target(method, url))

@@ -6,6 +6,7 @@ and drop attributes that they do not know (docs/decisions/0002-raw-json-over-sdk
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from http import HTTPStatus
@@ -21,6 +22,7 @@ from worker.http.circuit_breaker import CircuitBreakers
 from worker.json_access import as_dict, as_dicts, as_text
 from worker.klaviyo.rate_limits import RateLimiter
 from worker.model import Json
+from worker.network import proxy_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -60,7 +62,8 @@ class Klaviyo:
         sdk = KlaviyoAPI(key, max_retries=1, test_host=settings.klaviyo_api_url)
         configuration = sdk.api_client.configuration
         configuration.connection_pool_maxsize = 3 * settings.max_requests + settings.threads
-        configuration.proxy = http.proxy_for(settings.klaviyo_api_url)
+        if proxy := proxy_for(settings.klaviyo_api_url, os.environ):
+            configuration.proxy, configuration.proxy_headers = proxy.url, dict(proxy.headers)
         pool: urllib3.PoolManager = RESTClientObject(configuration).pool_manager
         self._transport = http.Transport(pool, settings, observe)
         self._breakers = CircuitBreakers("klaviyo", settings, stopping)
@@ -100,6 +103,10 @@ class Klaviyo:
     def refused_endpoints(self) -> dict[str, str]:
         """Return the reason of each endpoint that refuses the worker, while Klaviyo accepts its credentials."""
         return self._breakers.refused_endpoints()
+
+    def clock_offset(self) -> float:
+        """Return how far Klaviyo's clock is ahead of this machine's, in seconds; 0 if unknown."""
+        return self._transport.clock.offset
 
     def rate_limit_status(self) -> Mapping[str, RateLimitStatus]:
         """Return the status of the rate limits, by endpoint."""

@@ -79,5 +79,5 @@ class Sandbox:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.commercetools.stop()
-        self.klaviyo.stop()
+        self.commercetools.close()
+        self.klaviyo.close()

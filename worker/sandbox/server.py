@@ -137,7 +137,7 @@ class Faults:
 
 
 class Server:
-    """A service on its own port. It can be stopped and started again on the same port."""
+    """A service on its own port. It can be stopped and started again on the same port until it is closed."""
 
     def __init__(
         self,
@@ -159,7 +159,11 @@ class Server:
         self.requests: list[LoggedRequest] = []
         self._request_counts: dict[str, Counter[str]] = defaultdict(Counter)  # endpoint -> status -> requests
         self._lock = Lock()
-        self._port = port
+        # Bound, but not listening: while the server is stopped, no other process can be given the port.
+        self._reservation = socket.socket()
+        self._reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reservation.bind(("127.0.0.1", port))
+        self._port: int = self._reservation.getsockname()[1]
         self._http: _HTTPServer | None = None
 
     @property
@@ -168,12 +172,11 @@ class Server:
         return f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:
-        """Listen, on the same port as before if the server was stopped."""
+        """Listen, on the same port after each stop."""
         if self._http is not None:
             return
         self._http = _HTTPServer(("127.0.0.1", self._port), _Handler)
         self._http.service = self
-        self._port = self._http.server_address[1]
         Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def stop(self) -> None:
@@ -183,6 +186,11 @@ class Server:
             self._http.server_close()
             self._http.drop_connections()
             self._http = None
+
+    def close(self) -> None:
+        """Stop the server and release its port."""
+        self.stop()
+        self._reservation.close()
 
     def log_request(self, entry: LoggedRequest) -> None:
         """Add an entry to the request log."""

@@ -23,7 +23,7 @@ from adapters import Failure, QueueError, QueueOptions, QueueURLError, open_queu
 from adapters.push import queue as push
 from adapters.push.oidc import TokenVerifier
 from adapters.push.queue import PushDelivery, PushQueue
-from tests.support.pubsub_emulator import free_port
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,7 +57,7 @@ class Sender:
 
     def _post(self, body: bytes, headers: dict[str, str]) -> int:
         url = f"http://127.0.0.1:{self.queue.port}/"
-        return requests.post(url, body, headers=headers, timeout=20).status_code
+        return requests.post(url, body, headers=headers, timeout=60).status_code
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def queue() -> Iterator[PushQueue]:
 
 def received(queue: PushQueue, number: int = 1) -> list[PushDelivery]:
     got: list[PushDelivery] = []
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(got) < number and time.monotonic() < deadline:
         got += queue.receive(number - len(got), 0.2)
     return got
@@ -146,7 +146,7 @@ def test_any_envelope_becomes_a_delivery(document: dict[str, Any]) -> None:
 def test_only_post_is_accepted(queue: PushQueue) -> None:
     """Other methods come from browsers and scanners."""
     Sender(queue)
-    assert requests.get(f"http://127.0.0.1:{queue.port}/", timeout=5).status_code == 405
+    assert requests.get(f"http://127.0.0.1:{queue.port}/", timeout=60).status_code == 405
 
 
 def test_size_and_number_of_requests_are_limited(queue: PushQueue, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_body_without_length_counts_as_the_largest(queue: PushQueue) -> None:
     send = Sender(queue)
     held = send(envelope(b"x"))
     deliveries = received(queue)
-    chunked = requests.post(f"http://127.0.0.1:{queue.port}/", iter([b"{}"]), timeout=5)
+    chunked = requests.post(f"http://127.0.0.1:{queue.port}/", iter([b"{}"]), timeout=60)
     assert chunked.status_code == 429
     queue.ack(deliveries)
     assert held.result(5) == 204
@@ -191,7 +191,7 @@ def test_incomplete_body_times_out(queue: PushQueue, monkeypatch: pytest.MonkeyP
     """Otherwise a few stalled clients would cause 429 for all others."""
     monkeypatch.setattr(push, "BODY_TIMEOUT", 0.2)
     send = Sender(queue)
-    with socket.create_connection(("127.0.0.1", queue.port), timeout=5) as stalled:
+    with socket.create_connection(("127.0.0.1", queue.port), timeout=60) as stalled:
         stalled.sendall(b"POST / HTTP/1.1\r\nHost: worker\r\nContent-Length: 900000\r\n\r\n{")
         assert stalled.recv(1000).startswith(b"HTTP/1.1 408")
     response = send(b"x" * 900_000)
@@ -223,7 +223,7 @@ def test_stop_rejects_pending_requests_and_waits_for_others(queue: PushQueue) ->
     in_work = send(envelope(b"in work"))
     deliveries = received(queue)
     waiting = send(envelope(b"waiting"))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not queue._inbox.items() and time.monotonic() < deadline:
         time.sleep(0.01)
     queue.stop()

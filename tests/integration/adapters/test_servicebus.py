@@ -128,7 +128,7 @@ def test_pending_bytes_are_limited(broker: Broker, open_queues: Open) -> None:
     queue.publish(*[b"x" * 10_000] * 60)
     adapter = open_queues(queue, max_bytes=25_000)
     adapter.receive(60, 0)
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while (counts := queue.counts())[0] < 40 or counts[1] == 0:
         assert time.monotonic() < deadline, counts
         time.sleep(0.05)
@@ -138,7 +138,7 @@ def test_sdk_starts_no_thread_that_reads(broker: Broker, open_queues: Open) -> N
     """With two reading threads, the SDK mixes up messages and lock tokens: an ack removes another message."""
     queue = Queue(broker)
     adapter = open_queues(queue)
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while adapter._receiver._receiver is None and time.monotonic() < deadline:
         adapter.receive(1, 0.2)
     receiver: Any = adapter._receiver._receiver
@@ -337,7 +337,7 @@ def test_idle_receiver_is_reopened(
     monkeypatch.setattr(servicebus_receiver, "IDLE_TIMEOUT", 0.1)
     queue = Queue(broker)
     adapter = open_queues(queue)
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     with caplog.at_level("INFO"):
         while "receiver_restarted" not in [record.message for record in caplog.records] and time.monotonic() < deadline:
             adapter.receive(1, 0.2)
@@ -431,7 +431,7 @@ def test_lasting_refusal_raises_until_it_ends(
     assert "receive_failed" in [record.message for record in caplog.records]
     broker("refuse", name=queue.name, condition="")
     queue.publish(b"back")
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     got: list[ServiceBusDelivery] = []
     while not got and time.monotonic() < deadline:
         try:
@@ -479,7 +479,7 @@ def test_unresponsive_service_times_out(
         adapter.check()
     with pytest.raises(QueueError, match=r"QUEUE_URL: 0 messages were published, then: cannot reach"):
         adapter.publish([b"1"])
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while "receive_failed" not in [record.message for record in caplog.records] and time.monotonic() < deadline:
         adapter.receive(1, 0.2)
     own_broker.thaw()
@@ -500,7 +500,7 @@ def test_connection_opened_after_the_timeout_is_closed(
             adapter.check()
     assert set(threading.enumerate()) - before
     own_broker.thaw()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while (remaining := set(threading.enumerate()) - before) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not remaining
@@ -520,7 +520,7 @@ def test_waiting_connections_are_limited(
         adapter.check()
     own_broker.thaw()
     monkeypatch.setattr(connections, "OPEN_TIMEOUT", 10.0)
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             assert adapter.check() == []

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 from click.testing import CliRunner
 
-from tests.support.pubsub_emulator import free_port
+from tests.support.ports import free_port
 from worker.cli import main
 
 if TYPE_CHECKING:

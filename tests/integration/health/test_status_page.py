@@ -17,7 +17,7 @@ import pytest
 from tests.integration.conftest import settings_for
 from tests.integration.health.test_server import Response, request
 from tests.support.chromium import Browser
-from tests.support.pubsub_emulator import free_port
+from tests.support.ports import free_port
 from tests.support.requirements import require_command
 from tests.support.worker_state import FakeWorkerState
 from tests.unit.health.test_status import line
@@ -142,7 +142,7 @@ def test_history_is_sampled_from_start_to_stop_of_the_server(serve: Serve, monke
     wait_for(lambda: len(json.loads(request(server, "/status.json").body)["history"]["ago"]) > 3)
     (sampling,) = (thread for thread in threads() if thread.name == "status")
     server.stop()
-    sampling.join(5)
+    sampling.join(60)
     assert not sampling.is_alive()
 
 
@@ -165,7 +165,7 @@ def test_setting_removes_the_page(sandbox: Sandbox, tmp_path: Path, setting: str
 
 
 def _status_of(port: int, path: str) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request("GET", path)
         return connection.getresponse().status

@@ -9,14 +9,12 @@ from urllib.parse import quote
 
 import orjson
 import pytest
-import urllib3
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import Scripted
 from tests.integration.conftest import klaviyo_for, settings_for
 from worker.errors import KlaviyoMisconfigured, Rejected, Throttled, Transient
-from worker.http.transport import pool, proxy_for
 from worker.klaviyo.client import Klaviyo, endpoint_of
 from worker.sandbox import Fault
 from worker.transform.catalog import catalog_id
@@ -187,17 +185,6 @@ def test_challenge_page_is_transient(sandbox: Sandbox) -> None:
     sandbox.klaviyo.faults.add(Fault(status=403, times=1, body=b"<html>Just a moment...</html>"))
     with pytest.raises(Transient, match="challenge"):
         klaviyo_for(sandbox, retry_timeout=0).call("POST", "/api/profile-import", PROFILE)
-
-
-def test_proxy_of_the_environment_is_used(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HTTPS_PROXY names the proxy. NO_PROXY lists the hosts that are reached without it."""
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,internal.example")
-    assert proxy_for("https://a.klaviyo.com") == "http://proxy.example:3128"
-    assert proxy_for("https://internal.example") is None
-    assert isinstance(pool("https://a.klaviyo.com", 1), urllib3.ProxyManager)
-    outside = Klaviyo(settings_for(sandbox, klaviyo_api_url="https://a.klaviyo.com"), Event())
-    assert isinstance(outside._transport._pool, urllib3.ProxyManager)
 
 
 def test_connections_are_reused(sandbox: Sandbox) -> None:

@@ -227,5 +227,5 @@ def test_stopping_worker_does_not_wait_for_a_job() -> None:
         while not sandbox.klaviyo.requests:
             time.sleep(0.01)
         stopping.set()
-        lane.join(5.0)
+        lane.join(60)
         assert [type(result.error) for result in results] == [Transient] * 20

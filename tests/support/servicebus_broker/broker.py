@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from azure.servicebus import ServiceBusClient, ServiceBusMessage, ServiceBusReceiveMode, ServiceBusSubQueue
 
-from tests.support.pubsub_emulator import free_port
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from azure.servicebus import ServiceBusReceivedMessage, ServiceBusReceiver, ServiceBusSender
@@ -118,7 +118,7 @@ class Queue:
         counts = self.broker("counts", name=self.address)
         return counts["ready"], counts["locked"], counts["dead"]
 
-    def wait_for(self, *, ready: int = 0, locked: int = 0, dead: int = 0, seconds: float = 15.0) -> None:
+    def wait_for(self, *, ready: int = 0, locked: int = 0, dead: int = 0, seconds: float = 60.0) -> None:
         """Wait until the counts are these."""
         deadline = time.monotonic() + seconds
         while self.counts() != (ready, locked, dead):

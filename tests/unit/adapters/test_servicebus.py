@@ -197,9 +197,9 @@ def test_receiving_continues_if_closing_fails() -> None:
 
     receiver = Receiver(cast("Any", FakeReceiver), 1000)
     receiver.receive(1, 0.0)
-    assert closed.wait(10)
+    assert closed.wait(60)
     closed.clear()
-    assert closed.wait(10)
+    assert closed.wait(60)
     receiver.close()
 
 
@@ -258,7 +258,7 @@ def test_receiver_stopped_while_connecting_receives_nothing() -> None:
     class FakeReceiver:
         def __init__(self) -> None:
             connecting.set()
-            connected.wait(10)
+            connected.wait(60)
 
         def receive_messages(self, number: int, _: float) -> list[ServiceBusReceivedMessage]:
             received.append(number)
@@ -269,10 +269,10 @@ def test_receiver_stopped_while_connecting_receives_nothing() -> None:
 
     receiver = Receiver(cast("Any", FakeReceiver), 1000)
     receiver.receive(1, 0.0)
-    assert connecting.wait(10)
+    assert connecting.wait(60)
     assert receiver.stop() == []
     connected.set()
-    assert closed.wait(10)
+    assert closed.wait(60)
     assert received == []
 
 
@@ -283,7 +283,7 @@ class FakeSettlingReceiver:
         self._renewals = renewals
 
     def renew_message_lock(self, message: Any) -> None:
-        if not self._renewals.acquire(timeout=10) or message.lock_token == "unreachable":
+        if not self._renewals.acquire(timeout=60) or message.lock_token == "unreachable":
             raise ServiceBusConnectionError(message="reset")
 
     def abandon_message(self, message: Any) -> None:
@@ -313,10 +313,10 @@ def test_settlement_does_not_wait_for_all_renewals(renewals: Semaphore) -> None:
     settling = Thread(target=settlement.nack, args=(returned,))
     settling.start()
     renewals.release(500)
-    settling.join(10)
+    settling.join(60)
     assert returned[0].lock_token is None
     renewals.release(500)
-    renewing.join(10)
+    renewing.join(60)
     settlement.close()
 
 
@@ -342,7 +342,7 @@ def test_lock_of_message_being_settled_is_not_reported_as_lost(
 
     def complete_message(_: Any, message: Any) -> None:
         settling.set()
-        proceed.wait(10)
+        proceed.wait(60)
         message.lock_token = None
 
     def renew_message_lock(_: Any, __: Any) -> None:
@@ -354,10 +354,10 @@ def test_lock_of_message_being_settled_is_not_reported_as_lost(
     held = _held(1)
     acking = Thread(target=settlement.ack, args=(held, 0.0))
     acking.start()
-    assert settling.wait(10)
+    assert settling.wait(60)
     assert settlement.extend(held)
     proceed.set()
-    acking.join(10)
+    acking.join(60)
     assert settlement.extend(held)
     assert caplog.records == []
     assert settlement.extend(_held(1))

@@ -15,7 +15,7 @@ def test_items_are_released_when_due() -> None:
     assert delay_queue.put(["late"], 60.0) == []
     assert delay_queue.put(["second"], 0.2) == []
     assert delay_queue.put(["first"], 0.05) == []
-    assert [released.get(timeout=10), released.get(timeout=10)] == [["first"], ["second"]]
+    assert [released.get(timeout=60), released.get(timeout=60)] == [["first"], ["second"]]
     assert delay_queue.items() == ["late"]
     assert released.empty()
     delay_queue.close()
@@ -45,11 +45,11 @@ def test_release_in_progress_does_not_block_put() -> None:
 
     def release(_: list[str]) -> None:
         releasing.set()
-        proceed.wait(10)
+        proceed.wait(60)
 
     delay_queue = DelayQueue(2, release)
     delay_queue.put(["a"], 0.01)
-    assert releasing.wait(10)
+    assert releasing.wait(60)
     assert delay_queue.put(["b"], 60.0) == []
     proceed.set()
     assert delay_queue.close() == ["b"]

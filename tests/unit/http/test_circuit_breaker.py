@@ -158,14 +158,14 @@ def test_calls_fail_while_a_probe_is_running() -> None:
 
     def slow() -> None:
         started.set()
-        answer.wait(10)
+        answer.wait(60)
 
     thread = threading.Thread(target=breaker, args=(slow,))
     thread.start()
-    started.wait(5)
+    started.wait(60)
     assert retry_delay_of(breaker) == pytest.approx(1.0, abs=0.5)
     answer.set()
-    thread.join(5)
+    thread.join(60)
     assert retry_delay_of(breaker) == 0
 
 
@@ -176,7 +176,7 @@ def test_calls_started_before_an_outage_do_not_extend_it(clock: Clock) -> None:
 
     def slow() -> None:
         entered.release()
-        fail.wait(10)
+        fail.wait(60)
         raise DOWN
 
     def call() -> None:
@@ -187,10 +187,10 @@ def test_calls_started_before_an_outage_do_not_extend_it(clock: Clock) -> None:
     for thread in threads:
         thread.start()
     for _ in threads:
-        entered.acquire(timeout=5)
+        entered.acquire(timeout=60)
     fail.set()
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
     assert retry_delay_of(breaker) <= MIN_BACKOFF
 
 
@@ -202,7 +202,7 @@ def test_call_started_before_an_outage_does_not_end_the_probe(error: Exception, 
 
     def slow(number: int, answer: Exception | None) -> None:
         started[number].set()
-        end[number].wait(10)
+        end[number].wait(60)
         if answer:
             raise answer
 
@@ -212,19 +212,19 @@ def test_call_started_before_an_outage_does_not_end_the_probe(error: Exception, 
 
     threads = [threading.Thread(target=call, args=arguments) for arguments in ((0, error), (1, None))]
     threads[0].start()
-    started[0].wait(5)
+    started[0].wait(60)
     for _ in range(FAILURE_THRESHOLD):
         with pytest.raises(Transient):
             breaker(failing(DOWN))
     clock.now += MIN_BACKOFF
     threads[1].start()
-    started[1].wait(5)
+    started[1].wait(60)
     end[0].set()
-    threads[0].join(5)
+    threads[0].join(60)
     clock.now += 10
     assert retry_delay_of(breaker) == 10
     end[1].set()
-    threads[1].join(5)
+    threads[1].join(60)
     assert retry_delay_of(breaker) == 0
 
 

@@ -79,7 +79,7 @@ class Rig:
     def stop(self) -> None:
         self.stopping.set()
         self.lane.end()
-        self.lane.join(5)
+        self.lane.join(60)
         assert not self.lane.is_alive()
 
 
@@ -217,7 +217,7 @@ def test_hold_that_expires_during_shutdown_uses_up_no_attempt() -> None:
     rig.pipeline.errors["a1"] = SOON
     rig.put("a1")
     rig.lane.start()
-    rig.lane.join(5)
+    rig.lane.join(60)
     assert rig.returned_unprocessed == ["a1"]
     assert rig.pipeline.nacked == []
 

@@ -81,7 +81,7 @@ def settings_for(**values: Any) -> Settings:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -159,7 +159,7 @@ def test_events_profiles_and_catalog_have_separate_lanes(queue: EmbeddedQueue) -
 
     def work(messages: Sequence[Message]) -> list[Message]:
         if messages[0].key[0] in {"customer", "product"}:
-            assert release.wait(10)
+            assert release.wait(60)
         return []
 
     runner, pipeline = runner_for(queue, work, lanes=1)
@@ -168,7 +168,7 @@ def test_events_profiles_and_catalog_have_separate_lanes(queue: EmbeddedQueue) -
     wait_for(lambda: len(processed(pipeline)) == 2)
     assert sorted(processed(pipeline)) == [b"order:1", b"payment:1"]
     release.set()
-    running.join(10)
+    running.join(60)
     assert len(processed(pipeline)) == 4
 
 
@@ -250,7 +250,7 @@ def test_parked_worker_pulls_nothing(queue: EmbeddedQueue) -> None:
     time.sleep(0.3)
     left = [delivery.body for delivery in EmbeddedQueue(queue._path).receive(9, 0)]
     runner.stop()
-    thread.join(5)
+    thread.join(60)
     assert left == [b"b:1"]
 
 
@@ -280,7 +280,7 @@ def running() -> Iterator[Callable[[Runner], threading.Thread]]:
     yield start
     for runner, thread in started:
         runner.stop()
-        thread.join(5)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -338,7 +338,7 @@ def test_stop_during_an_outage_returns_held_messages_without_using_up_an_attempt
     thread.start()
     wait_for(lambda: runner.held() == 2)
     runner.stop()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
     again = EmbeddedQueue(queue._path).receive(9, 0)
     assert [(delivery.body, delivery.attempt) for delivery in again] == [(b"a:1", 1), (b"a:2", 1)]
@@ -375,13 +375,13 @@ def test_has_received_is_true_after_the_queue_has_answered(
 
     def waiting(*_: object) -> Any:
         asked.set()
-        release.wait(10)
+        release.wait(60)
         return Scripted(answer)()
 
     queue.receive = waiting  # type: ignore[method-assign,assignment]
     runner, _ = runner_for(queue)
     running(runner)
-    assert asked.wait(10)
+    assert asked.wait(60)
     assert not runner.has_received()
     release.set()
     wait_for(runner.has_received)
@@ -450,11 +450,11 @@ def test_hanging_loop_is_not_alive(
     assert runner.is_alive()
     assert not runner.is_stopping()
     release = threading.Event()
-    runner._in_flight.wait_for_change = lambda _: release.wait(10)  # type: ignore[method-assign,assignment]
+    runner._in_flight.wait_for_change = lambda _: release.wait(60)  # type: ignore[method-assign,assignment]
     wait_for(lambda: not runner.is_alive())
     release.set()
     runner.stop()
-    thread.join(5)
+    thread.join(60)
     assert runner.is_alive()
     assert runner.is_stopping()
 
@@ -474,19 +474,19 @@ def test_stop_returns_messages_that_were_not_started(queue: EmbeddedQueue) -> No
 
     def slow(_messages: Sequence[Message]) -> list[Message]:
         started.set()
-        release.wait(10)
+        release.wait(60)
         return []
 
     queue.publish(f"a:{n}".encode() for n in range(20))
     runner, pipeline = runner_for(queue, slow, lanes=1, max_batch=5)
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
-    started.wait(5)
+    started.wait(60)
     runner.stop()
     left = {delivery.body for delivery in EmbeddedQueue(queue._path).receive(100, 5)}
     assert thread.is_alive()
     release.set()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
     done = set(processed(pipeline))
     assert done | left == {f"a:{n}".encode() for n in range(20)}
@@ -515,9 +515,9 @@ def test_messages_are_returned_after_pulling_has_ended(queue: EmbeddedQueue) -> 
     runner, _ = runner_for(queue, slow, park_retry_interval=60)
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
-    started.wait(5)
+    started.wait(60)
     runner.stop()
-    thread.join(5)
+    thread.join(60)
     assert calls[0] == "stop"
     assert "nack" in calls
 
@@ -534,9 +534,9 @@ def test_return_at_shutdown_uses_up_no_attempt(queue: EmbeddedQueue) -> None:
     runner, _ = runner_for(queue, parking, park_retry_interval=60)
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
-    started.wait(5)
+    started.wait(60)
     runner.stop()
-    thread.join(5)
+    thread.join(60)
     assert [delivery.attempt for delivery in EmbeddedQueue(queue._path).receive(1, 1)] == [1]
 
 
@@ -545,7 +545,7 @@ def test_messages_in_progress_are_returned_after_the_grace_period(queue: Embedde
     release = threading.Event()
 
     def hanging(messages: Sequence[Message]) -> list[Message]:
-        release.wait(10)
+        release.wait(60)
         return list(messages)
 
     queue.publish([b"a:1"])
@@ -669,7 +669,7 @@ def test_batch_sizes_are_reported_by_lane_group(queue: EmbeddedQueue) -> None:
     release = threading.Event()
 
     def work(_messages: Sequence[Message]) -> list[Message]:
-        release.wait(10)
+        release.wait(60)
         return []
 
     runner, _ = runner_for(queue, work, lanes=2)

@@ -25,7 +25,7 @@ class Caller:
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._url = sandbox.klaviyo.url
-        self._pool = urllib3.PoolManager(retries=False, timeout=5)
+        self._pool = urllib3.PoolManager(retries=False, timeout=60)
 
     def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
         content = None if body is None else body if isinstance(body, bytes) else orjson.dumps(body)

@@ -23,7 +23,7 @@ class Caller:
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._url = sandbox.commercetools.url
-        self._pool = urllib3.PoolManager(retries=False, timeout=5)
+        self._pool = urllib3.PoolManager(retries=False, timeout=60)
 
     def token(self, identity: str = BASIC, **form: str) -> tuple[int, Any]:
         headers = urllib3.make_headers(basic_auth=identity)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def connect(sandbox: Sandbox) -> http.client.HTTPConnection:
-    return http.client.HTTPConnection(sandbox.klaviyo.url.removeprefix("http://"), timeout=5)
+    return http.client.HTTPConnection(sandbox.klaviyo.url.removeprefix("http://"), timeout=60)
 
 
 def post(connection: http.client.HTTPConnection, body: Any) -> http.client.HTTPResponse:
@@ -56,7 +56,7 @@ def raw_response(sandbox: Sandbox, body: bytes, extra: str = "") -> bytes:
     """Post to /api/events over a socket, and return all bytes until it is closed. Raises ConnectionResetError."""
     host, port = sandbox.klaviyo.url.removeprefix("http://").split(":")
     headers = "".join(f"{name}: {value}\r\n" for name, value in HEADERS.items())
-    with socket.create_connection((host, int(port)), timeout=5) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         head = f"POST /api/events HTTP/1.1\r\n{headers}{extra or f'Content-Length: {len(body)}'}\r\n\r\n"
         connection.sendall(head.encode() + body)
         received = b""

@@ -1,0 +1,101 @@
+"""The clients of the queues, through a company's proxy."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from adapters import QueueOptions, open_queue
+from adapters.push.oidc import KeysUnavailableError, TokenVerifier
+from adapters.servicebus.queue import ServiceBusQueue
+from tests.support import sqs_fakes as sqs
+from tests.support.company_proxy import Authority, CompanyProxy
+from worker import network
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.pubsub_emulator import Emulator
+
+SQS = "sqs.eu-central-1.amazonaws.com"
+
+
+@pytest.fixture
+def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Authority:
+    made = Authority(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(made.bundle))
+    return made
+
+
+def test_sqs(authority: Authority, moto: sqs.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """boto3 knows neither ALL_PROXY nor SSL_CERT_FILE."""
+    for name, value in sqs.environment(moto.port).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_SQS")
+    with CompanyProxy(authority, {SQS: moto.port}) as proxy:
+        monkeypatch.setenv("ALL_PROXY", proxy.url())
+        network.configure(os.environ)
+        queue = open_queue(f"https://{SQS}/123456789012/none")
+        with closing(queue), pytest.raises(Exception, match="none does not exist"):
+            queue.check()
+        assert set(proxy.statuses) == {(SQS, 200)}
+
+
+def test_pubsub(authority: Authority, emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gRPC library knows only lower-case names, and no SSL_CERT_FILE."""
+    file = tmp_path / "account.json"
+    file.write_text(json.dumps(service_account()))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
+    with CompanyProxy(authority, {"pubsub.googleapis.com": emulator.port}) as proxy:
+        monkeypatch.setenv("ALL_PROXY", proxy.url())
+        network.configure(os.environ)
+        queue = open_queue("pubsub://demo/none")
+        with closing(queue), pytest.raises(Exception, match="projects/demo/subscriptions/none does not exist"):
+            queue.check()
+        assert set(proxy.statuses) == {("pubsub.googleapis.com", 200)}
+
+
+def test_keys_of_google(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library that fetches them does not know ALL_PROXY."""
+    token = jwt.encode({}, PRIVATE, algorithm="RS256", headers={"kid": "1"})
+    with CompanyProxy(authority, {"www.googleapis.com": 9}) as proxy:
+        monkeypatch.setenv("ALL_PROXY", proxy.url())
+        network.configure(os.environ)
+        with pytest.raises(KeysUnavailableError):
+            TokenVerifier("a", "b").verify(f"Bearer {token}")
+        assert proxy.statuses == [("www.googleapis.com", 200)]
+
+
+def test_service_bus(authority: Authority) -> None:
+    """Azure's library reads no variable."""
+    key = "Endpoint=sb://shop.servicebus.windows.net/;SharedAccessKeyName=k;SharedAccessKey=c2VjcmV0"
+    queue = open_queue("servicebus://shop.servicebus.windows.net/q", QueueOptions(connection_string=key))
+    with closing(queue):
+        assert isinstance(queue, ServiceBusQueue)
+        assert queue._client._connection_verify == str(authority.bundle)
+
+
+PRIVATE = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+
+def service_account() -> dict[str, str]:
+    """Return a key file, with which Google's library signs tokens without a request."""
+    key = PRIVATE.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return {
+        "type": "service_account",
+        "project_id": "demo",
+        "private_key_id": "1",
+        "private_key": key.decode(),
+        "client_email": "worker@demo.iam.gserviceaccount.com",
+        "client_id": "1",
+        "token_uri": "https://oauth2.googleapis.com/token",
+    }

@@ -1,0 +1,44 @@
+"""The difference between the clock of this machine and that of a service."""
+
+from __future__ import annotations
+
+import logging
+import time
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
+
+from worker.telemetry.log import ConditionLog
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_OFFSET = 120.0  # seconds; AWS refuses requests from about 300 s on
+INTERVAL = 60.0  # seconds between two readings
+
+
+class Clock:
+    """The clock of a service, read from the Date header of its responses at most once per INTERVAL. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.offset = 0.0  # seconds by which the service's clock is ahead; 0 if unknown
+        self._read_at = -INTERVAL  # monotonic seconds
+        self._wrong = ConditionLog("clock_wrong", "clock_right", logging.WARNING)
+
+    def update(self, headers: Mapping[str, str]) -> None:
+        """Read the clock from a response that has just arrived. Log a warning if it differs by MAX_OFFSET."""
+        now = time.monotonic()
+        if now < self._read_at + INTERVAL:
+            return
+        try:
+            self.offset = parsedate_to_datetime(headers.get("Date", "")).timestamp() - time.time()
+        except ValueError:  # missing or malformed
+            return
+        self._read_at = now
+        self._wrong.log(describe(self.offset))
+
+
+def describe(offset: float) -> str:
+    """Return what is wrong with the clock of this machine; "" if it is right."""
+    if abs(offset) <= MAX_OFFSET:
+        return ""
+    return f"the clock of this machine is {abs(offset):.0f} s {'slow' if offset > 0 else 'fast'}"

@@ -1,0 +1,69 @@
+"""The causes of failed connections: name, certificate, proxy."""
+
+from __future__ import annotations
+
+import os
+import re
+import ssl
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+import requests
+import urllib3
+
+from worker.errors import ProxyMisconfigured, Transient
+from worker.network import proxy_for
+
+if TYPE_CHECKING:
+    from worker.errors import WorkerError
+
+_PROXY_STATUS = re.compile(r"Tunnel connection failed: (\d{3})")  # the text of http.client's error
+_CLOCK = frozenset({9, 10})  # OpenSSL's codes: the certificate is not yet valid, or has expired
+_UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
+
+
+def connection_error(error: Exception, url: str, what: str) -> WorkerError:
+    """Return the error for a request to `url` that has no response. `error` is one of urllib3 or of requests."""
+    cause = _cause(error)
+    if isinstance(cause, urllib3.exceptions.ProxyError):
+        return _proxy_error(cause.original_error, url, what)
+    failure = cause.args[0] if cause.args else None
+    if isinstance(failure, ssl.SSLCertVerificationError):
+        reason = f"{what}: its certificate is not valid ({failure.verify_message})"
+        return Transient(reason, todo=_certificate_advice(failure.verify_code))
+    if isinstance(cause, urllib3.exceptions.NameResolutionError):
+        return Transient(f"{what}: the name of the host is unknown")
+    return Transient(f"{what}: {type(cause).__name__}")
+
+
+def _cause(error: Exception) -> Exception:
+    """Return the error of urllib3 that requests and urllib3's retries have wrapped."""
+    if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason:
+        return error.reason
+    if isinstance(error, requests.RequestException) and error.args and isinstance(error.args[0], Exception):
+        return _cause(error.args[0])
+    return error
+
+
+def _proxy_error(cause: Exception, url: str, what: str) -> WorkerError:
+    proxy = proxy_for(url, os.environ)
+    name = f"the proxy {proxy.url if proxy else ''}".strip()
+    status = _PROXY_STATUS.search(str(cause))
+    if status is None:
+        return Transient(f"{what}: {name} is not reachable ({type(cause).__name__})", todo="check HTTPS_PROXY")
+    if int(status[1]) != HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+        todo = "check the URL, and that the proxy permits the host"
+        return Transient(f"{what}: {name} answered {status[1]}", todo=todo)
+    if proxy and proxy.headers:
+        todo = "correct them in HTTPS_PROXY, and percent-encode special characters"
+        return ProxyMisconfigured(f"{what}: {name} refuses user and password (407)", todo=todo)
+    todo = "set HTTPS_PROXY to http://USER:PASSWORD@HOST:PORT"
+    return ProxyMisconfigured(f"{what}: {name} requires user and password (407)", todo=todo)
+
+
+def _certificate_advice(code: int) -> str:
+    if code in _CLOCK:
+        return "check the clock of this machine"
+    if code in _UNKNOWN_ISSUER:
+        return "if a proxy intercepts TLS, set SSL_CERT_FILE to a file with public certificate authorities and your own"
+    return "check the URL"
