@@ -104,7 +104,7 @@ class _PlanContext:
         """Return the resources for a value. Raises the WorkerError that prevented fetching them."""
         result = self._results[query].get(value, [])
         if isinstance(result, WorkerError):
-            raise result
+            raise result.with_traceback(None)  # messages share the error, so it would collect all their tracebacks
         return result
 
     def get(self, query: queries.Query, value: str) -> Json | None:

@@ -2,10 +2,10 @@
 
 WorkerError                          nack         a defect: retrying in this process would not help
 ├── Transient                        hold         failed temporarily, can succeed later
-│   ├── Throttled                                 answered with 429
+│   ├── Throttled                    wait         answered with 429, or the rate limit is used up
 │   ├── StaleWrite                                written late: the current state must be read again
 │   ├── CircuitOpen                               not sent, because the endpoint keeps failing
-│   ├── EndpointRefused                           one endpoint refuses the worker; the service accepts it
+│   ├── EndpointRefused              wait         one endpoint refuses the worker; the service accepts it
 │   └── RequestBlocked                            this request is refused; the endpoint answers others
 ├── Rejected                         dead-letter  can never succeed
 └── Misconfigured                    park         credentials, scopes or project are refused
@@ -29,16 +29,17 @@ if TYPE_CHECKING:
 
 
 class Disposition(Enum):
-    """The fate of a delivery: ACK, NACK and DEAD_LETTER settle it, HOLD and PARK keep it in memory."""
+    """The fate of a delivery: ACK, NACK and DEAD_LETTER settle it, the others hold it in memory."""
 
     ACK = "ack"
     NACK = "nack"
     DEAD_LETTER = "dead_letter"
     HOLD = "hold"  # an outage: retry, but nack the message after KLAVIYO_WORKER_OUTAGE_HOLD seconds
-    PARK = "park"  # credentials or permissions are refused: retry without a time limit
+    WAIT = "wait"  # for a rate limit, or for a refused endpoint: retry without a time limit
+    PARK = "park"  # credentials or permissions are refused: retry without a time limit, and stop pulling
 
 
-HELD = frozenset({Disposition.HOLD, Disposition.PARK})
+HELD = frozenset({Disposition.HOLD, Disposition.WAIT, Disposition.PARK})
 
 
 class ExitCode(IntEnum):
@@ -92,7 +93,9 @@ class Transient(WorkerError):
 
 
 class Throttled(Transient):
-    """The service is up, but it answered with 429."""
+    """The service is up, but it answered with 429, or its rate limit is used up."""
+
+    disposition = Disposition.WAIT
 
 
 class StaleWrite(Transient):
@@ -108,6 +111,8 @@ class EndpointRefused(Transient):
 
     Only the messages that need the endpoint wait.
     """
+
+    disposition = Disposition.WAIT
 
 
 class RequestBlocked(Transient):

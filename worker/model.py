@@ -55,6 +55,26 @@ class Enriched:
     discount_codes: Mapping[str, str] = field(default_factory=dict, repr=False)  # id -> code
 
 
+class Effect(Enum):
+    """What a message changes in Klaviyo. Each effect has its own lanes, request threads and budget of messages.
+
+    So no effect waits for the rate limits or the outage of another one. The value is the name in logs and metrics.
+    """
+
+    EVENTS = "events"
+    PROFILES = "profiles"
+    DELETIONS = "deletions"  # of profiles: Klaviyo accepts 60 a minute
+    CATALOG = "catalog"
+
+
+_EFFECT_OF_RESOURCE = {
+    "customer": Effect.PROFILES,
+    "category": Effect.CATALOG,
+    "product": Effect.CATALOG,
+    "inventory-entry": Effect.CATALOG,
+}
+
+
 class OperationKind(Enum):
     """The kinds of writes to Klaviyo. The value is the name in logs and in `klaviyo-worker transform`."""
 
@@ -108,6 +128,11 @@ class Outcome:
     cause: Exception | None = None  # None: the effect is in Klaviyo
     delay: float = 0.0  # seconds before the redelivery, if the disposition is NACK
 
+    def __post_init__(self) -> None:
+        """Remove the traceback of the cause. It would keep the data of a whole batch in memory while this is held."""
+        if self.cause is not None:
+            self.cause.__traceback__ = self.cause.__context__ = self.cause.__cause__ = None
+
     @property
     def reason(self) -> str:
         """Return the error text of the cause; "" if the effect is in Klaviyo."""
@@ -134,7 +159,7 @@ class Message:
     times_blocked: int = 0  # in a row (see errors.RequestBlocked)
     last_sent: Sequence[Operation] = ()  # operations that are in Klaviyo, but possibly stale (see errors.StaleWrite)
     failed_at: float = 0.0  # when processing first failed in this process
-    due_at: float = 0.0  # when to retry
+    due_at: float = 0.0  # when to retry; 0 if the message was never held
 
     @property
     def key(self) -> tuple[str, str]:
@@ -142,6 +167,14 @@ class Message:
         if self.notification is None:
             return "", self.delivery.id
         return self.notification.resource_type, self.notification.resource_id
+
+    @property
+    def effect(self) -> Effect:
+        """Return what the message changes in Klaviyo. All resources without another effect have events."""
+        kind, _ = self.key
+        if kind == "customer" and self.notification is not None and self.notification.type == "ResourceDeleted":
+            return Effect.DELETIONS
+        return _EFFECT_OF_RESOURCE.get(kind, Effect.EVENTS)
 
     @property
     def is_held(self) -> bool:

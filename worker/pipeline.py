@@ -38,7 +38,8 @@ _STATE_WRITES = frozenset(OperationKind) - {OperationKind.CREATE_EVENT, Operatio
 MAX_TIMES_BLOCKED = (
     5  # times in a row that a message is blocked before it is dead-lettered; the backoff is 15 s in total
 )
-_PRECEDENCE = (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)  # the first one wins
+# The first one wins.
+_PRECEDENCE = (Disposition.PARK, Disposition.HOLD, Disposition.WAIT, Disposition.NACK, Disposition.DEAD_LETTER)
 
 
 class Enrich(Protocol):

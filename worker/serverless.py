@@ -47,7 +47,7 @@ def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
         raise SettingsError(f"Timeout: {found}", todo="set 60")
     settings, telemetry, components = _warm_state()
     pipeline = Pipeline(batch, components.enricher.enrich, components.sender.send, components.mapping, telemetry)
-    runner = Runner(batch, pipeline, settings, telemetry, components.stopping)
+    runner = Runner(batch, pipeline, components, settings, telemetry, components.stopping)
     # The remaining time is read again, because a cold start takes seconds.
     timer = Timer(_seconds_left(context) - STOP_BEFORE, runner.stop)
     timer.start()

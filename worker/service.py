@@ -19,6 +19,7 @@ from worker.health.status import Status
 from worker.health.systemd import Notifier
 from worker.klaviyo.client import REVISION, Klaviyo
 from worker.pipeline import Pipeline
+from worker.runtime.downtime import Downtime
 from worker.runtime.dry_run import DryRunQueue, print_instead
 from worker.runtime.runner import Runner
 from worker.send import Sender
@@ -40,6 +41,7 @@ class Components:
         record_request = telemetry.metrics.record_request
         self.commercetools = Commercetools(settings, self.stopping, partial(record_request, "commercetools"))
         self.klaviyo = Klaviyo(settings, self.stopping, partial(record_request, "klaviyo"))
+        self._downtimes = [Downtime(self.commercetools), Downtime(self.klaviyo)]
         self.enricher = Enricher(CachedReader(self.commercetools, settings.cache_ttl), self.mapping)
         self.sender = Sender(
             self.klaviyo,
@@ -48,6 +50,14 @@ class Components:
             allows_bulk_events=lambda: settings.bulk_events == "always",
             bulk_threshold=settings.bulk_threshold,
         )
+
+    def refusal_reason(self) -> str:
+        """Return why a service refuses the worker, or "" if both accept it."""
+        return self.commercetools.refusal_reason() or self.klaviyo.refusal_reason()
+
+    def down_reason(self) -> str:
+        """Return why a service as a whole is down, so that no message can be processed; "" if both are up."""
+        return next(filter(None, (downtime.reason() for downtime in self._downtimes)), "")
 
 
 class Worker:
@@ -62,7 +72,7 @@ class Worker:
         source: QueueAdapter = DryRunQueue(queue, settings.max_in_flight) if dry_run else queue
         send = print_instead if dry_run else components.sender.send
         pipeline = Pipeline(source, components.enricher.enrich, send, components.mapping, self._telemetry)
-        self._runner = Runner(source, pipeline, settings, self._telemetry, components.stopping)
+        self._runner = Runner(source, pipeline, components, settings, self._telemetry, components.stopping)
         self._state = RunningWorkerState(
             self._runner, queue, settings.threads, components.commercetools, components.klaviyo
         )

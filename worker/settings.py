@@ -18,6 +18,7 @@ from adapters.base import QueueOptions
 from worker import network, renamed
 from worker.errors import SettingsError
 from worker.mapping import MappingConfig, load_mapping
+from worker.model import Effect
 from worker.setting_types import ApiClientJson, NonEmptyStr, PrivateKey, Url  # noqa: TC001 - read by pydantic
 
 if TYPE_CHECKING:
@@ -217,14 +218,17 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         "https://a.klaviyo.com", validation_alias="KLAVIYO_API_URL", description="URL of the Klaviyo API"
     )
     lanes: int = Field(
-        4, ge=1, le=64, description="Number of lanes per lane group; the groups are events, profiles and catalog"
+        4,
+        ge=1,
+        le=64,
+        description="Number of lanes per effect; the effects are events, profiles, deletions and catalog",
     )
     max_batch: int = Field(250, ge=1, le=10_000, description="Maximum number of messages in a batch")
     max_requests: int = Field(
         16,
         ge=1,
         le=256,
-        description="Maximum number of concurrent Klaviyo requests per lane group: events, profiles, catalog",
+        description="Maximum number of concurrent Klaviyo requests per effect",
     )
     bulk_events: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -236,8 +240,10 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         description="Maximum number of operations of one kind in a batch that are sent individually; if there are "
         "more, they are sent in bulk",
     )
-    max_in_flight: int = Field(2_000, ge=1, le=100_000, description="Maximum number of messages in flight")
-    max_in_flight_bytes: int = Field(8_000_000, ge=1, description="Maximum size of the messages in flight, in bytes")
+    max_in_flight: int = Field(5_000, ge=1, le=100_000, description="Maximum number of messages in flight per effect")
+    max_in_flight_bytes: int = Field(
+        8_000_000, ge=1, description="Maximum size of the messages in flight per effect, in bytes"
+    )
     rate_limit_share: float = Field(
         1.0, gt=0, le=1, description="Share of Klaviyo's rate limits that this worker can use, like 0.5"
     )
@@ -269,16 +275,16 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         """Return the options of the worker's queue."""
         return replace(
             super().queue_options,
-            max_messages=self.max_in_flight,
-            max_bytes=self.max_in_flight_bytes,
+            max_messages=len(Effect) * self.max_in_flight,
+            max_bytes=len(Effect) * self.max_in_flight_bytes,
             direct_dead_letter=self.dead_letter_mode == "direct",
             port=self.pub_sub_port,
         )
 
     @property
     def threads(self) -> int:
-        """Return the number of lanes in all lane groups. Each lane is a thread."""
-        return 3 * self.lanes
+        """Return the number of lanes of all effects. Each lane is a thread."""
+        return len(Effect) * self.lanes
 
 
 def load(kind: type[S], options: Mapping[str, Any]) -> S:

@@ -19,9 +19,10 @@ _HEALTHY = {
     "backlog": 120,
     "dead_letters": 2,
     "has_received": True,
-    "is_alive": True,
+    "stall_reason": "",
+    "paused_reason": "",
     "is_stopping": False,
-    "batch_sizes": {"events": [12, 0], "profiles": [0, 1], "catalog": [0, 0]},
+    "batch_sizes": {"events": [12, 0], "profiles": [0, 1], "deletions": [0, 0], "catalog": [0, 0]},
     "rate_limit_status": {"POST /api/events": RateLimitStatus(350.0, 3500.0, 3100.0, 0.25, 2900.0, 2)},
 }
 
@@ -68,8 +69,11 @@ class FakeWorkerState:
     def has_received(self) -> bool:
         return bool(self._value("has_received"))
 
-    def is_alive(self) -> bool:
-        return bool(self._value("is_alive"))
+    def stall_reason(self) -> str:
+        return str(self._value("stall_reason"))
+
+    def paused_reason(self) -> str:
+        return str(self._value("paused_reason"))
 
     def is_stopping(self) -> bool:
         return bool(self._value("is_stopping"))

@@ -261,7 +261,13 @@ def test_precedence_of_the_dispositions_of_operations() -> None:
     """A retry fails again for the rejected operation, but a dead letter would lose the other operations."""
     from worker.pipeline import _PRECEDENCE
 
-    assert _PRECEDENCE == (Disposition.PARK, Disposition.HOLD, Disposition.NACK, Disposition.DEAD_LETTER)
+    assert _PRECEDENCE == (
+        Disposition.PARK,
+        Disposition.HOLD,
+        Disposition.WAIT,
+        Disposition.NACK,
+        Disposition.DEAD_LETTER,
+    )
 
 
 ORDER = {"id": "o", "customerEmail": "ada@example.com"}

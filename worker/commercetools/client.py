@@ -15,7 +15,7 @@ import orjson
 
 from worker.commercetools.queries import Query, QueryResult, group_by_value
 from worker.commercetools.token import AccessToken
-from worker.errors import CommercetoolsMisconfigured, Rejected, Transient, WorkerError
+from worker.errors import CommercetoolsMisconfigured, Disposition, Rejected, Transient, WorkerError
 from worker.http import transport as http
 from worker.http.chunks import chunked
 from worker.http.circuit_breaker import CircuitBreakers
@@ -54,6 +54,16 @@ class Commercetools:
     def outage_reason(self) -> str:
         """Return why a circuit is open, or "" if commercetools has no outage."""
         return self._breakers.outage_reason()
+
+    def answers(self) -> bool:
+        """Return whether commercetools answers a request that depends on no message."""
+        try:
+            self._request_with_token("orders", "GET", f"{self._url}/orders?limit=0&withTotal=false")
+        except Transient as error:
+            return error.disposition is not Disposition.HOLD
+        except WorkerError:
+            pass
+        return True
 
     def refusal_reason(self) -> str:
         """Return why commercetools refuses the worker as a whole, or "" if it does not."""

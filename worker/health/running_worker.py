@@ -28,7 +28,8 @@ class RunningWorkerState:
         self._commercetools = commercetools
         self._klaviyo = klaviyo
         self.has_received = runner.has_received
-        self.is_alive = runner.is_alive
+        self.stall_reason = runner.stall_reason
+        self.paused_reason = runner.paused_reason
         self.is_stopping = runner.is_stopping
         self.in_flight = runner.in_flight
         self.held = runner.held

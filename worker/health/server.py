@@ -77,9 +77,9 @@ class HealthServer:
             server.drop_all()
 
     def _livez(self) -> _Response:
-        """Return 503 if the receive loop is stalled, so that a restart helps. Outages do not count."""
-        is_alive = self._state.is_alive()
-        return _json(is_alive, {"status": "ok" if is_alive else "stalled"})
+        """Return 503 if the receive loop or a lane is stalled, so that a restart helps. Outages do not count."""
+        reason = self._state.stall_reason()
+        return _json(not reason, {"status": "stalled", "reason": reason} if reason else {"status": "ok"})
 
     def _readyz(self) -> _Response:
         """Return 503 if the worker is parked. Outages do not count, because they end by themselves."""

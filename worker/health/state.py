@@ -30,13 +30,12 @@ def condition_of(state: WorkerState, *, settled_recently: bool) -> Condition:
     in_flight = state.in_flight()
     if state.is_stopping():
         return Condition("stopping", "quiet", outages, _STOPPING)
-    if not state.is_alive():
-        return Condition("stalled", "bad", ["the receive loop hangs"], _RESTART)
+    if stall_reason := state.stall_reason():
+        return Condition("stalled", "bad", [stall_reason], _RESTART)
     if parked_reason := state.parked_reason():
         return Condition("parked", "bad", [parked_reason, *outages], _FIX)
     if outages:
-        is_paused = 0 < in_flight <= state.held()
-        return Condition("paused" if is_paused else "running", "warning", outages, _WAIT)
+        return Condition("paused" if state.paused_reason() else "running", "warning", outages, _WAIT)
     if not state.has_received():
         return Condition("starting", "quiet", ["the queue has not answered yet"])
     if not in_flight and not settled_recently:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from worker.health.history import STEP, History
 from worker.health.state import condition_of
+from worker.model import Effect
 from worker.telemetry.metrics import OUTCOMES, SERVICES
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Status:
             "state": condition_of(state, settled_recently=self._history.recently_settled() > 0)._asdict(),
             "messages": {
                 "in_flight": state.in_flight(),
-                "max_in_flight": self._settings.max_in_flight,
+                "max_in_flight": len(Effect) * self._settings.max_in_flight,
                 "held": state.held(),
                 "oldest_age": state.oldest_age(),
                 "backlog": backlog,

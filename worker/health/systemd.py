@@ -26,7 +26,7 @@ _MAX_STATUS = 500  # characters: systemd drops a message of more than 4096 bytes
 
 
 class Notifier:
-    """A thread that sends state changes to systemd, and feeds the watchdog unless the receive loop is stalled.
+    """A thread that sends state changes to systemd, and feeds the watchdog unless the worker is stalled.
 
     While the worker is stopping, it always feeds the watchdog, because TimeoutStopSec limits the time to stop.
     """
@@ -59,7 +59,7 @@ class Notifier:
         """Send the lines that have changed. Return the seconds until the next call. `now` is in monotonic seconds."""
         lines = list(self._lines())
         changed = [line for line in lines if line not in self._sent]
-        is_fed = now >= self._feed_at and (self._state.is_alive() or self._state.is_stopping())
+        is_fed = now >= self._feed_at and (not self._state.stall_reason() or self._state.is_stopping())
         if is_fed:
             changed.append("WATCHDOG=1")
         if changed and self._send("\n".join(changed)):

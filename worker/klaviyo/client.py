@@ -16,12 +16,12 @@ import orjson
 from klaviyo_api import KlaviyoAPI
 from openapi_client.rest import RESTClientObject
 
-from worker.errors import KlaviyoMisconfigured, Rejected, Transient
+from worker.errors import Disposition, KlaviyoMisconfigured, Rejected, Transient, WorkerError
 from worker.http import transport as http
 from worker.http.circuit_breaker import CircuitBreakers
 from worker.json_access import as_dict, as_dicts, as_text
 from worker.klaviyo.rate_limits import RateLimiter
-from worker.model import Json
+from worker.model import Effect, Json
 from worker.network import proxy_for
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Klaviyo:
         key = settings.klaviyo_auth_key.get_secret_value()
         sdk = KlaviyoAPI(key, max_retries=1, test_host=settings.klaviyo_api_url)
         configuration = sdk.api_client.configuration
-        configuration.connection_pool_maxsize = 3 * settings.max_requests + settings.threads
+        configuration.connection_pool_maxsize = len(Effect) * settings.max_requests + settings.threads
         if proxy := proxy_for(settings.klaviyo_api_url, os.environ):
             configuration.proxy, configuration.proxy_headers = proxy.url, dict(proxy.headers)
         pool: urllib3.PoolManager = RESTClientObject(configuration).pool_manager
@@ -95,6 +95,16 @@ class Klaviyo:
     def outage_reason(self) -> str:
         """Return why a circuit is open, or "" if Klaviyo has no outage."""
         return self._breakers.outage_reason()
+
+    def answers(self) -> bool:
+        """Return whether Klaviyo answers a request that depends on no message."""
+        try:
+            self._call("GET /api/catalog-items", "GET", "/api/catalog-items?page%5Bsize%5D=1", None)
+        except Transient as error:
+            return error.disposition is not Disposition.HOLD
+        except WorkerError:
+            pass
+        return True
 
     def refusal_reason(self) -> str:
         """Return why Klaviyo refuses the worker as a whole, or "" if it does not."""

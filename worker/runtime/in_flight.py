@@ -1,28 +1,38 @@
-"""The messages in flight: received and not settled. Their number and their size are limited."""
+"""The messages in flight: received and not settled. Each effect has a budget of them."""
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from threading import Condition
 from typing import TYPE_CHECKING
 
-from worker.errors import CircuitOpen, Misconfigured
+from worker.model import Effect
+from worker.runtime.budget import Budget
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from adapters.base import Delivery
     from worker.model import Message
+
+_Name = tuple[str, bytes]  # id and body: a backfill has several messages of a record with the same id
 
 
 class InFlight:
-    """The messages in flight of all lanes. Thread-safe."""
+    """The messages in flight of all lanes. Thread-safe.
 
-    def __init__(self, max_messages: int, max_bytes: int) -> None:
-        self._max_messages = max_messages
-        self._max_bytes = max_bytes
-        self._messages: dict[int, Message] = {}  # by id()
-        self._held: dict[int, Exception | None] = {}  # by id() of each held message: why it could not be processed
-        self._bytes = 0
+    `max_messages` and `max_bytes` apply to each effect. `max_delay` is the maximum number of seconds for which a
+    message beyond the budget goes back to the queue.
+    """
+
+    def __init__(
+        self, max_messages: int, max_bytes: int, max_delay: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._budgets = {effect: Budget(max_messages, max_bytes, max_delay) for effect in Effect}
+        self._messages: dict[_Name, Message] = {}
+        self._resources: dict[tuple[str, str], _Resource] = {}
         self._changed = Condition()
 
     def __len__(self) -> int:
@@ -33,38 +43,71 @@ class InFlight:
         with self._changed:
             return list(self._messages.values())
 
-    def add(self, message: Message) -> None:
-        """Add a message that was received."""
+    def renew(self, delivery: Delivery) -> bool:
+        """Return whether the message of this delivery is in flight. If so, this delivery replaces its previous one.
+
+        The queue has redelivered the message because its lease, or its push request, ended before it was settled.
+        """
         with self._changed:
-            self._messages[id(message)] = message
-            self._bytes += len(message.delivery.body)
+            message = self._messages.get((delivery.id, delivery.body))
+            if message is not None:
+                message.delivery = delivery
+            return message is not None
+
+    def add(self, message: Message) -> Effect:
+        """Add a message. Return the effect whose lanes must process it.
+
+        It is the effect of the message, unless an earlier message of the resource is in flight in other lanes: the
+        messages of a resource are processed in order.
+        """
+        delivery = message.delivery
+        with self._changed:
+            self._messages[delivery.id, delivery.body] = message
+            self._budgets[message.effect].add(len(delivery.body), self._clock())
+            resource = self._resources.setdefault(message.key, _Resource(message.effect))
+            resource.messages += 1
+            return resource.effect
 
     def remove(self, messages: Sequence[Message]) -> None:
-        """Remove messages that were settled."""
+        """Remove messages that were settled. Ignore those that are not in flight."""
         with self._changed:
             for message in messages:
-                self._held.pop(id(message), None)
-                if self._messages.pop(id(message), None) is not None:
-                    self._bytes -= len(message.delivery.body)
+                delivery = message.delivery
+                if self._messages.pop((delivery.id, delivery.body), None) is not None:
+                    self._budgets[message.effect].remove(len(delivery.body))
+                    self._leave(message.key)
             self._changed.notify_all()
 
-    def hold(self, messages: Sequence[Message]) -> None:
-        """Record that messages are held, and why."""
-        with self._changed:
-            for message in messages:
-                if id(message) in self._messages:
-                    self._held[id(message)] = message.outcome.cause if message.outcome else None
-            self._changed.notify_all()
+    def wait_for_capacity(self, seconds: float, *, skip_slow: bool) -> int:
+        """Return how many messages can be received, so that none exceeds the budget of its effect.
 
-    def wait_for_capacity(self, seconds: float) -> int:
-        """Return how many messages can be received. If there is no capacity, first wait at most `seconds` for it."""
+        With `skip_slow`, the budgets of slow effects do not count. If the number is 0, first wait at most `seconds`
+        until a message is settled.
+        """
         with self._changed:
-            if self._capacity() <= 0:
+            if self._capacity(skip_slow=skip_slow) == 0:
                 self._changed.wait(seconds)
-            return max(self._capacity(), 0)
+            return self._capacity(skip_slow=skip_slow)
+
+    def slow_effects(self) -> list[Effect]:
+        """Return the effects whose budgets are full for long."""
+        with self._changed:
+            now = self._clock()
+            return [effect for effect, budget in self._budgets.items() if budget.is_slow(now)]
+
+    def is_beyond_budget(self, message: Message) -> bool:
+        """Return whether a message must go back to the queue: the budget of its effect is full, and the effect slow."""
+        with self._changed:
+            budget = self._budgets[message.effect]
+            return not budget.room and budget.is_slow(self._clock())
+
+    def return_delay(self, effect: Effect, messages: int) -> float:
+        """Return the seconds for which messages beyond the budget of an effect must go back to the queue."""
+        with self._changed:
+            return self._budgets[effect].return_delay(messages, self._clock())
 
     def wait_for_change(self, seconds: float) -> None:
-        """Wait at most `seconds` until a message is settled or held."""
+        """Wait at most `seconds` until a message is settled."""
         with self._changed:
             self._changed.wait(seconds)
 
@@ -73,10 +116,13 @@ class InFlight:
         with self._changed:
             self._changed.notify_all()
 
-    @property
     def held(self) -> int:
-        """Count the held messages."""
-        return len(self._held)
+        """Count the messages that are held, or are retried after they were held."""
+        return sum(message.due_at > 0 for message in self.messages())
+
+    def has_only_held(self) -> bool:
+        """Return whether every message is held. True without messages."""
+        return all(message.due_at > 0 for message in self.messages())
 
     def oldest_age(self) -> float | None:
         """Return the number of seconds since the oldest message was published: 0 without messages, None if unknown."""
@@ -86,21 +132,22 @@ class InFlight:
             return None if messages else 0.0
         return max((datetime.now(UTC) - min(published)).total_seconds(), 0.0)  # clocks can differ
 
-    @property
-    def has_only_held(self) -> bool:
-        """Return whether every message is held. True without messages."""
-        return len(self._held) >= len(self._messages)
+    def _capacity(self, *, skip_slow: bool) -> int:
+        now = self._clock()
+        budgets = (budget for budget in self._budgets.values() if not (skip_slow and budget.is_slow(now)))
+        return min((budget.room for budget in budgets), default=0)
 
-    @property
-    def is_blocked(self) -> bool:
-        """Return whether there are messages, all of them are held, and one is held because a circuit is open."""
-        with self._changed:
-            return self.has_only_held and any(isinstance(cause, CircuitOpen) for cause in self._held.values())
+    def _leave(self, key: tuple[str, str]) -> None:
+        self._resources[key].messages -= 1
+        if not self._resources[key].messages:
+            del self._resources[key]
 
-    def parked_reason(self) -> str:
-        """Return why the worker is parked; "" if it is not."""
-        with self._changed:
-            return next((str(cause) for cause in self._held.values() if isinstance(cause, Misconfigured)), "")
 
-    def _capacity(self) -> int:
-        return self._max_messages - len(self._messages) if self._bytes < self._max_bytes else 0
+class _Resource:
+    """The messages of a resource in flight: their number, and the effect whose lanes process them."""
+
+    __slots__ = ("effect", "messages")
+
+    def __init__(self, effect: Effect) -> None:
+        self.effect = effect
+        self.messages = 0

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from worker.runtime.in_flight import InFlight
     from worker.settings import Settings
 
-NACK_DELAY_SHARE = (
-    1 / 30
-)  # share of `outage_hold`: the minimum delay before the redelivery of a message whose hold expired
+# The share of `outage_hold` that is the minimum delay before the redelivery of a message whose hold expired.
+NACK_DELAY_SHARE = 1 / 30
+# A lane counts as stalled if a batch takes longer than STALL_TIMEOUT, plus STALL_PER_MESSAGE for each of its messages.
+# Requests end within five minutes, and so do bulk jobs. The slowest rate limit is 60 requests per minute, so a message
+# can take 15 s if a worker uses a fifteenth of it.
+STALL_TIMEOUT, STALL_PER_MESSAGE = 600.0, 15.0  # seconds
 
 SUSPECT_ATTEMPT = 3  # from this delivery on, a message possibly ended the workers that received it before
 
@@ -41,17 +44,24 @@ class Lane(Thread):
 
     An idle lane therefore processes a message immediately, and a busy lane processes large batches.
 
-    A message that cannot be processed now is held and retried for `outage_hold` seconds. If its failure parks the
-    worker, there is no time limit. Later messages of the same resource are held behind it. Messages of other resources
-    are processed in the meantime.
-
-    A message that possibly ended earlier workers is processed alone, after the others of its batch.
+        try:
+            while batch := self._next_batch():
+                for part in isolate_suspects(batch):
+                    self._process_unless_stopping(part)
+        except Exception as error:  # noqa: BLE001 - `fail` ends the run, which returns the messages of this lane
+            self._callbacks.fail(error)
     """
 
     def __init__(
-        self, pipeline: Pipeline, in_flight: InFlight, settings: Settings, stopping: Event, callbacks: LaneCallbacks
+        self,
+        name: str,
+        pipeline: Pipeline,
+        in_flight: InFlight,
+        settings: Settings,
+        stopping: Event,
+        callbacks: LaneCallbacks,
     ) -> None:
-        super().__init__(daemon=True)
+        super().__init__(name=name, daemon=True)
         self._pipeline = pipeline
         self._in_flight = in_flight
         self._settings = settings
@@ -63,6 +73,7 @@ class Lane(Thread):
         self._inbox: SimpleQueue[Message | None] = SimpleQueue()  # None ends the lane
         self._held: list[Message] = []  # in order of arrival
         self._ended = False
+        self._busy_since = 0.0  # monotonic seconds
         self.batch_size = 0  # messages in the current batch
 
     def put(self, message: Message) -> None:
@@ -77,23 +88,40 @@ class Lane(Thread):
         """Empty the inbox and return its messages."""
         return [message for message in _drain(self._inbox) if message is not None]
 
+    def stall_reason(self, now: float) -> str:
+        """Return why the lane has stopped working, or "" if it works. `now` is in monotonic seconds."""
+        if self.ident is not None and not self.is_alive():
+            return f"{self.name} has ended"
+        size = self.batch_size
+        is_late = size and now - self._busy_since > STALL_TIMEOUT + STALL_PER_MESSAGE * size
+        return f"{self.name} has processed a batch for {(now - self._busy_since) / 60:.0f} minutes" if is_late else ""
+
     def run(self) -> None:
         """Process batches until the lane ends, then give the held messages back to the queue."""
-        while batch := self._next_batch():
-            for part in isolate_suspects(batch):
-                if self._stopping.is_set():
-                    self._held += part
-                    continue
-                self.batch_size = len(part)
-                self._run_guarded(self._process, part)
-                self.batch_size = 0
-        if self._held:
-            self._run_guarded(self._callbacks.return_unprocessed, self._held)
-
-    def _run_guarded(self, work: Callable[[Sequence[Message]], None], messages: Sequence[Message]) -> None:
         try:
-            work(messages)
-        except Exception as error:  # noqa: BLE001 - if this thread ended, its messages would never be processed
+            while batch := self._next_batch():
+                for part in isolate_suspects(batch):
+                    self._process_unless_stopping(part)
+        except Exception as error:  # noqa: BLE001 - `fail` ends the run, which returns the messages of this lane
+            self._callbacks.fail(error)
+        if self._held:
+            self._return_held()
+
+    def _process_unless_stopping(self, batch: list[Message]) -> None:
+        if self._stopping.is_set():
+            self._held += batch
+            return
+        self._busy_since = time.monotonic()
+        self.batch_size = len(batch)
+        try:
+            self._process(batch)
+        finally:
+            self.batch_size = 0
+
+    def _return_held(self) -> None:
+        try:
+            self._callbacks.return_unprocessed(self._held)
+        except Exception as error:  # noqa: BLE001 - `run` of the runner raises it
             self._callbacks.fail(error)
 
     def _next_batch(self) -> list[Message]:
@@ -135,7 +163,6 @@ class Lane(Thread):
                 if message.key in due_at:
                     message.due_at = due_at[message.key]
                     self._held.append(message)
-                    self._in_flight.hold([message])
                 else:
                     batch.append(message)
                 if len(batch) >= self._settings.max_batch:
@@ -147,41 +174,46 @@ class Lane(Thread):
 
     def _process(self, batch: Sequence[Message]) -> None:
         """Process a batch in the pipeline. Hold the messages to retry, and nack those whose hold has expired."""
-        unsettled = self._pipeline.process(batch)
-        self._in_flight.remove([message for message in batch if message not in unsettled])
+        held = self._pipeline.process(batch)
+        settled = set(batch).difference(held)
+        self._in_flight.remove([message for message in batch if message in settled])
         now = time.monotonic()
-        for message in unsettled:
+        expired: list[Message] = []
+        retried: list[Message] = []
+        for message in held:
             message.retries += 1
-            message.failed_at = 0.0 if _parks_worker(message) else message.failed_at or now
-        expired = [message for message in unsettled if self._is_hold_expired(message, now)]
-        if expired and not self._stopping.is_set():
+            message.failed_at = (message.failed_at or now) if _has_time_limit(message) else 0.0
+            (expired if self._is_hold_expired(message, now) else retried).append(message)
+        if expired:
             self._pipeline.nack_held(expired, self._settings.outage_hold * NACK_DELAY_SHARE)
             self._in_flight.remove(expired)
-            unsettled = [message for message in unsettled if message not in expired]
-        self._hold(unsettled, now)
+        self._hold(retried, now)
 
     def _is_hold_expired(self, message: Message, now: float) -> bool:
-        """Return whether the hold of a message has expired. It never does if the failure parks the worker."""
-        is_on_hold = message.outcome is not None and message.outcome.disposition is Disposition.HOLD
-        return is_on_hold and now - message.failed_at >= self._hold_seconds
+        """Return whether the hold of a message has expired. A stopping worker returns its messages without a nack."""
+        is_limited = _has_time_limit(message) and not self._stopping.is_set()
+        return is_limited and now - message.failed_at >= self._hold_seconds
 
     def _hold(self, messages: Sequence[Message], now: float) -> None:
         """Hold messages until their next retry. Report the failures that park the worker."""
-        refusals = []
         for message in messages:
-            cause = message.outcome.cause if message.outcome else None
-            retry_after = cause.retry_after if isinstance(cause, Transient | Misconfigured) else None
-            if isinstance(cause, Misconfigured):
-                message.due_at = now + (retry_after or self._settings.park_retry_interval)
-                refusals.append(cause)
-            else:
-                last_retry_at = max(message.failed_at + self._hold_seconds, now)
-                wait = retry_after or backoff(message.retries - 1, self._max_backoff)
-                message.due_at = min(now + wait, last_retry_at)
+            message.due_at = now + self._retry_delay(message, now)
+            message.enriched, message.operations = None, ()  # read again before the retry
         self._held = [*messages, *self._held]
-        self._in_flight.hold(messages)
-        for refusal in refusals:  # only after `hold`: the runner then knows that the worker is parked
-            self._callbacks.report_refusal(refusal)
+        for message in messages:
+            if message.outcome and isinstance(message.outcome.cause, Misconfigured):
+                self._callbacks.report_refusal(message.outcome.cause)
+
+    def _retry_delay(self, message: Message, now: float) -> float:
+        """Return the seconds until the next retry. The last retry of a limited hold is at its end."""
+        cause = message.outcome.cause if message.outcome else None
+        retry_after = cause.retry_after if isinstance(cause, Transient | Misconfigured) else None
+        if isinstance(cause, Misconfigured):
+            return retry_after or self._settings.park_retry_interval
+        delay = retry_after or backoff(message.retries - 1, self._max_backoff)
+        if not _has_time_limit(message):
+            return delay
+        return min(delay, max(message.failed_at + self._hold_seconds - now, 0.0))
 
 
 def isolate_suspects(batch: Sequence[Message]) -> list[list[Message]]:
@@ -200,8 +232,8 @@ def isolate_suspects(batch: Sequence[Message]) -> list[list[Message]]:
     return [part for part in (others, *alone.values()) if part]
 
 
-def _parks_worker(message: Message) -> bool:
-    return message.outcome is not None and message.outcome.disposition is Disposition.PARK
+def _has_time_limit(message: Message) -> bool:
+    return message.outcome is not None and message.outcome.disposition is Disposition.HOLD
 
 
 def _drain(inbox: SimpleQueue[Message | None]) -> Iterator[Message | None]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from threading import Event, Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from adapters.base import QueueError, QueueRefusedError
-from worker.http.backoff import MAX_BACKOFF
 from worker.runtime.in_flight import InFlight
-from worker.runtime.lane import Lane, LaneCallbacks
+from worker.runtime.lane import LaneCallbacks
+from worker.runtime.lanes import Lanes
 from worker.telemetry.log import ConditionLog, log
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from adapters.base import Delivery, QueueAdapter
     from worker.errors import Misconfigured
-    from worker.model import Message
+    from worker.model import Effect, Message
     from worker.pipeline import Pipeline
     from worker.settings import Settings
     from worker.telemetry.message_log import Telemetry
@@ -26,29 +27,46 @@ if TYPE_CHECKING:
 RECEIVE_WAIT = 1.0  # seconds; a waiting receive loop notices within this time that it must stop
 DRAIN_WAIT = 0.05  # seconds; with `once`, the receive loop notices within this time that the lanes are done
 IDLE_TIMEOUT = 10.0  # seconds without messages after which `once` treats a queue that reports no backlog as empty
+LEASE_EXTENSION_TIMEOUT = 10.0  # seconds to wait for an extension in progress when the run ends
 STALL_TIMEOUT = 60.0  # seconds without an iteration after which the receive loop counts as stalled
-LANE_GROUPS = ("events", "profiles", "catalog")  # separate lanes, because bulk jobs must not delay events
-_GROUP_OF_RESOURCE = {"customer": 1, "category": 2, "product": 2, "inventory-entry": 2}  # all others: 0
+SLOW_PULL = 250  # messages per pull while the budget of a slow effect is full
+SLOW_PULL_INTERVAL = 1.0  # seconds between two such pulls if messages had to go back to the queue
+MIN_RETURN_DELAY = 60.0  # seconds; the limit of the delay of these messages is `outage_hold`, or this if that is less
 
 
 class ShutdownTimeoutError(Exception):
     """The grace period ended before all messages in flight were processed. The rest was returned to the queue."""
 
 
+class Services(Protocol):
+    """What the runner asks the clients of commercetools and Klaviyo."""
+
+    def refusal_reason(self) -> str:
+        """Return why a service refuses the worker, or "" if both accept it."""
+
+    def down_reason(self) -> str:
+        """Return why a service as a whole is down, so that no message can be processed; "" if both are up."""
+
+
 class Runner:
     """The engine of a worker. It pulls messages and distributes them to lanes. A resource always has the same lane.
 
-    At most `max_in_flight` messages are in flight. Pulling pauses while their size exceeds `max_in_flight_bytes`, and
-    while the worker is parked. While all messages are held because of an outage, the runner pulls only one message
-    every MAX_BACKOFF seconds. If that message can be processed, the outage affects only the held messages, and the
-    runner pulls normally again.
+    Pulling pauses while no message can be processed, because a service is down or refuses the worker. It also pauses
+    while the budget of an effect is full (see budget.py).
     """
 
     def __init__(
-        self, queue: QueueAdapter, pipeline: Pipeline, settings: Settings, telemetry: Telemetry, stopping: Event
+        self,
+        queue: QueueAdapter,
+        pipeline: Pipeline,
+        services: Services,
+        settings: Settings,
+        telemetry: Telemetry,
+        stopping: Event,
     ) -> None:
         self._queue = queue
         self._pipeline = pipeline
+        self._services = services
         self._settings = settings
         self._telemetry = telemetry
         self._stopping = stopping
@@ -57,16 +75,18 @@ class Runner:
         self._once = False
         self._fatal: Exception | None = None
         self._left_reason = ""  # why `once` ended while messages were left
-        self._in_flight = InFlight(settings.max_in_flight, settings.max_in_flight_bytes)
+        max_delay = max(settings.outage_hold, MIN_RETURN_DELAY)
+        self._in_flight = InFlight(settings.max_in_flight, settings.max_in_flight_bytes, max_delay)
         callbacks = LaneCallbacks(self._return_unprocessed, self._fail, self._on_refusal)
-        self._lanes = [Lane(pipeline, self._in_flight, settings, stopping, callbacks) for _ in range(settings.threads)]
+        self._lanes = Lanes(pipeline, self._in_flight, settings, stopping, callbacks)
         self._queue_refusal = ""  # why the queue refuses this worker
         self._refused_at = 0.0  # monotonic seconds
-        self._pulled_at = 0.0  # monotonic seconds
+        self._pull_at = 0.0  # monotonic seconds; no pull before, because the previous one returned messages
         self._heartbeat = time.monotonic()
         self._has_received = False
         self._parked = ConditionLog("parked", "unparked", logging.ERROR)
         self._paused = ConditionLog("pulling_paused", "pulling_resumed", logging.WARNING)
+        self._over_budget = ConditionLog("budget_exceeded", "budget_sufficient", logging.WARNING)
 
     def stop(self) -> None:
         """Stop pulling and finish the messages in progress. If called again, do not wait for these messages."""
@@ -79,9 +99,13 @@ class Runner:
         """Return whether the queue has answered at least once: with messages, without messages or with a refusal."""
         return self._has_received
 
-    def is_alive(self) -> bool:
-        """Return whether the receive loop is not stalled. True after it has ended."""
-        return self._pulling_ended.is_set() or time.monotonic() - self._heartbeat < STALL_TIMEOUT
+    def stall_reason(self) -> str:
+        """Return why a thread has stopped working, so that a restart helps. "" if all work, and after they ended."""
+        if self._stopping.is_set() or self._pulling_ended.is_set():
+            return ""
+        if time.monotonic() - self._heartbeat >= STALL_TIMEOUT:
+            return "the receive loop hangs"
+        return self._lanes.stall_reason()
 
     def is_stopping(self) -> bool:
         """Return whether the worker is stopping or has stopped."""
@@ -93,23 +117,23 @@ class Runner:
 
     def held(self) -> int:
         """Count the messages in flight that are held."""
-        return self._in_flight.held
+        return self._in_flight.held()
+
+    def paused_reason(self) -> str:
+        """Return why pulling pauses until a service is up; "" if it does not."""
+        return self._services.down_reason()
 
     def oldest_age(self) -> float | None:
         """Return the number of seconds since the oldest message in flight was published: 0 without messages."""
         return self._in_flight.oldest_age()
 
     def batch_sizes(self) -> dict[str, list[int]]:
-        """Return the number of messages in the current batch of each lane, by lane group; 0 if the lane is idle."""
-        number = self._settings.lanes
-        return {
-            name: [lane.batch_size for lane in self._lanes[group * number : (group + 1) * number]]
-            for group, name in enumerate(LANE_GROUPS)
-        }
+        """Return the number of messages in the current batch of each lane, by effect; 0 if the lane is idle."""
+        return self._lanes.batch_sizes()
 
     def parked_reason(self) -> str:
         """Return why the worker is parked; "" if it is not."""
-        return self._queue_refusal or self._in_flight.parked_reason()
+        return self._queue_refusal or self._services.refusal_reason()
 
     def run(self, *, once: bool = False, max_wait: float = 600.0) -> str:
         """Run until `stop` is called, or with `once` until the queue is empty.
@@ -120,14 +144,15 @@ class Runner:
         """
         self._once = once
         lease_extender = Thread(target=self._extend_leases, daemon=True)
-        for thread in (*self._lanes, lease_extender):
-            thread.start()
+        self._heartbeat = time.monotonic()
+        self._lanes.start()
+        lease_extender.start()
         try:
             self._pull(max_wait)
         except Exception as error:  # noqa: BLE001 - the messages in flight must be returned before `run` raises
             self._fail(error)
         self._finish()
-        lease_extender.join()
+        lease_extender.join(LEASE_EXTENSION_TIMEOUT)
         unfinished = self._close_queue()
         if self._fatal is not None:
             raise self._fatal
@@ -144,28 +169,28 @@ class Runner:
             if self._once and self._is_done(idle_s, waited_s, max_wait):
                 return
             started_at = time.monotonic()
-            had_only_held = self._in_flight.has_only_held
+            had_only_held = self._once and self._in_flight.has_only_held()
             deliveries = self._receive()
             self._has_received = True
             self._telemetry.record_received(len(deliveries))
             seconds = time.monotonic() - started_at if had_only_held and not deliveries else 0.0
             waited_s += seconds
             idle_s = 0.0 if deliveries or self._in_flight else idle_s + seconds
-            for delivery in deliveries:
-                self._dispatch(self._pipeline.parse(delivery))
+            self._dispatch(deliveries)
         if self._once:
             self._left_reason = "stopped before the queue was empty"
 
     def _log_conditions(self) -> None:
-        """Log that the worker is parked or that pulling is paused, and when that ends."""
+        """Log that the worker is parked, that pulling is paused or that a budget is exceeded, and when that ends."""
         fields = {"messages": len(self._in_flight)}
         self._parked.log(self.parked_reason(), **fields)
-        is_paused = self._in_flight.is_blocked
-        self._paused.log("all messages in flight are held because of an outage" if is_paused else "", **fields)
+        self._paused.log(self.paused_reason(), **fields)
+        slow = ", ".join(effect.value for effect in self._in_flight.slow_effects())
+        self._over_budget.log(f"{slow}: as many messages as allowed wait for Klaviyo" if slow else "", **fields)
 
     def _is_done(self, idle_s: float, waited_s: float, max_wait: float) -> bool:
         """Return whether `once` ends: no message can be processed now, and none is left or `max_wait` is over."""
-        if not self._in_flight.has_only_held:
+        if not self._in_flight.has_only_held():
             return False
         remaining = len(self._in_flight) or self._queue.backlog()
         if remaining is None:
@@ -208,23 +233,34 @@ class Runner:
 
     def _wait_for_capacity(self) -> int:
         """Return how many messages can be received now. If there is no capacity, first wait briefly for it."""
-        now = time.monotonic()
-        is_refused = self._queue_refusal and now < self._refused_at + self._settings.park_retry_interval
-        is_blocked = self._in_flight.is_blocked
-        if is_blocked and now >= self._pulled_at + MAX_BACKOFF:
-            self._pulled_at = now
-            return min(1, self._in_flight.wait_for_capacity(0.0))
-        if is_blocked or is_refused or self._in_flight.parked_reason():
-            self._in_flight.wait_for_change(DRAIN_WAIT if self._once else RECEIVE_WAIT)
+        wait = DRAIN_WAIT if self._once else RECEIVE_WAIT
+        if self._is_paused(time.monotonic()):
+            self._in_flight.wait_for_change(wait)
             return 0
-        self._pulled_at = now
-        return self._in_flight.wait_for_capacity(RECEIVE_WAIT)
+        # With `once`, all messages must be settled before the run ends, so none goes back to the queue.
+        capacity = self._in_flight.wait_for_capacity(wait, skip_slow=not self._once)
+        return min(capacity, SLOW_PULL) if self._in_flight.slow_effects() else capacity
 
-    def _dispatch(self, message: Message) -> None:
-        self._in_flight.add(message)
-        group = _GROUP_OF_RESOURCE.get(message.key[0], 0)
-        number = self._settings.lanes
-        self._lanes[group * number + hash(message.key) % number].put(message)
+    def _is_paused(self, now: float) -> bool:
+        is_refused = self._queue_refusal and now < self._refused_at + self._settings.park_retry_interval
+        return bool(is_refused or now < self._pull_at or self._services.refusal_reason() or self.paused_reason())
+
+    def _dispatch(self, deliveries: Sequence[Delivery]) -> None:
+        """Put messages into their lanes. Return those that are beyond the budget of a slow effect to the queue."""
+        excess: defaultdict[Effect, list[Message]] = defaultdict(list)
+        for delivery in deliveries:
+            if self._in_flight.renew(delivery):
+                continue
+            message = self._pipeline.parse(delivery)
+            if not self._once and self._in_flight.is_beyond_budget(message):
+                excess[message.effect].append(message)
+            else:
+                self._lanes.put(self._in_flight.add(message), message)
+        for effect, messages in excess.items():
+            delay = self._in_flight.return_delay(effect, len(messages))
+            self._queue.nack([message.delivery for message in messages], delay)
+            self._telemetry.record_returned(messages)
+            self._pull_at = time.monotonic() + SLOW_PULL_INTERVAL
 
     def _return_unprocessed(self, messages: Sequence[Message]) -> None:
         """Give messages back to the queue after pulling has ended.
@@ -265,12 +301,11 @@ class Runner:
         self._pulling_ended.set()
         try:
             if self._stopping.is_set():
-                self._return_unprocessed([message for lane in self._lanes for message in lane.drain_inbox()])
+                self._return_unprocessed(self._lanes.drain_inboxes())
         except Exception as error:  # noqa: BLE001 - the lanes must end before `run` raises
             self._fail(error)
-        for lane in self._lanes:
-            lane.end()
-        while any(lane.is_alive() for lane in self._lanes) and not self._abort.is_set():
+        self._lanes.end()
+        while self._lanes.is_any_alive() and not self._abort.is_set():
             if self._stopping.is_set() and time.monotonic() > deadline:
                 break
             self._abort.wait(0.02)

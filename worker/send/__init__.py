@@ -10,7 +10,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from worker.model import Operation, OperationKind, SendResult
+from worker.model import Effect, Operation, OperationKind, SendResult
 from worker.send.catalog import BulkCatalog
 from worker.send.events import BulkEvents
 from worker.send.jobs import BulkJobs
@@ -49,7 +49,7 @@ PHASES: tuple[frozenset[OperationKind], ...] = (
 class Sender:
     """The send stage: sends operations individually or in bulk. Safe for many threads.
 
-    `max_requests` is the maximum number of concurrent requests per lane group. `stopping` ends the wait for bulk jobs.
+    `max_requests` is the maximum number of concurrent requests per effect. `stopping` ends the wait for bulk jobs.
     `allows_bulk_events` returns whether events may be sent in bulk.
     """
 
@@ -62,12 +62,12 @@ class Sender:
         allows_bulk_events: Callable[[], bool],
         bulk_threshold: int,
     ) -> None:
-        # Each lane group has its own threads, because slow deletions of profiles must not delay events.
-        events, profiles, catalog = (ThreadPoolExecutor(max_requests, thread_name_prefix="klaviyo") for _ in range(3))
+        executors = {effect: ThreadPoolExecutor(max_requests, thread_name_prefix="klaviyo") for effect in Effect}
+        catalog = executors[Effect.CATALOG]
         self._executors = dict.fromkeys(OperationKind, catalog) | {
-            OperationKind.CREATE_EVENT: events,
-            OperationKind.UPSERT_PROFILE: profiles,
-            OperationKind.DELETE_PROFILE: profiles,
+            OperationKind.CREATE_EVENT: executors[Effect.EVENTS],
+            OperationKind.UPSERT_PROFILE: executors[Effect.PROFILES],
+            OperationKind.DELETE_PROFILE: executors[Effect.DELETIONS],
         }
         self._single = SingleSender(client)
         jobs = BulkJobs(client, stopping)
@@ -102,7 +102,7 @@ class Sender:
             executor.shutdown(wait=False, cancel_futures=True)
 
     def _send_individually(self, operations: Sequence[Operation]) -> Iterable[SendResult]:
-        """Send operations of one lane group concurrently. Return an iterable of their results in the same order."""
+        """Send operations of one effect concurrently. Return an iterable of their results in the same order."""
         if len(operations) <= 1:  # in the calling thread, because a thread switch would only add latency
             return map(self._single.send, operations)
         return self._executors[operations[0].kind].map(self._single.send, operations)

@@ -46,8 +46,11 @@ class WorkerState(Protocol):
     def dead_letters(self) -> int | None:
         """Return the number of dead letters; None if unknown."""
 
-    def is_alive(self) -> bool:
-        """Return whether the receive loop is not stalled. Outages do not stall it."""
+    def paused_reason(self) -> str:
+        """Return why pulling pauses: a service is down. "" if it does not."""
+
+    def stall_reason(self) -> str:
+        """Return why the receive loop or a lane has stopped working; "" if it has not. Outages do not stall them."""
 
     def is_stopping(self) -> bool:
         """Return whether the worker is stopping or has stopped."""
@@ -56,7 +59,7 @@ class WorkerState(Protocol):
         """Return whether the queue has answered at least once."""
 
     def batch_sizes(self) -> Mapping[str, Sequence[int]]:
-        """Return the number of messages in the current batch of each lane, by lane group."""
+        """Return the number of messages in the current batch of each lane, by effect."""
 
     def rate_limit_status(self) -> Mapping[str, RateLimitStatus]:
         """Return the use of Klaviyo's rate limits by endpoint."""

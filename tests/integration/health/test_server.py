@@ -88,8 +88,8 @@ def test_worker_is_alive_while_its_loop_runs(serve: Serve) -> None:
 
 def test_stalled_worker_is_not_alive(serve: Serve) -> None:
     """Kubernetes then restarts the worker."""
-    response = request(serve(is_alive=False), "/livez")
-    assert (response.status, json.loads(response.body)) == (503, {"status": "stalled"})
+    response = request(serve(stall_reason="events-1 has ended"), "/livez")
+    assert (response.status, json.loads(response.body)) == (503, {"status": "stalled", "reason": "events-1 has ended"})
 
 
 def test_worker_is_ready_if_it_is_not_parked(serve: Serve) -> None:
@@ -114,7 +114,7 @@ def test_worker_is_ready_if_it_is_not_parked(serve: Serve) -> None:
             {"ready": True, "outages": {"klaviyo": "503", "commercetools": None}},
         ),
         ({"is_stopping": True}, 200, {"ready": True, "stopping": True}),
-        ({"is_alive": False}, 200, {"ready": True}),
+        ({"stall_reason": "events-1 has ended"}, 200, {"ready": True}),
     ],
 )
 def test_only_a_parked_worker_is_not_ready(
@@ -226,7 +226,7 @@ def test_unexpected_error_is_logged_and_fails_the_probe(
     serve: Serve, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The port stays open. No traceback is printed, because it could quote personal data."""
-    server = serve(is_alive=ValueError("grete@mail.example"))
+    server = serve(stall_reason=ValueError("grete@mail.example"))
     with caplog.at_level(logging.INFO, "klaviyo_worker"), pytest.raises(ConnectionError):
         request(server, "/livez")
     assert request(server, "/readyz").status == 200

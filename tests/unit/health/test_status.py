@@ -70,12 +70,24 @@ STATUS = status(telemetry=TELEMETRY)  # shared, because hypothesis renders it a 
         ({"has_received": False}, False, "starting", "quiet", ["the queue has not answered yet"]),
         ({"outage_reasons": DOWN}, True, "running", "warning", [OUT]),
         ({"outage_reasons": DOWN, "in_flight": 0, "held": 0}, False, "running", "warning", [OUT]),
-        ({"outage_reasons": DOWN, "held": 7}, False, "paused", "warning", [OUT]),
+        ({"outage_reasons": DOWN, "paused_reason": "503"}, False, "paused", "warning", [OUT]),
         ({"parked_reason": REFUSED}, True, "parked", "bad", [REFUSED]),
         ({"parked_reason": REFUSED, "has_received": False}, True, "parked", "bad", [REFUSED]),
         ({"parked_reason": REFUSED, "outage_reasons": DOWN}, True, "parked", "bad", [REFUSED, OUT]),
-        ({"is_alive": False, "parked_reason": REFUSED}, True, "stalled", "bad", ["the receive loop hangs"]),
-        ({"is_stopping": True, "parked_reason": REFUSED, "is_alive": False}, True, "stopping", "quiet", []),
+        (
+            {"stall_reason": "events-1 has ended", "parked_reason": REFUSED},
+            True,
+            "stalled",
+            "bad",
+            ["events-1 has ended"],
+        ),
+        (
+            {"is_stopping": True, "parked_reason": REFUSED, "stall_reason": "events-1 has ended"},
+            True,
+            "stopping",
+            "quiet",
+            [],
+        ),
     ],
 )
 def test_condition_is_the_most_important_state_with_its_reasons(

@@ -93,18 +93,20 @@ def test_watchdog_is_fed_at_half_its_timeout(listener: NotifySocket) -> None:
 
 def test_watchdog_is_not_fed_while_the_loop_hangs(listener: NotifySocket) -> None:
     """The notifier continues without spinning, and feeds the watchdog again if the loop recovers."""
-    state = FakeWorkerState(is_alive=False)
+    state = FakeWorkerState(stall_reason="the receive loop hangs")
     systemd_notifier = notifier(listener, state, WATCHDOG_USEC="500000")
     assert [systemd_notifier.notify(now) for now in (0.0, 1.0, 2.0)] == [0.25] * 3
     assert "WATCHDOG=1" not in listener.lines()
-    state.values["is_alive"] = True
+    state.values["stall_reason"] = ""
     systemd_notifier.notify(3.0)
     assert "WATCHDOG=1" in listener.lines()
 
 
 def test_watchdog_is_fed_while_the_worker_stops(listener: NotifySocket) -> None:
     """Closing an unreachable queue can take longer than the watchdog's timeout. TimeoutStopSec limits it."""
-    notifier(listener, FakeWorkerState(is_alive=False, is_stopping=True), WATCHDOG_USEC="500000").notify(0.0)
+    notifier(
+        listener, FakeWorkerState(stall_reason="the receive loop hangs", is_stopping=True), WATCHDOG_USEC="500000"
+    ).notify(0.0)
     assert "WATCHDOG=1" in listener.lines()
 
 

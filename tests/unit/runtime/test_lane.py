@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import FakeDelivery
 from tests.unit.runtime.test_runner import settings_for, wait_for
-from worker.errors import CircuitOpen, KlaviyoMisconfigured, Transient
+from worker.errors import KlaviyoMisconfigured, Transient
 from worker.model import Message, Notification, Outcome
 from worker.runtime.in_flight import InFlight
 from worker.runtime.lane import SUSPECT_ATTEMPT, Lane, LaneCallbacks
@@ -52,18 +52,18 @@ class Rig:
 
     def __init__(self, **values: Any) -> None:
         self.pipeline = Pipeline()
-        self.in_flight = InFlight(100, 10**6)
+        self.in_flight = InFlight(100, 10**6, 600.0)
         self.stopping = threading.Event()
         self.returned_unprocessed: list[str] = []
-        self.refusals: list[tuple[str, str]] = []  # with the worker's parked_reason at that time
+        self.refusals: list[str] = []
         self.failures: list[Exception] = []
         callbacks = LaneCallbacks(
             lambda messages: self.returned_unprocessed.extend(message.delivery.id for message in messages),
             self.failures.append,
-            lambda error: self.refusals.append((str(error), self.in_flight.parked_reason())),
+            lambda error: self.refusals.append(str(error)),
         )
         settings = settings_for(**{"outage_hold": 60, "park_retry_interval": 0.05} | values)
-        self.lane = Lane(self.pipeline, self.in_flight, settings, self.stopping, callbacks)  # type: ignore[arg-type]
+        self.lane = Lane("events-1", self.pipeline, self.in_flight, settings, self.stopping, callbacks)  # type: ignore[arg-type]
 
     def put(self, *names: str, attempt: int | None = 1) -> None:
         """Put messages into the lane; `a1` and `a2` belong to the same resource."""
@@ -97,10 +97,10 @@ def test_transient_error_is_retried_without_nack(rig: Rig) -> None:
     rig.put("a1")
     rig.lane.start()
     wait_for(lambda: rig.pipeline.processed.count("a1") > 2)
-    assert rig.in_flight.held == len(rig.in_flight) == 1
+    assert rig.in_flight.held() == len(rig.in_flight) == 1
     rig.pipeline.errors.clear()
     wait_for(lambda: not rig.in_flight)
-    assert rig.in_flight.held == 0
+    assert rig.in_flight.held() == 0
     assert (rig.pipeline.nacked, rig.returned_unprocessed, rig.failures) == ([], [], [])
 
 
@@ -109,7 +109,7 @@ def test_later_messages_of_the_resource_wait_in_order(rig: Rig) -> None:
     rig.pipeline.errors["a1"] = Transient("503", retry_after=0.5)
     rig.put("a1")
     rig.lane.start()
-    wait_for(lambda: rig.in_flight.held)
+    wait_for(rig.in_flight.held)
     rig.pipeline.errors.clear()
     rig.put("a2", "b1", "a3")
     wait_for(lambda: not rig.in_flight)
@@ -168,11 +168,9 @@ def test_parked_message_is_held_without_a_time_limit() -> None:
     rig.put("a1")
     rig.lane.start()
     wait_for(lambda: rig.pipeline.processed.count("a1") > 3)
-    assert rig.in_flight.parked_reason() == "401"
-    assert rig.refusals[0] == ("401", "401")
+    assert rig.refusals[0] == "401"
     rig.pipeline.errors.clear()
     wait_for(lambda: not rig.in_flight)
-    assert rig.in_flight.parked_reason() == ""
     assert rig.pipeline.nacked == []
     rig.stop()
 
@@ -196,9 +194,9 @@ def test_held_messages_are_returned_when_the_lane_ends(rig: Rig) -> None:
     rig.pipeline.errors |= {"a1": Transient("503", retry_after=3600), "b1": KlaviyoMisconfigured("401", 3600)}
     rig.put("a1", "b1")
     rig.lane.start()
-    wait_for(lambda: rig.in_flight.held == 2)
+    wait_for(lambda: rig.in_flight.held() == 2)
     rig.put("a2")
-    wait_for(lambda: rig.in_flight.held == 3)
+    wait_for(lambda: rig.in_flight.held() == 3)
     rig.stop()
     assert rig.returned_unprocessed == ["a1", "b1", "a2"]
     assert rig.pipeline.processed == ["a1", "b1"]
@@ -228,7 +226,7 @@ def test_batch_of_held_messages_is_limited() -> None:
     rig.pipeline.errors |= {f"{name}1": SOON for name in "abcdefg"}
     rig.put(*(f"{name}1" for name in "abcdefg"))
     rig.lane.start()
-    wait_for(lambda: rig.in_flight.held == 7)
+    wait_for(lambda: rig.in_flight.held() == 7)
     rig.pipeline.errors.clear()
     wait_for(lambda: not rig.in_flight)
     assert max(map(len, rig.pipeline.batches)) == 3
@@ -265,30 +263,12 @@ def test_suspects_are_returned_if_the_worker_stops_before_their_turn() -> None:
     assert rig.returned_unprocessed == ["a1", "b1"]
 
 
-def test_worker_is_blocked_if_all_messages_are_held_because_of_an_outage() -> None:
-    """It is not blocked if a message can be processed, or if no message is held because of an open circuit."""
-    in_flight = InFlight(10, 1000)
-    a, b = (Message(FakeDelivery(b"x", id=name), 0.0) for name in "ab")
-    in_flight.add(a)
-    in_flight.add(b)
-    a.outcome = Outcome(CircuitOpen.disposition, "send", CircuitOpen("down"))
-    b.outcome = Outcome(Transient.disposition, "enrich", Transient("not readable yet"))
-    in_flight.hold([a])
-    assert (in_flight.has_only_held, in_flight.is_blocked) == (False, False)
-    in_flight.hold([b])
-    assert (in_flight.has_only_held, in_flight.is_blocked) == (True, True)
-    in_flight.remove([a])
-    assert (in_flight.has_only_held, in_flight.is_blocked) == (True, False)
-    in_flight.remove([b])
-    assert (in_flight.has_only_held, in_flight.is_blocked, len(in_flight)) == (True, False, 0)
-
-
 def test_age_of_the_oldest_message_starts_at_its_publication() -> None:
     """It covers messages that are not settled, so an outage is visible before any message succeeds."""
-    in_flight, now = InFlight(10, 1000), datetime.now(UTC)
+    in_flight, now = InFlight(10, 1000, 600.0), datetime.now(UTC)
     assert in_flight.oldest_age() == 0
     young, old, ahead = (
-        Message(FakeDelivery(b"x", published_at=now - timedelta(seconds=age)), 0.0) for age in (60, 3600, -60)
+        Message(FakeDelivery(b"x", str(age), published_at=now - timedelta(seconds=age)), 0.0) for age in (60, 3600, -60)
     )
     in_flight.add(Message(FakeDelivery(b"x"), 0.0))
     assert in_flight.oldest_age() is None
@@ -331,6 +311,6 @@ def test_lane_sleeps_while_a_later_message_waits_for_an_earlier_one(rig: Rig, mo
     rig.pipeline.errors |= {"a1": Transient("503", retry_after=60), "a2": SOON}
     rig.put("a1", "a2")
     rig.lane.start()
-    wait_for(lambda: rig.in_flight.held == 2)
+    wait_for(lambda: rig.in_flight.held() == 2)
     time.sleep(0.3)
     assert len(calls) <= 3

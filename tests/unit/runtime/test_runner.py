@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,10 @@ import pytest
 
 from adapters import Failure, QueueError, QueueRefusedError, QueueWarning
 from adapters.embedded import EmbeddedQueue
-from tests.conftest import Scripted
-from worker.errors import CircuitOpen, Disposition, KlaviyoMisconfigured, Transient
+from tests.conftest import FakeDelivery, Scripted
+from worker.errors import CircuitOpen, Disposition, KlaviyoMisconfigured, Throttled, Transient
 from worker.model import Message, Notification, Outcome
+from worker.runtime.lane import Lane
 from worker.runtime.runner import Runner, ShutdownTimeoutError
 from worker.settings import Settings, load
 from worker.telemetry.message_log import Telemetry
@@ -58,6 +60,20 @@ class Pipeline:
         self._queue.nack([message.delivery for message in messages], delay, Failure("503", "send", "CircuitOpen"))
 
 
+class Services:
+    """Fake services: their answers can be changed."""
+
+    def __init__(self) -> None:
+        self.refused = ""
+        self.down = ""
+
+    def refusal_reason(self) -> str:
+        return self.refused
+
+    def down_reason(self) -> str:
+        return self.down
+
+
 def succeed(_messages: Sequence[Message]) -> list[Message]:
     return []
 
@@ -68,11 +84,15 @@ def queue(tmp_path: Path) -> EmbeddedQueue:
 
 
 def runner_for(
-    queue: Any, work: Callable[[Sequence[Message]], list[Message]] = succeed, **values: Any
+    queue: Any,
+    work: Callable[[Sequence[Message]], list[Message]] = succeed,
+    services: Services | None = None,
+    **values: Any,
 ) -> tuple[Runner, Pipeline]:
     pipeline = Pipeline(queue, work)
     settings = settings_for(**{"park_retry_interval": 0.05} | values)
-    return Runner(queue, pipeline, settings, Telemetry(Metrics("embedded")), threading.Event()), pipeline  # type: ignore[arg-type]
+    telemetry = Telemetry(Metrics("embedded"))
+    return Runner(queue, pipeline, services or Services(), settings, telemetry, threading.Event()), pipeline  # type: ignore[arg-type]
 
 
 def settings_for(**values: Any) -> Settings:
@@ -145,11 +165,10 @@ def test_messages_in_flight_are_limited(limit: dict[str, int], queue: EmbeddedQu
         return []
 
     queue.publish(f"{n}:abcde".encode() for n in range(60))
-    runner, pipeline = runner_for(queue, measure, **limit)
+    runner, pipeline = runner_for(queue, measure, None, **limit)
     runner.run(once=True)
     assert len(processed(pipeline)) == 60
     assert 0 < most <= 10
-    assert runner._in_flight._bytes == 0
 
 
 def test_events_profiles_and_catalog_have_separate_lanes(queue: EmbeddedQueue) -> None:
@@ -239,19 +258,22 @@ def test_parked_worker_holds_its_messages_and_resumes_by_itself(queue: EmbeddedQ
     assert sorted(processed(pipeline)) == [b"a:1", b"b:1"]
 
 
-def test_parked_worker_pulls_nothing(queue: EmbeddedQueue) -> None:
-    """Messages stay in the queue for other workers, or until the worker resumes."""
+def test_parked_worker_pulls_nothing(
+    queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Messages stay in the queue for other workers, or until the service accepts the worker again."""
+    services = Services()
+    services.refused = "401: check KLAVIYO_AUTH_KEY"
+    runner, pipeline = runner_for(queue, services=services)
+    running(runner)
+    wait_for(lambda: caplog.records)
+    assert (caplog.records[0].message, runner.parked_reason()) == ("parked", services.refused)
     queue.publish([b"a:1"])
-    runner, _ = runner_for(queue, parking(10**9))
-    thread = threading.Thread(target=runner.run, daemon=True)
-    thread.start()
-    time.sleep(1.3)  # longer than a pull in progress
-    queue.publish([b"b:1"])
-    time.sleep(0.3)
-    left = [delivery.body for delivery in EmbeddedQueue(queue._path).receive(9, 0)]
-    runner.stop()
-    thread.join(60)
-    assert left == [b"b:1"]
+    runner._in_flight.wait_for_change(1.2)  # longer than a pull
+    assert queue.backlog() == 1
+    assert runner.in_flight() == 0
+    services.refused = ""
+    wait_for(lambda: processed(pipeline) == [b"a:1"])
 
 
 def holding(error: Exception, until: threading.Event) -> Callable[[Sequence[Message]], list[Message]]:
@@ -284,38 +306,100 @@ def running() -> Iterator[Callable[[Runner], threading.Thread]]:
         assert not thread.is_alive()
 
 
-def test_pulling_pauses_while_all_messages_are_held_because_of_an_outage(
+def test_pulling_pauses_while_a_service_is_down(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """New messages stay in the queue. Pulling resumes when the outage ends."""
-    over = threading.Event()
+    """No message could be processed. The messages stay in the queue and use up no attempt."""
+    services = Services()
+    services.down = "503 to POST a.klaviyo.com/api/events"
+    runner, pipeline = runner_for(queue, services=services)
+    running(runner)
+    queue.publish([b"a:1", b"b:2"])
+    runner._in_flight.wait_for_change(1.2)  # longer than a pull
+    assert (runner.in_flight(), runner.paused_reason()) == (0, services.down)
+    services.down = ""
+    wait_for(lambda: len(processed(pipeline)) == 2)
+    wait_for(lambda: [record.message for record in caplog.records] == ["pulling_paused", "pulling_resumed"])
+
+
+def test_held_message_delays_no_other(queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread]) -> None:
+    """Even if all messages in flight are held because of an outage, others are pulled immediately."""
     queue.publish([b"a:1"])
-    runner, pipeline = runner_for(queue, holding(CircuitOpen("down", retry_after=0.1), over))
+    runner, pipeline = runner_for(queue, holding(CircuitOpen("500", retry_after=60), threading.Event()))
     running(runner)
     wait_for(lambda: runner.held() == 1)
-    time.sleep(1.3)  # longer than a pull in progress
-    queue.publish([b"b:1", b"b:2"])
-    time.sleep(0.5)
-    assert processed(pipeline) == []
-    assert [record.message for record in caplog.records] == ["pulling_paused"]
-    over.set()
-    wait_for(lambda: len(processed(pipeline)) == 3)
-    assert runner.held() == runner.in_flight() == 0
+    for number in range(5):
+        queue.publish([b"b:%d" % number])
+        wait_for(lambda: b"b:%d" % number in processed(pipeline))  # noqa: B023 - called at once
+    assert runner.held() == 1
 
 
-def test_single_message_is_pulled_periodically_during_an_outage(
+def test_full_budget_of_a_slow_effect_delays_no_other(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the outage affects only the held messages, the worker detects that others can be processed."""
-    monkeypatch.setattr("worker.runtime.runner.MAX_BACKOFF", 0.5)
-    queue.publish([b"a:1"])
-    runner, pipeline = runner_for(queue, holding(CircuitOpen("500", retry_after=0.1), threading.Event()))
+    """The messages beyond the budget go back to the queue. They use up no attempt of the embedded queue."""
+    monkeypatch.setattr("worker.runtime.budget.PATIENCE", 0.2)
+    over = threading.Event()
+
+    def work(messages: Sequence[Message]) -> list[Message]:
+        held = [] if over.is_set() else [message for message in messages if message.key[0] == "product"]
+        for message in held:
+            message.outcome = Outcome(Disposition.WAIT, "send", Throttled("429", retry_after=0.1))
+        return held
+
+    queue.publish([*(b"product:%d" % number for number in range(30)), b"order:1"])
+    runner, pipeline = runner_for(queue, work, max_in_flight=10)
     running(runner)
-    wait_for(lambda: runner.held() == 1)
-    time.sleep(1.1)
-    queue.publish([b"b:1", b"b:2"])
-    wait_for(lambda: len(processed(pipeline)) == 2)
-    assert runner.held() == 1
+    wait_for(lambda: processed(pipeline) == [b"order:1"])
+    assert runner.in_flight() == 10
+    assert queue.backlog() == 30
+    over.set()
+    wait_for(lambda: queue.backlog() == 20)
+    with sqlite3.connect(queue._path) as database:
+        assert database.execute("SELECT DISTINCT attempts FROM messages").fetchall() == [(0,)]
+        (delay,) = database.execute("SELECT min(visible_at) FROM messages").fetchone()
+    assert delay > time.monotonic() + 60  # nothing had been settled, so there was no estimate
+
+
+def test_once_returns_no_message_beyond_the_budget(queue: EmbeddedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run must settle all messages before it ends, and a dead letter that is replayed would not come back."""
+    monkeypatch.setattr("worker.runtime.budget.PATIENCE", 0.0)
+    nacks: list[object] = []
+    monkeypatch.setattr(queue, "nack", lambda *given: nacks.append(given))
+    queue.publish(b"product:%d" % number for number in range(30))
+
+    def slow(_messages: Sequence[Message]) -> list[Message]:
+        time.sleep(0.05)
+        return []
+
+    runner, pipeline = runner_for(queue, slow, max_in_flight=5)
+    runner.run(once=True)
+    assert len(processed(pipeline)) == 30
+    assert nacks == []
+
+
+def test_redelivery_of_a_message_in_flight_replaces_its_delivery(
+    queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread]
+) -> None:
+    """Pub/Sub pushes a message again after each ack deadline. The last request is the one to respond to."""
+    release = threading.Event()
+
+    def work(_messages: Sequence[Message]) -> list[Message]:
+        assert release.wait(60)
+        return []
+
+    first, *more = (FakeDelivery(b"a:1", id="m", attempt=number) for number in range(1, 6))
+    answers = iter([[first], more])
+    queue.receive = lambda *_: next(answers, [])  # type: ignore[method-assign,assignment]
+    acked: list[Any] = []
+    queue.ack = acked.extend  # type: ignore[method-assign,assignment]
+    runner, pipeline = runner_for(queue, work)
+    running(runner)
+    wait_for(lambda: [message.delivery for message in runner._in_flight.messages()] == [more[-1]])
+    release.set()
+    wait_for(lambda: runner.in_flight() == 0)
+    assert acked == [more[-1]]
+    assert len(pipeline.batches) == 1
 
 
 def test_pulling_continues_while_a_message_is_held_without_an_outage(
@@ -437,26 +521,75 @@ def test_once_waits_for_the_end_of_an_outage_up_to_max_wait(
     assert (again.body, again.attempt) == (b"a:2", 1)
 
 
-def test_hanging_loop_is_not_alive(
+def test_hanging_loop_is_stalled(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker in an outage and a stopped worker are alive, because a restart would not help."""
+    """A worker in an outage and a stopped worker are not stalled, because a restart would not help."""
     monkeypatch.setattr("worker.runtime.runner.STALL_TIMEOUT", 1.5)
-    queue.publish([b"a:1"])
-    runner, _ = runner_for(queue, holding(CircuitOpen("down", retry_after=60), threading.Event()))
+    services = Services()
+    services.down = "503"
+    runner, _ = runner_for(queue, services=services)
     thread = running(runner)
-    wait_for(lambda: runner.held() == 1)
-    time.sleep(2)
-    assert runner.is_alive()
+    runner._in_flight.wait_for_change(2.0)
+    assert runner.stall_reason() == ""
     assert not runner.is_stopping()
     release = threading.Event()
     runner._in_flight.wait_for_change = lambda _: release.wait(60)  # type: ignore[method-assign,assignment]
-    wait_for(lambda: not runner.is_alive())
+    wait_for(lambda: runner.stall_reason() == "the receive loop hangs")
     release.set()
     runner.stop()
     thread.join(60)
-    assert runner.is_alive()
+    assert runner.stall_reason() == ""
     assert runner.is_stopping()
+
+
+def test_hanging_lane_is_stalled(
+    queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit grows with the batch, because the messages of a large batch wait for rate limits one after another."""
+    monkeypatch.setattr("worker.runtime.lane.STALL_TIMEOUT", 0.1)
+    monkeypatch.setattr("worker.runtime.lane.STALL_PER_MESSAGE", 600.0)
+    release = threading.Event()
+
+    def work(_messages: Sequence[Message]) -> list[Message]:
+        assert release.wait(60)
+        return []
+
+    queue.publish([b"customer:1"])
+    runner, _ = runner_for(queue, work)
+    running(runner)
+    wait_for(lambda: sum(runner.batch_sizes()["profiles"]) == 1)
+    assert runner.stall_reason() == ""
+    monkeypatch.setattr("worker.runtime.lane.STALL_PER_MESSAGE", 0.1)
+    wait_for(runner.stall_reason)
+    assert "profiles-" in runner.stall_reason()
+    release.set()
+    wait_for(lambda: not runner.stall_reason())
+
+
+def test_dead_lane_is_stalled(queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread]) -> None:
+    """Its resources would never be processed."""
+    runner, _ = runner_for(queue)
+    assert runner.stall_reason() == ""  # not started
+    running(runner)
+    wait_for(runner.has_received)
+    lane = next(iter(runner._lanes))
+    lane.end()
+    wait_for(lambda: runner.stall_reason() == "events-1 has ended")
+
+
+def test_error_of_a_lane_outside_a_batch_ends_the_run(queue: EmbeddedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the messages of the lane would stay in flight, and no other lane would process them."""
+
+    def broken(_lane: Lane) -> list[Message]:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Lane, "_take_due", broken)
+    queue.publish([b"a:1"])
+    runner, _ = runner_for(queue)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        runner.run()
+    assert len(EmbeddedQueue(queue._path).receive(9, 0)) == 1
 
 
 def test_once_raises_refused_credentials(queue: EmbeddedQueue) -> None:
@@ -673,7 +806,7 @@ def test_batch_sizes_are_reported_by_lane_group(queue: EmbeddedQueue) -> None:
         return []
 
     runner, _ = runner_for(queue, work, lanes=2)
-    assert runner.batch_sizes() == {"events": [0, 0], "profiles": [0, 0], "catalog": [0, 0]}
+    assert runner.batch_sizes() == {"events": [0, 0], "profiles": [0, 0], "deletions": [0, 0], "catalog": [0, 0]}
     queue.publish([b"customer:1", b"product:1"])
     thread = threading.Thread(target=runner.run)
     thread.start()
@@ -682,6 +815,7 @@ def test_batch_sizes_are_reported_by_lane_group(queue: EmbeddedQueue) -> None:
         assert {name: sum(lanes) for name, lanes in runner.batch_sizes().items()} == {
             "events": 0,
             "profiles": 1,
+            "deletions": 0,
             "catalog": 1,
         }
         release.set()

@@ -53,7 +53,9 @@ class Backfill:
         self._send = print_instead if dry_run else components.sender.send
         queue = RecordQueue(self._pages, selection, telemetry, limit)
         pipeline = Pipeline(queue, components.enricher.enrich, self._send_marked, components.mapping, telemetry)
-        self._runner = Runner(queue, pipeline, _limit_batch(settings, selection), telemetry, components.stopping)
+        self._runner = Runner(
+            queue, pipeline, components, _limit_batch(settings, selection), telemetry, components.stopping
+        )
 
     def run(self, status_line: StatusLine) -> Rate:
         """Process records until none remain or `stop` is called. The checkpoint is saved in either case.

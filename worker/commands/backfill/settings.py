@@ -25,7 +25,6 @@ class BackfillSettings(Settings):
     lanes: int = _override(
         "lanes",
         2,
-        "Number of lanes for events, for profiles and for the catalog each; fewer lanes have larger batches",
+        "Number of lanes per effect; fewer lanes have larger batches",
     )
     max_batch: int = _override("max_batch", 1_000)
-    max_in_flight: int = _override("max_in_flight", 4_000, "Maximum number of messages in flight; an order has several")

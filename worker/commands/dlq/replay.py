@@ -220,7 +220,7 @@ class Replay:
         )
         send = print_instead if options.dry_run else components.sender.send
         pipeline = Pipeline(self.queue, components.enricher.enrich, send, components.mapping, self.stats)
-        self._runner = Runner(self.queue, pipeline, settings, self.stats, components.stopping)
+        self._runner = Runner(self.queue, pipeline, components, settings, self.stats, components.stopping)
 
     def run(self) -> None:
         """Replay the selected dead letters. Raises the errors of `Runner.run`."""

@@ -1,0 +1,68 @@
+"""The budget of an effect: how many messages, and how many bytes of them, can be in flight."""
+
+from __future__ import annotations
+
+from collections import deque
+
+REFILL_SHARE = 0.9  # of the budget; a budget that was full counts as full until less than this is in use
+PATIENCE = 5.0  # seconds for which pulling waits for an effect whose budget is full
+SLOW = 10.0  # settled messages per second; after PATIENCE, pulling no longer waits for an effect that is slower
+
+
+class Budget:
+    """The messages of one effect that are in flight, and their limits. All times are monotonic seconds.
+
+    Pulling pauses while a budget is full, because the next message can belong to the effect. It does not pause for an
+    effect that is slow, because of a rate limit or an outage: otherwise the other effects would wait for it. The
+    messages of a slow effect that are beyond its budget go back to the queue, each until it is probably its turn.
+    """
+
+    def __init__(self, max_messages: int, max_bytes: int, max_delay: float) -> None:
+        self._max_messages = max_messages
+        self._max_bytes = max_bytes
+        self._max_delay = max_delay
+        self._messages = 0
+        self._bytes = 0
+        self._full_since: float | None = None
+        self._settled = 0  # messages since `_full_since`
+        self._returned: deque[float] = deque()  # when the queue redelivers each message beyond the budget
+
+    @property
+    def room(self) -> int:
+        """Return the number of messages that are within the budget. The last one can exceed the limit of bytes."""
+        return max(self._max_messages - self._messages, 0) if self._bytes < self._max_bytes else 0
+
+    def add(self, size: int, now: float) -> None:
+        """Count a message of `size` bytes."""
+        self._messages += 1
+        self._bytes += size
+        if not self.room and self._full_since is None:
+            self._full_since, self._settled = now, 0
+
+    def remove(self, size: int) -> None:
+        """Count a message of `size` bytes as settled."""
+        self._messages -= 1
+        self._bytes -= size
+        self._settled += 1
+        if self._messages < REFILL_SHARE * self._max_messages and self._bytes < REFILL_SHARE * self._max_bytes:
+            self._full_since = None
+
+    def is_slow(self, now: float) -> bool:
+        """Return whether pulling must not wait until the budget has room."""
+        elapsed = now - self._full_since if self._full_since is not None else 0.0
+        return elapsed >= PATIENCE and self._settled < SLOW * elapsed
+
+    def return_delay(self, messages: int, now: float) -> float:
+        """Return the seconds for which messages beyond the budget must go back to the queue.
+
+        That is the time until the effect has settled as many messages as were returned before and are not redelivered
+        yet, at the rate since its budget was full. It is at most `max_delay`.
+        """
+        while self._returned and self._returned[0] <= now:
+            self._returned.popleft()
+        ahead = len(self._returned) + messages
+        elapsed = now - self._full_since if self._full_since is not None else 0.0
+        is_moving = self._settled * self._max_delay > ahead * elapsed
+        delay = max(ahead * elapsed / self._settled, 1.0) if is_moving else self._max_delay
+        self._returned.extend([now + delay] * messages)
+        return delay
