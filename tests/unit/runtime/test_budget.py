@@ -1,0 +1,77 @@
+"""The budget of an effect: pulling waits for a fast effect, and does not wait for a slow one."""
+
+from __future__ import annotations
+
+import pytest
+
+from worker.runtime.budget import PATIENCE, Budget
+
+MAX_DELAY = 1800.0
+
+
+def full_budget(messages: int = 100) -> Budget:
+    """Return a budget that was full at time 0."""
+    budget = Budget(messages, 10**6, MAX_DELAY)
+    for _ in range(messages):
+        budget.add(10, 0.0)
+    return budget
+
+
+def test_room_is_limited_by_messages_and_by_bytes() -> None:
+    """The message that exceeds the bytes is accepted, because a message can be larger than the limit."""
+    budget = Budget(3, 100, MAX_DELAY)
+    budget.add(10, 0.0)
+    assert budget.room == 2
+    budget.add(500, 0.0)
+    assert budget.room == 0
+    budget.remove(500)
+    budget.add(10, 0.0)
+    budget.add(10, 0.0)
+    assert budget.room == 0
+
+
+def test_effect_is_slow_if_its_budget_stays_full() -> None:
+    """Pulling waits for PATIENCE before that, so that no message goes back during a short backlog."""
+    budget = full_budget()
+    assert not budget.is_slow(PATIENCE - 0.1)
+    assert budget.is_slow(PATIENCE)
+
+
+def test_effect_that_settles_many_messages_is_not_slow() -> None:
+    """Its budget is full because there is a backlog, and pulling waits until it has room."""
+    budget = full_budget()
+    for _ in range(100):
+        budget.remove(10)
+        budget.add(10, 1.0)
+    assert not budget.is_slow(PATIENCE)
+    assert budget.is_slow(PATIENCE * 10)
+
+
+def test_single_settled_message_does_not_end_slowness() -> None:
+    """With 60 deletions a minute, the budget has room once a second. Pulling must still not wait for it."""
+    budget = full_budget()
+    budget.remove(10)
+    assert (budget.room, budget.is_slow(PATIENCE)) == (1, True)
+    for _ in range(10):
+        budget.remove(10)
+    assert not budget.is_slow(PATIENCE)
+
+
+def test_messages_beyond_the_budget_come_back_when_it_is_their_turn() -> None:
+    """The delay follows from the rate of the effect and from the messages that were returned before."""
+    budget = full_budget()
+    for _ in range(9):
+        budget.remove(10)
+    now = 9.0  # a message per second
+    assert budget.return_delay(50, now) == pytest.approx(50)
+    assert budget.return_delay(50, now) == pytest.approx(100)
+    assert budget.return_delay(1, 900.0) == pytest.approx(100)  # the others have come back; the rate is 1/100
+
+
+@pytest.mark.parametrize(("settled", "delay"), [(0, MAX_DELAY), (1, MAX_DELAY), (9, 1.0)])
+def test_delay_is_limited(settled: int, delay: float) -> None:
+    """During an outage nothing is settled, so the delay is the maximum."""
+    budget = full_budget()
+    for _ in range(settled):
+        budget.remove(10)
+    assert budget.return_delay(1, 10_000.0 if settled == 1 else 0.1) == delay
