@@ -312,6 +312,7 @@ def test_pulling_pauses_while_a_service_is_down(
     """No message could be processed. The messages stay in the queue and use up no attempt."""
     services = Services()
     services.down = "503 to POST a.klaviyo.com/api/events"
+    caplog.set_level("INFO", "klaviyo_worker")
     runner, pipeline = runner_for(queue, services=services)
     running(runner)
     queue.publish([b"a:1", b"b:2"])
