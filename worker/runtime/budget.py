@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 
 REFILL_SHARE = 0.9  # of the budget; a budget that was full counts as full until less than this is in use
-PATIENCE = 5.0  # seconds for which pulling waits for an effect whose budget is full
-SLOW = 10.0  # settled messages per second; after PATIENCE, pulling no longer waits for an effect that is slower
+FULL_TIMEOUT = 5.0  # seconds for which pulling waits for an effect whose budget is full
+SLOW = 10.0  # settled messages per second; after FULL_TIMEOUT, pulling no longer waits for an effect that is slower
 
 
 class Budget:
@@ -50,7 +50,7 @@ class Budget:
     def is_slow(self, now: float) -> bool:
         """Return whether pulling must not wait until the budget has room."""
         elapsed = now - self._full_since if self._full_since is not None else 0.0
-        return elapsed >= PATIENCE and self._settled < SLOW * elapsed
+        return elapsed >= FULL_TIMEOUT and self._settled < SLOW * elapsed
 
     def return_delay(self, messages: int, now: float) -> float:
         """Return the seconds for which messages beyond the budget must go back to the queue.

@@ -15,7 +15,7 @@ INTERVAL = 10.0  # seconds between two questions during an outage
 
 
 class Service(Protocol):
-    """What this module asks the client of a service."""
+    """The questions to the client of a service."""
 
     def outage_reason(self) -> str:
         """Return why an endpoint has an outage, or "" if none has."""

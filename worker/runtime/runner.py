@@ -39,7 +39,7 @@ class ShutdownTimeoutError(Exception):
 
 
 class Services(Protocol):
-    """What the runner asks the clients of commercetools and Klaviyo."""
+    """The questions of the runner to the clients of commercetools and Klaviyo."""
 
     def refusal_reason(self) -> str:
         """Return why a service refuses the worker, or "" if both accept it."""

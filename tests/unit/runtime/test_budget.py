@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.runtime.budget import PATIENCE, Budget
+from worker.runtime.budget import FULL_TIMEOUT, Budget
 
 MAX_DELAY = 1800.0
 
@@ -31,10 +31,10 @@ def test_room_is_limited_by_messages_and_by_bytes() -> None:
 
 
 def test_effect_is_slow_if_its_budget_stays_full() -> None:
-    """Pulling waits for PATIENCE before that, so that no message goes back during a short backlog."""
+    """Pulling waits for FULL_TIMEOUT before that, so that no message goes back during a short backlog."""
     budget = full_budget()
-    assert not budget.is_slow(PATIENCE - 0.1)
-    assert budget.is_slow(PATIENCE)
+    assert not budget.is_slow(FULL_TIMEOUT - 0.1)
+    assert budget.is_slow(FULL_TIMEOUT)
 
 
 def test_effect_that_settles_many_messages_is_not_slow() -> None:
@@ -43,18 +43,18 @@ def test_effect_that_settles_many_messages_is_not_slow() -> None:
     for _ in range(100):
         budget.remove(10)
         budget.add(10, 1.0)
-    assert not budget.is_slow(PATIENCE)
-    assert budget.is_slow(PATIENCE * 10)
+    assert not budget.is_slow(FULL_TIMEOUT)
+    assert budget.is_slow(FULL_TIMEOUT * 10)
 
 
 def test_single_settled_message_does_not_end_slowness() -> None:
     """With 60 deletions a minute, the budget has room once a second. Pulling must still not wait for it."""
     budget = full_budget()
     budget.remove(10)
-    assert (budget.room, budget.is_slow(PATIENCE)) == (1, True)
+    assert (budget.room, budget.is_slow(FULL_TIMEOUT)) == (1, True)
     for _ in range(10):
         budget.remove(10)
-    assert not budget.is_slow(PATIENCE)
+    assert not budget.is_slow(FULL_TIMEOUT)
 
 
 def test_messages_beyond_the_budget_come_back_when_it_is_their_turn() -> None:
