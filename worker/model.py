@@ -56,7 +56,7 @@ class Enriched:
 
 
 class Effect(Enum):
-    """The part of Klaviyo that a message changes. Each effect has its own lanes, request threads and budget of messages.
+    """The part of Klaviyo that a message changes. Each effect has its own lanes, threads and budget of messages.
 
     So no effect waits for the rate limits or the outage of another one. The value is the name in logs and metrics.
     """
