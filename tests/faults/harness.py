@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from tests.acceptance.conftest import NOT_MEASURED, Worker
@@ -22,7 +26,6 @@ from worker.sandbox.notifications import bare, message, sns
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from tests.rigs.base import Rig
     from worker.sandbox.server import Server
@@ -52,7 +55,8 @@ class Scenario:
 
     `rejected_orders`: the orders that Klaviyo always rejects. `orders_are_new`: orders are not readable yet when their
     messages arrive. `no_extra_attempts`: the queues on which every message must need one delivery only. `kills`:
-    workers are killed. `size`: the number of good messages, if it matters.
+    workers are killed. `size`: the number of good messages, if it matters. `bombs`: bad messages that cost much.
+    `memory_limit`: bytes; a worker that uses more is killed, like by the kernel in a pod.
     """
 
     name: str
@@ -63,6 +67,8 @@ class Scenario:
     kills: bool = False
     queues: Sequence[str] = tuple(RIGS)
     size: int = 0
+    bombs: Sequence[bytes] = ()
+    memory_limit: float = math.inf
     sandbox: Mapping[str, Any] = field(default_factory=dict)
     job_seconds: float = 0.0  # duration of Klaviyo's bulk jobs
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -112,6 +118,7 @@ class ScenarioDriver:
         self.queue = queue
         self._directory = directory
         self._settings = SETTINGS | dict(scenario.settings)
+        self._memory_limit = scenario.memory_limit
         self._running: list[subprocess.Popen[bytes]] = []
         self.logs: list[Path] = []
         self._failing: dict[str, int] = {}  # by service: faults triggered before it started to fail
@@ -121,6 +128,7 @@ class ScenarioDriver:
         self.bad = [
             *_poison_messages(sandbox),
             *self.workload.remove(f"order-{number}" for number in scenario.rejected_orders),
+            *(Sent(f"bomb {number}", body, frozenset()) for number, body in enumerate(scenario.bombs)),
         ]
         self.messages = [*self.workload.messages, *self.bad]
         self.random.shuffle(self.messages)
@@ -138,7 +146,10 @@ class ScenarioDriver:
         directory = self._directory / f"worker-{len(self.logs) + 1}"
         directory.mkdir(parents=True)
         worker = Worker(self.sandbox.environment | self.queue.environment | self._settings | settings, directory)
-        self._running.append(worker.start("run"))
+        process = worker.start("run")
+        if self._memory_limit < math.inf:
+            Thread(target=_kill_beyond, args=(process, self._memory_limit), daemon=True).start()
+        self._running.append(process)
         self.logs.append(worker.log)
 
     def wait_until_started(self) -> None:
@@ -303,6 +314,24 @@ def run(scenario: Scenario, name: str, queue: Rig, directory: Path, size: int) -
             return driver.measure(scenario.name, name)
         finally:
             driver.clean_up()
+
+
+def _kill_beyond(process: subprocess.Popen[bytes], memory_limit: float) -> None:
+    """Kill a process when its memory has exceeded the limit. Return when it has ended."""
+    while process.poll() is None:
+        if _peak_memory(process.pid) > memory_limit:
+            process.kill()
+        time.sleep(0.02)
+
+
+def _peak_memory(pid: int) -> float:
+    """Return the highest number of bytes of memory that a process has used so far; 0 if it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0.0
 
 
 def _join_names(names: Sequence[str]) -> str:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import orjson
+
 from tests.faults.harness import Scenario
 from worker.sandbox import Fault
 
@@ -33,6 +35,7 @@ CHALLENGE = _permanent_fault(status=403, body=_HTML_PAGE, headers=_HTML_HEADERS)
 NOT_JSON = _permanent_fault(status=200, body=_HTML_PAGE, headers=_HTML_HEADERS)
 REJECTED_KEY = _permanent_fault(status=401)
 REJECTED_TOKEN = _permanent_fault(status=401, match=_CT_API)
+_LETHAL = _permanent_fault(action="hang", seconds=HANG_SECONDS, contains=b'"order-7"')
 _SHORT_TIMEOUT = {"KLAVIYO_WORKER_READ_TIMEOUT": "0.5"}
 _FEW_REQUESTS = {"KLAVIYO_WORKER_MAX_REQUESTS": "2"}
 # Google's emulator ignores flow control. Messages that a stopped worker has not read stay leased for a minute.
@@ -170,6 +173,23 @@ def _one_of_two_killed(driver: ScenarioDriver) -> None:
     driver.kill()
 
 
+def _ending_its_workers(driver: ScenarioDriver) -> None:
+    driver.publish()
+    for _ in range(3):
+        driver.fail("klaviyo", _LETHAL)
+        driver.start()
+        driver.wait_until_fault_met()
+        driver.kill()
+        driver.restore("klaviyo")
+    driver.start()
+
+
+def _bomb(name: str, lines: list[dict[str, str]], kind: str = "OrderCreated") -> bytes:
+    order = {"id": name, "customerEmail": "eve@example.com", "lineItems": lines}
+    resource = {"typeId": "order", "id": name}
+    return orjson.dumps({"notificationType": "Message", "type": kind, "resource": resource, "order": order})
+
+
 def _klaviyo(name: str, fault: Fault, seconds: float = 2.0) -> Scenario:
     return Scenario(f"Klaviyo: {name}", outage("klaviyo", faults=(fault,), seconds=seconds))
 
@@ -181,6 +201,13 @@ def _with_jobs(scenario: Scenario) -> Scenario:
 def _commercetools(name: str, fault: Fault) -> Scenario:
     return Scenario(f"commercetools: {name}", outage("commercetools", faults=(fault,)))
 
+
+# Without the budget of a message, each of the orders with lines takes more memory than the limit.
+_BOMBS = (
+    *(_bomb(f"bomb-{number}", [{"id": f"{number}-{line:x}"} for line in range(70_000)]) for number in range(3)),
+    *(_bomb(f"empty-{number}", [{}] * 300_000) for number in range(2)),
+    _bomb("long", [], kind="T" * 900_000),
+)
 
 SCENARIOS = (
     Scenario("no faults", no_faults),
@@ -230,11 +257,18 @@ SCENARIOS = (
         settings=_FEW_REQUESTS | _LARGE_IN_FLIGHT,
     ),
     Scenario("worker: SIGTERM in an outage", _terminated_in_an_outage, no_extra_attempts=(), settings=_LARGE_IN_FLIGHT),
+    Scenario("worker: a message ends three workers", _ending_its_workers, no_extra_attempts=(), kills=True),
     _with_jobs(Scenario("worker: kill -9 while bulk jobs are under way", _killed, no_extra_attempts=(), kills=True)),
     Scenario("worker: two workers", _two_workers, settings=_SHARED_QUEUE),
+    Scenario(
+        "worker: bombs under a memory limit of 512 MB",
+        no_faults,
+        bombs=_BOMBS,
+        memory_limit=512e6,
+        queues=("embedded", "pubsub"),  # the others accept less than 1 MB in a batch
+    ),
     Scenario("worker: one of two killed", _one_of_two_killed, no_extra_attempts=(), kills=True, settings=_SHARED_QUEUE),
 )
-
 
 _FAULTS = {
     "429": THROTTLED,

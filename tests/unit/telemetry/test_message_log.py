@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import pytest
 
 from tests.conftest import FakeDelivery
+from worker.budget import MAX_PATHS, MORE
 from worker.errors import Disposition, Ignored, Rejected, StaleWrite, Transient
 from worker.model import Message, Notification, Operation, OperationKind, Outcome
 from worker.telemetry.log import configure_logging, log
@@ -54,6 +55,17 @@ def test_every_message_has_one_canonical_line(outcome: Outcome, operations: int,
     )
     assert line["truncated"] == (["Items"] if operations else None)
     assert telemetry.outcomes == {name: 1}
+
+
+def test_names_of_truncated_properties_are_bounded() -> None:
+    """A message with a thousand operations has a short line, too. `…` says that it does not name all paths."""
+    stream = io.StringIO()
+    configure_logging("INFO", "json", stream)
+    done = message(Outcome(Disposition.ACK, "send"))
+    names = [f"p{number:03}" for number in range(1_000)]
+    done.operations = [Operation(OperationKind.CREATE_EVENT, name, truncated=[name, MORE]) for name in names]
+    Telemetry(Metrics("embedded")).record_settled([done])
+    assert json.loads(stream.getvalue())["truncated"] == [*names[:MAX_PATHS], MORE]
 
 
 def test_returned_message_has_outcome_returned() -> None:
