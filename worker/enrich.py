@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 from worker.budget import check_lines, check_lookups
 from worker.commercetools import queries
-from worker.errors import Misconfigured, Rejected, Transient, WorkerError
-from worker.json_access import MAX_ID_LENGTH, as_dict, as_dicts, as_int, as_text, parse_time, pick_ids, unique
+from worker.errors import Misconfigured, Rejected, WorkerError
+from worker.json_access import MAX_ID_LENGTH, as_dict, as_dicts, as_text, pick_ids, unique
 from worker.model import Enriched, Json, Notification
+from worker.versions import reports_absence, version_of
 
 if TYPE_CHECKING:
     from worker.mapping import MappingConfig
-
-READ_LAG = 5.0  # seconds after a change in which commercetools can still return the previous state
+    from worker.model import ResourceKey
 
 Lookup = tuple[queries.Query, Iterable[str]]
 Plan = Generator[Sequence[Lookup], None, Enriched]
@@ -41,17 +41,15 @@ class Enricher:
         reader: queries.Reader,
         mapping: MappingConfig,
         *,
-        read_lag: float = READ_LAG,
         now: Callable[[], datetime] = _utc_now,
     ) -> None:
         self._reader = reader
         self._mapping = mapping
-        self._read_lag = read_lag
         self._now = now
 
     def enrich(self, notifications: Sequence[Notification]) -> list[Result]:
         """Return, for each notification in order, the notification with its data or the error that prevented it."""
-        context = _PlanContext(self._mapping, self._read_lag)
+        context = _PlanContext(self._mapping)
         now = self._now()
         plans = [PLANS[n.resource_type](Enriched(n, now), context) for n in notifications]
         results: list[Result | None] = [None] * len(plans)
@@ -86,11 +84,10 @@ def _advance(plan: Plan, lookups: dict[queries.Query, set[str]]) -> Result | Non
 
 
 class _PlanContext:
-    """Data that the plans of a batch share: the results fetched so far, the mapping and the read lag."""
+    """Data that the plans of a batch share: the results fetched so far, and the mapping."""
 
-    def __init__(self, mapping: MappingConfig, read_lag: float) -> None:
+    def __init__(self, mapping: MappingConfig) -> None:
         self.mapping = mapping
-        self.read_lag = read_lag
         self._results: dict[queries.Query, queries.QueryResult] = defaultdict(dict)
 
     def missing(self, query: queries.Query, values: set[str]) -> set[str]:
@@ -124,7 +121,8 @@ def _order_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     order = notification.payload.get("order")
     if not isinstance(order, dict):
         yield [(queries.ORDERS, [notification.resource_id])]
-        order = _main_resource(queries.ORDERS, enriched, context)
+        order = context.get(queries.ORDERS, notification.resource_id)
+        enriched = _with_version(enriched, order)
     return (yield from _order_data_plan(replace(enriched, order=order), context))
 
 
@@ -133,13 +131,15 @@ def _payment_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     notification = enriched.notification
     payment_id = notification.resource_id
     yield [(queries.PAYMENTS, [payment_id]), (queries.ORDERS_BY_PAYMENT, [payment_id])]
-    payment = _main_resource(queries.PAYMENTS, enriched, context)
+    payment = context.get(queries.PAYMENTS, payment_id)
     orders = context.get_all(queries.ORDERS_BY_PAYMENT, payment_id)
     order = min(orders, key=lambda order: as_text(order.get("createdAt")), default=None)
     customer_id = "" if order else as_text(as_dict(as_dict(payment).get("customer")).get("id"))
     yield [(queries.CUSTOMERS, [customer_id])]
     customer = context.get_optional(queries.CUSTOMERS, customer_id)
-    enriched = replace(enriched, payment=payment, order=order, customer=customer)
+    enriched = _with_version(replace(enriched, payment=payment, order=order, customer=customer), payment)
+    if payment is not None and order is None:
+        enriched = replace(enriched, missing="order of the payment")
     return (yield from _order_data_plan(enriched, context))
 
 
@@ -172,7 +172,8 @@ def _order_data_plan(enriched: Enriched, context: _PlanContext) -> Plan:
 def _customer_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     notification = enriched.notification
     yield [(queries.CUSTOMERS, [notification.resource_id])]
-    return replace(enriched, customer=_main_resource(queries.CUSTOMERS, enriched, context))
+    customer = context.get(queries.CUSTOMERS, notification.resource_id)
+    return _with_version(replace(enriched, customer=customer), customer)
 
 
 def _category_plan(enriched: Enriched, context: _PlanContext) -> Plan:
@@ -183,28 +184,31 @@ def _category_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     if notification.type == "ResourceUpdated" and max_descendants:
         lookups.append((queries.DESCENDANTS, [notification.resource_id]))
     yield lookups
-    category = _main_resource(queries.CATEGORIES, enriched, context)
+    category = context.get(queries.CATEGORIES, notification.resource_id)
     descendants = context.get_all(queries.DESCENDANTS, notification.resource_id)[:max_descendants]
     ancestors = [pick_ids(entry.get("ancestors")) for entry in (as_dict(category), *descendants)]
     categories = yield from _categories(queries.CATEGORIES, ancestors, context)
-    return replace(enriched, category=category, descendants=descendants, categories=categories)
+    enriched = replace(enriched, category=category, descendants=descendants, categories=categories)
+    return _with_version(enriched, category, category=[*descendants, *categories.values()])
 
 
 def _product_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     notification = enriched.notification
     yield [(queries.PRODUCTS, [notification.resource_id])]
-    product = _main_resource(queries.PRODUCTS, enriched, context)
-    return (yield from _product_data_plan(replace(enriched, product=product), context))
+    product = context.get(queries.PRODUCTS, notification.resource_id)
+    enriched = yield from _product_data_plan(replace(enriched, product=product), context)
+    entries = [entry for entries in enriched.inventory.values() for entry in entries]
+    return _with_version(enriched, product, **{"inventory-entry": entries})
 
 
 def _inventory_entry_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     notification = enriched.notification
     yield [(queries.INVENTORY, [notification.resource_id])]
-    entry = _main_resource(queries.INVENTORY, enriched, context)
+    entry = context.get(queries.INVENTORY, notification.resource_id)
     sku = as_text(as_dict(entry).get("sku"))
     yield [(queries.PRODUCTS_BY_SKU, [sku])]
     product = context.get_optional(queries.PRODUCTS_BY_SKU, sku)
-    enriched = replace(enriched, inventory_entry=entry, product=product)
+    enriched = _with_version(replace(enriched, inventory_entry=entry, product=product), entry)
     return (yield from _product_data_plan(enriched, context))
 
 
@@ -245,31 +249,16 @@ PLANS: dict[str, Callable[[Enriched, _PlanContext], Plan]] = defaultdict(
 )
 
 
-def _main_resource(query: queries.Query, enriched: Enriched, context: _PlanContext) -> Json | None:
-    """Return the notification's resource, or None if commercetools does not have it.
-
-    commercetools can send a notification before its API returns the change. Raises Transient if the change is younger
-    than the read lag and the resource does not show it yet.
-    """
+def _with_version(enriched: Enriched, resource: Json | None, **others: Iterable[Json]) -> Enriched:
+    """Add the versions of the notification's resource and of `others` (by type), or that the resource is missing."""
     notification = enriched.notification
-    resource = context.get(query, notification.resource_id)
-    changed_at = parse_time(notification.time)
-    age = (enriched.as_of - changed_at).total_seconds() if changed_at else context.read_lag
-    if age < context.read_lag and _is_stale(resource, notification):
-        wait = min(context.read_lag - age, context.read_lag)
-        raise Transient(f"commercetools does not show the {notification.resource_type}'s change yet", wait)
-    return resource
-
-
-def _is_stale(resource: Json | None, notification: Notification) -> bool:
-    """Return whether the resource does not show the notification's change."""
-    if resource is None:
-        return not notification.type.endswith(("Deleted", "Unpublished"))
-    # A Message's own version is always 1; https://docs.commercetools.com/api/projects/messages
-    version = "resourceVersion" if notification.payload.get("notificationType") == "Message" else "version"
-    notified = as_int(notification.payload.get(version))
-    current = as_int(resource.get("version"))
-    return notified is not None and current is not None and current < notified
+    versions: dict[ResourceKey, int | None] = {
+        (kind, as_text(other.get("id"))): version_of(other) for kind, found in others.items() for other in found
+    }
+    key = notification.resource_type, notification.resource_id
+    versions[key] = None if resource is None else version_of(resource)
+    is_missing = resource is None and not reports_absence(notification)
+    return replace(enriched, versions=versions, missing=notification.resource_type if is_missing else "")
 
 
 def _categories(

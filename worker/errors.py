@@ -3,7 +3,10 @@
 WorkerError                          nack         a defect: retrying in this process would not help
 ├── Transient                        hold         failed temporarily, can succeed later
 │   ├── Throttled                    wait         answered with 429, or the rate limit is used up
-│   ├── StaleWrite                                written late: the current state must be read again
+│   ├── StaleRead                                 commercetools shows an older version than one that exists
+│   ├── NotShownYet                  wait         commercetools does not show a new resource yet
+│   ├── StateChanged                 wait         changed in commercetools each time that it was written
+│   ├── JobUnfinished                wait         a bulk job has started and can still write
 │   ├── CircuitOpen                               not sent, because the endpoint keeps failing
 │   ├── EndpointRefused              wait         one endpoint refuses the worker; the service accepts it
 │   └── RequestBlocked                            this request is refused; the endpoint answers others
@@ -35,7 +38,7 @@ class Disposition(Enum):
     NACK = "nack"
     DEAD_LETTER = "dead_letter"
     HOLD = "hold"  # an outage: retry, but nack the message after KLAVIYO_WORKER_OUTAGE_HOLD seconds
-    WAIT = "wait"  # for a rate limit, or for a refused endpoint: retry without a time limit
+    WAIT = "wait"  # the wait ends by itself or needs an operator, as for a rate limit: retry without a time limit
     PARK = "park"  # credentials or permissions are refused: retry without a time limit, and stop pulling
 
 
@@ -98,8 +101,29 @@ class Throttled(Transient):
     disposition = Disposition.WAIT
 
 
-class StaleWrite(Transient):
-    """The write succeeded, but so long after commercetools was read that it may have overwritten a newer state."""
+class StaleRead(Transient):
+    """commercetools shows an older version of a resource than one that is known to exist."""
+
+
+class NotShownYet(Transient):
+    """commercetools does not show a resource that should exist. The wait has its own limit: see versions.READ_LAG."""
+
+    disposition = Disposition.WAIT
+
+
+class StateChanged(Transient):
+    """The state was written, but changed in commercetools each time before the write had ended."""
+
+    disposition = Disposition.WAIT
+
+
+class JobUnfinished(Transient):
+    """A bulk job of Klaviyo has started, or has possibly started, and can still write.
+
+    For `retry_after` seconds no worker must process the message: the job would overwrite what it writes.
+    """
+
+    disposition = Disposition.WAIT
 
 
 class CircuitOpen(Transient):
@@ -175,7 +199,15 @@ class KlaviyoMisconfigured(Misconfigured):
 
 
 class Ignored(Exception):
-    """There is nothing to do for the message. The error text is the reason."""
+    """There is nothing to do for the message. The error text is the reason.
+
+    `if_written` is the reason to dead-letter the message instead, if it has possibly written something before; "" if
+    that does no harm.
+    """
+
+    def __init__(self, reason: str, *, if_written: str = "") -> None:
+        super().__init__(reason)
+        self.if_written = if_written
 
 
 class SettingsError(Exception):

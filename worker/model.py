@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from worker.errors import WorkerError
 
 Json = dict[str, Any]
+ResourceKey = tuple[str, str]  # type and id of a commercetools resource
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,9 @@ class Notification:
 class Enriched:
     """A notification with the commercetools data that its handler needs.
 
-    A resource is None if commercetools does not have it or the handler does not need it.
+    A resource is None if commercetools does not have it or the handler does not need it. `versions` has the version of
+    every resource whose state the handler writes, None if commercetools does not show it. `missing` names the resource
+    that should exist but that commercetools does not show; "" if there is none.
     """
 
     notification: Notification
@@ -53,6 +56,8 @@ class Enriched:
     product_categories: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)  # product -> ids
     categories: Mapping[str, Json] = field(default_factory=dict, repr=False)  # id -> category, including ancestors
     discount_codes: Mapping[str, str] = field(default_factory=dict, repr=False)  # id -> code
+    versions: Mapping[ResourceKey, int | None] = field(default_factory=dict, repr=False)
+    missing: str = ""
 
 
 class Effect(Enum):
@@ -157,7 +162,9 @@ class Message:
     requests: int = 0  # sent to Klaviyo for this message; a bulk request counts for every message in it
     retries: int = 0  # in this process
     times_blocked: int = 0  # in a row (see errors.RequestBlocked)
-    last_sent: Sequence[Operation] = ()  # operations that are in Klaviyo, but possibly stale (see errors.StaleWrite)
+    known_versions: Mapping[ResourceKey, int] = field(default_factory=dict)  # the latest that are known to exist
+    written_versions: Mapping[ResourceKey, int | None] | None = None  # of the state in Klaviyo; None if it is unknown
+    not_before: float = 0.0  # when a worker can process the message again: see errors.JobUnfinished
     failed_at: float = 0.0  # when processing first failed in this process
     due_at: float = 0.0  # when to retry; 0 if the message was never held
 

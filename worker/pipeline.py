@@ -12,17 +12,26 @@ import time
 import traceback
 from collections import defaultdict
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from adapters.base import Failure
-from worker.errors import Disposition, Ignored, Rejected, RequestBlocked, StaleWrite, WorkerError
+from worker.errors import (
+    Disposition,
+    Ignored,
+    JobUnfinished,
+    Rejected,
+    RequestBlocked,
+    StateChanged,
+    Transient,
+    WorkerError,
+)
 from worker.model import Message, OperationKind, Outcome, SendResult
 from worker.parse import parse
 from worker.telemetry.log import log
 from worker.transform import handler_for, transform
+from worker.versions import check_reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,7 +42,7 @@ if TYPE_CHECKING:
     from worker.telemetry.message_log import Telemetry
 
 FIRST_DELAY, MAX_DELAY = 2.0, 600.0  # seconds before a nacked message is redelivered
-STALE_AFTER = 2.0  # seconds; a write that ends later than this after its data was read is possibly stale
+MAX_READINGS = 4  # of a state that changes while it is written, before its message is held
 _STATE_WRITES = frozenset(OperationKind) - {OperationKind.CREATE_EVENT, OperationKind.DELETE_PROFILE}
 MAX_TIMES_BLOCKED = (
     5  # times in a row that a message is blocked before it is dead-lettered; the backoff is 15 s in total
@@ -76,28 +85,39 @@ class Pipeline:
         return message
 
     def process(self, messages: Sequence[Message]) -> list[Message]:
-        """Process a batch in all stages and settle it. Return the messages that must be held and processed again."""
-        for message in messages:
-            if message.is_held:
-                message.outcome = None
-                message.operations = ()
-        for name, stage in (("enrich", self._enrich), ("transform", self._transform), ("send", self._send)):
-            with self._telemetry.time_stage(name):
-                stage([message for message in messages if message.outcome is None])
+        """Process a batch in all stages and settle it. Return the messages that must be held and processed again.
+
+        A state that was written is read again. If it has changed, this reading is the input of the next round.
+        """
+        _reset_held(messages)
+        pending = [message for message in messages if message.outcome is None]
+        for _ in range(MAX_READINGS):
+            if pending:
+                self._run_stages(pending)
+            pending = [message for message in pending if message.outcome is None]
+        for message in pending:
+            changing = StateChanged("commercetools changed the state again while it was written")
+            message.outcome = _failure_outcome(message, "send", changing)
         self._telemetry.record_processed(messages)
         self._settle([message for message in messages if not message.is_held])
         return [message for message in messages if message.is_held]
+
+    def _run_stages(self, messages: Sequence[Message]) -> None:
+        for name, stage in (("enrich", self._enrich), ("transform", self._transform), ("send", self._send)):
+            with self._telemetry.time_stage(name):
+                stage([message for message in messages if message.outcome is None])
 
     def nack_held(self, messages: Sequence[Message], delay: float) -> None:
         """Nack messages that were held too long. The queue redelivers them after at least `delay` seconds."""
         for message in messages:
             assert message.outcome is not None
-            delay_of_message = max(delay, _nack_delay(message))
+            delay_of_message = max(delay, _nack_delay(message), message.not_before - time.monotonic())
             message.outcome = replace(message.outcome, disposition=Disposition.NACK, delay=delay_of_message)
         self._settle(messages)
 
     def _enrich(self, messages: Sequence[Message]) -> None:
         notifications = [message.notification for message in messages if message.notification is not None]
+        read_at = time.monotonic()
         try:
             results = self._enrich_all(notifications)
         except Exception as defect:  # noqa: BLE001 - a defect must not lose the batch
@@ -107,6 +127,7 @@ class Pipeline:
                 message.outcome = _failure_outcome(message, "enrich", result)
             else:
                 message.enriched = result
+                _judge_reading(message, read_at)
 
     def _transform(self, messages: Sequence[Message]) -> None:
         for message in messages:
@@ -115,7 +136,7 @@ class Pipeline:
     def _send(self, messages: Sequence[Message]) -> None:
         operations = [operation for message in messages for operation in message.operations]
         for message in messages:
-            message.last_sent = ()  # this send can change Klaviyo even if it fails
+            message.written_versions = None  # this send can change Klaviyo even if it fails
         try:
             results = iter(self._send_all(operations))
         except Exception as defect:  # noqa: BLE001 - a defect must not lose the batch
@@ -123,7 +144,7 @@ class Pipeline:
         for message in messages:
             own_results = [next(results) for _ in message.operations]
             message.requests += sum(result.requests for result in own_results)
-            message.outcome = _send_outcome(message, [result.error for result in own_results if result.error])
+            _conclude_send(message, [result.error for result in own_results if result.error])
 
     def _settle(self, messages: Sequence[Message]) -> None:
         """Settle with the queue, failures first. If that raises an error, no message of the batch is acked."""
@@ -167,28 +188,47 @@ def _parse(message: Message, mapping: MappingConfig) -> None:
 def _transform(message: Message, mapping: MappingConfig) -> None:
     assert message.enriched is not None
     message.operations = transform(message.enriched, mapping)
-    if message.last_sent and message.operations == message.last_sent:
+
+
+def _reset_held(messages: Sequence[Message]) -> None:
+    """Let held messages be processed again, except those that a bulk job can still overwrite."""
+    now = time.monotonic()
+    for message in messages:
+        if message.is_held and message.not_before <= now:
+            message.outcome = None
+            if message.written_versions is None:
+                message.operations = ()
+
+
+def _judge_reading(message: Message, read_at: float) -> None:
+    """Set the outcome if the reading proves that the written state is current, or that the reading is stale."""
+    assert message.enriched is not None
+    try:
+        check_reading(message, read_at)
+    except Transient as error:
+        message.outcome = _failure_outcome(message, "enrich", error)
+        return
+    if message.written_versions is not None and message.written_versions == message.enriched.versions:
         message.outcome = Outcome(Disposition.ACK, "send")
 
 
-def _send_outcome(message: Message, errors: Sequence[WorkerError]) -> Outcome:
-    """Return the outcome of a message whose operations had these errors."""
+def _conclude_send(message: Message, errors: Sequence[WorkerError]) -> None:
+    """Set the outcome of a message whose operations had these errors.
+
+    A written state has no outcome yet: the next reading shows whether it is current.
+    """
+    assert message.enriched is not None
+    if waits := [error.retry_after or 0.0 for error in errors if isinstance(error, JobUnfinished)]:
+        message.not_before = time.monotonic() + max(waits)
     cause = min(errors, key=lambda error: _PRECEDENCE.index(error.disposition), default=None)
     if cause is None and not message.operations:  # never ack a message without an effect
         cause = _report_defect("send", "transform returned no operations and no reason; please report it")
-    if cause is None and _is_stale(message):
-        message.last_sent = message.operations
-        cause = StaleWrite(
-            f"written more than {STALE_AFTER:.0f} s after commercetools was read: the state must be read again"
-        )
-    return Outcome(Disposition.ACK, "send") if cause is None else _failure_outcome(message, "send", cause)
-
-
-def _is_stale(message: Message) -> bool:
-    """Return whether this write was delayed (by a bulk job or a rate limit) and may have replaced a newer state."""
-    assert message.enriched is not None
-    age = (datetime.now(UTC) - message.enriched.as_of).total_seconds()
-    return age > STALE_AFTER and any(operation.kind in _STATE_WRITES for operation in message.operations)
+    if cause is not None:
+        message.outcome = _failure_outcome(message, "send", cause)
+    elif any(operation.kind in _STATE_WRITES for operation in message.operations):
+        message.written_versions = message.enriched.versions
+    else:
+        message.outcome = Outcome(Disposition.ACK, "send")
 
 
 def _run_pure_stage(message: Message, stage: str, work: Callable[[], None]) -> None:
@@ -196,7 +236,10 @@ def _run_pure_stage(message: Message, stage: str, work: Callable[[], None]) -> N
     try:
         work()
     except Ignored as reason:
-        message.outcome = Outcome(Disposition.ACK, stage, reason)
+        if reason.if_written and message.requests:
+            message.outcome = _failure_outcome(message, stage, Rejected(reason.if_written))
+        else:
+            message.outcome = Outcome(Disposition.ACK, stage, reason)
     except WorkerError as error:
         message.outcome = _failure_outcome(message, stage, error)
     except Exception as error:  # noqa: BLE001 - hostile data must not stop the worker

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from adapters import QueueAdapter
     from worker.settings import Settings
 
+STOP_WAIT_SHARE = 0.8  # of the grace period: how long bulk jobs are waited for. The rest is for settling the messages
+
 
 class Components:
     """The clients and stages of a worker, without its queue. Raises SettingsError."""
@@ -49,6 +51,8 @@ class Components:
             self.stopping,
             allows_bulk_events=lambda: settings.bulk_events == "always",
             bulk_threshold=settings.bulk_threshold,
+            job_timeout=settings.job_timeout,
+            stop_wait=settings.shutdown_grace_period * STOP_WAIT_SHARE,
         )
 
     def refusal_reason(self) -> str:

@@ -19,11 +19,24 @@ class Sender(send.Sender):
     """A Sender that returns errors instead of results."""
 
     def __init__(
-        self, client: KlaviyoClient, max_requests: int, *, bulk_events: bool = True, bulk_threshold: int = 10
+        self,
+        client: KlaviyoClient,
+        max_requests: int,
+        *,
+        stopping: Event | None = None,
+        bulk_events: bool = True,
+        bulk_threshold: int = 10,
+        job_timeout: float = 600.0,
+        stop_wait: float = 0.0,
     ) -> None:
-        allows_bulk_events = lambda: bulk_events  # noqa: E731
         super().__init__(
-            client, max_requests, Event(), allows_bulk_events=allows_bulk_events, bulk_threshold=bulk_threshold
+            client,
+            max_requests,
+            stopping or Event(),
+            allows_bulk_events=lambda: bulk_events,
+            bulk_threshold=bulk_threshold,
+            job_timeout=job_timeout,
+            stop_wait=stop_wait,
         )
 
     def send(self, operations: Sequence[Operation]) -> list[WorkerError | None]:  # type: ignore[override]

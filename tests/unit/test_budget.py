@@ -51,7 +51,7 @@ def body_of(order: Json, **message: Any) -> bytes:
 def processed(body: bytes, shop: dict[str, list[Json]] | None = None) -> tuple[list[Operation], int]:
     """Run the stages before sending. Return the operations and the number of values that were looked up."""
     reader = CountingReader(shop or {})
-    (enriched,) = Enricher(reader, MAPPING, read_lag=0.0).enrich([parse(body)])
+    (enriched,) = Enricher(reader, MAPPING).enrich([parse(body)])
     if isinstance(enriched, WorkerError):
         raise enriched
     return list(transform(enriched, MAPPING)), reader.looked_up

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -191,40 +191,42 @@ def test_resource_type_without_a_plan_needs_no_query(enricher: Enricher, reader:
     assert reader.queries == {}
 
 
-@pytest.mark.parametrize(
-    ("kind", "resource"),
-    [("CustomerCreated", "customer"), ("ProductPublished", "product"), ("OrderStateChanged", "order")],
-)
-def test_recently_changed_missing_resource_is_transient(kind: str, resource: str, enricher: Enricher) -> None:
-    """A resource that is missing seconds after its message can appear later. After that it counts as deleted."""
-    for age, expected in ((-3, Transient), (2, Transient), (60, Enriched)):
-        created = (NOW - timedelta(seconds=age)).isoformat()
-        (result,) = enricher.enrich([Notification(kind, resource, "new", created, {})])
-        assert isinstance(result, expected)
-        if isinstance(result, Transient):
-            assert 0 < (result.retry_after or 0) <= 5
+@pytest.mark.parametrize("kind", ["order", "payment", "customer", "category", "product", "inventory-entry"])
+def test_missing_resource_is_named(kind: str, enricher: Enricher) -> None:
+    """The pipeline decides whether it possibly appears later. After a deletion nothing is missing."""
+    enriched = one(enricher, about(kind, "new", "ResourceCreated"))
+    assert (enriched.missing, enriched.versions) == (kind, {(kind, "new"): None})
+    for deletion in ("ResourceDeleted", "ProductUnpublished"):
+        assert one(enricher, about(kind, "gone", deletion)).missing == ""
 
 
-def test_deletion_is_accepted_immediately(enricher: Enricher) -> None:
-    """A read after a deletion need not wait for replication."""
-    just_now = NOW.isoformat()
-    for kind in ("ProductDeleted", "ProductUnpublished", "ResourceDeleted"):
-        (result,) = enricher.enrich([Notification(kind, "product", "gone", just_now, {})])
-        assert isinstance(result, Enriched)
+def test_missing_order_of_a_payment_is_named(enricher: Enricher) -> None:
+    """A payment is possibly created before its order, even if it names the customer."""
+    assert one(enricher, about("payment", "pay2")).missing == "order of the payment"
+    assert one(enricher, about("payment", "pay1")).missing == ""
 
 
-@pytest.mark.parametrize(
-    "payload",
-    [{"notificationType": "ResourceUpdated", "version": 5}, {"notificationType": "Message", "resourceVersion": 5}],
-)
-def test_version_older_than_the_message_is_transient(payload: dict[str, Any]) -> None:
-    """A stale read must not hide the last change of a customer."""
-    shop = {"customers": [{"id": "c", "version": 4, "email": "ada@example.com"}]}
+def test_versions_are_those_of_all_resources_that_determine_the_written_state() -> None:
+    """A breadcrumb contains the names of ancestors, and a variant contains its stock."""
+    shop: dict[str, list[dict[str, Any]]] = {
+        "customers": [{"id": "c", "version": 4}],
+        "categories": [
+            {"id": "top", "version": 2},
+            {"id": "middle", "version": 3, "ancestors": reference("top")},
+            {"id": "bottom", "version": 4, "ancestors": reference("top", "middle")},
+        ],
+        "product-projections": [
+            {"id": "p", "version": 5, "masterVariant": {"sku": "s"}, "categories": reference("top")}
+        ],
+        "inventory": [{"id": "i", "version": 6, "sku": "s"}, {"id": "j", "sku": "s"}],
+    }
     enricher = Enricher(InMemoryReader(shop), MappingConfig(), now=lambda: NOW)
-    for age, expected in ((1, Transient), (60, Enriched)):
-        moment = (NOW - timedelta(seconds=age)).isoformat()
-        (result,) = enricher.enrich([Notification("ResourceUpdated", "customer", "c", moment, payload)])
-        assert isinstance(result, expected)
+    assert one(enricher, about("customer", "c")).versions == {("customer", "c"): 4}
+    categories = {("category", "top"): 2, ("category", "middle"): 3, ("category", "bottom"): 4}
+    assert one(enricher, about("category", "middle")).versions == categories
+    entries = {("inventory-entry", "i"): 6, ("inventory-entry", "j"): 0}
+    assert one(enricher, about("product", "p")).versions == {("product", "p"): 5} | entries
+    assert one(enricher, about("inventory-entry", "i")).versions == {("inventory-entry", "i"): 6}
 
 
 def test_failed_query_fails_only_messages_that_need_it(enricher: Enricher, reader: CountingReader) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+import time
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,20 +16,25 @@ from tests.conftest import FakeDelivery
 from worker.errors import (
     CircuitOpen,
     Disposition,
+    JobUnfinished,
     KlaviyoMisconfigured,
+    NotShownYet,
     Rejected,
     RequestBlocked,
+    StaleRead,
+    StateChanged,
     Transient,
     WorkerError,
 )
 from worker.mapping import MappingConfig
-from worker.model import Enriched, Message, Notification, Operation, SendResult
-from worker.pipeline import MAX_TIMES_BLOCKED, Pipeline
+from worker.model import Enriched, Message, Notification, Operation, OperationKind, SendResult
+from worker.pipeline import MAX_READINGS, MAX_TIMES_BLOCKED, Pipeline
 from worker.telemetry.message_log import Telemetry, outcome_name
 from worker.telemetry.metrics import Metrics
+from worker.versions import READ_LAG
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from adapters.base import Delivery
 
@@ -61,17 +68,28 @@ class Stages:
         self.send_errors: dict[str, list[WorkerError | None]] = {}
         self.crash_in = ""
         self.name = "Ada"
+        self.versions: dict[str, int | None] = {}  # of customers: None is gone, the default is 1
+        self.before_read: Callable[[], None] = lambda: None
         self.requests = 2
-        self.age = 0.0  # seconds from reading to writing
         self.enriched: list[list[str]] = []
         self.sent: list[Operation] = []
 
     def enrich(self, notifications: Sequence[Notification]) -> list[Enriched | WorkerError]:
         if self.crash_in == "enrich":
             raise KeyError("ada@example.com")
+        self.before_read()
         self.enriched.append([n.resource_id for n in notifications])
-        now = datetime.now(UTC) - timedelta(seconds=self.age)
-        return [self.enrich_errors.get(n.resource_id) or _with_customer(n, now, self.name) for n in notifications]  # type: ignore[misc]
+        return [self.enrich_errors.get(n.resource_id) or self._with_customer(n) for n in notifications]  # type: ignore[misc]
+
+    def _with_customer(self, notification: Notification) -> Enriched:
+        name = notification.resource_id
+        version = self.versions.get(name, 1)
+        customer: dict[str, object] | None = {"id": name, "email": "ada@example.com", "firstName": self.name}
+        if version is None:
+            customer = None
+        missing = "customer" if version is None and notification.type != "ResourceDeleted" else ""
+        versions = {("customer", name): version}
+        return Enriched(notification, datetime.now(UTC), customer=customer, versions=versions, missing=missing)
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
         self.sent += operations
@@ -80,13 +98,6 @@ class Stages:
         return [
             SendResult((self.send_errors.get(operation.key) or [None])[0], self.requests) for operation in operations
         ]
-
-
-def _with_customer(notification: Notification, now: datetime, name: str) -> Enriched:
-    customer: dict[str, object] = {"id": notification.resource_id, "email": "ada@example.com", "firstName": name}
-    if notification.resource_id == "odd":
-        customer["billingAddressIds"] = {"a": 1}
-    return Enriched(notification, now, customer=None if notification.resource_id == "gone" else customer)
 
 
 @pytest.fixture
@@ -104,9 +115,13 @@ def pipeline(stages: Stages, recorded: RecordingQueue) -> Pipeline:
     return Pipeline(recorded, stages.enrich, stages.send, MappingConfig(), Telemetry(Metrics("embedded")))  # type: ignore[arg-type]
 
 
-def updated(customer: str, attempt: int | None = 1) -> FakeDelivery:
+def updated(customer: str, attempt: int | None = 1, **fields: object) -> FakeDelivery:
     body = {"notificationType": "ResourceUpdated", "resource": {"typeId": "customer", "id": customer}}
-    return FakeDelivery(json.dumps(body).encode(), id=customer, attempt=attempt)
+    return FakeDelivery(json.dumps(body | fields).encode(), id=customer, attempt=attempt)
+
+
+def deleted(customer: str) -> FakeDelivery:
+    return updated(customer, notificationType="ResourceDeleted", dataErasure=False)
 
 
 def run(pipeline: Pipeline, *deliveries: FakeDelivery) -> list[Message]:
@@ -122,7 +137,7 @@ def test_message_is_acked_when_its_effect_is_in_klaviyo(pipeline: Pipeline, reco
 def test_batch_is_enriched_in_one_call(pipeline: Pipeline, stages: Stages) -> None:
     """Messages that already have an outcome are left out."""
     run(pipeline, updated("a"), FakeDelivery(b"bad"), updated("b"))
-    assert stages.enriched == [["a", "b"]]
+    assert stages.enriched == [["a", "b"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -142,7 +157,7 @@ def test_message_without_effect_is_acked_without_reading_commercetools(
     assert pipeline.process([message]) == []
     assert recorded.settled == [("ack", "1", 0.0, "")]
     assert outcome_name(message) == "ignored"
-    assert stages.enriched == [[]]
+    assert stages.enriched == []
 
 
 def test_bad_message_does_not_affect_the_others_of_its_batch(
@@ -151,8 +166,9 @@ def test_bad_message_does_not_affect_the_others_of_its_batch(
     """Each message of a batch has its own outcome."""
     stages.enrich_errors["down"] = Transient("commercetools answered 500")
     stages.send_errors["rejected"] = [Rejected("400 invalid")]
+    stages.versions["gone"] = None
     held = run(
-        pipeline, updated("good"), FakeDelivery(b"[]", id="bad"), updated("down"), updated("rejected"), updated("gone")
+        pipeline, updated("good"), FakeDelivery(b"[]", id="bad"), updated("down"), updated("rejected"), deleted("gone")
     )
     assert [message.delivery.id for message in held] == ["down"]
     assert {(method, name) for method, name, *_ in recorded.settled} == {
@@ -281,65 +297,220 @@ def created(attempt: int | None) -> FakeDelivery:
 @pytest.fixture
 def order_pipeline(stages: Stages, recorded: RecordingQueue) -> Pipeline:
     def enrich(notifications: Sequence[Notification]) -> list[Enriched]:
-        return [Enriched(n, datetime.now(UTC) - timedelta(seconds=stages.age), order=ORDER) for n in notifications]
+        return [Enriched(n, datetime.now(UTC), order=ORDER) for n in notifications]
 
     return Pipeline(recorded, enrich, stages.send, MappingConfig(), Telemetry(Metrics("embedded")))  # type: ignore[arg-type]
 
 
-def test_state_written_long_after_it_was_read_is_read_again(
+def firsts(stages: Stages) -> list[str]:
+    return [(operation.resource or {})["attributes"]["first_name"] for operation in stages.sent]
+
+
+def test_state_is_acked_after_a_second_reading_shows_the_written_version(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
-    """Another worker may have written a newer state first. An unchanged state is not sent again."""
-    stages.age = 2.5
-    held = run(pipeline, updated("a"), updated("b"))
-    assert recorded.settled == []
-    stages.age = 0.0
-    stages.sent.clear()
-    assert pipeline.process(held[:1]) == []
-    assert stages.sent == []
-    stages.name = "Grace"
-    assert pipeline.process(held[1:]) == []
-    assert [(operation.resource or {})["attributes"]["first_name"] for operation in stages.sent] == ["Grace"]
+    """It is written once."""
+    assert run(pipeline, updated("a"), updated("b")) == []
+    assert [operation.key for operation in stages.sent] == ["a", "b"]
+    assert stages.enriched == [["a", "b"], ["a", "b"]]
     assert [entry[:2] for entry in recorded.settled] == [("ack", "a"), ("ack", "b")]
 
 
-def test_state_that_may_have_been_overwritten_is_sent_again(
+def test_state_that_changed_while_it_was_written_is_written_again(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
-    """A failed write may have changed Klaviyo, so the first state must be sent again."""
-    stages.age = 2.5
-    held = run(pipeline, updated("a"))
-    stages.age = 0.0
-    stages.name = "Grace"
-    stages.send_errors["a"] = [Transient("no answer")]
-    assert pipeline.process(held) == held
+    """Another worker has possibly written the newer state before. Only the changed resource is written again."""
+    readings = iter([("Ada", 1), ("Grace", 2), ("Grace", 2)])
+
+    def change() -> None:
+        stages.name, stages.versions["a"] = next(readings)
+
+    stages.before_read = change
+    assert run(pipeline, updated("a"), updated("b")) == []
+    assert firsts(stages) == ["Ada", "Ada", "Grace"]
+    assert [entry[:2] for entry in recorded.settled] == [("ack", "a"), ("ack", "b")]
+
+
+def test_state_that_keeps_changing_is_held_and_compared_later(
+    pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """The next attempt begins with the reading that the last write lacks."""
+    version = count(1)
+
+    def change() -> None:
+        stages.versions["a"] = next(version)
+
+    stages.before_read = change
+    (held,) = run(pipeline, updated("a"))
+    assert isinstance(held.outcome and held.outcome.cause, StateChanged)
+    assert len(stages.sent) == MAX_READINGS
+    stages.before_read = lambda: None
+    assert pipeline.process([held]) == []
+    assert len(stages.sent) == MAX_READINGS
+    assert outcome_name(held) == "sent"
+
+
+@pytest.mark.parametrize("read_error", [CircuitOpen("down"), None])
+def test_written_state_is_only_compared_after_a_failed_second_reading(
+    read_error: WorkerError | None, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """A lower version than the written one is a failed reading, too: replicas can lag."""
+
+    def fail() -> None:
+        if stages.sent and read_error:
+            stages.enrich_errors["a"] = read_error
+        elif stages.sent:
+            stages.versions["a"] = 1
+
+    stages.before_read = fail
+    stages.versions["a"] = 2
+    (held,) = run(pipeline, updated("a"))
+    assert recorded.settled == []
+    stages.before_read = lambda: None
+    stages.enrich_errors.clear()
+    stages.versions["a"] = 2
+    assert pipeline.process([held]) == []
+    assert len(stages.sent) == 1
+    assert outcome_name(held) == "sent"
+
+
+def test_failed_write_is_repeated_even_if_the_version_is_the_same(pipeline: Pipeline, stages: Stages) -> None:
+    """It may have changed Klaviyo in part."""
+    readings = iter([1, 2, 1])
+
+    def change() -> None:
+        stages.versions["a"] = next(readings, 2)
+        if len(stages.sent) == 1:
+            stages.send_errors["a"] = [Transient("no answer")]
+
+    stages.before_read = change
+    (held,) = run(pipeline, updated("a"))
     stages.send_errors.clear()
-    stages.name = "Ada"
-    stages.sent.clear()
-    assert pipeline.process(held) == []
-    assert [(operation.resource or {})["attributes"]["first_name"] for operation in stages.sent] == ["Ada"]
+    stages.before_read = lambda: None
+    stages.versions["a"] = 2
+    assert pipeline.process([held]) == []
+    assert len(stages.sent) == 3
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"version": 5}, {"notificationType": "Message", "type": "CustomerCreated", "version": 1, "resourceVersion": 5}],
+)
+def test_version_below_that_of_the_message_is_never_written(
+    fields: dict[str, Any], pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """It proves that the reading is stale, however old the message is and whatever the clock says."""
+    stages.versions["a"] = 4
+    message = pipeline.parse(updated("a", **fields))
+    message.received_at -= 1_000_000
+    assert pipeline.process([message]) == [message]
+    assert isinstance(message.outcome and message.outcome.cause, StaleRead)
+    assert stages.sent == []
+    stages.versions["a"] = 5
+    assert pipeline.process([message]) == []
     assert [entry[:2] for entry in recorded.settled] == [("ack", "a")]
 
 
-def test_stale_write_is_compared_again_after_a_failed_read(
+def with_erasure(stages: Stages, recorded: RecordingQueue, *, erasure: bool = True) -> Pipeline:
+    mapping = MappingConfig.model_validate({"customer": {"erasure": erasure}})
+    return Pipeline(recorded, stages.enrich, stages.send, mapping, Telemetry(Metrics("embedded")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("shown", "acked", "erased"), [(4, False, False), (5, False, False), (6, True, False), (None, True, True)]
+)
+def test_deleted_resource_that_is_still_shown_is_a_stale_reading(
+    shown: int | None, acked: bool, erased: bool, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """Ids are never used again. A higher version than that of the deletion contradicts the message."""
+    stages.versions["a"] = shown
+    run(with_erasure(stages, recorded), updated("a", notificationType="ResourceDeleted", dataErasure=True, version=5))
+    assert bool(recorded.settled) is acked
+    assert [operation.kind for operation in stages.sent] == [OperationKind.DELETE_PROFILE] * erased
+
+
+@pytest.mark.parametrize("modified_at", ["2099-01-01T00:00:00Z", "1999-01-01T00:00:00Z", "when?"])
+def test_resource_that_is_not_shown_counts_as_gone_some_seconds_after_the_first_receipt(
+    modified_at: str, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """Neither the time in the message nor the wall clock matters."""
+    stages.versions["a"] = None
+    message = pipeline.parse(updated("a", version=5, modifiedAt=modified_at))
+    assert pipeline.process([message]) == [message]
+    cause = message.outcome and message.outcome.cause
+    assert isinstance(cause, NotShownYet)
+    assert 0 < (cause.retry_after or 0) <= 1
+    message.received_at -= READ_LAG
+    assert pipeline.process([message]) == []
+    assert [entry[:2] for entry in recorded.settled] == [("ack", "a")]
+    assert outcome_name(message) == "ignored"
+
+
+def test_resource_that_appears_is_written(pipeline: Pipeline, recorded: RecordingQueue, stages: Stages) -> None:
+    """Its first reading came before commercetools' API returned the new resource."""
+    stages.versions["a"] = None
+    (message,) = run(pipeline, updated("a", version=1))
+    stages.versions["a"] = 1
+    assert pipeline.process([message]) == []
+    assert firsts(stages) == ["Ada"]
+
+
+@pytest.mark.parametrize("erasure", [True, False])
+def test_customer_who_is_gone_after_the_write_is_reported_if_persons_are_erased(
+    erasure: bool, stages: Stages, recorded: RecordingQueue
+) -> None:
+    """An erased person must not stay in Klaviyo unnoticed. Nothing is deleted: the deletion possibly was no erasure."""
+
+    def delete() -> None:
+        if stages.sent:
+            stages.versions["a"] = None
+
+    pipeline = with_erasure(stages, recorded, erasure=erasure)
+    stages.before_read = delete
+    message = pipeline.parse(updated("a"))
+    message.received_at -= READ_LAG
+    assert pipeline.process([message]) == []
+    ((method, _, _, reason),) = recorded.settled
+    assert method == ("dead_letter" if erasure else "ack")
+    assert ("delete the profile" in reason) is erasure
+    assert [operation.kind for operation in stages.sent] == [OperationKind.UPSERT_PROFILE]
+
+
+def test_message_of_an_unfinished_job_is_not_processed_until_the_job_has_ended(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:
-    """The message is acked only after the comparison with the current state."""
-    stages.age = 2.5
-    held = run(pipeline, updated("a"))
-    stages.age = 0.0
-    stages.enrich_errors["a"] = CircuitOpen("down")
-    assert pipeline.process(held) == held
-    del stages.enrich_errors["a"]
-    stages.sent.clear()
-    assert pipeline.process(held) == []
-    assert stages.sent == []
-    assert [entry[:2] for entry in recorded.settled] == [("ack", "a")]
+    """The job cannot be stopped, and it would overwrite what a worker writes. A nack delays the message as long."""
+    stages.send_errors["a"] = [JobUnfinished("a job has not ended yet", 600.0)]
+    (held,) = run(pipeline, updated("a"))
+    stages.send_errors.clear()
+    assert pipeline.process([held]) == [held]
+    assert len(stages.sent) == 1
+    held.not_before -= 100.0
+    pipeline.nack_held([held], 60.0)
+    ((method, _, delay, _),) = recorded.settled
+    assert method == "nack"
+    assert 490.0 < delay <= 500.0
+    held.not_before -= 500.0
+    held.outcome = replace(held.outcome, disposition=Disposition.HOLD) if held.outcome else None
+    assert pipeline.process([held]) == []
+    assert len(stages.sent) == 2
+
+
+def test_unfinished_job_delays_its_message_even_if_another_operation_parks_it(
+    pipeline: Pipeline, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parked message returns when access is restored, but not before the job has ended."""
+    operations = tuple(Operation(OperationKind.UPSERT_ITEM, key) for key in "ab")
+    monkeypatch.setattr("worker.pipeline.transform", lambda *_, **__: operations)
+    stages.send_errors = {"a": [KlaviyoMisconfigured("401")], "b": [JobUnfinished("a job has not ended yet", 600.0)]}
+    (held,) = run(pipeline, updated("a"))
+    assert held.outcome is not None
+    assert held.outcome.disposition is Disposition.PARK
+    assert held.not_before > time.monotonic() + 590
 
 
 def test_events_are_never_stale(order_pipeline: Pipeline, recorded: RecordingQueue, stages: Stages) -> None:
-    """An event describes the past, so there is no newer state."""
-    stages.age = 2.5
+    """An event describes the past, so there is no newer state to read."""
     assert run(order_pipeline, created(1)) == []
     assert [entry[:2] for entry in recorded.settled] == [("ack", created(1).id)]
 

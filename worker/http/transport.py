@@ -33,6 +33,11 @@ BODY_TIMEOUT_FACTOR = 10  # a whole body can take this number of read timeouts; 
 CHUNK_SIZE = 65_536  # bytes
 _TRANSIENT = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 _RETRY = urllib3.Retry()
+_NO_CONNECTION = (
+    urllib3.exceptions.NewConnectionError,
+    urllib3.exceptions.ConnectTimeoutError,
+    urllib3.exceptions.ProxyError,
+)
 _ID = re.compile(r"^(/api/[^/]+)/[^/]+")  # in Klaviyo's paths
 
 Observe = Callable[[str, int | None, float], None]  # called with endpoint, status (None: no response) and seconds
@@ -87,7 +92,7 @@ class Transport:
     def request(
         self, endpoint: str, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> Response:
-        """Send one request and return its response.
+        """Send one request and return its response. A request without a connection counts as not sent.
 
         Raises Transient if there is no complete response, and ProxyMisconfigured if the proxy refuses its credentials.
         """
@@ -109,6 +114,8 @@ class Transport:
             status = response.status
             self.clock.update(response.headers)
         except urllib3.exceptions.HTTPError as error:
+            if isinstance(error, _NO_CONNECTION):
+                self._thread.requests_sent -= 1
             raise connection_error(error, url, f"no response to {_target(method, url)}") from None
         finally:
             self._observe(endpoint, status, time.monotonic() - start)

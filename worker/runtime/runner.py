@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
+from math import ceil
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Protocol
 
@@ -265,10 +266,15 @@ class Runner:
     def _return_unprocessed(self, messages: Sequence[Message]) -> None:
         """Give messages back to the queue after pulling has ended.
 
-        A lane can still be processing the messages, so they are not changed.
+        A lane can still be processing the messages, so they are not changed. The queue redelivers a message of an
+        unfinished bulk job only after the job.
         """
         self._pulling_ended.wait()  # otherwise this worker could receive the messages again
-        self._queue.nack([message.delivery for message in messages])
+        by_delay: dict[float, list[Delivery]] = defaultdict(list)
+        for message in messages:
+            by_delay[max(ceil(message.not_before - time.monotonic()), 0)].append(message.delivery)
+        for delay, deliveries in by_delay.items():
+            self._queue.nack(deliveries, delay)
         self._telemetry.record_returned(messages)
         self._in_flight.remove(messages)
 

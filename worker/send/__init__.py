@@ -49,8 +49,9 @@ PHASES: tuple[frozenset[OperationKind], ...] = (
 class Sender:
     """The send stage: sends operations individually or in bulk. Safe for many threads.
 
-    `max_requests` is the maximum number of concurrent requests per effect. `stopping` ends the wait for bulk jobs.
-    `allows_bulk_events` returns whether events may be sent in bulk.
+    `max_requests` is the maximum number of concurrent requests per effect. `allows_bulk_events` returns whether events
+    may be sent in bulk. A bulk job ends within `job_timeout` seconds. After `stopping` is set, bulk jobs are waited for
+    `stop_wait` seconds at most.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class Sender:
         *,
         allows_bulk_events: Callable[[], bool],
         bulk_threshold: int,
+        job_timeout: float,
+        stop_wait: float,
     ) -> None:
         executors = {effect: ThreadPoolExecutor(max_requests, thread_name_prefix="klaviyo") for effect in Effect}
         catalog = executors[Effect.CATALOG]
@@ -70,7 +73,7 @@ class Sender:
             OperationKind.DELETE_PROFILE: executors[Effect.DELETIONS],
         }
         self._single = SingleSender(client)
-        jobs = BulkJobs(client, stopping)
+        jobs = BulkJobs(client, stopping, job_timeout, stop_wait)
         self._bulk_senders: tuple[BulkSender, ...] = (
             BulkEvents(client, self._send_individually, allows_bulk_events, bulk_threshold),
             BulkProfiles(jobs, self._send_individually, bulk_threshold),

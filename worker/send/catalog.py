@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import orjson
 
-from worker.errors import Rejected, WorkerError
+from worker.errors import JobUnfinished, Rejected, WorkerError
 from worker.http.chunks import chunked
 from worker.json_access import as_text
 from worker.klaviyo.client import iter_resources
@@ -163,12 +163,13 @@ class _StaleVariants(NamedTuple):
     error: WorkerError | None = None
 
     def result(self, result_of: Mapping[str, SendResult]) -> SendResult:
-        """Return the item's result: the first error and the number of requests.
+        """Return the item's result: an error and the number of requests. JobUnfinished precedes other errors.
 
         `result_of` has the result of each deletion, by SKU.
         """
-        errors = (result_of[deletion.key].error for deletion in self.deletions)
-        return SendResult(self.error or next(filter(None, errors), None), 1 + len(self.deletions))
+        errors = [self.error, *(result_of[deletion.key].error for deletion in self.deletions)]
+        errors.sort(key=lambda error: not isinstance(error, JobUnfinished))
+        return SendResult(next(filter(None, errors), None), 1 + len(self.deletions))
 
 
 def _job(collection: str, verb: str, operations: list[Operation]) -> tuple[BulkJobType, list[JobEntry]]:

@@ -1,4 +1,8 @@
-"""Klaviyo's bulk jobs: the worker starts them, polls them until they end, and sets the result of each entry."""
+"""Klaviyo's bulk jobs: the worker starts them, polls them until they end, and sets the result of each entry.
+
+A job that has started cannot be stopped, and it writes the state that it was started with. The worker therefore waits for
+every job. If it cannot, the entries get JobUnfinished, so that no worker writes them while the job can still do so.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,16 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
-from worker.errors import KlaviyoMisconfigured, Rejected, Transient, WorkerError
+from worker.errors import (
+    EndpointRefused,
+    JobUnfinished,
+    KlaviyoMisconfigured,
+    Rejected,
+    RequestBlocked,
+    Throttled,
+    Transient,
+    WorkerError,
+)
 from worker.http.chunks import chunked
 from worker.json_access import as_dict, as_dicts, as_int, as_text
 from worker.klaviyo.client import iter_resources
@@ -29,10 +42,10 @@ ENVELOPE_BYTES = 200  # maximum number of bytes around the entries in a request
 MAX_CONCURRENT_JOBS = 25  # per batch; Klaviyo accepts 500 per account
 FIRST_POLL = 0.25  # seconds from the start of a job to its first poll
 MAX_POLL = 5.0  # seconds; the maximum time between two polls of a job
-JOB_TIMEOUT = 120.0  # seconds after which the entries of an unfinished job are sent individually
 PROFILES = "profile-bulk-import-job"
 _CULPRIT = re.compile(r"/data/attributes/\w+/data/(\d+)(?:/|$)")
 _ENDED = frozenset({"complete", "cancelled"})
+_NOT_STARTED = (Throttled, EndpointRefused, RequestBlocked)  # Klaviyo's answers that prove that no job has started
 
 
 class BulkJobType(NamedTuple):
@@ -82,9 +95,15 @@ class BulkJobs:
 
     Import jobs need more scopes than other requests. If the key lacks these scopes, the results of all entries are
     unknown, so that the entries are sent individually.
+
+    A job ends within `timeout` seconds. After `stopping` is set, jobs are waited for `stop_wait` seconds at most.
     """
 
-    def __init__(self, client: KlaviyoClient, stopping: Event) -> None:
+    def __init__(self, client: KlaviyoClient, stopping: Event, timeout: float, stop_wait: float) -> None:
+        self._timeout = timeout
+        self._stop_wait = stop_wait
+        self._stopped_at: float | None = None  # monotonic seconds
+        self._unreadable: set[str] = set()  # types of jobs that the key may start but not read
         self._client = client
         self._stopping = stopping
         self._recent: dict[str, Json] = {}  # job id -> import job, as listed at `_listed_at`
@@ -94,6 +113,8 @@ class BulkJobs:
 
     def run(self, job_type: BulkJobType, entries: Sequence[JobEntry]) -> list[BulkResult]:
         """Run jobs with the entries and return the results of the entries in the same order."""
+        if job_type.type in self._unreadable:
+            return [None] * len(entries)
         chunks = list(_chunks(job_type, entries))
         for first in range(0, len(chunks), MAX_CONCURRENT_JOBS):
             jobs: list[_BulkJob] = []
@@ -112,7 +133,7 @@ class BulkJobs:
 
         try:
             isolate_rejected(chunk, send, _culprits)
-        except KlaviyoMisconfigured as error:
+        except (EndpointRefused, KlaviyoMisconfigured) as error:
             self._refusal_log.log(str(error), job=job_type.type)
         except WorkerError as error:
             result = SendResult(error, min(self._client.requests_sent() - before, 1))
@@ -120,16 +141,27 @@ class BulkJobs:
                 entry.result = result
 
     def _start(self, job_type: BulkJobType, entries: list[JobEntry]) -> str:
-        """Start a job and return its id. Raises WorkerError."""
-        # A stopping worker does not wait for the job, so the job could overwrite newer data of another worker.
+        """Start a job and return its id. Raises WorkerError; JobUnfinished if the job has possibly started."""
         if self._stopping.is_set():
             raise Transient(f"the worker stopped before it could start a {job_type.type}")
         head = f'{{"data":{{"type":"{job_type.type}","attributes":{{"{job_type.member}":{{"data":['.encode()
         body = b"".join((head, b",".join(entry.body for entry in entries), b"]}}}}"))
-        job_id = as_text(as_dict(self._client.call("POST", job_type.path, body).get("data")).get("id"))
+        before = self._client.requests_sent()
+        try:
+            response = self._client.call("POST", job_type.path, body, idempotent=False)
+        except _NOT_STARTED:
+            raise
+        except Transient as error:
+            if self._client.requests_sent() == before:
+                raise
+            raise self._unfinished(job_type, f"has possibly started: {error}") from None
+        job_id = as_text(as_dict(response.get("data")).get("id"))
         if not job_id:
-            raise Transient(f"Klaviyo's response to POST {job_type.path} names no job")
+            raise self._unfinished(job_type, "has started, but Klaviyo's response does not name it")
         return job_id
+
+    def _unfinished(self, job_type: BulkJobType, reason: str) -> JobUnfinished:
+        return JobUnfinished(f"a {job_type.type} {reason}", self._timeout)
 
     def _wait_for(self, job_type: BulkJobType, job: _BulkJob) -> None:
         """Wait until the job ends and set the results of its entries. The result of failed entries stays None."""
@@ -137,9 +169,9 @@ class BulkJobs:
         try:
             failures = self._failures(job_type, job, self._poll_until_ended(job_type, job))
             self._refusal_log.log("")
-        except Rejected:  # Klaviyo does not know the job
+        except Rejected:  # Klaviyo does not know the errors of the job
             pass
-        except KlaviyoMisconfigured as error:
+        except (EndpointRefused, KlaviyoMisconfigured) as error:
             self._refusal_log.log(str(error), job=job_type.type)
         except WorkerError as error:
             for entry in job.entries:
@@ -149,17 +181,43 @@ class BulkJobs:
             entry.result = None if failures.can_include(entry) else SendResult(None, 1)
 
     def _poll_until_ended(self, job_type: BulkJobType, job: _BulkJob) -> Json:
-        """Poll the job until it ends or JOB_TIMEOUT has passed. Return its attributes. Raises WorkerError."""
+        """Poll the job until it ends and return its attributes. Raises JobUnfinished if it does not end in time."""
         polled_at = job.started_at
         pause = FIRST_POLL
+        reason = "has not ended yet"
         while True:  # poll at least once, even if waiting for earlier jobs of the batch has used up the timeout
-            if self._stopping.wait(max(polled_at + pause - time.monotonic(), 0.0)):
-                raise Transient(f"the worker stopped while Klaviyo processed a {job_type.type}")
+            self._sleep_until(polled_at + pause, job)
             previous_poll, polled_at = polled_at, time.monotonic()
-            attributes = as_dict(self._poll(job_type, job.id, previous_poll).get("attributes"))
-            if attributes.get("status") in _ENDED or polled_at - job.started_at > JOB_TIMEOUT:
+            try:
+                attributes = as_dict(self._poll(job_type, job.id, previous_poll).get("attributes"))
+            except (Transient, KlaviyoMisconfigured) as error:
+                if _lacks_scope(error):
+                    self._unreadable.add(job_type.type)
+                    self._refusal_log.log(str(error), job=job_type.type)
+                    raise self._unfinished(job_type, f"has started, but cannot be read: {error}") from None
+                attributes = {}
+                reason = f"has not ended yet, as far as is known: {error}"
+            except Rejected as error:
+                raise self._unfinished(job_type, f"has started, but cannot be read: {error}") from None
+            if attributes.get("status") in _ENDED:
                 return attributes
+            if time.monotonic() >= self._deadline(job):
+                raise self._unfinished(job_type, reason)
             pause = min(pause * 1.5, MAX_POLL)
+
+    def _sleep_until(self, moment: float, job: _BulkJob) -> None:
+        """Sleep until a moment (monotonic seconds), but not beyond the end of the wait for the job."""
+        if self._stopping.wait(max(moment - time.monotonic(), 0.0)):
+            time.sleep(max(min(moment, self._deadline(job)) - time.monotonic(), 0.0))
+
+    def _deadline(self, job: _BulkJob) -> float:
+        """Return when the wait for the job ends, in monotonic seconds."""
+        end = job.started_at + self._timeout
+        if not self._stopping.is_set():
+            return end
+        if self._stopped_at is None:
+            self._stopped_at = time.monotonic()
+        return min(end, self._stopped_at + self._stop_wait)
 
     def _poll(self, job_type: BulkJobType, job_id: str, since: float) -> Json:
         """Return the job, read later than `since` (monotonic seconds).
@@ -192,6 +250,10 @@ class BulkJobs:
         keys = frozenset(map(_key_of, errors))
         known = {entry.key for entry in job.entries if entry.key}
         return _Failures(keys, is_complete=len(keys) >= (count or 0) and keys <= known)
+
+
+def _lacks_scope(error: WorkerError) -> bool:
+    return isinstance(error, EndpointRefused) or (isinstance(error, KlaviyoMisconfigured) and error.lacks_scope)
 
 
 def _chunks(job_type: BulkJobType, entries: Sequence[JobEntry]) -> Iterator[list[JobEntry]]:

@@ -19,6 +19,7 @@ COLLECTION = {
     OperationKind.UPDATE_INVENTORY: "catalog-variants",
     OperationKind.DELETE_VARIANT: "catalog-variants",
 }
+_REFERENCES = {"categories": "catalog-categories", "item": "catalog-items"}  # relationship -> collection
 _CREATE_ONLY = frozenset({"external_id", "integration_type", "catalog_type"})
 
 
@@ -55,7 +56,20 @@ def request_for(operation: Operation) -> Request:
 
 def entry_path(operation: Operation) -> str:
     """Return the path of the catalog entry that an operation writes."""
-    return f"/api/{COLLECTION[operation.kind]}/{quote(catalog_id(operation.key), safe='$:')}"
+    return _path(COLLECTION[operation.kind], catalog_id(operation.key))
+
+
+def _path(collection: str, entry_id: str) -> str:
+    return f"/api/{collection}/{quote(entry_id, safe='$:')}"
+
+
+def reference_paths(operation: Operation) -> list[str]:
+    """Return the paths of the catalog entries to which the operation's entry refers: its categories or its item."""
+    paths = []
+    for name, relationship in (operation.resource or {}).get("relationships", {}).items():
+        found = relationship["data"]
+        paths += [_path(_REFERENCES[name], each["id"]) for each in (found if isinstance(found, list) else [found])]
+    return paths
 
 
 def update_body(operation: Operation) -> Json:

@@ -15,7 +15,7 @@ from worker.json_access import as_text
 from worker.klaviyo.client import iter_resources
 from worker.model import Json, Operation, OperationKind, SendResult
 from worker.send.identifiers import IDENTIFIER_PRIORITY, drop_identifier, invalid_identifier
-from worker.send.requests import COLLECTION, deletion_request, entry_path, update_body
+from worker.send.requests import COLLECTION, deletion_request, entry_path, reference_paths, update_body
 from worker.telemetry.log import log
 from worker.transform.catalog import external_id
 
@@ -97,7 +97,7 @@ class SingleSender:
 
         The 409 response names a profile that has one of the identifiers. If the update of that profile conflicts, too,
         the identifiers belong to several profiles. Klaviyo does not merge profiles, so the weaker identifiers are
-        dropped.
+        dropped. Raises Transient if that profile was deleted or merged in the meantime.
         """
         resource = operation.resource or {}
         try:
@@ -111,6 +111,8 @@ class SingleSender:
                 path = f"/api/profiles/{quote(duplicate, safe='')}"
                 return self._write_profile("PATCH", path, resource | {"id": duplicate})
         except Rejected as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                raise Transient("the profile with one of the identifiers has just been deleted or merged") from None
             if error.status != HTTPStatus.CONFLICT:
                 raise
         return self._import_strongest(resource)
@@ -168,14 +170,27 @@ class SingleSender:
             self.remember(entry)
 
     def _create(self, operation: Operation) -> bool:
-        """Create the entry and return True. If it already exists, return False."""
+        """Create the entry and return True. If it already exists, return False.
+
+        Raises Transient if it refers to an entry that was remembered, but that Klaviyo no longer has. The entry is
+        forgotten, so that the next attempt creates it.
+        """
         try:
             self._client.call("POST", f"/api/{COLLECTION[operation.kind]}", {"data": operation.resource})
         except Rejected as error:
+            if error.status == HTTPStatus.NOT_FOUND and self._forget_references(operation):
+                raise Transient(f"{operation.kind.value}: an entry that it refers to has been deleted") from None
             if error.status != HTTPStatus.CONFLICT:
                 raise
             return False
         return True
+
+    def _forget_references(self, operation: Operation) -> bool:
+        """Forget the entries to which the operation's entry refers. Return whether one of them was known to exist."""
+        known = [path for path in reference_paths(operation) if self.is_known(path)]
+        for path in known:
+            self.forget(path)
+        return bool(known)
 
     def _update(self, operation: Operation) -> bool:
         """Update the entry and return True. If it does not exist, return False."""

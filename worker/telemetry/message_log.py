@@ -11,7 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from worker.budget import limit_paths
-from worker.errors import Disposition, Ignored, StaleWrite
+from worker.errors import Disposition, Ignored
 from worker.telemetry.log import log
 from worker.telemetry.recent_failures import RecentFailures
 
@@ -56,7 +56,7 @@ class Telemetry:
         self.metrics.record_batch(len(messages))
         for message in messages:
             outcome = message.outcome
-            if outcome and outcome.cause and not isinstance(outcome.cause, Ignored | StaleWrite):
+            if outcome and outcome.cause and not isinstance(outcome.cause, Ignored):
                 self.metrics.record_failure(outcome.stage, outcome.error)
                 if message.is_held:
                     self.failures.add(_canonical_fields(message, "held"))
@@ -86,7 +86,8 @@ def outcome_name(message: Message) -> str:
     `retried` means that the message was nacked after a failure.
     """
     assert message.outcome is not None
-    if message.outcome.disposition is Disposition.ACK and not message.operations:
+    has_effect = message.operations or message.written_versions is not None
+    if message.outcome.disposition is Disposition.ACK and not has_effect:
         return "ignored"
     return _OUTCOMES[message.outcome.disposition]
 

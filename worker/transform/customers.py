@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from worker.mapping import MappingConfig
     from worker.model import Enriched, Notification
 
+_GONE = (
+    "commercetools deleted the customer while the profile was written: if the customer must be erased, delete the "
+    "profile with this external_id in Klaviyo"
+)
+
 
 def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     customer = enriched.customer or _customer_in_message(enriched, mapping)
@@ -41,7 +46,7 @@ def customer_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Ope
     """Upsert the profile with the current customer data, so the order of messages does not matter."""
     customer = enriched.customer or _customer_in_message(enriched, mapping)
     if customer is None:
-        raise Ignored("commercetools no longer has the customer")
+        raise Ignored("commercetools no longer has the customer", if_written=_GONE if mapping.customer.erasure else "")
     properties, truncated = truncate(_properties(customer, mapping), PROFILE_BYTES)
     attributes = fields.compact(_own_attributes(customer)) | ({"properties": properties} if properties else {})
     if not {"email", "phone_number"} & attributes.keys():
@@ -120,5 +125,10 @@ def _check_erasure(notification: Notification, mapping: MappingConfig) -> None:
     precheck=_check_erasure,
 )
 def customer_erased(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:  # noqa: ARG001
-    """Request the deletion of the profile with the customer's external_id. The message contains no other data."""
+    """Request the deletion of the profile with the customer's external_id. The message contains no other data.
+
+    A deletion cannot be undone, so nothing is deleted while commercetools still has the customer.
+    """
+    if enriched.customer is not None:
+        raise Ignored("commercetools still has the customer")
     yield Operation(OperationKind.DELETE_PROFILE, enriched.notification.resource_id)

@@ -13,8 +13,7 @@ import pytest
 
 from tests.integration.conftest import klaviyo_for
 from tests.support.sender import Sender
-from worker import send
-from worker.errors import Rejected, Transient
+from worker.errors import JobUnfinished, Rejected, Transient
 from worker.model import Operation, OperationKind
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import Account
@@ -206,25 +205,24 @@ def test_variant_and_its_stock_in_one_batch_are_one_entry(sandbox: Sandbox, send
 def test_outage_fails_all_entries_and_the_retry_succeeds(match: str, sandbox: Sandbox) -> None:
     """The outage is in the lookup, the job or the poll."""
     sandbox.klaviyo.faults.add(Fault(match=match, times=None))
-    sender = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4)
+    sender = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4, job_timeout=1.0)
     results = sender.send([item(number) for number in range(20)])
     assert all(isinstance(result, Transient) for result in results)
     sandbox.klaviyo.faults.clear()
     assert sender.send(products(20)) == [None] * 70
 
 
-def test_unfinished_job_does_not_affect_a_complete_one(
-    sandbox: Sandbox, sender: Sender, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unfinished_job_does_not_affect_a_complete_one(sandbox: Sandbox) -> None:
     """The second job is polled at least once, even if the first one used up the timeout."""
-    monkeypatch.setattr(jobs, "JOB_TIMEOUT", 0.5)
     sandbox.klaviyo.faults.add(
         Fault(match="POST /api/catalog-category-bulk-create-jobs", status=202, body=b'{"data":{"id":"J"}}'),
         Fault(match="GET /api/catalog-category-bulk-create-jobs/J", status=200, body=b'{"data":{}}', times=None),
     )
-    assert sender.send([category(number) for number in range(110)]) == [None] * 110
-    assert len(sandbox.account.categories) == 110
-    assert calls(sandbox)["POST categories"] == 100
+    sender = Sender(klaviyo_for(sandbox), 4, job_timeout=0.5)
+    results = sender.send([category(number) for number in range(110)])
+    assert [type(result) for result in results] == [JobUnfinished] * 100 + [type(None)] * 10
+    assert len(sandbox.account.categories) == 10
+    assert calls(sandbox)["POST categories"] == 0
 
 
 @pytest.mark.parametrize(
@@ -253,12 +251,13 @@ def test_stopping_worker_starts_no_more_jobs(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(jobs, "MAX_CONCURRENT_JOBS", 1)
     with Sandbox(account=Account(job_seconds=60.0)) as sandbox, ThreadPoolExecutor(1) as lane:
         stopping = Event()
-        sender = send.Sender(klaviyo_for(sandbox), 4, stopping, allows_bulk_events=bool, bulk_threshold=10)
+        sender = Sender(klaviyo_for(sandbox), 4, stopping=stopping)
         sending = lane.submit(sender.send, [category(number) for number in range(300)])
         while not calls(sandbox)["GET category-bulk-create-jobs/…"]:
             time.sleep(0.01)
         stopping.set()
-        assert {type(sent.error) for sent in sending.result(5.0)} == {Transient}
+        errors = sending.result(60.0)
+        assert [type(error) for error in errors] == [JobUnfinished] * 100 + [Transient] * 200
         assert calls(sandbox)["POST category-bulk-create-jobs"] == 1
 
 

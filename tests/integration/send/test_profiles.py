@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event, Thread
+from dataclasses import replace
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -13,15 +14,13 @@ import pytest
 
 from tests.integration.conftest import klaviyo_for
 from tests.support.sender import Sender
-from worker import send
-from worker.errors import KlaviyoMisconfigured, Rejected, Transient
+from worker.errors import JobUnfinished, KlaviyoMisconfigured, Rejected, Transient
 from worker.model import Operation, OperationKind
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import Account
-from worker.send import jobs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 JOBS, SINGLE = "/api/profile-bulk-import-jobs", "/api/profile-import"
 
@@ -133,7 +132,7 @@ def test_profiles_that_share_an_identifier_are_sent_individually(sandbox: Sandbo
 def test_outage_fails_all_profiles_and_the_retry_succeeds(match: str, sandbox: Sandbox) -> None:
     """The outage starts before the job is posted, or while it is polled."""
     sandbox.klaviyo.faults.add(Fault(match=match, times=None))
-    sender = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4)
+    sender = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4, job_timeout=1.0)
     assert all(isinstance(result, Transient) for result in sender.send(upserts(20)))
     sandbox.klaviyo.faults.clear()
     assert sender.send(upserts(20)) == [None] * 20
@@ -146,22 +145,65 @@ def test_outage_after_a_rejected_job_spares_the_accepted_half(sandbox: Sandbox) 
         Fault(match=f"POST {JOBS}", status=400), Fault(match=f"POST {JOBS}", contains=b'"c15"', times=None)
     )
     results = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4).send(upserts(20))
-    assert [type(result) for result in results] == [type(None)] * 10 + [Transient] * 10
+    assert [type(result) for result in results] == [type(None)] * 10 + [JobUnfinished] * 10
 
 
-@pytest.mark.parametrize("status", ["cancelled", "processing"])
-def test_unfinished_job_is_sent_individually(status: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job is cancelled, or it is not complete when the timeout is over."""
-    monkeypatch.setattr(jobs, "JOB_TIMEOUT", 0.5)
+def job_fault(status: str) -> tuple[Fault, Fault]:
+    """Return faults that accept a job, whose status never changes."""
     job = {"type": "profile-bulk-import-job", "id": "J", "attributes": {"status": status}}
     accepted, listed = orjson.dumps({"data": job}), orjson.dumps({"data": [job]})
-    sandbox.klaviyo.faults.add(
+    return (
         Fault(match=f"POST {JOBS}", status=202, body=accepted),
         Fault(match=f"GET {JOBS}", status=200, body=listed, times=None),
     )
+
+
+def test_cancelled_job_is_sent_individually(sandbox: Sandbox) -> None:
+    """It writes nothing more, and Klaviyo does not report what it has written."""
+    sandbox.klaviyo.faults.add(*job_fault("cancelled"))
     assert Sender(klaviyo_for(sandbox), 4).send(upserts(20)) == [None] * 20
     assert len(sandbox.account.profiles) == 20
     assert calls(sandbox)[f"POST {SINGLE}"] == 20
+
+
+def are_unfinished(results: Sequence[object], seconds: float) -> bool:
+    return all(isinstance(result, JobUnfinished) and result.retry_after == seconds for result in results)
+
+
+def test_nothing_is_written_beside_a_job_that_can_still_write(sandbox: Sandbox) -> None:
+    """The job would overwrite a newer state. No worker may process the messages as long as the job can take."""
+    sandbox.klaviyo.faults.add(*job_fault("processing"))
+    assert are_unfinished(Sender(klaviyo_for(sandbox), 4, job_timeout=0.5).send(upserts(20)), 0.5)
+    assert calls(sandbox)[f"POST {SINGLE}"] == 0
+
+
+def test_job_is_waited_for_while_its_status_cannot_be_read() -> None:
+    """A failed poll says nothing about the job."""
+    with Sandbox(account=Account(job_seconds=1.0)) as sandbox:
+        sandbox.klaviyo.faults.add(Fault(match=f"GET {JOBS}", status=503, times=3))
+        assert Sender(klaviyo_for(sandbox, retry_timeout=0.0), 4).send(upserts(20)) == [None] * 20
+        assert calls(sandbox)[f"POST {JOBS}"] == 1
+
+
+@pytest.mark.parametrize("action", ["lose_response", "reset", "respond"])
+def test_start_whose_answer_is_lost_is_not_repeated(action: str, sandbox: Sandbox) -> None:
+    """Klaviyo has possibly started the job. A second one would overwrite what is written in between."""
+    sandbox.klaviyo.faults.add(Fault(match=f"POST {JOBS}", action=action, times=None))
+    sender = Sender(klaviyo_for(sandbox, retry_timeout=5.0), 4, job_timeout=60.0)
+    assert are_unfinished(sender.send(upserts(20)), 60.0)
+    assert calls(sandbox) == {f"POST {JOBS}": 1}
+
+
+@pytest.mark.parametrize("fault", [Fault(match=f"POST {JOBS}", status=429, times=None), None])
+def test_job_that_was_certainly_not_started_does_not_delay_its_messages(fault: Fault | None, sandbox: Sandbox) -> None:
+    """Klaviyo throttled the request, or it could not be reached."""
+    klaviyo = klaviyo_for(sandbox, retry_timeout=0.0)
+    if fault:
+        sandbox.klaviyo.faults.add(replace(fault, headers={"Retry-After": "600"}))
+    else:
+        sandbox.klaviyo.stop()
+    results = Sender(klaviyo, 4).send(upserts(20))
+    assert all(isinstance(result, Transient) and not isinstance(result, JobUnfinished) for result in results)
 
 
 def test_job_that_is_not_listed_is_read_by_its_id(sandbox: Sandbox) -> None:
@@ -171,35 +213,44 @@ def test_job_that_is_not_listed_is_read_by_its_id(sandbox: Sandbox) -> None:
     assert sum(each.startswith(f"GET {JOBS}/") for each in calls(sandbox).elements()) == 1
 
 
-def test_unknown_job_is_sent_individually(sandbox: Sandbox) -> None:
-    """The job may have expired, so no profile counts as imported."""
+def test_job_that_klaviyo_does_not_know_can_still_write(sandbox: Sandbox) -> None:
+    """Klaviyo accepted it."""
     sandbox.klaviyo.faults.add(
         Fault(match=f"GET {JOBS}/", status=404), Fault(match=f"GET {JOBS}", status=200, body=b'{"data":[]}')
     )
-    assert Sender(klaviyo_for(sandbox), 4).send(upserts(20)) == [None] * 20
-    assert calls(sandbox)[f"POST {SINGLE}"] == 20
+    assert are_unfinished(Sender(klaviyo_for(sandbox), 4).send(upserts(20)), 600.0)
+    assert calls(sandbox)[f"POST {SINGLE}"] == 0
 
 
 @pytest.mark.parametrize("body", [b'{"data":{}}', b"{}", b"[]", b'{"data":[{"id":7}]}'])
 def test_response_without_a_job_is_a_transient_error(body: bytes, sandbox: Sandbox) -> None:
-    """A job without an id cannot be polled."""
+    """A job without an id cannot be polled, and can still write."""
     sandbox.klaviyo.faults.add(Fault(match=f"POST {JOBS}", status=202, body=body))
-    assert all(isinstance(result, Transient) for result in Sender(klaviyo_for(sandbox), 4).send(upserts(20)))
+    assert are_unfinished(Sender(klaviyo_for(sandbox), 4).send(upserts(20)), 600.0)
 
 
-@pytest.mark.parametrize("match", [f"POST {JOBS}", f"GET {JOBS}"])
-def test_key_without_the_scopes_of_jobs_sends_individually(
-    match: str, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_key_without_the_scopes_of_jobs_sends_individually(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     """The missing scope is logged once, and the worker is not parked."""
-    sandbox.klaviyo.faults.add(Fault(match=match, status=403, times=None))
+    sandbox.klaviyo.faults.add(Fault(match=f"POST {JOBS}", status=403, times=None))
     sender = Sender(klaviyo_for(sandbox), 4)
     for _ in range(2):
         assert sender.send(upserts(20)) == [None] * 20
     assert len(sandbox.account.profiles) == 20
-    assert [record.message for record in caplog.records] == ["bulk_jobs_refused"]
+    assert [record.message for record in caplog.records if record.message.startswith("bulk")] == ["bulk_jobs_refused"]
     sandbox.klaviyo.faults.add(Fault(match=f"POST {SINGLE}", status=401, times=None))
     assert all(isinstance(result, KlaviyoMisconfigured) for result in sender.send(upserts(20)))
+
+
+def test_key_that_may_start_but_not_read_jobs_starts_no_second_one(
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first job can still write, so its messages wait. Later profiles are sent individually."""
+    sandbox.klaviyo.faults.add(Fault(match=f"GET {JOBS}", status=403, times=None))
+    sender = Sender(klaviyo_for(sandbox), 4)
+    assert are_unfinished(sender.send(upserts(20)), 600.0)
+    assert sender.send(upserts(20)) == [None] * 20
+    assert (calls(sandbox)[f"POST {JOBS}"], calls(sandbox)[f"POST {SINGLE}"]) == (1, 20)
+    assert [record.message for record in caplog.records if record.message.startswith("bulk")] == ["bulk_jobs_refused"]
 
 
 def test_lanes_share_their_polls() -> None:
@@ -216,16 +267,26 @@ def test_lanes_share_their_polls() -> None:
     assert asked <= 2 * alone
 
 
-def test_stopping_worker_does_not_wait_for_a_job() -> None:
-    """Its messages are returned. A repeated import has no second effect."""
-    with Sandbox(account=Account(job_seconds=60.0)) as sandbox:
-        stopping = Event()
-        sender = send.Sender(klaviyo_for(sandbox), 4, stopping, allows_bulk_events=bool, bulk_threshold=10)
-        results: list[Any] = []
-        lane = Thread(target=lambda: results.extend(sender.send(upserts(20))))
-        lane.start()
+def send_and_stop(sandbox: Sandbox, stop_wait: float) -> list[Any]:
+    """Send profiles, stop the worker when the job has started, and return the results."""
+    stopping = Event()
+    sender = Sender(klaviyo_for(sandbox), 4, stopping=stopping, stop_wait=stop_wait)
+    with ThreadPoolExecutor(1) as lane:
+        results = lane.submit(sender.send, upserts(20))
         while not sandbox.klaviyo.requests:
             time.sleep(0.01)
         stopping.set()
-        lane.join(60)
-        assert [type(result.error) for result in results] == [Transient] * 20
+        return results.result(60.0)
+
+
+def test_stopping_worker_waits_for_a_started_job() -> None:
+    """The job would overwrite what the next worker writes."""
+    with Sandbox(account=Account(job_seconds=2.0)) as sandbox:
+        assert send_and_stop(sandbox, 50.0) == [None] * 20
+        assert len(sandbox.account.profiles) == 20
+
+
+def test_stopping_worker_delays_the_messages_of_a_job_that_takes_too_long() -> None:
+    """The grace period ends before the job."""
+    with Sandbox(account=Account(job_seconds=60.0)) as sandbox:
+        assert are_unfinished(send_and_stop(sandbox, 0.5), 600.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -302,17 +301,6 @@ def test_deleted_product_has_no_omissions() -> None:
     assert "left out" not in explained(change("ResourceDeleted", "product"))
     product = {"id": "id-1", "masterVariant": {"id": 1, "sku": "S"}}
     assert "left out" not in explained(message("ProductPublished", "product"), {"product-projections": [product]})
-
-
-def test_only_a_message_from_the_future_is_retried() -> None:
-    """An offline read never lags, but a clock can be wrong."""
-    now, then = datetime.now(UTC).isoformat(), "2999-01-01T00:00:00Z"
-    assert "outcome ignored and acknowledged, in stage transform: commercetools no longer has the order" in explained(
-        message("OrderCreated", "order", createdAt=now)
-    )
-    assert "outcome held and retried, in stage enrich: commercetools does not show" in explained(
-        message("OrderCreated", "order", createdAt=then)
-    )
 
 
 @pytest.mark.parametrize("case", CASES)

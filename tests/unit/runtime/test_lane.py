@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import FakeDelivery
 from tests.unit.runtime.test_runner import settings_for, wait_for
-from worker.errors import KlaviyoMisconfigured, Transient
+from worker.errors import KlaviyoMisconfigured, NotShownYet, Transient
 from worker.model import Message, Notification, Outcome
 from worker.runtime.in_flight import InFlight
 from worker.runtime.lane import SUSPECT_ATTEMPT, Lane, LaneCallbacks
@@ -114,6 +114,20 @@ def test_later_messages_of_the_resource_wait_in_order(rig: Rig) -> None:
     rig.put("a2", "b1", "a3")
     wait_for(lambda: not rig.in_flight)
     assert rig.pipeline.batches == [["a1"], ["b1"], ["a1", "a2", "a3"]]
+
+
+@pytest.mark.parametrize("hold", [0, 60])
+def test_wait_for_a_new_resource_has_its_own_limit(hold: float) -> None:
+    """It is no outage, so it ends without a nack even if the worker does not hold messages during outages."""
+    rig = Rig(outage_hold=hold)
+    rig.pipeline.errors["a1"] = NotShownYet("not shown yet", retry_after=0.05)
+    rig.put("a1")
+    rig.lane.start()
+    wait_for(lambda: rig.pipeline.processed.count("a1") > 3)
+    assert rig.pipeline.nacked == []
+    rig.pipeline.errors.clear()
+    wait_for(lambda: not rig.in_flight)
+    rig.stop()
 
 
 def test_backoff_grows_with_every_retry(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

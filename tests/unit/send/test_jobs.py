@@ -8,6 +8,8 @@ from urllib.parse import unquote
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.errors import JobUnfinished, Transient
+from worker.model import Operation, OperationKind, SendResult
 from worker.send import catalog, jobs
 from worker.send.jobs import BulkJobType, JobEntry
 from worker.transform.catalog import catalog_id
@@ -69,3 +71,16 @@ def test_filter_fits_a_uri(keys: list[str]) -> None:
     assert all(each.count("%22$custom") <= catalog.MAX_ENTRIES for each in lists)
     for key, literal in zip(keys, asked, strict=True):
         assert catalog_id(key)[:20] in unquote(literal)
+
+
+def test_unfinished_deletion_of_a_variant_precedes_other_errors() -> None:
+    """The job can still delete a SKU that another product gets, so no worker may process the message."""
+    deletions = [Operation(OperationKind.DELETE_VARIANT, sku) for sku in "abc"]
+    unfinished = JobUnfinished("a job has not ended yet", 600.0)
+    result_of = {
+        "a": SendResult(None, 1),
+        "b": SendResult(Transient("503"), 1),
+        "c": SendResult(unfinished, 1),
+    }
+    assert catalog._StaleVariants(deletions).result(result_of) == SendResult(unfinished, 4)
+    assert catalog._StaleVariants([], Transient("503")).result({}).error is not None

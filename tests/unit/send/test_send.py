@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -169,6 +170,37 @@ def test_ensured_category_is_created_once_and_never_updated(sender: Sender, klav
     assert klaviyo.names == ["POST /api/catalog-categories"]
 
 
+def related(kind: OperationKind, key: str, name: str, data: object) -> Operation:
+    operation = entry(kind, key)
+    return replace(operation, resource=(operation.resource or {}) | {"relationships": {name: {"data": data}}})
+
+
+def test_remembered_category_that_was_deleted_is_created(sender: Sender, klaviyo: Klaviyo) -> None:
+    """A new product must not be dead-lettered because its category was deleted in Klaviyo."""
+    category = entry(OperationKind.ENSURE_CATEGORY, "c")
+    item = related(OperationKind.UPSERT_ITEM, "p", "categories", [{"type": "catalog-category", "id": catalog_id("c")}])
+    assert sender.send([category]) == [None]
+    klaviyo.answer("POST /api/catalog-items", NOT_FOUND)
+    klaviyo.calls.clear()
+    missing, error = sender.send([category, item])
+    assert missing is None
+    assert isinstance(error, Transient)
+    assert sender.send([category, item]) == [None, None]
+    assert klaviyo.names == ["POST /api/catalog-items", "POST /api/catalog-categories", "POST /api/catalog-items"]
+
+
+def test_variant_of_a_remembered_item_that_was_deleted_is_a_transient_error(sender: Sender, klaviyo: Klaviyo) -> None:
+    """The next attempt creates the item. If the item was never written, the rejection of the variant is final."""
+    item = entry(OperationKind.UPSERT_ITEM, "p")
+    parent = {"type": "catalog-item", "id": catalog_id("p")}
+    variant = related(OperationKind.UPSERT_VARIANT, "s", "item", parent)
+    klaviyo.answer("POST /api/catalog-variants", NOT_FOUND, NOT_FOUND)
+    assert sender.send([variant]) == [NOT_FOUND]
+    assert sender.send([item]) == [None]
+    (error,) = sender.send([variant])
+    assert isinstance(error, Transient)
+
+
 @pytest.mark.parametrize(
     ("kind", "path"),
     [(OperationKind.DELETE_ITEM, ITEM), (OperationKind.DELETE_CATEGORY, CATEGORY)],
@@ -245,6 +277,15 @@ def test_conflicting_profile_is_updated_by_its_id(sender: Sender, klaviyo: Klavi
     klaviyo.answer("POST /api/profile-import", Rejected("duplicate", 409, duplicate_id="01A"))
     assert sender.send([PROFILE]) == [None]
     assert klaviyo.calls[1] == ("PATCH /api/profiles/01A", {"data": (PROFILE.resource or {}) | {"id": "01A"}})
+
+
+def test_conflict_with_a_profile_that_was_just_merged_is_a_transient_error(sender: Sender, klaviyo: Klaviyo) -> None:
+    """No profile has the identifier any more, so the next attempt succeeds."""
+    klaviyo.answer("POST /api/profile-import", Rejected("conflict", 409, "01MERGED"))
+    klaviyo.answer("PATCH /api/profiles/01MERGED", NOT_FOUND)
+    (error,) = sender.send([PROFILE])
+    assert isinstance(error, Transient)
+    assert sender.send([PROFILE]) == [None]
 
 
 def test_weaker_identifiers_of_several_profiles_are_dropped(sender: Sender, klaviyo: Klaviyo) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import FakeDelivery
 from worker.budget import MAX_PATHS, MORE
-from worker.errors import Disposition, Ignored, Rejected, StaleWrite, Transient
+from worker.errors import Disposition, Ignored, Rejected, Transient
 from worker.model import Message, Notification, Operation, OperationKind, Outcome
 from worker.telemetry.log import configure_logging, log
 from worker.telemetry.message_log import Telemetry
@@ -77,13 +77,12 @@ def test_returned_message_has_outcome_returned() -> None:
 
 
 def test_only_failures_are_recorded() -> None:
-    """They include held messages, which have no log line yet, but not ignored messages and stale writes."""
+    """They include held messages, which have no log line yet, but not ignored messages."""
     telemetry = Telemetry(Metrics("embedded"))
     held = message(Outcome(Disposition.HOLD, "enrich", Transient("500")))
     ignored = message(Outcome(Disposition.ACK, "parse", Ignored("no handler")))
-    stale = message(Outcome(Disposition.HOLD, "send", StaleWrite("read again")))
     dead_lettered = message(Outcome(Disposition.DEAD_LETTER, "send", Rejected("400")), 1)
-    telemetry.record_processed([held, ignored, stale, dead_lettered])
+    telemetry.record_processed([held, ignored, dead_lettered])
     telemetry.record_settled([ignored, dead_lettered, message(Outcome(Disposition.ACK, "send"), 1)])
     telemetry.record_settled([message(Outcome(Disposition.NACK, "enrich", Transient("500")))])
     failures = [(f["outcome"], f["stage"], f["reason"], f["times"]) for f in telemetry.failures.newest()]

@@ -75,7 +75,7 @@ def _run_stages(trace: Trace, snapshot: dict[str, list[Json]], mapping: MappingC
     handler_for(trace.notification, mapping)
     trace.stage = "enrich"
     reader = _RecordingReader(queries.InMemoryReader(_with_payload(snapshot, trace.notification)), trace.lookups)
-    (enriched,) = Enricher(reader, mapping, read_lag=0.0).enrich([trace.notification])
+    (enriched,) = Enricher(reader, mapping).enrich([trace.notification])
     if isinstance(enriched, WorkerError):
         raise enriched
     trace.enriched = enriched

@@ -9,6 +9,7 @@ from typing import Any
 Json = dict[str, Any]
 _NAMESPACE = uuid.UUID("6f1f9b9e-5d0c-4f3e-9d3b-2b1f0c7a9e11")
 _CREATED = "2026-11-20T08:30:00.000Z"
+_VERSION = 10  # of all resources; not lower than that of any sample notification
 
 
 @dataclass
@@ -76,7 +77,7 @@ def reference(kind: str, name: str) -> Json:
 
 
 def _resource(kind: str, name: str, /, **fields: Any) -> Json:
-    stamps = {"version": 1, "createdAt": _CREATED, "lastModifiedAt": _CREATED}
+    stamps = {"version": _VERSION, "createdAt": _CREATED, "lastModifiedAt": _CREATED}
     return {"id": uid(f"{kind}:{name}"), **stamps, **fields}
 
 
