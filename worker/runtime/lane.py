@@ -8,7 +8,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from worker.errors import Disposition, Misconfigured, NotShownYet, Transient
+from worker.errors import Disposition, Misconfigured, Transient
 from worker.http.backoff import backoff, max_backoff
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Klaviyo's bulk jobs: the worker starts them, polls them until they end, and sets the result of each entry.
 
-A job that has started cannot be stopped, and it writes the state that it was started with. The worker therefore waits for
-every job. If it cannot, the entries get JobUnfinished, so that no worker writes them while the job can still do so.
+A job that has started cannot be stopped, and it writes the state that it was started with. The worker therefore waits
+for every job. If it cannot, the entries get JobUnfinished, so that no worker writes them while the job can still do so.
 """
 
 from __future__ import annotations
