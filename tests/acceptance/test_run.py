@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import sqlite3
 import time
 from collections import Counter
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -272,6 +274,20 @@ def test_shutdown_timeout_nacks_the_messages_and_exits_6(worker: Worker, sandbox
     assert process.wait(60) == 6
     assert worker("run", "--once").returncode == 0
     assert len(sandbox.account.profiles) == 1
+
+
+def test_broken_queue_ends_the_process_although_calls_hang(worker: Worker, sandbox: Sandbox) -> None:
+    """Python would wait for the threads of the hanging calls until their read timeout."""
+    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=600, times=None))
+    order = next(iter(sandbox.shop.orders.values()))
+    worker.publish(message("OrderImported", "order", order["id"]))  # has several events, which an executor sends
+    process = worker.start(
+        "run", env={"KLAVIYO_WORKER_SHUTDOWN_GRACE_PERIOD": "1", "KLAVIYO_WORKER_READ_TIMEOUT": "600"}
+    )
+    wait_for(lambda: sandbox.klaviyo.faults.triggered >= 2)
+    with closing(sqlite3.connect(worker.directory / "queue.db")) as database:
+        database.execute("DROP TABLE messages")
+    assert process.wait(120) == 3
 
 
 def test_second_signal_exits_without_waiting(worker: Worker, sandbox: Sandbox) -> None:

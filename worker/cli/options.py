@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 import click
 
 from adapters import QueueAdapter, open_queue
 from worker import renamed
+from worker.cli.termination import run_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,6 +55,10 @@ class Group(click.Group):
     """A group whose commands are of the class `Command`."""
 
     command_class = Command
+
+    def __call__(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Run the command as this process, which ends even if threads hang."""
+        run_process(partial(self.main, *arguments, **options))
 
 
 def settings_options(

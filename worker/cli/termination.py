@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from contextlib import contextmanager
-from threading import Thread
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+EXECUTOR_NAME = "klaviyo"  # the names of all threads of executors start with it
+EXIT_TIMEOUT = 1.0  # seconds for which the end of the process waits for the threads of executors
 _STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
@@ -52,10 +55,32 @@ def exit_without_waiting(reason: str) -> NoReturn:
     os._exit(ExitCode.UNFINISHED)
 
 
+def run_process(command: Callable[[], object]) -> NoReturn:
+    """Run the command of this process, and end the process even if threads hang in calls.
+
+    Python waits for the threads of executors at exit, however long their calls take.
+    """
+    code: object = ExitCode.UNEXPECTED
+    try:
+        command()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # noqa: BLE001 - printed like Python does it
+        sys.excepthook(*sys.exc_info())
+    deadline = time.monotonic() + EXIT_TIMEOUT
+    executors = [thread for thread in threading.enumerate() if thread.name.startswith(EXECUTOR_NAME)]
+    for thread in executors:
+        thread.join(max(deadline - time.monotonic(), 0.0))
+    if any(thread.is_alive() for thread in executors):
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else ExitCode.UNEXPECTED)
+    sys.exit(code)  # type: ignore[arg-type] # as the command did
+
+
 def on_signals(stop: Callable[[], None]) -> None:
     """Call `stop` on SIGTERM and SIGINT, in a thread: a signal handler could wait for a lock of the main thread."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # threads that start later inherit this
-    Thread(target=_wait_for_signals, args=(stop,), daemon=True).start()
+    threading.Thread(target=_wait_for_signals, args=(stop,), daemon=True).start()
 
 
 def _wait_for_signals(stop: Callable[[], None]) -> None:

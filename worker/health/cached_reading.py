@@ -21,7 +21,7 @@ class CachedReading(Generic[T]):
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="klaviyo-reading")
         self._lock = Lock()
         self._call: Future[T] | None = None
         self._called_at = 0.0  # monotonic seconds
