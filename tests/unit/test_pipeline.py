@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from adapters.base import Failure
+from adapters.base import Failure, QueueError
 from tests.conftest import FakeDelivery
 from worker.errors import (
     CircuitOpen,
@@ -132,6 +132,26 @@ def test_message_is_acked_when_its_effect_is_in_klaviyo(pipeline: Pipeline, reco
     """Messages of a batch are acked together, in order."""
     assert run(pipeline, updated("a"), updated("b")) == []
     assert recorded.settled == [("ack", "a", 0.0, ""), ("ack", "b", 0.0, "")]
+
+
+@pytest.mark.parametrize("method", ["nack", "dead_letter"])
+def test_no_message_is_acked_if_another_one_cannot_be_settled(
+    method: str,
+    pipeline: Pipeline,
+    recorded: RecordingQueue,
+    stages: Stages,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The worker ends because of the error, so the queue must redeliver the whole batch."""
+    stages.enrich_errors["bad"] = WorkerError("bad") if method == "nack" else Rejected("bad")
+
+    def fail(*_: object) -> None:
+        raise QueueError("gone")
+
+    monkeypatch.setattr(recorded, method, fail)
+    with pytest.raises(QueueError):
+        run(pipeline, updated("a"), updated("bad"), updated("b"))
+    assert recorded.settled == []
 
 
 def test_batch_is_enriched_in_one_call(pipeline: Pipeline, stages: Stages) -> None:

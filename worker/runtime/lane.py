@@ -44,12 +44,11 @@ class Lane(Thread):
 
     An idle lane therefore processes a message immediately, and a busy lane processes large batches.
 
-        try:
-            while batch := self._next_batch():
-                for part in isolate_suspects(batch):
-                    self._process_unless_stopping(part)
-        except Exception as error:  # noqa: BLE001 - `fail` ends the run, which returns the messages of this lane
-            self._callbacks.fail(error)
+    A message that cannot be processed now is held and retried: for `outage_hold` seconds in an outage, without a time
+    limit if it only waits. Later messages of the same resource are held behind it. Messages of other resources are
+    processed in the meantime.
+
+    A message that possibly ended earlier workers is processed alone, after the others of its batch.
     """
 
     def __init__(

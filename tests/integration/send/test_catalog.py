@@ -160,7 +160,9 @@ def test_deletions_are_sent_in_jobs(sandbox: Sandbox, sender: Sender) -> None:
     assert made["POST item-bulk-delete-jobs"] == made["POST variant-bulk-delete-jobs"] == 1
     assert made["DELETE items/…"] == 10
     assert "DELETE variants/…" not in made
+    sandbox.klaviyo.requests.clear()
     assert sender.send(products(60)) == [None] * 150
+    assert not [call for call in calls(sandbox) if "bulk-update" in call]  # none of them is still known
 
 
 def test_variants_that_moved_to_another_product_are_kept(sandbox: Sandbox, sender: Sender) -> None:

@@ -327,6 +327,15 @@ def test_throttled_call_is_retried_for_longer_than_a_failed_one(monkeypatch: pyt
         breaker(failing(Throttled("429", 61.0)))
 
 
+def test_throttled_calls_open_no_circuit() -> None:
+    """A service that answers with 429 is up. They also end a series of failures."""
+    breaker = breaker_with()
+    for error in [DOWN] * (FAILURE_THRESHOLD - 1) + [Throttled("429", 61.0)] * FAILURE_THRESHOLD + [DOWN]:
+        with pytest.raises(type(error)):
+            breaker(failing(error))
+    assert breaker.cause() is None
+
+
 def test_shutdown_ends_the_retries() -> None:
     """A retry delay does not delay the shutdown."""
     stopping = threading.Event()

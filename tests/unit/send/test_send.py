@@ -201,6 +201,15 @@ def test_variant_of_a_remembered_item_that_was_deleted_is_a_transient_error(send
     assert isinstance(error, Transient)
 
 
+def test_category_that_could_not_be_created_is_not_known(sender: Sender, klaviyo: Klaviyo) -> None:
+    """The next product with this category creates it."""
+    klaviyo.answer("POST /api/catalog-categories", Transient("503"))
+    (error,) = sender.send([entry(OperationKind.ENSURE_CATEGORY, "c")])
+    assert isinstance(error, Transient)
+    assert sender.send([entry(OperationKind.ENSURE_CATEGORY, "c")]) == [None]
+    assert klaviyo.names == ["POST /api/catalog-categories"] * 2
+
+
 @pytest.mark.parametrize(
     ("kind", "path"),
     [(OperationKind.DELETE_ITEM, ITEM), (OperationKind.DELETE_CATEGORY, CATEGORY)],
