@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from worker.budget import check_lines, check_lookups
 from worker.commercetools import queries
-from worker.errors import Misconfigured, Rejected, WorkerError
+from worker.errors import EndpointRefused, Rejected, WorkerError
 from worker.json_access import MAX_ID_LENGTH, as_dict, as_dicts, as_text, pick_ids, unique
 from worker.model import Enriched, Json, Notification
 from worker.versions import reports_absence, version_of
@@ -278,5 +278,5 @@ def _code_text(code_id: str, context: _PlanContext) -> str:
     """Return the text of a discount code, or "" if the API client has no scope for discount codes."""
     try:
         return as_text(as_dict(context.get_optional(queries.DISCOUNT_CODES, code_id)).get("code"))
-    except Misconfigured:
+    except EndpointRefused:
         return ""

@@ -235,8 +235,10 @@ def test_worker_parks_while_its_key_is_refused(worker: Worker, sandbox: Sandbox)
     """It holds the message, retries at intervals, and resumes when the key is accepted."""
     customer = next(iter(sandbox.shop.customers.values()))
     worker.publish(updated(customer["id"]))
-    sandbox.klaviyo.faults.add(Fault(status=401, times=3))
+    sandbox.klaviyo.faults.add(Fault(status=401, times=None))
     process = worker.start("run", "--park-retry-interval", "0.1")
+    wait_for(lambda: '"parked"' in worker.log.read_text())
+    sandbox.klaviyo.faults.clear()
     wait_for(lambda: sandbox.account.profiles)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0

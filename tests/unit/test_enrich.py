@@ -21,7 +21,7 @@ from worker.commercetools.queries import (
     QueryResult,
 )
 from worker.enrich import Enricher
-from worker.errors import CommercetoolsMisconfigured, Rejected, Transient
+from worker.errors import CommercetoolsMisconfigured, EndpointRefused, Rejected, Transient
 from worker.mapping import MappingConfig
 from worker.model import Enriched, Notification
 
@@ -248,7 +248,7 @@ def test_order_with_unavailable_data_is_transient(path: str, enricher: Enricher,
 def test_rejected_optional_data_is_omitted(enricher: Enricher, reader: CountingReader) -> None:
     """With an invalid product id the line item has no categories. With a missing scope there is no discount code."""
     reader.errors["p1"] = Rejected("malformed id", 400)
-    reader.errors["discount-codes"] = CommercetoolsMisconfigured("403")
+    reader.errors["discount-codes"] = EndpointRefused("403")
     enriched = one(enricher, about("order", "o1", "OrderStateChanged"))
     assert enriched.product_categories == {"p1": [], "p2": ["women"]}
     assert enriched.discount_codes == {"d1": ""}

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import math
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import orjson
 
 from worker.commercetools.queries import Query, QueryResult, group_by_value
+from worker.commercetools.responses import TRANSIENT_CODES, decode_error, decode_page, is_own
 from worker.commercetools.token import AccessToken
-from worker.errors import CommercetoolsMisconfigured, Disposition, Rejected, Transient, WorkerError
+from worker.errors import (
+    CommercetoolsMisconfigured,
+    Disposition,
+    EndpointRefused,
+    Rejected,
+    RequestBlocked,
+    Transient,
+    WorkerError,
+)
 from worker.http import transport as http
 from worker.http.chunks import chunked
 from worker.http.circuit_breaker import CircuitBreakers
-from worker.json_access import as_dict, as_dicts, as_int, as_text
+from worker.json_access import as_dicts, as_int, as_text
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -30,7 +39,11 @@ if TYPE_CHECKING:
 
 PAGE_SIZE = 500  # the maximum that commercetools allows
 MAX_WHERE_BYTES = 6_000  # percent-encoded; commercetools' load balancers accept URIs of up to 8 KB
-_MISCONFIGURED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND})
+# One of these accepts a neutral request if commercetools accepts the API client, whichever scopes it has.
+NEUTRAL_ENDPOINTS = ("orders", "customers", "product-projections")
+_NEUTRAL = "limit=0&withTotal=false"  # the parameters of a query that depends on no message
+_REFUSALS = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND})
+_TODO = "check CT_API_URL, CT_PROJECT_ID, CT_API_CLIENT and its scopes"
 
 
 class Commercetools:
@@ -58,7 +71,7 @@ class Commercetools:
     def answers(self) -> bool:
         """Return whether commercetools answers a request that depends on no message."""
         try:
-            self._request_with_token("orders", "GET", f"{self._url}/orders?limit=0&withTotal=false")
+            self._accepts(NEUTRAL_ENDPOINTS[0])
         except Transient as error:
             return error.disposition is not Disposition.HOLD
         except WorkerError:
@@ -78,7 +91,7 @@ class Commercetools:
         return self._transport.clock.offset
 
     def call(self, endpoint: str, method: str, path: str = "", body: Json | None = None) -> http.Response:
-        """Send a request to `endpoint` + `path` and return the response. A response with status 4xx is returned, too.
+        """Send a request to `endpoint` + `path` and return commercetools' response with a status of 2xx or 4xx.
 
         If the result is unknown, only a GET request is repeated. Raises Transient, and CommercetoolsMisconfigured if
         commercetools refuses a token.
@@ -86,17 +99,17 @@ class Commercetools:
         breaker = self._breakers[endpoint]
         content = None if body is None else orjson.dumps(body)
         request = breaker if method == "GET" else breaker.call_once
-        return request(self._request_with_token, endpoint, method, f"{self._url}/{endpoint}{path}", content)
+        return request(self._request_own, endpoint, method, f"{self._url}/{endpoint}{path}", content)
 
     def get_public(self, endpoint: str, path: str) -> http.Response:
         """Send one request without a token and return the response with any status. Raises Transient."""
         return self._request(endpoint, "GET", f"{self._url}/{endpoint}{path}")
 
     def _find_chunk(self, query: Query, chunk: list[str]) -> QueryResult:
-        """Query one chunk. If commercetools rejects the query (400), halve the chunk to isolate the invalid value."""
+        """Query one chunk. If the query is rejected or blocked, halve the chunk to isolate the value at fault."""
         try:
             return group_by_value(query, chunk, self._all_pages(query, chunk))
-        except Rejected as error:
+        except (Rejected, RequestBlocked) as error:
             if len(chunk) == 1:
                 return {chunk[0]: error}
             middle = len(chunk) // 2
@@ -127,18 +140,63 @@ class Commercetools:
             results += page
             if len(page) < PAGE_SIZE:
                 return results
-            after = as_text(page[-1].get("id"))
+            last = as_text(page[-1].get("id"))
+            if last <= after:
+                raise Transient(f"commercetools answered for {query.path} with the same page again")
+            after = last
 
     def _get(self, query: Query, where: str, after: str, parameters: str) -> Json:
         parts = filter(None, (where, f"id > {_quoted(after)}" if after else ""))
         if predicate := " and ".join(f"({part})" for part in parts):
             parameters += f"&where={quote(predicate)}"
         parameters += "".join(f"&expand={quote(path)}" for path in query.expand)
-        response = self._request_with_token(query.path, "GET", f"{self._url}/{query.path}?{parameters}")
-        document = as_dict(_decode(response, query.path))
-        if not isinstance(document.get("results"), list):  # this must not be taken for an empty list
-            raise Transient(f"commercetools answered for {query.path} without results")
+        response = self._query(query.path, parameters)
+        document = decode_page(response)
+        if document is None:
+            raise self._error_from(query.path, response)
         return document
+
+    def _query(self, path: str, parameters: str) -> http.Response:
+        return self._request_with_token(path, "GET", f"{self._url}/{path}?{parameters}")
+
+    def _error_from(self, path: str, response: http.Response) -> WorkerError:
+        """Return the error for a query that did not succeed. Raises WorkerError."""
+        code = decode_error(response)
+        if code is None:  # this must not be taken for an empty list
+            return self._foreign_response(path, response)
+        what = f"commercetools answered {response.status} {code} for {path}"
+        if code in TRANSIENT_CODES:
+            return Transient(what, http.retry_after(response.headers))
+        if response.status not in _REFUSALS:
+            return Rejected(what, response.status)
+        if self._accepts(path):
+            return RequestBlocked(what)
+        if any(self._accepts(other) for other in NEUTRAL_ENDPOINTS if other != path):
+            return EndpointRefused(what, todo=_TODO)
+        return CommercetoolsMisconfigured(what, todo=_TODO)
+
+    def _foreign_response(self, path: str, response: http.Response) -> WorkerError:
+        """Return the error for a response that is not commercetools'. Raises WorkerError.
+
+        A firewall can refuse a single request because of its data. If commercetools itself answers a neutral query of
+        the same resources, the request is blocked; otherwise the whole endpoint is unreachable.
+        """
+        what = f"not commercetools' response: {response}"
+        is_refused = response.status >= HTTPStatus.BAD_REQUEST
+        return RequestBlocked(what) if is_refused and self._accepts(path) else Transient(what)
+
+    def _accepts(self, path: str) -> bool:
+        """Return whether commercetools does not refuse a query that depends on no message. Raises WorkerError."""
+        response = self._query(path, _NEUTRAL)
+        if decode_page(response) is None and decode_error(response) is None:
+            raise Transient(f"not commercetools' response: {response}")
+        return response.status not in _REFUSALS
+
+    def _request_own(self, endpoint: str, method: str, url: str, body: bytes | None) -> http.Response:
+        response = self._request_with_token(endpoint, method, url, body)
+        if not is_own(response):
+            raise Transient(f"not commercetools' response: {response}")
+        return response
 
     def _request_with_token(self, endpoint: str, method: str, url: str, body: bytes | None = None) -> http.Response:
         token = self._token.get()
@@ -157,19 +215,6 @@ class Commercetools:
         if body is not None:
             headers["Content-Type"] = "application/json"
         return self._transport.request(endpoint, method, url, headers, body)
-
-
-def _decode(response: http.Response, path: str) -> Any:
-    """Return the decoded body of a response with status 200. Raises an error for any other status."""
-    if response.status == HTTPStatus.OK:
-        return response.json()
-    error = next(iter(as_dicts(as_dict(response.json()).get("errors"))), {})
-    what = f"commercetools answered {response.status} {as_text(error.get('code'))[:64]} for {path}"
-    if response.status < HTTPStatus.BAD_REQUEST or response.status in _MISCONFIGURED:
-        raise CommercetoolsMisconfigured(
-            what, todo="check CT_API_URL, CT_PROJECT_ID, CT_API_CLIENT and its scopes", lacks_scope=True
-        )
-    raise Rejected(what, response.status)
 
 
 def _quoted(value: str) -> str:

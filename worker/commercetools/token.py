@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import time
+from http import HTTPStatus
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import requests
 from commercetools.base_client import RefreshingOAuth2Session
 from oauthlib.oauth2 import BackendApplicationClient, OAuth2Error
-from requests.adapters import HTTPAdapter
+from requests.adapters import BaseAdapter
+from requests.structures import CaseInsensitiveDict
 
 from worker.errors import CommercetoolsMisconfigured, Transient
 from worker.http import transport as http
-from worker.http.connection_errors import connection_error
-from worker.json_access import as_text
+from worker.json_access import as_dict, as_text
 
 if TYPE_CHECKING:
     from worker.settings import CommercetoolsSettings
 
 TOKEN_MARGIN = 300.0  # seconds; a token is replaced this long before it expires
 _ENDPOINT = "oauth/token"
+_TRANSIENT_ERRORS = frozenset({"server_error", "temporarily_unavailable"})  # of OAuth 2.0 (RFC 6749)
 
 
 class AccessToken:
@@ -28,7 +31,8 @@ class AccessToken:
 
     def __init__(self, settings: CommercetoolsSettings, observe: http.Observe) -> None:
         self._settings = settings
-        self._observe = observe
+        transport = http.Transport(http.pool(settings.ct_token_url, 1), settings, observe)
+        self._adapter = _TokenAdapter(transport, settings.ct_token_url)
         self._lock = Lock()
         self._value = ""
         self._expires_at = 0.0  # monotonic seconds
@@ -48,13 +52,8 @@ class AccessToken:
             return self._value
 
     def _fetch(self) -> None:
-        start = time.monotonic()
         try:
             token = self._request()
-        except requests.RequestException as error:
-            self._observe(_ENDPOINT, None, time.monotonic() - start)
-            url = self._settings.ct_token_url
-            raise connection_error(error, url, "no token from commercetools") from None
         except OAuth2Error as error:
             raise CommercetoolsMisconfigured(
                 f"commercetools refuses a token ({error.error})", todo="check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
@@ -67,12 +66,10 @@ class AccessToken:
 
     def _request(self) -> dict[str, Any]:
         client = self._settings.ct_api_client
-        scheme, _, address = self._settings.ct_token_url.partition("://")
-        url = f"https://{address}"
+        # oauthlib accepts http:// URLs only if an environment variable allows them for the whole process.
+        url = f"https://{self._settings.ct_token_url.partition('://')[2]}"
         with RefreshingOAuth2Session(client=BackendApplicationClient(client_id=client.client_id)) as session:
-            session.register_compliance_hook("access_token_response", self._check_response)
-            if scheme == "http":
-                session.mount(url, _PlainHTTPAdapter())
+            session.mount(url, self._adapter)
             token: dict[str, Any] = session.fetch_token(
                 url,
                 client_id=client.client_id,
@@ -80,27 +77,46 @@ class AccessToken:
                 # The scopes are not given to the session, which would raise an error for a token with fewer scopes.
                 # None requests all scopes of the API client.
                 scope=self._settings.ct_scope.split() or None,
-                timeout=(self._settings.connect_timeout, self._settings.read_timeout),
             )
             return token
 
-    def _check_response(self, response: requests.Response) -> requests.Response:
-        """Raise Transient for a transient status. oauthlib handles all other responses."""
-        status = response.status_code
-        self._observe(_ENDPOINT, status, response.elapsed.total_seconds())
-        if http.is_transient(status):
-            raise Transient(f"no token from commercetools: {status}", http.retry_after(response.headers))
-        return response
 
+class _TokenAdapter(BaseAdapter):
+    """An adapter that sends the requests of the requests library over the transport of all other requests.
 
-class _PlainHTTPAdapter(HTTPAdapter):
-    """A transport for the requests library that sends requests for https:// URLs over http://.
-
-    The settings accept http:// URLs with loopback addresses. oauthlib accepts them only if an environment variable
-    allows http:// for the whole process.
+    The transport follows no redirects and limits the size and the duration of a response. Only a token and OAuth's
+    error document reach oauthlib, which would take anything else for refused credentials.
     """
 
-    def send(self, request: requests.PreparedRequest, *arguments: Any, **options: Any) -> requests.Response:
-        """Send a request over http://."""
-        request.url = f"http{(request.url or '').removeprefix('https')}"
-        return super().send(request, *arguments, **options)
+    def __init__(self, transport: http.Transport, url: str) -> None:
+        super().__init__()
+        self._transport = transport
+        self._url = url
+
+    def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
+        """Send a request for a token. Raises Transient if the response is neither a token nor OAuth's error."""
+        body = request.body.encode() if isinstance(request.body, str) else request.body
+        received = self._transport.request(_ENDPOINT, "POST", self._url, dict(request.headers), body)
+        http.raise_for_transient(received)
+        if not _is_oauth(received):
+            raise Transient(f"no token from commercetools: {received}")
+        response = requests.Response()
+        response.status_code = received.status
+        response.headers = CaseInsensitiveDict(received.headers)
+        response.raw = io.BytesIO(received.body)
+        response.request = request
+        response.url = self._url
+        return response
+
+    def close(self) -> None:
+        """Do nothing: the transport keeps its connections for the next token."""
+
+
+def _is_oauth(response: http.Response) -> bool:
+    """Return whether a response is a token or OAuth's error document (RFC 6749, sections 5.1 and 5.2)."""
+    document = as_dict(response.json())
+    if response.status == HTTPStatus.OK:
+        return bool(as_text(document.get("access_token")))
+    error = as_text(document.get("error"))
+    is_refusal = response.status in {HTTPStatus.BAD_REQUEST, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+    return is_refusal and bool(error) and error not in _TRANSIENT_ERRORS

@@ -8,7 +8,6 @@ import ssl
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-import requests
 import urllib3
 
 from worker.errors import ProxyMisconfigured, Transient
@@ -22,27 +21,17 @@ _CLOCK = frozenset({9, 10})  # OpenSSL's codes: the certificate is not yet valid
 _UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
 
 
-def connection_error(error: Exception, url: str, what: str) -> WorkerError:
-    """Return the error for a request to `url` that has no response. `error` is one of urllib3 or of requests."""
-    cause = _cause(error)
-    if isinstance(cause, urllib3.exceptions.ProxyError):
-        return _proxy_error(cause.original_error, url, what)
-    failure = cause.args[0] if cause.args else None
+def connection_error(error: urllib3.exceptions.HTTPError, url: str, what: str) -> WorkerError:
+    """Return the error for a request to `url` that has no response."""
+    if isinstance(error, urllib3.exceptions.ProxyError):
+        return _proxy_error(error.original_error, url, what)
+    failure = error.args[0] if error.args else None
     if isinstance(failure, ssl.SSLCertVerificationError):
         reason = f"{what}: its certificate is not valid ({failure.verify_message})"
         return Transient(reason, todo=_certificate_advice(failure.verify_code))
-    if isinstance(cause, urllib3.exceptions.NameResolutionError):
+    if isinstance(error, urllib3.exceptions.NameResolutionError):
         return Transient(f"{what}: the name of the host is unknown")
-    return Transient(f"{what}: {type(cause).__name__}")
-
-
-def _cause(error: Exception) -> Exception:
-    """Return the error of urllib3 that requests and urllib3's retries have wrapped."""
-    if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason:
-        return error.reason
-    if isinstance(error, requests.RequestException) and error.args and isinstance(error.args[0], Exception):
-        return _cause(error.args[0])
-    return error
+    return Transient(f"{what}: {type(error).__name__}")
 
 
 def _proxy_error(cause: Exception, url: str, what: str) -> WorkerError:

@@ -5,11 +5,14 @@ Network errors and transient statuses are raised as Transient.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from threading import local
 from typing import TYPE_CHECKING, Any
@@ -31,13 +34,15 @@ if TYPE_CHECKING:
 MAX_RETRY_AFTER = 3600.0  # seconds
 BODY_TIMEOUT_FACTOR = 10  # a whole body can take this number of read timeouts; one applies between two packets
 CHUNK_SIZE = 65_536  # bytes
+MAX_BODY_BYTES = 64_000_000  # decoded; a page of 500 large products has about 30 MB
 _TRANSIENT = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
-_RETRY = urllib3.Retry()
 _NO_CONNECTION = (
     urllib3.exceptions.NewConnectionError,
     urllib3.exceptions.ConnectTimeoutError,
     urllib3.exceptions.ProxyError,
 )
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]+)?")
+_MEDIA_TYPE = re.compile(r"[\w.+-]{1,40}/[\w.+-]{1,40}", re.ASCII)
 _ID = re.compile(r"^(/api/[^/]+)/[^/]+")  # in Klaviyo's paths
 
 Observe = Callable[[str, int | None, float], None]  # called with endpoint, status (None: no response) and seconds
@@ -57,11 +62,30 @@ class Response:
     target: str  # method, host and path, without ids
 
     def json(self) -> Any:
-        """Return the decoded body, or None if it is not JSON."""
+        """Return the decoded body, or None if it is not JSON. Half a surrogate pair becomes a question mark."""
         try:
             return orjson.loads(self.body)
         except orjson.JSONDecodeError:
-            return None
+            return _loads_with_surrogates(self.body)
+
+    def __str__(self) -> str:
+        """Describe the response without its content: `403 with text/html to GET api.example/orders`."""
+        media_type = _MEDIA_TYPE.match(self.headers.get("Content-Type", ""))
+        content = "an empty body" if not self.body else media_type[0] if media_type else "an unknown content type"
+        return f"{self.status} with {content} to {self.target}"
+
+
+def _loads_with_surrogates(body: bytes) -> Any:
+    """Return decoded JSON in which orjson rejects half a surrogate pair, or None if the body is not JSON.
+
+    One such text in one record would otherwise make a response with hundreds of records unreadable.
+    """
+    if rb"\ud" not in body.lower():
+        return None
+    try:
+        return orjson.loads(json.dumps(json.loads(body), ensure_ascii=False).encode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def pool(url: str, size: int) -> urllib3.PoolManager:
@@ -123,10 +147,19 @@ class Transport:
 
 
 def _read(response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
-    """Return the body. Raises TimeoutError after `deadline` (monotonic seconds): slow servers must not block a lane."""
+    """Return the decoded body.
+
+    Raises TimeoutError after `deadline` (monotonic seconds), because slow servers must not block a lane. Raises
+    DecodeError after MAX_BODY_BYTES.
+    """
     parts = []
+    size = 0
     while part := response.read1(CHUNK_SIZE):
         parts.append(part)
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            response.close()
+            raise urllib3.exceptions.DecodeError
         if time.monotonic() > deadline:
             response.close()
             raise urllib3.exceptions.TimeoutError
@@ -144,27 +177,25 @@ def _target(method: str, url: str) -> str:
 
 
 def raise_for_transient(response: Response) -> None:
-    """Raise Transient or Throttled if the same request can succeed later."""
+    """Raise Transient or Throttled if the same request can succeed later.
+
+    Proxies use 5xx statuses of their own, so all 5xx statuses count.
+    """
     status = response.status
     if status == HTTPStatus.TOO_MANY_REQUESTS:
         raise Throttled(f"{status} to {response.target}", retry_after(response.headers))
-    if is_transient(status):
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _TRANSIENT:
         raise Transient(f"{status} to {response.target}", retry_after(response.headers))
-    if status < HTTPStatus.MULTIPLE_CHOICES and response.body and response.json() is None:  # a page of a proxy
-        raise Transient(f"{status} to {response.target} with a body that is not JSON")
-
-
-def is_transient(status: int) -> bool:
-    """Return whether the same request can succeed later. Proxies use 5xx statuses of their own, so all 5xx count."""
-    return status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _TRANSIENT
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the Retry-After header in seconds, or None if it is missing or invalid. It is a number or an HTTP date."""
-    value = headers.get("Retry-After")
-    if value is None:
-        return None
+    value = headers.get("Retry-After", "").strip()
+    if _SECONDS.fullmatch(value):
+        return min(float(value), MAX_RETRY_AFTER)
     try:
-        return min(float(_RETRY.parse_retry_after(value)), MAX_RETRY_AFTER)
-    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
+        moment = parsedate_to_datetime(value)
+    except (ValueError, TypeError, OverflowError, IndexError):  # of a malformed date
         return None
+    seconds = (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER)

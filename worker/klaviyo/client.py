@@ -10,17 +10,27 @@ import os
 import re
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import unquote, urlsplit
 
 import orjson
 from klaviyo_api import KlaviyoAPI
 from openapi_client.rest import RESTClientObject
 
-from worker.errors import Disposition, KlaviyoMisconfigured, Rejected, Transient, WorkerError
+from worker.errors import (
+    Disposition,
+    EndpointRefused,
+    KlaviyoMisconfigured,
+    Rejected,
+    RequestBlocked,
+    Transient,
+    WorkerError,
+)
 from worker.http import transport as http
 from worker.http.circuit_breaker import CircuitBreakers
 from worker.json_access import as_dict, as_dicts, as_text
 from worker.klaviyo.rate_limits import RateLimiter
+from worker.klaviyo.responses import decode_error, decode_success
 from worker.model import Effect, Json
 from worker.network import proxy_for
 
@@ -36,6 +46,16 @@ if TYPE_CHECKING:
 REVISION = "2026-07-15"  # the API revision of the request bodies; the SDK's revision changes with each release
 MEDIA_TYPE = "application/vnd.api+json"
 Body = Json | bytes | Callable[[], bytes] | None
+MAX_PAGES = 1_000  # of a list
+NEUTRAL_ID = "klaviyo-worker-neutral"  # no catalog entry, profile or job can have this id
+# One of these accepts a neutral request if Klaviyo accepts the key, whichever scopes the key has.
+NEUTRAL_ENDPOINTS = ("GET /api/catalog-items", "POST /api/events", "POST /api/profile-import")
+_REFUSALS = {  # statuses that concern the key, its scopes or the API revision -> what to do
+    HTTPStatus.UNAUTHORIZED: "check KLAVIYO_AUTH_KEY",
+    HTTPStatus.FORBIDDEN: "check KLAVIYO_AUTH_KEY and its scopes",
+    HTTPStatus.METHOD_NOT_ALLOWED: "check KLAVIYO_API_URL",
+    HTTPStatus.GONE: "check KLAVIYO_API_URL",
+}
 _ID = re.compile(r"^(\w+ /api/[^/]+)/[^/]+")
 
 
@@ -85,8 +105,7 @@ class Klaviyo:
         content = orjson.dumps(body) if isinstance(body, dict) else body
         endpoint = endpoint_of(method, path)
         breaker = self._breakers[endpoint]
-        response = (breaker if idempotent else breaker.call_once)(self._call, endpoint, method, path, content)
-        return as_dict(response.json())
+        return (breaker if idempotent else breaker.call_once)(self._call, endpoint, path, content)
 
     def requests_sent(self) -> int:
         """Return the number of requests that the calling thread has sent."""
@@ -99,7 +118,7 @@ class Klaviyo:
     def answers(self) -> bool:
         """Return whether Klaviyo answers a request that depends on no message."""
         try:
-            self._call("GET /api/catalog-items", "GET", "/api/catalog-items?page%5Bsize%5D=1", None)
+            self._accepts(NEUTRAL_ENDPOINTS[0])
         except Transient as error:
             return error.disposition is not Disposition.HOLD
         except WorkerError:
@@ -122,17 +141,61 @@ class Klaviyo:
         """Return the status of the rate limits, by endpoint."""
         return self._rate_limiter.statuses()
 
-    def _call(
-        self, endpoint: str, method: str, path: str, content: bytes | Callable[[], bytes] | None
-    ) -> http.Response:
+    def _call(self, endpoint: str, path: str, content: bytes | Callable[[], bytes] | None) -> Json:
+        response = self._send(endpoint, path, content)
+        document = decode_success(endpoint, response)
+        if document is not None:
+            return document
+        error = decode_error(response)
+        if error is None:
+            raise self._foreign_response(endpoint, response)
+        what = f"Klaviyo answered {response.status} to {endpoint}"
+        if response.status in _REFUSALS:
+            raise self._refusal(endpoint, response.status, what)
+        raise _rejection(what, response.status, error)
+
+    def _send(self, endpoint: str, path: str, content: bytes | Callable[[], bytes] | None) -> http.Response:
+        """Send one request when the rate limiter grants it. Raises Transient."""
         self._rate_limiter.acquire(endpoint)
         content = content() if callable(content) else content
+        method = endpoint.partition(" ")[0]
         response = self._transport.request(endpoint, method, self._host + path, self._headers, content)
         self._rate_limiter.update(endpoint, response.status, response.headers, http.retry_after(response.headers))
         http.raise_for_transient(response)
-        if response.status >= HTTPStatus.MULTIPLE_CHOICES:
-            raise _error_from(method, path, response)
         return response
+
+    def _foreign_response(self, endpoint: str, response: http.Response) -> Transient:
+        """Return the error for a response that is not Klaviyo's. Raises Transient.
+
+        A firewall can refuse a single request because of its data. If Klaviyo itself answers a neutral request to the
+        same endpoint, the request is blocked; otherwise the whole endpoint is unreachable.
+        """
+        what = f"not Klaviyo's response: {response}"
+        is_refused = response.status >= HTTPStatus.BAD_REQUEST
+        return RequestBlocked(what) if is_refused and self._accepts(endpoint) else Transient(what)
+
+    def _refusal(self, endpoint: str, status: int, what: str) -> WorkerError:
+        """Return the error for a refused request: neutral requests show what is refused. Raises Transient."""
+        if self._accepts(endpoint):
+            return RequestBlocked(what)
+        todo = _REFUSALS[HTTPStatus(status)]
+        if any(self._accepts(other) for other in NEUTRAL_ENDPOINTS if other != endpoint):
+            return EndpointRefused(what, todo=todo)
+        return KlaviyoMisconfigured(what, todo=todo)
+
+    def _accepts(self, endpoint: str) -> bool:
+        """Return whether Klaviyo does not refuse a neutral request to an endpoint. Raises Transient.
+
+        A neutral request depends on no message and has no effect: it contains an empty document, which Klaviyo never
+        accepts, and the id of nothing.
+        """
+        method, path = endpoint.split(" ")
+        query = "" if "{id}" in path or method != "GET" else "?page%5Bsize%5D=1"
+        content = b"{}" if method in {"POST", "PATCH"} else None
+        response = self._send(endpoint, path.replace("{id}", NEUTRAL_ID) + query, content)
+        if decode_success(endpoint, response) is None and decode_error(response) is None:
+            raise Transient(f"not Klaviyo's response: {response}")
+        return response.status not in _REFUSALS
 
 
 def endpoint_of(method: str, path: str) -> str:
@@ -143,21 +206,8 @@ def endpoint_of(method: str, path: str) -> str:
     return _ID.sub(r"\1/{id}", f"{method} {path.partition('?')[0]}")
 
 
-def _error_from(method: str, path: str, response: http.Response) -> Exception:
-    """Return the error for an unsuccessful response. Klaviyo's `detail` is omitted, because it can quote the record."""
-    document = response.json()
-    error = next(iter(as_dicts(as_dict(document).get("errors"))), {})
-    endpoint = path.partition("?")[0].partition("/$custom")[0]
-    what = f"Klaviyo answered {response.status} to {method} {endpoint}"
-    status = response.status
-    if status == HTTPStatus.FORBIDDEN and document is None:
-        return Transient(f"{what} with a challenge page")
-    if status == HTTPStatus.UNAUTHORIZED:
-        return KlaviyoMisconfigured(what, todo="check KLAVIYO_AUTH_KEY")
-    if status == HTTPStatus.FORBIDDEN:
-        return KlaviyoMisconfigured(what, todo="check KLAVIYO_AUTH_KEY and its scopes", lacks_scope=True)
-    if _is_wrong_api(method, status, error):
-        return KlaviyoMisconfigured(what, todo="check KLAVIYO_API_URL")
+def _rejection(what: str, status: int, error: Json) -> Rejected:
+    """Return the error for a rejected record. Klaviyo's `detail` is omitted, because it can quote the record."""
     pointer = as_text(as_dict(error.get("source")).get("pointer"))[:200]
     duplicate = as_text(as_dict(error.get("meta")).get("duplicate_profile_id"))
     return Rejected(f"{what}: {_reason(error, pointer)}", status, duplicate, pointer)
@@ -171,20 +221,20 @@ def _reason(error: Json, pointer: str) -> str:
     return f"{reason} at {pointer}" if pointer else reason
 
 
-def _is_wrong_api(method: str, status: int, error: dict[str, Any]) -> bool:
-    """Return whether the URL or the revision is at fault, not the record.
-
-    Signs are a redirect, a retired revision, and a response that is not from Klaviyo.
-    """
-    if status < HTTPStatus.BAD_REQUEST or status in {HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.GONE}:
-        return True
-    return status == HTTPStatus.NOT_FOUND and method == "POST" and not error
-
-
 def iter_resources(client: KlaviyoClient, path: str) -> Iterator[Json]:
-    """Yield the resources of all pages of a list. Raises WorkerError."""
-    while path:
+    """Yield the resources of all pages of a list. Raises WorkerError.
+
+    Raises Transient if the link to the next page names another list, or if there are more than MAX_PAGES pages.
+    """
+    own_path = path.partition("?")[0]
+    for _ in range(MAX_PAGES):
         page = client.call("GET", path)
         yield from as_dicts(page.get("data"))
         next_url = as_text(as_dict(page.get("links")).get("next"))
-        path = next_url[next_url.find("/api/") :] if "/api/" in next_url else ""
+        if not next_url:
+            return
+        following = urlsplit(next_url)
+        if not unquote(following.path).endswith(unquote(own_path)):
+            raise Transient(f"Klaviyo's link to the next page of {endpoint_of('GET', path)} names another list")
+        path = f"{own_path}?{following.query}"
+    raise Transient(f"Klaviyo's list {endpoint_of('GET', path)} has more than {MAX_PAGES} pages")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from worker.errors import Rejected
+from worker.errors import Rejected, RequestBlocked
 from worker.model import Operation, OperationKind, SendResult
 
 if TYPE_CHECKING:
@@ -34,9 +34,10 @@ def isolate_rejected(
 ) -> list[R]:
     """Send records in few requests. Return the records that must be sent individually.
 
-    `send` sends a request and raises Rejected if Klaviyo rejects it. `culprits` returns the records that Klaviyo's
-    pointer names. The other records are sent again. If the pointer names no record, the records are halved. If every
-    rejection has a pointer, each bad record costs one more request. The maximum is 2 * MAX_REJECTIONS requests.
+    `send` sends a request. It raises Rejected if Klaviyo rejects it, and RequestBlocked if a firewall does. `culprits`
+    returns the records that Klaviyo's pointer names. The other records are sent again. If the pointer names no record,
+    the records are halved. If every rejection has a pointer, each bad record costs one more request. The maximum is
+    2 * MAX_REJECTIONS requests.
     """
     individual: list[R] = []
     unsent = [records]
@@ -48,9 +49,9 @@ def isolate_rejected(
             continue
         try:
             send(part)
-        except Rejected as rejection:
+        except (Rejected, RequestBlocked) as rejection:
             rejections += 1
-            found = culprits(part, rejection.pointer)
+            found = culprits(part, rejection.pointer) if isinstance(rejection, Rejected) else []
             individual += found
             unsent += [_without(found, part)] if found else _halves(part)
     return individual

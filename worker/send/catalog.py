@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import orjson
 
-from worker.errors import JobUnfinished, Rejected, WorkerError
+from worker.errors import JobUnfinished, Rejected, RequestBlocked, WorkerError
 from worker.http.chunks import chunked
 from worker.json_access import as_text
 from worker.klaviyo.client import iter_resources
@@ -94,7 +94,7 @@ class BulkCatalog:
         writes = {operation.key: operation for operation in sorted(operations, key=lambda o: o.kind in _FULL_WRITES)}
         try:
             existing = self._find_existing(collection, writes)
-        except Rejected:
+        except (Rejected, RequestBlocked):
             return list(self._send_individually(operations))
         except WorkerError as error:
             return [SendResult(error, 1)] * len(operations)

@@ -6,7 +6,6 @@ for every job. If it cannot, the entries get JobUnfinished, so that no worker wr
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from worker.json_access import as_dict, as_dicts, as_int, as_text
 from worker.klaviyo.client import iter_resources
 from worker.model import Json, SendResult
 from worker.send.bulk import isolate_rejected
-from worker.telemetry.log import ConditionLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -109,7 +107,6 @@ class BulkJobs:
         self._recent: dict[str, Json] = {}  # job id -> import job, as listed at `_listed_at`
         self._listed_at = float("-inf")  # monotonic seconds
         self._lock = Lock()
-        self._refusal_log = ConditionLog("bulk_jobs_refused", "bulk_jobs_allowed", logging.WARNING)
 
     def run(self, job_type: BulkJobType, entries: Sequence[JobEntry]) -> list[BulkResult]:
         """Run jobs with the entries and return the results of the entries in the same order."""
@@ -133,8 +130,8 @@ class BulkJobs:
 
         try:
             isolate_rejected(chunk, send, _culprits)
-        except (EndpointRefused, KlaviyoMisconfigured) as error:
-            self._refusal_log.log(str(error), job=job_type.type)
+        except EndpointRefused:  # the circuit breaker logs it
+            pass
         except WorkerError as error:
             result = SendResult(error, min(self._client.requests_sent() - before, 1))
             for entry in chunk:  # the entries of started jobs get another result later
@@ -155,10 +152,7 @@ class BulkJobs:
             if self._client.requests_sent() == before:
                 raise
             raise self._unfinished(job_type, f"has possibly started: {error}") from None
-        job_id = as_text(as_dict(response.get("data")).get("id"))
-        if not job_id:
-            raise self._unfinished(job_type, "has started, but Klaviyo's response does not name it")
-        return job_id
+        return as_text(as_dict(response.get("data")).get("id"))
 
     def _unfinished(self, job_type: BulkJobType, reason: str) -> JobUnfinished:
         return JobUnfinished(f"a {job_type.type} {reason}", self._timeout)
@@ -168,17 +162,20 @@ class BulkJobs:
         failures = _UNKNOWN
         try:
             failures = self._failures(job_type, job, self._poll_until_ended(job_type, job))
-            self._refusal_log.log("")
-        except Rejected:  # Klaviyo does not know the errors of the job
+        except (Rejected, EndpointRefused):  # Klaviyo does not know the errors of the job, or the key cannot read them
             pass
-        except (EndpointRefused, KlaviyoMisconfigured) as error:
-            self._refusal_log.log(str(error), job=job_type.type)
+        except RequestBlocked as error:  # the job's id is blocked, which is no record's fault
+            self._set_results(job, Transient(error.reason))
+            return
         except WorkerError as error:
-            for entry in job.entries:
-                entry.result = SendResult(error, 1)
+            self._set_results(job, error)
             return
         for entry in job.entries:
             entry.result = None if failures.can_include(entry) else SendResult(None, 1)
+
+    def _set_results(self, job: _BulkJob, error: WorkerError) -> None:
+        for entry in job.entries:
+            entry.result = SendResult(error, 1)
 
     def _poll_until_ended(self, job_type: BulkJobType, job: _BulkJob) -> Json:
         """Poll the job until it ends and return its attributes. Raises JobUnfinished if it does not end in time."""
@@ -190,11 +187,10 @@ class BulkJobs:
             previous_poll, polled_at = polled_at, time.monotonic()
             try:
                 attributes = as_dict(self._poll(job_type, job.id, previous_poll).get("attributes"))
+            except EndpointRefused as error:
+                self._unreadable.add(job_type.type)
+                raise self._unfinished(job_type, f"has started, but cannot be read: {error}") from None
             except (Transient, KlaviyoMisconfigured) as error:
-                if _lacks_scope(error):
-                    self._unreadable.add(job_type.type)
-                    self._refusal_log.log(str(error), job=job_type.type)
-                    raise self._unfinished(job_type, f"has started, but cannot be read: {error}") from None
                 attributes = {}
                 reason = f"has not ended yet, as far as is known: {error}"
             except Rejected as error:
@@ -250,10 +246,6 @@ class BulkJobs:
         keys = frozenset(map(_key_of, errors))
         known = {entry.key for entry in job.entries if entry.key}
         return _Failures(keys, is_complete=len(keys) >= (count or 0) and keys <= known)
-
-
-def _lacks_scope(error: WorkerError) -> bool:
-    return isinstance(error, EndpointRefused) or (isinstance(error, KlaviyoMisconfigured) and error.lacks_scope)
 
 
 def _chunks(job_type: BulkJobType, entries: Sequence[JobEntry]) -> Iterator[list[JobEntry]]:

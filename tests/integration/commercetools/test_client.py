@@ -6,8 +6,10 @@ import os
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import orjson
 import pytest
 
 from tests.integration.conftest import commercetools_for
@@ -18,10 +20,11 @@ from worker.commercetools.queries import (
     INVENTORY_BY_SKU,
     ORDERS,
     ORDERS_BY_PAYMENT,
+    PAYMENTS,
     PRODUCTS,
     PRODUCTS_BY_SKU,
 )
-from worker.errors import CommercetoolsMisconfigured, Rejected, Transient
+from worker.errors import CommercetoolsMisconfigured, EndpointRefused, Rejected, RequestBlocked, Transient
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.commercetools.api import error_document
 from worker.sandbox.commercetools.shop import uid
@@ -109,10 +112,74 @@ def test_malformed_response_is_not_an_empty_result(body: bytes, sandbox: Sandbox
     assert isinstance(commercetools_for(sandbox, retry_timeout=0.1).find(PRODUCTS, ["x"])["x"], Transient)
 
 
-def test_redirect_is_misconfigured(sandbox: Sandbox) -> None:
-    """The server is not the commercetools API."""
-    sandbox.commercetools.faults.add(Fault(status=302, times=1, match="GET"))
-    assert isinstance(commercetools_for(sandbox).find(PRODUCTS, ["x"])["x"], CommercetoolsMisconfigured)
+PAGES = [b"<html>maintenance</html>", b'{"message":"Forbidden"}', b'{"statusCode":200,"errors":[{}]}', b""]
+
+
+@pytest.mark.parametrize("status", [201, 204, 302, 400, 401, 402, 403, 404, 406, 409, 413, 421, 431, 451])
+def test_response_that_is_not_commercetools_is_transient(status: int, sandbox: Sandbox) -> None:
+    """The error says what came, and opens the circuit like any outage."""
+    for body in PAGES:
+        content = b"" if status == 204 else body
+        fault = Fault(status=status, times=None, match="GET", body=content, headers={"Content-Type": "text/html"})
+        sandbox.commercetools.faults.clear()
+        sandbox.commercetools.faults.add(fault)
+        client = commercetools_for(sandbox, retry_timeout=0)
+        came = f"{status} with {'text/html' if content else 'an empty body'} to GET 127.0.0.1"
+        for _ in range(5):
+            error = client.find(PRODUCTS, ["x"])["x"]
+            assert isinstance(error, Transient)
+            assert not isinstance(error, RequestBlocked)
+            assert str(error).startswith(f"not commercetools' response: {came}")
+        assert client.outage_reason()
+
+
+def test_query_that_a_firewall_blocks_affects_only_its_value(sandbox: Sandbox) -> None:
+    """A firewall takes an id for an attack. commercetools itself answers a query without it."""
+    original = sandbox.commercetools_api.handle
+
+    def block(request: ApiRequest) -> ApiResponse:
+        if any("script" in where for where in request.query.get("where", [])):
+            return ApiResponse(403, "<html>Forbidden by policy</html>")
+        return original(request)
+
+    sandbox.commercetools.handle = block
+    customers = list(sandbox.shop.customers)
+    client = commercetools_for(sandbox, retry_timeout=0)
+    found = client.find(CUSTOMERS, [*customers, "<script>"])
+    assert isinstance(found["<script>"], RequestBlocked)
+    assert all(ids(found, customer) == [customer] for customer in customers)
+    assert (client.outage_reason(), client.refused_endpoints()) == ("", {})
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(400, "QueryTimedOut"), (409, "ConcurrentModification"), (409, "PendingOperation")]
+)
+def test_query_that_can_succeed_later_is_transient(status: int, code: str, sandbox: Sandbox) -> None:
+    """A query that took too long is answered with 400."""
+    body = orjson.dumps(error_document(status, code))
+    sandbox.commercetools.faults.add(Fault(status=status, times=1, match="GET", body=body))
+    assert commercetools_for(sandbox).find(CUSTOMERS, ["x"]) == {"x": []}
+    sandbox.commercetools.faults.add(Fault(status=status, times=None, match="GET", body=body))
+    assert isinstance(commercetools_for(sandbox, retry_timeout=0).find(CUSTOMERS, ["x"])["x"], Transient)
+
+
+def test_same_page_again_is_transient(sandbox: Sandbox) -> None:
+    """A proxy that ignores the query would otherwise cause requests without end."""
+    page = {"results": [{"id": f"{number:05}", "sku": "MANY"} for number in range(PAGE_SIZE)]}
+    sandbox.commercetools.faults.add(Fault(status=200, times=None, match="GET", body=orjson.dumps(page)))
+    error = commercetools_for(sandbox, retry_timeout=0).find(INVENTORY_BY_SKU, ["MANY"])["MANY"]
+    assert isinstance(error, Transient)
+    assert "the same page again" in str(error)
+
+
+def test_half_a_surrogate_pair_affects_only_its_text(sandbox: Sandbox) -> None:
+    """It makes strict decoders reject the whole page, with hundreds of other records."""
+    customers = [{"id": "a", "firstName": "SPLIT"}, {"id": "b", "firstName": "\N{GRINNING FACE}\\uD800"}]
+    body = orjson.dumps({"results": customers}).replace(b"SPLIT", rb"x\uD83D")
+    sandbox.commercetools.faults.add(Fault(status=200, times=None, match="GET", body=body))
+    found = commercetools_for(sandbox).find(CUSTOMERS, ["a", "b"])
+    assert found["a"] == [{"id": "a", "firstName": "x?"}]
+    assert found["b"] == [customers[1]]
 
 
 def test_long_retry_after_is_returned_with_the_error(sandbox: Sandbox) -> None:
@@ -219,9 +286,39 @@ def test_client_does_not_change_the_environment(sandbox: Sandbox, monkeypatch: p
     assert dict(os.environ) == before
 
 
-def test_missing_scope_is_misconfigured(sandbox: Sandbox) -> None:
-    """The error has the code `insufficient_scope`."""
-    sandbox.commercetools.faults.add(Fault(status=403, times=1, match="GET"))
-    error = commercetools_for(sandbox).find(CUSTOMERS, ["x"])["x"]
-    assert isinstance(error, CommercetoolsMisconfigured)
+PAYMENTS_REFUSED = Fault(status=403, times=None, match="GET /sandbox-shop/payments")
+
+
+def test_missing_scope_concerns_only_its_resources(sandbox: Sandbox) -> None:
+    """The error has the code `insufficient_scope`. Other queries and the worker continue."""
+    sandbox.commercetools.faults.add(PAYMENTS_REFUSED)
+    client = commercetools_for(sandbox)
+    error = client.find(PAYMENTS, ["x"])["x"]
+    assert isinstance(error, EndpointRefused)
     assert "insufficient_scope" in str(error)
+    assert client.find(CUSTOMERS, ["x"]) == {"x": []}
+    assert list(client.refused_endpoints()) == ["payments"]
+    assert client.refusal_reason() == ""
+
+
+def test_missing_scopes_for_everything_are_misconfigured(sandbox: Sandbox) -> None:
+    """Queries that depend on no message are refused, too."""
+    sandbox.commercetools.faults.add(replace(PAYMENTS_REFUSED, match="GET"))
+    client = commercetools_for(sandbox)
+    assert isinstance(client.find(PAYMENTS, ["x"])["x"], CommercetoolsMisconfigured)
+    assert "insufficient_scope" in client.refusal_reason()
+
+
+@pytest.mark.parametrize("status", [200, 302, 400, 401, 403, 404])
+@pytest.mark.parametrize("body", [*PAGES, b'{"error":"temporarily_unavailable"}'])
+def test_page_of_the_authorization_server_is_no_refusal(status: int, body: bytes, sandbox: Sandbox) -> None:
+    """Only OAuth's error document refuses the credentials. No redirect is followed."""
+    headers = {"Location": f"{sandbox.klaviyo.url}/stolen"} if status == 302 else {}
+    sandbox.commercetools.faults.add(Fault(status=status, times=1, match="POST", body=body, headers=headers))
+    assert commercetools_for(sandbox).find(CUSTOMERS, ["x"]) == {"x": []}
+    sandbox.commercetools_api.revoke_tokens()
+    sandbox.commercetools.faults.add(Fault(status=status, times=None, match="POST", body=body, headers=headers))
+    error = commercetools_for(sandbox, retry_timeout=0).find(CUSTOMERS, ["x"])["x"]
+    assert isinstance(error, Transient)
+    assert str(error).startswith(f"no token from commercetools: {status} with ")
+    assert sandbox.klaviyo.requests == []

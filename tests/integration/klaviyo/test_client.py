@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from itertools import product
 from threading import Event
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -14,14 +16,16 @@ from hypothesis import strategies as st
 
 from tests.conftest import Scripted
 from tests.integration.conftest import klaviyo_for, settings_for
-from worker.errors import KlaviyoMisconfigured, Rejected, Throttled, Transient
-from worker.klaviyo.client import Klaviyo, endpoint_of
+from worker.errors import EndpointRefused, KlaviyoMisconfigured, Rejected, RequestBlocked, Throttled, Transient
+from worker.klaviyo.client import Klaviyo, endpoint_of, iter_resources
+from worker.klaviyo.responses import success_of
 from worker.sandbox import Fault
 from worker.transform.catalog import catalog_id
 
 if TYPE_CHECKING:
     from worker.model import Json
     from worker.sandbox import Sandbox
+    from worker.sandbox.server import ApiRequest, ApiResponse
 
 PROFILE: Json = {"data": {"type": "profile", "attributes": {"email": "ada@example.com"}}}
 
@@ -154,37 +158,191 @@ def test_conflict_names_the_other_profile(sandbox: Sandbox) -> None:
     assert first["data"]["id"]
 
 
+SCOPE_OF_EVENTS = Fault(status=403, times=None, match="POST /api/events")
+
+
 @pytest.mark.parametrize(
-    ("fault", "expected"),
-    [
-        (Fault(status=401), "KLAVIYO_AUTH_KEY"),
-        (Fault(status=403), "scopes"),
-        (Fault(status=410), "KLAVIYO_API_URL"),
-        (Fault(status=405), "KLAVIYO_API_URL"),
-        (Fault(status=302, headers={"Location": "https://example.com"}), "KLAVIYO_API_URL"),
-        (Fault(status=404, body=b"<html>"), "KLAVIYO_API_URL"),
-    ],
-    ids=["401", "403", "410", "405", "302", "not Klaviyo"],
+    ("status", "todo"),
+    [(401, "KLAVIYO_AUTH_KEY"), (403, "scopes"), (405, "KLAVIYO_API_URL"), (410, "KLAVIYO_API_URL")],
 )
-def test_status_that_concerns_no_record_is_misconfigured(fault: Fault, expected: str, sandbox: Sandbox) -> None:
-    """The worker parks, because no record is at fault."""
-    sandbox.klaviyo.faults.add(fault)
-    with pytest.raises(KlaviyoMisconfigured, match=expected):
-        klaviyo_for(sandbox).call("POST", "/api/events", PROFILE)
+def test_refusal_of_everything_is_misconfigured(status: int, todo: str, sandbox: Sandbox) -> None:
+    """Klaviyo also refuses requests that depend on no message, so the worker parks."""
+    sandbox.klaviyo.faults.add(Fault(status=status, times=None))
+    client = klaviyo_for(sandbox)
+    with pytest.raises(KlaviyoMisconfigured, match=todo):
+        client.call("POST", "/api/events", PROFILE)
+    assert client.refusal_reason()
+    assert client.refused_endpoints() == {}
 
 
-def test_success_without_json_is_transient(sandbox: Sandbox) -> None:
-    """A maintenance page can have status 200."""
-    sandbox.klaviyo.faults.add(Fault(status=200, times=None, body=b"<html>maintenance</html>"))
-    with pytest.raises(Transient, match=r"^200 to POST .*/api/events with a body that is not JSON$"):
-        klaviyo_for(sandbox, retry_timeout=0.1).call("POST", "/api/events", PROFILE)
+@pytest.mark.parametrize("status", [401, 403, 405, 410])
+def test_refusal_of_one_endpoint_concerns_only_that_endpoint(status: int, sandbox: Sandbox) -> None:
+    """Usually a scope is missing. The other endpoints stay in use."""
+    sandbox.klaviyo.faults.add(replace(SCOPE_OF_EVENTS, status=status))
+    client = klaviyo_for(sandbox)
+    for _ in range(2):
+        with pytest.raises(EndpointRefused, match=rf"^Klaviyo answered {status} to POST /api/events: check "):
+            client.call("POST", "/api/events", PROFILE)
+    client.call("POST", "/api/profile-import", PROFILE)
+    assert list(client.refused_endpoints()) == ["POST /api/events"]
+    assert (client.refusal_reason(), client.outage_reason()) == ("", "")
+    assert len([request for request in sandbox.klaviyo.requests if request.path == "/api/events"]) == 2
 
 
-def test_challenge_page_is_transient(sandbox: Sandbox) -> None:
+def test_key_with_a_single_scope_is_not_misconfigured(sandbox: Sandbox) -> None:
+    """A key that can only create events is valid: an erasure that it cannot request must not stop the events."""
+    for endpoint in ("POST /api/data-privacy", "GET /api/catalog-items", "POST /api/profile-import"):
+        sandbox.klaviyo.faults.add(replace(SCOPE_OF_EVENTS, match=endpoint))
+    with pytest.raises(EndpointRefused):
+        klaviyo_for(sandbox).call("POST", "/api/data-privacy-deletion-jobs", PROFILE)
+
+
+def test_refused_record_is_blocked(sandbox: Sandbox) -> None:
+    """The same endpoint accepts a request that depends on no message, so it stays in use for other records."""
+    sandbox.klaviyo.faults.add(Fault(status=403, times=None, contains=b"ada@example.com"))
+    client = klaviyo_for(sandbox, retry_timeout=0)
+    for _ in range(10):
+        with pytest.raises(RequestBlocked, match=r"^Klaviyo answered 403 to POST /api/profile-import$"):
+            client.call("POST", "/api/profile-import", PROFILE)
+    client.call("POST", "/api/profile-import", {"data": {"type": "profile", "attributes": {"external_id": "x"}}})
+    assert (client.outage_reason(), client.refused_endpoints()) == ("", {})
+
+
+def test_refusal_is_undecided_while_a_neutral_request_fails(sandbox: Sandbox) -> None:
+    """Nothing is parked on a guess."""
+    sandbox.klaviyo.faults.add(SCOPE_OF_EVENTS, Fault(status=503, times=None, match="GET /api/catalog-items"))
+    with pytest.raises(Transient, match=r"^503 to GET"):
+        klaviyo_for(sandbox, retry_timeout=0).call("POST", "/api/events", PROFILE)
+
+
+PAGES = [b"<html>Just a moment...</html>", b'{"message":"Forbidden"}', b'{"errors":["no"]}', b""]
+CATALOG_ITEM = "/api/catalog-items/$custom:::$default:::x"
+REQUESTS = [
+    ("POST", "/api/events"),
+    ("POST", "/api/profile-bulk-import-jobs"),
+    ("PATCH", CATALOG_ITEM),
+    ("DELETE", CATALOG_ITEM),
+    ("GET", "/api/profiles?filter=equals(external_id,%22x%22)"),
+    ("GET", f"{CATALOG_ITEM}/variants"),
+]
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 302, 400, 401, 403, 404, 405, 409, 410, 413, 422, 451])
+def test_response_that_is_not_klaviyos_is_transient(status: int, sandbox: Sandbox) -> None:
+    """The error says what came."""
+    for (method, path), body in product(REQUESTS, PAGES):
+        if (status, body, path) == (202, b"", "/api/events"):
+            continue  # this is Klaviyo's response
+        sandbox.klaviyo.faults.clear()
+        sandbox.klaviyo.faults.add(
+            Fault(status=status, times=None, body=body, headers={"Content-Type": "text/html; x"})
+        )
+        content = "text/html" if body else "an empty body"
+        with pytest.raises(Transient, match=rf"^not Klaviyo's response: {status} with {content} to ") as error:
+            klaviyo_for(sandbox, retry_timeout=0).call(method, path, PROFILE if method in {"POST", "PATCH"} else None)
+        assert not isinstance(error.value, RequestBlocked)
+
+
+def test_page_of_a_gateway_opens_the_circuit(sandbox: Sandbox) -> None:
+    """It is an outage of the endpoint."""
+    sandbox.klaviyo.faults.add(Fault(status=404, times=None, body=PAGES[0]))
+    client = klaviyo_for(sandbox, retry_timeout=0)
+    for _ in range(5):
+        with pytest.raises(Transient):
+            client.call("DELETE", CATALOG_ITEM)
+    assert client.outage_reason().startswith("not Klaviyo's response: 404")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "body"),
+    [
+        ("POST", "/api/events", 202, b'{"status":"queued"}'),
+        ("POST", "/api/events", 200, b""),
+        ("POST", "/api/profile-import", 201, b'{"data":null}'),
+        ("POST", "/api/profile-import", 202, b'{"data":{"type":"profile","id":"1"}}'),
+        ("POST", "/api/catalog-items", 200, b'{"data":{"id":"1"}}'),
+        ("POST", "/api/catalog-item-bulk-create-jobs", 202, b'{"data":{}}'),
+        ("PATCH", CATALOG_ITEM, 204, b""),
+        ("DELETE", CATALOG_ITEM, 200, b'{"message":"ok"}'),
+        ("GET", "/api/profiles", 200, b'{"data":null}'),
+        ("GET", "/api/profiles", 200, b'{"data":{"id":"1"}}'),
+        ("GET", "/api/profiles", 200, b'{"data":[{"type":"profile"}]}'),
+        ("GET", "/api/catalog-item-bulk-create-jobs/1", 200, b'{"data":[]}'),
+    ],
+)
+def test_success_of_another_shape_is_transient(
+    method: str, path: str, status: int, body: bytes, sandbox: Sandbox
+) -> None:
+    """Klaviyo documents the status and the shape of each endpoint's success."""
+    sandbox.klaviyo.faults.add(Fault(status=status, times=None, body=body))
+    with pytest.raises(Transient, match=r"^not Klaviyo's response: "):
+        klaviyo_for(sandbox, retry_timeout=0).call(method, path, PROFILE if method in {"POST", "PATCH"} else None)
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 413])
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/api/events"), ("POST", "/api/catalog-items"), ("PATCH", CATALOG_ITEM)]
+)
+def test_page_for_one_record_is_blocked(status: int, method: str, path: str, sandbox: Sandbox) -> None:
+    """A firewall refuses the data of one record. Klaviyo itself answers a neutral request to the same endpoint."""
+    sandbox.klaviyo.faults.add(Fault(status=status, times=None, body=PAGES[0], contains=b"ada@example.com"))
+    client = klaviyo_for(sandbox, retry_timeout=0)
+    for _ in range(10):
+        with pytest.raises(RequestBlocked, match="not Klaviyo's response"):
+            client.call(method, path, PROFILE)
+    assert client.outage_reason() == ""
+
+
+def test_short_challenge_is_retried(sandbox: Sandbox) -> None:
     """Cloudflare occasionally answers 403 with HTML although the key is valid."""
-    sandbox.klaviyo.faults.add(Fault(status=403, times=1, body=b"<html>Just a moment...</html>"))
-    with pytest.raises(Transient, match="challenge"):
-        klaviyo_for(sandbox, retry_timeout=0).call("POST", "/api/profile-import", PROFILE)
+    sandbox.klaviyo.faults.add(Fault(status=403, times=1, body=PAGES[0]))
+    klaviyo_for(sandbox).call("POST", "/api/profile-import", PROFILE)
+
+
+def test_every_endpoint_needs_a_defined_success() -> None:
+    """Otherwise anything would count as one."""
+    with pytest.raises(LookupError, match="PUT /api/events"):
+        success_of("PUT /api/events")
+
+
+def with_next_link(sandbox: Sandbox, next_url: str) -> None:
+    """Replace the links to the next page in all lists."""
+    handle = sandbox.klaviyo.handle
+
+    def respond(request: ApiRequest) -> ApiResponse:
+        response = handle(request)
+        response.document["links"] = {"next": next_url}
+        return response
+
+    sandbox.klaviyo.handle = respond
+
+
+def test_list_is_read_to_its_end(sandbox: Sandbox) -> None:
+    """A page of the emulator has 20 entries."""
+    for number in range(45):
+        entry = {"type": "catalog-category", "attributes": {"external_id": f"c{number}", "name": "x"}}
+        sandbox.account.create_entry("catalog-category", entry)
+    found = list(iter_resources(klaviyo_for(sandbox), "/api/catalog-categories"))
+    assert len({resource["id"] for resource in found}) == 45
+
+
+@pytest.mark.parametrize(
+    "next_url", ["https://a.klaviyo.com/api/catalog-variants?page=2", "/api/catalog-items?page=2", "?page=2"]
+)
+def test_link_to_another_list_is_not_followed(next_url: str, sandbox: Sandbox) -> None:
+    """The variants of other products would count as variants of this one, and would be deleted."""
+    with_next_link(sandbox, next_url)
+    with pytest.raises(Transient, match=r"^Klaviyo's link to the next page of GET /api/catalog-categories names"):
+        list(iter_resources(klaviyo_for(sandbox), "/api/catalog-categories"))
+
+
+def test_pages_without_end_are_transient(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link can name its own page."""
+    monkeypatch.setattr("worker.klaviyo.client.MAX_PAGES", 5)
+    with_next_link(sandbox, "https://a.klaviyo.com/api/catalog-categories?page%5Bsize%5D=20")
+    with pytest.raises(Transient, match="more than 5 pages"):
+        list(iter_resources(klaviyo_for(sandbox), "/api/catalog-categories"))
+    assert len(sandbox.klaviyo.requests) == 5
 
 
 def test_connections_are_reused(sandbox: Sandbox) -> None:

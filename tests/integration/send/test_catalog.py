@@ -218,7 +218,9 @@ def test_unfinished_job_does_not_affect_a_complete_one(sandbox: Sandbox) -> None
     """The second job is polled at least once, even if the first one used up the timeout."""
     sandbox.klaviyo.faults.add(
         Fault(match="POST /api/catalog-category-bulk-create-jobs", status=202, body=b'{"data":{"id":"J"}}'),
-        Fault(match="GET /api/catalog-category-bulk-create-jobs/J", status=200, body=b'{"data":{}}', times=None),
+        Fault(
+            match="GET /api/catalog-category-bulk-create-jobs/J", status=200, body=b'{"data":{"id":"J"}}', times=None
+        ),
     )
     sender = Sender(klaviyo_for(sandbox), 4, job_timeout=0.5)
     results = sender.send([category(number) for number in range(110)])

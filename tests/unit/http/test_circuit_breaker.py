@@ -241,13 +241,12 @@ def test_refused_credentials_open_the_circuit_immediately(clock: Clock) -> None:
     """This is not an outage. The worker parks, and one call per `park_retry_interval` is the probe."""
     breakers = breakers_with(park_retry_interval=30)
     breaker = breakers["POST /api/events"]
-    refused = KlaviyoMisconfigured("403", todo="check KLAVIYO_AUTH_KEY and its scopes", lacks_scope=True)
+    refused = KlaviyoMisconfigured("403", todo="check KLAVIYO_AUTH_KEY and its scopes")
     for call in (failing(refused), Scripted(None)):
         with pytest.raises(KlaviyoMisconfigured) as error:
             breaker(call)
         assert error.value is not refused
         assert (str(error.value), error.value.todo) == (str(refused), refused.todo)
-        assert error.value.lacks_scope
         assert error.value.retry_after == 30
     assert breakers.outage_reason() == ""
     assert breakers.refused_endpoints() == {}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from adapters.base import Failure, InertQueue
 from worker.commands.backfill.records import BackfillRecord, RecordDelivery, notifications_for
-from worker.errors import Rejected, Transient, WorkerError
+from worker.errors import CommercetoolsMisconfigured, EndpointRefused, Rejected, Transient, WorkerError
 from worker.json_access import parse_time
 from worker.telemetry.log import ConditionLog
 
@@ -97,9 +97,14 @@ class RecordQueue(InertQueue):
             return [self._ready.popleft() for _ in range(min(max_messages, len(self._ready)))]
 
     def _read_page(self) -> None:
-        """Read a page. After a transient error, the next `receive` reads the page again, any number of times."""
+        """Read a page. After a transient error, the next `receive` reads the page again, any number of times.
+
+        Raises Misconfigured, also if a scope is missing: there is nothing else to read.
+        """
         try:
             page = self._pages.next_page()[: self._limit]
+        except EndpointRefused as error:
+            raise CommercetoolsMisconfigured(error.reason, todo=error.todo) from None
         except Transient as error:
             self._page_error.log(str(error))
             return

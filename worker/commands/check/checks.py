@@ -16,7 +16,16 @@ from worker.commands.subscriptions.plan import KEY
 from worker.commands.subscriptions.spec import required_spec, spec_of
 from worker.commercetools import queries
 from worker.commercetools.client import Commercetools
-from worker.errors import ExitCode, Misconfigured, Rejected, SettingsError, WorkerError
+from worker.errors import (
+    CommercetoolsMisconfigured,
+    EndpointRefused,
+    ExitCode,
+    KlaviyoMisconfigured,
+    Misconfigured,
+    Rejected,
+    SettingsError,
+    WorkerError,
+)
 from worker.json_access import as_text, unique
 from worker.klaviyo.client import Klaviyo
 from worker.transform import HANDLERS
@@ -126,12 +135,12 @@ def _check_queue(settings: Settings) -> str | CheckResult:
 
 def _check_commercetools(reader: queries.Reader, resources: Collection[str]) -> str:
     reads = [(query, scope) for query, scope, readers in _READS if not readers.isdisjoint(resources)]
-    _probe_scopes([(scope, partial(_read, reader, query)) for query, scope in reads])
+    _probe_scopes([(scope, partial(_read, reader, query)) for query, scope in reads], CommercetoolsMisconfigured)
     text = f"can read {', '.join(query.path for query, _ in reads) or 'nothing'}"
     try:
         if not _EVENTS.isdisjoint(resources):
             _read(reader, queries.DISCOUNT_CODES)
-    except Misconfigured:
+    except EndpointRefused:
         return f"{text}; without the scope view_discount_codes, events do not contain the names of discount codes"
     return text
 
@@ -152,12 +161,12 @@ def _check_klaviyo(client: Klaviyo, resources: Collection[str], *, erasure: bool
         writes["data-privacy:write"] = "/api/data-privacy-deletion-jobs"
     probes: list[ScopeProbe] = [(scope, partial(_get, client, path)) for scope, path in reads.items()]
     probes += [(scope, partial(_post_nothing, client, path)) for scope, path in writes.items()]
-    _probe_scopes(probes)
+    _probe_scopes(probes, KlaviyoMisconfigured)
     text = f"can read ({', '.join(reads) or 'nothing'}) and write ({', '.join(writes) or 'nothing'})"
     try:
         if "customer" in resources:
             _get(client, "/api/profile-bulk-import-jobs")
-    except Misconfigured:
+    except EndpointRefused:
         return f"{text}; without {', '.join(_IMPORT_JOBS)}, customers are always sent individually"
     return text
 
@@ -172,21 +181,20 @@ def _post_nothing(client: Klaviyo, path: str) -> None:
         client.call("POST", path, {})
 
 
-def _probe_scopes(probes: Sequence[ScopeProbe]) -> None:
-    """Make all requests. Raises WorkerError, or one Misconfigured that names every missing scope."""
-    refused: list[tuple[str, Misconfigured]] = []
+def _probe_scopes(probes: Sequence[ScopeProbe], misconfigured: type[Misconfigured]) -> None:
+    """Make all requests. Raises WorkerError, or one `misconfigured` that names every missing scope."""
+    refused: list[tuple[str, EndpointRefused | Misconfigured]] = []
     for scope, probe in probes:
         try:
             probe()
-        except Misconfigured as error:
+        except (EndpointRefused, Misconfigured) as error:
+            if not error.todo.endswith("scopes"):  # the key, the URL or the proxy is wrong
+                raise
             refused.append((scope, error))
-    if not refused:
-        return
-    first = refused[0][1]
-    if not first.lacks_scope:  # the credentials or the URL are wrong
-        raise first
-    scopes = ", ".join(unique(scope for scope, _ in refused))
-    raise type(first)(first.reason, todo=f"{first.todo}: {scopes}")
+    if refused:
+        first = refused[0][1]
+        scopes = ", ".join(unique(scope for scope, _ in refused))
+        raise misconfigured(first.reason, todo=f"{first.todo}: {scopes}")
 
 
 def _check_subscription(subscriptions: Subscriptions, key: str, disabled: Collection[str]) -> str | CheckResult:
@@ -217,7 +225,7 @@ def _probe_bulk_events(client: Klaviyo, timeout: float, report_progress: Callabl
     todo = "keep KLAVIYO_WORKER_BULK_EVENTS=auto and probe again"
     try:
         verdict = bulk_probe.BulkProbe(client, timeout, report_progress).run()
-    except Misconfigured as error:
+    except EndpointRefused as error:
         return CheckResult("bulk events", "failed", error.reason, f"{error.todo}: events:write", ExitCode.KLAVIYO)
     except WorkerError as error:
         return CheckResult("bulk events", "failed", f"{error.reason}: no result", todo, ExitCode.KLAVIYO)
