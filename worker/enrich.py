@@ -18,6 +18,7 @@ from worker.commercetools import queries
 from worker.errors import EndpointRefused, Rejected, WorkerError
 from worker.json_access import MAX_ID_LENGTH, as_dict, as_dicts, as_text, pick_ids, unique
 from worker.model import Enriched, Json, Notification
+from worker.telemetry.defects import describe_defect, report_defect
 from worker.versions import reports_absence, version_of
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def _advance(plan: Plan, lookups: dict[queries.Query, set[str]]) -> Result | Non
         return enriched
     except WorkerError as error:
         return error
+    except Exception as defect:  # noqa: BLE001 - a defect must not affect the other messages
+        return report_defect("enrich", describe_defect(defect))
     return None
 
 

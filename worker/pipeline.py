@@ -9,11 +9,9 @@ the others of its batch.
 from __future__ import annotations
 
 import time
-import traceback
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from adapters.base import Failure
@@ -29,7 +27,7 @@ from worker.errors import (
 )
 from worker.model import Message, OperationKind, Outcome, SendResult
 from worker.parse import parse
-from worker.telemetry.log import log
+from worker.telemetry.defects import describe_defect, report_defect
 from worker.transform import handler_for, transform
 from worker.versions import check_reading
 
@@ -121,7 +119,7 @@ class Pipeline:
         try:
             results = self._enrich_all(notifications)
         except Exception as defect:  # noqa: BLE001 - a defect must not lose the batch
-            results = [_report_defect("enrich", _describe(defect))] * len(messages)
+            results = [report_defect("enrich", describe_defect(defect))] * len(messages)
         for message, result in zip(messages, results, strict=True):
             if isinstance(result, WorkerError):
                 message.outcome = _failure_outcome(message, "enrich", result)
@@ -140,7 +138,7 @@ class Pipeline:
         try:
             results = iter(self._send_all(operations))
         except Exception as defect:  # noqa: BLE001 - a defect must not lose the batch
-            results = iter([SendResult(_report_defect("send", _describe(defect)), 0)] * len(operations))
+            results = iter([SendResult(report_defect("send", describe_defect(defect)), 0)] * len(operations))
         for message in messages:
             own_results = [next(results) for _ in message.operations]
             message.requests += sum(result.requests for result in own_results)
@@ -222,7 +220,7 @@ def _conclude_send(message: Message, errors: Sequence[WorkerError]) -> None:
         message.not_before = time.monotonic() + max(waits)
     cause = min(errors, key=lambda error: _PRECEDENCE.index(error.disposition), default=None)
     if cause is None and not message.operations:  # never ack a message without an effect
-        cause = _report_defect("send", "transform returned no operations and no reason; please report it")
+        cause = report_defect("send", "transform returned no operations and no reason; please report it")
     if cause is not None:
         message.outcome = _failure_outcome(message, "send", cause)
     elif any(operation.kind in _STATE_WRITES for operation in message.operations):
@@ -243,7 +241,7 @@ def _run_pure_stage(message: Message, stage: str, work: Callable[[], None]) -> N
     except WorkerError as error:
         message.outcome = _failure_outcome(message, stage, error)
     except Exception as error:  # noqa: BLE001 - hostile data must not stop the worker
-        message.outcome = _failure_outcome(message, stage, Rejected(_describe(error)))
+        message.outcome = _failure_outcome(message, stage, Rejected(describe_defect(error)))
 
 
 def _failure_outcome(message: Message, stage: str, error: WorkerError) -> Outcome:
@@ -256,16 +254,3 @@ def _failure_outcome(message: Message, stage: str, error: WorkerError) -> Outcom
 def _nack_delay(message: Message) -> float:
     """Return the number of seconds before a nacked message is redelivered. It doubles with every attempt."""
     return min(FIRST_DELAY * 2.0 ** min((message.delivery.attempt or 1) - 1, 16), MAX_DELAY)
-
-
-def _report_defect(stage: str, reason: str) -> WorkerError:
-    """Log a defect of the worker. Return it as a WorkerError, which nacks the message."""
-    log.error("defect", extra={"stage": stage, "reason": reason})
-    return WorkerError(reason)
-
-
-def _describe(error: Exception) -> str:
-    """Describe an unexpected error by class and source lines. Its error text can quote personal data: omit it."""
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
-    return f"unexpected {type(error).__name__} at {places}; please report it"

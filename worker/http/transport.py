@@ -45,6 +45,11 @@ _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]+)?")
 _MEDIA_TYPE = re.compile(r"[\w.+-]{1,40}/[\w.+-]{1,40}", re.ASCII)
 _ID = re.compile(r"^(/api/[^/]+)/[^/]+")  # in Klaviyo's paths
 
+
+class ResponseTooLargeError(urllib3.exceptions.HTTPError):
+    """The decoded body has more than MAX_BODY_BYTES."""
+
+
 Observe = Callable[[str, int | None, float], None]  # called with endpoint, status (None: no response) and seconds
 
 
@@ -150,7 +155,7 @@ def _read(response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
     """Return the decoded body.
 
     Raises TimeoutError after `deadline` (monotonic seconds), because slow servers must not block a lane. Raises
-    DecodeError after MAX_BODY_BYTES.
+    ResponseTooLargeError after MAX_BODY_BYTES.
     """
     parts = []
     size = 0
@@ -159,7 +164,7 @@ def _read(response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
         size += len(part)
         if size > MAX_BODY_BYTES:
             response.close()
-            raise urllib3.exceptions.DecodeError
+            raise ResponseTooLargeError
         if time.monotonic() > deadline:
             response.close()
             raise urllib3.exceptions.TimeoutError

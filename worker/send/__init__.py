@@ -17,9 +17,10 @@ from worker.send.jobs import BulkJobs
 from worker.send.profiles import BulkProfiles
 from worker.send.requests import Request, request_for
 from worker.send.single import SingleSender
+from worker.telemetry.defects import describe_defect, report_defect
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from threading import Event
 
     from worker.klaviyo.client import KlaviyoClient
@@ -85,7 +86,7 @@ class Sender:
 
         If several operations have the same kind and key, only the last one is sent. All of them get its result.
         """
-        bulk_sender_of = {name: sender for sender in self._bulk_senders for name in sender.select(operations)}
+        bulk_sender_of = {name: sender for sender in self._bulk_senders for name in _select(sender, operations)}
         distinct = {(operation.kind, operation.key): operation for operation in operations}
         results: dict[OperationId, SendResult] = {}
         for phase in PHASES:
@@ -95,7 +96,7 @@ class Sender:
             for sender in self._bulk_senders:
                 bulk = {name: operation for name, operation in group.items() if bulk_sender_of.get(name) is sender}
                 if bulk:
-                    results |= zip(bulk, sender.send(list(bulk.values())), strict=True)
+                    results |= zip(bulk, self._send_in_bulk(sender, list(bulk.values())), strict=True)
             results |= zip(single, single_results, strict=True)
         return [results[operation.kind, operation.key] for operation in operations]
 
@@ -104,8 +105,25 @@ class Sender:
         for executor in set(self._executors.values()):
             executor.shutdown(wait=False, cancel_futures=True)
 
+    def _send_in_bulk(self, sender: BulkSender, operations: Sequence[Operation]) -> Iterable[SendResult]:
+        """Send operations in bulk. After an unexpected error, send them individually to isolate it."""
+        try:
+            return sender.send(operations)
+        except Exception as defect:  # noqa: BLE001 - a defect must not affect the other operations
+            report_defect("send", describe_defect(defect))
+            return self._send_individually(operations)
+
     def _send_individually(self, operations: Sequence[Operation]) -> Iterable[SendResult]:
         """Send operations of one effect concurrently. Return an iterable of their results in the same order."""
         if len(operations) <= 1:  # in the calling thread, because a thread switch would only add latency
             return map(self._single.send, operations)
         return self._executors[operations[0].kind].map(self._single.send, operations)
+
+
+def _select(sender: BulkSender, operations: Sequence[Operation]) -> Collection[OperationId]:
+    """Return the ids of the operations to send in bulk: none after an unexpected error."""
+    try:
+        return sender.select(operations)
+    except Exception as defect:  # noqa: BLE001 - a defect must not affect the other operations
+        report_defect("send", describe_defect(defect))
+        return ()

@@ -143,8 +143,8 @@ class _CallBatcher:
         except WorkerError as error:
             self._fail(taken, progress, error)
         except BaseException:
-            # If this call has taken events, the others of this lane still wait. Other lanes can send them: the messages
-            # of this lane are redelivered, and Klaviyo ignores the repeats.
+            # If this call has taken events, the others of this lane still wait. Other lanes can send them: this lane
+            # sends its events individually, and Klaviyo ignores the repeats.
             self._fail(taken, progress, Transient("a bulk call of events failed unexpectedly"))
             raise
 

@@ -16,6 +16,7 @@ from worker.klaviyo.client import iter_resources
 from worker.model import Json, Operation, OperationKind, SendResult
 from worker.send.identifiers import IDENTIFIER_PRIORITY, drop_identifier, invalid_identifier
 from worker.send.requests import COLLECTION, deletion_request, entry_path, reference_paths, update_body
+from worker.telemetry.defects import describe_defect, report_defect
 from worker.telemetry.log import log
 from worker.transform.catalog import external_id
 
@@ -54,11 +55,13 @@ class SingleSender:
     def send(self, operation: Operation) -> SendResult:
         """Send an operation and return its result."""
         before = self._client.requests_sent()
-        error = None
+        error: WorkerError | None = None
         try:
             self._methods[operation.kind](operation)
         except WorkerError as failure:
             error = failure
+        except Exception as defect:  # noqa: BLE001 - a defect must not affect the other operations
+            error = report_defect("send", describe_defect(defect))
         return SendResult(error, self._client.requests_sent() - before)
 
     def stale_variants(self, operation: Operation) -> list[Operation]:
