@@ -32,12 +32,9 @@ class Sent:
 
 
 class Workload:
-    """Messages about orders, customers, products, stock and categories. All orders and customers are different.
+    """Messages about orders, customers, products, stock and categories. All orders and customers are different."""
 
-    `created_at`: the creation time of the orders that are not in the messages.
-    """
-
-    def __init__(self, sandbox: Sandbox, size: int, *, created_at: str = "2026-11-23T10:00:00.123Z") -> None:
+    def __init__(self, sandbox: Sandbox, size: int) -> None:
         self._sandbox = sandbox
         shop = sandbox.shop
         orders = [_order(shop.orders[uid("order:three")], number) for number in range(size // 2)]
@@ -46,7 +43,7 @@ class Workload:
         shop.orders |= self.fetched
         shop.customers |= {customer["id"]: customer for customer in customers}
         entries = [
-            *(_placed(order, created_at=created_at) for order in self.fetched.values()),
+            *(_placed(order) for order in self.fetched.values()),
             *(_placed(order, order=order) for order in orders[size // 10 :]),
             *((change("ResourceUpdated", "customer", c["id"]), {("profile", c["id"])}) for c in customers),
         ]

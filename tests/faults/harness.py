@@ -10,7 +10,6 @@ import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -33,13 +32,13 @@ if TYPE_CHECKING:
 SETTLE_TIMEOUT = 60.0  # seconds after the last fault within which all messages must be settled
 IDLE_TIMEOUT = 3.0  # seconds without a log line after which a worker counts as done if the queue reports no backlog
 MAX_NAMES = 12  # in an assertion message
-CLOCK_SKEW = timedelta(seconds=30)  # of new orders: commercetools' clock is ahead, so a slow machine has time
 SETTINGS = {
     "KLAVIYO_WORKER_CONNECT_TIMEOUT": "1",
     "KLAVIYO_WORKER_READ_TIMEOUT": "1",
     "KLAVIYO_WORKER_RETRY_TIMEOUT": "0.3",
     "KLAVIYO_WORKER_PARK_RETRY_INTERVAL": "0.5",
     "KLAVIYO_WORKER_OUTAGE_HOLD": "60",
+    "KLAVIYO_WORKER_JOB_TIMEOUT": "5",
     "KLAVIYO_WORKER_HTTP_PORT": "0",
     "KLAVIYO_WORKER_DEAD_LETTER_MODE": "direct",
     "KLAVIYO_WORKER_MAX_BATCH": "10",  # so that a fault affects some batches only
@@ -53,16 +52,15 @@ SETTINGS = {
 class Scenario:
     """A sequence of faults.
 
-    `rejected_orders`: the orders that Klaviyo always rejects. `orders_are_new`: orders are not readable yet when their
-    messages arrive. `no_extra_attempts`: the queues on which every message must need one delivery only. `kills`:
-    workers are killed. `size`: the number of good messages, if it matters. `bombs`: bad messages that cost much.
-    `memory_limit`: bytes; a worker that uses more is killed, like by the kernel in a pod.
+    `rejected_orders`: the orders that Klaviyo always rejects. `no_extra_attempts`: the queues on which every message
+    must need one delivery only. `kills`: workers are killed. `size`: the number of good messages, if it matters.
+    `bombs`: bad messages that cost much. `memory_limit`: bytes; a worker that uses more is killed, like by the kernel
+    in a pod.
     """
 
     name: str
     script: Callable[[ScenarioDriver], None]
     rejected_orders: Sequence[int] = ()
-    orders_are_new: bool = False
     no_extra_attempts: Sequence[str] = tuple(RIGS)
     kills: bool = False
     queues: Sequence[str] = tuple(RIGS)
@@ -111,10 +109,7 @@ class ScenarioDriver:
     def __init__(self, scenario: Scenario, queue: Rig, sandbox: Sandbox, directory: Path, size: int) -> None:
         self.sandbox = sandbox
         self.random = random.Random(scenario.name)
-        created_at = (
-            (datetime.now(UTC) + CLOCK_SKEW).isoformat() if scenario.orders_are_new else "2026-11-23T10:00:00.123Z"
-        )
-        self.workload = Workload(sandbox, size, created_at=created_at)
+        self.workload = Workload(sandbox, size)
         self.queue = queue
         self._directory = directory
         self._settings = SETTINGS | dict(scenario.settings)

@@ -105,8 +105,8 @@ def _not_readable_yet(driver: ScenarioDriver) -> None:
         del driver.sandbox.shop.orders[order]
     driver.publish()
     driver.start()
-    driver.wait_for_requests("commercetools")
-    driver.wait(1.5)
+    driver.wait_for_requests("commercetools", 1)
+    driver.wait(0.5)
     driver.sandbox.shop.orders.update(driver.workload.fetched)
 
 
@@ -245,7 +245,7 @@ SCENARIOS = (
     _commercetools("401 for the client, then restored", REJECTED_KEY),
     Scenario("commercetools: expiring tokens", _expiring_tokens, sandbox={"token_lifetime": 1}),
     Scenario("commercetools: revoked tokens", _revoked_tokens),
-    Scenario("commercetools: not readable right after creation", _not_readable_yet, orders_are_new=True),
+    Scenario("commercetools: not readable right after creation", _not_readable_yet),
     Scenario("both: connections refused", outage("klaviyo", "commercetools")),
     Scenario("both: 503", outage("commercetools", "klaviyo", faults=(ERROR_503,))),
     Scenario("worker: kill -9, three times", _killed, no_extra_attempts=(), kills=True, settings=_FEW_REQUESTS),
@@ -258,6 +258,12 @@ SCENARIOS = (
     ),
     Scenario("worker: SIGTERM in an outage", _terminated_in_an_outage, no_extra_attempts=(), settings=_LARGE_IN_FLIGHT),
     Scenario("worker: a message ends three workers", _ending_its_workers, no_extra_attempts=(), kills=True),
+    replace(
+        _with_jobs(Scenario("worker: SIGTERM while bulk jobs are under way", _terminated, no_extra_attempts=_EMBEDDED)),
+        settings=_BULK_JOBS | {"KLAVIYO_WORKER_SHUTDOWN_GRACE_PERIOD": "1"},
+        job_seconds=2.0,
+        size=40,
+    ),
     _with_jobs(Scenario("worker: kill -9 while bulk jobs are under way", _killed, no_extra_attempts=(), kills=True)),
     Scenario("worker: two workers", _two_workers, settings=_SHARED_QUEUE),
     Scenario(

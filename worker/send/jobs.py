@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
+from math import inf
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +41,7 @@ ENVELOPE_BYTES = 200  # maximum number of bytes around the entries in a request
 MAX_CONCURRENT_JOBS = 25  # per batch; Klaviyo accepts 500 per account
 FIRST_POLL = 0.25  # seconds from the start of a job to its first poll
 MAX_POLL = 5.0  # seconds; the maximum time between two polls of a job
+AVOID_FACTOR = 3  # after a job that takes too long, no job of its type is started for this number of timeouts
 PROFILES = "profile-bulk-import-job"
 _CULPRIT = re.compile(r"/data/attributes/\w+/data/(\d+)(?:/|$)")
 _ENDED = frozenset({"complete", "cancelled"})
@@ -91,8 +93,8 @@ _UNKNOWN = _Failures(frozenset(), is_complete=False)
 class BulkJobs:
     """A runner of bulk jobs. Safe for many threads. Threads that poll import jobs share their requests.
 
-    Import jobs need more scopes than other requests. If the key lacks these scopes, the results of all entries are
-    unknown, so that the entries are sent individually.
+    Import jobs need more scopes than other requests. If the key lacks these scopes, or if a job took too long recently,
+    the results of all entries are unknown, so that the entries are sent individually.
 
     A job ends within `timeout` seconds. After `stopping` is set, jobs are waited for `stop_wait` seconds at most.
     """
@@ -101,7 +103,7 @@ class BulkJobs:
         self._timeout = timeout
         self._stop_wait = stop_wait
         self._stopped_at: float | None = None  # monotonic seconds
-        self._unreadable: set[str] = set()  # types of jobs that the key may start but not read
+        self._avoided: dict[str, float] = {}  # type of jobs -> until when no job is started, in monotonic seconds
         self._client = client
         self._stopping = stopping
         self._recent: dict[str, Json] = {}  # job id -> import job, as listed at `_listed_at`
@@ -110,7 +112,7 @@ class BulkJobs:
 
     def run(self, job_type: BulkJobType, entries: Sequence[JobEntry]) -> list[BulkResult]:
         """Run jobs with the entries and return the results of the entries in the same order."""
-        if job_type.type in self._unreadable:
+        if time.monotonic() < self._avoided.get(job_type.type, 0.0):
             return [None] * len(entries)
         chunks = list(_chunks(job_type, entries))
         for first in range(0, len(chunks), MAX_CONCURRENT_JOBS):
@@ -188,7 +190,7 @@ class BulkJobs:
             try:
                 attributes = as_dict(self._poll(job_type, job.id, previous_poll).get("attributes"))
             except EndpointRefused as error:
-                self._unreadable.add(job_type.type)
+                self._avoided[job_type.type] = inf
                 raise self._unfinished(job_type, f"has started, but cannot be read: {error}") from None
             except (Transient, KlaviyoMisconfigured) as error:
                 attributes = {}
@@ -198,6 +200,8 @@ class BulkJobs:
             if attributes.get("status") in _ENDED:
                 return attributes
             if time.monotonic() >= self._deadline(job):
+                # The entries are sent individually later: another job could take as long.
+                self._avoided[job_type.type] = time.monotonic() + AVOID_FACTOR * self._timeout
                 raise self._unfinished(job_type, reason)
             pause = min(pause * 1.5, MAX_POLL)
 

@@ -174,8 +174,12 @@ def are_unfinished(results: Sequence[object], seconds: float) -> bool:
 def test_nothing_is_written_beside_a_job_that_can_still_write(sandbox: Sandbox) -> None:
     """The job would overwrite a newer state. No worker may process the messages as long as the job can take."""
     sandbox.klaviyo.faults.add(*job_fault("processing"))
-    assert are_unfinished(Sender(klaviyo_for(sandbox), 4, job_timeout=0.5).send(upserts(20)), 0.5)
+    sender = Sender(klaviyo_for(sandbox), 4, job_timeout=0.5)
+    assert are_unfinished(sender.send(upserts(20)), 0.5)
     assert calls(sandbox)[f"POST {SINGLE}"] == 0
+    sandbox.klaviyo.faults.clear()
+    assert sender.send(upserts(20)) == [None] * 20  # later; the next job could take as long
+    assert (calls(sandbox)[f"POST {JOBS}"], calls(sandbox)[f"POST {SINGLE}"]) == (1, 20)
 
 
 def test_job_is_waited_for_while_its_status_cannot_be_read() -> None:
