@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from worker.errors import HELD, Disposition
 
@@ -124,6 +124,18 @@ class SendResult(NamedTuple):
     requests: int  # that were sent to Klaviyo for the operation
 
 
+class Ending(Enum):
+    """The end of a delivery. The value is its name in logs and metrics."""
+
+    SENT = "sent"  # the effect is in Klaviyo
+    IGNORED = "ignored"  # the message has no effect
+    RETRIED = "retried"  # nacked after a failure
+    DEAD_LETTERED = "dead_lettered"
+    RETURNED = "returned"  # given back to the queue; not a failure
+
+    __hash__ = object.__hash__
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """The result of processing a message: its disposition, the stage that determined it, and the cause."""
@@ -187,3 +199,17 @@ class Message:
     def is_held(self) -> bool:
         """Return whether the message is held or parked."""
         return self.outcome is not None and self.outcome.disposition in HELD
+
+
+class Ended(NamedTuple):
+    """A message whose delivery has ended."""
+
+    message: Message
+    ending: Ending
+
+
+class EndingListener(Protocol):
+    """The receiver of the endings of all deliveries. Called from several threads."""
+
+    def on_endings(self, ended: Sequence[Ended]) -> None:
+        """Process endings. An error that this method raises ends the run."""

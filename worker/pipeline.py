@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING, Protocol
 
 from adapters.base import Failure
@@ -25,7 +26,7 @@ from worker.errors import (
     Transient,
     WorkerError,
 )
-from worker.model import Message, OperationKind, Outcome, SendResult
+from worker.model import Ended, Ending, Message, OperationKind, Outcome, SendResult
 from worker.parse import parse
 from worker.telemetry.defects import describe_defect, report_defect
 from worker.transform import handler_for, transform
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from adapters.base import Delivery, QueueAdapter
     from worker.mapping import MappingConfig
-    from worker.model import Enriched, Notification, Operation
+    from worker.model import EndingListener, Enriched, Notification, Operation
     from worker.telemetry.message_log import Telemetry
 
 FIRST_DELAY, MAX_DELAY = 2.0, 600.0  # seconds before a nacked message is redelivered
@@ -64,16 +65,26 @@ class Send(Protocol):
 
 
 class Pipeline:
-    """The stages between a delivery and its settlement. Thread-safe; keeps no state between batches."""
+    """The stages between a delivery and its settlement. Thread-safe; keeps no state between batches.
+
+    `listener` receives the endings; by default, `telemetry` does.
+    """
 
     def __init__(
-        self, queue: QueueAdapter, enrich: Enrich, send: Send, mapping: MappingConfig, telemetry: Telemetry
+        self,
+        queue: QueueAdapter,
+        enrich: Enrich,
+        send: Send,
+        mapping: MappingConfig,
+        telemetry: Telemetry,
+        listener: EndingListener | None = None,
     ) -> None:
         self._queue = queue
         self._enrich_all = enrich
         self._send_all = send
         self._mapping = mapping
         self._telemetry = telemetry
+        self._listener: EndingListener = listener or telemetry
 
     def parse(self, delivery: Delivery) -> Message:
         """Return the delivery as a parsed message. Its resource determines its lane."""
@@ -112,6 +123,19 @@ class Pipeline:
             delay_of_message = max(delay, _nack_delay(message), message.not_before - time.monotonic())
             message.outcome = replace(message.outcome, disposition=Disposition.NACK, delay=delay_of_message)
         self._settle(messages)
+
+    def give_back(self, messages: Sequence[Message], delay: float = 0.0) -> None:
+        """Give messages back to the queue, which redelivers them after at least `delay` seconds. It is no failure.
+
+        A lane can still be processing the messages. The queue redelivers a message of an unfinished bulk job only after
+        the job.
+        """
+        by_delay: dict[float, list[Delivery]] = defaultdict(list)
+        for message in messages:
+            by_delay[max(delay, ceil(message.not_before - time.monotonic()), 0)].append(message.delivery)
+        for delay_of_messages, deliveries in by_delay.items():
+            self._queue.nack(deliveries, delay_of_messages)
+        self._listener.on_endings([Ended(message, Ending.RETURNED) for message in messages])
 
     def _enrich(self, messages: Sequence[Message]) -> None:
         notifications = [message.notification for message in messages if message.notification is not None]
@@ -163,7 +187,18 @@ class Pipeline:
             self._queue.nack(deliveries, delay, failure)
         if acked:
             self._queue.ack(acked)
-        self._telemetry.record_settled(messages)
+        self._listener.on_endings([Ended(message, _ending(message)) for message in messages])
+
+
+def _ending(message: Message) -> Ending:
+    assert message.outcome is not None
+    match message.outcome.disposition:
+        case Disposition.ACK:
+            return Ending.SENT if message.operations else Ending.IGNORED
+        case Disposition.DEAD_LETTER:
+            return Ending.DEAD_LETTERED
+        case _:
+            return Ending.RETRIED
 
 
 def _with_message(failure: Failure, notification: Notification | None) -> Failure:

@@ -99,7 +99,7 @@ class Worker:
             if health:
                 health.stop()
             self._systemd.stop()
-            log.info("stopped", extra=dict(self._telemetry.outcomes))
+            log.info("stopped", extra={ending.value: number for ending, number in self._telemetry.endings.items()})
 
     def stop(self) -> None:
         """Stop pulling and finish the messages in progress. If called again, do not wait for these messages."""

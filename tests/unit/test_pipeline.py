@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,9 @@ from worker.errors import (
     WorkerError,
 )
 from worker.mapping import MappingConfig
-from worker.model import Enriched, Message, Notification, Operation, OperationKind, SendResult
+from worker.model import Ended, Ending, Enriched, Message, Notification, Operation, OperationKind, SendResult
 from worker.pipeline import MAX_READINGS, MAX_TIMES_BLOCKED, Pipeline
-from worker.telemetry.message_log import Telemetry, outcome_name
+from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
 from worker.versions import READ_LAG
 
@@ -176,7 +177,7 @@ def test_message_without_effect_is_acked_without_reading_commercetools(
     message = pipeline.parse(FakeDelivery(body))
     assert pipeline.process([message]) == []
     assert recorded.settled == [("ack", "1", 0.0, "")]
-    assert outcome_name(message) == "ignored"
+    assert pipeline._telemetry.endings == {Ending.IGNORED: 1}
     assert stages.enriched == []
 
 
@@ -367,7 +368,7 @@ def test_state_that_keeps_changing_is_held_and_compared_later(
     stages.before_read = lambda: None
     assert pipeline.process([held]) == []
     assert len(stages.sent) == MAX_READINGS
-    assert outcome_name(held) == "sent"
+    assert pipeline._telemetry.endings == {Ending.SENT: 1}
 
 
 @pytest.mark.parametrize("read_error", [CircuitOpen("down"), None])
@@ -391,7 +392,7 @@ def test_written_state_is_only_compared_after_a_failed_second_reading(
     stages.versions["a"] = 2
     assert pipeline.process([held]) == []
     assert len(stages.sent) == 1
-    assert outcome_name(held) == "sent"
+    assert pipeline._telemetry.endings == {Ending.SENT: 1}
 
 
 def test_failed_write_is_repeated_even_if_the_version_is_the_same(pipeline: Pipeline, stages: Stages) -> None:
@@ -463,7 +464,7 @@ def test_resource_that_is_not_shown_counts_as_gone_some_seconds_after_the_first_
     message.received_at -= READ_LAG
     assert pipeline.process([message]) == []
     assert [entry[:2] for entry in recorded.settled] == [("ack", "a")]
-    assert outcome_name(message) == "ignored"
+    assert pipeline._telemetry.endings == {Ending.IGNORED: 1}
 
 
 def test_resource_that_appears_is_written(pipeline: Pipeline, recorded: RecordingQueue, stages: Stages) -> None:
@@ -574,3 +575,42 @@ def test_message_that_the_queue_does_not_dead_letter_yet_has_outcome_retried(
             run(pipeline, FakeDelivery(b"unreadable"))
     assert [method for method, *_ in recorded.settled] == ["dead_letter"] * 2
     assert [vars(record)["outcome"] for record in caplog.records] == ["retried", "dead_lettered"]
+
+
+def test_endings_are_reported_to_the_listener(recorded: RecordingQueue, stages: Stages) -> None:
+    """Backfills and replays rely on them: every message has one ending, whatever its log line says."""
+    ended: list[Ended] = []
+    telemetry = Telemetry(Metrics("embedded"))
+    listener = type("Listener", (), {"on_endings": lambda _, given: ended.extend(given)})()
+    pipeline = Pipeline(recorded, stages.enrich, stages.send, MappingConfig(), telemetry, listener)  # type: ignore[arg-type]
+    stages.enrich_errors |= {"b": Rejected("400"), "c": Transient("503"), "d": WorkerError("a defect")}
+    (held,) = run(pipeline, *(updated(name) for name in "abcd"))
+    endings = {message.delivery.id: ending for message, ending in ended}
+    assert endings == {"a": Ending.SENT, "b": Ending.DEAD_LETTERED, "d": Ending.RETRIED}
+    held.not_before = time.monotonic() + 10.5
+    pipeline.give_back([held, pipeline.parse(updated("e"))], 2.0)
+    assert [(message.delivery.id, ending) for message, ending in ended[3:]] == [
+        ("c", Ending.RETURNED),
+        ("e", Ending.RETURNED),
+    ]
+    assert [entry[1:3] for entry in recorded.settled[3:]] == [("c", 11), ("e", 2.0)]
+    assert telemetry.endings == {}
+
+
+def failing_with(shared: Transient, notifications: Sequence[Notification]) -> list[WorkerError]:
+    """Fail as the enrich stage does: messages share an error that was raised while another one was handled."""
+    with pytest.raises(Transient):
+        try:
+            json.loads("")
+        except ValueError:
+            raise shared from None
+    return [shared] * len(notifications)
+
+
+def test_cause_of_a_held_message_keeps_no_frames(pipeline: Pipeline) -> None:
+    """Otherwise the frames of its tracebacks would keep the data of all their batches in memory."""
+    shared = Transient("503")
+    pipeline._enrich_all = partial(failing_with, shared)
+    held = run(pipeline, updated("a"), updated("b"))
+    assert [message.outcome and message.outcome.cause for message in held] == [shared, shared]
+    assert (shared.__traceback__, shared.__context__, shared.__cause__) == (None, None, None)

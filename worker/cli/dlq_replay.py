@@ -16,6 +16,7 @@ from worker.cli.termination import CommandError, exit_without_waiting, handle_er
 from worker.commands.dlq.dead_letters import display_type, summarize
 from worker.errors import ExitCode
 from worker.json_access import printable
+from worker.model import Ending
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def replay(*, filters: DeadLetterFilter, rate: float | None, canary: bool, dry_r
         with open_dead_letters(settings) as queue:
             expected = _count_expected(queue, filters) if has_bar else None
             stop.running = running = Replay(queue, settings, filters, options)
-            throughput = Rate(lambda: running.stats.done, expected)
+            throughput = Rate(running.stats.count, expected)
             try:
                 _run(running, show_progress("replaying", throughput, status_line) if has_bar else nullcontext())
             finally:
@@ -116,12 +117,15 @@ def _run(running: Replay, progress: AbstractContextManager[None]) -> None:
 
 def _print_summary(stats: ReplayStats, *, dry_run: bool) -> None:
     """Print the number of dead letters per outcome: to stderr in a dry run, because stdout holds the requests."""
-    outcomes = stats.outcomes
     rows = [
-        ("would be sent" if dry_run else "replayed", outcomes["sent"], "" if dry_run else "sent to Klaviyo, removed"),
-        ("ignored", outcomes["ignored"], "" if dry_run else "nothing to send, removed"),
+        (
+            "would be sent" if dry_run else "replayed",
+            stats.count(Ending.SENT),
+            "" if dry_run else "sent to Klaviyo, removed",
+        ),
+        ("ignored", stats.count(Ending.IGNORED), "" if dry_run else "nothing to send, removed"),
         ("failed again", stats.failed, "still dead letters"),
-        ("not finished", outcomes["returned"], "still dead letters"),
+        ("not finished", stats.count(Ending.RETURNED), "still dead letters"),
     ]
     for name, number, note in rows:
         if number or name == rows[0][0]:
@@ -143,9 +147,9 @@ def _check_completed(running: Replay, filters: DeadLetterFilter, *, is_interrupt
         )
     if missing := filters.missing_ids(running.queue.delivered_ids):
         raise not_found_error(missing)
-    if not stats.done:
+    if not stats.count():
         click.echo("no dead letters to replay", err=True)
-    if stats.outcomes["returned"]:
+    if stats.count(Ending.RETURNED):
         raise CommandError(
             "the outage did not end in time: replay the remaining dead letters later", ExitCode.UNEXPECTED
         )

@@ -22,13 +22,13 @@ from worker.sandbox.notifications import sample_notifications
 from worker.service import Worker
 from worker.settings import Settings, load
 from worker.telemetry.log import configure_logging
-from worker.telemetry.message_log import Telemetry, outcome_name
+from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from worker.model import Message
+    from worker.model import Ended
     from worker.sandbox.klaviyo.account import Account
     from worker.sandbox.notifications import Sample
 
@@ -52,15 +52,14 @@ class OutcomeLog(Telemetry):
         self.outcomes_by_id: dict[str, MessageOutcome] = {}
         self._outcomes_lock = Lock()
 
-    def record_settled(self, messages: Iterable[Message]) -> None:
+    def on_endings(self, ended: Sequence[Ended]) -> None:
         """Keep the outcomes, and log as usual."""
-        messages = list(messages)
         with self._outcomes_lock:
-            for message in messages:
+            for message, ending in ended:
                 operations = Counter(operation.kind.value for operation in message.operations)
                 reason = message.outcome.reason if message.outcome else ""
-                self.outcomes_by_id[message.delivery.id] = MessageOutcome(outcome_name(message), reason, operations)
-        super().record_settled(messages)
+                self.outcomes_by_id[message.delivery.id] = MessageOutcome(ending.value, reason, operations)
+        super().on_endings(ended)
 
 
 def run_demo(keep: Path | None) -> int:

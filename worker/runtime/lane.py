@@ -197,7 +197,9 @@ class Lane(Thread):
         """Hold messages until their next retry. Report the failures that park the worker."""
         for message in messages:
             message.due_at = now + self._retry_delay(message, now)
-            message.enriched, message.operations = None, ()  # read again before the retry
+            message.enriched = None  # read again before the retry
+            if message.written_versions is None:
+                message.operations = ()
         self._held = [*messages, *self._held]
         for message in messages:
             if message.outcome and isinstance(message.outcome.cause, Misconfigured):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from math import ceil
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Protocol
 
@@ -259,23 +258,13 @@ class Runner:
                 self._lanes.put(self._in_flight.add(message), message)
         for effect, messages in excess.items():
             delay = self._in_flight.return_delay(effect, len(messages))
-            self._queue.nack([message.delivery for message in messages], delay)
-            self._telemetry.record_returned(messages)
+            self._pipeline.give_back(messages, delay)
             self._pull_at = time.monotonic() + SLOW_PULL_INTERVAL
 
     def _return_unprocessed(self, messages: Sequence[Message]) -> None:
-        """Give messages back to the queue after pulling has ended.
-
-        A lane can still be processing the messages, so they are not changed. The queue redelivers a message of an
-        unfinished bulk job only after the job.
-        """
+        """Give messages back to the queue after pulling has ended."""
         self._pulling_ended.wait()  # otherwise this worker could receive the messages again
-        by_delay: dict[float, list[Delivery]] = defaultdict(list)
-        for message in messages:
-            by_delay[max(ceil(message.not_before - time.monotonic()), 0)].append(message.delivery)
-        for delay, deliveries in by_delay.items():
-            self._queue.nack(deliveries, delay)
-        self._telemetry.record_returned(messages)
+        self._pipeline.give_back(messages)
         self._in_flight.remove(messages)
 
     def _fail(self, error: Exception) -> None:

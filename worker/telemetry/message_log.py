@@ -11,30 +11,26 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from worker.budget import limit_paths
-from worker.errors import Disposition, Ignored
+from worker.errors import Ignored
+from worker.model import Ending
 from worker.telemetry.log import log
 from worker.telemetry.recent_failures import RecentFailures
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from worker.model import Message
+    from worker.model import Ended, Message
     from worker.telemetry.metrics import Metrics
 
 
-_OUTCOMES = {
-    Disposition.ACK: "sent",
-    Disposition.NACK: "retried",
-    Disposition.DEAD_LETTER: "dead_lettered",
-}
-_LEVELS = {"retried": logging.WARNING, "dead_lettered": logging.ERROR}
+_LEVELS = {Ending.RETRIED: logging.WARNING, Ending.DEAD_LETTERED: logging.ERROR}
 
 
 class Telemetry:
-    """Records the outcomes of messages: as canonical log lines, counts, metrics and recent failures. Thread-safe."""
+    """Records what happens to messages: canonical log lines, counts, metrics and recent failures. Thread-safe."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self.outcomes: Counter[str] = Counter()
+        self.endings: Counter[Ending] = Counter()
         self.metrics = metrics
         self.failures = RecentFailures()
         self._lock = Lock()
@@ -61,35 +57,17 @@ class Telemetry:
                 if message.is_held:
                     self.failures.add(_canonical_fields(message, "held"))
 
-    def record_settled(self, messages: Iterable[Message]) -> None:
-        """Log and count messages that were settled."""
-        self._record_outcomes((message, outcome_name(message)) for message in messages)
-
-    def record_returned(self, messages: Iterable[Message]) -> None:
-        """Log and count messages that were given back to the queue unprocessed."""
-        self._record_outcomes((message, "returned") for message in messages)
-
-    def _record_outcomes(self, outcomes: Iterable[tuple[Message, str]]) -> None:
-        for message, outcome in outcomes:
+    def on_endings(self, ended: Sequence[Ended]) -> None:
+        """Log and count deliveries that have ended. Implements EndingListener."""
+        for message, ending in ended:
             with self._lock:
-                self.outcomes[outcome] += 1
-            line = _canonical_fields(message, outcome)
-            self.metrics.record_settled(line["message_type"], outcome, line["duration_s"], line["age_s"])
-            if outcome in _LEVELS:
+                self.endings[ending] += 1
+            line = _canonical_fields(message, ending.value)
+            self.metrics.record_settled(line["message_type"], ending.value, line["duration_s"], line["age_s"])
+            level = _LEVELS.get(ending, logging.INFO)
+            if level > logging.INFO:
                 self.failures.add(line)
-            log.log(_LEVELS.get(outcome, logging.INFO), "message_processed", extra=line)
-
-
-def outcome_name(message: Message) -> str:
-    """Return the outcome of a settled message for the log: sent, ignored, retried or dead_lettered.
-
-    `retried` means that the message was nacked after a failure.
-    """
-    assert message.outcome is not None
-    has_effect = message.operations or message.written_versions is not None
-    if message.outcome.disposition is Disposition.ACK and not has_effect:
-        return "ignored"
-    return _OUTCOMES[message.outcome.disposition]
+            log.log(level, "message_processed", extra=line)
 
 
 def _canonical_fields(message: Message, outcome: str) -> dict[str, Any]:

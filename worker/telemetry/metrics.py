@@ -13,6 +13,7 @@ from prometheus_client.exposition import choose_encoder
 
 from adapters import base
 from worker import errors
+from worker.model import Ending
 from worker.telemetry.log import log
 from worker.transform import HANDLERS
 
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
     from worker.telemetry.state import WorkerState
 
 
-OUTCOMES = ("sent", "ignored", "retried", "dead_lettered", "returned")
+OUTCOMES = tuple(ending.value for ending in Ending)
 SERVICES = ("klaviyo", "commercetools")
 STAGES = ("parse", "enrich", "transform", "send")
 OTHER = "other"
 
-_DONE = frozenset({"sent", "ignored"})
+_DONE = frozenset({Ending.SENT.value, Ending.IGNORED.value})
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _AGES = (*_SECONDS, 300, 900, 3_600, 14_400, 86_400)
 _THROTTLED = HTTPStatus.TOO_MANY_REQUESTS.value

@@ -22,6 +22,7 @@ from worker.commands.backfill.backfill import count_remaining
 from worker.commands.backfill.checkpoint import BackfillProgress, Checkpoint, FailureLog, checkpoint_key, read_ids
 from worker.commands.backfill.pages import open_pages
 from worker.commands.backfill.queue import RecordQueue
+from worker.commands.backfill.recorder import BackfillRecorder
 from worker.commands.backfill.records import (
     RECORD_KINDS,
     BackfillRecord,
@@ -30,11 +31,10 @@ from worker.commands.backfill.records import (
     mark_as_backfill,
     notifications_for,
 )
-from worker.commands.backfill.telemetry import BackfillTelemetry
 from worker.commands.progress_bar import Rate, StatusLine, format_bar, format_duration, show_progress
 from worker.commercetools.client import Commercetools
 from worker.errors import Disposition, Ignored, Rejected, SettingsError, Transient
-from worker.model import Message, Operation, OperationKind, Outcome
+from worker.model import Ended, Ending, Message, Operation, OperationKind, Outcome
 from worker.parse import parse
 from worker.send.events import bulk_body
 from worker.transform.order_events import event_operation
@@ -306,8 +306,8 @@ class Harness:
     ) -> None:
         selection = RecordSelection(name, **more)
         self.progress = BackfillProgress()
-        self.telemetry = BackfillTelemetry(self.progress, selection.kind.resource_type, None, None)
-        self.queue = RecordQueue(open_pages(commercetools, selection, ""), selection, self.telemetry, limit)
+        self.recorder = BackfillRecorder(self.progress, selection.kind.resource_type, None, None)
+        self.queue = RecordQueue(open_pages(commercetools, selection, ""), selection, self.recorder, limit)
 
     def receive(self, number: int = 10) -> list[RecordDelivery]:
         return list(self.queue.receive(number, 0.0))
@@ -359,7 +359,7 @@ def test_missing_and_rejected_ids_fail(caplog: pytest.LogCaptureFixture) -> None
     """The others are sent. A notification for a missing product would delete it."""
     harness = Harness(FakeCommercetools(*customers("a", "c")), ids=("a", "b", "c", "refused"))
     assert harness.receive_all() == ["a", "c"]
-    assert harness.telemetry.completed == 2
+    assert harness.recorder.completed == 2
     reasons = {record.__dict__["resource_id"]: record.__dict__["reason"] for record in caplog.records}
     assert reasons == {"b": "commercetools has no such customer", "refused": "refused"}
 
@@ -385,10 +385,10 @@ def test_retried_message_is_not_complete() -> None:
     retried, done = Message(delivery, 0.0), Message(delivery, 0.0)
     retried.outcome = Outcome(Disposition.NACK, "send", Transient("down"))
     done.outcome = Outcome(Disposition.ACK, "transform", Ignored("no effect"))
-    harness.telemetry.record_settled([retried])
-    assert (harness.telemetry.completed, harness.progress.done) == (0, 0)
-    harness.telemetry.record_settled([done])
-    assert (harness.telemetry.completed, harness.progress.ignored) == (1, 1)
+    harness.recorder.on_endings([Ended(retried, Ending.RETRIED)])
+    assert (harness.recorder.completed, harness.progress.done) == (0, 0)
+    harness.recorder.on_endings([Ended(done, Ending.IGNORED)])
+    assert (harness.recorder.completed, harness.progress.ignored) == (1, 1)
 
 
 def test_recently_changed_order_is_delayed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,17 +415,26 @@ def test_no_page_is_read_while_too_many_messages_are_delayed(monkeypatch: pytest
     assert harness.receive_all() == ["a", "b", "c", "d", "e", "f"]
 
 
-def test_nacked_message_is_redelivered_until_too_many_defects() -> None:
-    """Outages are retried without limit; a message that always raises an unexpected error fails."""
+@pytest.mark.parametrize("error", ["CircuitOpen", "Transient", "WorkerError"])
+def test_message_that_always_fails_is_a_failure(error: str) -> None:
+    """Otherwise the backfill would never end, and its checkpoint would stay before this record."""
+    harness = Harness(FakeCommercetools(*customers("a", "b")))
+    failing, _ = harness.receive()
+    for number in range(queue_module.MAX_TRIES):
+        assert (number, harness.progress.failed) == (number, {})
+        harness.queue.nack([failing], 0.0, Failure("500", "send", error))
+        assert harness.receive() == ([failing] if number + 1 < queue_module.MAX_TRIES else [])
+    assert harness.progress.failed == {"500": 1}
+    assert harness.progress.last_id == "a"
+
+
+def test_returned_message_is_no_failure() -> None:
+    """The worker gave it back without processing it, because it stops or because too many messages wait."""
     harness = Harness(FakeCommercetools(*customers("a")))
-    for _ in range(20):
+    for _ in range(2 * queue_module.MAX_TRIES):
         (delivery,) = harness.receive()
-        harness.queue.nack([delivery], 0.0, Failure("down", "send", "Outage"))
-    for _ in range(queue_module.MAX_DEFECT_ATTEMPTS):
-        (delivery,) = harness.receive()
-        harness.queue.nack([delivery], 0.0, Failure("KeyError", "send", "WorkerError"))
-    assert harness.receive_all() == []
-    assert harness.progress.failed == {"KeyError": 1}
+        harness.queue.nack([delivery])
+    assert harness.receive_all() == ["a"]
 
 
 def test_nack_delay_is_kept() -> None:
@@ -465,8 +474,8 @@ def test_bar_shows_rate_and_time_left() -> None:
 
 def test_earlier_runs_count_as_done_but_not_for_the_rate() -> None:
     """A limit applies to this run."""
-    telemetry = BackfillTelemetry(BackfillProgress("x", 50), "order", None, None)
-    rate = Rate(lambda: telemetry.completed, 150)
+    recorder = BackfillRecorder(BackfillProgress("x", 50), "order", None, None)
+    rate = Rate(lambda: recorder.completed, 150)
     assert (rate.total, rate.done, rate.per_second, rate.seconds_left) == (200, 50, 0.0, None)
     commercetools = FakeCommercetools(*customers("a", "b", "c"))
     counted = [

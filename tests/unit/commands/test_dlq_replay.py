@@ -19,7 +19,8 @@ from worker.commands.dlq.replay import (
     ReplayStats,
 )
 from worker.errors import Disposition, Ignored, Rejected
-from worker.model import Message, Operation, OperationKind, Outcome
+from worker.model import Ended, Ending, Message, Operation, OperationKind, Outcome
+from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ SENT = Outcome(Disposition.ACK, "send")
 IGNORED = Outcome(Disposition.ACK, "transform", Ignored("no effect"))
 REJECTED = Outcome(Disposition.DEAD_LETTER, "send", Rejected("Klaviyo answered 400"))
 RETRIED = Outcome(Disposition.NACK, "send", Rejected("a defect"))
+ENDINGS = {
+    SENT: Ending.SENT,
+    IGNORED: Ending.IGNORED,
+    REJECTED: Ending.DEAD_LETTERED,
+    RETRIED: Ending.RETRIED,
+}
 
 
 class FakeClock:
@@ -49,7 +56,7 @@ class FakeClock:
 
 def start_replay(queue: EmbeddedQueue, **options: Any) -> tuple[ReplayQueue, ReplayStats]:
     """Return a replay of the queue's dead letters. By default it replays all, without a rate limit and a canary."""
-    stats = ReplayStats(Metrics("embedded"))
+    stats = ReplayStats(Telemetry(Metrics("embedded")))
     dead_letters = queue.dead_letters()
     options = {"rate_limiter": None, "canary": False, "remove_on_ack": True, "filters": DeadLetterFilter()} | options
     selected = options.pop("filters").select(iter_unseen(dead_letters))
@@ -62,7 +69,7 @@ def settle(stats: ReplayStats, replay: ReplayQueue, outcome: Outcome, deliveries
     messages = [Message(delivery, 0.0, outcome=outcome, operations=operations) for delivery in deliveries]
     if outcome.disposition is Disposition.ACK:
         replay.ack(deliveries)
-    stats.record_settled(messages)
+    stats.on_endings([Ended(message, ENDINGS[outcome]) for message in messages])
 
 
 def remaining_ids(queue: EmbeddedQueue) -> list[str]:
@@ -167,7 +174,7 @@ def test_failures_after_the_canary_do_not_stop_the_replay(queue: EmbeddedQueue) 
     assert not replay.canary_failed
     assert len(replay.receive(10, 0)) == 2
     assert dict(stats.reasons) == {("send", "Klaviyo answered 400"): 2, ("send", "a defect"): 1}
-    assert (stats.failed, stats.done) == (3, 4)
+    assert (stats.failed, stats.count()) == (3, 4)
 
 
 def test_failures_without_a_canary_do_not_stop_the_replay(queue: EmbeddedQueue) -> None:
@@ -225,7 +232,7 @@ def test_stop_ends_a_replay_that_finds_no_match(queue: EmbeddedQueue) -> None:
     endless.replay = Replay(endless, settings_for(), filters, ReplayOptions())
     endless.replay.run()
     assert endless.requests == 3
-    assert endless.replay.stats.done == 0
+    assert endless.replay.stats.count() == 0
 
 
 def test_replay_queue_has_no_lease(queue: EmbeddedQueue) -> None:

@@ -12,7 +12,7 @@ import pytest
 from adapters import Failure, QueueError, QueueRefusedError, QueueWarning
 from adapters.embedded import EmbeddedQueue
 from tests.conftest import FakeDelivery, Scripted
-from worker.errors import CircuitOpen, Disposition, JobUnfinished, KlaviyoMisconfigured, Throttled, Transient
+from worker.errors import CircuitOpen, Disposition, KlaviyoMisconfigured, Throttled, Transient
 from worker.model import Message, Notification, Outcome
 from worker.runtime.lane import Lane
 from worker.runtime.runner import Runner, ShutdownTimeoutError
@@ -54,6 +54,9 @@ class Pipeline:
         self.batches.append((threading.get_ident(), [message.delivery.body for message in done]))
         self._queue.ack([message.delivery for message in done])
         return held
+
+    def give_back(self, messages: Sequence[Message], delay: float = 0.0) -> None:
+        self._queue.nack([message.delivery for message in messages], delay)
 
     def nack_held(self, messages: Sequence[Message], delay: float) -> None:
         self.nacked += [(message.delivery.body, delay) for message in messages]
@@ -673,32 +676,6 @@ def test_return_at_shutdown_uses_up_no_attempt(queue: EmbeddedQueue) -> None:
     runner.stop()
     thread.join(60)
     assert [delivery.attempt for delivery in EmbeddedQueue(queue._path).receive(1, 1)] == [1]
-
-
-def test_message_of_an_unfinished_job_is_returned_with_a_delay(queue: EmbeddedQueue) -> None:
-    """The next worker must not write the same record before the job has ended."""
-    held = threading.Event()
-
-    def hold(messages: Sequence[Message]) -> list[Message]:
-        for message in messages:
-            error = JobUnfinished("a job has not ended yet", retry_after=600.0)
-            message.outcome = Outcome(Disposition.HOLD, "send", error)
-            if message.delivery.body == b"a:1":
-                message.not_before = time.monotonic() + 3
-        held.set()
-        return list(messages)
-
-    queue.publish([b"a:1", b"b:1"])
-    runner, _ = runner_for(queue, hold)
-    thread = threading.Thread(target=runner.run, daemon=True)
-    thread.start()
-    wait_for(lambda: runner.held() == 2)
-    runner.stop()
-    thread.join(60)
-    again = EmbeddedQueue(queue._path)
-    assert [delivery.body for delivery in again.receive(9, 0)] == [b"b:1"]
-    (delayed,) = again.receive(9, 60)
-    assert (delayed.body, delayed.attempt) == (b"a:1", 1)
 
 
 def test_messages_in_progress_are_returned_after_the_grace_period(queue: EmbeddedQueue) -> None:

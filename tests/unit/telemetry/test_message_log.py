@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import FakeDelivery
 from worker.budget import MAX_PATHS, MORE
 from worker.errors import Disposition, Ignored, Rejected, Transient
-from worker.model import Message, Notification, Operation, OperationKind, Outcome
+from worker.model import Ended, Ending, Message, Notification, Operation, OperationKind, Outcome
 from worker.telemetry.log import configure_logging, log
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
@@ -30,21 +30,30 @@ def message(outcome: Outcome | None, operations: int = 0) -> Message:
     return Message(delivery, 0.0, notification, operations=sent, outcome=outcome)
 
 
+SENT = Ended(message(Outcome(Disposition.ACK, "send"), 1), Ending.SENT)
+IGNORED = Ended(message(Outcome(Disposition.ACK, "parse", Ignored("no handler"))), Ending.IGNORED)
+RETRIED = Ended(message(Outcome(Disposition.NACK, "enrich", Transient("500"))), Ending.RETRIED)
+DEAD_LETTERED = Ended(message(Outcome(Disposition.DEAD_LETTER, "send", Rejected("400")), 1), Ending.DEAD_LETTERED)
+RETURNED = Ended(message(None), Ending.RETURNED)
+
+
 @pytest.mark.parametrize(
-    ("outcome", "operations", "name", "level"),
+    ("ended", "operations", "name", "level"),
     [
-        (Outcome(Disposition.ACK, "send"), 2, "sent", "INFO"),
-        (Outcome(Disposition.ACK, "parse", Ignored("no handler")), 0, "ignored", "INFO"),
-        (Outcome(Disposition.NACK, "enrich", Transient("500")), 0, "retried", "WARNING"),
-        (Outcome(Disposition.DEAD_LETTER, "send", Rejected("400")), 1, "dead_lettered", "ERROR"),
+        (SENT, 1, "sent", "INFO"),
+        (IGNORED, 0, "ignored", "INFO"),
+        (RETRIED, 0, "retried", "WARNING"),
+        (DEAD_LETTERED, 1, "dead_lettered", "ERROR"),
+        (RETURNED, 0, "returned", "INFO"),
+        (Ended(SENT.message, Ending.RETURNED), 1, "returned", "INFO"),  # a lane was still processing it
     ],
 )
-def test_every_message_has_one_canonical_line(outcome: Outcome, operations: int, name: str, level: str) -> None:
+def test_every_message_has_one_canonical_line(ended: Ended, operations: int, name: str, level: str) -> None:
     """Scripts rely on the fields. The level shows whether an operator must act."""
     stream = io.StringIO()
     configure_logging("INFO", "auto", stream)
     telemetry = Telemetry(Metrics("embedded"))
-    telemetry.record_settled([message(outcome, operations)])
+    telemetry.on_endings([ended])
     (line,) = map(json.loads, stream.getvalue().splitlines())
     assert line.keys() >= FIELDS
     assert (line["event"], line["outcome"], line["level"], line["operations"]) == (
@@ -54,7 +63,7 @@ def test_every_message_has_one_canonical_line(outcome: Outcome, operations: int,
         operations,
     )
     assert line["truncated"] == (["Items"] if operations else None)
-    assert telemetry.outcomes == {name: 1}
+    assert telemetry.endings == {ended.ending: 1}
 
 
 def test_names_of_truncated_properties_are_bounded() -> None:
@@ -64,27 +73,17 @@ def test_names_of_truncated_properties_are_bounded() -> None:
     done = message(Outcome(Disposition.ACK, "send"))
     names = [f"p{number:03}" for number in range(1_000)]
     done.operations = [Operation(OperationKind.CREATE_EVENT, name, truncated=[name, MORE]) for name in names]
-    Telemetry(Metrics("embedded")).record_settled([done])
+    Telemetry(Metrics("embedded")).on_endings([Ended(done, Ending.SENT)])
     assert json.loads(stream.getvalue())["truncated"] == [*names[:MAX_PATHS], MORE]
-
-
-def test_returned_message_has_outcome_returned() -> None:
-    """This holds even if a lane is still processing the message."""
-    stream = io.StringIO()
-    configure_logging("INFO", "json", stream)
-    Telemetry(Metrics("embedded")).record_returned([message(None), message(Outcome(Disposition.ACK, "send"), 1)])
-    assert [json.loads(line)["outcome"] for line in stream.getvalue().splitlines()] == ["returned"] * 2
 
 
 def test_only_failures_are_recorded() -> None:
     """They include held messages, which have no log line yet, but not ignored messages."""
     telemetry = Telemetry(Metrics("embedded"))
     held = message(Outcome(Disposition.HOLD, "enrich", Transient("500")))
-    ignored = message(Outcome(Disposition.ACK, "parse", Ignored("no handler")))
-    dead_lettered = message(Outcome(Disposition.DEAD_LETTER, "send", Rejected("400")), 1)
-    telemetry.record_processed([held, ignored, dead_lettered])
-    telemetry.record_settled([ignored, dead_lettered, message(Outcome(Disposition.ACK, "send"), 1)])
-    telemetry.record_settled([message(Outcome(Disposition.NACK, "enrich", Transient("500")))])
+    telemetry.record_processed([held, IGNORED.message, DEAD_LETTERED.message])
+    telemetry.on_endings([IGNORED, DEAD_LETTERED, SENT, RETURNED])
+    telemetry.on_endings([RETRIED])
     failures = [(f["outcome"], f["stage"], f["reason"], f["times"]) for f in telemetry.failures.newest()]
     assert failures == [
         ("retried", "enrich", "500", 1),
@@ -97,7 +96,7 @@ def test_text_format_shows_time_event_and_fields() -> None:
     """Fields without a value are left out."""
     stream = io.StringIO()
     configure_logging("INFO", "text", stream)
-    Telemetry(Metrics("embedded")).record_settled([message(Outcome(Disposition.ACK, "send"), 1)])
+    Telemetry(Metrics("embedded")).on_endings([SENT])
     line = stream.getvalue()
     assert " message_processed message_id=7 message_type=OrderCreated " in line
     assert "outcome=sent" in line
@@ -108,9 +107,7 @@ def test_lines_below_the_level_are_left_out() -> None:
     """With LOG_LEVEL=ERROR, messages that were sent or retried are not logged."""
     stream = io.StringIO()
     configure_logging("ERROR", "json", stream)
-    Telemetry(Metrics("embedded")).record_settled(
-        [message(Outcome(Disposition.ACK, "send"), 1), message(Outcome(Disposition.NACK, "send", Transient("x")))]
-    )
+    Telemetry(Metrics("embedded")).on_endings([SENT, RETRIED])
     assert stream.getvalue() == ""
 
 

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 from worker.commands.backfill.checkpoint import BackfillProgress
 from worker.commands.backfill.pages import open_pages
 from worker.commands.backfill.queue import RecordQueue
+from worker.commands.backfill.recorder import BackfillRecorder
 from worker.commands.backfill.records import mark_as_backfill
-from worker.commands.backfill.telemetry import BackfillTelemetry
 from worker.commands.progress_bar import Rate, show_progress
 from worker.errors import Transient
 from worker.pipeline import Pipeline
 from worker.runtime.dry_run import print_instead
 from worker.runtime.runner import Runner
 from worker.service import Components
+from worker.telemetry.message_log import Telemetry
+from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,16 +45,19 @@ class Backfill:
     ) -> None:
         self.progress = checkpoint.load() if checkpoint else BackfillProgress()
         files = (None, None) if dry_run else (checkpoint, failure_log)
-        telemetry = BackfillTelemetry(self.progress, selection.kind.resource_type, *files)
-        telemetry.save()
-        self._telemetry = telemetry
+        recorder = BackfillRecorder(self.progress, selection.kind.resource_type, *files)
+        recorder.save()
+        telemetry = Telemetry(Metrics("backfill"))
+        self._recorder = recorder
         self._selection = selection
         self._limit = limit
         self._components = components = Components(settings, telemetry)
         self._pages = open_pages(components.commercetools, selection, self.progress.last_id)
         self._send = print_instead if dry_run else components.sender.send
-        queue = RecordQueue(self._pages, selection, telemetry, limit)
-        pipeline = Pipeline(queue, components.enricher.enrich, self._send_marked, components.mapping, telemetry)
+        queue = RecordQueue(self._pages, selection, recorder, limit)
+        pipeline = Pipeline(
+            queue, components.enricher.enrich, self._send_marked, components.mapping, telemetry, recorder
+        )
         self._runner = Runner(
             queue, pipeline, components, _limit_batch(settings, selection), telemetry, components.stopping
         )
@@ -62,7 +67,7 @@ class Backfill:
 
         Raises Misconfigured, ShutdownTimeoutError and OSError.
         """
-        rate = Rate(lambda: self._telemetry.completed, count_remaining(self._pages, self._limit))
+        rate = Rate(lambda: self._recorder.completed, count_remaining(self._pages, self._limit))
         try:
             with show_progress(self._selection.name, rate, status_line):
                 self._runner.run(once=True, max_wait=math.inf)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from adapters.base import Failure, InertQueue
 from worker.commands.backfill.records import BackfillRecord, RecordDelivery, notifications_for
-from worker.errors import CommercetoolsMisconfigured, EndpointRefused, Rejected, Transient, WorkerError
+from worker.errors import CommercetoolsMisconfigured, EndpointRefused, Rejected, Transient
 from worker.json_access import parse_time
 from worker.telemetry.log import ConditionLog
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
     from adapters.base import Delivery
     from worker.commands.backfill.pages import RecordPages
+    from worker.commands.backfill.recorder import BackfillRecorder
     from worker.commands.backfill.records import RecordSelection
-    from worker.commands.backfill.telemetry import BackfillTelemetry
     from worker.model import Json
 
 ORDER_DELAY = 60.0  # seconds after an order's last change within which the worker sends that change
 MAX_DELAYED = 10_000  # delayed messages; at this number, no more records are read
-MAX_DEFECT_ATTEMPTS = 5  # attempts at a message that raises an unexpected error
+MAX_TRIES = 5  # of a message, each with a hold; then its record counts as failed
 
 
 class RecordQueue(InertQueue):
@@ -38,11 +38,11 @@ class RecordQueue(InertQueue):
     """
 
     def __init__(
-        self, pages: RecordPages, selection: RecordSelection, telemetry: BackfillTelemetry, limit: int | None
+        self, pages: RecordPages, selection: RecordSelection, recorder: BackfillRecorder, limit: int | None
     ) -> None:
         self._pages = pages
         self._selection = selection
-        self._telemetry = telemetry
+        self._recorder = recorder
         self._limit = limit
         self._is_exhausted = False
         self._page_error = ConditionLog("page_not_read", "page_read", logging.WARNING)
@@ -63,16 +63,15 @@ class RecordQueue(InertQueue):
         return deliveries
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Do nothing, because BackfillTelemetry records the outcomes."""
+        """Do nothing, because BackfillRecorder records the outcomes."""
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """Redeliver the messages. A message that repeatedly raises an unexpected error fails."""
+        """Redeliver the messages. A message that has failed MAX_TRIES times fails permanently."""
         for delivery in deliveries:
             assert isinstance(delivery, RecordDelivery)
-            if failure and failure.error == WorkerError.__name__:
-                delivery.defects += 1
-            if failure and delivery.defects >= MAX_DEFECT_ATTEMPTS:
-                self._telemetry.record_failure(delivery.record, failure)
+            delivery.tries += failure is not None
+            if failure and delivery.tries >= MAX_TRIES:
+                self._recorder.record_failure(delivery.record, failure)
             else:
                 self._put(delivery, delay)
 
@@ -87,7 +86,7 @@ class RecordQueue(InertQueue):
 
     def close(self) -> None:
         """Save the checkpoint. Raises OSError."""
-        self._telemetry.save()
+        self._recorder.save()
 
     def _take_ready(self, max_messages: int) -> list[RecordDelivery]:
         now = time.monotonic()
@@ -117,12 +116,12 @@ class RecordQueue(InertQueue):
     def _start(self, record_id: str, resource: Json | Rejected) -> None:
         if isinstance(resource, Rejected):
             record = BackfillRecord(record_id, 1)
-            self._telemetry.start(record)
-            self._telemetry.record_failure(record, Failure(str(resource), "enrich", type(resource).__name__))
+            self._recorder.start(record)
+            self._recorder.record_failure(record, Failure(str(resource), "enrich", type(resource).__name__))
             return
         notifications = notifications_for(self._selection, resource)
         record = BackfillRecord(record_id, len(notifications))
-        self._telemetry.start(record)
+        self._recorder.start(record)
         delay = self._order_delay(resource)
         for body in notifications:
             self._put(RecordDelivery(record, body), delay)

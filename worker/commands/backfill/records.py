@@ -112,7 +112,7 @@ class RecordDelivery:
 
     record: BackfillRecord
     body: bytes = field(repr=False)
-    defects: int = 0
+    tries: int = 0  # that have failed
     attempt: int | None = None
     published_at: datetime | None = None
 

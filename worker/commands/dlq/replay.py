@@ -14,23 +14,24 @@ from typing import TYPE_CHECKING
 
 from adapters import InertQueue, scheme_of
 from worker.commands.dlq.dead_letters import iter_unseen
+from worker.model import Ending
 from worker.pipeline import Pipeline
 from worker.runtime.dry_run import print_instead
 from worker.runtime.runner import Runner
 from worker.service import Components
-from worker.telemetry.message_log import Telemetry, outcome_name
+from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from datetime import datetime
 
     from adapters import DeadLetter, DeadLetterQueue, Delivery, SupportsDeadLetters
     from worker.commands.dlq.dead_letters import DeadLetterFilter
-    from worker.model import Message
+    from worker.model import Ended
     from worker.settings import Settings
 
-_FAILED = ("dead_lettered", "retried")  # outcomes that count as failed, because a replay does not retry
+_FAILED = (Ending.DEAD_LETTERED, Ending.RETRIED)  # a replay does not retry
 MAX_WAIT = 600.0  # total seconds to wait for outages to end
 _MAX_BATCH = 50  # messages; small, so that progress is visible and an interruption takes effect soon
 
@@ -76,40 +77,37 @@ class ReplayDelivery:
         return self.dead_letter.delivery.published_at
 
 
-class ReplayStats(Telemetry):
-    """Counts of outcomes, and the reasons for failures."""
+class ReplayStats:
+    """Counts of endings, and the reasons for failures. Implements EndingListener."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        super().__init__(metrics)
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
         self.reasons: Counter[tuple[str, str]] = Counter()  # by stage and reason
         self.last_failed: DeadLetter | None = None
         self._changed = Condition()
 
-    @property
-    def done(self) -> int:
-        """Return the number of dead letters that have an outcome."""
-        return self.outcomes.total()
+    def count(self, *endings: Ending) -> int:
+        """Return the number of dead letters with one of these endings; of all that have ended if none is given."""
+        return sum(self._telemetry.endings[ending] for ending in endings or Ending)
 
     @property
     def failed(self) -> int:
         """Return the number of dead letters that failed again."""
-        return sum(self.outcomes[outcome] for outcome in _FAILED)
+        return self.count(*_FAILED)
 
-    def record_settled(self, messages: Iterable[Message]) -> None:
-        """Count the outcomes of messages."""
-        messages = list(messages)
+    def on_endings(self, ended: Sequence[Ended]) -> None:
+        """Count and log the endings."""
         with self._changed:
-            for message in messages:
-                if message.outcome and outcome_name(message) in _FAILED:
+            for message, ending in ended:
+                if ending in _FAILED and message.outcome:
                     self.reasons[message.outcome.stage, message.outcome.reason] += 1
-                    self.last_failed = (
-                        message.delivery.dead_letter if isinstance(message.delivery, ReplayDelivery) else None
-                    )
-            super().record_settled(messages)
+                    assert isinstance(message.delivery, ReplayDelivery)
+                    self.last_failed = message.delivery.dead_letter
+            self._telemetry.on_endings(ended)
             self._changed.notify_all()
 
-    def wait_for_outcomes(self, seconds: float) -> None:
-        """Wait at most `seconds` until another dead letter has an outcome."""
+    def wait_for_endings(self, seconds: float) -> None:
+        """Wait at most `seconds` until another dead letter has ended."""
         with self._changed:
             self._changed.wait(seconds)
 
@@ -166,9 +164,9 @@ class ReplayQueue(InertQueue):
     def receive(self, max_messages: int, wait: float) -> Sequence[ReplayDelivery]:
         """Return the next dead letters: one at a time if a rate is set, or until the canary is sent."""
         needs_canary = self._needs_canary
-        canary_in_flight = needs_canary and self._deliveries > self._stats.done
+        canary_in_flight = needs_canary and self._deliveries > self._stats.count()
         if self._is_exhausted or self.canary_failed or canary_in_flight:
-            self._stats.wait_for_outcomes(wait)
+            self._stats.wait_for_endings(wait)
             return ()
         wanted = 1 if needs_canary or self._rate_limiter else max_messages
         deliveries = [ReplayDelivery(dead_letter) for dead_letter in islice(self._selected, wanted)]
@@ -196,7 +194,7 @@ class ReplayQueue(InertQueue):
     @property
     def _needs_canary(self) -> bool:
         """Return whether the next dead letter is a canary: none was sent yet. An ignored dead letter sends nothing."""
-        return self._canary and not self._stats.outcomes["sent"]
+        return self._canary and not self._stats.count(Ending.SENT)
 
 
 class Replay:
@@ -206,8 +204,9 @@ class Replay:
         self, queue: SupportsDeadLetters, settings: Settings, filters: DeadLetterFilter, options: ReplayOptions
     ) -> None:
         settings = settings.model_copy(update={"max_batch": min(settings.max_batch, _MAX_BATCH)})
-        self.stats = ReplayStats(Metrics(scheme_of(settings.queue_url)))
-        self._components = components = Components(settings, self.stats)
+        telemetry = Telemetry(Metrics(scheme_of(settings.queue_url)))
+        self.stats = ReplayStats(telemetry)
+        self._components = components = Components(settings, telemetry)
         dead_letters = queue.dead_letters()
         until_stopped = takewhile(lambda _: not components.stopping.is_set(), iter_unseen(dead_letters))
         self.queue = ReplayQueue(
@@ -219,8 +218,8 @@ class Replay:
             remove_on_ack=not options.dry_run,
         )
         send = print_instead if options.dry_run else components.sender.send
-        pipeline = Pipeline(self.queue, components.enricher.enrich, send, components.mapping, self.stats)
-        self._runner = Runner(self.queue, pipeline, components, settings, self.stats, components.stopping)
+        pipeline = Pipeline(self.queue, components.enricher.enrich, send, components.mapping, telemetry, self.stats)
+        self._runner = Runner(self.queue, pipeline, components, settings, telemetry, components.stopping)
 
     def run(self) -> None:
         """Replay the selected dead letters. Raises the errors of `Runner.run`."""

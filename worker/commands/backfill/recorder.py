@@ -1,4 +1,4 @@
-"""The outcomes of a backfill's records, which replace the worker's log line per message."""
+"""Records the endings of a backfill's messages: progress, checkpoint and failure log."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from typing import TYPE_CHECKING
 
 from adapters.base import Failure
 from worker.commands.backfill.records import RecordDelivery
+from worker.model import Ending
 from worker.telemetry.log import log
-from worker.telemetry.message_log import Telemetry, outcome_name
-from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from worker.commands.backfill.checkpoint import BackfillProgress, Checkpoint, FailureLog
     from worker.commands.backfill.records import BackfillRecord
-    from worker.model import Message
+    from worker.model import Ended, Message
 
 SAVE_INTERVAL = 2.0  # seconds
 
 
-class BackfillTelemetry(Telemetry):
-    """Updates the progress, the checkpoint and the failure log. Thread-safe."""
+class BackfillRecorder:
+    """Updates the progress, the checkpoint and the failure log. Implements EndingListener. Thread-safe."""
 
     def __init__(
         self,
@@ -32,7 +31,6 @@ class BackfillTelemetry(Telemetry):
         checkpoint: Checkpoint | None,
         failure_log: FailureLog | None,
     ) -> None:
-        super().__init__(Metrics("backfill"))
         self.progress = progress
         self.completed = progress.done  # records with an outcome, including those that `progress` does not count yet
         self._resource_type = resource_type
@@ -46,11 +44,11 @@ class BackfillTelemetry(Telemetry):
         with self._progress_lock:
             self.progress.start(record)
 
-    def record_settled(self, messages: Iterable[Message]) -> None:
-        """Record outcomes. Save the checkpoint every SAVE_INTERVAL. Raises OSError."""
+    def on_endings(self, ended: Sequence[Ended]) -> None:
+        """Record the endings. Save the checkpoint every SAVE_INTERVAL. Raises OSError."""
         with self._progress_lock:
-            for message in messages:
-                self._record(message)
+            for message, ending in ended:
+                self._record(message, ending)
             if time.monotonic() - self._saved_at >= SAVE_INTERVAL:
                 self.save()
 
@@ -69,9 +67,6 @@ class BackfillTelemetry(Telemetry):
                 self._failure_log.add(line)
             self._complete(record, failure=failure.reason)
 
-    def record_returned(self, messages: Iterable[Message]) -> None:
-        """Do nothing: the next run sends messages that were given back."""
-
     def save(self) -> None:
         """Save the checkpoint. Raises OSError."""
         with self._progress_lock:
@@ -79,16 +74,18 @@ class BackfillTelemetry(Telemetry):
             if self._checkpoint:
                 self._checkpoint.save(self.progress)
 
-    def _record(self, message: Message) -> None:
-        delivery, outcome = message.delivery, outcome_name(message)
+    def _record(self, message: Message, ending: Ending) -> None:
+        """Record an ending. RecordQueue redelivers a nacked message, and the next run sends a returned one."""
+        delivery, outcome = message.delivery, message.outcome
         assert isinstance(delivery, RecordDelivery)
-        if outcome == "dead_lettered":
-            assert message.outcome is not None
-            message_type = message.notification.type if message.notification else ""
-            failure = Failure(message.outcome.reason, message.outcome.stage, message.outcome.error, message_type)
-            self.record_failure(delivery.record, failure)
-        elif outcome != "retried":
-            self._complete(delivery.record, is_sent=outcome == "sent")
+        match ending:
+            case Ending.SENT | Ending.IGNORED:
+                self._complete(delivery.record, is_sent=ending is Ending.SENT)
+            case Ending.DEAD_LETTERED:
+                assert outcome is not None
+                message_type = message.notification.type if message.notification else ""
+                failure = Failure(outcome.reason, outcome.stage, outcome.error, message_type)
+                self.record_failure(delivery.record, failure)
 
     def _complete(self, record: BackfillRecord, *, is_sent: bool = False, failure: str = "") -> None:
         self.progress.complete_message(record, is_sent=is_sent, failure=failure)
