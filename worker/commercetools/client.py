@@ -69,14 +69,8 @@ class Commercetools:
         return self._breakers.outage_reason()
 
     def answers(self) -> bool:
-        """Return whether commercetools answers a request that depends on no message."""
-        try:
-            self._accepts(NEUTRAL_ENDPOINTS[0])
-        except Transient as error:
-            return error.disposition is not Disposition.HOLD
-        except WorkerError:
-            pass
-        return True
+        """Return whether commercetools answers a neutral request to one of NEUTRAL_ENDPOINTS. A refusal is an answer."""
+        return any(map(self._answers, NEUTRAL_ENDPOINTS))
 
     def refusal_reason(self) -> str:
         """Return why commercetools refuses the worker as a whole, or "" if it does not."""
@@ -184,6 +178,15 @@ class Commercetools:
         what = f"not commercetools' response: {response}"
         is_refused = response.status >= HTTPStatus.BAD_REQUEST
         return RequestBlocked(what) if is_refused and self._accepts(path) else Transient(what)
+
+    def _answers(self, path: str) -> bool:
+        try:
+            self._accepts(path)
+        except Transient as error:
+            return error.disposition is not Disposition.HOLD
+        except WorkerError:
+            pass
+        return True
 
     def _accepts(self, path: str) -> bool:
         """Return whether commercetools does not refuse a query that depends on no message. Raises WorkerError."""

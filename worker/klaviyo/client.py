@@ -116,14 +116,8 @@ class Klaviyo:
         return self._breakers.outage_reason()
 
     def answers(self) -> bool:
-        """Return whether Klaviyo answers a request that depends on no message."""
-        try:
-            self._accepts(NEUTRAL_ENDPOINTS[0])
-        except Transient as error:
-            return error.disposition is not Disposition.HOLD
-        except WorkerError:
-            pass
-        return True
+        """Return whether Klaviyo answers a neutral request to one of NEUTRAL_ENDPOINTS. A refusal is an answer."""
+        return any(map(self._answers, NEUTRAL_ENDPOINTS))
 
     def refusal_reason(self) -> str:
         """Return why Klaviyo refuses the worker as a whole, or "" if it does not."""
@@ -182,6 +176,15 @@ class Klaviyo:
         if any(self._accepts(other) for other in NEUTRAL_ENDPOINTS if other != endpoint):
             return EndpointRefused(what, todo=todo)
         return KlaviyoMisconfigured(what, todo=todo)
+
+    def _answers(self, endpoint: str) -> bool:
+        try:
+            self._accepts(endpoint)
+        except Transient as error:
+            return error.disposition is not Disposition.HOLD
+        except WorkerError:
+            pass
+        return True
 
     def _accepts(self, endpoint: str) -> bool:
         """Return whether Klaviyo does not refuse a neutral request to an endpoint. Raises Transient.

@@ -322,3 +322,23 @@ def test_page_of_the_authorization_server_is_no_refusal(status: int, body: bytes
     assert isinstance(error, Transient)
     assert str(error).startswith(f"no token from commercetools: {status} with ")
     assert sandbox.klaviyo.requests == []
+
+
+@pytest.mark.parametrize(
+    ("faults", "answers"),
+    [
+        ([], True),
+        ([Fault(status=503, times=None, match="GET /ct-project/orders")], True),
+        ([Fault(status=503, times=None)], False),
+    ],
+    ids=["works", "one endpoint fails", "fails"],
+)
+def test_commercetools_is_down_only_if_no_neutral_query_is_answered(
+    faults: list[Fault], answers: bool, sandbox: Sandbox
+) -> None:
+    """Pulling pauses then."""
+    project = sandbox.environment["CT_PROJECT_ID"]
+    sandbox.commercetools.faults.add(
+        *(replace(fault, match=fault.match.replace("ct-project", project)) for fault in faults)
+    )
+    assert commercetools_for(sandbox).answers() is answers

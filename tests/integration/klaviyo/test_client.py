@@ -367,3 +367,24 @@ def test_only_the_first_call_of_an_outage_is_retried(sandbox: Sandbox) -> None:
     client.call("POST", "/api/profile-import", PROFILE)
     sandbox.klaviyo.faults.add(Fault(status=503, times=1))
     client.call("POST", "/api/profile-import", PROFILE)
+
+
+@pytest.mark.parametrize(
+    ("faults", "answers"),
+    [
+        ([], True),
+        ([Fault(status=503, times=None, match="GET /api/catalog-items")], True),
+        ([Fault(status=401, times=None)], True),
+        ([Fault(status=429, times=None)], True),
+        ([Fault(status=503, times=None)], False),
+        ([Fault(action="reset", times=None)], False),
+    ],
+    ids=["works", "one endpoint fails", "refuses the worker", "throttles", "fails", "breaks connections"],
+)
+def test_klaviyo_is_down_only_if_no_neutral_request_is_answered(
+    faults: list[Fault], answers: bool, sandbox: Sandbox
+) -> None:
+    """Pulling pauses then. The question has no effect in Klaviyo."""
+    sandbox.klaviyo.faults.add(*faults)
+    assert klaviyo_for(sandbox).answers() is answers
+    assert (sandbox.account.profiles, sandbox.account.events) == ([], [])
