@@ -69,7 +69,7 @@ class Commercetools:
         return self._breakers.outage_reason()
 
     def answers(self) -> bool:
-        """Return whether commercetools answers a neutral request to one of NEUTRAL_ENDPOINTS. A refusal is an answer."""
+        """Return whether commercetools answers a neutral query of one of NEUTRAL_ENDPOINTS. A refusal is an answer."""
         return any(map(self._answers, NEUTRAL_ENDPOINTS))
 
     def refusal_reason(self) -> str:
