@@ -1,7 +1,7 @@
 """The budget of one message: what is beyond it becomes a dead letter, at a cost that is proportional to its bytes.
 
 The limits are above everything that commercetools and the queues allow: https://docs.commercetools.com/api/limits.
-docs/decisions/0025-budget-per-message.md gives the reasons.
+docs/decisions/0027-budget-per-message.md gives the reasons.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ WorkerError                          nack         a defect: retrying in this pro
 │   ├── NotShownYet                  wait         commercetools does not show a new resource yet
 │   ├── StateChanged                 wait         changed in commercetools each time that it was written
 │   ├── JobUnfinished                wait         a bulk job has started and can still write
+│   ├── ResponseTooLarge                          the response is larger than the worker reads
 │   ├── CircuitOpen                               not sent, because the endpoint keeps failing
 │   ├── EndpointRefused              wait         one endpoint refuses the worker; the service accepts it
 │   └── RequestBlocked                            this request is refused; the endpoint answers others
@@ -124,6 +125,10 @@ class JobUnfinished(Transient):
     """
 
     disposition = Disposition.WAIT
+
+
+class ResponseTooLarge(Transient):
+    """The response is larger than the worker reads. The service is up; a request for less can succeed."""
 
 
 class CircuitOpen(Transient):

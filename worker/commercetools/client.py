@@ -22,6 +22,7 @@ from worker.errors import (
     EndpointRefused,
     Rejected,
     RequestBlocked,
+    ResponseTooLarge,
     Transient,
     WorkerError,
 )
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from worker.model import Json
     from worker.settings import CommercetoolsSettings
 
+# Of the answer to a query for some values; decoded, it takes several times this memory. commercetools limits a resource
+# to 16 MB: https://docs.commercetools.com/api/limits
+MAX_QUERY_BYTES = 20_000_000
 PAGE_SIZE = 500  # the maximum that commercetools allows
 MAX_WHERE_BYTES = 6_000  # percent-encoded; commercetools' load balancers accept URIs of up to 8 KB
 # One of these accepts a neutral request if commercetools accepts the API client, whichever scopes it has.
@@ -100,10 +104,10 @@ class Commercetools:
         return self._request(endpoint, "GET", f"{self._url}/{endpoint}{path}")
 
     def _find_chunk(self, query: Query, chunk: list[str]) -> QueryResult:
-        """Query one chunk. If the query is rejected or blocked, halve the chunk to isolate the value at fault."""
+        """Query one chunk. If it is rejected, blocked or too large, halve it to isolate the value at fault."""
         try:
             return group_by_value(query, chunk, self._all_pages(query, chunk))
-        except (Rejected, RequestBlocked) as error:
+        except (Rejected, RequestBlocked, ResponseTooLarge) as error:
             if len(chunk) == 1:
                 return {chunk[0]: error}
             middle = len(chunk) // 2
@@ -113,9 +117,7 @@ class Commercetools:
 
     def page(self, query: Query, where: str = "", after: str = "") -> list[Json]:
         """Return the first PAGE_SIZE resources with ids greater than `after`, in order of id. Raises WorkerError."""
-        parameters = f"limit={PAGE_SIZE}&sort=id%20asc&withTotal=false"
-        document = self._breakers[query.path](self._get, query, where, after, parameters)
-        return as_dicts(document["results"])
+        return self._page(query, where, after, http.MAX_BODY_BYTES)
 
     def count(self, query: Query, where: str = "", after: str = "") -> int:
         """Return the number of resources on all pages. Raises WorkerError."""
@@ -130,7 +132,7 @@ class Commercetools:
         results: list[Json] = []
         after = ""
         while True:
-            page = self.page(query, _where(query, chunk), after)
+            page = self._page(query, _where(query, chunk), after, MAX_QUERY_BYTES)
             results += page
             if len(page) < PAGE_SIZE:
                 return results
@@ -139,12 +141,19 @@ class Commercetools:
                 raise Transient(f"commercetools answered for {query.path} with the same page again")
             after = last
 
-    def _get(self, query: Query, where: str, after: str, parameters: str) -> Json:
+    def _page(self, query: Query, where: str, after: str, max_bytes: int) -> list[Json]:
+        parameters = f"limit={PAGE_SIZE}&sort=id%20asc&withTotal=false"
+        document = self._breakers[query.path](self._get, query, where, after, parameters, max_bytes)
+        return as_dicts(document["results"])
+
+    def _get(self, query: Query, where: str, after: str, parameters: str, max_bytes: int = http.MAX_BODY_BYTES) -> Json:
         parts = filter(None, (where, f"id > {_quoted(after)}" if after else ""))
         if predicate := " and ".join(f"({part})" for part in parts):
             parameters += f"&where={quote(predicate)}"
         parameters += "".join(f"&expand={quote(path)}" for path in query.expand)
         response = self._query(query.path, parameters)
+        if len(response.body) > max_bytes:
+            raise ResponseTooLarge(f"commercetools answered for {query.path} with more than {max_bytes:,} bytes")
         document = decode_page(response)
         if document is None:
             raise self._error_from(query.path, response)

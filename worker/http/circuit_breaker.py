@@ -19,6 +19,7 @@ from worker.errors import (
     Misconfigured,
     Rejected,
     RequestBlocked,
+    ResponseTooLarge,
     Throttled,
     Transient,
 )
@@ -87,9 +88,9 @@ _NO_CAUSE = Transient("")  # the cause while the circuit is closed
 class CircuitBreaker:
     """Retries the requests to one endpoint, and stops sending them during an outage.
 
-    A request that raises Transient is retried for up to `retry_timeout`, except for EndpointRefused. A request that
-    raises Throttled is retried for up to THROTTLE_TIMEOUT. The delay before a retry is random, at first up to 0.2 s and
-    later up to 5 s. It is never shorter than Retry-After.
+    A request that raises Transient is retried for up to `retry_timeout`, except for EndpointRefused and
+    ResponseTooLarge. A request that raises Throttled is retried for up to THROTTLE_TIMEOUT. The delay before a retry is
+    random, at first up to 0.2 s and later up to 5 s. It is never shorter than Retry-After.
 
     After FAILURE_THRESHOLD consecutive failed calls the circuit opens: calls raise CircuitOpen without a request.
     After a backoff, one call becomes the probe. It sends a request without retries. If the probe succeeds, the circuit
@@ -134,7 +135,7 @@ class CircuitBreaker:
         is_probe = self._before_call()
         try:
             result = retrying(function, *args, **kwargs)
-        except (Rejected, RequestBlocked, Throttled):  # the service is up
+        except (Rejected, RequestBlocked, ResponseTooLarge, Throttled):  # the service is up
             self._on_success()
             raise
         except (Transient, Misconfigured) as error:
@@ -236,7 +237,7 @@ def _copy_of(error: Transient | Misconfigured, seconds: float) -> Transient | Mi
 
 
 def _is_worth_a_retry(error: BaseException) -> bool:
-    return isinstance(error, Transient) and not isinstance(error, EndpointRefused)
+    return isinstance(error, Transient) and not isinstance(error, EndpointRefused | ResponseTooLarge)
 
 
 _retry_delay = tenacity.wait_random_exponential(multiplier=0.2, max=5)

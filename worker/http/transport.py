@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import orjson
 import urllib3
 
-from worker.errors import Throttled, Transient
+from worker.errors import ResponseTooLarge, Throttled, Transient
 from worker.http.clock import Clock
 from worker.http.connection_errors import connection_error
 from worker.network import proxy_for
@@ -44,10 +44,6 @@ _NO_CONNECTION = (
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]+)?")
 _MEDIA_TYPE = re.compile(r"[\w.+-]{1,40}/[\w.+-]{1,40}", re.ASCII)
 _ID = re.compile(r"^(/api/[^/]+)/[^/]+")  # in Klaviyo's paths
-
-
-class ResponseTooLargeError(urllib3.exceptions.HTTPError):
-    """The decoded body has more than MAX_BODY_BYTES."""
 
 
 Observe = Callable[[str, int | None, float], None]  # called with endpoint, status (None: no response) and seconds
@@ -123,7 +119,8 @@ class Transport:
     ) -> Response:
         """Send one request and return its response. A request without a connection counts as not sent.
 
-        Raises Transient if there is no complete response, and ProxyMisconfigured if the proxy refuses its credentials.
+        Raises Transient if there is no complete response, ResponseTooLarge if it has more than MAX_BODY_BYTES, and
+        ProxyMisconfigured if the proxy refuses its credentials.
         """
         self._thread.requests_sent = self.requests_sent + 1
         start = time.monotonic()
@@ -139,7 +136,7 @@ class Transport:
                 redirect=False,
                 preload_content=False,
             )
-            content = _read(response, start + BODY_TIMEOUT_FACTOR * self._read_timeout)
+            content = _read(response, _target(method, url), start + BODY_TIMEOUT_FACTOR * self._read_timeout)
             status = response.status
             self.clock.update(response.headers)
         except urllib3.exceptions.HTTPError as error:
@@ -151,11 +148,11 @@ class Transport:
         return Response(response.status, response.headers, content, _target(method, url))
 
 
-def _read(response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
+def _read(response: urllib3.BaseHTTPResponse, target: str, deadline: float) -> bytes:
     """Return the decoded body.
 
     Raises TimeoutError after `deadline` (monotonic seconds), because slow servers must not block a lane. Raises
-    ResponseTooLargeError after MAX_BODY_BYTES.
+    ResponseTooLarge after MAX_BODY_BYTES.
     """
     parts = []
     size = 0
@@ -164,7 +161,7 @@ def _read(response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
         size += len(part)
         if size > MAX_BODY_BYTES:
             response.close()
-            raise ResponseTooLargeError
+            raise ResponseTooLarge(f"the response to {target} has more than {MAX_BODY_BYTES:,} bytes")
         if time.monotonic() > deadline:
             response.close()
             raise urllib3.exceptions.TimeoutError

@@ -24,7 +24,14 @@ from worker.commercetools.queries import (
     PRODUCTS,
     PRODUCTS_BY_SKU,
 )
-from worker.errors import CommercetoolsMisconfigured, EndpointRefused, Rejected, RequestBlocked, Transient
+from worker.errors import (
+    CommercetoolsMisconfigured,
+    EndpointRefused,
+    Rejected,
+    RequestBlocked,
+    ResponseTooLarge,
+    Transient,
+)
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.commercetools.api import error_document
 from worker.sandbox.commercetools.shop import uid
@@ -161,6 +168,38 @@ def test_query_that_can_succeed_later_is_transient(status: int, code: str, sandb
     assert commercetools_for(sandbox).find(CUSTOMERS, ["x"]) == {"x": []}
     sandbox.commercetools.faults.add(Fault(status=status, times=None, match="GET", body=body))
     assert isinstance(commercetools_for(sandbox, retry_timeout=0).find(CUSTOMERS, ["x"])["x"], Transient)
+
+
+def test_large_answer_is_read_in_parts(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The orders of a batch can be large together. Their circuit stays closed, and nothing waits."""
+    monkeypatch.setattr("worker.commercetools.client.MAX_QUERY_BYTES", 300_000)
+    template = sandbox.shop.orders[uid("order:three")]
+    names = [f"large-{number}" for number in range(16)]
+    sandbox.shop.orders |= {name: template | {"id": name, "note": "x" * 100_000} for name in names}
+    client = commercetools_for(sandbox)
+    found = client.find(ORDERS, names)
+    assert [ids(found, name) for name in names] == [[name] for name in names]
+    assert client.outage_reason() == ""
+
+
+@pytest.mark.parametrize(
+    "limit", ["worker.commercetools.client.MAX_QUERY_BYTES", "worker.http.transport.MAX_BODY_BYTES"]
+)
+def test_resource_that_is_too_large_affects_no_other(
+    limit: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is transient: commercetools has no such resource, so a proxy or a defect has answered."""
+    monkeypatch.setattr(limit, 300_000)
+    template = sandbox.shop.orders[uid("order:three")]
+    sandbox.shop.orders |= {name: template | {"id": name} for name in "abc"}
+    sandbox.shop.orders["b"]["note"] = "x" * 400_000
+    client = commercetools_for(sandbox)
+    for _ in range(6):
+        found = client.find(ORDERS, ["a", "b", "c"])
+        assert isinstance(found["b"], ResponseTooLarge)
+        assert ids(found, "a") == ["a"]
+        assert ids(found, "c") == ["c"]
+    assert client.outage_reason() == ""
 
 
 def test_same_page_again_is_transient(sandbox: Sandbox) -> None:

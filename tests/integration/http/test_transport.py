@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.runtime.test_runner import settings_for
-from worker.errors import Transient
+from worker.errors import ResponseTooLarge, Transient
 from worker.http.transport import MAX_RETRY_AFTER, Transport, pool, retry_after
 
 if TYPE_CHECKING:
@@ -120,7 +120,9 @@ def test_endless_response_is_transient(way: str, listener: socket.socket, monkey
     transport_, url = transport(listener, respond)
     tracemalloc.start()
     try:
-        with pytest.raises(Transient, match=r"^no response to GET 127.0.0.1:\d+/: ResponseTooLargeError$"):
+        with pytest.raises(
+            ResponseTooLarge, match=r"^the response to GET 127.0.0.1:\d+/ has more than 3,000,000 bytes$"
+        ):
             transport_.request("x", "GET", url, {})
         assert tracemalloc.get_traced_memory()[1] < 20_000_000
     finally:
