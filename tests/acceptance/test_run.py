@@ -354,15 +354,15 @@ def test_dry_runs_and_refused_credentials_use_no_attempts(worker: Worker, sandbo
 def test_messages_from_the_future_end_like_any_other(worker: Worker, sandbox: Sandbox) -> None:
     """Their resources do not exist. As many of them as the budget allows do not stop the worker for the whole hold."""
     future = {"modifiedAt": "2099-01-01T00:00:00Z", "createdAt": "2099-01-01T00:00:00Z"}
-    customers = [updated(f"nobody-{number}") | future for number in range(6)]
+    customers = [updated(f"no-customer-{number}") | future for number in range(6)]
     states = {"orderState": "Complete"} | future
-    orders = [message("OrderStateChanged", "order", f"nothing-{number}") | states for number in range(6)]
+    orders = [message("OrderStateChanged", "order", f"no-order-{number}") | states for number in range(6)]
     placed = [message("OrderCreated", "order", name, order=order) for name, order in sandbox.shop.orders.items()]
     worker.publish(*customers, *orders, *placed)
     run = worker("run", "--once", env={"KLAVIYO_WORKER_MAX_IN_FLIGHT": "3", "KLAVIYO_WORKER_LANES": "1"})
     assert run.returncode == 0
     outcomes = {line["resource_id"]: line["outcome"] for line in log_lines(run.stderr)}
-    assert {name: outcomes[name] for name in outcomes if name.startswith("no")} == dict.fromkeys(
+    assert {name: outcomes[name] for name in outcomes if name.startswith("no-")} == dict.fromkeys(
         [entry["resource"]["id"] for entry in (*customers, *orders)], "ignored"
     )
     assert len(outcomes) == len(customers) + len(orders) + len(placed)
