@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from adapters.shared.loopback import is_loopback
+from tests.support.installed import COMMAND
 from worker.cli.options import SECRETS
 from worker.errors import ExitCode
 from worker.runtime.runner import STALL_TIMEOUT
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "systemd/klaviyo-worker.service"
 ENVIRONMENT = ROOT / "systemd/worker.env"
-COMMAND = Path(sys.executable).with_name("klaviyo-worker")
 MAX_EXPOSURE = 12  # accepted by `systemd-analyze security`, in tenths
 NAMES = {str(info.validation_alias): name for name, info in Settings.model_fields.items()}
 analyzed = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
