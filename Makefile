@@ -75,7 +75,7 @@ wheel: $(VENV)/ready ## build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 test-wheel: $(VENV)/ready ## run the acceptance tests against the wheel, installed as in the image
-	@$(BIN)/python -m tests.deploy.wheel --numprocesses=8 --maxschedchunk=1
+	@$(BIN)/python -m tests.deploy.wheel --numprocesses=6 --maxschedchunk=1
 
 emulator: ## start the Pub/Sub emulator of gcloud on port 8085 (docs/pubsub.md)
 	@command -v gcloud >/dev/null || { echo "gcloud is not installed: https://cloud.google.com/sdk, then gcloud components install beta pubsub-emulator"; exit 1; }
