@@ -18,8 +18,8 @@ SPECIFICATION = "1.6"  # read by all current scanners
 
 def path() -> Path:
     """Return the file that a release publishes beside the wheel."""
-    metadata = _metadata()
-    return ROOT / "dist" / f"{metadata['name']}-{metadata['version']}.cdx.json"
+    found = metadata()
+    return ROOT / "dist" / f"{found['name']}-{found['version']}.cdx.json"
 
 
 def write(target: Path) -> None:
@@ -30,7 +30,7 @@ def write(target: Path) -> None:
     """
     target.parent.mkdir(exist_ok=True)
     with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as project:
-        lines = [f'{key} = "{_metadata()[key]}"' for key in ("name", "version", "description", "license")]
+        lines = [f'{key} = "{metadata()[key]}"' for key in ("name", "version", "description", "license")]
         project.write("\n".join(["[project]", *lines, ""]))
         project.flush()
         command = [sys.executable, "-m", "cyclonedx_py", "requirements", "--pyproject", project.name, "--validate"]
@@ -38,7 +38,7 @@ def write(target: Path) -> None:
         subprocess.run([*command, "requirements.lock"], cwd=ROOT, check=True, capture_output=True)
 
 
-def _metadata() -> dict[str, str]:
+def metadata() -> dict[str, str]:
     """Return the metadata of setup.cfg, which cyclonedx-py does not read."""
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")

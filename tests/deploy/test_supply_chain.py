@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from tests.deploy import sbom
 from tests.deploy.dockerfile import ROOT
 from tests.deploy.hcl import blocks
 from tests.deploy.pages import page
@@ -108,3 +109,11 @@ def test_terraform_providers_have_exact_versions() -> None:
     versions = {name: body["version"] for provider in providers for name, body in provider.items()}
     assert set(versions) == {"commercetools", "google"}
     assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in versions.values())
+
+
+def test_documents_and_manifests_name_this_version() -> None:
+    """A release changes them together (docs/releasing.md)."""
+    files = [*ROOT.glob("docs/*.md"), *ROOT.glob("k8s/**/*.yaml")]
+    pattern = re.compile(r"(?:klaviyo-worker:|newTag: |\$ VERSION=)(\d+\.\d+\.\d+)")
+    named = {version for file in files for version in pattern.findall(file.read_text(encoding="utf-8"))}
+    assert named == {sbom.metadata()["version"]}
