@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 PAGE_SIZE = 500  # the maximum that commercetools allows
 MAX_WHERE_BYTES = 6_000  # percent-encoded; commercetools' load balancers accept URIs of up to 8 KB
-_MISCONFIGURED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND})
+_ADVICE: dict[int, str] = {
+    HTTPStatus.UNAUTHORIZED: "check that CT_API_URL and CT_AUTH_URL are in the same region",
+    HTTPStatus.NOT_FOUND: "check CT_PROJECT_ID, and that CT_API_URL is in the region of this project",
+}
 
 
 class Commercetools:
@@ -147,7 +150,9 @@ def _decode(response: http.Response, path: str) -> Any:
         return response.json()
     error = next(iter(as_dicts(as_dict(response.json()).get("errors"))), {})
     what = f"commercetools answered {response.status} {as_text(error.get('code'))[:64]} for {path}"
-    if response.status < HTTPStatus.BAD_REQUEST or response.status in _MISCONFIGURED:
+    if advice := _ADVICE.get(response.status):
+        raise CommercetoolsMisconfigured(what, todo=advice)
+    if response.status < HTTPStatus.BAD_REQUEST or response.status == HTTPStatus.FORBIDDEN:
         raise CommercetoolsMisconfigured(
             what, todo="check CT_API_URL, CT_PROJECT_ID, CT_API_CLIENT and its scopes", lacks_scope=True
         )
