@@ -484,7 +484,7 @@ def test_each_queue_is_counted_if_permitted(queue: Queue, network: Network, open
     network.responses["GetQueueAttributes"].append(DENIED)
     assert adapter.counts() == (2, None)
     network.down()
-    with pytest.raises(QueueError, match=f"QUEUE_URL: cannot reach SQS for {queue.name}: "):
+    with pytest.raises(QueueError, match=f"QUEUE_URL: cannot reach SQS for {queue.name} in eu-central-1: "):
         adapter.counts()
 
 
@@ -787,7 +787,7 @@ def test_invalid_aws_settings_are_reported(queue: Queue, monkeypatch: pytest.Mon
             open_queue(queue.url)
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL_SQS", "http://127.0.0.1:1")
-        with pytest.raises(QueueError, match=f"cannot reach SQS for {queue.name}: Could not connect"):
+        with pytest.raises(QueueError, match=f"cannot reach SQS for {queue.name} in eu-central-1: Could not connect"):
             open_queue(queue.url)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -806,7 +806,8 @@ def test_denied_access_is_reported_in_the_words_of_aws(queue: Queue, network: Ne
     """AWS names the identity and the action."""
     network.responses["GetQueueUrl"].append(DENIED)
     with pytest.raises(
-        QueueError, match=f"QUEUE_URL: not permitted to use {queue.name}: .*not authorized to perform that"
+        QueueError,
+        match=f"QUEUE_URL: not permitted to use {queue.name} in eu-central-1: .*not authorized to perform that",
     ):
         open_queue(queue.url)
 
