@@ -45,7 +45,7 @@ class Worker:
             capture_output=True,
             env=self._environment(env or {}),
             cwd=self.directory,
-            timeout=120,
+            timeout=240,
             check=False,
         )
         return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())

@@ -125,7 +125,7 @@ def _commands(block: str) -> list[str]:
 
 def _run(command: str, environment: dict[str, str], directory: Path | None = None) -> str:
     done = subprocess.run(
-        ["bash", "-c", command], env=environment | PATH, cwd=directory, capture_output=True, timeout=60, check=False
+        ["bash", "-c", command], env=environment | PATH, cwd=directory, capture_output=True, timeout=240, check=False
     )
     assert done.returncode == 0, f"{command}\n{done.stderr.decode()}"
     return done.stdout.decode()

@@ -132,7 +132,7 @@ def _run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command and return its output. Raises RuntimeError if it fails."""
     done = subprocess.run(
-        command, cwd=directory, env=environment, input=stdin, capture_output=True, timeout=120, check=False
+        command, cwd=directory, env=environment, input=stdin, capture_output=True, timeout=240, check=False
     )
     output, errors = done.stdout.decode(), done.stderr.decode()
     if done.returncode:

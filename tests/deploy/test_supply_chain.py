@@ -70,7 +70,7 @@ def test_make_base_image_replaces_the_digest(answer: str, tmp_path: Path) -> Non
     docker.chmod(0o755)
     before = (tmp_path / "Dockerfile").read_text(encoding="utf-8")
     command = ["make", "--no-print-directory", f"DOCKER={docker}", "base-image"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     after = (tmp_path / "Dockerfile").read_text(encoding="utf-8")
     (base,) = BASE.findall(before)
     tag = base.partition("@")[0]

@@ -38,7 +38,7 @@ def options(name: str) -> list[str]:
 
 
 def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, timeout=240, check=False)
 
 
 @analyzed
