@@ -1,5 +1,5 @@
-# Pin the base image for production: --build-arg PYTHON_IMAGE=python:3.13-slim@sha256:… (docs/image.md).
-ARG PYTHON_IMAGE=python:3.13-slim
+# `make base-image` replaces the digest with the newest one (docs/image.md).
+ARG PYTHON_IMAGE=python:3.13-slim@sha256:70729b46c69b4f1e97c4822c1af3df53a1476cf5ddc6c087c0c10bc3a5678c2f
 
 FROM ${PYTHON_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore

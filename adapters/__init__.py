@@ -21,6 +21,7 @@ from adapters.base import (
     QueueWarning,
     SupportsCounts,
     SupportsDeadLetters,
+    SupportsDestination,
     SupportsPublish,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "QueueWarning",
     "SupportsCounts",
     "SupportsDeadLetters",
+    "SupportsDestination",
     "SupportsPublish",
     "open_queue",
     "scheme_of",

@@ -266,3 +266,11 @@ class SupportsDeadLetters(Protocol):
 
     def dead_letters(self) -> DeadLetterQueue:
         """Start a pass through the dead letters. Raises QueueError if there is no dead-letter queue or no access."""
+
+
+@runtime_checkable
+class SupportsDestination(Protocol):
+    """A queue that knows where commercetools must publish, so that its messages arrive in the queue."""
+
+    def destination(self) -> str:
+        """Return the destination as a URL, see docs/subscriptions.md; "" if unknown. Called after `check`."""

@@ -113,6 +113,7 @@ class EmbeddedQueue:
         self._lock = RLock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)  # messages contain personal data; SQLite gives its other files the same mode
             self._db = _connect(path)
         except (OSError, sqlite3.Error) as error:
             raise QueueError(f"QUEUE_URL: cannot open {path}: {error}") from error

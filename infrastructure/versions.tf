@@ -4,11 +4,11 @@ terraform {
   required_providers {
     commercetools = {
       source  = "labd/commercetools"
-      version = "~> 1.19"
+      version = "1.22.2" # of a third party, and it gets a secret
     }
     google = {
       source  = "hashicorp/google"
-      version = ">= 6.0, < 8.0"
+      version = "7.45.0"
     }
   }
 }

@@ -170,15 +170,19 @@ class Rejected(WorkerError):
 class Misconfigured(WorkerError):
     """A whole service refuses the worker's credentials, scopes or project: the configuration is at fault.
 
-    `retry_after` is the number of seconds until the next retry; None if unknown.
+    `retry_after` is the number of seconds until the next retry; None if unknown. `lacks_scope` is True if a missing
+    scope is a possible cause.
     """
 
     disposition = Disposition.PARK
     exit_code: ExitCode = ExitCode.UNEXPECTED
 
-    def __init__(self, reason: str, retry_after: float | None = None, *, todo: str = "") -> None:
+    def __init__(
+        self, reason: str, retry_after: float | None = None, *, todo: str = "", lacks_scope: bool = False
+    ) -> None:
         super().__init__(reason, todo=todo)
         self.retry_after = retry_after
+        self.lacks_scope = lacks_scope
 
 
 class ProxyMisconfigured(Misconfigured):

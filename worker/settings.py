@@ -6,12 +6,14 @@ line in docs/configuration.md. A test compares that page with this file.
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import AliasGenerator, Field, SecretStr, ValidationError
+from pydantic import AliasGenerator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from adapters.base import QueueOptions
@@ -19,16 +21,20 @@ from worker import network, renamed
 from worker.errors import SettingsError
 from worker.mapping import MappingConfig, load_mapping
 from worker.model import Effect
-from worker.setting_types import ApiClientJson, NonEmptyStr, PrivateKey, Url  # noqa: TC001 - read by pydantic
+from worker.setting_types import ApiClientJson, NonEmptyStr, PrivateKey, Url, mistake
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
 
 S = TypeVar("S", bound=BaseSettings)
+_CT_HOST = re.compile(r"https://([a-z]+)\.(.+\.commercetools\.(?:com|cn))(?:/.*)?")
+_PROJECT_SCOPES = ("view_", "manage_")  # scopes of the form NAME:PROJECT
+# Kubernetes adds these variables for each Service, such as one with the name klaviyo-worker.
+_OF_KUBERNETES = re.compile(r"\w+_SERVICE_(HOST|PORT(_\w+)?)|\w+_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?")
 
 
 class SecretFileSource(PydanticBaseSettingsSource):
@@ -41,9 +47,11 @@ class SecretFileSource(PydanticBaseSettingsSource):
         if not path or os.environ.get(name):
             return None, name, False
         try:
-            return Path(path).read_text(encoding="utf-8").strip(), name, False
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{name}_FILE: cannot read {path}: {type(error).__name__}") from None
+            return Path(path).read_text(encoding="utf-8-sig").strip(), name, False
+        except OSError as error:
+            raise SettingsError(f"{name}_FILE: cannot read {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise SettingsError(f"{name}_FILE: {path} is not UTF-8", todo="save it as UTF-8") from None
 
     def __call__(self) -> dict[str, Any]:
         """Return the values of all `_FILE` variables that are set."""
@@ -168,6 +176,39 @@ class CommercetoolsSettings(SettingsBase):
         "refused",
     )
 
+    @field_validator("ct_api_url", "ct_auth_url")
+    @classmethod
+    def _check_host(cls, value: str, info: ValidationInfo) -> str:
+        """Raise an error for the URL of another service of commercetools, or of another region."""
+        expected = "api" if info.field_name == "ct_api_url" else "auth"
+        service, region = _service_and_region(value)
+        if service and service != expected:
+            raise mistake(f"is the URL of another service, {service}", f"write https://{expected}.{region}")
+        api_region = _service_and_region(info.data.get("ct_api_url", ""))[1]
+        if region and api_region and region != api_region:
+            todo = "use the URLs of the region in which the project is"
+            raise mistake(f"is in {region}, but CT_API_URL is in {api_region}", todo)
+        return value
+
+    @field_validator("ct_project_id")
+    @classmethod
+    def _check_project(cls, value: str, info: ValidationInfo) -> str:
+        if info.data.get("ct_api_url", "").endswith(f"/{value}"):
+            raise mistake("ends with the project key", "remove it, CT_PROJECT_ID contains it", name="CT_API_URL")
+        return value
+
+    @field_validator("ct_scope")
+    @classmethod
+    def _check_scope(cls, value: str, info: ValidationInfo) -> str:
+        project = info.data.get("ct_project_id")
+        scopes = (scope.split(":") for scope in value.split())
+        others = {parts[1] for parts in scopes if len(parts) > 1 and parts[0].startswith(_PROJECT_SCOPES)}
+        if project and others - {project}:
+            raise mistake(
+                f"is for the project {min(others - {project})}, but CT_PROJECT_ID is {project}", "correct one"
+            )
+        return value
+
     @property
     def threads(self) -> int:
         """Return the number of threads that send requests to commercetools concurrently."""
@@ -217,6 +258,14 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
     klaviyo_api_url: Url = Field(
         "https://a.klaviyo.com", validation_alias="KLAVIYO_API_URL", description="URL of the Klaviyo API"
     )
+
+    @field_validator("klaviyo_api_url")
+    @classmethod
+    def _check_klaviyo_url(cls, value: str) -> str:
+        if value.endswith("/api"):
+            raise mistake("ends with /api", "remove it, the worker adds it")
+        return value
+
     lanes: int = Field(
         4,
         ge=1,
@@ -318,6 +367,27 @@ def load(kind: type[S], options: Mapping[str, Any]) -> S:
     return settings
 
 
+def unknown_variables(environment: Iterable[str]) -> Iterator[str]:
+    """Yield a warning for each variable that has the worker's prefix and names no setting."""
+    fields = (Settings.model_fields | SubscriptionSettings.model_fields).values()
+    prefix = _prefixed("")
+    names = [str(info.validation_alias) for info in fields]
+    known = [
+        name.removeprefix(prefix) + suffix for name in names for suffix in ("", "_FILE") if name.startswith(prefix)
+    ]
+    for name in sorted(environment):
+        rest = name.removeprefix(prefix)
+        if rest != name and rest not in known and not _OF_KUBERNETES.fullmatch(name):
+            closest = difflib.get_close_matches(rest, known, 1)
+            yield f"{name} is not a setting: " + (f"is {prefix}{closest[0]} meant?" if closest else "remove it")
+
+
+def _service_and_region(url: str) -> tuple[str, str]:
+    """Return service and domain of a region of commercetools, such as `api`; ("", "") for any other URL."""
+    match = _CT_HOST.fullmatch(url)
+    return (match[1], match[2]) if match else ("", "")
+
+
 def _former_variables() -> Iterator[SettingsError]:
     for old, new in renamed.SETTINGS.items():
         for suffix in ("", "_FILE"):
@@ -327,6 +397,9 @@ def _former_variables() -> Iterator[SettingsError]:
 
 def _problem(kind: type[BaseSettings], error: ErrorDetails) -> SettingsError:
     name = str(error["loc"][0])
+    if error["type"] == "mistake":
+        found = error["ctx"]
+        return SettingsError(f"{found['name'] or name} {found['reason']}", todo=found["todo"])
     info = next(info for info in kind.model_fields.values() if info.validation_alias == name)
     if error["type"] == "missing":
         return SettingsError(f"{name} is missing", todo=f"set it (or {name}_FILE) to the {info.description}")

@@ -24,6 +24,7 @@ from adapters.base import QueueError, QueueURLError, QueueWarning
 from adapters.pubsub import dead_letters
 from adapters.pubsub.settlement import LEASE_SECONDS, TRANSIENT_ERRORS, Settlement
 from adapters.pubsub.streaming_pull import StreamClient, StreamingPull
+from adapters.shared import proxy
 from adapters.shared.batches import batches
 from adapters.shared.leased_dead_letters import LeasedDeadLetters
 from adapters.shared.redeliveries import ExpectedRedeliveries
@@ -48,6 +49,7 @@ MAX_BATCH_BYTES = 5_000_000  # of the bodies in a call to publish, half of Pub/S
 MAX_ATTRIBUTE = 1024  # bytes of an attribute's value
 _EXPECTED = "expected pubsub://PROJECT/SUBSCRIPTION"
 _URL = re.compile(r"(?i:pubsub)://(?P<project>[^/?#]+)/(?P<subscription>[A-Za-z][A-Za-z0-9._~+%-]{2,254})")
+_DELETED_TOPIC = "_deleted-topic_"
 _DIRECT_MODE = "KLAVIYO_WORKER_DEAD_LETTER_MODE=direct"
 _CONSUME = "pubsub.subscriptions.consume"
 _SET_TOPIC = "gcloud pubsub subscriptions update {} --dead-letter-topic=TOPIC --max-delivery-attempts=10"
@@ -89,7 +91,7 @@ def _path(url: str, setting: str) -> str:
 
 
 class PubSubQueue:
-    """A subscription. Implements QueueAdapter, SupportsPublish and SupportsDeadLetters."""
+    """A subscription. Implements QueueAdapter, SupportsPublish, SupportsDeadLetters and SupportsDestination."""
 
     def __init__(self, path: str, options: QueueOptions, *, lease_seconds: int = LEASE_SECONDS) -> None:
         self._path = path
@@ -104,6 +106,7 @@ class PubSubQueue:
         )
         self._settlement = Settlement(self._client, path)
         self._stream = StreamingPull(_stream_client, path, flow_control)
+        self._topic = ""  # "" if it was not read yet
         self._dead_letter_topic = ""  # "" if the subscription has none or was not read yet
         self._max_attempts = math.inf
         self._has_retry_policy = False  # False also if unknown
@@ -182,11 +185,19 @@ class PubSubQueue:
         if self._options.direct_dead_letter and not self._dead_letter_topic:
             reason = f"{_DIRECT_MODE}: {self._path} has no dead-letter topic"
             raise QueueError(reason, todo=_SET_TOPIC.format(self._path))
+        if subscription.topic == _DELETED_TOPIC:
+            todo = "delete the subscription, and create it again on the topic to which commercetools publishes"
+            raise QueueError(f"QUEUE_URL: the topic of {self._path} was deleted", todo=todo)
         if subscription.push_config.push_endpoint:
             raise QueueError(
                 f"QUEUE_URL: {self._path} is a push subscription", todo="use push://HOST:PORT, or a pull subscription"
             )
         return list(_warnings(subscription, self._lease_seconds))
+
+    def destination(self) -> str:
+        """Return the URL of the subscription's topic; "" if this process has no permission to read it."""
+        match = re.fullmatch("projects/(.+)/topics/(.+)", self._topic)
+        return f"pubsub://{match[1]}/{match[2]}" if match else ""
 
     def stop(self) -> None:
         """Stop the stream and nack pending messages."""
@@ -250,8 +261,16 @@ class PubSubQueue:
             return None
         except google.NotFound:
             raise QueueError(f"QUEUE_URL: {self._path} does not exist", todo="create it, or correct the name") from None
+        except google.Unauthenticated:
+            reason = f"QUEUE_URL: Google refuses the credentials for {self._path}"
+            todo = "check GOOGLE_APPLICATION_CREDENTIALS, and the clock of this machine"
+            raise QueueError(reason, todo=todo) from None
         except (google.GoogleAPIError, GoogleAuthError) as error:
-            raise QueueError(f"QUEUE_URL: cannot reach Pub/Sub for {self._path}: {error}") from None
+            reason = f"QUEUE_URL: cannot reach Pub/Sub for {self._path}"
+            if proxy.is_refusal(str(error)):
+                raise QueueError(f"{reason}: {proxy.REFUSED}", todo=proxy.ADVICE) from None
+            raise QueueError(f"{reason}: {error}") from None
+        self._topic = subscription.topic
         self._dead_letter_topic = subscription.dead_letter_policy.dead_letter_topic
         self._max_attempts = subscription.dead_letter_policy.max_delivery_attempts or self._max_attempts
         self._has_retry_policy = "retry_policy" in subscription

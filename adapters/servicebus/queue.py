@@ -112,7 +112,7 @@ def check_connection_string(connection_string: str, entity: Entity) -> None:
 
 
 class ServiceBusQueue:
-    """A queue or a subscription. Implements QueueAdapter, SupportsPublish and SupportsDeadLetters."""
+    """A queue or a subscription. Implements QueueAdapter and every optional protocol except SupportsCounts."""
 
     def __init__(self, entity: Entity, options: QueueOptions) -> None:
         self._entity = entity
@@ -186,6 +186,10 @@ class ServiceBusQueue:
         if error is not None:
             raise self._queue_error(error) from None
         return []
+
+    def destination(self) -> str:
+        """Return the URL of the queue or of the topic."""
+        return f"servicebus://{self._entity.host}/{self._entity.name}"
 
     def stop(self) -> None:
         """Stop receiving. Abandon pending and delayed messages."""

@@ -14,6 +14,7 @@ from botocore.parsers import ResponseParserError
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from adapters.base import QueueError
+from adapters.shared import proxy
 from adapters.shared.loopback import is_loopback
 
 if TYPE_CHECKING:
@@ -44,6 +45,12 @@ _TRANSIENT_STATUSES = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY
 _DENIED = frozenset({"AccessDenied", "AccessDeniedException"})
 _ENCRYPTED = "expected an https:// URL (http:// for this machine only)"
 _SET_REGION = "write sqs://NAME?region=REGION, or set AWS_DEFAULT_REGION"
+_SKEWED = ("Signature expired", "Signature not yet current")  # of the code SignatureDoesNotMatch
+_CREDENTIALS_ADVICE = {
+    "InvalidClientTokenId": "check AWS_ACCESS_KEY_ID, and AWS_SESSION_TOKEN if the key is temporary",
+    "SignatureDoesNotMatch": "check AWS_SECRET_ACCESS_KEY",
+    "ExpiredToken": "renew the temporary credentials",
+}
 _SET_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run under a role"
 
 
@@ -71,6 +78,11 @@ def connect(region: str = "") -> SQSClient:
     if endpoint.scheme != "https" and not is_loopback(endpoint.hostname or ""):
         raise QueueError(f"AWS_ENDPOINT_URL_SQS: {endpoint.netloc}", todo=_ENCRYPTED)
     return client
+
+
+def label(client: SQSClient, name: str) -> str:
+    """Return a queue's name with its region, because each region has its own queues."""
+    return f"{name} in {client.meta.region_name}"
 
 
 def with_retries(call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
@@ -122,9 +134,18 @@ def first_line(error: BaseException) -> str:
 
 
 def explain(error: BaseException, queue: str) -> tuple[str, str]:
-    """Return what is wrong with `queue`, and what to do about it ("" if there is no advice)."""
+    """Return what is wrong with `queue`, a label, and what to do about it ("" if there is no advice)."""
     if is_missing(error):
         return f"{queue} does not exist", "create it, or correct its name or region in the URL"
+    if isinstance(error, boto.ProxyConnectionError) and proxy.is_refusal(str(error.kwargs["error"])):
+        return f"cannot reach SQS for {queue}: {proxy.REFUSED}", proxy.ADVICE
+    if _is_clock_skew(error):
+        return (
+            f"SQS refuses the signature because of its time: {first_line(error)}",
+            "synchronize the clock of this machine",
+        )
+    if advice := _CREDENTIALS_ADVICE.get(error_code(error)):
+        return f"SQS refuses the credentials ({error_code(error)})", advice
     if isinstance(error, _NO_CREDENTIALS):
         return f"no AWS credentials ({type(error).__name__})", _SET_CREDENTIALS
     if is_denied(error):
@@ -132,6 +153,12 @@ def explain(error: BaseException, queue: str) -> tuple[str, str]:
     if is_refusal(error):
         return f"SQS refuses requests for {queue}: {first_line(error)}", ""
     return f"cannot reach SQS for {queue}: {first_line(error)}", ""
+
+
+def _is_clock_skew(error: BaseException) -> bool:
+    """Return whether the time of the signature is too far from AWS's."""
+    text = str(error)
+    return error_code(error) == "RequestTimeTooSkewed" or any(phrase in text for phrase in _SKEWED)
 
 
 def queue_error(error: BaseException, queue: str, setting: str = "QUEUE_URL") -> QueueError:

@@ -51,7 +51,7 @@ class SQSDeadLetters:
             ).get("Messages", ())
             return [(message["ReceiptHandle"], self._dead_letter(message)) for message in found]
         except aws.ERRORS as error:
-            raise aws.queue_error(error, self._name, "QUEUE_URL: its dead letters") from None
+            raise aws.queue_error(error, aws.label(self._client, self._name), "QUEUE_URL: its dead letters") from None
 
     def extend(self, handles: Sequence[str], seconds: int) -> dict[str, str]:
         """Change the visibility timeouts."""
@@ -88,7 +88,7 @@ class SQSDeadLetters:
                 int(each["Id"]): f"{each['Code']}: {each.get('Message', '')}" for each in response.get("Failed", ())
             }
         except aws.ERRORS as error:
-            errors.append(": ".join(filter(None, aws.explain(error, self._name))))
+            errors.append(": ".join(filter(None, aws.explain(error, aws.label(self._client, self._name)))))
             return dict.fromkeys(handles, errors[0])
         return {handle: reasons.get(i, "no response") for i, handle in enumerate(handles) if i not in done}
 

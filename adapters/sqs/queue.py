@@ -62,11 +62,11 @@ def _locate(url: str, setting: str) -> tuple[SQSClient, str]:
     try:
         return client, aws.with_retries(client.get_queue_url, QueueName=name)["QueueUrl"]
     except aws.ERRORS as error:
-        raise aws.queue_error(error, name, setting) from None
+        raise aws.queue_error(error, aws.label(client, name), setting) from None
 
 
 class SQSQueue:
-    """A queue. Implements QueueAdapter, SupportsPublish, SupportsCounts and SupportsDeadLetters."""
+    """A queue. Implements QueueAdapter and every optional protocol."""
 
     def __init__(
         self,
@@ -150,13 +150,17 @@ class SQSQueue:
             counted = 0
         return max(counted, len(self._expected_redeliveries)) or None
 
+    def destination(self) -> str:
+        """Return the queue's https URL."""
+        return self._url
+
     def counts(self) -> Counts:
         """Count the messages, and the dead letters if `check` has found their queue. Raises QueueError."""
         try:
             dead = self._count(self._dead_letter_url) if self._dead_letter_url else None
             return Counts(self._count(self._url), dead)
         except aws.ERRORS as error:
-            raise aws.queue_error(error, self._name) from None
+            raise aws.queue_error(error, aws.label(self._client, self._name)) from None
 
     def check(self) -> Sequence[QueueWarning]:
         """Read the queue and its redrive policy. Raises QueueError if the queue cannot be used in the configured mode.
@@ -252,7 +256,7 @@ class SQSQueue:
         except aws.ERRORS as error:
             if aws.is_denied(error):
                 return False
-            raise aws.queue_error(error, self._name) from None
+            raise aws.queue_error(error, aws.label(self._client, self._name)) from None
         return True
 
     def _set_dead_letter_queue(self, arn: str | None) -> None:
@@ -273,7 +277,9 @@ class SQSQueue:
                     self._client.get_queue_attributes, QueueUrl=self._dead_letter_url, AttributeNames=["QueueArn"]
                 )
         except aws.ERRORS as error:
-            reason, todo = aws.explain(error, (self._dead_letter_url or "").rpartition("/")[2])
+            reason, todo = aws.explain(
+                error, f"{(self._dead_letter_url or '').rpartition('/')[2]} in {self._dead_letter_region}"
+            )
             return QueueWarning(f"the dead-letter queue: {reason}", todo, is_missing_policy=aws.is_missing(error))
         return None
 

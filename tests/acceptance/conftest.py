@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
 
 from adapters import SupportsPublish, open_queue
+from tests.support.installed import COMMAND
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from worker.sandbox import Sandbox
 
@@ -25,7 +25,6 @@ NOT_MEASURED = {
     "COVERAGE_PROCESS_START": "",
     "COVERAGE_PROCESS_CONFIG": "",
 }  # coverage slows the worker down by a third
-COMMAND = str(Path(sys.executable).with_name("klaviyo-worker"))
 _started: list[subprocess.Popen[bytes]] = []
 
 
@@ -46,7 +45,7 @@ class Worker:
             capture_output=True,
             env=self._environment(env or {}),
             cwd=self.directory,
-            timeout=120,
+            timeout=240,
             check=False,
         )
         return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.acceptance.conftest import json_lines
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import Account
 
@@ -79,13 +81,13 @@ def test_first_failure_determines_the_exit_code(worker: Worker) -> None:
 
 def test_wrong_settings_end_the_check(worker: Worker) -> None:
     """The exit code is 2, with a line per setting. No service is contacted."""
-    done = worker("check", env={"CT_PROJECT_ID": "", "KLAVIYO_AUTH_KEY": "pk_s3 cret"})
+    done = worker("check", env={"CT_PROJECT_ID": "", "KLAVIYO_AUTH_KEY": "pk_s3cret "})
     assert done.returncode == 2
     assert done.stderr == ""
     assert "s3" not in done.stdout
     missing, malformed = done.stdout.splitlines()
     assert missing.startswith("FAIL    configuration  CT_PROJECT_ID is missing → set it (or CT_PROJECT_ID_FILE) to ")
-    assert malformed.startswith("FAIL    configuration  KLAVIYO_AUTH_KEY is malformed → expected ")
+    assert malformed.startswith("FAIL    configuration  KLAVIYO_AUTH_KEY has a blank or a line break at its ")
     done = worker("check", "--json", env={"QUEUE_URL": "kafka://topic"})
     assert done.returncode == 2
     assert results(done)["configuration"]["why"] == "QUEUE_URL is malformed"
@@ -98,7 +100,8 @@ def test_refused_api_client_is_reported_once(worker: Worker) -> None:
     done = worker("check", "--json", env={"CT_API_CLIENT": client})
     assert done.returncode == 4
     assert results(done)["commercetools"]["text"] == (
-        "commercetools refuses a token (invalid_client): check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
+        "commercetools refuses a token (invalid_client): check CT_API_CLIENT, and that CT_AUTH_URL is in the region of "
+        "the project"
     )
     assert "s3cret" not in done.stdout + done.stderr
 
@@ -128,6 +131,47 @@ def test_discount_codes_are_optional(worker: Worker, sandbox: Sandbox) -> None:
     done = worker("check", "--json")
     assert done.returncode == 0
     assert "view_discount_codes" in results(done)["commercetools"]["text"]
+
+
+@pytest.mark.parametrize(("ahead", "expected"), [(600.0, "s slow"), (-600.0, "s fast")])
+def test_wrong_clock_is_a_failure(ahead: float, expected: str, worker: Worker, sandbox: Sandbox) -> None:
+    """AWS, Google and TLS refuse requests of a machine with a wrong clock, with errors that name other causes."""
+    sandbox.commercetools.clock_offset = sandbox.klaviyo.clock_offset = ahead
+    done = worker("check")
+    assert done.returncode == 2
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(
+        rf"FAIL    clock          the clock of this machine is (59\d|60\d) {expected} → synchronize it", last
+    )
+
+
+def test_unknown_variable_is_a_warning(worker: Worker) -> None:
+    """The warning names the closest setting. `run` logs it."""
+    warning = "KLAVIYO_WORKER_LANE is not a setting: is KLAVIYO_WORKER_LANES meant?"
+    done = worker("check", env={"KLAVIYO_WORKER_LANE": "5"})
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[0].endswith(f"queue embedded://; {warning}")
+    done = worker("run", "--once", env={"KLAVIYO_WORKER_LANE": "5"})
+    assert [line["reason"] for line in json_lines(done.stderr) if line["event"] == "unknown_setting"] == [warning]
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (401, "commercetools answered 401 InvalidToken for orders: check that CT_API_URL and CT_AUTH_URL are in the "),
+        (
+            404,
+            "commercetools answered 404 ResourceNotFound for orders: check CT_PROJECT_ID, and that CT_API_URL is in ",
+        ),
+    ],
+)
+def test_project_of_another_region_is_named(status: int, expected: str, worker: Worker, sandbox: Sandbox) -> None:
+    """Each region has its own tokens and projects."""
+    sandbox.commercetools.faults.add(Fault(status, times=None, match="GET /sandbox-shop/"))
+    done = worker("check", "--json")
+    assert done.returncode == 4
+    text = results(done)["commercetools"]["text"]
+    assert re.sub(r"\d{3} \w* ?for", f"{status} {expected.split()[3]} for", text).startswith(expected)
 
 
 @pytest.mark.parametrize(("service", "code"), [("commercetools", 4), ("klaviyo", 5)])

@@ -80,7 +80,7 @@ def test_worker_waits_for_a_recreated_queue(sandbox: Sandbox, tmp_path: Path) ->
 def test_errors_contain_advice(worker: Worker) -> None:
     """A missing queue or region is exit code 3 with its name, and a malformed URL is exit code 2."""
     missing = worker("run", env={"QUEUE_URL": "sqs://nowhere"})
-    assert (missing.returncode, "nowhere does not exist" in missing.stderr) == (3, True)
+    assert (missing.returncode, "nowhere in eu-central-1 does not exist" in missing.stderr) == (3, True)
     malformed = worker("run", env={"QUEUE_URL": "sqs://a/b"})
     assert (malformed.returncode, "sqs://NAME" in malformed.stderr) == (2, True)
     nowhere = worker("check", env={"AWS_DEFAULT_REGION": ""})

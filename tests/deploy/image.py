@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tests.deploy import sbom
 from tests.deploy.dockerfile import ROOT, stages
 from worker.sandbox import Sandbox
 from worker.sandbox.notifications import sample_notifications
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 USER = 10001
-_HOME = "opt/klaviyo-worker"
+HOME = "opt/klaviyo-worker"
 _ABSOLUTE = re.compile(r"(?<![\w.])/(?=opt/|build\b)")
 _UNWANTED = {"pip", "setuptools", "wheel", "pytest"}
 _LIST = "import importlib.metadata as m; print(*sorted(d.name for d in m.distributions()))"
@@ -38,13 +39,15 @@ _AS_USER += " --ambient-caps=-all,+dac_read_search --bounding-set=-all,+dac_read
 
 
 def main() -> int:
-    """Build, inspect and run; return the exit code."""
+    """Build, inspect, write the SBOM and run; return the exit code."""
     with tempfile.TemporaryDirectory(prefix="klaviyo-worker-") as temporary:
         scratch = Path(temporary)
         scratch.chmod(0o755)
         build(scratch)
-        inspect(scratch / _HOME)
-        click.echo(_run([str(scratch / _HOME / "bin/klaviyo-worker"), "demo"], scratch).stdout.splitlines()[-1])
+        inspect(scratch / HOME)
+        sbom.write(sbom.path())
+        click.echo(f"SBOM: {sbom.path().relative_to(ROOT)}")
+        click.echo(_run([str(scratch / HOME / "bin/klaviyo-worker"), "demo"], scratch).stdout.splitlines()[-1])
         drain_as_user(scratch)
     return 0
 
@@ -86,11 +89,19 @@ def inspect(home: Path) -> None:
     assert not list((home / "bin").glob("pip*"))
     (packages,) = home.glob("lib/python*/site-packages")
     (record,) = packages.glob("klaviyo_worker-*.dist-info/RECORD")
-    top_level = {line.split("/")[0] for line in record.read_text(encoding="utf-8").splitlines()}
+    installed_files = {line.split(",")[0] for line in record.read_text(encoding="utf-8").splitlines()}
+    top_level = {name.split("/")[0] for name in installed_files}
     assert top_level == {"..", "adapters", "worker", record.parent.name}, top_level
+    assert not source_files() - installed_files, "missing in the wheel: add them to setup.cfg"
     assert list(packages.glob("worker/cli/__pycache__/*.pyc")), "nothing is compiled"
     size = sum(path.stat().st_size for path in packages.rglob("*") if path.is_file())
     click.echo(f"{len(installed)} distributions, {size / 1e6:.0f} MB in site-packages.")
+
+
+def source_files() -> set[str]:
+    """Return the paths of all files of the packages, in the repository."""
+    found = (path for package in ("adapters", "worker") for path in (ROOT / package).rglob("*") if path.is_file())
+    return {path.relative_to(ROOT).as_posix() for path in found if path.parent.name != "__pycache__"}
 
 
 def drain_as_user(scratch: Path) -> None:
@@ -102,7 +113,7 @@ def drain_as_user(scratch: Path) -> None:
         click.echo(f"Not run as user {USER} with a read-only root: this requires root, unshare and setpriv.")
         return
     os.chown(state, USER, USER)
-    command = [*prefix, str(scratch / _HOME / "bin/klaviyo-worker")]
+    command = [*prefix, str(scratch / HOME / "bin/klaviyo-worker")]
     with Sandbox() as sandbox:
         bodies = [sample.body for sample in sample_notifications(sandbox.shop)]
         environment = sandbox.environment | {"QUEUE_URL": f"embedded://{state}/queue.db", "HOME": "/nowhere"}
@@ -121,7 +132,7 @@ def _run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command and return its output. Raises RuntimeError if it fails."""
     done = subprocess.run(
-        command, cwd=directory, env=environment, input=stdin, capture_output=True, timeout=120, check=False
+        command, cwd=directory, env=environment, input=stdin, capture_output=True, timeout=240, check=False
     )
     output, errors = done.stdout.decode(), done.stderr.decode()
     if done.returncode:

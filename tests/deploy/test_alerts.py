@@ -157,7 +157,7 @@ def expected(rule: dict[str, Any], firing: list[str]) -> list[dict[str, Any]]:
 
 
 def promtool(*arguments: str | Path) -> None:
-    done = subprocess.run(["promtool", *arguments], capture_output=True, check=False, timeout=60)
+    done = subprocess.run(["promtool", *arguments], capture_output=True, check=False, timeout=240)
     assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
 
 

@@ -28,6 +28,13 @@ def locked(name: str) -> dict[str, str]:
     return {distribution: version for distribution, version, _ in _ENTRY.findall(read_lock(name))}
 
 
+LOCKED = [
+    (name, version, re.findall(r"sha256:([0-9a-f]{64})", hashes))
+    for name, version, hashes in _ENTRY.findall(read_lock("requirements.lock"))
+]
+"""Each distribution of the image: name, version, SHA-256 hashes of its files."""
+
+
 def extras() -> list[str]:
     """Return the extras in the image."""
     build, _ = stages()

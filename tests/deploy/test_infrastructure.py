@@ -181,7 +181,7 @@ def test_member_of_the_worker_matches_the_documentation(account: str, member: st
     (tmp_path / "variables.tf").write_text((INFRASTRUCTURE / "variables.tf").read_text("utf-8"), encoding="utf-8")
     command = ["terraform", "console", "-var=project=acme", f"-var=kubernetes_service_account={account}"]
     done = subprocess.run(
-        command, cwd=tmp_path, input="local.worker", capture_output=True, text=True, timeout=60, check=True
+        command, cwd=tmp_path, input="local.worker", capture_output=True, text=True, timeout=240, check=True
     )
     assert done.stdout.strip() == f'"{member}"'
 
@@ -243,5 +243,5 @@ def test_terraform_accepts_the_format() -> None:
     """`terraform fmt` also parses all files; it downloads no providers."""
     require_command("terraform")
     command = ["terraform", "fmt", "-check", "-diff", str(INFRASTRUCTURE)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stdout) == (0, "")

@@ -159,7 +159,7 @@ def test_commands_create_the_subscription_and_show_its_health(commercetools: Fak
     }
     script = "\n".join(["set -euo pipefail", *commands("docs/subscriptions.md", MARK)])
     done = subprocess.run(
-        ["bash", "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert commercetools.created == [SHOWN]

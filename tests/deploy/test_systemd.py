@@ -6,13 +6,14 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from adapters.shared.loopback import is_loopback
+from tests.deploy import sbom
+from tests.support.installed import COMMAND
 from worker.cli.options import SECRETS
 from worker.errors import ExitCode
 from worker.runtime.runner import STALL_TIMEOUT
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "systemd/klaviyo-worker.service"
+VERSION = sbom.metadata()["version"]
+NEXT = "99.0.0"
 ENVIRONMENT = ROOT / "systemd/worker.env"
-COMMAND = Path(sys.executable).with_name("klaviyo-worker")
 MAX_EXPOSURE = 12  # accepted by `systemd-analyze security`, in tenths
 NAMES = {str(info.validation_alias): name for name, info in Settings.model_fields.items()}
 analyzed = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
@@ -36,7 +38,7 @@ def options(name: str) -> list[str]:
 
 
 def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, timeout=240, check=False)
 
 
 @analyzed
@@ -190,21 +192,21 @@ def test_install_upgrade_and_rollback(tmp_path: Path, sandbox: Sandbox) -> None:
     machine = Machine(tmp_path)
     machine.run(block("install") + "\n" + block("configure"))
     machine.configure(sandbox)
-    shown = machine.run("VERSION=0.1.0\n" + block("check") + "\n" + block("start"))
+    shown = machine.run(f"VERSION={VERSION}\n" + block("check") + "\n" + block("start"))
     assert re.findall(r"^\w+", shown, re.MULTILINE) == [*["OK"] * 4, "SKIP"]
-    assert machine.version("current") == "0.1.0"
+    assert machine.version("current") == VERSION
     installed = tmp_path / "etc/systemd/system/klaviyo-worker.service"
     assert installed.read_bytes() == UNIT.read_bytes()
 
-    old = tmp_path / "opt/klaviyo-worker/0.1.0/klaviyo-worker.service"
+    old = tmp_path / f"opt/klaviyo-worker/{VERSION}/klaviyo-worker.service"
     old.write_text("the unit of the old version", encoding="utf-8")
-    new = block("install").replace("VERSION=0.1.0", "VERSION=0.2.0")
+    new = block("install").replace(f"VERSION={VERSION}", f"VERSION={NEXT}")
     machine.run("\n".join((new, block("check"), block("upgrade"))))
-    assert (machine.version("current"), machine.version("previous")) == ("0.2.0", "0.1.0")
+    assert (machine.version("current"), machine.version("previous")) == (NEXT, VERSION)
     assert installed.read_bytes() == UNIT.read_bytes()
 
     machine.run(block("rollback"))
-    assert machine.version("current") == "0.1.0"
+    assert machine.version("current") == VERSION
     assert installed.read_text(encoding="utf-8") == "the unit of the old version"
     install = ["pip install --require-hashes -r requirements.lock", "pip install --no-deps ."]
     restart = ["systemctl daemon-reload", "systemctl restart klaviyo-worker"]

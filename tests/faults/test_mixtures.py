@@ -18,7 +18,7 @@ SIZE = 25  # good messages
 EXAMPLES = int(os.environ.get("FAULT_EXAMPLES", "4"))
 
 
-@pytest.mark.timeout(30 * EXAMPLES)
+@pytest.mark.timeout(100 * EXAMPLES)
 @settings(max_examples=EXAMPLES, deadline=None, derandomize="FAULT_EXAMPLES" not in os.environ, phases=[Phase.generate])
 @given(seed=st.integers(0, 2**32 - 1))
 def test_good_messages_have_one_effect_and_bad_messages_are_dead_lettered(seed: int) -> None:

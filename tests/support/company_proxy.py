@@ -84,13 +84,15 @@ class CompanyProxy:
         self._scheme = scheme
         self._loop = asyncio.new_event_loop()
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._port = self._listener.getsockname()[1]
         self._thread = Thread(target=self._run, daemon=True)
         self.statuses: list[tuple[str, int]] = []
 
     @property
     def address(self) -> str:
         """Return host and port."""
-        return f"localhost:{self._listener.getsockname()[1]}"
+        host = "localhost" if self._own_context else "127.0.0.1"  # the certificate names localhost
+        return f"{host}:{self._port}"
 
     def url(self, credentials: str = ENCODED) -> str:
         """Return the value for HTTPS_PROXY."""
@@ -119,7 +121,7 @@ class CompanyProxy:
         self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, asyncio.IncompleteReadError), closing(writer):
+        with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError), closing(writer):
             host = await self._connect(reader, writer)
             if host in self._ports:
                 await writer.start_tls(self._contexts[host])

@@ -217,7 +217,7 @@ class Network(grpc.GenericRpcHandler):
     def _call(self, method: str, request: bytes, context: grpc.ServicerContext) -> bytes:
         try:
             upstream: Any = self._channel.unary_unary(method)
-            return bytes(upstream(request, timeout=20))
+            return bytes(upstream(request, timeout=60))
         except grpc.RpcError as error:
             context.abort(error.code(), error.details() or "")
             raise

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+import orjson
 import pytest
 
 from worker import renamed
 from worker.errors import SettingsError
 from worker.mapping import MappingConfig, load_mapping
-from worker.settings import MappingSettings, QueueSettings, Settings, load
+from worker.settings import MappingSettings, QueueSettings, Settings, load, unknown_variables
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,17 +57,12 @@ def test_missing_variable_is_named_in_one_line(name: str, environment: pytest.Mo
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("CT_API_URL", "api.example.com"),
-        ("CT_API_URL", "http://api.example.com"),
         ("CT_AUTH_URL", "ftp://auth.example.com"),
         ("CT_PROJECT_ID", "   "),
         ("CT_API_CLIENT", "id:s3cret"),
         ("CT_API_CLIENT", '{"clientId": "id", "s3cret": 1}'),
         ("CT_API_CLIENT", '{"clientId": "id", "secret": 53}'),
         ("CT_API_CLIENT", '["id", "s3cret"]'),
-        ("KLAVIYO_AUTH_KEY", "pk s3cret"),
-        ("KLAVIYO_AUTH_KEY", "pk_s3cret\nx"),
-        ("KLAVIYO_API_URL", "http://a.klaviyo.com"),
         ("KLAVIYO_WORKER_LANES", "many"),
         ("KLAVIYO_WORKER_LANES", "0"),
         ("KLAVIYO_WORKER_READ_TIMEOUT", "-1"),
@@ -82,6 +79,111 @@ def test_malformed_variable_is_named_in_one_line_without_its_value(
     assert str(error.value).startswith(f"{name} is malformed: ")
     assert "\n" not in str(error.value)
     assert "s3cret" not in str(error.value)
+
+
+REGION = "europe-west1.gcp.commercetools.com"
+CLIENT = '{"clientId": "id", "secret": "s3cret"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("KLAVIYO_AUTH_KEY", " pk_s3cret", "has a blank or a line break at its start or end: remove it"),
+        ("KLAVIYO_AUTH_KEY", "pk_s3cret\n", "has a blank or a line break at its start or end: remove it"),
+        ("KLAVIYO_AUTH_KEY", "pk_ s3cret", "contains a blank or another character that no key contains: copy the "),
+        ("KLAVIYO_AUTH_KEY", "pk_s3cret\nx", "contains a blank or another character that no key contains: copy the "),
+        ("KLAVIYO_AUTH_KEY", "pk_s3crét", "contains a blank or another character that no key contains: copy the "),
+        ("KLAVIYO_AUTH_KEY", "s3cret", "is a public key: use a private key, which starts with pk_"),
+        ("KLAVIYO_AUTH_KEY", "0123456789s3cret", "does not start with pk_: copy the whole private key"),
+        ("KLAVIYO_AUTH_KEY", '"pk_s3cret"', "is enclosed in quotes: remove them: they are a part of the value"),
+        ("KLAVIYO_AUTH_KEY", "Klaviyo-API-Key pk_s3cret", "contains Klaviyo-API-Key: write only the key, like pk_…"),
+        ("CT_API_CLIENT", orjson.dumps(CLIENT).decode(), "is quoted twice: it is a JSON text that contains JSON: "),
+        ("CT_API_CLIENT", f"'{CLIENT}'", "is enclosed in quotes: remove them: they are a part of the value"),
+        ("CT_API_CLIENT", CLIENT.replace('"', '\\"'), 'contains \\" instead of ": remove the backslashes'),
+        ("CT_API_CLIENT", CLIENT.replace('"', "'"), "uses single quotes: JSON requires double quotes, {"),
+        ("CT_API_CLIENT", CLIENT.replace('"', ""), "has lost its double quotes: enclose the JSON in single quotes in "),
+        ("CT_API_CLIENT", b64encode(CLIENT.encode()).decode(), "is encoded as base64: decode it"),
+        ("CT_API_CLIENT", '{"client_id": "id", "client_secret": "s3cret"}', "contains client_id and client_secret: "),
+        ("CT_API_CLIENT", CLIENT.replace("id", "id "), "has a blank at the start or the end of clientId or secret: "),
+        ("CT_API_URL", "user:s3cret@api.example.com", "does not start with https://: add it"),
+        ("CT_API_URL", "http://api.example.com", "starts with http://: write https://; http:// is accepted only for "),
+        ("CT_API_URL", "https://user:s3cret@api.example.com", "contains a user: remove USER:PASSWORD@"),
+        ("CT_API_URL", "'https://api.example.com'", "is enclosed in quotes: remove them: they are a part of the value"),
+        (
+            "CT_API_URL",
+            "https://api.example.com/shop/",
+            "ends with the project key: remove it, CT_PROJECT_ID contains ",
+        ),
+        ("CT_API_URL", f"https://mc.{REGION}", f"is the URL of another service, mc: write https://api.{REGION}"),
+        ("CT_AUTH_URL", f"https://api.{REGION}", f"is the URL of another service, api: write https://auth.{REGION}"),
+        ("CT_SCOPE", "manage_my_orders view_orders:other", "is for the project other, but CT_PROJECT_ID is shop: "),
+        ("KLAVIYO_API_URL", "https://a.klaviyo.com/api/", "ends with /api: remove it, the worker adds it"),
+        ("QUEUE_URL", '"embedded://"', "is enclosed in quotes: remove them: they are a part of the value"),
+    ],
+)
+def test_frequent_mistake_is_named_in_one_line(
+    name: str, value: str, expected: str, environment: pytest.MonkeyPatch
+) -> None:
+    """The line contains no secret."""
+    environment.setenv(name, value)
+    with pytest.raises(SettingsError) as error:
+        load(Settings, {})
+    assert str(error.value).startswith(f"{name} {expected}")
+    assert "\n" not in str(error.value)
+    assert "s3cr" not in str(error.value)
+
+
+def test_regions_of_both_urls_are_compared(environment: pytest.MonkeyPatch) -> None:
+    """A client of commercetools exists only in the region of its project."""
+    environment.setenv("CT_API_URL", f"https://api.{REGION}")
+    environment.setenv("CT_AUTH_URL", "https://auth.us-central1.gcp.commercetools.com/oauth/token")
+    with pytest.raises(SettingsError) as error:
+        load(Settings, {})
+    assert str(error.value) == (
+        f"CT_AUTH_URL is in us-central1.gcp.commercetools.com, but CT_API_URL is in {REGION}: use the URLs of the "
+        "region in which the project is"
+    )
+    environment.setenv("CT_AUTH_URL", f"https://auth.{REGION}/oauth/token")
+    environment.setenv("CT_SCOPE", "view_orders:shop manage_my_orders:shop introspect_oauth_tokens")
+    assert load(Settings, {}).ct_token_url == f"https://auth.{REGION}/oauth/token"
+
+
+def test_unknown_variables_are_named() -> None:
+    """The closest setting is named. Variables that Kubernetes adds for a Service are not mistakes."""
+    kubernetes = (
+        "SERVICE_HOST",
+        "SERVICE_PORT_HTTP",
+        "PORT",
+        "PORT_9090_TCP",
+        "PORT_9090_TCP_ADDR",
+        "API_SERVICE_HOST",
+    )
+    known = ("KLAVIYO_WORKER_LANES", "KLAVIYO_WORKER_DESTINATION_SECRET_FILE", "PATH")
+    names = [*(f"KLAVIYO_WORKER_{name}" for name in kubernetes), *known]
+    assert list(unknown_variables(names)) == []
+    assert list(unknown_variables([*names, "KLAVIYO_WORKER_LANE", "KLAVIYO_WORKER_X"])) == [
+        "KLAVIYO_WORKER_LANE is not a setting: is KLAVIYO_WORKER_LANES meant?",
+        "KLAVIYO_WORKER_X is not a setting: remove it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"\xef\xbb\xbfpk_file\r\n", "pk_file"), (b"\n pk_file \n", "pk_file"), ("pk_file".encode("utf-16"), "")],
+)
+def test_file_of_a_windows_editor(
+    content: bytes, expected: str, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A byte order mark and line breaks are not a part of the secret."""
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    environment.delenv("KLAVIYO_AUTH_KEY")
+    environment.setenv("KLAVIYO_AUTH_KEY_FILE", str(file))
+    if expected:
+        assert load(Settings, {}).klaviyo_auth_key.get_secret_value() == expected
+    else:
+        with pytest.raises(SettingsError, match=r"^KLAVIYO_AUTH_KEY_FILE: .* is not UTF-8: save it as UTF-8$"):
+            load(Settings, {})
 
 
 @pytest.mark.parametrize("url", ["http://localhost:1", "http://127.0.0.1:1", "http://[::1]:1"])

@@ -10,7 +10,7 @@ import click
 from worker.cli.options import Command, settings_options
 from worker.cli.termination import CommandError, exit_without_waiting, handle_errors, on_signals
 from worker.errors import ExitCode
-from worker.settings import Settings, load
+from worker.settings import Settings, load, unknown_variables
 
 if TYPE_CHECKING:
     from worker.service import Worker
@@ -48,6 +48,8 @@ def run(*, once: bool, max_wait: float, dry_run: bool, **option_values: Any) -> 
     with handle_errors():
         settings = load(Settings, option_values)
         configure_logging(settings.log_level, settings.log_format)
+        for warning in unknown_variables(os.environ):
+            log.warning("unknown_setting", extra={"reason": warning})
         worker: Worker | None = None
 
         def stop() -> None:

@@ -46,8 +46,12 @@ MAX_WHERE_BYTES = 6_000  # percent-encoded; commercetools' load balancers accept
 # One of these accepts a neutral request if commercetools accepts the API client, whichever scopes it has.
 NEUTRAL_ENDPOINTS = ("orders", "customers", "product-projections")
 _NEUTRAL = "limit=0&withTotal=false"  # the parameters of a query that depends on no message
-_REFUSALS = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND})
-_TODO = "check CT_API_URL, CT_PROJECT_ID, CT_API_CLIENT and its scopes"
+_SCOPE_ADVICE = "check CT_API_URL, CT_PROJECT_ID, CT_API_CLIENT and its scopes"
+_REFUSALS = {  # status -> what to do if all endpoints refuse the worker
+    HTTPStatus.UNAUTHORIZED: "check that CT_API_URL and CT_AUTH_URL are in the same region",
+    HTTPStatus.FORBIDDEN: _SCOPE_ADVICE,
+    HTTPStatus.NOT_FOUND: "check CT_PROJECT_ID, and that CT_API_URL is in the region of this project",
+}
 
 
 class Commercetools:
@@ -175,8 +179,9 @@ class Commercetools:
         if self._accepts(path):
             return RequestBlocked(what)
         if any(self._accepts(other) for other in NEUTRAL_ENDPOINTS if other != path):
-            return EndpointRefused(what, todo=_TODO)
-        return CommercetoolsMisconfigured(what, todo=_TODO)
+            return EndpointRefused(what, todo=_SCOPE_ADVICE)
+        status = HTTPStatus(response.status)
+        return CommercetoolsMisconfigured(what, todo=_REFUSALS[status], lacks_scope=status is HTTPStatus.FORBIDDEN)
 
     def _foreign_response(self, path: str, response: http.Response) -> WorkerError:
         """Return the error for a response that is not commercetools'. Raises WorkerError.

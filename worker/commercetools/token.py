@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 TOKEN_MARGIN = 300.0  # seconds; a token is replaced this long before it expires
 _ENDPOINT = "oauth/token"
 _TRANSIENT_ERRORS = frozenset({"server_error", "temporarily_unavailable"})  # of OAuth 2.0 (RFC 6749)
+_ADVICE = {  # by OAuth's error code
+    "invalid_client": "check CT_API_CLIENT, and that CT_AUTH_URL is in the region of the project",
+    "invalid_scope": "check CT_SCOPE, and that CT_API_CLIENT belongs to the project CT_PROJECT_ID",
+}
+_DEFAULT_ADVICE = "check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
 
 
 class AccessToken:
@@ -56,7 +61,7 @@ class AccessToken:
             token = self._request()
         except OAuth2Error as error:
             raise CommercetoolsMisconfigured(
-                f"commercetools refuses a token ({error.error})", todo="check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
+                f"commercetools refuses a token ({error.error})", todo=_ADVICE.get(error.error, _DEFAULT_ADVICE)
             ) from None
         except (AttributeError, TypeError, ValueError):  # oauthlib does not check the shape of the response
             raise Transient("no token from commercetools: malformed response") from None

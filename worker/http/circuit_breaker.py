@@ -231,8 +231,10 @@ class CircuitBreaker:
 
 def _copy_of(error: Transient | Misconfigured, seconds: float) -> Transient | Misconfigured:
     """Return an equivalent error. If threads raised the same object, it would collect the tracebacks of all of them."""
-    if isinstance(error, _REFUSALS):
-        return type(error)(error.reason, seconds, todo=error.todo)
+    if isinstance(error, Misconfigured):
+        return type(error)(error.reason, seconds, todo=error.todo, lacks_scope=error.lacks_scope)
+    if isinstance(error, EndpointRefused):
+        return EndpointRefused(error.reason, seconds, todo=error.todo)
     return CircuitOpen(str(error), seconds)
 
 

@@ -22,7 +22,7 @@ class Clock:
     def __init__(self) -> None:
         self.offset = 0.0  # seconds by which the service's clock is ahead; 0 if unknown
         self._read_at = -INTERVAL  # monotonic seconds
-        self._wrong = ConditionLog("clock_wrong", "clock_right", logging.WARNING)
+        self._skew = ConditionLog("clock_skew", "clock_skew_over", logging.WARNING)
 
     def update(self, headers: Mapping[str, str]) -> None:
         """Read the clock from a response that has just arrived. Log a warning if it differs by MAX_OFFSET."""
@@ -34,11 +34,11 @@ class Clock:
         except ValueError:  # missing or malformed
             return
         self._read_at = now
-        self._wrong.log(describe(self.offset))
+        self._skew.log(describe(self.offset))
 
 
 def describe(offset: float) -> str:
     """Return what is wrong with the clock of this machine; "" if it is right."""
     if abs(offset) <= MAX_OFFSET:
         return ""
-    return f"the clock of this machine is {abs(offset):.0f} s {'slow' if offset > 0 else 'fast'}"
+    return f"the clock of this machine is {abs(offset):.0f} s {'slow' if offset > 0 else 'fast'}: synchronize it"

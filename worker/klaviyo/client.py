@@ -172,10 +172,10 @@ class Klaviyo:
         """Return the error for a refused request: neutral requests show what is refused. Raises Transient."""
         if self._accepts(endpoint):
             return RequestBlocked(what)
-        todo = _REFUSALS[HTTPStatus(status)]
+        todo, lacks_scope = _REFUSALS[HTTPStatus(status)], status == HTTPStatus.FORBIDDEN
         if any(self._accepts(other) for other in NEUTRAL_ENDPOINTS if other != endpoint):
             return EndpointRefused(what, todo=todo)
-        return KlaviyoMisconfigured(what, todo=todo)
+        return KlaviyoMisconfigured(what, todo=todo, lacks_scope=lacks_scope)
 
     def _answers(self, endpoint: str) -> bool:
         try:

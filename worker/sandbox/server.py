@@ -155,6 +155,7 @@ class Server:
         self._state = state
         self._counts = counts
         self.latency = latency
+        self.clock_offset = 0.0  # seconds by which the clock of the service is ahead
         self.faults = Faults(seed)
         self.requests: list[LoggedRequest] = []
         self._request_counts: dict[str, Counter[str]] = defaultdict(Counter)  # endpoint -> status -> requests
@@ -311,8 +312,9 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Encoding"] = "gzip"
         if response.status != _NO_CONTENT:
             headers["Content-Length"] = str(len(body))
+        date = time.time() + self.server.service.clock_offset
         phrase = self.responses.get(response.status, ("",))[0]
-        lines = [f"HTTP/1.1 {response.status} {phrase}", f"Date: {self.date_time_string()}"]
+        lines = [f"HTTP/1.1 {response.status} {phrase}", f"Date: {self.date_time_string(date)}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         content = "\r\n".join([*lines, "\r\n"]).encode("latin-1") + (b"" if self.command == "HEAD" else body)
         self.wfile.write(content[: len(content) // 2] if truncate else content)

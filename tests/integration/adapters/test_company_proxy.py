@@ -11,8 +11,9 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from google.api_core.retry import Retry, if_exception_type
 
-from adapters import QueueOptions, open_queue
+from adapters import QueueError, QueueOptions, open_queue
 from adapters.push.oidc import KeysUnavailableError, TokenVerifier
 from adapters.servicebus.queue import ServiceBusQueue
 from tests.support import sqs_fakes as sqs
@@ -34,32 +35,76 @@ def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Authority:
     return made
 
 
-def test_sqs(authority: Authority, moto: sqs.Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """boto3 knows neither ALL_PROXY nor SSL_CERT_FILE."""
+@pytest.fixture
+def aws(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch) -> sqs.Server:
     for name, value in sqs.environment(moto.port).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_ENDPOINT_URL_SQS")
-    with CompanyProxy(authority, {SQS: moto.port}) as proxy:
+    return moto
+
+
+def refusal(url: str) -> str:
+    queue = open_queue(url)
+    with closing(queue), pytest.raises(QueueError) as error:
+        queue.check()
+    return str(error.value)
+
+
+def test_sqs(authority: Authority, aws: sqs.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """boto3 knows neither ALL_PROXY nor SSL_CERT_FILE."""
+    with CompanyProxy(authority, {SQS: aws.port}) as proxy:
         monkeypatch.setenv("ALL_PROXY", proxy.url())
         network.configure(os.environ)
-        queue = open_queue(f"https://{SQS}/123456789012/none")
-        with closing(queue), pytest.raises(Exception, match="none does not exist"):
-            queue.check()
+        text = refusal(f"https://{SQS}/123456789012/none")
+        assert text.startswith("QUEUE_URL: none in eu-central-1 does not exist")
         assert set(proxy.statuses) == {(SQS, 200)}
 
 
-def test_pubsub(authority: Authority, emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gRPC library knows only lower-case names, and no SSL_CERT_FILE."""
+@pytest.mark.usefixtures("aws")
+def test_refused_password_for_sqs(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """boto3's own error says only that the connection failed."""
+    monkeypatch.setattr("adapters.sqs.client.RETRY_TIMEOUT", 0.0)
+    with CompanyProxy(authority, {}) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url("worker:wr0ng"))
+        network.configure(os.environ)
+        text = refusal(f"https://{SQS}/123456789012/none")
+    assert text == (
+        "QUEUE_URL: cannot reach SQS for none in eu-central-1: the proxy refuses user and password (407): correct them "
+        "in HTTPS_PROXY, and percent-encode special characters"
+    )
+
+
+@pytest.fixture
+def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials with which Google's library signs its own tokens."""
     file = tmp_path / "account.json"
     file.write_text(json.dumps(service_account()))
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
+
+
+@pytest.mark.usefixtures("google")
+def test_pubsub(authority: Authority, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gRPC library knows only lower-case names, and no SSL_CERT_FILE."""
     with CompanyProxy(authority, {"pubsub.googleapis.com": emulator.port}) as proxy:
         monkeypatch.setenv("ALL_PROXY", proxy.url())
         network.configure(os.environ)
-        queue = open_queue("pubsub://demo/none")
-        with closing(queue), pytest.raises(Exception, match="projects/demo/subscriptions/none does not exist"):
-            queue.check()
+        text = refusal("pubsub://demo/none")
+        assert text.startswith("QUEUE_URL: projects/demo/subscriptions/none does not exist")
         assert set(proxy.statuses) == {("pubsub.googleapis.com", 200)}
+
+
+@pytest.mark.usefixtures("google")
+def test_refused_password_for_pubsub(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gRPC library reports a service that is not available."""
+    monkeypatch.setattr("adapters.pubsub.queue._RETRY", Retry(predicate=if_exception_type(), timeout=1.0))
+    with CompanyProxy(authority, {}) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url("worker:wr0ng"))
+        network.configure(os.environ)
+        text = refusal("pubsub://demo/none")
+    assert text == (
+        "QUEUE_URL: cannot reach Pub/Sub for projects/demo/subscriptions/none: the proxy refuses user and password "
+        "(407): correct them in HTTPS_PROXY, and percent-encode special characters"
+    )
 
 
 def test_keys_of_google(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,6 +183,17 @@ def test_check_reports_missing_policies(emulator: Emulator, opened: Open) -> Non
         opened("pubsub://demo/nowhere").check()
 
 
+def test_deleted_topic_is_reported(emulator: Emulator, opened: Open) -> None:
+    """The subscription remains, and receives nothing."""
+    subscription = Subscription(emulator)
+    queue = opened(subscription.url)
+    queue.check()
+    assert queue.destination() == f"pubsub://demo/{subscription.name}"
+    subscription.publisher.delete_topic(request={"topic": subscription._path("topics", "")})
+    with pytest.raises(QueueError, match=f"QUEUE_URL: the topic of {subscription.path} was deleted: delete the subscr"):
+        queue.check()
+
+
 def test_stop_nacks_pending_messages_and_settling_continues(subscription: Subscription, opened: Open) -> None:
     """They are redelivered immediately, not when their leases end."""
     subscription.publish(*(b"%d" % number for number in range(100)))

@@ -137,6 +137,25 @@ def test_check_reports_missing_permission_to_consume(serve: Serve, opened: Open)
         opened(URL).check()
 
 
+def test_refused_credentials_are_reported(serve: Serve, opened: Open) -> None:
+    """With a wrong clock, Google refuses the tokens that the worker signs."""
+    serve().answers["GetSubscription"].append(grpc.StatusCode.UNAUTHENTICATED)
+    with pytest.raises(QueueError) as error:
+        opened(URL).check()
+    assert str(error.value) == (
+        "QUEUE_URL: Google refuses the credentials for projects/demo/subscriptions/klaviyo-worker: check "
+        "GOOGLE_APPLICATION_CREDENTIALS, and the clock of this machine"
+    )
+
+
+def test_destination_of_an_unreadable_subscription_is_unknown(serve: Serve, opened: Open) -> None:
+    """The worker needs no permission to read it."""
+    serve().answers["GetSubscription"].append(grpc.StatusCode.PERMISSION_DENIED)
+    queue = opened(URL)
+    queue.check()
+    assert queue.destination() == ""
+
+
 def test_missing_permission_to_read_the_subscription_is_a_warning(serve: Serve, opened: Open) -> None:
     """The policies are unknown. Only direct mode requires them."""
     serve().answers["GetSubscription"].extend([grpc.StatusCode.PERMISSION_DENIED] * 3)

@@ -445,13 +445,15 @@ def test_check_reports_missing_policies(moto: Server, open_queues: Open) -> None
     few.client.delete_queue(QueueUrl=few.dead_url)
     dead, receives = open_queues(few).check()
     todo = "create it, or correct its name or region in the URL"
-    assert str(dead) == f"the dead-letter queue: {few.name}-dead does not exist: {todo}"
+    assert str(dead) == f"the dead-letter queue: {few.name}-dead in eu-central-1 does not exist: {todo}"
     assert "after 4 receives" in receives.reason
     assert (dead.is_missing_policy, receives.is_missing_policy) == (True, False)
-    with pytest.raises(QueueError, match=f"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: .* {few.name}-dead does not exist"):
+    with pytest.raises(
+        QueueError, match=f"KLAVIYO_WORKER_DEAD_LETTER_MODE=direct: .* {few.name}-dead in eu-central-1 does not exist"
+    ):
         open_queues(few, direct_dead_letter=True).check()
     few.client.delete_queue(QueueUrl=few.queue_url)
-    with pytest.raises(QueueError, match=f"QUEUE_URL: {few.name} does not exist: create it"):
+    with pytest.raises(QueueError, match=f"QUEUE_URL: {few.name} in eu-central-1 does not exist: create it"):
         open_queues(few).check()
 
 
@@ -482,7 +484,7 @@ def test_each_queue_is_counted_if_permitted(queue: Queue, network: Network, open
     network.responses["GetQueueAttributes"].append(DENIED)
     assert adapter.counts() == (2, None)
     network.down()
-    with pytest.raises(QueueError, match=f"QUEUE_URL: cannot reach SQS for {queue.name}: "):
+    with pytest.raises(QueueError, match=f"QUEUE_URL: cannot reach SQS for {queue.name} in eu-central-1: "):
         adapter.counts()
 
 
@@ -755,7 +757,7 @@ def test_both_forms_of_url_are_accepted(moto: Server, queue: Queue) -> None:
     named.close()
     with pytest.raises(
         QueueError,
-        match=f"QUEUE_URL: {queue.name} does not exist: create it, or correct its name or region in the URL$",
+        match=f"QUEUE_URL: {queue.name} in us-east-1 does not exist: create it, or correct its name or region in the ",
     ):
         open_queue(f"{queue.url}?region=us-east-1")
 
@@ -785,7 +787,7 @@ def test_invalid_aws_settings_are_reported(queue: Queue, monkeypatch: pytest.Mon
             open_queue(queue.url)
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL_SQS", "http://127.0.0.1:1")
-        with pytest.raises(QueueError, match=f"cannot reach SQS for {queue.name}: Could not connect"):
+        with pytest.raises(QueueError, match=f"cannot reach SQS for {queue.name} in eu-central-1: Could not connect"):
             open_queue(queue.url)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -804,16 +806,33 @@ def test_denied_access_is_reported_in_the_words_of_aws(queue: Queue, network: Ne
     """AWS names the identity and the action."""
     network.responses["GetQueueUrl"].append(DENIED)
     with pytest.raises(
-        QueueError, match=f"QUEUE_URL: not permitted to use {queue.name}: .*not authorized to perform that"
+        QueueError,
+        match=f"QUEUE_URL: not permitted to use {queue.name} in eu-central-1: .*not authorized to perform that",
     ):
         open_queue(queue.url)
 
 
-def test_refused_signature_error_has_no_token(queue: Queue, network: Network) -> None:
+@pytest.mark.parametrize(
+    ("code", "text", "expected"),
+    [
+        ("SignatureDoesNotMatch", "The signature we calculated does not match", "check AWS_SECRET_ACCESS_KEY"),
+        (
+            "SignatureDoesNotMatch",
+            "Signature expired: 20261130T1 is now earlier than",
+            "synchronize the clock of this ",
+        ),
+        ("SignatureDoesNotMatch", "Signature not yet current: 20261130T1 is still later", "synchronize the clock of "),
+        ("RequestTimeTooSkewed", "because", "synchronize the clock of this machine"),
+        ("InvalidClientTokenId", "The security token is invalid", "check AWS_ACCESS_KEY_ID, and AWS_SESSION_TOKEN if "),
+        ("ExpiredToken", "The security token is expired", "renew the temporary credentials"),
+    ],
+)
+def test_refused_signature_is_explained_without_the_token(
+    code: str, text: str, expected: str, queue: Queue, network: Network
+) -> None:
     """In further lines, AWS quotes the headers of the request."""
-    text = "The signature does not match.\n\nThe Canonical String is\nx-amz-security-token:SECRET"
-    network.responses["GetQueueUrl"].append(Response(403, "SignatureDoesNotMatch", text))
-    with pytest.raises(QueueError, match="SQS refuses requests for") as error:
+    quoted = f"{text}\n\nThe Canonical String is\nx-amz-security-token:s3cret"
+    network.responses["GetQueueUrl"].append(Response(403, code, quoted))
+    with pytest.raises(QueueError, match=rf"^QUEUE_URL: SQS refuses the \w+ .*: {expected}") as error:
         open_queue(queue.url)
-    assert "does not match" in str(error.value)
-    assert "SECRET" not in str(error.value)
+    assert "s3cret" not in str(error.value)

@@ -95,7 +95,7 @@ def test_missing_queue_or_policy_is_reported(queue: Queue, open_queues: Open, mo
     """The advice is to add a policy, create a queue, or correct the name."""
     with pytest.raises(QueueError, match="has no dead-letter queue: aws sqs set-queue-attributes"):
         open_queues(Queue(moto, receives=None)).dead_letters()
-    with pytest.raises(QueueError, match=r"^DEAD_LETTER_QUEUE_URL: nowhere does not exist: create it"):
+    with pytest.raises(QueueError, match=r"^DEAD_LETTER_QUEUE_URL: nowhere in eu-central-1 does not exist: create it"):
         open_queues(queue, dead_letter_url="sqs://nowhere").dead_letters()
     with pytest.raises(QueueURLError, match=r"^DEAD_LETTER_QUEUE_URL is malformed: expected sqs://NAME"):
         open_queues(queue, dead_letter_url="pubsub://demo/dead").dead_letters()
@@ -104,7 +104,9 @@ def test_missing_queue_or_policy_is_reported(queue: Queue, open_queues: Open, mo
     ):  # otherwise `drop` would empty it
         open_queues(queue, dead_letter_url=queue.url).dead_letters()
     queue.client.delete_queue(QueueUrl=queue.dead_url)
-    with pytest.raises(QueueError, match=f"^QUEUE_URL: its dead letters: {queue.name}-dead does not exist"):
+    with pytest.raises(
+        QueueError, match=f"^QUEUE_URL: its dead letters: {queue.name}-dead in eu-central-1 does not exist"
+    ):
         bodies(open_queues(queue))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.testing import CliRunner
 
-from adapters import QueueWarning
+from adapters import InertQueue, QueueWarning
 from worker.cli import main
 from worker.commands.check import checks
 from worker.commands.subscriptions import client
@@ -403,7 +403,8 @@ def test_other_errors_do_not_blame_scopes(command: Command, sandbox: Sandbox, tm
     sandbox.klaviyo.faults.add(Fault(302, times=None, match="GET /api/catalog-items"))
     client = '{"clientId": "unknown", "secret": "s3cret"}'
     _, found = command.checked("--config", str(tmp_path / "mapping.toml"), CT_API_CLIENT=client)
-    assert found["commercetools"]["todo"] == "check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
+    todo = "check CT_API_CLIENT, and that CT_AUTH_URL is in the region of the project"
+    assert found["commercetools"]["todo"] == todo
     assert found["klaviyo"]["todo"] == "check KLAVIYO_API_URL"
 
 
@@ -421,7 +422,7 @@ class QueueWithoutPolicies:
 
 
 def test_missing_policies_fail_the_check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`check` exits with 3 and prints the commands that set them. Other warnings do not fail."""
+    """`check` exits with 3 and prints the commands that set them. Other warnings alone do not fail."""
 
     def opened(url: str, options: QueueOptions) -> QueueAdapter:
         del url, options
@@ -431,8 +432,8 @@ def test_missing_policies_fail_the_check(command: Command, monkeypatch: pytest.M
     done = command("check", CT_SCOPE="view_orders:sandbox-shop")
     assert done.exit_code == 3
     assert done.stdout.splitlines()[1] == (
-        "FAIL    queue          q has no dead-letter policy; q has no retry policy "
-        "→ gcloud set-dead: q-dead; gcloud set-retry"
+        "FAIL    queue          q has no dead-letter policy; q has no retry policy; q has a short lease "
+        "→ gcloud set-dead: q-dead; gcloud set-retry; gcloud set-lease"
     )
     unreadable = QueueWarning("q cannot be read to learn its policies", "grant roles/pubsub.viewer")
     monkeypatch.setattr(QueueWithoutPolicies, "check", lambda _: [unreadable])
@@ -441,3 +442,35 @@ def test_missing_policies_fail_the_check(command: Command, monkeypatch: pytest.M
     assert found["queue"]["text"] == (
         "can be consumed; q cannot be read to learn its policies: grant roles/pubsub.viewer"
     )
+
+
+class QueueOfTopic(InertQueue):
+    """A queue that receives from a topic of Pub/Sub."""
+
+    def destination(self) -> str:
+        return TOPIC
+
+
+@pytest.mark.parametrize("to", [f"{TOPIC}-old", "pubsub://other-project/klaviyo-worker"])
+def test_subscription_on_another_topic_is_named(to: str, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker would wait for messages that never arrive."""
+    command.apply(to=to)
+    monkeypatch.setattr(checks, "open_queue", lambda *_: QueueOfTopic())
+    done = command("check")
+    assert done.exit_code == 4
+    assert done.stdout.splitlines()[-1] == (
+        f"FAIL    subscriptions  klaviyo-worker publishes to {to}, but QUEUE_URL receives from {TOPIC} → correct "
+        f"QUEUE_URL, or run klaviyo-worker subscriptions apply --destination {TOPIC}"
+    )
+
+
+@pytest.mark.parametrize("to", [TOPIC, "sns://arn:aws:sns:eu-central-1:123456789012:shop"])
+def test_destination_that_can_lead_to_the_queue_is_accepted(
+    to: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A topic of another service can forward to the queue."""
+    command.apply(to=to)
+    monkeypatch.setattr(checks, "open_queue", lambda *_: QueueOfTopic())
+    code, found = command.checked()
+    assert code == 0, found
+    assert found["queue"]["receives_from"] == TOPIC

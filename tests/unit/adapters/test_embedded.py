@@ -38,6 +38,18 @@ def test_messages_are_delivered_once_in_order(queue: EmbeddedQueue) -> None:
     assert queue.backlog() == 1
 
 
+def test_only_the_owner_can_read_the_files(tmp_path: Path) -> None:
+    """Messages contain personal data. SQLite's own files, which contain messages too, exist while the queue is open."""
+    umask = os.umask(0o022)
+    try:
+        with closing(EmbeddedQueue(tmp_path / "new/q.db")) as queue:
+            queue.publish([b"x"])
+            modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()}
+    finally:
+        os.umask(umask)
+    assert modes == {"q.db": 0o600, "q.db-shm": 0o600, "q.db-wal": 0o600}
+
+
 def test_receive_from_empty_queue_waits_as_long_as_requested(queue: EmbeddedQueue) -> None:
     """`receive` returns after `wait` seconds."""
     started_at = time.monotonic()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from functools import partial
 from threading import Event
 from typing import TYPE_CHECKING
 
-from adapters import QueueError, QueueURLError, open_queue, scheme_of
+from adapters import QueueError, QueueURLError, SupportsDestination, open_queue, scheme_of
 from worker.commands.check import bulk_probe
 from worker.commands.check.check_result import CheckResult, make_failure
 from worker.commands.subscriptions.client import SCOPE, NotPermitted, Subscriptions
+from worker.commands.subscriptions.destination import display_name
 from worker.commands.subscriptions.health import HEALTHY, explain_status
 from worker.commands.subscriptions.plan import KEY
 from worker.commands.subscriptions.spec import required_spec, spec_of
@@ -26,8 +28,10 @@ from worker.errors import (
     SettingsError,
     WorkerError,
 )
-from worker.json_access import as_text, unique
+from worker.http.clock import describe
+from worker.json_access import as_dict, as_text, unique
 from worker.klaviyo.client import Klaviyo
+from worker.settings import unknown_variables
 from worker.transform import HANDLERS
 
 if TYPE_CHECKING:
@@ -52,6 +56,7 @@ _WRITES = (  # scope, an endpoint that requires it, and the resource types whose
     ("profiles:write", "/api/profile-import", _CUSTOMER),
     ("catalogs:write", "/api/catalog-items", _CATALOG),
 )
+_SOURCE = "receives_from"  # the detail with the destination of the queue
 _IMPORT_JOBS = ("profiles:read", "lists:read", "lists:write")
 _DEFAULT_TODO = "check the URL, the network and its proxy, or try again later"
 
@@ -80,13 +85,15 @@ def run_checks(
         return
     yield CheckResult("configuration", "ok", _describe_configuration(settings, mapping))
     yield queue
-    yield from _check_services(settings, mapping, subscription_key, probe_timeout, report_progress)
+    source = queue.details.get(_SOURCE, "")
+    yield from _check_services(settings, mapping, subscription_key, source, probe_timeout, report_progress)
 
 
 def _check_services(
     settings: Settings,
     mapping: MappingConfig,
     subscription_key: str,
+    source: str,
     probe_timeout: float | None,
     report_progress: Callable[[str], None],
 ) -> Iterator[CheckResult]:
@@ -99,8 +106,11 @@ def _check_services(
     check_klaviyo = partial(_check_klaviyo, client, resources, erasure=erasure, probing=probing)
     klaviyo = _run_check("klaviyo", ExitCode.KLAVIYO, check_klaviyo)
     yield klaviyo
-    check_subscription = partial(_check_subscription, Subscriptions(reader), subscription_key, mapping.disabled_types)
+    check_subscription = partial(
+        _check_subscription, Subscriptions(reader), subscription_key, mapping.disabled_types, source
+    )
     yield _run_check("subscriptions", ExitCode.COMMERCETOOLS, check_subscription)
+    yield from _check_clock(reader, client)
     if probe_timeout is not None and not klaviyo.exit_code:
         yield _probe_bulk_events(client, probe_timeout, report_progress)
 
@@ -118,19 +128,21 @@ def _run_check(name: str, exit_code: int, check: Callable[[], str | CheckResult]
 def _describe_configuration(settings: Settings, mapping: MappingConfig) -> str:
     enabled = sum(kind not in mapping.disabled_types for _, kind in HANDLERS)
     file = f"mapping {settings.config}" if settings.config else "no mapping file"
-    return f"{file}, {enabled} of {len(HANDLERS)} handlers enabled, queue {scheme_of(settings.queue_url)}://"
+    text = f"{file}, {enabled} of {len(HANDLERS)} handlers enabled, queue {scheme_of(settings.queue_url)}://"
+    return "; ".join([text, *unknown_variables(os.environ)])
 
 
-def _check_queue(settings: Settings) -> str | CheckResult:
+def _check_queue(settings: Settings) -> CheckResult:
     queue = open_queue(settings.queue_url, settings.queue_options)
     try:
         warnings = queue.check()
+        source = queue.destination() if isinstance(queue, SupportsDestination) else ""
     finally:
         queue.close()
-    missing = [warning for warning in warnings if warning.is_missing_policy]
-    if missing:
-        return make_failure("queue", ExitCode.QUEUE, *missing, default_todo=_DEFAULT_TODO)
-    return "; ".join(["can be consumed", *map(str, warnings)])
+    if any(warning.is_missing_policy for warning in warnings):
+        return make_failure("queue", ExitCode.QUEUE, *warnings, default_todo=_DEFAULT_TODO)
+    text = "; ".join(["can be consumed", *map(str, warnings)])
+    return CheckResult("queue", "ok", text, details={_SOURCE: source} if source else {})
 
 
 def _check_commercetools(reader: queries.Reader, resources: Collection[str]) -> str:
@@ -188,7 +200,7 @@ def _probe_scopes(probes: Sequence[ScopeProbe], misconfigured: type[Misconfigure
         try:
             probe()
         except (EndpointRefused, Misconfigured) as error:
-            if not error.todo.endswith("scopes"):  # the key, the URL or the proxy is wrong
+            if isinstance(error, Misconfigured) and not error.lacks_scope:  # the key, the URL or the proxy is wrong
                 raise
             refused.append((scope, error))
     if refused:
@@ -197,7 +209,9 @@ def _probe_scopes(probes: Sequence[ScopeProbe], misconfigured: type[Misconfigure
         raise misconfigured(first.reason, todo=f"{first.todo}: {scopes}")
 
 
-def _check_subscription(subscriptions: Subscriptions, key: str, disabled: Collection[str]) -> str | CheckResult:
+def _check_subscription(
+    subscriptions: Subscriptions, key: str, disabled: Collection[str], source: str
+) -> str | CheckResult:
     try:
         existing = {as_text(entry.get("key")): entry for entry in subscriptions.all()}
     except NotPermitted:
@@ -208,6 +222,11 @@ def _check_subscription(subscriptions: Subscriptions, key: str, disabled: Collec
         others = ", ".join(filter(None, existing))
         text = f"there is no subscription {key}" + (f", only {others}" if others else "")
         return CheckResult("subscriptions", "failed", text, apply, ExitCode.COMMERCETOOLS)
+    destination = display_name(as_dict(existing[key].get("destination"))).partition(",")[0]
+    if _scheme(destination) == _scheme(source) and destination != source:
+        text = f"{key} publishes to {destination}, but QUEUE_URL receives from {source}"
+        todo = f"correct QUEUE_URL, or {apply} --destination {source}"
+        return CheckResult("subscriptions", "failed", text, todo, ExitCode.COMMERCETOOLS)
     status = as_text(existing[key].get("status"))
     if status != HEALTHY:
         health, todo = explain_status(status)
@@ -219,6 +238,18 @@ def _check_subscription(subscriptions: Subscriptions, key: str, disabled: Collec
         text = f"{key} does not request {', '.join(parts)}"
         return CheckResult("subscriptions", "failed", text, apply, ExitCode.COMMERCETOOLS)
     return f"{key} is healthy and requests everything that the handlers need"
+
+
+def _scheme(url: str) -> str:
+    return url.partition("://")[0]
+
+
+def _check_clock(reader: Commercetools, client: Klaviyo) -> Iterator[CheckResult]:
+    """Yield a failure if the clock of this machine differs from the Date headers of the previous checks."""
+    skew = describe(reader.clock_offset() or client.clock_offset())
+    if skew:
+        reason, _, todo = skew.partition(": ")
+        yield CheckResult("clock", "failed", reason, todo, ExitCode.USAGE)
 
 
 def _probe_bulk_events(client: Klaviyo, timeout: float, report_progress: Callable[[str], None]) -> CheckResult:
