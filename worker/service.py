@@ -23,21 +23,26 @@ from worker.runtime.downtime import Downtime
 from worker.runtime.dry_run import DryRunQueue, print_instead
 from worker.runtime.runner import Runner
 from worker.send import Sender
+from worker.send.bulk_verdict import BulkVerdict
 from worker.telemetry.log import log
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from adapters import QueueAdapter
+    from worker.pipeline import Send
     from worker.settings import Settings
 
 STOP_WAIT_SHARE = 0.8  # of the grace period: how long bulk jobs are waited for. The rest is for settling the messages
 
 
 class Components:
-    """The clients and stages of a worker, without its queue. Raises SettingsError."""
+    """The clients and stages of a worker, without its queue. Raises SettingsError.
 
-    def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
+    In a dry run, `send` prints the operations.
+    """
+
+    def __init__(self, settings: Settings, telemetry: Telemetry, *, dry_run: bool = False) -> None:
         self.stopping = Event()
         self.mapping = settings.mapping()
         record_request = telemetry.metrics.record_request
@@ -45,15 +50,18 @@ class Components:
         self.klaviyo = Klaviyo(settings, self.stopping, partial(record_request, "klaviyo"))
         self._downtimes = [Downtime(self.commercetools), Downtime(self.klaviyo)]
         self.enricher = Enricher(CachedReader(self.commercetools, settings.cache_ttl), self.mapping)
+        # The verdict has its own client: that it cannot be read is no outage for any message.
+        self.bulk_verdict = BulkVerdict(Klaviyo(settings, self.stopping), settings.bulk_events, self.stopping)
         self.sender = Sender(
             self.klaviyo,
             settings.max_requests,
             self.stopping,
-            allows_bulk_events=lambda: settings.bulk_events == "always",
+            allows_bulk_events=self.bulk_verdict.allows_bulk,
             bulk_threshold=settings.bulk_threshold,
             job_timeout=settings.job_timeout,
             stop_wait=settings.shutdown_grace_period * STOP_WAIT_SHARE,
         )
+        self.send: Send = print_instead if dry_run else self.sender.send
 
     def refusal_reason(self) -> str:
         """Return why a service refuses the worker, or "" if both accept it."""
@@ -69,21 +77,26 @@ class Worker:
 
     def __init__(self, settings: Settings, *, dry_run: bool = False, telemetry: Telemetry | None = None) -> None:
         self._telemetry = telemetry or Telemetry(Metrics(scheme_of(settings.queue_url)))
-        self._components = components = Components(settings, self._telemetry)
+        self._components = components = Components(settings, self._telemetry, dry_run=dry_run)
         queue = open_queue(settings.queue_url, settings.queue_options)
         for warning in queue.check():
             log.warning("queue_warning", extra={"reason": str(warning)})
         source: QueueAdapter = DryRunQueue(queue, settings.max_in_flight) if dry_run else queue
-        send = print_instead if dry_run else components.sender.send
-        pipeline = Pipeline(source, components.enricher.enrich, send, components.mapping, self._telemetry)
+        pipeline = Pipeline(source, components.enricher.enrich, components.send, components.mapping, self._telemetry)
         self._runner = Runner(source, pipeline, components, settings, self._telemetry, components.stopping)
         self._state = RunningWorkerState(
-            self._runner, queue, settings.threads, components.commercetools, components.klaviyo
+            self._runner,
+            queue,
+            settings.threads,
+            components.commercetools,
+            components.klaviyo,
+            components.bulk_verdict.status,
         )
         self._telemetry.metrics.observe_worker(self._state)
         self._telemetry.metrics.set_build_info(version("klaviyo-worker"), REVISION)
         self._systemd = Notifier(self._state, os.environ)
         self._settings = settings
+        self._dry_run = dry_run
 
     def run(self, *, once: bool, max_wait: float) -> str:
         """Run until `stop` is called, or with `once` until the queue is empty. See Runner.run for result and errors."""
@@ -92,6 +105,8 @@ class Worker:
         if not once:
             self._systemd.start()
         log.info("started")
+        if not self._dry_run:
+            self._components.bulk_verdict.start()
         try:
             return self._runner.run(once=once, max_wait=max_wait)
         finally:

@@ -281,7 +281,8 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
     )
     bulk_events: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Whether to send events in bulk: always, never, or auto (never)",
+        description="Whether to send events in bulk: auto (if the Klaviyo account ignores repeated events, see "
+        "`klaviyo-worker check --probe-bulk`), always or never",
     )
     bulk_threshold: int = Field(
         10,

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from tests.acceptance.conftest import Worker
 
 BULK = "POST /api/event-bulk-create-jobs"
-ALL_OK = {"configuration": "ok", "queue": "ok", "commercetools": "ok", "klaviyo": "ok", "subscriptions": "skipped"}
+ALL_OK = {
+    "configuration": "ok",
+    "queue": "ok",
+    "commercetools": "ok",
+    "klaviyo": "ok",
+    "subscriptions": "skipped",
+    "bulk events": "ok",
+}
 PROBE = ("check", "--json", "--probe-bulk", "--probe-wait", "3")
 
 
@@ -59,6 +66,7 @@ def test_all_checks_succeed(worker: Worker, sandbox: Sandbox) -> None:
         ["OK", "commercetools"],
         ["OK", "klaviyo"],
         ["SKIP", "subscriptions"],
+        ["OK", "bulk"],
     ]
     for scope in ("events:write", "profiles:write", "catalogs:write"):
         assert scope in done.stdout
@@ -190,7 +198,8 @@ def test_refused_key_is_exit_code_5(worker: Worker, sandbox: Sandbox) -> None:
     """The probe does not start."""
     done = worker(*PROBE, env={"KLAVIYO_AUTH_KEY": "pk_wrong"})
     assert done.returncode == 5
-    assert statuses(done) == ALL_OK | {"klaviyo": "failed"}
+    assert statuses(done) | {"bulk events": "ok"} == ALL_OK | {"klaviyo": "failed"}
+    assert "bulk events" not in statuses(done)
     assert results(done)["klaviyo"]["text"].endswith("401 to GET /api/catalog-items: check KLAVIYO_AUTH_KEY")
     assert "pk_wrong" not in done.stdout + done.stderr
     assert not accepted_writes(sandbox)
@@ -223,54 +232,85 @@ def test_erasure_needs_more_scopes(worker: Worker) -> None:
 
 
 @pytest.mark.parametrize(
-    ("account", "repeat", "recommended"),
+    ("account", "repeats"),
     [
-        (("ignore", 0.3), "ignore", "always"),
-        (("refuse", 0.3), "refuse", "auto"),
-        (("drop", 0.3), "drop", "auto"),
-        (("duplicate", 0.3), "duplicate", "auto"),
+        (("ignore", 0.3), "ignored"),
+        (("refuse", 0.3), "refused"),
+        (("drop", 0.3), "dropped"),
+        (("duplicate", 0.3), "recorded twice"),
     ],
     indirect=["account"],
 )
-def test_probe_detects_the_treatment_of_repeats(
-    repeat: str, recommended: str, worker: Worker, account: Account
-) -> None:
+def test_probe_stores_the_treatment_of_repeats_in_the_account(repeats: str, worker: Worker, account: Account) -> None:
     """Events become readable after some time. A second probe ignores the events of the first."""
+    sentence = "events are sent in bulk: " if repeats == "ignored" else "events are sent individually: "
+    assert results(worker("check", "--json"))["bulk events"]["text"].endswith("run klaviyo-worker check --probe-bulk")
     for _ in range(2):
         done = worker(*PROBE)
         assert done.returncode == 0, done.stdout
         found = results(done)["bulk events"]
-        assert (found["repeat"], found["recommended"]) == (repeat, recommended)
-        assert f"KLAVIYO_WORKER_BULK_EVENTS={recommended}" in found["text"]
+        assert found["repeats"] == repeats
+        assert found["repeats_in_one_call"] == ("undecided" if repeats == "refused" else "refused")
+    properties = account.profiles[0]["attributes"]["properties"]
+    assert properties["klaviyo_worker_bulk_repeats"] == repeats
+    text = results(worker("check", "--json"))["bulk events"]["text"]
+    assert text.startswith(sentence)
+    assert properties["klaviyo_worker_bulk_probed_at"] in text
 
 
 def test_probe_writes_only_documented_data(worker: Worker, account: Account) -> None:
-    """`--help` documents one profile without an address and three events of one metric."""
+    """`--help` documents one profile without an address and eight events of one metric, of which two are rejected."""
     assert worker(*PROBE).returncode == 0
     (profile,) = account.profiles
     assert profile["attributes"].keys() == {"external_id", "first_name", "last_name", "properties"}
-    assert [each["metric"] for each in account.events] == ["klaviyo-worker probe"] * 3
+    assert profile["attributes"]["properties"].keys() == {
+        "About",
+        "klaviyo_worker_bulk_repeats",
+        "klaviyo_worker_bulk_probed_at",
+    }
+    assert [each["metric"] for each in account.events] == ["klaviyo-worker probe"] * 6
     text = " ".join(worker("check", "--help").stdout.split())
     for name in ("klaviyo-worker-probe", "klaviyo-worker probe", "events:read", "Delete profile"):
         assert name in text
 
 
 @pytest.mark.parametrize("account", [("ignore", 3600.0)], indirect=True)
-def test_unreadable_events_are_no_result(worker: Worker) -> None:
-    """The exit code is 1, and the recommendation is the safe one."""
+def test_unreadable_events_are_no_result(worker: Worker, account: Account) -> None:
+    """The exit code is 1, and the account gets no verdict."""
     done = worker("check", "--json", "--probe-bulk", "--probe-wait", "1")
     assert done.returncode == 1
     found = results(done)["bulk events"]
-    assert (found["status"], found["repeat"], found["recommended"]) == ("failed", "undecided", "auto")
+    assert (found["status"], found["repeats"]) == ("failed", "undecided")
+    assert account.profiles[0]["attributes"]["properties"].keys() == {"About"}
+
+
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_setting_that_overrules_the_verdict_is_reported(mode: str, worker: Worker) -> None:
+    """The account is not asked."""
+    done = worker("check", "--json", env={"KLAVIYO_WORKER_BULK_EVENTS": mode})
+    assert results(done)["bulk events"]["text"].endswith(f": KLAVIYO_WORKER_BULK_EVENTS is {mode}")
+
+
+def test_scope_for_the_verdict_is_optional(worker: Worker, sandbox: Sandbox) -> None:
+    """Without it, events are sent individually."""
+    sandbox.klaviyo.faults.add(Fault(403, times=None, match="GET /api/profiles"))
+    done = worker("check", "--json")
+    assert done.returncode == 0
+    found = results(done)["bulk events"]
+    assert found["status"] == "skipped"
+    assert found["text"].endswith("with the scope profiles:read")
 
 
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
-        (Fault(403, times=None, match=BULK), "and its scopes: events:write"),
-        (Fault(400, times=None, match=BULK), "no result: keep KLAVIYO_WORKER_BULK_EVENTS=auto and probe again"),
-        (Fault(match=BULK, action="lose_response"), "no result: keep KLAVIYO_WORKER_BULK_EVENTS=auto and probe again"),
-        (Fault(503, times=None, match=BULK), "no result: keep KLAVIYO_WORKER_BULK_EVENTS=auto and probe again"),
+        (
+            Fault(403, times=None, match=BULK),
+            "and its scopes: profiles:read, events:read, events:write, profiles:write",
+        ),
+        (Fault(400, times=None, match=BULK), "no result: probe again"),
+        (Fault(match=BULK, action="lose_response"), "no result: probe again"),
+        (Fault(503, times=None, match=BULK), "no result: probe again"),
     ],
     ids=["scope", "refused", "unknown fate", "down"],
 )

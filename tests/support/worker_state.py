@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from worker.telemetry.state import RateLimitStatus
+from worker.telemetry.state import BulkEventsStatus, RateLimitStatus
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,6 +23,7 @@ _HEALTHY = {
     "paused_reason": "",
     "is_stopping": False,
     "batch_sizes": {"events": [12, 0], "profiles": [0, 1], "deletions": [0, 0], "catalog": [0, 0]},
+    "bulk_events": BulkEventsStatus(in_bulk=True, reason="the account ignores repeats"),
     "rate_limit_status": {"POST /api/events": RateLimitStatus(350.0, 3500.0, 3100.0, 0.25, 2900.0, 2)},
 }
 
@@ -80,6 +81,10 @@ class FakeWorkerState:
 
     def batch_sizes(self) -> Mapping[str, Sequence[int]]:
         return dict(self._value("batch_sizes"))
+
+    def bulk_events(self) -> BulkEventsStatus:
+        found: BulkEventsStatus = self._value("bulk_events")
+        return found
 
     def rate_limit_status(self) -> Mapping[str, RateLimitStatus]:
         return dict(self._value("rate_limit_status"))

@@ -18,7 +18,7 @@ from worker.settings import Settings, load
 @click.option(
     "--probe-bulk",
     is_flag=True,
-    help="Test whether KLAVIYO_WORKER_BULK_EVENTS=always is safe. Writes to the Klaviyo account.",
+    help="Ask the Klaviyo account whether events can be sent in bulk. Writes to the account.",
 )
 @click.option(
     "--probe-wait",
@@ -44,10 +44,11 @@ def check(*, as_json: bool, probe_bulk: bool, probe_wait: float, subscription_ke
     5 Klaviyo. Receives no message, and writes nothing without --probe-bulk.
 
     --probe-bulk writes to the Klaviyo account: one profile (name "klaviyo-worker probe", external id
-    klaviyo-worker-probe, no email, no consent) and, in every run, three events of the metric "klaviyo-worker probe".
-    The probe also needs the scopes profiles:read and events:read. It takes up to three times --probe-wait. If it has
-    no result, the exit code is 1. To remove the data, search Klaviyo for the profile by its name and select Profile
-    actions, Delete profile.
+    klaviyo-worker-probe, no email, no consent) and, in every run, eight events of the metric "klaviyo-worker probe".
+    It stores its verdict as properties of the profile, where the workers read it. The probe also needs the scopes
+    profiles:read and events:read. It takes up to three times --probe-wait. If it has no result, the exit code is 1. To
+    remove the data and the verdict, search Klaviyo for the profile by its name and select Profile actions, Delete
+    profile.
     """
     from worker.commands.check.checks import run_checks  # noqa: PLC0415
 

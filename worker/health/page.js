@@ -182,8 +182,9 @@ function limit(line) {
   ]);
 }
 
-function showLimits({ limits }) {
+function showLimits({ limits, bulk_events: { in_bulk: inBulk, reason } }) {
   fill("limits", limits, (lines) => (lines.length ? lines.map(limit) : [element("li", "No requests.", "quiet")]));
+  set("bulk-events", `Events are sent ${inBulk ? "in bulk" : "individually"}: ${reason}`);
 }
 
 function failure(line) {

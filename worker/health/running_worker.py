@@ -8,19 +8,26 @@ from adapters import Counts, SupportsCounts
 from worker.health.cached_reading import CachedReading
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from adapters import QueueAdapter
     from worker.commercetools.client import Commercetools
     from worker.klaviyo.client import Klaviyo
     from worker.runtime.runner import Runner
+    from worker.telemetry.state import BulkEventsStatus
 
 
 class RunningWorkerState:
     """The WorkerState of a running worker. It reads the runner, the clients and the queue."""
 
     def __init__(
-        self, runner: Runner, queue: QueueAdapter, lanes: int, commercetools: Commercetools, klaviyo: Klaviyo
+        self,
+        runner: Runner,
+        queue: QueueAdapter,
+        lanes: int,
+        commercetools: Commercetools,
+        klaviyo: Klaviyo,
+        bulk_events: Callable[[], BulkEventsStatus],
     ) -> None:
         self._runner = runner
         self._counts = CachedReading(queue.counts if isinstance(queue, SupportsCounts) else lambda: Counts(None, None))
@@ -37,6 +44,7 @@ class RunningWorkerState:
         self.parked_reason = runner.parked_reason
         self.batch_sizes = runner.batch_sizes
         self.rate_limit_status = klaviyo.rate_limit_status
+        self.bulk_events = bulk_events
 
     def lanes(self) -> int:
         """Return the number of lanes."""

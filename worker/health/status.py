@@ -79,6 +79,7 @@ class Status:
             "batch": self._history.recent_batch_size(),
             "outcomes": self._outcomes(),
             "limits": self._limits(requests),
+            "bulk_events": state.bulk_events()._asdict(),
             "failures": self._telemetry.failures.newest(),
         }
 

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from dataclasses import dataclass
 from functools import partial
 from threading import Condition
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import orjson
 
@@ -36,7 +36,6 @@ _TAIL = b"]}}}}"
 _ENTRY = (b'{"type":"event-bulk-create","attributes":{"profile":', b',"events":{"data":[', b"]}}}")
 _CULPRIT = re.compile(r"/data/attributes/events-bulk-create/data/(\d+)(?:/attributes/events/data/(\d+))?(?:/|$)")
 
-BulkMode = Literal["auto", "always", "never"]
 EventId = tuple[str, str]  # metric and unique_id, without the profile: Klaviyo can know it by several identifiers
 
 

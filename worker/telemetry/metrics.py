@@ -177,6 +177,7 @@ class _Gauges:
             ("oldest_message_age_seconds", "Age of the oldest message in flight", state.oldest_age),
             ("lanes", "Number of lanes", state.lanes),
             ("parked", "1 while the worker is parked", lambda: bool(state.parked_reason())),
+            ("bulk_events", "1 while events are sent in bulk", lambda: state.bulk_events().in_bulk),
             ("queue_backlog_messages", "Messages on the queue that are not settled; absent if unknown", state.backlog),
             ("dead_letter_messages", "Dead letters; absent if unknown", state.dead_letters),
         )

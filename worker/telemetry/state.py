@@ -19,6 +19,13 @@ class RateLimitStatus(NamedTuple):
     waiting: int  # requests that wait for a token
 
 
+class BulkEventsStatus(NamedTuple):
+    """Whether events are sent in bulk."""
+
+    in_bulk: bool
+    reason: str
+
+
 class WorkerState(Protocol):
     """The state of a running worker. Every method is thread-safe and returns within a second."""
 
@@ -63,3 +70,6 @@ class WorkerState(Protocol):
 
     def rate_limit_status(self) -> Mapping[str, RateLimitStatus]:
         """Return the use of Klaviyo's rate limits by endpoint."""
+
+    def bulk_events(self) -> BulkEventsStatus:
+        """Return whether events are sent in bulk, and why."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.testing import CliRunner
 
+from tests.support.verdicts import give_verdict
 from worker.cli import main
 from worker.commercetools.client import PAGE_SIZE
 from worker.sandbox import Fault, Sandbox
@@ -159,14 +160,15 @@ def test_dry_run_sends_and_writes_nothing(sandbox: Sandbox, tmp_path: Path) -> N
     assert "The failures are in" not in result.stderr
 
 
-def test_events_are_sent_in_bulk_only_if_bulk_events_is_always(sandbox: Sandbox) -> None:
+def test_events_are_sent_in_bulk_if_the_account_ignores_repeats(sandbox: Sandbox) -> None:
     """A backfill repeats events, and one repeated event can cost a whole bulk call."""
     backfill(sandbox, "orders")
     bulk = "/api/event-bulk-create-jobs"
     assert bulk not in {request.path for request in sandbox.klaviyo.requests}
     with Sandbox() as other:
-        backfill(other, "orders", KLAVIYO_WORKER_BULK_EVENTS="always", **BULK)
-        assert {request.path for request in other.klaviyo.requests} == {bulk}
+        give_verdict(other.account)
+        backfill(other, "orders", **BULK)
+        assert {request.path for request in other.klaviyo.requests} == {"/api/profiles", bulk}
         assert events(other) == events(sandbox)
         assert all(event["backfill"] is True for event in other.account.events)
 

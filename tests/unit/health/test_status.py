@@ -198,6 +198,7 @@ def test_rate_limits_are_those_of_this_worker() -> None:
         metrics.record_request(service, "POST /api/events", 202, 0.1)
     page.sample(5.0)
     document = page.document()
+    assert document["bulk_events"] == {"in_bulk": True, "reason": "the account ignores repeats"}
     assert document["limits"] == [
         {
             "endpoint": "POST /api/events",

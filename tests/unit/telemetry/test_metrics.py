@@ -51,6 +51,7 @@ TABLE: Mapping[str, tuple[str, set[str]]] = {
     "oldest_message_age_seconds": ("gauge", set()),
     "lanes": ("gauge", set()),
     "parked": ("gauge", set()),
+    "bulk_events": ("gauge", set()),
     "outage": ("gauge", {"service"}),
     "last_success_timestamp_seconds": ("gauge", set()),
     "queue_backlog_messages": ("gauge", set()),
@@ -262,6 +263,7 @@ def test_gauges_are_read_at_every_scrape() -> None:
         "oldest_message_age_seconds": 90,
         "lanes": 4,
         "parked": 0,
+        "bulk_events": 1,
         "queue_backlog_messages": 120,
         "dead_letter_messages": 2,
     }

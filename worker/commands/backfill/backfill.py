@@ -13,7 +13,6 @@ from worker.commands.backfill.records import mark_as_backfill
 from worker.commands.progress_bar import Rate, show_progress
 from worker.errors import Transient
 from worker.pipeline import Pipeline
-from worker.runtime.dry_run import print_instead
 from worker.runtime.runner import Runner
 from worker.service import Components
 from worker.telemetry.message_log import Telemetry
@@ -51,16 +50,15 @@ class Backfill:
         self._recorder = recorder
         self._selection = selection
         self._limit = limit
-        self._components = components = Components(settings, telemetry)
+        self._components = components = Components(settings, telemetry, dry_run=dry_run)
         self._pages = open_pages(components.commercetools, selection, self.progress.last_id)
-        self._send = print_instead if dry_run else components.sender.send
         queue = RecordQueue(self._pages, selection, recorder, limit)
         pipeline = Pipeline(
             queue, components.enricher.enrich, self._send_marked, components.mapping, telemetry, recorder
         )
-        self._runner = Runner(
-            queue, pipeline, components, _limit_batch(settings, selection), telemetry, components.stopping
-        )
+        in_bulk = selection.name == "orders" and not dry_run and components.bulk_verdict.allows_bulk()
+        settings = settings if in_bulk else _limit_batch(settings, selection)
+        self._runner = Runner(queue, pipeline, components, settings, telemetry, components.stopping)
 
     def run(self, status_line: StatusLine) -> Rate:
         """Process records until none remain or `stop` is called. The checkpoint is saved in either case.
@@ -85,13 +83,11 @@ class Backfill:
         self._runner.stop()
 
     def _send_marked(self, operations: Sequence[Operation]) -> Sequence[SendResult]:
-        return self._send(list(map(mark_as_backfill, operations)))
+        return self._components.send(list(map(mark_as_backfill, operations)))
 
 
 def _limit_batch(settings: BackfillSettings, selection: RecordSelection) -> BackfillSettings:
-    """Return settings with batches that take only seconds, so that progress is visible. Bulk events need no limit."""
-    if selection.name == "orders" and settings.bulk_events == "always":
-        return settings
+    """Return settings with batches that take only seconds, so that progress is visible."""
     return settings.model_copy(update={"max_batch": min(settings.max_batch, selection.kind.max_batch)})
 
 

@@ -31,6 +31,7 @@ from worker.errors import (
 from worker.http.clock import describe
 from worker.json_access import as_dict, as_text, unique
 from worker.klaviyo.client import Klaviyo
+from worker.send.bulk_verdict import read_status
 from worker.settings import unknown_variables
 from worker.transform import HANDLERS
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
     from worker.mapping import MappingConfig
+    from worker.send.bulk_verdict import BulkMode
     from worker.settings import Settings
 
 _NONEXISTENT_ID = "00000000-0000-4000-8000-000000000000"
@@ -111,8 +113,12 @@ def _check_services(
     )
     yield _run_check("subscriptions", ExitCode.COMMERCETOOLS, check_subscription)
     yield from _check_clock(reader, client)
-    if probe_timeout is not None and not klaviyo.exit_code:
+    if klaviyo.exit_code:
+        return
+    if probe_timeout is not None:
         yield _probe_bulk_events(client, probe_timeout, report_progress)
+    elif not _EVENTS.isdisjoint(resources):
+        yield _run_check("bulk events", ExitCode.KLAVIYO, partial(_check_bulk_events, client, settings.bulk_events))
 
 
 def _run_check(name: str, exit_code: int, check: Callable[[], str | CheckResult]) -> CheckResult:
@@ -166,8 +172,10 @@ def _read(reader: queries.Reader, query: queries.Query) -> None:
 
 def _check_klaviyo(client: Klaviyo, resources: Collection[str], *, erasure: bool, probing: bool) -> str:
     reads = {} if _CATALOG.isdisjoint(resources) else {"catalogs:read": "/api/catalog-items"}
-    reads |= bulk_probe.SCOPES if probing else {}
     writes = {scope: path for scope, path, writers in _WRITES if not writers.isdisjoint(resources)}
+    if probing:
+        reads |= bulk_probe.READ_SCOPES
+        writes |= {scope: path for scope, path, _ in _WRITES if scope in bulk_probe.SCOPES}
     if erasure:
         reads["profiles:read"] = "/api/profiles"
         writes["data-privacy:write"] = "/api/data-privacy-deletion-jobs"
@@ -252,15 +260,25 @@ def _check_clock(reader: Commercetools, client: Klaviyo) -> Iterator[CheckResult
         yield CheckResult("clock", "failed", reason, todo, ExitCode.USAGE)
 
 
-def _probe_bulk_events(client: Klaviyo, timeout: float, report_progress: Callable[[str], None]) -> CheckResult:
-    todo = "keep KLAVIYO_WORKER_BULK_EVENTS=auto and probe again"
+def _check_bulk_events(client: Klaviyo, mode: BulkMode) -> str | CheckResult:
     try:
-        verdict = bulk_probe.BulkProbe(client, timeout, report_progress).run()
+        status = read_status(client, mode)
     except EndpointRefused as error:
-        return CheckResult("bulk events", "failed", error.reason, f"{error.todo}: events:write", ExitCode.KLAVIYO)
+        todo = "the worker reads the account's verdict on repeated events with the scope profiles:read"
+        return CheckResult("bulk events", "skipped", f"events are sent individually: {error.reason}", todo)
+    return f"events are sent {'in bulk' if status.in_bulk else 'individually'}: {status.reason}"
+
+
+def _probe_bulk_events(client: Klaviyo, timeout: float, report_progress: Callable[[str], None]) -> CheckResult:
+    todo = "probe again"
+    try:
+        result = bulk_probe.BulkProbe(client, timeout, report_progress).run()
+    except EndpointRefused as error:
+        scopes = ", ".join(bulk_probe.SCOPES)
+        return CheckResult("bulk events", "failed", error.reason, f"{error.todo}: {scopes}", ExitCode.KLAVIYO)
     except WorkerError as error:
         return CheckResult("bulk events", "failed", f"{error.reason}: no result", todo, ExitCode.KLAVIYO)
-    details = {"repeat": str(verdict.repeat), "recommended": str(verdict.recommended)}
-    if verdict.repeat == "undecided":
-        return CheckResult("bulk events", "failed", str(verdict), todo, ExitCode.UNEXPECTED, details)
-    return CheckResult("bulk events", "ok", str(verdict), details=details)
+    details = {"repeats": str(result.repeats), "repeats_in_one_call": str(result.repeats_in_one_call)}
+    if result.repeats == "undecided":
+        return CheckResult("bulk events", "failed", str(result), todo, ExitCode.UNEXPECTED, details)
+    return CheckResult("bulk events", "ok", str(result), details=details)

@@ -16,7 +16,6 @@ from adapters import InertQueue, scheme_of
 from worker.commands.dlq.dead_letters import iter_unseen
 from worker.model import Ending
 from worker.pipeline import Pipeline
-from worker.runtime.dry_run import print_instead
 from worker.runtime.runner import Runner
 from worker.service import Components
 from worker.telemetry.message_log import Telemetry
@@ -206,7 +205,7 @@ class Replay:
         settings = settings.model_copy(update={"max_batch": min(settings.max_batch, _MAX_BATCH)})
         telemetry = Telemetry(Metrics(scheme_of(settings.queue_url)))
         self.stats = ReplayStats(telemetry)
-        self._components = components = Components(settings, telemetry)
+        self._components = components = Components(settings, telemetry, dry_run=options.dry_run)
         dead_letters = queue.dead_letters()
         until_stopped = takewhile(lambda _: not components.stopping.is_set(), iter_unseen(dead_letters))
         self.queue = ReplayQueue(
@@ -217,8 +216,9 @@ class Replay:
             canary=options.canary and not options.dry_run,
             remove_on_ack=not options.dry_run,
         )
-        send = print_instead if options.dry_run else components.sender.send
-        pipeline = Pipeline(self.queue, components.enricher.enrich, send, components.mapping, telemetry, self.stats)
+        pipeline = Pipeline(
+            self.queue, components.enricher.enrich, components.send, components.mapping, telemetry, self.stats
+        )
         self._runner = Runner(self.queue, pipeline, components, settings, telemetry, components.stopping)
 
     def run(self) -> None:
