@@ -58,7 +58,7 @@ def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
     finally:
         timer.cancel()
         if components.stopping.is_set():  # stopped clients cannot be started again
-            components.sender.close()
+            components.close()
             _warm_state.cache_clear()
     return {"batchItemFailures": [{"itemIdentifier": name} for name in batch.failed_ids()]}
 

@@ -51,7 +51,7 @@ class Components:
         self._downtimes = [Downtime(self.commercetools), Downtime(self.klaviyo)]
         self.enricher = Enricher(CachedReader(self.commercetools, settings.cache_ttl), self.mapping)
         # The verdict has its own client: that it cannot be read is no outage for any message.
-        self.bulk_verdict = BulkVerdict(Klaviyo(settings, self.stopping), settings.bulk_events, self.stopping)
+        self.bulk_verdict = BulkVerdict(Klaviyo(settings, self.stopping), settings.bulk_events)
         self.sender = Sender(
             self.klaviyo,
             settings.max_requests,
@@ -62,6 +62,11 @@ class Components:
             stop_wait=settings.shutdown_grace_period * STOP_WAIT_SHARE,
         )
         self.send: Send = print_instead if dry_run else self.sender.send
+
+    def close(self) -> None:
+        """Cancel the operations that have not started. Do not wait for the others."""
+        self.bulk_verdict.close()
+        self.sender.close()
 
     def refusal_reason(self) -> str:
         """Return why a service refuses the worker, or "" if both accept it."""
@@ -110,7 +115,7 @@ class Worker:
         try:
             return self._runner.run(once=once, max_wait=max_wait)
         finally:
-            self._components.sender.close()
+            self._components.close()
             if health:
                 health.stop()
             self._systemd.stop()

@@ -54,7 +54,7 @@ def environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     )  # otherwise its effect would remain for other tests
     serverless._warm_state.cache_clear()
     yield
-    serverless._warm_state().components.sender.close()
+    serverless._warm_state().components.close()
     assert ("INFO", "auto") in configured.calls
     serverless._warm_state.cache_clear()
 

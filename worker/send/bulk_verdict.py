@@ -80,13 +80,14 @@ class BulkVerdict:
     a worker that gets another key is restarted.
     """
 
-    def __init__(self, client: KlaviyoClient, mode: BulkMode, stopping: Event) -> None:
+    def __init__(self, client: KlaviyoClient, mode: BulkMode) -> None:
         self._client = client
         self._mode: BulkMode = mode
-        self._stopping = stopping
-        self._has_answer = Event()
-        self._lock = Lock()
+        self._thread = Thread(target=self._keep_reading, name="bulk-verdict", daemon=True)
         self._started_at: float | None = None  # monotonic seconds
+        self._lock = Lock()
+        self._has_answer = Event()
+        self._closed = Event()
         not_read = BulkEventsStatus(in_bulk=False, reason="the verdict of the account was not read yet")
         self._status = not_read if mode == "auto" else read_status(client, mode)
 
@@ -95,7 +96,11 @@ class BulkVerdict:
         with self._lock:
             if self._mode == "auto" and self._started_at is None:
                 self._started_at = time.monotonic()
-                Thread(target=self._keep_reading, name="bulk-verdict", daemon=True).start()
+                self._thread.start()
+
+    def close(self) -> None:
+        """End the thread. Do not wait for a reading that is under way."""
+        self._closed.set()
 
     def status(self) -> BulkEventsStatus:
         """Return whether events are sent in bulk now, and why."""
@@ -110,7 +115,7 @@ class BulkVerdict:
 
     def _keep_reading(self) -> None:
         try:
-            while not self._stopping.wait(self._read()):
+            while not self._closed.wait(self._read()):
                 pass
         except EndpointRefused as error:
             self._on_failure(error)

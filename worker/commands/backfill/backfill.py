@@ -70,7 +70,7 @@ class Backfill:
             with show_progress(self._selection.name, rate, status_line):
                 self._runner.run(once=True, max_wait=math.inf)
         finally:
-            self._components.sender.close()
+            self._components.close()
         return rate
 
     @property

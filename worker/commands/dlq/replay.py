@@ -226,7 +226,7 @@ class Replay:
         try:
             self._runner.run(once=True, max_wait=MAX_WAIT)
         finally:
-            self._components.sender.close()
+            self._components.close()
 
     def stop(self) -> None:
         """Finish the messages in flight and stop. A second call stops immediately."""
