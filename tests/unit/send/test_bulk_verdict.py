@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from threading import Event
-from threading import enumerate as enumerate_threads
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,11 +14,13 @@ from worker.send import bulk_verdict
 from worker.send.bulk_verdict import BulkVerdict, Verdict, read_status, read_verdict, store_verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from worker.klaviyo.client import Body
     from worker.model import Json
     from worker.send.bulk_verdict import BulkMode
+
+    Start = Callable[..., BulkVerdict]
 
 WAIT = 60.0
 DATE = "2026-11-01T10:00:00+00:00"
@@ -57,23 +58,25 @@ class Klaviyo:
         return 0
 
 
-@pytest.fixture
-def stopping() -> Iterator[Event]:
-    event = Event()
-    yield event
-    event.set()
-
-
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk_verdict, "REFRESH_INTERVAL", 0.02)
     monkeypatch.setattr(bulk_verdict, "RETRY_INTERVAL", 0.01)
 
 
-def started(klaviyo: Klaviyo, stopping: Event, mode: BulkMode = "auto") -> BulkVerdict:
-    verdict = BulkVerdict(klaviyo, mode, stopping)
-    verdict.start()
-    return verdict
+@pytest.fixture
+def started() -> Iterator[Start]:
+    """Start verdicts, and close them after the test."""
+    verdicts: list[BulkVerdict] = []
+
+    def start(klaviyo: Klaviyo, mode: BulkMode = "auto") -> BulkVerdict:
+        verdicts.append(BulkVerdict(klaviyo, mode))
+        verdicts[-1].start()
+        return verdicts[-1]
+
+    yield start
+    for verdict in verdicts:
+        verdict.close()
 
 
 @pytest.mark.parametrize(
@@ -89,16 +92,16 @@ def started(klaviyo: Klaviyo, stopping: Event, mode: BulkMode = "auto") -> BulkV
         (None, False),
     ],
 )
-def test_only_an_account_that_ignores_repeats_gets_bulk_calls(repeats: Any, in_bulk: bool, stopping: Event) -> None:
+def test_only_an_account_that_ignores_repeats_gets_bulk_calls(repeats: Any, in_bulk: bool, started: Start) -> None:
     """Any other value, also one that an operator sets by hand, and an account without a verdict get none."""
-    assert started(Klaviyo(repeats), stopping).allows_bulk() is in_bulk
+    assert started(Klaviyo(repeats)).allows_bulk() is in_bulk
 
 
 @pytest.mark.parametrize(("mode", "in_bulk"), [("always", True), ("never", False)])
-def test_setting_overrules_the_verdict(mode: BulkMode, in_bulk: bool, stopping: Event) -> None:
+def test_setting_overrules_the_verdict(mode: BulkMode, in_bulk: bool, started: Start) -> None:
     """The account is not read."""
     klaviyo = Klaviyo("dropped" if in_bulk else "ignored")
-    verdict = started(klaviyo, stopping, mode)
+    verdict = started(klaviyo, mode)
     assert verdict.allows_bulk() is in_bulk
     assert verdict.status().reason == f"KLAVIYO_WORKER_BULK_EVENTS is {mode}"
     assert klaviyo.readings == 0
@@ -118,11 +121,11 @@ def test_reason_says_how_to_ask() -> None:
     assert read_status(Klaviyo(), "auto").reason.endswith("run klaviyo-worker check --probe-bulk")
 
 
-def test_changed_verdict_is_noticed(stopping: Event, caplog: pytest.LogCaptureFixture) -> None:
+def test_changed_verdict_is_noticed(started: Start, caplog: pytest.LogCaptureFixture) -> None:
     """A verdict can be revoked or given while workers run. Each change is logged once."""
     caplog.set_level(logging.INFO, "klaviyo_worker")
     klaviyo = Klaviyo("ignored")
-    verdict = started(klaviyo, stopping)
+    verdict = started(klaviyo)
     assert verdict.allows_bulk()
     klaviyo.profiles = []
     wait_for(lambda: not verdict.allows_bulk())
@@ -134,31 +137,27 @@ def test_changed_verdict_is_noticed(stopping: Event, caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.parametrize("failure", [Transient("503"), EndpointRefused("403: profiles:read")])
-def test_unreadable_verdict_is_none(failure: Exception, stopping: Event, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_verdict_is_none(failure: Exception, started: Start, caplog: pytest.LogCaptureFixture) -> None:
     """It is logged once. Only an outage ends by itself."""
     klaviyo = Klaviyo("ignored")
     klaviyo.failure = failure
-    verdict = started(klaviyo, stopping)
+    verdict = started(klaviyo)
     assert not verdict.allows_bulk()
     if isinstance(failure, Transient) and not isinstance(failure, EndpointRefused):
         wait_for(lambda: klaviyo.readings > 2)
         klaviyo.failure = None
         wait_for(verdict.allows_bulk)
     else:
-        wait_for(lambda: "bulk-verdict" not in _threads())
+        wait_for(lambda: not verdict._thread.is_alive())
         assert klaviyo.readings == 1
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert str(failure) in vars(record)["reason"]
 
 
-def _threads() -> set[str]:
-    return {thread.name for thread in enumerate_threads()}
-
-
-def test_outage_keeps_the_last_verdict(stopping: Event) -> None:
+def test_outage_keeps_the_last_verdict(started: Start) -> None:
     """The account has not changed its behaviour."""
     klaviyo = Klaviyo("ignored")
-    verdict = started(klaviyo, stopping)
+    verdict = started(klaviyo)
     assert verdict.allows_bulk()
     klaviyo.failure = Transient("503")
     seen = klaviyo.readings
@@ -166,31 +165,40 @@ def test_outage_keeps_the_last_verdict(stopping: Event) -> None:
     assert verdict.allows_bulk()
 
 
-def test_first_reading_is_waited_for(stopping: Event) -> None:
+def test_first_reading_is_waited_for(started: Start) -> None:
     """Otherwise the first batches of a backlog would be sent individually, which takes minutes."""
     klaviyo = Klaviyo("ignored")
     klaviyo.may_answer.clear()
-    verdict = started(klaviyo, stopping)
+    verdict = started(klaviyo)
     assert verdict.status() == (False, "the verdict of the account was not read yet")
     klaviyo.may_answer.set()
     assert verdict.allows_bulk()
 
 
-def test_unanswered_reading_delays_events_only_briefly(stopping: Event, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unanswered_reading_delays_events_only_briefly(started: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Events are then sent individually."""
     monkeypatch.setattr(bulk_verdict, "FIRST_READING_WAIT", 0.01)
     klaviyo = Klaviyo("ignored")
     klaviyo.may_answer.clear()
-    assert not started(klaviyo, stopping).allows_bulk()
+    assert not started(klaviyo).allows_bulk()
     klaviyo.may_answer.set()
 
 
-def test_verdict_is_read_only_when_it_is_needed(stopping: Event) -> None:
+def test_verdict_is_read_only_when_it_is_needed() -> None:
     """A dry run and a backfill of customers read nothing. The first question starts the thread, once."""
     klaviyo = Klaviyo("ignored")
     klaviyo.failure = EndpointRefused("403")
-    verdict = BulkVerdict(klaviyo, "auto", stopping)
+    verdict = BulkVerdict(klaviyo, "auto")
     assert not verdict.status().in_bulk
     assert klaviyo.readings == 0
     assert [verdict.allows_bulk(), verdict.allows_bulk()] == [False, False]
     assert klaviyo.readings == 1
+
+
+def test_closed_verdict_reads_no_more(started: Start) -> None:
+    """The thread ends with its worker, backfill or replay."""
+    verdict = started(Klaviyo("ignored"))
+    assert verdict.allows_bulk()
+    verdict.close()
+    verdict._thread.join(WAIT)
+    assert not verdict._thread.is_alive()
