@@ -271,3 +271,27 @@ def test_full_disk_ends_the_backfill(sandbox: Sandbox, tmp_path: Path, monkeypat
     result = backfill(sandbox, "customers", "--checkpoint", str(tmp_path / "c.json"))
     assert result.exit_code == 1
     assert result.stderr.endswith("Error: cannot write the checkpoint or the failures file: No space left on device\n")
+
+
+def test_record_that_klaviyo_always_fails_ends_the_backfill(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After some tries it is a failure. The checkpoint is behind it, and the other records are sent."""
+    monkeypatch.setattr("worker.pipeline.FIRST_DELAY", 0.1)
+    failing = min(sandbox.shop.customers)
+    sandbox.klaviyo.faults.add(Fault(status=500, times=None, contains=failing.encode()))
+    checkpoint = tmp_path / "customers.json"
+    result = backfill(
+        sandbox,
+        "customers",
+        "--checkpoint",
+        str(checkpoint),
+        KLAVIYO_WORKER_OUTAGE_HOLD="0.2",
+        KLAVIYO_WORKER_RETRY_TIMEOUT="0.1",
+    )
+    assert result.exit_code == 1
+    progress = json.loads(checkpoint.read_text())
+    assert sum(progress["failed"].values()) == 1
+    assert progress["last_id"] == max(sandbox.shop.customers)
+    (failure,) = map(json.loads, (tmp_path / "customers.failures.jsonl").read_text().splitlines())
+    assert failure["resource_id"] == failing
