@@ -296,7 +296,7 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         description="Seconds within which a bulk job of Klaviyo ends; as long as a job can still write, no worker "
         "processes its messages",
     )
-    max_in_flight: int = Field(5_000, ge=1, le=100_000, description="Maximum number of messages in flight per effect")
+    max_in_flight: int = Field(4_000, ge=1, le=100_000, description="Maximum number of messages in flight per effect")
     max_in_flight_bytes: int = Field(
         8_000_000, ge=1, description="Maximum size of the messages in flight per effect, in bytes"
     )

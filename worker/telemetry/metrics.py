@@ -173,7 +173,7 @@ class _Gauges:
         state = self._state
         readings: tuple[tuple[str, str, Callable[[], float | None]], ...] = (
             ("messages_in_flight", "Messages received and not settled", state.in_flight),
-            ("messages_held", "Messages in flight that are held or parked", state.held),
+            ("messages_held", "Messages in flight that are held", state.held),
             ("oldest_message_age_seconds", "Age of the oldest message in flight", state.oldest_age),
             ("lanes", "Number of lanes", state.lanes),
             ("parked", "1 while the worker is parked", lambda: bool(state.parked_reason())),

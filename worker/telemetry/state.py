@@ -33,7 +33,7 @@ class WorkerState(Protocol):
         """Return the number of messages in flight."""
 
     def held(self) -> int:
-        """Return the number of messages in flight that are held or parked."""
+        """Return the number of messages in flight that are held."""
 
     def oldest_age(self) -> float | None:
         """Return the seconds since the oldest message in flight was published: 0 without messages, None if unknown."""

@@ -307,7 +307,10 @@ class Harness:
         selection = RecordSelection(name, **more)
         self.progress = BackfillProgress()
         self.recorder = BackfillRecorder(self.progress, selection.kind.resource_type, None, None)
-        self.queue = RecordQueue(open_pages(commercetools, selection, ""), selection, self.recorder, limit)
+        self.down = ""
+        self.queue = RecordQueue(
+            open_pages(commercetools, selection, ""), selection, self.recorder, limit, lambda: self.down
+        )
 
     def receive(self, number: int = 10) -> list[RecordDelivery]:
         return list(self.queue.receive(number, 0.0))
@@ -426,6 +429,16 @@ def test_message_that_always_fails_is_a_failure(error: str) -> None:
         assert harness.receive() == ([failing] if number + 1 < queue_module.MAX_TRIES else [])
     assert harness.progress.failed == {"500": 1}
     assert harness.progress.last_id == "a"
+
+
+def test_message_does_not_fail_because_a_service_is_down() -> None:
+    """The backfill waits for the end of the outage, however long it lasts."""
+    harness = Harness(FakeCommercetools(*customers("a")))
+    harness.down = "503"
+    for _ in range(2 * queue_module.MAX_TRIES):
+        (delivery,) = harness.receive()
+        harness.queue.nack([delivery], 0.0, Failure("503", "send", "CircuitOpen"))
+    assert harness.receive_all() == ["a"]
 
 
 def test_returned_message_is_no_failure() -> None:

@@ -52,7 +52,7 @@ class Backfill:
         self._limit = limit
         self._components = components = Components(settings, telemetry, dry_run=dry_run)
         self._pages = open_pages(components.commercetools, selection, self.progress.last_id)
-        queue = RecordQueue(self._pages, selection, recorder, limit)
+        queue = RecordQueue(self._pages, selection, recorder, limit, components.down_reason)
         pipeline = Pipeline(
             queue, components.enricher.enrich, self._send_marked, components.mapping, telemetry, recorder
         )

@@ -18,7 +18,7 @@ from worker.json_access import parse_time
 from worker.telemetry.log import ConditionLog
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from adapters.base import Delivery
     from worker.commands.backfill.pages import RecordPages
@@ -34,16 +34,22 @@ MAX_TRIES = 5  # of a message, each with a hold; then its record counts as faile
 class RecordQueue(InertQueue):
     """The selected records as a finite queue. Implements QueueAdapter. `limit` is the maximum number of records.
 
-    A recently changed order is delayed, so that the worker sends it first.
+    A recently changed order is delayed, so that the worker sends it first. `down_reason` returns why a service is down.
     """
 
     def __init__(
-        self, pages: RecordPages, selection: RecordSelection, recorder: BackfillRecorder, limit: int | None
+        self,
+        pages: RecordPages,
+        selection: RecordSelection,
+        recorder: BackfillRecorder,
+        limit: int | None,
+        down_reason: Callable[[], str],
     ) -> None:
         self._pages = pages
         self._selection = selection
         self._recorder = recorder
         self._limit = limit
+        self._down_reason = down_reason
         self._is_exhausted = False
         self._page_error = ConditionLog("page_not_read", "page_read", logging.WARNING)
         self._ready: deque[RecordDelivery] = deque()
@@ -66,10 +72,10 @@ class RecordQueue(InertQueue):
         """Do nothing, because BackfillRecorder records the outcomes."""
 
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
-        """Redeliver the messages. A message that has failed MAX_TRIES times fails permanently."""
+        """Redeliver the messages. A message fails permanently at its MAX_TRIES-th failure while the services are up."""
         for delivery in deliveries:
             assert isinstance(delivery, RecordDelivery)
-            delivery.tries += failure is not None
+            delivery.tries += failure is not None and not self._down_reason()
             if failure and delivery.tries >= MAX_TRIES:
                 self._recorder.record_failure(delivery.record, failure)
             else:
