@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 10 * 1024 * 1024  # of a body; Pub/Sub has the highest limit of the queues, 10 MB
 MAX_VALUES = 500_000  # JSON values in a body; each takes up to 250 bytes of memory
 MAX_LINES = 1_000  # line items and custom line items of an order; commercetools allows 500 line items
+MAX_CATEGORIES = 1_000  # of a product; each event of an order names the categories of its products
 MAX_REFUNDS = 100  # refunds in one message; each becomes an event with all properties of the order
 MAX_PATHS = 20  # of truncated properties that an operation and a log line name
 MAX_PATH_LENGTH = 200  # characters
@@ -43,6 +44,11 @@ def check_lines(order: Json) -> None:
     """Raise Rejected if an order has too many lines."""
     lines = (order.get("lineItems"), order.get("customLineItems"))
     _check(sum(len(part) for part in lines if isinstance(part, list)), MAX_LINES, "the order", "lines")
+
+
+def check_categories(categories: int) -> None:
+    """Raise Rejected if a product has too many categories."""
+    _check(categories, MAX_CATEGORIES, "the product", "categories")
 
 
 def check_refunds(refunds: int) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from worker.budget import check_lines, check_lookups
+from worker.budget import check_categories, check_lines, check_lookups
 from worker.commercetools import queries
 from worker.errors import EndpointRefused, Rejected, WorkerError
 from worker.json_access import MAX_ID_LENGTH, as_dict, as_dicts, as_text, pick_ids, unique
@@ -149,7 +149,7 @@ def _payment_plan(enriched: Enriched, context: _PlanContext) -> Plan:
 def _order_data_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     """Add the data of every order event: categories of the line items, discount codes, and the customer.
 
-    Raises Rejected if the order has too many lines.
+    Raises Rejected if the order has too many lines, or one of its products too many categories.
     """
     order = as_dict(enriched.order)
     check_lines(order)
@@ -159,8 +159,7 @@ def _order_data_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     customer_id = "" if as_text(order.get("customerEmail")) else as_text(order.get("customerId"))
     yield [(queries.PRODUCT_CATEGORIES, products), (queries.DISCOUNT_CODES, codes), (queries.CUSTOMERS, [customer_id])]
     product_categories = {
-        product: pick_ids(as_dict(context.get_optional(queries.PRODUCT_CATEGORIES, product)).get("categories"))
-        for product in products
+        product: _category_ids(context.get_optional(queries.PRODUCT_CATEGORIES, product)) for product in products
     }
     categories = yield from _categories(queries.CATEGORY_NAMES, product_categories.values(), context)
     return replace(
@@ -223,7 +222,7 @@ def _product_data_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     variants = [as_dict(product.get("masterVariant")), *as_dicts(product.get("variants"))]
     skus = unique(as_text(variant.get("sku")) for variant in variants)
     yield [(queries.INVENTORY_BY_SKU, skus)]
-    own = pick_ids(product.get("categories"))
+    own = _category_ids(product)
     categories = yield from _categories(queries.CATEGORY_NAMES, [own], context)
     return replace(
         enriched,
@@ -262,6 +261,13 @@ def _with_version(enriched: Enriched, resource: Json | None, **others: Iterable[
     versions[key] = None if resource is None else version_of(resource)
     is_missing = resource is None and not reports_absence(notification)
     return replace(enriched, versions=versions, missing=notification.resource_type if is_missing else "")
+
+
+def _category_ids(product: Json | None) -> list[str]:
+    """Return the ids of a product's categories. Raises Rejected if there are too many."""
+    ids = pick_ids(as_dict(product).get("categories"))
+    check_categories(len(ids))
+    return ids
 
 
 def _categories(

@@ -19,6 +19,7 @@ from worker.mapping import MappingConfig
 from worker.model import Enriched, Notification, Operation
 from worker.parse import parse
 from worker.transform import transform
+from worker.transform.fields import product_url
 from worker.transform.size_limits import EVENT_BYTES, truncate
 
 if TYPE_CHECKING:
@@ -31,7 +32,12 @@ HEAD: Json = {
     "resource": {"typeId": "order", "id": "o"},
     "createdAt": "2026-11-23T10:00:00.123Z",
 }
-MAPPING = MappingConfig.model_validate({"order": {"properties": {"include": ["*"]}, "raw_line_item": True}})
+MAPPING = MappingConfig.model_validate(
+    {
+        "order": {"properties": {"include": ["*"]}, "raw_line_item": True},
+        "product_url_template": "https://shop.example/{{productSlug}}?sku={{sku}}",
+    }
+)
 
 
 class CountingReader(InMemoryReader):
@@ -121,8 +127,29 @@ def test_product_in_too_many_categories_is_rejected() -> None:
     """Otherwise the message would need thousands of queries."""
     product = {"id": "p", "categories": [{"id": str(n)} for n in range(100_000)]}
     change = HEAD | {"type": "ProductPublished", "resource": {"typeId": "product", "id": "p"}}
-    with pytest.raises(Rejected, match="the message has 100,000 ids to look up: expected at most 10,000"):
+    with pytest.raises(Rejected, match="the product has 100,000 categories: expected at most 1,000"):
         processed(orjson.dumps(change), {"product-projections": [product]})
+    with pytest.raises(Rejected, match="the product has 100,000 categories"):
+        processed(body_of({"lineItems": [{"productId": "p"}]}), {"product-projections": [product]})
+
+
+def test_variants_of_a_product_are_limited_by_the_lookup_of_their_stock() -> None:
+    """A product in commercetools has up to 100 variants by default."""
+    change = orjson.dumps(HEAD | {"type": "ProductPublished", "resource": {"typeId": "product", "id": "p"}})
+    variants = [{"id": n, "sku": f"s{n}"} for n in range(budget.MAX_LOOKUPS)]
+    shop = {"product-projections": [{"id": "p", "masterVariant": {"sku": "s"}, "variants": variants[1:]}]}
+    operations, looked_up = processed(change, shop)
+    assert (len(operations), looked_up) == (budget.MAX_LOOKUPS + 2, budget.MAX_LOOKUPS + 1)
+    shop["product-projections"][0]["variants"] = variants
+    with pytest.raises(Rejected, match="the message has 10,001 ids to look up: expected at most 10,000"):
+        processed(change, shop)
+
+
+def test_placeholder_in_a_value_is_not_replaced() -> None:
+    """Otherwise a slug of placeholders would repeat the SKU as often."""
+    mapping = MappingConfig(product_url_template="https://shop.example/{{productSlug}}?s={{sku}}&x={{other}}")
+    url = product_url({"en-US": "{{sku}}" * 1_000}, "p", {"sku": "s" * 10_000}, mapping)
+    assert url == f"https://shop.example/{'{{sku}}' * 1_000}?s={'s' * 10_000}&x={{{{other}}}}"
 
 
 def test_long_ids_are_not_looked_up() -> None:

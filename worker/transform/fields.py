@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from decimal import Decimal
 from itertools import accumulate, chain
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_FRACTION_DIGITS = 20  # commercetools' limit for highPrecision money
 MAX_MINOR_UNITS = 2**63
+_PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
 
 def first_nonempty(*values: str) -> str:
@@ -254,14 +256,14 @@ def add_seconds(value: Any, seconds: int) -> str:
 
 
 def product_url(slug: Any, product_id: str, variant: Json, mapping: MappingConfig) -> str:
-    """Return the URL of a product page, or "" if the mapping has no template for it."""
+    """Return the URL of a product page, or "" if the mapping has no template for it.
+
+    A placeholder in a value stays as it is.
+    """
     values = {
         "productSlug": localized(slug, mapping.locale),
         "productId": product_id,
         "sku": as_text(variant.get("sku")),
         "locale": mapping.locale,
     }
-    url = mapping.product_url_template
-    for name, value in values.items():
-        url = url.replace("{{" + name + "}}", value)
-    return url
+    return _PLACEHOLDER.sub(lambda found: values.get(found[1], found[0]), mapping.product_url_template)
