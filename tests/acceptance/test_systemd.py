@@ -43,11 +43,11 @@ def test_status_is_reported_to_systemd(worker: Worker, sandbox: Sandbox) -> None
 
 def test_watchdog_is_notified_until_the_end(worker: Worker, sandbox: Sandbox, tmp_path: Path) -> None:
     """Otherwise systemd would kill a worker that finishes its messages."""
-    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=2, times=1))
+    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=2, times=1, match="POST /api/profile-import"))
     worker.publish(updated(next(iter(sandbox.shop.customers))))
     with NotifySocket(f"{tmp_path}/notify") as listener:
         process = worker.start(*RUN, env={"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "200000"})
-        listener.wait_for(lambda lines: sandbox.klaviyo.requests and "WATCHDOG=1" in lines)
+        listener.wait_for(lambda lines: sandbox.klaviyo.faults.triggered and "WATCHDOG=1" in lines)
         process.send_signal(signal.SIGTERM)
         listener.wait_for(lambda lines: "STOPPING=1" in lines and lines[-3:] == ["WATCHDOG=1"] * 3)
     assert process.wait(60) == 0
