@@ -22,6 +22,7 @@ from worker.errors import (
     JobUnfinished,
     Rejected,
     RequestBlocked,
+    StaleRead,
     StateChanged,
     Transient,
     WorkerError,
@@ -29,6 +30,7 @@ from worker.errors import (
 from worker.model import Ended, Ending, Message, OperationKind, Outcome, SendResult
 from worker.parse import parse
 from worker.telemetry.defects import describe_defect, report_defect
+from worker.telemetry.log import log
 from worker.transform import handler_for, transform
 from worker.versions import check_reading
 
@@ -240,6 +242,9 @@ def _judge_reading(message: Message, read_at: float) -> None:
         check_reading(message, read_at)
     except Transient as error:
         message.outcome = _failure_outcome(message, "enrich", error)
+        if isinstance(error, StaleRead) and not message.due_at:  # once per message
+            kind, name = message.key
+            log.warning("reading_stale", extra={"resource_type": kind, "resource_id": name, "reason": str(error)})
         return
     if message.written_versions is not None and message.written_versions == message.enriched.versions:
         message.outcome = Outcome(Disposition.ACK, "send")

@@ -418,7 +418,11 @@ def test_failed_write_is_repeated_even_if_the_version_is_the_same(pipeline: Pipe
     [{"version": 5}, {"notificationType": "Message", "type": "CustomerCreated", "version": 1, "resourceVersion": 5}],
 )
 def test_version_below_that_of_the_message_is_never_written(
-    fields: dict[str, Any], pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+    fields: dict[str, Any],
+    pipeline: Pipeline,
+    recorded: RecordingQueue,
+    stages: Stages,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It proves that the reading is stale, however old the message is and whatever the clock says."""
     stages.versions["a"] = 4
@@ -427,6 +431,9 @@ def test_version_below_that_of_the_message_is_never_written(
     assert pipeline.process([message]) == [message]
     assert isinstance(message.outcome and message.outcome.cause, StaleRead)
     assert stages.sent == []
+    message.due_at = 1.0
+    assert pipeline.process([message]) == [message]
+    assert [record.message for record in caplog.records] == ["reading_stale"]
     stages.versions["a"] = 5
     assert pipeline.process([message]) == []
     assert [entry[:2] for entry in recorded.settled] == [("ack", "a")]

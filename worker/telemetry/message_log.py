@@ -11,7 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from worker.budget import limit_paths
-from worker.errors import Ignored
+from worker.errors import Ignored, JobUnfinished, NotShownYet, StateChanged
 from worker.model import Ending
 from worker.telemetry.log import log
 from worker.telemetry.recent_failures import RecentFailures
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from worker.telemetry.metrics import Metrics
 
 
+_WAITS = (NotShownYet, StateChanged, JobUnfinished)
 _LEVELS = {Ending.RETRIED: logging.WARNING, Ending.DEAD_LETTERED: logging.ERROR}
 
 
@@ -48,12 +49,16 @@ class Telemetry:
         self.metrics.record_stage(name, time.monotonic() - started_at)
 
     def record_processed(self, messages: Sequence[Message]) -> None:
-        """Count a processed batch and its failed messages, including those that are held and retried."""
+        """Count a processed batch and its failed messages, including those that are held and retried.
+
+        A message that only waits is no failure, but the status page shows why it waits.
+        """
         self.metrics.record_batch(len(messages))
         for message in messages:
             outcome = message.outcome
             if outcome and outcome.cause and not isinstance(outcome.cause, Ignored):
-                self.metrics.record_failure(outcome.stage, outcome.error)
+                if not isinstance(outcome.cause, _WAITS):
+                    self.metrics.record_failure(outcome.stage, outcome.error)
                 if message.is_held:
                     self.failures.add(_canonical_fields(message, "held"))
 

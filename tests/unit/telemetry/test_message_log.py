@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import FakeDelivery
 from worker.budget import MAX_PATHS, MORE
-from worker.errors import Disposition, Ignored, Rejected, Transient
+from worker.errors import Disposition, Ignored, JobUnfinished, NotShownYet, Rejected, StateChanged, Transient
 from worker.model import Ended, Ending, Message, Notification, Operation, OperationKind, Outcome
 from worker.telemetry.log import configure_logging, log
 from worker.telemetry.message_log import Telemetry
@@ -90,6 +90,16 @@ def test_only_failures_are_recorded() -> None:
         ("dead_lettered", "send", "400", 1),
         ("held", "enrich", "500", 1),
     ]
+
+
+def test_wait_is_shown_but_is_no_failure() -> None:
+    """A new resource that commercetools does not show yet must not raise an alert."""
+    metrics = Metrics("embedded")
+    telemetry = Telemetry(metrics)
+    waits = [NotShownYet("a", 1.0), JobUnfinished("b", 600.0), StateChanged("c")]
+    telemetry.record_processed([message(Outcome(wait.disposition, "send", wait)) for wait in waits])
+    assert sorted(failure["reason"] for failure in telemetry.failures.newest()) == ["a", "b", "c"]
+    assert "message_failures_total{" not in metrics.render()[0].decode()
 
 
 def test_text_format_shows_time_event_and_fields() -> None:
