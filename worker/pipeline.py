@@ -196,7 +196,9 @@ def _ending(message: Message) -> Ending:
     assert message.outcome is not None
     match message.outcome.disposition:
         case Disposition.ACK:
-            return Ending.SENT if message.operations else Ending.IGNORED
+            # A lane forgets the operations of a held message.
+            has_effect = message.operations or message.written_versions is not None
+            return Ending.SENT if has_effect else Ending.IGNORED
         case Disposition.DEAD_LETTER:
             return Ending.DEAD_LETTERED
         case _:
