@@ -1,4 +1,4 @@
-"""What a refusal concerns: one record, one endpoint, or a whole service."""
+"""The scope of a refusal: one record, one endpoint, or a whole service."""
 
 from __future__ import annotations
 

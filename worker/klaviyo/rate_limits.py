@@ -97,7 +97,7 @@ class RateLimiter:
 
 
 class Report(NamedTuple):
-    """What a response reports of the account's limits. NaN: unknown."""
+    """The limits and counts of the account that a response reports. NaN: unknown."""
 
     burst: float  # requests per second
     steady: float  # requests per minute
