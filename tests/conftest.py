@@ -36,8 +36,8 @@ _QUEUES = ("DEAD_LETTER_", "PUBSUB_", "AWS_", "AZURE_", "SERVICEBUS_")
 _SHARED = pytest.StashKey[Emulator]()
 _SHARED_SQS = pytest.StashKey[dict[str, sqs.Server]]()
 _FIXTURES = {"pubsub": "emulator", "sqs": "fauxqs"}  # servers that all tests share
-_PROCESS_TESTS = frozenset({"acceptance", "faults", "deploy"})
-_SLOWEST_FIRST = {"acceptance": 0, "faults": 0, "integration": 1}  # 2: all others
+_NOT_MEASURED = frozenset({"acceptance", "faults", "deploy", "model"})
+_SLOWEST_FIRST = {"acceptance": 0, "faults": 0, "model": 0, "integration": 1}  # 2: all others
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -63,8 +63,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the slowest tests first, so that the workers of xdist end together.
 
-    Tests in a folder of _PROCESS_TESTS are not measured themselves, only the processes that they start: the rest is
-    code of the sandbox, which other tests cover, and measuring it takes longer than running it.
+    Tests in a folder of _NOT_MEASURED are not measured themselves, only the processes that they start: other tests
+    cover the same code, and measuring it takes longer than running it.
     """
 
     def sort_key(item: pytest.Item) -> tuple[float, int]:
@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=sort_key)
     for item in items:
-        if item.path.parent.name in _PROCESS_TESTS:
+        if item.path.parent.name in _NOT_MEASURED:
             item.add_marker(pytest.mark.no_cover)
 
 

@@ -19,7 +19,7 @@ from worker.errors import EndpointRefused, Rejected, WorkerError
 from worker.json_access import MAX_ID_LENGTH, as_dict, as_dicts, as_text, pick_ids, unique
 from worker.model import Enriched, Json, Notification
 from worker.telemetry.defects import describe_defect, report_defect
-from worker.versions import reports_absence, version_of
+from worker.versions import version_of
 
 if TYPE_CHECKING:
     from worker.mapping import MappingConfig
@@ -191,7 +191,10 @@ def _category_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     ancestors = [pick_ids(entry.get("ancestors")) for entry in (as_dict(category), *descendants)]
     categories = yield from _categories(queries.CATEGORIES, ancestors, context)
     enriched = replace(enriched, category=category, descendants=descendants, categories=categories)
-    return _with_version(enriched, category, category=[*descendants, *categories.values()])
+    enriched = _with_version(enriched, category, category=[*descendants, *categories.values()])
+    if any(ancestor not in categories for ids in ancestors for ancestor in ids):
+        enriched = replace(enriched, missing=enriched.missing or "ancestor of a category")
+    return enriched
 
 
 def _product_plan(enriched: Enriched, context: _PlanContext) -> Plan:
@@ -259,8 +262,7 @@ def _with_version(enriched: Enriched, resource: Json | None, **others: Iterable[
     }
     key = notification.resource_type, notification.resource_id
     versions[key] = None if resource is None else version_of(resource)
-    is_missing = resource is None and not reports_absence(notification)
-    return replace(enriched, versions=versions, missing=notification.resource_type if is_missing else "")
+    return replace(enriched, versions=versions, missing=notification.resource_type if resource is None else "")
 
 
 def _category_ids(product: Json | None) -> list[str]:

@@ -24,16 +24,12 @@ def version_of(resource: Json) -> int:
     return as_int(resource.get("version")) or 0
 
 
-def reports_absence(notification: Notification) -> bool:
-    """Return whether the notification says that commercetools no longer shows the resource."""
-    return notification.type.endswith(("Deleted", "Unpublished"))
-
-
 def check_reading(message: Message, now: float) -> None:
     """Record the versions that the message's reading shows. `now` is in monotonic seconds.
 
-    Raises StaleRead if a newer version is known to exist. Raises NotShownYet if a resource is missing that should
-    exist, and the message was first received less than READ_LAG seconds ago.
+    Raises StaleRead if a newer version is known to exist. Raises NotShownYet if a resource is missing, and the message
+    was first received less than READ_LAG seconds ago: possibly commercetools does not show its creation yet. That also
+    applies to the message of its deletion, because another worker can still read and write it.
     """
     enriched = message.enriched
     assert enriched is not None
@@ -44,8 +40,10 @@ def check_reading(message: Message, now: float) -> None:
     message.known_versions = known | {key: version for key, version in enriched.versions.items() if version is not None}
     waited = now - message.received_at
     if enriched.missing and waited < READ_LAG:
-        wait = min(READ_INTERVAL, READ_LAG - waited)
-        raise NotShownYet(f"commercetools does not show the {enriched.missing} yet", wait)
+        remaining = READ_LAG - waited
+        if enriched.notification.type.endswith(("Deleted", "Unpublished")):
+            raise NotShownYet(f"commercetools does not show the {enriched.missing}: it must be read again", remaining)
+        raise NotShownYet(f"commercetools does not show the {enriched.missing} yet", min(READ_INTERVAL, remaining))
 
 
 def _notified_version(notification: Notification) -> dict[ResourceKey, int]:

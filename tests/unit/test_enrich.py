@@ -193,17 +193,25 @@ def test_resource_type_without_a_plan_needs_no_query(enricher: Enricher, reader:
 
 @pytest.mark.parametrize("kind", ["order", "payment", "customer", "category", "product", "inventory-entry"])
 def test_missing_resource_is_named(kind: str, enricher: Enricher) -> None:
-    """The pipeline decides whether it possibly appears later. After a deletion nothing is missing."""
-    enriched = one(enricher, about(kind, "new", "ResourceCreated"))
-    assert (enriched.missing, enriched.versions) == (kind, {(kind, "new"): None})
-    for deletion in ("ResourceDeleted", "ProductUnpublished"):
-        assert one(enricher, about(kind, "gone", deletion)).missing == ""
+    """The pipeline decides whether it possibly appears later."""
+    for change in ("ResourceCreated", "ResourceUpdated", "ResourceDeleted", "ProductUnpublished"):
+        enriched = one(enricher, about(kind, "new", change))
+        assert (enriched.missing, enriched.versions) == (kind, {(kind, "new"): None})
 
 
 def test_missing_order_of_a_payment_is_named(enricher: Enricher) -> None:
     """A payment is possibly created before its order, even if it names the customer."""
     assert one(enricher, about("payment", "pay2")).missing == "order of the payment"
     assert one(enricher, about("payment", "pay1")).missing == ""
+
+
+def test_missing_ancestor_of_a_category_is_named() -> None:
+    """A category can be shown before its parent. Its breadcrumb would lack the parent permanently."""
+    shop: dict[str, list[dict[str, Any]]] = {"categories": [{"id": "bottom", "ancestors": reference("top")}]}
+    enricher = Enricher(InMemoryReader(shop), MappingConfig(), now=lambda: NOW)
+    assert one(enricher, about("category", "bottom", "ResourceCreated")).missing == "ancestor of a category"
+    shop["categories"].append({"id": "top", "ancestors": []})
+    assert one(enricher, about("category", "bottom", "ResourceCreated")).missing == ""
 
 
 def test_versions_are_those_of_all_resources_that_determine_the_written_state() -> None:

@@ -88,7 +88,7 @@ class Stages:
         customer: dict[str, object] | None = {"id": name, "email": "ada@example.com", "firstName": self.name}
         if version is None:
             customer = None
-        missing = "customer" if version is None and notification.type != "ResourceDeleted" else ""
+        missing = "customer" if version is None else ""
         versions = {("customer", name): version}
         return Enriched(notification, datetime.now(UTC), customer=customer, versions=versions, missing=missing)
 
@@ -445,17 +445,32 @@ def with_erasure(stages: Stages, recorded: RecordingQueue, *, erasure: bool = Tr
     return Pipeline(recorded, stages.enrich, stages.send, mapping, Telemetry(Metrics("embedded")))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("shown", "acked", "erased"), [(4, False, False), (5, False, False), (6, True, False), (None, True, True)]
-)
+@pytest.mark.parametrize(("shown", "acked"), [(4, False), (5, False), (6, True)])
 def test_deleted_resource_that_is_still_shown_is_a_stale_reading(
-    shown: int | None, acked: bool, erased: bool, recorded: RecordingQueue, stages: Stages
+    shown: int, acked: bool, recorded: RecordingQueue, stages: Stages
 ) -> None:
     """Ids are never used again. A higher version than that of the deletion contradicts the message."""
     stages.versions["a"] = shown
     run(with_erasure(stages, recorded), updated("a", notificationType="ResourceDeleted", dataErasure=True, version=5))
     assert bool(recorded.settled) is acked
-    assert [operation.kind for operation in stages.sent] == [OperationKind.DELETE_PROFILE] * erased
+    assert stages.sent == []
+
+
+def test_deleted_resource_is_read_once_more_some_seconds_after_the_first_receipt(
+    recorded: RecordingQueue, stages: Stages
+) -> None:
+    """Possibly commercetools does not show its creation yet, and another worker reads and writes it afterwards."""
+    stages.versions["a"] = None
+    pipeline = with_erasure(stages, recorded)
+    message = pipeline.parse(updated("a", notificationType="ResourceDeleted", dataErasure=True, version=5))
+    assert pipeline.process([message]) == [message]
+    assert stages.sent == []
+    cause = message.outcome and message.outcome.cause
+    assert isinstance(cause, NotShownYet)
+    assert READ_LAG - 1 < (cause.retry_after or 0) <= READ_LAG
+    message.received_at -= READ_LAG
+    assert pipeline.process([message]) == []
+    assert [operation.kind for operation in stages.sent] == [OperationKind.DELETE_PROFILE]
 
 
 @pytest.mark.parametrize("modified_at", ["2099-01-01T00:00:00Z", "1999-01-01T00:00:00Z", "when?"])

@@ -1,0 +1,342 @@
+"""Any history of changes, messages, workers and failures ends with Klaviyo as commercetools is."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, note, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tests.model.shop import Change, ShopModel
+from tests.model.simulation import Process, Simulation, simulated
+from tests.model.world import COMMERCETOOLS, KLAVIYO, Pool, World
+from worker import service
+from worker.http import transport
+from worker.klaviyo import client
+from worker.runtime.runner import ShutdownTimeoutError
+from worker.sandbox.commercetools.api import CLIENT_ID, CLIENT_SECRET
+from worker.sandbox.klaviyo.account import BULK_REPEATS
+from worker.sandbox.klaviyo.api import KEY
+from worker.sandbox.server import Fault
+from worker.send.bulk_verdict import IGNORED, PROBE_PROFILE, REPEATS
+from worker.settings import Settings, load
+from worker.telemetry.log import log
+from worker.telemetry.message_log import Telemetry
+from worker.telemetry.metrics import Metrics
+
+EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "150"))
+OPTIONS = {
+    "ct_api_url": f"https://{COMMERCETOOLS}",
+    "ct_auth_url": f"https://{COMMERCETOOLS}",
+    "ct_project_id": "sandbox-shop",
+    "ct_api_client": f'{{"clientId": "{CLIENT_ID}", "secret": "{CLIENT_SECRET}"}}',
+    "klaviyo_api_url": f"https://{KLAVIYO}",
+    "klaviyo_auth_key": KEY,
+    "dead_letter_mode": "direct",
+    "lanes": 1,
+    "bulk_threshold": 2,
+    "outage_hold": 60.0,
+    "park_retry_interval": 5.0,
+    "shutdown_grace_period": 10.0,
+    "http_port": 0,
+}
+SETTINGS = settings(
+    max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+END = 4 * 3600.0  # seconds of simulated time after the last failure within which everything must be settled
+MAX_STEPS = 20_000
+
+how = st.builds(
+    Change,
+    lag=st.sampled_from([0.0, 0.0, 0.5, 4.0]),
+    delay=st.sampled_from([0.0, 0.0, 0.0, 1.0, 30.0, 300.0]),
+    dated=st.sampled_from([0.0, 0.0, -86_400.0, 86_400.0]),
+)
+state_how = st.builds(
+    Change,
+    lag=st.sampled_from([0.0, 0.0, 0.5, 4.0]),
+    delay=st.sampled_from([0.0, 0.0, 0.0, 1.0, 30.0, 300.0]),
+    dated=st.sampled_from([0.0, 0.0, -86_400.0, 86_400.0, 2_300_000_000.0]),
+)
+numbers = st.integers(0, 7)
+
+
+class RunningWorker:
+    """A worker, and its process in the simulation."""
+
+    def __init__(self, world: World, options: Settings, telemetry: Telemetry) -> None:
+        self.process = Process("worker")
+        self._simulation = world.simulation
+        self._worker = service.Worker(options, telemetry=telemetry)
+        self._task = world.simulation.start(self.process, self._run)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._task.is_done
+
+    def kill(self) -> None:
+        self._simulation.kill(self.process)
+
+    def stop(self) -> None:
+        self._simulation.start(self.process, self._worker.stop)
+
+    def _run(self) -> None:
+        try:
+            self._worker.run(once=False, max_wait=0.0)
+        finally:
+            self.process.is_killed = True  # the other threads end with the process
+
+
+class Model(RuleBasedStateMachine):
+    """The shop, the services, and up to two workers. The rules are everything that can happen."""
+
+    options: Settings
+    telemetry: Telemetry
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.simulation = Simulation()
+        self.workers: list[RunningWorker] = []
+
+    @initialize(repeats=st.sampled_from(BULK_REPEATS), max_messages=st.sampled_from([1, 3, 50]))
+    def begin(self, repeats: str, max_messages: int) -> None:
+        """Create an account, with a verdict on repeated events if it ignores them. Start two workers."""
+        self.world = World(self.simulation, repeats, max_messages)
+        if repeats == "ignore":
+            probe = {"external_id": PROBE_PROFILE, "properties": {REPEATS: IGNORED}}
+            self.world.account.create_profile({"attributes": probe})
+        self.shop = ShopModel(self.world.shop, self.world.queue)
+        self._start()
+        self._start()
+
+    def _start(self) -> None:
+        self.workers.append(RunningWorker(self.world, self.options, self.telemetry))
+
+    # Time, and who runs next
+
+    @rule(choices=st.lists(numbers, min_size=1, max_size=12))
+    def proceed(self, choices: list[int]) -> None:
+        for choice in choices:
+            self.simulation.step(choice, until=self.simulation.now + 20.0)
+        self._forget_ended_workers()
+
+    @rule(seconds=st.sampled_from([0.3, 3.0, 20.0, 100.0]))
+    def suspend_machine(self, seconds: float) -> None:
+        self.simulation.now += seconds
+
+    # Workers
+
+    @precondition(lambda self: self.workers)
+    @rule(number=numbers)
+    def kill(self, number: int) -> None:
+        self.workers.pop(number % len(self.workers)).kill()
+
+    @precondition(lambda self: self.workers)
+    @rule(number=numbers)
+    def stop(self, number: int) -> None:
+        self.workers[number % len(self.workers)].stop()
+
+    @precondition(lambda self: len(self.workers) < 2)
+    @rule()
+    def start(self) -> None:
+        self._start()
+
+    def _forget_ended_workers(self) -> None:
+        for worker in self.workers:
+            unexpected = [error for error in worker.process.errors if not isinstance(error, ShutdownTimeoutError)]
+            assert not unexpected, unexpected
+        self.workers = [worker for worker in self.workers if not worker.has_ended]
+
+    # Services
+
+    @rule(
+        name=st.sampled_from(["commercetools", "klaviyo"]),
+        status=st.sampled_from([429, 500, 503]),
+        action=st.sampled_from(["respond", "reset", "lose_response"]),
+        times=st.sampled_from([1, 2, 6, None]),
+    )
+    def fail(self, name: str, status: int, action: str, times: int | None) -> None:
+        getattr(self.world, name).faults.add(Fault(status, times, action=action))
+
+    @rule(
+        endpoint=st.sampled_from(
+            ["POST /api/events", "POST /api/event-bulk", "POST /api/profile-", "POST /api/catalog-", "PATCH /api/"]
+        ),
+    )
+    def refuse_endpoint(self, endpoint: str) -> None:
+        self.world.klaviyo.faults.add(Fault(403, None, match=endpoint))
+
+    @rule()
+    def repair(self) -> None:
+        self.world.klaviyo.faults.clear()
+        self.world.commercetools.faults.clear()
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, 20.0, 90.0]))
+    def set_job_duration(self, seconds: float) -> None:
+        self.world.jobs.duration = seconds
+
+    # Messages
+
+    @precondition(lambda self: self.shop.bodies)
+    @rule(number=st.integers(0, 100), how=how)
+    def repeat(self, number: int, how: Change) -> None:
+        self.shop.repeat(number, how)
+
+    @rule(body=st.sampled_from([b"", b"{", b"[]", b'{"hello": "world"}']), how=how)
+    def publish_unreadable(self, body: bytes, how: Change) -> None:
+        self.shop.publish_bad(body, how)
+
+    @rule(kind=st.sampled_from(["email", "buyer"]), how=how)
+    def publish_bad_order(self, kind: str, how: Change) -> None:
+        self.shop.bad_order(kind, how)
+
+    # The shop
+
+    @rule(how=state_how)
+    def create_customer(self, how: Change) -> None:
+        self.shop.create_customer(how)
+
+    @precondition(lambda self: self.shop.customers)
+    @rule(number=numbers, how=state_how)
+    def update_customer(self, number: int, how: Change) -> None:
+        self.shop.update_customer(pick(self.shop.customers, number), how)
+
+    @precondition(lambda self: self.shop.customers)
+    @rule(number=numbers, how=state_how)
+    def delete_customer(self, number: int, how: Change) -> None:
+        self.shop.delete_customer(pick(self.shop.customers, number), how)
+
+    @rule(number=numbers, how=state_how)
+    def create_category(self, number: int, how: Change) -> None:
+        parents = [None, *self.shop.categories]
+        self.shop.create_category(parents[number % len(parents)], how)
+
+    @precondition(lambda self: self.shop.categories)
+    @rule(number=numbers, how=state_how)
+    def rename_category(self, number: int, how: Change) -> None:
+        self.shop.rename_category(pick(self.shop.categories, number), how)
+
+    @precondition(lambda self: self.shop.categories)
+    @rule(number=numbers, how=state_how)
+    def delete_category(self, number: int, how: Change) -> None:
+        self.shop.delete_category(pick(self.shop.leaves(), number), how)
+
+    @rule(number=numbers, how=state_how)
+    def publish_product(self, number: int, how: Change) -> None:
+        known = [None, *self.shop.products, *self.shop.unpublished]
+        self.shop.publish_product(known[number % len(known)], how)
+
+    @precondition(lambda self: self.shop.products)
+    @rule(number=numbers, how=state_how)
+    def unpublish_product(self, number: int, how: Change) -> None:
+        self.shop.unpublish_product(pick(self.shop.products, number), how)
+
+    @rule(how=state_how)
+    def create_stock(self, how: Change) -> None:
+        self.shop.create_stock(how)
+
+    @precondition(lambda self: self.shop.stock)
+    @rule(number=numbers, how=state_how)
+    def change_stock(self, number: int, how: Change) -> None:
+        self.shop.change_stock(pick(self.shop.stock, number), how)
+
+    @rule(number=numbers, with_payload=st.booleans(), how=how)
+    def create_order(self, number: int, with_payload: bool, how: Change) -> None:
+        buyers = [None, *self.shop.customers]
+        self.shop.create_order(buyers[number % len(buyers)], with_payload=with_payload, how=how)
+
+    @precondition(lambda self: self.shop.open_orders())
+    @rule(number=numbers, state=st.sampled_from(["Complete", "Cancelled"]), how=how)
+    def end_order(self, number: int, state: str, how: Change) -> None:
+        orders = self.shop.open_orders()
+        self.shop.end_order(orders[number % len(orders)], state, how)
+
+    @precondition(lambda self: self.shop.orders)
+    @rule(number=numbers, how=how)
+    def refund(self, number: int, how: Change) -> None:
+        self.shop.refund(pick(self.shop.orders, number), how)
+
+    # The end
+
+    def teardown(self) -> None:
+        try:
+            if hasattr(self, "world"):
+                self._settle()
+                self._check()
+        finally:
+            self.simulation.close()
+
+    def _settle(self) -> None:
+        """Repair the services and let two workers run until nothing is left to do."""
+        self.repair()
+        until = self.simulation.now + END
+        for choice in range(MAX_STEPS):
+            self._forget_ended_workers()
+            if not self.world.queue.bodies() and not self.world.jobs.in_progress:
+                return
+            while len(self.workers) < 2:
+                self._start()
+            if self.simulation.now > until:
+                break
+            self.simulation.step(choice, until)
+        note("\n".join(self.world.trace[-40:]))
+        raise AssertionError(f"left on the queue: {[body[:300] for body in self.world.queue.bodies()]}")
+
+    def _check(self) -> None:
+        account, shop = self.world.account, self.shop
+        note("\n".join(self.world.trace))
+        names = {p["attributes"].get("external_id"): p["attributes"].get("first_name") for p in account.profiles}
+        ends: dict[str, tuple[dict[Any, Any], dict[Any, Any]]] = {
+            "dead letters": (Counter(body for body, _ in self.world.queue.dead_letters), shop.bad),
+            "events": (Counter((e["metric"], e["unique_id"], e["value"]) for e in account.events), shop.events),
+            "profiles": ({key: names.get(key) for key in shop.customers}, shop.names()),
+            "categories": (_attributes(account.categories, "name"), shop.breadcrumbs()),
+            "items": (_attributes(account.items, "title", "price"), shop.items()),
+            "variants": (_attributes(account.variants, "title", "price", "inventory_quantity"), shop.variants()),
+        }
+        wrong = {name: _differences(*pair) for name, pair in ends.items() if pair[0] != pair[1]}
+        assert not wrong, wrong
+
+
+def _attributes(entries: dict[str, Any], *names: str) -> dict[str, tuple[Any, ...]]:
+    """Return these attributes of each catalog entry."""
+    return {key: tuple(entry["attributes"][name] for name in names) for key, entry in entries.items()}
+
+
+def _differences(actual: dict[Any, Any], expected: dict[Any, Any]) -> dict[Any, tuple[Any, Any]]:
+    """Return the actual and the expected value of each key that has a wrong one."""
+    keys = {**actual, **expected}
+    return {key: (actual.get(key), expected.get(key)) for key in keys if actual.get(key) != expected.get(key)}
+
+
+def pick(resources: Any, number: int) -> Any:
+    """Return one of the resources."""
+    names = list(resources)
+    return names[number % len(names)]
+
+
+@pytest.mark.timeout(0)  # MODEL_EXAMPLES determines the duration
+def test_any_history_ends_with_klaviyo_as_commercetools_is() -> None:
+    """Every event is there once, the mirror is equal, dead letters are exactly the bad messages, the queue is empty."""
+    Model.options = load(Settings, OPTIONS)
+    Model.telemetry = Telemetry(Metrics("embedded"))
+    log.setLevel(logging.CRITICAL)
+    with simulated() as patch:
+        patch.setattr(service, "_collect_garbage_less_often", lambda: None)
+        patch.setattr(service, "version", lambda _: "0")
+        patch.setattr(service, "open_queue", lambda *_: World.current.queue.adapter())
+        patch.setattr(transport, "pool", lambda *_: Pool(World.current))
+        patch.setattr(client, "RESTClientObject", lambda _: SimpleNamespace(pool_manager=Pool(World.current)))
+        run_state_machine_as_test(Model, settings=SETTINGS)
