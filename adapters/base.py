@@ -136,7 +136,8 @@ class QueueAdapter(Protocol):
 
         `failure` says why processing failed. Store it if the queue can: if the queue's policy dead-letters the message
         later, this is the reason to report. `failure` is None if the worker returns messages without a result, because
-        it stops. A queue that can undo the count does not count those deliveries as attempts.
+        it stops. A queue that can undo the count does not count those deliveries as attempts. It must not shorten their
+        delay: until then, a bulk job of this worker can overwrite what another worker writes.
         """
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:

@@ -134,6 +134,8 @@ class PubSubQueue:
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
         """End the leases immediately if a retry policy delays redeliveries; otherwise after `delay`, at most 600 s.
 
+        The delay of messages without a failure is always kept: another worker must not receive them earlier.
+
         A delayed message stays leased and counts against the flow control of this worker's stream: if many messages
         are delayed, the stream delivers no new ones. Every delivery counts as an attempt, even if the worker did not
         process the message.
@@ -147,7 +149,8 @@ class PubSubQueue:
         messages = _messages(deliveries)
         for message in messages:  # first, so that the client does not extend the leases again
             message.drop()
-        seconds = 0 if self._has_retry_policy else min(math.ceil(max(delay, 0.0)), MAX_DELAY)
+        is_delayed_by_policy = self._has_retry_policy and failure is not None
+        seconds = 0 if is_delayed_by_policy else min(math.ceil(max(delay, 0.0)), MAX_DELAY)
         self._settlement.nack(messages, seconds)
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 IMPORTS = "/api/profile-bulk-import-jobs"
-CUSTOMERS = [f"cust-{number}" for number in range(13)]
-ONE_LANE = {"KLAVIYO_WORKER_LANES": "1"}  # so that all customers make one batch, which is sent as a job
+CUSTOMERS = [f"cust-{number}" for number in range(60)]  # most of them are in one batch, which is sent as a job
+ONE_LANE = {"KLAVIYO_WORKER_LANES": "1"}
 
 
 @pytest.fixture
@@ -125,10 +125,10 @@ def test_job_of_a_stopped_worker_does_not_leave_an_old_state(worker: Worker, san
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     worker.publish(*put(sandbox, 2, "New", *CUSTOMERS))
-    process = worker.start("run", "--once", env={"KLAVIYO_WORKER_BULK_THRESHOLD": "100"})
+    process = worker.start("run", "--once", env={"KLAVIYO_WORKER_BULK_THRESHOLD": "1000"})
     assert process.wait(60) == 0
-    wait_for(lambda: written.count("Old") == 13)
-    assert names(sandbox) == {"New": 13}
+    wait_for(lambda: written.count("Old") >= 60)
+    assert names(sandbox) == {"New": 60}
     assert worker.dead_letters() == []
 
 
@@ -139,10 +139,10 @@ def test_nothing_is_acked_beside_a_job_that_takes_too_long(worker: Worker, sandb
     written = record_imports(sandbox)
     process = worker.start("run", "--once", env={"KLAVIYO_WORKER_JOB_TIMEOUT": "2"})
     wait_for(lambda: jobs_started(sandbox))
-    worker.publish(*put(sandbox, 2, "New", "cust-5"))
+    worker.publish(*put(sandbox, 2, "New", "cust-30"))
     assert process.wait(60) == 0
-    wait_for(lambda: written.count("Old") >= 13)
-    assert names(sandbox) == {"Old": 12, "New": 1}
+    wait_for(lambda: written.count("Old") >= 60)
+    assert names(sandbox) == {"Old": 59, "New": 1}
 
 
 @job_seconds(2.0)
@@ -154,10 +154,10 @@ def test_job_whose_start_had_no_answer_does_not_leave_an_old_state(worker: Worke
     process = worker.start("run", "--once", env={"KLAVIYO_WORKER_JOB_TIMEOUT": "4"})
     wait_for(lambda: jobs_started(sandbox))
     worker.publish(*put(sandbox, 2, "New", *CUSTOMERS))
-    wait_for(lambda: written == ["Old"] * 13)
+    wait_for(lambda: written == ["Old"] * 60)
     assert jobs_started(sandbox) == 1
     assert process.wait(60) == 0
-    assert names(sandbox) == {"New": 13}
+    assert names(sandbox) == {"New": 60}
 
 
 @job_seconds(3.0)
@@ -167,7 +167,7 @@ def test_slow_write_costs_no_attempt_without_a_hold(worker: Worker, sandbox: San
         worker, environment=worker.environment | {"QUEUE_URL": worker.environment["QUEUE_URL"] + "?max_attempts=1"}
     )
     worker.publish(*put(sandbox, 1, "Ada", *CUSTOMERS))
-    assert outcomes(worker, KLAVIYO_WORKER_OUTAGE_HOLD="0") == {"sent": 13}
+    assert outcomes(worker, KLAVIYO_WORKER_OUTAGE_HOLD="0") == {"sent": 60}
 
 
 def test_conflict_with_a_profile_that_was_just_merged_is_tried_again(worker: Worker, sandbox: Sandbox) -> None:
@@ -189,8 +189,8 @@ def test_person_who_is_erased_while_a_job_is_under_way_is_reported(worker: Worke
     put(sandbox, 1, "Ada", *CUSTOMERS)
     process = worker.start("backfill", "customers", env=environment)
     wait_for(lambda: jobs_started(sandbox))
-    del sandbox.shop.customers["cust-7"]
-    worker.publish(change("ResourceDeleted", "customer", "cust-7", dataErasure=True))
+    del sandbox.shop.customers["cust-30"]
+    worker.publish(change("ResourceDeleted", "customer", "cust-30", dataErasure=True))
     assert outcomes(worker, **environment) == {"sent": 1}
     assert process.wait(60) != 0
     assert "delete the profile with this external_id" in worker.log.read_text()

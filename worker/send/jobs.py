@@ -56,6 +56,11 @@ class BulkJobType(NamedTuple):
     max_entries: int
 
     @property
+    def family(self) -> str:
+        """Return "profile" or "catalog". Jobs of a family take about as long, and need the same scopes."""
+        return self.type.partition("-")[0]
+
+    @property
     def path(self) -> str:
         """Return the path of the endpoint."""
         return f"/api/{self.type}s"
@@ -103,7 +108,7 @@ class BulkJobs:
         self._timeout = timeout
         self._stop_wait = stop_wait
         self._stopped_at: float | None = None  # monotonic seconds
-        self._avoided: dict[str, float] = {}  # type of jobs -> until when no job is started, in monotonic seconds
+        self._avoided: dict[str, float] = {}  # family -> no job is started until then, in monotonic seconds
         self._client = client
         self._stopping = stopping
         self._recent: dict[str, Json] = {}  # job id -> import job, as listed at `_listed_at`
@@ -112,10 +117,10 @@ class BulkJobs:
 
     def run(self, job_type: BulkJobType, entries: Sequence[JobEntry]) -> list[BulkResult]:
         """Run jobs with the entries and return the results of the entries in the same order."""
-        if time.monotonic() < self._avoided.get(job_type.type, 0.0):
-            return [None] * len(entries)
         chunks = list(_chunks(job_type, entries))
         for first in range(0, len(chunks), MAX_CONCURRENT_JOBS):
+            if time.monotonic() < self._avoided.get(job_type.family, 0.0):
+                break  # the results of the remaining entries stay unknown
             jobs: list[_BulkJob] = []
             for chunk in chunks[first : first + MAX_CONCURRENT_JOBS]:
                 self._start_jobs(job_type, chunk, jobs)
@@ -190,7 +195,7 @@ class BulkJobs:
             try:
                 attributes = as_dict(self._poll(job_type, job.id, previous_poll).get("attributes"))
             except EndpointRefused as error:
-                self._avoided[job_type.type] = inf
+                self._avoided[job_type.family] = inf
                 raise self._unfinished(job_type, f"has started, but cannot be read: {error}") from None
             except (Transient, KlaviyoMisconfigured) as error:
                 attributes = {}
@@ -200,8 +205,8 @@ class BulkJobs:
             if attributes.get("status") in _ENDED:
                 return attributes
             if time.monotonic() >= self._deadline(job):
-                # The entries are sent individually later: another job could take as long.
-                self._avoided[job_type.type] = time.monotonic() + AVOID_FACTOR * self._timeout
+                if not self._stopping.is_set():  # another job could take as long, so entries are sent individually
+                    self._avoided[job_type.family] = time.monotonic() + AVOID_FACTOR * self._timeout
                 raise self._unfinished(job_type, reason)
             pause = min(pause * 1.5, MAX_POLL)
 

@@ -80,6 +80,16 @@ def test_nacked_messages_make_room_if_a_retry_policy_delays_them(serve: Serve, o
     assert len(receive(queue, 5)) == 5
 
 
+def test_returned_messages_keep_their_delay_despite_a_retry_policy(serve: Serve, opened: Open) -> None:
+    """A bulk job of the stopped worker can still write, so no other worker must receive them earlier."""
+    service = serve(*numbered(1))
+    service.set_retry_policy()
+    queue = opened(URL)
+    queue.check()
+    queue.nack(receive(queue, 1), 300.0)
+    assert service.requests["ModifyAckDeadline"][-1].ack_deadline_seconds == 300
+
+
 def test_lease_is_the_delay_without_a_retry_policy(serve: Serve, opened: Open) -> None:
     """Otherwise the message would be redelivered immediately."""
     service = serve(*numbered(1))
