@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import FakeDelivery
 from tests.unit.runtime.test_runner import settings_for, wait_for
-from worker.errors import KlaviyoMisconfigured, NotShownYet, Transient
+from worker.errors import EndpointRefused, KlaviyoMisconfigured, NotShownYet, Throttled, Transient
 from worker.model import Message, Notification, Outcome
 from worker.runtime.in_flight import InFlight
 from worker.runtime.lane import SUSPECT_ATTEMPT, Lane, LaneCallbacks
@@ -175,6 +175,19 @@ def test_without_a_hold_a_message_is_nacked_immediately() -> None:
     rig.stop()
 
 
+@pytest.mark.parametrize("error", [Throttled("429", 0.02), EndpointRefused("403", 0.02)])
+def test_message_that_waits_for_a_rate_limit_is_held_without_a_time_limit(error: WorkerError) -> None:
+    """This is no outage, so it uses up no attempt. The same holds for a refused endpoint."""
+    rig = Rig(outage_hold=0)
+    rig.pipeline.errors["a1"] = error
+    rig.put("a1")
+    rig.lane.start()
+    wait_for(lambda: rig.pipeline.processed.count("a1") > 3)
+    assert (rig.pipeline.nacked, rig.refusals) == ([], [])
+    rig.stop()
+    assert rig.returned_unprocessed == ["a1"]
+
+
 def test_parked_message_is_held_without_a_time_limit() -> None:
     """The lane reports the refusal to the runner."""
     rig = Rig(outage_hold=0)
@@ -328,3 +341,19 @@ def test_lane_sleeps_while_a_later_message_waits_for_an_earlier_one(rig: Rig, mo
     wait_for(lambda: rig.in_flight.held() == 2)
     time.sleep(0.3)
     assert len(calls) <= 3
+
+
+def test_error_while_held_messages_are_returned_is_reported(rig: Rig) -> None:
+    """The runner returns the messages that are still in flight, and raises the error."""
+
+    class Broken(list[str]):
+        def extend(self, _: object) -> None:
+            raise OSError("disk full")
+
+    rig.returned_unprocessed = Broken()
+    rig.pipeline.errors["a1"] = Transient("503", retry_after=600)
+    rig.put("a1")
+    rig.lane.start()
+    wait_for(rig.in_flight.held)
+    rig.stop()
+    assert [str(error) for error in rig.failures] == ["disk full"]

@@ -321,7 +321,7 @@ def test_pulling_pauses_while_a_service_is_down(
     running(runner)
     queue.publish([b"a:1", b"b:2"])
     runner._in_flight.wait_for_change(1.2)  # longer than a pull
-    assert (runner.in_flight(), runner.paused_reason()) == (0, services.down)
+    assert (queue.backlog(), runner.in_flight(), runner.paused_reason()) == (2, 0, services.down)
     services.down = ""
     wait_for(lambda: len(processed(pipeline)) == 2)
     wait_for(lambda: [record.message for record in caplog.records] == ["pulling_paused", "pulling_resumed"])
@@ -377,7 +377,8 @@ def test_once_returns_no_message_beyond_the_budget(queue: EmbeddedQueue, monkeyp
         time.sleep(0.05)
         return []
 
-    runner, pipeline = runner_for(queue, slow, max_in_flight=5)
+    # The bytes of the messages are known only after they were received, so some are beyond the budget.
+    runner, pipeline = runner_for(queue, slow, max_in_flight=5, max_in_flight_bytes=20)
     runner.run(once=True)
     assert len(processed(pipeline)) == 30
     assert nacks == []
