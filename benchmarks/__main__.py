@@ -24,6 +24,7 @@ from benchmarks.rows import (
     RATE_LIMIT_FACTOR,
     SHARED_ORDERS,
     SHARED_WORKERS,
+    SINGLE_ORDERS,
     Drain,
     Idle,
     Memory,
@@ -40,6 +41,8 @@ _INTRODUCTION = f"""\
 Each row starts the sandbox, publishes its messages and starts the installed worker with default settings. Sandbox and
 worker are separate processes. LATENCY MS is the latency of each call. The account has {RATE_LIMIT_FACTOR} times
 Klaviyo's documented rate limits, so that the worker is the bottleneck; the rows under LIMITS use the documented limits.
+The account ignores repeated events and was asked (`klaviyo-worker check --probe-bulk`), so the worker sends events in
+bulk. In the rows "no verdict" it was not asked.
 CPU is the user and system time of the whole worker process, from start to exit. The age of a message starts when it is
 published, before the worker starts."""
 
@@ -64,6 +67,7 @@ def _all_rows(messages: int) -> list[AnyRow]:
         Memory(),
         Drain(f"drain {DRAIN_ORDERS:,} orders of 3 lines", DRAIN_ORDERS, 1),
         Drain(f"{SHARED_WORKERS} workers, one account", SHARED_ORDERS, SHARED_WORKERS),
+        Drain("default, no verdict", SINGLE_ORDERS, 1, has_verdict=False),
     ]
 
 

@@ -31,11 +31,14 @@ class MessageTemplate:
 
 @dataclass(frozen=True, slots=True)
 class MessageKind:
-    """The messages of a row: its templates in turn. `settings`: environment variables of the worker."""
+    """The messages of a row: its templates in turn.
+
+    `has_verdict`: the account was asked what it does with repeated events, and ignores them.
+    """
 
     name: str
     templates: tuple[MessageTemplate, ...]
-    settings: Mapping[str, str] = field(default_factory=dict)
+    has_verdict: bool = True
 
     def bodies(self, count: int) -> Iterator[bytes]:
         """Return `count` messages, about the resources 1 to `count`."""
@@ -102,8 +105,8 @@ MIXTURE = MessageKind(
 MESSAGE_KINDS = (
     ORDERS,
     MessageKind("orders of 3 lines, fetched", (_FETCHED,)),
-    MessageKind("order states, bulk events auto", (_STATE,)),
-    MessageKind("order states, bulk events always", (_STATE,), {"KLAVIYO_WORKER_BULK_EVENTS": "always"}),
+    MessageKind("order states", (_STATE,)),
+    MessageKind("order states, no verdict", (_STATE,), has_verdict=False),
     MessageKind("customer updates", (CUSTOMER,)),
     MessageKind("product publishes", (_PRODUCT,)),
     MessageKind("stock updates", (_STOCK,)),

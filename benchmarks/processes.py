@@ -37,10 +37,20 @@ class Sandbox:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = environment
         self._before = {service: Counts({}) for service in SERVICES}
+        self._counting_since = 0.0  # seconds since the epoch
 
     def start_counting(self) -> None:
-        """Start the counts of `added` and `calls` at zero."""
+        """Start the counts of `added` and `calls` at zero, and `log` without lines."""
         self._before = {service: self._counts(service) for service in SERVICES}
+        self._counting_since = time.time()
+
+    def probe(self) -> None:
+        """Ask the account what it does with repeated events, as an operator does. Raises BenchmarkError."""
+        environment = {"PATH": os.environ["PATH"], **self.environment}
+        command = [COMMAND, "check", "--probe-bulk", "--probe-wait", "1"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode or ": Klaviyo ignores a repeated event" not in done.stdout:
+            raise BenchmarkError(f"the probe of bulk events failed: {done.stdout[-200:]}")
 
     def added(self) -> dict[str, int]:
         """Return the number of objects added to the account since `start_counting`, by kind."""
@@ -54,7 +64,7 @@ class Sandbox:
     def log(self, service: str) -> list[dict[str, Any]]:
         """Return the request log: method, path, status, and `at` (time of the response, in seconds since the epoch)."""
         lines: list[dict[str, Any]] = self._get(service, "requests")
-        return lines
+        return [line for line in lines if line["at"] >= self._counting_since]
 
     def fill_catalog(self, numbers: Sequence[int]) -> None:
         """Create products and their first variants in Klaviyo."""

@@ -49,7 +49,7 @@ def test_message_kinds_declare_their_effects() -> None:
     assert {kind.name: dict(kind.added(1)) for kind in MESSAGE_KINDS[:3]} == {
         "orders of 3 lines": {"events": 4, "profiles": 1},
         "orders of 3 lines, fetched": {"events": 4, "profiles": 1},
-        "order states, bulk events auto": {"events": 1, "profiles": 1},
+        "order states": {"events": 1, "profiles": 1},
     }
     assert dict(MIXTURE.added(20)) == {"events": 42, "profiles": 15, "items": 1, "variants": 2}
     assert len(MIXTURE.stocked(20)) == 4

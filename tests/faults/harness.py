@@ -52,15 +52,16 @@ SETTINGS = {
 class Scenario:
     """A sequence of faults.
 
-    `rejected_orders`: the orders that Klaviyo always rejects. `no_extra_attempts`: the queues on which every message
-    must need one delivery only. `kills`: workers are killed. `size`: the number of good messages, if it matters.
-    `bombs`: bad messages that cost much. `memory_limit`: bytes; a worker that uses more is killed, like by the kernel
-    in a pod.
+    `rejected_orders`: the orders that Klaviyo always rejects, or that a firewall blocks if `blocks` is True.
+    `no_extra_attempts`: the queues on which every message must need one delivery only. `kills`: workers are killed.
+    `size`: the number of good messages, if it matters. `bombs`: bad messages that cost much. `memory_limit`: bytes;
+    a worker that uses more is killed, like by the kernel in a pod.
     """
 
     name: str
     script: Callable[[ScenarioDriver], None]
     rejected_orders: Sequence[int] = ()
+    blocks: bool = False
     no_extra_attempts: Sequence[str] = tuple(RIGS)
     kills: bool = False
     queues: Sequence[str] = tuple(RIGS)
@@ -118,7 +119,9 @@ class ScenarioDriver:
         self.logs: list[Path] = []
         self._failing: dict[str, int] = {}  # by service: faults triggered before it started to fail
         self._permanent_faults = [
-            fault for number in scenario.rejected_orders for fault in _rejecting(f"order-{number}")
+            fault
+            for number in scenario.rejected_orders
+            for fault in _rejecting(f"order-{number}", by_firewall=scenario.blocks)
         ]
         self.bad = [
             *_poison_messages(sandbox),
@@ -333,12 +336,13 @@ def _join_names(names: Sequence[str]) -> str:
     return ", ".join([*names[:MAX_NAMES], *(["…"] if len(names) > MAX_NAMES else [])])
 
 
-def _rejecting(order: str) -> list[Fault]:
-    """Return faults that reject all events of an order without a pointer to the record."""
-    body = b'{"errors": [{"status": 400, "code": "invalid", "title": "Invalid input.", "detail": "As requested."}]}'
+def _rejecting(order: str, *, by_firewall: bool) -> list[Fault]:
+    """Return faults that reject all events of an order: with Klaviyo's error without a pointer, or with a page."""
+    error = b'{"errors": [{"status": 400, "code": "invalid", "title": "Invalid input.", "detail": "As requested."}]}'
+    status, body = (403, b"<!DOCTYPE html><title>Blocked</title>") if by_firewall else (400, error)
     endpoints = ("POST /api/events", "POST /api/event-bulk-create-jobs")
     quoted = f'"{order}"'.encode()
-    return [Fault(status=400, times=None, match=match, contains=quoted, body=body) for match in endpoints]
+    return [Fault(status=status, times=None, match=match, contains=quoted, body=body) for match in endpoints]
 
 
 def _poison_messages(sandbox: Sandbox) -> list[Sent]:

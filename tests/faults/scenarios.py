@@ -13,7 +13,7 @@ from tests.faults.harness import Scenario
 from worker.sandbox import Fault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from tests.faults.harness import ScenarioDriver
 
@@ -32,7 +32,15 @@ RESET = _permanent_fault(action="reset", probability=0.4)
 HANGS = _permanent_fault(action="hang", seconds=HANG_SECONDS)
 SLOW = _permanent_fault(action="slow", seconds=0.3)
 CHALLENGE = _permanent_fault(status=403, body=_HTML_PAGE, headers=_HTML_HEADERS)
-NOT_JSON = _permanent_fault(status=200, body=_HTML_PAGE, headers=_HTML_HEADERS)
+PAGES = tuple(
+    _permanent_fault(status=status, body=body, headers=headers)
+    for status in (200, 400, 403, 404, 413)
+    for body, headers in ((_HTML_PAGE, _HTML_HEADERS), (b'{"message":"Forbidden"}', {}))
+)
+ODD_SUCCESSES = tuple(
+    _permanent_fault(status=200, body=body)
+    for body in (b"", b'{"status":"ok"}', b'{"data":null}', b'{"results":null}', b"[]")
+)
 REJECTED_KEY = _permanent_fault(status=401)
 REJECTED_TOKEN = _permanent_fault(status=401, match=_CT_API)
 _LETHAL = _permanent_fault(action="hang", seconds=HANG_SECONDS, contains=b'"order-7"')
@@ -72,6 +80,19 @@ def no_faults(driver: ScenarioDriver) -> None:
     """Run without any fault."""
     driver.publish()
     driver.start()
+
+
+def _responses_of_others(service: str, faults: Sequence[Fault], driver: ScenarioDriver) -> None:
+    """Let something else answer in place of a service, with one response after the other."""
+    driver.publish(0.3)
+    driver.start()
+    driver.wait_for_requests(service)
+    for fault in faults:
+        driver.fail(service, fault)
+        driver.publish(0.6 / len(faults))
+        driver.wait_until_fault_met()
+        driver.wait(0.2)
+        driver.restore(service)
 
 
 def _two_outages(driver: ScenarioDriver) -> None:
@@ -223,8 +244,10 @@ SCENARIOS = (
     replace(_klaviyo("hangs", HANGS), settings=_SHORT_TIMEOUT),
     _klaviyo("slow", SLOW),
     _klaviyo("403 with a challenge page", CHALLENGE),
-    _klaviyo("200 with a maintenance page", NOT_JSON),
+    Scenario("Klaviyo: pages", partial(_responses_of_others, "klaviyo", PAGES)),
+    Scenario("Klaviyo: odd successes", partial(_responses_of_others, "klaviyo", ODD_SUCCESSES)),
     _klaviyo("401, then the key is restored", REJECTED_KEY),
+    Scenario("Klaviyo: a firewall blocks some records", no_faults, rejected_orders=(3, 11), blocks=True),
     Scenario("Klaviyo: 400 for some records", no_faults, rejected_orders=(3, 11, 17)),
     Scenario(
         "Klaviyo: 400 for one record in a bulk call, without a pointer",
@@ -241,6 +264,8 @@ SCENARIOS = (
     Scenario("commercetools: connections refused", outage("commercetools")),
     replace(_commercetools("hangs", HANGS), settings=_SHORT_TIMEOUT),
     _commercetools("reset in the middle of the answer", CUT_OFF),
+    Scenario("commercetools: pages", partial(_responses_of_others, "commercetools", PAGES)),
+    Scenario("commercetools: odd successes", partial(_responses_of_others, "commercetools", ODD_SUCCESSES)),
     _commercetools("401 for the token, then accepted", REJECTED_TOKEN),
     _commercetools("401 for the client, then restored", REJECTED_KEY),
     Scenario("commercetools: expiring tokens", _expiring_tokens, sandbox={"token_lifetime": 1}),

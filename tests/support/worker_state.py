@@ -16,6 +16,7 @@ _HEALTHY = {
     "lanes": 4,
     "parked_reason": "",
     "outage_reasons": {"klaviyo": "", "commercetools": ""},
+    "refused_endpoints": [],
     "backlog": 120,
     "dead_letters": 2,
     "has_received": True,
@@ -58,6 +59,9 @@ class FakeWorkerState:
 
     def outage_reasons(self) -> Mapping[str, str]:
         return dict(self._value("outage_reasons"))
+
+    def refused_endpoints(self) -> Sequence[str]:
+        return list(self._value("refused_endpoints"))
 
     def backlog(self) -> int | None:
         number: int | None = self._value("backlog")

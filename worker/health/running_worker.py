@@ -8,7 +8,7 @@ from adapters import Counts, SupportsCounts
 from worker.health.cached_reading import CachedReading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from adapters import QueueAdapter
     from worker.commercetools.client import Commercetools
@@ -56,6 +56,10 @@ class RunningWorkerState:
             "commercetools": self._commercetools.outage_reason(),
             "klaviyo": self._klaviyo.outage_reason(),
         }
+
+    def refused_endpoints(self) -> Sequence[str]:
+        """Return the reason of each endpoint that refuses the worker, while its service accepts the credentials."""
+        return [*self._commercetools.refused_endpoints().values(), *self._klaviyo.refused_endpoints().values()]
 
     def backlog(self) -> int | None:
         """Return the number of messages on the queue that are not settled. The value is cached."""

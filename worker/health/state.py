@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 _WAIT = "Messages are held and retried; none is lost. The worker resumes by itself: do not restart it."
 _FIX = "Fix the cause. No message is lost and the worker resumes by itself; restart it only after replacing a key."
+_ADD_SCOPE = "Messages that need the endpoint are held, all others continue. The worker resumes by itself."
 _RESTART = "Restart the worker, and please report it."
 _STOPPING = "The worker finishes the messages in progress and returns the others to the queue."
 
@@ -36,6 +37,8 @@ def condition_of(state: WorkerState, *, settled_recently: bool) -> Condition:
         return Condition("parked", "bad", [parked_reason, *outages], _FIX)
     if outages:
         return Condition("paused" if state.paused_reason() else "running", "warning", outages, _WAIT)
+    if state.held() and (refused := state.refused_endpoints()):
+        return Condition("running", "warning", refused, _ADD_SCOPE)
     if not state.has_received():
         return Condition("starting", "quiet", ["the queue has not answered yet"])
     if not in_flight and not settled_recently:

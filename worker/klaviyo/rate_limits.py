@@ -1,6 +1,7 @@
 """The rate limiter: paces the requests to each Klaviyo endpoint.
 
-It starts with the documented rate limits and adjusts them to the headers of Klaviyo's responses. Klaviyo counts
+It starts with the documented rate limits and adjusts them to the headers of Klaviyo's responses. Before the first
+response it sends only few requests, because the limits of an account can be lower than documented. Klaviyo counts
 requests per account and endpoint in fixed windows of 1 s (burst) and 60 s (steady). The tiers are those of its OpenAPI
 document, revision 2026-07-15, except for L: that document says 750 a minute, but Klaviyo's guide says 700
 (https://developers.klaviyo.com/en/docs/rate_limits_and_error_handling). The limiter uses 700 until a response reports
@@ -34,8 +35,9 @@ MAX_WAIT = 60.0  # seconds; the maximum wait of a request
 MIN_FACTOR = 1 / 16  # the lowest throttle factor, which repeated 429 responses lead to
 RECOVERY = 60.0  # seconds in which the throttle factor would rise from 0 to 1
 SHARE_WINDOW = 2.0  # the share is an average over the requests that the steady rate allows in this number of seconds
-SAFE_BURST_SHARE = 0.7  # of the burst; the maximum steady rate, if Klaviyo raised the steady limit of an account
+SAFE_BURST_SHARE = 0.7  # of the burst; the maximum steady rate
 MIN_POLL, MAX_POLL = 0.001, 1.0  # seconds until a waiting request checks again: the rate can change
+_QUOTA = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(?:;\s*w=([0-9]{1,9}))?")
 S, M, L, XL = (3, 60), (10, 150), (75, 700), (350, 3500)  # requests per second, requests per minute
 TIERS = (  # all other endpoints have tier L
     (r"POST /api/data-privacy-deletion-jobs", S),
@@ -78,7 +80,7 @@ class RateLimiter:
         if status == HTTPStatus.TOO_MANY_REQUESTS:
             limiter.on_throttled(max(retry_after or 0.0, 1.0))
         else:
-            limiter.on_headers(*(_number(headers, f"RateLimit-{name}") for name in ("Limit", "Remaining", "Reset")))
+            limiter.on_report(parse_report(headers))
 
     def statuses(self) -> dict[str, RateLimitStatus]:
         """Return the status of each endpoint that received a request."""
@@ -92,6 +94,15 @@ class RateLimiter:
                 tier = next((tier for pattern, tier in TIERS if re.fullmatch(pattern, endpoint)), L)
                 self._limiters[endpoint] = _EndpointLimiter(*tier, self._share, self._now)
             return self._limiters[endpoint]
+
+
+class Report(NamedTuple):
+    """The limits and counts of the account that a response reports. NaN: unknown."""
+
+    burst: float  # requests per second
+    steady: float  # requests per minute
+    remaining: float  # requests that are left in the steady window
+    reset: float  # seconds until the steady window ends
 
 
 class _Window(NamedTuple):
@@ -114,13 +125,15 @@ class _EndpointLimiter:
         self._window = _Window(math.inf, math.inf, -math.inf)
         self._estimator = ShareEstimator()
         self._bucket = TokenBucket(now())
+        self._are_known = False  # True after the first response: the limits can be lower than documented
         self._lock = Lock()
 
     def take(self, ticket: object) -> float:
         """Take a token and return 0, or let `ticket` wait and return the seconds until its token is available."""
         with self._lock:
             now = self._refill()
-            missing = self._bucket.take(ticket)
+            reserve = 0.0 if self._are_known else self._capacity(self._rate(now)) - 1
+            missing = self._bucket.take(ticket, reserve)
             return self._seconds_until(missing, now) if missing else 0.0
 
     def cancel(self, ticket: object) -> None:
@@ -128,24 +141,32 @@ class _EndpointLimiter:
         with self._lock:
             self._bucket.cancel(ticket)
 
-    def on_headers(self, limit: float, remaining: float, reset: float) -> None:
+    def on_report(self, report: Report) -> None:
         """Adjust the rate to the RateLimit-* headers of a response.
 
-        `limit` is the steady limit, `remaining` the number of requests left in the window, and `reset` the number of
-        seconds until it ends. If `remaining` or `reset` is NaN or out of range, count only this process's request.
+        If `remaining` or `reset` is NaN or out of range, count only this process's request.
         """
         with self._lock:
             now = self._refill()
-            if 1 <= limit < math.inf:
-                self._steady = min(limit / WINDOW, SAFE_BURST_SHARE * self._burst)
-            if not (0 <= remaining < math.inf and 0 <= reset <= WINDOW):
+            self._learn_limits(report)
+            if not (0 <= report.remaining < math.inf and 0 <= report.reset <= WINDOW):
                 self._observe(1.0)
                 return
-            if abs(now + reset - self._window.ends_at) < WINDOW / 2:  # the same window as the previous response's
-                self._observe(self._window.remaining - remaining)
-            self._window = _Window(remaining, max(remaining, 1.0) / max(reset, 1.0), now + reset)
-            if remaining < 1:
+            if abs(now + report.reset - self._window.ends_at) < WINDOW / 2:  # the window of the previous response
+                self._observe(self._window.remaining - report.remaining)
+            rate = max(report.remaining, 1.0) / max(report.reset, 1.0)
+            self._window = _Window(report.remaining, rate, now + report.reset)
+            if report.remaining < 1:
                 self._bucket.pause(self._window.ends_at)
+
+    def _learn_limits(self, report: Report) -> None:
+        """Use the limits of the account."""
+        if report.burst >= 1:
+            self._burst = report.burst
+        if report.steady >= 1:
+            self._steady = report.steady / WINDOW
+        self._steady = min(self._steady, SAFE_BURST_SHARE * self._burst)
+        self._are_known = True
 
     def on_throttled(self, seconds: float) -> None:
         """Pause, then continue at half the rate. Several 429 responses during one pause halve the rate only once."""
@@ -201,9 +222,26 @@ class _EndpointLimiter:
         return start - now + missing / self._rate(start)
 
 
-def _number(headers: Mapping[str, str], name: str) -> float:
-    """Return the number in a header, or NaN, which compares false with everything."""
-    try:
-        return float(headers.get(name, "nan"))
-    except ValueError:
-        return math.nan
+def parse_report(headers: Mapping[str, str]) -> Report:
+    """Return the limits in the RateLimit-* headers of a response.
+
+    Klaviyo documents one number, which concerns the steady window. It also sends lists that start with another number:
+    `350, 350;w=1, 3500;w=60`, where `w` is the length of a window in seconds.
+    """
+    limits = _quotas(headers, "RateLimit-Limit")
+    steady, remaining, reset = (
+        _steady(_quotas(headers, f"RateLimit-{name}")) for name in ("Limit", "Remaining", "Reset")
+    )
+    return Report(limits.get(1, math.nan), steady, remaining, reset)
+
+
+def _quotas(headers: Mapping[str, str], name: str) -> dict[int, float]:
+    """Return the numbers in a header by their window in seconds; 0: without a window. Malformed ones are left out."""
+    matches = (_QUOTA.fullmatch(part.strip()) for part in headers.get(name, "").split(","))
+    return {int(match[2] or 0): float(match[1]) for match in matches if match}
+
+
+def _steady(quotas: Mapping[int, float]) -> float:
+    """Return the number for the steady window, or NaN, which compares false with everything."""
+    plain = quotas.get(0, math.nan) if quotas.keys() <= {0} else math.nan
+    return quotas.get(int(WINDOW), plain)

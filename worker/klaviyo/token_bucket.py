@@ -35,14 +35,14 @@ class TokenBucket:
         self._tokens = min(self._tokens + self.elapsed(now) * rate, capacity)
         self.refilled_at = max(now, self.refilled_at)
 
-    def take(self, ticket: object) -> float:
-        """Take a token for `ticket` and return 0. If none is available, let `ticket` wait.
+    def take(self, ticket: object, reserve: float = 0.0) -> float:
+        """Take a token for `ticket` and return 0. If only the `reserve` is available, let `ticket` wait.
 
         In that case, return the number of tokens that must be added before `ticket` gets its token.
         """
         if ticket not in self._tickets:
             self._tickets.append(ticket)
-        missing = self._tickets.index(ticket) + 1 - self._tokens
+        missing = self._tickets.index(ticket) + 1 - (self._tokens - reserve)
         if missing > 0:
             return missing
         self._tokens -= 1

@@ -47,6 +47,9 @@ class WorkerState(Protocol):
     def outage_reasons(self) -> Mapping[str, str]:
         """Return the reason for the outage of each of SERVICES; "" if a service has no outage."""
 
+    def refused_endpoints(self) -> Sequence[str]:
+        """Return the reason of each endpoint that refuses the worker, while its service accepts the credentials."""
+
     def backlog(self) -> int | None:
         """Return the number of messages on the queue that are not settled; None if unknown."""
 

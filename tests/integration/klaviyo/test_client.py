@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from threading import Event
@@ -19,12 +21,11 @@ from tests.integration.conftest import klaviyo_for, settings_for
 from worker.errors import EndpointRefused, KlaviyoMisconfigured, Rejected, RequestBlocked, Throttled, Transient
 from worker.klaviyo.client import Klaviyo, endpoint_of, iter_resources
 from worker.klaviyo.responses import success_of
-from worker.sandbox import Fault
+from worker.sandbox import Fault, Sandbox
 from worker.transform.catalog import catalog_id
 
 if TYPE_CHECKING:
     from worker.model import Json
-    from worker.sandbox import Sandbox
     from worker.sandbox.server import ApiRequest, ApiResponse
 
 PROFILE: Json = {"data": {"type": "profile", "attributes": {"email": "ada@example.com"}}}
@@ -388,3 +389,12 @@ def test_klaviyo_is_down_only_if_no_neutral_request_is_answered(
     sandbox.klaviyo.faults.add(*faults)
     assert klaviyo_for(sandbox).answers() is answers
     assert (sandbox.account.profiles, sandbox.account.events) == ([], [])
+
+
+def test_lower_limits_are_learned_without_a_429() -> None:
+    """The account accepts a fraction of the documented limits. The first response reports them."""
+    with Sandbox(rate_limits=0.05, latency=0.05) as sandbox, ThreadPoolExecutor(25) as threads:
+        client = klaviyo_for(sandbox)
+        list(threads.map(lambda _: client.call("GET", "/api/events"), range(25)))
+        assert Counter(request.status for request in sandbox.klaviyo.requests) == {200: 25}
+        assert client.rate_limit_status()["GET /api/events"].burst == 18

@@ -99,6 +99,16 @@ def test_condition_is_the_most_important_state_with_its_reasons(
     assert bool(condition.advice) == (state in {"parked", "stalled", "stopping"} or OUT in reasons)
 
 
+def test_refused_endpoint_is_shown_while_messages_wait_for_it() -> None:
+    """A missing scope is tolerated if no message needs it, such as the scope for discount codes."""
+    reasons = ["Klaviyo answered 403 to POST /api/data-privacy-deletion-jobs: check KLAVIYO_AUTH_KEY and its scopes"]
+    waiting = condition_of(FakeWorkerState(refused_endpoints=reasons, held=1), settled_recently=True)
+    assert (waiting.state, waiting.severity, waiting.reasons) == ("running", "warning", reasons)
+    assert "all others continue" in waiting.advice
+    idle = condition_of(FakeWorkerState(refused_endpoints=reasons, held=0), settled_recently=True)
+    assert idle.severity == "good"
+
+
 def test_recent_failures_are_limited_and_newest_first() -> None:
     """Memory does not grow with the uptime of the worker."""
     failures = RecentFailures()

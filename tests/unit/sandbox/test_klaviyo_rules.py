@@ -541,7 +541,7 @@ def test_rate_limit_headers() -> None:
     with Sandbox(rate_limits=True) as limited:
         url = f"{limited.klaviyo.url}/api/data-privacy-deletion-jobs"
         responses = [urllib3.request("POST", url, body=b"{}", headers=HEADERS, retries=False) for _ in range(20)]
-        assert (responses[0].status, responses[0].headers["RateLimit-Limit"]) == (400, "60")
+        assert (responses[0].status, responses[0].headers["RateLimit-Limit"]) == (400, "3, 3;w=1, 60;w=60")
         left = [int(response.headers["RateLimit-Remaining"]) for response in responses if response.status == 400]
         assert left[0] == 59
         assert len(set(left)) > 1
@@ -575,7 +575,7 @@ def test_every_endpoint_has_a_rate_limit_tier(request_line: str, steady: int) ->
     method, path = request_line.split(" ")
     with Sandbox(rate_limits=True) as limited:
         response = urllib3.request(method, limited.klaviyo.url + path, headers=HEADERS, retries=False)
-    assert response.headers["RateLimit-Limit"] == str(steady)
+    assert response.headers["RateLimit-Limit"].endswith(f", {steady};w=60")
 
 
 @pytest.mark.parametrize(("factor", "steady", "burst"), [(10.0, 600, 30), (0.1, 6, 1)])
@@ -584,10 +584,17 @@ def test_rate_limits_can_be_multiplied(factor: float, steady: int, burst: int) -
     klaviyo = KlaviyoApi(Account(), rate_limits=factor)
     path = "/api/data-privacy-deletion-jobs"
     responses = [klaviyo.handle(ApiRequest("POST", path, {}, HEADERS, b"{}", path)) for _ in range(2 * burst + 1)]
-    assert responses[0].headers["RateLimit-Limit"] == str(steady)
+    assert responses[0].headers["RateLimit-Limit"] == f"{burst}, {burst};w=1, {steady};w=60"
     assert responses[0].headers["RateLimit-Remaining"] == str(steady - 1)
     statuses = [response.status for response in responses]
     assert burst <= statuses.count(400) <= 2 * burst  # a new second can start in between
+
+
+def test_rate_limit_can_be_one_number() -> None:
+    """Klaviyo documents the header as the number of the long window."""
+    klaviyo = KlaviyoApi(Account(), rate_limits=1.0, lists_windows=False)
+    request = ApiRequest("GET", "/api/events", {}, HEADERS, b"", "/api/events")
+    assert klaviyo.handle(request).headers["RateLimit-Limit"] == "3500"
 
 
 def test_unknown_paths_are_not_found(call: Caller) -> None:

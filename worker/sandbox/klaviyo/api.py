@@ -70,11 +70,13 @@ def _rate_limit_tier(endpoint: str) -> str:
 class KlaviyoApi:
     """Klaviyo's HTTP API on top of an Account.
 
-    `rate_limits`: a multiple of the documented rate limits; 0: no rate limits.
+    `rate_limits`: a multiple of the documented rate limits; 0: no rate limits. `lists_windows`: the header
+    RateLimit-Limit lists the limits of both windows, as Klaviyo sends it; otherwise it is one number, as documented.
     """
 
-    def __init__(self, account: Account, *, rate_limits: float) -> None:
+    def __init__(self, account: Account, *, rate_limits: float, lists_windows: bool = True) -> None:
         self._account = account
+        self._lists_windows = lists_windows
         self._jobs = BulkJobs(account.job_seconds)
         self._limiter = FixedWindowLimiter() if rate_limits else None
         self._limits = {
@@ -106,7 +108,9 @@ class KlaviyoApi:
         limits = self._limits[_rate_limit_tier(endpoint)]
         remaining, reset = self._limiter.acquire(endpoint, limits)
         return {
-            "RateLimit-Limit": str(limits[60]),
+            "RateLimit-Limit": f"{limits[1]}, {limits[1]};w=1, {limits[60]};w=60"
+            if self._lists_windows
+            else str(limits[60]),
             "RateLimit-Remaining": str(remaining),
             "RateLimit-Reset": str(reset),
         }
