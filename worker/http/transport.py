@@ -11,8 +11,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from threading import local
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ import orjson
 import urllib3
 
 from worker.errors import ResponseTooLarge, Throttled, Transient
-from worker.http.clock import Clock
+from worker.http.clock import Clock, parse_date
 from worker.http.connection_errors import connection_error
 from worker.network import proxy_for
 
@@ -195,9 +193,5 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     value = headers.get("Retry-After", "").strip()
     if _SECONDS.fullmatch(value):
         return min(float(value), MAX_RETRY_AFTER)
-    try:
-        moment = parsedate_to_datetime(value)
-    except (ValueError, TypeError, OverflowError, IndexError):  # of a malformed date
-        return None
-    seconds = (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
+    date = parse_date(value)
+    return None if date is None else min(max(date.timestamp() - time.time(), 0.0), MAX_RETRY_AFTER)
