@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from copy import copy
 from http import HTTPStatus
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from oauthlib.oauth2 import BackendApplicationClient, OAuth2Error
 from requests.adapters import BaseAdapter
 from requests.structures import CaseInsensitiveDict
 
-from worker.errors import CommercetoolsMisconfigured, Transient
+from worker.errors import CommercetoolsMisconfigured, Transient, WorkerError
 from worker.http import transport as http
 from worker.json_access import as_dict, as_text
 
@@ -32,7 +33,7 @@ _DEFAULT_ADVICE = "check CT_API_CLIENT, CT_SCOPE and CT_AUTH_URL"
 
 
 class AccessToken:
-    """An access token that many threads share. One thread fetches it while the others wait."""
+    """An access token that many threads share. One thread fetches it while the others wait for its result."""
 
     def __init__(self, settings: CommercetoolsSettings, observe: http.Observe) -> None:
         self._settings = settings
@@ -41,22 +42,39 @@ class AccessToken:
         self._lock = Lock()
         self._value = ""
         self._expires_at = 0.0  # monotonic seconds
+        self._failure: WorkerError | None = None  # of the latest fetch that failed
+        self._failed_at = 0.0  # monotonic seconds
 
     def get(self) -> str:
         """Return a valid token. Raises Transient and CommercetoolsMisconfigured."""
+        asked_at = time.monotonic()
         with self._lock:
             if time.monotonic() >= self._expires_at:
-                self._fetch()
+                self._fetch(asked_at)
             return self._value
 
     def replace(self, refused: str) -> str:
         """Return a token other than `refused`. Raises as `get` does."""
+        asked_at = time.monotonic()
         with self._lock:
             if self._value == refused:  # otherwise another thread has already replaced it
-                self._fetch()
+                self._fetch(asked_at)
             return self._value
 
-    def _fetch(self) -> None:
+    def _fetch(self, asked_at: float) -> None:
+        """Fetch a token. A thread that has waited since `asked_at` for a fetch that failed raises its error instead.
+
+        If every thread fetched, each would wait for the timeouts of all threads before it.
+        """
+        if self._failure is not None and self._failed_at >= asked_at:
+            raise copy(self._failure)
+        try:
+            self._replace_value()
+        except WorkerError as error:
+            self._failure, self._failed_at = copy(error), time.monotonic()
+            raise
+
+    def _replace_value(self) -> None:
         try:
             token = self._request()
         except OAuth2Error as error:

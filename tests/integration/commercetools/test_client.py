@@ -7,12 +7,14 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from threading import Lock, get_ident
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
 
 from tests.integration.conftest import commercetools_for
+from tests.unit.runtime.test_runner import wait_for
 from worker.commercetools.client import PAGE_SIZE
 from worker.commercetools.queries import (
     CUSTOMERS,
@@ -267,6 +269,43 @@ def test_threads_share_one_token(sandbox: Sandbox) -> None:
         assert results == [{"x": []}] * 64
         assert sandbox.commercetools_api.tokens_issued == expected
         sandbox.commercetools_api.revoke_tokens()
+
+
+class CountingLock:
+    """A lock that counts the threads that have asked for it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.asked: list[int] = []  # thread ids
+
+    def __enter__(self) -> None:
+        self.asked.append(get_ident())
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_threads_share_the_failure_to_get_a_token(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the last of sixteen threads would wait for the timeouts of all. The next thread tries again."""
+    client = commercetools_for(sandbox, retry_timeout=0)
+    lock = CountingLock()
+    monkeypatch.setattr(client._token, "_lock", lock)
+    fetch = client._token._request
+    fetches = 0
+
+    def fail() -> dict[str, Any]:
+        nonlocal fetches
+        fetches += 1
+        wait_for(lambda: len(lock.asked) == 16)
+        raise Transient("no response")
+
+    monkeypatch.setattr(client._token, "_request", fail)
+    with ThreadPoolExecutor(16) as threads:
+        results = list(threads.map(lambda _: client.find(CUSTOMERS, ["x"])["x"], range(16)))
+    assert (fetches, {str(result) for result in results}) == (1, {"no response"})
+    monkeypatch.setattr(client._token, "_request", fetch)
+    assert client._token.get()
 
 
 def test_token_is_replaced_before_it_expires() -> None:
