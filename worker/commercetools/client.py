@@ -18,8 +18,6 @@ from worker.commercetools.responses import TRANSIENT_CODES, decode_error, decode
 from worker.commercetools.token import AccessToken
 from worker.errors import (
     CommercetoolsMisconfigured,
-    Disposition,
-    EndpointRefused,
     Rejected,
     RequestBlocked,
     ResponseTooLarge,
@@ -28,11 +26,11 @@ from worker.errors import (
 )
 from worker.http import transport as http
 from worker.http.chunks import chunked
-from worker.http.circuit_breaker import CircuitBreakers
+from worker.http.service_client import ServiceClient
 from worker.json_access import as_dicts, as_int, as_text
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Mapping
     from threading import Event
 
     from worker.model import Json
@@ -46,15 +44,16 @@ MAX_WHERE_BYTES = 6_000  # percent-encoded; commercetools' load balancers accept
 # One of these accepts a neutral request if commercetools accepts the API client, whichever scopes it has.
 NEUTRAL_ENDPOINTS = ("orders", "customers", "product-projections")
 _NEUTRAL = "limit=0&withTotal=false"  # the parameters of a query that depends on no message
+_FOREIGN = "not commercetools' response"
 _SCOPE_ADVICE = "check CT_API_URL, CT_PROJECT_ID, CT_API_CLIENT and its scopes"
-_REFUSALS = {  # status -> what to do if all endpoints refuse the worker
+_REFUSALS: Mapping[int, str] = {  # status -> what to do if all endpoints refuse the worker
     HTTPStatus.UNAUTHORIZED: "check that CT_API_URL and CT_AUTH_URL are in the same region",
     HTTPStatus.FORBIDDEN: _SCOPE_ADVICE,
     HTTPStatus.NOT_FOUND: "check CT_PROJECT_ID, and that CT_API_URL is in the region of this project",
 }
 
 
-class Commercetools:
+class Commercetools(ServiceClient):
     """A Reader over commercetools' HTTP API. Safe for many threads."""
 
     def __init__(
@@ -62,8 +61,8 @@ class Commercetools:
     ) -> None:
         self._token = AccessToken(settings, observe)
         self._url = f"{settings.ct_api_url}/{quote(settings.ct_project_id, safe='')}"
-        self._breakers = CircuitBreakers("commercetools", settings, stopping)
-        self._transport = http.Transport(http.pool(self._url, settings.threads), settings, observe)
+        transport = http.Transport(http.pool(self._url, settings.threads), settings, observe)
+        super().__init__("commercetools", transport, NEUTRAL_ENDPOINTS, settings, stopping)
 
     def find(self, query: Query, values: Collection[str]) -> QueryResult:
         """Find the resources with chunked queries. If a query fails, only the values in its chunk have an error."""
@@ -71,26 +70,6 @@ class Commercetools:
         for chunk in _chunks(sorted(values), query):
             found |= self._find_chunk(query, chunk)
         return found
-
-    def outage_reason(self) -> str:
-        """Return why a circuit is open, or "" if commercetools has no outage."""
-        return self._breakers.outage_reason()
-
-    def answers(self) -> bool:
-        """Return whether commercetools answers a neutral query of one of NEUTRAL_ENDPOINTS. A refusal is an answer."""
-        return any(map(self._answers, NEUTRAL_ENDPOINTS))
-
-    def refusal_reason(self) -> str:
-        """Return why commercetools refuses the worker as a whole, or "" if it does not."""
-        return self._breakers.refusal_reason()
-
-    def refused_endpoints(self) -> dict[str, str]:
-        """Return the reason of each endpoint that refuses the worker, while commercetools accepts its credentials."""
-        return self._breakers.refused_endpoints()
-
-    def clock_offset(self) -> float:
-        """Return how far the clock of commercetools is ahead of this machine's, in seconds; 0 if unknown."""
-        return self._transport.clock.offset
 
     def call(self, endpoint: str, method: str, path: str = "", body: Json | None = None) -> http.Response:
         """Send a request to `endpoint` + `path` and return commercetools' response with a status of 2xx or 4xx.
@@ -170,49 +149,27 @@ class Commercetools:
         """Return the error for a query that did not succeed. Raises WorkerError."""
         code = decode_error(response)
         if code is None:  # this must not be taken for an empty list
-            return self._foreign_response(path, response)
+            return self._foreign_response(path, response.status, f"{_FOREIGN}: {response}")
         what = f"commercetools answered {response.status} {code} for {path}"
         if code in TRANSIENT_CODES:
             return Transient(what, http.retry_after(response.headers))
-        if response.status not in _REFUSALS:
+        if not (todo := _REFUSALS.get(response.status)):
             return Rejected(what, response.status)
-        if self._accepts(path):
-            return RequestBlocked(what)
-        if any(self._accepts(other) for other in NEUTRAL_ENDPOINTS if other != path):
-            return EndpointRefused(what, todo=_SCOPE_ADVICE)
-        status = HTTPStatus(response.status)
-        return CommercetoolsMisconfigured(what, todo=_REFUSALS[status], lacks_scope=status is HTTPStatus.FORBIDDEN)
-
-    def _foreign_response(self, path: str, response: http.Response) -> WorkerError:
-        """Return the error for a response that is not commercetools'. Raises WorkerError.
-
-        A firewall can refuse a single request because of its data. If commercetools itself answers a neutral query of
-        the same resources, the request is blocked; otherwise the whole endpoint is unreachable.
-        """
-        what = f"not commercetools' response: {response}"
-        is_refused = response.status >= HTTPStatus.BAD_REQUEST
-        return RequestBlocked(what) if is_refused and self._accepts(path) else Transient(what)
-
-    def _answers(self, path: str) -> bool:
-        try:
-            self._accepts(path)
-        except Transient as error:
-            return error.disposition is not Disposition.HOLD
-        except WorkerError:
-            pass
-        return True
+        lacks_scope = response.status == HTTPStatus.FORBIDDEN
+        error = CommercetoolsMisconfigured(what, todo=todo, lacks_scope=lacks_scope)
+        return self._refusal(path, error, _SCOPE_ADVICE)
 
     def _accepts(self, path: str) -> bool:
         """Return whether commercetools does not refuse a query that depends on no message. Raises WorkerError."""
         response = self._query(path, _NEUTRAL)
         if decode_page(response) is None and decode_error(response) is None:
-            raise Transient(f"not commercetools' response: {response}")
+            raise Transient(f"{_FOREIGN}: {response}")
         return response.status not in _REFUSALS
 
     def _request_own(self, endpoint: str, method: str, url: str, body: bytes | None) -> http.Response:
         response = self._request_with_token(endpoint, method, url, body)
         if not is_own(response):
-            raise Transient(f"not commercetools' response: {response}")
+            raise Transient(f"{_FOREIGN}: {response}")
         return response
 
     def _request_with_token(self, endpoint: str, method: str, url: str, body: bytes | None = None) -> http.Response:

@@ -18,16 +18,12 @@ from klaviyo_api import KlaviyoAPI
 from openapi_client.rest import RESTClientObject
 
 from worker.errors import (
-    Disposition,
-    EndpointRefused,
     KlaviyoMisconfigured,
     Rejected,
-    RequestBlocked,
     Transient,
-    WorkerError,
 )
 from worker.http import transport as http
-from worker.http.circuit_breaker import CircuitBreakers
+from worker.http.service_client import ServiceClient
 from worker.json_access import as_dict, as_dicts, as_text
 from worker.klaviyo.rate_limits import RateLimiter
 from worker.klaviyo.responses import decode_error, decode_success
@@ -50,12 +46,13 @@ MAX_PAGES = 1_000  # of a list
 NEUTRAL_ID = "klaviyo-worker-neutral"  # no catalog entry, profile or job can have this id
 # One of these accepts a neutral request if Klaviyo accepts the key, whichever scopes the key has.
 NEUTRAL_ENDPOINTS = ("GET /api/catalog-items", "POST /api/events", "POST /api/profile-import")
-_REFUSALS = {  # statuses that concern the key, its scopes or the API revision -> what to do
+_REFUSALS: Mapping[int, str] = {  # statuses that concern the key, its scopes or the API revision -> what to do
     HTTPStatus.UNAUTHORIZED: "check KLAVIYO_AUTH_KEY",
     HTTPStatus.FORBIDDEN: "check KLAVIYO_AUTH_KEY and its scopes",
     HTTPStatus.METHOD_NOT_ALLOWED: "check KLAVIYO_API_URL",
     HTTPStatus.GONE: "check KLAVIYO_API_URL",
 }
+_FOREIGN = "not Klaviyo's response"
 _ID = re.compile(r"^(\w+ /api/[^/]+)/[^/]+")
 
 
@@ -74,7 +71,7 @@ class KlaviyoClient(Protocol):
         """Return the number of requests that the calling thread has sent."""
 
 
-class Klaviyo:
+class Klaviyo(ServiceClient):
     """Klaviyo's HTTP API. Safe for many threads."""
 
     def __init__(self, settings: Settings, stopping: Event, observe: http.Observe = http.unobserved) -> None:
@@ -85,8 +82,7 @@ class Klaviyo:
         if proxy := proxy_for(settings.klaviyo_api_url, os.environ):
             configuration.proxy, configuration.proxy_headers = proxy.url, dict(proxy.headers)
         pool: urllib3.PoolManager = RESTClientObject(configuration).pool_manager
-        self._transport = http.Transport(pool, settings, observe)
-        self._breakers = CircuitBreakers("klaviyo", settings, stopping)
+        super().__init__("klaviyo", http.Transport(pool, settings, observe), NEUTRAL_ENDPOINTS, settings, stopping)
         self._rate_limiter = RateLimiter(settings.rate_limit_share, stopping)
         self._host: str = configuration.host
         self._headers = {
@@ -111,26 +107,6 @@ class Klaviyo:
         """Return the number of requests that the calling thread has sent."""
         return self._transport.requests_sent
 
-    def outage_reason(self) -> str:
-        """Return why a circuit is open, or "" if Klaviyo has no outage."""
-        return self._breakers.outage_reason()
-
-    def answers(self) -> bool:
-        """Return whether Klaviyo answers a neutral request to one of NEUTRAL_ENDPOINTS. A refusal is an answer."""
-        return any(map(self._answers, NEUTRAL_ENDPOINTS))
-
-    def refusal_reason(self) -> str:
-        """Return why Klaviyo refuses the worker as a whole, or "" if it does not."""
-        return self._breakers.refusal_reason()
-
-    def refused_endpoints(self) -> dict[str, str]:
-        """Return the reason of each endpoint that refuses the worker, while Klaviyo accepts its credentials."""
-        return self._breakers.refused_endpoints()
-
-    def clock_offset(self) -> float:
-        """Return how far Klaviyo's clock is ahead of this machine's, in seconds; 0 if unknown."""
-        return self._transport.clock.offset
-
     def rate_limit_status(self) -> Mapping[str, RateLimitStatus]:
         """Return the status of the rate limits, by endpoint."""
         return self._rate_limiter.statuses()
@@ -142,10 +118,11 @@ class Klaviyo:
             return document
         error = decode_error(response)
         if error is None:
-            raise self._foreign_response(endpoint, response)
+            raise self._foreign_response(endpoint, response.status, f"{_FOREIGN}: {response}")
         what = f"Klaviyo answered {response.status} to {endpoint}"
-        if response.status in _REFUSALS:
-            raise self._refusal(endpoint, response.status, what)
+        if todo := _REFUSALS.get(response.status):
+            lacks_scope = response.status == HTTPStatus.FORBIDDEN
+            raise self._refusal(endpoint, KlaviyoMisconfigured(what, todo=todo, lacks_scope=lacks_scope), todo)
         raise _rejection(what, response.status, error)
 
     def _send(self, endpoint: str, path: str, content: bytes | Callable[[], bytes] | None) -> http.Response:
@@ -158,46 +135,17 @@ class Klaviyo:
         http.raise_for_transient(response)
         return response
 
-    def _foreign_response(self, endpoint: str, response: http.Response) -> Transient:
-        """Return the error for a response that is not Klaviyo's. Raises Transient.
-
-        A firewall can refuse a single request because of its data. If Klaviyo itself answers a neutral request to the
-        same endpoint, the request is blocked; otherwise the whole endpoint is unreachable.
-        """
-        what = f"not Klaviyo's response: {response}"
-        is_refused = response.status >= HTTPStatus.BAD_REQUEST
-        return RequestBlocked(what) if is_refused and self._accepts(endpoint) else Transient(what)
-
-    def _refusal(self, endpoint: str, status: int, what: str) -> WorkerError:
-        """Return the error for a refused request: neutral requests show what is refused. Raises Transient."""
-        if self._accepts(endpoint):
-            return RequestBlocked(what)
-        todo, lacks_scope = _REFUSALS[HTTPStatus(status)], status == HTTPStatus.FORBIDDEN
-        if any(self._accepts(other) for other in NEUTRAL_ENDPOINTS if other != endpoint):
-            return EndpointRefused(what, todo=todo)
-        return KlaviyoMisconfigured(what, todo=todo, lacks_scope=lacks_scope)
-
-    def _answers(self, endpoint: str) -> bool:
-        try:
-            self._accepts(endpoint)
-        except Transient as error:
-            return error.disposition is not Disposition.HOLD
-        except WorkerError:
-            pass
-        return True
-
     def _accepts(self, endpoint: str) -> bool:
         """Return whether Klaviyo does not refuse a neutral request to an endpoint. Raises Transient.
 
-        A neutral request depends on no message and has no effect: it contains an empty document, which Klaviyo never
-        accepts, and the id of nothing.
+        It contains an empty document, which Klaviyo never accepts, and the id of nothing.
         """
         method, path = endpoint.split(" ")
         query = "" if "{id}" in path or method != "GET" else "?page%5Bsize%5D=1"
         content = b"{}" if method in {"POST", "PATCH"} else None
         response = self._send(endpoint, path.replace("{id}", NEUTRAL_ID) + query, content)
         if decode_success(endpoint, response) is None and decode_error(response) is None:
-            raise Transient(f"not Klaviyo's response: {response}")
+            raise Transient(f"{_FOREIGN}: {response}")
         return response.status not in _REFUSALS
 
 
