@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tests.model.world import LaggingShop, Queue
 
 Json = dict[str, Any]
+CONSTANT: Json = {"id": "constant", "version": 1, "name": {"en": "Constant"}, "ancestors": []}  # a category
 EventKey = tuple[str, str, float]  # metric, unique_id, value
 
 
@@ -53,6 +54,7 @@ class ShopModel:
         self.refunds: dict[str, Json] = {}  # payments by order
         self.events: Counter[EventKey] = Counter()
         self._numbers: Counter[str] = Counter()
+        shop.write("categories", CONSTANT["id"], CONSTANT, 0.0)
 
     def publish(self, body: bytes, how: Change) -> None:
         """Publish a message."""
@@ -206,7 +208,13 @@ class ShopModel:
             key: [*(self.categories[ancestor["id"]] for ancestor in category["ancestors"]), category]
             for key, category in self.categories.items()
         }
-        return {key: (" > ".join(entry["name"]["en"] for entry in path),) for key, path in paths.items()}
+        return self.constant_breadcrumb() | {
+            key: (" > ".join(entry["name"]["en"] for entry in path),) for key, path in paths.items()
+        }
+
+    def constant_breadcrumb(self) -> dict[str, tuple[str]]:
+        """Return the name of the category that has never changed. Klaviyo has it as soon as it has a product."""
+        return {CONSTANT["id"]: (CONSTANT["name"]["en"],)}
 
     def items(self) -> dict[str, tuple[str, float]]:
         """Return title and price of each catalog item."""
@@ -266,7 +274,7 @@ def _product(product_id: str, version: int) -> Json:
         "version": version,
         "name": {"en": f"{product_id} {version}"},
         "slug": {"en": product_id},
-        "categories": [],
+        "categories": [{"typeId": "category", "id": CONSTANT["id"]}],
         "masterVariant": {"id": 1, "sku": f"{product_id}-sku", "prices": [price], "images": [], "attributes": []},
         # A second variant that comes and goes.
         "variants": [{"id": 2, "sku": f"{product_id}-sku-2", "prices": [price]}] * (version % 2),

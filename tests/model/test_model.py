@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,6 +72,16 @@ state_how = st.builds(
     dated=st.sampled_from([0.0, 0.0, -86_400.0, 86_400.0, 2_300_000_000.0]),
 )
 numbers = st.integers(0, 7)
+services = st.sampled_from(["commercetools", "klaviyo"])
+
+PAGE = b"<html><body>Please wait</body></html>"
+OUTAGES = [
+    *(Fault(status) for status in (429, 500, 503)),
+    *(Fault(status, body=PAGE) for status in (200, 404, 502)),
+    *(Fault(action=action) for action in ("reset", "lose_response")),
+    Fault(action="hang", seconds=30.0),
+]
+ENDPOINTS = ["POST /api/events", "POST /api/event-bulk", "POST /api/profile-", "POST /api/catalog-", "PATCH /api/"]
 
 
 class RunningWorker:
@@ -161,20 +172,15 @@ class Model(RuleBasedStateMachine):
 
     # Services
 
-    @rule(
-        name=st.sampled_from(["commercetools", "klaviyo"]),
-        status=st.sampled_from([429, 500, 503]),
-        action=st.sampled_from(["respond", "reset", "lose_response"]),
-        times=st.sampled_from([1, 2, 6, None]),
-    )
-    def fail(self, name: str, status: int, action: str, times: int | None) -> None:
-        getattr(self.world, name).faults.add(Fault(status, times, action=action))
+    @rule(name=services, fault=st.sampled_from(OUTAGES), times=st.sampled_from([1, 2, 6, None]))
+    def fail(self, name: str, fault: Fault, times: int | None) -> None:
+        getattr(self.world, name).faults.add(replace(fault, times=times))
 
-    @rule(
-        endpoint=st.sampled_from(
-            ["POST /api/events", "POST /api/event-bulk", "POST /api/profile-", "POST /api/catalog-", "PATCH /api/"]
-        ),
-    )
+    @rule(name=services, status=st.sampled_from([401, 403]))
+    def refuse_credentials(self, name: str, status: int) -> None:
+        getattr(self.world, name).faults.add(Fault(status, None))
+
+    @rule(endpoint=st.sampled_from(ENDPOINTS))
     def refuse_endpoint(self, endpoint: str) -> None:
         self.world.klaviyo.faults.add(Fault(403, None, match=endpoint))
 
@@ -302,7 +308,7 @@ class Model(RuleBasedStateMachine):
             "dead letters": (Counter(body for body, _ in self.world.queue.dead_letters), shop.bad),
             "events": (Counter((e["metric"], e["unique_id"], e["value"]) for e in account.events), shop.events),
             "profiles": ({key: names.get(key) for key in shop.customers}, shop.names()),
-            "categories": (_attributes(account.categories, "name"), shop.breadcrumbs()),
+            "categories": (_attributes(account.categories, "name") | shop.constant_breadcrumb(), shop.breadcrumbs()),
             "items": (_attributes(account.items, "title", "price"), shop.items()),
             "variants": (_attributes(account.variants, "title", "price", "inventory_quantity"), shop.variants()),
         }

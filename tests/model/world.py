@@ -199,15 +199,19 @@ class Pool:
     def _respond(self, service: Service, request: ApiRequest) -> urllib3.HTTPResponse:
         fault = service.faults.trigger(request)
         action = fault.action if fault else ""
-        response: ApiResponse | None = None
-        if fault and action == "respond":
+        content: bytes | None = None
+        if fault and action == "hang":
+            self._world.simulation.wait(lambda: False, fault.seconds)
+        elif fault and action == "respond":
             response = ApiResponse(fault.status, service.error_document(fault.status), fault.headers)
+            content = fault.body
         elif action != "reset":
             response = service.handle(request)
-        self._world.note(f"{request.method} {request.path} {action} {response.status if response else ''}")
-        if response is None or action == "lose_response":
+        self._world.note(f"{request.method} {request.path} {fault or response.status}")
+        if action in {"hang", "reset", "lose_response"}:
             raise urllib3.exceptions.ProtocolError("Connection aborted.", ConnectionResetError())
-        content = b"" if response.document is None else orjson.dumps(response.document)
+        if content is None:
+            content = b"" if response.document is None else orjson.dumps(response.document)
         headers = {"Content-Type": "application/json"} if content else {}
         return urllib3.HTTPResponse(
             io.BytesIO(content), {**headers, **response.headers}, response.status, preload_content=False
