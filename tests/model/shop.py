@@ -11,6 +11,7 @@ The state of a resource is its version: it is a part of its name, and its price 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tests.model.simulation import at
@@ -18,6 +19,8 @@ from worker.sandbox.commercetools.shop import money
 from worker.sandbox.notifications import bare, change, message, payload_not_included
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from tests.model.world import LaggingShop, Queue
 
 Json = dict[str, Any]
@@ -25,23 +28,26 @@ CONSTANT: Json = {"id": "constant", "version": 1, "name": {"en": "Constant"}, "a
 EventKey = tuple[str, str, float]  # metric, unique_id, value
 
 
+@dataclass(frozen=True, slots=True)
 class Change:
-    """How a change reaches the worker. All times are in seconds."""
+    """How a change reaches the workers. All times are in seconds.
 
-    def __init__(self, lag: float = 0.0, delay: float = 0.0, dated: float = 0.0) -> None:
-        self.lag = lag  # until commercetools shows it
-        self.delay = delay  # until the queue delivers the notification
-        self.dated = dated  # by which the date in the notification is wrong
+    `lag`: until commercetools shows it. `delay`: until the queue delivers the notification. `dated`: by which the date
+    in the notification is wrong. `steps`: the threads that continue after the change, by their numbers.
+    """
 
-    def __repr__(self) -> str:
-        return f"Change(lag={self.lag:g}, delay={self.delay:g}, dated={self.dated:g})"
+    lag: float = 0.0
+    delay: float = 0.0
+    dated: float = 0.0
+    steps: Sequence[int] = ()
 
 
 class ShopModel:
     """The shop. It publishes a notification for every change."""
 
-    def __init__(self, shop: LaggingShop, queue: Queue) -> None:
+    def __init__(self, shop: LaggingShop, queue: Queue, proceed: Callable[[Sequence[int]], None]) -> None:
         self._shop = shop
+        self._proceed = proceed
         self._queue = queue
         self.bodies: list[bytes] = []  # good messages
         self.bad: Counter[bytes] = Counter()  # messages that must become dead letters
@@ -60,11 +66,13 @@ class ShopModel:
         """Publish a message."""
         self.bodies.append(body)
         self._queue.publish(body, how.delay)
+        self._proceed(how.steps)
 
     def publish_bad(self, body: bytes, how: Change) -> None:
         """Publish a message that can never succeed."""
         self.bad[body] += 1
         self._queue.publish(body, how.delay)
+        self._proceed(how.steps)
 
     def repeat(self, number: int, how: Change) -> None:
         """Publish an earlier message again. Number 0 is the last one."""
@@ -152,11 +160,11 @@ class ShopModel:
         order = _order(order_id) | {"customerEmail": email, "createdAt": at(0.0)}
         order |= {"customerId": customer_id} if customer_id else {}
         self._write("orders", self.orders, order, how)
-        body = message("OrderCreated", "order", order_id, created_at=at(how.dated), order=order)
-        self.publish(bare(body if with_payload else payload_not_included("OrderCreated", "order", order_id)), how)
         self._expect("Placed Order", order_id, order["totalPrice"])
         for line in order["lineItems"]:
             self._expect("Ordered Product", line["id"], line["totalPrice"])
+        body = message("OrderCreated", "order", order_id, created_at=at(how.dated), order=order)
+        self.publish(bare(body if with_payload else payload_not_included("OrderCreated", "order", order_id)), how)
 
     def end_order(self, order_id: str, state: str, how: Change) -> None:
         order = self.orders[order_id]

@@ -6,8 +6,9 @@ import logging
 import os
 from collections import Counter
 from dataclasses import replace
+from random import Random
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis.strategies as st
 import pytest
@@ -37,6 +38,9 @@ from worker.telemetry.log import log
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "150"))
 OPTIONS = {
     "ct_api_url": f"https://{COMMERCETOOLS}",
@@ -59,19 +63,13 @@ SETTINGS = settings(
 END = 4 * 3600.0  # seconds of simulated time after the last failure within which everything must be settled
 MAX_STEPS = 20_000
 
-how = st.builds(
-    Change,
-    lag=st.sampled_from([0.0, 0.0, 0.5, 4.0]),
-    delay=st.sampled_from([0.0, 0.0, 0.0, 1.0, 30.0, 300.0]),
-    dated=st.sampled_from([0.0, 0.0, -86_400.0, 86_400.0]),
-)
-state_how = st.builds(
-    Change,
-    lag=st.sampled_from([0.0, 0.0, 0.5, 4.0]),
-    delay=st.sampled_from([0.0, 0.0, 0.0, 1.0, 30.0, 300.0]),
-    dated=st.sampled_from([0.0, 0.0, -86_400.0, 86_400.0, 2_300_000_000.0]),
-)
 numbers = st.integers(0, 7)
+steps = st.lists(numbers, max_size=8)
+lags = st.sampled_from([0.0, 0.0, 0.5, 4.0])
+delays = st.sampled_from([0.0, 0.0, 0.0, 1.0, 30.0, 300.0])
+DAY = 86_400.0
+how_event = st.builds(Change, lags, delays, st.sampled_from([0.0, -DAY, DAY]), steps)
+how_state = st.builds(Change, lags, delays, st.sampled_from([0.0, -DAY, DAY, 26_000 * DAY]), steps)
 services = st.sampled_from(["commercetools", "klaviyo"])
 
 PAGE = b"<html><body>Please wait</body></html>"
@@ -121,14 +119,22 @@ class Model(RuleBasedStateMachine):
         self.simulation = Simulation()
         self.workers: list[RunningWorker] = []
 
-    @initialize(repeats=st.sampled_from(BULK_REPEATS), max_messages=st.sampled_from([1, 3, 50]))
-    def begin(self, repeats: str, max_messages: int) -> None:
-        """Create an account, with a verdict on repeated events if it ignores them. Start two workers."""
+    @initialize(
+        repeats=st.sampled_from(BULK_REPEATS),
+        max_messages=st.sampled_from([1, 3, 50]),
+        seed=st.integers(0, 1_000),
+    )
+    def begin(self, repeats: str, max_messages: int, seed: int) -> None:
+        """Create an account, with a verdict on repeated events if it ignores them. Start two workers.
+
+        `max_messages` is per delivery. `seed` determines the order in which the threads continue at the end.
+        """
+        self.random = Random(seed)
         self.world = World(self.simulation, repeats, max_messages)
         if repeats == "ignore":
             probe = {"external_id": PROBE_PROFILE, "properties": {REPEATS: IGNORED}}
             self.world.account.create_profile({"attributes": probe})
-        self.shop = ShopModel(self.world.shop, self.world.queue)
+        self.shop = ShopModel(self.world.shop, self.world.queue, self._proceed)
         self._start()
         self._start()
 
@@ -137,8 +143,11 @@ class Model(RuleBasedStateMachine):
 
     # Time, and who runs next
 
-    @rule(choices=st.lists(numbers, min_size=1, max_size=12))
+    @rule(choices=st.lists(numbers, min_size=1, max_size=20))
     def proceed(self, choices: list[int]) -> None:
+        self._proceed(choices)
+
+    def _proceed(self, choices: Sequence[int]) -> None:
         for choice in choices:
             self.simulation.step(choice, until=self.simulation.now + 20.0)
         self._forget_ended_workers()
@@ -196,81 +205,86 @@ class Model(RuleBasedStateMachine):
     # Messages
 
     @precondition(lambda self: self.shop.bodies)
-    @rule(number=st.integers(0, 100), how=how)
+    @rule(number=st.integers(0, 100), how=how_event)
     def repeat(self, number: int, how: Change) -> None:
         self.shop.repeat(number, how)
 
-    @rule(body=st.sampled_from([b"", b"{", b"[]", b'{"hello": "world"}']), how=how)
+    @rule(body=st.sampled_from([b"", b"{", b"[]", b'{"hello": "world"}']), how=how_event)
     def publish_unreadable(self, body: bytes, how: Change) -> None:
         self.shop.publish_bad(body, how)
 
-    @rule(kind=st.sampled_from(["email", "buyer"]), how=how)
+    @rule(kind=st.sampled_from(["email", "buyer"]), how=how_event)
     def publish_bad_order(self, kind: str, how: Change) -> None:
         self.shop.bad_order(kind, how)
 
     # The shop
 
-    @rule(how=state_how)
+    @precondition(lambda self: len(self.shop.customers) < 2)
+    @rule(how=how_state)
     def create_customer(self, how: Change) -> None:
         self.shop.create_customer(how)
 
     @precondition(lambda self: self.shop.customers)
-    @rule(number=numbers, how=state_how)
+    @rule(number=numbers, how=how_state)
     def update_customer(self, number: int, how: Change) -> None:
         self.shop.update_customer(pick(self.shop.customers, number), how)
 
     @precondition(lambda self: self.shop.customers)
-    @rule(number=numbers, how=state_how)
+    @rule(number=numbers, how=how_state)
     def delete_customer(self, number: int, how: Change) -> None:
         self.shop.delete_customer(pick(self.shop.customers, number), how)
 
-    @rule(number=numbers, how=state_how)
+    @precondition(lambda self: len(self.shop.categories) < 3)
+    @rule(number=numbers, how=how_state)
     def create_category(self, number: int, how: Change) -> None:
         parents = [None, *self.shop.categories]
         self.shop.create_category(parents[number % len(parents)], how)
 
     @precondition(lambda self: self.shop.categories)
-    @rule(number=numbers, how=state_how)
+    @rule(number=numbers, how=how_state)
     def rename_category(self, number: int, how: Change) -> None:
         self.shop.rename_category(pick(self.shop.categories, number), how)
 
     @precondition(lambda self: self.shop.categories)
-    @rule(number=numbers, how=state_how)
+    @rule(number=numbers, how=how_state)
     def delete_category(self, number: int, how: Change) -> None:
         self.shop.delete_category(pick(self.shop.leaves(), number), how)
 
-    @rule(number=numbers, how=state_how)
+    @rule(number=numbers, how=how_state)
     def publish_product(self, number: int, how: Change) -> None:
-        known = [None, *self.shop.products, *self.shop.unpublished]
+        known: list[str | None] = [*self.shop.products, *self.shop.unpublished]
+        known += [None] * (len(known) < 2)
         self.shop.publish_product(known[number % len(known)], how)
 
     @precondition(lambda self: self.shop.products)
-    @rule(number=numbers, how=state_how)
+    @rule(number=numbers, how=how_state)
     def unpublish_product(self, number: int, how: Change) -> None:
         self.shop.unpublish_product(pick(self.shop.products, number), how)
 
-    @rule(how=state_how)
+    @precondition(lambda self: len(self.shop.stock) < 2)
+    @rule(how=how_state)
     def create_stock(self, how: Change) -> None:
         self.shop.create_stock(how)
 
     @precondition(lambda self: self.shop.stock)
-    @rule(number=numbers, how=state_how)
+    @rule(number=numbers, how=how_state)
     def change_stock(self, number: int, how: Change) -> None:
         self.shop.change_stock(pick(self.shop.stock, number), how)
 
-    @rule(number=numbers, with_payload=st.booleans(), how=how)
+    @precondition(lambda self: len(self.shop.orders) < 4)
+    @rule(number=numbers, with_payload=st.booleans(), how=how_event)
     def create_order(self, number: int, with_payload: bool, how: Change) -> None:
         buyers = [None, *self.shop.customers]
         self.shop.create_order(buyers[number % len(buyers)], with_payload=with_payload, how=how)
 
     @precondition(lambda self: self.shop.open_orders())
-    @rule(number=numbers, state=st.sampled_from(["Complete", "Cancelled"]), how=how)
+    @rule(number=numbers, state=st.sampled_from(["Complete", "Cancelled"]), how=how_event)
     def end_order(self, number: int, state: str, how: Change) -> None:
         orders = self.shop.open_orders()
         self.shop.end_order(orders[number % len(orders)], state, how)
 
     @precondition(lambda self: self.shop.orders)
-    @rule(number=numbers, how=how)
+    @rule(number=numbers, how=how_event)
     def refund(self, number: int, how: Change) -> None:
         self.shop.refund(pick(self.shop.orders, number), how)
 
@@ -288,7 +302,7 @@ class Model(RuleBasedStateMachine):
         """Repair the services and let two workers run until nothing is left to do."""
         self.repair()
         until = self.simulation.now + END
-        for choice in range(MAX_STEPS):
+        for _ in range(MAX_STEPS):
             self._forget_ended_workers()
             if not self.world.queue.bodies() and not self.world.jobs.in_progress:
                 return
@@ -296,7 +310,7 @@ class Model(RuleBasedStateMachine):
                 self._start()
             if self.simulation.now > until:
                 break
-            self.simulation.step(choice, until)
+            self.simulation.step(self.random.randrange(8), until)
         note("\n".join(self.world.trace[-40:]))
         raise AssertionError(f"left on the queue: {[body[:300] for body in self.world.queue.bodies()]}")
 
