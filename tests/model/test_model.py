@@ -41,7 +41,7 @@ from worker.telemetry.metrics import Metrics
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "100"))
 OPTIONS = {
     "ct_api_url": f"https://{COMMERCETOOLS}",
     "ct_auth_url": f"https://{COMMERCETOOLS}",
@@ -51,14 +51,13 @@ OPTIONS = {
     "klaviyo_auth_key": KEY,
     "dead_letter_mode": "direct",
     "lanes": 1,
-    "bulk_threshold": 2,
     "outage_hold": 60.0,
     "park_retry_interval": 5.0,
     "shutdown_grace_period": 10.0,
     "http_port": 0,
 }
 SETTINGS = settings(
-    max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=EXAMPLES, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 END = 4 * 3600.0  # seconds of simulated time after the last failure within which everything must be settled
 MAX_STEPS = 20_000
@@ -122,14 +121,16 @@ class Model(RuleBasedStateMachine):
     @initialize(
         repeats=st.sampled_from(BULK_REPEATS),
         max_messages=st.sampled_from([1, 3, 50]),
+        bulk_threshold=st.sampled_from([0, 1, 10]),
         seed=st.integers(0, 1_000),
     )
-    def begin(self, repeats: str, max_messages: int, seed: int) -> None:
+    def begin(self, repeats: str, max_messages: int, bulk_threshold: int, seed: int) -> None:
         """Create an account, with a verdict on repeated events if it ignores them. Start two workers.
 
         `max_messages` is per delivery. `seed` determines the order in which the threads continue at the end.
         """
         self.random = Random(seed)
+        self.options = self.options.model_copy(update={"bulk_threshold": bulk_threshold})
         self.world = World(self.simulation, repeats, max_messages)
         if repeats == "ignore":
             probe = {"external_id": PROBE_PROFILE, "properties": {REPEATS: IGNORED}}
