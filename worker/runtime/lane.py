@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 # The share of `outage_hold` that is the minimum delay before the redelivery of a message whose hold expired.
 NACK_DELAY_SHARE = 1 / 30
-# A lane counts as stalled if a batch takes longer than STALL_TIMEOUT, plus STALL_PER_MESSAGE for each of its messages.
-# Requests end within five minutes, and so do bulk jobs. The slowest rate limit is 60 requests per minute, so a message
-# can take 15 s if a worker uses a fifteenth of it.
+# A lane counts as stalled if a batch takes longer than STALL_TIMEOUT, plus `job_timeout` for a bulk job, plus
+# STALL_PER_MESSAGE for each of its messages. Requests end within five minutes. The slowest rate limit is 60 requests per
+# minute, so a message can take 15 s if a worker uses a fifteenth of it.
 STALL_TIMEOUT, STALL_PER_MESSAGE = 600.0, 15.0  # seconds
 
 SUSPECT_ATTEMPT = 3  # from this delivery on, a message possibly ended the workers that received it before
@@ -91,9 +91,9 @@ class Lane(Thread):
         """Return why the lane has stopped working, or "" if it works. `now` is in monotonic seconds."""
         if self.ident is not None and not self.is_alive():
             return f"{self.name} has ended"
-        size = self.batch_size
-        is_late = size and now - self._busy_since > STALL_TIMEOUT + STALL_PER_MESSAGE * size
-        return f"{self.name} has processed a batch for {(now - self._busy_since) / 60:.0f} minutes" if is_late else ""
+        size, seconds = self.batch_size, now - self._busy_since
+        is_late = size and seconds > STALL_TIMEOUT + self._settings.job_timeout + STALL_PER_MESSAGE * size
+        return f"{self.name} has processed a batch for {seconds / 60:.0f} minutes" if is_late else ""
 
     def run(self) -> None:
         """Process batches until the lane ends, then give the held messages back to the queue."""

@@ -14,7 +14,7 @@ from adapters.embedded import EmbeddedQueue
 from tests.conftest import FakeDelivery, Scripted
 from worker.errors import CircuitOpen, Disposition, KlaviyoMisconfigured, Throttled, Transient
 from worker.model import Message, Notification, Outcome
-from worker.runtime.lane import Lane
+from worker.runtime.lane import STALL_PER_MESSAGE, STALL_TIMEOUT, Lane
 from worker.runtime.runner import Runner, ShutdownTimeoutError
 from worker.settings import Settings, load
 from worker.telemetry.message_log import Telemetry
@@ -549,28 +549,28 @@ def test_hanging_loop_is_stalled(
     assert runner.is_stopping()
 
 
+@pytest.mark.parametrize("job_timeout", [1.0, 1_200.0])
 def test_hanging_lane_is_stalled(
-    queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
+    job_timeout: float, queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread]
 ) -> None:
-    """The limit grows with the batch, because the messages of a large batch wait for rate limits one after another."""
-    monkeypatch.setattr("worker.runtime.lane.STALL_TIMEOUT", 0.1)
-    monkeypatch.setattr("worker.runtime.lane.STALL_PER_MESSAGE", 600.0)
+    """The messages of a large batch wait for rate limits one after another, and for a bulk job."""
     release = threading.Event()
 
     def work(_messages: Sequence[Message]) -> list[Message]:
         assert release.wait(60)
         return []
 
-    queue.publish([b"customer:1"])
-    runner, _ = runner_for(queue, work)
+    queue.publish([b"customer:1"] * 100)
+    runner, _ = runner_for(queue, work, job_timeout=job_timeout)
     running(runner)
-    wait_for(lambda: sum(runner.batch_sizes()["profiles"]) == 1)
-    assert runner.stall_reason() == ""
-    monkeypatch.setattr("worker.runtime.lane.STALL_PER_MESSAGE", 0.1)
-    wait_for(runner.stall_reason)
-    assert "profiles-" in runner.stall_reason()
+    wait_for(lambda: sum(runner.batch_sizes()["profiles"]))
+    lane = next(lane for lane in runner._lanes if lane.batch_size)
+    limit = STALL_TIMEOUT + STALL_PER_MESSAGE * lane.batch_size + job_timeout
+    now = time.monotonic()
+    assert lane.stall_reason(now + limit - 60) == ""
+    assert lane.stall_reason(now + limit + 1) == f"{lane.name} has processed a batch for {limit / 60:.0f} minutes"
     release.set()
-    wait_for(lambda: not runner.stall_reason())
+    wait_for(lambda: not lane.stall_reason(now + 24 * 3_600))
 
 
 def test_dead_lane_is_stalled(queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread]) -> None:
