@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # The share of `outage_hold` that is the minimum delay before the redelivery of a message whose hold expired.
 NACK_DELAY_SHARE = 1 / 30
 # A lane counts as stalled if a batch takes longer than STALL_TIMEOUT, plus `job_timeout` for a bulk job, plus
-# STALL_PER_MESSAGE for each of its messages. Requests end within five minutes. The slowest rate limit is 60 requests per
-# minute, so a message can take 15 s if a worker uses a fifteenth of it.
+# STALL_PER_MESSAGE for each of its messages. Requests end within five minutes. The slowest rate limit is 60 requests
+# per minute, so a message can take 15 s if a worker uses a fifteenth of it.
 STALL_TIMEOUT, STALL_PER_MESSAGE = 600.0, 15.0  # seconds
 
 SUSPECT_ATTEMPT = 3  # from this delivery on, a message possibly ended the workers that received it before
