@@ -69,6 +69,26 @@ def test_firewall_before_commercetools_blocks_only_one_message(worker: Worker, s
     assert '"outage"' not in worker.log.read_text()
 
 
+def test_firewall_before_klaviyo_delays_no_other_order(worker: Worker, sandbox: Sandbox) -> None:
+    """It refuses a first name with a page. Orders that arrive while the message is held are sent: no outage begins."""
+    sandbox.klaviyo.faults.add(Fault(status=403, times=None, contains=b"<script", body=PAGE))
+    blocked = placed(sandbox, 99)
+    blocked["order"]["billingAddress"] = {"firstName": "<script>alert(1)</script>", "country": "DE"}
+    worker.publish(blocked, *[placed(sandbox, number) for number in range(10)])
+    process = worker.start("run", *SETTINGS, "--outage-hold", "30")
+    wait_for(lambda: orders_done(worker) == 10 and sandbox.klaviyo.faults.triggered)
+    worker.publish(*[placed(sandbox, number) for number in range(10, 15)])
+    wait_for(lambda: orders_done(worker) == 15)
+    wait_for(worker.dead_letters)
+    stop(process)
+    (dead,) = worker.dead_letters()
+    assert dead["resource_id"] == "order-99"
+    assert "5 times in a row" in dead["reason"]
+    log = worker.log.read_text()
+    assert '"outage"' not in log
+    assert '"pulling_paused"' not in log
+
+
 @pytest.mark.parametrize("status", [200, 403])
 def test_page_of_the_authorization_server_does_not_end_the_worker(
     status: int, worker: Worker, sandbox: Sandbox

@@ -19,6 +19,11 @@ def order(number: int) -> dict[str, Any]:
     return message("OrderCreated", "order", f"o-{number}", order=document)
 
 
+def has_profile(sandbox: Sandbox, customer: str) -> bool:
+    with sandbox.account.lock:
+        return any(profile["attributes"].get("external_id") == customer for profile in sandbox.account.profiles)
+
+
 def test_held_message_delays_no_order(worker: Worker, sandbox: Sandbox) -> None:
     """Only the endpoints of categories fail. All that is in flight is one category, which is held."""
     methods = ("POST", "PATCH")
@@ -36,21 +41,23 @@ def test_held_message_delays_no_order(worker: Worker, sandbox: Sandbox) -> None:
     stop(process)
 
 
-def test_deletions_beyond_their_budget_delay_no_order(tmp_path: Path) -> None:
+def test_deletions_beyond_their_budget_delay_no_order_and_no_profile(tmp_path: Path) -> None:
     """Klaviyo accepts 60 deletions a minute, so those of this test take a minute. Three times the budget is waiting."""
     with Sandbox(rate_limits=1.0) as sandbox:
         environment = sandbox.environment | {"QUEUE_URL": f"embedded://{tmp_path}/queue.db"}
         worker = Worker(environment | {"KLAVIYO_WORKER_MAX_IN_FLIGHT": "20"}, tmp_path)
         (tmp_path / "mapping.toml").write_text("[customer]\nerasure = true\n")
         names = [f"gone-{number}" for number in range(60)]
+        customer = next(name for name, entry in sandbox.shop.customers.items() if entry.get("email"))
         for name in names:
             sandbox.account.import_profile({"attributes": {"external_id": name, "email": f"{name}@example.com"}})
         worker.publish(
             *(change("ResourceDeleted", "customer", name, version=2, dataErasure=True) for name in names),
             *(order(number) for number in range(5)),
+            change("ResourceUpdated", "customer", customer, version=1),
         )
         process = worker.start("run", "--config", "mapping.toml")
-        wait_for(lambda: len(sandbox.account.events) == 5)
+        wait_for(lambda: len(sandbox.account.events) == 5 and has_profile(sandbox, customer))
         assert len(sandbox.account.deletion_requests) < 60
         assert worker.dead_letters() == []
         stop(process)

@@ -15,7 +15,7 @@ from oauthlib.oauth2 import BackendApplicationClient, OAuth2Error
 from requests.adapters import BaseAdapter
 from requests.structures import CaseInsensitiveDict
 
-from worker.errors import CommercetoolsMisconfigured, Transient, WorkerError
+from worker.errors import CommercetoolsMisconfigured, ResponseTooLarge, Transient, WorkerError
 from worker.http import transport as http
 from worker.json_access import as_dict, as_text
 
@@ -119,7 +119,10 @@ class _TokenAdapter(BaseAdapter):
     def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
         """Send a request for a token. Raises Transient if the response is neither a token nor OAuth's error."""
         body = request.body.encode() if isinstance(request.body, str) else request.body
-        received = self._transport.request(_ENDPOINT, "POST", self._url, dict(request.headers), body)
+        try:
+            received = self._transport.request(_ENDPOINT, "POST", self._url, dict(request.headers), body)
+        except ResponseTooLarge as error:  # a smaller query does not make a token smaller
+            raise Transient(f"no token from commercetools: {error}") from None
         http.raise_for_transient(received)
         if not _is_oauth(received):
             raise Transient(f"no token from commercetools: {received}")

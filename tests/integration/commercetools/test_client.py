@@ -402,6 +402,16 @@ def test_page_of_the_authorization_server_is_no_refusal(status: int, body: bytes
     assert sandbox.klaviyo.requests == []
 
 
+def test_endless_token_is_requested_once(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query that is too large is halved. That does not help here, and each request would read up to the limit."""
+    monkeypatch.setattr("worker.http.transport.MAX_BODY_BYTES", 100_000)
+    sandbox.commercetools.faults.add(Fault(status=200, times=None, match="POST", body=b" " * 200_000))
+    found = commercetools_for(sandbox, retry_timeout=0).find(CUSTOMERS, [f"c-{number}" for number in range(100)])
+    assert {type(error) for error in found.values()} == {Transient}
+    assert "more than 100,000 bytes" in str(found["c-0"])
+    assert len(sandbox.commercetools.requests) == 1
+
+
 @pytest.mark.parametrize(
     ("faults", "answers"),
     [

@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 
 from tests.conftest import Scripted
 from tests.integration.conftest import klaviyo_for, settings_for
-from worker.errors import EndpointRefused, KlaviyoMisconfigured, Rejected, RequestBlocked, Throttled, Transient
+from worker.errors import (
+    EndpointRefused,
+    KlaviyoMisconfigured,
+    Rejected,
+    RequestBlocked,
+    ResponseTooLarge,
+    Throttled,
+    Transient,
+)
 from worker.klaviyo.client import Klaviyo, endpoint_of, iter_resources
 from worker.klaviyo.responses import success_of
 from worker.sandbox import Fault, Sandbox
@@ -228,7 +236,9 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("status", [200, 201, 202, 302, 400, 401, 403, 404, 405, 409, 410, 413, 422, 451])
+@pytest.mark.parametrize(
+    "status", [200, 201, 202, 302, 400, 401, 402, 403, 404, 405, 406, 409, 410, 413, 421, 422, 431, 451]
+)
 def test_response_that_is_not_klaviyos_is_transient(status: int, sandbox: Sandbox) -> None:
     """The error says what came."""
     for (method, path), body in product(REQUESTS, PAGES):
@@ -242,6 +252,19 @@ def test_response_that_is_not_klaviyos_is_transient(status: int, sandbox: Sandbo
         with pytest.raises(Transient, match=rf"^not Klaviyo's response: {status} with {content} to ") as error:
             klaviyo_for(sandbox, retry_timeout=0).call(method, path, PROFILE if method in {"POST", "PATCH"} else None)
         assert not isinstance(error.value, RequestBlocked)
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/api/events"), ("GET", "/api/profiles")])
+def test_endless_response_is_transient(
+    method: str, path: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker reads no more than the limit, and the next request is answered as usual."""
+    monkeypatch.setattr("worker.http.transport.MAX_BODY_BYTES", 100_000)
+    sandbox.klaviyo.faults.add(Fault(status=200, times=1, body=b" " * 200_000))
+    client = klaviyo_for(sandbox, retry_timeout=0)
+    with pytest.raises(ResponseTooLarge, match="more than 100,000 bytes"):
+        client.call(method, path, PROFILE if method == "POST" else None)
+    client.call("POST", "/api/profile-import", PROFILE)
 
 
 def test_page_of_a_gateway_opens_the_circuit(sandbox: Sandbox) -> None:
