@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, note, settings
+from hypothesis import HealthCheck, currently_in_test_context, note, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -39,7 +39,7 @@ from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "100"))
 OPTIONS = {
@@ -312,12 +312,12 @@ class Model(RuleBasedStateMachine):
             if self.simulation.now > until:
                 break
             self.simulation.step(self.random.randrange(8), until)
-        note("\n".join(self.world.trace[-40:]))
+        _note(self.world.trace[-40:])
         raise AssertionError(f"left on the queue: {[body[:300] for body in self.world.queue.bodies()]}")
 
     def _check(self) -> None:
         account, shop = self.world.account, self.shop
-        note("\n".join(self.world.trace))
+        _note(self.world.trace)
         names = {p["attributes"].get("external_id"): p["attributes"].get("first_name") for p in account.profiles}
         ends: dict[str, tuple[dict[Any, Any], dict[Any, Any]]] = {
             "dead letters": (Counter(body for body, _ in self.world.queue.dead_letters), shop.bad),
@@ -329,6 +329,12 @@ class Model(RuleBasedStateMachine):
         }
         wrong = {name: _differences(*pair) for name, pair in ends.items() if pair[0] != pair[1]}
         assert not wrong, wrong
+
+
+def _note(lines: Sequence[str]) -> None:
+    """Add lines to the report of a random history."""
+    if currently_in_test_context():
+        note("\n".join(lines))
 
 
 def _attributes(entries: dict[str, Any], *names: str) -> dict[str, tuple[Any, ...]]:
@@ -348,9 +354,9 @@ def pick(resources: Any, number: int) -> Any:
     return names[number % len(names)]
 
 
-@pytest.mark.timeout(0)  # MODEL_EXAMPLES determines the duration
-def test_any_history_ends_with_klaviyo_as_commercetools_is() -> None:
-    """Every event is there once, the mirror is equal, dead letters are exactly the bad messages, the queue is empty."""
+@pytest.fixture
+def simulated_workers() -> Iterator[None]:
+    """Let the workers run in a simulation, without a network."""
     Model.options = load(Settings, OPTIONS)
     Model.telemetry = Telemetry(Metrics("embedded"))
     log.setLevel(logging.CRITICAL)
@@ -360,4 +366,55 @@ def test_any_history_ends_with_klaviyo_as_commercetools_is() -> None:
         patch.setattr(service, "open_queue", lambda *_: World.current.queue.adapter())
         patch.setattr(transport, "pool", lambda *_: Pool(World.current))
         patch.setattr(client, "RESTClientObject", lambda _: SimpleNamespace(pool_manager=Pool(World.current)))
-        run_state_machine_as_test(Model, settings=SETTINGS)
+        yield
+
+
+@pytest.fixture
+def model(simulated_workers: None) -> Iterator[Model]:
+    """A history that a test writes. Its end is checked as that of a random one."""
+    model = Model()
+    model.begin("drop", max_messages=1, bulk_threshold=0, seed=0)
+    yield model
+    model.teardown()
+
+
+@pytest.mark.timeout(0)  # MODEL_EXAMPLES determines the duration
+def test_any_history_ends_with_klaviyo_as_commercetools_is(simulated_workers: None) -> None:
+    """Every event is there once, the mirror is equal, dead letters are exactly the bad messages, the queue is empty."""
+    run_state_machine_as_test(Model, settings=SETTINGS)
+
+
+def test_category_is_shown_before_its_parent(model: Model) -> None:
+    """Its name in Klaviyo contains that of the parent."""
+    model.create_category(number=0, how=Change(lag=4.0))
+    model.create_category(number=1, how=Change())
+
+
+def test_product_is_unpublished_before_its_publication_is_shown(model: Model) -> None:
+    """One worker can see the product never, and the other one only while it is published."""
+    model.publish_product(number=0, how=Change(lag=0.5, steps=[0] * 4))
+    model.unpublish_product(number=0, how=Change(lag=4.0, steps=[1] * 8))
+
+
+def test_worker_stops_during_a_job(model: Model) -> None:
+    """The job writes an old state after another worker has written the new one."""
+    model.set_job_duration(90.0)
+    model.create_customer(how=Change())
+    model.proceed([0] * 12)
+    assert model.world.jobs.in_progress
+    model.set_job_duration(0.0)
+    model.stop(number=0)
+    model.stop(number=1)
+    model.update_customer(number=0, how=Change())
+
+
+def test_response_of_a_job_is_lost(model: Model) -> None:
+    """The job has started, so another job must not run in the meantime."""
+    model.set_job_duration(90.0)
+    fault = Fault(action="lose_response", match="POST /api/profile-bulk-import-jobs")
+    model.world.klaviyo.faults.add(fault)
+    model.create_customer(how=Change())
+    while not model.world.jobs.in_progress:
+        model.proceed([0])
+    model.set_job_duration(0.0)
+    model.update_customer(number=0, how=Change())
