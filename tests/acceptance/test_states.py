@@ -154,7 +154,7 @@ def test_job_whose_start_had_no_answer_does_not_leave_an_old_state(worker: Worke
     process = worker.start("run", "--once", env={"KLAVIYO_WORKER_JOB_TIMEOUT": "4"})
     wait_for(lambda: jobs_started(sandbox))
     worker.publish(*put(sandbox, 2, "New", *CUSTOMERS))
-    wait_for(lambda: written == ["Old"] * 60)
+    wait_for(lambda: written.count("Old") > 10)  # the job has written; smaller batches are sent individually
     assert jobs_started(sandbox) == 1
     assert process.wait(60) == 0
     assert names(sandbox) == {"New": 60}
