@@ -213,8 +213,11 @@ def test_page_shows_figures_lanes_limits_failures_and_outcomes(serve: Serve, bro
     """They are shown in tables and lists."""
     shown(browser, serve(busy()))
     figures = text(browser, "#figures").replace("\n", " ")
-    assert figures == "In flight 7 of 2,000 Held 3 Backlog 120 Dead letters 2"
-    assert text(browser, "#lanes").replace("\n", " ") == "events 12 idle profiles idle 1 catalog idle idle"
+    assert figures == "In flight 7 of 16,000 Held 3 Backlog 120 Dead letters 2"
+    assert (
+        text(browser, "#lanes").replace("\n", " ")
+        == "events 12 idle profiles idle 1 deletions idle idle catalog idle idle"
+    )
     assert "0 of 3,500 a minute" in text(browser, "#limits")
     assert "the account has 2,900 left · 2 waiting" in text(browser, "#limits")
     assert "503 to POST a.klaviyo.com/api/events" in text(browser, "#failures li:first-child")
