@@ -17,6 +17,7 @@ from concurrent import futures
 from contextlib import contextmanager
 from datetime import UTC, datetime, tzinfo
 from queue import Empty, SimpleQueue
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -438,6 +439,8 @@ def simulated() -> Iterator[pytest.MonkeyPatch]:
         for module, name, value in values:
             if id(value) in replacements:
                 patch.setattr(module, name, replacements[id(value)])
+        for function in _functions(modules):
+            _replace_defaults(patch, function)
         for thread in threads:
             thread.__bases__ = (Thread,)
         try:
@@ -446,3 +449,18 @@ def simulated() -> Iterator[pytest.MonkeyPatch]:
             Simulation.current = None
             for thread in threads:
                 thread.__bases__ = (threading.Thread,)
+
+
+def _functions(modules: Iterable[object]) -> set[FunctionType]:
+    """Return the functions and methods of modules."""
+    members = [value for module in modules for value in vars(module).values()]
+    methods = [value for member in members if isinstance(member, type) for value in vars(member).values()]
+    return {value for value in (*members, *methods) if isinstance(value, FunctionType)}
+
+
+def _replace_defaults(patch: pytest.MonkeyPatch, function: FunctionType) -> None:
+    """Replace the real clock where it is the default of a parameter."""
+    clocks = {real_time.monotonic: TIME.monotonic, real_time.time: TIME.time}
+    if any(each in clocks for each in function.__defaults__ or () if callable(each)):
+        defaults = [clocks.get(each, each) if callable(each) else each for each in function.__defaults__ or ()]
+        patch.setattr(function, "__defaults__", tuple(defaults))
