@@ -41,7 +41,7 @@ from worker.telemetry.metrics import Metrics
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "200"))
 OPTIONS = {
     "ct_api_url": f"https://{COMMERCETOOLS}",
     "ct_auth_url": f"https://{COMMERCETOOLS}",
