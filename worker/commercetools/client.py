@@ -44,7 +44,6 @@ MAX_WHERE_BYTES = 6_000  # percent-encoded; commercetools' load balancers accept
 # One of these accepts a neutral request if commercetools accepts the API client, whichever scopes it has.
 NEUTRAL_ENDPOINTS = ("orders", "customers", "product-projections")
 _NEUTRAL = "limit=0&withTotal=false"  # the parameters of a query that depends on no message
-_FOREIGN = "not commercetools' response"
 _SCOPE_ADVICE = "check CT_API_URL, CT_PROJECT_ID, CT_API_CLIENT and its scopes"
 _REFUSALS: Mapping[int, str] = {  # status -> what to do if all endpoints refuse the worker
     HTTPStatus.UNAUTHORIZED: "check that CT_API_URL and CT_AUTH_URL are in the same region",
@@ -55,6 +54,8 @@ _REFUSALS: Mapping[int, str] = {  # status -> what to do if all endpoints refuse
 
 class Commercetools(ServiceClient):
     """A Reader over commercetools' HTTP API. Safe for many threads."""
+
+    possessive, url_setting = "commercetools'", "CT_API_URL"
 
     def __init__(
         self, settings: CommercetoolsSettings, stopping: Event, observe: http.Observe = http.unobserved
@@ -149,7 +150,7 @@ class Commercetools(ServiceClient):
         """Return the error for a query that did not succeed. Raises WorkerError."""
         code = decode_error(response)
         if code is None:  # this must not be taken for an empty list
-            return self._foreign_response(path, response.status, f"{_FOREIGN}: {response}")
+            return self._blocked_or_foreign(path, response)
         what = f"commercetools answered {response.status} {code} for {path}"
         if code in TRANSIENT_CODES:
             return Transient(what, http.retry_after(response.headers))
@@ -163,13 +164,13 @@ class Commercetools(ServiceClient):
         """Return whether commercetools does not refuse a query that depends on no message. Raises WorkerError."""
         response = self._query(path, _NEUTRAL)
         if decode_page(response) is None and decode_error(response) is None:
-            raise Transient(f"{_FOREIGN}: {response}")
+            raise self._foreign_response(response)
         return response.status not in _REFUSALS
 
     def _request_own(self, endpoint: str, method: str, url: str, body: bytes | None) -> http.Response:
         response = self._request_with_token(endpoint, method, url, body)
         if not is_own(response):
-            raise Transient(f"{_FOREIGN}: {response}")
+            raise self._foreign_response(response)
         return response
 
     def _request_with_token(self, endpoint: str, method: str, url: str, body: bytes | None = None) -> http.Response:

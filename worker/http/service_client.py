@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from threading import Event
 
     from worker.errors import Misconfigured
-    from worker.http.transport import Transport
+    from worker.http.transport import Response, Transport
     from worker.settings import CommercetoolsSettings
 
 
@@ -27,6 +27,9 @@ class ServiceClient(ABC):
     One of `neutral_endpoints` accepts a neutral request if the service accepts the credentials, whichever scopes they
     have.
     """
+
+    possessive: str  # of the service's name, for error texts
+    url_setting: str  # the setting that names the service's URL
 
     def __init__(
         self,
@@ -77,14 +80,21 @@ class ServiceClient(ABC):
             pass
         return True
 
-    def _foreign_response(self, endpoint: str, status: int, what: str) -> Transient:
+    def _foreign_response(self, response: Response) -> Transient:
+        """Return the error for a response that is not the service's own. A redirect means that the URL is wrong."""
+        is_redirect = HTTPStatus.MULTIPLE_CHOICES <= response.status < HTTPStatus.BAD_REQUEST
+        todo = f"check {self.url_setting}" if is_redirect else ""
+        return Transient(f"not {self.possessive} response: {response}", todo=todo)
+
+    def _blocked_or_foreign(self, endpoint: str, response: Response) -> Transient:
         """Return the error for a response that is not the service's own. Raises WorkerError.
 
         A firewall can refuse a single request because of its data. If the service itself answers a neutral request to
         the same endpoint, the request is blocked; otherwise the whole endpoint is unreachable.
         """
-        is_refused = status >= HTTPStatus.BAD_REQUEST
-        return RequestBlocked(what) if is_refused and self._accepts(endpoint) else Transient(what)
+        error = self._foreign_response(response)
+        is_refused = response.status >= HTTPStatus.BAD_REQUEST
+        return RequestBlocked(error.reason) if is_refused and self._accepts(endpoint) else error
 
     def _refusal(self, endpoint: str, error: Misconfigured, todo: str) -> WorkerError:
         """Return the error for a refused request: neutral requests show what is refused. Raises WorkerError.

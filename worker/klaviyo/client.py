@@ -52,7 +52,6 @@ _REFUSALS: Mapping[int, str] = {  # statuses that concern the key, its scopes or
     HTTPStatus.METHOD_NOT_ALLOWED: "check KLAVIYO_API_URL",
     HTTPStatus.GONE: "check KLAVIYO_API_URL",
 }
-_FOREIGN = "not Klaviyo's response"
 _ID = re.compile(r"^(\w+ /api/[^/]+)/[^/]+")
 
 
@@ -73,6 +72,8 @@ class KlaviyoClient(Protocol):
 
 class Klaviyo(ServiceClient):
     """Klaviyo's HTTP API. Safe for many threads."""
+
+    possessive, url_setting = "Klaviyo's", "KLAVIYO_API_URL"
 
     def __init__(self, settings: Settings, stopping: Event, observe: http.Observe = http.unobserved) -> None:
         key = settings.klaviyo_auth_key.get_secret_value()
@@ -118,7 +119,7 @@ class Klaviyo(ServiceClient):
             return document
         error = decode_error(response)
         if error is None:
-            raise self._foreign_response(endpoint, response.status, f"{_FOREIGN}: {response}")
+            raise self._blocked_or_foreign(endpoint, response)
         what = f"Klaviyo answered {response.status} to {endpoint}"
         if todo := _REFUSALS.get(response.status):
             lacks_scope = response.status == HTTPStatus.FORBIDDEN
@@ -145,7 +146,7 @@ class Klaviyo(ServiceClient):
         content = b"{}" if method in {"POST", "PATCH"} else None
         response = self._send(endpoint, path.replace("{id}", NEUTRAL_ID) + query, content)
         if decode_success(endpoint, response) is None and decode_error(response) is None:
-            raise Transient(f"{_FOREIGN}: {response}")
+            raise self._foreign_response(response)
         return response.status not in _REFUSALS
 
 
