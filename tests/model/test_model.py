@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 
 from tests.model.shop import Change, ShopModel
 from tests.model.simulation import Process, Simulation, simulated
-from tests.model.world import COMMERCETOOLS, KLAVIYO, Pool, World
+from tests.model.world import COMMERCETOOLS, KLAVIYO, LEASE, Pool, World
 from worker import service
 from worker.http import transport
 from worker.klaviyo import client
@@ -86,6 +86,7 @@ class RunningWorker:
 
     def __init__(self, world: World, options: Settings, telemetry: Telemetry) -> None:
         self.process = Process("worker")
+        self.is_stopping = False
         self._simulation = world.simulation
         self._worker = service.Worker(options, telemetry=telemetry)
         self._task = world.simulation.start(self.process, self._run)
@@ -98,6 +99,7 @@ class RunningWorker:
         self._simulation.kill(self.process)
 
     def stop(self) -> None:
+        self.is_stopping = True
         self._simulation.start(self.process, self._worker.stop)
 
     def _run(self) -> None:
@@ -159,7 +161,7 @@ class Model(RuleBasedStateMachine):
 
     # Workers
 
-    @precondition(lambda self: self.workers)
+    @precondition(lambda self: self.workers and self._jobs_end_before_leases())
     @rule(number=numbers)
     def kill(self, number: int) -> None:
         self.workers.pop(number % len(self.workers)).kill()
@@ -167,7 +169,17 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.workers)
     @rule(number=numbers)
     def stop(self, number: int) -> None:
-        self.workers[number % len(self.workers)].stop()
+        """Send a signal. A second one ends the worker at once, as a kill does."""
+        worker = self.workers[number % len(self.workers)]
+        if not worker.is_stopping or self._jobs_end_before_leases():
+            worker.stop()
+
+    def _jobs_end_before_leases(self) -> bool:
+        """Return whether the jobs of a killed worker end before the queue redelivers its messages.
+
+        No other worker knows these jobs. If they end later, they can overwrite newer states.
+        """
+        return self.world.jobs.ends_at < self.simulation.now + LEASE / 2
 
     @precondition(lambda self: len(self.workers) < 2)
     @rule()
@@ -394,6 +406,13 @@ def test_product_is_unpublished_before_its_publication_is_shown(model: Model) ->
     """One worker can see the product never, and the other one only while it is published."""
     model.publish_product(number=0, how=Change(lag=0.5, steps=[0] * 4))
     model.unpublish_product(number=0, how=Change(lag=4.0, steps=[1] * 8))
+
+
+def test_worker_pauses_before_it_writes_an_old_state(model: Model) -> None:
+    """Another worker writes the new state in the meantime. The first one reads again after its write."""
+    model.create_customer(how=Change(steps=[1] * 9))
+    model.update_customer(number=0, how=Change(steps=[0] * 26))
+    model.proceed([0] * 9)
 
 
 def test_worker_stops_during_a_job(model: Model) -> None:

@@ -227,6 +227,7 @@ class Jobs(BulkJobs):
         self._process = Process("Klaviyo")
         self.duration = 0.0
         self.in_progress = 0
+        self.ends_at = 0.0  # monotonic seconds; when the last job has ended
 
     def start(self, kind: str, entries: list[Json], work: Callable[[Json], object]) -> Json:
         self._seconds = self.duration
@@ -240,6 +241,7 @@ class Jobs(BulkJobs):
 
         seconds = self.duration
         self.in_progress += 1
+        self.ends_at = max(self.ends_at, self._simulation.now + seconds)
         self._simulation.start(self._process, complete)
 
 
