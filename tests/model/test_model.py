@@ -375,6 +375,7 @@ def simulated_workers() -> Iterator[None]:
     with simulated() as patch:
         patch.setattr(service, "_collect_garbage_less_often", lambda: None)
         patch.setattr(service, "version", lambda _: "0")
+        patch.setattr(Metrics, "observe_worker", lambda *_: None)  # the metrics would keep all workers in memory
         patch.setattr(service, "open_queue", lambda *_: World.current.queue.adapter())
         patch.setattr(transport, "pool", lambda *_: Pool(World.current))
         patch.setattr(client, "RESTClientObject", lambda _: SimpleNamespace(pool_manager=Pool(World.current)))
