@@ -63,8 +63,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the slowest tests first, so that the workers of xdist end together.
 
-    Tests in a folder of _NOT_MEASURED are not measured themselves, only the processes that they start: other tests
-    cover the same code, and measuring it takes longer than running it.
+    Tests in a folder of _NOT_MEASURED are not measured themselves, only the processes that they start, unless they run
+    commands in their own process. The rest is code of the sandbox, which other tests cover, and measuring it takes
+    longer than running it.
     """
 
     def sort_key(item: pytest.Item) -> tuple[float, int]:
@@ -73,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=sort_key)
     for item in items:
-        if item.path.parent.name in _NOT_MEASURED:
+        if item.path.parent.name in _NOT_MEASURED and not hasattr(item.module, "CliRunner"):  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.no_cover)
 
 
