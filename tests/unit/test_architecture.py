@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FACADES = {"adapters", "worker/cli", "worker/sandbox", "worker/send", "worker/transform"}
+FACADES = {"adapters", "worker/cli", "worker/sandbox", "worker/enrich", "worker/send", "worker/transform"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "worker/transform").rglob("*.py")), ids=lambda path: path.name)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _NONEXISTENT_ID = "00000000-0000-4000-8000-000000000000"
 _EVENTS, _CATALOG = frozenset({"order", "payment"}), frozenset({"category", "product", "inventory-entry"})
 _CUSTOMER = frozenset({"customer"})
-_READS = (  # query, its scope, and the resource types whose handlers need it; see worker/enrich.py
+_READS = (  # query, its scope, and the resource types whose handlers need it; see worker/enrich/plans.py
     (queries.ORDERS, "view_orders", _EVENTS),
     (queries.PAYMENTS, "view_payments", frozenset({"payment"})),
     (queries.CUSTOMERS, "view_customers", _EVENTS | _CUSTOMER),

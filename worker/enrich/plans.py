@@ -1,24 +1,17 @@
-"""The enrich stage: adds commercetools data to notifications. No other stage reads commercetools.
-
-Each resource type has a plan: a generator that is written for a single notification. It yields the lookups that it
-needs next, and continues when their results have been fetched. All plans of a batch run in step, and the lookups of
-each step are merged. A batch therefore needs about as many queries as a single message.
-"""
+"""The plans of the resource types: which commercetools data a message needs."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from worker.budget import check_categories, check_lines, check_lookups
+from worker.budget import check_categories, check_lines
 from worker.commercetools import queries
 from worker.errors import EndpointRefused, Rejected, WorkerError
-from worker.json_access import MAX_ID_LENGTH, as_dict, as_dicts, as_text, pick_ids, unique
-from worker.model import Enriched, Json, Notification
-from worker.telemetry.defects import describe_defect, report_defect
+from worker.json_access import as_dict, as_dicts, as_text, pick_ids, unique
+from worker.model import Enriched, Json
 from worker.versions import version_of
 
 if TYPE_CHECKING:
@@ -27,66 +20,9 @@ if TYPE_CHECKING:
 
 Lookup = tuple[queries.Query, Iterable[str]]
 Plan = Generator[Sequence[Lookup], None, Enriched]
-Result = Enriched | WorkerError
 
 
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
-
-
-class Enricher:
-    """Adds commercetools data to the notifications of a batch."""
-
-    def __init__(
-        self,
-        reader: queries.Reader,
-        mapping: MappingConfig,
-        *,
-        now: Callable[[], datetime] = _utc_now,
-    ) -> None:
-        self._reader = reader
-        self._mapping = mapping
-        self._now = now
-
-    def enrich(self, notifications: Sequence[Notification]) -> list[Result]:
-        """Return, for each notification in order, the notification with its data or the error that prevented it."""
-        context = _PlanContext(self._mapping)
-        now = self._now()
-        plans = [PLANS[n.resource_type](Enriched(n, now), context) for n in notifications]
-        results: list[Result | None] = [None] * len(plans)
-        while pending := [index for index, result in enumerate(results) if result is None]:
-            lookups: dict[queries.Query, set[str]] = defaultdict(set)
-            for index in pending:
-                results[index] = _advance(plans[index], lookups)
-            self._fetch(lookups, context)
-        return [result for result in results if result is not None]
-
-    def _fetch(self, lookups: dict[queries.Query, set[str]], context: _PlanContext) -> None:
-        for query, values in lookups.items():
-            missing = context.missing(query, values)
-            if missing:
-                context.add(query, self._reader.find(query, missing))
-
-
-def _advance(plan: Plan, lookups: dict[queries.Query, set[str]]) -> Result | None:
-    """Advance a plan by one step. Return its result if it has ended; otherwise add its lookups and return None."""
-    try:
-        for query, values in next(plan):
-            # A longer value is the id of nothing in commercetools.
-            ids = {value for value in values if 0 < len(value) <= MAX_ID_LENGTH}
-            check_lookups(len(ids))
-            lookups[query] |= ids
-    except StopIteration as end:
-        enriched: Enriched = end.value
-        return enriched
-    except WorkerError as error:
-        return error
-    except Exception as defect:  # noqa: BLE001 - a defect must not affect the other messages
-        return report_defect("enrich", describe_defect(defect))
-    return None
-
-
-class _PlanContext:
+class PlanContext:
     """Data that the plans of a batch share: the results fetched so far, and the mapping."""
 
     def __init__(self, mapping: MappingConfig) -> None:
@@ -98,6 +34,7 @@ class _PlanContext:
         return values - self._results[query].keys()
 
     def add(self, query: queries.Query, result: queries.QueryResult) -> None:
+        """Add fetched results."""
         self._results[query] |= result
 
     def get_all(self, query: queries.Query, value: str) -> list[Json]:
@@ -119,34 +56,18 @@ class _PlanContext:
             return None
 
 
-def _order_plan(enriched: Enriched, context: _PlanContext) -> Plan:
+def order_plan(enriched: Enriched, context: PlanContext) -> Plan:
+    """Add the order, and the data of its events."""
     notification = enriched.notification
     order = notification.payload.get("order")
     if not isinstance(order, dict):
         yield [(queries.ORDERS, [notification.resource_id])]
         order = context.get(queries.ORDERS, notification.resource_id)
-        enriched = _with_version(enriched, order)
-    return (yield from _order_data_plan(replace(enriched, order=order), context))
+        enriched = with_version(enriched, order)
+    return (yield from order_data_plan(replace(enriched, order=order), context))
 
 
-def _payment_plan(enriched: Enriched, context: _PlanContext) -> Plan:
-    """Add the payment and its first order, or the payment's customer if it has no order."""
-    notification = enriched.notification
-    payment_id = notification.resource_id
-    yield [(queries.PAYMENTS, [payment_id]), (queries.ORDERS_BY_PAYMENT, [payment_id])]
-    payment = context.get(queries.PAYMENTS, payment_id)
-    orders = context.get_all(queries.ORDERS_BY_PAYMENT, payment_id)
-    order = min(orders, key=lambda order: as_text(order.get("createdAt")), default=None)
-    customer_id = "" if order else as_text(as_dict(as_dict(payment).get("customer")).get("id"))
-    yield [(queries.CUSTOMERS, [customer_id])]
-    customer = context.get_optional(queries.CUSTOMERS, customer_id)
-    enriched = _with_version(replace(enriched, payment=payment, order=order, customer=customer), payment)
-    if payment is not None and order is None:
-        enriched = replace(enriched, missing="order of the payment")
-    return (yield from _order_data_plan(enriched, context))
-
-
-def _order_data_plan(enriched: Enriched, context: _PlanContext) -> Plan:
+def order_data_plan(enriched: Enriched, context: PlanContext) -> Plan:
     """Add the data of every order event: categories of the line items, discount codes, and the customer.
 
     Raises Rejected if the order has too many lines, or one of its products too many categories.
@@ -171,14 +92,15 @@ def _order_data_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     )
 
 
-def _customer_plan(enriched: Enriched, context: _PlanContext) -> Plan:
+def customer_plan(enriched: Enriched, context: PlanContext) -> Plan:
+    """Add the customer."""
     notification = enriched.notification
     yield [(queries.CUSTOMERS, [notification.resource_id])]
     customer = context.get(queries.CUSTOMERS, notification.resource_id)
-    return _with_version(replace(enriched, customer=customer), customer)
+    return with_version(replace(enriched, customer=customer), customer)
 
 
-def _category_plan(enriched: Enriched, context: _PlanContext) -> Plan:
+def category_plan(enriched: Enriched, context: PlanContext) -> Plan:
     """Add the category and its ancestors. After an update, add its descendants: their breadcrumbs contain its name."""
     notification = enriched.notification
     max_descendants = context.mapping.category.max_descendants
@@ -191,33 +113,35 @@ def _category_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     ancestors = [pick_ids(entry.get("ancestors")) for entry in (as_dict(category), *descendants)]
     categories = yield from _categories(queries.CATEGORIES, ancestors, context)
     enriched = replace(enriched, category=category, descendants=descendants, categories=categories)
-    enriched = _with_version(enriched, category, category=[*descendants, *categories.values()])
+    enriched = with_version(enriched, category, category=[*descendants, *categories.values()])
     if any(ancestor not in categories for ids in ancestors for ancestor in ids):
         enriched = replace(enriched, missing=enriched.missing or "ancestor of a category")
     return enriched
 
 
-def _product_plan(enriched: Enriched, context: _PlanContext) -> Plan:
+def product_plan(enriched: Enriched, context: PlanContext) -> Plan:
+    """Add the product, and the data of its catalog entry."""
     notification = enriched.notification
     yield [(queries.PRODUCTS, [notification.resource_id])]
     product = context.get(queries.PRODUCTS, notification.resource_id)
     enriched = yield from _product_data_plan(replace(enriched, product=product), context)
     entries = [entry for entries in enriched.inventory.values() for entry in entries]
-    return _with_version(enriched, product, **{"inventory-entry": entries})
+    return with_version(enriched, product, **{"inventory-entry": entries})
 
 
-def _inventory_entry_plan(enriched: Enriched, context: _PlanContext) -> Plan:
+def inventory_entry_plan(enriched: Enriched, context: PlanContext) -> Plan:
+    """Add the inventory entry, and the product of its sku with the data of its catalog entry."""
     notification = enriched.notification
     yield [(queries.INVENTORY, [notification.resource_id])]
     entry = context.get(queries.INVENTORY, notification.resource_id)
     sku = as_text(as_dict(entry).get("sku"))
     yield [(queries.PRODUCTS_BY_SKU, [sku])]
     product = context.get_optional(queries.PRODUCTS_BY_SKU, sku)
-    enriched = _with_version(replace(enriched, inventory_entry=entry, product=product), entry)
+    enriched = with_version(replace(enriched, inventory_entry=entry, product=product), entry)
     return (yield from _product_data_plan(enriched, context))
 
 
-def _product_data_plan(enriched: Enriched, context: _PlanContext) -> Plan:
+def _product_data_plan(enriched: Enriched, context: PlanContext) -> Plan:
     """Add the data of a catalog item: its categories, and the stock of its variants."""
     if enriched.product is None:
         return enriched
@@ -235,26 +159,13 @@ def _product_data_plan(enriched: Enriched, context: _PlanContext) -> Plan:
     )
 
 
-def _empty_plan(enriched: Enriched, _fetched: _PlanContext) -> Plan:
+def empty_plan(enriched: Enriched, _fetched: PlanContext) -> Plan:
     """Return the notification unchanged, because its resource type needs no data."""
     yield []
     return enriched
 
 
-PLANS: dict[str, Callable[[Enriched, _PlanContext], Plan]] = defaultdict(
-    lambda: _empty_plan,
-    {
-        "order": _order_plan,
-        "payment": _payment_plan,
-        "customer": _customer_plan,
-        "category": _category_plan,
-        "product": _product_plan,
-        "inventory-entry": _inventory_entry_plan,
-    },
-)
-
-
-def _with_version(enriched: Enriched, resource: Json | None, **others: Iterable[Json]) -> Enriched:
+def with_version(enriched: Enriched, resource: Json | None, **others: Iterable[Json]) -> Enriched:
     """Add the versions of the notification's resource and of `others` (by type), or that the resource is missing."""
     notification = enriched.notification
     versions: dict[ResourceKey, int | None] = {
@@ -273,7 +184,7 @@ def _category_ids(product: Json | None) -> list[str]:
 
 
 def _categories(
-    query: queries.Query, groups: Iterable[Sequence[str]], context: _PlanContext
+    query: queries.Query, groups: Iterable[Sequence[str]], context: PlanContext
 ) -> Generator[Sequence[Lookup], None, dict[str, Json]]:
     """Look up categories and their ancestors. Return by id those that exist."""
     ids = unique(category for group in groups for category in group)
@@ -285,7 +196,7 @@ def _categories(
     return {category: entry for category, entry in found.items() if entry is not None}
 
 
-def _code_text(code_id: str, context: _PlanContext) -> str:
+def _code_text(code_id: str, context: PlanContext) -> str:
     """Return the text of a discount code, or "" if the API client has no scope for discount codes."""
     try:
         return as_text(as_dict(context.get_optional(queries.DISCOUNT_CODES, code_id)).get("code"))
