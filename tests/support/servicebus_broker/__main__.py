@@ -11,6 +11,8 @@ import sys
 import time
 import uuid
 from collections import Counter
+from os import dup
+from socket import socket
 from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,6 +37,7 @@ from tests.support.servicebus_broker.encoding import split, unbatched
 from tests.support.servicebus_broker.entities import Entity
 from tests.support.servicebus_broker.requests import LOST, handle_request
 
+WAITING_CONNECTIONS = 1024
 TICK = 0.25  # seconds between two checks of the locks
 NOT_FOUND = "amqp:not-found"
 COMMAND = EventType("command")
@@ -212,8 +215,14 @@ class Broker(Handler):  # type: ignore[misc]
         self.drop()
 
     def up(self) -> None:
-        """Accept connections."""
+        """Accept connections.
+
+        Proton lets 10 connections wait. The kernel drops the next one, its client tries again after a second, and the
+        SDK gives up after that second.
+        """
         self._acceptor = self._container.acceptor("127.0.0.1", self._port)
+        with socket(fileno=dup(self._acceptor._selectable.fileno())) as listening:  # noqa: SLF001 - no other way
+            listening.listen(WAITING_CONNECTIONS)
 
     def calls(self) -> dict[str, int]:
         """Return the number of requests by operation."""
