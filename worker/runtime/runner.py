@@ -9,6 +9,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Protocol
 
 from adapters.base import QueueError, QueueRefusedError
+from worker.model import OperationKind
 from worker.runtime.in_flight import InFlight
 from worker.runtime.lane import LaneCallbacks
 from worker.runtime.lanes import Lanes
@@ -309,6 +310,7 @@ class Runner:
     def _close_queue(self) -> int:
         """Give the unfinished messages back to the queue and close it. Return the number of these messages."""
         unfinished = self._in_flight.messages()
+        _keep_away_from_jobs(unfinished, self._settings.job_timeout)
         try:
             if unfinished:
                 self._return_unprocessed(unfinished)
@@ -316,3 +318,10 @@ class Runner:
         except Exception as error:  # noqa: BLE001 - `run` raises the first error
             self._fail(error)
         return len(unfinished)
+
+
+def _keep_away_from_jobs(messages: Sequence[Message], job_timeout: float) -> None:
+    """Let no worker process messages that a lane is sending, while a bulk job can still write their old state."""
+    for message in messages:
+        if message.outcome is None and any(o.kind is not OperationKind.CREATE_EVENT for o in message.operations):
+            message.not_before = max(message.not_before, time.monotonic() + job_timeout)

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from worker.errors import EndpointRefused, WorkerError
 from worker.json_access import as_dict, as_dicts, as_text
+from worker.telemetry.defects import describe_defect, report_defect
 from worker.telemetry.log import log
 from worker.telemetry.state import BulkEventsStatus
 
@@ -130,6 +131,9 @@ class BulkVerdict:
             raise
         except WorkerError as error:
             self._on_failure(error)
+            return RETRY_INTERVAL
+        except Exception as defect:  # noqa: BLE001 - if this thread ended, the verdict would never change
+            self._on_failure(report_defect("send", describe_defect(defect)))
             return RETRY_INTERVAL
         return REFRESH_INTERVAL
 

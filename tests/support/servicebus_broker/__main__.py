@@ -221,7 +221,7 @@ class Broker(Handler):  # type: ignore[misc]
         SDK gives up after that second.
         """
         self._acceptor = self._container.acceptor("127.0.0.1", self._port)
-        with socket(fileno=dup(self._acceptor._selectable.fileno())) as listening:  # noqa: SLF001 - no other way
+        with socket(fileno=dup(self._acceptor._selectable.fileno())) as listening:
             listening.listen(WAITING_CONNECTIONS)
 
     def calls(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ from adapters import Failure, QueueError, QueueRefusedError, QueueWarning
 from adapters.embedded import EmbeddedQueue
 from tests.conftest import FakeDelivery, Scripted
 from worker.errors import CircuitOpen, Disposition, KlaviyoMisconfigured, Throttled, Transient
-from worker.model import Message, Notification, Outcome
+from worker.model import Message, Notification, Operation, OperationKind, Outcome
 from worker.runtime.lane import STALL_PER_MESSAGE, STALL_TIMEOUT, Lane
 from worker.runtime.runner import Runner, ShutdownTimeoutError
 from worker.settings import Settings, load
@@ -693,6 +693,42 @@ def test_messages_in_progress_are_returned_after_the_grace_period(queue: Embedde
     with pytest.raises(ShutdownTimeoutError, match="1 messages"):
         runner.run()
     assert len(EmbeddedQueue(queue._path).receive(1, 0)) == 1
+    release.set()
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_delayed"), [(OperationKind.UPSERT_PROFILE, True), (OperationKind.CREATE_EVENT, False)]
+)
+def test_message_that_a_bulk_job_can_still_overwrite_is_returned_with_a_delay(
+    kind: OperationKind, is_delayed: bool, queue: EmbeddedQueue
+) -> None:
+    """At a second signal, a lane still waits for the job. The job ends within `job_timeout`."""
+    sending = threading.Event()
+    release = threading.Event()
+    sent: list[Message] = []
+
+    def waiting_for_job(messages: Sequence[Message]) -> list[Message]:
+        for message in messages:
+            message.operations = [Operation(kind, "a")]
+        sent.extend(messages)
+        sending.set()
+        release.wait(60)
+        return list(messages)
+
+    queue.publish([b"a:1"])
+    runner, _ = runner_for(queue, waiting_for_job, job_timeout=500)
+
+    def run_until_the_second_signal() -> None:
+        with pytest.raises(ShutdownTimeoutError):
+            runner.run()
+
+    run = threading.Thread(target=run_until_the_second_signal)
+    run.start()
+    assert sending.wait(60)
+    runner.stop()
+    runner.stop()
+    run.join(60)
+    assert (sent[0].not_before > time.monotonic() + 400) is is_delayed
     release.set()
 
 

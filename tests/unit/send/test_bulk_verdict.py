@@ -165,6 +165,16 @@ def test_outage_keeps_the_last_verdict(started: Start) -> None:
     assert verdict.allows_bulk()
 
 
+def test_defect_of_a_reading_does_not_end_the_readings(started: Start, caplog: pytest.LogCaptureFixture) -> None:
+    klaviyo = Klaviyo("ignored")
+    klaviyo.failure = ZeroDivisionError()
+    verdict = started(klaviyo)
+    assert not verdict.allows_bulk()
+    assert caplog.messages[0] == "defect"
+    klaviyo.failure = None
+    wait_for(verdict.allows_bulk)
+
+
 def test_first_reading_is_waited_for(started: Start) -> None:
     """Otherwise the first batches of a backlog would be sent individually, which takes minutes."""
     klaviyo = Klaviyo("ignored")
