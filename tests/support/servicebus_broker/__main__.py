@@ -218,7 +218,7 @@ class Broker(Handler):  # type: ignore[misc]
         """Accept connections.
 
         Proton lets 10 connections wait. The kernel drops the next one, its client tries again after a second, and the
-        SDK gives up after that second.
+        SDK waits no longer than that second.
         """
         self._acceptor = self._container.acceptor("127.0.0.1", self._port)
         with socket(fileno=dup(self._acceptor._selectable.fileno())) as listening:
