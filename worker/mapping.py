@@ -6,7 +6,7 @@ It is a TOML file (`--config`). Every value has a default.
 from __future__ import annotations
 
 import tomllib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -50,6 +50,16 @@ class MetricNames(_Section):
 class OrderMapping(_Section):
     """The mapping of orders."""
 
+    value: Literal["gross", "total"] = Field(
+        "gross",
+        description='Amounts of orders, lines and shipping: "gross" with tax, "total" as commercetools shows them, '
+        "which is without tax in a shop with net prices.",
+    )
+    texts: Literal["order", "shop"] = Field(
+        "order",
+        description='Locale of product names and URLs: "order" the locale of the order if it has one, "shop" always '
+        "`locale`.",
+    )
     fulfilled_states: list[str] = Field(["Complete"], description="Order states that mean fulfilled.")
     cancelled_states: list[str] = Field(["Cancelled"], description="Order states that mean cancelled.")
     fulfilled_shipment_states: list[str] = Field(["Shipped"], description="Shipment states that mean fulfilled.")

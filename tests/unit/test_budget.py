@@ -147,9 +147,9 @@ def test_variants_of_a_product_are_limited_by_the_lookup_of_their_stock() -> Non
 
 def test_placeholder_in_a_value_is_not_replaced() -> None:
     """Otherwise a slug of placeholders would repeat the SKU as often."""
-    mapping = MappingConfig(product_url_template="https://shop.example/{{productSlug}}?s={{sku}}&x={{other}}")
-    url = product_url({"en-US": "{{sku}}" * 1_000}, "p", {"sku": "s" * 10_000}, mapping)
-    assert url == f"https://shop.example/{'{{sku}}' * 1_000}?s={'s' * 10_000}&x={{{{other}}}}"
+    template = "https://shop.example/{{productSlug}}?s={{sku}}&x={{other}}"
+    url = product_url({"en-US": "{{sku}}" * 1_000}, "p", {"sku": "s" * 10_000}, "en-US", template)
+    assert url == f"https://shop.example/{'%7B%7Bsku%7D%7D' * 1_000}?s={'s' * 10_000}&x={{{{other}}}}"
 
 
 def test_long_ids_are_not_looked_up() -> None:

@@ -7,6 +7,7 @@ from datetime import timedelta
 from decimal import Decimal
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import phonenumbers
 
@@ -15,7 +16,7 @@ from worker.json_access import as_dict, as_dicts, as_int, as_text, parse_time
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from worker.mapping import MappingConfig, PropertyRules
+    from worker.mapping import PropertyRules
     from worker.model import Json
 
 MAX_FRACTION_DIGITS = 20  # commercetools' limit for highPrecision money
@@ -255,15 +256,24 @@ def add_seconds(value: Any, seconds: int) -> str:
         return ""
 
 
-def product_url(slug: Any, product_id: str, variant: Json, mapping: MappingConfig) -> str:
-    """Return the URL of a product page, or "" if the mapping has no template for it.
-
-    A placeholder in a value stays as it is.
-    """
+def product_url(slug: Any, product_id: str, variant: Json, locale: str, template: str) -> str:
+    """Return the URL of a product page, or "" if there is no template or a placeholder has no value."""
     values = {
-        "productSlug": localized(slug, mapping.locale),
+        "productSlug": localized(slug, locale),
         "productId": product_id,
         "sku": as_text(variant.get("sku")),
-        "locale": mapping.locale,
+        "locale": locale,
     }
-    return _PLACEHOLDER.sub(lambda found: values.get(found[1], found[0]), mapping.product_url_template)
+    return fill_template(template, values)
+
+
+def fill_template(template: str, values: Mapping[str, str]) -> str:
+    """Return a URL: the template with percent-encoded values in place of its placeholders; "" if one has no value.
+
+    An unknown placeholder stays as it is.
+    """
+    names = _PLACEHOLDER.findall(template)
+    if any(not values.get(name, name) for name in names):
+        return ""
+    encoded = {name: quote(values[name], safe="") for name in names if name in values}
+    return _PLACEHOLDER.sub(lambda found: encoded.get(found[1], found[0]), template)

@@ -10,15 +10,16 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import Ignored
-from worker.json_access import as_dict, as_dicts, as_id, as_text
+from worker.json_access import as_dict, as_id, as_text
 from worker.transform import fields
+from worker.transform.line_items import items_of, lines_of
 from worker.transform.order_events import (
     event_operation,
     identifiers,
-    items_of,
     order_omissions,
     order_properties,
 )
+from worker.transform.order_totals import line_total, order_total
 from worker.transform.registry import handles
 
 if TYPE_CHECKING:
@@ -59,19 +60,18 @@ def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operati
         metric=mapping.metrics.placed_order,
         unique_id=_order_id(order, enriched),
         time=time,
-        value=order.get("totalPrice"),
+        value=order_total(order, mapping),
         profile=profile | _billing_profile(order),
         properties=order_properties(order, items, enriched, mapping),
     )
     order_ids = fields.compact({"OrderId": as_id(order.get("id")), "OrderNumber": as_id(order.get("orderNumber"))})
-    lines = chain(as_dicts(order.get("lineItems")), as_dicts(order.get("customLineItems")))
-    for line, item in zip(lines, items, strict=True):
+    for line, item in zip(lines_of(order), items, strict=True):
         raw = line if mapping.order.raw_line_item else {}
         yield event_operation(
             metric=mapping.metrics.ordered_product,
             unique_id=as_id(line.get("id")) or f"{_order_id(order, enriched)}:{item.get('SKU', '')}",
             time=fields.add_seconds(time, 1),
-            value=line.get("totalPrice"),
+            value=line_total(line, mapping),
             profile=profile,
             properties=raw | item | order_ids,
         )
@@ -130,7 +130,7 @@ def _status_event(metric: str, order: Json, enriched: Enriched, mapping: Mapping
         metric=metric,
         unique_id=_order_id(order, enriched),
         time=enriched.notification.time or _created_at(order, enriched),
-        value=order.get("totalPrice"),
+        value=order_total(order, mapping),
         profile=identifiers(order, enriched),
         properties=order_properties(order, items_of(order, enriched, mapping), enriched, mapping),
     )

@@ -9,7 +9,8 @@ from worker.budget import check_refunds, limit_paths
 from worker.errors import Ignored, Rejected
 from worker.json_access import as_dict, as_dicts, as_text
 from worker.transform import fields
-from worker.transform.order_events import event_operation, identifiers, items_of, order_omissions, order_properties
+from worker.transform.line_items import items_of
+from worker.transform.order_events import event_operation, identifiers, order_omissions, order_properties
 from worker.transform.registry import handles
 from worker.transform.size_limits import EVENT_BYTES, truncate
 

@@ -130,11 +130,16 @@ def _common(product: Json, variant: Json, enriched: Enriched, mapping: MappingCo
         "title": fields.localized(product.get("name"), mapping.locale) or as_text(product.get("id")),
         "description": fields.localized(product.get("description"), mapping.locale),
         # Klaviyo requires a url. Without a template it is the text None, as in existing accounts.
-        "url": fields.product_url(product.get("slug"), as_text(product.get("id")), variant, mapping) or "None",
+        "url": _url(product, variant, mapping) or "None",
         "image_full_url": fields.image_url(variant) or None,  # null removes the image
         "price": catalog_price(variant, mapping, enriched.as_of),
         "custom_metadata": _metadata(product, variant),
     }
+
+
+def _url(product: Json, variant: Json, mapping: MappingConfig) -> str:
+    product_id, template = as_text(product.get("id")), mapping.product_url_template
+    return fields.product_url(product.get("slug"), product_id, variant, mapping.locale, template)
 
 
 def _metadata(product: Json, variant: Json) -> Json:
