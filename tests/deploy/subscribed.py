@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from worker.commands.subscriptions.destination import parse
 from worker.commands.subscriptions.plan import KEY, DesiredSubscription
 from worker.commands.subscriptions.spec import CHANGE_TYPES, required_spec
+from worker.mapping import MappingConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 def draft() -> dict[str, Any]:
     """Return the body that creates the subscription, for the topic of docs/pubsub.md."""
-    return DesiredSubscription(KEY, parse("pubsub://my-project/klaviyo-worker", ""), required_spec()).draft()
+    destination = parse("pubsub://my-project/klaviyo-worker", "")
+    return DesiredSubscription(KEY, destination, required_spec(MappingConfig())).draft()
 
 
 def lines() -> Iterator[str]:

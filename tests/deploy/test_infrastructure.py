@@ -16,6 +16,7 @@ from tests.deploy.hcl import INFRASTRUCTURE, blocks, resources
 from tests.deploy.pages import commands, flags, page
 from tests.support.requirements import require_command
 from worker.commands.subscriptions.spec import required_spec
+from worker.mapping import MappingConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,10 +29,11 @@ WORKER = SUBSCRIPTIONS["worker"]
 def test_subscription_requests_what_the_handlers_need() -> None:
     """It requests nothing else."""
     subscription = resources("commercetools_subscription")["worker"]
+    required = required_spec(MappingConfig())
     assert {block["resource_type_id"]: block["types"] for block in subscription["message"]} == {
-        resource: list(types) for resource, types in required_spec().messages.items()
+        resource: list(types) for resource, types in required.messages.items()
     }
-    assert [block["resource_type_ids"] for block in subscription["changes"]] == [list(required_spec().changes)]
+    assert [block["resource_type_ids"] for block in subscription["changes"]] == [list(required.changes)]
     assert subscription["format"] == [{"type": "Platform"}]
 
 

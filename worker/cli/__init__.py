@@ -37,7 +37,7 @@ def handlers() -> None:
     from worker.transform import HANDLERS  # noqa: PLC0415
 
     rows = [("RESOURCE", "NOTIFICATION", "KLAVIYO")]
-    rows += [(handler.resource_type, handler.type, handler.effect) for handler in HANDLERS.values()]
+    rows += [(handler.resource_type, handler.type, handler.summary) for handler in HANDLERS.values()]
     widths = [max(len(row[column]) for row in rows) + 2 for column in (0, 1)]
     for resource, kind, effect in rows:
         click.echo(f"{resource:<{widths[0]}}{kind:<{widths[1]}}{effect}")

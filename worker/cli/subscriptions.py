@@ -136,7 +136,7 @@ def _connect(
     settings = load(SubscriptionSettings, option_values)
     secret = settings.destination_secret.get_secret_value().strip()
     target = parse(destination or from_queue_url(settings.queue_url), secret)
-    spec = required_spec(settings.mapping().disabled_types)
+    spec = required_spec(settings.mapping())
     if not spec:
         raise SettingsError("disabled_types: the mapping disables every handler, so there is nothing to subscribe to")
     desired = DesiredSubscription(key, target, spec, delivery_format or "")

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from worker.errors import Ignored
-from worker.transform.registry import HANDLERS, Handler, handles
+from worker.transform.registry import HANDLERS, Handler, enabled_handlers, handles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from worker.mapping import MappingConfig
     from worker.model import Enriched, Notification, Operation
 
-__all__ = ["HANDLERS", "Handler", "handler_for", "handles", "transform"]
+__all__ = ["HANDLERS", "Handler", "enabled_handlers", "handler_for", "handles", "transform"]
 
 for _module in ("orders", "payments", "customers", "categories", "products", "inventory"):
     import_module(f"worker.transform.{_module}")  # registers its handlers
@@ -27,14 +27,16 @@ for _module in ("orders", "payments", "customers", "categories", "products", "in
 def handler_for(notification: Notification, mapping: MappingConfig) -> Handler:
     """Return the handler of a notification.
 
-    Raises Ignored if it has no handler, if the mapping disables its type, or if the handler's precheck finds that there
-    is nothing to send.
+    Raises Ignored if it has no handler, if the mapping disables its type or does not switch it on, or if the handler's
+    precheck finds that there is nothing to send.
     """
     handler = HANDLERS.get((notification.resource_type, notification.type))
     if handler is None:
         raise Ignored("no handler for this type")
     if notification.type in mapping.disabled_types:
         raise Ignored("disabled in the mapping")
+    if not handler.is_on(mapping):
+        raise Ignored(f"off by default: see {', '.join(handler.switches)}")
     if handler.precheck:
         handler.precheck(notification, mapping)
     return handler

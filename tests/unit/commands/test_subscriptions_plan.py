@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from worker.commands.subscriptions.destination import EXPECTED, SECRET_VARIABLE, display_name, from_queue_url, parse
 from worker.commands.subscriptions.health import explain_status
 from worker.commands.subscriptions.plan import DesiredSubscription, plan
-from worker.commands.subscriptions.spec import required_spec, spec_of
+from worker.commands.subscriptions.spec import SubscriptionSpec, required_spec, spec_of
 from worker.errors import SettingsError
+from worker.mapping import MappingConfig
 from worker.sandbox.commercetools.subscriptions import Subscriptions
 from worker.transform import HANDLERS
 
@@ -63,10 +64,14 @@ SHAPELESS = dict.fromkeys(("id", "version", "destination", "messages", "changes"
 }
 
 
+def spec_without(*disabled: str) -> SubscriptionSpec:
+    return required_spec(MappingConfig(disabled_types=list(disabled)))
+
+
 def desired(
     url: str = PUBSUB, disabled: tuple[str, ...] = (), key: str = "klaviyo-worker", kind: str = ""
 ) -> DesiredSubscription:
-    return DesiredSubscription(key, parse(url, SECRETS[url]), required_spec(disabled), kind)
+    return DesiredSubscription(key, parse(url, SECRETS[url]), spec_without(*disabled), kind)
 
 
 def store_of(*drafts: dict[str, Any]) -> Subscriptions:
@@ -136,12 +141,12 @@ def test_messages_and_changes_are_set_together() -> None:
 
 def test_disabled_handlers_are_left_out() -> None:
     """A resource type without enabled handlers is not requested."""
-    spec = required_spec(("OrderImported", "CategoryCreated", "ResourceUpdated", "ResourceCreated", "ResourceDeleted"))
+    spec = spec_without("OrderImported", "CategoryCreated", "ResourceUpdated", "ResourceCreated", "ResourceDeleted")
     assert "OrderImported" not in spec.messages["order"]
     assert "category" not in spec.messages
     assert spec.changes == ()
-    assert not required_spec(KINDS)
-    assert required_spec(("ResourceUpdated",)).changes == ("customer", "category", "inventory-entry")
+    assert not spec_without(*KINDS)
+    assert spec_without("ResourceUpdated").changes == ("customer", "category", "inventory-entry")
 
 
 def test_all_forms_of_all_types_are_equal() -> None:
@@ -205,7 +210,7 @@ def test_other_differences_of_a_destination_are_detected() -> None:
     """Examples are another key name and another way to authenticate."""
     store = store_of(desired(SERVICEBUS).draft())
     other = parse(SERVICEBUS, CONNECTION.replace("=commercetools", "=sender"))
-    assert plan(DesiredSubscription("klaviyo-worker", other, required_spec()), store.all()).action == "change"
+    assert plan(DesiredSubscription("klaviyo-worker", other, spec_without()), store.all()).action == "change"
     assert plan(desired(f"{SQS}?access_key={KEY}"), store_of(desired(SQS).draft()).all()).action == "change"
 
 
@@ -243,7 +248,7 @@ def test_sdk_accepts_the_destinations(url: str) -> None:
 
     draft = desired(url).draft()
     assert SubscriptionDraft.deserialize(draft).serialize() == draft
-    before = DesiredSubscription("klaviyo-worker", parse(url, SECRETS[url]), required_spec(("OrderCreated",)))
+    before = DesiredSubscription("klaviyo-worker", parse(url, SECRETS[url]), spec_without("OrderCreated"))
     actions = plan(desired(url), store_of(before.draft()).all(), renew=True).updates()
     assert len(actions) == 3
     update = {"version": 1, "actions": actions}

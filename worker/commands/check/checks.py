@@ -33,7 +33,7 @@ from worker.json_access import as_dict, as_text, unique
 from worker.klaviyo.client import Klaviyo
 from worker.send.bulk_verdict import read_status
 from worker.settings import unknown_variables
-from worker.transform import HANDLERS
+from worker.transform import HANDLERS, enabled_handlers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -100,7 +100,7 @@ def _check_services(
     report_progress: Callable[[str], None],
 ) -> Iterator[CheckResult]:
     stopping = Event()
-    resources = frozenset(resource for resource, kind in HANDLERS if kind not in mapping.disabled_types)
+    resources = frozenset(handler.resource_type for handler in enabled_handlers(mapping))
     reader = Commercetools(settings, stopping)
     yield _run_check("commercetools", ExitCode.COMMERCETOOLS, partial(_check_commercetools, reader, resources))
     client = Klaviyo(settings, stopping)
@@ -108,9 +108,7 @@ def _check_services(
     check_klaviyo = partial(_check_klaviyo, client, resources, erasure=erasure, probing=probing)
     klaviyo = _run_check("klaviyo", ExitCode.KLAVIYO, check_klaviyo)
     yield klaviyo
-    check_subscription = partial(
-        _check_subscription, Subscriptions(reader), subscription_key, mapping.disabled_types, source
-    )
+    check_subscription = partial(_check_subscription, Subscriptions(reader), subscription_key, mapping, source)
     yield _run_check("subscriptions", ExitCode.COMMERCETOOLS, check_subscription)
     yield from _check_clock(reader, client)
     if klaviyo.exit_code:
@@ -132,9 +130,8 @@ def _run_check(name: str, exit_code: int, check: Callable[[], str | CheckResult]
 
 
 def _describe_configuration(settings: Settings, mapping: MappingConfig) -> str:
-    enabled = sum(kind not in mapping.disabled_types for _, kind in HANDLERS)
     file = f"mapping {settings.config}" if settings.config else "no mapping file"
-    text = f"{file}, {enabled} of {len(HANDLERS)} handlers enabled, queue {scheme_of(settings.queue_url)}://"
+    text = f"{file}, {len(enabled_handlers(mapping))} of {len(HANDLERS)} handlers enabled, queue {scheme_of(settings.queue_url)}://"
     return "; ".join([text, *unknown_variables(os.environ)])
 
 
@@ -218,7 +215,7 @@ def _probe_scopes(probes: Sequence[ScopeProbe], misconfigured: type[Misconfigure
 
 
 def _check_subscription(
-    subscriptions: Subscriptions, key: str, disabled: Collection[str], source: str
+    subscriptions: Subscriptions, key: str, mapping: MappingConfig, source: str
 ) -> str | CheckResult:
     try:
         existing = {as_text(entry.get("key")): entry for entry in subscriptions.all()}
@@ -239,7 +236,7 @@ def _check_subscription(
     if status != HEALTHY:
         health, todo = explain_status(status)
         return CheckResult("subscriptions", "failed", f"{key} is not healthy: {health}", todo, ExitCode.COMMERCETOOLS)
-    missing = required_spec(disabled).minus(spec_of(existing[key]))
+    missing = required_spec(mapping).minus(spec_of(existing[key]))
     if missing:
         parts = [f"{resource} {', '.join(types)}" for resource, types in missing.messages.items()]
         parts += [f"changes of {resource}" for resource in missing.changes]

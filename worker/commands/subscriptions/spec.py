@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from worker.json_access import as_dicts, as_text, unique
-from worker.transform import HANDLERS
+from worker.transform import enabled_handlers
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
+    from worker.mapping import MappingConfig
     from worker.model import Json
 
 CHANGE_TYPES = ("ResourceCreated", "ResourceUpdated", "ResourceDeleted")  # a change subscription brings all three
@@ -52,9 +53,9 @@ class SubscriptionSpec:
         return bool(self.messages or self.changes)
 
 
-def required_spec(disabled: Collection[str] = ()) -> SubscriptionSpec:
-    """Return what the handlers need, except those of the types that the mapping disables."""
-    enabled = [(resource, kind) for resource, kind in HANDLERS if kind not in disabled]
+def required_spec(mapping: MappingConfig) -> SubscriptionSpec:
+    """Return what the handlers need that the mapping enables."""
+    enabled = [(handler.resource_type, handler.type) for handler in enabled_handlers(mapping)]
     messages: dict[str, tuple[str, ...]] = {}
     for resource, kind in enabled:
         if kind not in CHANGE_TYPES:

@@ -93,7 +93,7 @@ def _describe_handler(trace: Trace) -> Iterator[Row]:
     handler = HANDLERS.get((notification.resource_type, notification.type))
     if handler:
         function = handler.function
-        yield "handler", f"{function.__name__} in {function.__module__.replace('.', '/')}.py: {handler.effect}"
+        yield "handler", f"{function.__name__} in {function.__module__.replace('.', '/')}.py: {handler.summary}"
         yield "", inspect.getdoc(function) or ""
         return
     types = [each.type for each in HANDLERS.values() if each.resource_type == notification.resource_type]
