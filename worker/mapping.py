@@ -73,6 +73,9 @@ class CustomerMapping(_Section):
     """The mapping of customers."""
 
     custom_fields: PropertyRules = Field(PropertyRules(), description="Custom fields on profiles.")
+    clear_phone: bool = Field(
+        default=False, description="Clear the profile's phone number when the customer has no valid phone number."
+    )
     erasure: bool = Field(
         default=False,
         description="Request the deletion of the profile in Klaviyo when commercetools deletes a customer with "

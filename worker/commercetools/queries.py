@@ -56,7 +56,7 @@ def _skus(product: Json) -> list[str]:
 ORDERS = Query("orders", "id in ({})", _id)
 ORDERS_BY_PAYMENT = Query("orders", "paymentInfo(payments(id in ({})))", _payments)
 PAYMENTS = Query("payments", "id in ({})", _id)
-CUSTOMERS = Query("customers", "id in ({})", _id, expand=("customerGroup",))
+CUSTOMERS = Query("customers", "id in ({})", _id, expand=("customerGroup", "customerGroupAssignments[*].customerGroup"))
 CATEGORIES = Query("categories", "id in ({})", _id)
 CATEGORY_NAMES = replace(CATEGORIES, cached_fields=("id", "name", "ancestors"))
 DESCENDANTS = Query("categories", "ancestors(id in ({}))", _ancestors)

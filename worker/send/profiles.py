@@ -12,6 +12,7 @@ from worker.model import Json, Operation, OperationKind, SendResult
 from worker.send.bulk import with_fallback
 from worker.send.identifiers import IDENTIFIER_PRIORITY
 from worker.send.jobs import PROFILES, BulkJobType, JobEntry
+from worker.transform.profiles import without_clears
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,13 +43,19 @@ class BulkProfiles:
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
         """Import the profiles and return their results in the same order."""
-        entries = [JobEntry(_external_id(upsert), orjson.dumps(upsert.resource)) for upsert in operations]
+        entries = [
+            JobEntry(_external_id(upsert), orjson.dumps(without_clears(upsert.resource or {}))) for upsert in operations
+        ]
         return with_fallback(operations, self._jobs.run(_IMPORT, entries), self._send_individually)
 
 
 def _attributes(upsert: Operation) -> Json:
     attributes: Json = (upsert.resource or {})["attributes"]
     return attributes
+
+
+def _body(upsert: Operation) -> bytes:
+    return orjson.dumps(without_clears(upsert.resource or {}))
 
 
 def _external_id(upsert: Operation) -> str:

@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from worker.model import Json, Operation, OperationKind
 from worker.transform.catalog import catalog_id
+from worker.transform.profiles import without_clears
 
 COLLECTION = {
     OperationKind.UPSERT_CATEGORY: "catalog-categories",
@@ -41,7 +42,7 @@ def request_for(operation: Operation) -> Request:
         case OperationKind.CREATE_EVENT:
             return Request("POST", "/api/events", {"data": operation.resource})
         case OperationKind.UPSERT_PROFILE:
-            return Request("POST", "/api/profile-import", {"data": operation.resource})
+            return Request("POST", "/api/profile-import", {"data": without_clears(operation.resource or {})})
         case OperationKind.DELETE_PROFILE:
             return deletion_request(f"the profile with external_id {operation.key}")
         case OperationKind.DELETE_STALE_VARIANTS:

@@ -19,6 +19,7 @@ from worker.send.requests import COLLECTION, deletion_request, entry_path, refer
 from worker.telemetry.defects import describe_defect, report_defect
 from worker.telemetry.log import log
 from worker.transform.catalog import external_id
+from worker.transform.profiles import without_clears
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,7 +103,7 @@ class SingleSender:
         the identifiers belong to several profiles. Klaviyo does not merge profiles, so the weaker identifiers are
         dropped. Raises Transient if that profile was deleted or merged in the meantime.
         """
-        resource = operation.resource or {}
+        resource = without_clears(operation.resource or {})
         try:
             return self._import(resource)
         except Rejected as error:

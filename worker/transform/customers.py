@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from worker.errors import Ignored
-from worker.json_access import as_dict, as_dicts, as_text
+from worker.json_access import as_dict, as_dicts, as_text, unique
 from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
+from worker.transform.profiles import CUSTOM_FIELD_NAMES, without_clears
 from worker.transform.registry import handles
 from worker.transform.size_limits import PROFILE_BYTES, truncate
 
@@ -27,7 +28,10 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     customer = enriched.customer or _customer_in_message(enriched, mapping)
     if customer is None:
         return
-    yield from fields.report_empty(_own_attributes(customer) | _own_properties(customer))
+    values = {"email": customer.get("email")}
+    if enriched.customer is None:  # otherwise the empty ones are cleared
+        values |= _own_attributes(customer, mapping) | _own_properties(customer)
+    yield from fields.report_empty(values)
     yield from fields.report_invalid_phone(_address(customer))
     yield from fields.report_filtered(
         as_dict(customer.get("custom")).get("fields"), mapping.customer.custom_fields, "customer.custom_fields"
@@ -47,13 +51,19 @@ def customer_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Ope
     customer = enriched.customer or _customer_in_message(enriched, mapping)
     if customer is None:
         raise Ignored("commercetools no longer has the customer", if_written=_GONE if mapping.customer.erasure else "")
-    properties, truncated = truncate(_properties(customer, mapping), PROFILE_BYTES)
-    attributes = fields.compact(_own_attributes(customer)) | ({"properties": properties} if properties else {})
-    if not {"email", "phone_number"} & attributes.keys():
+    properties, truncated = _properties(customer, mapping)
+    attributes = _own_attributes(customer, mapping) | {"properties": properties}
+    if not attributes.get("email") and not attributes.get("phone_number"):
         raise Ignored("the customer has neither an email address nor a valid phone number")
+    # The whole state that the worker owns: the send stage clears what is None. A message is possibly old, so its data
+    # clears nothing.
+    resource = {"type": "profile", "attributes": attributes}
     key = as_text(customer.get("id")) or enriched.notification.resource_id
     yield Operation(
-        OperationKind.UPSERT_PROFILE, key, {"type": "profile", "attributes": attributes}, truncated=truncated
+        OperationKind.UPSERT_PROFILE,
+        key,
+        resource if enriched.customer else without_clears(resource),
+        truncated=truncated,
     )
 
 
@@ -66,39 +76,77 @@ def _customer_in_message(enriched: Enriched, mapping: MappingConfig) -> Json | N
     return payload if isinstance(payload, dict) and not mapping.customer.erasure else None
 
 
-def _own_attributes(customer: Json) -> Json:
+def _own_attributes(customer: Json, mapping: MappingConfig) -> Json:
+    """Return the attributes of the profile. An identifier that the customer does not have is left out: see clear_phone.
+
+    `title` is not among them: it is the job title (Klaviyo's OpenAPI document), not a form of address.
+    """
     address = _address(customer)
+    phone = fields.phone(address)
     return {
-        "email": as_text(customer.get("email")),
-        "external_id": as_text(customer.get("id")),
-        "first_name": as_text(customer.get("firstName")),
-        "last_name": as_text(customer.get("lastName")),
-        "title": as_text(customer.get("title")),
-        "organization": as_text(customer.get("companyName")),
-        "phone_number": fields.phone(address),
-        "location": fields.location(address),
+        **fields.compact({"email": as_text(customer.get("email")), "external_id": as_text(customer.get("id"))}),
+        "first_name": as_text(customer.get("firstName")) or None,
+        "last_name": as_text(customer.get("lastName")) or None,
+        "organization": as_text(customer.get("companyName")) or None,
+        "locale": as_text(customer.get("locale")) or None,
+        **({"phone_number": phone or None} if phone or mapping.customer.clear_phone else {}),
+        "location": fields.whole_location(address),
     }
 
 
-def _properties(customer: Json, mapping: MappingConfig) -> Json:
-    custom = fields.filter_properties(as_dict(customer.get("custom")).get("fields"), mapping.customer.custom_fields)
-    return custom | fields.compact(_own_properties(customer))
+def _properties(customer: Json, mapping: MappingConfig) -> tuple[Json, list[str]]:
+    """Return all properties that the worker owns, with None for those without a value, and what was truncated.
+
+    CUSTOM_FIELD_NAMES lists the custom fields among them. The send stage clears a custom field that is in Klaviyo's
+    list but not in this one, because others write properties, too.
+    """
+    rules = mapping.customer.custom_fields
+    own = _own_properties(customer)
+    custom = fields.custom_properties(customer, rules, mapping.locale)
+    custom.pop(CUSTOM_FIELD_NAMES, None)  # the name is the worker's
+    names = sorted(name for name in custom if own.get(name) is None)
+    state = own | {CUSTOM_FIELD_NAMES: names or None}
+    included = [rules.rename.get(name, name) for name in rules.include if name != "*" and name not in rules.exclude]
+    state |= {name: custom.get(name) for name in [*included, *names] if state.get(name) is None}
+    properties, truncated = truncate(state, PROFILE_BYTES)
+    if truncated and properties.get(CUSTOM_FIELD_NAMES):
+        properties[CUSTOM_FIELD_NAMES] = [name for name in properties[CUSTOM_FIELD_NAMES] if name in properties]
+    return properties, truncated
 
 
 def _own_properties(customer: Json) -> Json:
+    stores = unique(as_text(store.get("key")) for store in as_dicts(customer.get("stores")))
     return {
-        "customerNumber": as_text(customer.get("customerNumber")),
-        "customerGroup": _group(customer),
-        "locale": as_text(customer.get("locale")),
-        "dateOfBirth": as_text(customer.get("dateOfBirth")),
+        "customerNumber": as_text(customer.get("customerNumber")) or None,
+        **_groups(customer),
+        "locale": as_text(customer.get("locale")) or None,
+        "dateOfBirth": as_text(customer.get("dateOfBirth")) or None,
         "isEmailVerified": customer.get("isEmailVerified"),
+        "Title": as_text(customer.get("title")) or None,
+        "Salutation": as_text(customer.get("salutation")) or None,
+        "Stores": stores or None,
     }
 
 
-def _group(customer: Json) -> str:
-    """Return the key of the customer group. Queries for customers expand this reference."""
-    group = as_dict(customer.get("customerGroup"))
-    return fields.first_nonempty(as_text(as_dict(group.get("obj")).get("key")), as_text(group.get("key")))
+def _groups(customer: Json) -> Json:
+    """Return the properties of the customer groups. An unknown group is absent: see `_group_name`.
+
+    New projects use only `customerGroupAssignments`: https://docs.commercetools.com/api/projects/customers.
+    """
+    assigned = [as_dict(entry.get("customerGroup")) for entry in as_dicts(customer.get("customerGroupAssignments"))]
+    names = list(map(_group_name, assigned))
+    group = as_dict(customer.get("customerGroup")) or next(iter(assigned), {})
+    groups: Json = {"customerGroup": _group_name(group), "customerGroups": unique(names)}
+    is_known = {"customerGroup": bool(not group or groups["customerGroup"]), "customerGroups": all(names)}
+    return {name: value or None for name, value in groups.items() if is_known[name]}
+
+
+def _group_name(group: Json) -> str:
+    """Return the key of a customer group, else its name; "" if the reference is not expanded."""
+    expanded = as_dict(group.get("obj"))
+    return fields.first_nonempty(
+        *(as_text(each.get("key")) for each in (expanded, group)), as_text(expanded.get("name"))
+    )
 
 
 def _address(customer: Json) -> Json:

@@ -143,17 +143,21 @@ def _region(address: Json) -> str:
 
 def location(address: Any) -> Json:
     """Return a profile's `location`, or {}."""
+    return compact(whole_location(address))
+
+
+def whole_location(address: Any) -> Json:
+    """Return all parts of a profile's `location` that the worker owns, with None for those without a value."""
     address = as_dict(address)
-    return compact(
-        {
-            "address1": _street(address),
-            "address2": _street_details(address),
-            "city": as_text(address.get("city")),
-            "country": as_text(address.get("country")),
-            "region": _region(address),
-            "zip": as_text(address.get("postalCode")),
-        }
-    )
+    parts = {
+        "address1": _street(address),
+        "address2": _street_details(address),
+        "city": as_text(address.get("city")),
+        "country": as_text(address.get("country")),
+        "region": _region(address),
+        "zip": as_text(address.get("postalCode")),
+    }
+    return {name: text or None for name, text in parts.items()}
 
 
 def address_properties(address: Any) -> Json:
@@ -224,6 +228,36 @@ def filter_properties(values: Any, rules: PropertyRules) -> Json:
         rules.rename.get(name, name): value for name, value in as_dict(values).items() if _is_included(name, rules)
     }
     return compact(selected)
+
+
+def custom_properties(resource: Json, rules: PropertyRules, locale: str) -> Json:
+    """Return the resource's non-empty custom fields that the rules include, as values that a segment can use."""
+    values = as_dict(as_dict(resource.get("custom")).get("fields"))
+    return filter_properties({name: custom_value(value, locale) for name, value in values.items()}, rules)
+
+
+def custom_value(value: Any, locale: str) -> Any:
+    """Return the value of a custom field: https://docs.commercetools.com/api/projects/types.
+
+    A money becomes a number in major units, a reference its id (else its key), an enum its label (else its key), a
+    localized text the text for the locale, and a set a list of these. Every other value stays as it is.
+    """
+    if isinstance(value, list):
+        return [entry for entry in (_single_value(each, locale) for each in value) if entry not in (None, "")]
+    return _single_value(value, locale)
+
+
+def _single_value(value: Any, locale: str) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "centAmount" in value or "preciseAmount" in value:
+        return money(value)
+    if "typeId" in value:
+        return first_nonempty(as_text(value.get("id")), as_text(value.get("key")))
+    if "label" in value:
+        return _entry_text(value, locale)
+    is_localized = all(isinstance(text, str) for text in value.values())
+    return localized(value, locale) if is_localized else value
 
 
 def report_filtered(values: Any, rules: PropertyRules, section: str) -> Iterator[str]:

@@ -61,7 +61,7 @@ def _identifiers(order: Json, enriched: Enriched) -> Json:
 
 def order_properties(order: Json, items: list[Json], enriched: Enriched, mapping: MappingConfig) -> Json:
     """Return the properties of an order event, with the names that Klaviyo's flows and templates use."""
-    custom = fields.filter_properties(as_dict(order.get("custom")).get("fields"), mapping.order.custom_fields)
+    custom = fields.custom_properties(order, mapping.order.custom_fields, mapping.locale)
     raw = fields.filter_properties(order, mapping.order.properties) if mapping.order.properties.include else {}
     return fields.compact(raw | custom | fields.compact(_own_properties(order, items, enriched, mapping)))
 

@@ -16,6 +16,7 @@ from worker.model import OperationKind
 from worker.parse import layers
 from worker.send import request_for
 from worker.transform import HANDLERS
+from worker.transform.profiles import without_clears
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,6 +143,10 @@ def _describe_operations(trace: Trace) -> Iterator[Row]:
 
 def _describe_content(operation: Operation) -> Iterator[str]:
     attributes = as_dict(as_dict(operation.resource).get("attributes"))
+    cleared: list[str] = []
+    if operation.kind is OperationKind.UPSERT_PROFILE:
+        cleared = _cleared(attributes)
+        attributes = without_clears({"attributes": attributes})["attributes"]
     if operation.kind is OperationKind.CREATE_EVENT:
         yield _describe_event(attributes)
         yield f"profile: {', '.join(attributes['profile']['data']['attributes'])}"
@@ -151,6 +156,8 @@ def _describe_content(operation: Operation) -> Iterator[str]:
             yield f"attributes: {', '.join(names)}"
     if properties := as_dict(attributes.get("properties")):
         yield f"properties: {', '.join(properties)}"
+    if cleared:
+        yield f"cleared if Klaviyo has a value: {', '.join(cleared)}"
     if operation.kind is OperationKind.DELETE_STALE_VARIANTS:
         yield f"kept: {_join(sorted(operation.keep_skus)) or 'none'}"
     if operation.truncated:
@@ -158,6 +165,12 @@ def _describe_content(operation: Operation) -> Iterator[str]:
     if operation.fallback:
         fallback = [f"{each.kind.value} {each.key}" for each in operation.fallback()]
         yield f"if Klaviyo does not have it: {_join(fallback)}"
+
+
+def _cleared(attributes: Json) -> list[str]:
+    """Return the names of the attributes, parts of the location and properties of a profile that are None."""
+    parts = attributes | as_dict(attributes.get("location")) | as_dict(attributes.get("properties"))
+    return [name for name, value in parts.items() if value is None]
 
 
 def _describe_event(attributes: Json) -> str:
