@@ -474,12 +474,11 @@ def test_deletion_includes_dependent_entries(call: Caller, sandbox: Sandbox) -> 
     assert call("DELETE", f"/api/catalog-items/{PREFIX}p")[0] == 204
     assert call("DELETE", f"/api/catalog-categories/{PREFIX}c")[0] == 204
     assert list(sandbox.account.variants) == ["s-q"]
-    shown = call("GET", f"/api/catalog-items/{PREFIX}q")[1]["data"]
-    assert shown["relationships"] == {"categories": {"data": []}}
+    assert call("GET", f"/api/catalog-items/{PREFIX}q/categories")[1]["data"] == []
 
 
 def test_catalog_lists_can_be_filtered(call: Caller) -> None:
-    """The filters are ids, and the item of variants."""
+    """An entry does not show its relationships. A filter or a path of its own shows the related entries."""
     for name in "abc":
         call("POST", "/api/catalog-items", entry("item", ITEM | {"external_id": name}))
         call("POST", "/api/catalog-variants", entry("variant", VARIANT | {"external_id": f"s{name}"}, **of_item(name)))
@@ -491,8 +490,40 @@ def test_catalog_lists_can_be_filtered(call: Caller) -> None:
     assert found("catalog-variants", f'equals(item.id,"{PREFIX}b")') == ["sb"]
     assert found("catalog-items", f'any(ids,["{PREFIX}a","{PREFIX}c","{PREFIX}d"])') == ["a", "c"]
     assert call("GET", "/api/catalog-items?filter=equals(item.id,%22x%22)")[0] == 400
-    shown = call("GET", f"/api/catalog-variants/{PREFIX}sa")[1]["data"]
-    assert shown["relationships"]["item"]["data"]["id"] == f"{PREFIX}a"
+    assert "relationships" not in call("GET", f"/api/catalog-variants/{PREFIX}sa")[1]["data"]
+    assert found(f"catalog-items/{PREFIX}a/variants", f'any(ids,["{PREFIX}sa","{PREFIX}sb"])') == ["sa"]
+    assert found(f"catalog-items/{PREFIX}a/relationships/variants", 'equals(sku,"s")') == ["sa"]
+    assert found("catalog-items", 'contains(title,"x")') == []
+
+
+def test_items_can_include_their_variants(call: Caller) -> None:
+    """The items name their variants, which follow in full. Other resources include nothing."""
+    for name in "ab":
+        call("POST", "/api/catalog-items", entry("item", ITEM | {"external_id": name}))
+        call("POST", "/api/catalog-variants", entry("variant", VARIANT | {"external_id": f"s{name}"}, **of_item(name)))
+    query = "include=variants&fields%5Bcatalog-variant%5D=price&fields%5Bcatalog-item%5D=title"
+    document = call("GET", f"/api/catalog-items?{query}")[1]
+    named = [each["relationships"]["variants"]["data"] for each in document["data"]]
+    assert named == [[{"type": "catalog-variant", "id": f"{PREFIX}s{name}"}] for name in "ab"]
+    assert [set(each["attributes"]) for each in document["included"]] == [{"price"}] * 2
+    alone = call("GET", f"/api/catalog-items/{PREFIX}a?include=variants")[1]
+    assert alone["data"]["relationships"]["variants"]["data"] == named[0]
+    assert call("GET", "/api/catalog-items?include=categories")[0] == 400
+    assert call("GET", "/api/catalog-variants?include=item")[0] == 400
+
+
+def test_categories_and_items_can_be_found_by_each_other(call: Caller) -> None:
+    """The relationship is between an item and its categories."""
+    call("POST", "/api/catalog-categories", entry("category", {"external_id": "c", "name": "C"}))
+    related = {"categories": {"data": [{"type": "catalog-category", "id": PREFIX + "c"}]}}
+    call("POST", "/api/catalog-items", entry("item", ITEM, relationships=related))
+    call("POST", "/api/catalog-items", entry("item", ITEM | {"external_id": "q"}))
+    in_category = urlencode({"filter": f'equals(category.id,"{PREFIX}c")'})
+    of_item = urlencode({"filter": f'equals(item.id,"{PREFIX}p")'})
+    for path in (f"catalog-items?{in_category}", f"catalog-categories/{PREFIX}c/items"):
+        assert [each["id"] for each in call("GET", f"/api/{path}")[1]["data"]] == [PREFIX + "p"]
+    for path in (f"catalog-categories?{of_item}", f"catalog-items/{PREFIX}p/categories"):
+        assert [each["id"] for each in call("GET", f"/api/{path}")[1]["data"]] == [PREFIX + "c"]
 
 
 def test_link_to_the_next_page_keeps_the_filter(call: Caller) -> None:

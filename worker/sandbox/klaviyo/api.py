@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlencode
+from urllib.parse import unquote
 
-import orjson
-
+from worker.sandbox.klaviyo import catalog_api
 from worker.sandbox.klaviyo.jobs import BulkJob, BulkJobs
 from worker.sandbox.klaviyo.rate_limits import FixedWindowLimiter, Throttled
+from worker.sandbox.klaviyo.requests import MAX_PAGE, check_parameters, not_found, paginate, parse_body, parse_filter
 from worker.sandbox.klaviyo.rules import (
     MAX_PROFILE,
     MB,
@@ -24,7 +24,7 @@ from worker.sandbox.klaviyo.rules import (
 from worker.sandbox.server import ApiResponse, path_template
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from worker.sandbox.klaviyo.account import Account
     from worker.sandbox.klaviyo.catalog import Json
@@ -33,18 +33,11 @@ if TYPE_CHECKING:
 KEY = "pk_sandbox_key"
 MEDIA_TYPE = "application/vnd.api+json"
 MAX_ENTRIES, MAX_PROFILES = 100, 10_000
-MAX_PAGE, DEFAULT_PAGE = 100, 20
+DEFAULT_PAGE = 20
 MAX_EVENTS_PAGE = 1_000
 _REVISION = re.compile(r"\d{4}-\d\d-\d\d(\.pre)?")
-_CATALOG_KINDS = {
-    "catalog-items": "catalog-item",
-    "catalog-variants": "catalog-variant",
-    "catalog-categories": "catalog-category",
-}
-_PLURAL = {kind: path.removeprefix("catalog-") for path, kind in _CATALOG_KINDS.items()}
+_PLURAL = {kind: path.removeprefix("catalog-") for path, kind in catalog_api.KINDS.items()}
 _CATALOG_JOBS = re.compile(r"(catalog-(?:item|variant|category))-bulk-(create|update|delete)-job")
-_TEXT = r"""(?:"(?:[^"\\]|\\.)*"|'[^'\\]*')"""
-_FILTER = re.compile(rf"(equals|any)\(([\w.]+),(\[?{_TEXT}(?:,{_TEXT})*\]?)\)")
 _ANY_OR_EQUALS = ("any", "equals")
 _TIERS = {"S": {1: 3, 60: 60}, "M": {1: 10, 60: 150}, "L": {1: 75, 60: 750}, "XL": {1: 350, 60: 3500}}
 
@@ -76,6 +69,7 @@ class KlaviyoApi:
 
     def __init__(self, account: Account, *, rate_limits: float, lists_windows: bool = True) -> None:
         self._account = account
+        self._catalog = catalog_api.CatalogApi(account)
         self._lists_windows = lists_windows
         self._jobs = BulkJobs(account.job_seconds)
         self._limiter = FixedWindowLimiter() if rate_limits else None
@@ -118,86 +112,57 @@ class KlaviyoApi:
     def _route(self, request: ApiRequest) -> tuple[int, Any]:
         parts = [unquote(part) for part in request.path.strip("/").split("/")][1:]
         name = parts[0] if parts else ""
-        if name in _CATALOG_KINDS:
-            return self._catalog(request, _CATALOG_KINDS[name], parts[1:])
+        if name in catalog_api.KINDS:
+            return self._catalog.handle(request, name, parts[1:])
         if name.endswith("-jobs") and (name == "profile-bulk-import-jobs" or _CATALOG_JOBS.fullmatch(name[:-1])):
             return self._bulk_jobs(request, name[:-1], parts[1:])
         if name in {"profiles", "profile-import"}:
             return self._profiles(request, parts)
         match (request.method, *parts):
             case ("POST", "events"):
-                self._account.create_event(require_resource(_parse_body(request), "event")["attributes"])
+                self._account.create_event(require_resource(parse_body(request), "event")["attributes"])
                 return 202, None
             case ("GET", "events"):
-                return 200, _paginate(_find_events(self._account, request), request, 200, largest=MAX_EVENTS_PAGE)
+                return 200, paginate(_find_events(self._account, request), request, 200, largest=MAX_EVENTS_PAGE)
             case ("POST", "event-bulk-create-jobs"):
-                data = require_resource(_parse_body(request), "event-bulk-create-job")
+                data = require_resource(parse_body(request), "event-bulk-create-job")
                 self._account.create_events(entries_of(data["attributes"], "events-bulk-create"))
                 return 202, None
             case ("POST", "data-privacy-deletion-jobs"):
-                data = require_resource(_parse_body(request), "data-privacy-deletion-job")
+                data = require_resource(parse_body(request), "data-privacy-deletion-job")
                 self._account.request_deletion(
                     require_resource(data["attributes"].get("profile"), "profile", bare=True)
                 )
                 return 202, None
-        raise _not_found()
+        raise not_found()
 
     def _profiles(self, request: ApiRequest, parts: list[str]) -> tuple[int, Any]:
         account = self._account
         match (request.method, *parts):
             case ("POST", "profile-import"):
-                status, profile = account.import_profile(require_resource(_parse_body(request), "profile"))
+                status, profile = account.import_profile(require_resource(parse_body(request), "profile"))
                 return status, {"data": profile}
             case ("POST", "profiles"):
-                return 201, {"data": account.create_profile(require_resource(_parse_body(request), "profile"))}
+                return 201, {"data": account.create_profile(require_resource(parse_body(request), "profile"))}
             case ("GET", "profiles"):
-                name, values = _parse_filter(
+                name, values = parse_filter(
                     request, dict.fromkeys(("id", "email", "phone_number", "external_id"), _ANY_OR_EQUALS)
                 )
                 found = [each for value in values or () for each in account.find_profiles(name, value)]
-                return 200, _paginate(found if name else list(account.profiles), request, DEFAULT_PAGE)
+                return 200, paginate(found if name else list(account.profiles), request, DEFAULT_PAGE)
             case ("GET", "profiles", profile_id):
                 return 200, {"data": account.get_profile(profile_id)}
             case ("PATCH", "profiles", profile_id):
                 return 200, {
-                    "data": account.update_profile(profile_id, require_resource(_parse_body(request), "profile"))
+                    "data": account.update_profile(profile_id, require_resource(parse_body(request), "profile"))
                 }
-        raise _not_found()
-
-    def _catalog(self, request: ApiRequest, kind: str, rest: list[str]) -> tuple[int, Any]:
-        account = self._account
-        match (request.method, *rest):
-            case ("POST",):
-                return 201, {"data": _to_api(account.create_entry(kind, require_resource(_parse_body(request), kind)))}
-            case ("GET",):
-                found = self._find_entries(request, kind)
-                return 200, _paginate(found, request, MAX_PAGE, _to_api)
-            case ("GET", entry_id):
-                return 200, {"data": _to_api(account.entry(kind, entry_id))}
-            case ("PATCH", entry_id):
-                return 200, {
-                    "data": _to_api(account.update_entry(kind, entry_id, require_resource(_parse_body(request), kind)))
-                }
-            case ("DELETE", entry_id):
-                account.delete_entry(kind, entry_id)
-                return 204, None
-            case ("GET", item_id, "variants") if kind == "catalog-item":
-                account.entry(kind, item_id)
-                return 200, _paginate(account.variants_of(item_id), request, MAX_PAGE, _to_api)
-        raise _not_found()
-
-    def _find_entries(self, request: ApiRequest, kind: str) -> list[Json]:
-        item = {"item.id": ("equals",)} if kind == "catalog-variant" else {}
-        name, values = _parse_filter(request, {"ids": ("any",), **item})
-        if name == "item.id":
-            return [variant for item_id in values or () for variant in self._account.variants_of(item_id)]
-        return self._account.entries(kind, values)
+        raise not_found()
 
     def _bulk_jobs(self, request: ApiRequest, kind: str, rest: list[str]) -> tuple[int, Any]:
         match (request.method, *rest):
             case ("POST",) if kind == "profile-bulk-import-job":
                 profiles = entries_of(
-                    require_resource(_parse_body(request), kind)["attributes"], "profiles", MAX_PROFILES
+                    require_resource(parse_body(request), kind)["attributes"], "profiles", MAX_PROFILES
                 )
                 for index, entry in enumerate(profiles):
                     check_bulk_profile(entry, f"/data/attributes/profiles/data/{index}")
@@ -209,27 +174,27 @@ class KlaviyoApi:
             case ("GET", job_id):
                 return 200, {"data": self._jobs.get(kind, job_id).document()}
             case ("GET", job_id, "import-errors") if kind == "profile-bulk-import-job":
-                return 200, _paginate(self._jobs.get(kind, job_id).errors or [], request, DEFAULT_PAGE)
-        raise _not_found()
+                return 200, paginate(self._jobs.get(kind, job_id).errors or [], request, DEFAULT_PAGE)
+        raise not_found()
 
     def _list_jobs(self, request: ApiRequest, kind: str) -> Json:
         of_catalog = kind.startswith("catalog-")
-        _check_parameters(
+        check_parameters(
             request, {"filter", "page[cursor]", *(() if of_catalog else ("page[size]", "sort", "include"))}
         )
-        _, statuses = _parse_filter(request, {"status": ("equals",) if of_catalog else _ANY_OR_EQUALS})
+        _, statuses = parse_filter(request, {"status": ("equals",) if of_catalog else _ANY_OR_EQUALS})
         jobs = [job for job in self._jobs.of_kind(kind) if statuses is None or job.status in statuses]
         order = request.query.get("sort", ["created_at"])[0]
         if order not in {"created_at", "-created_at"}:
             raise invalid_input("Unknown sort; expected created_at or -created_at.", "")
         jobs = jobs[::-1] if order.startswith("-") else jobs
-        return _paginate(jobs, request, MAX_PAGE if of_catalog else DEFAULT_PAGE, BulkJob.document)
+        return paginate(jobs, request, MAX_PAGE if of_catalog else DEFAULT_PAGE, BulkJob.document)
 
     def _start_catalog_job(self, request: ApiRequest, job_kind: str) -> Json:
         match = _CATALOG_JOBS.fullmatch(job_kind)
         assert match is not None
         kind, verb, account = match[1], match[2], self._account
-        entries = entries_of(require_resource(_parse_body(request), job_kind)["attributes"], _PLURAL[kind], MAX_ENTRIES)
+        entries = entries_of(require_resource(parse_body(request), job_kind)["attributes"], _PLURAL[kind], MAX_ENTRIES)
         for index, entry in enumerate(entries):
             pointer = f"/data/attributes/{_PLURAL[kind]}/data/{index}"
             require_resource({"data": entry}, kind, pointer, bare=verb == "delete")
@@ -263,74 +228,12 @@ def _check_headers_and_size(request: ApiRequest) -> None:
         raise ApiError(413, "payload_too_large", f"The body can have at most {limit} bytes.")
 
 
-def _not_found() -> ApiError:
-    return ApiError(404, "not_found", "The requested path could not be found.")
-
-
-def _parse_body(request: ApiRequest) -> Any:
-    try:
-        return request.json()
-    except ValueError:
-        raise invalid_input("The body is not JSON.") from None
-
-
-def _check_parameters(request: ApiRequest, known: set[str]) -> None:
-    for name in request.query.keys() - known:
-        if not name.startswith("fields["):
-            raise invalid_input(f"'{name}' is not a valid query parameter here.", "")
-
-
-def _parse_filter(request: ApiRequest, names: Mapping[str, tuple[str, ...]]) -> tuple[str, list[str] | None]:
-    """Return the field and the values of the filter, or ("", None). Raises ApiError.
-
-    `names`: the operators that are allowed for each field.
-    """
-    text = request.query.get("filter", [""])[0]
-    match = _FILTER.fullmatch(text)
-    if not text:
-        return "", None
-    if match is None or match[1] not in names.get(match[2], ()) or (match[1] == "any") is not match[3].startswith("["):
-        raise invalid_input(f"Unknown filter; expected one of {sorted(names)}.", "")
-    texts = re.findall(_TEXT, match[3])
-    return match[2], [orjson.loads(each) if each.startswith('"') else each[1:-1] for each in texts]
-
-
-def _paginate(
-    entries: list[Any], request: ApiRequest, size: int, show: Callable[[Any], Json] = dict, largest: int = MAX_PAGE
-) -> Json:
-    """Return a page of entries, with the link to the next page. Raises ApiError."""
-    try:
-        start = int(request.query.get("page[cursor]", ["0"])[0])
-        size = int(request.query.get("page[size]", [str(size)])[0])
-    except ValueError:
-        raise invalid_input("Malformed page[cursor] or page[size].", "") from None
-    if not 1 <= size <= largest or start < 0:
-        raise invalid_input(f"page[size] must be between 1 and {largest}.", "")
-    next_url = None
-    if start + size < len(entries):
-        query = urlencode({**request.query, "page[cursor]": [str(start + size)]}, doseq=True)
-        next_url = f"http://{request.headers.get('Host', '')}{request.target.partition('?')[0]}?{query}"
-    return {"data": [show(entry) for entry in entries[start : start + size]], "links": {"next": next_url}}
-
-
-def _to_api(entry: Json) -> Json:
-    """Return a catalog entry in the format of the API."""
-    relations = {name: entry[name] for name in ("item", "categories") if name in entry}
-    shown: Json = {"type": entry["type"], "id": entry["id"], "attributes": entry["attributes"]}
-    if "item" in relations:
-        shown["relationships"] = {"item": {"data": {"type": "catalog-item", "id": relations["item"]}}}
-    if "categories" in relations:
-        data = [{"type": "catalog-category", "id": each} for each in relations["categories"]]
-        shown["relationships"] = {"categories": {"data": data}}
-    return shown
-
-
 def _find_events(account: Account, request: ApiRequest) -> list[Json]:
     """Return the requested events in the format of the API. Raises ApiError.
 
     The filter `metric_id` is not supported: Klaviyo does not accept custom metrics, and the emulator has no others.
     """
-    _, profiles = _parse_filter(request, {"profile_id": ("equals",)})
+    _, profiles = parse_filter(request, {"profile_id": ("equals",)})
     sort = request.query.get("sort", [""])[0]
     if sort.removeprefix("-") not in {"", "datetime", "timestamp"}:
         raise invalid_input("Unknown sort; expected datetime or timestamp.", "")
