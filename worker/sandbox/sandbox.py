@@ -21,7 +21,7 @@ class Sandbox:
 
     `copies`: the number of additional orders, customers, products and inventory entries, see copies.IDS.
     `latency`: seconds before each response. `rate_limits`: a multiple of Klaviyo's documented rate limits; 0: none.
-    `token_lifetime`: seconds until an access token of commercetools expires.
+    `token_lifetime`: seconds until an access token of commercetools expires. `project`: the key of the shop's project.
     """
 
     def __init__(  # noqa: PLR0913 - keyword arguments with defaults
@@ -34,12 +34,14 @@ class Sandbox:
         rate_limits: float = 0.0,
         token_lifetime: int = 172_800,
         seed: int = 0,
+        project: str = commercetools.PROJECT,
         commercetools_port: int = 0,
         klaviyo_port: int = 0,
     ) -> None:
+        self.project = project
         self.shop = shop or sample_shop()
         self.account = account or Account()
-        self.commercetools_api = commercetools.CommercetoolsApi(self.shop, token_lifetime, copies)
+        self.commercetools_api = commercetools.CommercetoolsApi(self.shop, token_lifetime, copies, project)
         self.commercetools = Server(
             self.commercetools_api.handle,
             commercetools.error_document,
@@ -66,9 +68,9 @@ class Sandbox:
         return {
             "CT_API_URL": self.commercetools.url,
             "CT_AUTH_URL": self.commercetools.url,
-            "CT_PROJECT_ID": commercetools.PROJECT,
+            "CT_PROJECT_ID": self.project,
             "CT_API_CLIENT": orjson.dumps(client).decode(),
-            "CT_SCOPE": f"view_orders:{commercetools.PROJECT}",
+            "CT_SCOPE": f"view_orders:{self.project}",
             "KLAVIYO_API_URL": self.klaviyo.url,
             "KLAVIYO_AUTH_KEY": klaviyo.KEY,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import json
 import random
 import re
 import socket
@@ -68,8 +69,8 @@ class LoggedRequest:
 class Fault:
     """A failure that the server injects into matching requests.
 
-    `times`: how many requests fail, or None for all until the faults are cleared. `match`: a prefix of
-    "METHOD /path". `contains`: bytes that the body must contain. Actions:
+    `times`: how many requests fail, or None for all until the faults are cleared. `match`: a regular expression that
+    must be found in "METHOD /path". `contains`: bytes that the body must contain. Actions:
 
     - `respond`: send `status` instead of handling the request
     - `reset`: reset the connection without a response
@@ -126,7 +127,7 @@ class Faults:
         with self._lock:
             for entry in self._active:
                 fault, left = entry
-                is_match = name.startswith(fault.match) and fault.contains in request.body
+                is_match = re.search(fault.match, name) and fault.contains in request.body
                 if is_match and self._random.random() < fault.probability:
                     self.triggered += 1
                     if left is not None:
@@ -304,7 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _send(self, response: ApiResponse, raw: bytes | None = None, *, truncate: bool = False) -> None:
-        body = raw if raw is not None else b"" if response.document is None else orjson.dumps(response.document)
+        body = raw if raw is not None else b"" if response.document is None else _encode(response.document)
         headers = {"Content-Type": "application/json"} if body else {}
         headers |= response.headers
         if len(body) > GZIP_FROM and "gzip" in self.headers.get("Accept-Encoding", ""):
@@ -327,6 +328,14 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
+
+
+def _encode(document: Any) -> bytes:
+    """Return a document as JSON. Half a surrogate pair in a text is escaped, as the services do it."""
+    try:
+        return orjson.dumps(document)
+    except TypeError:
+        return json.dumps(document).encode()
 
 
 def _handle_control(service: Server, request: ApiRequest) -> ApiResponse:

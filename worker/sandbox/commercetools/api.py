@@ -43,8 +43,9 @@ def error_document(status: int, code: str = "", message: str = "", **details: An
 class CommercetoolsApi:
     """commercetools' HTTP API on top of a Shop and `copies` of its resources."""
 
-    def __init__(self, shop: Shop, token_lifetime: int, copies: int = 0) -> None:
+    def __init__(self, shop: Shop, token_lifetime: int, copies: int = 0, project: str = PROJECT) -> None:
         self._shop = shop
+        self._project = project
         self._copies = Copies(shop, copies)
         self._lifetime = token_lifetime
         self._lock = Lock()
@@ -60,7 +61,7 @@ class CommercetoolsApi:
     def handle(self, request: ApiRequest) -> ApiResponse:
         """Return the response to a request."""
         response = self._respond(request)
-        correlation = request.headers.get("X-Correlation-ID") or f"{PROJECT}/{secrets.token_hex(8)}"
+        correlation = request.headers.get("X-Correlation-ID") or f"{self._project}/{secrets.token_hex(8)}"
         return replace(response, headers={**response.headers, "X-Correlation-ID": correlation})
 
     def _respond(self, request: ApiRequest) -> ApiResponse:
@@ -69,19 +70,19 @@ class CommercetoolsApi:
         if request.path == "/oauth/token":
             return self._token(request)
         parts = request.path.strip("/").split("/")
-        is_subscription = parts[:2] == [PROJECT, "subscriptions"]
+        is_subscription = parts[:2] == [self._project, "subscriptions"]
         if is_subscription and parts[3:] == ["health"]:
             return self._subscription(request, parts)
         scopes = self._scopes(request.headers.get("Authorization", ""))
         if scopes is None:
             return ApiResponse(401, error_document(401))
         if is_subscription:
-            allowed = f"manage_subscriptions:{PROJECT}" in scopes
+            allowed = f"manage_subscriptions:{self._project}" in scopes
             return self._subscription(request, parts) if allowed else ApiResponse(403, error_document(403))
         return self._read(request, parts)
 
     def _read(self, request: ApiRequest, parts: list[str]) -> ApiResponse:
-        if request.method != "GET" or parts[0] != PROJECT or len(parts) not in {2, 3}:
+        if request.method != "GET" or parts[0] != self._project or len(parts) not in {2, 3}:
             return ApiResponse(404, error_document(404))
         collection = self._shop.collection(parts[1])
         if collection is None:
@@ -106,7 +107,7 @@ class CommercetoolsApi:
         form = parse_qs((request.body or request.target.partition("?")[2].encode()).decode())
         if form.get("grant_type") != ["client_credentials"]:
             return ApiResponse(400, error_document(400, "unsupported_grant_type"))
-        available = [f"{scope}:{PROJECT}" for scope in SCOPES]
+        available = [f"{scope}:{self._project}" for scope in SCOPES]
         requested = " ".join(form.get("scope", [])).split()
         granted = [scope for scope in requested if scope in available] if requested else available
         if not granted:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 Json = dict[str, Any]
 _NAMESPACE = uuid.UUID("6f1f9b9e-5d0c-4f3e-9d3b-2b1f0c7a9e11")
@@ -23,12 +26,26 @@ class Shop:
     products: dict[str, Json] = field(default_factory=dict)
     inventory: dict[str, Json] = field(default_factory=dict)
     discount_codes: dict[str, Json] = field(default_factory=dict)
+    standalone_prices: dict[str, Json] = field(default_factory=dict)
+    carts: dict[str, Json] = field(default_factory=dict)
+    states: dict[str, Json] = field(default_factory=dict)
 
     def collection(self, path: str) -> dict[str, Json] | None:
         """Return the resources behind a path of the HTTP API, or None."""
-        names = {"product-projections": "products", "discount-codes": "discount_codes"}
-        known = {"orders", "customers", "payments", "categories", "inventory", *names}
-        return getattr(self, names.get(path, path)) if path in known else None
+        names = {each.name.replace("_", "-"): each.name for each in fields(self)} | {"product-projections": "products"}
+        return getattr(self, names[path]) if path in names and path != "products" else None
+
+    def replace(self, resources: Mapping[str, Sequence[Json]]) -> None:
+        """Replace the resources behind these paths of the HTTP API. Raises KeyError for an unknown path.
+
+        A projection with `published: false` is left out, as commercetools shows it only as a staged one.
+        """
+        for path, shown in resources.items():
+            collection = self.collection(path)
+            if collection is None:
+                raise KeyError(path)
+            collection.clear()
+            collection.update(_by_id(*(each for each in shown if each.get("published", True))))
 
     def personal_data(self) -> set[str]:
         """Return every email, phone number, name and street, for tests that search output for them."""

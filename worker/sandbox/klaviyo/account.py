@@ -50,6 +50,13 @@ class Account(Catalog):
         self._by_id: dict[str, Json] = {}
         self._by_identifier: dict[tuple[str, str], Json] = {}
 
+    def load(self, content: Json) -> None:
+        """Add `profiles` by attributes, and the catalog, as other clients wrote them."""
+        super().load(content)
+        with self.lock:
+            for attributes in content.get("profiles", []):
+                self._write(self._new_profile(), attributes)
+
     def state(self) -> Json:
         """Return the content of the account, for a test in another process."""
         with self.lock:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from worker.sandbox.klaviyo.rules import ApiError, check_catalog, invalid_input, reference_ids
+from worker.sandbox.klaviyo.rules import REQUIRED, ApiError, check_catalog, invalid_input, reference_ids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 PREFIX = "$custom:::$default:::"
 
 Json = dict[str, Any]
+_KINDS = {"categories": "catalog-category", "items": "catalog-item", "variants": "catalog-variant"}
 
 
 class Catalog:
@@ -25,6 +26,15 @@ class Catalog:
         self.categories: dict[str, Json] = {}
         self.lock = RLock()
         self._by_item: dict[str, dict[str, Json]] = defaultdict(dict)  # item id -> variants by id
+
+    def load(self, content: Json) -> None:
+        """Add categories, items and variants (`item`: whose variant) by attributes, as another client wrote them.
+
+        An attribute that Klaviyo requires and that is missing is the external id, a zero or an empty text.
+        """
+        for name, kind in _KINDS.items():
+            for attributes in content.get(name, []):
+                self.create_entry(kind, _creation(kind, attributes))
 
     def create_entry(self, kind: str, data: Json) -> Json:
         """Create a catalog entry. Raises ApiError if it is invalid, exists, or has an unknown item or category."""
@@ -111,6 +121,22 @@ class Catalog:
                 self.entry("catalog-category", category)
             return {"categories": found}
         return {}
+
+
+def _creation(kind: str, attributes: Json) -> Json:
+    """Return the request that creates an entry with these attributes."""
+    external_id = attributes["external_id"]
+    defaults = {"title": external_id, "name": external_id, "sku": external_id, "url": "None", "description": ""}
+    defaults |= {"price": 0.0, "inventory_quantity": 0.0}
+    related: Json = {}
+    if "item" in attributes:
+        related["item"] = {"data": {"type": "catalog-item", "id": PREFIX + attributes["item"]}}
+    if "categories" in attributes:
+        ids = [PREFIX + each for each in attributes["categories"]]
+        related["categories"] = {"data": [{"type": "catalog-category", "id": each} for each in ids]}
+    required = {name: defaults[name] for name in REQUIRED[kind] if name in defaults}
+    own = {name: value for name, value in attributes.items() if name not in related}
+    return {"type": kind, "attributes": required | own, "relationships": related}
 
 
 def _describe(kind: str, external_id: str) -> str:
