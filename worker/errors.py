@@ -17,6 +17,7 @@ WorkerError                          nack         a defect: retrying in this pro
     ├── CommercetoolsMisconfigured                exit code 4
     └── KlaviyoMisconfigured                      exit code 5
 Ignored                              ack          nothing to do: a result, not an error
+└── Excluded                                      of a project, store or country that the worker does not serve
 SettingsError                        -            exit code 2
 
 The error texts are written for operators and appear in logs and dead letters. They contain no personal data and no
@@ -26,7 +27,7 @@ secrets.
 from __future__ import annotations
 
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -213,6 +214,17 @@ class Ignored(Exception):
     def __init__(self, reason: str, *, if_written: str = "") -> None:
         super().__init__(reason)
         self.if_written = if_written
+
+
+class Excluded(Ignored):
+    """The message is about a project, a store or a country that this worker does not serve.
+
+    `by` names the setting that excludes it: `project`, `stores` or `countries`.
+    """
+
+    def __init__(self, reason: str, by: Literal["project", "stores", "countries"]) -> None:
+        super().__init__(reason)
+        self.by = by
 
 
 class SettingsError(Exception):

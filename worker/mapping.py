@@ -6,9 +6,9 @@ It is a TOML file (`--config`). Every value has a default.
 from __future__ import annotations
 
 import tomllib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from worker.errors import SettingsError
 from worker.renamed import MAPPING_KEYS
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pydantic_core import ErrorDetails
+
+
+CountryCode = Annotated[str, StringConstraints(pattern=r"^[A-Z]{2}$")]  # ISO 3166-1 alpha-2, as in commercetools
 
 
 class _Section(BaseModel):
@@ -122,6 +125,15 @@ class MappingConfig(_Section):
         "",
         description="URL of the product page, with {{productSlug}} {{productId}} {{sku}} {{locale}}; "
         "PRODUCT_URL_TEMPLATE takes precedence; empty: the url in the catalog is the text None.",
+    )
+    stores: list[str] = Field(
+        [],
+        description="Keys of the stores whose orders, payments and customers are sent; empty: all, and those without a "
+        "store.",
+    )
+    countries: list[CountryCode] = Field(
+        [],
+        description='Countries whose orders, payments and customers are sent, like ["DE", "AT"]; empty: all.',
     )
     disabled_types: list[str] = Field([], description="Message types to ignore; `klaviyo-worker handlers` lists them.")
     metrics: MetricNames = MetricNames()

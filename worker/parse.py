@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from worker.budget import check_bytes, check_values
-from worker.errors import Ignored, Rejected
+from worker.errors import Excluded, Ignored, Rejected
 from worker.json_access import MAX_ID_LENGTH, as_id
 from worker.model import Json, Notification
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_ENVELOPES = 6  # a message with this number of nested envelopes is rejected
 _CHANGES = frozenset({"ResourceCreated", "ResourceUpdated", "ResourceDeleted"})
+_PROJECT_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")  # any other text could be anything, so it is not logged
 
 
 def parse(body: bytes) -> Notification:
@@ -32,6 +34,21 @@ def parse(body: bytes) -> Notification:
     check_bytes(body)
     ((_, document),) = deque(layers(body), maxlen=1)  # the outer documents need not stay in memory
     return _notification(document)
+
+
+def check_project(notification: Notification, project: str) -> None:
+    """Check that the notification is from the commercetools project with this key.
+
+    Raises Excluded if it is from another project: staging and production can share a queue. Raises Rejected if it names
+    no project, which every notification of commercetools does.
+    """
+    key = notification.payload.get("projectKey")
+    if key == project:
+        return
+    if not isinstance(key, str) or not key:
+        raise Rejected("expected `projectKey`, a string: without it, nothing shows from which project the message is")
+    other = f"the commercetools project {key}" if _PROJECT_KEY.fullmatch(key) else "another commercetools project"
+    raise Excluded(f"from {other}, but CT_PROJECT_ID is {project}", "project")
 
 
 def layers(body: bytes) -> Iterator[tuple[str, Json]]:

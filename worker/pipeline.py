@@ -28,7 +28,7 @@ from worker.errors import (
     WorkerError,
 )
 from worker.model import Ended, Ending, Message, OperationKind, Outcome, SendResult
-from worker.parse import parse
+from worker.parse import check_project, parse
 from worker.telemetry.defects import describe_defect, report_defect
 from worker.telemetry.log import log
 from worker.transform import handler_for, transform
@@ -69,7 +69,8 @@ class Send(Protocol):
 class Pipeline:
     """The stages between a delivery and its settlement. Thread-safe; keeps no state between batches.
 
-    `listener` receives the endings; by default, `telemetry` does.
+    `listener` receives the endings; by default, `telemetry` does. `project` is the key of the commercetools project
+    whose messages are processed. It is "" if the messages are not from a queue, but were created from the project.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class Pipeline:
         mapping: MappingConfig,
         telemetry: Telemetry,
         listener: EndingListener | None = None,
+        *,
+        project: str = "",
     ) -> None:
         self._queue = queue
         self._enrich_all = enrich
@@ -87,12 +90,13 @@ class Pipeline:
         self._mapping = mapping
         self._telemetry = telemetry
         self._listener: EndingListener = listener or telemetry
+        self._project = project
 
     def parse(self, delivery: Delivery) -> Message:
         """Return the delivery as a parsed message. Its resource determines its lane."""
         message = Message(delivery, received_at=time.monotonic())
         with self._telemetry.time_stage("parse"):
-            _run_pure_stage(message, "parse", partial(_parse, message, self._mapping))
+            _run_pure_stage(message, "parse", partial(_parse, message, self._mapping, self._project))
         return message
 
     def process(self, messages: Sequence[Message]) -> list[Message]:
@@ -217,9 +221,12 @@ def _with_message(failure: Failure, notification: Notification | None) -> Failur
     )
 
 
-def _parse(message: Message, mapping: MappingConfig) -> None:
+def _parse(message: Message, mapping: MappingConfig, project: str) -> None:
+    """Parse the message. If this raises Ignored, no data is fetched."""
     message.notification = parse(message.delivery.body)
-    handler_for(message.notification, mapping)  # if it raises Ignored, no data is fetched
+    if project:
+        check_project(message.notification, project)
+    handler_for(message.notification, mapping)
 
 
 def _transform(message: Message, mapping: MappingConfig) -> None:

@@ -46,7 +46,14 @@ def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
         found = f"the function has {batch.lease_seconds:.0f} s, expected more than {STOP_BEFORE:.0f}"
         raise SettingsError(f"Timeout: {found}", todo="set 60")
     settings, telemetry, components = _warm_state()
-    pipeline = Pipeline(batch, components.enricher.enrich, components.sender.send, components.mapping, telemetry)
+    pipeline = Pipeline(
+        batch,
+        components.enricher.enrich,
+        components.sender.send,
+        components.mapping,
+        telemetry,
+        project=settings.ct_project_id,
+    )
     runner = Runner(batch, pipeline, components, settings, telemetry, components.stopping)
     # The remaining time is read again, because a cold start takes seconds.
     timer = Timer(_seconds_left(context) - STOP_BEFORE, runner.stop)

@@ -87,7 +87,14 @@ class Worker:
         for warning in queue.check():
             log.warning("queue_warning", extra={"reason": str(warning)})
         source: QueueAdapter = DryRunQueue(queue, settings.max_in_flight) if dry_run else queue
-        pipeline = Pipeline(source, components.enricher.enrich, components.send, components.mapping, self._telemetry)
+        pipeline = Pipeline(
+            source,
+            components.enricher.enrich,
+            components.send,
+            components.mapping,
+            self._telemetry,
+            project=settings.ct_project_id,
+        )
         self._runner = Runner(source, pipeline, components, settings, self._telemetry, components.stopping)
         self._state = RunningWorkerState(
             self._runner,

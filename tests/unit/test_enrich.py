@@ -135,6 +135,37 @@ def test_order_in_the_payload_is_not_fetched(enricher: Enricher, reader: Countin
     assert reader.queries == {}
 
 
+def test_order_without_a_buyer_is_read_again(enricher: Enricher, reader: CountingReader) -> None:
+    """An email address can have been set since the message was written."""
+    enriched = one(enricher, about("order", "o1", "OrderCreated", order={"id": "o1", "anonymousId": "a"}))
+    assert enriched.order == SHOP["orders"][0]
+    unknown = {"id": "unknown"}
+    enriched = one(enricher, about("order", "unknown", "OrderCreated", order=unknown))
+    assert (enriched.order, enriched.missing) == (unknown, "order")
+    assert reader.queries["orders"] == 2
+
+
+def test_with_erasure_the_customer_of_an_order_is_awaited(reader: CountingReader) -> None:
+    """A customer who is not shown yet must not be taken for an erased one."""
+    order = {"id": "new", "customerId": "c9", "customerEmail": "new@example.com"}
+    notification = about("order", "new", "OrderCreated", order=order)
+    erasure = MappingConfig.model_validate({"customer": {"erasure": True}})
+    assert one(Enricher(reader, erasure), notification).missing == "customer of the order"
+    assert one(Enricher(reader, MappingConfig()), notification).missing == ""
+
+
+def test_email_addresses_of_customers_are_cached_until_they_are_known_to_change(reader: CountingReader) -> None:
+    """Orders of one customer share a reading. A message about the customer updates it."""
+    enricher = Enricher(CachedReader(reader, 60), MappingConfig(), now=lambda: NOW)
+    one(enricher, about("order", "o1", "OrderStateChanged"))
+    one(enricher, about("order", "o2", "OrderStateChanged"))
+    assert reader.queries["customers"] == 1
+    reader._resources = SHOP | {"customers": [{"id": "c1", "email": "ada.new@example.com"}]}
+    one(enricher, about("customer", "c1"))
+    enriched = one(enricher, about("order", "o3", "OrderStateChanged"))
+    assert enriched.customer == {"id": "c1", "email": "ada.new@example.com"}
+
+
 def test_payment_gets_its_order(enricher: Enricher) -> None:
     """It gets its first order and the categories of the line items."""
     enriched = one(enricher, about("payment", "pay1", "PaymentTransactionAdded"))

@@ -181,6 +181,31 @@ def test_message_without_effect_is_acked_without_reading_commercetools(
     assert stages.enriched == []
 
 
+@pytest.mark.parametrize(
+    ("project", "method", "reason"),
+    [
+        ("acme", "ack", ""),
+        ("acme-staging", "ack", "from the commercetools project acme-staging, but CT_PROJECT_ID is acme"),
+        ("ada@example.com", "ack", "from another commercetools project, but CT_PROJECT_ID is acme"),
+        (None, "dead_letter", "expected `projectKey`, a string"),
+        (["acme"], "dead_letter", "expected `projectKey`, a string"),
+    ],
+)
+def test_only_messages_of_this_project_are_processed(
+    project: object, method: str, reason: str, stages: Stages, recorded: RecordingQueue
+) -> None:
+    """Staging and production can share a queue. Nothing is fetched for a message of another project."""
+    telemetry = Telemetry(Metrics("embedded"))
+    pipeline = Pipeline(recorded, stages.enrich, stages.send, MappingConfig(), telemetry, project="acme")  # type: ignore[arg-type]
+    message = pipeline.parse(updated("a", projectKey=project))
+    assert pipeline.process([message]) == []
+    assert recorded.settled[0][0] == method
+    assert message.outcome
+    assert message.outcome.reason.startswith(reason)
+    assert bool(stages.enriched) == (project == "acme")
+    assert telemetry.metrics.excluded()["project"] == (method == "ack" and bool(reason))
+
+
 def test_bad_message_does_not_affect_the_others_of_its_batch(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:

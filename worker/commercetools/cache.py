@@ -1,4 +1,4 @@
-"""A cache for catalog data and discount codes of commercetools."""
+"""A cache for catalog data, discount codes and email addresses of commercetools."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from worker.model import Json
 
 MAX_ENTRIES = 20_000
-_CACHED = (queries.PRODUCT_CATEGORIES, queries.CATEGORY_NAMES, queries.DISCOUNT_CODES)
+_CACHED = (queries.PRODUCT_CATEGORIES, queries.CATEGORY_NAMES, queries.DISCOUNT_CODES, queries.CUSTOMER_EMAILS)
 # query -> the cached query that its results update. A query for whole resources updates the cached one, too.
-_CACHED_BY_QUERY = {query: cached for cached in _CACHED for query in (cached, replace(cached, cached_fields=()))}
+_CACHED_BY_QUERY = {query: cached for cached in _CACHED for query in (cached, replace(cached, cached_fields=()))} | {
+    queries.CUSTOMERS: queries.CUSTOMER_EMAILS
+}
 
 Key = tuple[queries.Query, str]
 

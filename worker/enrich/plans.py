@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from worker.budget import check_categories, check_lines
 from worker.commercetools import queries
 from worker.errors import EndpointRefused, Rejected, WorkerError
-from worker.json_access import as_dict, as_dicts, as_text, pick_ids, unique
+from worker.json_access import as_dict, as_dicts, as_id, as_text, pick_ids, unique
 from worker.model import Enriched, Json
+from worker.transform import region
+from worker.transform.identity import names_buyer
 from worker.versions import version_of
 
 if TYPE_CHECKING:
@@ -57,38 +59,51 @@ class PlanContext:
 
 
 def order_plan(enriched: Enriched, context: PlanContext) -> Plan:
-    """Add the order, and the data of its events."""
+    """Add the order, and the data of its events.
+
+    It is the order in the message, unless this names no buyer: an email address can have been set since then.
+    """
     notification = enriched.notification
-    order = notification.payload.get("order")
-    if not isinstance(order, dict):
+    included = notification.payload.get("order")
+    order = included if isinstance(included, dict) else None
+    if order is None or not names_buyer(order):
         yield [(queries.ORDERS, [notification.resource_id])]
-        order = context.get(queries.ORDERS, notification.resource_id)
-        enriched = with_version(enriched, order)
+        current = context.get(queries.ORDERS, notification.resource_id)
+        enriched = with_version(enriched, current)
+        order = current or order
     return (yield from order_data_plan(replace(enriched, order=order), context))
 
 
 def order_data_plan(enriched: Enriched, context: PlanContext) -> Plan:
     """Add the data of every order event: categories of the line items, discount codes, and the customer.
 
-    Raises Rejected if the order has too many lines, or one of its products too many categories.
+    An order that `stores` or `countries` excludes needs none. Raises Rejected if the order has too many lines, or one
+    of its products too many categories.
     """
     order = as_dict(enriched.order)
+    if region.excludes(order, context.mapping):
+        return enriched
     check_lines(order)
     products = unique(as_text(line.get("productId")) for line in as_dicts(order.get("lineItems")))
     references = [as_dict(info.get("discountCode")) for info in as_dicts(order.get("discountCodes"))]
     codes = pick_ids(references)
-    customer_id = "" if as_text(order.get("customerEmail")) else as_text(order.get("customerId"))
-    yield [(queries.PRODUCT_CATEGORIES, products), (queries.DISCOUNT_CODES, codes), (queries.CUSTOMERS, [customer_id])]
+    customer_id = as_id(order.get("customerId"))
+    lookups = [(queries.PRODUCT_CATEGORIES, products), (queries.DISCOUNT_CODES, codes)]
+    yield [*lookups, (queries.CUSTOMER_EMAILS, [customer_id])]
     product_categories = {
         product: _category_ids(context.get_optional(queries.PRODUCT_CATEGORIES, product)) for product in products
     }
     categories = yield from _categories(queries.CATEGORY_NAMES, product_categories.values(), context)
+    customer = enriched.customer or context.get_optional(queries.CUSTOMER_EMAILS, customer_id)
+    # With erasure, an order whose customer is gone is ignored. So a customer who is not shown yet must be waited for.
+    is_awaited = context.mapping.customer.erasure and customer_id and customer is None
     return replace(
         enriched,
         product_categories=product_categories,
         categories=categories,
         discount_codes={code: _code_text(code, context) for code in codes},
-        customer=enriched.customer or context.get_optional(queries.CUSTOMERS, customer_id),
+        customer=customer,
+        missing=enriched.missing or ("customer of the order" if is_awaited else ""),
     )
 
 

@@ -142,6 +142,16 @@ function showServices({ services }) {
   }));
 }
 
+function showExcluded({ excluded, worker }) {
+  const reasons = [
+    [excluded.project, `of another project than ${worker.project}`],
+    [excluded.stores, "of another store"],
+    [excluded.countries, "of another country"],
+  ];
+  const texts = reasons.filter(([count]) => count).map(([count, reason]) => `${number(count)} ${reason}`);
+  set("excluded", texts.length ? `Ignored messages that this worker does not serve: ${texts.join(", ")}.` : "");
+}
+
 function showOutcomes({ outcomes }) {
   fill("outcomes", outcomes, (rows) => {
     if (!rows.length) return [element("caption", "None yet.", "quiet")];
@@ -211,7 +221,9 @@ function showFailures({ failures }) {
   byId("more").hidden = !earlier.length;
 }
 
-const SHOW = [showState, showFigures, showCharts, showLanes, showServices, showFailures, showOutcomes, showLimits];
+const SHOW = [
+  showState, showFigures, showCharts, showLanes, showServices, showFailures, showOutcomes, showExcluded, showLimits,
+];
 let answeredAt = null;
 
 function showLost(isLost) {

@@ -36,6 +36,7 @@ class Status:
             "host": socket.gethostname(),
             "process": os.getpid(),
             "queue": redact(settings.queue_url),
+            "project": settings.ct_project_id,
             "started": _now(),
         }
         self._stopped = Event()
@@ -78,6 +79,7 @@ class Status:
             "lanes": state.batch_sizes(),
             "batch": self._history.recent_batch_size(),
             "outcomes": self._outcomes(),
+            "excluded": self._telemetry.metrics.excluded(),
             "limits": self._limits(requests),
             "bulk_events": state.bulk_events()._asdict(),
             "failures": self._telemetry.failures.newest(),

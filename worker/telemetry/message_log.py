@@ -11,7 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from worker.budget import limit_paths
-from worker.errors import Ignored, JobUnfinished, NotShownYet, StateChanged
+from worker.errors import Excluded, Ignored, JobUnfinished, NotShownYet, StateChanged
 from worker.model import Ending
 from worker.telemetry.log import log
 from worker.telemetry.recent_failures import RecentFailures
@@ -69,6 +69,8 @@ class Telemetry:
                 self.endings[ending] += 1
             line = _canonical_fields(message, ending.value)
             self.metrics.record_settled(line["message_type"], ending.value, line["duration_s"], line["age_s"])
+            if message.outcome and isinstance(message.outcome.cause, Excluded):
+                self.metrics.record_excluded(message.outcome.cause.by)
             level = _LEVELS.get(ending, logging.INFO)
             if level > logging.INFO:
                 self.failures.add(line)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 OUTCOMES = tuple(ending.value for ending in Ending)
 SERVICES = ("klaviyo", "commercetools")
 STAGES = ("parse", "enrich", "transform", "send")
+EXCLUDED_BY = ("project", "stores", "countries")
 OTHER = "other"
 
 _DONE = frozenset({Ending.SENT.value, Ending.IGNORED.value})
@@ -55,6 +56,9 @@ class Metrics:
         self._received = _counter(registry, "messages_received_total", "Messages received", "adapter").labels(adapter)
         self._processed = _counter(registry, "messages_processed_total", "Messages settled", "message_type", "outcome")
         self._failures = _counter(registry, "message_failures_total", "Messages that failed", "stage", "error_type")
+        self._excluded = _counter(
+            registry, "messages_excluded_total", "Messages of a project, store or country that is not served", "by"
+        )
         self._duration = _histogram(
             registry, "message_duration_seconds", "Time from receiving a message to settling it", _SECONDS
         )
@@ -71,6 +75,8 @@ class Metrics:
         for kind in (*self._types, "unreadable", OTHER):  # start at 0; otherwise increase() misses the first message
             for outcome in OUTCOMES:
                 self._processed.labels(kind, outcome)
+        for setting in EXCLUDED_BY:
+            self._excluded.labels(setting)
 
     def set_build_info(self, version: str, klaviyo_revision: str) -> None:
         """Set the version of the worker and the revision of Klaviyo's API."""
@@ -99,6 +105,10 @@ class Metrics:
         """Count a message that failed in one of STAGES, by error class."""
         self._failures.labels(_bounded(stage, STAGES), _bounded(error, self._errors)).inc()
 
+    def record_excluded(self, by: str) -> None:
+        """Count a message that one of EXCLUDED_BY excluded. It is also counted as ignored."""
+        self._excluded.labels(_bounded(by, EXCLUDED_BY)).inc()
+
     def record_batch(self, messages: int) -> None:
         """Record the number of messages in a batch."""
         self._batch.observe(messages)
@@ -122,6 +132,10 @@ class Metrics:
     def outcomes(self) -> dict[tuple[str, str], int]:
         """Return the number of settled messages by type and outcome."""
         return {(labels["message_type"], labels["outcome"]): int(n) for labels, n in _totals(self._processed)}
+
+    def excluded(self) -> dict[str, int]:
+        """Return the number of excluded messages by EXCLUDED_BY."""
+        return {labels["by"]: int(n) for labels, n in _totals(self._excluded)}
 
     def requests(self) -> dict[tuple[str, str], int]:
         """Return the number of requests by service and endpoint."""

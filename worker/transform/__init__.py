@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from worker.errors import Ignored
+from worker.json_access import as_dict
+from worker.transform.region import check_order, check_region
 from worker.transform.registry import HANDLERS, Handler, enabled_handlers, handles
 
 if TYPE_CHECKING:
@@ -27,8 +29,9 @@ for _module in ("orders", "payments", "customers", "categories", "products", "in
 def handler_for(notification: Notification, mapping: MappingConfig) -> Handler:
     """Return the handler of a notification.
 
-    Raises Ignored if it has no handler, if the mapping disables its type or does not switch it on, or if the handler's
-    precheck finds that there is nothing to send.
+    Raises Ignored if it has no handler, if the mapping disables its type or does not switch it on, if the handler's
+    precheck finds that there is nothing to send, or if the order in it is of a store or country that the mapping
+    excludes.
     """
     handler = HANDLERS.get((notification.resource_type, notification.type))
     if handler is None:
@@ -39,6 +42,7 @@ def handler_for(notification: Notification, mapping: MappingConfig) -> Handler:
         raise Ignored(f"off by default: see {', '.join(handler.switches)}")
     if handler.precheck:
         handler.precheck(notification, mapping)
+    check_order(as_dict(notification.payload.get("order")), mapping)
     return handler
 
 
@@ -47,7 +51,9 @@ def transform(enriched: Enriched, mapping: MappingConfig) -> Sequence[Operation]
 
     Raises Ignored if there is nothing to send, and Rejected if the message can never succeed.
     """
-    operations = tuple(handler_for(enriched.notification, mapping).function(enriched, mapping))
+    handler = handler_for(enriched.notification, mapping)
+    check_region(enriched, mapping)
+    operations = tuple(handler.function(enriched, mapping))
     if not operations:
         raise Ignored("nothing to send")
     return operations

@@ -32,7 +32,7 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     if enriched.customer is None:  # otherwise the empty ones are cleared
         values |= _own_attributes(customer, mapping) | _own_properties(customer)
     yield from fields.report_empty(values)
-    yield from fields.report_invalid_phone(_address(customer))
+    yield from fields.report_invalid_phone(fields.customer_address(customer))
     yield from fields.report_filtered(
         as_dict(customer.get("custom")).get("fields"), mapping.customer.custom_fields, "customer.custom_fields"
     )
@@ -81,7 +81,7 @@ def _own_attributes(customer: Json, mapping: MappingConfig) -> Json:
 
     `title` is not among them: it is the job title (Klaviyo's OpenAPI document), not a form of address.
     """
-    address = _address(customer)
+    address = fields.customer_address(customer)
     phone = fields.phone(address)
     return {
         **fields.compact({"email": as_text(customer.get("email")), "external_id": as_text(customer.get("id"))}),
@@ -147,16 +147,6 @@ def _group_name(group: Json) -> str:
     return fields.first_nonempty(
         *(as_text(each.get("key")) for each in (expanded, group)), as_text(expanded.get("name"))
     )
-
-
-def _address(customer: Json) -> Json:
-    """Return the default billing address, otherwise the first billing address, otherwise the first address."""
-    addresses = as_dicts(customer.get("addresses"))
-    by_id = {as_text(address.get("id")): address for address in addresses}
-    billing = customer.get("billingAddressIds")
-    ids = [customer.get("defaultBillingAddressId"), *(billing if isinstance(billing, list) else [])]
-    found = (by_id[key] for key in map(as_text, ids) if key and key in by_id)
-    return next(found, addresses[0] if addresses else {})
 
 
 def _check_erasure(notification: Notification, mapping: MappingConfig) -> None:

@@ -141,6 +141,16 @@ def _region(address: Json) -> str:
     return first_nonempty(as_text(address.get("region")), as_text(address.get("state")))
 
 
+def customer_address(customer: Json) -> Json:
+    """Return the default billing address, otherwise the first billing address, otherwise the first address."""
+    addresses = as_dicts(customer.get("addresses"))
+    by_id = {as_text(address.get("id")): address for address in addresses}
+    billing = customer.get("billingAddressIds")
+    ids = [customer.get("defaultBillingAddressId"), *(billing if isinstance(billing, list) else [])]
+    found = (by_id[key] for key in map(as_text, ids) if key and key in by_id)
+    return next(found, addresses[0] if addresses else {})
+
+
 def location(address: Any) -> Json:
     """Return a profile's `location`, or {}."""
     return compact(whole_location(address))

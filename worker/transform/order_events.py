@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from worker.errors import Rejected
 from worker.json_access import as_dict, as_dicts, as_id, as_text, unique
 from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
+from worker.transform.identity import describe_identifiers
 from worker.transform.line_items import items_of, lines_of
 from worker.transform.order_totals import discount_value, shipping_costs, tax_total
+from worker.transform.region import country_of, store_of
 from worker.transform.size_limits import truncate
 
 if TYPE_CHECKING:
@@ -43,22 +44,6 @@ def event_operation(
     return Operation(OperationKind.CREATE_EVENT, key, resource, truncated=truncated)
 
 
-def identifiers(order: Json, enriched: Enriched) -> Json:
-    """Return the profile attributes that identify the customer. Raises Rejected if the order has neither of them."""
-    found = fields.compact(_identifiers(order, enriched))
-    if not found:
-        raise Rejected("the order has neither customerEmail nor customerId: an event needs one of them")
-    return found
-
-
-def _identifiers(order: Json, enriched: Enriched) -> Json:
-    customer = as_dict(enriched.customer)
-    return {
-        "email": fields.first_nonempty(as_id(order.get("customerEmail")), as_id(customer.get("email"))),
-        "external_id": fields.first_nonempty(as_id(order.get("customerId")), as_id(customer.get("id"))),
-    }
-
-
 def order_properties(order: Json, items: list[Json], enriched: Enriched, mapping: MappingConfig) -> Json:
     """Return the properties of an order event, with the names that Klaviyo's flows and templates use."""
     custom = fields.custom_properties(order, mapping.order.custom_fields, mapping.locale)
@@ -71,7 +56,8 @@ def order_omissions(order: Json, enriched: Enriched, mapping: MappingConfig) -> 
     if not order:
         return
     items = items_of(order, enriched, mapping)
-    yield from fields.report_empty(_identifiers(order, enriched) | _own_properties(order, items, enriched, mapping))
+    found = describe_identifiers(order, enriched) | _own_properties(order, items, enriched, mapping)
+    yield from fields.report_empty(found)
     if without_sku := sum("SKU" not in item for item in items):
         yield f"SKU: {without_sku} of {len(items)} lines have none"
     yield from fields.report_filtered(
@@ -98,6 +84,8 @@ def _own_properties(order: Json, items: list[Json], enriched: Enriched, mapping:
         "ShippingCosts": fields.number(shipping_costs(order, mapping)),
         "TaxTotal": fields.number(tax_total(order)),
         "Currency": fields.currency(order.get("totalPrice")),
+        "Store": store_of(order),
+        "Country": country_of(order),
     }
 
 

@@ -6,16 +6,15 @@ reads only the notification. It raises Ignored if there is nothing to send, and 
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import Ignored
 from worker.json_access import as_dict, as_id, as_text
 from worker.transform import fields
+from worker.transform.identity import identifiers
 from worker.transform.line_items import items_of, lines_of
 from worker.transform.order_events import (
     event_operation,
-    identifiers,
     order_omissions,
     order_properties,
 )
@@ -36,11 +35,6 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterable[str]:
     return order_omissions(as_dict(enriched.order), enriched, mapping)
 
 
-def _placed_omissions(enriched: Enriched, mapping: MappingConfig) -> Iterable[str]:
-    billing_address = as_dict(enriched.order).get("billingAddress")
-    return chain(_omissions(enriched, mapping), fields.report_invalid_phone(billing_address))
-
-
 @handles(
     "OrderCreated",
     "OrderImported",
@@ -48,12 +42,12 @@ def _placed_omissions(enriched: Enriched, mapping: MappingConfig) -> Iterable[st
     "OrderCreatedFromRecurringOrder",
     resource="order",
     effect=_PLACED,
-    omissions=_placed_omissions,
+    omissions=_omissions,
 )
 def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
     """Create a Placed Order event and, dated one second later, an Ordered Product event for every line."""
     order = _order(enriched)
-    profile = identifiers(order, enriched)
+    profile = identifiers(order, enriched, mapping)
     time = _created_at(order, enriched)
     items = items_of(order, enriched, mapping)
     yield event_operation(
@@ -61,7 +55,7 @@ def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operati
         unique_id=_order_id(order, enriched),
         time=time,
         value=order_total(order, mapping),
-        profile=profile | _billing_profile(order),
+        profile=profile,
         properties=order_properties(order, items, enriched, mapping),
     )
     order_ids = fields.compact({"OrderId": as_id(order.get("id")), "OrderNumber": as_id(order.get("orderNumber"))})
@@ -131,7 +125,7 @@ def _status_event(metric: str, order: Json, enriched: Enriched, mapping: Mapping
         unique_id=_order_id(order, enriched),
         time=enriched.notification.time or _created_at(order, enriched),
         value=order_total(order, mapping),
-        profile=identifiers(order, enriched),
+        profile=identifiers(order, enriched, mapping),
         properties=order_properties(order, items_of(order, enriched, mapping), enriched, mapping),
     )
 
@@ -148,19 +142,6 @@ def _order_id(order: Json, enriched: Enriched) -> str:
 
 def _created_at(order: Json, enriched: Enriched) -> str:
     return as_id(order.get("createdAt")) or enriched.notification.time or ""
-
-
-def _billing_profile(order: Json) -> Json:
-    """Return the profile attributes that the billing address contains."""
-    billing_address = as_dict(order.get("billingAddress"))
-    return fields.compact(
-        {
-            "first_name": as_text(billing_address.get("firstName")),
-            "last_name": as_text(billing_address.get("lastName")),
-            "phone_number": fields.phone(billing_address),
-            "location": fields.location(billing_address),
-        }
-    )
 
 
 def _state_for_log(state: Any) -> str:

@@ -9,8 +9,9 @@ from worker.budget import check_refunds, limit_paths
 from worker.errors import Ignored, Rejected
 from worker.json_access import as_dict, as_dicts, as_text
 from worker.transform import fields
+from worker.transform.identity import identifiers
 from worker.transform.line_items import items_of
-from worker.transform.order_events import event_operation, identifiers, order_omissions, order_properties
+from worker.transform.order_events import event_operation, order_omissions, order_properties
 from worker.transform.registry import handles
 from worker.transform.size_limits import EVENT_BYTES, truncate
 
@@ -59,7 +60,7 @@ def payment_transaction(enriched: Enriched, mapping: MappingConfig) -> Iterable[
         raise Rejected("no order has this payment and it names no customer: a refund needs one of them")
     check_refunds(len(refunds))
     order = as_dict(enriched.order)
-    profile = identifiers(order, enriched)
+    profile = identifiers(order, enriched, mapping)
     properties = order_properties(order, items_of(order, enriched, mapping), enriched, mapping)
     properties, truncated = truncate(properties, EVENT_BYTES // len(refunds))
     for transaction in refunds:

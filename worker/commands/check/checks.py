@@ -131,8 +131,17 @@ def _run_check(name: str, exit_code: int, check: Callable[[], str | CheckResult]
 
 def _describe_configuration(settings: Settings, mapping: MappingConfig) -> str:
     file = f"mapping {settings.config}" if settings.config else "no mapping file"
-    text = f"{file}, {len(enabled_handlers(mapping))} of {len(HANDLERS)} handlers enabled, queue {scheme_of(settings.queue_url)}://"
+    handlers = f"{len(enabled_handlers(mapping))} of {len(HANDLERS)} handlers enabled"
+    text = f"{file}, {handlers}, queue {scheme_of(settings.queue_url)}://, {_describe_served(settings, mapping)}"
     return "; ".join([text, *unknown_variables(os.environ)])
+
+
+def _describe_served(settings: Settings, mapping: MappingConfig) -> str:
+    """Return whose messages the worker processes."""
+    served = [f"project {settings.ct_project_id}"]
+    served += [f"stores {', '.join(mapping.stores)}"] if mapping.stores else []
+    served += [f"countries {', '.join(mapping.countries)}"] if mapping.countries else []
+    return f"only messages of {', '.join(served)}"
 
 
 def _check_queue(settings: Settings) -> CheckResult:

@@ -217,7 +217,13 @@ class Replay:
             remove_on_ack=not options.dry_run,
         )
         pipeline = Pipeline(
-            self.queue, components.enricher.enrich, components.send, components.mapping, telemetry, self.stats
+            self.queue,
+            components.enricher.enrich,
+            components.send,
+            components.mapping,
+            telemetry,
+            self.stats,
+            project=settings.ct_project_id,
         )
         self._runner = Runner(self.queue, pipeline, components, settings, telemetry, components.stopping)
 
