@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -12,6 +15,28 @@ if TYPE_CHECKING:
     from worker.model import Json
 
 MAX_ID_LENGTH = 256  # commercetools' limit for keys and SKUs, and above that for ids
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_CAN_BE_SURROGATE = re.compile(rb"\\u[dD]|\xed")  # an escape, or the first of three bytes
+
+
+def loads(text: bytes) -> Any:
+    """Return decoded JSON. Raises orjson.JSONDecodeError.
+
+    Half a surrogate pair becomes U+FFFD. orjson rejects it, although commercetools and shops' browsers can send it, and
+    one such text in one record would make a whole response or message unreadable.
+    """
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        if not _CAN_BE_SURROGATE.search(text):
+            raise
+        try:
+            decoded = json.dumps(json.loads(text), ensure_ascii=False)
+        except (ValueError, RecursionError):
+            decoded = ""
+        if not _SURROGATE.search(decoded):  # it was rejected for another reason
+            raise
+        return orjson.loads(_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", decoded))
 
 
 def as_dict(value: Any) -> Json:

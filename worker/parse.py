@@ -15,7 +15,7 @@ import orjson
 
 from worker.budget import check_bytes, check_values
 from worker.errors import Excluded, Ignored, Rejected
-from worker.json_access import MAX_ID_LENGTH, as_id
+from worker.json_access import MAX_ID_LENGTH, as_id, loads
 from worker.model import Json, Notification
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _document(text: Any) -> Json:
         raise Rejected("expected a JSON object; the body is empty")
     check_values(raw)
     try:
-        document = orjson.loads(raw)
+        document = loads(raw)
     except orjson.JSONDecodeError as error:
         # Unlike `error.doc`, `error.msg` never quotes the body.
         raise Rejected(f"expected a JSON object; the body is not JSON ({error.msg} at {error.pos})") from None

@@ -11,6 +11,7 @@ import orjson
 from worker.cli.options import Command, settings_options
 from worker.cli.termination import handle_errors
 from worker.errors import ExitCode, Ignored, SettingsError, WorkerError
+from worker.json_access import loads
 from worker.settings import MappingSettings, load
 
 _EXAMPLES = """
@@ -78,7 +79,7 @@ def _load_snapshot(file: BinaryIO | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        document = orjson.loads(file.read())
+        document = loads(file.read())
     except orjson.JSONDecodeError as error:
         raise SettingsError(f"--commercetools is malformed: not JSON: {error.msg} at {error.pos}") from None
     if not isinstance(document, dict) or not all(isinstance(entry, list) for entry in document.values()):

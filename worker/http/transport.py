@@ -5,7 +5,6 @@ Network errors and transient statuses are raised as Transient.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -22,6 +21,7 @@ import urllib3
 from worker.errors import ResponseTooLarge, Throttled, Transient
 from worker.http.clock import Clock, parse_date
 from worker.http.connection_errors import connection_error
+from worker.json_access import loads
 from worker.network import proxy_for
 
 if TYPE_CHECKING:
@@ -61,30 +61,17 @@ class Response:
     target: str  # method, host and path, without ids
 
     def json(self) -> Any:
-        """Return the decoded body, or None if it is not JSON. Half a surrogate pair becomes a question mark."""
+        """Return the decoded body, or None if it is not JSON."""
         try:
-            return orjson.loads(self.body)
+            return loads(self.body)
         except orjson.JSONDecodeError:
-            return _loads_with_surrogates(self.body)
+            return None
 
     def __str__(self) -> str:
         """Describe the response without its content: `403 with text/html to GET api.example/orders`."""
         media_type = _MEDIA_TYPE.match(self.headers.get("Content-Type", ""))
         content = "an empty body" if not self.body else media_type[0] if media_type else "an unknown content type"
         return f"{self.status} with {content} to {self.target}"
-
-
-def _loads_with_surrogates(body: bytes) -> Any:
-    """Return decoded JSON in which orjson rejects half a surrogate pair, or None if the body is not JSON.
-
-    One such text in one record would otherwise make a response with hundreds of records unreadable.
-    """
-    if rb"\ud" not in body.lower():
-        return None
-    try:
-        return orjson.loads(json.dumps(json.loads(body), ensure_ascii=False).encode(errors="replace"))
-    except (ValueError, RecursionError):
-        return None
 
 
 def pool(url: str, size: int) -> urllib3.PoolManager:

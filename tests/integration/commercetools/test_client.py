@@ -219,7 +219,7 @@ def test_half_a_surrogate_pair_affects_only_its_text(sandbox: Sandbox) -> None:
     body = orjson.dumps({"results": customers}).replace(b"SPLIT", rb"x\uD83D")
     sandbox.commercetools.faults.add(Fault(status=200, times=None, match="GET", body=body))
     found = commercetools_for(sandbox).find(CUSTOMERS, ["a", "b"])
-    assert found["a"] == [{"id": "a", "firstName": "x?"}]
+    assert found["a"] == [{"id": "a", "firstName": "x\N{REPLACEMENT CHARACTER}"}]
     assert found["b"] == [customers[1]]
 
 

@@ -11,7 +11,7 @@ import orjson
 from worker.commercetools import queries
 from worker.enrich import Enricher
 from worker.errors import Ignored, WorkerError
-from worker.json_access import as_dicts
+from worker.json_access import as_dicts, loads
 from worker.parse import parse
 from worker.transform import handler_for, transform
 
@@ -50,7 +50,7 @@ class Trace:
 def split_documents(content: bytes) -> Iterator[bytes]:
     """Yield the notifications in a file: the whole file if it is one JSON document, otherwise its lines."""
     try:
-        orjson.loads(content)
+        loads(content)
     except orjson.JSONDecodeError:
         yield from (line for line in content.splitlines() if line.strip())
     else:
