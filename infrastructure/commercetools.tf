@@ -26,6 +26,7 @@ resource "commercetools_subscription" "worker" {
       "OrderImported",
       "OrderCustomerSet",
       "OrderCreatedFromRecurringOrder",
+      "OrderCustomerEmailSet",
       "OrderStateChanged",
       "OrderShipmentStateChanged",
     ]

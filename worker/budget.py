@@ -20,6 +20,7 @@ MAX_VALUES = 500_000  # JSON values in a body; each takes up to 250 bytes of mem
 MAX_LINES = 1_000  # line items and custom line items of an order; commercetools allows 500 line items
 MAX_CATEGORIES = 1_000  # of a product; each event of an order names the categories of its products
 MAX_REFUNDS = 100  # refunds in one message; each becomes an event with all properties of the order
+MAX_COPIES = 100  # parcels or returns in one message; each becomes an event with all properties of the order
 MAX_PATHS = 20  # of truncated properties that an operation and a log line name
 MAX_PATH_LENGTH = 200  # characters
 MORE = "…"  # in place of the paths that are not named
@@ -54,6 +55,11 @@ def check_categories(categories: int) -> None:
 def check_refunds(refunds: int) -> None:
     """Raise Rejected if a message has too many refunds."""
     _check(refunds, MAX_REFUNDS, "the payment", "refunds")
+
+
+def check_copies(events: int) -> None:
+    """Raise Rejected if a message has too many parcels or returns."""
+    _check(events, MAX_COPIES, "the order", "parcels or returns")
 
 
 def check_lookups(ids: int) -> None:

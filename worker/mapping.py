@@ -48,6 +48,10 @@ class MetricNames(_Section):
     fulfilled_order: str = Field("Fulfilled Order", description="Metric of a completed or shipped order.")
     cancelled_order: str = Field("Cancelled Order", description="Metric of a cancelled order.")
     refunded_order: str = Field("Refunded Order", description="Metric of each refund.")
+    confirmed_shipment: str = Field(
+        "", description="Metric of each parcel, for example Confirmed Shipment; empty: no events."
+    )
+    returned_order: str = Field("", description="Metric of each return, for example Returned Order; empty: no events.")
 
 
 class OrderMapping(_Section):
@@ -63,10 +67,31 @@ class OrderMapping(_Section):
         description='Locale of product names and URLs: "order" the locale of the order if it has one, "shop" always '
         "`locale`.",
     )
+    imports: Literal["auto", "live", "backfill"] = Field(
+        "auto",
+        description='Whether the events of imported orders start flows: "live" yes, "backfill" no, "auto" only if '
+        "`completedAt` is at most a day before the import.",
+    )
     fulfilled_states: list[str] = Field(["Complete"], description="Order states that mean fulfilled.")
     cancelled_states: list[str] = Field(["Cancelled"], description="Order states that mean cancelled.")
-    fulfilled_shipment_states: list[str] = Field(["Shipped"], description="Shipment states that mean fulfilled.")
-    brand_attribute: str = Field("brand", description="Product attribute that holds the brand.")
+    fulfilled_shipment_states: list[str] = Field(
+        ["Shipped", "Delivered"], description="Shipment states that mean fulfilled."
+    )
+    fulfilled_workflow_states: list[str] = Field(
+        [], description="Keys of the workflow states that mean fulfilled. Needs the scope `view_states`."
+    )
+    cancelled_workflow_states: list[str] = Field(
+        [], description="Keys of the workflow states that mean cancelled. Needs the scope `view_states`."
+    )
+    fulfilled_by_delivery: bool = Field(
+        default=False, description="The first delivery means fulfilled, whatever the state of the order."
+    )
+    tracking_urls: dict[str, str] = Field(
+        {}, description="URLs of tracking pages: carrier = template with {{trackingId}}."
+    )
+    brand_attribute: str = Field(
+        "brand", description="Attribute that holds the brand: of the variant, else of the product."
+    )
     raw_line_item: bool = Field(default=False, description="Add the raw line item to Ordered Product.")
     properties: RawPropertyRules = Field(RawPropertyRules(), description="Raw order properties on order events.")
     custom_fields: PropertyRules = Field(PropertyRules(), description="Custom fields on order events.")

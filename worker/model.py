@@ -46,6 +46,7 @@ class Enriched:
     notification: Notification
     as_of: datetime  # when commercetools was read; prices valid at this time are used
     order: Json | None = field(default=None, repr=False)
+    workflow_state: Json | None = field(default=None, repr=False)  # that the order has entered
     payment: Json | None = field(default=None, repr=False)
     customer: Json | None = field(default=None, repr=False)
     category: Json | None = field(default=None, repr=False)
@@ -55,6 +56,7 @@ class Enriched:
     inventory: Mapping[str, Sequence[Json]] = field(default_factory=dict, repr=False)  # sku -> entries
     product_categories: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)  # product -> ids
     categories: Mapping[str, Json] = field(default_factory=dict, repr=False)  # id -> category, including ancestors
+    product_brands: Mapping[str, Any] = field(default_factory=dict, repr=False)  # product -> value of its attribute
     discount_codes: Mapping[str, str] = field(default_factory=dict, repr=False)  # id -> code
     versions: Mapping[ResourceKey, int | None] = field(default_factory=dict, repr=False)
     missing: str = ""

@@ -49,7 +49,9 @@ class Components:
         self.commercetools = Commercetools(settings, self.stopping, partial(record_request, "commercetools"))
         self.klaviyo = Klaviyo(settings, self.stopping, partial(record_request, "klaviyo"))
         self._downtimes = [Downtime(self.commercetools), Downtime(self.klaviyo)]
-        self.enricher = Enricher(CachedReader(self.commercetools, settings.cache_ttl), self.mapping)
+        brand = self.mapping.order.brand_attribute
+        cached_reader = CachedReader(self.commercetools, settings.cache_ttl, (brand,))
+        self.enricher = Enricher(cached_reader, self.mapping)
         # The verdict has its own client: that it cannot be read is no outage for any message.
         self.bulk_verdict = BulkVerdict(Klaviyo(settings, self.stopping), settings.bulk_events)
         self.sender = Sender(

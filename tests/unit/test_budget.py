@@ -160,7 +160,7 @@ def test_long_ids_are_not_looked_up() -> None:
 
 
 def _code(identifier: str) -> Json:
-    return {"discountCode": {"id": identifier}}
+    return {"discountCode": {"id": identifier}, "state": "MatchesCart"}
 
 
 def test_payment_with_too_many_refunds_is_rejected() -> None:

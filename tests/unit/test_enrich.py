@@ -62,7 +62,7 @@ SHOP: dict[str, list[dict[str, Any]]] = {
             "createdAt": f"2026-01-0{n}",
             "customerId": "c1",
             "lineItems": [{"productId": "p1"}, {"productId": "p2"}],
-            "discountCodes": [{"discountCode": {"id": "d1"}}],
+            "discountCodes": [{"discountCode": {"id": "d1"}, "state": "MatchesCart"}],
             "paymentInfo": {"payments": reference("pay1")},
         }
         for n in range(1, 6)

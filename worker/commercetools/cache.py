@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import cachetools
 
 from worker.commercetools import queries
+from worker.json_access import as_dicts
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
     from worker.model import Json
 
 MAX_ENTRIES = 20_000
-_CACHED = (queries.PRODUCT_CATEGORIES, queries.CATEGORY_NAMES, queries.DISCOUNT_CODES, queries.CUSTOMER_EMAILS)
+_CACHED = (
+    queries.LINE_PRODUCTS,
+    queries.CATEGORY_NAMES,
+    queries.DISCOUNT_CODES,
+    queries.WORKFLOW_STATES,
+    queries.CUSTOMER_EMAILS,
+)
 # query -> the cached query that its results update. A query for whole resources updates the cached one, too.
 _CACHED_BY_QUERY = {query: cached for cached in _CACHED for query in (cached, replace(cached, cached_fields=()))} | {
     queries.CUSTOMERS: queries.CUSTOMER_EMAILS
@@ -29,11 +36,13 @@ Key = tuple[queries.Query, str]
 class CachedReader:
     """A Reader that caches the `cached_fields` of resources for `ttl` seconds. Safe for many threads.
 
+    Of the attributes of a product, only those with one of the `attribute_names` are cached, as they can be large texts.
     If several threads miss the same value, one of them reads it and the others wait for its result.
     """
 
-    def __init__(self, reader: queries.Reader, ttl: float) -> None:
+    def __init__(self, reader: queries.Reader, ttl: float, attribute_names: Collection[str] = ()) -> None:
         self._reader = reader
+        self._attribute_names = attribute_names
         self._cache: cachetools.TTLCache[Key, Json] = cachetools.TTLCache(MAX_ENTRIES, ttl)
         self._pending: dict[Key, Future[queries.QueryResult]] = {}
         self._lock = Lock()
@@ -77,8 +86,16 @@ class CachedReader:
         result = self._reader.find(query, values)
         cached = _CACHED_BY_QUERY.get(query)
         if cached is not None:
-            resources = {value: found[0] for value, found in result.items() if isinstance(found, list) and found}
+            found = {value: found[0] for value, found in result.items() if isinstance(found, list) and found}
+            parts = {value: self._cached_part(resource, cached) for value, resource in found.items()}
             with self._lock:
-                for value, resource in resources.items():
-                    self._cache[cached, value] = {name: resource.get(name) for name in cached.cached_fields}
+                for value, part in parts.items():
+                    self._cache[cached, value] = part
         return result
+
+    def _cached_part(self, resource: Json, query: queries.Query) -> Json:
+        part = {name: resource.get(name) for name in query.cached_fields}
+        if "attributes" in part:
+            attributes = as_dicts(part["attributes"])
+            part["attributes"] = [each for each in attributes if each.get("name") in self._attribute_names]
+        return part

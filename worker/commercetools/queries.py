@@ -62,10 +62,11 @@ CATEGORIES = Query("categories", "id in ({})", _id)
 CATEGORY_NAMES = replace(CATEGORIES, cached_fields=("id", "name", "ancestors"))
 DESCENDANTS = Query("categories", "ancestors(id in ({}))", _ancestors)
 PRODUCTS = Query("product-projections", "id in ({})", _id)
-PRODUCT_CATEGORIES = replace(PRODUCTS, cached_fields=("id", "categories"))
+LINE_PRODUCTS = replace(PRODUCTS, cached_fields=("id", "categories", "attributes"))  # of line items
 PRODUCTS_BY_SKU = Query("product-projections", "masterVariant(sku in ({0})) or variants(sku in ({0}))", _skus)
 INVENTORY = Query("inventory", "id in ({})", _id)
 INVENTORY_BY_SKU = Query("inventory", "sku in ({})", _sku)
+WORKFLOW_STATES = Query("states", "id in ({})", _id, cached_fields=("id", "key"))
 DISCOUNT_CODES = Query("discount-codes", "id in ({})", _id, cached_fields=("id", "code"))
 
 

@@ -12,8 +12,9 @@ from worker.commercetools import queries
 from worker.errors import EndpointRefused, Rejected, WorkerError
 from worker.json_access import as_dict, as_dicts, as_id, as_text, pick_ids, unique
 from worker.model import Enriched, Json
-from worker.transform import region
+from worker.transform import fields, region
 from worker.transform.identity import names_buyer
+from worker.transform.order_totals import applied_codes
 from worker.versions import version_of
 
 if TYPE_CHECKING:
@@ -71,7 +72,23 @@ def order_plan(enriched: Enriched, context: PlanContext) -> Plan:
         current = context.get(queries.ORDERS, notification.resource_id)
         enriched = with_version(enriched, current)
         order = current or order
+    if notification.type == "OrderStateTransition":
+        enriched = yield from _workflow_state_plan(replace(enriched, order=order), context)
+        if as_text(as_dict(enriched.workflow_state).get("key")) not in _named_workflow_states(context.mapping):
+            return enriched
     return (yield from order_data_plan(replace(enriched, order=order), context))
+
+
+def _workflow_state_plan(enriched: Enriched, context: PlanContext) -> Plan:
+    """Add the workflow state that the message names, or that of the order if the message does not contain it."""
+    reference = enriched.notification.payload.get("state") or as_dict(enriched.order).get("state")
+    state_id = as_text(as_dict(reference).get("id"))
+    yield [(queries.WORKFLOW_STATES, [state_id])]
+    return replace(enriched, workflow_state=context.get_optional(queries.WORKFLOW_STATES, state_id))
+
+
+def _named_workflow_states(mapping: MappingConfig) -> Sequence[str]:
+    return (*mapping.order.fulfilled_workflow_states, *mapping.order.cancelled_workflow_states)
 
 
 def order_data_plan(enriched: Enriched, context: PlanContext) -> Plan:
@@ -85,14 +102,13 @@ def order_data_plan(enriched: Enriched, context: PlanContext) -> Plan:
         return enriched
     check_lines(order)
     products = unique(as_text(line.get("productId")) for line in as_dicts(order.get("lineItems")))
-    references = [as_dict(info.get("discountCode")) for info in as_dicts(order.get("discountCodes"))]
-    codes = pick_ids(references)
+    codes = applied_codes(order)
     customer_id = as_id(order.get("customerId"))
-    lookups = [(queries.PRODUCT_CATEGORIES, products), (queries.DISCOUNT_CODES, codes)]
+    lookups = [(queries.LINE_PRODUCTS, products), (queries.DISCOUNT_CODES, codes)]
     yield [*lookups, (queries.CUSTOMER_EMAILS, [customer_id])]
-    product_categories = {
-        product: _category_ids(context.get_optional(queries.PRODUCT_CATEGORIES, product)) for product in products
-    }
+    found = {product: context.get_optional(queries.LINE_PRODUCTS, product) for product in products}
+    product_categories = {product: _category_ids(projection) for product, projection in found.items()}
+    brand = context.mapping.order.brand_attribute
     categories = yield from _categories(queries.CATEGORY_NAMES, product_categories.values(), context)
     customer = enriched.customer or context.get_optional(queries.CUSTOMER_EMAILS, customer_id)
     # With erasure, an order whose customer is gone is ignored. So a customer who is not shown yet must be waited for.
@@ -100,6 +116,7 @@ def order_data_plan(enriched: Enriched, context: PlanContext) -> Plan:
     return replace(
         enriched,
         product_categories=product_categories,
+        product_brands={product: fields.attribute(as_dict(projection), brand) for product, projection in found.items()},
         categories=categories,
         discount_codes={code: _code_text(code, context) for code in codes},
         customer=customer,

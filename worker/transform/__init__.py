@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HANDLERS", "Handler", "enabled_handlers", "handler_for", "handles", "transform"]
 
-for _module in ("orders", "payments", "customers", "categories", "products", "inventory"):
+_ORDERS = ("orders", "fulfilment", "shipments", "returns", "payments")
+for _module in (*_ORDERS, "customers", "categories", "products", "inventory"):
     import_module(f"worker.transform.{_module}")  # registers its handlers
 
 

@@ -37,7 +37,6 @@ def _line_item(line: Json, locale: str, enriched: Enriched, mapping: MappingConf
     """Return the entry of `Items` for a line item."""
     variant = as_dict(line.get("variant"))
     product_id = as_text(line.get("productId"))
-    brand = fields.attribute(variant, mapping.order.brand_attribute)
     return fields.compact(
         {
             "ProductID": product_id,
@@ -52,9 +51,16 @@ def _line_item(line: Json, locale: str, enriched: Enriched, mapping: MappingConf
             ),
             "ImageURL": fields.image_url(variant),
             "Categories": _category_names(product_id, enriched, mapping),
-            "Brand": fields.attribute_text(brand, mapping.locale),
+            "Brand": _brand(variant, product_id, enriched, mapping),
         }
     )
+
+
+def _brand(variant: Json, product_id: str, enriched: Enriched, mapping: MappingConfig) -> str:
+    """Return the brand of the variant, else of the product, in the shop's locale: see _category_names."""
+    own = fields.attribute(variant, mapping.order.brand_attribute)
+    texts = (fields.attribute_text(value, mapping.locale) for value in (own, enriched.product_brands.get(product_id)))
+    return fields.first_nonempty(*texts)
 
 
 def _custom_line_item(line: Json, locale: str, mapping: MappingConfig) -> Json:

@@ -1,17 +1,27 @@
-"""Parts of all order events: the operation, its profile and its properties."""
+"""Parts of all order events: the operation, its time, its profile and its properties."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from worker.json_access import as_dict, as_dicts, as_id, as_text, unique
+from worker.budget import check_copies
+from worker.errors import Ignored
+from worker.json_access import as_dict, as_dicts, as_id, as_text, parse_time, unique
 from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
-from worker.transform.identity import describe_identifiers
+from worker.transform.identity import describe_identifiers, identifiers
 from worker.transform.line_items import items_of, lines_of
-from worker.transform.order_totals import discount_value, shipping_costs, tax_total
+from worker.transform.order_totals import (
+    applied_codes,
+    discount_value,
+    order_total,
+    shipping_costs,
+    shipping_infos,
+    tax_total,
+)
 from worker.transform.region import country_of, store_of
-from worker.transform.size_limits import truncate
+from worker.transform.size_limits import EVENT_BYTES, truncate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,11 +29,95 @@ if TYPE_CHECKING:
     from worker.mapping import MappingConfig
     from worker.model import Enriched
 
+_EARLIEST = datetime(1991, 1, 1, tzinfo=UTC)  # Klaviyo: "must be after the year 1990"
+_DAY = timedelta(days=1)
+
+
+def order_of(enriched: Enriched) -> Json:
+    """Return the order. Raises Ignored if commercetools no longer has it."""
+    if enriched.order is None:
+        raise Ignored("commercetools no longer has the order")
+    return enriched.order
+
+
+def order_id(enriched: Enriched) -> str:
+    """Return the id of the order of an order message."""
+    return as_id(as_dict(enriched.order).get("id")) or enriched.notification.resource_id
+
+
+def order_event(
+    enriched: Enriched,
+    mapping: MappingConfig,
+    *,
+    metric: str,
+    unique_id: str = "",
+    value: Any = None,
+    properties: Json | None = None,
+    more: Json | None = None,
+) -> Operation:
+    """Return the operation for an event about an order at the time of the message.
+
+    The defaults are the order's id, its total and its properties. `more` are further properties. Raises Ignored or
+    Rejected as order_of and identifiers do.
+    """
+    order = order_of(enriched)
+    return event_operation(
+        metric=metric,
+        unique_id=unique_id or order_id(enriched),
+        time=event_time(enriched, enriched.notification.time, order.get("createdAt")),
+        value=order_total(order, mapping) if value is None else value,
+        profile=identifiers(order, enriched, mapping),
+        properties=(shared_properties(enriched, mapping) if properties is None else properties) | (more or {}),
+    )
+
+
+def shared_properties(enriched: Enriched, mapping: MappingConfig, copies: int = 1) -> Json:
+    """Return the properties of the order for `copies` events, which together are as large as one event can be.
+
+    Raises Rejected if there are too many copies.
+    """
+    check_copies(copies)
+    order = order_of(enriched)
+    properties = order_properties(order, items_of(order, enriched, mapping), enriched, mapping)
+    return properties if copies <= 1 else truncate(properties, EVENT_BYTES // copies)[0]
+
+
+def event_time(enriched: Enriched, *candidates: Any) -> str:
+    """Return the first candidate that can be the time of an event, or "": then Klaviyo uses the time of receipt.
+
+    Klaviyo rejects an event of an impossible time, and the year 1 or 2099 only means that no time was set. The future
+    is what is more than a day later than the reading of commercetools.
+    """
+    for candidate in candidates:
+        moment = parse_time(candidate)
+        if moment is not None and _EARLIEST <= moment <= enriched.as_of + _DAY:
+            return as_text(candidate)
+    return ""
+
+
+def is_in_the_past(order: Json, enriched: Enriched, mapping: MappingConfig) -> bool:
+    """Return whether an order is imported from the past, so that its events must start no flow.
+
+    `order.imports` decides. With "auto", an order is in the past if it was completed more than a day before its import.
+    """
+    notification, imports = enriched.notification, mapping.order.imports
+    if notification.type != "OrderImported" or imports == "live":
+        return False
+    completed, imported = parse_time(order.get("completedAt")), parse_time(notification.time)
+    return imports == "backfill" or bool(completed and imported and imported - completed > _DAY)
+
 
 def event_operation(
-    *, metric: str, unique_id: str, time: str, value: Any, profile: Json, properties: Json
+    *,
+    metric: str,
+    unique_id: str,
+    time: str,
+    value: Any,
+    profile: Json,
+    properties: Json,
+    backfill: bool = False,
 ) -> Operation:
-    """Return the operation that creates an event. `value` is a commercetools money.
+    """Return the operation that creates an event. `value` is a commercetools money. `backfill` events start no flow.
 
     The operation can be repeated: Klaviyo ignores an event if the profile already has an event with the same metric and
     `unique_id`.
@@ -39,6 +133,8 @@ def event_operation(
             "profile": {"data": {"type": "profile", "attributes": profile}},
         }
     )
+    if backfill:
+        attributes["backfill"] = True
     resource = {"type": "event", "attributes": {"properties": fitted, **attributes}}
     key = "\0".join((metric, unique_id, *(str(profile.get(name)) for name in ("email", "external_id"))))
     return Operation(OperationKind.CREATE_EVENT, key, resource, truncated=truncated)
@@ -51,8 +147,9 @@ def order_properties(order: Json, items: list[Json], enriched: Enriched, mapping
     return fields.compact(raw | custom | fields.compact(_own_properties(order, items, enriched, mapping)))
 
 
-def order_omissions(order: Json, enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
+def order_omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     """Describe the data of an order that its events leave out."""
+    order = as_dict(enriched.order)
     if not order:
         return
     items = items_of(order, enriched, mapping)
@@ -70,6 +167,7 @@ def order_omissions(order: Json, enriched: Enriched, mapping: MappingConfig) -> 
 
 
 def _own_properties(order: Json, items: list[Json], enriched: Enriched, mapping: MappingConfig) -> Json:
+    infos = shipping_infos(order)
     return {
         "OrderId": as_id(order.get("id")),
         "OrderNumber": as_id(order.get("orderNumber")),
@@ -80,7 +178,8 @@ def _own_properties(order: Json, items: list[Json], enriched: Enriched, mapping:
         "DiscountValue": fields.number(discount_value(order, lines_of(order))),
         "Items": items,
         "BillingAddress": fields.address_properties(order.get("billingAddress")),
-        "ShippingAddress": fields.address_properties(order.get("shippingAddress")),
+        "ShippingAddress": fields.address_properties(_shipping_address(order)),
+        "ShippingMethod": next(filter(None, (as_text(info.get("shippingMethodName")) for info in infos)), ""),
         "ShippingCosts": fields.number(shipping_costs(order, mapping)),
         "TaxTotal": fields.number(tax_total(order)),
         "Currency": fields.currency(order.get("totalPrice")),
@@ -90,5 +189,10 @@ def _own_properties(order: Json, items: list[Json], enriched: Enriched, mapping:
 
 
 def _discount_codes(order: Json, enriched: Enriched) -> list[str]:
-    references = [as_dict(info.get("discountCode")) for info in as_dicts(order.get("discountCodes"))]
-    return unique(enriched.discount_codes.get(as_text(ref.get("id")), "") for ref in references)
+    return unique(enriched.discount_codes.get(code, "") for code in applied_codes(order))
+
+
+def _shipping_address(order: Json) -> Any:
+    """Return the shipping address, which is that of the first shipping method with `shippingMode: Multiple`."""
+    entries = (order, *as_dicts(order.get("shipping")))
+    return next(filter(None, (entry.get("shippingAddress") for entry in entries)), None)

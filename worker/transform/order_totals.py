@@ -9,7 +9,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from worker.json_access import as_dict, as_dicts, as_int
+from worker.json_access import as_dict, as_dicts, as_int, pick_ids
 from worker.transform import fields
 
 if TYPE_CHECKING:
@@ -27,6 +27,16 @@ def order_total(order: Json, mapping: MappingConfig) -> Any:
 def line_total(line: Json, mapping: MappingConfig) -> Any:
     """Return the money that a line costs: all its pieces, after discounts."""
     return _gross(line, line.get("totalPrice"), mapping)
+
+
+def line_share(line: Json, quantity: int | None, mapping: MappingConfig) -> Json:
+    """Return the money that `quantity` pieces of a line cost, rounded to minor units; {} if it is unknown."""
+    money = as_dict(line_total(line, mapping))
+    cents, pieces = as_int(money.get("centAmount")), as_int(line.get("quantity"))
+    if cents is None or not pieces or quantity is None:
+        return {}
+    share = round(Decimal(cents) * quantity / pieces)
+    return {name: value for name, value in money.items() if name != "preciseAmount"} | {"centAmount": share}
 
 
 def shipping_costs(order: Json, mapping: MappingConfig) -> Decimal | None:
@@ -66,6 +76,15 @@ def discount_value(order: Json, lines: list[Json]) -> Decimal | None:
     on_total = fields.amount(as_dict(order.get("discountOnTotalPrice")).get("discountedAmount"))
     parts += [] if on_total is None else [on_total]
     return sum(parts, Decimal(0)) if parts else None
+
+
+def applied_codes(order: Json) -> list[str]:
+    """Return the ids of the discount codes that apply to an order or a cart.
+
+    commercetools keeps the other codes, too, with the state that says why they do not apply.
+    """
+    infos = as_dicts(order.get("discountCodes"))
+    return pick_ids([info.get("discountCode") for info in infos if info.get("state") == "MatchesCart"])
 
 
 def _gross(taxable: Json, total: Any, mapping: MappingConfig) -> Any:

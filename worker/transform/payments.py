@@ -36,7 +36,7 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     are_refunds = [_is_refund(transaction, enriched.notification, mapping) for transaction in _transactions(enriched)]
     if others := are_refunds.count(False):
         yield f"{others} of {len(are_refunds)} transactions: no refund, or its state is not in payment.refund_states"
-    yield from order_omissions(as_dict(enriched.order), enriched, mapping)
+    yield from order_omissions(enriched, mapping)
 
 
 @handles(

@@ -161,7 +161,7 @@ def test_missing_handler_lists_existing_ones() -> None:
 def test_ignored_notification_names_handler_and_setting() -> None:
     """The operator learns which setting to change."""
     text = explained(message("OrderStateChanged", "order", orderState="Open"))
-    assert "handler order_state_changed in worker/transform/orders.py" in text
+    assert "handler order_state_changed in worker/transform/fulfilment.py" in text
     assert "no event for order state Open: see order.fulfilled_states, order.cancelled_states" in text
     text = explained(message("OrderCreated", "order", order=ORDER), disabled_types=["OrderCreated"])
     assert "disabled in the mapping" in text

@@ -13,9 +13,10 @@ from worker.commercetools.cache import CachedReader
 from worker.commercetools.queries import (
     CATEGORY_NAMES,
     DISCOUNT_CODES,
+    LINE_PRODUCTS,
     ORDERS,
-    PRODUCT_CATEGORIES,
     PRODUCTS,
+    InMemoryReader,
     Query,
     QueryResult,
 )
@@ -59,7 +60,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
-@pytest.mark.parametrize("query", [PRODUCT_CATEGORIES, CATEGORY_NAMES, DISCOUNT_CODES], ids=lambda query: query.path)
+@pytest.mark.parametrize("query", [LINE_PRODUCTS, CATEGORY_NAMES, DISCOUNT_CODES], ids=lambda query: query.path)
 def test_cached_values_are_not_read_again(query: Query, reader: SlowReader) -> None:
     """Only missing values are read, and only the cached fields are kept."""
     cached = CachedReader(reader, 60)
@@ -68,6 +69,15 @@ def test_cached_values_are_not_read_again(query: Query, reader: SlowReader) -> N
     assert reader.queries == [(query.path, frozenset("ab")), (query.path, frozenset("c"))]
     assert [resource["id"] for value in "abc" for resource in found[value]] == ["a", "b", "c"]  # type: ignore[union-attr]
     assert "extra" not in found["a"][0]  # type: ignore[index]
+
+
+def test_only_named_attributes_are_cached() -> None:
+    """The attributes of a product can be large texts in many languages."""
+    brand, text = {"name": "brand", "value": "Acme"}, {"name": "text", "value": "x" * 1_000}
+    product = {"id": "a", "categories": [], "attributes": [text, brand]}
+    cached = CachedReader(InMemoryReader({"product-projections": [product]}), 60, ("brand",))
+    cached.find(LINE_PRODUCTS, ["a"])
+    assert cached.find(LINE_PRODUCTS, ["a"]) == {"a": [product | {"attributes": [brand]}]}
 
 
 def test_queries_without_cached_fields_are_always_read(reader: SlowReader) -> None:
@@ -136,7 +146,7 @@ def test_threads_that_miss_overlapping_values_do_not_deadlock(reader: SlowReader
     first = threads.submit(cached.find, CATEGORY_NAMES, ["a", "b"])
     assert reader.started.wait(WAIT)
     second = threads.submit(cached.find, CATEGORY_NAMES, ["b", "c"])
-    third = threads.submit(cached.find, PRODUCT_CATEGORIES, ["b"])
+    third = threads.submit(cached.find, LINE_PRODUCTS, ["b"])
     reader.unblocked.set()
     assert set(first.result(WAIT)) == {"a", "b"}
     assert set(second.result(WAIT)) == {"b", "c"}
