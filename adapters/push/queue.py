@@ -7,27 +7,24 @@ subscription's retry policy, and dead-letters it by its dead-letter policy.
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import socket
-import uuid
-from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import datetime
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
-import orjson
 import uvicorn
 
 from adapters.base import QueueError, QueueURLError, QueueWarning
+from adapters.push.connections import limited_protocol
+from adapters.push.delivery import PushDelivery, parse_request
 from adapters.push.oidc import KeysUnavailableError, TokenRefusedError, TokenVerifier
 from adapters.shared.inbox import Inbox
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from adapters.base import Delivery, Failure, QueueOptions
 
@@ -38,18 +35,6 @@ BODY_TIMEOUT = 30.0  # seconds to read a request's body
 STOP_TIMEOUT = 5.0  # seconds to send the last responses
 KEEP_ALIVE = 620  # seconds; longer than Google's front ends keep idle connections open
 _EXPECTED = "expected push://HOST[:PORT][?audience=AUDIENCE&service_account=EMAIL], both or neither"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PushDelivery:
-    """A message whose request is open. `attempt` is None if the subscription has no dead-letter policy."""
-
-    id: str
-    body: bytes = field(repr=False)
-    attributes: Mapping[str, str]
-    attempt: int | None
-    published_at: datetime | None
-    respond: Callable[[int], None] = field(repr=False)
 
 
 def open_url(url: str, options: QueueOptions) -> PushQueue:
@@ -80,7 +65,7 @@ class PushQueue:
         self._options = options
         self._verifier = verifier
         self._inbox: Inbox[PushDelivery] = Inbox()
-        self._requests = _OpenRequests()
+        self._requests = _OpenRequests(options)
         self._stopping = False
         self._server: uvicorn.Server | None = None
         self._thread: Thread | None = None
@@ -151,7 +136,7 @@ class PushQueue:
         config = uvicorn.Config(
             self._application,
             interface="asgi3",
-            http="h11",
+            http=limited_protocol(self._options.max_messages),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -177,23 +162,18 @@ class PushQueue:
             return HTTPStatus.METHOD_NOT_ALLOWED
         if refusal := await self._authorize(headers):
             return refusal
-        size = int(headers.get(b"content-length", MAX_BODY))  # the server has checked that it is a number
-        if size > MAX_BODY:
+        declared = int(headers.get(b"content-length", 0))  # the server has checked that it is a number
+        if declared > MAX_BODY:
             return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-        if not self._requests.add(size, self._options):
-            return HTTPStatus.TOO_MANY_REQUESTS
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT):
-                body = await _read_body(receive)
-            return (
-                await self._wait_for_settlement(body, receive)
-                if body is not None
-                else HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-            )
-        except TimeoutError:
-            return HTTPStatus.REQUEST_TIMEOUT
-        finally:
-            self._requests.remove(size)
+        with self._requests.open() as request:
+            if not request.grow(declared):
+                return HTTPStatus.TOO_MANY_REQUESTS
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT):
+                    body = await _read_body(receive, request)
+            except TimeoutError:
+                return HTTPStatus.REQUEST_TIMEOUT
+            return body if isinstance(body, HTTPStatus) else await self._wait_for_settlement(body, receive)
 
     async def _wait_for_settlement(self, body: bytes, receive: Callable[[], Awaitable[Any]]) -> int:
         """Pass the message to the worker; return the status of its settlement, or 503 if the client disconnects."""
@@ -208,7 +188,7 @@ class PushQueue:
             with suppress(RuntimeError):  # the server has stopped and closed the connection
                 loop.call_soon_threadsafe(settle, status)
 
-        delivery = _delivery(body, respond)
+        delivery = parse_request(body, respond)
         self._inbox.put(delivery)
         if self._stopping:  # `stop` has cleared the inbox
             _respond(self._inbox.clear(), HTTPStatus.SERVICE_UNAVAILABLE)
@@ -239,34 +219,56 @@ class PushQueue:
 class _OpenRequests:
     """Number and size of the open requests. Used by the server's thread only."""
 
-    def __init__(self) -> None:
-        self._requests = 0
-        self._bytes = 0
+    def __init__(self, limit: QueueOptions) -> None:
+        self.limit = limit
+        self.requests = 0
+        self.bytes = 0
 
-    def add(self, size: int, limit: QueueOptions) -> bool:
-        """Count a request, unless it exceeds a limit; return whether it was counted."""
-        if self._requests and (self._requests >= limit.max_messages or self._bytes + size > limit.max_bytes):
-            return False
-        self._requests += 1
-        self._bytes += size
-        return True
+    @contextmanager
+    def open(self) -> Iterator[_OpenRequest]:
+        """Count a request while it is open."""
+        request = _OpenRequest(self)
+        self.requests += 1
+        try:
+            yield request
+        finally:
+            self.requests -= 1
+            self.bytes -= request.size
 
-    def remove(self, size: int) -> None:
-        self._requests -= 1
-        self._bytes -= size
+
+class _OpenRequest:
+    """An open request and the size of its body, as far as it is declared or has arrived."""
+
+    def __init__(self, all_requests: _OpenRequests) -> None:
+        self._all = all_requests
+        self.size = 0
+
+    def grow(self, size: int) -> bool:
+        """Count a body of `size` bytes; return False if the open requests exceed a limit. One request never does."""
+        self._all.bytes += max(0, size - self.size)
+        self.size = max(size, self.size)
+        limit = self._all.limit
+        return self._all.requests == 1 or (
+            self._all.requests <= limit.max_messages and self._all.bytes <= limit.max_bytes
+        )
 
 
-async def _read_body(receive: Callable[[], Awaitable[Any]]) -> bytes | None:
-    """Read the request's body. Return None if it is incomplete, or larger than any Pub/Sub message."""
+async def _read_body(receive: Callable[[], Awaitable[Any]], request: _OpenRequest) -> bytes | HTTPStatus:
+    """Read the request's body.
+
+    Return the status of the response if it is incomplete, larger than any Pub/Sub message, or exceeds a limit.
+    """
     body = bytearray()
     more = True
     while more:
         part = await receive()
         if part["type"] == "http.disconnect":
-            return None
+            return HTTPStatus.BAD_REQUEST
         body += part.get("body", b"")
         if len(body) > MAX_BODY:
-            return None
+            return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+        if not request.grow(len(body)):
+            return HTTPStatus.TOO_MANY_REQUESTS
         more = part.get("more_body", False)
     return bytes(body)
 
@@ -275,32 +277,3 @@ def _respond(deliveries: Sequence[Delivery], status: int) -> None:
     for delivery in deliveries:
         if isinstance(delivery, PushDelivery):
             delivery.respond(status)
-
-
-def _delivery(body: bytes, respond: Callable[[int], None]) -> PushDelivery:
-    """Parse Pub/Sub's envelope. Without an envelope, the body is the message: payload unwrapping is enabled."""
-    try:
-        envelope = orjson.loads(body)
-        message = envelope["message"]
-        name = str(message["messageId"])
-        data = base64.b64decode(message.get("data", ""), validate=True)
-        attributes = {str(key): str(value) for key, value in (message.get("attributes") or {}).items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return PushDelivery(uuid.uuid4().hex, body, {}, None, None, respond)
-    attempt = envelope.get("deliveryAttempt")
-    return PushDelivery(
-        name,
-        data,
-        attributes,
-        attempt if isinstance(attempt, int) else None,
-        _parse_time(message.get("publishTime")),
-        respond,
-    )
-
-
-def _parse_time(text: Any) -> datetime | None:
-    try:
-        moment = datetime.fromisoformat(text)
-    except (ValueError, TypeError):
-        return None
-    return moment if moment.tzinfo else None

@@ -8,8 +8,9 @@ import socket
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import jwt
@@ -20,9 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters import Failure, QueueError, QueueOptions, QueueURLError, open_queue
+from adapters.push import connections, oidc
 from adapters.push import queue as push
-from adapters.push.oidc import TokenVerifier
-from adapters.push.queue import PushDelivery, PushQueue
+from adapters.push.delivery import PushDelivery, parse_request
+from adapters.push.oidc import KeysUnavailableError, TokenRefusedError, TokenVerifier
+from adapters.push.queue import PushQueue
 from tests.support.ports import free_port
 
 if TYPE_CHECKING:
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
 FAILURE = Failure("Klaviyo refused the record", "send", "Rejected")
 AUDIENCE = "https://worker.example.com"
 ACCOUNT = "pubsub@shop.iam.gserviceaccount.com"
+
+
+REFUSED = b"GET / HTTP/1.1\r\nHost: worker\r\nContent-Length: 100\r\n\r\n"
+ANSWERED = b"GET / HTTP/1.1\r\nHost: worker\r\n\r\n"
 
 
 def envelope(data: bytes, **more: Any) -> bytes:
@@ -136,7 +143,7 @@ json_values = st.recursive(
 )
 def test_any_envelope_becomes_a_delivery(document: dict[str, Any]) -> None:
     """No request body causes an error."""
-    delivery = push._delivery(json.dumps(document).encode(), lambda _: None)
+    delivery = parse_request(json.dumps(document).encode(), lambda _: None)
     assert isinstance(delivery.body, bytes)
     assert isinstance(delivery.id, str)
     assert delivery.attempt is None or isinstance(delivery.attempt, int)
@@ -176,15 +183,56 @@ def test_message_of_disconnected_client_is_dropped(queue: PushQueue) -> None:
     assert received_for(queue, 1.0) == []
 
 
-def test_body_without_length_counts_as_the_largest(queue: PushQueue) -> None:
-    """The limit of memory applies before the body is read."""
+def test_body_without_length_counts_as_it_arrives(queue: PushQueue) -> None:
+    """A small chunked body is accepted beside other requests, and a large one is refused as soon as it is too large."""
     send = Sender(queue)
-    held = send(envelope(b"x"))
+    held = [send(envelope(b"x"))]
     deliveries = received(queue)
-    chunked = requests.post(f"http://127.0.0.1:{queue.port}/", iter([b"{}"]), timeout=60)
-    assert chunked.status_code == 429
+    url = f"http://127.0.0.1:{queue.port}/"
+    pool = ThreadPoolExecutor(1)
+    chunked = pool.submit(lambda: requests.post(url, iter([b"{", b"}"]), timeout=60).status_code)
+    deliveries += received(queue)
+    with socket.create_connection(("127.0.0.1", queue.port), timeout=60) as endless:
+        endless.sendall(b"POST / HTTP/1.1\r\nHost: worker\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(10):
+            endless.sendall(b"30D40\r\n" + bytes(200_000) + b"\r\n")
+        assert endless.recv(1000).startswith(b"HTTP/1.1 429")
     queue.ack(deliveries)
-    assert held.result(5) == 204
+    assert [response.result(10) for response in (*held, chunked)] == [204, 204]
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"POST / HTTP/1.1\r\nHost: worker\r\n", REFUSED, REFUSED + b"{", ANSWERED + b"POST"]
+)
+def test_connection_that_completes_no_request_is_closed(
+    queue: PushQueue, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """It has no request, a part of a head, a part of a body whose response was sent, or a part of a second head."""
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT", 0.3)
+    Sender(queue)
+    with socket.create_connection(("127.0.0.1", queue.port), timeout=60) as slow:
+        slow.sendall(sent)
+        with suppress(ConnectionResetError):
+            while slow.recv(1000):
+                slow.sendall(b"x" if sent else b"")
+
+
+def test_connection_with_a_request_is_not_idle(queue: PushQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An additional connection closes the one that is idle for the longest time; requests in progress go on."""
+    monkeypatch.setattr(connections, "SPARE_CONNECTIONS", 1)  # 4 in total
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT", 0.5)
+    send = Sender(queue)
+    held = [send(envelope(b"x")) for _ in range(2)]
+    deliveries = received(queue, 2)
+    idle = [socket.create_connection(("127.0.0.1", queue.port), timeout=60) for _ in range(8)]
+    time.sleep(0.6)
+    assert requests.get(f"http://127.0.0.1:{queue.port}/", timeout=60).status_code == 405
+    with suppress(ConnectionResetError):
+        assert idle[0].recv(1) == b""
+    queue.ack(deliveries)
+    assert [response.result(10) for response in held] == [204, 204]
+    for connection in idle:
+        connection.close()
 
 
 def test_incomplete_body_times_out(queue: PushQueue, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,11 +314,12 @@ class FakeGoogle:
     def __init__(self) -> None:
         self.key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         public = json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(self.key.public_key())) | {"kid": "1", "alg": "RS256"}
-        keys = json.dumps({"keys": [public]}).encode()
+        self.keys = keys = json.dumps({"keys": [public]}).encode()
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.send_response(200)
+                self.send_response(302 if self.path.endswith("/moved") else 200)
+                self.send_header("Location", "/certs")
                 self.send_header("Content-Length", str(len(keys)))
                 self.end_headers()
                 self.wfile.write(keys)
@@ -361,6 +410,93 @@ def test_unavailable_keys_cause_redelivery() -> None:
     finally:
         queue.close()
         google.close()
+
+
+class KeyServer:
+    """A server of public keys that counts its requests and answers when it is allowed to."""
+
+    def __init__(self, google: FakeGoogle) -> None:
+        self.google = google
+        self.requests = 0
+        self.may_answer = Event()
+        self.may_answer.set()
+        self.body: bytes | None = google.keys
+
+        def download(url: str) -> bytes:
+            self.requests += 1
+            assert self.may_answer.wait(60)
+            if self.body is None:
+                raise OSError
+            return self.body
+
+        self.download = download
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch, google: FakeGoogle) -> KeyServer:
+    server = KeyServer(google)
+    monkeypatch.setattr(oidc, "_download", server.download)
+    return server
+
+
+def test_keys_are_fetched_once_for_all_requests(keys: KeyServer) -> None:
+    """While they are fetched, all requests wait for the same response; after a failure, the next fetch has to wait."""
+    verifier = TokenVerifier(AUDIENCE, ACCOUNT)
+    token = f"Bearer {keys.google.token()}"
+    keys.body = None
+    keys.may_answer.clear()
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(verifier.verify, token) for _ in range(8)]
+        keys.may_answer.set()
+        assert all(isinstance(each.exception(60), KeysUnavailableError) for each in waiting)
+    with pytest.raises(KeysUnavailableError):
+        verifier.verify(token)
+    assert keys.requests == 1
+
+
+def test_forged_tokens_do_not_delay_valid_ones(keys: KeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token with an unknown key causes at most one fetch in 30 seconds, and no other token waits for it."""
+    monkeypatch.setattr(oidc, "_PAUSE", 0.0)
+    verifier = TokenVerifier(AUDIENCE, ACCOUNT)
+    valid = f"Bearer {keys.google.token()}"
+    verifier.verify(valid)
+    forged = jwt.encode({}, keys.google.key, algorithm="RS256", headers={"kid": "2"})
+    keys.may_answer.clear()
+    with ThreadPoolExecutor(1) as pool:
+        fetching = pool.submit(verifier.verify, f"Bearer {forged}")
+        while keys.requests < 2:
+            time.sleep(0.01)
+        verifier.verify(valid)
+        with pytest.raises(TokenRefusedError, match="unknown key"):
+            verifier.verify(f"Bearer {forged}")
+        keys.may_answer.set()
+        assert isinstance(fetching.exception(60), TokenRefusedError)
+    monkeypatch.setattr(oidc, "_PAUSE", 30.0)
+    for _ in range(3):
+        with pytest.raises(TokenRefusedError, match="unknown key"):
+            verifier.verify(f"Bearer {forged}")
+    assert keys.requests == 3
+    verifier.verify(valid)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"{}", b'{"keys": 1}', b'{"keys": [{"kty": "RSA", "kid": "1"}]}', b'{"keys": ' + b"[" * 9_999],
+)
+def test_malformed_keys_are_unavailable_keys(keys: KeyServer, body: bytes) -> None:
+    """Pub/Sub sends the message again."""
+    keys.body = body
+    with pytest.raises(KeysUnavailableError, match="no public keys from Google"):
+        TokenVerifier(AUDIENCE, ACCOUNT).verify(f"Bearer {keys.google.token()}")
+
+
+def test_keys_of_another_host_or_of_any_size_are_not_read(google: FakeGoogle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redirects are not followed."""
+    with pytest.raises(KeysUnavailableError, match="HTTPError"):
+        TokenVerifier(AUDIENCE, ACCOUNT, google.url + "/moved").verify(f"Bearer {google.token()}")
+    monkeypatch.setattr(oidc, "MAX_KEYS_BYTES", 100)
+    with pytest.raises(KeysUnavailableError, match="ValueError"):
+        TokenVerifier(AUDIENCE, ACCOUNT, google.url).verify(f"Bearer {google.token()}")
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
