@@ -158,7 +158,7 @@ def test_unknown_variable_is_a_warning(worker: Worker) -> None:
     warning = "KLAVIYO_WORKER_LANE is not a setting: is KLAVIYO_WORKER_LANES meant?"
     done = worker("check", env={"KLAVIYO_WORKER_LANE": "5"})
     assert done.returncode == 0
-    assert done.stdout.splitlines()[0].endswith(f"queue embedded://; {warning}")
+    assert done.stdout.splitlines()[0].endswith(f"queue embedded://, only messages of project sandbox-shop; {warning}")
     done = worker("run", "--once", env={"KLAVIYO_WORKER_LANE": "5"})
     assert [line["reason"] for line in json_lines(done.stderr) if line["event"] == "unknown_setting"] == [warning]
 
