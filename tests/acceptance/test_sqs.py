@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from worker.sandbox import Sandbox
 
-SOON = 20.0  # seconds, well below the lease of a minute
+SOON = 45.0  # seconds, below the lease of a minute
 
 
 @pytest.fixture

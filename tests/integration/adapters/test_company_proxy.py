@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
+from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 import jwt
@@ -84,11 +86,15 @@ def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("google")
 def test_pubsub(authority: Authority, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gRPC library knows only lower-case names, and no SSL_CERT_FILE."""
+    """The gRPC library knows only lower-case names, and no SSL_CERT_FILE.
+
+    It reads the authorities that it trusts once per process, so the queue is opened in a process of its own.
+    """
     with CompanyProxy(authority, {"pubsub.googleapis.com": emulator.port}) as proxy:
         monkeypatch.setenv("ALL_PROXY", proxy.url())
         network.configure(os.environ)
-        text = refusal("pubsub://demo/none")
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            text = pool.submit(refusal, "pubsub://demo/none").result()
         assert text.startswith("QUEUE_URL: projects/demo/subscriptions/none does not exist")
         assert set(proxy.statuses) == {("pubsub.googleapis.com", 200)}
 
