@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
@@ -29,12 +30,21 @@ class Clock:
         now = time.monotonic()
         if now < self._read_at + INTERVAL:
             return
-        try:
-            self.offset = parsedate_to_datetime(headers.get("Date", "")).timestamp() - time.time()
-        except ValueError:  # missing or malformed
+        date = parse_date(headers.get("Date", ""))
+        if date is None:
             return
+        self.offset = date.timestamp() - time.time()
         self._read_at = now
         self._skew.log(describe(self.offset))
+
+
+def parse_date(text: str) -> datetime | None:
+    """Return the date in a header, or None if it is missing or malformed."""
+    try:
+        date = parsedate_to_datetime(text)
+    except (ValueError, TypeError, OverflowError, IndexError):  # depends on what is malformed
+        return None
+    return date.replace(tzinfo=date.tzinfo or UTC)
 
 
 def describe(offset: float) -> str:

@@ -19,7 +19,7 @@ import orjson
 import urllib3
 
 from worker.errors import Throttled, Transient
-from worker.http.clock import Clock
+from worker.http.clock import Clock, parse_date
 from worker.http.connection_errors import connection_error
 from worker.network import proxy_for
 
@@ -32,7 +32,7 @@ MAX_RETRY_AFTER = 3600.0  # seconds
 BODY_TIMEOUT_FACTOR = 10  # a whole body can take this number of read timeouts; one applies between two packets
 CHUNK_SIZE = 65_536  # bytes
 _TRANSIENT = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
-_RETRY = urllib3.Retry()
+_SECONDS = re.compile("[0-9]+")
 _ID = re.compile(r"^(/api/[^/]+)/[^/]+")  # in Klaviyo's paths
 
 Observe = Callable[[str, int | None, float], None]  # called with endpoint, status (None: no response) and seconds
@@ -154,10 +154,8 @@ def is_transient(status: int) -> bool:
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the Retry-After header in seconds, or None if it is missing or invalid. It is a number or an HTTP date."""
-    value = headers.get("Retry-After")
-    if value is None:
-        return None
-    try:
-        return min(float(_RETRY.parse_retry_after(value)), MAX_RETRY_AFTER)
-    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
-        return None
+    value = headers.get("Retry-After", "").strip()
+    if _SECONDS.fullmatch(value):
+        return min(float(value), MAX_RETRY_AFTER)
+    date = parse_date(value)
+    return None if date is None else min(max(date.timestamp() - time.time(), 0.0), MAX_RETRY_AFTER)

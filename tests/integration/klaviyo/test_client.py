@@ -101,7 +101,19 @@ def test_rate_limiter_gets_every_request_and_response(sandbox: Sandbox, monkeypa
     ]
 
 
-@pytest.mark.parametrize("header", ["soon", "Wed, 21 Oct 2015 07:28:00 GMT", "-5", "nan", "inf", "99 GMT"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        "soon",
+        "Wed, 21 Oct 2015 07:28:00 GMT",
+        "Wed, 21 Oct 2015 07:28:00 -0000 GMT",
+        f"Wed, 21 Oct {10**20} 07:28:00 GMT",
+        "-5",
+        "nan",
+        "inf",
+        "99 GMT",
+    ],
+)
 def test_invalid_retry_after_is_ignored(header: str, sandbox: Sandbox) -> None:
     """After a date in the past, a negative number or a word, the call is retried as usual."""
     sandbox.klaviyo.faults.add(Fault(status=503, times=1, headers={"Retry-After": header}))

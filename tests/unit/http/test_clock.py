@@ -20,7 +20,9 @@ def headers(ahead: float) -> dict[str, str]:
     return {"Date": formatdate(time.time() + ahead, usegmt=True)}
 
 
-@pytest.mark.parametrize("value", ["", "yesterday", "Mon, 99 Nov 2026 10:00:00 GMT"])
+@pytest.mark.parametrize(
+    "value", ["", "yesterday", "Mon, 99 Nov 2026 10:00:00 GMT", f"Mon, 30 Nov {10**20} 10:00:00 GMT"]
+)
 def test_invalid_date_is_ignored(value: str, log: pytest.LogCaptureFixture) -> None:
     """The next response is read."""
     clock = Clock()
