@@ -2,7 +2,7 @@
 
 Each library reads variables of its own: urllib3 none, boto3 no ALL_PROXY, gRPC only lower-case names, requests no
 SSL_CERT_FILE. `configure` therefore sets the variables of all of them:
-docs/decisions/0025-one-network-for-all-libraries.md.
+docs/decisions/0026-one-network-for-all-libraries.md.
 """
 
 from __future__ import annotations

@@ -45,3 +45,12 @@ def test_named_files_exist(file: Path) -> None:
     """A path in backquotes that starts with a folder of the project exists."""
     paths = re.findall(rf"`((?:{FOLDERS})/[\w./-]+)`", _prose(file))
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_decisions_have_distinct_numbers() -> None:
+    """The title of a decision starts with the number in its file name."""
+    files = sorted((ROOT / "docs" / "decisions").glob("0*.md"))
+    numbers = [int(file.name[:4]) for file in files]
+    assert numbers == list(range(1, len(files) + 1))
+    for number, file in zip(numbers, files, strict=True):
+        assert file.read_text(encoding="utf-8").startswith(f"# {number}. "), file
