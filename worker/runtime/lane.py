@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from worker.runtime.in_flight import InFlight
     from worker.settings import Settings
 
-NACK_DELAY_SHARE = (
-    1 / 30
-)  # share of `outage_hold`: the minimum delay before the redelivery of a message whose hold expired
+# The share of `outage_hold` that is the minimum delay before the redelivery of a message whose hold expired.
+NACK_DELAY_SHARE = 1 / 30
 
 
 @dataclass(frozen=True, slots=True)
