@@ -84,10 +84,10 @@ class Sender:
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
         """Send the operations and return their results in the same order.
 
-        If several operations have the same kind and key, only the last one is sent. All of them get its result.
+        If several operations have the same kind and key, only one is sent: see _distinct. All of them get its result.
         """
         bulk_sender_of = {name: sender for sender in self._bulk_senders for name in _select(sender, operations)}
-        distinct = {(operation.kind, operation.key): operation for operation in operations}
+        distinct = _distinct(operations)
         results: dict[OperationId, SendResult] = {}
         for phase in PHASES:
             group = {name: operation for name, operation in distinct.items() if name[0] in phase}
@@ -118,6 +118,15 @@ class Sender:
         if len(operations) <= 1:  # in the calling thread, because a thread switch would only add latency
             return map(self._single.send, operations)
         return self._executors[operations[0].kind].map(self._single.send, operations)
+
+
+def _distinct(operations: Sequence[Operation]) -> dict[OperationId, Operation]:
+    """Return one operation for each kind and key: the last state, or the first event.
+
+    Klaviyo, too, keeps the first event: an order that is shipped and then delivered was fulfilled when it was shipped.
+    """
+    events = [operation for operation in operations if operation.kind is OperationKind.CREATE_EVENT]
+    return {(operation.kind, operation.key): operation for operation in (*operations, *reversed(events))}
 
 
 def _select(sender: BulkSender, operations: Sequence[Operation]) -> Collection[OperationId]:

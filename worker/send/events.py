@@ -85,10 +85,14 @@ class BulkEvents:
         """Return the ids of the events to send in bulk, or [] if there are too few or bulk calls are not allowed.
 
         Events without an id are left out, because Klaviyo treats two of them as one if they have the same second. If
-        several events have the same id, only the last of them is selected.
+        several events have the same id, only the first of them is selected.
         """
-        by_id = {_event_id(event): event for event in operations if event.kind is OperationKind.CREATE_EVENT}
-        selected = [(event.kind, event.key) for event_id, event in by_id.items() if all(event_id)]
+        selected: list[OperationId] = []
+        seen: set[EventId] = set()
+        for event in operations:
+            if event.kind is OperationKind.CREATE_EVENT and all(event_id := _event_id(event)) and event_id not in seen:
+                seen.add(event_id)
+                selected.append((event.kind, event.key))
         return selected if len(selected) > self._threshold and self._is_allowed() else []
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:

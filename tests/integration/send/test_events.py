@@ -101,3 +101,13 @@ def test_repeats_in_bulk_have_the_effect_of_the_account(sandbox: Sandbox) -> Non
     repeated = {"duplicate": [*range(20, 30)], "drop": []}.get(sandbox.account.bulk_repeats, [])
     lost = {"drop": range(30, 50)}.get(sandbox.account.bulk_repeats, ())
     assert recorded(sandbox) == sorted([*(set(range(50)) - set(lost)), *repeated])
+
+
+@pytest.mark.parametrize("sandbox", ["ignore"], indirect=True)
+@pytest.mark.parametrize("others", [0, 100])
+def test_the_first_of_equal_events_is_sent(sandbox: Sandbox, others: int) -> None:
+    """Klaviyo keeps the first, too: an order that is shipped and delivered was fulfilled when it was shipped."""
+    times = ["2026-11-01T10:00:00Z", "2026-11-02T10:00:00Z"]
+    batch = [*(placed(0, time=time) for time in times), *(placed(number) for number in range(1, others))]
+    assert sender_for(sandbox).send(batch) == [None] * len(batch)
+    assert [each["time"] for each in sandbox.account.events if each["unique_id"] == "0"] == times[:1]
