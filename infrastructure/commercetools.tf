@@ -29,12 +29,13 @@ resource "commercetools_subscription" "worker" {
       "OrderCustomerEmailSet",
       "OrderStateChanged",
       "OrderShipmentStateChanged",
+      "OrderPaymentAdded",
     ]
   }
 
   message {
     resource_type_id = "payment"
-    types            = ["PaymentTransactionAdded", "PaymentTransactionStateChanged"]
+    types            = ["PaymentCreated", "PaymentTransactionAdded", "PaymentTransactionStateChanged"]
   }
 
   message {

@@ -114,6 +114,9 @@ class CustomerMapping(_Section):
 class PaymentMapping(_Section):
     """The mapping of payments."""
 
+    refund_types: list[str] = Field(
+        ["Refund"], description='Transaction types that are refunds; "Chargeback" can be one too.'
+    )
     refund_states: list[str] = Field(["Success"], description="Transaction states in which a refund counts.")
     reason_field: str = Field("reason", description="Custom field of a transaction that holds the refund's reason.")
 

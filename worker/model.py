@@ -48,6 +48,8 @@ class Enriched:
     order: Json | None = field(default=None, repr=False)
     workflow_state: Json | None = field(default=None, repr=False)  # that the order has entered
     payment: Json | None = field(default=None, repr=False)
+    payments: Sequence[Json] = field(default=(), repr=False)  # of the order, in its order
+    added_payments: Sequence[Json] = field(default=(), repr=False)  # those of `payments` that OrderPaymentAdded adds
     customer: Json | None = field(default=None, repr=False)
     category: Json | None = field(default=None, repr=False)
     descendants: Sequence[Json] = field(default=(), repr=False)

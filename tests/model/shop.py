@@ -191,7 +191,7 @@ class ShopModel:
         self.refunds[order_id] = payment
         self._shop.write("payments", payment_id, payment, how.lag)
         self._message("PaymentTransactionAdded", "payment", payment, how, transaction=added)
-        self._expect("Refunded Order", added["id"], amount)
+        self._expect("Refunded Order", order_id if number == 1 else added["id"], amount)
 
     def bad_order(self, kind: str, how: Change) -> None:
         """Publish an order without a buyer, or with an email address that Klaviyo rejects."""

@@ -14,6 +14,7 @@ from worker.commercetools.client import MAX_WHERE_BYTES, _chunks, _where
 from worker.commercetools.queries import (
     CATEGORIES,
     ORDERS,
+    ORDERS_BY_PAYMENT,
     PRODUCTS,
     PRODUCTS_BY_SKU,
     InMemoryReader,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
+MAPPING = MappingConfig()
 
 
 class CountingReader(InMemoryReader):
@@ -173,6 +175,53 @@ def test_payment_gets_its_order(enricher: Enricher) -> None:
     assert enriched.order is not None
     assert enriched.order["id"] == "o1"
     assert "jeans" in enriched.categories
+
+
+def paying(number: int, *payments: str) -> dict[str, Any]:
+    order = {"id": f"o{number}", "createdAt": f"2026-01-0{number}", "customerEmail": "ada@example.com"}
+    return order | {"paymentInfo": {"payments": reference(*payments)}}
+
+
+def test_payments_of_the_order_are_in_its_order() -> None:
+    """The first refund among them has the order's id. One that commercetools does not show yet is waited for."""
+    payments = [{"id": "p2"}, {"id": "p1"}]
+    message = about("payment", "p2", "PaymentTransactionAdded")
+    enriched = one(
+        Enricher(InMemoryReader({"orders": [paying(1, "p1", "p2")], "payments": payments}), MAPPING), message
+    )
+    assert ([each["id"] for each in enriched.payments], enriched.missing) == (["p1", "p2"], "")
+    enriched = one(
+        Enricher(InMemoryReader({"orders": [paying(1, "p3", "p2")], "payments": payments}), MAPPING), message
+    )
+    assert ([each["id"] for each in enriched.payments], enriched.missing) == (["p2"], "payment of the order")
+
+
+@pytest.mark.parametrize(
+    ("payload", "added"),
+    [
+        ({"payment": {"id": "p1"}}, []),
+        ({"payment": {"id": "p2"}}, ["p2"]),
+        ({}, ["p2"]),
+        ({"payment": {"id": "p3"}}, []),
+    ],
+)
+def test_payment_that_an_order_gets_belongs_to_its_first_order(payload: dict[str, Any], added: list[str]) -> None:
+    """So its refunds are events of one order."""
+    shop = {"orders": [paying(1, "p1"), paying(2, "p1", "p2")], "payments": [{"id": "p1"}, {"id": "p2"}]}
+    enriched = one(Enricher(InMemoryReader(shop), MAPPING), about("order", "o2", "OrderPaymentAdded", **payload))
+    assert [each["id"] for each in enriched.added_payments] == added
+
+
+def test_payment_that_no_query_finds_yet_belongs_to_the_order_that_got_it() -> None:
+    """A query for the orders of a payment can lag behind a query by id."""
+
+    class Lagging(InMemoryReader):
+        def find(self, query: Query, values: Collection[str]) -> QueryResult:
+            return {} if query == ORDERS_BY_PAYMENT else super().find(query, values)
+
+    message = about("order", "o1", "OrderPaymentAdded", payment={"id": "p1"})
+    enriched = one(Enricher(Lagging({"orders": [paying(1, "p1")], "payments": [{"id": "p1"}]}), MAPPING), message)
+    assert enriched.added_payments == [{"id": "p1"}]
 
 
 def test_payment_without_an_order_gets_its_customer(enricher: Enricher) -> None:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 Result = Enriched | WorkerError
 
+MESSAGE_PLANS: dict[str, Callable[[Enriched, PlanContext], Plan]] = {
+    "OrderPaymentAdded": payments.order_payment_plan,
+}  # instead of the plan of the resource type
 PLANS: dict[str, Callable[[Enriched, PlanContext], Plan]] = defaultdict(
     lambda: plans.empty_plan,
     {
@@ -64,7 +67,7 @@ class Enricher:
         """Return, for each notification in order, the notification with its data or the error that prevented it."""
         context = PlanContext(self._mapping)
         now = self._now()
-        running = [PLANS[n.resource_type](Enriched(n, now), context) for n in notifications]
+        running = [_plan_of(n)(Enriched(n, now), context) for n in notifications]
         results: list[Result | None] = [None] * len(running)
         while pending := [index for index, result in enumerate(results) if result is None]:
             lookups: dict[queries.Query, set[str]] = defaultdict(set)
@@ -78,6 +81,10 @@ class Enricher:
             missing = context.missing(query, values)
             if missing:
                 context.add(query, self._reader.find(query, missing))
+
+
+def _plan_of(notification: Notification) -> Callable[[Enriched, PlanContext], Plan]:
+    return MESSAGE_PLANS.get(notification.type) or PLANS[notification.resource_type]
 
 
 def _advance(plan: Plan, lookups: dict[queries.Query, set[str]]) -> Result | None:

@@ -253,6 +253,14 @@ def _payments(shop: Shop) -> Iterator[SampleSpec]:
     other = uid("payment:second-card")
     absent = payload_not_included("PaymentTransactionAdded", "payment", other)
     yield "PaymentTransactionAdded, payload not included", absent, "sent"
+    created = shop.payments[other] | {"version": 1}
+    yield "PaymentCreated with a refund", message("PaymentCreated", "payment", other, payment=created), "sent"
+    orphan = payload_not_included("PaymentTransactionAdded", "payment", uid("payment:orphan"))
+    yield "PaymentTransactionAdded, no order", orphan, "ignored"
+    paid_twice = message(
+        "OrderPaymentAdded", "order", uid("order:paid-twice"), payment=reference("payment", "second-card")
+    )
+    yield "OrderPaymentAdded", paid_twice, "sent"
 
 
 def _customers(shop: Shop) -> Iterator[SampleSpec]:
@@ -311,10 +319,8 @@ def _ignored() -> list[Sample]:
 def _invalid(shop: Shop) -> list[Sample]:
     anonymous = uid("order:anonymous")
     nameless = sns_raw(message("OrderCreated", "order", anonymous, order=shop.orders[anonymous]))
-    orphan = bare(payload_not_included("PaymentTransactionAdded", "payment", uid("payment:orphan")))
     bodies = {
         "an order without a customer": nameless,
-        "a refund of a payment without an order": orphan,
         "malformed JSON": b'{"notificationType": "Message", ',
         "a JSON array": b"[1, 2, 3]",
         "an empty body": b"",

@@ -1,13 +1,14 @@
-"""Payment messages -> Refunded Order events, one per refund."""
+"""Messages about payments -> Refunded Order events, one per refund."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from worker.budget import check_refunds, limit_paths
-from worker.errors import Ignored, Rejected
-from worker.json_access import as_dict, as_dicts, as_text
+from worker.errors import Ignored
+from worker.json_access import as_dict, as_dicts, as_id, as_text
 from worker.transform import fields
 from worker.transform.identity import identifiers
 from worker.transform.line_items import items_of
@@ -21,21 +22,30 @@ if TYPE_CHECKING:
     from worker.mapping import MappingConfig
     from worker.model import Enriched, Json, Notification, Operation
 
+_EFFECT = "Refunded Order, per refund transaction"
+_NO_REFUND = "no refund in a state that counts: see payment.refund_types, payment.refund_states"
 
-def _check_refund(notification: Notification, mapping: MappingConfig) -> None:
+
+def _check_transaction(notification: Notification, mapping: MappingConfig) -> None:
     payload = notification.payload
     transaction = as_dict(payload.get("transaction"))
-    if transaction and transaction.get("type") != "Refund":
-        raise Ignored("the transaction is not a refund")
+    if transaction and transaction.get("type") not in mapping.payment.refund_types:
+        raise Ignored("the transaction is no refund: see payment.refund_types")
     state = transaction.get("state", payload.get("state"))
     if isinstance(state, str) and state not in mapping.payment.refund_states:
         raise Ignored("no event for a transaction in this state: see payment.refund_states")
 
 
+def _check_created(notification: Notification, mapping: MappingConfig) -> None:
+    payment = notification.payload.get("payment")
+    if isinstance(payment, dict) and not any(_is_refund(t, mapping) for t in as_dicts(payment.get("transactions"))):
+        raise Ignored(f"the payment was created with {_NO_REFUND}")
+
+
 def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
-    are_refunds = [_is_refund(transaction, enriched.notification, mapping) for transaction in _transactions(enriched)]
+    are_refunds = [_is_refund(transaction, mapping) for transaction in _transactions(enriched)]
     if others := are_refunds.count(False):
-        yield f"{others} of {len(are_refunds)} transactions: no refund, or its state is not in payment.refund_states"
+        yield f"{others} of {len(are_refunds)} transactions: {_NO_REFUND}"
     yield from order_omissions(enriched, mapping)
 
 
@@ -43,32 +53,63 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     "PaymentTransactionAdded",
     "PaymentTransactionStateChanged",
     resource="payment",
-    effect="Refunded Order, per refund transaction",
-    precheck=_check_refund,
+    effect=_EFFECT,
+    precheck=_check_transaction,
     omissions=_omissions,
 )
-def payment_transaction(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
-    """Create a Refunded Order event for every refund, with the refund's amount. The transaction id is the unique_id.
+@handles("PaymentCreated", resource="payment", effect=_EFFECT, precheck=_check_created, omissions=_omissions)
+def payment_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
+    """Create a Refunded Order event for every refund that the message is about, with the refund's amount.
+
+    The refund that stands first among those of the order has the order's id as unique_id, the others have their own.
+    """
+    return _refund_events(enriched, mapping)
+
+
+@handles(
+    "OrderPaymentAdded",
+    resource="order",
+    effect="Refunded Order, per refund transaction of a payment without a customer",
+    omissions=_omissions,
+)
+def order_payment_added(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operation]:
+    """Create a Refunded Order event for every refund that the payment had before the order got it.
+
+    If the payment names a customer, its own messages created these events.
+    """
+    if enriched.order is None:
+        raise Ignored("commercetools no longer has the order")
+    if not enriched.added_payments:
+        raise Ignored("the order no longer has the payment, or an earlier order has it too")
+    if all(_names_customer(payment) for payment in enriched.added_payments):
+        raise Ignored("the payment names a customer, so its own messages have sent its refunds")
+    return _refund_events(enriched, mapping)
+
+
+def _refund_events(enriched: Enriched, mapping: MappingConfig) -> Iterator[Operation]:
+    """Yield the events of the refunds.
 
     Every event has the properties of the order. If these are large, they are truncated so that all copies together are
     as large as one event can be. Raises Rejected if there are too many refunds.
     """
-    refunds = [t for t in _transactions(enriched) if _is_refund(t, enriched.notification, mapping)]
+    refunds = [transaction for transaction in _transactions(enriched) if _is_refund(transaction, mapping)]
     if not refunds:
-        raise Ignored("the payment has no refund in a state that payment.refund_states lists")
+        raise Ignored(f"the payment has {_NO_REFUND}")
     if enriched.order is None and enriched.customer is None:
-        raise Rejected("no order has this payment and it names no customer: a refund needs one of them")
+        raise Ignored("no order has this payment and it names no customer: a refund needs one of them")
     check_refunds(len(refunds))
     order = as_dict(enriched.order)
     profile = identifiers(order, enriched, mapping)
     properties = order_properties(order, items_of(order, enriched, mapping), enriched, mapping)
     properties, truncated = truncate(properties, EVENT_BYTES // len(refunds))
+    first = _first_refund(enriched, mapping)
     for transaction in refunds:
+        own_id = as_id(transaction.get("id"))
         refund = _refund_properties(transaction, mapping)
         operation = event_operation(
             metric=mapping.metrics.refunded_order,
-            unique_id=as_text(transaction.get("id")),
-            time=fields.first_nonempty(as_text(transaction.get("timestamp")), enriched.notification.time or ""),
+            unique_id=(as_id(order.get("id")) if own_id == first else "") or own_id,
+            time=_time(transaction, enriched),
             value=transaction.get("amount"),
             profile=profile,
             properties=refund | properties | refund,  # first, so that they are not the ones to truncate
@@ -77,26 +118,48 @@ def payment_transaction(enriched: Enriched, mapping: MappingConfig) -> Iterable[
 
 
 def _transactions(enriched: Enriched) -> list[Json]:
-    """Return the transaction of the message, or all transactions of the payment if the payload is not included."""
+    """Return the transactions that the message is about. Their state is the one that the message states.
+
+    If a message lacks its payload, these are all transactions of its payments.
+    """
     payload = enriched.notification.payload
     if added := as_dict(payload.get("transaction")):
         return [added]
-    transactions = as_dicts(as_dict(enriched.payment).get("transactions"))
-    changed_id = as_text(payload.get("transactionId"))
-    return [t for t in transactions if not changed_id or t.get("id") == changed_id]
+    if enriched.notification.type == "OrderPaymentAdded":
+        payments = [payment for payment in enriched.added_payments if not _names_customer(payment)]
+        return list(chain.from_iterable(as_dicts(payment.get("transactions")) for payment in payments))
+    payment = as_dict(payload.get("payment")) or as_dict(enriched.payment)
+    changed_id, state = as_text(payload.get("transactionId")), payload.get("state")
+    found = [t for t in as_dicts(payment.get("transactions")) if not changed_id or t.get("id") == changed_id]
+    return [transaction | {"state": state} for transaction in found] if state else found
 
 
-def _is_refund(transaction: Json, notification: Notification, mapping: MappingConfig) -> bool:
-    """Return whether a transaction is a refund in one of `payment.refund_states`.
+def _names_customer(payment: Json) -> bool:
+    return bool(as_text(as_dict(payment.get("customer")).get("id")))
 
-    The state in the message takes precedence over the state in the transaction.
+
+def _first_refund(enriched: Enriched, mapping: MappingConfig) -> str:
+    """Return the id of the transaction that stands first among all refunds of the order, or "".
+
+    Its state does not matter, so that the answer stays the same when states change.
     """
-    state = notification.payload.get("state") or transaction.get("state")
+    transactions = chain.from_iterable(as_dicts(payment.get("transactions")) for payment in enriched.payments)
+    refunds = (t for t in transactions if t.get("type") in mapping.payment.refund_types)
+    return next(filter(None, (as_id(transaction.get("id")) for transaction in refunds)), "")
+
+
+def _is_refund(transaction: Json, mapping: MappingConfig) -> bool:
     return (
-        transaction.get("type") == "Refund"
-        and state in mapping.payment.refund_states
-        and bool(as_text(transaction.get("id")))
+        transaction.get("type") in mapping.payment.refund_types
+        and transaction.get("state") in mapping.payment.refund_states
+        and bool(as_id(transaction.get("id")))
     )
+
+
+def _time(transaction: Json, enriched: Enriched) -> str:
+    """Return the time of the transaction, or that of the message if the transaction has none that can be."""
+    own = fields.sane_time(transaction.get("timestamp"), latest=enriched.as_of)
+    return fields.first_nonempty(own, enriched.notification.time or "")
 
 
 def _refund_properties(transaction: Json, mapping: MappingConfig) -> Json:

@@ -59,8 +59,8 @@ def test_orders_become_the_events_that_the_worker_sends(sandbox: Sandbox, tmp_pa
     expected = sum((placed(order) for order in orders.values() if order["id"] != ANONYMOUS), Counter[tuple[str, str]]())
     expected += Counter({("Fulfilled Order", done): 1, ("Fulfilled Order", shipped): 1})
     expected[("Cancelled Order", cancelled)] = 1
-    refunds = ("refund-1", "refund-2", "refund-4")  # one is pending
-    expected += Counter(("Refunded Order", uid(f"transaction:{name}")) for name in refunds)
+    refunds = uid("order:three"), uid("transaction:refund-2"), uid("order:paid-twice")  # one is pending
+    expected += Counter(("Refunded Order", name) for name in refunds)
     assert events(sandbox) == expected
     assert all(event["backfill"] is True for event in sandbox.account.events)
     times = {event["metric"]: event["time"][:10] for event in sandbox.account.events if event["unique_id"] != done}
@@ -84,7 +84,7 @@ def test_backfill_and_worker_do_not_duplicate_events(sandbox: Sandbox, tmp_path:
         assert CliRunner().invoke(main, ["publish", "-"], input=live, env=environment).exit_code == 0
         assert CliRunner().invoke(main, ["run", "--once"], env=environment).exit_code == 0
         assert backfill(sandbox, "orders", "--ids", order["id"]).exit_code == 0
-    refunds = Counter(("Refunded Order", uid(f"transaction:refund-{number}")) for number in (1, 2))
+    refunds = Counter(("Refunded Order", name) for name in (order["id"], uid("transaction:refund-2")))
     assert events(sandbox) == placed(order) + refunds
     marked = {event["metric"]: event["backfill"] for event in sandbox.account.events}
     assert marked == {"Placed Order": None, "Ordered Product": None, "Refunded Order": True}

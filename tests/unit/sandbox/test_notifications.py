@@ -57,6 +57,8 @@ def test_samples_cover_every_type() -> None:
         "order OrderCreatedFromRecurringOrder",
         "order OrderStateChanged",
         "order OrderShipmentStateChanged",
+        "order OrderPaymentAdded",
+        "payment PaymentCreated",
         "payment PaymentTransactionAdded",
         "payment PaymentTransactionStateChanged",
         "customer CustomerCreated",

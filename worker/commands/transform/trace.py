@@ -11,7 +11,7 @@ import orjson
 from worker.commercetools import queries
 from worker.enrich import Enricher
 from worker.errors import Ignored, WorkerError
-from worker.json_access import as_dicts, loads
+from worker.json_access import as_dict, as_dicts, loads
 from worker.parse import parse
 from worker.transform import handler_for, transform
 
@@ -101,8 +101,9 @@ def _with_payload(snapshot: dict[str, list[Json]], notification: Notification) -
     """Add the resource in the payload, unless the snapshot contains it."""
     resources: dict[str, list[Json]] = defaultdict(list, {path: list(entries) for path, entries in snapshot.items()})
     for name, path in _PAYLOADS.items():
-        payload = notification.payload.get(name)
+        payload = as_dict(notification.payload.get(name))
         known = [entry.get("id") for entry in as_dicts(resources[path])]
-        if isinstance(payload, dict) and payload.get("id") not in known:
+        is_resource = payload and "typeId" not in payload  # otherwise it is a reference
+        if is_resource and payload.get("id") not in known:
             resources[path].append(payload)
     return resources
