@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from decimal import Decimal
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 MAX_FRACTION_DIGITS = 20  # commercetools' limit for highPrecision money
 MAX_MINOR_UNITS = 2**63
-EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)  # systems write the years 1 and 1970 where they have no time
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
 
@@ -290,12 +289,6 @@ def report_filtered(values: Any, rules: PropertyRules, section: str) -> Iterator
 
 def _is_included(name: str, rules: PropertyRules) -> bool:
     return (not rules.include or "*" in rules.include or name in rules.include) and name not in rules.exclude
-
-
-def sane_time(value: Any, latest: datetime) -> str:
-    """Return an RFC 3339 time if it is neither before EARLIEST nor after `latest`, else ""."""
-    moment = parse_time(value)
-    return as_text(value) if moment is not None and EARLIEST <= moment <= latest else ""
 
 
 def add_seconds(value: Any, seconds: int) -> str:

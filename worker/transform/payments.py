@@ -12,7 +12,7 @@ from worker.json_access import as_dict, as_dicts, as_id, as_text
 from worker.transform import fields
 from worker.transform.identity import identifiers
 from worker.transform.line_items import items_of
-from worker.transform.order_events import event_operation, order_omissions, order_properties
+from worker.transform.order_events import event_operation, event_time, order_omissions, order_properties
 from worker.transform.registry import handles
 from worker.transform.size_limits import EVENT_BYTES, truncate
 
@@ -109,7 +109,7 @@ def _refund_events(enriched: Enriched, mapping: MappingConfig) -> Iterator[Opera
         operation = event_operation(
             metric=mapping.metrics.refunded_order,
             unique_id=(as_id(order.get("id")) if own_id == first else "") or own_id,
-            time=_time(transaction, enriched),
+            time=event_time(enriched, transaction.get("timestamp"), enriched.notification.time),
             value=transaction.get("amount"),
             profile=profile,
             properties=refund | properties | refund,  # first, so that they are not the ones to truncate
@@ -154,12 +154,6 @@ def _is_refund(transaction: Json, mapping: MappingConfig) -> bool:
         and transaction.get("state") in mapping.payment.refund_states
         and bool(as_id(transaction.get("id")))
     )
-
-
-def _time(transaction: Json, enriched: Enriched) -> str:
-    """Return the time of the transaction, or that of the message if the transaction has none that can be."""
-    own = fields.sane_time(transaction.get("timestamp"), latest=enriched.as_of)
-    return fields.first_nonempty(own, enriched.notification.time or "")
 
 
 def _refund_properties(transaction: Json, mapping: MappingConfig) -> Json:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +15,7 @@ from worker.enrich import Enricher
 from worker.errors import Ignored
 from worker.mapping import MappingConfig
 from worker.model import Enriched, Notification
-from worker.transform import fields, transform
+from worker.transform import transform
 
 if TYPE_CHECKING:
     from worker.model import Json
@@ -144,17 +143,3 @@ def test_every_refund_is_sent_once(drawn: tuple[History, list[tuple[Notification
     )
     if refunds and "Success" in refunds[0].path:
         assert history.events["order"] == {refunds[0].id}
-
-
-@pytest.mark.parametrize(
-    "value", ["0001-01-01T00:00:00.000Z", "1970-01-01T00:00:00Z", "2026-11-24T00:00:01Z", "", "soon", None]
-)
-def test_time_that_cannot_be(value: object) -> None:
-    """Systems write such times where they have none. Klaviyo would show the refund in that year."""
-    assert fields.sane_time(value, NOW) == ""
-
-
-@pytest.mark.parametrize("value", ["2000-01-01T00:00:00Z", "2026-11-24T01:00:00+01:00", "2026-11-23T23:59:59.999Z"])
-def test_time_that_can_be(value: str) -> None:
-    """The time of the transaction, up to that of its message."""
-    assert fields.sane_time(value, NOW) == value
