@@ -205,15 +205,7 @@ class KlaviyoMisconfigured(Misconfigured):
 
 
 class Ignored(Exception):
-    """There is nothing to do for the message. The error text is the reason.
-
-    `if_written` is the reason to dead-letter the message instead, if it has possibly written something before; "" if
-    that does no harm.
-    """
-
-    def __init__(self, reason: str, *, if_written: str = "") -> None:
-        super().__init__(reason)
-        self.if_written = if_written
+    """There is nothing to do for the message. The error text is the reason."""
 
 
 class Excluded(Ignored):

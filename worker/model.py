@@ -62,6 +62,7 @@ class Enriched:
     discount_codes: Mapping[str, str] = field(default_factory=dict, repr=False)  # id -> code
     versions: Mapping[ResourceKey, int | None] = field(default_factory=dict, repr=False)
     missing: str = ""
+    written_since: datetime | None = None  # when the first state was read that the message possibly wrote
 
 
 class Effect(Enum):
@@ -109,8 +110,8 @@ class Operation:
 
     If a batch has several operations with the same kind and `key`, only the last one is sent. `resource` is the
     JSON:API object (`type`, `id`, `attributes`, `relationships`); None if the key is enough. `keep_skus` are the
-    variants that DELETE_STALE_VARIANTS keeps. `fallback` returns the operations to send instead if Klaviyo does not
-    have the object to update.
+    variants that DELETE_STALE_VARIANTS keeps. DELETE_PROFILE deletes no profile that Klaviyo created before
+    `created_since`. `fallback` returns the operations to send instead if Klaviyo does not have the object to update.
     """
 
     kind: OperationKind
@@ -119,6 +120,7 @@ class Operation:
     keep_skus: frozenset[str] = frozenset()
     fallback: Callable[[], Iterable[Operation]] | None = field(default=None, repr=False, compare=False)
     truncated: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
+    created_since: datetime | None = None
 
 
 class SendResult(NamedTuple):
@@ -126,6 +128,7 @@ class SendResult(NamedTuple):
 
     error: WorkerError | None  # None: the effect is in Klaviyo
     requests: int  # that were sent to Klaviyo for the operation
+    erased: int = 0  # profiles whose deletion was requested
 
 
 class Ending(Enum):
@@ -176,6 +179,8 @@ class Message:
     operations: Sequence[Operation] = ()
     outcome: Outcome | None = None
     requests: int = 0  # sent to Klaviyo for this message; a bulk request counts for every message in it
+    erased: int = 0  # profiles whose deletion was requested for this message
+    written_since: datetime | None = None  # see Enriched
     retries: int = 0  # in this process
     times_blocked: int = 0  # in a row (see errors.RequestBlocked)
     known_versions: Mapping[ResourceKey, int] = field(default_factory=dict)  # the latest that are known to exist

@@ -154,7 +154,7 @@ class Pipeline:
             if isinstance(result, WorkerError):
                 message.outcome = _failure_outcome(message, "enrich", result)
             else:
-                message.enriched = result
+                message.enriched = replace(result, written_since=message.written_since)
                 _judge_reading(message, read_at)
 
     def _transform(self, messages: Sequence[Message]) -> None:
@@ -172,6 +172,9 @@ class Pipeline:
         for message in messages:
             own_results = [next(results) for _ in message.operations]
             message.requests += sum(result.requests for result in own_results)
+            message.erased += sum(result.erased for result in own_results)
+            if message.requests and message.enriched and not message.written_since:
+                message.written_since = message.enriched.as_of
             _conclude_send(message, [result.error for result in own_results if result.error])
 
     def _settle(self, messages: Sequence[Message]) -> None:
@@ -283,10 +286,7 @@ def _run_pure_stage(message: Message, stage: str, work: Callable[[], None]) -> N
     try:
         work()
     except Ignored as reason:
-        if reason.if_written and message.requests:
-            message.outcome = _failure_outcome(message, stage, Rejected(reason.if_written))
-        else:
-            message.outcome = Outcome(Disposition.ACK, stage, reason)
+        message.outcome = Outcome(Disposition.ACK, stage, reason)
     except WorkerError as error:
         message.outcome = _failure_outcome(message, stage, error)
     except Exception as error:  # noqa: BLE001 - hostile data must not stop the worker

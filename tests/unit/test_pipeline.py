@@ -73,6 +73,7 @@ class Stages:
         self.before_read: Callable[[], None] = lambda: None
         self.requests = 2
         self.enriched: list[list[str]] = []
+        self.read_at: list[datetime] = []
         self.sent: list[Operation] = []
 
     def enrich(self, notifications: Sequence[Notification]) -> list[Enriched | WorkerError]:
@@ -90,7 +91,8 @@ class Stages:
             customer = None
         missing = "customer" if version is None else ""
         versions = {("customer", name): version}
-        return Enriched(notification, datetime.now(UTC), customer=customer, versions=versions, missing=missing)
+        self.read_at.append(datetime.now(UTC))
+        return Enriched(notification, self.read_at[-1], customer=customer, versions=versions, missing=missing)
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
         self.sent += operations
@@ -525,10 +527,10 @@ def test_resource_that_appears_is_written(pipeline: Pipeline, recorded: Recordin
 
 
 @pytest.mark.parametrize("erasure", [True, False])
-def test_customer_who_is_gone_after_the_write_is_reported_if_persons_are_erased(
+def test_profile_of_a_customer_who_is_gone_after_the_write_is_deleted_if_persons_are_erased(
     erasure: bool, stages: Stages, recorded: RecordingQueue
 ) -> None:
-    """An erased person must not stay in Klaviyo unnoticed. Nothing is deleted: the deletion possibly was no erasure."""
+    """An erased person must not come back. Only a profile that this write created is deleted."""
 
     def delete() -> None:
         if stages.sent:
@@ -539,10 +541,13 @@ def test_customer_who_is_gone_after_the_write_is_reported_if_persons_are_erased(
     message = pipeline.parse(updated("a"))
     message.received_at -= READ_LAG
     assert pipeline.process([message]) == []
-    ((method, _, _, reason),) = recorded.settled
-    assert method == ("dead_letter" if erasure else "ack")
-    assert ("delete the profile" in reason) is erasure
-    assert [operation.kind for operation in stages.sent] == [OperationKind.UPSERT_PROFILE]
+    assert [entry[:2] for entry in recorded.settled] == [("ack", "a")]
+    assert [operation.kind for operation in stages.sent] == [
+        OperationKind.UPSERT_PROFILE,
+        *([OperationKind.DELETE_PROFILE] if erasure else []),
+    ]
+    if erasure:
+        assert stages.sent[-1].created_since == stages.read_at[0]
 
 
 def test_message_of_an_unfinished_job_is_not_processed_until_the_job_has_ended(

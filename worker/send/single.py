@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import cachetools
-import orjson
 
 from worker.errors import Rejected, Transient, WorkerError
 from worker.json_access import as_text
 from worker.klaviyo.client import iter_resources
 from worker.model import Json, Operation, OperationKind, SendResult
+from worker.send.erasure import Eraser
 from worker.send.identifiers import IDENTIFIER_PRIORITY, drop_identifier, invalid_identifier
-from worker.send.requests import COLLECTION, deletion_request, entry_path, reference_paths, update_body
+from worker.send.requests import COLLECTION, entry_path, reference_paths, update_body
 from worker.telemetry.defects import describe_defect, report_defect
 from worker.telemetry.log import log
 from worker.transform.catalog import external_id
@@ -36,12 +36,12 @@ class SingleSender:
 
     def __init__(self, client: KlaviyoClient) -> None:
         self._client = client
+        self._eraser = Eraser(client)
         self._existing: cachetools.TTLCache[str, bool] = cachetools.TTLCache(_CACHE_SIZE, _CACHE_SECONDS)
         self._lock = Lock()
         self._methods: dict[OperationKind, Callable[[Operation], None]] = {
             OperationKind.CREATE_EVENT: self._create_event,
             OperationKind.UPSERT_PROFILE: self._upsert_profile,
-            OperationKind.DELETE_PROFILE: self._delete_profile,
             OperationKind.UPSERT_CATEGORY: self._upsert,
             OperationKind.ENSURE_CATEGORY: self._ensure,
             OperationKind.UPSERT_ITEM: self._upsert,
@@ -55,6 +55,8 @@ class SingleSender:
 
     def send(self, operation: Operation) -> SendResult:
         """Send an operation and return its result."""
+        if operation.kind is OperationKind.DELETE_PROFILE:
+            return self._eraser.erase(operation)
         before = self._client.requests_sent()
         error: WorkerError | None = None
         try:
@@ -148,14 +150,6 @@ class SingleSender:
                 raise
             log.warning("identifier_dropped", extra={"identifier": identifier, "resource": resource["type"]})
             self._write_profile(method, path, remaining)
-
-    def _delete_profile(self, operation: Operation) -> None:
-        """Look up every profile with this external_id and request its deletion, which requires Klaviyo's id."""
-        literal = orjson.dumps(operation.key).decode()
-        path = f"/api/profiles?filter={quote(f'equals(external_id,{literal})')}&fields%5Bprofile%5D=id"
-        for profile in iter_resources(self._client, path):
-            request = deletion_request(as_text(profile.get("id")))
-            self._client.call(request.method, request.path, request.body)
 
     def _upsert(self, operation: Operation) -> None:
         """Create the entry, or update it if it exists. If it is known to exist, try the update first."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from worker.budget import limit_paths
 from worker.errors import Excluded, Ignored, JobUnfinished, NotShownYet, StateChanged
-from worker.model import Ending
+from worker.model import Ending, OperationKind
 from worker.telemetry.log import log
 from worker.telemetry.recent_failures import RecentFailures
 
@@ -71,6 +71,8 @@ class Telemetry:
             self.metrics.record_settled(line["message_type"], ending.value, line["duration_s"], line["age_s"])
             if message.outcome and isinstance(message.outcome.cause, Excluded):
                 self.metrics.record_excluded(message.outcome.cause.by)
+            if line["erased"] is not None and ending is Ending.SENT:
+                self.metrics.record_erasure(line["erased"])
             level = _LEVELS.get(ending, logging.INFO)
             if level > logging.INFO:
                 self.failures.add(line)
@@ -96,5 +98,6 @@ def _canonical_fields(message: Message, outcome: str) -> dict[str, Any]:
         "age_s": None if age is None else round(max(age, 0.0), 3),
         "operations": len(message.operations),
         "requests": message.requests,
+        "erased": message.erased if any(o.kind is OperationKind.DELETE_PROFILE for o in message.operations) else None,
         "truncated": limit_paths(sorted({path for each in message.operations for path in each.truncated})) or None,
     }

@@ -30,6 +30,7 @@ SERVICES = ("klaviyo", "commercetools")
 STAGES = ("parse", "enrich", "transform", "send")
 EXCLUDED_BY = ("project", "stores", "countries")
 OTHER = "other"
+_ERASED = ("0", "1", "2", "3")  # profiles of an erasure; 0: Klaviyo had none
 
 _DONE = frozenset({Ending.SENT.value, Ending.IGNORED.value})
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -59,6 +60,7 @@ class Metrics:
         self._excluded = _counter(
             registry, "messages_excluded_total", "Messages of a project, store or country that is not served", "by"
         )
+        self._erasures = _counter(registry, "erasures_total", "Completed erasures, by number of profiles", "profiles")
         self._duration = _histogram(
             registry, "message_duration_seconds", "Time from receiving a message to settling it", _SECONDS
         )
@@ -72,6 +74,8 @@ class Metrics:
         )
         registry.register(_Process())
         self._build = _gauge(registry, "build_info", "Always 1; the labels are versions", "version", "klaviyo_revision")
+        for number in _ERASED:
+            self._erasures.labels(number)
         for kind in (*self._types, "unreadable", OTHER):  # start at 0; otherwise increase() misses the first message
             for outcome in OUTCOMES:
                 self._processed.labels(kind, outcome)
@@ -108,6 +112,10 @@ class Metrics:
     def record_excluded(self, by: str) -> None:
         """Count a message that one of EXCLUDED_BY excluded. It is also counted as ignored."""
         self._excluded.labels(_bounded(by, EXCLUDED_BY)).inc()
+
+    def record_erasure(self, profiles: int) -> None:
+        """Count a completed erasure. `profiles` is the number of profiles whose deletion was requested."""
+        self._erasures.labels(_bounded(str(profiles), _ERASED)).inc()
 
     def record_batch(self, messages: int) -> None:
         """Record the number of messages in a batch."""

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from worker.mapping import MappingConfig
     from worker.model import Enriched, Notification
 
-_GONE = (
-    "commercetools deleted the customer while the profile was written: if the customer must be erased, delete the "
-    "profile with this external_id in Klaviyo"
-)
-
 
 def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     customer = enriched.customer or _customer_in_message(enriched, mapping)
@@ -50,7 +45,8 @@ def customer_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Ope
     """Upsert the profile with the current customer data, so the order of messages does not matter."""
     customer = enriched.customer or _customer_in_message(enriched, mapping)
     if customer is None:
-        raise Ignored("commercetools no longer has the customer", if_written=_GONE if mapping.customer.erasure else "")
+        yield _removal(enriched, mapping)
+        return
     properties, truncated = _properties(customer, mapping)
     attributes = _own_attributes(customer, mapping) | {"properties": properties}
     if not attributes.get("email") and not attributes.get("phone_number"):
@@ -74,6 +70,18 @@ def _customer_in_message(enriched: Enriched, mapping: MappingConfig) -> Json | N
     """
     payload = enriched.notification.payload.get("customer")
     return payload if isinstance(payload, dict) and not mapping.customer.erasure else None
+
+
+def _removal(enriched: Enriched, mapping: MappingConfig) -> Operation:
+    """Return the deletion of the profile that this message created although the customer is gone by now.
+
+    Without it, an import job that lands after an erasure would bring the erased person back. Raises Ignored if the
+    message has written nothing, or if persons are not erased.
+    """
+    if not mapping.customer.erasure or enriched.written_since is None:
+        raise Ignored("commercetools no longer has the customer")
+    key = enriched.notification.resource_id
+    return Operation(OperationKind.DELETE_PROFILE, key, created_since=enriched.written_since)
 
 
 def _own_attributes(customer: Json, mapping: MappingConfig) -> Json:

@@ -319,34 +319,6 @@ def test_other_rejections_of_a_profile_are_final(calls_before: int, sender: Send
     assert sender.send([PROFILE]) == [refused]
 
 
-def test_erasure_deletes_the_profile_with_the_external_id(sender: Sender, klaviyo: Klaviyo) -> None:
-    """The deletion endpoint accepts no external_id. A missing profile needs no deletion."""
-    find = "GET /api/profiles?filter=equals%28external_id%2C%22c%22%29&fields%5Bprofile%5D=id"
-    klaviyo.answer(find, {"data": [{"id": "01A"}]})
-    assert sender.send([Operation(OperationKind.DELETE_PROFILE, "c")]) == [None]
-    assert sender.send([Operation(OperationKind.DELETE_PROFILE, "c")]) == [None]
-    assert klaviyo.names == [find, "POST /api/data-privacy-deletion-jobs", find]
-    body = klaviyo.calls[1][1]
-    assert body is not None
-    assert body["data"]["attributes"]["profile"]["data"]["id"] == "01A"
-
-
-def test_erasure_reads_all_pages_and_accepts_malformed_responses(klaviyo: Klaviyo, sender: Sender) -> None:
-    """A malformed response to one operation does not affect the others."""
-    first = "GET /api/profiles?filter=equals%28external_id%2C%22c%22%29&fields%5Bprofile%5D=id"
-    following = "https://a.klaviyo.com/api/profiles?page=2"
-    klaviyo.answer(first, {"data": [{"id": "01A"}], "links": {"next": following}}, {"data": None})
-    klaviyo.answer("GET /api/profiles?page=2", {"data": [{"id": "01B"}]})
-    assert sender.send([Operation(OperationKind.DELETE_PROFILE, "c")]) == [None]
-    assert sender.send([Operation(OperationKind.DELETE_PROFILE, "c"), event("e")]) == [None, None]
-    erased = [
-        body["data"]["attributes"]["profile"]["data"]["id"]
-        for name, body in klaviyo.calls
-        if body and "privacy" in name
-    ]
-    assert erased == ["01A", "01B"]
-
-
 @pytest.mark.parametrize("kind", [kind for kind in OperationKind if kind is not OperationKind.UPSERT_PROFILE])
 @pytest.mark.parametrize("error", [Transient("503"), KlaviyoMisconfigured("401")], ids=["transient", "misconfigured"])
 def test_every_operation_reports_an_outage(kind: OperationKind, error: Exception, klaviyo: Klaviyo) -> None:

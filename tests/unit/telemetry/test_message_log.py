@@ -19,7 +19,7 @@ from worker.telemetry.metrics import Metrics
 
 FIELDS = {
     *("message_id", "message_type", "resource_type", "resource_id", "outcome", "reason", "stage", "attempt"),
-    *("duration_s", "age_s", "operations"),
+    *("duration_s", "age_s", "operations", "requests", "erased"),
 }
 
 
@@ -141,3 +141,18 @@ def test_warning_of_a_library_is_logged_without_its_text() -> None:
     assert line.pop("where").startswith("test_message_log.py:")
     assert line.pop("time")
     assert line == {"event": "library_warning", "level": "ERROR", "library": "some.library", "error": "ValueError"}
+
+
+@pytest.mark.parametrize("found", [0, 1])
+@pytest.mark.parametrize("ending", [Ending.SENT, Ending.RETRIED])
+def test_an_erasure_has_the_number_of_profiles_in_its_line(found: int, ending: Ending) -> None:
+    """An erasure that found no profile must be visible. It counts when it is complete."""
+    stream = io.StringIO()
+    configure_logging("INFO", "auto", stream)
+    telemetry = Telemetry(Metrics("embedded"))
+    done = message(Outcome(Disposition.ACK, "send"))
+    done.operations, done.erased = [Operation(OperationKind.DELETE_PROFILE, "c")], found
+    telemetry.on_endings([Ended(done, ending)])
+    assert json.loads(stream.getvalue())["erased"] == found
+    scraped = telemetry.metrics.render()[0].decode()
+    assert (f'erasures_total{{profiles="{found}"}} 1.0' in scraped) == (ending is Ending.SENT)

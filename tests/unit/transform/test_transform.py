@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from worker.errors import Ignored
 from worker.mapping import MappingConfig
-from worker.model import Enriched, Notification
+from worker.model import Enriched, Notification, Operation, OperationKind
 from worker.transform import transform
 from worker.transform.order_events import event_operation
 
@@ -68,3 +69,18 @@ def test_same_event_of_another_profile_has_another_key() -> None:
     guest = event_operation(**fields, profile={"email": "a@example.com"})
     customer = event_operation(**fields, profile={"email": "a@example.com", "external_id": "x"})
     assert guest.key != customer.key
+
+
+@pytest.mark.parametrize("erasure", [True, False])
+def test_profile_is_removed_if_the_customer_is_gone_after_the_write(erasure: bool) -> None:
+    """A message that has written nothing removes nothing."""
+    mapping = MappingConfig.model_validate({"customer": {"erasure": erasure}})
+    enriched = Enriched(about("customer", "ResourceUpdated"), NOW)
+    with pytest.raises(Ignored, match="no longer"):
+        transform(enriched, mapping)
+    written = replace(enriched, written_since=NOW)
+    if erasure:
+        assert transform(written, mapping) == (Operation(OperationKind.DELETE_PROFILE, "id-1", created_since=NOW),)
+    else:
+        with pytest.raises(Ignored, match="no longer"):
+            transform(written, mapping)

@@ -153,7 +153,8 @@ class Account(Catalog):
         return found
 
     def _new_profile(self) -> Json:
-        profile: Json = {"type": "profile", "id": secrets.token_hex(13).upper(), "attributes": {"properties": {}}}
+        attributes: Json = {"properties": {}, "created": datetime.now(UTC).isoformat()}
+        profile: Json = {"type": "profile", "id": secrets.token_hex(13).upper(), "attributes": attributes}
         self.profiles.append(profile)
         self._by_id[profile["id"]] = profile
         return profile
