@@ -26,11 +26,23 @@ secrets.
 
 from __future__ import annotations
 
+import re
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Literal, Self
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+_NUMBERS = re.compile(r"(?<=/)\d+(?=/|$)|\d{1,3}(?:,\d{3})+")  # an index in a JSON pointer, a size
+
+
+def kind_of(reason: str) -> str:
+    """Return a reason without the numbers that differ from message to message.
+
+    One kind of failure is then one row of a table, and a thousand invalid messages do not hide other failures.
+    """
+    return _NUMBERS.sub("N", reason)
 
 
 class Disposition(Enum):

@@ -76,8 +76,8 @@ def _document(text: Any) -> Json:
     try:
         document = loads(raw)
     except orjson.JSONDecodeError as error:
-        # Unlike `error.doc`, `error.msg` never quotes the body.
-        raise Rejected(f"expected a JSON object; the body is not JSON ({error.msg} at {error.pos})") from None
+        # `error.doc` quotes the body, `error.msg` does not. Without a position, equal mistakes have equal reasons.
+        raise Rejected(f"expected a JSON object; the body is not JSON ({error.msg})") from None
     if not isinstance(document, dict):
         raise Rejected(f"expected a JSON object; found {_json_type(document)}")
     return document

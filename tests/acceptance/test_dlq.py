@@ -546,13 +546,13 @@ def test_drop_asks_for_confirmation_on_a_terminal(terminal: Terminal, path: Path
 def test_terminal_shows_progress_and_warnings_only(terminal: Terminal, path: Path, sandbox: Sandbox) -> None:
     """Lines per message would hide the bar; a warning appears above it."""
     make_dead_letters_at(path, *map(order, range(1, 21)))
-    pointer = {"pointer": "/data/attributes/profile/data/attributes/phone_number"}
+    pointer = {"pointer": "/data/attributes/profile/data/attributes/email"}
     refusal = json.dumps({"errors": [{"code": "invalid", "title": "Invalid", "source": pointer}]}).encode()
     code, output = terminal("replay", "--type", "OrderCreated", "--limit", "5")
     assert (code, "0 of 5" in output) == (0, True)
     code, output = terminal("replay", "--type", "OrderImported")  # the number is unknown
     assert (code, "replaying 0  0.0/s" in output) == (0, True)
-    sandbox.klaviyo.faults.add(Fault(400, body=refusal, contains=b"phone_number"))
+    sandbox.klaviyo.faults.add(Fault(400, body=refusal, contains=b"email"))
     code, output = terminal("replay")
     assert code == 0
     assert "0 of 15" in output

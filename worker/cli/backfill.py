@@ -16,6 +16,7 @@ from worker.cli.options import Command, settings_options
 from worker.cli.termination import CommandError, exit_without_waiting, handle_errors, on_signals
 from worker.commands.backfill.settings import BackfillSettings
 from worker.errors import ExitCode, Rejected, SettingsError
+from worker.json_access import printable
 from worker.settings import load
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _summarize(title: str, progress: BackfillProgress, rate: Rate) -> list[str]:
     failed = progress.failed
     counts = f"{progress.sent:,} sent, {progress.ignored:,} ignored, {failed.total():,} failed"
     duration = f"this run took {format_duration(rate.seconds)}, {rate.per_second:,.0f} per second"
-    reasons = [f"failed: {number:,} x {reason}" for reason, number in failed.most_common()]
+    reasons = [f"failed: {number:,} x {printable(reason)}" for reason, number in failed.most_common()]
     return [f"{title}: {progress.done:,} done: {counts}; {duration}", *reasons]
 
 

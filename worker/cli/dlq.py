@@ -28,7 +28,7 @@ from worker.commands.dlq.dead_letters import (
     parse_since,
     summarize,
 )
-from worker.errors import ExitCode
+from worker.errors import ExitCode, kind_of
 from worker.json_access import printable
 from worker.settings import QueueSettings, load
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 DEFAULT_LIMIT = 50  # dead letters that `list` prints without --limit and --json
 _MAX_COUNT_ROWS = 20
+_MAX_ATTRIBUTES = 100
+_MAX_TEXT = 2_000  # characters of a reason or an attribute
 _LATEST = datetime.max.replace(tzinfo=UTC)
 
 
@@ -149,7 +151,7 @@ def show(*, message_id: str, **option_values: Any) -> None:
     click.echo("The body can contain personal data: share it only with people who are allowed to see it.", err=True)
     for name, value in _details(dead_letter):
         if value:
-            click.echo(f"{name:<18}{printable(value)}", err=True)
+            click.echo(f"{name:<18}{_bounded(printable(value))}", err=True)
     click.echo(err=True)
     click.echo(format_body(dead_letter.delivery.body))
 
@@ -206,8 +208,8 @@ def _drop(queue: SupportsDeadLetters, filters: DeadLetterFilter, listed: Collect
 
 
 def _print_counts(summaries: Iterable[DeadLetterSummary]) -> None:
-    """Print how many dead letters have each type and reason, the most frequent first."""
-    counts = Counter((printable(display_type(summary)), _format_reason(summary)) for summary in summaries).most_common()
+    """Print how many dead letters have each type and kind of reason, the most frequent first."""
+    counts = Counter((printable(display_type(each)), kind_of(_format_reason(each))) for each in summaries).most_common()
     rows = [("COUNT", "TYPE", "REASON"), *((f"{number:,}", *group) for group, number in counts[:_MAX_COUNT_ROWS])]
     number_width, type_width = (max(len(row[column]) for row in rows) for column in (0, 1))
     for number, message_type, reason in rows:
@@ -218,7 +220,7 @@ def _print_counts(summaries: Iterable[DeadLetterSummary]) -> None:
 
 def _format_line(summary: DeadLetterSummary) -> str:
     resource = " ".join(filter(None, (display_type(summary), summary.resource_type, summary.resource_id)))
-    time, message_id = _format_time(summary.dead_lettered_at), printable(summary.message_id)
+    time, message_id = _format_time(summary.dead_lettered_at), _bounded(printable(summary.message_id))
     return f"{time:<19}  {message_id:>6}  {printable(resource)}  {_format_reason(summary)}"
 
 
@@ -227,7 +229,11 @@ def _format_time(at: datetime | None) -> str:
 
 
 def _format_reason(summary: DeadLetterSummary) -> str:
-    return printable(f"[{summary.stage}] {summary.reason}")
+    return _bounded(printable(f"[{summary.stage}] {summary.reason}"))
+
+
+def _bounded(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
 
 
 def _details(dead_letter: DeadLetter) -> Iterator[tuple[str, str]]:
@@ -241,7 +247,7 @@ def _details(dead_letter: DeadLetter) -> Iterator[tuple[str, str]]:
     yield "attempts", str(summary.attempts or "")
     yield "published_at", _format_time(delivery.published_at)
     yield "dead_lettered_at", _format_time(dead_letter.dead_lettered_at)
-    for name, value in delivery.attributes.items():
+    for name, value in islice(delivery.attributes.items(), _MAX_ATTRIBUTES):
         yield "attribute", f"{name}={value}"
     yield "body", f"{len(delivery.body):,} bytes"
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
 from threading import Lock
-from typing import TextIO
+from typing import Any, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
+
+from worker.json_access import printable
 
 log = logging.getLogger("klaviyo_worker")
 
 REPEAT_INTERVAL = 60.0  # seconds between two log lines about a condition that lasts
+MAX_VALUE = 2_000  # characters of a value
+BURST = 60  # lines of one event in quick succession; after that, one per second
+_PER_MESSAGE = frozenset({"message_processed", "record_failed", "attempts_exhausted", "identifier_dropped"})
 
 
 class ConditionLog:
@@ -56,6 +62,7 @@ def configure_logging(level: str, style: str, stream: TextIO | None = None) -> N
     handler = logging.StreamHandler(stream)
     as_text = style == "text" or (style == "auto" and stream.isatty())
     handler.setFormatter(_TextFormatter() if as_text else _json_formatter())
+    handler.addFilter(_LineLimit())
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(level)
@@ -72,8 +79,48 @@ class _LibraryWarningHandler(logging.Handler):
         log.log(record.levelno, "library_warning", extra={"library": record.name, "where": where, "error": error})
 
 
+class _LineLimit(logging.Filter):
+    """Limits the lines of each event, so that neither a client of an open port nor a library can fill a disk.
+
+    Lines about messages are not limited: the queue limits them. After omitted lines, the next line of the same event
+    has their number in its field `omitted`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = Lock()
+        self._states: dict[str, tuple[float, int]] = {}  # of each event: when its burst is used up, omitted lines
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the line is written."""
+        event = str(record.msg)
+        if event in _PER_MESSAGE:
+            return True
+        now = time.monotonic()
+        with self._lock:
+            used, omitted = self._states.get(event, (0.0, 0))
+            used = max(used, now) + 1.0
+            if used > now + BURST:
+                self._states[event] = (used - 1.0, omitted + 1)
+                return False
+            self._states[event] = (used, 0)
+        if omitted:
+            record.omitted = omitted
+        return True
+
+
+class _JsonFormatter(JsonFormatter):
+    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields with bounded values."""
+        return {name: _bounded(value) for name, value in log_data.items()}
+
+
+def _bounded(value: Any) -> Any:
+    return f"{value[: MAX_VALUE - 1]}…" if isinstance(value, str) and len(value) > MAX_VALUE else value
+
+
 def _json_formatter() -> JsonFormatter:
-    return JsonFormatter(
+    return _JsonFormatter(
         ["message", "levelname"],
         rename_fields={"message": "event", "levelname": "level"},
         timestamp="time",
@@ -88,6 +135,12 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return one line with the time, the event, and every field that has a value."""
         extra = {name: value for name, value in vars(record).items() if name not in self._plain}
-        shown = (f"{name}={value}" for name, value in extra.items() if value is not None)
-        line = " ".join((self.formatTime(record, "%H:%M:%S"), record.getMessage(), *shown))
-        return line if record.exc_info is None else f"{line}\n{self.formatException(record.exc_info)}"
+        shown = (f"{name}={_quoted(value)}" for name, value in extra.items() if value is not None)
+        return " ".join((self.formatTime(record, "%H:%M:%S"), record.getMessage(), *shown))
+
+
+def _quoted(value: Any) -> str:
+    """Return a value for a terminal: in quotes if it could be taken for several values, or can control the terminal."""
+    text = str(_bounded(value))
+    is_plain = text.isprintable() and not any(c in text for c in ' "=') and text != ""
+    return text if is_plain else printable(json.dumps(text, ensure_ascii=False))

@@ -6,13 +6,15 @@ from datetime import UTC, datetime
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from worker.errors import kind_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_FAILURES = 20
 MAX_TEXT = 300  # characters of each field
-_KEY_FIELDS = ("outcome", "stage", "error", "reason")  # failures with the same values share an entry
-_FIELDS = (*_KEY_FIELDS, "message_type", "resource_type", "resource_id", "message_id", "attempt")
+_KEY_FIELDS = ("outcome", "stage", "error")  # failures with the same values and the same kind of reason share an entry
+_FIELDS = (*_KEY_FIELDS, "reason", "message_type", "resource_type", "resource_id", "message_id", "attempt")
 
 
 class RecentFailures:
@@ -28,7 +30,7 @@ class RecentFailures:
     def add(self, line: Mapping[str, Any]) -> None:
         """Add a failure from the fields of its canonical log line."""
         failure = {name: _truncate(line[name]) for name in _FIELDS}
-        key = tuple(failure[name] for name in _KEY_FIELDS)
+        key = (*(failure[name] for name in _KEY_FIELDS), kind_of(failure["reason"] or ""))
         failure["at"] = datetime.now(UTC).isoformat(timespec="seconds")
         with self._lock:
             previous = self._failures.pop(key, None)

@@ -241,8 +241,9 @@ def test_every_body_is_printed_without_control_characters(body: bytes) -> None:
         (b"", ""),
         (b"[" * 101 + b"]" * 101, "[" * 101 + "]" * 101),
         (b"[" * 5_000 + b"]" * 5_000, "[" * 5_000 + "]" * 5_000),
+        (b"[" + b"0," * 20_001 + b"0]", "[" + "0," * 20_001 + "0]"),
     ],
 )
 def test_bodies_are_printed_in_full(body: bytes, shown: str) -> None:
-    """JSON is indented if it is nested up to 100 levels. Other text is unchanged."""
+    """JSON is indented if it has up to 100 levels and 20,000 values. Other text is unchanged."""
     assert format_body(body) == shown

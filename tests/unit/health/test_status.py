@@ -119,6 +119,23 @@ def test_recent_failures_are_limited_and_newest_first() -> None:
     assert kept[0].keys() >= {"at", "message_type", "stage", "outcome", "resource_type", "resource_id", "attempt"}
 
 
+def test_one_kind_of_broken_message_is_one_entry() -> None:
+    """Sizes and positions differ from message to message. They must not displace all other failures."""
+    failures = RecentFailures()
+    failures.add(line(reason="503 to POST a.klaviyo.com/api/events"))
+    failures.add(line(reason="500 to POST a.klaviyo.com/api/events"))
+    for number in range(1_000, 3_000):
+        failures.add(line(reason=f"the message has {number:,} values"))
+        failures.add(line(reason=f"Invalid input at /data/events/{number}/time"))
+    newest = [(failure["reason"], failure["times"]) for failure in failures.newest()]
+    assert newest == [
+        ("Invalid input at /data/events/2999/time", 2_000),
+        ("the message has 2,999 values", 2_000),
+        ("500 to POST a.klaviyo.com/api/events", 1),
+        ("503 to POST a.klaviyo.com/api/events", 1),
+    ]
+
+
 def test_repeated_failure_is_counted() -> None:
     """An outage with a thousand messages must not displace a dead letter. The newest message is shown."""
     failures = RecentFailures()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
+from collections import Counter
 from datetime import UTC, datetime
 
 import pytest
@@ -13,7 +15,7 @@ from tests.conftest import FakeDelivery
 from worker.budget import MAX_PATHS, MORE
 from worker.errors import Disposition, Ignored, JobUnfinished, NotShownYet, Rejected, StateChanged, Transient
 from worker.model import Ended, Ending, Message, Notification, Operation, OperationKind, Outcome
-from worker.telemetry.log import configure_logging, log
+from worker.telemetry.log import BURST, MAX_VALUE, configure_logging, log
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
 
@@ -111,6 +113,57 @@ def test_text_format_shows_time_event_and_fields() -> None:
     assert " message_processed message_id=7 message_type=OrderCreated " in line
     assert "outcome=sent" in line
     assert "reason" not in line
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("plain", "plain"),
+        ("with blank", '"with blank"'),
+        ("1 outcome=sent", '"1 outcome=sent"'),
+        ("a=b", '"a=b"'),
+        ('"', '"\\""'),
+        ("", '""'),
+        ("x\n12:00:00 parked\x1b[2J\x9b", '"x\\n12:00:00 parked\\u001b[2J\\u009b"'),
+        ("\u202e", '"\\u202e"'),
+        ("x" * 3_000, "x" * (MAX_VALUE - 1) + "…"),
+        (7, "7"),
+    ],
+)
+def test_value_cannot_forge_a_line_or_control_a_terminal(value: object, shown: str) -> None:
+    """Ids, types and reasons come from messages and services."""
+    stream = io.StringIO()
+    configure_logging("INFO", "text", stream)
+    log.info("stopped", extra={"reason": value})
+    assert stream.getvalue()[9:] == f"stopped reason={shown}\n"
+
+
+def test_values_are_bounded_in_json() -> None:
+    """JSON escapes everything else."""
+    stream = io.StringIO()
+    configure_logging("INFO", "json", stream)
+    log.info("stopped", extra={"reason": "x" * 1_000_000, "number": 7})
+    line = json.loads(stream.getvalue())
+    assert (line["reason"], line["number"]) == ("x" * (MAX_VALUE - 1) + "…", 7)
+
+
+def test_lines_of_an_event_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that is refused all the time cannot fill the disk. Lines of messages and of other events are written."""
+    now = 1_000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    configure_logging("INFO", "json", stream)
+    for _ in range(500):
+        log.warning("push_refused", extra={"reason": "no token"})
+        log.info("message_processed")
+    log.info("stopped")
+    now += 2.0
+    for _ in range(5):
+        log.warning("push_refused", extra={"reason": "no token"})
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    events = Counter(line["event"] for line in lines)
+    assert events == {"push_refused": BURST + 2, "message_processed": 500, "stopped": 1}
+    assert [line["omitted"] for line in lines if "omitted" in line] == [500 - BURST]
 
 
 def test_lines_below_the_level_are_left_out() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapters.base import Failure
 from worker.commands.backfill.records import RecordDelivery
+from worker.errors import kind_of
 from worker.model import Ending
 from worker.telemetry.log import log
 
@@ -65,7 +66,7 @@ class BackfillRecorder:
             log.error("record_failed", extra=line)
             if self._failure_log:
                 self._failure_log.add(line)
-            self._complete(record, failure=failure.reason)
+            self._complete(record, failure=kind_of(failure.reason))
 
     def save(self) -> None:
         """Save the checkpoint. Raises OSError."""

@@ -25,6 +25,7 @@ BATCH_SIZE = 100  # dead letters received at a time, with their bodies
 IDLE_TIMEOUT = 5.0  # seconds without a dead letter after which the queue counts as empty
 MAX_CLOCK_SKEW = timedelta(seconds=10)  # by which a queue's clock can be ahead of the local clock
 MAX_INDENTED_DEPTH = 100  # a small body with thousands of levels would print megabytes of indentation
+MAX_INDENTED_VALUES = 20_000  # a line for each value; an order of 500 lines has fewer
 UNREADABLE = "unreadable"  # type of a message that cannot be parsed
 _AGE = re.compile(r"(\d+)([smhdw])", re.ASCII)
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -149,10 +150,14 @@ def parse_since(text: str, now: datetime) -> datetime:
 
 
 def format_body(body: bytes) -> str:
-    """Return a body for display: JSON indented, anything else as text with invalid bytes escaped."""
+    """Return a body for display: JSON indented, anything else as text with invalid bytes escaped.
+
+    JSON with too many values or levels is not indented, because its indentation would be larger than the body.
+    """
     text = body.decode("utf-8", "backslashreplace")
-    with suppress(ValueError, RecursionError):
-        document = json.loads(body)
-        if not isinstance(document, (dict, list)) or is_shallow(document, MAX_INDENTED_DEPTH):
-            text = json.dumps(document, indent=2, ensure_ascii=False)
+    if sum(map(body.count, (b",", b"[", b"{"))) <= MAX_INDENTED_VALUES:
+        with suppress(ValueError, RecursionError):
+            document = json.loads(body)
+            if not isinstance(document, (dict, list)) or is_shallow(document, MAX_INDENTED_DEPTH):
+                text = json.dumps(document, indent=2, ensure_ascii=False)
     return printable(text, keep="\n")
