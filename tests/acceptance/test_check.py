@@ -14,6 +14,7 @@ from worker.sandbox.klaviyo.account import Account
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
     from subprocess import CompletedProcess
 
     from tests.acceptance.conftest import Worker
@@ -122,6 +123,18 @@ def test_every_missing_scope_of_commercetools_is_named(worker: Worker, sandbox: 
     assert done.returncode == 4
     text = results(done)["commercetools"]["text"]
     assert text.endswith("and its scopes: view_payments, view_products")
+
+
+def test_scope_for_workflow_states_is_needed_only_with_the_setting(
+    worker: Worker, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    """By default, no workflow state has an event."""
+    sandbox.commercetools.faults.add(Fault(403, times=None, match="GET /sandbox-shop/states"))
+    assert worker("check", "--json").returncode == 0
+    mapping = tmp_path / "mapping.toml"
+    mapping.write_text('[order]\ncancelled_workflow_states = ["voided"]\n')
+    done = worker("check", "--json", env={"KLAVIYO_WORKER_CONFIG": str(mapping)})
+    assert results(done)["commercetools"]["text"].endswith("and its scopes: view_states")
 
 
 def test_every_missing_scope_of_klaviyo_is_named(worker: Worker, sandbox: Sandbox) -> None:

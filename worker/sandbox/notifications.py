@@ -219,6 +219,9 @@ def _orders(shop: Shop) -> Iterator[SampleSpec]:
     yield "OrderImported", full("OrderImported", "imported"), "sent"
     buyer = reference("customer", "grete")
     yield "OrderCustomerSet", of("OrderCustomerSet", "recurring", sequence=2, customer=buyer), "sent"
+    guest = shop.orders[uid("order:guest")]
+    email = guest["customerEmail"]
+    yield "OrderCustomerEmailSet", of("OrderCustomerEmailSet", "guest", sequence=2, email=email), "sent"
     yield "OrderCreatedFromRecurringOrder", full("OrderCreatedFromRecurringOrder", "recurring"), "sent"
     yield (
         "OrderStateChanged to Complete",
@@ -237,6 +240,13 @@ def _orders(shop: Shop) -> Iterator[SampleSpec]:
     )
     shipped = of("OrderShipmentStateChanged", "guest", sequence=3, shipmentState="Shipped")
     yield "OrderShipmentStateChanged to Shipped", shipped, "sent"
+    (delivery,) = guest["shippingInfo"]["deliveries"]
+    (parcel,) = delivery["parcels"]
+    added = of("ParcelAddedToDelivery", "guest", sequence=5, delivery=delivery, parcel=parcel)
+    state = reference("state", "handed-over")
+    yield "DeliveryAdded", of("DeliveryAdded", "guest", sequence=4, delivery=delivery | {"parcels": []}), "ignored"
+    yield "ParcelAddedToDelivery", added, "ignored"
+    yield "OrderStateTransition", of("OrderStateTransition", "guest", sequence=6, state=state, force=False), "ignored"
 
 
 def _payments(shop: Shop) -> Iterator[SampleSpec]:

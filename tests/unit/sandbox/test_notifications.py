@@ -54,6 +54,7 @@ def test_samples_cover_every_type() -> None:
         "order OrderCreated",
         "order OrderImported",
         "order OrderCustomerSet",
+        "order OrderCustomerEmailSet",
         "order OrderCreatedFromRecurringOrder",
         "order OrderStateChanged",
         "order OrderShipmentStateChanged",
@@ -81,6 +82,9 @@ def test_samples_cover_every_type() -> None:
     }
     assert kinds_of("ignored") >= {
         "order OrderStateChanged",
+        "order DeliveryAdded",
+        "order ParcelAddedToDelivery",
+        "order OrderStateTransition",
         "payment PaymentTransactionAdded",
         "customer ResourceDeleted",
         "subscription ResourceCreated",

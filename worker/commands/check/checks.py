@@ -45,13 +45,14 @@ if TYPE_CHECKING:
 _NONEXISTENT_ID = "00000000-0000-4000-8000-000000000000"
 _EVENTS, _CATALOG = frozenset({"order", "payment"}), frozenset({"category", "product", "inventory-entry"})
 _CUSTOMER = frozenset({"customer"})
-_READS = (  # query, its scope, and the resource types whose handlers need it; see worker/enrich/plans.py
+_READS = (  # query, its scope, and the resource or message types whose handlers need it; see worker/enrich/plans.py
     (queries.ORDERS, "view_orders", _EVENTS),
     (queries.PAYMENTS, "view_payments", frozenset({"payment"})),
     (queries.CUSTOMERS, "view_customers", _EVENTS | _CUSTOMER),
     (queries.CATEGORIES, "view_products", _EVENTS | _CATALOG),
     (queries.PRODUCTS, "view_products", _EVENTS | {"product", "inventory-entry"}),
     (queries.INVENTORY, "view_products", frozenset({"product", "inventory-entry"})),
+    (queries.WORKFLOW_STATES, "view_states", frozenset({"OrderStateTransition"})),
 )
 _WRITES = (  # scope, an endpoint that requires it, and the resource types whose handlers need it
     ("events:write", "/api/events", _EVENTS),
@@ -100,7 +101,8 @@ def _check_services(
     report_progress: Callable[[str], None],
 ) -> Iterator[CheckResult]:
     stopping = Event()
-    resources = frozenset(handler.resource_type for handler in enabled_handlers(mapping))
+    handlers = enabled_handlers(mapping)
+    resources = frozenset(name for handler in handlers for name in (handler.resource_type, handler.type))
     reader = Commercetools(settings, stopping)
     yield _run_check("commercetools", ExitCode.COMMERCETOOLS, partial(_check_commercetools, reader, resources))
     client = Klaviyo(settings, stopping)

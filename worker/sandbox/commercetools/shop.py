@@ -114,6 +114,7 @@ def sample_shop() -> Shop:
         products=products,
         inventory=_inventory(),
         discount_codes=_by_id(_resource("discount-code", "summer", code="SUMMER10", name={"en": "Summer"})),
+        states=_by_id(_resource("state", "handed-over", key="handed-over", type="OrderState")),
     )
 
 
@@ -347,7 +348,15 @@ def _orders(products: dict[str, Json], customers: dict[str, Json]) -> dict[str, 
     three = [line_item("three", 1, jeans, quantity=2), line_item("three", 2, shirt), line_item("three", 3, socks)]
     imported = _order("imported", [line_item("imported", 1, cap)], katherine, origin="Import")
     del imported["cart"], imported["taxedPrice"]  # commercetools computes neither for imported orders
-    guest = {"customerEmail": "hedy.lamarque@mail.example", "billingAddress": guest_address, "anonymousId": "anon"}
+    tracking = {"trackingId": "JD0146", "carrier": "DHL", "isReturn": False}
+    parcel = {"id": uid("parcel:guest"), "createdAt": _CREATED, "trackingData": tracking}
+    delivery = {"id": uid("delivery:guest"), "createdAt": _CREATED, "items": [], "parcels": [parcel]}
+    guest = {
+        "customerEmail": "hedy.lamarque@mail.example",
+        "billingAddress": guest_address,
+        "anonymousId": "anon",
+        "shippingInfo": {"shippingMethodName": "Parcel", "price": money(490), "deliveries": [delivery]},
+    }
     return _by_id(
         _order("three", three, grete, paymentInfo={"payments": [reference("payment", "card")]}),
         _order("guest", [line_item("guest", 1, shirt)], None, **guest),
