@@ -50,7 +50,46 @@ resource "commercetools_subscription" "worker" {
 
   message {
     resource_type_id = "product"
-    types            = ["ProductPublished", "ProductUnpublished", "ProductDeleted"]
+    types = [
+      "ProductPublished",
+      "ProductUnpublished",
+      "ProductDeleted",
+      "ProductCreated",
+      "ProductPriceAdded",
+      "ProductPriceChanged",
+      "ProductPriceRemoved",
+      "ProductPricesSet",
+      "ProductPriceModeSet",
+      "ProductPriceDiscountsSet",
+      "ProductPriceExternalDiscountSet",
+      "ProductVariantAdded",
+      "ProductVariantDeleted",
+      "ProductImageAdded",
+      "ProductAddedToCategory",
+      "ProductRemovedFromCategory",
+      "ProductSlugChanged",
+    ]
+  }
+
+  message {
+    resource_type_id = "standalone-price"
+    types = [
+      "StandalonePriceCreated",
+      "StandalonePriceDeleted",
+      "StandalonePriceValueChanged",
+      "StandalonePriceDiscountSet",
+      "StandalonePriceExternalDiscountSet",
+      "StandalonePriceActiveChanged",
+      "StandalonePriceStagedChangesApplied",
+      "StandalonePriceValidFromSet",
+      "StandalonePriceValidUntilSet",
+      "StandalonePriceValidFromAndUntilSet",
+    ]
+  }
+
+  message {
+    resource_type_id = "inventory-entry"
+    types            = ["InventoryEntryDeleted"]
   }
 
   changes {

@@ -54,6 +54,11 @@ def as_text(value: Any) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
+def as_key(value: Any) -> str:
+    """Return `value` as it is if it is a string, else "": white space is part of a sku."""
+    return value if isinstance(value, str) else ""
+
+
 def as_id(value: Any) -> str:
     """Return `value` as as_text does if it has at most MAX_ID_LENGTH characters, else ""."""
     text = as_text(value)

@@ -132,14 +132,20 @@ class CategoryMapping(_Section):
 class PriceMapping(_Section):
     """The rules that select the price of a catalog entry."""
 
-    channel: str = Field("", description="Id of the distribution channel whose prices count; empty: none.")
-    country: str = Field("", description="Country whose prices are preferred; empty: none.")
+    channel: str = Field(
+        "", description="Id of the distribution channel whose prices take precedence; empty: only prices without one."
+    )
+    country: str = Field("", description="Country whose prices take precedence; empty: only prices without a country.")
 
 
 class InventoryMapping(_Section):
     """The rules that select the stock of a variant."""
 
-    channel: str = Field("", description="Id of the supply channel whose stock counts; empty: stock without a channel.")
+    channel: str | list[str] = Field(
+        "",
+        description='Id of the supply channel whose stock counts, or a list of ids; "*": the stock of all channels and '
+        "without a channel; empty: the stock without a channel, or of all channels if a sku has none without.",
+    )
 
 
 class MappingConfig(_Section):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from worker.errors import HELD, Disposition
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from datetime import datetime
 
     from adapters.base import Delivery
@@ -24,7 +24,8 @@ class Notification:
     """A commercetools notification without its envelope.
 
     `type` is the message type (`OrderCreated`, even if the payload is not included) or the change
-    (`ResourceUpdated`). `payload` is the whole notification, with the fields of the Message at the top level.
+    (`ResourceUpdated`). `payload` is the whole notification, with the fields of the Message at the top level. `seen`
+    are the resources that earlier readings of commercetools for this message found.
     """
 
     type: str
@@ -32,6 +33,7 @@ class Notification:
     resource_id: str
     time: str | None  # of the change, RFC 3339
     payload: Json = field(repr=False)
+    seen: Collection[ResourceKey] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,9 @@ class Enriched:
     category: Json | None = field(default=None, repr=False)
     descendants: Sequence[Json] = field(default=(), repr=False)
     product: Json | None = field(default=None, repr=False)  # current projection
-    inventory_entry: Json | None = field(default=None, repr=False)
+    product_id: str = ""  # of the catalog entry that the notification concerns, even if `product` is None
+    sku: str = ""  # that the notification concerns, if it is about stock or a standalone price
+    standalone_prices: Mapping[str, Sequence[Json]] = field(default_factory=dict, repr=False)  # sku -> prices
     inventory: Mapping[str, Sequence[Json]] = field(default_factory=dict, repr=False)  # sku -> entries
     product_categories: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)  # product -> ids
     categories: Mapping[str, Json] = field(default_factory=dict, repr=False)  # id -> category, including ancestors
@@ -82,6 +86,7 @@ _EFFECT_OF_RESOURCE = {
     "category": Effect.CATALOG,
     "product": Effect.CATALOG,
     "inventory-entry": Effect.CATALOG,
+    "standalone-price": Effect.CATALOG,
 }
 
 

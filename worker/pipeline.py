@@ -144,7 +144,7 @@ class Pipeline:
         self._listener.on_endings([Ended(message, Ending.RETURNED) for message in messages])
 
     def _enrich(self, messages: Sequence[Message]) -> None:
-        notifications = [message.notification for message in messages if message.notification is not None]
+        notifications = [_with_seen(message.notification, message) for message in messages if message.notification]
         read_at = time.monotonic()
         try:
             results = self._enrich_all(notifications)
@@ -197,6 +197,11 @@ class Pipeline:
         if acked:
             self._queue.ack(acked)
         self._listener.on_endings([Ended(message, _ending(message)) for message in messages])
+
+
+def _with_seen(notification: Notification, message: Message) -> Notification:
+    """Return the notification with the resources that earlier readings found."""
+    return replace(notification, seen=tuple(message.known_versions)) if message.known_versions else notification
 
 
 def _ending(message: Message) -> Ending:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -248,12 +249,74 @@ def test_product_gets_stock_and_categories(enricher: Enricher) -> None:
     assert set(enriched.categories) == {"women", "jeans"}
 
 
-def test_inventory_entry_gets_its_product(enricher: Enricher) -> None:
-    """If Klaviyo does not have the variant, the product is written."""
+def test_inventory_entry_gets_all_entries_of_its_sku_and_its_product(enricher: Enricher) -> None:
+    """The stock is a sum. If Klaviyo does not have the variant, the product is written."""
     enriched = one(enricher, about("inventory-entry", "i1"))
-    assert enriched.inventory_entry == SHOP["inventory"][0]
+    assert (enriched.sku, enriched.inventory) == ("s1", {"s1": SHOP["inventory"], "s2": []})
     assert enriched.product is not None
-    assert enriched.product["id"] == "p1"
+    assert enriched.product["id"] == enriched.product_id == "p1"
+
+
+def test_deleted_inventory_entry_names_its_sku(enricher: Enricher) -> None:
+    """The other entries of the sku count, although the entry cannot be read."""
+    for payload in ({"sku": "s1"}, {"resourceUserProvidedIdentifiers": {"sku": "s1"}}):
+        enriched = one(enricher, about("inventory-entry", "gone", "InventoryEntryDeleted", **payload))
+        assert (enriched.sku, enriched.product_id, enriched.missing) == ("s1", "p1", "inventory-entry")
+        assert enriched.inventory["s1"] == SHOP["inventory"]
+
+
+def standalone_shop(**more: Any) -> dict[str, list[dict[str, Any]]]:
+    return {
+        "product-projections": [{"id": "p", "version": 5, "priceMode": "Standalone", "masterVariant": {"sku": " s "}}],
+        "standalone-prices": [{"id": "sp1", "version": 2, "sku": " s "}, {"id": "sp2", "version": 3, "sku": "s"}],
+        **more,
+    }
+
+
+def test_standalone_prices_are_those_of_the_skus() -> None:
+    """A sku is taken as it is. A product with embedded prices needs no query, nor the scope for standalone prices."""
+    enricher = Enricher(InMemoryReader(standalone_shop()), MappingConfig(), now=lambda: NOW)
+    enriched = one(enricher, about("product", "p", "ProductPublished"))
+    assert [price["id"] for price in enriched.standalone_prices[" s "]] == ["sp1"]
+    assert enriched.versions == {("product", "p"): 5, ("standalone-price", "sp1"): 2}
+    reader = CountingReader(SHOP)
+    one(Enricher(reader, MappingConfig(), now=lambda: NOW), about("product", "p1", "ProductPublished"))
+    assert "standalone-prices" not in reader.queries
+
+
+def test_standalone_price_gets_its_product() -> None:
+    """A deleted price names its sku. A price without a published product has none."""
+    enricher = Enricher(InMemoryReader(standalone_shop()), MappingConfig(), now=lambda: NOW)
+    enriched = one(enricher, about("standalone-price", "sp1", "StandalonePriceValueChanged"))
+    assert (enriched.sku, enriched.product_id) == (" s ", "p")
+    assert enriched.versions == {("standalone-price", "sp1"): 2, ("product", "p"): 5}
+    enriched = one(enricher, about("standalone-price", "gone", "StandalonePriceDeleted", sku=" s "))
+    assert (enriched.product_id, enriched.missing) == ("p", "standalone-price")
+    enriched = one(enricher, about("standalone-price", "sp2", "StandalonePriceValueChanged"))
+    assert (enriched.product, enriched.product_id, enriched.missing) == (None, "", "")
+
+
+@pytest.mark.parametrize("resource", ["standalone-price", "inventory-entry"])
+def test_product_that_an_earlier_reading_found_is_still_known(resource: str) -> None:
+    """The message has possibly written the product after it was deleted, so it must be deleted again."""
+    shop = standalone_shop(inventory=[{"id": "sp1", "sku": " s "}])
+    (product,) = shop.pop("product-projections")
+    notification = replace(about(resource, "sp1"), seen=[("product", "p")])
+    enricher = Enricher(InMemoryReader(shop), MappingConfig(), now=lambda: NOW)
+    enriched = one(enricher, notification)
+    assert (enriched.product, enriched.product_id, enriched.missing) == (None, "p", "product")
+    assert enriched.versions["product", "p"] is None
+    shop["product-projections"] = [product | {"masterVariant": {"sku": "other"}}]
+    enriched = one(enricher, notification)
+    assert (enriched.product_id, enriched.missing) == ("p", "")
+
+
+def test_unpublished_projection_is_not_in_the_catalog() -> None:
+    """The message ProductCreated contains the staged projection."""
+    shop = {"product-projections": [{"id": "p", "published": False, "masterVariant": {"sku": "s"}}]}
+    enricher = Enricher(InMemoryReader(shop), MappingConfig(), now=lambda: NOW)
+    enriched = one(enricher, about("product", "p", "ProductUnpublished"))
+    assert (enriched.product, enriched.product_id, enriched.missing) == (None, "p", "product")
 
 
 @pytest.mark.parametrize("kind", ["order", "payment", "customer", "category", "product", "inventory-entry"])
@@ -314,7 +377,7 @@ def test_versions_are_those_of_all_resources_that_determine_the_written_state() 
     assert one(enricher, about("category", "middle")).versions == categories
     entries = {("inventory-entry", "i"): 6, ("inventory-entry", "j"): 0}
     assert one(enricher, about("product", "p")).versions == {("product", "p"): 5} | entries
-    assert one(enricher, about("inventory-entry", "i")).versions == {("inventory-entry", "i"): 6}
+    assert one(enricher, about("inventory-entry", "i")).versions == {("product", "p"): 5} | entries
 
 
 def test_failed_query_fails_only_messages_that_need_it(enricher: Enricher, reader: CountingReader) -> None:

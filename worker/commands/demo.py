@@ -165,7 +165,7 @@ def _format_event(event: dict[str, Any]) -> str:
 
 def _format_entry(attributes: dict[str, Any], external_id: str) -> str:
     title = attributes.get("name") or attributes.get("title")
-    price = f" · {attributes['price']:,.2f}" if "price" in attributes else ""
+    price = "" if attributes.get("price") is None else f" · {attributes['price']:,.2f}"
     stock = f" · {attributes['inventory_quantity']} in stock" if "inventory_quantity" in attributes else ""
     return f"{title}{price}{stock}  [{external_id}]"
 

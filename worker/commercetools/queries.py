@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from worker.json_access import as_dict, as_dicts, as_text, pick_ids
+from worker.json_access import as_dict, as_dicts, as_key, as_text, pick_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -37,7 +37,7 @@ def _id(resource: Json) -> list[str]:
 
 
 def _sku(resource: Json) -> list[str]:
-    return [as_text(resource.get("sku"))]
+    return [as_key(resource.get("sku"))]
 
 
 def _payments(order: Json) -> list[str]:
@@ -48,9 +48,13 @@ def _ancestors(category: Json) -> list[str]:
     return pick_ids(category.get("ancestors"))
 
 
+def variants(product: Json) -> list[Json]:
+    """Return the variants of a product projection, the master variant first."""
+    return [as_dict(product.get("masterVariant")), *as_dicts(product.get("variants"))]
+
+
 def _skus(product: Json) -> list[str]:
-    variants = [as_dict(product.get("masterVariant")), *as_dicts(product.get("variants"))]
-    return [sku for variant in variants for sku in _sku(variant)]
+    return [sku for variant in variants(product) for sku in _sku(variant)]
 
 
 ORDERS = Query("orders", "id in ({})", _id)
@@ -67,6 +71,8 @@ PRODUCTS_BY_SKU = Query("product-projections", "masterVariant(sku in ({0})) or v
 INVENTORY = Query("inventory", "id in ({})", _id)
 INVENTORY_BY_SKU = Query("inventory", "sku in ({})", _sku)
 WORKFLOW_STATES = Query("states", "id in ({})", _id, cached_fields=("id", "key"))
+STANDALONE_PRICES = Query("standalone-prices", "id in ({})", _id)
+STANDALONE_PRICES_BY_SKU = Query("standalone-prices", "sku in ({})", _sku)
 DISCOUNT_CODES = Query("discount-codes", "id in ({})", _id, cached_fields=("id", "code"))
 
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from worker.budget import check_lookups
-from worker.enrich import payments, plans
+from worker.enrich import payments, plans, products
 from worker.enrich.plans import PlanContext
 from worker.errors import WorkerError
 from worker.json_access import MAX_ID_LENGTH
@@ -39,8 +39,9 @@ PLANS: dict[str, Callable[[Enriched, PlanContext], Plan]] = defaultdict(
         "payment": payments.payment_plan,
         "customer": plans.customer_plan,
         "category": plans.category_plan,
-        "product": plans.product_plan,
-        "inventory-entry": plans.inventory_entry_plan,
+        "product": products.product_plan,
+        "inventory-entry": products.inventory_entry_plan,
+        "standalone-price": products.standalone_price_plan,
     },
 )
 

@@ -107,9 +107,9 @@ def order_data_plan(enriched: Enriched, context: PlanContext) -> Plan:
     lookups = [(queries.LINE_PRODUCTS, products), (queries.DISCOUNT_CODES, codes)]
     yield [*lookups, (queries.CUSTOMER_EMAILS, [customer_id])]
     found = {product: context.get_optional(queries.LINE_PRODUCTS, product) for product in products}
-    product_categories = {product: _category_ids(projection) for product, projection in found.items()}
+    product_categories = {product: category_ids(projection) for product, projection in found.items()}
     brand = context.mapping.order.brand_attribute
-    categories = yield from _categories(queries.CATEGORY_NAMES, product_categories.values(), context)
+    categories = yield from find_categories(queries.CATEGORY_NAMES, product_categories.values(), context)
     customer = enriched.customer or context.get_optional(queries.CUSTOMER_EMAILS, customer_id)
     # With erasure, an order whose customer is gone is ignored. So a customer who is not shown yet must be waited for.
     is_awaited = context.mapping.customer.erasure and customer_id and customer is None
@@ -143,52 +143,12 @@ def category_plan(enriched: Enriched, context: PlanContext) -> Plan:
     category = context.get(queries.CATEGORIES, notification.resource_id)
     descendants = context.get_all(queries.DESCENDANTS, notification.resource_id)[:max_descendants]
     ancestors = [pick_ids(entry.get("ancestors")) for entry in (as_dict(category), *descendants)]
-    categories = yield from _categories(queries.CATEGORIES, ancestors, context)
+    categories = yield from find_categories(queries.CATEGORIES, ancestors, context)
     enriched = replace(enriched, category=category, descendants=descendants, categories=categories)
     enriched = with_version(enriched, category, category=[*descendants, *categories.values()])
     if any(ancestor not in categories for ids in ancestors for ancestor in ids):
         enriched = replace(enriched, missing=enriched.missing or "ancestor of a category")
     return enriched
-
-
-def product_plan(enriched: Enriched, context: PlanContext) -> Plan:
-    """Add the product, and the data of its catalog entry."""
-    notification = enriched.notification
-    yield [(queries.PRODUCTS, [notification.resource_id])]
-    product = context.get(queries.PRODUCTS, notification.resource_id)
-    enriched = yield from _product_data_plan(replace(enriched, product=product), context)
-    entries = [entry for entries in enriched.inventory.values() for entry in entries]
-    return with_version(enriched, product, **{"inventory-entry": entries})
-
-
-def inventory_entry_plan(enriched: Enriched, context: PlanContext) -> Plan:
-    """Add the inventory entry, and the product of its sku with the data of its catalog entry."""
-    notification = enriched.notification
-    yield [(queries.INVENTORY, [notification.resource_id])]
-    entry = context.get(queries.INVENTORY, notification.resource_id)
-    sku = as_text(as_dict(entry).get("sku"))
-    yield [(queries.PRODUCTS_BY_SKU, [sku])]
-    product = context.get_optional(queries.PRODUCTS_BY_SKU, sku)
-    enriched = with_version(replace(enriched, inventory_entry=entry, product=product), entry)
-    return (yield from _product_data_plan(enriched, context))
-
-
-def _product_data_plan(enriched: Enriched, context: PlanContext) -> Plan:
-    """Add the data of a catalog item: its categories, and the stock of its variants."""
-    if enriched.product is None:
-        return enriched
-    product = enriched.product
-    variants = [as_dict(product.get("masterVariant")), *as_dicts(product.get("variants"))]
-    skus = unique(as_text(variant.get("sku")) for variant in variants)
-    yield [(queries.INVENTORY_BY_SKU, skus)]
-    own = _category_ids(product)
-    categories = yield from _categories(queries.CATEGORY_NAMES, [own], context)
-    return replace(
-        enriched,
-        product_categories={as_text(product.get("id")): own},
-        categories=categories,
-        inventory={sku: context.get_all(queries.INVENTORY_BY_SKU, sku) for sku in skus},
-    )
 
 
 def empty_plan(enriched: Enriched, _fetched: PlanContext) -> Plan:
@@ -208,14 +168,14 @@ def with_version(enriched: Enriched, resource: Json | None, **others: Iterable[J
     return replace(enriched, versions=versions, missing=notification.resource_type if resource is None else "")
 
 
-def _category_ids(product: Json | None) -> list[str]:
+def category_ids(product: Json | None) -> list[str]:
     """Return the ids of a product's categories. Raises Rejected if there are too many."""
     ids = pick_ids(as_dict(product).get("categories"))
     check_categories(len(ids))
     return ids
 
 
-def _categories(
+def find_categories(
     query: queries.Query, groups: Iterable[Sequence[str]], context: PlanContext
 ) -> Generator[Sequence[Lookup], None, dict[str, Json]]:
     """Look up categories and their ancestors. Return by id those that exist."""

@@ -303,9 +303,23 @@ def _catalog() -> Iterator[SampleSpec]:
         yield "ProductPublished", product("ProductPublished", name, scope="All", removedImageUrls=[]), "sent"
     socks = uid("product:wool-socks")
     yield "ProductPublished, payload not included", payload_not_included("ProductPublished", "product", socks), "sent"
+    mug, priced = uid("product:enamel-mug"), {"variantId": 1, "staged": False}
+    yield "ProductCreated, payload not included", payload_not_included("ProductCreated", "product", mug), "sent"
+    yield "ProductPriceChanged", product("ProductPriceChanged", "cap", **priced), "sent"
+    yield "ProductPriceChanged, staged", _staged_price(), "ignored"
+    yield "StandalonePriceValueChanged", _standalone_price("ValueChanged", "mug", staged=False), "sent"
+    yield "StandalonePriceDeleted", _standalone_price("Deleted", "mug-summer", sku="MUG"), "sent"
     yield "ProductUnpublished", product("ProductUnpublished", "withdrawn"), "sent"
     yield "ProductDeleted", product("ProductDeleted", "discontinued", removedImageUrls=[]), "sent"
     yield "product ResourceDeleted", product("ResourceDeleted", "discontinued"), "sent"
+
+
+def _staged_price() -> Json:
+    return message("ProductPriceChanged", "product", uid("product:cap"), sequence=2, variantId=1, staged=True)
+
+
+def _standalone_price(kind: str, name: str, **fields: Any) -> Json:
+    return message(f"StandalonePrice{kind}", "standalone-price", uid(f"standalone-price:{name}"), **fields)
 
 
 def _inventory() -> Iterator[SampleSpec]:
@@ -314,7 +328,9 @@ def _inventory() -> Iterator[SampleSpec]:
 
     yield "inventory-entry ResourceUpdated", entry("ResourceUpdated", "jeans-30"), "sent"
     yield "inventory-entry ResourceCreated", entry("ResourceCreated", "cap"), "sent"
-    yield "inventory-entry of another channel", entry("ResourceUpdated", "jeans-30-store"), "ignored"
+    yield "inventory-entry of another channel", entry("ResourceUpdated", "jeans-30-store"), "sent"
+    closed = uid("inventory-entry:mug-closed-store")
+    yield "InventoryEntryDeleted", message("InventoryEntryDeleted", "inventory-entry", closed, sku="MUG"), "sent"
 
 
 def _ignored() -> list[Sample]:

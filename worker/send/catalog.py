@@ -10,12 +10,12 @@ import orjson
 
 from worker.errors import JobUnfinished, Rejected, RequestBlocked, WorkerError
 from worker.http.chunks import chunked
-from worker.json_access import as_text
+from worker.json_access import as_key
 from worker.klaviyo.client import iter_resources
 from worker.model import Json, Operation, OperationKind, SendResult
 from worker.send.bulk import with_fallback
 from worker.send.jobs import BulkJobType, JobEntry
-from worker.send.requests import COLLECTION, entry_path, update_body
+from worker.send.requests import COLLECTION, create_body, entry_path, update_body
 from worker.transform.catalog import catalog_id, external_id
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class BulkCatalog:
         fields = f"fields%5B{_TYPES[collection][0]}%5D=id"
         for literals in _filters(key for key in writes if key not in existing):
             path = f"/api/{collection}?filter=any(ids,%5B{literals}%5D)&{fields}"
-            existing |= {external_id(as_text(entry.get("id"))) for entry in iter_resources(self._client, path)}
+            existing |= {external_id(as_key(entry.get("id"))) for entry in iter_resources(self._client, path)}
         for key in existing & writes.keys():
             self._single.remember(entry_path(writes[key]))
         return existing
@@ -184,8 +184,10 @@ def _job(collection: str, verb: str, operations: list[Operation]) -> tuple[BulkJ
 def _resource(resource_type: str, verb: str, operation: Operation) -> Json | None:
     if verb == "delete":
         return {"type": resource_type, "id": catalog_id(operation.key)}
-    if verb == "create" or operation.kind is OperationKind.UPDATE_INVENTORY:
+    if operation.kind is OperationKind.UPDATE_INVENTORY:
         return operation.resource
+    if verb == "create":
+        return create_body(operation)
     return update_body(operation)
 
 

@@ -22,6 +22,7 @@ COLLECTION = {
 }
 _REFERENCES = {"categories": "catalog-categories", "item": "catalog-items"}  # relationship -> collection
 _CREATE_ONLY = frozenset({"external_id", "integration_type", "catalog_type"})
+_NUMBERS = frozenset({"price", "inventory_quantity"})  # of a variant: None is 0 if it is created, else left as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def request_for(operation: Operation) -> Request:
         case OperationKind.UPDATE_INVENTORY:
             return Request("PATCH", entry_path(operation), {"data": operation.resource})
         case _:
-            return Request("POST", f"/api/{COLLECTION[operation.kind]}", {"data": operation.resource})
+            return Request("POST", f"/api/{COLLECTION[operation.kind]}", {"data": create_body(operation)})
 
 
 def entry_path(operation: Operation) -> str:
@@ -73,10 +74,21 @@ def reference_paths(operation: Operation) -> list[str]:
     return paths
 
 
+def create_body(operation: Operation) -> Json:
+    """Return the JSON:API object that creates an entry. A variant without a price or without stock gets 0."""
+    resource = operation.resource or {}
+    if operation.kind is not OperationKind.UPSERT_VARIANT:
+        return resource
+    attributes = {n: 0 if v is None and n in _NUMBERS else v for n, v in resource["attributes"].items()}
+    return resource | {"attributes": attributes}
+
+
 def update_body(operation: Operation) -> Json:
     """Return the JSON:API object for the update of an existing entry by an UPSERT_* operation."""
     resource = operation.resource or {}
     attributes = {n: v for n, v in resource["attributes"].items() if n not in _CREATE_ONLY}
+    if operation.kind is OperationKind.UPSERT_VARIANT:
+        attributes = {n: v for n, v in attributes.items() if v is not None or n not in _NUMBERS}
     update = {"type": resource["type"], "id": catalog_id(operation.key), "attributes": attributes}
     # Klaviyo accepts no relationships in the update of a variant.
     if operation.kind is not OperationKind.UPSERT_VARIANT and "relationships" in resource:

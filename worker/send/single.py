@@ -10,12 +10,12 @@ from urllib.parse import quote
 import cachetools
 
 from worker.errors import Rejected, Transient, WorkerError
-from worker.json_access import as_text
+from worker.json_access import as_key
 from worker.klaviyo.client import iter_resources
 from worker.model import Json, Operation, OperationKind, SendResult
 from worker.send.erasure import Eraser
 from worker.send.identifiers import IDENTIFIER_PRIORITY, drop_identifier, invalid_identifier
-from worker.send.requests import COLLECTION, entry_path, reference_paths, update_body
+from worker.send.requests import COLLECTION, create_body, entry_path, reference_paths, update_body
 from worker.telemetry.defects import describe_defect, report_defect
 from worker.telemetry.log import log
 from worker.transform.catalog import external_id
@@ -77,7 +77,7 @@ class SingleSender:
             if error.status != HTTPStatus.NOT_FOUND:
                 raise
             return []
-        keys = [external_id(as_text(variant.get("id"))) for variant in found]
+        keys = [external_id(as_key(variant.get("id"))) for variant in found]
         return [Operation(OperationKind.DELETE_VARIANT, key) for key in keys if key not in operation.keep_skus]
 
     def is_known(self, entry: str) -> bool:
@@ -174,7 +174,7 @@ class SingleSender:
         forgotten, so that the next attempt creates it.
         """
         try:
-            self._client.call("POST", f"/api/{COLLECTION[operation.kind]}", {"data": operation.resource})
+            self._client.call("POST", f"/api/{COLLECTION[operation.kind]}", {"data": create_body(operation)})
         except Rejected as error:
             if error.status == HTTPStatus.NOT_FOUND and self._forget_references(operation):
                 raise Transient(f"{operation.kind.value}: an entry that it refers to has been deleted") from None

@@ -1,45 +1,66 @@
-"""The prices of a variant: the price for the catalog, and all prices for the metadata."""
+"""The prices of a variant: one rule selects the price of the catalog and every price of the metadata.
+
+The rule is commercetools' own price selection, without a customer group:
+https://docs.commercetools.com/api/pricing-and-discounts-overview#price-selection.
+"""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from worker.json_access import as_dict, as_dicts, as_text, parse_time
+from worker.json_access import as_dict, as_dicts, as_key, as_text, parse_time, unique
 from worker.transform.fields import currency, money
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from worker.mapping import MappingConfig
-    from worker.model import Json
+    from worker.model import Enriched, Json
 
 _NEVER = datetime.max.replace(tzinfo=UTC)
 _ALWAYS = datetime.min.replace(tzinfo=UTC)
 
 
-def catalog_price(variant: Json, mapping: MappingConfig, as_of: datetime) -> float:
-    """Return the price that is valid at `as_of`, in major units; 0 if there is none.
+def catalog_price(prices: Sequence[Json], mapping: MappingConfig, as_of: datetime) -> float | None:
+    """Return the price of a catalog entry at `as_of`, in major units; None if no price fits.
 
-    Prices with a validity window take precedence. Among them, the price with the earliest validFrom is chosen, and
-    among equals the price with the earliest validUntil. If no such price is valid, the first price without a window and
-    without a customer group is chosen.
+    `prices` are embedded or standalone prices of one variant.
     """
-    prices = _eligible_prices(as_dicts(variant.get("prices")), mapping)
-    with_window = [price for price in prices if _has_window(price) and _is_valid(price, as_of)]
-    without_window = [price for price in prices if not _has_window(price) and not price.get("customerGroup")]
-    selected = min(with_window, key=_window) if with_window else next(iter(without_window), {})
-    return price_amount(selected) or 0.0
+    current = [price for price in prices if _holds(price, as_of)]
+    return price_amount(_select(current, mapping, mapping.price.country, mapping.currency))
 
 
-def price_metadata(variant: Json) -> tuple[Json, Json]:
-    """Return all prices (`{price_EUR: 10.0, price_DE: 12.0}`) and the currency per country (`{currency_DE: "EUR"}`)."""
+def price_metadata(prices: Sequence[Json], mapping: MappingConfig, as_of: datetime) -> tuple[Json, Json]:
+    """Return one price per currency and per country (`{price_EUR: 10.0, price_DE: 12.0}`), and the currencies.
+
+    The price of a currency is the one without a country. The price of a country has the preferred currency if the
+    country has such a price, otherwise the first currency by code: `{currency_DE: "EUR"}`.
+    """
+    current = [price for price in prices if _holds(price, as_of)]
     amounts: Json = {}
     currencies: Json = {}
-    for price in as_dicts(variant.get("prices")):
-        country, code = as_text(price.get("country")), currency(price.get("value"))
-        amounts.setdefault(f"price_{country or code}", price_amount(price))
-        if country:
-            currencies.setdefault(f"currency_{country}", code)
-    return amounts, currencies
+    for code in _currencies(current, ""):
+        amounts[f"price_{code}"] = price_amount(_select(current, mapping, "", code))
+    for country in sorted({as_text(price.get("country")) for price in current} - {""}):
+        codes = [mapping.currency, *_currencies(current, country)]
+        selected = (_select(current, mapping, country, code) for code in codes if code)
+        if (price := next(filter(None, selected), None)) is not None:
+            amounts[f"price_{country}"] = price_amount(price)
+            currencies[f"currency_{country}"] = currency(price.get("value"))
+    return {name: amount for name, amount in amounts.items() if amount is not None}, currencies
+
+
+def prices_of(product: Json, variant: Json, enriched: Enriched) -> Sequence[Json]:
+    """Return the prices of a variant: its standalone prices if the product uses them, otherwise its embedded prices."""
+    if has_standalone_prices(product):
+        return enriched.standalone_prices.get(as_key(variant.get("sku")), ())
+    return as_dicts(variant.get("prices"))
+
+
+def has_standalone_prices(product: Json) -> bool:
+    """Return whether the prices of a product are resources of their own."""
+    return product.get("priceMode") == "Standalone"
 
 
 def price_amount(price: Any) -> float | None:
@@ -49,36 +70,44 @@ def price_amount(price: Any) -> float | None:
     return money(price.get("value")) if discounted is None else discounted
 
 
-def _eligible_prices(prices: list[Json], mapping: MappingConfig) -> list[Json]:
-    """Return the prices in the preferred currency that have the preferred channel or no channel.
+def _holds(price: Json, as_of: datetime) -> bool:
+    """Return whether a price is a price for everybody at `as_of`: no customer group, no subscription, not inactive."""
+    start, end = _window(price)
+    is_special = price.get("customerGroup") or price.get("recurrencePolicy")
+    return start <= as_of < end and not is_special and price.get("active") is not False
 
-    If some of these prices have the preferred channel, keep only them. Then do the same for the preferred country.
+
+def _select(prices: Iterable[Json], mapping: MappingConfig, country: str, code: str) -> Json | None:
+    """Return the most specific price for a country ("": none) in a currency ("": any), or None.
+
+    A price for the channel precedes a price for the country. Among equally specific prices, one with a validity period
+    precedes those without one; then the first currency by code and the earliest period precede the others.
     """
-    prices = [
+    fitting = [
         price
         for price in prices
-        if (not mapping.currency or currency(price.get("value")) == mapping.currency)
-        and as_text(as_dict(price.get("channel")).get("id")) in {"", mapping.price.channel}
+        if code in {"", currency(price.get("value"))}
+        and _channel(price) in {"", mapping.price.channel}
+        and as_text(price.get("country")) in {"", country}
     ]
-    for name, preferred in (("channel", mapping.price.channel), ("country", mapping.price.country)):
-        if preferred:
-            prices = [price for price in prices if _reference_id(price, name) == preferred] or prices
-    return prices
+    return min(fitting, key=_precedence, default=None)
 
 
-def _reference_id(price: Json, name: str) -> str:
-    value = price.get(name)
-    return as_text(value.get("id")) if isinstance(value, dict) else as_text(value)
-
-
-def _has_window(price: Json) -> bool:
-    return bool(price.get("validFrom") or price.get("validUntil"))
+def _precedence(price: Json) -> tuple[bool, bool, bool, str, tuple[datetime, datetime]]:
+    window = _window(price)
+    code = currency(price.get("value"))
+    return not _channel(price), not as_text(price.get("country")), window == (_ALWAYS, _NEVER), code, window
 
 
 def _window(price: Json) -> tuple[datetime, datetime]:
     return parse_time(price.get("validFrom")) or _ALWAYS, parse_time(price.get("validUntil")) or _NEVER
 
 
-def _is_valid(price: Json, as_of: datetime) -> bool:
-    start, end = _window(price)
-    return start <= as_of < end and not price.get("customerGroup")
+def _currencies(prices: Iterable[Json], country: str) -> list[str]:
+    """Return the currencies of the prices of exactly this country, in order of their codes."""
+    codes = (currency(price.get("value")) for price in prices if as_text(price.get("country")) == country)
+    return unique(sorted(code for code in codes if code))
+
+
+def _channel(price: Json) -> str:
+    return as_text(as_dict(price.get("channel")).get("id"))

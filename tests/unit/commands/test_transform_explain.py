@@ -294,10 +294,15 @@ def test_empty_properties_of_an_ignored_customer_are_named() -> None:
 
 
 def test_deleted_product_has_no_omissions() -> None:
-    """A product without prices has none either: the price 0 does not depend on the mapping."""
+    """Nothing of it is written."""
     assert "left out" not in explained(change("ResourceDeleted", "product"))
+
+
+def test_missing_price_is_named() -> None:
+    """Klaviyo requires a price of a new variant, so it gets 0."""
     product = {"id": "id-1", "masterVariant": {"id": 1, "sku": "S"}}
-    assert "left out" not in explained(message("ProductPublished", "product"), {"product-projections": [product]})
+    text = explained(message("ProductPublished", "product"), {"product-projections": [product]})
+    assert "left out price of variant 1: none fits currency, price.channel, price.country and the time; 0 if" in text
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -69,14 +69,20 @@ def test_samples_cover_every_type() -> None:
         "category ResourceCreated",
         "category ResourceUpdated",
         "category ResourceDeleted",
+        "product ProductCreated",
+        "product ProductPriceChanged",
         "product ProductPublished",
         "product ProductUnpublished",
         "product ProductDeleted",
         "product ResourceDeleted",
+        "standalone-price StandalonePriceValueChanged",
+        "standalone-price StandalonePriceDeleted",
+        "inventory-entry InventoryEntryDeleted",
         "inventory-entry ResourceCreated",
         "inventory-entry ResourceUpdated",
         "absent OrderCreated",
         "absent CustomerCreated",
+        "absent ProductCreated",
         "absent ProductPublished",
         "absent PaymentTransactionAdded",
     }
@@ -120,7 +126,8 @@ def test_products_are_in_the_shop_only_while_published() -> None:
         found = unwrapped(sample.body)
         if found["resource"]["typeId"] == "product":
             kind = found.get("payloadNotIncluded", {}).get("payloadType") or found.get("type")
-            assert (found["resource"]["id"] in SHOP.products) is (kind == "ProductPublished")
+            is_deletion = kind in {None, "ProductUnpublished", "ProductDeleted"}
+            assert (found["resource"]["id"] in SHOP.products) is not is_deletion
 
 
 def test_only_the_duplicate_is_a_duplicate() -> None:

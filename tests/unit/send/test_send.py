@@ -136,6 +136,19 @@ def test_update_of_a_variant_has_no_relationships(sender: Sender, klaviyo: Klavi
     assert "relationships" not in body["data"]
 
 
+def test_missing_price_is_0_only_in_a_new_variant(sender: Sender, klaviyo: Klaviyo) -> None:
+    """Klaviyo requires numbers in a new variant. In an existing one, a price of 0 would start price-drop mails."""
+    values = {"price": None, "inventory_quantity": None, "inventory_policy": 2}
+    resource = {"type": "catalog-variant", "attributes": {"external_id": "s", **values}}
+    klaviyo.answer("POST /api/catalog-variants", CONFLICT)
+    assert sender.send([Operation(OperationKind.UPSERT_VARIANT, "s", resource)]) == [None]
+    (_, created), (_, updated) = klaviyo.calls
+    assert created is not None
+    assert updated is not None
+    assert created["data"]["attributes"] == {"external_id": "s", **values, "price": 0, "inventory_quantity": 0}
+    assert updated["data"]["attributes"] == {"inventory_policy": 2}
+
+
 def test_known_entry_costs_one_request(sender: Sender, klaviyo: Klaviyo) -> None:
     """An entry that this process has written is updated immediately. If it no longer exists, it is created again."""
     sender.send([entry(OperationKind.UPSERT_ITEM, "p")])

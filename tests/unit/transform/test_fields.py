@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
@@ -11,9 +10,8 @@ from hypothesis import strategies as st
 
 from tests.unit.test_parse import json_values
 from worker.json_access import pick_ids
-from worker.mapping import MappingConfig, PropertyRules
+from worker.mapping import PropertyRules
 from worker.transform import fields
-from worker.transform.prices import catalog_price, price_metadata
 from worker.transform.size_limits import MAX_ARRAY, MAX_PROPERTIES, MAX_TEXT_BYTES, truncate
 
 
@@ -148,57 +146,6 @@ def test_seconds_are_added_to_a_time() -> None:
     assert fields.add_seconds("yesterday", 1) == ""
 
 
-NOW = datetime(2026, 11, 24, tzinfo=UTC)
-
-
-def price(amount: int, currency: str = "EUR", **more: object) -> dict[str, object]:
-    return {"value": cents(amount, currency), **more}
-
-
-@pytest.mark.parametrize(
-    ("prices", "options", "expected"),
-    [
-        ([], {}, 0),
-        ([price(100), price(200)], {}, 1),
-        ([price(100), price(200, "USD")], {"currency": "USD"}, 2),
-        ([price(100, customerGroup={"id": "vip"}), price(200)], {}, 2),
-        ([price(100), price(50, validFrom="2026-11-01T00:00:00Z", validUntil="2026-12-01T00:00:00Z")], {}, 0.5),
-        ([price(100), price(50, validUntil="2026-11-01T00:00:00Z")], {}, 1),
-        (
-            [price(70, validFrom="2026-11-20T00:00:00Z"), price(50, validFrom="2026-11-10T00:00:00Z")],
-            {},
-            0.5,
-        ),
-        (
-            [
-                price(70, validFrom="2026-11-10T00:00:00Z"),
-                price(50, validFrom="2026-11-10T00:00:00Z", validUntil="2026-12-10T00:00:00Z"),
-            ],
-            {},
-            0.5,
-        ),
-        ([price(100, discounted={"value": cents(80)})], {}, 0.8),
-        ([price(100, channel={"id": "store"}), price(200)], {}, 2),
-        ([price(100, channel={"id": "store"}), price(200)], {"price": {"channel": "store"}}, 1),
-        ([price(100, country="DE"), price(200, country="US")], {"price": {"country": "US"}}, 2),
-        ([price(100, country="DE")], {"price": {"country": "US"}}, 1),
-        ([{"value": "odd"}, 7], {}, 0),
-    ],
-)
-def test_catalog_price_is_the_valid_one(prices: object, options: dict[str, object], expected: float) -> None:
-    """Currency, channel, country, validity, customer group and discount decide on the price."""
-    assert catalog_price({"prices": prices}, MappingConfig.model_validate(options), NOW) == expected
-
-
-def test_price_metadata_has_every_price() -> None:
-    """Templates can show the price of any currency or country."""
-    variant = {"prices": [price(100), price(120, country="DE"), price(300, "USD", country="US"), price(999)]}
-    assert price_metadata(variant) == (
-        {"price_EUR": 1, "price_DE": 1.2, "price_US": 3},
-        {"currency_DE": "EUR", "currency_US": "USD"},
-    )
-
-
 @given(json_values)
 def test_field_functions_accept_any_json(value: object) -> None:
     """No JSON value makes a field function raise."""
@@ -213,8 +160,6 @@ def test_field_functions_accept_any_json(value: object) -> None:
     fields.add_seconds(value, 1)
     pick_ids(value)
     fields.image_url({"images": value})
-    catalog_price({"prices": value}, MappingConfig(), NOW)
-    price_metadata({"prices": value})
 
 
 @given(st.dictionaries(st.text(), json_values, max_size=8))

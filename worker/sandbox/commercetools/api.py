@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 PROJECT = "sandbox-shop"
 CLIENT_ID, CLIENT_SECRET = "sandbox-client", "sandbox-client-secret"
-SCOPES = ("view_orders", "view_customers", "view_payments", "view_products", "manage_subscriptions")
+SCOPES = (
+    "view_orders",
+    "view_customers",
+    "view_payments",
+    "view_products",
+    "view_standalone_prices",
+    "manage_subscriptions",
+)
 MAX_URI = 8_192  # bytes
 MAX_LIMIT, DEFAULT_LIMIT, MAX_OFFSET = 500, 20, 10_000
 _SORT = re.compile(r"(id|createdAt|lastModifiedAt)( asc| desc)?")

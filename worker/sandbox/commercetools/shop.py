@@ -113,6 +113,7 @@ def sample_shop() -> Shop:
         categories=_categories(),
         products=products,
         inventory=_inventory(),
+        standalone_prices=_standalone_prices(),
         discount_codes=_by_id(_resource("discount-code", "summer", code="SUMMER10", name={"en": "Summer"})),
         states=_by_id(_resource("state", "handed-over", key="handed-over", type="OrderState")),
     )
@@ -147,21 +148,20 @@ def _variant(number: int, sku: str, prices: list[Json], brand: Any = None, image
     return {"id": number, **({"sku": sku} if sku else {}), "prices": prices, "images": images, "attributes": attributes}
 
 
-def _product(name: str, german: str, categories: list[str], *variants: Json, description: str = "") -> Json:
+def _product(name: str, german: str, categories: list[str], *variants: Json, **more: Any) -> Json:
     slug = name.lower().replace(" ", "-")
-    texts: Json = {"name": {"en": name, "de": german}, "slug": {"en": slug, "de": f"{slug}-de"}}
-    if description:
-        texts["description"] = {"en": description}
     return _resource(
         "product",
         slug,
-        **texts,
+        name={"en": name, "de": german},
+        slug={"en": slug, "de": f"{slug}-de"},
         productType=reference("product-type", "main"),
         categories=[reference("category", category) for category in categories],
         masterVariant=variants[0],
         variants=list(variants[1:]),
         published=True,
         hasStagedChanges=False,
+        **more,
     )
 
 
@@ -179,7 +179,7 @@ def _products() -> dict[str, Json]:
             ["jeans", "sale"],
             _variant(1, "JEANS-30", denim, acme, "jeans-30.jpg"),
             _variant(2, "JEANS-32", denim, acme, "jeans-32.jpg"),
-            description="Blue, slim, and made to last.",
+            description={"en": "Blue, slim, and made to last."},
         ),
         _product(
             "Linen Shirt",
@@ -187,11 +187,24 @@ def _products() -> dict[str, Json]:
             ["shirts"],
             _variant(1, "SHIRT-M", [price(6900, discounted=discounted)], "Acme Linen", "shirt.jpg"),
             _variant(2, "", [price(6900)]),
-            description="Light as a breeze.",
+            description={"en": "Light as a breeze."},
         ),
         _product("Wool Socks", "Wollsocken", ["women", "men"], stocked),
         _product("Gift Card", "Gutschein", [], _variant(1, "GIFT", [])),
         _product("Cap", "Kappe", ["men"], _variant(1, "CAP & CO/1", [price(1999)], image="cap.jpg")),
+        _product("Enamel Mug", "Emailbecher", [], _variant(1, "MUG", []), priceMode="Standalone"),
+    )
+
+
+def _standalone_prices() -> dict[str, Json]:
+    def standalone(name: str, cents: int, **more: Any) -> Json:
+        return _resource("standalone-price", name, **{"sku": "MUG", "value": money(cents), "active": True} | more)
+
+    return _by_id(
+        standalone("mug", 1490),
+        standalone("mug-germany", 1590, country="DE"),
+        standalone("mug-members", 990, customerGroup=reference("customer-group", "members")),
+        standalone("mug-draft", 1190, active=False),
     )
 
 
@@ -205,6 +218,8 @@ def _inventory() -> dict[str, Json]:
         entry("jeans-30-store", "JEANS-30", 3, supplyChannel=reference("channel", "berlin-store")),
         entry("shirt", "SHIRT-M", 40),
         entry("cap", "CAP & CO/1", 7),
+        entry("mug-north", "MUG", 6, supplyChannel=reference("channel", "north")),
+        entry("mug-south", "MUG", 2, supplyChannel=reference("channel", "south")),
     )
 
 
@@ -327,7 +342,7 @@ def _order(name: str, lines: list[Json], customer: Json | None, /, **more: Any) 
 
 
 def _orders(products: dict[str, Json], customers: dict[str, Json]) -> dict[str, Json]:
-    jeans, shirt, socks, card, cap = products.values()
+    jeans, shirt, socks, card, cap, _ = products.values()
     grete, katherine, radia, *_, hostile = customers.values()
     guest_address = _address("x", "Hedy", "Lamarque", "Frequency Way", "Wien", "AT", phone="+43 1 5012345")
     wrapping = {

@@ -1,0 +1,93 @@
+"""Products, stock and standalone prices: cases that the golden folders do not cover."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from worker.errors import Ignored
+from worker.mapping import MappingConfig
+from worker.model import Enriched, Notification, OperationKind
+from worker.transform import handler_for, transform
+
+NOW = datetime(2026, 11, 24, tzinfo=UTC)
+MUG = {"id": "p", "name": {"en": "Mug"}, "masterVariant": {"id": 1, "sku": " MUG "}, "variants": [{"id": 2}]}
+DELETION = [OperationKind.DELETE_STALE_VARIANTS, OperationKind.DELETE_ITEM]
+
+
+def about(resource_type: str, kind: str, **payload: Any) -> Notification:
+    return Notification(kind, resource_type, "id-1", "2026-11-23T10:00:00Z", payload)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"staged": True},
+        {"updatedPrices": [{"staged": True}, {"staged": True}]},
+        {"productProjection": {"published": False}},
+    ],
+)
+def test_change_that_is_not_live_is_ignored_before_anything_is_read(payload: Any) -> None:
+    """Price imports change staged prices in bulk. The publish writes them."""
+    for kind in ("ProductPriceChanged", "ProductPriceDiscountsSet", "ProductCreated"):
+        with pytest.raises(Ignored, match=r"staged|not published"):
+            handler_for(about("product", kind, **payload), MappingConfig())
+    if "staged" in payload:
+        with pytest.raises(Ignored, match="staged"):
+            handler_for(about("standalone-price", "StandalonePriceValueChanged", **payload), MappingConfig())
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [{}, {"staged": False}, {"updatedPrices": [{"staged": True}, {"staged": False}]}, {"updatedPrices": []}],
+)
+def test_change_that_can_be_live_is_handled(payload: Any) -> None:
+    """A message without its payload does not say whether the change is staged."""
+    assert handler_for(about("product", "ProductPriceChanged", **payload), MappingConfig())
+
+
+def test_variant_without_sku_is_left_out_of_others() -> None:
+    """The skus are taken as they are."""
+    enriched = Enriched(about("product", "ProductPublished"), NOW, product=MUG, product_id="p")
+    operations = transform(enriched, MappingConfig())
+    assert [operation.key for operation in operations] == ["p", " MUG ", "p"]
+    assert operations[-1].keep_skus == {" MUG "}
+
+
+@pytest.mark.parametrize(
+    ("resource", "kind"),
+    [
+        ("product", "ProductUnpublished"),
+        ("standalone-price", "StandalonePriceDeleted"),
+        ("inventory-entry", "ResourceUpdated"),
+    ],
+)
+def test_product_that_is_no_longer_published_is_deleted(resource: str, kind: str) -> None:
+    """A message that has found the product before possibly wrote it after its deletion."""
+    operations = transform(Enriched(about(resource, kind), NOW, product_id="p", sku="MUG"), MappingConfig())
+    assert [operation.kind for operation in operations] == DELETION
+    assert {operation.key for operation in operations} == {"p"}
+
+
+def test_price_of_no_published_product_is_ignored() -> None:
+    """Its product's own message writes the price."""
+    enriched = Enriched(about("standalone-price", "StandalonePriceCreated"), NOW, sku="MUG")
+    with pytest.raises(Ignored, match="no published product"):
+        transform(enriched, MappingConfig())
+
+
+def test_stock_of_an_unknown_sku_is_ignored() -> None:
+    """The entry was deleted. The message of its deletion names the sku."""
+    with pytest.raises(Ignored, match="sku"):
+        transform(Enriched(about("inventory-entry", "ResourceUpdated"), NOW), MappingConfig())
+
+
+@pytest.mark.parametrize("kind", ["ProductPublished", "StandalonePriceCreated"])
+def test_projection_without_its_variants_writes_and_deletes_nothing(kind: str) -> None:
+    """In a project with the catalog model Modular, the projection does not show the variants."""
+    resource = "product" if kind.startswith("Product") else "standalone-price"
+    product = {"id": "p", "variants": []}
+    with pytest.raises(Ignored, match="Modular"):
+        transform(Enriched(about(resource, kind), NOW, product=product, product_id="p"), MappingConfig())

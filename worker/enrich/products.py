@@ -1,0 +1,121 @@
+"""The plans of products, their stock and their standalone prices. Each reads the whole state of a catalog entry."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from worker.commercetools import queries
+from worker.enrich.plans import Lookup, category_ids, find_categories, with_version
+from worker.json_access import as_dict, as_key, as_text, unique
+from worker.transform.prices import has_standalone_prices
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from worker.enrich.plans import Plan, PlanContext
+    from worker.model import Enriched, Json, Notification
+
+
+def product_plan(enriched: Enriched, context: PlanContext) -> Plan:
+    """Add the product, and the data of its catalog entry."""
+    product_id = enriched.notification.resource_id
+    yield [(queries.PRODUCTS, [product_id])]
+    product = _published(context.get(queries.PRODUCTS, product_id))
+    enriched = yield from _catalog_data_plan(replace(enriched, product_id=product_id, product=product), context)
+    return _with_versions(enriched, product)
+
+
+def inventory_entry_plan(enriched: Enriched, context: PlanContext) -> Plan:
+    """Add all inventory entries of the sku, and the sku's product with the data of its catalog entry.
+
+    The entries of the sku show whether the notification's entry exists. An entry that is read by its id only names the
+    sku, because the two readings can differ.
+    """
+    notification = enriched.notification
+    sku = yield from _sku_of(notification, queries.INVENTORY, context)
+    yield [(queries.INVENTORY_BY_SKU, [sku])]
+    entries = context.get_all(queries.INVENTORY_BY_SKU, sku)
+    enriched = yield from _with_product_of(sku, replace(enriched, sku=sku, inventory={sku: entries}), context)
+    own = (entry for entry in entries if as_text(entry.get("id")) == notification.resource_id)
+    return _with_versions(enriched, next(own, None))
+
+
+def standalone_price_plan(enriched: Enriched, context: PlanContext) -> Plan:
+    """Add the product that has the sku of the price, with the data of its catalog entry."""
+    notification = enriched.notification
+    sku = yield from _sku_of(notification, queries.STANDALONE_PRICES, context)
+    price = context.get(queries.STANDALONE_PRICES, notification.resource_id)
+    enriched = yield from _with_product_of(sku, replace(enriched, sku=sku), context)
+    return _with_versions(enriched, price)
+
+
+def _sku_of(
+    notification: Notification, query: queries.Query, context: PlanContext
+) -> Generator[Sequence[Lookup], None, str]:
+    """Return the sku of the notification's resource; "" if neither the resource nor the notification has one."""
+    yield [(query, [notification.resource_id])]
+    payload = notification.payload
+    sources = (
+        context.get(query, notification.resource_id),
+        payload,  # of InventoryEntryDeleted and StandalonePriceDeleted
+        payload.get("resourceUserProvidedIdentifiers"),
+    )
+    return next(filter(None, (as_key(as_dict(source).get("sku")) for source in sources)), "")
+
+
+def _with_product_of(sku: str, enriched: Enriched, context: PlanContext) -> Generator[Sequence[Lookup], None, Enriched]:
+    """Add the published product that has a sku, and the data of its catalog entry.
+
+    If no product has the sku any more, this is the product that an earlier reading of the message found: possibly the
+    message has written it since it was deleted.
+    """
+    seen = [name for kind, name in enriched.notification.seen if kind == "product"]
+    yield [(queries.PRODUCTS_BY_SKU, [sku]), (queries.PRODUCTS, seen)]
+    found = [
+        context.get_optional(queries.PRODUCTS_BY_SKU, sku),
+        *(context.get(queries.PRODUCTS, name) for name in seen),
+    ]
+    product = next(filter(None, map(_published, found)), None)
+    product_id = as_text(as_dict(product).get("id")) or next(iter(seen), "")
+    return (yield from _catalog_data_plan(replace(enriched, product_id=product_id, product=product), context))
+
+
+def _catalog_data_plan(enriched: Enriched, context: PlanContext) -> Generator[Sequence[Lookup], None, Enriched]:
+    """Add the data of a catalog item: its categories, the stock of its variants and their standalone prices."""
+    product = enriched.product
+    if product is None:
+        return enriched
+    skus = unique(as_key(variant.get("sku")) for variant in queries.variants(product))
+    priced_skus = skus if has_standalone_prices(product) else []
+    yield [(queries.INVENTORY_BY_SKU, skus), (queries.STANDALONE_PRICES_BY_SKU, priced_skus)]
+    own = category_ids(product)
+    categories = yield from find_categories(queries.CATEGORY_NAMES, [own], context)
+    return replace(
+        enriched,
+        product_categories={enriched.product_id: own},
+        categories=categories,
+        inventory={**enriched.inventory, **{sku: context.get_all(queries.INVENTORY_BY_SKU, sku) for sku in skus}},
+        standalone_prices={sku: context.get_all(queries.STANDALONE_PRICES_BY_SKU, sku) for sku in priced_skus},
+    )
+
+
+def _with_versions(enriched: Enriched, resource: Json | None) -> Enriched:
+    """Add the versions of the notification's resource and of everything that the catalog entry is made of."""
+    is_missing = enriched.product_id and enriched.product is None
+    others = {
+        "inventory-entry": chain.from_iterable(enriched.inventory.values()),
+        "standalone-price": chain.from_iterable(enriched.standalone_prices.values()),
+        "product": [] if enriched.product is None else [enriched.product],
+    }
+    enriched = with_version(enriched, resource, **others)
+    if not is_missing:
+        return enriched
+    versions = {**enriched.versions, ("product", enriched.product_id): None}
+    return replace(enriched, versions=versions, missing=enriched.missing or "product")
+
+
+def _published(product: Json | None) -> Json | None:
+    """Return a product if it is published. The current projection of another product is not in the catalog."""
+    return None if product is None or product.get("published") is False else product
