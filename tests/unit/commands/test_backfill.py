@@ -88,6 +88,9 @@ def test_malformed_resources_still_become_notifications(name: str, resource: dic
             assert parse(message).payload["notificationType"] == "Message"
 
 
+PARCEL = {"id": "parcel-1", "createdAt": "2025-01-04T00:00:00.000Z"}
+
+
 def test_order_becomes_its_history() -> None:
     """The order was placed when it was created. States and refunds have the time of its last change."""
     order = {
@@ -96,17 +99,27 @@ def test_order_becomes_its_history() -> None:
         "lastModifiedAt": "2025-02-01T00:00:00.000Z",
         "orderState": "Complete",
         "shipmentState": "Shipped",
+        "shippingInfo": {"deliveries": [{"createdAt": "2025-01-03T00:00:00.000Z", "parcels": [PARCEL]}]},
+        "state": {"typeId": "state", "id": "s"},
+        "returnInfo": [{"returnDate": "2025-01-09T00:00:00.000Z"}, {"returnTrackingId": "r"}],
         "paymentInfo": {"payments": [{"typeId": "payment", "id": "p"}]},
     }
     messages = [parse(body) for body in notifications_for(RecordSelection("orders"), order)]
     assert [(m.type, m.resource_id, m.time) for m in messages] == [
         ("OrderCreated", "o", "2025-01-01T00:00:00.000Z"),
+        ("DeliveryAdded", "o", "2025-01-03T00:00:00.000Z"),
+        ("ParcelAddedToDelivery", "o", "2025-01-04T00:00:00.000Z"),
         ("OrderStateChanged", "o", "2025-02-01T00:00:00.000Z"),
         ("OrderShipmentStateChanged", "o", "2025-02-01T00:00:00.000Z"),
+        ("OrderStateTransition", "o", "2025-02-01T00:00:00.000Z"),
+        ("ReturnInfoAdded", "o", "2025-01-09T00:00:00.000Z"),
+        ("ReturnInfoAdded", "o", "2025-02-01T00:00:00.000Z"),
         ("PaymentTransactionAdded", "p", "2025-02-01T00:00:00.000Z"),
     ]
-    assert messages[1].payload["orderState"] == "Complete"
-    assert messages[2].payload["shipmentState"] == "Shipped"
+    payload = {key: value for message in messages for key, value in message.payload.items()}
+    assert (payload["orderState"], payload["shipmentState"]) == ("Complete", "Shipped")
+    assert (payload["parcel"], payload["state"]["id"]) == (PARCEL, "s")
+    assert payload["returnInfo"] == {"returnTrackingId": "r"}
 
 
 @pytest.mark.parametrize(

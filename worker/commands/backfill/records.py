@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import orjson
 
 from worker.commercetools import queries
-from worker.json_access import as_dict, as_text, pick_ids
+from worker.json_access import as_dict, as_dicts, as_text, pick_ids
 from worker.model import Json, Operation, OperationKind
+from worker.transform.order_totals import shipping_infos
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -44,17 +45,33 @@ def _created(kind: str, resource_type: str, resource: Json) -> Iterable[Json]:
     yield _notification(kind, resource_type, as_text(resource.get("id")))
 
 
+def _shipments(order_id: str, order: Json) -> Iterable[Json]:
+    """Yield notifications for the deliveries and parcels of an order."""
+    for info in shipping_infos(order):
+        for delivery in as_dicts(info.get("deliveries")):
+            yield _notification("DeliveryAdded", "order", order_id, delivery.get("createdAt"), delivery=delivery)
+            for parcel in as_dicts(delivery.get("parcels")):
+                added_at = parcel.get("createdAt")
+                yield _notification("ParcelAddedToDelivery", "order", order_id, added_at, parcel=parcel)
+
+
 def _order_history(order: Json) -> Iterable[Json]:
-    """Yield notifications for an order's history. Handlers ignore states that have no event.
+    """Yield notifications for an order's history. Handlers ignore states, deliveries and others that have no event.
 
     commercetools does not report when an order entered its state, so the time of the last change is used: the latest
-    possible time.
+    possible time. Deliveries have their own time, so they come before the states that can have the same event.
     """
     order_id, changed_at = as_text(order.get("id")), order.get("lastModifiedAt")
     yield _notification("OrderCreated", "order", order_id, order.get("createdAt"))
+    yield from _shipments(order_id, order)
     for kind, name in _STATE_FIELDS.items():
         if state := as_text(order.get(name)):
             yield _notification(kind, "order", order_id, changed_at, **{name: state})
+    if workflow_state := as_dict(order.get("state")):
+        yield _notification("OrderStateTransition", "order", order_id, changed_at, state=workflow_state)
+    for info in as_dicts(order.get("returnInfo")):
+        returned_at = info.get("returnDate") or changed_at
+        yield _notification("ReturnInfoAdded", "order", order_id, returned_at, returnInfo=info)
     for payment_id in pick_ids(as_dict(order.get("paymentInfo")).get("payments")):
         # without a transaction id, the handler sends all transactions
         yield _notification("PaymentTransactionAdded", "payment", payment_id, changed_at)
