@@ -19,6 +19,7 @@ from worker.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, MutableMapping
+    from pathlib import Path
     from urllib.parse import SplitResult
 
 _PROXY = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")  # in order of precedence, which is curl's
@@ -123,3 +124,11 @@ def _check_bundle(name: str, path: str) -> None:
     except (ssl.SSLError, OSError) as error:
         reason = "it contains no certificate" if isinstance(error, ssl.SSLError) else error.strerror
         raise SettingsError(f"{name}: cannot read {path}: {reason}", todo=expected) from None
+
+
+def server_tls(certificate: Path, key: Path) -> ssl.SSLContext:
+    """Return the TLS of a server with these files in PEM. Raises OSError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key)
+    return context

@@ -13,6 +13,7 @@ from adapters import open_queue, scheme_of
 from worker.commercetools.cache import CachedReader
 from worker.commercetools.client import Commercetools
 from worker.enrich import Enricher
+from worker.health.access import Access
 from worker.health.running_worker import RunningWorkerState
 from worker.health.server import HealthServer
 from worker.health.status import Status
@@ -136,17 +137,19 @@ class Worker:
 
     def _serve(self) -> HealthServer | None:
         """Serve probes, metrics and the status page. If the port is unavailable, the worker runs without them."""
-        host, port = self._settings.http_host, self._settings.http_port
-        has_status_page = self._settings.status_page == "on"
-        status = Status(self._settings, self._state, self._telemetry) if has_status_page else None
-        server = HealthServer(host, port, self._telemetry.metrics, self._state, status)
+        settings = self._settings
+        password = settings.http_password.get_secret_value()
+        access = Access(settings.http_host, password, settings.http_tls_certificate, settings.http_tls_key)
+        port = settings.http_port
+        has_status_page = settings.status_page == "on"
+        status = Status(settings, self._state, self._telemetry) if has_status_page else None
+        server = HealthServer(access, port, self._telemetry.metrics, self._state, status)
         try:
             server.start()
         except OSError as error:
             hint = "check KLAVIYO_WORKER_HTTP_HOST, and give each worker its own KLAVIYO_WORKER_HTTP_PORT (0: none)"
-            log.warning(
-                "http_port_unavailable", extra={"host": host, "port": port, "reason": f"{error.strerror}: {hint}"}
-            )
+            reason = f"{error.strerror}: {hint}"
+            log.warning("http_port_unavailable", extra={"host": access.host, "port": port, "reason": reason})
             return None
         return server
 

@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from ssl import SSLError
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import AliasGenerator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
@@ -320,6 +321,16 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         le=65535,
         description="HTTP port for /livez, /readyz, /metrics and the status page; 0: no port",
     )
+    http_password: SecretStr = Field(
+        SecretStr(""),
+        description="Password for the metrics and the status page, with any user name (basic authentication)",
+    )
+    http_tls_certificate: Path | None = Field(
+        None, description="File with the certificate of the HTTP port and its chain (PEM); without it: no TLS"
+    )
+    http_tls_key: Path | None = Field(
+        None, validate_default=True, description="File with the private key of the certificate (PEM)"
+    )
     status_page: Literal["on", "off"] = Field("on", description="Status page at / of the HTTP port: on or off")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="DEBUG, INFO, WARNING or ERROR")
     log_format: str = Field(
@@ -336,6 +347,21 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
             direct_dead_letter=self.dead_letter_mode == "direct",
             port=self.pub_sub_port,
         )
+
+    @field_validator("http_tls_key")
+    @classmethod
+    def _check_tls(cls, key: Path | None, info: ValidationInfo) -> Path | None:
+        name, certificate = _prefixed("http_tls_key"), info.data.get("http_tls_certificate")
+        if (key is None) is not (certificate is None):
+            raise mistake("and KLAVIYO_WORKER_HTTP_TLS_CERTIFICATE belong together", "set both, or neither", name=name)
+        if key and certificate:
+            try:
+                network.server_tls(certificate, key)
+            except OSError as error:
+                reason = "they are not a certificate and its key" if isinstance(error, SSLError) else error.strerror
+                what = f"and KLAVIYO_WORKER_HTTP_TLS_CERTIFICATE cannot be used: {reason}"
+                raise mistake(what, "check both files, which must be PEM", name=name) from None
+        return key
 
     @property
     def threads(self) -> int:

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.deploy.dockerfile import ROOT, stages
-from worker.health.server import ALL_INTERFACES
+from worker.health.access import ALL_INTERFACES
 
 LOCKS = ("requirements.lock", "requirements-dev.lock")
 _ENTRY = re.compile(r"([a-z0-9-]+)==(\S+)(?: ; [^\\]+)? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)")

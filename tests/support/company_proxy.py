@@ -36,8 +36,8 @@ class Authority:
         self.bundle = directory / "company.pem"
         self.bundle.write_bytes(self._certificate.public_bytes(serialization.Encoding.PEM))
 
-    def context(self, host: str) -> ssl.SSLContext:
-        """Return the TLS context of a server with this name, for HTTP/1.1 and HTTP/2."""
+    def certificate(self, host: str) -> Path:
+        """Return a file with the private key and the certificate of a server with this name."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
         alternative = x509.SubjectAlternativeName([x509.DNSName(host)])
@@ -48,8 +48,12 @@ class Authority:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         file.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+        return file
+
+    def context(self, host: str) -> ssl.SSLContext:
+        """Return the TLS context of a server with this name, for HTTP/1.1 and HTTP/2."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(file)
+        context.load_cert_chain(self.certificate(host))
         context.set_alpn_protocols(["h2", "http/1.1"])
         return context
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from base64 import b64encode
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import orjson
 import pytest
 
+from tests.support.company_proxy import Authority
 from worker import renamed
 from worker.errors import SettingsError
 from worker.mapping import MappingConfig, load_mapping
 from worker.settings import MappingSettings, QueueSettings, Settings, load, unknown_variables
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 GOOD = {
     "CT_API_URL": "https://api.example.com/",
@@ -320,3 +318,24 @@ def test_missing_mapping_file_is_an_error(tmp_path: Path) -> None:
     """The worker does not fall back to the defaults."""
     with pytest.raises(SettingsError, match="cannot read"):
         load_mapping(tmp_path / "missing.toml")
+
+
+@pytest.mark.usefixtures("environment")
+def test_certificate_and_key_of_the_http_port_belong_together(tmp_path: Path) -> None:
+    """The worker would otherwise refuse every probe, and be restarted again and again."""
+    authority = Authority(tmp_path)
+    good, other = (str(authority.certificate(name)) for name in ("localhost", "other"))
+    (tmp_path / "empty.pem").write_bytes(b"")
+
+    def error(certificate: str, key: str) -> str:
+        options = {"http_tls_certificate": certificate or None, "http_tls_key": key or None}
+        with pytest.raises(SettingsError) as raised:
+            load(Settings, options)
+        return str(raised.value).removeprefix("KLAVIYO_WORKER_HTTP_TLS_KEY and KLAVIYO_WORKER_HTTP_TLS_CERTIFICATE ")
+
+    assert load(Settings, {"http_tls_certificate": good, "http_tls_key": good}).http_tls_key == Path(good)
+    assert error(good, "") == error("", good) == "belong together: set both, or neither"
+    todo = "check both files, which must be PEM"
+    assert error(good, other) == f"cannot be used: they are not a certificate and its key: {todo}"
+    assert error(good, str(tmp_path / "empty.pem")) == f"cannot be used: they are not a certificate and its key: {todo}"
+    assert error(good, str(tmp_path / "none.pem")) == f"cannot be used: No such file or directory: {todo}"

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from worker.settings import QueueSettings
 
-SECRETS = frozenset({"ct_api_client", "destination_secret", "klaviyo_auth_key", "servicebus_connection_string"})
+SECRETS = frozenset(
+    {"ct_api_client", "destination_secret", "http_password", "klaviyo_auth_key", "servicebus_connection_string"}
+)
 
 
 class Setting(click.Option):

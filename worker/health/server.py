@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
+from worker.health.access import ALL_INTERFACES, Access
 from worker.health.page import HEADERS, build_page
 from worker.telemetry.log import log
 
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
     from worker.telemetry.metrics import Metrics
     from worker.telemetry.state import WorkerState
 
-ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - the setting in a container
 TIMEOUT = 10.0  # seconds; the maximum duration of a connection
 MAX_CONNECTIONS = 32  # an additional connection closes the oldest one
+_PROBES = frozenset({"/livez", "/readyz"})  # they answer without the password, and then only with their status
+_HEADERS: Mapping[int, tuple[str, str]] = {
+    HTTPStatus.METHOD_NOT_ALLOWED: ("Allow", "GET, HEAD"),
+    HTTPStatus.UNAUTHORIZED: ("WWW-Authenticate", 'Basic realm="klaviyo-worker"'),
+}
 _POLL = 0.2  # seconds between two checks of the connections
 
 
@@ -41,9 +46,9 @@ class HealthServer:
     """The HTTP server for probes, metrics and, if `status` is given, the status page. It runs in separate threads."""
 
     def __init__(
-        self, host: str, port: int, metrics: Metrics, state: WorkerState, status: Status | None = None
+        self, access: Access, port: int, metrics: Metrics, state: WorkerState, status: Status | None = None
     ) -> None:
-        self._host = host
+        self._access = access
         self._port = port
         self._metrics = metrics
         self._state = state
@@ -60,7 +65,7 @@ class HealthServer:
         routes = {"/livez": self._livez, "/readyz": self._readyz, "/metrics": self._scrape}
         if self._status:
             routes |= _status_routes(self._status)
-        self._server = _Server(self._host, self._port, routes)
+        self._server = _Server(self._access, self._port, routes)
         self._port = self._server.server_address[1]
         Thread(target=self._server.serve_forever, args=(_POLL,), name="health", daemon=True).start()
         if self._status:
@@ -130,16 +135,26 @@ class _Server(ThreadingTCPServer):
     daemon_threads = True
     request_queue_size = 32
 
-    def __init__(self, host: str, port: int, routes: Mapping[str, Callable[[], _Response]]) -> None:
+    def __init__(self, access: Access, port: int, routes: Mapping[str, Callable[[], _Response]]) -> None:
+        self.access = access
         self.routes = routes
         self._open: dict[socket.socket, float] = {}  # deadline of each connection, oldest first
-        self.address_family, address = _listen_address(host, port)
+        self.address_family, address = _listen_address(access.host, port)
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # also accept IPv4
         super().server_bind()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        try:
+            return self.access.wrap(connection), address
+        except OSError as error:  # the files cannot be read
+            connection.close()
+            log.warning("http_port_unavailable", extra={"reason": f"no TLS: {type(error).__name__}"})
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._open[request] = time.monotonic() + TIMEOUT
@@ -165,7 +180,9 @@ class _Server(ThreadingTCPServer):
     def _drop(self, connection: socket.socket) -> None:
         self._open.pop(connection, None)
         with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)  # the thread of the connection then closes it
+            # The thread of the connection then closes it. With TLS, `connection.shutdown` would first drop the state
+            # that the thread uses.
+            socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         error = sys.exception()
@@ -180,11 +197,16 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        route = self.server.routes.get(self.path.partition("?")[0])
-        if route is None:
-            self.send_error(HTTPStatus.NOT_FOUND)
+        access, path = self.server.access, self.path.partition("?")[0]
+        route = self.server.routes.get(path)
+        if not access.allows_name(self.headers.get("Host")):
+            self.send_error(HTTPStatus.MISDIRECTED_REQUEST)
+        elif access.allows_reading(self.headers.get("Authorization")):
+            self.send_error(HTTPStatus.NOT_FOUND) if route is None else self._send(route())
+        elif route is not None and path in _PROBES:
+            self._send(route()._replace(content_type="text/plain", body=b""))
         else:
-            self._send(route())
+            self.send_error(HTTPStatus.UNAUTHORIZED)
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -199,8 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(response.body)))
         for name, value in response.headers.items():
             self.send_header(name, value)
-        if response.status == HTTPStatus.METHOD_NOT_ALLOWED:
-            self.send_header("Allow", "GET, HEAD")
+        if header := _HEADERS.get(response.status):
+            self.send_header(*header)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(response.body)

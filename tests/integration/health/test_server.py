@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import logging
@@ -10,15 +11,19 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+import requests
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support.company_proxy import Authority
 from tests.support.worker_state import FakeWorkerState
 from worker.health import server as health
-from worker.health.server import ALL_INTERFACES, HealthServer
+from worker.health.access import ALL_INTERFACES, Access
+from worker.health.server import HealthServer
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     Serve = Callable[..., HealthServer]
 
@@ -36,11 +41,11 @@ def serve() -> Iterator[Serve]:
     """Start servers that show a state, and stop them after the test."""
     servers: list[HealthServer] = []
 
-    def start(host: str = "127.0.0.1", **state: Any) -> HealthServer:
+    def start(host: str = "127.0.0.1", access: Access | None = None, **state: Any) -> HealthServer:
         worker_state = FakeWorkerState(**state)
         metrics = Metrics("embedded")
         metrics.observe_worker(worker_state)
-        server = HealthServer(host, 0, metrics, worker_state)
+        server = HealthServer(access or Access(host), 0, metrics, worker_state)
         server.start()
         servers.append(server)
         return server
@@ -50,10 +55,10 @@ def serve() -> Iterator[Serve]:
         server.stop()
 
 
-def request(server: HealthServer, path: str, method: str = "GET", host: str = "127.0.0.1") -> Response:
+def request(server: HealthServer, path: str, method: str = "GET", host: str = "127.0.0.1", **headers: str) -> Response:
     connection = http.client.HTTPConnection(host, server.port, timeout=60)
     try:
-        connection.request(method, path)
+        connection.request(method, path, headers=headers)
         response = connection.getresponse()
         return Response(response.status, dict(response.getheaders()), response.read())
     finally:
@@ -251,7 +256,7 @@ def test_requests_are_not_logged(
 
 def test_port_in_use_is_an_error(serve: Serve) -> None:
     """Otherwise the health of one worker would be shown for another on the same machine."""
-    server = HealthServer("127.0.0.1", serve().port, Metrics("embedded"), FakeWorkerState())
+    server = HealthServer(Access(), serve().port, Metrics("embedded"), FakeWorkerState())
     with pytest.raises(OSError, match="in use"):
         server.start()
     server.stop()
@@ -287,7 +292,7 @@ def test_only_the_given_address_is_served(host: str, serve: Serve) -> None:
 
 def test_address_of_another_machine_is_an_error() -> None:
     """The worker logs the error and runs without the port."""
-    server = HealthServer("192.0.2.1", 0, Metrics("embedded"), FakeWorkerState())
+    server = HealthServer(Access("192.0.2.1"), 0, Metrics("embedded"), FakeWorkerState())
     with pytest.raises(OSError, match=r"assign"):
         server.start()
     server.stop()
@@ -300,3 +305,67 @@ def test_all_interfaces_work_without_ipv6(serve: Serve, monkeypatch: pytest.Monk
     assert request(server, "/livez").status == 200
     with pytest.raises(OSError, match=r"refused|assign|unreachable"):
         request(server, "/livez", host="::1")
+
+
+@pytest.mark.parametrize(
+    ("listens_on", "name", "status"),
+    [
+        ("127.0.0.1", "localhost:9090", 200),
+        ("127.0.0.1", "127.0.0.1", 200),
+        ("127.0.0.1", "[::1]:9090", 200),
+        ("localhost", "LOCALHOST", 200),
+        ("127.0.0.1", "attacker.example:9090", 421),
+        ("127.0.0.1", "localhost.attacker.example", 421),
+        ("127.0.0.1", "[", 421),
+        ("127.0.0.1", "", 421),
+        (ALL_INTERFACES, "worker.namespace.svc:9090", 200),
+    ],
+)
+def test_only_names_of_this_machine_are_served(serve: Serve, listens_on: str, name: str, status: int) -> None:
+    """A website can give its domain the address 127.0.0.1, and then read the port in the browser of an operator."""
+    assert request(serve(listens_on), "/metrics", Host=name).status == status
+
+
+def test_request_without_a_name_is_served(serve: Serve) -> None:
+    """Every browser sends a name."""
+    with connect(serve(), b"GET /livez HTTP/1.0\r\n\r\n") as connection:
+        assert b" 200 " in connection.recv(1_000)
+
+
+BASIC = "Basic " + base64.b64encode("prometheus:pässword:7".encode()).decode()
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    ["", "Basic", "Basic ***", "Bearer x", BASIC[:-1], BASIC.replace("Basic", "Digest"), "Basic " + "eDp5" * 9],
+)
+def test_password_protects_all_but_the_status_of_probes(serve: Serve, authorization: str) -> None:
+    """Orchestrators send no password. The user name is free."""
+    server = serve(access=Access(password="pässword:7"), parked_reason="Klaviyo answered 401")
+    refused = request(server, "/metrics", Authorization=authorization)
+    assert (refused.status, refused.headers["WWW-Authenticate"]) == (401, 'Basic realm="klaviyo-worker"')
+    assert request(server, "/", Authorization=authorization).status == 401
+    assert request(server, "/livez", Authorization=authorization)[::2] == (200, b"")
+    assert request(server, "/readyz", Authorization=authorization)[::2] == (503, b"")
+    assert request(server, "/metrics", Authorization=BASIC).status == 200
+    assert b"401" in request(server, "/readyz", Authorization=BASIC).body
+    assert "pässword" not in repr(Access(password="pässword:7"))
+
+
+def test_port_with_tls(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client without TLS, or one that is silent, concerns only its connection. The files are read again."""
+    monkeypatch.setattr(health, "TIMEOUT", 0.5)
+    authority = Authority(tmp_path)
+    certificate = authority.certificate("localhost")
+    server = serve(access=Access(certificate=certificate, key=certificate))
+    url = f"https://localhost:{server.port}/livez"
+    assert requests.get(url, verify=str(authority.bundle), timeout=60).json() == {"status": "ok"}
+    with connect(server) as silent, connect(server, b"GET /livez HTTP/1.1\r\n\r\n") as plain:
+        assert is_closed(silent)
+        assert b"ok" not in plain.recv(1_000)
+    contents = certificate.read_bytes()
+    certificate.write_bytes(b"")
+    with connect(server) as refused:
+        assert is_closed(refused)
+    certificate.write_bytes(contents)
+    assert requests.get(url, verify=str(authority.bundle), timeout=60).status_code == 200

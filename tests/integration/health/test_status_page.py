@@ -23,6 +23,7 @@ from tests.support.worker_state import FakeWorkerState
 from tests.unit.health.test_status import line
 from tests.unit.runtime import test_runner
 from tests.unit.runtime.test_runner import wait_for
+from worker.health.access import Access
 from worker.health.server import HealthServer
 from worker.health.status import Status
 from worker.service import Worker
@@ -51,7 +52,7 @@ def serve() -> Iterator[Serve]:
         worker_state = FakeWorkerState(**state)
         settings = test_runner.settings_for(queue_url="sqs://key:s3cret@queue?token=s3cret")
         status = Status(settings, worker_state, telemetry)
-        servers.append(HealthServer("127.0.0.1", 0, telemetry.metrics, worker_state, status))
+        servers.append(HealthServer(Access(), 0, telemetry.metrics, worker_state, status))
         servers[-1].start()
         return servers[-1]
 

@@ -78,4 +78,4 @@ def test_setting_shows_its_type() -> None:
     for flag in (*shown, "--queue-url URL", "--ct-project-id TEXT"):
         assert f"{flag} " in text
     files = [option.opts for option in options("klaviyo-worker run") if isinstance(option.type, click.Path)]
-    assert files == [["--config"]]
+    assert files == [["--config"], ["--http-tls-certificate"], ["--http-tls-key"]]
