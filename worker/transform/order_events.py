@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _EARLIEST = datetime(1991, 1, 1, tzinfo=UTC)  # Klaviyo: "must be after the year 1990"
 _DAY = timedelta(days=1)
+_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
 
 
 def order_of(enriched: Enriched) -> Json:
@@ -91,8 +93,15 @@ def event_time(enriched: Enriched, *candidates: Any) -> str:
     for candidate in candidates:
         moment = parse_time(candidate)
         if moment is not None and _EARLIEST <= moment <= enriched.as_of + _DAY:
-            return as_text(candidate)
+            text = as_text(candidate)
+            return text if _RFC_3339.fullmatch(text) else moment.isoformat()
     return ""
+
+
+def placed_at(order: Json, enriched: Enriched) -> str:
+    """Return when an order was placed. An imported order says so in completedAt, others are completed later."""
+    completed_at = order.get("completedAt") if _is_imported(order, enriched) else None
+    return event_time(enriched, completed_at, order.get("createdAt"), enriched.notification.time)
 
 
 def is_in_the_past(order: Json, enriched: Enriched, mapping: MappingConfig) -> bool:
@@ -100,11 +109,18 @@ def is_in_the_past(order: Json, enriched: Enriched, mapping: MappingConfig) -> b
 
     `order.imports` decides. With "auto", an order is in the past if it was completed more than a day before its import.
     """
-    notification, imports = enriched.notification, mapping.order.imports
-    if notification.type != "OrderImported" or imports == "live":
-        return False
-    completed, imported = parse_time(order.get("completedAt")), parse_time(notification.time)
-    return imports == "backfill" or bool(completed and imported and imported - completed > _DAY)
+    imports, notification = mapping.order.imports, enriched.notification
+    if imports != "auto" or not _is_imported(order, enriched):
+        return imports == "backfill" and _is_imported(order, enriched)
+    imported_at = notification.time if notification.type == "OrderImported" else order.get("createdAt")
+    completed, imported = parse_time(order.get("completedAt")), parse_time(imported_at)
+    return completed is not None and imported is not None and imported - completed > _DAY
+
+
+def _is_imported(order: Json, enriched: Enriched) -> bool:
+    """Return whether an order is imported from another system. Later messages do not say so, but its times do."""
+    completed, created = parse_time(order.get("completedAt")), parse_time(order.get("createdAt"))
+    return enriched.notification.type == "OrderImported" or bool(completed and created and completed < created)
 
 
 def event_operation(

@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from worker.errors import Ignored
-from worker.json_access import as_id, parse_time
+from worker.json_access import as_id
 from worker.transform import fields
 from worker.transform.identity import email_of, identifiers
 from worker.transform.line_items import items_of, lines_of
 from worker.transform.order_events import (
     event_operation,
-    event_time,
     is_in_the_past,
     order_id,
     order_of,
     order_omissions,
     order_properties,
+    placed_at,
 )
 from worker.transform.order_totals import line_total, order_total
 from worker.transform.registry import handles
@@ -47,7 +47,7 @@ def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operati
     """Create a Placed Order event and, dated one second later, an Ordered Product event for every line."""
     order = order_of(enriched)
     profile = identifiers(order, enriched, mapping)
-    time, backfill = _placed_at(order, enriched), is_in_the_past(order, enriched, mapping)
+    time, backfill = placed_at(order, enriched), is_in_the_past(order, enriched, mapping)
     items = items_of(order, enriched, mapping)
     yield event_operation(
         metric=mapping.metrics.placed_order,
@@ -102,11 +102,3 @@ def order_email_set(enriched: Enriched, mapping: MappingConfig) -> Iterable[Oper
     if not as_id(order.get("customerId")) and address_email not in ("", as_id(order.get("customerEmail"))):
         raise Ignored("an address of the order has another email address, and its event belongs to that one")
     return order_placed(enriched, mapping)
-
-
-def _placed_at(order: Json, enriched: Enriched) -> str:
-    """Return when an order was placed. An imported order says so in completedAt, others are completed later."""
-    completed, created = parse_time(order.get("completedAt")), parse_time(order.get("createdAt"))
-    is_imported = enriched.notification.type == "OrderImported" or bool(completed and created and completed < created)
-    candidates = (order.get("completedAt") if is_imported else None, order.get("createdAt"), enriched.notification.time)
-    return event_time(enriched, *candidates)
