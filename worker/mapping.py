@@ -104,6 +104,11 @@ class CustomerMapping(_Section):
     clear_phone: bool = Field(
         default=False, description="Clear the profile's phone number when the customer has no valid phone number."
     )
+    merge_guests: bool = Field(
+        default=True,
+        description="When a customer takes over an email address that has a profile without external_id, merge that "
+        "profile into the customer's. A merge cannot be undone.",
+    )
     erasure: bool = Field(
         default=False,
         description="Request the deletion of the profile in Klaviyo when commercetools deletes a customer with "

@@ -94,7 +94,8 @@ class OperationKind(Enum):
     """The kinds of writes to Klaviyo. The value is the name in logs and in `klaviyo-worker transform`."""
 
     CREATE_EVENT = "create_event"
-    UPSERT_PROFILE = "upsert_profile"
+    UPSERT_PROFILE = "upsert_profile"  # of a customer
+    UPSERT_GUEST = "upsert_guest"  # the profile of somebody without a customer account
     DELETE_PROFILE = "delete_profile"
     UPSERT_CATEGORY = "upsert_category"
     ENSURE_CATEGORY = "ensure_category"
@@ -114,9 +115,11 @@ class Operation:
     """One write to Klaviyo: idempotent and self-contained.
 
     If a batch has several operations with the same kind and `key`, only the last one is sent. `resource` is the
-    JSON:API object (`type`, `id`, `attributes`, `relationships`); None if the key is enough. `keep_skus` are the
-    variants that DELETE_STALE_VARIANTS keeps. DELETE_PROFILE deletes no profile that Klaviyo created before
-    `created_since`. `fallback` returns the operations to send instead if Klaviyo does not have the object to update.
+    JSON:API object (`type`, `id`, `attributes`, `relationships`); None if the key is enough. An UPSERT_PROFILE has the
+    customer's id as its key and the customer's whole state as its attributes, with None for what commercetools no
+    longer has. An UPSERT_GUEST has the lower-cased email address as its key. `keep_skus` are the variants that
+    DELETE_STALE_VARIANTS keeps. DELETE_PROFILE deletes no profile that Klaviyo created before `created_since`.
+    `fallback` returns the operations to send instead if Klaviyo does not have the object to update.
     """
 
     kind: OperationKind
@@ -124,6 +127,7 @@ class Operation:
     resource: Json | None = field(default=None, repr=False)
     keep_skus: frozenset[str] = frozenset()
     fallback: Callable[[], Iterable[Operation]] | None = field(default=None, repr=False, compare=False)
+    any_profile: bool = False  # UPSERT_GUEST: also write to the profile of a customer
     truncated: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
     created_since: datetime | None = None
 

@@ -44,7 +44,11 @@ if TYPE_CHECKING:
 
 FIRST_DELAY, MAX_DELAY = 2.0, 600.0  # seconds before a nacked message is redelivered
 MAX_READINGS = 4  # of a state that changes while it is written, before its message is held
-_STATE_WRITES = frozenset(OperationKind) - {OperationKind.CREATE_EVENT, OperationKind.DELETE_PROFILE}
+_STATE_WRITES = frozenset(OperationKind) - {
+    OperationKind.CREATE_EVENT,
+    OperationKind.UPSERT_GUEST,
+    OperationKind.DELETE_PROFILE,
+}
 MAX_TIMES_BLOCKED = (
     5  # times in a row that a message is blocked before it is dead-lettered; the backoff is 15 s in total
 )

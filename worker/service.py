@@ -23,7 +23,7 @@ from worker.pipeline import Pipeline
 from worker.runtime.downtime import Downtime
 from worker.runtime.dry_run import DryRunQueue, print_instead
 from worker.runtime.runner import Runner
-from worker.send import Sender
+from worker.send import Sender, SendOptions
 from worker.send.bulk_verdict import BulkVerdict
 from worker.telemetry.log import log
 from worker.telemetry.message_log import Telemetry
@@ -55,14 +55,15 @@ class Components:
         self.enricher = Enricher(cached_reader, self.mapping)
         # The verdict has its own client: that it cannot be read is no outage for any message.
         self.bulk_verdict = BulkVerdict(Klaviyo(settings, self.stopping), settings.bulk_events)
-        self.sender = Sender(
-            self.klaviyo,
-            settings.max_requests,
-            self.stopping,
-            allows_bulk_events=self.bulk_verdict.allows_bulk,
-            bulk_threshold=settings.bulk_threshold,
-            job_timeout=settings.job_timeout,
+        options = SendOptions(
+            settings.bulk_threshold,
+            settings.job_timeout,
             stop_wait=settings.shutdown_grace_period * STOP_WAIT_SHARE,
+            merges_guests=self.mapping.customer.merge_guests,
+        )
+        allows_bulk_events = self.bulk_verdict.allows_bulk
+        self.sender = Sender(
+            self.klaviyo, settings.max_requests, self.stopping, options, allows_bulk_events=allows_bulk_events
         )
         self.send: Send = print_instead if dry_run else self.sender.send
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from worker import send
 
@@ -25,18 +25,15 @@ class Sender(send.Sender):
         *,
         stopping: Event | None = None,
         bulk_events: bool = True,
-        bulk_threshold: int = 10,
-        job_timeout: float = 600.0,
-        stop_wait: float = 0.0,
+        **options: Any,
     ) -> None:
+        defaults = {"bulk_threshold": 10, "job_timeout": 600.0, "stop_wait": 0.0, "merges_guests": True}
         super().__init__(
             client,
             max_requests,
             stopping or Event(),
+            send.SendOptions(**(defaults | options)),
             allows_bulk_events=lambda: bulk_events,
-            bulk_threshold=bulk_threshold,
-            job_timeout=job_timeout,
-            stop_wait=stop_wait,
         )
 
     def send(self, operations: Sequence[Operation]) -> list[WorkerError | None]:  # type: ignore[override]

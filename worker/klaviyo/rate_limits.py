@@ -41,7 +41,7 @@ _QUOTA = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(?:;\s*w=([0-9]{1,9}))?")
 S, M, L, XL = (3, 60), (10, 150), (75, 700), (350, 3500)  # requests per second, requests per minute
 TIERS = (  # all other endpoints have tier L
     (r"POST /api/data-privacy-deletion-jobs", S),
-    (r"POST /api/event-bulk-create-jobs|\w+ /api/profile-bulk-import-jobs.*", M),
+    (r"POST /api/(event-bulk-create-jobs|profile-merge)|\w+ /api/profile-bulk-import-jobs.*", M),
     (r"(GET|POST) /api/events|GET /api/catalog-(?!(item|variant)-bulk-(create|update)-jobs).*", XL),
 )
 

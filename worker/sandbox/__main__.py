@@ -9,7 +9,7 @@ import signal
 
 from worker.sandbox import Sandbox
 from worker.sandbox.commercetools.copies import IDS
-from worker.sandbox.klaviyo.account import BULK_REPEATS, Account
+from worker.sandbox.klaviyo.account import BULK_REPEATS, PHONE_MATCHES, Account
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,6 +34,13 @@ def _parser() -> argparse.ArgumentParser:
         help="what to do with a bulk call that repeats an event of an earlier call, which Klaviyo does not document: "
         "ignore the repeated event, reject the call, accept and drop the call, or record a duplicate (default: drop)",
     )
+    parser.add_argument(
+        "--phone-match",
+        choices=PHONE_MATCHES,
+        default="select",
+        help="what to do with a write that matches a profile by its phone number alone, which Klaviyo does not "
+        "document: update this profile, or answer 409 (default: select)",
+    )
     parser.add_argument("--job-seconds", type=float, default=0.0, help="how long bulk jobs take (default: 0)")
     return parser
 
@@ -41,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Serve emulators of commercetools and Klaviyo on loopback, with a sample shop."""
     options = vars(_parser().parse_args())
-    account = Account(options.pop("bulk_repeats"), options.pop("job_seconds"))
+    account = Account(options.pop("bulk_repeats"), options.pop("job_seconds"), phone_match=options.pop("phone_match"))
     # Block the signals before any thread starts, so that only sigwait receives them.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     with Sandbox(account=account, **options) as sandbox:

@@ -2,19 +2,19 @@
 
 No other stage writes to Klaviyo. Every operation can be repeated without a second effect. If a batch has few operations
 of a kind, they are sent individually (single.py). If it has many, they are sent in bulk: events.py for events,
-profiles.py for profiles, catalog.py for catalog entries.
+catalog.py for catalog entries. profiles.py sends all profiles, because it reads them first.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from worker.model import Effect, Operation, OperationKind, SendResult
 from worker.send.catalog import BulkCatalog
 from worker.send.events import BulkEvents
 from worker.send.jobs import BulkJobs
-from worker.send.profiles import BulkProfiles
+from worker.send.profiles import Profiles
 from worker.send.requests import Request, request_for
 from worker.send.single import SingleSender
 from worker.telemetry.defects import describe_defect, report_defect
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from worker.klaviyo.client import KlaviyoClient
     from worker.send.bulk import BulkSender, OperationId
 
-__all__ = ["Request", "Sender", "request_for"]
+__all__ = ["Request", "SendOptions", "Sender", "request_for"]
 
 # Phases run in sequence, because a variant needs its item, and an item needs its categories.
 # The operations of a phase are sent concurrently.
@@ -34,6 +34,7 @@ PHASES: tuple[frozenset[OperationKind], ...] = (
     frozenset(
         {
             OperationKind.CREATE_EVENT,
+            OperationKind.UPSERT_GUEST,
             OperationKind.UPSERT_PROFILE,
             OperationKind.UPSERT_CATEGORY,
             OperationKind.ENSURE_CATEGORY,
@@ -47,12 +48,24 @@ PHASES: tuple[frozenset[OperationKind], ...] = (
 )
 
 
+class SendOptions(NamedTuple):
+    """How operations are sent.
+
+    More than `bulk_threshold` operations of a kind are sent in bulk. A bulk job ends within `job_timeout` seconds.
+    After `stopping` is set, bulk jobs are waited for `stop_wait` seconds at most. `merges_guests`: see Planner.
+    """
+
+    bulk_threshold: int
+    job_timeout: float
+    stop_wait: float
+    merges_guests: bool
+
+
 class Sender:
     """The send stage: sends operations individually or in bulk. Safe for many threads.
 
     `max_requests` is the maximum number of concurrent requests per effect. `allows_bulk_events` returns whether events
-    may be sent in bulk. A bulk job ends within `job_timeout` seconds. After `stopping` is set, bulk jobs are waited for
-    `stop_wait` seconds at most.
+    may be sent in bulk.
     """
 
     def __init__(
@@ -60,25 +73,26 @@ class Sender:
         client: KlaviyoClient,
         max_requests: int,
         stopping: Event,
+        options: SendOptions,
         *,
         allows_bulk_events: Callable[[], bool],
-        bulk_threshold: int,
-        job_timeout: float,
-        stop_wait: float,
     ) -> None:
         executors = {effect: ThreadPoolExecutor(max_requests, thread_name_prefix="klaviyo") for effect in Effect}
         catalog = executors[Effect.CATALOG]
         self._executors = dict.fromkeys(OperationKind, catalog) | {
             OperationKind.CREATE_EVENT: executors[Effect.EVENTS],
+            OperationKind.UPSERT_GUEST: executors[Effect.EVENTS],
             OperationKind.UPSERT_PROFILE: executors[Effect.PROFILES],
             OperationKind.DELETE_PROFILE: executors[Effect.DELETIONS],
         }
-        self._single = SingleSender(client)
-        jobs = BulkJobs(client, stopping, job_timeout, stop_wait)
+        jobs = BulkJobs(client, stopping, options.job_timeout, options.stop_wait)
+        threshold = options.bulk_threshold
+        profiles = Profiles(client, jobs, executors, threshold, merges_guests=options.merges_guests)
+        self._single = SingleSender(client, profiles)
         self._bulk_senders: tuple[BulkSender, ...] = (
-            BulkEvents(client, self._send_individually, allows_bulk_events, bulk_threshold),
-            BulkProfiles(jobs, self._send_individually, bulk_threshold),
-            BulkCatalog(client, jobs, self._single, catalog, self._send_individually, bulk_threshold),
+            BulkEvents(client, self._send_individually, allows_bulk_events, threshold),
+            profiles,
+            BulkCatalog(client, jobs, self._single, catalog, self._send_individually, threshold),
         )
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:

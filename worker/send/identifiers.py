@@ -6,12 +6,33 @@ import re
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from worker.errors import Rejected
+from worker.telemetry.log import log
+
 if TYPE_CHECKING:
-    from worker.errors import Rejected
+    from worker.klaviyo.client import KlaviyoClient
     from worker.model import Json
 
-IDENTIFIER_PRIORITY = ("email", "external_id", "phone_number")  # the strongest first
+_IDENTIFIERS = ("email", "external_id", "phone_number")
 _INVALID = re.compile(r"/data/attributes/(?:profile/data/attributes/)?(email|phone_number)")
+
+
+def write_record(client: KlaviyoClient, method: str, path: str, resource: Json) -> None:
+    """Write a profile or an event. If its email or phone number is invalid, leave it out. Raises WorkerError."""
+    try:
+        client.call(method, path, {"data": resource})
+    except Rejected as error:
+        name = invalid_identifier(error)
+        remaining = drop_identifier(resource, name) if name else None
+        if remaining is None:
+            raise
+        report_dropped(name, resource["type"])
+        write_record(client, method, path, remaining)
+
+
+def report_dropped(name: str, record: str) -> None:
+    """Log that an identifier was left out of a record ("profile" or "event"), without its value."""
+    log.warning("identifier_dropped", extra={"identifier": name, "resource": record})
 
 
 def invalid_identifier(rejection: Rejected) -> str:
@@ -29,6 +50,5 @@ def drop_identifier(resource: Json, identifier: str) -> Json | None:
             return None
         return resource | {"attributes": attributes | {"profile": {"data": profile}}}
     others = {name: value for name, value in attributes.items() if name != identifier}
-    if len(others) == len(attributes) or not any(others.get(name) for name in IDENTIFIER_PRIORITY):
-        return None
-    return resource | {"attributes": others}
+    has_other = resource.get("id") or any(others.get(name) for name in _IDENTIFIERS)
+    return resource | {"attributes": others} if has_other and len(others) < len(attributes) else None

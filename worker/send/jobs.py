@@ -68,7 +68,7 @@ class BulkJobType(NamedTuple):
 
 @dataclass(slots=True, eq=False, repr=False)
 class JobEntry:
-    """An entry of a bulk job: its external id, its JSON and its result."""
+    """An entry of a bulk job: its external id (a guest's email address), its JSON and its result."""
 
     key: str
     body: bytes
@@ -82,7 +82,7 @@ class _BulkJob(NamedTuple):
 
 
 class _Failures(NamedTuple):
-    """The external ids of a job's failed entries. If `is_complete` is False, other entries have possibly failed."""
+    """The keys of a job's failed entries. If `is_complete` is False, other entries have possibly failed."""
 
     keys: frozenset[str]
     is_complete: bool
@@ -268,7 +268,8 @@ def _culprits(entries: list[JobEntry], pointer: str) -> list[JobEntry]:
 
 
 def _key_of(error: Json) -> str:
-    """Return the external id of a failed entry, or "". Catalog jobs return the id; import jobs return the entry."""
+    """Return the key of a failed entry, or "". Catalog jobs return the external id; import jobs return the entry."""
     quoted = as_dict(error.get("original_payload"))
     sources = (as_dict(error.get("meta")), as_dict(quoted.get("attributes")), quoted)
-    return next(filter(None, (as_text(source.get("external_id")) for source in sources)), "")
+    found = (as_text(source.get(name)) for name in ("external_id", "email") for source in sources)
+    return next(filter(None, found), "")

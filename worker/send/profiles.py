@@ -1,67 +1,207 @@
-"""The bulk sender for profiles. It uses Klaviyo's import jobs."""
+"""The sender for profiles: it reads Klaviyo's profiles of a batch, and writes only what differs.
+
+A batch takes several rounds if necessary. Each round reads the profiles (profile_directory.py), decides whose each is
+and what to write (profile_plan.py), and writes: many profiles in a bulk job, the others individually
+(profile_writes.py). A job ignores null and has no 409 that would protect an identifier, so a job neither clears
+attributes nor creates a profile with the email address or phone number of a customer: the next round adds them.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import orjson
 
+from worker.errors import EndpointRefused, Rejected, Transient, WorkerError
 from worker.json_access import as_text
-from worker.model import Json, Operation, OperationKind, SendResult
-from worker.send.bulk import with_fallback
-from worker.send.identifiers import IDENTIFIER_PRIORITY
+from worker.model import Effect, Json, Operation, OperationKind, SendResult
+from worker.send.claims import Claims
+from worker.send.identifiers import report_dropped
 from worker.send.jobs import PROFILES, BulkJobType, JobEntry
-from worker.transform.profiles import without_clears
+from worker.send.profile_directory import Directory, Identifier, identifier, read_profiles
+from worker.send.profile_plan import Plan, Planner, Upsert, has_nulls
+from worker.send.profile_writes import MERGE_WAIT, ProfileWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+    from concurrent.futures import Executor
 
-    from worker.send.bulk import OperationId, SendIndividually
+    from worker.klaviyo.client import KlaviyoClient
+    from worker.send.bulk import OperationId
     from worker.send.jobs import BulkJobs
 
+KINDS = frozenset({OperationKind.UPSERT_PROFILE, OperationKind.UPSERT_GUEST})
+MAX_ROUNDS = 6  # creation, both identifiers after two conflicts each, and a merge
 _IMPORT = BulkJobType(PROFILES, "profiles", 10_000)  # https://developers.klaviyo.com/en/reference/bulk_import_profiles
+_CHANGING = "other writers keep changing the profiles with these identifiers in Klaviyo"
 
 
-class BulkProfiles:
-    """The bulk sender for profiles. Failed profiles are sent individually, which resolves conflicts."""
+class Profiles:
+    """The sender for profiles. Safe for many threads: two threads never write the same identifier.
 
-    def __init__(self, jobs: BulkJobs, send_individually: SendIndividually, threshold: int) -> None:
+    More than `threshold` profiles are sent in a bulk job. `merges_guests`: see Planner.
+    """
+
+    def __init__(
+        self,
+        client: KlaviyoClient,
+        jobs: BulkJobs,
+        executors: Mapping[Effect, Executor],
+        threshold: int,
+        *,
+        merges_guests: bool,
+    ) -> None:
+        self._client = client
         self._jobs = jobs
-        self._send_individually = send_individually
+        self._executors = executors
         self._threshold = threshold
+        self._merges_guests = merges_guests
+        self._writer = ProfileWriter(client)
+        self._claims = Claims()
 
     def select(self, operations: Sequence[Operation]) -> list[OperationId]:
-        """Return the ids of the upserts to send in bulk, or [] if there are too few.
-
-        Upserts that share an identifier are sent individually, because Klaviyo documents no order within a job.
-        """
-        upserts = {o.key: o for o in operations if o.kind is OperationKind.UPSERT_PROFILE}
-        uses = Counter(identifier for upsert in upserts.values() for identifier in _identifiers(upsert))
-        selected = [key for key, upsert in upserts.items() if all(uses[each] == 1 for each in _identifiers(upsert))]
-        return [(OperationKind.UPSERT_PROFILE, key) for key in selected] if len(selected) > self._threshold else []
+        """Return the ids of all operations on profiles: one read serves all of them."""
+        return [(operation.kind, operation.key) for operation in operations if operation.kind in KINDS]
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
-        """Import the profiles and return their results in the same order."""
-        entries = [
-            JobEntry(_external_id(upsert), orjson.dumps(without_clears(upsert.resource or {}))) for upsert in operations
-        ]
-        return with_fallback(operations, self._jobs.run(_IMPORT, entries), self._send_individually)
+        """Write the profiles and return the results in the same order."""
+        upserts = [Upsert(operation) for operation in operations]
+        with ExitStack() as claims:
+            claims.enter_context(
+                self._claims.for_customers(_identifiers(each for each in upserts if not each.is_guest))
+            )
+            guests = [upsert for upsert in upserts if upsert.is_guest]
+            free = claims.enter_context(self._claims.for_guests(_identifiers(guests)))
+            for guest in guests:
+                if not _identifiers([guest]) <= free:  # the message of a customer writes this profile
+                    guest.finish()
+            self._send(upserts)
+        return [upsert.result or SendResult(Transient(_CHANGING, MERGE_WAIT), upsert.requests) for upsert in upserts]
+
+    def _send(self, upserts: Sequence[Upsert]) -> None:
+        for number in range(1, MAX_ROUNDS + 1):
+            pending = [upsert for upsert in upserts if upsert.result is None]
+            if not pending:
+                return
+            try:
+                self._run_round(pending, can_defer=number < MAX_ROUNDS)
+            except WorkerError as error:
+                for upsert in pending:
+                    if upsert.result is None:
+                        upsert.finish(error)
+
+    def _run_round(self, upserts: Sequence[Upsert], *, can_defer: bool) -> None:
+        """Read and write profiles once. Raises WorkerError if they cannot be read."""
+        directory = self._read(upserts)
+        pending = [upsert for upsert in upserts if upsert.result is None]
+        planner = Planner(directory, pending, merges_guests=self._merges_guests, can_defer=can_defer)
+        plans = [(upsert, planner.plan(upsert)) for upsert in pending]
+        work = [(upsert, plan) for upsert, plan in plans if not plan.is_deferred]
+        for upsert, plan in work:
+            for name in plan.dropped:
+                if name not in upsert.dropped:
+                    report_dropped(name, "profile")
+        in_job = [(upsert, plan) for upsert, plan in work if _fits_in_job(upsert, plan)]
+        if len(in_job) <= self._threshold:
+            in_job = []
+        self._run_job(in_job)
+        started = {id(upsert) for upsert, _ in in_job}
+        self._write_individually([(upsert, plan) for upsert, plan in work if id(upsert) not in started])
+
+    # Reading
+
+    def _read(self, upserts: Sequence[Upsert]) -> Directory:
+        """Return the profiles of the upserts. Raises WorkerError.
+
+        A customer's email address and phone number are looked up only if the customer's profile has others.
+        """
+        directory = Directory()
+        customers = [upsert for upsert in upserts if not upsert.is_guest and not upsert.is_blind]
+        try:
+            self._look_up(directory, "external_id", {upsert: upsert.operation.key for upsert in customers})
+            for name in ("email", "phone_number"):
+                self._look_up(directory, name, _unknown(directory, name, upserts))
+        except EndpointRefused:  # the scope profiles:read is missing
+            for upsert in upserts:
+                _cannot_read(upsert)
+        return directory
+
+    def _look_up(self, directory: Directory, name: str, values: Mapping[Upsert, str]) -> None:
+        """Add the profiles with these identifiers to the directory. Raises WorkerError."""
+        if not values:
+            return
+        profiles, failures = read_profiles(self._client, name, values.values())
+        for profile in profiles:
+            directory.add(profile)
+        for upsert, value in values.items():
+            upsert.requests += 1
+            error = failures.get(identifier(name, value))
+            if isinstance(error, Rejected):
+                _cannot_read(upsert)
+            elif error:
+                upsert.finish(error)
+
+    # Writing
+
+    def _run_job(self, work: Sequence[tuple[Upsert, Plan]]) -> None:
+        """Write profiles in a bulk job. Upserts without a result need another round."""
+        entries = [_job_entry(upsert, plan) for upsert, plan in work]
+        for (upsert, plan), result in zip(work, self._jobs.run(_IMPORT, entries), strict=True):
+            if result is None:
+                upsert.is_single = True
+                continue
+            upsert.requests += result.requests
+            if result.error or plan.profile_id or upsert.is_guest or not _identifiers([upsert]):
+                upsert.finish(result.error)
+
+    def _write_individually(self, work: Sequence[tuple[Upsert, Plan]]) -> None:
+        """Write profiles in concurrent requests."""
+        if len(work) <= 1:  # in the calling thread, because a thread switch would only add latency
+            for upsert, plan in work:
+                self._writer.write(upsert, plan)
+            return
+        effect = Effect.EVENTS if work[0][0].is_guest else Effect.PROFILES
+        list(self._executors[effect].map(lambda each: self._writer.write(*each), work))
 
 
-def _attributes(upsert: Operation) -> Json:
-    attributes: Json = (upsert.resource or {})["attributes"]
-    return attributes
+def _identifiers(upserts: Iterable[Upsert]) -> set[Identifier]:
+    """Return the identifiers that can belong to other people."""
+    found = ((name, as_text(upsert.attributes.get(name))) for upsert in upserts for name in ("email", "phone_number"))
+    return {identifier(name, value) for name, value in found if value}
 
 
-def _body(upsert: Operation) -> bytes:
-    return orjson.dumps(without_clears(upsert.resource or {}))
+def _unknown(directory: Directory, name: str, upserts: Iterable[Upsert]) -> dict[Upsert, str]:
+    """Return the values of an identifier that the upserts write, except those that their own profile has."""
+    wanted = {upsert: upsert.get(name) for upsert in upserts if upsert.result is None and not upsert.is_blind}
+    own = {
+        upsert: {identifier(name, profile.get(name)) for profile in directory.find("external_id", upsert.operation.key)}
+        for upsert in wanted
+        if not upsert.is_guest
+    }
+    return {u: value for u, value in wanted.items() if value and identifier(name, value) not in own.get(u, ())}
 
 
-def _external_id(upsert: Operation) -> str:
-    return as_text(_attributes(upsert).get("external_id"))
+def _cannot_read(upsert: Upsert) -> None:
+    """Let an upsert be written although its profile cannot be read. A guest's can be a customer's: leave it alone."""
+    if upsert.is_guest and not upsert.operation.any_profile:
+        upsert.finish()
+    else:
+        upsert.is_blind = True
 
 
-def _identifiers(upsert: Operation) -> list[tuple[str, str]]:
-    attributes = _attributes(upsert)
-    return [(name, as_text(attributes[name])) for name in IDENTIFIER_PRIORITY if name in attributes]
+def _fits_in_job(upsert: Upsert, plan: Plan) -> bool:
+    is_write = bool(plan.attributes) and not plan.merge_from
+    return is_write and not (upsert.is_blind or upsert.is_single or upsert.conflicts or has_nulls(plan.attributes))
+
+
+def _job_entry(upsert: Upsert, plan: Plan) -> JobEntry:
+    """Return the entry of a profile. A customer's new profile gets its email address and phone number afterwards."""
+    name = "email" if upsert.is_guest else "external_id"
+    attributes: Json = {name: upsert.attributes[name]} | plan.attributes
+    resource: Json = {"type": "profile", "attributes": attributes}
+    if plan.profile_id:
+        resource["id"] = plan.profile_id
+    elif not upsert.is_guest:
+        resource["attributes"] = {n: v for n, v in attributes.items() if n not in {"email", "phone_number"}}
+    return JobEntry(as_text(attributes[name]), orjson.dumps(resource))

@@ -42,7 +42,7 @@ def request_for(operation: Operation) -> Request:
     match operation.kind:
         case OperationKind.CREATE_EVENT:
             return Request("POST", "/api/events", {"data": operation.resource})
-        case OperationKind.UPSERT_PROFILE:
+        case OperationKind.UPSERT_PROFILE | OperationKind.UPSERT_GUEST:
             return Request("POST", "/api/profile-import", {"data": without_clears(operation.resource or {})})
         case OperationKind.DELETE_PROFILE:
             return deletion_request(f"the profile with external_id {operation.key}")

@@ -12,19 +12,18 @@ import cachetools
 from worker.errors import Rejected, Transient, WorkerError
 from worker.json_access import as_key
 from worker.klaviyo.client import iter_resources
-from worker.model import Json, Operation, OperationKind, SendResult
+from worker.model import Operation, OperationKind, SendResult
 from worker.send.erasure import Eraser
-from worker.send.identifiers import IDENTIFIER_PRIORITY, drop_identifier, invalid_identifier
+from worker.send.identifiers import write_record
 from worker.send.requests import COLLECTION, create_body, entry_path, reference_paths, update_body
 from worker.telemetry.defects import describe_defect, report_defect
-from worker.telemetry.log import log
 from worker.transform.catalog import external_id
-from worker.transform.profiles import without_clears
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from worker.klaviyo.client import KlaviyoClient
+    from worker.send.profiles import Profiles
 
 # The cache of existing catalog entries. A miss costs one request.
 _CACHE_SIZE = 50_000
@@ -34,14 +33,16 @@ _CACHE_SECONDS = 600.0
 class SingleSender:
     """A sender for individual operations. It remembers which catalog entries exist. Safe for many threads."""
 
-    def __init__(self, client: KlaviyoClient) -> None:
+    def __init__(self, client: KlaviyoClient, profiles: Profiles) -> None:
         self._client = client
         self._eraser = Eraser(client)
+        self._profiles = profiles
         self._existing: cachetools.TTLCache[str, bool] = cachetools.TTLCache(_CACHE_SIZE, _CACHE_SECONDS)
         self._lock = Lock()
         self._methods: dict[OperationKind, Callable[[Operation], None]] = {
             OperationKind.CREATE_EVENT: self._create_event,
-            OperationKind.UPSERT_PROFILE: self._upsert_profile,
+            OperationKind.UPSERT_PROFILE: self._send_profile,
+            OperationKind.UPSERT_GUEST: self._send_profile,
             OperationKind.UPSERT_CATEGORY: self._upsert,
             OperationKind.ENSURE_CATEGORY: self._ensure,
             OperationKind.UPSERT_ITEM: self._upsert,
@@ -96,60 +97,12 @@ class SingleSender:
             self._existing.pop(entry, None)
 
     def _create_event(self, operation: Operation) -> None:
-        self._write_profile("POST", "/api/events", operation.resource or {})
+        write_record(self._client, "POST", "/api/events", operation.resource or {})
 
-    def _upsert_profile(self, operation: Operation) -> None:
-        """Import the profile. If it conflicts with another profile, update the other profile.
-
-        The 409 response names a profile that has one of the identifiers. If the update of that profile conflicts, too,
-        the identifiers belong to several profiles. Klaviyo does not merge profiles, so the weaker identifiers are
-        dropped. Raises Transient if that profile was deleted or merged in the meantime.
-        """
-        resource = without_clears(operation.resource or {})
-        try:
-            return self._import(resource)
-        except Rejected as error:
-            if error.status != HTTPStatus.CONFLICT:
-                raise
-            duplicate = error.duplicate_id
-        try:
-            if duplicate:
-                path = f"/api/profiles/{quote(duplicate, safe='')}"
-                return self._write_profile("PATCH", path, resource | {"id": duplicate})
-        except Rejected as error:
-            if error.status == HTTPStatus.NOT_FOUND:
-                raise Transient("the profile with one of the identifiers has just been deleted or merged") from None
-            if error.status != HTTPStatus.CONFLICT:
-                raise
-        return self._import_strongest(resource)
-
-    def _import_strongest(self, resource: Json) -> None:
-        """Import the profile without its phone number. If that conflicts, keep only its strongest identifier."""
-        attributes = dict(resource["attributes"])
-        strongest = next(name for name in IDENTIFIER_PRIORITY if name in attributes)
-        without_phone = {n: v for n, v in attributes.items() if n != "phone_number" or n == strongest}
-        strongest_only = {n: v for n, v in without_phone.items() if n != "external_id" or n == strongest}
-        try:
-            self._import(resource | {"attributes": without_phone})
-        except Rejected as error:
-            if error.status != HTTPStatus.CONFLICT:
-                raise
-            self._import(resource | {"attributes": strongest_only})
-
-    def _import(self, resource: Json) -> None:
-        self._write_profile("POST", "/api/profile-import", resource)
-
-    def _write_profile(self, method: str, path: str, resource: Json) -> None:
-        """Write a profile or an event. If its email or phone number is invalid, drop it and use another identifier."""
-        try:
-            self._client.call(method, path, {"data": resource})
-        except Rejected as error:
-            identifier = invalid_identifier(error)
-            remaining = drop_identifier(resource, identifier) if identifier else None
-            if remaining is None:
-                raise
-            log.warning("identifier_dropped", extra={"identifier": identifier, "resource": resource["type"]})
-            self._write_profile(method, path, remaining)
+    def _send_profile(self, operation: Operation) -> None:
+        for result in self._profiles.send([operation]):
+            if result.error:
+                raise result.error
 
     def _upsert(self, operation: Operation) -> None:
         """Create the entry, or update it if it exists. If it is known to exist, try the update first."""

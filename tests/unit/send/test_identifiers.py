@@ -32,6 +32,8 @@ class Klaviyo:
         return self.calls
 
     def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
+        if method == "GET":
+            return {}
         assert isinstance(body, dict)
         self.calls += 1
         attributes, pointer = body["data"]["attributes"], "/data/attributes"
@@ -52,7 +54,7 @@ def operation(kind: OperationKind, names: Collection[str]) -> Operation:
     return Operation(kind, "secret", {"type": "event", "attributes": {"unique_id": "1", "profile": profile}})
 
 
-PATHS = {OperationKind.UPSERT_PROFILE: "POST /api/profile-import", OperationKind.CREATE_EVENT: "POST /api/events"}
+PATHS = {OperationKind.UPSERT_PROFILE: "POST /api/profiles", OperationKind.CREATE_EVENT: "POST /api/events"}
 KINDS = pytest.mark.parametrize("kind", PATHS)
 
 
@@ -106,6 +108,8 @@ def test_other_rejections_are_final(kind: OperationKind, refusal: Rejected) -> N
 
     class Refusing(Klaviyo):
         def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
+            if method == "GET":
+                return {}
             self.calls += 1
             raise refusal
 
@@ -120,6 +124,8 @@ def test_repeated_rejection_of_a_dropped_identifier_is_final(kind: OperationKind
 
     class Stubborn(Klaviyo):
         def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
+            if method == "GET":
+                return {}
             self.calls += 1
             name = "profile/data/attributes/" if path == "/api/events" else ""
             raise Rejected("no", 400, pointer=f"/data/attributes/{name}phone_number")

@@ -92,10 +92,10 @@ def test_results_have_the_order_of_the_operations(sender: Sender, klaviyo: Klavi
 
 def test_operations_with_the_same_key_are_sent_once(sender: Sender, klaviyo: Klaviyo) -> None:
     """Only the last of several operations with the same key is sent."""
-    old = Operation(OperationKind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {"email": "old"}})
-    new = Operation(OperationKind.UPSERT_PROFILE, "c", {"type": "profile", "attributes": {"email": "new"}})
+    old = Operation(OperationKind.UPSERT_CATEGORY, "c", {"type": "catalog-category", "attributes": {"name": "old"}})
+    new = Operation(OperationKind.UPSERT_CATEGORY, "c", {"type": "catalog-category", "attributes": {"name": "new"}})
     assert sender.send([old, new]) == [None, None]
-    assert klaviyo.calls == [("POST /api/profile-import", {"data": new.resource})]
+    assert klaviyo.calls == [("POST /api/catalog-categories", {"data": new.resource})]
 
 
 def test_phases_run_in_order(sender: Sender, klaviyo: Klaviyo) -> None:
@@ -281,58 +281,7 @@ def test_stock_of_a_missing_variant_writes_the_whole_product(sender: Sender, kla
     assert sender.send([Operation(OperationKind.UPDATE_INVENTORY, "s", {"type": "catalog-variant"})]) == [None]
 
 
-PROFILE = Operation(
-    OperationKind.UPSERT_PROFILE,
-    "c",
-    {"type": "profile", "attributes": {"email": "e", "phone_number": "p", "external_id": "x", "title": "t"}},
-)
-
-
-def _identifiers(call: tuple[str, Json | None]) -> tuple[str, set[str]]:
-    name, body = call
-    assert body is not None
-    return name, body["data"]["attributes"].keys() & {"email", "phone_number", "external_id"}
-
-
-def test_conflicting_profile_is_updated_by_its_id(sender: Sender, klaviyo: Klaviyo) -> None:
-    """A guest who registers has one profile."""
-    klaviyo.answer("POST /api/profile-import", Rejected("duplicate", 409, duplicate_id="01A"))
-    assert sender.send([PROFILE]) == [None]
-    assert klaviyo.calls[1] == ("PATCH /api/profiles/01A", {"data": (PROFILE.resource or {}) | {"id": "01A"}})
-
-
-def test_conflict_with_a_profile_that_was_just_merged_is_a_transient_error(sender: Sender, klaviyo: Klaviyo) -> None:
-    """No profile has the identifier any more, so the next attempt succeeds."""
-    klaviyo.answer("POST /api/profile-import", Rejected("conflict", 409, "01MERGED"))
-    klaviyo.answer("PATCH /api/profiles/01MERGED", NOT_FOUND)
-    (error,) = sender.send([PROFILE])
-    assert isinstance(error, Transient)
-    assert sender.send([PROFILE]) == [None]
-
-
-def test_weaker_identifiers_of_several_profiles_are_dropped(sender: Sender, klaviyo: Klaviyo) -> None:
-    """The profile with the email address is updated, and the message is not dead-lettered."""
-    duplicate = Rejected("duplicate", 409, duplicate_id="01A")
-    klaviyo.answer("POST /api/profile-import", duplicate, CONFLICT)
-    klaviyo.answer("PATCH /api/profiles/01A", duplicate)
-    assert sender.send([PROFILE]) == [None]
-    assert [_identifiers(call) for call in klaviyo.calls] == [
-        ("POST /api/profile-import", {"email", "phone_number", "external_id"}),
-        ("PATCH /api/profiles/01A", {"email", "phone_number", "external_id"}),
-        ("POST /api/profile-import", {"email", "external_id"}),
-        ("POST /api/profile-import", {"email"}),
-    ]
-
-
-@pytest.mark.parametrize("calls_before", [0, 1, 2])
-def test_other_rejections_of_a_profile_are_final(calls_before: int, sender: Sender, klaviyo: Klaviyo) -> None:
-    """Only a conflict is resolved."""
-    refused = Rejected("bad", 400)
-    klaviyo.answer("POST /api/profile-import", *([CONFLICT, CONFLICT] * calls_before)[:calls_before], refused)
-    assert sender.send([PROFILE]) == [refused]
-
-
-@pytest.mark.parametrize("kind", [kind for kind in OperationKind if kind is not OperationKind.UPSERT_PROFILE])
+@pytest.mark.parametrize("kind", OperationKind)
 @pytest.mark.parametrize("error", [Transient("503"), KlaviyoMisconfigured("401")], ids=["transient", "misconfigured"])
 def test_every_operation_reports_an_outage(kind: OperationKind, error: Exception, klaviyo: Klaviyo) -> None:
     """If Klaviyo does not respond, every kind of operation returns the error."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from datetime import UTC, datetime
-from typing import Any
 
 from worker.sandbox.klaviyo.catalog import PREFIX, Catalog, Json
+from worker.sandbox.klaviyo.profiles import PHONE_MATCHES, Profiles
 from worker.sandbox.klaviyo.rules import (
     BULK_ENTRY,
     IDENTIFIERS,
-    ApiError,
     check_event,
     check_fields,
     check_profile,
@@ -20,35 +19,38 @@ from worker.sandbox.klaviyo.rules import (
     require_resource,
 )
 
-__all__ = ["BULK_REPEATS", "PREFIX", "Account", "Json"]
+__all__ = ["BULK_REPEATS", "PHONE_MATCHES", "PREFIX", "Account", "Json"]
 
 MAX_BULK_EVENTS = 1_000
 BULK_REPEATS = ("ignore", "refuse", "drop", "duplicate")
-_MATCHING_FIELDS = ("email", "phone_number", "external_id", "anonymous_id")
 
 
-class Account(Catalog):
+class Account(Profiles, Catalog):
     """Profiles, events and the custom catalog of one account. Safe for many threads.
 
     `bulk_repeats` selects the treatment of a bulk call that repeats a unique_id of an *earlier* call, which Klaviyo
     does not document. "ignore": accept the call and ignore the repeated event. "refuse": reject the call. "drop":
     answer 202 and drop the whole call. "duplicate": accept the call and record the event again.
     `job_seconds`: how long a bulk job takes, and after how long the events of a bulk call can be read.
+    `phone_match` and `merge_seconds`: see Profiles.
     """
 
-    def __init__(self, bulk_repeats: str = "drop", job_seconds: float = 0.0) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        bulk_repeats: str = "drop",
+        job_seconds: float = 0.0,
+        *,
+        phone_match: str = "select",
+        merge_seconds: float = 0.0,
+    ) -> None:
+        super().__init__(phone_match, merge_seconds)
         self.bulk_repeats = bulk_repeats
         self.job_seconds = job_seconds
-        self.profiles: list[Json] = []
         self.events: list[Json] = []
-        self.deletion_requests: list[Json] = []
         self.accepted_events = 0  # in calls that were answered with 202, even if they were not recorded
         self.repeated_events = 0
         self._seen: set[tuple[str, str, str]] = set()
         self._visible_from: list[float] = []  # monotonic seconds, one per event
-        self._by_id: dict[str, Json] = {}
-        self._by_identifier: dict[tuple[str, str], Json] = {}
 
     def load(self, content: Json) -> None:
         """Add `profiles` by attributes, and the catalog, as other clients wrote them."""
@@ -59,9 +61,10 @@ class Account(Catalog):
 
     def state(self) -> Json:
         """Return the content of the account, for a test in another process."""
+        names = ("profiles", "events", "items", "variants", "categories", "deletion_requests", "merges")
         with self.lock:
-            names = ("profiles", "events", "items", "variants", "categories", "deletion_requests", "repeated_events")
-            return {name: getattr(self, name) for name in names}
+            self._end_merges()
+            return {name: getattr(self, name) for name in (*names, "repeated_events")}
 
     def counts(self) -> dict[str, int]:
         """Return the number of entries of each kind."""
@@ -70,114 +73,13 @@ class Account(Catalog):
             counts = {name: len(getattr(self, name)) for name in names}
             return counts | {"repeated_events": self.repeated_events, "accepted_events": self.accepted_events}
 
-    # Profiles
-
-    def import_profile(self, data: Json) -> tuple[int, Json]:
-        """Create or update a profile; return status and profile. Raises ApiError."""
-        attributes = data["attributes"]
-        check_profile(attributes)
-        with self.lock:
-            found = self._find_matching(data.get("id"), attributes)
-            if len(found) > 1:
-                raise _duplicate(found[1])
-            if not found:
-                return 201, self.create_profile(data)
-            self._write(found[0], attributes)
-            return 200, found[0]
-
-    def create_profile(self, data: Json) -> Json:
-        """Create a profile. Raises ApiError if it is invalid or a profile has one of the identifiers."""
-        attributes = data["attributes"]
-        check_profile(attributes)
-        if not any(attributes.get(name) for name in IDENTIFIERS):
-            raise invalid_input("One or more identifiers is required.")
-        with self.lock:
-            found = self._find_matching(None, attributes)
-            if found:
-                raise _duplicate(found[0])
-            profile = self._new_profile()
-            self._write(profile, attributes)
-            return profile
-
-    def update_profile(self, profile_id: str, data: Json) -> Json:
-        """Update a profile by Klaviyo's id. Raises ApiError."""
-        attributes = data["attributes"]
-        check_profile(attributes)
-        if data.get("id") != profile_id:
-            raise invalid_input("'id' must match the path.", "/data/id")
-        with self.lock:
-            profile = self.get_profile(profile_id)
-            others = [other for other in self._find_matching(None, attributes) if other is not profile]
-            if others:
-                raise _duplicate(others[0])
-            self._write(profile, attributes)
-            return profile
-
-    def get_profile(self, profile_id: str) -> Json:
-        """Return a profile by Klaviyo's id. Raises ApiError if there is none."""
-        found = self._by_id.get(profile_id)
-        if found is None:
-            raise ApiError(404, "not_found", "A profile with this id does not exist.")
-        return found
-
-    def find_profiles(self, name: str, value: str) -> list[Json]:
-        """Return the profiles with this identifier."""
-        with self.lock:
-            found = self._by_id.get(value) if name == "id" else self._by_identifier.get((name, value))
-            return [found] if found else []
-
-    def request_deletion(self, profile: Json) -> None:
-        """Delete a profile by exactly one of id, email and phone number. Raises ApiError."""
-        named = {"id": profile.get("id"), **(profile.get("attributes") or {})}
-        given = {name: value for name, value in named.items() if value is not None}
-        if len(given) != 1 or not given.keys() <= {"id", "email", "phone_number"}:
-            raise invalid_input("Exactly one of id, email, phone_number is required.", "/data/attributes/profile")
-        ((name, value),) = given.items()
-        if not isinstance(value, str):
-            raise invalid_input(f"'{name}' must be of type str.", f"/data/attributes/profile/data/attributes/{name}")
-        with self.lock:
-            self.deletion_requests.append(given)
-            found = self._by_id.get(value) if name == "id" else self._by_identifier.get((name, value))
-            if found is not None:
-                self.profiles.remove(found)
-                del self._by_id[found["id"]]
-                self._by_identifier = {k: v for k, v in self._by_identifier.items() if v is not found}
-
-    def _find_matching(self, profile_id: str | None, attributes: Json) -> list[Json]:
-        found = [self._by_id[profile_id]] if profile_id in self._by_id else []
-        for name in _MATCHING_FIELDS:
-            value = attributes.get(name)
-            profile = self._by_identifier.get((name, value)) if value else None
-            if profile is not None and all(profile is not other for other in found):
-                found.append(profile)
-        return found
-
-    def _new_profile(self) -> Json:
-        attributes: Json = {"properties": {}, "created": datetime.now(UTC).isoformat()}
-        profile: Json = {"type": "profile", "id": secrets.token_hex(13).upper(), "attributes": attributes}
-        self.profiles.append(profile)
-        self._by_id[profile["id"]] = profile
-        return profile
-
-    def _write(self, profile: Json, attributes: Json) -> None:
-        current = profile["attributes"]
-        for name in _MATCHING_FIELDS:
-            if name in attributes and current.get(name) != attributes[name]:
-                self._by_identifier.pop((name, current.get(name) or ""), None)
-        properties = current["properties"] | (attributes.get("properties") or {})
-        current.update({name: value for name, value in attributes.items() if name != "properties"})
-        current["properties"] = properties
-        for name in _MATCHING_FIELDS:
-            if attributes.get(name):
-                self._by_identifier[name, attributes[name]] = profile
-
     # Events
 
     def create_event(self, attributes: Json) -> None:
         """Record an event, once per profile, metric and unique_id. Raises ApiError."""
         check_event(attributes)
         with self.lock:
-            profile = self._event_profile(attributes.get("profile"), "/data/attributes/profile")
+            profile = self.upsert_event_profile(_profile_of(attributes, "/data/attributes"))
             self.accepted_events += 1
             self._record(attributes, profile)
 
@@ -189,7 +91,7 @@ class Account(Catalog):
             pointer = f"{base}/{index}/attributes"
             attributes = require_resource({"data": entry}, "event-bulk-create", f"{base}/{index}")["attributes"]
             check_fields("event-bulk-create", attributes, BULK_ENTRY, pointer)
-            profile = self._event_profile_attributes(attributes.get("profile"), f"{pointer}/profile")
+            profile = _profile_of(attributes, pointer)
             events, marked = [], {"backfill": attributes.get("backfill")}
             for number, event in enumerate(entries_of(attributes, "events", pointer=pointer)):
                 at = f"{pointer}/events/data/{number}"
@@ -213,7 +115,7 @@ class Account(Catalog):
         if known and self.bulk_repeats == "drop":
             return
         for attributes, events in batches:
-            profile = self._upsert_event_profile(attributes)
+            profile = self.upsert_event_profile(attributes)
             for event in events:
                 self._record(event, profile, self.job_seconds, duplicate=self.bulk_repeats == "duplicate")
 
@@ -242,32 +144,20 @@ class Account(Catalog):
         self.events.append({"metric": _metric(attributes), "profile_id": profile["id"], **identity, **event})
         self._visible_from.append(time.monotonic() + delay)
 
-    def _event_profile(self, document: Any, pointer: str) -> Json:
-        return self._upsert_event_profile(self._event_profile_attributes(document, pointer))
-
-    def _event_profile_attributes(self, document: Any, pointer: str) -> Json:
-        data = require_resource(document, "profile", pointer)
-        attributes: Json = data["attributes"] | ({"id": data["id"]} if data.get("id") else {})
-        check_profile(data["attributes"], f"{pointer}/data/attributes", of_event=True)
-        if not any(attributes.get(name) for name in ("id", *IDENTIFIERS)):
-            raise invalid_input("One or more identifiers is required.", pointer)
-        return attributes
-
-    def _upsert_event_profile(self, attributes: Json) -> Json:
-        """Update the profile with the strongest identifier. An event that matches two profiles is not rejected."""
-        found = self._find_matching(attributes.get("id"), attributes)
-        profile = found[0] if found else self._new_profile()
-        taken = [name for name in _MATCHING_FIELDS if self._is_taken(name, attributes.get(name), profile)]
-        self._write(profile, {name: value for name, value in attributes.items() if name not in {"id", "meta", *taken}})
-        return profile
-
-    def _is_taken(self, name: str, value: str | None, profile: Json) -> bool:
-        return self._by_identifier.get((name, value or ""), profile) is not profile
+    def _move_events(self, source_id: str, destination_id: str) -> None:
+        for event in self.events:
+            if event["profile_id"] == source_id:
+                event["profile_id"] = destination_id
 
 
-def _duplicate(profile: Json) -> ApiError:
-    detail = "A profile already exists with one of these identifiers."
-    return ApiError(409, "duplicate_profile", detail, "/data/attributes", {"duplicate_profile_id": profile["id"]})
+def _profile_of(attributes: Json, pointer: str) -> Json:
+    """Return the identifiers and attributes of an event's profile. Raises ApiError."""
+    data = require_resource(attributes.get("profile"), "profile", f"{pointer}/profile")
+    profile: Json = data["attributes"] | ({"id": data["id"]} if data.get("id") else {})
+    check_profile(data["attributes"], f"{pointer}/profile/data/attributes", of_event=True)
+    if not any(profile.get(name) for name in ("id", *IDENTIFIERS)):
+        raise invalid_input("One or more identifiers is required.", f"{pointer}/profile")
+    return profile
 
 
 def _metric(attributes: Json) -> str:

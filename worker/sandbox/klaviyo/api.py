@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from worker.sandbox.klaviyo import catalog_api
 from worker.sandbox.klaviyo.jobs import BulkJob, BulkJobs
 from worker.sandbox.klaviyo.rate_limits import FixedWindowLimiter, Throttled
-from worker.sandbox.klaviyo.requests import MAX_PAGE, check_parameters, not_found, paginate, parse_body, parse_filter
+from worker.sandbox.klaviyo.requests import (
+    MAX_PAGE,
+    check_parameters,
+    not_found,
+    paginate,
+    parse_body,
+    parse_filter,
+    selected_fields,
+)
 from worker.sandbox.klaviyo.rules import (
     MAX_PROFILE,
     MB,
@@ -19,6 +28,7 @@ from worker.sandbox.klaviyo.rules import (
     check_catalog,
     entries_of,
     invalid_input,
+    reference_ids,
     require_resource,
 )
 from worker.sandbox.server import ApiResponse, path_template
@@ -53,7 +63,9 @@ def _rate_limit_tier(endpoint: str) -> str:
     method, path = endpoint.split(" ")
     if path == "/api/data-privacy-deletion-jobs":
         return "S"
-    if path == "/api/event-bulk-create-jobs" or path.startswith("/api/profile-bulk-import-jobs"):
+    if path in {"/api/event-bulk-create-jobs", "/api/profile-merge"} or path.startswith(
+        "/api/profile-bulk-import-jobs"
+    ):
         return "M"
     is_slow_job = re.match(r"/api/catalog-(item|variant)-bulk-(create|update)-jobs", path)
     reads_catalog = method == "GET" and path.startswith("/api/catalog-") and not is_slow_job
@@ -116,7 +128,7 @@ class KlaviyoApi:
             return self._catalog.handle(request, name, parts[1:])
         if name.endswith("-jobs") and (name == "profile-bulk-import-jobs" or _CATALOG_JOBS.fullmatch(name[:-1])):
             return self._bulk_jobs(request, name[:-1], parts[1:])
-        if name in {"profiles", "profile-import"}:
+        if name in {"profiles", "profile-import", "profile-merge"}:
             return self._profiles(request, parts)
         match (request.method, *parts):
             case ("POST", "events"):
@@ -142,6 +154,12 @@ class KlaviyoApi:
             case ("POST", "profile-import"):
                 status, profile = account.import_profile(require_resource(parse_body(request), "profile"))
                 return status, {"data": profile}
+            case ("POST", "profile-merge"):
+                data = require_resource(parse_body(request), "profile-merge", bare=True)
+                relation = (data.get("relationships") or {}).get("profiles")
+                sources = reference_ids(relation, "profile", "/data/relationships/profiles")
+                merged = account.merge_profiles(data.get("id") or "", sources)
+                return 201, {"data": {"type": "profile", "id": merged["id"]}}
             case ("POST", "profiles"):
                 return 201, {"data": account.create_profile(require_resource(parse_body(request), "profile"))}
             case ("GET", "profiles"):
@@ -149,7 +167,8 @@ class KlaviyoApi:
                     request, dict.fromkeys(("id", "email", "phone_number", "external_id"), _ANY_OR_EQUALS)
                 )
                 found = [each for value in values or () for each in account.find_profiles(name, value)]
-                return 200, paginate(found if name else list(account.profiles), request, DEFAULT_PAGE)
+                show = partial(selected_fields, request, "profile")
+                return 200, paginate(found if name else list(account.profiles), request, DEFAULT_PAGE, show)
             case ("GET", "profiles", profile_id):
                 return 200, {"data": account.get_profile(profile_id)}
             case ("PATCH", "profiles", profile_id):
@@ -166,7 +185,7 @@ class KlaviyoApi:
                 )
                 for index, entry in enumerate(profiles):
                     check_bulk_profile(entry, f"/data/attributes/profiles/data/{index}")
-                return 202, {"data": self._jobs.start(kind, profiles, self._account.import_profile)}
+                return 202, {"data": self._jobs.start(kind, profiles, self._account.import_entry)}
             case ("POST",):
                 return 202, {"data": self._start_catalog_job(request, kind)}
             case ("GET",):

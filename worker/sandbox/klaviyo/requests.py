@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 MAX_PAGE = 100
+MAX_FILTER_VALUES = 100
 _TEXT = r"""(?:"(?:[^"\\]|\\.)*"|'[^'\\]*')"""
 _FILTER = re.compile(rf"(equals|any|contains)\(([\w.]+),(\[?{_TEXT}(?:,{_TEXT})*\]?)\)")
 
@@ -53,6 +54,8 @@ def parse_filter(request: ApiRequest, names: Mapping[str, tuple[str, ...]]) -> t
     if match is None or match[1] not in names.get(match[2], ()) or (match[1] == "any") is not match[3].startswith("["):
         raise invalid_input(f"Unknown filter; expected one of {sorted(names)}.", "")
     texts = re.findall(_TEXT, match[3])
+    if len(texts) > MAX_FILTER_VALUES:
+        raise invalid_input(f"A filter takes at most {MAX_FILTER_VALUES} values.", "")
     return match[2], [orjson.loads(each) if each.startswith('"') else each[1:-1] for each in texts]
 
 

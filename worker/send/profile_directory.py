@@ -1,0 +1,120 @@
+"""Klaviyo's profiles, as read for a batch: who has which identifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import orjson
+
+from worker.errors import Rejected, RequestBlocked, Transient, WorkerError
+from worker.http.chunks import chunked
+from worker.json_access import as_dict, as_text
+from worker.klaviyo.client import iter_resources
+from worker.send.bulk import isolate_rejected
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from worker.klaviyo.client import KlaviyoClient
+    from worker.model import Json
+
+Identifier = tuple[str, str]  # name of the attribute, and its value
+
+MAX_VALUES = 100  # of a filter, and profiles on a page: https://developers.klaviyo.com/en/reference/get_profiles
+MAX_FILTER_BYTES = 6_000  # percent-encoded; proxies accept URIs of up to 8 KB
+_FIELDS = "email,phone_number,external_id,first_name,last_name,organization,locale,location,properties"
+
+
+def identifier(name: str, value: str) -> Identifier:
+    """Return an identifier in the form that Klaviyo compares: email addresses without regard to case."""
+    return name, value.lower() if name == "email" else value
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A profile in Klaviyo. `id` is Klaviyo's."""
+
+    id: str
+    attributes: Json = field(repr=False)
+
+    def get(self, name: str) -> str:
+        """Return a text attribute, or ""."""
+        return as_text(self.attributes.get(name))
+
+
+class Directory:
+    """Profiles by identifier. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._profiles: dict[Identifier, dict[str, Profile]] = {}
+
+    def add(self, profile: Profile) -> None:
+        """Add a profile under each of its identifiers."""
+        for name in ("external_id", "email", "phone_number"):
+            if value := profile.get(name):
+                self._profiles.setdefault(identifier(name, value), {})[profile.id] = profile
+
+    def find(self, name: str, value: str) -> list[Profile]:
+        """Return the profiles with this identifier. Klaviyo does not document that there is only one."""
+        return list(self._profiles.get(identifier(name, value), {}).values()) if value else []
+
+
+def read_profiles(
+    client: KlaviyoClient, name: str, values: Iterable[str]
+) -> tuple[list[Profile], dict[Identifier, WorkerError]]:
+    """Read the profiles that have one of the values as `name` ("external_id", "email", "phone_number" or "id").
+
+    Return them with the error of each value for which Klaviyo rejects a filter. Raises WorkerError.
+    """
+    profiles: list[Profile] = []
+    failures: dict[Identifier, WorkerError] = {}
+
+    def read(part: list[str]) -> None:
+        profiles.extend(_read(client, name, part))
+
+    for chunk in _chunks(sorted(set(values))):
+        for value in isolate_rejected(chunk, read, _no_culprits):
+            try:
+                read([value])
+            except (Rejected, RequestBlocked) as error:
+                failures[identifier(name, value)] = error
+    return profiles, failures
+
+
+def _read(client: KlaviyoClient, name: str, values: Sequence[str]) -> list[Profile]:
+    """Return the profiles of one filter. Raises WorkerError; Transient if Klaviyo does not obey the filter.
+
+    A profile without the value is left out: Klaviyo also finds profiles by their secondary email addresses.
+    """
+    literals = ",".join(map(_literal, values))
+    path = (
+        f"/api/profiles?filter=any({name},%5B{literals}%5D)&fields%5Bprofile%5D={_FIELDS}&page%5Bsize%5D={MAX_VALUES}"
+    )
+    wanted = {identifier(name, value) for value in values}
+    found: list[Profile] = []
+    others = 0
+    for resource in iter_resources(client, path):
+        profile = Profile(as_text(resource.get("id")), as_dict(resource.get("attributes")))
+        value = profile.id if name == "id" else profile.get(name)
+        if identifier(name, value) in wanted:
+            found.append(profile)
+            continue
+        others += 1
+        if others > MAX_VALUES:
+            raise Transient(f"Klaviyo returned profiles whose {name} was not asked for")
+    return found
+
+
+def _literal(value: str) -> str:
+    return quote(orjson.dumps(value), safe="")
+
+
+def _chunks(values: Iterable[str]) -> Iterator[list[str]]:
+    return chunked(values, lambda value: len(_literal(value)) + 1, MAX_FILTER_BYTES, MAX_VALUES)
+
+
+def _no_culprits(_part: list[str], _pointer: str) -> list[str]:
+    """Return no value: the error of a filter does not name one."""
+    return []
