@@ -94,6 +94,6 @@ def test_sigterm_finishes_the_records_in_flight(tmp_path: Path) -> None:
         assert 0 < len(sandbox.account.profiles) < NUMBER
         sandbox.klaviyo.latency = 0.0
         assert backfill(sandbox, *arguments[1:]).exit_code == 0
-        imports = [r for r in sandbox.klaviyo.requests if r.path == "/api/profile-import"]
+        imports = [r for r in sandbox.klaviyo.requests if (r.method, r.path) == ("POST", "/api/profiles")]
         assert len(sandbox.account.profiles) == NUMBER
         assert len(imports) < NUMBER + 20

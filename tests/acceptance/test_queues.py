@@ -115,7 +115,7 @@ def test_sigterm_under_load_nacks_unprocessed_messages(worker: Worker, sandbox: 
 def test_shutdown_timeout_nacks_the_message_and_exits_6(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
     """The next worker receives the message immediately."""
     customer = next(iter(sandbox.shop.customers))
-    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=30, times=1, match="POST /api/profile-import"))
+    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=30, times=1, match="POST /api/profiles"))
     rig.publish([json.dumps(updated(customer)).encode()])
     process = worker.start("run", "--shutdown-grace-period", "0.3")
     wait_for(lambda: sandbox.klaviyo.faults.triggered)

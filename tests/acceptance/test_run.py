@@ -166,7 +166,7 @@ def test_health_and_metrics_of_a_parked_worker(worker: Worker, sandbox: Sandbox)
     metrics = http_get(port, "/metrics")[1]
     assert "klaviyo_worker_parked 0.0" in metrics
     assert "klaviyo_worker_oldest_message_age_seconds 0.0\n" in metrics
-    assert 'klaviyo_worker_klaviyo_requests_total{endpoint="POST /api/profile-import",status="401"}' in metrics
+    assert 'klaviyo_worker_klaviyo_requests_total{endpoint="GET /api/profiles",status="401"}' in metrics
     wait_for(
         lambda: "klaviyo_worker_queue_backlog_messages 0.0" in http_get(port, "/metrics")[1]
     )  # the backlog is read periodically
@@ -268,7 +268,7 @@ def test_sigterm_finishes_messages_in_flight_and_exits_0(worker: Worker, sandbox
 def test_shutdown_timeout_nacks_the_messages_and_exits_6(worker: Worker, sandbox: Sandbox) -> None:
     """The grace period limits the duration of a shutdown."""
     customer = next(iter(sandbox.shop.customers))
-    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=15, times=1, match="POST /api/profile-import"))
+    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=15, times=1, match="POST /api/profiles"))
     worker.publish(updated(customer))
     process = worker.start("run", "--shutdown-grace-period", "0.3")
     wait_for(lambda: sandbox.klaviyo.faults.triggered)
@@ -295,7 +295,7 @@ def test_broken_queue_ends_the_process_although_calls_hang(worker: Worker, sandb
 def test_second_signal_exits_without_waiting(worker: Worker, sandbox: Sandbox) -> None:
     """The messages stay on the queue."""
     customer = next(iter(sandbox.shop.customers))
-    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=15, times=1, match="POST /api/profile-import"))
+    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=15, times=1, match="POST /api/profiles"))
     worker.publish(updated(customer))
     process = worker.start("run", "--shutdown-grace-period", "60")
     wait_for(lambda: sandbox.klaviyo.faults.triggered)

@@ -175,7 +175,7 @@ def test_conflict_with_a_profile_that_was_just_merged_is_tried_again(worker: Wor
     meta = b'{"duplicate_profile_id":"01M"}'
     error = b'{"errors":[{"status":409,"code":"duplicate_profile","title":"Conflict.","meta":' + meta + b"}]}"
     headers = {"Content-Type": "application/vnd.api+json"}
-    sandbox.klaviyo.faults.add(Fault(status=409, match="POST /api/profile-import", body=error, headers=headers))
+    sandbox.klaviyo.faults.add(Fault(status=409, match="POST /api/profiles", body=error, headers=headers))
     worker.publish(*put(sandbox, 1, "Ada", "cust-1"))
     assert outcomes(worker) == {"sent": 1}
     assert names(sandbox) == {"Ada": 1}

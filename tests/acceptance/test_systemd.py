@@ -43,7 +43,7 @@ def test_status_is_reported_to_systemd(worker: Worker, sandbox: Sandbox) -> None
 
 def test_watchdog_is_notified_until_the_end(worker: Worker, sandbox: Sandbox, tmp_path: Path) -> None:
     """Otherwise systemd would kill a worker that finishes its messages."""
-    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=2, times=1, match="POST /api/profile-import"))
+    sandbox.klaviyo.faults.add(Fault(action="hang", seconds=2, times=1, match="POST /api/profiles"))
     worker.publish(updated(next(iter(sandbox.shop.customers))))
     with NotifySocket(f"{tmp_path}/notify") as listener:
         process = worker.start(*RUN, env={"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "200000"})

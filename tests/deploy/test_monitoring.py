@@ -59,7 +59,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exposed]:
         directory, port = tmp_path_factory.mktemp("worker"), free_port()
         worker = Worker(sandbox.environment | {"QUEUE_URL": f"embedded://{directory}/queue.db"}, directory)
         worker.publish(*(sample.body for sample in sample_notifications(sandbox.shop)))
-        sandbox.klaviyo.faults.add(Fault(429, match="POST /api/profile-import", headers={"Retry-After": "600"}))
+        sandbox.klaviyo.faults.add(Fault(429, match="POST /api/profiles", headers={"Retry-After": "600"}))
         process = worker.start("run", "--http-port", str(port))
         try:
             wait_for(lambda: _only_held_messages_remain(http_get(port, "/metrics")[1]))

@@ -37,7 +37,7 @@ KLAVIYO = (
     scenarios.REJECTED_KEY,
     replace(scenarios.ERROR_500, body=PERSONAL_DATA.encode()),
     Fault(status=400, times=5, body=json.dumps(_REJECTION_WITH_POINTER).encode()),
-    Fault(status=409, times=5, match="POST /api/profile-import", body=json.dumps(_REJECTION_WITH_POINTER).encode()),
+    Fault(status=409, times=5, match="POST /api/profiles", body=json.dumps(_REJECTION_WITH_POINTER).encode()),
 )
 COMMERCETOOLS = (
     scenarios.ERROR_500,

@@ -144,7 +144,9 @@ def test_next_run_continues_after_the_limit(sandbox: Sandbox, tmp_path: Path) ->
     arguments = ("customers", "--checkpoint", str(tmp_path / "c.json"), "--limit", "2")
     for done in (2, 4, 5, 5):
         assert f"customers: {done} done: {done} sent" in backfill(sandbox, *arguments).stderr
-    imports = [request for request in sandbox.klaviyo.requests if request.path == "/api/profile-import"]
+    imports = [
+        request for request in sandbox.klaviyo.requests if (request.method, request.path) == ("POST", "/api/profiles")
+    ]
     assert len(imports) == len(sandbox.shop.customers)
 
 
@@ -185,12 +187,12 @@ def test_outage_fails_no_record(sandbox: Sandbox) -> None:
 def test_rejected_record_fails_alone(sandbox: Sandbox, tmp_path: Path) -> None:
     """The failures file has no personal data and is valid input for --ids."""
     email = sandbox.shop.customers[uid("customer:radia")]["email"]
-    sandbox.klaviyo.faults.add(Fault(status=400, times=1, match="POST /api/profile-import", contains=email.encode()))
+    sandbox.klaviyo.faults.add(Fault(status=400, times=1, match="POST /api/profiles", contains=email.encode()))
     failures = tmp_path / "failures.jsonl"
     result = backfill(sandbox, "customers", "--failures-file", str(failures))
     assert result.exit_code == 1
     assert "customers: 5 done: 4 sent, 0 ignored, 1 failed" in result.stderr
-    assert "failed: 1 x Klaviyo answered 400 to POST /api/profile-import" in result.stderr
+    assert "failed: 1 x Klaviyo answered 400 to POST /api/profiles" in result.stderr
     texts = result.stderr + failures.read_text()
     assert not [text for text in sandbox.shop.personal_data() if text in texts]
     retried = backfill(sandbox, "customers", "--ids", str(failures))
