@@ -5,7 +5,6 @@ from __future__ import annotations
 from http import HTTPStatus
 from threading import Lock
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 import cachetools
 
