@@ -95,7 +95,7 @@ class OperationKind(Enum):
 
     CREATE_EVENT = "create_event"
     UPSERT_PROFILE = "upsert_profile"  # of a customer
-    UPSERT_GUEST = "upsert_guest"  # the profile of somebody without a customer account
+    UPSERT_GUEST = "upsert_guest"  # the profile of a person without a customer account
     DELETE_PROFILE = "delete_profile"
     UPSERT_CATEGORY = "upsert_category"
     ENSURE_CATEGORY = "ensure_category"

@@ -17,7 +17,7 @@ class Claims:
     """Claims of identifiers by the threads that send profiles. Safe for many threads.
 
     A thread claims all identifiers of its batch at once, before it reads the profiles, and so never waits for a thread
-    that waits for it. Without claims, two lanes could read that nobody has a phone number, and both write it.
+    that waits for it. Without claims, two lanes could read that a phone number is free, and both write it.
     """
 
     def __init__(self) -> None:

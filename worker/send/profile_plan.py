@@ -31,7 +31,7 @@ class Upsert:
     dropped: set[str] = field(default_factory=set)  # identifiers that Klaviyo does not accept
     conflicts: int = 0  # 409 responses
     is_blind: bool = False  # Klaviyo does not let the worker read the profile
-    is_single: bool = False  # a job did not tell what became of the profile
+    is_single: bool = False  # the result of a job for the profile is unknown
     requests: int = 0
     result: SendResult | None = None  # None: not finished
 
@@ -57,7 +57,7 @@ class Upsert:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to do for an upsert."""
+    """The decision for an upsert."""
 
     profile_id: str = ""  # Klaviyo's id; "": the profile is new
     attributes: Json = field(default_factory=dict, repr=False)  # to write; {}: nothing
@@ -70,7 +70,7 @@ class Planner:
     """Plans the upserts of a batch in their order. An identifier belongs to the first upsert that wants it.
 
     `merges_guests`: merge the profile of a guest with the customer's present email address into the customer's.
-    `can_defer`: an upsert can wait until another one of the batch gives up the identifier.
+    `can_defer`: an upsert can wait until the present owner of an identifier has been written.
     """
 
     def __init__(

@@ -68,10 +68,10 @@ class ProfileWriter:
     def _is_resolvable(self, upsert: Upsert, plan: Plan, rejection: Rejected) -> bool:
         """Return whether another reading can resolve the rejection. Prepare the upsert for it. Raises Transient.
 
-        The first conflict means that another worker has written meanwhile. If the new reading shows nobody with the
-        identifiers, the weaker one is dropped.
+        The first conflict means that another process has just written. If a new reading does not show whose the
+        identifiers are, the weaker one is dropped.
         """
-        if rejection.status == HTTPStatus.NOT_FOUND and plan.profile_id:  # deleted or merged meanwhile
+        if rejection.status == HTTPStatus.NOT_FOUND and plan.profile_id:  # deleted or merged since the reading
             return True
         if rejection.status != HTTPStatus.CONFLICT or upsert.is_blind:
             return False

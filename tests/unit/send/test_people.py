@@ -66,7 +66,7 @@ def writes(klaviyo: AccountClient) -> list[str]:
     return [name.split("profiles/")[0] for name in klaviyo.names if not name.startswith("GET")]
 
 
-# What is written
+# The changes that are written
 
 
 def test_customer_whom_klaviyo_knows_costs_one_read_and_one_write(klaviyo: AccountClient) -> None:
@@ -97,7 +97,7 @@ def test_nothing_is_written_if_nothing_differs(klaviyo: AccountClient) -> None:
 
 
 def test_new_customer_is_created_without_nulls(klaviyo: AccountClient) -> None:
-    """The identifiers are looked up first, because somebody else can have them."""
+    """The identifiers are looked up first, because another person can have them."""
     state: Json = {
         "first_name": "Nora",
         "last_name": None,
@@ -116,7 +116,7 @@ def test_new_customer_is_created_without_nulls(klaviyo: AccountClient) -> None:
 
 
 def test_what_commercetools_no_longer_has_is_cleared(klaviyo: AccountClient) -> None:
-    """That includes custom fields that the worker wrote before. What others wrote stays."""
+    """That includes custom fields that the worker wrote before. The properties of others stay."""
     nora = klaviyo.profile(
         email="nora@example.com",
         external_id="nora",
@@ -336,7 +336,7 @@ def test_customers_who_swap_their_addresses_keep_those_that_klaviyo_has(klaviyo:
 # Conflicts with other writers
 
 
-def test_profile_that_another_worker_creates_meanwhile_is_not_overwritten(klaviyo: AccountClient) -> None:
+def test_profile_that_another_worker_has_just_created_is_not_overwritten(klaviyo: AccountClient) -> None:
     """Klaviyo's 409 decides. The next reading shows whose profile it is."""
     created: list[Json] = []
 
@@ -351,7 +351,7 @@ def test_profile_that_another_worker_creates_meanwhile_is_not_overwritten(klaviy
     assert (olaf.get("email"), olaf["properties"]["Phone"]) == (None, PHONE)
 
 
-def test_profile_that_disappears_meanwhile_is_created(klaviyo: AccountClient) -> None:
+def test_profile_that_has_just_disappeared_is_created(klaviyo: AccountClient) -> None:
     """Klaviyo merges profiles by itself, and operators delete them."""
     klaviyo.profile(email="nora@example.com", external_id="nora")
 
@@ -393,7 +393,7 @@ def test_conflict_that_names_no_identifier_is_final(klaviyo: AccountClient) -> N
 
 
 def test_conflict_that_does_not_end_is_a_transient_error(klaviyo: AccountClient) -> None:
-    """Somebody deletes the profile each time."""
+    """Another process deletes the profile each time."""
     klaviyo.profile(email="nora@example.com", external_id="nora")
 
     def refuse(name: str, _body: Json) -> None:
@@ -425,7 +425,7 @@ def test_conflict_with_a_profile_that_klaviyo_merges_is_waited_out(klaviyo: Acco
 
 
 def test_lanes_never_write_the_same_identifier_at_the_same_time() -> None:
-    """Both would read that nobody has it."""
+    """Both would read that it is free."""
     klaviyo = AccountClient()
     reading, may_go_on = Event(), Event()
 
@@ -464,7 +464,7 @@ def test_guest_gets_a_profile_and_updates_it(others: int, klaviyo: AccountClient
 
 
 def test_guest_does_not_change_the_profile_of_a_customer(klaviyo: AccountClient) -> None:
-    """Anybody can order with somebody's email address and phone number."""
+    """A guest can order with another person's email address and phone number."""
     nora = klaviyo.profile(email="nora@example.com", external_id="nora", first_name="Nora", phone_number=PHONE)
     before = orjson.dumps(nora)
     assert send(klaviyo, guest("nora@example.com", first_name="Gert")) == [None]
@@ -484,7 +484,7 @@ def refuse_reads(name: str, _body: Json) -> None:
 
 
 def test_without_the_scope_to_read_profiles_are_imported_without_phone(klaviyo: AccountClient) -> None:
-    """Nobody can tell whose phone number it is."""
+    """The phone number can be another person's."""
     nora = klaviyo.profile(email="nora@example.com", external_id="nora", phone_number=PHONE, last_name="Berg")
     klaviyo.before = refuse_reads
     batch = [customer("olaf", phone_number=PHONE, last_name=None), customer("nora", first_name="Nora")]
