@@ -100,7 +100,7 @@ def test_invalid_profile_does_not_affect_the_others(sandbox: Sandbox) -> None:
 
 
 def test_conflict_within_a_job_is_resolved_individually(sandbox: Sandbox) -> None:
-    """A profile fails in the job if another profile has got its phone number in the meantime. The other profiles succeed."""
+    """A profile fails in the job if another profile has got its phone number in the meantime. The others succeed."""
     job_with_conflict(sandbox)
     assert Sender(klaviyo_for(sandbox), 4).send(batch_with_phone(50)) == [None] * 50
     assert "5@example.com" in written(sandbox)
