@@ -52,6 +52,12 @@ class MetricNames(_Section):
         "", description="Metric of each parcel, for example Confirmed Shipment; empty: no events."
     )
     returned_order: str = Field("", description="Metric of each return, for example Returned Order; empty: no events.")
+    started_checkout: str = Field(
+        "", description="Metric of a cart that reaches checkout, for example Started Checkout; empty: no events."
+    )
+    added_to_cart: str = Field(
+        "", description="Metric of each line item of a cart, for example Added to Cart; empty: no events."
+    )
 
 
 class OrderMapping(_Section):
@@ -113,6 +119,19 @@ class CustomerMapping(_Section):
         default=False,
         description="Request the deletion of the profile in Klaviyo when commercetools deletes a customer with "
         "dataErasure.",
+    )
+
+
+class CartMapping(_Section):
+    """The mapping of carts."""
+
+    checkout_when: list[Literal["shippingAddress", "paymentInfo", "customerEmail"]] = Field(
+        ["shippingAddress", "paymentInfo", "customerEmail"],
+        description="Fields of a cart that has reached checkout: one of them is enough.",
+    )
+    checkout_url: str = Field(
+        "",
+        description="URL of the checkout page, with {{cartId}} {{locale}}; empty: the events have no CheckoutURL.",
     )
 
 
@@ -178,6 +197,7 @@ class MappingConfig(_Section):
     metrics: MetricNames = MetricNames()
     order: OrderMapping = OrderMapping()
     customer: CustomerMapping = CustomerMapping()
+    cart: CartMapping = CartMapping()
     payment: PaymentMapping = PaymentMapping()
     category: CategoryMapping = CategoryMapping()
     price: PriceMapping = PriceMapping()

@@ -47,7 +47,7 @@ class Enriched:
 
     notification: Notification
     as_of: datetime  # when commercetools was read; prices valid at this time are used
-    order: Json | None = field(default=None, repr=False)
+    order: Json | None = field(default=None, repr=False)  # or the cart of a message about a cart
     workflow_state: Json | None = field(default=None, repr=False)  # that the order has entered
     payment: Json | None = field(default=None, repr=False)
     payments: Sequence[Json] = field(default=(), repr=False)  # of the order, in its order
@@ -79,6 +79,7 @@ class Effect(Enum):
     PROFILES = "profiles"
     DELETIONS = "deletions"  # of profiles: Klaviyo accepts 60 a minute
     CATALOG = "catalog"
+    CARTS = "carts"  # their events give way to those of orders
 
 
 _EFFECT_OF_RESOURCE = {
@@ -87,6 +88,7 @@ _EFFECT_OF_RESOURCE = {
     "product": Effect.CATALOG,
     "inventory-entry": Effect.CATALOG,
     "standalone-price": Effect.CATALOG,
+    "cart": Effect.CARTS,
 }
 
 
@@ -120,6 +122,7 @@ class Operation:
     longer has. An UPSERT_GUEST has the lower-cased email address as its key. `keep_skus` are the variants that
     DELETE_STALE_VARIANTS keeps. DELETE_PROFILE deletes no profile that Klaviyo created before `created_since`.
     `fallback` returns the operations to send instead if Klaviyo does not have the object to update.
+    `background` events give way to other events, and a process sends each of them once.
     """
 
     kind: OperationKind
@@ -130,6 +133,7 @@ class Operation:
     any_profile: bool = False  # UPSERT_GUEST: also write to the profile of a customer
     truncated: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
     created_since: datetime | None = None
+    background: bool = False
 
 
 class SendResult(NamedTuple):

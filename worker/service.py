@@ -24,6 +24,7 @@ from worker.runtime.downtime import Downtime
 from worker.runtime.dry_run import DryRunQueue, print_instead
 from worker.runtime.runner import Runner
 from worker.send import Sender, SendOptions
+from worker.send.background import SenderWithBackground
 from worker.send.bulk_verdict import BulkVerdict
 from worker.telemetry.log import log
 from worker.telemetry.message_log import Telemetry
@@ -61,10 +62,14 @@ class Components:
             stop_wait=settings.shutdown_grace_period * STOP_WAIT_SHARE,
             merges_guests=self.mapping.customer.merge_guests,
         )
-        allows_bulk_events = self.bulk_verdict.allows_bulk
-        self.sender = Sender(
-            self.klaviyo, settings.max_requests, self.stopping, options, allows_bulk_events=allows_bulk_events
+        sender = partial(
+            Sender,
+            max_requests=settings.max_requests,
+            stopping=self.stopping,
+            options=options,
+            allows_bulk_events=self.bulk_verdict.allows_bulk,
         )
+        self.sender = SenderWithBackground(sender(self.klaviyo), sender(self.klaviyo.background()))
         self.send: Send = print_instead if dry_run else self.sender.send
 
     def close(self) -> None:

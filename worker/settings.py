@@ -271,7 +271,7 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         4,
         ge=1,
         le=64,
-        description="Number of lanes per effect; the effects are events, profiles, deletions and catalog",
+        description="Number of lanes per effect; the effects are events, profiles, deletions, catalog and carts",
     )
     max_batch: int = Field(250, ge=1, le=10_000, description="Maximum number of messages in a batch")
     max_requests: int = Field(

@@ -44,6 +44,10 @@ def _payments(order: Json) -> list[str]:
     return pick_ids(as_dict(order.get("paymentInfo")).get("payments"))
 
 
+def _cart(order: Json) -> list[str]:
+    return [as_text(as_dict(order.get("cart")).get("id"))]
+
+
 def _ancestors(category: Json) -> list[str]:
     return pick_ids(category.get("ancestors"))
 
@@ -59,6 +63,8 @@ def _skus(product: Json) -> list[str]:
 
 ORDERS = Query("orders", "id in ({})", _id)
 ORDERS_BY_PAYMENT = Query("orders", "paymentInfo(payments(id in ({})))", _payments)
+ORDERS_BY_CART = Query("orders", "cart(id in ({}))", _cart)
+CARTS = Query("carts", "id in ({})", _id)
 PAYMENTS = Query("payments", "id in ({})", _id)
 CUSTOMERS = Query("customers", "id in ({})", _id, expand=("customerGroup", "customerGroupAssignments[*].customerGroup"))
 CUSTOMER_EMAILS = replace(CUSTOMERS, expand=(), cached_fields=("id", "email"))

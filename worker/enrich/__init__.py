@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from worker.budget import check_lookups
-from worker.enrich import payments, plans, products
+from worker.enrich import carts, payments, plans, products
 from worker.enrich.plans import PlanContext
 from worker.errors import WorkerError
 from worker.json_access import MAX_ID_LENGTH
@@ -37,6 +37,7 @@ PLANS: dict[str, Callable[[Enriched, PlanContext], Plan]] = defaultdict(
     {
         "order": plans.order_plan,
         "payment": payments.payment_plan,
+        "cart": carts.cart_plan,
         "customer": plans.customer_plan,
         "category": plans.category_plan,
         "product": products.product_plan,

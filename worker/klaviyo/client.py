@@ -112,6 +112,10 @@ class Klaviyo(ServiceClient):
         """Return the status of the rate limits, by endpoint."""
         return self._rate_limiter.statuses()
 
+    def background(self) -> KlaviyoClient:
+        """Return a client for requests that give way to others: they use only a part of the rate limits."""
+        return _BackgroundClient(self, self._rate_limiter)
+
     def _call(self, endpoint: str, path: str, content: bytes | Callable[[], bytes] | None) -> Json:
         response = self._send(endpoint, path, content)
         document = decode_success(endpoint, response)
@@ -148,6 +152,23 @@ class Klaviyo(ServiceClient):
         if decode_success(endpoint, response) is None and decode_error(response) is None:
             raise self._foreign_response(response)
         return response.status not in _REFUSALS
+
+
+class _BackgroundClient:
+    """A client whose requests give way to those of another client. Safe for many threads."""
+
+    def __init__(self, client: KlaviyoClient, rate_limiter: RateLimiter) -> None:
+        self._client = client
+        self._rate_limiter = rate_limiter
+
+    def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
+        """Send a request as the other client does, but wait first until the part of the rate limits allows it."""
+        self._rate_limiter.acquire(endpoint_of(method, path), background=True)
+        return self._client.call(method, path, body, idempotent=idempotent)
+
+    def requests_sent(self) -> int:
+        """Return the number of requests that the calling thread has sent."""
+        return self._client.requests_sent()
 
 
 def endpoint_of(method: str, path: str) -> str:

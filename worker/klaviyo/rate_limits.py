@@ -35,6 +35,7 @@ MAX_WAIT = 60.0  # seconds; the maximum wait of a request
 MIN_FACTOR = 1 / 16  # the lowest throttle factor, which repeated 429 responses lead to
 RECOVERY = 60.0  # seconds in which the throttle factor would rise from 0 to 1
 SHARE_WINDOW = 2.0  # the share is an average over the requests that the steady rate allows in this number of seconds
+BACKGROUND_PART = 0.4  # of this process's share, for requests that give way to others
 SAFE_BURST_SHARE = 0.7  # of the burst; the maximum steady rate
 MIN_POLL, MAX_POLL = 0.001, 1.0  # seconds until a waiting request checks again: the rate can change
 _QUOTA = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(?:;\s*w=([0-9]{1,9}))?")
@@ -54,15 +55,19 @@ class RateLimiter:
         self._stopping = stopping
         self._now = now
         self._limiters: dict[str, _EndpointLimiter] = {}
+        self._background_limiters: dict[str, _EndpointLimiter] = {}
         self._lock = Lock()
 
-    def acquire(self, endpoint: str) -> None:
+    def acquire(self, endpoint: str, *, background: bool = False) -> None:
         """Block until a request to `endpoint` ("POST /api/events", "PATCH /api/catalog-items/{id}") can be sent.
+
+        A `background` request needs this in addition, and first. Together, these requests use at most BACKGROUND_PART
+        of the rate, so they never use up what other requests need.
 
         Raises Throttled, with retry_after, as soon as the whole wait would exceed MAX_WAIT. Raises Transient if the
         request would have to wait while `stopping` is set.
         """
-        limiter = self._limiter(endpoint)
+        limiter = self._limiter(endpoint, background=background)
         ticket = object()
         deadline = self._now() + MAX_WAIT
         try:
@@ -76,11 +81,14 @@ class RateLimiter:
 
     def update(self, endpoint: str, status: int, headers: Mapping[str, str], retry_after: float | None) -> None:
         """Adjust the rate to the headers of a response. After a 429, pause for `retry_after` seconds, at least 1 s."""
-        limiter = self._limiter(endpoint)
-        if status == HTTPStatus.TOO_MANY_REQUESTS:
-            limiter.on_throttled(max(retry_after or 0.0, 1.0))
-        else:
-            limiter.on_report(parse_report(headers))
+        limiters = [self._limiter(endpoint)]
+        with self._lock:
+            limiters += filter(None, [self._background_limiters.get(endpoint)])
+        for limiter in limiters:
+            if status == HTTPStatus.TOO_MANY_REQUESTS:
+                limiter.on_throttled(max(retry_after or 0.0, 1.0))
+            else:
+                limiter.on_report(parse_report(headers))
 
     def statuses(self) -> dict[str, RateLimitStatus]:
         """Return the status of each endpoint that received a request."""
@@ -88,12 +96,13 @@ class RateLimiter:
             limiters = dict(self._limiters)
         return {endpoint: limiter.status() for endpoint, limiter in limiters.items()}
 
-    def _limiter(self, endpoint: str) -> _EndpointLimiter:
+    def _limiter(self, endpoint: str, *, background: bool = False) -> _EndpointLimiter:
+        limiters, part = (self._background_limiters, BACKGROUND_PART) if background else (self._limiters, 1.0)
         with self._lock:
-            if endpoint not in self._limiters:
+            if endpoint not in limiters:
                 tier = next((tier for pattern, tier in TIERS if re.fullmatch(pattern, endpoint)), L)
-                self._limiters[endpoint] = _EndpointLimiter(*tier, self._share, self._now)
-            return self._limiters[endpoint]
+                limiters[endpoint] = _EndpointLimiter(*tier, self._share, self._now, part)
+            return limiters[endpoint]
 
 
 class Report(NamedTuple):
@@ -116,10 +125,11 @@ class _Window(NamedTuple):
 class _EndpointLimiter:
     """Paces the requests to one endpoint. Safe for many threads."""
 
-    def __init__(self, burst: float, steady: float, share: float, now: Callable[[], float]) -> None:
+    def __init__(self, burst: float, steady: float, share: float, now: Callable[[], float], part: float = 1.0) -> None:
         self._burst = burst  # the account's limit in requests per second
         self._steady = steady / WINDOW  # the account's limit in requests per second
         self._share = share  # the maximum share of the account's limits
+        self._part = part  # the part of this process's share that the requests of this limiter can use
         self._now = now
         self._throttle_factor = 1.0  # a 429 lowers it, and so the rate
         self._window = _Window(math.inf, math.inf, -math.inf)
@@ -206,7 +216,8 @@ class _EndpointLimiter:
     def _rate(self, at: float) -> float:
         """Return the number of requests per second that this process can send at a time."""
         account = min(self._steady, self._window.rate) if at < self._window.ends_at else self._steady
-        return min(self._share * self._throttle_factor * self._steady, self._estimator.share() * account)
+        own = min(self._share * self._throttle_factor * self._steady, self._estimator.share() * account)
+        return self._part * own
 
     def _capacity(self, rate: float) -> float:
         """Return the size of the bucket. A full bucket and one second at `rate` stay within the burst limit."""

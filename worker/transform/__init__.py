@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["HANDLERS", "Handler", "enabled_handlers", "handler_for", "handles", "transform"]
 
 _ORDERS = ("orders", "fulfilment", "shipments", "returns", "payments")
-for _module in (*_ORDERS, "customers", "categories", "products", "inventory"):
+for _module in (*_ORDERS, "carts", "customers", "categories", "products", "inventory"):
     import_module(f"worker.transform.{_module}")  # registers its handlers
 
 

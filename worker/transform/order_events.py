@@ -190,7 +190,7 @@ def _own_properties(order: Json, items: list[Json], enriched: Enriched, mapping:
         "ItemNames": unique(item.get("ProductName", "") for item in items),
         "Categories": unique(name for item in items for name in item.get("Categories", ())),
         "Brands": unique(item.get("Brand", "") for item in items),
-        "DiscountCode": ", ".join(_discount_codes(order, enriched)),
+        "DiscountCode": ", ".join(discount_codes(order, enriched)),
         "DiscountValue": fields.number(discount_value(order, lines_of(order))),
         "Items": items,
         "BillingAddress": fields.address_properties(order.get("billingAddress")),
@@ -204,7 +204,8 @@ def _own_properties(order: Json, items: list[Json], enriched: Enriched, mapping:
     }
 
 
-def _discount_codes(order: Json, enriched: Enriched) -> list[str]:
+def discount_codes(order: Json, enriched: Enriched) -> list[str]:
+    """Return the discount codes that apply to an order or a cart."""
     return unique(enriched.discount_codes.get(code, "") for code in applied_codes(order))
 
 

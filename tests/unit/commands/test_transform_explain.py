@@ -239,7 +239,7 @@ def test_omissions_by_the_mapping_are_named() -> None:
                 ],
                 "orders": [ORDER | {"paymentInfo": {"payments": [{"id": "id-1"}]}}],
             },
-            "2 of 3 transactions: no refund, or its state is not in payment.refund_states",
+            "2 of 3 transactions: no refund in a state that counts: see payment.refund_types, payment.refund_states",
         ),
         (
             change("ResourceUpdated", "category"),

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import Transient
-from worker.klaviyo.rate_limits import MAX_WAIT, RateLimiter
+from worker.klaviyo.rate_limits import BACKGROUND_PART, MAX_WAIT, RateLimiter
 from worker.sandbox.klaviyo.rate_limits import FixedWindowLimiter, Throttled
 
 if TYPE_CHECKING:
@@ -566,3 +566,46 @@ def test_status_by_endpoint(limiter: RateLimiter, time: VirtualTime) -> None:
     limiter.update(M, 429, {}, 5)
     status = limiter.statuses()[M]
     assert [status.burst_used, status.pace] == [1.0, pytest.approx(60)]
+
+
+def test_background_requests_leave_most_of_the_rate_to_others(limiter: RateLimiter, time: VirtualTime) -> None:
+    """Carts change with every click, but their events must not use up what orders need."""
+    be_alone(limiter, time, XL)
+    limiter.acquire(XL, background=True)
+    be_alone(limiter, time, XL)
+    waited = []
+
+    def carts() -> None:
+        for _ in range(400):
+            limiter.acquire(XL, background=True)
+            limiter.acquire(XL)
+
+    def orders() -> None:
+        for _ in range(100):
+            before = time.now()
+            limiter.acquire(XL)
+            waited.append(time.now() - before)
+            time.wait(0.1)
+
+    started_at = time.now()
+    time.run(carts, orders)
+    burst = BACKGROUND_PART * (350 - 3500 / 60)
+    assert time.now() - started_at >= (400 - burst) / (BACKGROUND_PART * 3500 / 60) - 1
+    assert max(waited) < 0.1
+
+
+def test_background_requests_follow_the_limits_of_the_account(limiter: RateLimiter, time: VirtualTime) -> None:
+    """They use a part of the limits that Klaviyo reports, also after a 429."""
+    limiter.acquire(XL, background=True)
+    for _ in range(1000):
+        limiter.update(XL, 200, {"RateLimit-Limit": "60, 60;w=1, 600;w=60"}, None)
+    time.wait(60)
+    is_empty = False
+    while not is_empty:
+        before = time.now()
+        limiter.acquire(XL, background=True)
+        is_empty = time.now() > before
+    started_at = time.now()
+    for _ in range(8):
+        limiter.acquire(XL, background=True)
+    assert 8 / (time.now() - started_at) == pytest.approx(BACKGROUND_PART * 10, rel=0.05)

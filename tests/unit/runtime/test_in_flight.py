@@ -42,6 +42,7 @@ def deletion(resource_id: str = "1") -> Message:
         (message("category", kind="ResourceDeleted"), Effect.CATALOG),
         (message("product"), Effect.CATALOG),
         (message("inventory-entry"), Effect.CATALOG),
+        (message("cart"), Effect.CARTS),
         (Message(FakeDelivery(b"unreadable"), 0.0), Effect.EVENTS),
     ],
 )
@@ -82,10 +83,10 @@ def test_pulling_pauses_if_all_effects_are_slow() -> None:
     """Every message would go back to the queue and use up an attempt."""
     clock = Clock()
     in_flight = InFlight(1, 1000, 600.0, clock)
-    for given in (message("order"), message("customer"), deletion("2"), message("product")):
+    for given in (message("order"), message("customer"), deletion("2"), message("product"), message("cart")):
         in_flight.add(given)
     clock.now = 5.0
-    assert len(in_flight.slow_effects()) == 4
+    assert len(in_flight.slow_effects()) == 5
     assert in_flight.wait_for_capacity(0, skip_slow=True) == 0
 
 

@@ -848,7 +848,8 @@ def test_batch_sizes_are_reported_by_lane_group(queue: EmbeddedQueue) -> None:
         return []
 
     runner, _ = runner_for(queue, work, lanes=2)
-    assert runner.batch_sizes() == {"events": [0, 0], "profiles": [0, 0], "deletions": [0, 0], "catalog": [0, 0]}
+    groups = ("events", "profiles", "deletions", "catalog", "carts")
+    assert runner.batch_sizes() == {name: [0, 0] for name in groups}
     queue.publish([b"customer:1", b"product:1"])
     thread = threading.Thread(target=runner.run)
     thread.start()
@@ -859,6 +860,7 @@ def test_batch_sizes_are_reported_by_lane_group(queue: EmbeddedQueue) -> None:
             "profiles": 1,
             "deletions": 0,
             "catalog": 1,
+            "carts": 0,
         }
         release.set()
         wait_for(lambda: not sum(map(sum, runner.batch_sizes().values())))

@@ -43,10 +43,11 @@ if TYPE_CHECKING:
     from worker.settings import Settings
 
 _NONEXISTENT_ID = "00000000-0000-4000-8000-000000000000"
-_EVENTS, _CATALOG = frozenset({"order", "payment"}), frozenset({"category", "product", "inventory-entry"})
+_EVENTS, _CATALOG = frozenset({"order", "payment", "cart"}), frozenset({"category", "product", "inventory-entry"})
 _CUSTOMER = frozenset({"customer"})
 _READS = (  # query, its scope, and the resource or message types whose handlers need it; see worker/enrich/plans.py
     (queries.ORDERS, "view_orders", _EVENTS),
+    (queries.CARTS, "view_orders", frozenset({"cart"})),
     (queries.PAYMENTS, "view_payments", frozenset({"payment"})),
     (queries.CUSTOMERS, "view_customers", _EVENTS | _CUSTOMER),
     (queries.CATEGORIES, "view_products", _EVENTS | _CATALOG),
