@@ -10,10 +10,11 @@ used.
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,8 +113,7 @@ class EmbeddedQueue:
         self._max_attempts = max_attempts
         self._lock = RLock()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)  # messages contain personal data; SQLite gives its other files the same mode
+            _create(path)
             self._db = _connect(path)
         except (OSError, sqlite3.Error) as error:
             raise QueueError(f"QUEUE_URL: cannot open {path}: {error}") from error
@@ -297,11 +297,29 @@ class EmbeddedDeadLetters:
         """Do nothing: reading leases nothing."""
 
 
+def _create(path: Path) -> None:
+    """Create missing directories and the file so that only its owner has access: messages contain personal data.
+
+    SQLite gives its other files the same mode. Raises OSError, also if `path` is a link to nothing: SQLite would create
+    the file that the link names.
+    """
+    for directory in reversed(path.absolute().parents):
+        if not directory.exists():
+            with suppress(FileExistsError):  # another process has just created it
+                directory.mkdir(mode=0o700)
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        if not path.exists():
+            raise
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     """Open the file and create missing tables. If that fails, close the connection."""
     connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA secure_delete = ON")  # a message that was acked leaves nothing in the file
         connection.execute("PRAGMA temp_store = MEMORY")  # a read-only root has no place for temporary files
         connection.executescript(_SCHEMA)
         _release_after_boot(connection, _boot_id())

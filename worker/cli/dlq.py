@@ -70,6 +70,19 @@ def filter_options(function: Callable[..., None]) -> Callable[..., None]:
         metavar="AGE|TIME",
         help="Only messages dead-lettered within this age (2h, 3d), or since this time (2026-11-24).",
     )
+    @click.option(
+        "--older-than",
+        "before",
+        type=_parse_since_option,
+        metavar="AGE|TIME",
+        help="Only messages dead-lettered longer ago than this age (30d), or before this time.",
+    )
+    @click.option(
+        "--about",
+        default="",
+        metavar="TEXT",
+        help="Only messages that contain this text, such as the id or the email of a person.",
+    )
     @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Maximum number of dead letters.")
     @wraps(function)
     def with_filters(
@@ -77,11 +90,13 @@ def filter_options(function: Callable[..., None]) -> Callable[..., None]:
         reason: str,
         message_type: str,
         since: datetime | None,
+        before: datetime | None,
+        about: str,
         limit: int | None,
         message_ids: Sequence[str] = (),
         **arguments: Any,
     ) -> None:
-        filters = DeadLetterFilter(frozenset(message_ids), reason, message_type, since, limit)
+        filters = DeadLetterFilter(frozenset(message_ids), reason, message_type, since, before, about, limit)
         function(filters=filters, **arguments)
 
     return with_filters
@@ -167,9 +182,11 @@ def drop(*, filters: DeadLetterFilter, is_all: bool, yes: bool, **option_values:
 
     Requires MESSAGE_IDs, a filter other than --limit, or --all.
     """
-    is_filtered = bool(filters.ids or filters.reason or filters.message_type or filters.since)
+    is_filtered = bool(filters.ids or filters.selects_by_content)
     if is_filtered == is_all:
-        raise click.UsageError("expected MESSAGE_ID, --reason, --type or --since; or --all without any of them")
+        raise click.UsageError(
+            "expected MESSAGE_ID or an option that selects dead letters; or --all without any of them"
+        )
     if not yes and not sys.stdin.isatty():
         raise click.UsageError("cannot ask for confirmation without a terminal: use --yes")
     with handle_errors(), open_dead_letters(load(QueueSettings, option_values)) as queue:

@@ -98,8 +98,7 @@ def _configure_logging(settings: Settings, status_line: StatusLine, *, has_bar: 
 def _count_expected(queue: SupportsDeadLetters, filters: DeadLetterFilter) -> int | None:
     """Return the maximum number of dead letters to replay; None if unknown."""
     known: list[int | None] = [filters.limit, len(filters.ids) or None]
-    selects_by_content = filters.reason or filters.message_type or filters.since
-    if isinstance(queue, SupportsCounts) and not selects_by_content:
+    if isinstance(queue, SupportsCounts) and not filters.selects_by_content:
         with suppress(QueueError):
             known.append(queue.counts().dead_letters)
     return min((number for number in known if number is not None), default=None)

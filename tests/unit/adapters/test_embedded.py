@@ -42,12 +42,37 @@ def test_only_the_owner_can_read_the_files(tmp_path: Path) -> None:
     """Messages contain personal data. SQLite's own files, which contain messages too, exist while the queue is open."""
     umask = os.umask(0o022)
     try:
-        with closing(EmbeddedQueue(tmp_path / "new/q.db")) as queue:
+        with closing(EmbeddedQueue(tmp_path / "new/folder/q.db")) as queue:
             queue.publish([b"x"])
-            modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()}
+            modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "new").rglob("*")}
     finally:
         os.umask(umask)
-    assert modes == {"q.db": 0o600, "q.db-shm": 0o600, "q.db-wal": 0o600}
+    assert modes == {"folder": 0o700, "q.db": 0o600, "q.db-shm": 0o600, "q.db-wal": 0o600}
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+
+
+def test_link_to_nothing_is_not_followed(tmp_path: Path) -> None:
+    """In a folder that others can write to, the file would be created where a link of theirs points."""
+    (tmp_path / "q.db").symlink_to(tmp_path / "elsewhere.db")
+    with pytest.raises(QueueError, match="cannot open"):
+        EmbeddedQueue(tmp_path / "q.db")
+    assert not (tmp_path / "elsewhere.db").exists()
+    (tmp_path / "elsewhere.db").touch()  # the link of an operator
+    EmbeddedQueue(tmp_path / "q.db").close()
+
+
+def test_settled_message_leaves_nothing_in_the_file(tmp_path: Path) -> None:
+    """Deleted rows are overwritten, whether the message was acked or its dead letter was dropped."""
+    path = tmp_path / "q.db"
+    with closing(EmbeddedQueue(path)) as queue:
+        queue.publish([b"grete@mail.example " * 500] * 20)
+        deliveries = queue.receive(20, 0)
+        queue.ack(deliveries[:10])
+        for delivery in deliveries[10:]:
+            queue.dead_letter(delivery, FAILURE)
+        with closing(queue.dead_letters()) as dead_letters:
+            dead_letters.remove(dead_letters.receive(20, 0))
+    assert b"grete" not in path.read_bytes()
 
 
 def test_receive_from_empty_queue_waits_as_long_as_requested(queue: EmbeddedQueue) -> None:

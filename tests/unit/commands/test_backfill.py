@@ -546,3 +546,24 @@ def test_summary_counts_records_per_reason() -> None:
         "failed: 3 x frequent",
         "failed: 1 x rare",
     ]
+
+
+def test_files_of_a_backfill_are_private_and_follow_no_link(tmp_path: Path) -> None:
+    """They contain ids of people. Another user of the machine can have made a link with the name of the file."""
+    umask = os.umask(0o022)
+    try:
+        checkpoint, failures = tmp_path / "c.json", tmp_path / "f.jsonl"
+        leftover = tmp_path / f"c.json.{os.getpid()}.tmp"
+        leftover.symlink_to(tmp_path / "victim")
+        Checkpoint(checkpoint, {}).save(BackfillProgress())
+        FailureLog(failures).add({"resource_id": "c-1"})
+    finally:
+        os.umask(umask)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "c.json": 0o600,
+        "f.jsonl": 0o600,
+    }
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match=r"[Ss]ymbolic"):
+        FailureLog(tmp_path / "link")
+    assert not (tmp_path / "victim").exists()

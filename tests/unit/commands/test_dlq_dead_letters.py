@@ -120,6 +120,26 @@ def test_filter_requires_all_conditions(
     assert selected_ids(filters, *candidates) == expected[:limit]
 
 
+def test_before_is_the_opposite_of_since() -> None:
+    """A dead letter without any time is not known to be old."""
+    found = dead_letter(1), dead_letter(2, at=NOW), dead_letter(3, at=NOW - HOUR), dead_letter(4, published_at=NOW)
+    assert selected_ids(DeadLetterFilter(before=NOW), *found) == ["3"]
+    assert selected_ids(DeadLetterFilter(since=NOW), *found) == ["2", "4"]
+
+
+def test_dead_letters_about_a_person_are_found() -> None:
+    """The body is searched as it is, also if it is not JSON, and with JSON's escapes."""
+    bodies = (
+        b'{"email": "Jos\\u00e9@mail.example"}',
+        '{"email": "josé@mail.example"}'.encode(),
+        b"\xff JOS\xc3\x89@mail",
+    )
+    found = [dead_letter(number, body=body) for number, body in enumerate((*bodies, b"{}"))]
+    assert selected_ids(DeadLetterFilter(about="José@mail"), *found) == ["0", "1", "2"]
+    assert not DeadLetterFilter(ids=frozenset("1"), limit=1).selects_by_content
+    assert DeadLetterFilter(about="x").selects_by_content
+
+
 def test_since_falls_back_to_publish_time(queue: EmbeddedQueue) -> None:
     """A dead letter without any time never matches `since`."""
     older = dead_letter(3, at=NOW - HOUR, published_at=NOW)

@@ -6,7 +6,7 @@ import os
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import orjson
 
@@ -108,7 +108,8 @@ class Checkpoint:
             "failed": dict(progress.failed),
         }
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")  # another process might save too
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # of a process that was killed and had the same id
+        with open(temporary, "xb", opener=_open_privately) as file:
             file.write(orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
             file.flush()
             os.fsync(file.fileno())
@@ -138,11 +139,11 @@ class FailureLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        path.open("ab").close()  # report an unwritable file now, not at the first failure
+        self._open().close()  # report an unwritable file now, not at the first failure
 
     def add(self, line: Json) -> None:
         """Append a line. It is durable on return. Raises OSError."""
-        with self._path.open("ab+") as file:
+        with self._open() as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
@@ -150,6 +151,14 @@ class FailureLog:
             file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
             file.flush()
             os.fsync(file.fileno())
+
+    def _open(self) -> IO[bytes]:
+        return open(self._path, "ab+", opener=_open_privately)
+
+
+def _open_privately(path: str, flags: int) -> int:
+    """Open a file, and create it for its owner only, but never follow a link that another user may have made."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def read_ids(path: Path, resource_type: str) -> list[str]:

@@ -52,8 +52,15 @@ class DeadLetterFilter:
     ids: frozenset[str] = frozenset()
     reason: str = ""  # contained in the reason; case-insensitive
     message_type: str = ""  # equal to the type; case-insensitive
-    since: datetime | None = None  # see dead_lettered_or_published_at
+    since: datetime | None = None  # of dead_lettered_or_published_at, as is `before`
+    before: datetime | None = None
+    about: str = ""  # contained in the body; case-insensitive
     limit: int | None = None
+
+    @property
+    def selects_by_content(self) -> bool:
+        """Return whether there are other conditions than ids and a limit."""
+        return bool(self.reason or self.message_type or self.since or self.before or self.about)
 
     def select(self, dead_letters: Iterable[DeadLetter]) -> Iterator[DeadLetter]:
         """Yield the dead letters that match. Stop reading when no further dead letter can match."""
@@ -80,7 +87,17 @@ class DeadLetterFilter:
         at = dead_lettered_or_published_at(dead_letter)
         if self.since and (at is None or at < self.since):
             return False
+        if self.before and (at is None or at >= self.before):
+            return False
+        if self.about and not _contains(dead_letter.delivery.body, self.about):
+            return False
         return not self.message_type or self.message_type.lower() == display_type(summarize(dead_letter)).lower()
+
+
+def _contains(body: bytes, text: str) -> bool:
+    """Return whether a body contains a text, as it is or with JSON's escapes."""
+    lower = body.decode("utf-8", "replace").lower()
+    return any(form.lower() in lower for form in (text, json.dumps(text)[1:-1]))
 
 
 def iter_dead_letters(queue: SupportsDeadLetters) -> Generator[DeadLetter]:
