@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from worker import data_contract
 from worker.budget import check_bytes, check_values
 from worker.errors import Excluded, Ignored, Rejected
 from worker.json_access import MAX_ID_LENGTH, as_id, loads
@@ -69,7 +70,9 @@ def layers(body: bytes) -> Iterator[tuple[str, Json]]:
 def _document(text: Any) -> Json:
     if not isinstance(text, str | bytes):
         raise Rejected(f"expected a JSON object in the envelope; found {_json_type(text)}")
-    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.removeprefix(b"\xef\xbb\xbf")
+    raw = (
+        text.encode("utf-8", "surrogatepass") if isinstance(text, str) else _unwrap(text.removeprefix(b"\xef\xbb\xbf"))
+    )
     if not raw.strip():
         raise Rejected("expected a JSON object; the body is empty")
     check_values(raw)
@@ -81,6 +84,13 @@ def _document(text: Any) -> Json:
     if not isinstance(document, dict):
         raise Rejected(f"expected a JSON object; found {_json_type(document)}")
     return document
+
+
+def _unwrap(body: bytes) -> bytes:
+    try:
+        return data_contract.unwrap(body)
+    except ValueError:
+        raise Rejected("expected a JSON object; the body is malformed binary XML of .NET") from None
 
 
 def _open_envelope(document: Json) -> tuple[str, Any]:

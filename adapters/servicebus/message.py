@@ -34,15 +34,30 @@ class ServiceBusDelivery:
 
 def delivery_of(message: ServiceBusReceivedMessage) -> ServiceBusDelivery:
     """Return a received message as a delivery."""
-    properties: Mapping[Any, Any] = message.application_properties or {}
     return ServiceBusDelivery(
         id=_text(message.message_id or message.sequence_number),
-        body=body_of(message.body_type, message.body),
-        attributes={_text(name): _text(value) for name, value in properties.items()},
+        body=_body_of(message),
+        attributes=_attributes_of(message),
         attempt=(message.delivery_count or 0) + 1,
         published_at=message.enqueued_time_utc,
         message=message,
     )
+
+
+def _body_of(message: ServiceBusReceivedMessage) -> bytes:
+    try:
+        return body_of(message.body_type, message.body)
+    except (AttributeError, TypeError, ValueError):  # the SDK decodes it now, and cannot
+        return b""
+
+
+def _attributes_of(message: ServiceBusReceivedMessage) -> dict[str, str]:
+    """Return the application properties. They concern only their message, so none of them can be an error."""
+    try:
+        properties: Mapping[Any, Any] = message.application_properties or {}
+        return {_text(name): _text(value) for name, value in properties.items()}
+    except (AttributeError, TypeError, ValueError):
+        return {}
 
 
 def body_of(kind: AmqpMessageBodyType, body: Any) -> bytes:
@@ -78,4 +93,7 @@ def _plain(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    return bytes(value).decode(errors="replace") if isinstance(value, bytes | bytearray | memoryview) else str(value)
+    """Return a value as text, and a list or a map, which no publisher of notifications uses, as an empty text."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).decode(errors="replace")
+    return "" if isinstance(value, dict | list | tuple | set) else str(value)

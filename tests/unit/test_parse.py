@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 
 from worker.errors import Ignored, Rejected
 from worker.parse import MAX_ENVELOPES, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 STATE_CHANGED = {
     "notificationType": "Message",
@@ -198,3 +202,36 @@ def test_any_notification_like_object_is_parsed_rejected_or_ignored(document: di
     else:
         assert notification.type
         assert notification.resource_id
+
+
+XML_HEAD = b"@\x06string\x083http://schemas.microsoft.com/2003/10/Serialization/"
+BYTES_HEAD = XML_HEAD.replace(b"\x06string", b"\x0cbase64Binary")
+
+
+def dotnet(kind: int, text: bytes, length: int) -> bytes:
+    return bytes([kind]) + len(text).to_bytes(length, "little") + text
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda text: XML_HEAD + dotnet(0x9B, text, 2),
+        lambda text: XML_HEAD + dotnet(0x9C, text, 4) + b"\x01",
+        lambda text: XML_HEAD + dotnet(0x98, text[:200], 1) + dotnet(0x9B, text[200:], 2),
+        lambda text: BYTES_HEAD + dotnet(0xA1, text, 2),
+        lambda text: b"\xef\xbb\xbf" + XML_HEAD + dotnet(0x9D, text, 4),
+    ],
+)
+def test_body_that_dotnet_serialized_is_opened(wrap: Callable[[bytes], bytes]) -> None:
+    """Older clients of Service Bus wrap text and bytes in binary XML, in one or several parts."""
+    message = STATE_CHANGED | {"padding": "é" * 200}
+    text = json.dumps(message, ensure_ascii=False).encode()
+    assert parse(wrap(text)).payload == message
+    assert parse(wrap(json.dumps(cloudevent(message)).encode())).payload == message
+
+
+@pytest.mark.parametrize("rest", [b"", b"\x99", b"\x99\x05{}", b"\x50\x02{}", b"\x98\x02{}", b"\x9d\xff\xff\xff\xff{}"])
+def test_malformed_binary_xml_is_rejected(rest: bytes) -> None:
+    """The message is dead-lettered with the reason."""
+    with pytest.raises(Rejected, match="malformed binary XML"):
+        parse(XML_HEAD + rest)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from adapters import QueueError, QueueOptions, QueueURLError, open_queue
 from adapters.servicebus.connections import first_line, is_refusal
 from adapters.servicebus.lock_duration import LockDuration
-from adapters.servicebus.message import body_of
+from adapters.servicebus.message import body_of, delivery_of
 from adapters.servicebus.queue import Entity, check_connection_string, parse_url
 from adapters.servicebus.receiver import Receiver
 from adapters.servicebus.settlement import Settlement
@@ -372,3 +372,36 @@ def test_missing_credentials_are_a_refusal() -> None:
     assert is_refusal(ClientAuthenticationError("no"))
     assert not is_refusal(ServiceBusConnectionError(message="reset"))
     assert first_line(ClientAuthenticationError("no credential\nTo fix that: ...")) == "no credential"
+
+
+class Malformed:
+    """A received message that the SDK cannot decode."""
+
+    message_id, sequence_number, delivery_count, enqueued_time_utc = "1", 1, 0, None
+    body_type = AmqpMessageBodyType.DATA
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    @property
+    def body(self) -> Any:
+        raise self._error
+
+    application_properties = body
+
+
+@pytest.mark.parametrize("error", [AttributeError(), TypeError(), UnicodeDecodeError("utf-8", b"", 0, 1, "")])
+def test_message_that_cannot_be_decoded_does_not_affect_others(error: Exception) -> None:
+    """It becomes a delivery without a body, which is dead-lettered. An exception would close the link."""
+    delivery = delivery_of(cast("Any", Malformed(error)))
+    assert (delivery.id, delivery.body, delivery.attributes) == ("1", b"", {})
+
+
+def test_nested_properties_are_left_out() -> None:
+    """Text of a value that is nested a thousand times cannot be made."""
+    nested: Any = []
+    for _ in range(3_000):
+        nested = [nested]
+    properties = {b"a": nested, "b": {"c": 1}, "d": b"text", "e": 7}
+    message = SimpleNamespace(**{**vars(Malformed), "application_properties": properties, "body": [b"{}"]})
+    assert delivery_of(cast("Any", message)).attributes == {"a": "", "b": "", "d": "text", "e": "7"}
