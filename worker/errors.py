@@ -5,6 +5,7 @@ WorkerError                          nack         a defect: retrying in this pro
 │   ├── Throttled                    wait         answered with 429, or the rate limit is used up
 │   ├── StaleRead                                 commercetools shows an older version than one that exists
 │   ├── NotShownYet                  wait         commercetools does not show a new resource yet
+│   ├── ReadingOutdated              wait         read too long ago for an effect that cannot be undone
 │   ├── StateChanged                 wait         changed in commercetools each time that it was written
 │   ├── JobUnfinished                wait         a bulk job has started and can still write
 │   ├── ResponseTooLarge                          the response is larger than the worker reads
@@ -121,6 +122,12 @@ class StaleRead(Transient):
 
 class NotShownYet(Transient):
     """commercetools does not show a resource that should exist. The wait has its own limit: see versions.READ_LAG."""
+
+    disposition = Disposition.WAIT
+
+
+class ReadingOutdated(Transient):
+    """A state was read too long ago for an effect that cannot be undone. It must be read again."""
 
     disposition = Disposition.WAIT
 

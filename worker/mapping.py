@@ -135,6 +135,24 @@ class CartMapping(_Section):
     )
 
 
+class ConsentMapping(_Section):
+    """The custom fields of customers that hold their consent to marketing."""
+
+    email: str = Field(
+        "",
+        description="Custom field of customers whose value true is the consent to email marketing; empty: the worker "
+        "subscribes no person.",
+    )
+    sms: str = Field("", description="Custom field of customers whose value true is the consent to SMS marketing.")
+    date: str = Field(
+        "",
+        description="Custom field of customers with the date of the consent. With a date, Klaviyo skips double opt-in.",
+    )
+    resubscribe: bool = Field(
+        default=False, description="Also subscribe a person who has unsubscribed or is suppressed in Klaviyo."
+    )
+
+
 class PaymentMapping(_Section):
     """The mapping of payments."""
 
@@ -198,6 +216,7 @@ class MappingConfig(_Section):
     order: OrderMapping = OrderMapping()
     customer: CustomerMapping = CustomerMapping()
     cart: CartMapping = CartMapping()
+    consent: ConsentMapping = ConsentMapping()
     payment: PaymentMapping = PaymentMapping()
     category: CategoryMapping = CategoryMapping()
     price: PriceMapping = PriceMapping()

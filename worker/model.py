@@ -113,6 +113,21 @@ class OperationKind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Consent:
+    """The consent of a person to a channel ("email", "sms"), as commercetools has it.
+
+    Only the value True is a consent. `property` is the property of the profile with the value that the worker wrote
+    last. `consented_at` is a past time (RFC 3339); "" if unknown.
+    """
+
+    channel: str
+    property: str
+    value: Any = field(repr=False)
+    consented_at: str
+    read_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Operation:
     """One write to Klaviyo: idempotent and self-contained.
 
@@ -134,6 +149,7 @@ class Operation:
     truncated: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
     created_since: datetime | None = None
     background: bool = False
+    consents: Sequence[Consent] = ()  # of the person whose profile UPSERT_PROFILE writes
 
 
 class SendResult(NamedTuple):

@@ -61,6 +61,7 @@ class Components:
             settings.job_timeout,
             stop_wait=settings.shutdown_grace_period * STOP_WAIT_SHARE,
             merges_guests=self.mapping.customer.merge_guests,
+            resubscribes=self.mapping.consent.resubscribe,
         )
         sender = partial(
             Sender,

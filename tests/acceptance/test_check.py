@@ -244,6 +244,18 @@ def test_erasure_needs_more_scopes(worker: Worker) -> None:
     assert "data-privacy:write" in results(done)["klaviyo"]["text"]
 
 
+def test_consent_needs_more_scopes(worker: Worker, sandbox: Sandbox) -> None:
+    """Without them, the messages of customers would wait."""
+    (worker.directory / "mapping.toml").write_text('[consent]\nsms = "texts"\n')
+    done = worker("check", "--json", "--config", "mapping.toml")
+    assert done.returncode == 0
+    assert "lists:write, subscriptions:write" in results(done)["klaviyo"]["text"]
+    sandbox.klaviyo.faults.add(Fault(403, times=None, match="POST /api/profile-subscription-bulk-create-jobs"))
+    done = worker("check", "--json", "--config", "mapping.toml")
+    assert done.returncode == 5
+    assert "subscriptions:write" in results(done)["klaviyo"]["text"]
+
+
 @pytest.mark.parametrize(
     ("account", "repeats"),
     [

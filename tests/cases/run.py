@@ -85,7 +85,7 @@ def _run(step: Step, sandbox: Sandbox, environment: dict[str, str | None], queue
 
 def _content(account: Account) -> Json:
     """Return the content of the account, in an order that does not depend on the order of the writes."""
-    profiles = [profile["attributes"] for profile in account.profiles]
+    profiles = [profile["attributes"] | {"subscriptions": _consents(profile)} for profile in account.profiles]
     events = [{name: event[name] for name in _EVENT if event.get(name) is not None} for event in account.events]
     content: Json = {
         "profiles": sorted(profiles, key=_order),
@@ -95,6 +95,11 @@ def _content(account: Account) -> Json:
     for name in ("items", "variants", "categories"):
         content[name] = [_entry(entry) for _, entry in sorted(getattr(account, name).items())]
     return content
+
+
+def _consents(profile: Json) -> dict[str, str]:
+    """Return the consent to each channel."""
+    return {channel: held["marketing"]["consent"] for channel, held in profile["subscriptions"].items()}
 
 
 def _entry(entry: Json) -> Json:

@@ -27,7 +27,8 @@ class Sender(send.Sender):
         bulk_events: bool = True,
         **options: Any,
     ) -> None:
-        defaults = {"bulk_threshold": 10, "job_timeout": 600.0, "stop_wait": 0.0, "merges_guests": True}
+        defaults = {"bulk_threshold": 10, "job_timeout": 600.0, "stop_wait": 0.0}
+        defaults |= {"merges_guests": True, "resubscribes": False}
         super().__init__(
             client,
             max_requests,

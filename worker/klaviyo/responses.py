@@ -37,6 +37,7 @@ class Success(NamedTuple):
 _OK, _CREATED, _ACCEPTED = HTTPStatus.OK, HTTPStatus.CREATED, HTTPStatus.ACCEPTED
 _SUCCESSES = (  # the first match applies
     (r"POST /api/(events|(event-bulk-create|data-privacy-deletion)-jobs)", {_ACCEPTED}, Shape.EMPTY),
+    (r"POST /api/profile-subscription-bulk-(create|delete)-jobs", {_ACCEPTED}, Shape.EMPTY),
     (r"POST /api/profile-import", {_OK, _CREATED}, Shape.RESOURCE),
     (r"POST /api/profile(s|-merge)", {_CREATED}, Shape.RESOURCE),
     (r"POST /api/(profile-bulk-import|catalog-\w+-bulk-\w+)-jobs", {_ACCEPTED}, Shape.RESOURCE),

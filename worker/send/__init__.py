@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from worker.model import Effect, Operation, OperationKind, SendResult
 from worker.send.catalog import BulkCatalog
+from worker.send.consent import Consents
 from worker.send.events import BulkEvents
 from worker.send.jobs import BulkJobs
 from worker.send.profiles import Profiles
@@ -53,12 +54,14 @@ class SendOptions(NamedTuple):
 
     More than `bulk_threshold` operations of a kind are sent in bulk. A bulk job ends within `job_timeout` seconds.
     After `stopping` is set, bulk jobs are waited for `stop_wait` seconds at most. `merges_guests`: see Planner.
+    `resubscribes`: see Consents.
     """
 
     bulk_threshold: int
     job_timeout: float
     stop_wait: float
     merges_guests: bool
+    resubscribes: bool
 
 
 class Sender:
@@ -87,7 +90,8 @@ class Sender:
         }
         jobs = BulkJobs(client, stopping, options.job_timeout, options.stop_wait)
         threshold = options.bulk_threshold
-        profiles = Profiles(client, jobs, executors, threshold, merges_guests=options.merges_guests)
+        consents = Consents(client, resubscribes=options.resubscribes)
+        profiles = Profiles(client, jobs, executors, consents, threshold, merges_guests=options.merges_guests)
         self._single = SingleSender(client, profiles)
         self._bulk_senders: tuple[BulkSender, ...] = (
             BulkEvents(client, self._send_individually, allows_bulk_events, threshold),

@@ -62,7 +62,7 @@ class Directory:
 
 
 def read_profiles(
-    client: KlaviyoClient, name: str, values: Iterable[str]
+    client: KlaviyoClient, name: str, values: Iterable[str], *, with_subscriptions: bool = False
 ) -> tuple[list[Profile], dict[Identifier, WorkerError]]:
     """Read the profiles that have one of the values as `name` ("external_id", "email", "phone_number" or "id").
 
@@ -72,7 +72,7 @@ def read_profiles(
     failures: dict[Identifier, WorkerError] = {}
 
     def read(part: list[str]) -> None:
-        profiles.extend(_read(client, name, part))
+        profiles.extend(_read(client, name, part, with_subscriptions=with_subscriptions))
 
     for chunk in _chunks(sorted(set(values))):
         for value in isolate_rejected(chunk, read, _no_culprits):
@@ -83,7 +83,7 @@ def read_profiles(
     return profiles, failures
 
 
-def _read(client: KlaviyoClient, name: str, values: Sequence[str]) -> list[Profile]:
+def _read(client: KlaviyoClient, name: str, values: Sequence[str], *, with_subscriptions: bool) -> list[Profile]:
     """Return the profiles of one filter. Raises WorkerError; Transient if Klaviyo does not obey the filter.
 
     A profile without the value is left out: Klaviyo also finds profiles by their secondary email addresses.
@@ -92,6 +92,8 @@ def _read(client: KlaviyoClient, name: str, values: Sequence[str]) -> list[Profi
     path = (
         f"/api/profiles?filter=any({name},%5B{literals}%5D)&fields%5Bprofile%5D={_FIELDS}&page%5Bsize%5D={MAX_VALUES}"
     )
+    if with_subscriptions:
+        path = f"{path.replace(_FIELDS, f'{_FIELDS},subscriptions')}&additional-fields%5Bprofile%5D=subscriptions"
     wanted = {identifier(name, value) for value in values}
     found: list[Profile] = []
     others = 0

@@ -34,6 +34,8 @@ class Upsert:
     is_single: bool = False  # the result of a job for the profile is unknown
     requests: int = 0
     result: SendResult | None = None  # None: not finished
+    has_new_consent: bool = False  # the profile does not have the customer's consents
+    agreed: Json = field(default_factory=dict, repr=False)  # the consents that Klaviyo has accepted, by property
 
     @property
     def is_guest(self) -> bool:
@@ -44,6 +46,8 @@ class Upsert:
     def attributes(self) -> Json:
         """Return the attributes that commercetools holds, None for those that it no longer has."""
         attributes: Json = (self.operation.resource or {})["attributes"]
+        if self.agreed:
+            attributes = attributes | {"properties": as_dict(attributes.get("properties")) | self.agreed}
         return attributes
 
     def get(self, name: str) -> str:

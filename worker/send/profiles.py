@@ -17,6 +17,7 @@ from worker.errors import EndpointRefused, Rejected, Transient, WorkerError
 from worker.json_access import as_text
 from worker.model import Effect, Json, Operation, OperationKind, SendResult
 from worker.send.claims import Claims
+from worker.send.consent import has_new_consent
 from worker.send.identifiers import report_dropped
 from worker.send.jobs import PROFILES, BulkJobType, JobEntry
 from worker.send.profile_directory import Directory, Identifier, identifier, read_profiles
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from worker.klaviyo.client import KlaviyoClient
     from worker.send.bulk import OperationId
+    from worker.send.consent import Consents
     from worker.send.jobs import BulkJobs
 
 KINDS = frozenset({OperationKind.UPSERT_PROFILE, OperationKind.UPSERT_GUEST})
@@ -48,6 +50,7 @@ class Profiles:
         client: KlaviyoClient,
         jobs: BulkJobs,
         executors: Mapping[Effect, Executor],
+        consents: Consents,
         threshold: int,
         *,
         merges_guests: bool,
@@ -59,6 +62,7 @@ class Profiles:
         self._merges_guests = merges_guests
         self._writer = ProfileWriter(client)
         self._claims = Claims()
+        self._consents = consents
 
     def select(self, operations: Sequence[Operation]) -> list[OperationId]:
         """Return the ids of all operations on profiles: one read serves all of them."""
@@ -77,6 +81,7 @@ class Profiles:
                 if not _identifiers([guest]) <= free:  # the message of a customer writes this profile
                     guest.finish()
             self._send(upserts)
+            self._send_consents(upserts)
         return [upsert.result or SendResult(Transient(_CHANGING, MERGE_WAIT), upsert.requests) for upsert in upserts]
 
     def _send(self, upserts: Sequence[Upsert]) -> None:
@@ -91,9 +96,20 @@ class Profiles:
                     if upsert.result is None:
                         upsert.finish(error)
 
+    def _send_consents(self, upserts: Sequence[Upsert]) -> None:
+        """Subscribe and unsubscribe the customers with a new consent, then write it to their profiles."""
+        written = [each for each in upserts if each.has_new_consent and each.result and not each.result.error]
+        if written:
+            self._consents.update(written)
+            self._send(written)
+
     def _run_round(self, upserts: Sequence[Upsert], *, can_defer: bool) -> None:
         """Read and write profiles once. Raises WorkerError if they cannot be read."""
         directory = self._read(upserts)
+        for upsert in upserts:
+            if upsert.operation.consents:
+                profiles = directory.find("external_id", upsert.operation.key)
+                upsert.has_new_consent = has_new_consent(upsert.operation, profiles)
         pending = [upsert for upsert in upserts if upsert.result is None]
         planner = Planner(directory, pending, merges_guests=self._merges_guests, can_defer=can_defer)
         plans = [(upsert, planner.plan(upsert)) for upsert in pending]

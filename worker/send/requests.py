@@ -43,7 +43,7 @@ def request_for(operation: Operation) -> Request:
         case OperationKind.CREATE_EVENT:
             return Request("POST", "/api/events", {"data": operation.resource})
         case OperationKind.UPSERT_PROFILE | OperationKind.UPSERT_GUEST:
-            return Request("POST", "/api/profile-import", {"data": without_clears(operation.resource or {})})
+            return Request("POST", "/api/profile-import", {"data": _profile(operation)})
         case OperationKind.DELETE_PROFILE:
             return deletion_request(f"the profile with external_id {operation.key}")
         case OperationKind.DELETE_STALE_VARIANTS:
@@ -54,6 +54,16 @@ def request_for(operation: Operation) -> Request:
             return Request("PATCH", entry_path(operation), {"data": operation.resource})
         case _:
             return Request("POST", f"/api/{COLLECTION[operation.kind]}", {"data": create_body(operation)})
+
+
+def _profile(operation: Operation) -> Json:
+    """Return the profile with its consents, which are written last."""
+    resource = operation.resource or {"attributes": {}}
+    agreed = {consent.property: consent.value for consent in operation.consents}
+    if agreed:
+        attributes = resource["attributes"]
+        resource = resource | {"attributes": attributes | {"properties": attributes.get("properties", {}) | agreed}}
+    return without_clears(resource)
 
 
 def entry_path(operation: Operation) -> str:

@@ -11,7 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from worker.budget import limit_paths
-from worker.errors import Excluded, Ignored, JobUnfinished, NotShownYet, StateChanged
+from worker.errors import Excluded, Ignored, JobUnfinished, NotShownYet, ReadingOutdated, StateChanged
 from worker.model import Ending, OperationKind
 from worker.telemetry.log import log
 from worker.telemetry.recent_failures import RecentFailures
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from worker.telemetry.metrics import Metrics
 
 
-_WAITS = (NotShownYet, StateChanged, JobUnfinished)
+_WAITS = (NotShownYet, ReadingOutdated, StateChanged, JobUnfinished)
 _LEVELS = {Ending.RETRIED: logging.WARNING, Ending.DEAD_LETTERED: logging.ERROR}
 
 

@@ -8,6 +8,7 @@ from worker.errors import Ignored
 from worker.json_access import as_dict, as_dicts, as_text, unique
 from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
+from worker.transform.consent import consent_properties, consents
 from worker.transform.profiles import CUSTOM_FIELD_NAMES, without_clears
 from worker.transform.registry import handles
 from worker.transform.size_limits import PROFILE_BYTES, truncate
@@ -52,15 +53,14 @@ def customer_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Ope
     if not attributes.get("email") and not attributes.get("phone_number"):
         raise Ignored("the customer has neither an email address nor a valid phone number")
     # The whole state that the worker owns: the send stage clears what is None. A message is possibly old, so its data
-    # clears nothing.
+    # clears nothing, and subscribes and unsubscribes no person.
     resource = {"type": "profile", "attributes": attributes}
     key = as_text(customer.get("id")) or enriched.notification.resource_id
-    yield Operation(
-        OperationKind.UPSERT_PROFILE,
-        key,
-        resource if enriched.customer else without_clears(resource),
-        truncated=truncated,
-    )
+    if enriched.customer is None:
+        yield Operation(OperationKind.UPSERT_PROFILE, key, without_clears(resource), truncated=truncated)
+        return
+    agreed = tuple(consents(customer, mapping, enriched.as_of))
+    yield Operation(OperationKind.UPSERT_PROFILE, key, resource, truncated=truncated, consents=agreed)
 
 
 def _customer_in_message(enriched: Enriched, mapping: MappingConfig) -> Json | None:
@@ -106,19 +106,21 @@ def _properties(customer: Json, mapping: MappingConfig) -> tuple[Json, list[str]
     """Return all properties that the worker owns, with None for those without a value, and what was truncated.
 
     CUSTOM_FIELD_NAMES lists the custom fields among them. The send stage clears a custom field that is in Klaviyo's
-    list but not in this one, because others write properties, too.
+    list but not in this one, because others write properties, too. Consents are listed but not returned: the send stage
+    writes them after it has subscribed or unsubscribed the person.
     """
     rules = mapping.customer.custom_fields
     own = _own_properties(customer)
+    agreed = set(consent_properties(mapping).values())
     custom = fields.custom_properties(customer, rules, mapping.locale)
-    custom.pop(CUSTOM_FIELD_NAMES, None)  # the name is the worker's
-    names = sorted(name for name in custom if own.get(name) is None)
-    state = own | {CUSTOM_FIELD_NAMES: names or None}
+    custom = {name: value for name, value in custom.items() if name not in {CUSTOM_FIELD_NAMES, *agreed}}
+    names = [name for name in custom if own.get(name) is None]
     included = [rules.rename.get(name, name) for name in rules.include if name != "*" and name not in rules.exclude]
-    state |= {name: custom.get(name) for name in [*included, *names] if state.get(name) is None}
+    state = own | {CUSTOM_FIELD_NAMES: sorted({*names, *agreed}) or None}
+    state |= {n: custom.get(n) for n in [*included, *names] if state.get(n) is None and n not in agreed}
     properties, truncated = truncate(state, PROFILE_BYTES)
     if truncated and properties.get(CUSTOM_FIELD_NAMES):
-        properties[CUSTOM_FIELD_NAMES] = [name for name in properties[CUSTOM_FIELD_NAMES] if name in properties]
+        properties[CUSTOM_FIELD_NAMES] = [n for n in properties[CUSTOM_FIELD_NAMES] if n in properties or n in agreed]
     return properties, truncated
 
 

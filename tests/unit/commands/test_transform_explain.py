@@ -397,3 +397,12 @@ def test_requests_cannot_steer_a_terminal() -> None:
     (line,) = done.stdout.splitlines()
     assert line.isprintable()
     assert json.loads(line)["body"]["data"]["attributes"]["properties"]["note"] == "\x9b31m\u202e\x7f"
+
+
+def test_consents_are_explained() -> None:
+    """The profile is written first, and its property last."""
+    customer = {"id": "id-1", "email": "ada@example.com", "custom": {"fields": {"newsletter": True}}}
+    data = {"customers": [customer]}
+    text = explained(change("ResourceUpdated", "customer"), data, consent={"email": "newsletter", "sms": "texts"})
+    assert "subscribed to email if newsletter in Klaviyo says otherwise" in text
+    assert "unsubscribed from sms if texts in Klaviyo says otherwise" in text

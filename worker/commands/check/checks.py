@@ -107,8 +107,7 @@ def _check_services(
     reader = Commercetools(settings, stopping)
     yield _run_check("commercetools", ExitCode.COMMERCETOOLS, partial(_check_commercetools, reader, resources))
     client = Klaviyo(settings, stopping)
-    erasure, probing = mapping.customer.erasure and "customer" in resources, probe_timeout is not None
-    check_klaviyo = partial(_check_klaviyo, client, resources, erasure=erasure, probing=probing)
+    check_klaviyo = partial(_check_klaviyo, client, resources, mapping, probing=probe_timeout is not None)
     klaviyo = _run_check("klaviyo", ExitCode.KLAVIYO, check_klaviyo)
     yield klaviyo
     check_subscription = partial(_check_subscription, Subscriptions(reader), subscription_key, mapping, source)
@@ -179,15 +178,18 @@ def _read(reader: queries.Reader, query: queries.Query) -> None:
         raise result
 
 
-def _check_klaviyo(client: Klaviyo, resources: Collection[str], *, erasure: bool, probing: bool) -> str:
+def _check_klaviyo(client: Klaviyo, resources: Collection[str], mapping: MappingConfig, *, probing: bool) -> str:
     reads = {} if _CATALOG.isdisjoint(resources) else {"catalogs:read": "/api/catalog-items"}
     writes = {scope: path for scope, path, writers in _WRITES if not writers.isdisjoint(resources)}
     if probing:
         reads |= bulk_probe.READ_SCOPES
         writes |= {scope: path for scope, path, _ in _WRITES if scope in bulk_probe.SCOPES}
-    if erasure:
+    if "customer" in resources and mapping.customer.erasure:
         reads["profiles:read"] = "/api/profiles"
         writes["data-privacy:write"] = "/api/data-privacy-deletion-jobs"
+    if "customer" in resources and (mapping.consent.email or mapping.consent.sms):
+        reads["profiles:read"] = "/api/profiles"
+        writes["lists:write, subscriptions:write"] = "/api/profile-subscription-bulk-create-jobs"
     probes: list[ScopeProbe] = [(scope, partial(_get, client, path)) for scope, path in reads.items()]
     probes += [(scope, partial(_post_nothing, client, path)) for scope, path in writes.items()]
     _probe_scopes(probes, KlaviyoMisconfigured)

@@ -156,6 +156,9 @@ def _describe_content(operation: Operation) -> Iterator[str]:
             yield f"attributes: {', '.join(names)}"
     if properties := as_dict(attributes.get("properties")):
         yield f"properties: {', '.join(properties)}"
+    for consent in operation.consents:
+        does = "subscribed to" if consent.value is True else "unsubscribed from"
+        yield f"{does} {consent.channel} if {consent.property} in Klaviyo says otherwise"
     if cleared:
         yield f"cleared if Klaviyo has a value: {', '.join(cleared)}"
     if operation.kind is OperationKind.DELETE_STALE_VARIANTS:

@@ -57,7 +57,9 @@ class Account(Profiles, Catalog):
         super().load(content)
         with self.lock:
             for attributes in content.get("profiles", []):
-                self._write(self._new_profile(), attributes)
+                profile = self._new_profile()
+                profile["subscriptions"] = attributes.get("subscriptions", {})
+                self._write(profile, {name: value for name, value in attributes.items() if name != "subscriptions"})
 
     def state(self) -> Json:
         """Return the content of the account, for a test in another process."""

@@ -31,6 +31,7 @@ from worker.sandbox.klaviyo.rules import (
     reference_ids,
     require_resource,
 )
+from worker.sandbox.klaviyo.subscriptions import MAX_SUBSCRIBED, MAX_UNSUBSCRIBED, check_entry
 from worker.sandbox.server import ApiResponse, path_template
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ class KlaviyoApi:
                 data = require_resource(parse_body(request), "event-bulk-create-job")
                 self._account.create_events(entries_of(data["attributes"], "events-bulk-create"))
                 return 202, None
+            case ("POST", "profile-subscription-bulk-create-jobs" | "profile-subscription-bulk-delete-jobs"):
+                return self._subscriptions(request, name.split("-")[3])
             case ("POST", "data-privacy-deletion-jobs"):
                 data = require_resource(parse_body(request), "data-privacy-deletion-job")
                 self._account.request_deletion(
@@ -149,11 +152,11 @@ class KlaviyoApi:
         raise not_found()
 
     def _profiles(self, request: ApiRequest, parts: list[str]) -> tuple[int, Any]:
-        account = self._account
+        account, show = self._account, partial(_profile_to_api, request)
         match (request.method, *parts):
             case ("POST", "profile-import"):
                 status, profile = account.import_profile(require_resource(parse_body(request), "profile"))
-                return status, {"data": profile}
+                return status, {"data": show(profile)}
             case ("POST", "profile-merge"):
                 data = require_resource(parse_body(request), "profile-merge", bare=True)
                 relation = (data.get("relationships") or {}).get("profiles")
@@ -161,21 +164,32 @@ class KlaviyoApi:
                 merged = account.merge_profiles(data.get("id") or "", sources)
                 return 201, {"data": {"type": "profile", "id": merged["id"]}}
             case ("POST", "profiles"):
-                return 201, {"data": account.create_profile(require_resource(parse_body(request), "profile"))}
+                return 201, {"data": show(account.create_profile(require_resource(parse_body(request), "profile")))}
             case ("GET", "profiles"):
                 name, values = parse_filter(
                     request, dict.fromkeys(("id", "email", "phone_number", "external_id"), _ANY_OR_EQUALS)
                 )
                 found = [each for value in values or () for each in account.find_profiles(name, value)]
-                show = partial(selected_fields, request, "profile")
                 return 200, paginate(found if name else list(account.profiles), request, DEFAULT_PAGE, show)
             case ("GET", "profiles", profile_id):
-                return 200, {"data": account.get_profile(profile_id)}
+                return 200, {"data": show(account.get_profile(profile_id))}
             case ("PATCH", "profiles", profile_id):
-                return 200, {
-                    "data": account.update_profile(profile_id, require_resource(parse_body(request), "profile"))
-                }
+                data = require_resource(parse_body(request), "profile")
+                return 200, {"data": show(account.update_profile(profile_id, data))}
         raise not_found()
+
+    def _subscriptions(self, request: ApiRequest, verb: str) -> tuple[int, Any]:
+        """Subscribe or unsubscribe profiles. Klaviyo does it later and does not report the result."""
+        data = require_resource(parse_body(request), f"profile-subscription-bulk-{verb}-job")["attributes"]
+        subscribes = verb == "create"
+        limit, consent = (MAX_SUBSCRIBED, "SUBSCRIBED") if subscribes else (MAX_UNSUBSCRIBED, "UNSUBSCRIBED")
+        entries = entries_of(data, "profiles", limit)
+        is_import = bool(data.get("historical_import"))
+        for index, entry in enumerate(entries):
+            check_entry(entry, consent, f"/data/attributes/profiles/data/{index}", is_import=is_import)
+        for entry in entries:
+            (self._account.subscribe if subscribes else self._account.unsubscribe)(entry)
+        return 202, None
 
     def _bulk_jobs(self, request: ApiRequest, kind: str, rest: list[str]) -> tuple[int, Any]:
         match (request.method, *rest):
@@ -245,6 +259,14 @@ def _check_headers_and_size(request: ApiRequest) -> None:
     limit = MAX_PROFILE if path_template(request.path).startswith(("/api/profiles", "/api/profile-import")) else 5 * MB
     if len(request.body) > limit:
         raise ApiError(413, "payload_too_large", f"The body can have at most {limit} bytes.")
+
+
+def _profile_to_api(request: ApiRequest, profile: Json) -> Json:
+    """Return a profile in the format of the API, with the fields that the request selects."""
+    attributes = profile["attributes"]
+    if "subscriptions" in request.query.get("additional-fields[profile]", [""])[0].split(","):
+        attributes = attributes | {"subscriptions": profile["subscriptions"]}
+    return selected_fields(request, "profile", {"type": "profile", "id": profile["id"], "attributes": attributes})
 
 
 def _find_events(account: Account, request: ApiRequest) -> list[Json]:

@@ -8,7 +8,9 @@ from datetime import UTC, datetime
 from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from worker.sandbox.klaviyo import subscriptions
 from worker.sandbox.klaviyo.rules import IDENTIFIERS, ApiError, check_profile, invalid_input
+from worker.sandbox.klaviyo.subscriptions import ADDRESS
 
 if TYPE_CHECKING:
     from worker.sandbox.klaviyo.catalog import Json
@@ -134,6 +136,26 @@ class Profiles:
             for found in self.find_profiles(name, value):
                 self._remove(found)
 
+    def subscribe(self, entry: Json) -> None:
+        """Subscribe the profile of an entry of a subscription job. Create it if there is none."""
+        with self.lock:
+            profile = self._subscribed_profile(entry)
+            profile["subscriptions"] = subscriptions.subscribe(profile["subscriptions"], entry)
+
+    def unsubscribe(self, entry: Json) -> None:
+        """Unsubscribe the profile of an entry of a job that unsubscribes. Create it if there is none."""
+        with self.lock:
+            profile = self._subscribed_profile(entry)
+            profile["subscriptions"] = subscriptions.unsubscribe(profile["subscriptions"], entry)
+
+    def _subscribed_profile(self, entry: Json) -> Json:
+        """Return the profile with the id of the entry, else with its addresses, which are written to it."""
+        addresses = {name: entry["attributes"][name] for name in ADDRESS.values() if name in entry["attributes"]}
+        found = self._find_matching(entry.get("id"), addresses)
+        profile = found[0] if found else self._new_profile()
+        self._write(profile, {n: v for n, v in addresses.items() if not self._is_taken(n, v, profile)})
+        return profile
+
     def _end_merges(self) -> None:
         """End the merges whose time has come: the destination gets what it does not have, and the source goes."""
         now = time.monotonic()
@@ -175,6 +197,7 @@ class Profiles:
     def _new_profile(self) -> Json:
         attributes: Json = {"properties": {}, "created": datetime.now(UTC).isoformat()}
         profile: Json = {"type": "profile", "id": secrets.token_hex(13).upper(), "attributes": attributes}
+        profile["subscriptions"] = {}
         self.profiles.append(profile)
         self._by_id[profile["id"]] = profile
         return profile
