@@ -1,4 +1,4 @@
-"""The identifiers of a profile, and the removal of an identifier that Klaviyo rejects."""
+"""The identifiers of a profile, and the removal of an identifier, or of the locale, that Klaviyo rejects."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from worker.model import Json
 
 _IDENTIFIERS = ("email", "external_id", "phone_number")
-_INVALID = re.compile(r"/data/attributes/(?:profile/data/attributes/)?(email|phone_number)")
+_INVALID = re.compile(r"/data/attributes/(?:profile/data/attributes/)?(email|phone_number|locale)")
 
 
 def write_record(client: KlaviyoClient, method: str, path: str, resource: Json) -> None:
-    """Write a profile or an event. If its email or phone number is invalid, leave it out. Raises WorkerError."""
+    """Write a profile or an event. Leave out its email, phone number or locale if it is invalid. Raises WorkerError.
+
+    Klaviyo describes the form of a locale only by an example, and a language alone is none of its form.
+    """
     try:
         client.call(method, path, {"data": resource})
     except Rejected as error:
@@ -36,7 +39,7 @@ def report_dropped(name: str, record: str) -> None:
 
 
 def invalid_identifier(rejection: Rejected) -> str:
-    """Return the name of the identifier that made Klaviyo reject a profile or event, or ""."""
+    """Return the name of the identifier, or "locale", that made Klaviyo reject a profile or event, or ""."""
     match = _INVALID.fullmatch(rejection.pointer) if rejection.status == HTTPStatus.BAD_REQUEST else None
     return match[1] if match else ""
 

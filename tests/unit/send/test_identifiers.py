@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.klaviyo_account import AccountClient
 from tests.support.sender import Sender
 from worker.errors import Rejected
 from worker.model import Json, Operation, OperationKind
@@ -145,3 +146,18 @@ def test_log_names_the_identifier_without_its_value(caplog: pytest.LogCaptureFix
     line = json.dumps(vars(record), default=str)
     assert '"identifier": "phone_number"' in line
     assert not {"123", "ada", "secret"} & set(line.split('"'))
+
+
+def test_locale_that_klaviyo_rejects_is_left_out() -> None:
+    """The customer keeps a profile. commercetools allows a language without a country."""
+    client = AccountClient()
+
+    def reject(_name: str, body: Json) -> None:
+        if body and "locale" in body["data"]["attributes"]:
+            raise Rejected("no", 400, pointer="/data/attributes/locale")
+
+    client.before = reject
+    attributes = {"external_id": "ada", "email": "ada@example.com", "locale": "de"}
+    upsert = Operation(OperationKind.UPSERT_PROFILE, "ada", {"type": "profile", "attributes": attributes})
+    assert Sender(client, 1).send([upsert]) == [None]
+    assert client.account.profiles[0]["attributes"]["email"] == "ada@example.com"
