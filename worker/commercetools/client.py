@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 import orjson
 
-from worker.commercetools.queries import Query, QueryResult, group_by_value
+from worker.commercetools.page_sizes import PageSizes
+from worker.commercetools.queries import Query, QueryResult, group_by_value, is_unique, trim
 from worker.commercetools.responses import TRANSIENT_CODES, decode_error, decode_page, is_own
 from worker.commercetools.token import AccessToken
 from worker.errors import (
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 # Of the answer to a query for some values; decoded, it takes several times this memory. commercetools limits a resource
 # to 16 MB: https://docs.commercetools.com/api/limits
 MAX_QUERY_BYTES = 20_000_000
-PAGE_SIZE = 500  # the maximum that commercetools allows
 MAX_WHERE_BYTES = 6_000  # percent-encoded; commercetools' load balancers accept URIs of up to 8 KB
 # One of these accepts a neutral request if commercetools accepts the API client, whichever scopes it has.
 NEUTRAL_ENDPOINTS = ("orders", "customers", "product-projections")
@@ -64,6 +64,7 @@ class Commercetools(ServiceClient):
         self._url = f"{settings.ct_api_url}/{quote(settings.ct_project_id, safe='')}"
         transport = http.Transport(http.pool(self._url, settings.threads), settings, observe)
         super().__init__("commercetools", transport, NEUTRAL_ENDPOINTS, settings, stopping)
+        self._page_sizes = PageSizes()
 
     def find(self, query: Query, values: Collection[str]) -> QueryResult:
         """Find the resources with chunked queries. If a query fails, only the values in its chunk have an error."""
@@ -100,8 +101,12 @@ class Commercetools(ServiceClient):
             return dict.fromkeys(chunk, error)
 
     def page(self, query: Query, where: str = "", after: str = "") -> list[Json]:
-        """Return the first PAGE_SIZE resources with ids greater than `after`, in order of id. Raises WorkerError."""
-        return self._page(query, where, after, http.MAX_BODY_BYTES)
+        """Return the first resources with ids greater than `after`, in order of id. Raises WorkerError.
+
+        Return [] only if there are none.
+        """
+        page, _ = self._page(query, where, after)
+        return page
 
     def count(self, query: Query, where: str = "", after: str = "") -> int:
         """Return the number of resources on all pages. Raises WorkerError."""
@@ -116,31 +121,41 @@ class Commercetools(ServiceClient):
         results: list[Json] = []
         after = ""
         while True:
-            page = self._page(query, _where(query, chunk), after, MAX_QUERY_BYTES)
+            page, size = self._page(query, _where(query, chunk), after)
             results += page
-            if len(page) < PAGE_SIZE:
+            if len(page) < size or (is_unique(query) and len(results) >= len(chunk)):
                 return results
             last = as_text(page[-1].get("id"))
             if last <= after:
                 raise Transient(f"commercetools answered for {query.path} with the same page again")
             after = last
 
-    def _page(self, query: Query, where: str, after: str, max_bytes: int) -> list[Json]:
-        parameters = f"limit={PAGE_SIZE}&sort=id%20asc&withTotal=false"
-        document = self._breakers[query.path](self._get, query, where, after, parameters, max_bytes)
-        return as_dicts(document["results"])
+    def _page(self, query: Query, where: str, after: str) -> tuple[list[Json], int]:
+        """Return the resources of a page, and the number that was requested. A page that is too large is halved."""
+        while True:
+            size = self._page_sizes.next_size(query)
+            parameters = f"limit={size}&sort=id%20asc&withTotal=false"
+            try:
+                document = self._breakers[query.path](self._get, query, where, after, parameters)
+            except ResponseTooLarge:
+                if size == 1:
+                    raise
+                self._page_sizes.halve(query, size)
+            else:
+                return [trim(query, resource) for resource in as_dicts(document["results"])], size
 
-    def _get(self, query: Query, where: str, after: str, parameters: str, max_bytes: int = http.MAX_BODY_BYTES) -> Json:
+    def _get(self, query: Query, where: str, after: str, parameters: str) -> Json:
         parts = filter(None, (where, f"id > {_quoted(after)}" if after else ""))
         if predicate := " and ".join(f"({part})" for part in parts):
             parameters += f"&where={quote(predicate)}"
         parameters += "".join(f"&expand={quote(path)}" for path in query.expand)
         response = self._query(query.path, parameters)
-        if len(response.body) > max_bytes:
-            raise ResponseTooLarge(f"commercetools answered for {query.path} with more than {max_bytes:,} bytes")
+        if len(response.body) > MAX_QUERY_BYTES:
+            raise ResponseTooLarge(f"commercetools answered for {query.path} with more than {MAX_QUERY_BYTES:,} bytes")
         document = decode_page(response)
         if document is None:
             raise self._error_from(query.path, response)
+        self._page_sizes.observe(query, len(response.body), len(document["results"]))
         return document
 
     def _query(self, path: str, parameters: str) -> http.Response:

@@ -22,7 +22,8 @@ class Query:
     """A query that finds the resources for many values together.
 
     `predicate` is a template for the comma-separated, quoted values. `keys_of` returns the values that a resource
-    matches. `cached_fields` are the fields that a CachedReader caches. If there are none, it caches nothing.
+    matches. `cached_fields` are the fields that a CachedReader caches, and the only ones that the client keeps. If
+    there are none, it caches nothing. `resource_bytes` is the size of a resource until one has been read.
     """
 
     path: str
@@ -30,6 +31,7 @@ class Query:
     keys_of: Callable[[Json], list[str]]
     expand: tuple[str, ...] = ()
     cached_fields: tuple[str, ...] = ()
+    resource_bytes: int = 4_000
 
 
 def _id(resource: Json) -> list[str]:
@@ -61,6 +63,32 @@ def _skus(product: Json) -> list[str]:
     return [sku for variant in variants(product) for sku in _sku(variant)]
 
 
+def is_unique(query: Query) -> bool:
+    """Return whether each value matches at most one resource."""
+    return query.keys_of is _id
+
+
+def trim(query: Query, resource: Json) -> Json:
+    """Return the resource without fields that the worker does not use. Most of a product are its attributes."""
+    if query.cached_fields:
+        return _keep(resource, query.cached_fields)
+    if query.path != PRODUCTS.path:
+        return resource
+    trimmed = _keep(resource, _PRODUCT_FIELDS)
+    if "masterVariant" in trimmed:
+        trimmed["masterVariant"] = _keep(as_dict(trimmed["masterVariant"]), _VARIANT_FIELDS)
+    return trimmed | {"variants": [_keep(variant, _VARIANT_FIELDS) for variant in as_dicts(resource.get("variants"))]}
+
+
+def _keep(resource: Json, fields: Collection[str]) -> Json:
+    return {name: resource[name] for name in fields if name in resource}
+
+
+_PRODUCT_BYTES = 200_000  # a large product has 300 KB
+_TEXTS = ("name", "description", "slug")
+_PRODUCT_FIELDS = ("id", "version", *_TEXTS, "categories", "attributes", "published", "priceMode", "masterVariant")
+_VARIANT_FIELDS = ("id", "sku", "prices", "images")
+
 ORDERS = Query("orders", "id in ({})", _id)
 ORDERS_BY_PAYMENT = Query("orders", "paymentInfo(payments(id in ({})))", _payments)
 ORDERS_BY_CART = Query("orders", "cart(id in ({}))", _cart)
@@ -71,9 +99,9 @@ CUSTOMER_EMAILS = replace(CUSTOMERS, expand=(), cached_fields=("id", "email"))
 CATEGORIES = Query("categories", "id in ({})", _id)
 CATEGORY_NAMES = replace(CATEGORIES, cached_fields=("id", "name", "ancestors"))
 DESCENDANTS = Query("categories", "ancestors(id in ({}))", _ancestors)
-PRODUCTS = Query("product-projections", "id in ({})", _id)
+PRODUCTS = Query("product-projections", "id in ({})", _id, resource_bytes=_PRODUCT_BYTES)
 LINE_PRODUCTS = replace(PRODUCTS, cached_fields=("id", "categories", "attributes"))  # of line items
-PRODUCTS_BY_SKU = Query("product-projections", "masterVariant(sku in ({0})) or variants(sku in ({0}))", _skus)
+PRODUCTS_BY_SKU = replace(PRODUCTS, predicate="masterVariant(sku in ({0})) or variants(sku in ({0}))", keys_of=_skus)
 INVENTORY = Query("inventory", "id in ({})", _id)
 INVENTORY_BY_SKU = Query("inventory", "sku in ({})", _sku)
 WORKFLOW_STATES = Query("states", "id in ({})", _id, cached_fields=("id", "key"))

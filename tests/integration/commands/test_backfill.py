@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from tests.support.verdicts import give_verdict
 from worker.cli import main
-from worker.commercetools.client import PAGE_SIZE
+from worker.commercetools.page_sizes import MAX_PAGE_SIZE
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.commercetools.shop import Shop, uid
 from worker.sandbox.notifications import message
@@ -111,15 +111,15 @@ def test_full_last_page_is_followed_by_an_empty_one() -> None:
     then = "2026-11-20T08:30:00.000Z"
     template = {"version": 1, "createdAt": then, "lastModifiedAt": then}
     customers: list[dict[str, Any]] = [
-        template | {"id": f"c-{n:04}", "email": f"c{n}@mail.example"} for n in range(PAGE_SIZE)
+        template | {"id": f"c-{n:04}", "email": f"c{n}@mail.example"} for n in range(MAX_PAGE_SIZE)
     ]
     shop = Shop(customers={customer["id"]: customer for customer in customers})
     with Sandbox(shop=shop) as sandbox:
         result = backfill(sandbox, "customers")
-        assert f"customers: {PAGE_SIZE} done: {PAGE_SIZE} sent" in result.stderr
-        assert len(sandbox.account.profiles) == PAGE_SIZE
+        assert f"customers: {MAX_PAGE_SIZE} done: {MAX_PAGE_SIZE} sent" in result.stderr
+        assert len(sandbox.account.profiles) == MAX_PAGE_SIZE
         listed = [request for request in sandbox.commercetools.requests if "in (" not in str(request.query)]
-        pages = [request for request in listed if request.query.get("limit") == [str(PAGE_SIZE)]]
+        pages = [request for request in listed if request.query.get("limit") == [str(MAX_PAGE_SIZE)]]
         assert len(pages) == 2  # the last is empty
         assert {(request.query["sort"][0], request.query["withTotal"][0]) for request in pages} == {("id asc", "false")}
 

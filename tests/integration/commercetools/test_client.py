@@ -15,11 +15,12 @@ import pytest
 
 from tests.integration.conftest import commercetools_for
 from tests.unit.runtime.test_runner import wait_for
-from worker.commercetools.client import PAGE_SIZE
+from worker.commercetools.page_sizes import MAX_PAGE_SIZE
 from worker.commercetools.queries import (
     CUSTOMERS,
     DESCENDANTS,
     INVENTORY_BY_SKU,
+    LINE_PRODUCTS,
     ORDERS,
     ORDERS_BY_PAYMENT,
     PAYMENTS,
@@ -79,11 +80,11 @@ def test_many_ids_are_split_into_few_requests(sandbox: Sandbox) -> None:
 def test_all_pages_of_a_result_are_read(sandbox: Sandbox) -> None:
     """Pages are read by id, so that none is skipped or read twice."""
     template = next(iter(sandbox.shop.inventory.values()))
-    for number in range(2 * PAGE_SIZE + 7):
+    for number in range(2 * MAX_PAGE_SIZE + 7):
         name = f"{number:05}"
         sandbox.shop.inventory[name] = template | {"id": name, "sku": "MANY"}
     found = ids(commercetools_for(sandbox).find(INVENTORY_BY_SKU, ["MANY"]), "MANY")
-    assert found == [f"{number:05}" for number in range(2 * PAGE_SIZE + 7)]
+    assert found == [f"{number:05}" for number in range(2 * MAX_PAGE_SIZE + 7)]
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 520, 522])
@@ -204,9 +205,38 @@ def test_resource_that_is_too_large_affects_no_other(
     assert client.outage_reason() == ""
 
 
+def test_pages_of_large_resources_are_small(sandbox: Sandbox) -> None:
+    """Decoded, a page takes several times its bytes. Products are large, so already their first page is small."""
+    template = sandbox.shop.products[uid("product:slim-jeans")]
+    text = [{"name": "text", "value": "x" * 300_000}]
+    names = [f"large-{number:02}" for number in range(50)]
+    variant = template["masterVariant"] | {"attributes": text}
+    sandbox.shop.products |= {name: template | {"id": name, "masterVariant": variant} for name in names}
+    client = commercetools_for(sandbox)
+    found = client.find(PRODUCTS, names)
+    assert [ids(found, name) for name in names] == [[name] for name in names]
+    sizes = [int(request.query["limit"][0]) for request in sandbox.commercetools.requests if request.query]
+    assert sizes == [20, 13, 13, 13]
+    client.find(ORDERS, ["any"])
+    assert sandbox.commercetools.requests[-1].query["limit"] == [str(MAX_PAGE_SIZE)]
+
+
+def test_unused_fields_of_products_are_dropped(sandbox: Sandbox) -> None:
+    """The attributes of the variants are most of a product. A line item needs even less of it."""
+    name = uid("product:slim-jeans")
+    client = commercetools_for(sandbox)
+    product = client.find(PRODUCTS, [name])[name]
+    assert isinstance(product, list)
+    assert {*product[0]["masterVariant"], *product[0]["variants"][0]} == {"id", "sku", "prices", "images"}
+    assert {"id", "version", "name", "slug", "categories", "published"} < set(product[0])
+    (line_product,) = client.find(LINE_PRODUCTS, [name]).values()
+    assert isinstance(line_product, list)
+    assert set(line_product[0]) == {"id", "categories"}
+
+
 def test_same_page_again_is_transient(sandbox: Sandbox) -> None:
     """A proxy that ignores the query would otherwise cause requests without end."""
-    page = {"results": [{"id": f"{number:05}", "sku": "MANY"} for number in range(PAGE_SIZE)]}
+    page = {"results": [{"id": f"{number:05}", "sku": "MANY"} for number in range(MAX_PAGE_SIZE)]}
     sandbox.commercetools.faults.add(Fault(status=200, times=None, match="GET", body=orjson.dumps(page)))
     error = commercetools_for(sandbox, retry_timeout=0).find(INVENTORY_BY_SKU, ["MANY"])["MANY"]
     assert isinstance(error, Transient)

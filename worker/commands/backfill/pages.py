@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from worker.commercetools.client import PAGE_SIZE
+from worker.commercetools.page_sizes import MAX_PAGE_SIZE
 from worker.errors import Rejected, Transient, WorkerError
 from worker.json_access import as_text
 
@@ -63,10 +63,10 @@ class _ById:
         self._ids = [record_id for record_id in selection.ids if record_id > after]
 
     def next_page(self) -> Page:
-        ids = self._ids[:PAGE_SIZE]
+        ids = self._ids[:MAX_PAGE_SIZE]
         found = self._commercetools.find(self._query, ids)
         page = [(record_id, self._resource_or_rejection(found[record_id])) for record_id in ids]
-        del self._ids[:PAGE_SIZE]
+        del self._ids[:MAX_PAGE_SIZE]
         return page
 
     def count(self) -> int:
