@@ -78,6 +78,16 @@ class OrderMapping(_Section):
         description='Whether the events of imported orders start flows: "live" yes, "backfill" no, "auto" only if '
         "`completedAt` is at most a day before the import.",
     )
+    buyer: Literal["guests", "all", "none"] = Field(
+        "guests",
+        description='Whose profiles get name, place and locale of an order\'s billing address: "guests" those without '
+        'external_id, "all" also customers\', "none" no profiles.',
+    )
+    buyer_phone: bool = Field(
+        default=False,
+        description="Also send the phone number of the billing address. Anybody can state any number there, and Klaviyo "
+        "merges profiles by it.",
+    )
     fulfilled_states: list[str] = Field(["Complete"], description="Order states that mean fulfilled.")
     cancelled_states: list[str] = Field(["Cancelled"], description="Order states that mean cancelled.")
     fulfilled_shipment_states: list[str] = Field(

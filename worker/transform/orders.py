@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from worker.errors import Ignored
 from worker.json_access import as_id
 from worker.transform import fields
+from worker.transform.buyers import buyer_profile
 from worker.transform.identity import email_of, identifiers
 from worker.transform.line_items import items_of, lines_of
 from worker.transform.order_events import (
@@ -49,6 +50,8 @@ def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operati
     profile = identifiers(order, enriched, mapping)
     time, backfill = placed_at(order, enriched), is_in_the_past(order, enriched, mapping)
     items = items_of(order, enriched, mapping)
+    if not backfill:  # old orders come in no order of time
+        yield from buyer_profile(order, profile, mapping)
     yield event_operation(
         metric=mapping.metrics.placed_order,
         unique_id=order_id(enriched),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from worker.commands.backfill.records import RecordSelection
     from worker.commands.backfill.settings import BackfillSettings
     from worker.commands.progress_bar import StatusLine
+    from worker.mapping import MappingConfig
     from worker.model import Operation, SendResult
 
 
@@ -53,9 +54,8 @@ class Backfill:
         self._components = components = Components(settings, telemetry, dry_run=dry_run)
         self._pages = open_pages(components.commercetools, selection, self.progress.last_id)
         queue = RecordQueue(self._pages, selection, recorder, limit, components.down_reason)
-        pipeline = Pipeline(
-            queue, components.enricher.enrich, self._send_marked, components.mapping, telemetry, recorder
-        )
+        mapping = without_buyers(components.mapping)
+        pipeline = Pipeline(queue, components.enricher.enrich, self._send_marked, mapping, telemetry, recorder)
         in_bulk = selection.name == "orders" and not dry_run and components.bulk_verdict.allows_bulk()
         settings = settings if in_bulk else _limit_batch(settings, selection)
         self._runner = Runner(queue, pipeline, components, settings, telemetry, components.stopping)
@@ -89,6 +89,11 @@ class Backfill:
 def _limit_batch(settings: BackfillSettings, selection: RecordSelection) -> BackfillSettings:
     """Return settings with batches that take only seconds, so that progress is visible."""
     return settings.model_copy(update={"max_batch": min(settings.max_batch, selection.kind.max_batch)})
+
+
+def without_buyers(mapping: MappingConfig) -> MappingConfig:
+    """Return a mapping with which orders tell nothing of the person: they are read in no order of time."""
+    return mapping.model_copy(update={"order": mapping.order.model_copy(update={"buyer": "none"})})
 
 
 def count_remaining(pages: RecordPages, limit: int | None) -> int | None:

@@ -1,0 +1,52 @@
+"""What an order tells of the person who placed it -> the profile of a guest.
+
+A customer's own messages write the customer's profile. A guest has only orders.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from worker.json_access import as_dict, as_id, as_text
+from worker.model import Json, Operation, OperationKind
+from worker.transform import fields
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from worker.mapping import MappingConfig
+
+
+def buyer_profile(order: Json, identifiers: Json, mapping: MappingConfig) -> Iterator[Operation]:
+    """Yield the upsert of the buyer's profile with name, place and locale, if `order.buyer` allows it.
+
+    `identifiers` are those of the order's events. By default only the profile of a guest is written: one without an
+    external_id. The phone number is left out by default: anybody can state any number, and Klaviyo would merge the
+    profiles.
+    """
+    told = _attributes(order, mapping)
+    is_guest = not as_id(order.get("customerId"))
+    if told and identifiers.get("email") and mapping.order.buyer in (("guests", "all") if is_guest else ("all",)):
+        resource = {"type": "profile", "attributes": identifiers | told}
+        key = as_text(identifiers["email"]).lower()
+        yield Operation(OperationKind.UPSERT_GUEST, key, resource, any_profile=mapping.order.buyer == "all")
+
+
+def report_phone(order: Json, mapping: MappingConfig) -> Iterator[str]:
+    """Describe a phone number that `order.buyer_phone` would send, but that is invalid."""
+    if mapping.order.buyer != "none" and mapping.order.buyer_phone:
+        yield from fields.report_invalid_phone(as_dict(order.get("billingAddress")))
+
+
+def _attributes(order: Json, mapping: MappingConfig) -> Json:
+    """Return the attributes of the buyer, without empty ones."""
+    address = as_dict(order.get("billingAddress"))
+    return fields.compact(
+        {
+            "first_name": as_text(address.get("firstName")),
+            "last_name": as_text(address.get("lastName")),
+            "locale": as_text(order.get("locale")),
+            "location": fields.location(address),
+            "phone_number": fields.phone(address) if mapping.order.buyer_phone else "",
+        }
+    )
