@@ -122,6 +122,14 @@ def test_replay_removes_dead_letters_that_were_sent(dlq: Dlq, path: Path, sandbo
     assert dead_letter_ids_at(path) == []
 
 
+def test_replay_sends_nothing_of_another_project(dlq: Dlq, path: Path, sandbox: Sandbox) -> None:
+    """Its dead letters came from a queue that staging shares."""
+    make_dead_letters_at(path, order(1) | {"projectKey": "another-shop"}, order(2))
+    assert dlq("replay").exit_code == 0
+    assert orders(sandbox) == ["2"]
+    assert dead_letter_ids_at(path) == []
+
+
 def test_replay_does_not_duplicate_events(dlq: Dlq, path: Path, sandbox: Sandbox) -> None:
     """Events are sent individually, because this Klaviyo duplicates an event that is repeated in bulk."""
     for _ in range(2):

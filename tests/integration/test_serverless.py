@@ -17,6 +17,7 @@ from tests.conftest import Scripted
 from worker import serverless
 from worker.errors import SettingsError
 from worker.sandbox import Fault, Sandbox
+from worker.sandbox.notifications import bare, message
 from worker.serverless import sqs_handler
 
 if TYPE_CHECKING:
@@ -79,6 +80,14 @@ def test_only_failed_messages_of_a_batch_are_returned(sandbox: Sandbox) -> None:
     assert failed(response) == ["message-100", "message-101"]
     assert json.loads(json.dumps(response)) == response
     workload.assert_exactly_once()
+
+
+def test_messages_of_another_project_are_ignored(sandbox: Sandbox) -> None:
+    """They are acknowledged: another attempt would not help."""
+    order = {"id": "o", "customerEmail": "ada@mail.example"}
+    foreign = message("OrderCreated", "order", "o", order=order) | {"projectKey": "another-shop"}
+    assert sqs_handler(event_of(bare(foreign)), Context()) == {"batchItemFailures": []}
+    assert sandbox.account.events == []
 
 
 def test_duplicate_event_has_no_further_effect(sandbox: Sandbox) -> None:

@@ -75,6 +75,38 @@ def test_orders_become_the_events_that_the_worker_sends(sandbox: Sandbox, tmp_pa
     assert failure["reason"] in result.stderr
 
 
+def test_orders_change_no_profile(sandbox: Sandbox) -> None:
+    """Orders are read in no order of time. An old one must not show a former address or name."""
+    shop, account = sandbox.shop, sandbox.account
+    customer = {"id": "ada", "version": 9, "email": "ada.now@mail.example", "firstName": "Ada", "addresses": []}
+    address = {"firstName": "Bob", "lastName": "Former", "city": "Hamburg", "country": "DE", "phone": "+49 40 428280"}
+    old = {"version": 4, "createdAt": "2024-05-01T10:00:00.000Z", "billingAddress": address, "locale": "de-DE"}
+    orders = [
+        old | {"id": "of-ada", "customerId": "ada", "customerEmail": "ada.then@mail.example"},
+        old | {"id": "of-a-guest", "customerEmail": "guest@mail.example"},
+    ]
+    shop.replace({"customers": [customer], "orders": orders})
+    assert backfill(sandbox, "customers").exit_code == 0
+    before = json.dumps([profile["attributes"] for profile in account.profiles])
+    assert backfill(sandbox, "orders").exit_code == 0
+    ada, guest = (profile["attributes"] for profile in account.profiles)
+    assert json.dumps([ada]) == before
+    told = {name: guest.get(name) for name in ("email", "first_name", "last_name", "location", "locale")}
+    assert {name: value for name, value in told.items() if value} == {"email": "guest@mail.example"}
+
+
+def test_only_the_stores_of_the_mapping_are_sent(sandbox: Sandbox, tmp_path: Path) -> None:
+    """A Klaviyo account of one region gets the history of its region."""
+    customers = [{"id": key, "email": f"{key}@mail.example", "stores": [{"key": key}]} for key in ("de", "fr")]
+    orders = [{"id": f"o-{key}", "customerEmail": "a@mail.example", "store": {"key": key}} for key in ("de", "fr")]
+    sandbox.shop.replace({"customers": customers, "orders": orders})
+    (tmp_path / "mapping.toml").write_text('stores = ["de"]')
+    for kind in ("customers", "orders"):
+        done = backfill(sandbox, kind, "--config", str(tmp_path / "mapping.toml"))
+        assert (done.exit_code, "1 sent, 1 ignored" in done.stderr) == (0, True)
+    assert [event["unique_id"] for event in sandbox.account.events] == ["o-de"]
+
+
 def test_backfill_and_worker_do_not_duplicate_events(sandbox: Sandbox, tmp_path: Path) -> None:
     """The order of the two does not matter; the events of the worker are not marked."""
     order = sandbox.shop.orders[uid("order:three")]

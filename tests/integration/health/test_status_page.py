@@ -192,6 +192,8 @@ def busy() -> Telemetry:
     telemetry.failures.add(line(outcome="held", reason="503 to POST a.klaviyo.com/api/events"))
     for outcome in ("sent", "ignored", "retried", "dead_lettered", "returned"):
         telemetry.metrics.record_settled("PaymentTransactionStateChanged", outcome, 0.1, 1.0)
+    for setting in ("project", "project", "countries"):
+        telemetry.metrics.record_excluded(setting)
     return telemetry
 
 
@@ -225,6 +227,9 @@ def test_page_shows_figures_lanes_limits_failures_and_outcomes(serve: Serve, bro
     titles = text(browser, "#outcomes thead").strip()
     assert titles.replace("\t", "|") == "Type|Sent|Ignored|Retried|Dead letters|Returned"
     assert text(browser, "#outcomes tbody").split() == ["PaymentTransactionStateChanged", *"11111"]
+    project = test_runner.settings_for().ct_project_id
+    excluded = f"2 of another project than {project}, 1 of another country."
+    assert text(browser, "#excluded") == f"Ignored messages that this worker does not serve: {excluded}"
     assert browser.evaluate("document.querySelectorAll('#charts [role=img][aria-label]').length") == 4
 
 

@@ -256,6 +256,16 @@ def test_outcomes_are_listed_by_type_the_most_frequent_first() -> None:
     ]
 
 
+def test_messages_that_are_not_served_are_counted_by_the_setting_that_excludes_them() -> None:
+    """A queue that another project shares looks busy, but nothing arrives in Klaviyo."""
+    metrics = Metrics("embedded")
+    for setting in ("project", "project", "stores"):
+        metrics.record_excluded(setting)
+    document = status(telemetry=Telemetry(metrics)).document()
+    assert document["excluded"] == {"project": 2, "stores": 1, "countries": 0}
+    assert document["worker"]["project"] == settings_for().ct_project_id
+
+
 def test_document_is_complete_if_the_queue_cannot_count() -> None:
     """The page helps to find the cause."""
     messages = status(FakeWorkerState(backlog=RuntimeError("grete@mail.example"))).document()["messages"]
