@@ -85,7 +85,7 @@ class OrderMapping(_Section):
     )
     buyer_phone: bool = Field(
         default=False,
-        description="Also send the phone number of the billing address. Anybody can state any number, and Klaviyo "
+        description="Also send the phone number of the billing address. A guest can state any number, and Klaviyo "
         "merges profiles by it.",
     )
     fulfilled_states: list[str] = Field(["Complete"], description="Order states that mean fulfilled.")

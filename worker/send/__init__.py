@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from worker.model import Effect, Operation, OperationKind, SendResult
 from worker.send.catalog import BulkCatalog
 from worker.send.consent import Consents
+from worker.send.event_identity import EventIdentities
 from worker.send.events import BulkEvents
 from worker.send.jobs import BulkJobs
 from worker.send.profiles import Profiles
@@ -92,6 +93,7 @@ class Sender:
         threshold = options.bulk_threshold
         consents = Consents(client, resubscribes=options.resubscribes)
         profiles = Profiles(client, jobs, executors, consents, threshold, merges_guests=options.merges_guests)
+        self._identities = EventIdentities(client)
         self._single = SingleSender(client, profiles)
         self._bulk_senders: tuple[BulkSender, ...] = (
             BulkEvents(client, self._send_individually, allows_bulk_events, threshold),
@@ -104,6 +106,15 @@ class Sender:
 
         If several operations have the same kind and key, only one is sent: see _distinct. All of them get its result.
         """
+        identified = self._identities.identify(operations)
+        results = iter(self._send_identified([each.operation for each in identified if each.error is None]))
+        sent = [SendResult(each.error, 0) if each.error else next(results) for each in identified]
+        return [
+            result._replace(requests=result.requests + each.requests)
+            for each, result in zip(identified, sent, strict=True)
+        ]
+
+    def _send_identified(self, operations: Sequence[Operation]) -> list[SendResult]:
         bulk_sender_of = {name: sender for sender in self._bulk_senders for name in _select(sender, operations)}
         distinct = _distinct(operations)
         results: dict[OperationId, SendResult] = {}

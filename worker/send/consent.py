@@ -18,7 +18,7 @@ from worker.errors import ReadingOutdated, Rejected, RequestBlocked, Transient, 
 from worker.http.chunks import chunked
 from worker.json_access import as_dict, as_dicts, as_text
 from worker.send.bulk import isolate_rejected
-from worker.send.profile_directory import Directory, identifier, read_profiles
+from worker.send.profile_directory import FIELDS, Directory, identifier, read_profiles
 from worker.telemetry.log import log
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Consents:
         directory = Directory()
         keys = [upsert.operation.key for upsert in upserts]
         try:
-            profiles, failures = read_profiles(self._client, "external_id", keys, with_subscriptions=True)
+            profiles, failures = read_profiles(self._client, "external_id", keys, fields=(*FIELDS, "subscriptions"))
         except WorkerError as error:
             for upsert in upserts:
                 upsert.finish(error)

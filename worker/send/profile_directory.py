@@ -24,7 +24,10 @@ Identifier = tuple[str, str]  # name of the attribute, and its value
 
 MAX_VALUES = 100  # of a filter, and profiles on a page: https://developers.klaviyo.com/en/reference/get_profiles
 MAX_FILTER_BYTES = 6_000  # percent-encoded; proxies accept URIs of up to 8 KB
-_FIELDS = "email,phone_number,external_id,first_name,last_name,organization,locale,location,properties"
+FIELDS = (
+    *("email", "phone_number", "external_id", "first_name", "last_name"),
+    *("organization", "locale", "location", "properties"),
+)
 
 
 def identifier(name: str, value: str) -> Identifier:
@@ -62,17 +65,18 @@ class Directory:
 
 
 def read_profiles(
-    client: KlaviyoClient, name: str, values: Iterable[str], *, with_subscriptions: bool = False
+    client: KlaviyoClient, name: str, values: Iterable[str], *, fields: Sequence[str] = FIELDS
 ) -> tuple[list[Profile], dict[Identifier, WorkerError]]:
     """Read the profiles that have one of the values as `name` ("external_id", "email", "phone_number" or "id").
 
-    Return them with the error of each value for which Klaviyo rejects a filter. Raises WorkerError.
+    Return them with the error of each value for which Klaviyo rejects a filter. `fields` are the attributes to read.
+    Raises WorkerError.
     """
     profiles: list[Profile] = []
     failures: dict[Identifier, WorkerError] = {}
 
     def read(part: list[str]) -> None:
-        profiles.extend(_read(client, name, part, with_subscriptions=with_subscriptions))
+        profiles.extend(_read(client, name, part, fields))
 
     for chunk in _chunks(sorted(set(values))):
         for value in isolate_rejected(chunk, read, _no_culprits):
@@ -83,17 +87,18 @@ def read_profiles(
     return profiles, failures
 
 
-def _read(client: KlaviyoClient, name: str, values: Sequence[str], *, with_subscriptions: bool) -> list[Profile]:
+def _read(client: KlaviyoClient, name: str, values: Sequence[str], fields: Sequence[str]) -> list[Profile]:
     """Return the profiles of one filter. Raises WorkerError; Transient if Klaviyo does not obey the filter.
 
     A profile without the value is left out: Klaviyo also finds profiles by their secondary email addresses.
     """
     literals = ",".join(map(_literal, values))
     path = (
-        f"/api/profiles?filter=any({name},%5B{literals}%5D)&fields%5Bprofile%5D={_FIELDS}&page%5Bsize%5D={MAX_VALUES}"
+        f"/api/profiles?filter=any({name},%5B{literals}%5D)&fields%5Bprofile%5D={','.join(fields)}"
+        f"&page%5Bsize%5D={MAX_VALUES}"
     )
-    if with_subscriptions:
-        path = f"{path.replace(_FIELDS, f'{_FIELDS},subscriptions')}&additional-fields%5Bprofile%5D=subscriptions"
+    if "subscriptions" in fields:  # Klaviyo returns them on request only
+        path += "&additional-fields%5Bprofile%5D=subscriptions"
     wanted = {identifier(name, value) for value in values}
     found: list[Profile] = []
     others = 0

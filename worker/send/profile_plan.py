@@ -107,11 +107,16 @@ class Planner:
         return self._complete(upsert, target, merge_from, dropped)
 
     def _plan_guest(self, upsert: Upsert) -> Plan:
-        """Return the plan for a guest. The profile of a customer is left alone."""
+        """Return the plan for the buyer of an order. The profile of a customer is left alone.
+
+        With `any_profile` it is not. But an order of a customer is only written to the profile that has both
+        identifiers of this customer. The customer's own messages create it.
+        """
         found = self._directory.find("email", upsert.get("email"))
         target = found[0] if found else None
-        if target and target.get("external_id") and not upsert.operation.any_profile:
-            return Plan(target.id)
+        holder, customer = target.get("external_id") if target else "", upsert.get("external_id")
+        if holder != customer if customer else holder and not upsert.operation.any_profile:
+            return Plan(target.id if target else "")
         return self._complete(upsert, target, "", [])
 
     def _complete(self, upsert: Upsert, target: Profile | None, merge_from: str, dropped: list[str]) -> Plan:

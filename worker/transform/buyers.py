@@ -1,4 +1,4 @@
-"""What an order tells of the person who placed it -> the profile of a guest.
+"""New orders -> name, place and locale of the buyer, on the profile of a guest.
 
 A customer's own messages write the customer's profile. A guest has only orders.
 """
@@ -21,21 +21,15 @@ def buyer_profile(order: Json, identifiers: Json, mapping: MappingConfig) -> Ite
     """Yield the upsert of the buyer's profile with name, place and locale, if `order.buyer` allows it.
 
     `identifiers` are those of the order's events. By default only the profile of a guest is written: one without an
-    external_id. The phone number is left out by default: anybody can state any number, and Klaviyo would merge the
+    external_id. The phone number is left out by default: a guest can state any number, and Klaviyo would merge the
     profiles.
     """
-    told = _attributes(order, mapping)
+    contents = _attributes(order, mapping)
     is_guest = not as_id(order.get("customerId"))
-    if told and identifiers.get("email") and mapping.order.buyer in (("guests", "all") if is_guest else ("all",)):
-        resource = {"type": "profile", "attributes": identifiers | told}
+    if contents and identifiers.get("email") and mapping.order.buyer in (("guests", "all") if is_guest else ("all",)):
+        resource = {"type": "profile", "attributes": identifiers | contents}
         key = as_text(identifiers["email"]).lower()
         yield Operation(OperationKind.UPSERT_GUEST, key, resource, any_profile=mapping.order.buyer == "all")
-
-
-def report_phone(order: Json, mapping: MappingConfig) -> Iterator[str]:
-    """Describe a phone number that `order.buyer_phone` would send, but that is invalid."""
-    if mapping.order.buyer != "none" and mapping.order.buyer_phone:
-        yield from fields.report_invalid_phone(as_dict(order.get("billingAddress")))
 
 
 def _attributes(order: Json, mapping: MappingConfig) -> Json:

@@ -91,8 +91,8 @@ def test_orders_change_no_profile(sandbox: Sandbox) -> None:
     assert backfill(sandbox, "orders").exit_code == 0
     ada, guest = (profile["attributes"] for profile in account.profiles)
     assert json.dumps([ada]) == before
-    told = {name: guest.get(name) for name in ("email", "first_name", "last_name", "location", "locale")}
-    assert {name: value for name, value in told.items() if value} == {"email": "guest@mail.example"}
+    written = {name: guest.get(name) for name in ("email", "first_name", "last_name", "location", "locale")}
+    assert {name: value for name, value in written.items() if value} == {"email": "guest@mail.example"}
 
 
 def test_only_the_stores_of_the_mapping_are_sent(sandbox: Sandbox, tmp_path: Path) -> None:

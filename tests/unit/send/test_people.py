@@ -475,6 +475,22 @@ def test_guest_does_not_change_the_profile_of_a_customer(klaviyo: AccountClient)
     assert nora["first_name"] == "Norah"
 
 
+def test_order_of_a_customer_changes_no_other_profile(klaviyo: AccountClient) -> None:
+    """With order.buyer = "all", the billing address is written to the profile with both identifiers only."""
+    nora = klaviyo.profile(email="nora@example.com", external_id="nora")
+    others = [
+        klaviyo.profile(email="shared@example.com", external_id="other"),
+        klaviyo.profile(email="guest@example.com"),
+    ]
+    before = orjson.dumps(others)
+    for email in ("nora@example.com", "shared@example.com", "guest@example.com", "new@example.com"):
+        order = guest(email, any_profile=True, external_id="nora", first_name="Accounts")
+        assert send(klaviyo, order) == [None]
+    assert nora["first_name"] == "Accounts"
+    assert orjson.dumps(others) == before
+    assert len(klaviyo.account.profiles) == 3
+
+
 # Without profiles:read
 
 

@@ -73,6 +73,8 @@ def entry(kind: OperationKind, key: str, **more: Any) -> Operation:
         "attributes": {"external_id": key, "integration_type": "$custom", "catalog_type": "$default", "title": "T"},
         "relationships": {"r": {}},
     }
+    if kind is OperationKind.UPSERT_GUEST:
+        resource = {"type": "profile", "attributes": {"email": key, "first_name": "N"}}
     return Operation(kind, key, resource, **more)
 
 

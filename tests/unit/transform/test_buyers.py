@@ -1,4 +1,4 @@
-"""What an order tells of its buyer."""
+"""The data of a new order that is written to the buyer's profile."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GUESTS = {
     "billingAddress": ADDRESS,
 }
 CUSTOMERS = GUESTS | {"customerId": "ada"}
-TOLD = {
+WRITTEN = {
     "first_name": "Gert",
     "last_name": "Gast",
     "locale": "de-AT",
@@ -47,15 +47,15 @@ def upserts(order: dict[str, Any], kind: str = "OrderCreated", **settings: Any) 
     return [operation for operation in operations if operation.kind is OperationKind.UPSERT_GUEST]
 
 
-def test_guest_tells_name_place_and_locale() -> None:
+def test_profile_of_a_guest_gets_name_place_and_locale() -> None:
     """The phone number is not sent: Klaviyo would merge the profiles of all who state it."""
     (upsert,) = upserts(GUESTS)
     assert upsert.key == "gast@example.net"
-    assert upsert.resource == {"type": "profile", "attributes": {"email": "Gast@example.net"} | TOLD}
+    assert upsert.resource == {"type": "profile", "attributes": {"email": "Gast@example.net"} | WRITTEN}
     assert not upsert.any_profile
 
 
-def test_customers_tell_it_by_their_own_messages() -> None:
+def test_profiles_of_customers_are_written_by_their_own_messages() -> None:
     """The billing address of a customer's order can be that of an office."""
     assert upserts(CUSTOMERS) == []
     assert upserts(CUSTOMERS, "OrderCustomerSet") == []
@@ -68,7 +68,7 @@ def test_all_buyers() -> None:
     assert guest.any_profile
     assert customer.any_profile
     assert customer.resource
-    assert customer.resource["attributes"] == {"email": "Gast@example.net", "external_id": "ada"} | TOLD
+    assert customer.resource["attributes"] == {"email": "Gast@example.net", "external_id": "ada"} | WRITTEN
 
 
 def test_no_buyers() -> None:
@@ -85,12 +85,12 @@ def test_phone_number_on_request(phone: str, expected: str | None) -> None:
 
 
 @pytest.mark.parametrize("more", [{"billingAddress": None, "locale": None}, {"billingAddress": {}, "locale": ""}])
-def test_order_without_anything_to_tell(more: dict[str, Any]) -> None:
+def test_order_without_a_billing_address(more: dict[str, Any]) -> None:
     """The event creates the profile."""
     assert upserts(GUESTS | more) == []
 
 
-def test_old_orders_tell_nothing() -> None:
+def test_old_orders_write_no_profile() -> None:
     """A backfill and imports of the past come in no order of time."""
     old = GUESTS | {"completedAt": "2019-01-01T10:00:00Z"}
     assert upserts(old, "OrderImported") == []

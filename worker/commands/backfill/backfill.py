@@ -92,7 +92,7 @@ def _limit_batch(settings: BackfillSettings, selection: RecordSelection) -> Back
 
 
 def without_buyers(mapping: MappingConfig) -> MappingConfig:
-    """Return a mapping with which orders tell nothing of the person: they are read in no order of time."""
+    """Return a mapping with which orders write no profiles: they are read in no order of time."""
     return mapping.model_copy(update={"order": mapping.order.model_copy(update={"buyer": "none"})})
 
 

@@ -151,7 +151,8 @@ def _describe_content(operation: Operation) -> Iterator[str]:
         yield _describe_event(attributes)
         yield f"profile: {', '.join(attributes['profile']['data']['attributes'])}"
     else:
-        yield f"key: {operation.key}"
+        is_personal = operation.kind is OperationKind.UPSERT_GUEST
+        yield "key: the email address" if is_personal else f"key: {operation.key}"
         if names := [name for name in attributes if name != "properties"]:
             yield f"attributes: {', '.join(names)}"
     if properties := as_dict(attributes.get("properties")):
