@@ -137,7 +137,7 @@ class _Person(NamedTuple):
 
 @dataclass(slots=True)
 class _Reading:
-    """What Klaviyo shows of the people of a batch."""
+    """The profiles of the people of a batch, as Klaviyo shows them."""
 
     customers_of: dict[str, str] = field(default_factory=dict)  # email -> external_id of the profile that has it
     requests: Counter[str] = field(default_factory=Counter)  # by customer
