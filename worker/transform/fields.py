@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from datetime import timedelta
 from decimal import Decimal
+from functools import lru_cache
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -316,8 +317,20 @@ def fill_template(template: str, values: Mapping[str, str]) -> str:
 
     An unknown placeholder stays as it is.
     """
-    names = _PLACEHOLDER.findall(template)
-    if any(not values.get(name, name) for name in names):
-        return ""
-    encoded = {name: quote(values[name], safe="") for name in names if name in values}
-    return _PLACEHOLDER.sub(lambda found: encoded.get(found[1], found[0]), template)
+    filled = []
+    for index, part in enumerate(_split_template(template)):
+        if index % 2 == 0:
+            filled.append(part)
+        elif value := values.get(part, ""):
+            filled.append(quote(value, safe=""))
+        elif part in values:
+            return ""
+        else:
+            filled.append(f"{{{{{part}}}}}")
+    return "".join(filled)
+
+
+@lru_cache(maxsize=64)  # the templates of the mapping
+def _split_template(template: str) -> list[str]:
+    """Return the texts between the placeholders, and between them the names of the placeholders."""
+    return _PLACEHOLDER.split(template)

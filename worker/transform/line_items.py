@@ -58,9 +58,8 @@ def _line_item(line: Json, locale: str, enriched: Enriched, mapping: MappingConf
 
 def _brand(variant: Json, product_id: str, enriched: Enriched, mapping: MappingConfig) -> str:
     """Return the brand of the variant, else of the product, in the shop's locale: see _category_names."""
-    own = fields.attribute(variant, mapping.order.brand_attribute)
-    texts = (fields.attribute_text(value, mapping.locale) for value in (own, enriched.product_brands.get(product_id)))
-    return fields.first_nonempty(*texts)
+    own = fields.attribute_text(fields.attribute(variant, mapping.order.brand_attribute), mapping.locale)
+    return own or fields.attribute_text(enriched.product_brands.get(product_id), mapping.locale)
 
 
 def _custom_line_item(line: Json, locale: str, mapping: MappingConfig) -> Json:

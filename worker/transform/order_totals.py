@@ -44,7 +44,7 @@ def shipping_costs(order: Json, mapping: MappingConfig) -> Decimal | None:
     prices = []
     for info in shipping_infos(order):
         discounted = as_dict(info.get("discountedPrice")).get("value")
-        price = discounted if fields.amount(discounted) is not None else info.get("price")
+        price = discounted if fields.money(discounted) is not None else info.get("price")
         prices.append(_gross(info, price, mapping))
     return fields.total(prices)
 
@@ -89,6 +89,7 @@ def applied_codes(order: Json) -> list[str]:
 
 def _gross(taxable: Json, total: Any, mapping: MappingConfig) -> Any:
     """Return the gross amount of an order, a line or a shipping method if it is wanted and known, else `total`."""
+    if mapping.order.value == "total":
+        return total
     gross = as_dict(taxable.get("taxedPrice")).get("totalGross")
-    is_wanted = mapping.order.value == "gross" and fields.amount(gross) is not None
-    return gross if is_wanted else total
+    return total if fields.money(gross) is None else gross
