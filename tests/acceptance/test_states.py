@@ -60,16 +60,16 @@ def names(sandbox: Sandbox) -> Counter[str]:
         return Counter(profile["attributes"].get("first_name", "") for profile in sandbox.account.profiles)
 
 
-def record_imports(sandbox: Sandbox) -> list[str]:
-    """Return a list that receives the first name of each profile that is written."""
+def record_writes(sandbox: Sandbox) -> list[str]:
+    """Return a list that receives the first name in each write of a profile."""
     written: list[str] = []
-    import_profile = sandbox.account.import_profile
+    write = sandbox.account._write
 
-    def record(data: Any) -> Any:
-        written.append(data["attributes"]["first_name"])
-        return import_profile(data)
+    def record(profile: Any, attributes: Any) -> None:
+        written.append(attributes.get("first_name", ""))
+        write(profile, attributes)
 
-    sandbox.account.import_profile = record  # type: ignore[method-assign]
+    sandbox.account._write = record  # type: ignore[method-assign]
     return written
 
 
@@ -118,7 +118,7 @@ def test_message_from_the_future_waits_no_longer_than_any_other(worker: Worker, 
 def test_job_of_a_stopped_worker_does_not_leave_an_old_state(worker: Worker, sandbox: Sandbox) -> None:
     """Its messages return after the job, which then lands beside the newer states of the next worker."""
     worker = replace(worker, environment=worker.environment | {"KLAVIYO_WORKER_JOB_TIMEOUT": "7"})
-    written = record_imports(sandbox)
+    written = record_writes(sandbox)
     worker.publish(*put(sandbox, 1, "Old", *CUSTOMERS))
     process = worker.start("run", "--shutdown-grace-period", "1")
     wait_for(lambda: jobs_started(sandbox))
@@ -136,7 +136,7 @@ def test_job_of_a_stopped_worker_does_not_leave_an_old_state(worker: Worker, san
 def test_nothing_is_acked_beside_a_job_that_takes_too_long(worker: Worker, sandbox: Sandbox) -> None:
     """The newer state of a customer waits for the job, which would overwrite it."""
     worker.publish(*put(sandbox, 1, "Old", *CUSTOMERS))
-    written = record_imports(sandbox)
+    written = record_writes(sandbox)
     process = worker.start("run", "--once", env={"KLAVIYO_WORKER_JOB_TIMEOUT": "2"})
     wait_for(lambda: jobs_started(sandbox))
     worker.publish(*put(sandbox, 2, "New", "cust-30"))
@@ -149,7 +149,7 @@ def test_nothing_is_acked_beside_a_job_that_takes_too_long(worker: Worker, sandb
 def test_job_whose_start_had_no_answer_does_not_leave_an_old_state(worker: Worker, sandbox: Sandbox) -> None:
     """Klaviyo started the job, but the worker does not know. It starts no second one while the first can write."""
     sandbox.klaviyo.faults.add(Fault(match=f"POST {IMPORTS}", action="lose_response"))
-    written = record_imports(sandbox)
+    written = record_writes(sandbox)
     worker.publish(*put(sandbox, 1, "Old", *CUSTOMERS))
     process = worker.start("run", "--once", env={"KLAVIYO_WORKER_JOB_TIMEOUT": "4"})
     wait_for(lambda: jobs_started(sandbox))
