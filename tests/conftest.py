@@ -63,9 +63,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the slowest tests first, so that the workers of xdist end together.
 
-    Tests in a folder of _NOT_MEASURED are not measured themselves, only the processes that they start, unless they run
-    commands in their own process. The rest is code of the sandbox, which other tests cover, and measuring it takes
-    longer than running it.
+    Coverage measures this process only. Tests in a folder of _NOT_MEASURED start processes; in this one they run only
+    the sandbox, which other tests cover, and measuring that takes longer than running it. Those that run commands in
+    this process are measured.
     """
 
     def sort_key(item: pytest.Item) -> tuple[float, int]:

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
     from worker.sandbox import Sandbox
 
-NOT_MEASURED = {
-    "COVERAGE_PROCESS_START": "",
-    "COVERAGE_PROCESS_CONFIG": "",
-}  # coverage slows the worker down by a third
 _started: list[subprocess.Popen[bytes]] = []
 
 
@@ -75,11 +71,7 @@ class Worker:
         return [json.loads(line) for line in self("dlq", "list", "--json").stdout.splitlines()]
 
     def _environment(self, extra: dict[str, str]) -> dict[str, str]:
-        path = {
-            name: os.environ[name]
-            for name in os.environ
-            if name in {"PATH", "PYTHONPATH", "HOME"} or name.startswith("COVERAGE")
-        }
+        path = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "HOME") if name in os.environ}
         merged = path | self.environment | extra
         return {name: value for name, value in merged.items() if value}
 

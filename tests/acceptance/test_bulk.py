@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.acceptance.conftest import NOT_MEASURED, Worker, log_lines
+from tests.acceptance.conftest import Worker, log_lines
 from tests.acceptance.test_run import wait_for
 from tests.support.verdicts import give_verdict
 from worker.sandbox import Fault, Sandbox
@@ -35,18 +34,13 @@ def sandbox(account: Account) -> Iterator[Sandbox]:
         yield running
 
 
-@pytest.fixture
-def worker(worker: Worker) -> Worker:
-    return replace(worker, environment=worker.environment | NOT_MEASURED)
-
-
 def orders(sandbox: Sandbox, count: int = ORDERS) -> list[dict[str, Any]]:
     template = next(each for each in sandbox.shop.orders.values() if len(each["lineItems"]) == 3)
     made = []
     for number in range(count):
         lines = [line | {"id": f"{number}-{index}"} for index, line in enumerate(template["lineItems"])]
         order = template | {"id": f"o{number}", "customerEmail": f"{number}@example.com", "lineItems": lines}
-        del order["paymentInfo"]
+        del order["paymentInfo"], order["customerId"]
         made.append(message("OrderCreated", "order", f"o{number}", order=order))
     return made
 

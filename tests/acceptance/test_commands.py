@@ -120,12 +120,3 @@ def test_dead_letters_as_text(worker: Worker) -> None:
     first, second = sorted(lines, key=lambda line: "OrderCreated" in line)
     assert "unreadable  [parse] expected a JSON object; found an array" in first
     assert "OrderCreated order o-1  [transform]" in second
-
-
-def test_demo_needs_no_settings(worker: Worker) -> None:
-    """The demo prints messages, profiles, events, catalog and dead letters, and exits with 0."""
-    done = worker("demo", env=dict.fromkeys(worker.environment, ""))
-    assert done.returncode == 0, done.stdout + done.stderr
-    for text in ("MESSAGE", "Profiles in Klaviyo", "Events in Klaviyo", "Catalog in Klaviyo", "Dead letters"):
-        assert text in done.stdout
-    assert "messages ended as expected" in done.stdout

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.acceptance.conftest import NOT_MEASURED, Worker, events_named, log_lines, settled
+from tests.acceptance.conftest import Worker, events_named, log_lines, settled
 from tests.acceptance.test_run import stop, wait_for
 from tests.acceptance.workload import Workload
 from tests.support.pubsub_emulator import Emulator, Network, Subscription
@@ -23,7 +23,7 @@ SOON = 20.0  # seconds, well below the lease of a minute
 
 
 def on(subscription: Subscription, host: str = "") -> dict[str, str]:
-    return NOT_MEASURED | {"QUEUE_URL": subscription.url, "PUBSUB_EMULATOR_HOST": host or subscription.emulator.host}
+    return {"QUEUE_URL": subscription.url, "PUBSUB_EMULATOR_HOST": host or subscription.emulator.host}
 
 
 @pytest.fixture

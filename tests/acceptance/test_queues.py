@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.acceptance.conftest import NOT_MEASURED, Worker, log_lines, settled
+from tests.acceptance.conftest import Worker, log_lines, settled
 from tests.acceptance.test_run import stop, updated, wait_for
 from tests.acceptance.workload import Workload
 from tests.contract.test_contract import receive
@@ -29,7 +29,7 @@ short_leases = pytest.mark.short_leases
 
 @pytest.fixture
 def worker(sandbox: Sandbox, rig: Rig, tmp_path: Path) -> Worker:
-    return Worker(sandbox.environment | rig.environment | NOT_MEASURED, tmp_path)
+    return Worker(sandbox.environment | rig.environment, tmp_path)
 
 
 @pytest.mark.also_on("directory")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.acceptance.conftest import NOT_MEASURED, Worker, events_named
+from tests.acceptance.conftest import Worker, events_named
 from tests.acceptance.test_run import stop, wait_for
 from tests.acceptance.workload import Workload
 from tests.support.requirements import require
@@ -30,7 +30,7 @@ def queue(fauxqs: Server) -> Queue:
 
 @pytest.fixture
 def worker(sandbox: Sandbox, queue: Queue, tmp_path: Path) -> Worker:
-    return Worker(sandbox.environment | queue.environment | NOT_MEASURED, tmp_path)
+    return Worker(sandbox.environment | queue.environment, tmp_path)
 
 
 def test_network_outage_loses_nothing(worker: Worker, sandbox: Sandbox, queue: Queue) -> None:
@@ -61,7 +61,7 @@ def test_worker_waits_for_a_recreated_queue(sandbox: Sandbox, tmp_path: Path) ->
     server = Server("fauxqs")
     try:
         queue = Queue(server)
-        worker = Worker(sandbox.environment | queue.environment | NOT_MEASURED, tmp_path)
+        worker = Worker(sandbox.environment | queue.environment, tmp_path)
         process = worker.start("run")
         wait_for(lambda: events_named(worker, "started"))
         server.kill()

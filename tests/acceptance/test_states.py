@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.acceptance.conftest import NOT_MEASURED, Worker, log_lines
+from tests.acceptance.conftest import Worker, log_lines
 from tests.acceptance.test_run import wait_for
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import Account
@@ -34,7 +34,7 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 
 @pytest.fixture
 def worker(worker: Worker) -> Worker:
-    return replace(worker, environment=worker.environment | NOT_MEASURED | ONE_LANE)
+    return replace(worker, environment=worker.environment | ONE_LANE)
 
 
 def job_seconds(seconds: float) -> pytest.MarkDecorator:

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from tests.acceptance.conftest import NOT_MEASURED, Worker
+from tests.acceptance.conftest import Worker
 from tests.acceptance.workload import Sent, Workload
 from tests.rigs import RIGS
 from worker.sandbox import Fault, Sandbox
@@ -44,7 +44,6 @@ SETTINGS = {
     "KLAVIYO_WORKER_MAX_BATCH": "10",  # so that a fault affects some batches only
     "KLAVIYO_WORKER_MAX_IN_FLIGHT": "40",
     "KLAVIYO_WORKER_LOG_FORMAT": "json",
-    **NOT_MEASURED,
 }
 
 
