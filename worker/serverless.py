@@ -1,14 +1,19 @@
 """The AWS Lambda entry point, for an SQS event source.
 
 The event source mapping must have `FunctionResponseTypes: [ReportBatchItemFailures]`. Without it Lambda ignores the
-response and deletes all messages, even those that failed. docs/sqs.md has a template.
+response and deletes all messages, even those that failed. docs/sqs.md has a template. `CT_API_CLIENT_SECRET` and
+`KLAVIYO_AUTH_KEY_SECRET` name secrets in AWS Secrets Manager.
 """
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from threading import Timer
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import boto3
+from botocore.exceptions import BotoCoreError, ClientError
 
 from adapters.sqs.lambda_event import LambdaQueue
 from worker.errors import Misconfigured, SettingsError
@@ -23,6 +28,7 @@ from worker.telemetry.metrics import Metrics
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_SECRETS = {"ct_api_client": "CT_API_CLIENT", "klaviyo_auth_key": "KLAVIYO_AUTH_KEY"}
 STOP_BEFORE = 5.0  # seconds; when Lambda ends the function in less than this time, no more messages are started
 GRACE_SECONDS = 4.0  # the part of STOP_BEFORE in which messages in progress can be finished
 
@@ -58,13 +64,16 @@ def sqs_handler(event: Mapping[str, Any], context: Context) -> dict[str, Any]:
     # The remaining time is read again, because a cold start takes seconds.
     timer = Timer(_seconds_left(context) - STOP_BEFORE, runner.stop)
     timer.start()
+    is_refused = False
     try:
         runner.run(once=True, max_wait=batch.lease_seconds)
     except (Misconfigured, ShutdownTimeoutError) as error:
+        is_refused = isinstance(error, Misconfigured)
         log.error("batch_incomplete", extra={"reason": str(error), "returned": len(batch.failed_ids())})
     finally:
         timer.cancel()
-        if components.stopping.is_set():  # stopped clients cannot be started again
+        # Stopped clients cannot be started again, and a secret that is refused has possibly been replaced.
+        if is_refused or components.stopping.is_set():
             components.close()
             _warm_state.cache_clear()
     return {"batchItemFailures": [{"itemIdentifier": name} for name in batch.failed_ids()]}
@@ -85,7 +94,25 @@ class _WarmState(NamedTuple):
 
 @cache
 def _warm_state() -> _WarmState:
-    settings = load(Settings, {"shutdown_grace_period": GRACE_SECONDS})
+    settings = load(Settings, {"shutdown_grace_period": GRACE_SECONDS, **_secrets()})
     configure_logging(settings.log_level, settings.log_format)
     telemetry = Telemetry(Metrics("sqs"))
     return _WarmState(settings, telemetry, Components(settings, telemetry))
+
+
+def _secrets() -> dict[str, str]:
+    """Return the secrets that are in AWS Secrets Manager, by field of the settings. Raises SettingsError."""
+    found = {}
+    for field, name in _SECRETS.items():
+        secret = os.environ.get(f"{name}_SECRET", "")
+        if not secret:
+            continue
+        try:
+            found[field] = boto3.client("secretsmanager").get_secret_value(SecretId=secret)["SecretString"].strip()
+        except KeyError:
+            raise SettingsError(f"{name}_SECRET: the secret is binary", todo="store it as text") from None
+        except (BotoCoreError, ClientError) as error:
+            code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
+            todo = "allow the function's role secretsmanager:GetSecretValue, and check the name"
+            raise SettingsError(f"{name}_SECRET: cannot read the secret ({code})", todo=todo) from None
+    return found

@@ -95,6 +95,8 @@ def test_aws_commands_work(moto: sqs.Server, monkeypatch: pytest.MonkeyPatch, tm
     checkout = tmp_path / "checkout"
     (checkout / "build").mkdir(parents=True)
     (tmp_path / "environment.json").write_text('{"Variables": {}}', encoding="utf-8")
+    for name in ("ct-api-client.json", "klaviyo-auth-key.txt"):
+        (tmp_path / name).write_text("secret", encoding="utf-8")
     with ZipFile(checkout / "build" / "lambda.zip", "w") as package:
         package.writestr("worker.py", "")
     environment = os.environ | {"QUEUE": url, "QUEUE_ARN": arn, "DEAD_ARN": dead_arn, "BUCKET": "artifacts"}

@@ -8,7 +8,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import boto3
 import pytest
+from botocore.exceptions import ClientError
 
 from adapters import QueueError
 from adapters.sqs.lambda_event import LambdaQueue
@@ -186,4 +188,63 @@ def test_missing_setting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as without:
         without.delenv("KLAVIYO_AUTH_KEY")
         with pytest.raises(SettingsError, match="KLAVIYO_AUTH_KEY is missing"):
+            sqs_handler(event_of(b"{}"), Context())
+
+
+class FakeSecretsManager:
+    """A fake of AWS Secrets Manager that has the secrets of the sandbox."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.secrets: dict[str, Any] = {
+            "shop/ct": {"SecretString": sandbox.environment["CT_API_CLIENT"] + "\n"},
+            "shop/klaviyo": {"SecretString": "pk_old"},
+            "shop/binary": {"SecretBinary": b"x"},
+        }
+
+    def client(self, service: str) -> FakeSecretsManager:
+        assert service == "secretsmanager"
+        return self
+
+    def get_secret_value(self, **parameters: str) -> Any:
+        (name,) = parameters.values()
+        if name not in self.secrets:
+            raise ClientError({"Error": {"Code": "AccessDeniedException"}}, "GetSecretValue")
+        return self.secrets[name]
+
+
+@pytest.fixture
+def secrets_manager(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> FakeSecretsManager:
+    fake = FakeSecretsManager(sandbox)
+    monkeypatch.setattr(boto3, "client", fake.client)
+    return fake
+
+
+def test_secrets_come_from_secrets_manager(
+    sandbox: Sandbox, secrets_manager: FakeSecretsManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refused secret is read again by the next invocation, so that a replaced key needs no deployment."""
+    workload = Workload(sandbox, 10)
+    key = sandbox.environment["KLAVIYO_AUTH_KEY"]
+    for name, secret in (("CT_API_CLIENT", "shop/ct"), ("KLAVIYO_AUTH_KEY", "shop/klaviyo")):
+        monkeypatch.delenv(name)
+        monkeypatch.setenv(f"{name}_SECRET", secret)
+    assert failed(sqs_handler(event_of(*workload.bodies), Context()))
+    secrets_manager.secrets["shop/klaviyo"]["SecretString"] = key
+    assert failed(sqs_handler(event_of(*workload.bodies), Context())) == []
+    workload.assert_exactly_once()
+
+
+@pytest.mark.parametrize(
+    ("secret", "reason"),
+    [
+        ("shop/other", r"cannot read the secret \(AccessDeniedException\): allow"),
+        ("shop/binary", "the secret is binary"),
+    ],
+)
+@pytest.mark.usefixtures("secrets_manager")
+def test_unreadable_secret_is_named(secret: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what the role needs."""
+    with monkeypatch.context() as context:
+        context.setenv("KLAVIYO_AUTH_KEY_SECRET", secret)
+        with pytest.raises(SettingsError, match=f"^KLAVIYO_AUTH_KEY_SECRET: {reason}"):
             sqs_handler(event_of(b"{}"), Context())
