@@ -179,6 +179,9 @@ class CategoryMapping(_Section):
     max_descendants: int = Field(
         500, ge=0, le=10_000, description="Maximum number of descendants sent again when a category changes."
     )
+    max_products: int = Field(
+        500, ge=0, le=500, description="Maximum number of products sent again when a category moves to another parent."
+    )
 
 
 class PriceMapping(_Section):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from worker.errors import HELD, Disposition
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from datetime import datetime
 
     from adapters.base import Delivery
@@ -25,7 +25,8 @@ class Notification:
 
     `type` is the message type (`OrderCreated`, even if the payload is not included) or the change
     (`ResourceUpdated`). `payload` is the whole notification, with the fields of the Message at the top level. `seen`
-    are the resources that earlier readings of commercetools for this message found.
+    are the resources that earlier readings of commercetools for this message found, and the follow-ups of its writes
+    (SendResult): ("sku", its text) for the product that has the SKU, ("category-products", id of the category).
     """
 
     type: str
@@ -64,6 +65,7 @@ class Enriched:
     categories: Mapping[str, Json] = field(default_factory=dict, repr=False)  # id -> category, including ancestors
     product_brands: Mapping[str, Any] = field(default_factory=dict, repr=False)  # product -> value of its attribute
     discount_codes: Mapping[str, str] = field(default_factory=dict, repr=False)  # id -> code
+    related: Sequence[Enriched] = field(default=(), repr=False)  # products that the message has to write, too
     versions: Mapping[ResourceKey, int | None] = field(default_factory=dict, repr=False)
     missing: str = ""
     written_since: datetime | None = None  # when the first state was read that the message possibly wrote
@@ -101,10 +103,13 @@ class OperationKind(Enum):
     DELETE_PROFILE = "delete_profile"
     UPSERT_CATEGORY = "upsert_category"
     ENSURE_CATEGORY = "ensure_category"
+    MOVE_CATEGORY = "move_category"  # the update of a category that has other ancestors
     DELETE_CATEGORY = "delete_category"
     UPSERT_ITEM = "upsert_item"
+    ENSURE_ITEM = "ensure_item"
     DELETE_ITEM = "delete_item"
     UPSERT_VARIANT = "upsert_variant"
+    ENSURE_VARIANT = "ensure_variant"
     UPDATE_INVENTORY = "update_inventory"
     DELETE_STALE_VARIANTS = "delete_stale_variants"
     DELETE_VARIANT = "delete_variant"  # one for each variant that DELETE_STALE_VARIANTS finds
@@ -134,17 +139,23 @@ class Operation:
     If a batch has several operations with the same kind and `key`, only the last one is sent. `resource` is the
     JSON:API object (`type`, `id`, `attributes`, `relationships`); None if the key is enough. An UPSERT_PROFILE has the
     customer's id as its key and the customer's whole state as its attributes, with None for what commercetools no
-    longer has. An UPSERT_GUEST has the lower-cased email address as its key. `keep_skus` are the variants that
-    DELETE_STALE_VARIANTS keeps. DELETE_PROFILE deletes no profile that Klaviyo created before `created_since`.
-    `fallback` returns the operations to send instead if Klaviyo does not have the object to update.
-    `background` events give way to other events, and a process sends each of them once.
+    longer has. An UPSERT_GUEST has the lower-cased email address as its key. DELETE_PROFILE deletes no profile that
+    Klaviyo created before `created_since`. `background` events give way to other events, and a process sends each of
+    them once.
+
+    ENSURE_* creates a catalog entry and leaves an existing one unchanged. An item or variant without a price has the
+    price None. A variant whose stock is not tracked has the inventory_quantity None. DELETE_STALE_VARIANTS keeps the
+    variants `keep_skus`, and deletes others only if they are in `checked_skus`: commercetools was asked for these SKUs.
+    UPSERT_CATEGORY with `watches_move` does not write a category that has other ancestors in Klaviyo: its products are
+    written first.
     """
 
     kind: OperationKind
     key: str
     resource: Json | None = field(default=None, repr=False)
     keep_skus: frozenset[str] = frozenset()
-    fallback: Callable[[], Iterable[Operation]] | None = field(default=None, repr=False, compare=False)
+    checked_skus: frozenset[str] = frozenset()
+    watches_move: bool = False
     any_profile: bool = False  # UPSERT_GUEST: also write to the profile of a customer
     truncated: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
     created_since: datetime | None = None
@@ -158,6 +169,7 @@ class SendResult(NamedTuple):
     error: WorkerError | None  # None: the effect is in Klaviyo
     requests: int  # that were sent to Klaviyo for the operation
     erased: int = 0  # profiles whose deletion was requested
+    follow_ups: frozenset[ResourceKey] = frozenset()  # what must be read from commercetools, and then written, too
 
 
 class Ending(Enum):
@@ -213,6 +225,7 @@ class Message:
     retries: int = 0  # in this process
     times_blocked: int = 0  # in a row (see errors.RequestBlocked)
     known_versions: Mapping[ResourceKey, int] = field(default_factory=dict)  # the latest that are known to exist
+    follow_ups: frozenset[ResourceKey] = frozenset()  # of its writes so far: see SendResult
     written_versions: Mapping[ResourceKey, int | None] | None = None  # of the state in Klaviyo; None if it is unknown
     not_before: float = 0.0  # when a worker can process the message again: see errors.JobUnfinished
     failed_at: float = 0.0  # when processing first failed in this process
@@ -224,6 +237,15 @@ class Message:
         if self.notification is None:
             return "", self.delivery.id
         return self.notification.resource_type, self.notification.resource_id
+
+    @property
+    def lane_key(self) -> tuple[str, str]:
+        """Return the key of the lane. All stock has one lane of a worker.
+
+        The stock messages of a new product then write it once, because they are in one batch.
+        """
+        kind, name = self.key
+        return kind, "" if kind == "inventory-entry" else name
 
     @property
     def effect(self) -> Effect:

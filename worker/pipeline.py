@@ -179,7 +179,11 @@ class Pipeline:
             message.erased += sum(result.erased for result in own_results)
             if message.requests and message.enriched and not message.written_since:
                 message.written_since = message.enriched.as_of
-            _conclude_send(message, [result.error for result in own_results if result.error])
+            follow_ups = message.follow_ups.union(*(result.follow_ups for result in own_results))
+            is_complete = follow_ups == message.follow_ups
+            message.follow_ups = follow_ups
+            errors = [result.error for result in own_results if result.error]
+            _conclude_send(message, errors, is_complete=is_complete)
 
     def _settle(self, messages: Sequence[Message]) -> None:
         """Settle with the queue, failures first. If that raises an error, no message of the batch is acked."""
@@ -204,8 +208,9 @@ class Pipeline:
 
 
 def _with_seen(notification: Notification, message: Message) -> Notification:
-    """Return the notification with the resources that earlier readings found."""
-    return replace(notification, seen=tuple(message.known_versions)) if message.known_versions else notification
+    """Return the notification with the resources that earlier readings found, and with the follow-ups."""
+    seen = (*message.known_versions, *message.follow_ups)
+    return replace(notification, seen=seen) if seen else notification
 
 
 def _ending(message: Message) -> Ending:
@@ -271,10 +276,11 @@ def _judge_reading(message: Message, read_at: float) -> None:
         message.outcome = Outcome(Disposition.ACK, "send")
 
 
-def _conclude_send(message: Message, errors: Sequence[WorkerError]) -> None:
+def _conclude_send(message: Message, errors: Sequence[WorkerError], *, is_complete: bool) -> None:
     """Set the outcome of a message whose operations had these errors.
 
-    A written state has no outcome yet: the next reading shows whether it is current.
+    A written state has no outcome yet: the next reading shows whether it is current. If it is not complete, the next
+    round writes more.
     """
     assert message.enriched is not None
     if waits := [error.retry_after or 0.0 for error in errors if isinstance(error, JobUnfinished)]:
@@ -285,7 +291,7 @@ def _conclude_send(message: Message, errors: Sequence[WorkerError]) -> None:
     if cause is not None:
         message.outcome = _failure_outcome(message, "send", cause)
     elif any(operation.kind in _STATE_WRITES for operation in message.operations):
-        message.written_versions = message.enriched.versions
+        message.written_versions = message.enriched.versions if is_complete else None
     else:
         message.outcome = Outcome(Disposition.ACK, "send")
 

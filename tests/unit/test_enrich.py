@@ -249,19 +249,25 @@ def test_product_gets_stock_and_categories(enricher: Enricher) -> None:
     assert set(enriched.categories) == {"women", "jeans"}
 
 
-def test_inventory_entry_gets_all_entries_of_its_sku_and_its_product(enricher: Enricher) -> None:
-    """The stock is a sum. If Klaviyo does not have the variant, the product is written."""
+def test_inventory_entry_gets_all_entries_of_its_sku() -> None:
+    """The stock is a sum. Its product is read only if Klaviyo does not have the variant."""
+    reader = CountingReader(SHOP)
+    enricher = Enricher(reader, MappingConfig(), now=lambda: NOW)
     enriched = one(enricher, about("inventory-entry", "i1"))
-    assert (enriched.sku, enriched.inventory) == ("s1", {"s1": SHOP["inventory"], "s2": []})
-    assert enriched.product is not None
-    assert enriched.product["id"] == enriched.product_id == "p1"
+    assert (enriched.sku, enriched.inventory, enriched.related) == ("s1", {"s1": SHOP["inventory"]}, [])
+    assert set(reader.queries) == {"inventory"}
+    enriched = one(enricher, replace(about("inventory-entry", "i1"), seen=[("sku", "s1"), ("sku", "unknown")]))
+    (related,) = enriched.related
+    assert (related.product_id, related.product) == ("p1", SHOP["product-projections"][0])
+    assert related.inventory == {"s1": SHOP["inventory"], "s2": []}
+    assert enriched.versions.keys() >= {("product", "p1"), ("category", "jeans")}
 
 
 def test_deleted_inventory_entry_names_its_sku(enricher: Enricher) -> None:
     """The other entries of the sku count, although the entry cannot be read."""
     for payload in ({"sku": "s1"}, {"resourceUserProvidedIdentifiers": {"sku": "s1"}}):
         enriched = one(enricher, about("inventory-entry", "gone", "InventoryEntryDeleted", **payload))
-        assert (enriched.sku, enriched.product_id, enriched.missing) == ("s1", "p1", "inventory-entry")
+        assert (enriched.sku, enriched.missing) == ("s1", "inventory-entry")
         assert enriched.inventory["s1"] == SHOP["inventory"]
 
 
@@ -296,12 +302,11 @@ def test_standalone_price_gets_its_product() -> None:
     assert (enriched.product, enriched.product_id, enriched.missing) == (None, "", "")
 
 
-@pytest.mark.parametrize("resource", ["standalone-price", "inventory-entry"])
-def test_product_that_an_earlier_reading_found_is_still_known(resource: str) -> None:
+def test_product_that_an_earlier_reading_found_is_still_known() -> None:
     """The message has possibly written the product after it was deleted, so it must be deleted again."""
-    shop = standalone_shop(inventory=[{"id": "sp1", "sku": " s "}])
+    shop = standalone_shop()
     (product,) = shop.pop("product-projections")
-    notification = replace(about(resource, "sp1"), seen=[("product", "p")])
+    notification = replace(about("standalone-price", "sp1"), seen=[("product", "p")])
     enricher = Enricher(InMemoryReader(shop), MappingConfig(), now=lambda: NOW)
     enriched = one(enricher, notification)
     assert (enriched.product, enriched.product_id, enriched.missing) == (None, "p", "product")
@@ -309,6 +314,49 @@ def test_product_that_an_earlier_reading_found_is_still_known(resource: str) -> 
     shop["product-projections"] = [product | {"masterVariant": {"sku": "other"}}]
     enriched = one(enricher, notification)
     assert (enriched.product_id, enriched.missing) == ("p", "")
+
+
+@pytest.mark.parametrize("resource", ["inventory-entry", "category", "product"])
+def test_related_resources_that_an_earlier_reading_found_are_read_again(resource: str) -> None:
+    """They are written, too, or deleted if they are gone: another worker has possibly deleted them before."""
+    shop: dict[str, list[dict[str, Any]]] = {resource: [{"id": "r", "sku": "s"}], "categories": [{"id": "c"}]}
+    shop["product-projections"] = [{"id": "p", "version": 2, "masterVariant": {"sku": "s"}}]
+    notification = replace(about(resource, "r"), seen=[("product", "p"), ("category", "c"), (resource, "r")])
+    enricher = Enricher(InMemoryReader(shop), MappingConfig(), now=lambda: NOW)
+    enriched = one(enricher, notification)
+    assert [(each.product_id, each.product) for each in enriched.related] == [("p", shop["product-projections"][0])]
+    assert enriched.versions["product", "p"] == 2
+    assert ("category", "c") not in enriched.versions
+    shop["product-projections"], shop["categories"] = [], []
+    enriched = one(enricher, notification)
+    assert [(each.product_id, each.product) for each in enriched.related] == [("p", None)]
+    assert (enriched.versions["product", "p"], enriched.versions["category", "c"]) == (None, None)
+    assert enriched.missing
+
+
+def test_category_that_has_moved_gets_its_products() -> None:
+    """They are those in it and below it, up to the maximum."""
+    shop: dict[str, list[dict[str, Any]]] = {
+        "categories": [{"id": "top"}, {"id": "below", "ancestors": reference("top")}, {"id": "other"}],
+        "product-projections": [
+            {"id": "p1", "masterVariant": {}, "categories": reference("top")},
+            {"id": "p2", "masterVariant": {}, "categories": reference("below", "other")},
+            {"id": "p3", "masterVariant": {}, "categories": reference("other")},
+        ],
+    }
+    notification = replace(about("category", "top"), seen=[("category-products", "top")])
+    for limit, expected in ((500, ["p1", "p2"]), (1, ["p1"])):
+        mapping = MappingConfig.model_validate({"category": {"max_products": limit}})
+        enriched = one(Enricher(InMemoryReader(shop), mapping, now=lambda: NOW), notification)
+        assert [each.product_id for each in enriched.related] == expected
+
+
+def test_category_of_a_product_that_is_not_shown_yet_is_named() -> None:
+    """A new category and its first product can be created at the same time."""
+    product: dict[str, Any] = {"id": "p", "masterVariant": {}, "categories": reference("new")}
+    shop = {"product-projections": [product]}
+    enricher = Enricher(InMemoryReader(shop), MappingConfig(), now=lambda: NOW)
+    assert one(enricher, about("product", "p")).missing == "category of the product"
 
 
 def test_unpublished_projection_is_not_in_the_catalog() -> None:
@@ -376,8 +424,9 @@ def test_versions_are_those_of_all_resources_that_determine_the_written_state() 
     categories = {("category", "top"): 2, ("category", "middle"): 3, ("category", "bottom"): 4}
     assert one(enricher, about("category", "middle")).versions == categories
     entries = {("inventory-entry", "i"): 6, ("inventory-entry", "j"): 0}
-    assert one(enricher, about("product", "p")).versions == {("product", "p"): 5} | entries
-    assert one(enricher, about("inventory-entry", "i")).versions == {("product", "p"): 5} | entries
+    expected = {("product", "p"): 5, ("category", "top"): 2} | entries
+    assert one(enricher, about("product", "p")).versions == expected
+    assert one(enricher, about("inventory-entry", "i")).versions == entries
 
 
 def test_failed_query_fails_only_messages_that_need_it(enricher: Enricher, reader: CountingReader) -> None:

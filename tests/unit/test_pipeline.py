@@ -35,9 +35,10 @@ from worker.telemetry.metrics import Metrics
 from worker.versions import READ_LAG
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from adapters.base import Delivery
+    from worker.model import ResourceKey
 
 
 @dataclass
@@ -72,6 +73,8 @@ class Stages:
         self.versions: dict[str, int | None] = {}  # of customers: None is gone, the default is 1
         self.before_read: Callable[[], None] = lambda: None
         self.requests = 2
+        self.follow_ups: dict[str, frozenset[ResourceKey]] = {}
+        self.seen: list[Collection[ResourceKey]] = []
         self.enriched: list[list[str]] = []
         self.read_at: list[datetime] = []
         self.sent: list[Operation] = []
@@ -81,6 +84,7 @@ class Stages:
             raise KeyError("ada@example.com")
         self.before_read()
         self.enriched.append([n.resource_id for n in notifications])
+        self.seen += [notification.seen for notification in notifications]
         return [self.enrich_errors.get(n.resource_id) or self._with_customer(n) for n in notifications]  # type: ignore[misc]
 
     def _with_customer(self, notification: Notification) -> Enriched:
@@ -99,7 +103,12 @@ class Stages:
         if self.crash_in == "send":
             raise KeyError("ada@example.com")
         return [
-            SendResult((self.send_errors.get(operation.key) or [None])[0], self.requests) for operation in operations
+            SendResult(
+                (self.send_errors.get(operation.key) or [None])[0],
+                self.requests,
+                follow_ups=self.follow_ups.get(operation.key, frozenset()),
+            )
+            for operation in operations
         ]
 
 
@@ -377,6 +386,29 @@ def test_state_that_changed_while_it_was_written_is_written_again(
     assert run(pipeline, updated("a"), updated("b")) == []
     assert firsts(stages) == ["Ada", "Ada", "Grace"]
     assert [entry[:2] for entry in recorded.settled] == [("ack", "a"), ("ack", "b")]
+
+
+def test_message_with_follow_ups_is_processed_again(
+    pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """It is acked when a write has named no new ones, and a reading has confirmed that write."""
+    stages.follow_ups["a"] = frozenset({("sku", "s")})
+    assert run(pipeline, updated("a")) == []
+    assert stages.seen == [(), (("customer", "a"), ("sku", "s")), (("customer", "a"), ("sku", "s"))]
+    assert [operation.key for operation in stages.sent] == ["a", "a"]
+    assert [entry[:2] for entry in recorded.settled] == [("ack", "a")]
+
+
+def test_all_stock_has_one_lane(pipeline: Pipeline) -> None:
+    """The stock messages of a new product are in one batch, so the product is written once."""
+    bodies = [
+        {"notificationType": "ResourceUpdated", "resource": {"typeId": kind, "id": name}}
+        for kind in ("inventory-entry", "product")
+        for name in "ab"
+    ]
+    messages = [pipeline.parse(FakeDelivery(json.dumps(body).encode())) for body in bodies]
+    assert len({message.key for message in messages}) == 4
+    assert len({message.lane_key for message in messages}) == 3
 
 
 def test_state_that_keeps_changing_is_held_and_compared_later(

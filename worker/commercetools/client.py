@@ -123,7 +123,8 @@ class Commercetools(ServiceClient):
         while True:
             page, size = self._page(query, _where(query, chunk), after)
             results += page
-            if len(page) < size or (is_unique(query) and len(results) >= len(chunk)):
+            is_enough = 0 < query.max_resources <= len(results)
+            if len(page) < size or is_enough or (is_unique(query) and len(results) >= len(chunk)):
                 return results
             last = as_text(page[-1].get("id"))
             if last <= after:

@@ -23,7 +23,8 @@ class Query:
 
     `predicate` is a template for the comma-separated, quoted values. `keys_of` returns the values that a resource
     matches. `cached_fields` are the fields that a CachedReader caches, and the only ones that the client keeps. If
-    there are none, it caches nothing. `resource_bytes` is the size of a resource until one has been read.
+    there are none, it caches nothing. `resource_bytes` is the size of a resource until one has been read. No more pages
+    are read after `max_resources`; 0: all are read.
     """
 
     path: str
@@ -32,6 +33,7 @@ class Query:
     expand: tuple[str, ...] = ()
     cached_fields: tuple[str, ...] = ()
     resource_bytes: int = 4_000
+    max_resources: int = 0
 
 
 def _id(resource: Json) -> list[str]:
@@ -52,6 +54,10 @@ def _cart(order: Json) -> list[str]:
 
 def _ancestors(category: Json) -> list[str]:
     return pick_ids(category.get("ancestors"))
+
+
+def _categories(product: Json) -> list[str]:
+    return pick_ids(product.get("categories"))
 
 
 def variants(product: Json) -> list[Json]:
@@ -102,6 +108,7 @@ DESCENDANTS = Query("categories", "ancestors(id in ({}))", _ancestors)
 PRODUCTS = Query("product-projections", "id in ({})", _id, resource_bytes=_PRODUCT_BYTES)
 LINE_PRODUCTS = replace(PRODUCTS, cached_fields=("id", "categories", "attributes"))  # of line items
 PRODUCTS_BY_SKU = replace(PRODUCTS, predicate="masterVariant(sku in ({0})) or variants(sku in ({0}))", keys_of=_skus)
+PRODUCTS_BY_CATEGORY = replace(PRODUCTS, predicate="categories(id in ({}))", keys_of=_categories, max_resources=500)
 INVENTORY = Query("inventory", "id in ({})", _id)
 INVENTORY_BY_SKU = Query("inventory", "sku in ({})", _sku)
 WORKFLOW_STATES = Query("states", "id in ({})", _id, cached_fields=("id", "key"))

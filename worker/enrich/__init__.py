@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from worker.budget import check_lookups
 from worker.enrich import carts, payments, plans, products
 from worker.enrich.plans import PlanContext
+from worker.enrich.related import with_related
 from worker.errors import WorkerError
 from worker.json_access import MAX_ID_LENGTH
 from worker.model import Enriched
@@ -39,10 +40,10 @@ PLANS: dict[str, Callable[[Enriched, PlanContext], Plan]] = defaultdict(
         "payment": payments.payment_plan,
         "cart": carts.cart_plan,
         "customer": plans.customer_plan,
-        "category": plans.category_plan,
-        "product": products.product_plan,
-        "inventory-entry": products.inventory_entry_plan,
-        "standalone-price": products.standalone_price_plan,
+        "category": with_related(plans.category_plan),
+        "product": with_related(products.product_plan),
+        "inventory-entry": with_related(products.inventory_entry_plan),
+        "standalone-price": with_related(products.standalone_price_plan),
     },
 )
 

@@ -22,22 +22,27 @@ def product_plan(enriched: Enriched, context: PlanContext) -> Plan:
     """Add the product, and the data of its catalog entry."""
     product_id = enriched.notification.resource_id
     yield [(queries.PRODUCTS, [product_id])]
-    product = _published(context.get(queries.PRODUCTS, product_id))
-    enriched = yield from _catalog_data_plan(replace(enriched, product_id=product_id, product=product), context)
-    return _with_versions(enriched, product)
+    product = published(context.get(queries.PRODUCTS, product_id))
+    return (yield from catalog_entry_plan(replace(enriched, product_id=product_id, product=product), context))
+
+
+def catalog_entry_plan(enriched: Enriched, context: PlanContext) -> Plan:
+    """Add the data of the catalog entry of a notification's product."""
+    enriched = yield from _catalog_data_plan(enriched, context)
+    return _with_versions(enriched, enriched.product)
 
 
 def inventory_entry_plan(enriched: Enriched, context: PlanContext) -> Plan:
-    """Add all inventory entries of the sku, and the sku's product with the data of its catalog entry.
+    """Add all inventory entries of the sku.
 
-    The entries of the sku show whether the notification's entry exists. An entry that is read by its id only names the
-    sku, because the two readings can differ.
+    They show whether the notification's entry exists. An entry that is read by its id only names the sku, because the
+    two readings can differ. The product is read only if Klaviyo does not have the variant: see related.py.
     """
     notification = enriched.notification
     sku = yield from _sku_of(notification, queries.INVENTORY, context)
     yield [(queries.INVENTORY_BY_SKU, [sku])]
     entries = context.get_all(queries.INVENTORY_BY_SKU, sku)
-    enriched = yield from _with_product_of(sku, replace(enriched, sku=sku, inventory={sku: entries}), context)
+    enriched = replace(enriched, sku=sku, inventory={sku: entries})
     own = (entry for entry in entries if as_text(entry.get("id")) == notification.resource_id)
     return _with_versions(enriched, next(own, None))
 
@@ -77,7 +82,7 @@ def _with_product_of(sku: str, enriched: Enriched, context: PlanContext) -> Gene
         context.get_optional(queries.PRODUCTS_BY_SKU, sku),
         *(context.get(queries.PRODUCTS, name) for name in seen),
     ]
-    product = next(filter(None, map(_published, found)), None)
+    product = next(filter(None, map(published, found)), None)
     product_id = as_text(as_dict(product).get("id")) or next(iter(seen), "")
     return (yield from _catalog_data_plan(replace(enriched, product_id=product_id, product=product), context))
 
@@ -91,9 +96,11 @@ def _catalog_data_plan(enriched: Enriched, context: PlanContext) -> Generator[Se
     priced_skus = skus if has_standalone_prices(product) else []
     yield [(queries.INVENTORY_BY_SKU, skus), (queries.STANDALONE_PRICES_BY_SKU, priced_skus)]
     own = category_ids(product)
-    categories = yield from find_categories(queries.CATEGORY_NAMES, [own], context)
+    categories = yield from find_categories(queries.CATEGORIES, [own], context)
+    is_shown = all(category in categories for category in own)
     return replace(
         enriched,
+        missing="" if is_shown else "category of the product",
         product_categories={enriched.product_id: own},
         categories=categories,
         inventory={**enriched.inventory, **{sku: context.get_all(queries.INVENTORY_BY_SKU, sku) for sku in skus}},
@@ -107,15 +114,18 @@ def _with_versions(enriched: Enriched, resource: Json | None) -> Enriched:
     others = {
         "inventory-entry": chain.from_iterable(enriched.inventory.values()),
         "standalone-price": chain.from_iterable(enriched.standalone_prices.values()),
+        "category": enriched.categories.values(),
         "product": [] if enriched.product is None else [enriched.product],
     }
+    missing = enriched.missing
     enriched = with_version(enriched, resource, **others)
+    enriched = replace(enriched, missing=enriched.missing or missing)
     if not is_missing:
         return enriched
     versions = {**enriched.versions, ("product", enriched.product_id): None}
     return replace(enriched, versions=versions, missing=enriched.missing or "product")
 
 
-def _published(product: Json | None) -> Json | None:
+def published(product: Json | None) -> Json | None:
     """Return a product if it is published. The current projection of another product is not in the catalog."""
     return None if product is None or product.get("published") is False else product

@@ -195,14 +195,20 @@ def _reason(error: Json, pointer: str) -> str:
 
 
 def iter_resources(client: KlaviyoClient, path: str) -> Iterator[Json]:
-    """Yield the resources of all pages of a list. Raises WorkerError.
+    """Yield the resources of all pages of a list. Raises as iter_pages does."""
+    for page in iter_pages(client, path):
+        yield from as_dicts(page.get("data"))
+
+
+def iter_pages(client: KlaviyoClient, path: str) -> Iterator[Json]:
+    """Yield the pages of a list. Raises WorkerError.
 
     Raises Transient if the link to the next page names another list, or if there are more than MAX_PAGES pages.
     """
     own_path = path.partition("?")[0]
     for _ in range(MAX_PAGES):
         page = client.call("GET", path)
-        yield from as_dicts(page.get("data"))
+        yield page
         next_url = as_text(as_dict(page.get("links")).get("next"))
         if not next_url:
             return

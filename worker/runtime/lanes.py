@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Lanes:
-    """`settings.lanes` lanes for each effect. A resource always has the same lane."""
+    """`settings.lanes` lanes for each effect. A resource always has the same lane, and so has all stock."""
 
     def __init__(
         self, pipeline: Pipeline, in_flight: InFlight, settings: Settings, stopping: Event, callbacks: LaneCallbacks
@@ -44,7 +44,7 @@ class Lanes:
     def put(self, effect: Effect, message: Message) -> None:
         """Put a message into the lane of its resource, in the lanes of an effect."""
         group = self._groups[effect]
-        group[hash(message.key) % len(group)].put(message)
+        group[hash(message.lane_key) % len(group)].put(message)
 
     def end(self) -> None:
         """End the lanes after they have processed their inboxes."""

@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 from worker.model import Effect, Operation, OperationKind, SendResult
-from worker.send.catalog import BulkCatalog
+from worker.send.catalog.sender import CatalogSender
 from worker.send.consent import Consents
 from worker.send.event_identity import EventIdentities
 from worker.send.events import BulkEvents
 from worker.send.jobs import BulkJobs
 from worker.send.profiles import Profiles
-from worker.send.requests import Request, request_for
+from worker.send.requests import COLLECTION, Request, request_for
 from worker.send.single import SingleSender
 from worker.telemetry.defects import describe_defect, report_defect
 
@@ -30,23 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Request", "SendOptions", "Sender", "request_for"]
 
-# Phases run in sequence, because a variant needs its item, and an item needs its categories.
-# The operations of a phase are sent concurrently.
+# Phases run in sequence. The operations of a phase are sent concurrently.
 PHASES: tuple[frozenset[OperationKind], ...] = (
-    frozenset(
-        {
-            OperationKind.CREATE_EVENT,
-            OperationKind.UPSERT_GUEST,
-            OperationKind.UPSERT_PROFILE,
-            OperationKind.UPSERT_CATEGORY,
-            OperationKind.ENSURE_CATEGORY,
-        }
-    ),
-    frozenset({OperationKind.UPSERT_ITEM, OperationKind.DELETE_PROFILE}),
-    # Variants are deleted before they are written: a SKU can move from one product to another.
-    frozenset({OperationKind.DELETE_STALE_VARIANTS, OperationKind.DELETE_VARIANT}),
-    frozenset({OperationKind.UPSERT_VARIANT, OperationKind.UPDATE_INVENTORY}),
-    frozenset({OperationKind.DELETE_ITEM, OperationKind.DELETE_CATEGORY}),
+    frozenset({OperationKind.CREATE_EVENT, OperationKind.UPSERT_GUEST, OperationKind.UPSERT_PROFILE}),
+    frozenset({OperationKind.DELETE_PROFILE}),
 )
 
 
@@ -98,14 +85,33 @@ class Sender:
         self._bulk_senders: tuple[BulkSender, ...] = (
             BulkEvents(client, self._send_individually, allows_bulk_events, threshold),
             profiles,
-            BulkCatalog(client, jobs, self._single, catalog, self._send_individually, threshold),
         )
+        self._catalog = CatalogSender(client, jobs, catalog, threshold)
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
         """Send the operations and return their results in the same order.
 
         If several operations have the same kind and key, only one is sent: see _distinct. All of them get its result.
         """
+        catalog = [operation for operation in operations if operation.kind in COLLECTION]
+        catalog_results = iter(self._send_catalog(catalog))
+        others = iter(self._send_others([operation for operation in operations if operation.kind not in COLLECTION]))
+        return [next(catalog_results if operation.kind in COLLECTION else others) for operation in operations]
+
+    def _send_catalog(self, operations: Sequence[Operation]) -> list[SendResult]:
+        """Send operations on the catalog. After an unexpected error, send them one after the other to isolate it."""
+        if not operations:
+            return []
+        try:
+            return self._catalog.send(operations)
+        except Exception as defect:  # noqa: BLE001 - a defect must not affect the other operations
+            error = report_defect("send", describe_defect(defect))
+        if len(operations) == 1:
+            return [SendResult(error, 0)]
+        return [result for operation in operations for result in self._send_catalog([operation])]
+
+    def _send_others(self, operations: Sequence[Operation]) -> list[SendResult]:
+        """Send operations on events and profiles."""
         identified = self._identities.identify(operations)
         results = iter(self._send_identified([each.operation for each in identified if each.error is None]))
         sent = [SendResult(each.error, 0) if each.error else next(results) for each in identified]

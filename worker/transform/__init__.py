@@ -13,6 +13,7 @@ from worker.errors import Ignored
 from worker.json_access import as_dict
 from worker.transform.region import check_order, check_region
 from worker.transform.registry import HANDLERS, Handler, enabled_handlers, handles
+from worker.transform.related import related_operations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +55,7 @@ def transform(enriched: Enriched, mapping: MappingConfig) -> Sequence[Operation]
     """
     handler = handler_for(enriched.notification, mapping)
     check_region(enriched, mapping)
-    operations = tuple(handler.function(enriched, mapping))
+    operations = (*handler.function(enriched, mapping), *related_operations(enriched, mapping))
     if not operations:
         raise Ignored("nothing to send")
     return operations

@@ -6,6 +6,7 @@ import re
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from tests.integration.conftest import klaviyo_for
 from tests.support.sender import Sender
+from worker import send
 from worker.errors import JobUnfinished, Rejected, Transient
 from worker.model import Operation, OperationKind
 from worker.sandbox import Fault, Sandbox
@@ -59,13 +61,13 @@ def variant(number: int, parent: int | None = None, stock: Any = 1, title: str =
     )
 
 
-def stock(number: int, quantity: int, *fallback: Operation) -> Operation:
+def stock(number: int, quantity: int) -> Operation:
     resource = {
         "type": "catalog-variant",
         "id": catalog_id(f"s{number}"),
         "attributes": {"inventory_quantity": quantity},
     }
-    return Operation(OperationKind.UPDATE_INVENTORY, f"s{number}", resource, fallback=lambda: fallback)
+    return Operation(OperationKind.UPDATE_INVENTORY, f"s{number}", resource)
 
 
 def products(number: int, **more: Any) -> list[Operation]:
@@ -98,7 +100,7 @@ def test_whole_catalog_is_sent_in_jobs_of_a_hundred(sandbox: Sandbox, sender: Se
 
 
 def test_existing_entries_are_updated(sandbox: Sandbox, sender: Sender) -> None:
-    """They are known from earlier writes, or the lookup finds them. An ensured category keeps its name."""
+    """Only what differs is written. An ensured category keeps its name."""
     sender.send(products(50))
     sandbox.klaviyo.requests.clear()
     Sender(klaviyo_for(sandbox), 4).send([*products(60, title="New"), *(category(n, name="Hats") for n in range(5))])
@@ -106,11 +108,9 @@ def test_existing_entries_are_updated(sandbox: Sandbox, sender: Sender) -> None:
     names = Counter(entry["attributes"]["name"] for entry in sandbox.account.categories.values())
     assert names == {"Hats": 5, "Shirts": 25}
     made = calls(sandbox)
-    assert made["POST item-bulk-update-jobs"] == 1
-    assert made["POST items"] == 0
-    sandbox.klaviyo.requests.clear()
-    sender.send(products(50, title="Newer"))
-    assert "GET items" not in calls(sandbox)
+    assert (made["POST item-bulk-update-jobs"], made["POST items"]) == (1, 10)
+    assert (made["POST category-bulk-update-jobs"], made["PATCH categories/…"]) == (0, 5)
+    assert not [name for name in made if "variant" in name and made[name] and "update" in name]
 
 
 def test_entry_created_after_the_lookup_is_updated(sandbox: Sandbox, sender: Sender) -> None:
@@ -138,8 +138,8 @@ def test_invalid_entry_does_not_affect_the_others(sandbox: Sandbox, sender: Send
     batch[4] = variant(4, parent=999)
     batch[50 + 20] = item(20, title=20)
     results = sender.send(batch)
-    bad = [number for number, result in enumerate(results) if isinstance(result, Rejected)]
-    assert bad == [3, 4, 20, 70]  # 20: Klaviyo does not have its item
+    assert [number for number, result in enumerate(results) if isinstance(result, Rejected)] == [3, 20, 70]
+    assert [number for number, result in enumerate(results) if isinstance(result, Transient)] == [4]  # no such item yet
     assert len(sandbox.account.items) == 49
     assert len(sandbox.account.variants) == 47
 
@@ -149,56 +149,222 @@ def test_deletions_are_sent_in_jobs(sandbox: Sandbox, sender: Sender) -> None:
     sender.send(products(60))
     sandbox.klaviyo.requests.clear()
     keys = [f"p{number}" for number in range(70)]
+    skus = frozenset(f"s{number}" for number in range(60))
     operations = [
-        Operation(kind, key)
+        operation
         for key in keys
-        for kind in (OperationKind.DELETE_STALE_VARIANTS, OperationKind.DELETE_ITEM)
+        for operation in (
+            Operation(OperationKind.DELETE_STALE_VARIANTS, key, checked_skus=skus),
+            Operation(OperationKind.DELETE_ITEM, key),
+        )
     ]
     operations += [Operation(OperationKind.DELETE_CATEGORY, f"c{number}") for number in range(30)]
     assert sender.send(operations) == [None] * 170
     assert (sandbox.account.categories, sandbox.account.items, sandbox.account.variants) == ({}, {}, {})
     made = calls(sandbox)
     assert made["POST item-bulk-delete-jobs"] == made["POST variant-bulk-delete-jobs"] == 1
-    assert made["DELETE items/…"] == 10
-    assert "DELETE variants/…" not in made
+    assert not {"DELETE items/…", "DELETE variants/…"} & made.keys()
     sandbox.klaviyo.requests.clear()
     assert sender.send(products(60)) == [None] * 150
-    assert not [call for call in calls(sandbox) if "bulk-update" in call]  # none of them is still known
+    assert not [call for call in calls(sandbox) if "bulk-update" in call]  # no category is still known
 
 
-def test_variants_that_moved_to_another_product_are_kept(sandbox: Sandbox, sender: Sender) -> None:
-    """The variants of the old products are deleted before those of the new products are written."""
-    sender.send(products(40))
-    moved = [variant(number, parent=39 - number) for number in range(40)]
-    stale = [
-        Operation(OperationKind.DELETE_STALE_VARIANTS, f"p{number}", keep_skus=frozenset({f"s{39 - number}"}))
-        for number in range(40)
+def test_product_is_not_written_before_its_stale_variants_are_asked_for(sandbox: Sandbox, sender: Sender) -> None:
+    """All is written at once, later. Stock messages do not wait, and a category that has moved is not done."""
+    sender.send([category(0), item(0), variant(0), variant(1, parent=0)])
+    stale = Operation(OperationKind.DELETE_STALE_VARIANTS, "p0", keep_skus=frozenset({"s0", "s2"}))
+    product = [item(0, title="New"), variant(0, title="New"), variant(2, parent=0), stale, stock(0, 7), stock(2, 7)]
+    moved = replace(category(1), kind=OperationKind.MOVE_CATEGORY)
+    results = send.Sender.send(sender, [*product, moved])
+    assert [bool(result.error) for result in results] == [False] * 6 + [True]
+    assert [result.follow_ups for result in results[2:6]] == [
+        {("sku", "s2")},
+        {("sku", "s1")},
+        set(),
+        {("sku", "s2")},
     ]
-    assert sender.send([*moved, *stale]) == [None] * 80
-    assert {entry["item"] for entry in sandbox.account.variants.values()} == {catalog_id(f"p{n}") for n in range(40)}
-    assert sandbox.account.variants["s0"]["item"] == catalog_id("p39")
+    shown = sandbox.account.variants["s0"]["attributes"]
+    assert (shown["title"], shown["inventory_quantity"]) == ("M", 7)
+    assert sandbox.account.items["p0"]["attributes"]["title"] == "Shirt"
+    assert len(sandbox.account.variants) == 2
 
 
-def test_stock_is_sent_in_a_job_with_missing_products(sandbox: Sandbox, sender: Sender) -> None:
-    """If the variant is missing, the whole product is written. If there is no product, nothing is written."""
+@pytest.mark.parametrize("number", [3, 40])
+def test_variants_that_moved_to_another_product_are_moved(number: int, sandbox: Sandbox, sender: Sender) -> None:
+    """Klaviyo cannot move a variant. It is deleted and created, whether or not its old product is in the batch."""
+    sender.send(products(number))
+    moved = [variant(each, parent=number - 1 - each) for each in range(number)]
+    assert sender.send(moved) == [None] * number
+    items = {entry["attributes"]["sku"]: entry["item"] for entry in sandbox.account.variants.values()}
+    assert items == {f"s{each}": catalog_id(f"p{number - 1 - each}") for each in range(number)}
+
+
+def test_variants_are_deleted_only_if_commercetools_was_asked_for_them(sandbox: Sandbox, sender: Sender) -> None:
+    """A SKU that has moved to another product is not deleted. Its item cannot go before it."""
+    sender.send([category(0), item(0), variant(0), variant(1, parent=0), variant(2, parent=0)])
+    stale = Operation(OperationKind.DELETE_STALE_VARIANTS, "p0", keep_skus=frozenset({"s1"}))
+    gone = Operation(OperationKind.DELETE_ITEM, "p0")
+    (result, deletion) = send.Sender.send(sender, [stale, gone])
+    assert result.follow_ups == {("sku", "s0"), ("sku", "s2")}
+    assert (result.error, deletion.error, set(sandbox.account.variants)) == (None, None, {"s0", "s1", "s2"})
+    (result,) = send.Sender.send(sender, [replace(stale, checked_skus=frozenset({"s0"}))])
+    assert result.follow_ups == {("sku", "s2")}
+    assert len(sandbox.account.variants) == 3
+    assert sender.send([replace(stale, checked_skus=frozenset({"s0", "s2", "s9"}))]) == [None]
+    assert set(sandbox.account.variants) == {"s1"}
+    last = replace(stale, keep_skus=frozenset(), checked_skus=frozenset({"s1"}))
+    assert sender.send([last, gone]) == [None, None]
+    assert not sandbox.account.variants
+    assert not sandbox.account.items
+
+
+def test_stock_is_sent_in_a_job(sandbox: Sandbox, sender: Sender) -> None:
+    """The variants that Klaviyo does not have are returned, because their products must be written."""
     sender.send(products(50))
     sandbox.klaviyo.requests.clear()
-    changes = [stock(number, 7) for number in range(50)]
-    changes += [stock(50, 7, item(50), variant(50, stock=7)), stock(51, 7)]
-    assert sender.send(changes) == [None] * 52
+    results = send.Sender.send(sender, [stock(number, 7) for number in range(52)])
+    assert [result.error for result in results] == [None] * 52
+    assert {key for result in results for key in result.follow_ups} == {("sku", "s50"), ("sku", "s51")}
     assert {entry["attributes"]["inventory_quantity"] for entry in sandbox.account.variants.values()} == {7}
-    assert len(sandbox.account.variants) == 51
     assert calls(sandbox)["POST variant-bulk-update-jobs"] == 1
+    sandbox.klaviyo.requests.clear()
+    assert sender.send([stock(number, 7) for number in range(50)]) == [None] * 50
+    assert calls(sandbox) == {"GET variants": 1}  # nothing differs
 
 
 def test_variant_and_its_stock_in_one_batch_are_one_entry(sandbox: Sandbox, sender: Sender) -> None:
     """A job names each entry once. The write of the variant includes the stock."""
     sender.send(products(20))
     both = [*(variant(n, stock=9, title="L") for n in range(20)), *(stock(n, 9) for n in range(20))]
-    assert sender.send(both) == [None] * 40
+    assert Sender(klaviyo_for(sandbox), 4).send(both) == [None] * 40
     variants = [entry["attributes"] for entry in sandbox.account.variants.values()]
     assert {(each["inventory_quantity"], each["title"]) for each in variants} == {(9, "L")}
     assert calls(sandbox)["POST variant-bulk-update-jobs"] == 1
+
+
+def test_variant_is_created_with_its_stock_and_updated_without_it(sandbox: Sandbox) -> None:
+    """Stock messages write the stock of an existing variant. A late write of its product must not undo them."""
+    first = Sender(klaviyo_for(sandbox), 4)
+    first.send([category(0), item(0), variant(0, stock=5)])
+    assert Sender(klaviyo_for(sandbox), 4).send([variant(0, stock=9, title="L")]) == [None]
+    shown = sandbox.account.variants["s0"]["attributes"]
+    assert (shown["title"], shown["inventory_quantity"]) == ("L", 5)
+    # The process that created the variant corrects its own write, until a stock message has arrived.
+    assert first.send([variant(0, stock=9, title="L")]) == [None]
+    assert shown["inventory_quantity"] == 9
+    first.send([stock(0, 3)])
+    first.send([variant(0, stock=4, title="XL")])
+    assert (shown["title"], shown["inventory_quantity"]) == ("XL", 3)
+
+
+def test_untracked_stock_keeps_its_quantity(sandbox: Sandbox) -> None:
+    """No message says that the stock of a variant is not tracked, so its product does."""
+    Sender(klaviyo_for(sandbox), 4).send([category(0), item(0), variant(0, stock=5)])
+    untracked = variant(0, stock=None)
+    attributes = (untracked.resource or {})["attributes"]
+    attributes["inventory_policy"] = 2
+    assert Sender(klaviyo_for(sandbox), 4).send([untracked]) == [None]
+    shown = sandbox.account.variants["s0"]["attributes"]
+    assert (shown["inventory_quantity"], shown["inventory_policy"]) == (5, 2)
+
+
+def test_missing_price_is_zero_only_in_the_creation_of_a_variant(sandbox: Sandbox, sender: Sender) -> None:
+    """An item without a price has none. A variant keeps its price: 0 would start price-drop mails."""
+    for created, expected in ((1.0, 1.0), (None, 0)):
+        for price in (created, None):
+            operations = [category(0), item(0), variant(0)]
+            for operation in operations[1:]:
+                (operation.resource or {})["attributes"]["price"] = price
+            assert sender.send(operations) == [None] * 3
+        assert sandbox.account.items["p0"]["attributes"]["price"] is None
+        assert sandbox.account.variants["s0"]["attributes"]["price"] == expected
+        sandbox.account.delete_entry("catalog-item", catalog_id("p0"))
+
+
+@pytest.mark.parametrize("number", [2, 30])
+def test_nothing_is_written_where_nothing_differs(number: int, sandbox: Sandbox, sender: Sender) -> None:
+    """Klaviyo's lists do not show the categories of an item, so they are read for each item that seems to be right."""
+    sender.send(products(number))
+    sandbox.klaviyo.requests.clear()
+    assert sender.send(products(number)) == [None] * (2 * number + 30)
+    assert {request.method for request in sandbox.klaviyo.requests} == {"GET"}
+    assert calls(sandbox)["GET items"] == 1
+    sandbox.account.items["p1"]["categories"] = []
+    assert sender.send(products(number)) == [None] * (2 * number + 30)
+    assert sandbox.account.items["p1"]["categories"] == [catalog_id("c1")]
+
+
+def test_ensured_entries_are_created_but_not_changed(sandbox: Sandbox, sender: Sender) -> None:
+    """A stock message creates a missing product, but cannot undo a newer one."""
+    sender.send([category(0), item(0), variant(0)])
+    late = [
+        replace(item(0, title="Old"), kind=OperationKind.ENSURE_ITEM),
+        replace(variant(0, title="Old"), kind=OperationKind.ENSURE_VARIANT),
+        replace(variant(1, parent=0, title="Old"), kind=OperationKind.ENSURE_VARIANT),
+        stock(0, 8),
+    ]
+    assert sender.send(late) == [None] * 4
+    assert sandbox.account.items["p0"]["attributes"]["title"] == "Shirt"
+    shown = sandbox.account.variants["s0"]["attributes"]
+    assert (shown["title"], shown["inventory_quantity"]) == ("M", 8)
+    assert sandbox.account.variants["s1"]["attributes"]["title"] == "Old"
+
+
+@pytest.mark.parametrize("number", [1, 11])
+def test_ensured_entries_that_were_just_created_are_not_changed(number: int, sandbox: Sandbox, sender: Sender) -> None:
+    """Another process creates them between the reading and the write. Only the stock of the message is written."""
+    names = range(0, 30 * number, 30)
+    sender.send([category(0), *map(item, names), *map(variant, names)])
+    sandbox.klaviyo.faults.add(Fault(match=r"GET /api/catalog-items\?", status=200, body=b'{"data":[]}'))
+    late = [
+        *(replace(item(each, title="Old"), kind=OperationKind.ENSURE_ITEM) for each in names),
+        *(replace(variant(each, title="Old"), kind=OperationKind.ENSURE_VARIANT) for each in names),
+        stock(0, 8),
+    ]
+    assert sender.send(late) == [None] * len(late)
+    shown = [entry["attributes"] for entry in sandbox.account.variants.values()]
+    assert {each["title"] for each in shown} == {"M"}
+    assert sorted(each["inventory_quantity"] for each in shown) == [1] * (number - 1) + [8]
+
+
+def test_item_with_many_variants_is_listed(sandbox: Sandbox, sender: Sender) -> None:
+    """Klaviyo documents no limit for included variants, so 100 of them are possibly not all."""
+    sender.send([category(0), item(0), *(variant(each, parent=0) for each in range(120))])
+    sandbox.klaviyo.requests.clear()
+    everything = Operation(OperationKind.DELETE_STALE_VARIANTS, "p0")
+    (result,) = send.Sender.send(sender, [everything])
+    assert len(result.follow_ups) == 120
+    assert calls(sandbox) == {"GET items": 1, "GET items/…": 2}
+
+
+def test_incomplete_list_of_variants_moves_none(sandbox: Sandbox, sender: Sender) -> None:
+    """A variant that exists, but is not among those of its item, is asked for before it is moved."""
+    sender.send([category(0), item(0), variant(0)])
+    shown = {"type": "catalog-item", "id": catalog_id("p0"), "relationships": {"variants": {"data": []}}}
+    body = orjson.dumps({"data": [shown]})
+    sandbox.klaviyo.faults.add(Fault(match=r"GET /api/catalog-items\?", status=200, body=body))
+    sandbox.klaviyo.requests.clear()
+    assert sender.send([variant(0, title="L")]) == [None]
+    assert sandbox.account.variants["s0"]["attributes"]["title"] == "L"
+    assert calls(sandbox)["DELETE variants/…"] == 0
+
+
+def test_category_that_has_moved_waits_for_its_products(sandbox: Sandbox, sender: Sender) -> None:
+    """Its breadcrumb in Klaviyo shows that it has moved, so it is the last write, and only if all others succeed."""
+    sender.send([category(0, name="Home > Cups")])
+    moved = replace(category(0, name="Kitchen > Cups"), watches_move=True)
+    (result,) = send.Sender.send(sender, [moved])
+    assert result.follow_ups == {("category-products", "c0")}
+    last = replace(moved, kind=OperationKind.MOVE_CATEGORY)
+    failed, waiting = sender.send([item(0, title=1), last])
+    assert isinstance(failed, Rejected)
+    assert isinstance(waiting, Transient)
+    assert sandbox.account.categories["c0"]["attributes"]["name"] == "Home > Cups"
+    assert sender.send([category(0, OperationKind.ENSURE_CATEGORY), item(0), last]) == [None] * 3
+    assert sandbox.account.categories["c0"]["attributes"]["name"] == "Kitchen > Cups"
+    renamed = replace(category(0, name="Kitchen > Mugs"), watches_move=True)
+    assert sender.send([renamed]) == [None]
+    assert sandbox.account.categories["c0"]["attributes"]["name"] == "Kitchen > Mugs"
 
 
 @pytest.mark.parametrize(
@@ -277,26 +443,31 @@ def test_category_that_failed_is_not_known_to_exist(sandbox: Sandbox) -> None:
     assert len(sandbox.account.categories) == 30
 
 
-def test_outage_while_variants_are_listed_fails_their_item_only(sandbox: Sandbox) -> None:
-    """No variant is deleted without a list, and the other items succeed."""
+def test_outage_while_an_item_is_listed_fails_this_item_only(sandbox: Sandbox) -> None:
+    """No variant is deleted without a complete list, and the other items succeed."""
     sender = Sender(klaviyo_for(sandbox, retry_timeout=0.1), 4)
-    sender.send(products(20))
+    sender.send([*products(20), *(variant(1_000 + each, parent=3) for each in range(100))])
     sandbox.klaviyo.faults.add(Fault(match=re.escape(f"GET /api/catalog-items/{catalog_id('p3')}"), times=None))
-    results = sender.send([Operation(OperationKind.DELETE_STALE_VARIANTS, f"p{number}") for number in range(20)])
+    checked = frozenset(sandbox.account.variants)
+    stale = [Operation(OperationKind.DELETE_STALE_VARIANTS, f"p{n}", checked_skus=checked) for n in range(20)]
+    results = sender.send(stale)
     assert [number for number, result in enumerate(results) if result] == [3]
     assert isinstance(results[3], Transient)
-    assert list(sandbox.account.variants) == ["s3"]
+    assert len(sandbox.account.variants) == 101
 
 
-def test_rejected_lookup_sends_the_entries_individually(sandbox: Sandbox, sender: Sender) -> None:
+@pytest.mark.parametrize("path", ["items", "variants", "categories"])
+def test_rejected_filter_reads_the_entries_individually(path: str, sandbox: Sandbox, sender: Sender) -> None:
     """If Klaviyo rejects the filter, no record is at fault."""
-    sandbox.klaviyo.faults.add(Fault(match="GET /api/catalog-items", status=400))
-    assert sender.send([item(number) for number in range(0, 600, 30)] + [category(0)]) == [None] * 21
-    assert calls(sandbox)["POST items"] == 20
+    sandbox.klaviyo.faults.add(Fault(match=rf"GET /api/catalog-{path}\?", status=400, times=None))
+    operations = [category(0), category(1), item(0), item(30), variant(0), variant(30), stock(0, 4), stock(1, 4)]
+    for _ in range(2):
+        assert sender.send(operations) == [None] * 8
+    assert (len(sandbox.account.categories), len(sandbox.account.items), len(sandbox.account.variants)) == (2, 2, 2)
 
 
 def test_few_entries_are_sent_individually(sandbox: Sandbox, sender: Sender) -> None:
-    """A kind of operation is sent in a job only if there are more than the threshold."""
+    """Writes of a kind are sent in a job only if there are more than the threshold."""
     sender.send([*(category(number) for number in range(11)), *(item(number) for number in range(10))])
     made = calls(sandbox)
     assert (made["POST category-bulk-create-jobs"], made["POST categories"]) == (1, 0)

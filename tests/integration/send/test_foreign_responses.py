@@ -55,8 +55,17 @@ def test_page_with_404_does_not_prove_that_a_variant_is_missing(sandbox: Sandbox
     """The stock of a variant that Klaviyo does not have is nothing to write. That of any other must arrive."""
     stock = Operation(OperationKind.UPDATE_INVENTORY, "x0", STOCK)
     assert Sender(klaviyo_for(sandbox), 4).send([stock]) == [None]
-    sandbox.klaviyo.faults.add(Fault(status=404, times=None, match="PATCH /api/catalog", body=PAGE))
-    assert_kept(sandbox, [stock])
+    for kind, attributes in (("item", {}), ("variant", {"sku": "x0", "inventory_quantity": 5, "price": 1.0})):
+        required = {"external_id": "x0", "title": "T", "description": "", "url": "None"}
+        related = {"item": {"data": {"type": "catalog-item", "id": catalog_id("x0")}}} if attributes else {}
+        entry = {"attributes": required | attributes, "relationships": related}
+        sandbox.account.create_entry(f"catalog-{kind}", entry)
+    for method in ("GET", "PATCH"):
+        sandbox.klaviyo.faults.add(Fault(status=404, times=None, match=f"{method} /api/catalog", body=PAGE))
+        assert_kept(sandbox, [stock])
+        sandbox.klaviyo.faults.clear()
+    assert Sender(klaviyo_for(sandbox), 4).send([stock]) == [None]
+    assert sandbox.account.variants["x0"]["attributes"]["inventory_quantity"] == 0
 
 
 @pytest.mark.parametrize("body", [b"", b'{"message":"ok"}', b'{"data":null}', b"[]"])

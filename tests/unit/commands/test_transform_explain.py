@@ -246,16 +246,8 @@ def test_omissions_by_the_mapping_are_named() -> None:
             {"categories": [{"id": "id-1"}, *({"id": f"d{n}", "ancestors": [{"id": "id-1"}]} for n in range(501))]},
             "descendants after the first 500, if any: limited by category.max_descendants",
         ),
-        (
-            change("ResourceCreated", "inventory-entry"),
-            {
-                "inventory": [{"id": "id-1", "sku": "S", "availableQuantity": 3}],
-                "product-projections": [{"id": "p", "masterVariant": {"sku": "S"}}],
-            },
-            "if Klaviyo does not have it: upsert_item p, upsert_variant S",
-        ),
     ],
-    ids=["order-sku", "customer-phone", "variant", "price", "transaction", "descendants", "instead"],
+    ids=["order-sku", "customer-phone", "variant", "price", "transaction", "descendants"],
 )
 def test_other_omissions_have_a_reason(document: dict[str, Any], snapshot: dict[str, Any], expected: str) -> None:
     """Each omission is explained by the data in commercetools."""

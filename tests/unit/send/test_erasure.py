@@ -9,12 +9,12 @@ from urllib.parse import unquote
 import pytest
 
 from worker.errors import Rejected, Transient
-from worker.model import Operation, OperationKind
+from worker.model import Operation, OperationKind, SendResult
 from worker.send.erasure import MAX_PROFILES, Eraser
 
 if TYPE_CHECKING:
     from worker.klaviyo.client import Body
-    from worker.model import Json, SendResult
+    from worker.model import Json
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 
@@ -60,13 +60,13 @@ def test_profiles_of_the_person_are_deleted() -> None:
         "ada": [profile("P1", "ada", "Ada@example.com")],
         "Ada@example.com": [profile("P1", "ada", "Ada@example.com"), profile("P2", None, "ada@example.com")],
     }
-    assert erase(account) == (None, 4, 2)
+    assert erase(account) == SendResult(None, 4, 2)
     assert account.deleted == ["P1", "P2"]
 
 
 def test_erasure_without_a_profile_has_the_number_0() -> None:
     """The log line must not look like that of a deletion."""
-    assert erase(Account()) == (None, 1, 0)
+    assert erase(Account()) == SendResult(None, 1, 0)
 
 
 @pytest.mark.parametrize("other", [profile("P2", "bob", "ada@example.com"), profile("P2", None, "bob@example.com")])
@@ -110,7 +110,7 @@ def test_accepted_requests_count_if_a_later_one_fails() -> None:
     """The next attempt does not find the first profile any more."""
     account = Account(refused=2)
     account.found = {"ada": [profile("P1", "ada"), profile("P2", "ada")]}
-    error, requests, erased = erase(account)
+    error, requests, erased, _ = erase(account)
     assert isinstance(error, Transient)
     assert (requests, erased) == (3, 1)
 
@@ -123,7 +123,7 @@ def test_profile_that_the_worker_created_too_late_is_deleted() -> None:
         "ada": [profile("P1", "ada", "a@example.com", created=created)],
         "a@example.com": [profile("P2", None, "a@example.com")],
     }
-    assert erase(account, NOW) == (None, 2, 1)
+    assert erase(account, NOW) == SendResult(None, 2, 1)
     assert account.deleted == ["P1"]
 
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from worker.errors import JobUnfinished, Transient
 from worker.model import Operation, OperationKind, SendResult
-from worker.send import catalog, jobs
+from worker.send import jobs
+from worker.send.catalog import reader
+from worker.send.catalog.batch import CatalogBatch
 from worker.send.jobs import BulkJobType, JobEntry
 from worker.transform.catalog import catalog_id
 
@@ -54,33 +56,30 @@ class _Sized(bytes):
 
 def test_filter_has_up_to_a_hundred_ids() -> None:
     """A filter has fewer ids if they are long."""
-    short = list(catalog._filters(f"s{number}" for number in range(250)))
-    assert [each.count("$custom") for each in short] == [100, 100, 50]
-    long = list(catalog._filters("s" * 200 + str(number) for number in range(100)))
-    assert sum(each.count("$custom") for each in long) == 100
-    assert 5_000 < max(map(len, long)) < 6_000
+    assert [len(chunk) for chunk in reader._chunks(f"s{number}" for number in range(250))] == [100, 100, 50]
+    long = list(reader._chunks("s" * 200 + str(number) for number in range(100)))
+    assert sum(map(len, long)) == 100
+    assert 6_000 < max(len(reader._filter(chunk)) for chunk in long) < 7_200
 
 
 @given(st.lists(st.text(min_size=1, max_size=256), max_size=150, unique=True))
 def test_filter_fits_a_uri(keys: list[str]) -> None:
     """Any SKUs give filters of at most 100 ids and 8 KB, with each SKU once."""
-    lists = list(catalog._filters(keys))
-    assert max(map(len, lists), default=0) < 8_000
-    asked = [literal for each in lists for literal in each.split(",%22")]
-    assert len(asked) == len(keys)
-    assert all(each.count("%22$custom") <= catalog.MAX_ENTRIES for each in lists)
-    for key, literal in zip(keys, asked, strict=True):
-        assert catalog_id(key)[:20] in unquote(literal)
+    chunks = list(reader._chunks(keys))
+    assert sorted(key for chunk in chunks for key in chunk) == sorted(keys)
+    for chunk in chunks:
+        text = reader._filter(chunk)
+        assert len(text) < 8_000
+        assert text.count("%22$custom") == len(chunk) <= reader.MAX_ENTRIES
+        assert all(catalog_id(key)[:20] in unquote(text) for key in chunk)
 
 
 def test_unfinished_deletion_of_a_variant_precedes_other_errors() -> None:
     """The job can still delete a SKU that another product gets, so no worker may process the message."""
-    deletions = [Operation(OperationKind.DELETE_VARIANT, sku) for sku in "abc"]
+    stale = Operation(OperationKind.DELETE_STALE_VARIANTS, "p", checked_skus=frozenset("abc"))
     unfinished = JobUnfinished("a job has not ended yet", 600.0)
-    result_of = {
-        "a": SendResult(None, 1),
-        "b": SendResult(Transient("503"), 1),
-        "c": SendResult(unfinished, 1),
-    }
-    assert catalog._StaleVariants(deletions).result(result_of) == SendResult(unfinished, 4)
-    assert catalog._StaleVariants([], Transient("503")).result({}).error is not None
+    results = {"a": SendResult(None, 1), "b": SendResult(Transient("503"), 1), "c": SendResult(unfinished, 1)}
+    batch = CatalogBatch([stale], frozenset())
+    batch._found = {reader.ITEMS: {"p": reader.Entry({}, {key: {} for key in "abcd"})}}
+    batch.conclude_stale(stale, results)
+    assert batch.results_of([stale]) == [SendResult(unfinished, 4, 0, frozenset({("sku", "d")}))]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.sender import Sender
+from worker import send
 from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.model import Json, Operation, OperationKind
 from worker.send import request_for
@@ -71,7 +72,7 @@ def entry(kind: OperationKind, key: str, **more: Any) -> Operation:
     resource = {
         "type": "catalog-x",
         "attributes": {"external_id": key, "integration_type": "$custom", "catalog_type": "$default", "title": "T"},
-        "relationships": {"r": {}},
+        "relationships": {"item": {"data": {"type": "catalog-item", "id": catalog_id("p")}}},
     }
     if kind is OperationKind.UPSERT_GUEST:
         resource = {"type": "profile", "attributes": {"email": key, "first_name": "N"}}
@@ -97,40 +98,59 @@ def test_operations_with_the_same_key_are_sent_once(sender: Sender, klaviyo: Kla
     old = Operation(OperationKind.UPSERT_CATEGORY, "c", {"type": "catalog-category", "attributes": {"name": "old"}})
     new = Operation(OperationKind.UPSERT_CATEGORY, "c", {"type": "catalog-category", "attributes": {"name": "new"}})
     assert sender.send([old, new]) == [None, None]
-    assert klaviyo.calls == [("POST /api/catalog-categories", {"data": new.resource})]
+    assert klaviyo.calls[1:] == [("POST /api/catalog-categories", {"data": new.resource})]
+
+
+def listed(collection: str, *keys: str, **more: Any) -> tuple[str, Json]:
+    """Return the request that reads catalog entries, and an answer with one entry per key."""
+    query = {
+        "catalog-items": "include=variants",
+        "catalog-variants": "fields%5Bcatalog-variant%5D=inventory_quantity,inventory_policy",
+        "catalog-categories": "fields%5Bcatalog-category%5D=name",
+    }[collection]
+    literals = ",".join(f"%22{catalog_id(key)}%22" for key in keys)
+    entries = [{"id": catalog_id(key), "attributes": {}, "relationships": {"variants": {"data": []}}} for key in keys]
+    return f"GET /api/{collection}?filter=any(ids,%5B{literals}%5D)&{query}", {"data": entries} | more
 
 
 def test_phases_run_in_order(sender: Sender, klaviyo: Klaviyo) -> None:
     """Categories are written before items, items before variants, and deletions come last."""
+    klaviyo.answer(*listed("catalog-items", "gone", "p"))
     sender.send(
         [
             Operation(OperationKind.DELETE_ITEM, "gone"),
-            Operation(OperationKind.DELETE_STALE_VARIANTS, "p", keep_skus=frozenset({"s"})),
             entry(OperationKind.UPSERT_VARIANT, "s"),
             entry(OperationKind.UPSERT_ITEM, "p"),
             entry(OperationKind.ENSURE_CATEGORY, "c"),
         ]
     )
-    assert [name.split("?")[0] for name in klaviyo.names] == [
+    writes = [name for name in klaviyo.names if not name.startswith("GET")]
+    assert writes == [
         "POST /api/catalog-categories",
-        "POST /api/catalog-items",
-        f"GET {ITEM}/variants",
+        f"PATCH {ITEM}",
         "POST /api/catalog-variants",
         f"DELETE /api/catalog-items/{catalog_id('gone')}",
     ]
 
 
-def test_existing_entry_is_updated_without_create_only_attributes(sender: Sender, klaviyo: Klaviyo) -> None:
-    """A conflict on creation leads to an update."""
+def test_entry_created_after_the_reading_is_updated_without_create_only_attributes(
+    sender: Sender, klaviyo: Klaviyo
+) -> None:
+    """Klaviyo's answer counts more than what the reading showed."""
     klaviyo.answer("POST /api/catalog-items", CONFLICT)
     assert sender.send([entry(OperationKind.UPSERT_ITEM, "p")]) == [None]
-    update = {"type": "catalog-x", "id": catalog_id("p"), "attributes": {"title": "T"}, "relationships": {"r": {}}}
-    assert klaviyo.calls[1] == (f"PATCH {ITEM}", {"data": update})
+    name, body = klaviyo.calls[-1]
+    assert name == f"PATCH {ITEM}"
+    assert body is not None
+    assert body["data"]["attributes"] == {"title": "T"}
 
 
 def test_update_of_a_variant_has_no_relationships(sender: Sender, klaviyo: Klaviyo) -> None:
     """Klaviyo accepts no relationships in the update of a variant."""
-    klaviyo.answer("POST /api/catalog-variants", CONFLICT)
+    included = [{"type": "catalog-variant", "id": catalog_id("s"), "attributes": {"title": "Old"}}]
+    call, answer = listed("catalog-items", "p", included=included)
+    answer["data"][0]["relationships"]["variants"]["data"] = [{"type": "catalog-variant", "id": catalog_id("s")}]
+    klaviyo.answer(call, answer)
     assert sender.send([entry(OperationKind.UPSERT_VARIANT, "s")]) == [None]
     name, body = klaviyo.calls[1]
     assert name == f"PATCH {VARIANT}"
@@ -138,35 +158,14 @@ def test_update_of_a_variant_has_no_relationships(sender: Sender, klaviyo: Klavi
     assert "relationships" not in body["data"]
 
 
-def test_missing_price_is_0_only_in_a_new_variant(sender: Sender, klaviyo: Klaviyo) -> None:
-    """Klaviyo requires numbers in a new variant. In an existing one, a price of 0 would start price-drop mails."""
-    values = {"price": None, "inventory_quantity": None, "inventory_policy": 2}
-    resource = {"type": "catalog-variant", "attributes": {"external_id": "s", **values}}
-    klaviyo.answer("POST /api/catalog-variants", CONFLICT)
-    assert sender.send([Operation(OperationKind.UPSERT_VARIANT, "s", resource)]) == [None]
-    (_, created), (_, updated) = klaviyo.calls
-    assert created is not None
-    assert updated is not None
-    assert created["data"]["attributes"] == {"external_id": "s", **values, "price": 0, "inventory_quantity": 0}
-    assert updated["data"]["attributes"] == {"inventory_policy": 2}
-
-
-def test_known_entry_costs_one_request(sender: Sender, klaviyo: Klaviyo) -> None:
-    """An entry that this process has written is updated immediately. If it no longer exists, it is created again."""
-    sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
-    sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
-    assert klaviyo.names == ["POST /api/catalog-items", f"PATCH {ITEM}"]
-    klaviyo.answer(f"PATCH {ITEM}", NOT_FOUND)
-    assert sender.send([entry(OperationKind.UPSERT_ITEM, "p")]) == [None]
-    assert klaviyo.names[2:] == [f"PATCH {ITEM}", "POST /api/catalog-items"]
-
-
-def test_deleted_entry_is_no_longer_known(sender: Sender, klaviyo: Klaviyo) -> None:
-    """A product that is published again after its deletion is created."""
-    sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
-    sender.send([Operation(OperationKind.DELETE_ITEM, "p")])
-    sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
-    assert klaviyo.names == ["POST /api/catalog-items", f"DELETE {ITEM}", "POST /api/catalog-items"]
+def test_entry_deleted_after_the_reading_is_created(sender: Sender, klaviyo: Klaviyo) -> None:
+    """An entry that is deleted and created at the same time by others is read again later."""
+    for last, expected in (({}, type(None)), (CONFLICT, Transient)):
+        klaviyo.answer(*listed("catalog-items", "p"))
+        klaviyo.answer(f"PATCH {ITEM}", NOT_FOUND)
+        klaviyo.answer("POST /api/catalog-items", last)
+        (error,) = sender.send([entry(OperationKind.UPSERT_ITEM, "p")])
+        assert isinstance(error, expected)
 
 
 def test_entry_deleted_between_two_requests_is_a_transient_error(sender: Sender, klaviyo: Klaviyo) -> None:
@@ -182,38 +181,52 @@ def test_ensured_category_is_created_once_and_never_updated(sender: Sender, klav
     klaviyo.answer("POST /api/catalog-categories", CONFLICT)
     for _ in range(3):
         assert sender.send([entry(OperationKind.ENSURE_CATEGORY, "c")]) == [None]
-    assert klaviyo.names == ["POST /api/catalog-categories"]
+    assert klaviyo.names == [listed("catalog-categories", "c")[0], "POST /api/catalog-categories"]
 
 
-def related(kind: OperationKind, key: str, name: str, data: object) -> Operation:
-    operation = entry(kind, key)
-    return replace(operation, resource=(operation.resource or {}) | {"relationships": {name: {"data": data}}})
+def item_in(category: str) -> Operation:
+    item = entry(OperationKind.UPSERT_ITEM, "p")
+    data = [{"type": "catalog-category", "id": catalog_id(category)}]
+    return replace(item, resource=(item.resource or {}) | {"relationships": {"categories": {"data": data}}})
 
 
-def test_remembered_category_that_was_deleted_is_created(sender: Sender, klaviyo: Klaviyo) -> None:
+@pytest.mark.parametrize("answer", [NOT_FOUND, Rejected("no such category", 400)])
+def test_remembered_category_that_was_deleted_is_created(answer: Rejected, sender: Sender, klaviyo: Klaviyo) -> None:
     """A new product must not be dead-lettered because its category was deleted in Klaviyo."""
-    category = entry(OperationKind.ENSURE_CATEGORY, "c")
-    item = related(OperationKind.UPSERT_ITEM, "p", "categories", [{"type": "catalog-category", "id": catalog_id("c")}])
+    category, item = entry(OperationKind.ENSURE_CATEGORY, "c"), item_in("c")
     assert sender.send([category]) == [None]
-    klaviyo.answer("POST /api/catalog-items", NOT_FOUND)
+    klaviyo.answer("POST /api/catalog-items", answer)
     klaviyo.calls.clear()
     missing, error = sender.send([category, item])
     assert missing is None
     assert isinstance(error, Transient)
     assert sender.send([category, item]) == [None, None]
-    assert klaviyo.names == ["POST /api/catalog-items", "POST /api/catalog-categories", "POST /api/catalog-items"]
+    writes = [name for name in klaviyo.names if not name.startswith("GET")]
+    assert writes == ["POST /api/catalog-items", "POST /api/catalog-categories", "POST /api/catalog-items"]
 
 
-def test_variant_of_a_remembered_item_that_was_deleted_is_a_transient_error(sender: Sender, klaviyo: Klaviyo) -> None:
-    """The next attempt creates the item. If the item was never written, the rejection of the variant is final."""
-    item = entry(OperationKind.UPSERT_ITEM, "p")
-    parent = {"type": "catalog-item", "id": catalog_id("p")}
-    variant = related(OperationKind.UPSERT_VARIANT, "s", "item", parent)
-    klaviyo.answer("POST /api/catalog-variants", NOT_FOUND, NOT_FOUND)
-    assert sender.send([variant]) == [NOT_FOUND]
-    assert sender.send([item]) == [None]
-    (error,) = sender.send([variant])
+def test_rejection_is_final_if_nothing_was_remembered(sender: Sender, klaviyo: Klaviyo) -> None:
+    """The categories were read in the same batch, so the item is at fault."""
+    rejection = Rejected("invalid", 400)
+    klaviyo.answer("POST /api/catalog-items", rejection)
+    assert sender.send([entry(OperationKind.ENSURE_CATEGORY, "c"), item_in("c")]) == [None, rejection]
+
+
+def test_variant_of_an_item_that_was_just_deleted_is_a_transient_error(sender: Sender, klaviyo: Klaviyo) -> None:
+    """The next attempt creates the item."""
+    klaviyo.answer(*listed("catalog-items", "p"))
+    klaviyo.answer("POST /api/catalog-variants", NOT_FOUND)
+    (error,) = sender.send([entry(OperationKind.UPSERT_VARIANT, "s")])
     assert isinstance(error, Transient)
+
+
+def test_entry_is_not_written_without_those_it_refers_to(sender: Sender, klaviyo: Klaviyo) -> None:
+    """An item needs its categories, and a variant its item. They share the error."""
+    error = Transient("503")
+    klaviyo.answer("POST /api/catalog-categories", error)
+    operations = [entry(OperationKind.ENSURE_CATEGORY, "c"), item_in("c"), entry(OperationKind.UPSERT_VARIANT, "s")]
+    assert sender.send(operations) == [error] * 3
+    assert [name for name in klaviyo.names if not name.startswith("GET")] == ["POST /api/catalog-categories"]
 
 
 def test_category_that_could_not_be_created_is_not_known(sender: Sender, klaviyo: Klaviyo) -> None:
@@ -222,7 +235,7 @@ def test_category_that_could_not_be_created_is_not_known(sender: Sender, klaviyo
     (error,) = sender.send([entry(OperationKind.ENSURE_CATEGORY, "c")])
     assert isinstance(error, Transient)
     assert sender.send([entry(OperationKind.ENSURE_CATEGORY, "c")]) == [None]
-    assert klaviyo.names == ["POST /api/catalog-categories"] * 2
+    assert klaviyo.names.count("POST /api/catalog-categories") == 2
 
 
 @pytest.mark.parametrize(
@@ -234,53 +247,54 @@ def test_deletion_of_a_missing_entry_succeeds(kind: OperationKind, path: str, se
     """A redelivered deletion has no second effect."""
     key = path[-1]
     klaviyo.answer(f"DELETE {path}", NOT_FOUND, Rejected("no", 400))
+    klaviyo.answer(listed("catalog-items", "p")[0], *[listed("catalog-items", "p")[1]] * 2)
     assert sender.send([Operation(kind, key)]) == [None]
     (error,) = sender.send([Operation(kind, key)])
     assert isinstance(error, Rejected)
 
 
-def test_stale_variants_are_deleted_page_by_page(sender: Sender, klaviyo: Klaviyo) -> None:
-    """Klaviyo lists at most 100 variants per page."""
-    first = f"GET {ITEM}/variants?fields%5Bcatalog-variant%5D=id"
-    following = f"/api/catalog-items/{catalog_id('p')}/variants?page%5Bcursor%5D=2"
-    klaviyo.answer(
-        first,
-        {
-            "data": [{"id": catalog_id("s")}, {"id": catalog_id("old 1")}],
-            "links": {"next": f"https://a.klaviyo.com{following}"},
-        },
-    )
-    klaviyo.answer(f"GET {following}", {"data": [{"id": catalog_id("old/2")}], "links": {"next": None}})
-    assert sender.send([Operation(OperationKind.DELETE_STALE_VARIANTS, "p", keep_skus=frozenset({"s"}))]) == [None]
-    deleted = [name for name in klaviyo.names if name.startswith("DELETE")]
-    assert deleted == [
-        "DELETE /api/catalog-variants/$custom:::$default:::old%201",
-        "DELETE /api/catalog-variants/$custom:::$default:::old%2F2",
-    ]
+def test_item_that_klaviyo_does_not_have_needs_no_deletion(sender: Sender, klaviyo: Klaviyo) -> None:
+    """The deletion of a product that was never synced costs one reading."""
+    operations = [Operation(OperationKind.DELETE_STALE_VARIANTS, "p"), Operation(OperationKind.DELETE_ITEM, "p")]
+    assert sender.send(operations) == [None, None]
+    assert klaviyo.names == [listed("catalog-items", "p")[0]]
 
 
-def test_sku_that_moves_to_another_product_is_kept(sender: Sender, klaviyo: Klaviyo) -> None:
-    """In one batch, the variants of the old product are deleted before those of the new product are written."""
-    variants = f"GET {ITEM}/variants?fields%5Bcatalog-variant%5D=id"
-    klaviyo.answer(variants, {"data": [{"id": catalog_id("s")}]})
-    sender.send([entry(OperationKind.UPSERT_VARIANT, "s"), Operation(OperationKind.DELETE_STALE_VARIANTS, "p")])
-    assert klaviyo.names == [variants, f"DELETE {VARIANT}", "POST /api/catalog-variants"]
+def test_sku_that_moves_to_another_product_is_moved(sender: Sender, klaviyo: Klaviyo) -> None:
+    """Klaviyo refuses to create a variant that another item has. It is asked before the variant is deleted."""
+    question = f"GET {ITEM}/variants?filter=any(ids,%5B%22{catalog_id('s')}%22%5D)"
+    question += "&fields%5Bcatalog-variant%5D=inventory_quantity,inventory_policy"
+    klaviyo.answer("POST /api/catalog-variants", CONFLICT)
+    assert sender.send([entry(OperationKind.UPSERT_VARIANT, "s")]) == [None]
+    calls = ["POST /api/catalog-variants", question, f"DELETE {VARIANT}", "POST /api/catalog-variants"]
+    assert klaviyo.names[1:] == calls
+    klaviyo.calls.clear()
+    klaviyo.answer("POST /api/catalog-variants", CONFLICT, CONFLICT)
+    (error,) = sender.send([entry(OperationKind.UPSERT_VARIANT, "s")])
+    assert isinstance(error, Transient)
 
 
-def test_missing_item_has_no_stale_variants(sender: Sender, klaviyo: Klaviyo) -> None:
-    """The deletion of a product that was never synced succeeds."""
-    klaviyo.answer(f"GET {ITEM}/variants?fields%5Bcatalog-variant%5D=id", NOT_FOUND)
-    assert sender.send([Operation(OperationKind.DELETE_STALE_VARIANTS, "p")]) == [None]
-
-
-def test_stock_of_a_missing_variant_writes_the_whole_product(sender: Sender, klaviyo: Klaviyo) -> None:
+def test_stock_of_a_missing_variant_asks_for_its_product(sender: Sender, klaviyo: Klaviyo) -> None:
     """A stock change before the first sync of the product is not lost."""
-    klaviyo.answer(f"PATCH {VARIANT}", NOT_FOUND, NOT_FOUND)
-    whole = [entry(OperationKind.UPSERT_ITEM, "p"), entry(OperationKind.UPSERT_VARIANT, "s")]
-    stock = Operation(OperationKind.UPDATE_INVENTORY, "s", {"type": "catalog-variant"}, fallback=lambda: whole)
-    assert sender.send([stock]) == [None]
-    assert klaviyo.names == [f"PATCH {VARIANT}", "POST /api/catalog-items", "POST /api/catalog-variants"]
-    assert sender.send([Operation(OperationKind.UPDATE_INVENTORY, "s", {"type": "catalog-variant"})]) == [None]
+    stock = Operation(OperationKind.UPDATE_INVENTORY, "s", {"attributes": {"inventory_quantity": 1}})
+    for deleted_later in (False, True):
+        if deleted_later:
+            klaviyo.answer(*listed("catalog-variants", "s"))
+            klaviyo.answer(f"PATCH {VARIANT}", NOT_FOUND)
+        (result,) = send.Sender.send(sender, [stock])
+        assert result.error is None
+        assert result.follow_ups == {("sku", "s")}
+
+
+def test_defect_affects_only_its_operation(sender: Sender, klaviyo: Klaviyo) -> None:
+    """The other entries of the batch are written, one after the other."""
+    related = {"categories": {"data": [{"type": "catalog-category"}]}}
+    broken = Operation(OperationKind.UPSERT_ITEM, "q", {"type": "catalog-item", "relationships": related})
+    error, item, other = sender.send([broken, entry(OperationKind.UPSERT_ITEM, "p"), event("e")])
+    assert error is not None
+    assert str(error).startswith("unexpected KeyError")
+    assert (item, other) == (None, None)
+    assert "POST /api/catalog-items" in klaviyo.names
 
 
 @pytest.mark.parametrize("kind", OperationKind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -61,7 +62,6 @@ def test_variant_without_sku_is_left_out_of_others() -> None:
     [
         ("product", "ProductUnpublished"),
         ("standalone-price", "StandalonePriceDeleted"),
-        ("inventory-entry", "ResourceUpdated"),
     ],
 )
 def test_product_that_is_no_longer_published_is_deleted(resource: str, kind: str) -> None:
@@ -69,6 +69,38 @@ def test_product_that_is_no_longer_published_is_deleted(resource: str, kind: str
     operations = transform(Enriched(about(resource, kind), NOW, product_id="p", sku="MUG"), MappingConfig())
     assert [operation.kind for operation in operations] == DELETION
     assert {operation.key for operation in operations} == {"p"}
+
+
+def test_related_product_is_ensured() -> None:
+    """A late message about something else creates what is missing, and leaves what exists to its own messages."""
+    related = Enriched(about("product", "ResourceUpdated"), NOW, product=MUG, product_id="p")
+    enriched = Enriched(about("inventory-entry", "ResourceUpdated"), NOW, sku=" MUG ", related=[related])
+    assert [(operation.kind, operation.key) for operation in transform(enriched, MappingConfig())] == [
+        (OperationKind.UPDATE_INVENTORY, " MUG "),
+        (OperationKind.ENSURE_ITEM, "p"),
+        (OperationKind.ENSURE_VARIANT, " MUG "),
+        (OperationKind.DELETE_STALE_VARIANTS, "p"),
+    ]
+    gone = replace(enriched, related=[replace(related, product=None)])
+    assert [operation.kind for operation in transform(gone, MappingConfig())][1:] == DELETION
+    unreadable = replace(enriched, related=[replace(related, product={"id": "p"})])
+    assert [operation.kind for operation in transform(unreadable, MappingConfig())] == [OperationKind.UPDATE_INVENTORY]
+
+
+def test_products_of_a_category_that_has_moved_are_updated() -> None:
+    """Its breadcrumb is written when they are."""
+    related = Enriched(about("product", "ResourceUpdated"), NOW, product=MUG, product_id="p")
+    notification = replace(about("category", "ResourceUpdated"), seen=[("category-products", "r")])
+    notification = replace(notification, resource_id="r")
+    versions = {("category", "r"): 2, ("category", "gone"): None}
+    enriched = Enriched(notification, NOW, category={"id": "r"}, related=[related], versions=versions)
+    assert [(operation.kind, operation.key) for operation in transform(enriched, MappingConfig())] == [
+        (OperationKind.MOVE_CATEGORY, "r"),
+        (OperationKind.UPSERT_ITEM, "p"),
+        (OperationKind.UPSERT_VARIANT, " MUG "),
+        (OperationKind.DELETE_STALE_VARIANTS, "p"),
+        (OperationKind.DELETE_CATEGORY, "gone"),
+    ]
 
 
 def test_price_of_no_published_product_is_ignored() -> None:

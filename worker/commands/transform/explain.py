@@ -166,9 +166,6 @@ def _describe_content(operation: Operation) -> Iterator[str]:
         yield f"kept: {_join(sorted(operation.keep_skus)) or 'none'}"
     if operation.truncated:
         yield f"truncated to Klaviyo's limits: {_join(unique(operation.truncated))}"
-    if operation.fallback:
-        fallback = [f"{each.kind.value} {each.key}" for each in operation.fallback()]
-        yield f"if Klaviyo does not have it: {_join(fallback)}"
 
 
 def _cleared(attributes: Json) -> list[str]:

@@ -1,0 +1,1 @@
+"""The sender for catalog entries, and its parts."""
