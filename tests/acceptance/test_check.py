@@ -234,7 +234,16 @@ def test_scopes_for_import_jobs_are_optional(worker: Worker, sandbox: Sandbox) -
     done = worker("check", "--json")
     assert done.returncode == 0
     text = results(done)["klaviyo"]["text"]
-    assert text.endswith("without profiles:read, lists:read, lists:write, customers are always sent individually")
+    assert text.endswith("without profiles:read, lists:read, lists:write, profiles are always sent individually")
+
+
+def test_orders_need_the_scope_to_write_the_profiles_of_guests(worker: Worker, sandbox: Sandbox) -> None:
+    """Without it, the messages of guests' orders would wait."""
+    sandbox.klaviyo.faults.add(Fault(403, times=None, match="POST /api/profile-import"))
+    no_customers = 'disabled_types = ["CustomerCreated", "ResourceCreated", "ResourceUpdated", "ResourceDeleted"]\n'
+    for buyer, code in (("guests", 5), ("none", 0)):
+        (worker.directory / "mapping.toml").write_text(f'{no_customers}[order]\nbuyer = "{buyer}"\n')
+        assert worker("check", "--config", "mapping.toml").returncode == code
 
 
 def test_erasure_needs_more_scopes(worker: Worker) -> None:
@@ -316,11 +325,12 @@ def test_setting_that_overrules_the_verdict_is_reported(mode: str, worker: Worke
     assert results(done)["bulk events"]["text"].endswith(f": KLAVIYO_WORKER_BULK_EVENTS is {mode}")
 
 
-def test_scope_for_the_verdict_is_optional(worker: Worker, sandbox: Sandbox) -> None:
-    """Without it, events are sent individually."""
+def test_scope_to_read_profiles_is_optional(worker: Worker, sandbox: Sandbox) -> None:
+    """Without it, events are sent individually, and profiles are not compared."""
     sandbox.klaviyo.faults.add(Fault(403, times=None, match="GET /api/profiles"))
     done = worker("check", "--json")
     assert done.returncode == 0
+    assert "without profiles:read, phone numbers and names of guests are left out" in results(done)["klaviyo"]["text"]
     found = results(done)["bulk events"]
     assert found["status"] == "skipped"
     assert found["text"].endswith("with the scope profiles:read")

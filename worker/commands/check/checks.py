@@ -61,7 +61,20 @@ _WRITES = (  # scope, an endpoint that requires it, and the resource types whose
     ("catalogs:write", "/api/catalog-items", _CATALOG),
 )
 _SOURCE = "receives_from"  # the detail with the destination of the queue
-_IMPORT_JOBS = ("profiles:read", "lists:read", "lists:write")
+_OPTIONAL = (  # scopes, an endpoint that requires them, who needs them, and what the worker does without them
+    (
+        "profiles:read",
+        "/api/profiles",
+        _EVENTS | _CUSTOMER,
+        "phone numbers and names of guests are left out, and an event can move an address that two customers have",
+    ),
+    (
+        "profiles:read, lists:read, lists:write",
+        "/api/profile-bulk-import-jobs",
+        _CUSTOMER | {"order"},
+        "profiles are always sent individually",
+    ),
+)
 _DEFAULT_TODO = "check the URL, the network and its proxy, or try again later"
 
 ScopeProbe = tuple[str, "Callable[[], object]"]  # a scope, and a request that requires it
@@ -184,6 +197,8 @@ def _check_klaviyo(client: Klaviyo, resources: Collection[str], mapping: Mapping
     if probing:
         reads |= bulk_probe.READ_SCOPES
         writes |= {scope: path for scope, path, _ in _WRITES if scope in bulk_probe.SCOPES}
+    if "order" in resources and mapping.order.buyer != "none":
+        writes["profiles:write"] = "/api/profile-import"
     if "customer" in resources and mapping.customer.erasure:
         reads["profiles:read"] = "/api/profiles"
         writes["data-privacy:write"] = "/api/data-privacy-deletion-jobs"
@@ -194,12 +209,17 @@ def _check_klaviyo(client: Klaviyo, resources: Collection[str], mapping: Mapping
     probes += [(scope, partial(_post_nothing, client, path)) for scope, path in writes.items()]
     _probe_scopes(probes, KlaviyoMisconfigured)
     text = f"can read ({', '.join(reads) or 'nothing'}) and write ({', '.join(writes) or 'nothing'})"
-    try:
-        if "customer" in resources:
-            _get(client, "/api/profile-bulk-import-jobs")
-    except EndpointRefused:
-        return f"{text}; without {', '.join(_IMPORT_JOBS)}, customers are always sent individually"
-    return text
+    return "; ".join([text, *_without_optional(client, resources)])
+
+
+def _without_optional(client: Klaviyo, resources: Collection[str]) -> Iterator[str]:
+    """Yield what the worker does without the optional scopes that are missing."""
+    for scopes, path, readers, effect in _OPTIONAL:
+        try:
+            if not readers.isdisjoint(resources):
+                _get(client, path)
+        except EndpointRefused:
+            yield f"without {scopes}, {effect}"
 
 
 def _get(client: Klaviyo, path: str) -> None:
