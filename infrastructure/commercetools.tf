@@ -1,4 +1,5 @@
-# The commercetools subscription to everything that `klaviyo-worker handlers` lists; docs/subscriptions.md.
+# The commercetools subscription to everything that the default mapping enables; docs/subscriptions.md. If your mapping
+# switches on more handlers, add their types: `klaviyo-worker check` names those that are missing.
 
 resource "google_pubsub_topic_iam_member" "commercetools" {
   topic  = google_pubsub_topic.worker.name
