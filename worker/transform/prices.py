@@ -13,10 +13,10 @@ from worker.json_access import as_dict, as_dicts, as_key, as_text, parse_time, u
 from worker.transform.fields import currency, money
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from worker.mapping import MappingConfig
-    from worker.model import Enriched, Json
+    from worker.model import Json
 
 _NEVER = datetime.max.replace(tzinfo=UTC)
 _ALWAYS = datetime.min.replace(tzinfo=UTC)
@@ -51,10 +51,13 @@ def price_metadata(prices: Sequence[Json], mapping: MappingConfig, as_of: dateti
     return {name: amount for name, amount in amounts.items() if amount is not None}, currencies
 
 
-def prices_of(product: Json, variant: Json, enriched: Enriched) -> Sequence[Json]:
-    """Return the prices of a variant: its standalone prices if the product uses them, otherwise its embedded prices."""
+def prices_of(product: Json, variant: Json, standalone_prices: Mapping[str, Sequence[Json]]) -> Sequence[Json]:
+    """Return the prices of a variant: its standalone prices if the product uses them, otherwise its embedded prices.
+
+    `standalone_prices` are by sku.
+    """
     if has_standalone_prices(product):
-        return enriched.standalone_prices.get(as_key(variant.get("sku")), ())
+        return standalone_prices.get(as_key(variant.get("sku")), ())
     return as_dicts(variant.get("prices"))
 
 

@@ -113,7 +113,7 @@ def _variant(sku: str, product: Json, variant: Json, enriched: Enriched, mapping
 
 def _common(product: Json, variant: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
     """Return the attributes that an item and its variants have in common. `price` is None if no price fits."""
-    prices = prices_of(product, variant, enriched)
+    prices = prices_of(product, variant, enriched.standalone_prices)
     return {
         "integration_type": "$custom",
         "catalog_type": "$default",

@@ -26,7 +26,7 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
         name = f"variant {as_int(variant.get('id'))}"
         if variant not in written:
             yield f"{name}: it has no sku"
-        elif catalog_price(prices_of(product, variant, enriched), mapping, enriched.as_of) is None:
+        elif catalog_price(prices_of(product, variant, enriched.standalone_prices), mapping, enriched.as_of) is None:
             yield f"price of {name}: none fits currency, price.channel, price.country and the time; 0 if it is created"
 
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tests.unit.test_parse import json_values
 from worker.json_access import as_dicts
 from worker.mapping import MappingConfig
-from worker.model import Enriched, Notification
 from worker.transform.prices import catalog_price, price_metadata, prices_of
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
@@ -96,11 +95,11 @@ def test_metadata_agrees_with_the_catalog_price() -> None:
 
 def test_standalone_prices_replace_embedded_ones() -> None:
     """A product with the price mode Standalone can still contain embedded prices, which commercetools ignores."""
-    enriched = Enriched(Notification("T", "product", "p", None, {}), NOW, standalone_prices={"S ": [price(1)]})
+    standalone = {"S ": [price(1)]}
     variant = {"sku": "S ", "prices": [price(2)]}
-    assert prices_of({"priceMode": "Standalone"}, variant, enriched) == [price(1)]
-    assert prices_of({"priceMode": "Standalone"}, {"sku": "other"}, enriched) == ()
-    assert prices_of({"priceMode": "Embedded"}, variant, enriched) == [price(2)]
+    assert prices_of({"priceMode": "Standalone"}, variant, standalone) == [price(1)]
+    assert prices_of({"priceMode": "Standalone"}, {"sku": "other"}, standalone) == ()
+    assert prices_of({"priceMode": "Embedded"}, variant, standalone) == [price(2)]
 
 
 @given(st.lists(st.dictionaries(st.sampled_from([*price(1, country="DE"), "validFrom", "channel"]), json_values)))

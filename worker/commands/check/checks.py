@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from adapters import QueueError, QueueURLError, SupportsDestination, open_queue, scheme_of
 from worker.commands.check import bulk_probe
+from worker.commands.check.catalog import check_catalog
 from worker.commands.check.check_result import CheckResult, make_failure
 from worker.commands.subscriptions.client import SCOPE, NotPermitted, Subscriptions
 from worker.commands.subscriptions.destination import display_name
@@ -43,7 +44,9 @@ if TYPE_CHECKING:
     from worker.settings import Settings
 
 _NONEXISTENT_ID = "00000000-0000-4000-8000-000000000000"
-_EVENTS, _CATALOG = frozenset({"order", "payment", "cart"}), frozenset({"category", "product", "inventory-entry"})
+_EVENTS = frozenset({"order", "payment", "cart"})
+_PRODUCT = frozenset({"product", "inventory-entry", "standalone-price"})
+_CATALOG = _PRODUCT | {"category"}
 _CUSTOMER = frozenset({"customer"})
 _READS = (  # query, its scope, and the resource or message types whose handlers need it; see worker/enrich/plans.py
     (queries.ORDERS, "view_orders", _EVENTS),
@@ -51,8 +54,9 @@ _READS = (  # query, its scope, and the resource or message types whose handlers
     (queries.PAYMENTS, "view_payments", frozenset({"payment"})),
     (queries.CUSTOMERS, "view_customers", _EVENTS | _CUSTOMER),
     (queries.CATEGORIES, "view_products", _EVENTS | _CATALOG),
-    (queries.PRODUCTS, "view_products", _EVENTS | {"product", "inventory-entry"}),
-    (queries.INVENTORY, "view_products", frozenset({"product", "inventory-entry"})),
+    (queries.PRODUCTS, "view_products", _EVENTS | _PRODUCT),
+    (queries.INVENTORY, "view_products", _PRODUCT),
+    (queries.STANDALONE_PRICES, "view_standalone_prices", frozenset({"standalone-price"})),
     (queries.WORKFLOW_STATES, "view_states", frozenset({"OrderStateTransition"})),
 )
 _WRITES = (  # scope, an endpoint that requires it, and the resource types whose handlers need it
@@ -118,7 +122,12 @@ def _check_services(
     handlers = enabled_handlers(mapping)
     resources = frozenset(name for handler in handlers for name in (handler.resource_type, handler.type))
     reader = Commercetools(settings, stopping)
-    yield _run_check("commercetools", ExitCode.COMMERCETOOLS, partial(_check_commercetools, reader, resources))
+    commercetools = _run_check(
+        "commercetools", ExitCode.COMMERCETOOLS, partial(_check_commercetools, reader, resources)
+    )
+    yield commercetools
+    if "product" in resources and not commercetools.exit_code:
+        yield from _check_catalog(reader, mapping)
     client = Klaviyo(settings, stopping)
     check_klaviyo = partial(_check_klaviyo, client, resources, mapping, probing=probe_timeout is not None)
     klaviyo = _run_check("klaviyo", ExitCode.KLAVIYO, check_klaviyo)
@@ -142,6 +151,14 @@ def _run_check(name: str, exit_code: int, check: Callable[[], str | CheckResult]
     except (QueueError, WorkerError) as error:
         return make_failure(name, exit_code, error, default_todo=_DEFAULT_TODO)
     return result if isinstance(result, CheckResult) else CheckResult(name, "ok", result)
+
+
+def _check_catalog(reader: Commercetools, mapping: MappingConfig) -> Iterator[CheckResult]:
+    """Yield a failure if the catalog would be wrong."""
+    try:
+        yield from check_catalog(reader, mapping)
+    except WorkerError as error:
+        yield make_failure("catalog", ExitCode.COMMERCETOOLS, error, default_todo=_DEFAULT_TODO)
 
 
 def _describe_configuration(settings: Settings, mapping: MappingConfig) -> str:
