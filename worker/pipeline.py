@@ -158,7 +158,8 @@ class Pipeline:
             if isinstance(result, WorkerError):
                 message.outcome = _failure_outcome(message, "enrich", result)
             else:
-                message.enriched = replace(result, written_since=message.written_since)
+                is_first = message.written_since is None
+                message.enriched = result if is_first else replace(result, written_since=message.written_since)
                 _judge_reading(message, read_at)
 
     def _transform(self, messages: Sequence[Message]) -> None:

@@ -98,6 +98,10 @@ def _canonical_fields(message: Message, outcome: str) -> dict[str, Any]:
         "age_s": None if age is None else round(max(age, 0.0), 3),
         "operations": len(message.operations),
         "requests": message.requests,
-        "erased": message.erased if any(o.kind is OperationKind.DELETE_PROFILE for o in message.operations) else None,
+        "erased": message.erased if _is_erasure(message) else None,
         "truncated": limit_paths(sorted({path for each in message.operations for path in each.truncated})) or None,
     }
+
+
+def _is_erasure(message: Message) -> bool:
+    return any(operation.kind is OperationKind.DELETE_PROFILE for operation in message.operations[:1])
