@@ -63,6 +63,36 @@ def test_deletions_beyond_their_budget_delay_no_order_and_no_profile(tmp_path: P
         stop(process)
 
 
+def cart(number: int) -> dict[str, Any]:
+    total = {"centAmount": 100, "fractionDigits": 2, "currencyCode": "EUR"}
+    line = {"id": f"line-{number}", "quantity": 1, "variant": {"sku": "S"}, "totalPrice": total}
+    fields = {"cartState": "Active", "customerEmail": f"c{number}@example.com", "totalPrice": total}
+    return {"id": f"cart-{number}", "version": 2, "lineItems": [line], **fields}
+
+
+def test_carts_delay_no_order(tmp_path: Path) -> None:
+    """2,000 changed carts are in front of 20 orders. Their events would take more than a minute."""
+    with Sandbox(rate_limits=1.0) as sandbox:
+        environment = sandbox.environment | {"QUEUE_URL": f"embedded://{tmp_path}/queue.db"}
+        worker = Worker(environment, tmp_path)
+        (tmp_path / "mapping.toml").write_text('[metrics]\nstarted_checkout = "Started Checkout"\n')
+        sandbox.shop.carts.update({f"cart-{number}": cart(number) for number in range(2_000)})
+        worker.publish(
+            *(change("ResourceUpdated", "cart", name) for name in sandbox.shop.carts),
+            *(order(number) for number in range(20)),
+        )
+        process = worker.start("run", "--config", "mapping.toml")
+
+        def sent(metric: str) -> int:
+            with sandbox.account.lock:
+                return sum(event["metric"] == metric for event in sandbox.account.events)
+
+        wait_for(lambda: sent("Placed Order") == 20)
+        assert sent("Started Checkout") < 2_000
+        assert worker.dead_letters() == []
+        stop(process)
+
+
 def test_outage_of_a_service_pauses_pulling(worker: Worker, sandbox: Sandbox) -> None:
     """No message that could arrive could be processed, so all stay in the queue."""
     sandbox.klaviyo.faults.add(Fault(status=503, times=None))

@@ -15,12 +15,15 @@ class Budget:
     Pulling pauses while a budget is full, because the next message can belong to the effect. It does not pause for an
     effect that is slow, because of a rate limit or an outage: otherwise the other effects would wait for it. The
     messages of a slow effect that are beyond its budget go back to the queue, each until it is probably its turn.
+
+    An effect is slow if it settles less than `slow` messages per second.
     """
 
-    def __init__(self, max_messages: int, max_bytes: int, max_delay: float) -> None:
+    def __init__(self, max_messages: int, max_bytes: int, max_delay: float, slow: float = SLOW) -> None:
         self._max_messages = max_messages
         self._max_bytes = max_bytes
         self._max_delay = max_delay
+        self._slow = slow
         self._messages = 0
         self._bytes = 0
         self._full_since: float | None = None
@@ -50,7 +53,7 @@ class Budget:
     def is_slow(self, now: float) -> bool:
         """Return whether pulling must not wait until the budget has room."""
         elapsed = now - self._full_since if self._full_since is not None else 0.0
-        return elapsed >= FULL_TIMEOUT and self._settled < SLOW * elapsed
+        return elapsed >= FULL_TIMEOUT and self._settled < self._slow * elapsed
 
     def return_delay(self, messages: int, now: float) -> float:
         """Return the seconds for which messages beyond the budget must go back to the queue.

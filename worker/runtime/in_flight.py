@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import UTC, datetime
 from threading import Condition
 from typing import TYPE_CHECKING
 
 from worker.model import Effect
-from worker.runtime.budget import Budget
+from worker.runtime.budget import SLOW, Budget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from adapters.base import Delivery
     from worker.model import Message
 
+_SLOW = {Effect.CARTS: math.inf}  # pulling never waits long for carts: orders are possibly behind them
 _Name = tuple[str, bytes]  # id and body: a backfill has several messages of a record with the same id
 
 
@@ -30,7 +32,9 @@ class InFlight:
         self, max_messages: int, max_bytes: int, max_delay: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock = clock
-        self._budgets = {effect: Budget(max_messages, max_bytes, max_delay) for effect in Effect}
+        self._budgets = {
+            effect: Budget(max_messages, max_bytes, max_delay, _SLOW.get(effect, SLOW)) for effect in Effect
+        }
         self._messages: dict[_Name, Message] = {}
         self._resources: dict[tuple[str, str], _Resource] = {}
         self._changed = Condition()

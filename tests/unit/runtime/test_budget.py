@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from worker.runtime.budget import FULL_TIMEOUT, Budget
@@ -45,6 +47,18 @@ def test_effect_that_settles_many_messages_is_not_slow() -> None:
         budget.add(10, 1.0)
     assert not budget.is_slow(FULL_TIMEOUT)
     assert budget.is_slow(FULL_TIMEOUT * 10)
+
+
+def test_effect_can_be_slow_at_any_rate() -> None:
+    """Carts give way to orders."""
+    budget = Budget(100, 10**6, MAX_DELAY, slow=math.inf)
+    for _ in range(100):
+        budget.add(10, 0.0)
+    for _ in range(10_000):
+        budget.remove(10)
+        budget.add(10, 1.0)
+    assert not budget.is_slow(FULL_TIMEOUT - 0.1)
+    assert budget.is_slow(FULL_TIMEOUT)
 
 
 def test_single_settled_message_does_not_end_slowness() -> None:
