@@ -33,21 +33,25 @@ class MessageTemplate:
 class MessageKind:
     """The messages of a row: its templates in turn.
 
-    `has_verdict`: the account was asked what it does with repeated events, and ignores them.
+    `has_verdict`: the account was asked what it does with repeated events, and ignores them. `changes`: messages about
+    each resource, of which only the first one adds objects. `mapping`: the mapping file of the worker.
     """
 
     name: str
     templates: tuple[MessageTemplate, ...]
     has_verdict: bool = True
+    changes: int = 1
+    mapping: str = ""
 
     def bodies(self, count: int) -> Iterator[bytes]:
-        """Return `count` messages, about the resources 1 to `count`."""
-        return (template.make(number) for number, template in self._numbered(count))
+        """Return `count` messages, about the resources 1 to `count` / `changes`."""
+        resources = count // self.changes
+        return (template.make((number - 1) % resources + 1) for number, template in self._numbered(count))
 
     def added(self, count: int) -> Counter[str]:
         """Return how many objects `count` messages add to the account, by the names in the sandbox's counts."""
         total: Counter[str] = Counter()
-        for _, template in self._numbered(count):
+        for _, template in self._numbered(count // self.changes):
             total.update(template.adds)
         return total
 
@@ -90,11 +94,17 @@ def _stock_updated(number: int) -> bytes:
     return bare(change("ResourceUpdated", "inventory-entry", f"inventory-entry-{number}"))
 
 
+def _cart_updated(number: int) -> bytes:
+    return bare(change("ResourceUpdated", "cart", f"cart-{number}"))
+
+
 ORDER = MessageTemplate(_order_created, {"events": 4, "profiles": 1})
 _FETCHED = MessageTemplate(_order_created_absent, {"events": 4, "profiles": 1})
 _STATE = MessageTemplate(_order_completed, {"events": 1, "profiles": 1})
 CUSTOMER = MessageTemplate(_customer_updated, {"profiles": 1})
 _PRODUCT = MessageTemplate(_product_published, {"items": 1, "variants": 2})
+_CART = MessageTemplate(_cart_updated, {"events": 4, "profiles": 1})
+_CART_METRICS = '[metrics]\nstarted_checkout = "Started Checkout"\nadded_to_cart = "Added to Cart"\n'
 _STOCK = MessageTemplate(_stock_updated, is_stock=True)
 
 ORDERS = MessageKind("orders of 3 lines", (ORDER,))
@@ -107,6 +117,7 @@ MESSAGE_KINDS = (
     MessageKind("orders of 3 lines, fetched", (_FETCHED,)),
     MessageKind("order states", (_STATE,)),
     MessageKind("order states, no verdict", (_STATE,), has_verdict=False),
+    MessageKind("10 changes per cart", (_CART,), changes=10, mapping=_CART_METRICS),
     MessageKind("customer updates", (CUSTOMER,)),
     MessageKind("product publishes", (_PRODUCT,)),
     MessageKind("stock updates", (_STOCK,)),

@@ -251,11 +251,14 @@ class _TestBed:
         self._directory = directory
         self._workers = 0
 
-    def worker(self, port: int | None = None) -> Worker:
-        """Start a worker with default settings, and optionally with another HTTP port."""
+    def worker(self, port: int | None = None, mapping: str = "") -> Worker:
+        """Start a worker with default settings, and optionally with another HTTP port and a mapping file."""
         self._workers += 1
+        config = self._directory / "mapping.toml"
+        config.write_text(mapping, encoding="utf-8")
         metrics = {} if port is None else {"KLAVIYO_WORKER_HTTP_PORT": str(port)}
-        environment = {**self.sandbox.environment, **self.queue.environment, **metrics}
+        own = {"KLAVIYO_WORKER_CONFIG": str(config), **metrics}
+        environment = {**self.sandbox.environment, **self.queue.environment, **own}
         return Worker(environment, self._directory / f"worker-{self._workers}.log")
 
     def drain(self, kind: MessageKind, messages: int) -> tuple[Any, Worker]:
@@ -263,7 +266,7 @@ class _TestBed:
         self.sandbox.fill_catalog(kind.stocked(messages))
         self.sandbox.start_counting()
         self.queue.publish(kind.bodies(messages))
-        with self.worker() as worker:
+        with self.worker(mapping=kind.mapping) as worker:
             wait_until_settled([worker], messages)
             usage = worker.stop()
         self.check(kind, messages)

@@ -17,7 +17,7 @@ import click
 
 from adapters.embedded import EmbeddedQueue
 from worker.commands.dlq.dead_letters import iter_dead_letters
-from worker.sandbox import Sandbox
+from worker.sandbox import Sandbox, carts
 from worker.sandbox.notifications import sample_notifications
 from worker.service import Worker
 from worker.settings import Settings, load
@@ -70,7 +70,8 @@ def run_demo(keep: Path | None) -> int:
         (directory / "queue.db").unlink(missing_ok=True)
         with (directory / "worker.log").open("w", encoding="utf-8") as stream:
             configure_logging("INFO", "json", stream)
-            samples = sample_notifications(sandbox.shop)
+            samples = [*sample_notifications(sandbox.shop), *carts.add_carts(sandbox.shop)]
+            _write_mapping(directory / "mapping.toml")
             first = _process(sandbox, directory / "queue.db", samples)
             before = _count_entries(sandbox.account)
             _print_results(samples, first, sandbox.account)
@@ -100,11 +101,20 @@ def _process(sandbox: Sandbox, path: Path, samples: Sequence[Sample]) -> list[Me
     queue = EmbeddedQueue(path)
     queue.publish(sample.body for sample in samples)
     queue.close()
-    environment = sandbox.environment | {"QUEUE_URL": f"embedded://{path}"}
+    environment = sandbox.environment | {
+        "QUEUE_URL": f"embedded://{path}",
+        "KLAVIYO_WORKER_CONFIG": str(path.with_name("mapping.toml")),
+    }
     values = {name: environment.get(str(info.validation_alias)) for name, info in Settings.model_fields.items()}
     outcome_log = OutcomeLog()
     Worker(load(Settings, values), telemetry=outcome_log).run(once=True, max_wait=60)
     return [outcome_log.outcomes_by_id[name] for name in sorted(outcome_log.outcomes_by_id, key=int)]
+
+
+def _write_mapping(path: Path) -> None:
+    """Name the metrics of carts, which are off by default."""
+    lines = (f'{name} = "{metric}"\n' for name, metric in carts.METRICS.items())
+    path.write_text("[metrics]\n" + "".join(lines), encoding="utf-8")
 
 
 def _print_summary(problems: Sequence[str], number: int) -> None:

@@ -17,19 +17,21 @@ if TYPE_CHECKING:
     from worker.sandbox.commercetools.shop import Shop
 
 IDS = (
-    "order-1, customer-1, product-1, inventory-entry-1 and so on, up to N. order-1 belongs to customer-1 and has three "
-    "lines. product-1 has the variants sku-1-1 and sku-1-2. inventory-entry-1 is the stock of sku-1-1"
+    "order-1, cart-1, customer-1, product-1, inventory-entry-1 and so on, up to N. order-1 and cart-1 belong to "
+    "customer-1 and have three lines. product-1 has the variants sku-1-1 and sku-1-2. inventory-entry-1 is the stock "
+    "of sku-1-1"
 )
 
 Index = dict["Literal", list[Json]]
 
 
 class Copies:
-    """`number` copies of an order, a customer, a product and its inventory entry. Safe for many threads."""
+    """`number` copies of an order, a cart, a customer, a product and its inventory entry. Safe for many threads."""
 
     def __init__(self, shop: Shop, number: int) -> None:
         makers: dict[str, Callable[[Shop, int], Json]] = {
             "orders": order,
+            "carts": cart,
             "customers": customer,
             "product-projections": product,
             "inventory": inventory_entry,
@@ -85,6 +87,14 @@ def order(shop: Shop, number: int) -> Json:
     }
     del copy["paymentInfo"]  # a payment belongs to one order
     return copy
+
+
+def cart(shop: Shop, number: int) -> Json:
+    """Return a cart with three lines that has reached checkout. It is not the cart of an order."""
+    made = order(shop, number)
+    names = ("version", "lastModifiedAt", "customerId", "customerEmail", "shippingAddress", "totalPrice", "taxedPrice")
+    lines = [line | {"id": f"cart-{line['id']}"} for line in made["lineItems"]]
+    return {"id": f"cart-{number}", "cartState": "Active", "lineItems": lines} | {name: made[name] for name in names}
 
 
 def customer(shop: Shop, number: int) -> Json:
