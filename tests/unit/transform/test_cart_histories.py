@@ -122,7 +122,7 @@ class Worker:
 
 
 def contents(states: Sequence[Json]) -> set[tuple[tuple[str, int], ...]]:
-    """Return the distinct contents of a cart that somebody could check out."""
+    """Return the distinct contents of a cart that a known person could check out."""
     return {
         tuple((line["variant"]["sku"], line["quantity"]) for line in state["lineItems"])
         for state in states
