@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE  # keep compiled bytecode for the next process
 VERSION = $(shell sed -n 's/^version = //p' setup.cfg)
 
-.PHONY: help demo test pythons check lint types docs format bench faults lock base-image image image-steps wheel test-wheel emulator ct-mock clean
+.PHONY: help demo test pythons check lint types docs format bench faults lock audit base-image image image-steps wheel test-wheel emulator ct-mock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ lock: $(VENV)/worker ## update requirements*.lock after a change of setup.cfg; U
 	@echo python-qpid-proton | $(compile) --no-deps --output-file requirements-proton.lock -
 
 compile = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes $(UPGRADE) --custom-compile-command 'make lock'
+
+audit: $(VENV)/ready ## look up the locked packages in OSV, the database of known vulnerabilities (https://osv.dev)
+	@$(BIN)/python -m tests.deploy.audit
 
 base-image: ## replace the digest of the base image in the Dockerfile with the newest one
 	@base=$$(sed -n 's/^ARG PYTHON_IMAGE=\([^@]*\).*/\1/p' Dockerfile) \

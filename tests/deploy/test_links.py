@@ -54,3 +54,10 @@ def test_decisions_have_distinct_numbers() -> None:
     assert numbers == list(range(1, len(files) + 1))
     for number, file in zip(numbers, files, strict=True):
         assert file.read_text().startswith(f"# {number}. "), file
+
+
+def test_tests_that_the_security_page_names_exist() -> None:
+    """The table says which test shows that an attack is stopped."""
+    named = set(re.findall(r"`(tests/[^`]+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8")))
+    assert len(named) > 10
+    assert {name for name in named if not list(ROOT.glob(name))} == set()
