@@ -1,4 +1,4 @@
-"""The properties of order events, compared name by name with Klaviyo's guide for e-commerce platforms.
+"""The properties of events, compared name by name with Klaviyo's guide for e-commerce platforms.
 
 Klaviyo's templates, segments and recommendations use exactly these names:
 https://developers.klaviyo.com/en/docs/guide_to_integrating_a_platform_without_a_pre_built_klaviyo_integration
@@ -54,7 +54,21 @@ ORDERED_PRODUCT: Shape = {
     "Categories": [str],
     "ProductBrand": str,
 }
+CART_ITEM: Shape = {name: kind for name, kind in ITEM.items() if name not in {"Brand", "Categories"}}
+CART: Shape = {"ItemNames": [str], "CheckoutURL": str, "Items": [CART_ITEM | {"ProductCategories": [str]}]}
+ADDED_ITEM: Shape = {
+    "AddedItemProductName": str,
+    "AddedItemProductID": str,
+    "AddedItemSKU": str,
+    "AddedItemCategories": [str],
+    "AddedItemImageURL": str,
+    "AddedItemURL": str,
+    "AddedItemPrice": float,
+    "AddedItemQuantity": int,
+}
 GUIDE = {
+    "Started Checkout": CART | {"Categories": [str]},
+    "Added to Cart": CART | ADDED_ITEM,
     "Placed Order": ORDER,
     "Ordered Product": ORDERED_PRODUCT,
     "Fulfilled Order": ORDER,
@@ -97,6 +111,7 @@ LINE = {
 }
 ORDER_RESOURCE = {
     "id": "order-1",
+    "cartState": "Active",
     "createdAt": "2026-11-23T10:00:00.000Z",
     "customerEmail": "ada@example.com",
     "totalPrice": eur(900),
@@ -118,14 +133,17 @@ MESSAGES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("order", "OrderStateChanged", {"orderState": "Complete"}),
     ("order", "OrderStateChanged", {"orderState": "Cancelled"}),
     ("payment", "PaymentTransactionAdded", {"transaction": REFUND}),
+    ("cart", "ResourceUpdated", {}),
 )
 
 
 def events() -> dict[str, dict[str, Any]]:
-    """Return the attributes of the events about an order, by metric."""
+    """Return the attributes of the events about an order, which also stands for its cart, by metric."""
     mapping = MappingConfig.model_validate(
         {
             "product_url_template": "https://shop.example/{{productSlug}}",
+            "metrics": {"started_checkout": "Started Checkout", "added_to_cart": "Added to Cart"},
+            "cart": {"checkout_url": "https://shop.example/carts/{{cartId}}"},
             "order": {"custom_fields": {"rename": {"cancelReason": "Reason"}}},
         }
     )
