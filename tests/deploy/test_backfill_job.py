@@ -90,7 +90,11 @@ def test_pod_is_replaced_unless_a_retry_cannot_succeed(objects: Objects) -> None
 
 def test_documented_kustomization_is_complete(tmp_path: Path) -> None:
     """It sets every placeholder, and a name suffix for a second Job."""
-    (text,) = re.findall(r"<!-- rendered by [^>]*>\n```yaml\n(.*?)```", page("docs/backfill.md"), re.DOTALL)
+    (text,) = re.findall(
+        r"<!-- rendered by tests/deploy/test_backfill_job.py -->\n```yaml\n(.*?)```",
+        page("docs/backfill.md"),
+        re.DOTALL,
+    )
     shutil.copytree(ROOT / "k8s", tmp_path / "klaviyo-worker" / "k8s")
     (tmp_path / "customers").mkdir()
     (tmp_path / "customers" / "kustomization.yaml").write_text(text)
