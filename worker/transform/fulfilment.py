@@ -6,7 +6,7 @@ fulfilled once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from worker.errors import Ignored
 from worker.json_access import as_dict, as_text
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from worker.mapping import MappingConfig
     from worker.model import Enriched, Notification, Operation
 
-_MAX_STATE_LENGTH = 32
+_ORDER_STATES = frozenset({"Open", "Confirmed", "Complete", "Cancelled"})
+_SHIPMENT_STATES = frozenset(
+    {"Shipped", "Delivered", "Ready", "Pending", "Delayed", "Partial", "Backorder", "Canceled"}
+)
 _FULFILLED_OR_CANCELLED = "Fulfilled Order or Cancelled Order"
 
 
@@ -113,6 +116,6 @@ def _current(enriched: Enriched, name: str) -> str:
     return fields.first_nonempty(as_text(payload.get(name)), as_text(order.get(name)))
 
 
-def _state_for_log(state: Any) -> str:
-    """Return the state if it looks like one. Any other text can be personal data, which must not be logged."""
-    return state if str(state).isalpha() and len(state) <= _MAX_STATE_LENGTH else "unknown to commercetools"
+def _state_for_log(state: str) -> str:
+    """Return a state of commercetools. Any other text can be personal data, which must not be logged."""
+    return state if state in _ORDER_STATES | _SHIPMENT_STATES else "unknown to commercetools"

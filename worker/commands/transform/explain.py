@@ -11,7 +11,7 @@ from textwrap import TextWrapper
 from typing import TYPE_CHECKING
 
 from worker.errors import Disposition, Ignored, Rejected
-from worker.json_access import as_dict, as_dicts, printable, unique
+from worker.json_access import as_dict, as_dicts, parse_time, printable, unique
 from worker.model import OperationKind
 from worker.parse import layers
 from worker.send import request_for
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 
 _INDENT, _WIDTH = 15, 110
 _MAX_LISTED = 8  # names or ids in a list
+_FIELDS = frozenset(  # of envelopes and notifications
+    {"notificationType", "projectKey", "id", "version", "sequenceNumber", "resource", "resourceVersion", "type"}
+    | {"resourceUserProvidedIdentifiers", "createdAt", "lastModifiedAt", "modifiedAt", "oldVersion"}
+    | {"payloadNotIncluded", "order", "customer", "product", "category", "transaction"}
+    | {"specversion", "data", "source", "Type", "Message", "MessageId", "TopicArn", "detail", "detail-type"}
+    | {"ReceiptHandle", "Body", "Attributes", "message", "subscription"}
+)
 _OUTCOMES = {
     Disposition.DEAD_LETTER: "dead-lettered",
     Disposition.NACK: "given back to the queue",
@@ -79,12 +86,20 @@ def _describe_envelopes(trace: Trace) -> Iterator[Row]:
             envelopes.append(envelope)
     yield "envelopes", f"{' > '.join(filter(None, envelopes)) or 'none'}; {len(trace.body):,} bytes"
     if trace.notification is None:
-        yield "fields", _join(list(document)) or "none readable"
+        yield "fields", _describe_fields(document)
         return
     yield "format", "CloudEvents" if "CloudEvents" in envelopes else "commercetools' own (Platform)"
-    yield "time", trace.notification.time or "none"
+    time = trace.notification.time
+    yield "time", "none" if time is None else time if parse_time(time) else "no time"
     if "payloadNotIncluded" in trace.notification.payload:
         yield "payload", "not included because it was too large; it is fetched"
+
+
+def _describe_fields(document: Json) -> str:
+    """Return the names that envelopes and notifications have. Any other name can be personal data."""
+    known = [name for name in document if name in _FIELDS]
+    others = len(document) - len(known)
+    return _join([*known, *([f"{others} others"] if others else [])]) or "none readable"
 
 
 def _describe_handler(trace: Trace) -> Iterator[Row]:
