@@ -149,6 +149,15 @@ def test_disabled_handlers_are_left_out() -> None:
     assert spec_without("ResourceUpdated").changes == ("customer", "category", "inventory-entry")
 
 
+def test_carts_are_requested_once_a_metric_is_named() -> None:
+    """Each change of each cart is a notification."""
+    assert "cart" not in spec_without().changes
+    for metric in ("started_checkout", "added_to_cart"):
+        mapping = MappingConfig.model_validate({"metrics": {metric: "Any name"}})
+        assert "cart" in required_spec(mapping).changes
+        assert "cart" not in required_spec(mapping).messages
+
+
 def test_all_forms_of_all_types_are_equal() -> None:
     """All types: without a list, with an empty list, and next to an entry with some types."""
     some: dict[str, Any] = {"resourceTypeId": "order", "types": ["OrderCreated"]}

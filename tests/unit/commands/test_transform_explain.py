@@ -197,6 +197,19 @@ def test_omissions_by_the_mapping_are_named() -> None:
     assert "name b" not in text
 
 
+def test_cart_that_has_not_reached_checkout() -> None:
+    """The setting that decides is named, and the properties without a value."""
+    line = {"id": "l", "quantity": 1, "name": {"en": "Jeans"}, "variant": {"sku": "S"}}
+    cart = {"id": "id-1", "cartState": "Active", "customerId": "c", "lineItems": [line]}
+    shop = {"carts": [cart], "customers": [{"id": "c", "email": "ada@example.com"}]}
+    metrics = {"started_checkout": "Started Checkout", "added_to_cart": "Added to Cart"}
+    text = explained(change("ResourceUpdated", "cart"), shop, metrics=metrics)
+    missing = "the cart has none of shippingAddress, paymentInfo, customerEmail (cart.checkout_when)"
+    assert f"left out Started Checkout: {missing}" in text
+    assert "left out without a value: CheckoutURL, Categories, DiscountCode, Store, Country" in text
+    assert "left out" not in explained(change("ResourceUpdated", "cart"), {"carts": []}, metrics=metrics)
+
+
 @pytest.mark.parametrize(
     ("document", "snapshot", "expected"),
     [
