@@ -1,7 +1,7 @@
 """The decision for each upsert of a batch: whose profile it is, and what to write. Pure functions of what was read.
 
 A profile belongs to one person. A write never moves an email address, a phone number or an external_id from one person
-to another (docs/decisions/0032-people.md).
+to another (docs/decisions/0037-people.md).
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ _OPTIONAL = (  # scopes, an endpoint that requires them, who needs them, and wha
         "profiles:read",
         "/api/profiles",
         _EVENTS | _CUSTOMER,
-        "phone numbers and names of guests are left out, and an event can move an address that two customers have",
+        "phone numbers and names of guests are left out, profiles are neither cleared nor merged, and an event can move an "
+        "address that two customers have",
     ),
     (
         "profiles:read, lists:read, lists:write",
