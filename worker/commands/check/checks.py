@@ -70,7 +70,7 @@ _OPTIONAL = (  # scopes, an endpoint that requires them, who needs them, and wha
         "profiles:read",
         "/api/profiles",
         _EVENTS | _CUSTOMER,
-        "phone numbers and names of guests are left out, nothing is cleared or merged, and an event can move an address",
+        "phone numbers and names of guests are left out, nothing is cleared or merged, an event can move an address",
     ),
     (
         "profiles:read, lists:read, lists:write",
