@@ -62,6 +62,11 @@ def check_copies(events: int) -> None:
     _check(events, MAX_COPIES, "the order", "parcels or returns")
 
 
+def check_returned_items(items: int) -> None:
+    """Raise Rejected if a return has too many items. It can have as many as an order has lines."""
+    _check(items, MAX_LINES, "the return", "items")
+
+
 def check_lookups(ids: int) -> None:
     """Raise Rejected if a message needs too many other resources."""
     _check(ids, MAX_LOOKUPS, "the message", "ids to look up")

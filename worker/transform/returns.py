@@ -5,6 +5,7 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
+from worker.budget import check_returned_items
 from worker.json_access import as_dict, as_dicts, as_id, as_int
 from worker.transform import fields
 from worker.transform.line_items import items_of, lines_of
@@ -38,7 +39,7 @@ def return_added(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operati
     properties = shared_properties(enriched, mapping, len(infos))
     items = _items_by_line(order, enriched, mapping)
     for info in infos:
-        returned = [_returned(item, items, mapping) for item in as_dicts(info.get("items"))]
+        returned = _returned_items(info, items, mapping)
         tracking_id = as_id(info.get("returnTrackingId"))
         yield order_event(
             enriched,
@@ -59,8 +60,14 @@ def _items_by_line(order: Json, enriched: Enriched, mapping: MappingConfig) -> d
     return {as_id(line.get("id")): (line, item) for line, item in pairs}
 
 
+def _returned_items(info: Json, items: dict[str, tuple[Json, Json]], mapping: MappingConfig) -> list[tuple[Json, Json]]:
+    """Return the entries of `ReturnedItems` for a return, each with its price as a money ({} if it is unknown)."""
+    returned = as_dicts(info.get("items"))
+    check_returned_items(len(returned))
+    return [_returned(item, items, mapping) for item in returned]
+
+
 def _returned(returned: Json, items: dict[str, tuple[Json, Json]], mapping: MappingConfig) -> tuple[Json, Json]:
-    """Return the entry of `ReturnedItems` for a returned item, and its price as a money ({} if it is unknown)."""
     line, item = items.get(_line_id(returned), ({}, {}))
     quantity = as_int(returned.get("quantity"))
     price = line_share(line, quantity, mapping)

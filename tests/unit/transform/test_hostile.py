@@ -64,7 +64,23 @@ def _case(name: str) -> dict[str, Any]:
 
 DOCUMENTS = {name: _case(name) for name in CASES}
 MAPPING = MappingConfig.model_validate(
-    {"order": {"properties": {"include": ["*"]}, "raw_line_item": True}, "customer": {"erasure": True}}
+    {
+        "order": {
+            "properties": {"include": ["*"]},
+            "raw_line_item": True,
+            "fulfilled_by_delivery": True,
+            "fulfilled_workflow_states": ["handed-over"],
+            "cancelled_workflow_states": ["voided"],
+            "tracking_urls": {"DHL": "https://dhl.example/{{trackingId}}"},
+        },
+        "customer": {"erasure": True},
+        "metrics": {
+            "confirmed_shipment": "Confirmed Shipment",
+            "returned_order": "Returned Order",
+            "started_checkout": "Started Checkout",
+            "added_to_cart": "Added to Cart",
+        },
+    }
 )
 
 

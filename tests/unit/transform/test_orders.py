@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from worker.budget import MAX_COPIES
+from worker.budget import MAX_COPIES, MAX_LINES
 from worker.errors import Ignored, Rejected
 from worker.mapping import MappingConfig
 from worker.model import Enriched, Notification
@@ -173,6 +173,12 @@ def test_value_of_a_return_is_the_price_of_its_items() -> None:
     assert (event["value"], event["value_currency"]) == (16.67, "EUR")
     assert [item["RowTotal"] for item in event["properties"]["ReturnedItems"]] == [6.67, 10]
     assert "value" not in returned({"lineItemId": "gone", "quantity": 1})
+
+
+def test_too_many_items_in_one_return() -> None:
+    """Each becomes an entry of a property."""
+    with pytest.raises(Rejected, match="the return has 1,001 items: expected at most 1,000"):
+        returned(*({"lineItemId": "line-1", "quantity": 1} for _ in range(MAX_LINES + 1)))
 
 
 def test_id_of_a_return_without_tracking_id() -> None:
