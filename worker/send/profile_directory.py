@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -52,22 +53,46 @@ class Directory:
 
     def __init__(self) -> None:
         self._profiles: dict[Identifier, dict[str, Profile]] = {}
+        self._by_id: dict[str, Profile] = {}
 
     def add(self, profile: Profile) -> None:
-        """Add a profile under each of its identifiers."""
-        for name in ("external_id", "email", "phone_number"):
-            if value := profile.get(name):
-                self._profiles.setdefault(identifier(name, value), {})[profile.id] = profile
+        """Add a profile under each of its identifiers. It replaces an earlier reading of the same profile."""
+        if earlier := self._by_id.get(profile.id):
+            for key in _identifiers_of(earlier):
+                del self._profiles[key][profile.id]
+        self._by_id[profile.id] = profile
+        for key in _identifiers_of(profile):
+            self._profiles.setdefault(key, {})[profile.id] = profile
 
     def find(self, name: str, value: str) -> list[Profile]:
         """Return the profiles with this identifier. Klaviyo does not document that there is only one."""
         return list(self._profiles.get(identifier(name, value), {}).values()) if value else []
 
 
+def _identifiers_of(profile: Profile) -> list[Identifier]:
+    names = ("external_id", "email", "phone_number")
+    return [identifier(name, profile.get(name)) for name in names if profile.get(name)]
+
+
+def read_profile(client: KlaviyoClient, profile_id: str) -> Profile | None:
+    """Read a profile by Klaviyo's id; None if there is none. Raises WorkerError.
+
+    A search can show a new or changed profile late, but a reading by id does not search.
+    """
+    path = f"/api/profiles/{quote(profile_id, safe='')}?fields%5Bprofile%5D={','.join(FIELDS)}"
+    try:
+        resource = as_dict(client.call("GET", path).get("data"))
+    except Rejected as error:
+        if error.status != HTTPStatus.NOT_FOUND:
+            raise
+        return None
+    return Profile(as_text(resource.get("id")), as_dict(resource.get("attributes")))
+
+
 def read_profiles(
     client: KlaviyoClient, name: str, values: Iterable[str], *, fields: Sequence[str] = FIELDS
 ) -> tuple[list[Profile], dict[Identifier, WorkerError]]:
-    """Read the profiles that have one of the values as `name` ("external_id", "email", "phone_number" or "id").
+    """Read the profiles that have one of the values as `name` ("external_id", "email" or "phone_number").
 
     Return them with the error of each value for which Klaviyo rejects a filter. `fields` are the attributes to read.
     Raises WorkerError.
@@ -104,8 +129,7 @@ def _read(client: KlaviyoClient, name: str, values: Sequence[str], fields: Seque
     others = 0
     for resource in iter_resources(client, path):
         profile = Profile(as_text(resource.get("id")), as_dict(resource.get("attributes")))
-        value = profile.id if name == "id" else profile.get(name)
-        if identifier(name, value) in wanted:
+        if identifier(name, profile.get(name)) in wanted:
             found.append(profile)
             continue
         others += 1

@@ -30,7 +30,9 @@ class Upsert:
     operation: Operation
     dropped: set[str] = field(default_factory=set)  # identifiers that Klaviyo does not accept
     conflicts: int = 0  # 409 responses
+    named: set[str] = field(default_factory=set)  # Klaviyo's ids of the profiles that 409 responses named
     is_blind: bool = False  # Klaviyo does not let the worker read the profile
+    is_created: bool = False  # a job has created the profile
     is_single: bool = False  # the result of a job for the profile is unknown
     requests: int = 0
     result: SendResult | None = None  # None: not finished

@@ -12,7 +12,7 @@ import cachetools
 from worker.errors import Rejected, Transient, WorkerError
 from worker.json_access import as_text
 from worker.send.identifiers import write_record
-from worker.send.profile_directory import identifier, read_profiles
+from worker.send.profile_directory import identifier, read_profile
 from worker.send.profile_plan import wanted_attributes
 from worker.transform.profiles import without_clears
 
@@ -66,22 +66,22 @@ class ProfileWriter:
             write_record(self._client, "POST", "/api/profiles", resource)
 
     def _is_resolvable(self, upsert: Upsert, plan: Plan, rejection: Rejected) -> bool:
-        """Return whether another reading can resolve the rejection. Prepare the upsert for it. Raises Transient.
+        """Return whether another reading can resolve the rejection. Prepare the upsert for it.
 
-        The first conflict means that another process has just written. If a new reading does not show whose the
-        identifiers are, the weaker one is dropped.
+        The first conflict means that another process has just written, or that the search did not show a profile yet.
+        If the profile that Klaviyo names does not show whose the identifiers are, the weaker one is dropped.
         """
         if rejection.status == HTTPStatus.NOT_FOUND and plan.profile_id:  # deleted or merged since the reading
             return True
         if rejection.status != HTTPStatus.CONFLICT or upsert.is_blind:
             return False
         upsert.conflicts += 1
+        upsert.named |= {rejection.duplicate_id} - {""}
         if self.is_merged(rejection.duplicate_id):
             upsert.conflicts = 0
         elif upsert.conflicts > 1:
             written = [name for name in ("phone_number", "email") if name in plan.attributes]
             upsert.dropped |= set(written[:1])
-            return bool(written)
         return True
 
     def is_merged(self, profile_id: str) -> bool:
@@ -97,9 +97,7 @@ class ProfileWriter:
         """
         if self.is_merged(plan.merge_from):
             raise Transient("Klaviyo has not yet merged the profile of a guest into the customer's", MERGE_WAIT)
-        profiles, _ = read_profiles(self._client, "id", (plan.profile_id, plan.merge_from))
-        by_id = {profile.id: profile for profile in profiles}
-        guest, customer = by_id.get(plan.merge_from), by_id.get(plan.profile_id)
+        guest, customer = (read_profile(self._client, each) for each in (plan.merge_from, plan.profile_id))
         if guest is None or customer is None or guest.get("external_id"):
             return
         email = identifier("email", upsert.get("email"))

@@ -20,7 +20,7 @@ from worker.send.claims import Claims
 from worker.send.consent import has_new_consent
 from worker.send.identifiers import report_dropped
 from worker.send.jobs import PROFILES, BulkJobType, JobEntry
-from worker.send.profile_directory import Directory, Identifier, identifier, read_profiles
+from worker.send.profile_directory import Directory, Identifier, identifier, read_profile, read_profiles
 from worker.send.profile_plan import Plan, Planner, Upsert, has_nulls
 from worker.send.profile_writes import MERGE_WAIT, ProfileWriter
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 KINDS = frozenset({OperationKind.UPSERT_PROFILE, OperationKind.UPSERT_GUEST})
 MAX_ROUNDS = 6  # creation, both identifiers after two conflicts each, and a merge
+LAG_WAIT = 1.0  # seconds until a profile that Klaviyo does not show yet is read again
 _IMPORT = BulkJobType(PROFILES, "profiles", 10_000)  # https://developers.klaviyo.com/en/reference/bulk_import_profiles
 _CHANGING = "other writers keep changing the profiles with these identifiers in Klaviyo"
 
@@ -113,7 +114,10 @@ class Profiles:
         pending = [upsert for upsert in upserts if upsert.result is None]
         planner = Planner(directory, pending, merges_guests=self._merges_guests, can_defer=can_defer)
         plans = [(upsert, planner.plan(upsert)) for upsert in pending]
-        work = [(upsert, plan) for upsert, plan in plans if not plan.is_deferred]
+        for upsert, plan in plans:
+            if upsert.is_created and not plan.profile_id:
+                upsert.finish(Transient("Klaviyo does not show the new profile yet", LAG_WAIT))
+        work = [(upsert, plan) for upsert, plan in plans if not plan.is_deferred and upsert.result is None]
         for upsert, plan in work:
             for name in plan.dropped:
                 if name not in upsert.dropped:
@@ -138,6 +142,7 @@ class Profiles:
             self._look_up(directory, "external_id", {upsert: upsert.operation.key for upsert in customers})
             for name in ("email", "phone_number"):
                 self._look_up(directory, name, _unknown(directory, name, upserts))
+            self._read_named(directory, upserts)
         except EndpointRefused:  # the scope profiles:read is missing
             for upsert in upserts:
                 _cannot_read(upsert)
@@ -158,6 +163,21 @@ class Profiles:
             elif error:
                 upsert.finish(error)
 
+    def _read_named(self, directory: Directory, upserts: Iterable[Upsert]) -> None:
+        """Add the profiles that conflicts named to the directory. Raises EndpointRefused."""
+        for upsert in upserts:
+            for profile_id in upsert.named:
+                upsert.requests += 1
+                try:
+                    profile = read_profile(self._client, profile_id)
+                except EndpointRefused:
+                    raise
+                except WorkerError as error:
+                    upsert.finish(error)
+                    continue
+                if profile:
+                    directory.add(profile)
+
     # Writing
 
     def _run_job(self, work: Sequence[tuple[Upsert, Plan]]) -> None:
@@ -170,6 +190,7 @@ class Profiles:
             upsert.requests += result.requests
             if result.error or plan.profile_id or upsert.is_guest or not _identifiers([upsert]):
                 upsert.finish(result.error)
+            upsert.is_created = True
 
     def _write_individually(self, work: Sequence[tuple[Upsert, Plan]]) -> None:
         """Write profiles in concurrent requests."""

@@ -380,8 +380,61 @@ def test_identifier_of_a_profile_that_cannot_be_found_is_dropped(
     assert (nora.get("email"), nora["properties"]["Phone"], nora["first_name"]) == (left, PHONE, "Nora")
 
 
-def test_conflict_that_names_no_identifier_is_final(klaviyo: AccountClient) -> None:
-    """Nothing is left to drop."""
+def hide_new_profiles(klaviyo: AccountClient) -> None:
+    """Let Klaviyo's search not show the profiles that are created from now on."""
+    find, shown = klaviyo.account.find_profiles, {profile["id"] for profile in klaviyo.account.profiles}
+
+    def find_profiles(name: str, value: str) -> list[Json]:
+        return [profile for profile in find(name, value) if profile["id"] in shown]
+
+    klaviyo.account.find_profiles = find_profiles  # type: ignore[method-assign]
+
+
+def test_profile_that_the_search_does_not_show_yet_is_updated(klaviyo: AccountClient) -> None:
+    """Two messages about a new customer often arrive together. Klaviyo's 409 names the profile."""
+    hide_new_profiles(klaviyo)
+    assert send(klaviyo, customer("nora", phone_number=PHONE, first_name="N.")) == [None]
+    assert send(klaviyo, customer("nora", phone_number=PHONE, first_name="Nora")) == [None]
+    (profile,) = klaviyo.account.profiles
+    assert (profile["attributes"]["first_name"], profile["attributes"]["phone_number"]) == ("Nora", PHONE)
+    assert send(klaviyo, customer("olaf", "nora@example.com", phone_number=PHONE)) == [None]
+    olaf = attributes_of(klaviyo, external_id="olaf")
+    assert (olaf.get("email"), olaf["properties"]["Phone"]) == (None, PHONE)
+
+
+def test_profiles_of_a_job_that_the_search_does_not_show_yet_are_waited_for(klaviyo: AccountClient) -> None:
+    """Their identifiers are added by Klaviyo's id, which is not known yet. They are not created again."""
+    find = klaviyo.account.find_profiles
+    hide_new_profiles(klaviyo)
+    batch = [customer(f"c{number}") for number in range(MANY)]
+    sender = Sender(klaviyo, 4)
+    assert [type(error) for error in sender.send(batch)] == [Transient] * MANY
+    assert klaviyo.names.count(JOBS) == 1
+    klaviyo.account.find_profiles = find  # type: ignore[method-assign]
+    assert sender.send(batch) == [None] * MANY
+    assert {profile["attributes"]["email"] for profile in klaviyo.account.profiles} == {
+        f"c{number}@example.com" for number in range(MANY)
+    }
+
+
+@pytest.mark.parametrize("error", [Transient("503"), EndpointRefused("403")])
+def test_named_profile_that_cannot_be_read(error: WorkerError, klaviyo: AccountClient) -> None:
+    """An outage is waited for. Without the scope, the profile is imported."""
+    klaviyo.profile(email="berg@example.com", external_id="nora")
+    hide_new_profiles(klaviyo)
+    klaviyo.account.find_profiles = lambda *_: []  # type: ignore[method-assign]
+
+    def fail(name: str, _body: Json) -> None:
+        if name.startswith("GET /api/profiles/"):
+            raise error
+
+    klaviyo.before = fail
+    expected = error if not isinstance(error, EndpointRefused) else None
+    assert send(klaviyo, customer("nora", "berg@example.com", first_name="Nora")) == [expected]
+
+
+def test_conflict_that_names_no_identifier_is_a_transient_error(klaviyo: AccountClient) -> None:
+    """Nothing is left to drop. The customer must not become a dead letter."""
 
     def refuse(name: str, _body: Json) -> None:
         if name == CREATE:
@@ -389,7 +442,7 @@ def test_conflict_that_names_no_identifier_is_final(klaviyo: AccountClient) -> N
 
     klaviyo.before = refuse
     (error,) = send(klaviyo, customer("nora"))
-    assert isinstance(error, Rejected)
+    assert isinstance(error, Transient)
 
 
 def test_conflict_that_does_not_end_is_a_transient_error(klaviyo: AccountClient) -> None:
