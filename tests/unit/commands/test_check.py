@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from adapters import QueueError, QueueWarning
+from tests.unit.test_enrich import CountingReader
+from worker.commands.check import checks
 from worker.commands.check.check_result import make_failure
 from worker.errors import ExitCode, KlaviyoMisconfigured, SettingsError, WorkerError
 
@@ -39,3 +41,18 @@ def test_settings_error_keeps_its_problems_apart() -> None:
     assert str(error) == "A is missing: set it\nB is malformed"
     assert error.problems == tuple(problems)
     assert problems[0].problems == (problems[0],)
+
+
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        ({"cart"}, "orders, carts, customers, categories, product-projections"),
+        ({"order", "OrderPaymentAdded"}, "orders, payments, customers, categories, product-projections"),
+        ({"order"}, "orders, customers, categories, product-projections"),
+    ],
+)
+def test_what_the_handlers_read_is_read(resources: set[str], expected: str) -> None:
+    """The check makes the queries of the worker, so a missing scope is found before the first message."""
+    reader = CountingReader({})
+    assert checks._check_commercetools(reader, resources) == f"can read {expected}"
+    assert reader.queries.keys() >= set(expected.split(", "))

@@ -51,7 +51,7 @@ _CUSTOMER = frozenset({"customer"})
 _READS = (  # query, its scope, and the resource or message types whose handlers need it; see worker/enrich/plans.py
     (queries.ORDERS, "view_orders", _EVENTS),
     (queries.CARTS, "view_orders", frozenset({"cart"})),
-    (queries.PAYMENTS, "view_payments", frozenset({"payment"})),
+    (queries.PAYMENTS, "view_payments", frozenset({"payment", "OrderPaymentAdded"})),
     (queries.CUSTOMERS, "view_customers", _EVENTS | _CUSTOMER),
     (queries.CATEGORIES, "view_products", _EVENTS | _CATALOG),
     (queries.PRODUCTS, "view_products", _EVENTS | _PRODUCT),
