@@ -40,22 +40,29 @@ class RawPropertyRules(PropertyRules):
     include: list[str] = Field([], description='Raw order properties to add; ["*"]: all; empty: none.')
 
 
+# Klaviyo's limit is fewer than 128 characters: https://developers.klaviyo.com/en/reference/create_event
+OptionalMetricName = Annotated[str, StringConstraints(max_length=127)]
+MetricName = Annotated[str, StringConstraints(min_length=1, max_length=127)]
+
+
 class MetricNames(_Section):
     """The names of the Klaviyo metrics."""
 
-    placed_order: str = Field("Placed Order", description="Metric of a new order.")
-    ordered_product: str = Field("Ordered Product", description="Metric of each line of a new order.")
-    fulfilled_order: str = Field("Fulfilled Order", description="Metric of a completed or shipped order.")
-    cancelled_order: str = Field("Cancelled Order", description="Metric of a cancelled order.")
-    refunded_order: str = Field("Refunded Order", description="Metric of each refund.")
-    confirmed_shipment: str = Field(
+    placed_order: MetricName = Field("Placed Order", description="Metric of a new order.")
+    ordered_product: MetricName = Field("Ordered Product", description="Metric of each line of a new order.")
+    fulfilled_order: MetricName = Field("Fulfilled Order", description="Metric of a completed or shipped order.")
+    cancelled_order: MetricName = Field("Cancelled Order", description="Metric of a cancelled order.")
+    refunded_order: MetricName = Field("Refunded Order", description="Metric of each refund.")
+    confirmed_shipment: OptionalMetricName = Field(
         "", description="Metric of each parcel, for example Confirmed Shipment; empty: no events."
     )
-    returned_order: str = Field("", description="Metric of each return, for example Returned Order; empty: no events.")
-    started_checkout: str = Field(
+    returned_order: OptionalMetricName = Field(
+        "", description="Metric of each return, for example Returned Order; empty: no events."
+    )
+    started_checkout: OptionalMetricName = Field(
         "", description="Metric of a cart that reaches checkout, for example Started Checkout; empty: no events."
     )
-    added_to_cart: str = Field(
+    added_to_cart: OptionalMetricName = Field(
         "", description="Metric of each line item of a cart, for example Added to Cart; empty: no events."
     )
 

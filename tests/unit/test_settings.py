@@ -283,6 +283,8 @@ def test_environment_takes_precedence_over_the_mapping_file(tmp_path: Path, monk
         ("[order]\nfulfilled_states = 'Complete'", "order.fulfilled_states: "),
         ("[category]\nmax_descendants = -1", "category.max_descendants: "),
         ("locale = ", "is not TOML"),
+        ('[metrics]\nplaced_order = ""', "metrics.placed_order: String should have at least 1 character"),
+        (f'[metrics]\nreturned_order = "{"x" * 128}"', "metrics.returned_order: String should have at most 127"),
     ],
 )
 def test_mistake_in_the_mapping_file_names_the_key(text: str, expected: str, tmp_path: Path) -> None:
