@@ -67,6 +67,11 @@ def _order_created(number: int) -> bytes:
     return bare(message("OrderCreated", "order", f"order-{number}", order=copies.order(_SHOP, number)))
 
 
+def _guest_order_created(number: int) -> bytes:
+    order = {name: value for name, value in copies.order(_SHOP, number).items() if name != "customerId"}
+    return bare(message("OrderCreated", "order", f"order-{number}", order=order))
+
+
 def _large_order_created(number: int) -> bytes:
     custom = {"type": {"typeId": "type", "id": "type"}, "fields": {"note": "x" * LARGE_NOTE}}
     order = copies.order(_SHOP, number) | {"custom": custom}
@@ -99,6 +104,7 @@ def _cart_updated(number: int) -> bytes:
 
 
 ORDER = MessageTemplate(_order_created, {"events": 4, "profiles": 1})
+_GUEST_ORDER = MessageTemplate(_guest_order_created, ORDER.adds)
 _FETCHED = MessageTemplate(_order_created_absent, {"events": 4, "profiles": 1})
 _STATE = MessageTemplate(_order_completed, {"events": 1, "profiles": 1})
 CUSTOMER = MessageTemplate(_customer_updated, {"profiles": 1})
@@ -114,6 +120,7 @@ MIXTURE = MessageKind(
 )
 MESSAGE_KINDS = (
     ORDERS,
+    MessageKind("orders of 3 lines, half by guests", (ORDER, _GUEST_ORDER)),
     MessageKind("orders of 3 lines, fetched", (_FETCHED,)),
     MessageKind("order states", (_STATE,)),
     MessageKind("order states, no verdict", (_STATE,), has_verdict=False),

@@ -65,22 +65,22 @@ class EventIdentities:
         sent. They also are if Klaviyo does not accept one of them in a filter.
         """
         people = [_person_of(operation) for operation in operations]
-        reading = self._read([person for person in people if person])
+        distinct = list(dict.fromkeys(filter(None, people)))
+        reading = self._read(distinct)
+        self._choose(distinct, reading)
         return [
-            self._identified(operation, person, reading) if person else Identified(operation)
+            _identified(operation, person, reading) if person else Identified(operation)
             for operation, person in zip(operations, people, strict=True)
         ]
 
-    def _identified(self, operation: Operation, person: _Person, reading: _Reading) -> Identified:
-        requests = reading.requests.pop(person.customer, 0)
-        if error := reading.errors.get(person.customer):
-            return Identified(operation, error, requests)
+    def _choose(self, people: Iterable[_Person], reading: _Reading) -> None:
+        """Choose the people whose events have the email address, and remember them."""
         with self._lock:
-            is_email_sent = self._is_free(person, reading)
-            if is_email_sent:
-                self._sent_emails[person.customer] = person.email
-                self._sent_customers[person.email] = person.customer
-        return Identified(operation if is_email_sent else _without_email(operation), None, requests)
+            for person in people:
+                if person.customer not in reading.errors and self._is_free(person, reading):
+                    self._sent_emails[person.customer] = person.email
+                    self._sent_customers[person.email] = person.customer
+                    reading.with_email.add(person)
 
     def _is_free(self, person: _Person, reading: _Reading) -> bool:
         """Return whether the event can have the email address. The caller holds the lock."""
@@ -142,6 +142,14 @@ class _Reading:
     customers_of: dict[str, str] = field(default_factory=dict)  # email -> external_id of the profile that has it
     requests: Counter[str] = field(default_factory=Counter)  # by customer
     errors: dict[str, WorkerError] = field(default_factory=dict)  # by customer
+    with_email: set[_Person] = field(default_factory=set)  # people whose events have both identifiers
+
+
+def _identified(operation: Operation, person: _Person, reading: _Reading) -> Identified:
+    requests = reading.requests.pop(person.customer, 0)  # the first event of the person counts them
+    if error := reading.errors.get(person.customer):
+        return Identified(operation, error, requests)
+    return Identified(operation if person in reading.with_email else _without_email(operation), None, requests)
 
 
 def _person_of(operation: Operation) -> _Person | None:
