@@ -215,6 +215,8 @@ def has_nulls(attributes: Json) -> bool:
 
 
 def _is_same(name: str, current: Any, wanted: Any) -> bool:
+    if type(current) is type(wanted) and current == wanted:  # the usual case
+        return True
     if _is_empty(current) or _is_empty(wanted):
         return _is_empty(current) and _is_empty(wanted)
     if name == "email":
@@ -223,4 +225,4 @@ def _is_same(name: str, current: Any, wanted: Any) -> bool:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or value in ("", [], {})
+    return value is None or (not value and isinstance(value, str | list | dict))

@@ -48,8 +48,11 @@ class ProfileWriter:
             elif plan.attributes:
                 self._write(plan)
         except Rejected as rejection:
-            is_finished = not self._is_resolvable(upsert, plan, rejection)
-            error = rejection
+            if self._is_merged(rejection.duplicate_id):
+                error = _merging()
+            else:
+                is_finished = not _is_resolvable(upsert, plan, rejection)
+                error = rejection
         except WorkerError as failure:
             is_finished, error = True, failure
         upsert.requests += self._client.requests_sent() - before
@@ -65,26 +68,7 @@ class ProfileWriter:
         else:
             write_record(self._client, "POST", "/api/profiles", resource)
 
-    def _is_resolvable(self, upsert: Upsert, plan: Plan, rejection: Rejected) -> bool:
-        """Return whether another reading can resolve the rejection. Prepare the upsert for it.
-
-        The first conflict means that another process has just written, or that the search did not show a profile yet.
-        If the profile that Klaviyo names does not show whose the identifiers are, the weaker one is dropped.
-        """
-        if rejection.status == HTTPStatus.NOT_FOUND and plan.profile_id:  # deleted or merged since the reading
-            return True
-        if rejection.status != HTTPStatus.CONFLICT or upsert.is_blind:
-            return False
-        upsert.conflicts += 1
-        upsert.named |= {rejection.duplicate_id} - {""}
-        if self.is_merged(rejection.duplicate_id):
-            upsert.conflicts = 0
-        elif upsert.conflicts > 1:
-            written = [name for name in ("phone_number", "email") if name in plan.attributes]
-            upsert.dropped |= set(written[:1])
-        return True
-
-    def is_merged(self, profile_id: str) -> bool:
+    def _is_merged(self, profile_id: str) -> bool:
         """Return whether Klaviyo has accepted the merge of a profile into another one, and possibly has not ended."""
         with self._lock:
             return profile_id in self._merged
@@ -95,8 +79,8 @@ class ProfileWriter:
         A merge cannot be undone, so both profiles are read again immediately before. If they are no longer those of a
         guest with the customer's email address and of the customer, nothing is merged.
         """
-        if self.is_merged(plan.merge_from):
-            raise Transient("Klaviyo has not yet merged the profile of a guest into the customer's", MERGE_WAIT)
+        if self._is_merged(plan.merge_from):
+            raise _merging()
         guest, customer = (read_profile(self._client, each) for each in (plan.merge_from, plan.profile_id))
         if guest is None or customer is None or guest.get("external_id"):
             return
@@ -125,3 +109,25 @@ class ProfileWriter:
 
     def _post_import(self, attributes: Json) -> None:
         write_record(self._client, "POST", "/api/profile-import", {"type": "profile", "attributes": attributes})
+
+
+def _is_resolvable(upsert: Upsert, plan: Plan, rejection: Rejected) -> bool:
+    """Return whether another reading can resolve the rejection. Prepare the upsert for it.
+
+    The first conflict means that another process has just written, or that the search did not show a profile yet.
+    If the profile that Klaviyo names does not show whose the identifiers are, the weaker one is dropped.
+    """
+    if rejection.status == HTTPStatus.NOT_FOUND and plan.profile_id:  # deleted or merged since the reading
+        return True
+    if rejection.status != HTTPStatus.CONFLICT or upsert.is_blind:
+        return False
+    upsert.conflicts += 1
+    upsert.named |= {rejection.duplicate_id} - {""}
+    if upsert.conflicts > 1:
+        written = [name for name in ("phone_number", "email") if name in plan.attributes]
+        upsert.dropped |= set(written[:1])
+    return True
+
+
+def _merging() -> Transient:
+    return Transient("Klaviyo has not yet merged the profile of a guest into the customer's", MERGE_WAIT)
