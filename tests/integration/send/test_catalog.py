@@ -263,9 +263,15 @@ def test_untracked_stock_keeps_its_quantity(sandbox: Sandbox) -> None:
     untracked = variant(0, stock=None)
     attributes = (untracked.resource or {})["attributes"]
     attributes["inventory_policy"] = 2
-    assert Sender(klaviyo_for(sandbox), 4).send([untracked]) == [None]
+    sender = Sender(klaviyo_for(sandbox), 4)
+    assert sender.send([untracked]) == [None]
     shown = sandbox.account.variants["s0"]["attributes"]
     assert (shown["inventory_quantity"], shown["inventory_policy"]) == (5, 2)
+    # The reading was outdated: a stock message had been there before. The next reading shows its entry.
+    tracked = variant(0, stock=7)
+    (tracked.resource or {})["attributes"]["inventory_policy"] = 1
+    assert sender.send([tracked]) == [None]
+    assert (shown["inventory_quantity"], shown["inventory_policy"]) == (7, 1)
 
 
 def test_missing_price_is_zero_only_in_the_creation_of_a_variant(sandbox: Sandbox, sender: Sender) -> None:

@@ -53,8 +53,8 @@ _CACHE_SIZE, _CACHE_SECONDS = 50_000, 600.0
 class CatalogSender:
     """A sender for catalog operations. Safe for many threads.
 
-    It remembers for a while which categories exist, because most products are in the same ones, and the stock with
-    which it created variants: a variant that was created from an outdated reading gets the present stock.
+    It remembers for a while which categories exist, because most products are in the same ones, and the stock that it
+    wrote with variants: if that was from an outdated reading, the variant gets the present stock.
     """
 
     def __init__(self, client: KlaviyoClient, jobs: BulkJobs, executor: Executor, threshold: int) -> None:
@@ -62,7 +62,7 @@ class CatalogSender:
         self._reader = CatalogReader(client, executor)
         self._writer = CatalogWriter(client, jobs, self._reader, executor, threshold)
         self._categories: cachetools.TTLCache[str, bool] = cachetools.TTLCache(_CACHE_SIZE, _CACHE_SECONDS)
-        self._created_stock: cachetools.TTLCache[str, Json] = cachetools.TTLCache(_CACHE_SIZE, _CACHE_SECONDS)
+        self._written_stock: cachetools.TTLCache[str, Json] = cachetools.TTLCache(_CACHE_SIZE, _CACHE_SECONDS)
         self._lock = Lock()
 
     def send(self, operations: Sequence[Operation]) -> list[SendResult]:
@@ -114,10 +114,12 @@ class CatalogSender:
                 case OperationKind.DELETE_CATEGORY:
                     self._categories.pop(operation.key, None)
                 case OperationKind.UPSERT_VARIANT | OperationKind.ENSURE_VARIANT if result.error is None:
-                    if write.verb == "create" or operation.key in self._created_stock:
-                        self._created_stock[operation.key] = stock_of(operation)
+                    stock = stock_of(operation)
+                    is_untracked = "inventory_quantity" not in stock
+                    if write.verb == "create" or is_untracked or operation.key in self._written_stock:
+                        self._written_stock[operation.key] = stock
                 case OperationKind.UPDATE_INVENTORY:
-                    self._created_stock.pop(operation.key, None)
+                    self._written_stock.pop(operation.key, None)
 
     def _judge(self, batch: CatalogBatch, operation: Operation, result: SendResult) -> SendResult:
         """Return the result, but no rejection of an entry that refers to one that was only remembered to exist."""
@@ -221,15 +223,15 @@ class CatalogSender:
     def _stock_in_update(self, batch: CatalogBatch, operation: Operation) -> Json:
         """Return the stock that an update of a variant writes. Usually, that is none.
 
-        It is the whole stock if the batch has a stock message of the variant, or if this process created the variant
-        with another stock. It is the policy if the stock is not tracked: no stock message says so.
+        It is the whole stock if the batch has a stock message of the variant, or if this process wrote another stock
+        with the variant. It is the policy if the stock is not tracked: no stock message says so.
         """
         if (stock := batch.stock_updates.get(operation.key)) is not None:
             return stock
         stock = stock_of(operation)
         with self._lock:
-            created = self._created_stock.get(operation.key)
-        if created is not None and created != stock:
+            written = self._written_stock.get(operation.key)
+        if written is not None and written != stock:
             return stock
         return {} if "inventory_quantity" in stock else stock
 
