@@ -158,6 +158,7 @@ class Operation:
     watches_move: bool = False
     any_profile: bool = False  # UPSERT_GUEST: also write to the profile of a customer
     truncated: Sequence[str] = ()  # property paths shortened to Klaviyo's limits
+    gaps: Sequence[str] = ()  # of a product: "price" per variant without a price, "sku" per variant without a sku
     created_since: datetime | None = None
     background: bool = False
     consents: Sequence[Consent] = ()  # of the person whose profile UPSERT_PROFILE writes

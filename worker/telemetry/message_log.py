@@ -71,6 +71,9 @@ class Telemetry:
             self.metrics.record_settled(line["message_type"], ending.value, line["duration_s"], line["age_s"])
             if message.outcome and isinstance(message.outcome.cause, Excluded):
                 self.metrics.record_excluded(message.outcome.cause.by)
+            if ending is Ending.SENT:
+                for gap in (gap for operation in message.operations for gap in operation.gaps):
+                    self.metrics.record_gap(gap)
             if line["erased"] is not None and ending is Ending.SENT:
                 self.metrics.record_erasure(line["erased"])
             level = _LEVELS.get(ending, logging.INFO)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 OUTCOMES = tuple(ending.value for ending in Ending)
 SERVICES = ("klaviyo", "commercetools")
 STAGES = ("parse", "enrich", "transform", "send")
+GAPS = ("price", "sku")
 EXCLUDED_BY = ("project", "stores", "countries")
 OTHER = "other"
 _ERASED = ("0", "1", "2", "3")  # profiles of an erasure; 0: Klaviyo had none
@@ -61,6 +62,7 @@ class Metrics:
             registry, "messages_excluded_total", "Messages of a project, store or country that is not served", "by"
         )
         self._erasures = _counter(registry, "erasures_total", "Completed erasures, by number of profiles", "profiles")
+        self._gaps = _counter(registry, "catalog_gaps_total", "Variants without a price, or without a sku", "gap")
         self._duration = _histogram(
             registry, "message_duration_seconds", "Time from receiving a message to settling it", _SECONDS
         )
@@ -79,6 +81,8 @@ class Metrics:
         for kind in (*self._types, "unreadable", OTHER):  # start at 0; otherwise increase() misses the first message
             for outcome in OUTCOMES:
                 self._processed.labels(kind, outcome)
+        for gap in GAPS:
+            self._gaps.labels(gap)
         for setting in EXCLUDED_BY:
             self._excluded.labels(setting)
 
@@ -116,6 +120,10 @@ class Metrics:
     def record_erasure(self, profiles: int) -> None:
         """Count a completed erasure. `profiles` is the number of profiles whose deletion was requested."""
         self._erasures.labels(_bounded(str(profiles), _ERASED)).inc()
+
+    def record_gap(self, gap: str) -> None:
+        """Count a variant that was written without a price, or was not written because it has no sku: one of GAPS."""
+        self._gaps.labels(_bounded(gap, GAPS)).inc()
 
     def record_batch(self, messages: int) -> None:
         """Record the number of messages in a batch."""

@@ -50,9 +50,14 @@ def _product_operations(enriched: Enriched, mapping: MappingConfig) -> Iterable[
     product_id = as_text(product.get("id"))
     for category in _categories(product_id, enriched):
         yield category_operation(OperationKind.ENSURE_CATEGORY, category, enriched.categories, mapping)
-    yield Operation(OperationKind.UPSERT_ITEM, product_id, _item(product, enriched, mapping))
-    for sku, variant in variants_by_sku(product):
-        yield Operation(OperationKind.UPSERT_VARIANT, sku, _variant(sku, product, variant, enriched, mapping))
+    variants = [
+        Operation(OperationKind.UPSERT_VARIANT, sku, _variant(sku, product, variant, enriched, mapping))
+        for sku, variant in variants_by_sku(product)
+    ]
+    without_price = sum((each.resource or {})["attributes"]["price"] is None for each in variants)
+    gaps = ["price"] * without_price + ["sku"] * (len(all_variants(product)) - len(variants))
+    yield Operation(OperationKind.UPSERT_ITEM, product_id, _item(product, enriched, mapping), gaps=gaps)
+    yield from variants
 
 
 def is_readable(product: Json) -> bool:

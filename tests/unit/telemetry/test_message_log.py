@@ -209,3 +209,15 @@ def test_an_erasure_has_the_number_of_profiles_in_its_line(found: int, ending: E
     assert json.loads(stream.getvalue())["erased"] == found
     scraped = telemetry.metrics.render()[0].decode()
     assert (f'erasures_total{{profiles="{found}"}} 1.0' in scraped) == (ending is Ending.SENT)
+
+
+@pytest.mark.parametrize("ending", [Ending.SENT, Ending.RETRIED])
+def test_gaps_of_the_catalog_are_counted(ending: Ending) -> None:
+    """Variants without a price or a sku do not show anywhere else."""
+    telemetry = Telemetry(Metrics("embedded"))
+    done = message(Outcome(Disposition.ACK, "send"))
+    done.operations = [Operation(OperationKind.UPSERT_ITEM, "p", gaps=["price", "price", "sku"])]
+    telemetry.on_endings([Ended(done, ending)])
+    scraped = telemetry.metrics.render()[0].decode()
+    assert ('catalog_gaps_total{gap="price"} 2.0' in scraped) == (ending is Ending.SENT)
+    assert ('catalog_gaps_total{gap="sku"} 1.0' in scraped) == (ending is Ending.SENT)

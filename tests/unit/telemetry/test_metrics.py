@@ -43,6 +43,7 @@ TABLE: Mapping[str, tuple[str, set[str]]] = {
     "messages_processed_total": ("counter", {"message_type", "outcome"}),
     "messages_excluded_total": ("counter", {"by"}),
     "erasures_total": ("counter", {"profiles"}),
+    "catalog_gaps_total": ("counter", {"gap"}),
     "message_failures_total": ("counter", {"stage", "error_type"}),
     "message_duration_seconds": ("histogram", set()),
     "stage_duration_seconds": ("histogram", {"stage"}),

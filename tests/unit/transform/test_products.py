@@ -55,6 +55,7 @@ def test_variant_without_sku_is_left_out_of_others() -> None:
     operations = transform(enriched, MappingConfig())
     assert [operation.key for operation in operations] == ["p", " MUG ", "p"]
     assert operations[-1].keep_skus == {" MUG "}
+    assert operations[0].gaps == ["price", "sku"]
 
 
 @pytest.mark.parametrize(

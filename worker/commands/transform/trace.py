@@ -26,6 +26,7 @@ _PAYLOADS = {
     "customer": "customers",
     "category": "categories",
     "productProjection": "product-projections",
+    "standalonePrice": "standalone-prices",
     "payment": "payments",
 }
 
