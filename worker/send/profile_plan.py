@@ -109,17 +109,25 @@ class Planner:
         return self._complete(upsert, target, merge_from, dropped)
 
     def _plan_guest(self, upsert: Upsert) -> Plan:
-        """Return the plan for the buyer of an order. The profile of a customer is left alone.
-
-        With `any_profile` it is not. But an order of a customer is only written to the profile that has both
-        identifiers of this customer. The customer's own messages create it.
-        """
+        """Return the plan for the buyer of an order. Without `any_profile`, the profile of a customer is left alone."""
         found = self._directory.find("email", upsert.get("email"))
         target = found[0] if found else None
-        holder, customer = target.get("external_id") if target else "", upsert.get("external_id")
-        if holder != customer if customer else holder and not upsert.operation.any_profile:
-            return Plan(target.id if target else "")
+        if customer := upsert.get("external_id"):
+            return self._plan_buyer(upsert, customer, target)
+        if target and target.get("external_id") and not upsert.operation.any_profile:
+            return Plan(target.id)
         return self._complete(upsert, target, "", [])
+
+    def _plan_buyer(self, upsert: Upsert, customer: str, holder: Profile | None) -> Plan:
+        """Return the plan for a customer who placed an order. It moves no identifier.
+
+        `holder` has the email address. It is left alone if it is another customer's.
+        """
+        own = next(iter(self._directory.find("external_id", customer)), None)
+        if own is None and holder and holder.get("external_id"):
+            return Plan(holder.id)
+        is_own_email = own is None or (holder is not None and holder.id == own.id)
+        return self._complete(upsert, own or holder, "", [] if is_own_email else ["email"])
 
     def _complete(self, upsert: Upsert, target: Profile | None, merge_from: str, dropped: list[str]) -> Plan:
         """Return the plan for a known target. A phone number is written only if no other profile has it."""

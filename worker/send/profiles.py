@@ -137,9 +137,9 @@ class Profiles:
         A customer's email address and phone number are looked up only if the customer's profile has others.
         """
         directory = Directory()
-        customers = [upsert for upsert in upserts if not upsert.is_guest and not upsert.is_blind]
+        customers = {upsert: _customer_of(upsert) for upsert in upserts if _customer_of(upsert) and not upsert.is_blind}
         try:
-            self._look_up(directory, "external_id", {upsert: upsert.operation.key for upsert in customers})
+            self._look_up(directory, "external_id", customers)
             for name in ("email", "phone_number"):
                 self._look_up(directory, name, _unknown(directory, name, upserts))
             self._read_named(directory, upserts)
@@ -217,6 +217,11 @@ def _unknown(directory: Directory, name: str, upserts: Iterable[Upsert]) -> dict
         if not upsert.is_guest
     }
     return {u: value for u, value in wanted.items() if value and identifier(name, value) not in own.get(u, ())}
+
+
+def _customer_of(upsert: Upsert) -> str:
+    """Return the external_id of the customer whose profile it is, or "" for a guest."""
+    return upsert.get("external_id") if upsert.is_guest else upsert.operation.key
 
 
 def _cannot_read(upsert: Upsert) -> None:

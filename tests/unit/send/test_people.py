@@ -528,20 +528,32 @@ def test_guest_does_not_change_the_profile_of_a_customer(klaviyo: AccountClient)
     assert nora["first_name"] == "Norah"
 
 
+def buyer(email: str, customer: str) -> Operation:
+    return guest(email, any_profile=True, external_id=customer, first_name="Accounts")
+
+
 def test_order_of_a_customer_changes_no_other_profile(klaviyo: AccountClient) -> None:
-    """With order.buyer = "all", the billing address is written to the profile with both identifiers only."""
-    nora = klaviyo.profile(email="nora@example.com", external_id="nora")
-    others = [
-        klaviyo.profile(email="shared@example.com", external_id="other"),
-        klaviyo.profile(email="guest@example.com"),
-    ]
-    before = orjson.dumps(others)
+    """With order.buyer = "all", the billing address is written to the customer's profile, wherever the email is."""
+    nora = klaviyo.profile(email="nora@example.com", external_id="nora", first_name="Nora")
+    other = klaviyo.profile(email="shared@example.com", external_id="other", first_name="Olaf")
+    klaviyo.profile(email="guest@example.com", first_name="Gert")
+    before = orjson.dumps(klaviyo.account.profiles[1:])
     for email in ("nora@example.com", "shared@example.com", "guest@example.com", "new@example.com"):
-        order = guest(email, any_profile=True, external_id="nora", first_name="Accounts")
-        assert send(klaviyo, order) == [None]
-    assert nora["first_name"] == "Accounts"
-    assert orjson.dumps(others) == before
-    assert len(klaviyo.account.profiles) == 3
+        nora["first_name"] = "Nora"
+        assert send(klaviyo, buyer(email, "nora")) == [None]
+        assert (nora["first_name"], nora["email"]) == ("Accounts", "nora@example.com")
+        assert orjson.dumps(klaviyo.account.profiles[1:]) == before
+    assert send(klaviyo, buyer("shared@example.com", "ada")) == [None]
+    assert (other["first_name"], len(klaviyo.account.profiles)) == ("Olaf", 3)
+
+
+def test_order_of_a_new_customer_creates_the_profile(klaviyo: AccountClient) -> None:
+    """The profile of a guest with the customer's address becomes the customer's."""
+    gert = klaviyo.profile(email="gert@example.com")
+    for email, name in (("gert@example.com", "gert"), ("nora@example.com", "nora")):
+        assert send(klaviyo, buyer(email, name)) == [None]
+        assert attributes_of(klaviyo, email=email, external_id=name)["first_name"] == "Accounts"
+    assert gert["external_id"] == "gert"
 
 
 # Without profiles:read
