@@ -3,8 +3,6 @@
 The state of a resource is its version: it is a part of its name, and its price or its stock. The histories exclude:
 
 - two people who share an email address, a phone number or a customer id, and a change of these
-- a SKU that moves to another product
-- changes of the stock of a product that changes itself, and of the categories of a product
 - data erasure
 """
 
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 CONSTANT: Json = {"id": "constant", "version": 1, "name": {"en": "Constant"}, "ancestors": []}  # a category
+MOVING_SKU = "moving-sku"
 EventKey = tuple[str, str, float]  # metric, unique_id, value
 
 
@@ -56,6 +55,7 @@ class ShopModel:
         self.products: dict[str, Json] = {}  # published
         self.unpublished: dict[str, Json] = {}
         self.stock: dict[str, Json] = {}
+        self.owner = ""  # the product that has the SKU that moves
         self.orders: dict[str, Json] = {}
         self.refunds: dict[str, Json] = {}  # payments by order
         self.events: Counter[EventKey] = Counter()
@@ -114,8 +114,36 @@ class ShopModel:
         self._write("categories", self.categories, changed, how)
         self._notify("ResourceUpdated", "category", changed, how)
 
+    def move_category(self, category_id: str, parent_id: str | None, how: Change) -> None:
+        """Give a category another parent. That changes the ancestors of its descendants, too, without a message."""
+        parent = self.categories.get(parent_id or "")
+        path = [*parent["ancestors"], {"typeId": "category", "id": parent_id}] if parent else []
+        moved = self.categories[category_id]
+        changed = moved | {"version": moved["version"] + 1, "ancestors": path}
+        self._write("categories", self.categories, changed, how)
+        for below in self.below(category_id):
+            ids = [ancestor["id"] for ancestor in below["ancestors"]]
+            ancestors = [*path, *below["ancestors"][ids.index(category_id) :]]
+            self._write("categories", self.categories, below | {"ancestors": ancestors}, how)
+        self._notify("ResourceUpdated", "category", changed, how)
+
+    def below(self, category_id: str) -> list[Json]:
+        """Return the descendants of a category."""
+        return [
+            category
+            for category in self.categories.values()
+            if category_id in (ancestor["id"] for ancestor in category["ancestors"])
+        ]
+
     def delete_category(self, category_id: str, how: Change) -> None:
+        """Delete a category. commercetools removes it from its products."""
         self._remove("categories", "category", self.categories, category_id, how)
+        for product in list(self.products.values()):
+            if category_id in _category_ids(product):
+                kept = [each for each in _category_ids(product) if each != category_id]
+                self._change_product(product, how, "ProductRemovedFromCategory", categories=kept)
+        for product in self.unpublished.values():
+            product["categories"] = [each for each in product["categories"] if each["id"] != category_id]
 
     def leaves(self) -> list[str]:
         """Return the categories without children."""
@@ -124,19 +152,44 @@ class ShopModel:
 
     # Products and stock
 
-    def publish_product(self, product_id: str | None, how: Change) -> None:
+    def publish_product(self, product_id: str | None, category_id: str | None, how: Change) -> None:
+        """Publish a product, in the constant category and in another one."""
         product_id = product_id or self._new_id("product")
-        former = self.products.get(product_id) or self.unpublished.pop(product_id, {"version": 0})
-        product = _product(product_id, former["version"] + 1)
-        self._write("product-projections", self.products, product, how)
-        self._message("ProductPublished", "product", product, how)
+        former = self.products.get(product_id) or self.unpublished.pop(product_id, {"id": product_id, "version": 0})
+        categories = [CONSTANT["id"], *([category_id] if category_id else [])]
+        self._change_product(former, how, "ProductPublished", categories=categories)
 
     def unpublish_product(self, product_id: str, how: Change) -> None:
         product = self.products.pop(product_id)
+        self.owner = "" if self.owner == product_id else self.owner
         gone = product | {"version": product["version"] + 1}
         self.unpublished[product_id] = gone
         self._shop.write("product-projections", product_id, None, how.lag)
         self._message("ProductUnpublished", "product", gone, how)
+
+    def move_sku(self, product_id: str, how: Change) -> None:
+        """Move a SKU to a product. The messages of both products follow."""
+        former, self.owner = self.owner, product_id
+        for changed in {former, product_id} & self.products.keys():
+            self._change_product(self.products[changed], how, "ProductPublished")
+
+    def stock_product(self, product_id: str, how: Change) -> None:
+        """Create an inventory entry for a SKU that had none."""
+        entry = {"id": f"entry-of-{product_id}", "version": 1, "sku": f"{product_id}-sku", "availableQuantity": 1}
+        self._write("inventory", self.stock, entry, how)
+        self._notify("ResourceCreated", "inventory-entry", entry, how)
+
+    def unstocked(self) -> list[str]:
+        """Return the published products without an inventory entry."""
+        return [name for name in self.products if f"entry-of-{name}" not in self.stock]
+
+    def _change_product(
+        self, product: Json, how: Change, kind: str, *, categories: Sequence[str] | None = None
+    ) -> None:
+        ids = _category_ids(product) if categories is None else categories
+        changed = _product(product["id"], product["version"] + 1, ids, owns_moving=product["id"] == self.owner)
+        self._write("product-projections", self.products, changed, how)
+        self._message(kind, "product", changed, how, staged=False)
 
     def create_stock(self, how: Change) -> None:
         """Create an inventory entry. Its product was there before the worker, and has not changed since."""
@@ -224,21 +277,32 @@ class ShopModel:
         """Return the name of the category that has never changed. Klaviyo has it as soon as it has a product."""
         return {CONSTANT["id"]: (CONSTANT["name"]["en"],)}
 
-    def items(self) -> dict[str, tuple[str, float]]:
-        """Return title and price of each catalog item."""
-        stocked = [_product(entry["sku"].removesuffix("-sku"), 2) for entry in self.stock.values()]
-        products = [*self.products.values(), *stocked]
-        return {product["id"]: (product["name"]["en"], _price(product)) for product in products}
+    def items(self) -> dict[str, tuple[str, float, list[str]]]:
+        """Return title, price and categories of each catalog item."""
+        stocked = [_product(name, 2) for name in self._stocked()]
+        return {
+            product["id"]: (product["name"]["en"], _price(product), self._with_ancestors(_category_ids(product)))
+            for product in [*self.products.values(), *stocked]
+        }
 
-    def variants(self) -> dict[str, tuple[str, float, int]]:
-        """Return title, price and stock of each catalog variant."""
+    def variants(self) -> dict[str, tuple[str, float, int, str]]:
+        """Return title, price, stock and item of each catalog variant."""
         stock = {entry["sku"]: entry["availableQuantity"] for entry in self.stock.values()}
         found = {}
-        for product_id, (title, price) in self.items().items():
-            number = 1 + (product_id in self.products and self.products[product_id]["version"] % 2)
-            for sku in [f"{product_id}-sku", f"{product_id}-sku-2"][:number]:
-                found[sku] = title, price, stock.get(sku, 0)
+        for product in [*self.products.values(), *(_product(name, 2) for name in self._stocked())]:
+            for variant in [product["masterVariant"], *product["variants"]]:
+                sku = variant["sku"]
+                found[sku] = product["name"]["en"], _price(product), stock.get(sku, 0), product["id"]
         return found
+
+    def _stocked(self) -> list[str]:
+        """Return the products that were there before the worker."""
+        names = [entry["sku"].removesuffix("-sku") for entry in self.stock.values()]
+        return [name for name in names if name.startswith("stocked")]
+
+    def _with_ancestors(self, category_ids: Sequence[str]) -> list[str]:
+        paths = {CONSTANT["id"]: [], **{key: each["ancestors"] for key, each in self.categories.items()}}
+        return sorted({*category_ids, *(each["id"] for key in category_ids for each in paths[key])})
 
     # Parts
 
@@ -275,18 +339,25 @@ def _price(product: Json) -> float:
     return cents / 100
 
 
-def _product(product_id: str, version: int) -> Json:
+def _product(
+    product_id: str, version: int, categories: Sequence[str] = (CONSTANT["id"],), *, owns_moving: bool = False
+) -> Json:
     price = {"id": "price", "value": money(100 * version)}
+    # A second variant that comes and goes, and one that moves.
+    further = [f"{product_id}-sku-2"] * (version % 2) + [MOVING_SKU] * owns_moving
     return {
         "id": product_id,
         "version": version,
         "name": {"en": f"{product_id} {version}"},
         "slug": {"en": product_id},
-        "categories": [{"typeId": "category", "id": CONSTANT["id"]}],
+        "categories": [{"typeId": "category", "id": category} for category in categories],
         "masterVariant": {"id": 1, "sku": f"{product_id}-sku", "prices": [price], "images": [], "attributes": []},
-        # A second variant that comes and goes.
-        "variants": [{"id": 2, "sku": f"{product_id}-sku-2", "prices": [price]}] * (version % 2),
+        "variants": [{"id": number, "sku": sku, "prices": [price]} for number, sku in enumerate(further, 2)],
     }
+
+
+def _category_ids(product: Json) -> list[str]:
+    return [category["id"] for category in product["categories"]]
 
 
 def _order(order_id: str) -> Json:

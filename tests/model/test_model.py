@@ -31,6 +31,7 @@ from worker.runtime.runner import ShutdownTimeoutError
 from worker.sandbox.commercetools.api import CLIENT_ID, CLIENT_SECRET
 from worker.sandbox.klaviyo.account import BULK_REPEATS
 from worker.sandbox.klaviyo.api import KEY
+from worker.sandbox.klaviyo.catalog import PREFIX
 from worker.sandbox.server import Fault
 from worker.send.bulk_verdict import IGNORED, PROBE_PROFILE, REPEATS
 from worker.settings import Settings, load
@@ -264,6 +265,14 @@ class Model(RuleBasedStateMachine):
         self.shop.rename_category(pick(self.shop.categories, number), how)
 
     @precondition(lambda self: self.shop.categories)
+    @rule(number=numbers, parent=numbers, how=how_state)
+    def move_category(self, number: int, parent: int, how: Change) -> None:
+        moved = pick(self.shop.categories, number)
+        below = [category["id"] for category in self.shop.below(moved)]
+        parents = [None, *(each for each in self.shop.categories if each not in {moved, *below})]
+        self.shop.move_category(moved, parents[parent % len(parents)], how)
+
+    @precondition(lambda self: self.shop.categories)
     @rule(number=numbers, how=how_state)
     def delete_category(self, number: int, how: Change) -> None:
         self.shop.delete_category(pick(self.shop.leaves(), number), how)
@@ -272,7 +281,19 @@ class Model(RuleBasedStateMachine):
     def publish_product(self, number: int, how: Change) -> None:
         known: list[str | None] = [*self.shop.products, *self.shop.unpublished]
         known += [None] * (len(known) < 2)
-        self.shop.publish_product(known[number % len(known)], how)
+        categories: list[str | None] = [None, *self.shop.categories]
+        category = categories[number // 2 % len(categories)]
+        self.shop.publish_product(known[number % len(known)], category, how)
+
+    @precondition(lambda self: self.shop.products)
+    @rule(number=numbers, how=how_state)
+    def move_sku(self, number: int, how: Change) -> None:
+        self.shop.move_sku(pick(self.shop.products, number), how)
+
+    @precondition(lambda self: self.shop.unstocked())
+    @rule(number=numbers, how=how_state)
+    def stock_product(self, number: int, how: Change) -> None:
+        self.shop.stock_product(pick(self.shop.unstocked(), number), how)
 
     @precondition(lambda self: self.shop.products)
     @rule(number=numbers, how=how_state)
@@ -341,8 +362,8 @@ class Model(RuleBasedStateMachine):
             "events": (Counter((e["metric"], e["unique_id"], e["value"]) for e in account.events), shop.events),
             "profiles": ({key: names.get(key) for key in shop.customers}, shop.names()),
             "categories": (_attributes(account.categories, "name") | shop.constant_breadcrumb(), shop.breadcrumbs()),
-            "items": (_attributes(account.items, "title", "price"), shop.items()),
-            "variants": (_attributes(account.variants, "title", "price", "inventory_quantity"), shop.variants()),
+            "items": ({key: _item(entry) for key, entry in account.items.items()}, shop.items()),
+            "variants": ({key: _variant(entry) for key, entry in account.variants.items()}, shop.variants()),
         }
         wrong = {name: _differences(*pair) for name, pair in ends.items() if pair[0] != pair[1]}
         assert not wrong, wrong
@@ -357,6 +378,17 @@ def _note(lines: Sequence[str]) -> None:
 def _attributes(entries: dict[str, Any], *names: str) -> dict[str, tuple[Any, ...]]:
     """Return these attributes of each catalog entry."""
     return {key: tuple(entry["attributes"][name] for name in names) for key, entry in entries.items()}
+
+
+def _item(entry: dict[str, Any]) -> tuple[Any, ...]:
+    categories = sorted(each.removeprefix(PREFIX) for each in entry["categories"])
+    return entry["attributes"]["title"], entry["attributes"]["price"], categories
+
+
+def _variant(entry: dict[str, Any]) -> tuple[Any, ...]:
+    attributes = entry["attributes"]
+    item = entry["item"].removeprefix(PREFIX)
+    return attributes["title"], attributes["price"], attributes["inventory_quantity"], item
 
 
 def _differences(actual: dict[Any, Any], expected: dict[Any, Any]) -> dict[Any, tuple[Any, Any]]:
