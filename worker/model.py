@@ -240,15 +240,6 @@ class Message:
         return self.notification.resource_type, self.notification.resource_id
 
     @property
-    def lane_key(self) -> tuple[str, str]:
-        """Return the key of the lane. All stock has one lane of a worker.
-
-        The stock messages of a new product then write it once, because they are in one batch.
-        """
-        kind, name = self.key
-        return kind, "" if kind == "inventory-entry" else name
-
-    @property
     def effect(self) -> Effect:
         """Return what the message changes in Klaviyo. All resources without another effect have events."""
         kind, _ = self.key

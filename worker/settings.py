@@ -365,8 +365,8 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
 
     @property
     def threads(self) -> int:
-        """Return the number of lanes of all effects. Each lane is a thread."""
-        return len(Effect) * self.lanes
+        """Return the number of lanes of all effects, with that for stock. Each lane is a thread."""
+        return len(Effect) * self.lanes + 1
 
 
 def load(kind: type[S], options: Mapping[str, Any]) -> S:

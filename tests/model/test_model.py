@@ -32,6 +32,7 @@ from worker.sandbox.commercetools.api import CLIENT_ID, CLIENT_SECRET
 from worker.sandbox.klaviyo.account import BULK_REPEATS
 from worker.sandbox.klaviyo.api import KEY
 from worker.sandbox.klaviyo.catalog import PREFIX
+from worker.sandbox.notifications import bare, change
 from worker.sandbox.server import Fault
 from worker.send.bulk_verdict import IGNORED, PROBE_PROFILE, REPEATS
 from worker.settings import Settings, load
@@ -369,6 +370,17 @@ class Model(RuleBasedStateMachine):
         assert not wrong, wrong
 
 
+NO_RULE: Any = None
+
+
+class CatalogModel(Model):
+    """The model without customers and orders, so that more happens to the same products and categories."""
+
+    create_customer = update_customer = delete_customer = NO_RULE
+    create_order = end_order = refund = NO_RULE
+    publish_bad_order = publish_unreadable = NO_RULE
+
+
 def _note(lines: Sequence[str]) -> None:
     """Add lines to the report of a random history."""
     if currently_in_test_context():
@@ -432,6 +444,34 @@ def model(simulated_workers: None) -> Iterator[Model]:
 def test_any_history_ends_with_klaviyo_as_commercetools_is(simulated_workers: None) -> None:
     """Every event is there once, the mirror is equal, dead letters are exactly the bad messages, the queue is empty."""
     run_state_machine_as_test(Model, settings=SETTINGS)
+
+
+@pytest.mark.timeout(0)
+def test_any_history_of_the_catalog_ends_with_klaviyo_as_commercetools_is(simulated_workers: None) -> None:
+    """SKUs and categories move, stock changes while its product does, and messages arrive in any order."""
+    run_state_machine_as_test(CatalogModel, settings=settings(SETTINGS, max_examples=max(EXAMPLES // 4, 1)))
+
+
+def test_stock_of_a_new_product_writes_it_once(model: Model) -> None:
+    """Sixty stock messages arrive before the product's own. Klaviyo gets ten requests at most."""
+    skus = [f"new-{number}" for number in range(60)]
+    product = {"id": "new", "version": 1, "name": {"en": "New"}, "slug": {"en": "new"}, "categories": []}
+    variants = [{"id": number, "sku": sku} for number, sku in enumerate(skus, 1)]
+    model.world.shop.write(
+        "product-projections", "new", product | {"masterVariant": variants[0], "variants": variants[1:]}, 0.0
+    )
+    model.world.queue._max_messages = 100
+    for sku in skus:
+        entry = {"id": sku, "version": 1, "sku": sku, "availableQuantity": 3}
+        model.world.shop.write("inventory", sku, entry, 0.0)
+        model.world.queue.publish(bare(change("ResourceCreated", "inventory-entry", sku)))
+    model.stop(number=1)
+    model._settle()
+    stock = {sku: entry["attributes"]["inventory_quantity"] for sku, entry in model.world.account.variants.items()}
+    assert stock == dict.fromkeys(skus, 3)
+    calls = [line for line in model.world.trace if "/api/catalog" in line]
+    assert len(calls) <= 10, calls
+    model.world.account.delete_entry("catalog-item", f"{PREFIX}new")  # for the check of the shop
 
 
 def test_category_is_shown_before_its_parent(model: Model) -> None:

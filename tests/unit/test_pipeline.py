@@ -399,18 +399,6 @@ def test_message_with_follow_ups_is_processed_again(
     assert [entry[:2] for entry in recorded.settled] == [("ack", "a")]
 
 
-def test_all_stock_has_one_lane(pipeline: Pipeline) -> None:
-    """The stock messages of a new product are in one batch, so the product is written once."""
-    bodies = [
-        {"notificationType": "ResourceUpdated", "resource": {"typeId": kind, "id": name}}
-        for kind in ("inventory-entry", "product")
-        for name in "ab"
-    ]
-    messages = [pipeline.parse(FakeDelivery(json.dumps(body).encode())) for body in bodies]
-    assert len({message.key for message in messages}) == 4
-    assert len({message.lane_key for message in messages}) == 3
-
-
 def test_state_that_keeps_changing_is_held_and_compared_later(
     pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from worker.model import Effect
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
 
 class Lanes:
-    """`settings.lanes` lanes for each effect. A resource always has the same lane, and so has all stock."""
+    """`settings.lanes` lanes for each effect, and one for stock. A resource always has the same lane.
+
+    In the lane for stock, the messages about all SKUs of a new product are in one batch, so the product is written
+    once. Its batches are as large as those of the other lanes of an effect together.
+    """
 
     def __init__(
         self, pipeline: Pipeline, in_flight: InFlight, settings: Settings, stopping: Event, callbacks: LaneCallbacks
@@ -32,9 +37,12 @@ class Lanes:
             ]
             for effect in Effect
         }
+        larger = settings.model_copy(update={"max_batch": settings.max_batch * settings.lanes})
+        self._stock = Lane("catalog-stock", pipeline, in_flight, larger, stopping, callbacks)
 
     def __iter__(self) -> Iterator[Lane]:
-        return (lane for group in self._groups.values() for lane in group)
+        yield from chain.from_iterable(self._groups.values())
+        yield self._stock
 
     def start(self) -> None:
         """Start the threads."""
@@ -44,7 +52,9 @@ class Lanes:
     def put(self, effect: Effect, message: Message) -> None:
         """Put a message into the lane of its resource, in the lanes of an effect."""
         group = self._groups[effect]
-        group[hash(message.lane_key) % len(group)].put(message)
+        is_stock = message.key[0] == "inventory-entry"
+        lane = self._stock if is_stock else group[hash(message.key) % len(group)]
+        lane.put(message)
 
     def end(self) -> None:
         """End the lanes after they have processed their inboxes."""
@@ -66,4 +76,6 @@ class Lanes:
 
     def batch_sizes(self) -> dict[str, list[int]]:
         """Return the number of messages in the current batch of each lane, by effect; 0 if the lane is idle."""
-        return {effect.value: [lane.batch_size for lane in group] for effect, group in self._groups.items()}
+        sizes = {effect.value: [lane.batch_size for lane in group] for effect, group in self._groups.items()}
+        sizes[Effect.CATALOG.value].append(self._stock.batch_size)
+        return sizes

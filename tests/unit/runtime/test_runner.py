@@ -840,7 +840,7 @@ def test_once_treats_a_queue_without_backlog_as_empty_after_the_idle_timeout(
 
 
 def test_batch_sizes_are_reported_by_lane_group(queue: EmbeddedQueue) -> None:
-    """An idle lane has batch size 0."""
+    """An idle lane has batch size 0. All stock has a lane of its own."""
     release = threading.Event()
 
     def work(_messages: Sequence[Message]) -> list[Message]:
@@ -849,7 +849,7 @@ def test_batch_sizes_are_reported_by_lane_group(queue: EmbeddedQueue) -> None:
 
     runner, _ = runner_for(queue, work, lanes=2)
     groups = ("events", "profiles", "deletions", "catalog", "carts")
-    assert runner.batch_sizes() == {name: [0, 0] for name in groups}
+    assert runner.batch_sizes() == {name: [0, 0] for name in groups} | {"catalog": [0, 0, 0]}
     queue.publish([b"customer:1", b"product:1"])
     thread = threading.Thread(target=runner.run)
     thread.start()
@@ -868,3 +868,27 @@ def test_batch_sizes_are_reported_by_lane_group(queue: EmbeddedQueue) -> None:
         release.set()
         runner.stop()
         thread.join()
+
+
+def test_stock_has_one_lane_with_large_batches(queue: EmbeddedQueue) -> None:
+    """The stock messages of a new product are in one batch, so the product is written once."""
+    release = threading.Event()
+
+    def work(_messages: Sequence[Message]) -> list[Message]:
+        release.wait(60)
+        return []
+
+    runner, pipeline = runner_for(queue, work, lanes=3, max_batch=5)
+    queue.publish([f"inventory-entry:{number}".encode() for number in range(16)])
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    try:
+        wait_for(lambda: sum(runner.batch_sizes()["catalog"]) > 0)
+        assert runner.batch_sizes()["catalog"][:3] == [0, 0, 0]
+        release.set()
+        wait_for(lambda: len(processed(pipeline)) == 16)
+    finally:
+        release.set()
+        runner.stop()
+        thread.join()
+    assert 5 < max(len(bodies) for _, bodies in pipeline.batches) <= 15
