@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -10,13 +11,13 @@ from worker.errors import HELD, Disposition
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
-    from datetime import datetime
 
     from adapters.base import Delivery
     from worker.errors import WorkerError
 
 Json = dict[str, Any]
 ResourceKey = tuple[str, str]  # type and id of a commercetools resource
+UNKNOWN_TIME = datetime.max.replace(tzinfo=UTC)  # of a reading by another worker, which possibly wrote the state
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Enriched:
     related: Sequence[Enriched] = field(default=(), repr=False)  # products that the message has to write, too
     versions: Mapping[ResourceKey, int | None] = field(default_factory=dict, repr=False)
     missing: str = ""
-    written_since: datetime | None = None  # when the first state was read that the message possibly wrote
+    written_since: datetime | None = None  # see Message
 
 
 class Effect(Enum):
@@ -222,7 +223,7 @@ class Message:
     outcome: Outcome | None = None
     requests: int = 0  # sent to Klaviyo for this message; a bulk request counts for every message in it
     erased: int = 0  # profiles whose deletion was requested for this message
-    written_since: datetime | None = None  # see Enriched
+    written_since: datetime | None = None  # the reading of the first state that was written; None: nothing was
     retries: int = 0  # in this process
     times_blocked: int = 0  # in a row (see errors.RequestBlocked)
     known_versions: Mapping[ResourceKey, int] = field(default_factory=dict)  # the latest that are known to exist

@@ -27,7 +27,7 @@ from worker.errors import (
     Transient,
     WorkerError,
 )
-from worker.model import Ended, Ending, Message, OperationKind, Outcome, SendResult
+from worker.model import UNKNOWN_TIME, Ended, Ending, Message, OperationKind, Outcome, SendResult
 from worker.parse import check_project, parse
 from worker.telemetry.defects import describe_defect, report_defect
 from worker.telemetry.log import log
@@ -99,6 +99,8 @@ class Pipeline:
     def parse(self, delivery: Delivery) -> Message:
         """Return the delivery as a parsed message. Its resource determines its lane."""
         message = Message(delivery, received_at=time.monotonic())
+        if (delivery.attempt or 1) > 1:
+            message.written_since = UNKNOWN_TIME
         with self._telemetry.time_stage("parse"):
             _run_pure_stage(message, "parse", partial(_parse, message, self._mapping, self._project))
         return message
@@ -178,8 +180,9 @@ class Pipeline:
             own_results = [next(results) for _ in message.operations]
             message.requests += sum(result.requests for result in own_results)
             message.erased += sum(result.erased for result in own_results)
-            if message.requests and message.enriched and not message.written_since:
-                message.written_since = message.enriched.as_of
+            if message.requests and message.enriched:
+                as_of = message.enriched.as_of
+                message.written_since = min(message.written_since or as_of, as_of)
             follow_ups = message.follow_ups.union(*(result.follow_ups for result in own_results))
             is_complete = follow_ups == message.follow_ups
             message.follow_ups = follow_ups

@@ -28,7 +28,17 @@ from worker.errors import (
     WorkerError,
 )
 from worker.mapping import MappingConfig
-from worker.model import Ended, Ending, Enriched, Message, Notification, Operation, OperationKind, SendResult
+from worker.model import (
+    UNKNOWN_TIME,
+    Ended,
+    Ending,
+    Enriched,
+    Message,
+    Notification,
+    Operation,
+    OperationKind,
+    SendResult,
+)
 from worker.pipeline import MAX_READINGS, MAX_TIMES_BLOCKED, Pipeline
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
@@ -518,6 +528,19 @@ def test_deleted_resource_is_read_once_more_some_seconds_after_the_first_receipt
     message.received_at -= READ_LAG
     assert pipeline.process([message]) == []
     assert [operation.kind for operation in stages.sent] == [OperationKind.DELETE_PROFILE]
+
+
+@pytest.mark.parametrize("attempt", [None, 1, 2])
+def test_profile_of_a_customer_who_is_gone_at_a_redelivery_is_looked_up(
+    attempt: int | None, stages: Stages, recorded: RecordingQueue
+) -> None:
+    """A worker that was killed possibly started a job, which created the profile after the erasure."""
+    stages.versions["a"] = None
+    pipeline = with_erasure(stages, recorded)
+    message = pipeline.parse(updated("a", attempt=attempt))
+    message.received_at -= READ_LAG
+    assert pipeline.process([message]) == []
+    assert [operation.created_since for operation in stages.sent] == ([UNKNOWN_TIME] if attempt == 2 else [])
 
 
 @pytest.mark.parametrize("modified_at", ["2099-01-01T00:00:00Z", "1999-01-01T00:00:00Z", "when?"])

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import pytest
 
 from worker.errors import Rejected, Transient
-from worker.model import Operation, OperationKind, SendResult
+from worker.model import UNKNOWN_TIME, Operation, OperationKind, SendResult
 from worker.send.erasure import MAX_PROFILES, Eraser
 
 if TYPE_CHECKING:
@@ -135,4 +135,5 @@ def test_profile_that_existed_before_is_reported(created: str | None) -> None:
     error = erase(account, NOW).error
     assert isinstance(error, Rejected)
     assert "delete the profile" in error.reason
+    assert isinstance(erase(account, UNKNOWN_TIME).error, Rejected)
     assert account.deleted == []
