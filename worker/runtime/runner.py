@@ -33,6 +33,7 @@ STALL_TIMEOUT = 60.0  # seconds without an iteration after which the receive loo
 SLOW_PULL = 250  # messages per pull while the budget of a slow effect is full
 SLOW_PULL_INTERVAL = 1.0  # seconds between two such pulls if messages had to go back to the queue
 MIN_RETURN_DELAY = 60.0  # seconds; the limit of the delay of these messages is `outage_hold`, or this if that is less
+_EVENT = OperationKind.CREATE_EVENT
 
 
 class ShutdownTimeoutError(Exception):
@@ -310,7 +311,7 @@ class Runner:
     def _close_queue(self) -> int:
         """Give the unfinished messages back to the queue and close it. Return the number of these messages."""
         unfinished = self._in_flight.messages()
-        _keep_away_from_jobs(unfinished, self._settings.job_timeout)
+        _keep_away_from_jobs(unfinished, self._settings)
         try:
             if unfinished:
                 self._return_unprocessed(unfinished)
@@ -320,8 +321,12 @@ class Runner:
         return len(unfinished)
 
 
-def _keep_away_from_jobs(messages: Sequence[Message], job_timeout: float) -> None:
-    """Let no worker process messages that a lane is sending, while a bulk job can still write their old state."""
-    for message in messages:
-        if message.outcome is None and any(o.kind is not OperationKind.CREATE_EVENT for o in message.operations):
-            message.not_before = max(message.not_before, time.monotonic() + job_timeout)
+def _keep_away_from_jobs(messages: Sequence[Message], settings: Settings) -> None:
+    """Let no worker process messages that a lane is sending, while a bulk job can still write their old state.
+
+    Fewer operations than `bulk_threshold` are not sent in a job.
+    """
+    sending = [m for m in messages if m.outcome is None and any(o.kind is not _EVENT for o in m.operations)]
+    if sum(len(message.operations) for message in sending) > settings.bulk_threshold:
+        for message in sending:
+            message.not_before = max(message.not_before, time.monotonic() + settings.job_timeout)

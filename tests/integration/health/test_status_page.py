@@ -216,7 +216,7 @@ def test_page_shows_figures_lanes_limits_failures_and_outcomes(serve: Serve, bro
     """They are shown in tables and lists."""
     shown(browser, serve(busy()))
     figures = text(browser, "#figures").replace("\n", " ")
-    assert figures == "In flight 7 of 16,000 Held 3 Backlog 120 Dead letters 2"
+    assert figures == "In flight 7 of 20,000 Held 3 Backlog 120 Dead letters 2"
     assert (
         text(browser, "#lanes").replace("\n", " ")
         == "events 12 idle profiles idle 1 deletions idle idle catalog idle idle"

@@ -697,10 +697,15 @@ def test_messages_in_progress_are_returned_after_the_grace_period(queue: Embedde
 
 
 @pytest.mark.parametrize(
-    ("kind", "is_delayed"), [(OperationKind.UPSERT_PROFILE, True), (OperationKind.CREATE_EVENT, False)]
+    ("kind", "operations", "is_delayed"),
+    [
+        (OperationKind.UPSERT_PROFILE, 11, True),
+        (OperationKind.UPSERT_PROFILE, 10, False),
+        (OperationKind.CREATE_EVENT, 11, False),
+    ],
 )
 def test_message_that_a_bulk_job_can_still_overwrite_is_returned_with_a_delay(
-    kind: OperationKind, is_delayed: bool, queue: EmbeddedQueue
+    kind: OperationKind, operations: int, is_delayed: bool, queue: EmbeddedQueue
 ) -> None:
     """At a second signal, a lane still waits for the job. The job ends within `job_timeout`."""
     sending = threading.Event()
@@ -709,14 +714,14 @@ def test_message_that_a_bulk_job_can_still_overwrite_is_returned_with_a_delay(
 
     def waiting_for_job(messages: Sequence[Message]) -> list[Message]:
         for message in messages:
-            message.operations = [Operation(kind, "a")]
+            message.operations = [Operation(kind, "a")] * operations
         sent.extend(messages)
         sending.set()
         release.wait(60)
         return list(messages)
 
     queue.publish([b"a:1"])
-    runner, _ = runner_for(queue, waiting_for_job, job_timeout=500)
+    runner, _ = runner_for(queue, waiting_for_job, job_timeout=500, bulk_threshold=10)
 
     def run_until_the_second_signal() -> None:
         with pytest.raises(ShutdownTimeoutError):
