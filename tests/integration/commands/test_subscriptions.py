@@ -376,11 +376,15 @@ def test_check_without_the_scope_skips_the_subscription(command: Command) -> Non
         (
             ["OrderCreated"],
             {"orders", "customers", "categories", "product-projections", "discount-codes"},
-            {"events:write"},
+            {"events:write", "profiles:write"},
         ),
         (["CustomerCreated"], {"customers"}, {"profiles:write"}),
         (["CategoryCreated"], {"categories"}, {"catalogs:write"}),
-        (["ProductPublished"], {"inventory", "categories", "product-projections"}, {"catalogs:write"}),
+        (
+            ["ProductPublished"],
+            {"inventory", "categories", "product-projections", "standalone-prices"},
+            {"catalogs:write"},
+        ),
     ],
 )
 def test_check_tests_only_needed_scopes(
