@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import orjson
 
-from worker.commercetools.page_sizes import PageSizes
+from worker.commercetools.page_sizes import MAX_PAGE_SIZE, PageSizes
 from worker.commercetools.queries import Query, QueryResult, group_by_value, is_unique, trim
 from worker.commercetools.responses import TRANSIENT_CODES, decode_error, decode_page, is_own
 from worker.commercetools.token import AccessToken
@@ -69,8 +69,11 @@ class Commercetools(ServiceClient):
     def find(self, query: Query, values: Collection[str]) -> QueryResult:
         """Find the resources with chunked queries. If a query fails, only the values in its chunk have an error."""
         found: QueryResult = {}
-        for chunk in _chunks(sorted(values), query):
+        remaining = sorted(values)
+        while remaining:
+            chunk = next(_chunks(remaining, query, self._page_sizes.next_size(query) if is_unique(query) else math.inf))
             found |= self._find_chunk(query, chunk)
+            remaining = remaining[len(chunk) :]
         return found
 
     def call(self, endpoint: str, method: str, path: str = "", body: Json | None = None) -> http.Response:
@@ -95,6 +98,8 @@ class Commercetools(ServiceClient):
         except (Rejected, RequestBlocked, ResponseTooLarge) as error:
             if len(chunk) == 1:
                 return {chunk[0]: error}
+            if isinstance(error, ResponseTooLarge):
+                self._page_sizes.halve(query, len(chunk))
             middle = len(chunk) // 2
             return self._find_chunk(query, chunk[:middle]) | self._find_chunk(query, chunk[middle:])
         except WorkerError as error:
@@ -113,18 +118,20 @@ class Commercetools(ServiceClient):
         return as_int(self._breakers[query.path](self._get, query, where, after, "limit=0").get("total")) or 0
 
     def _all_pages(self, query: Query, chunk: list[str]) -> list[Json]:
-        """Return the resources of all pages.
+        """Return the resources of all pages. If each value has at most one resource, the first page has all of them.
 
         Each page starts after the last id. Offsets are not used: they are limited, and they skip resources during
         concurrent writes.
         """
+        where = _where(query, chunk)
+        if is_unique(query):
+            return self._read(query, where, "", MAX_PAGE_SIZE)
         results: list[Json] = []
         after = ""
         while True:
-            page, size = self._page(query, _where(query, chunk), after)
+            page, size = self._page(query, where, after)
             results += page
-            is_enough = 0 < query.max_resources <= len(results)
-            if len(page) < size or is_enough or (is_unique(query) and len(results) >= len(chunk)):
+            if len(page) < size:
                 return results
             last = as_text(page[-1].get("id"))
             if last <= after:
@@ -135,15 +142,17 @@ class Commercetools(ServiceClient):
         """Return the resources of a page, and the number that was requested. A page that is too large is halved."""
         while True:
             size = self._page_sizes.next_size(query)
-            parameters = f"limit={size}&sort=id%20asc&withTotal=false"
             try:
-                document = self._breakers[query.path](self._get, query, where, after, parameters)
+                return self._read(query, where, after, size), size
             except ResponseTooLarge:
                 if size == 1:
                     raise
                 self._page_sizes.halve(query, size)
-            else:
-                return [trim(query, resource) for resource in as_dicts(document["results"])], size
+
+    def _read(self, query: Query, where: str, after: str, size: int) -> list[Json]:
+        parameters = f"limit={size}&sort=id%20asc&withTotal=false"
+        document = self._breakers[query.path](self._get, query, where, after, parameters)
+        return [trim(query, resource) for resource in as_dicts(document["results"])]
 
     def _get(self, query: Query, where: str, after: str, parameters: str) -> Json:
         parts = filter(None, (where, f"id > {_quoted(after)}" if after else ""))
@@ -219,7 +228,7 @@ def _where(query: Query, values: list[str]) -> str:
     return query.predicate.replace("{0}", "{}").replace("{}", joined)
 
 
-def _chunks(values: list[str], query: Query) -> Iterator[list[str]]:
-    """Split values so that the values in each query's predicate take at most MAX_WHERE_BYTES when encoded."""
+def _chunks(values: list[str], query: Query, most: float = math.inf) -> Iterator[list[str]]:
+    """Split values so that each query has at most `most`, which take at most MAX_WHERE_BYTES when encoded."""
     repeats = query.predicate.count("{")
-    return chunked(values, lambda value: repeats * len(quote(f",{_quoted(value)}")), MAX_WHERE_BYTES, math.inf)
+    return chunked(values, lambda value: repeats * len(quote(f",{_quoted(value)}")), MAX_WHERE_BYTES, most)

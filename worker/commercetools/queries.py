@@ -71,7 +71,7 @@ def _skus(product: Json) -> list[str]:
 
 def is_unique(query: Query) -> bool:
     """Return whether each value matches at most one resource."""
-    return query.keys_of is _id
+    return query.keys_of in (_id, _skus)
 
 
 def trim(query: Query, resource: Json) -> Json:
