@@ -123,13 +123,15 @@ class Consent:
     """The consent of a person to a channel ("email", "sms"), as commercetools has it.
 
     Only the value True is a consent. `property` is the property of the profile with the value that the worker wrote
-    last. `consented_at` is a past time (RFC 3339); "" if unknown.
+    last. `consented_at` is a past time (RFC 3339); "" if unknown. `version` is that of the customer, who was read at
+    `read_at`.
     """
 
     channel: str
     property: str
     value: Any = field(repr=False)
     consented_at: str
+    version: int
     read_at: datetime
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+import cachetools
 import orjson
 
-from worker.errors import ReadingOutdated, Rejected, RequestBlocked, Transient, WorkerError
+from worker.errors import ReadingOutdated, Rejected, RequestBlocked, StaleRead, Transient, WorkerError
 from worker.http.chunks import chunked
 from worker.json_access import as_dict, as_dicts, as_text
 from worker.send.bulk import isolate_rejected
@@ -33,6 +35,7 @@ MAX_AGE = 60.0  # seconds since the consent was read; in the meantime, the perso
 SOURCE = "commercetools"  # stored with the consent in Klaviyo
 _ADDRESS = {"email": "email", "sms": "phone_number"}  # channel -> identifier
 _MAX_BYTES = 4_500_000  # Klaviyo accepts 5 MB
+_MAX_VERSIONS, _VERSION_SECONDS = 50_000, 600.0  # of customers, to notice that a reading lags
 _LAG_PAUSE = 1.0  # seconds until a profile that Klaviyo does not show yet is read again
 _CULPRIT = re.compile(r"/data/attributes/profiles/data/(\d+)(?:/|$)")
 
@@ -74,6 +77,23 @@ class Consents:
     def __init__(self, client: KlaviyoClient, *, resubscribes: bool) -> None:
         self._client = client
         self._resubscribes = resubscribes
+        self._versions: cachetools.TTLCache[str, int] = cachetools.TTLCache(_MAX_VERSIONS, _VERSION_SECONDS)
+        self._lock = Lock()
+
+    def is_stale(self, upsert: Upsert) -> bool:
+        """Return whether a later version of the customer was sent before. If so, set the result: it is read again.
+
+        A reading can lag behind an earlier one. The message of an old version accepts it, but a consent must not.
+        """
+        key = upsert.operation.key
+        version = max(consent.version for consent in upsert.operation.consents)
+        with self._lock:
+            latest = self._versions[key] = max(version, self._versions.get(key, 0))
+        if version < latest:
+            upsert.finish(
+                StaleRead(f"commercetools shows version {version} of the customer, but it has had a later one")
+            )
+        return version < latest
 
     def update(self, upserts: Sequence[Upsert]) -> None:
         """Subscribe and unsubscribe the people whose profiles were written.

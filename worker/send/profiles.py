@@ -99,10 +99,11 @@ class Profiles:
 
     def _send_consents(self, upserts: Sequence[Upsert]) -> None:
         """Subscribe and unsubscribe the customers with a new consent, then write it to their profiles."""
-        written = [each for each in upserts if each.has_new_consent and each.result and not each.result.error]
-        if written:
-            self._consents.update(written)
-            self._send(written)
+        written = [each for each in upserts if each.operation.consents and each.result and not each.result.error]
+        changed = [each for each in written if not self._consents.is_stale(each) and each.has_new_consent]
+        if changed:
+            self._consents.update(changed)
+            self._send(changed)
 
     def _run_round(self, upserts: Sequence[Upsert], *, can_defer: bool) -> None:
         """Read and write profiles once. Raises WorkerError if they cannot be read."""

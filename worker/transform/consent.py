@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from worker.json_access import as_dict, parse_time
 from worker.model import Consent
 from worker.transform import fields
+from worker.versions import version_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,4 +40,5 @@ def consents(customer: Json, mapping: MappingConfig, read_at: datetime) -> Itera
     named = {"email": mapping.consent.email, "sms": mapping.consent.sms}
     for channel, name in consent_properties(mapping).items():
         value = fields.custom_value(values.get(named[channel]), mapping.locale)
-        yield Consent(channel, name, None if value in ("", []) else value, consented_at, read_at)
+        known = None if value in ("", []) else value
+        yield Consent(channel, name, known, consented_at, version_of(customer), read_at)

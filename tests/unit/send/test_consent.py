@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.klaviyo_account import AccountClient
 from tests.support.sender import Sender
-from worker.errors import EndpointRefused, ReadingOutdated, Rejected, Transient
+from worker.errors import EndpointRefused, ReadingOutdated, Rejected, StaleRead, Transient
 from worker.model import Consent, Json, Operation, OperationKind
 from worker.send.consent import MAX_AGE
 from worker.send.requests import request_for
@@ -27,9 +27,11 @@ def klaviyo() -> AccountClient:
     return AccountClient()
 
 
-def consent(value: Any, channel: str = "email", name: str = "", since: str = "", age: float = 0.0) -> Consent:
+def consent(
+    value: Any, channel: str = "email", name: str = "", since: str = "", age: float = 0.0, version: int = 1
+) -> Consent:
     read_at = datetime.now(UTC) - timedelta(seconds=age)
-    return Consent(channel, name or {"email": "newsletter", "sms": "texts"}[channel], value, since, read_at)
+    return Consent(channel, name or {"email": "newsletter", "sms": "texts"}[channel], value, since, version, read_at)
 
 
 def customer(*consents: Consent, key: str = "ada", **attributes: Any) -> Operation:
@@ -204,6 +206,20 @@ def test_old_reading_is_read_again(klaviyo: AccountClient) -> None:
     assert isinstance(error, ReadingOutdated)
     assert jobs(klaviyo) == []
     assert profile["attributes"]["first_name"] == "Ada"
+
+
+@pytest.mark.parametrize("latest", [True, False])
+def test_stale_reading_is_read_again(latest: bool, klaviyo: AccountClient) -> None:
+    """The message of an old version accepts it. It must neither subscribe nor unsubscribe the person."""
+    profile = known(klaviyo, properties={"newsletter": not latest}, held=None if latest else held("SUBSCRIBED"))
+    sender = Sender(klaviyo, 4, resubscribes=True)
+    assert sender.send([customer(consent(latest, version=7))]) == [None]
+    before = jobs(klaviyo), profile["subscriptions"]
+    (error,) = sender.send([customer(consent(not latest, version=5))])
+    assert isinstance(error, StaleRead)
+    assert (jobs(klaviyo), profile["subscriptions"]) == before
+    assert sender.send([customer(consent(latest, version=7))]) == [None]
+    assert len(jobs(klaviyo)) == 1
 
 
 def test_crash_before_the_property_is_written_repeats_the_subscription(klaviyo: AccountClient) -> None:

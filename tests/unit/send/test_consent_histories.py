@@ -82,7 +82,7 @@ class World:
     def deliver(self) -> None:
         """Let the worker process a message about the customer."""
         self.klaviyo.before = self._check_request
-        consent = Consent("email", "newsletter", self.field, "", datetime.now(UTC))
+        consent = Consent("email", "newsletter", self.field, "", 1, datetime.now(UTC))
         resource: Json = {"type": "profile", "attributes": dict(WHO)}
         (error,) = Sender(self.klaviyo, 1).send(
             [Operation(OperationKind.UPSERT_PROFILE, "ada", resource, consents=(consent,))]

@@ -19,7 +19,7 @@ CONSENT = {"email": "newsletter", "sms": "texts", "date": "since"}
 
 
 def upsert(fields: dict[str, Any], **mapping: Any) -> Operation:
-    customer = {"id": "id-1", "email": "ada@example.com", "custom": {"fields": fields}}
+    customer = {"id": "id-1", "version": 7, "email": "ada@example.com", "custom": {"fields": fields}}
     enriched = Enriched(Notification("ResourceUpdated", "customer", "id-1", None, {}), NOW, customer=customer)
     (operation,) = transform(enriched, MappingConfig.model_validate({"locale": "en", "consent": CONSENT} | mapping))
     return operation
@@ -35,8 +35,8 @@ def test_consents_are_apart_from_the_properties() -> None:
     """They are written when the person is subscribed. As listed custom fields, they are not cleared before."""
     operation = upsert({"newsletter": True, "size": 38})
     assert operation.consents == (
-        Consent("email", "newsletter", True, "", NOW),
-        Consent("sms", "texts", None, "", NOW),
+        Consent("email", "newsletter", True, "", 7, NOW),
+        Consent("sms", "texts", None, "", 7, NOW),
     )
     assert "newsletter" not in properties(operation)
     assert properties(operation)["commercetoolsFields"] == ["newsletter", "size", "texts"]
