@@ -192,3 +192,11 @@ def test_id_of_a_return_without_tracking_id() -> None:
     ]
     assert ids[0] == ids[1] != ids[2]
     assert returned(one, returnTrackingId="RET-1")["unique_id"] == "RET-1"
+
+
+def test_an_order_with_as_many_lines_as_commercetools_allows_is_whole() -> None:
+    """Nothing of it is truncated."""
+    lines = [LINE | {"id": f"line-{n}", "variant": {"sku": f"SKU-{n}"}, "name": {"en": "x" * 500}} for n in range(500)]
+    placed, *ordered = attributes("OrderCreated", {"lineItems": lines})
+    assert [item["SKU"] for item in placed["properties"]["Items"]] == [f"SKU-{n}" for n in range(500)]
+    assert {event["unique_id"] for event in ordered} == {f"line-{n}" for n in range(500)}
