@@ -113,8 +113,9 @@ class Profiles:
                 profiles = directory.find("external_id", upsert.operation.key)
                 upsert.has_new_consent = has_new_consent(upsert.operation, profiles)
         pending = [upsert for upsert in upserts if upsert.result is None]
-        planner = Planner(directory, pending, merges_guests=self._merges_guests, can_defer=can_defer)
-        plans = [(upsert, planner.plan(upsert)) for upsert in pending]
+        plans = self._plan(directory, pending, can_defer=can_defer)
+        if all(plan.is_deferred for _, plan in plans):  # they wait for each other
+            plans = self._plan(directory, pending, can_defer=False)
         for upsert, plan in plans:
             if upsert.is_created and not plan.profile_id:
                 upsert.finish(Transient("Klaviyo does not show the new profile yet", LAG_WAIT))
@@ -129,6 +130,10 @@ class Profiles:
         self._run_job(in_job)
         started = {id(upsert) for upsert, _ in in_job}
         self._write_individually([(upsert, plan) for upsert, plan in work if id(upsert) not in started])
+
+    def _plan(self, directory: Directory, upserts: Sequence[Upsert], *, can_defer: bool) -> list[tuple[Upsert, Plan]]:
+        planner = Planner(directory, upserts, merges_guests=self._merges_guests, can_defer=can_defer)
+        return [(upsert, planner.plan(upsert)) for upsert in upserts]
 
     # Reading
 
