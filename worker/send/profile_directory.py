@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -75,16 +74,14 @@ def _identifiers_of(profile: Profile) -> list[Identifier]:
 
 
 def read_profile(client: KlaviyoClient, profile_id: str) -> Profile | None:
-    """Read a profile by Klaviyo's id; None if there is none. Raises WorkerError.
+    """Read a profile by Klaviyo's id; None if Klaviyo does not show it. Raises WorkerError.
 
     A search can show a new or changed profile late, but a reading by id does not search.
     """
     path = f"/api/profiles/{quote(profile_id, safe='')}?fields%5Bprofile%5D={','.join(FIELDS)}"
     try:
         resource = as_dict(client.call("GET", path).get("data"))
-    except Rejected as error:
-        if error.status != HTTPStatus.NOT_FOUND:
-            raise
+    except Rejected:  # it was merged or deleted
         return None
     return Profile(as_text(resource.get("id")), as_dict(resource.get("attributes")))
 

@@ -179,8 +179,6 @@ def wanted_attributes(upsert: Upsert, dropped: Iterable[str]) -> Json:
     """
     excluded = {*dropped, *upsert.dropped}
     wanted = {name: value for name, value in upsert.attributes.items() if name not in excluded}
-    if wanted.get("email", "") is None:  # a person keeps the address
-        del wanted["email"]
     phone = as_text(upsert.attributes.get("phone_number"))
     if "phone_number" in excluded and phone:
         properties = as_dict(wanted.get("properties"))

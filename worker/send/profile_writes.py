@@ -11,7 +11,7 @@ import cachetools
 
 from worker.errors import Rejected, Transient, WorkerError
 from worker.json_access import as_text
-from worker.send.identifiers import write_record
+from worker.send.identifiers import report_dropped, write_record
 from worker.send.profile_directory import identifier, read_profile
 from worker.send.profile_plan import wanted_attributes
 from worker.transform.profiles import without_clears
@@ -104,7 +104,7 @@ class ProfileWriter:
         except Rejected as error:
             if error.status != HTTPStatus.CONFLICT or not as_text(attributes.get("external_id")):
                 raise
-            upsert.dropped.add("email")
+            report_dropped("email", "profile")
             self._post_import({name: value for name, value in attributes.items() if name != "email"})
 
     def _post_import(self, attributes: Json) -> None:

@@ -308,6 +308,15 @@ def test_profiles_are_read_again_immediately_before_a_merge(change: Json | None,
     )
 
 
+@pytest.mark.parametrize("phone", [None, "+442079460959"])
+def test_phone_number_that_moves_within_a_batch_follows_its_customer(phone: str | None, klaviyo: AccountClient) -> None:
+    """The customer who has another number, or none, is written first."""
+    nora = klaviyo.profile(email="nora@example.com", external_id="nora", phone_number=PHONE)
+    assert send(klaviyo, customer("olaf", phone_number=PHONE), customer("nora", phone_number=phone)) == [None, None]
+    assert nora["phone_number"] == phone
+    assert attributes_of(klaviyo, external_id="olaf")["phone_number"] == PHONE
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_identifiers_that_move_within_a_batch_follow_their_customers(
     order: tuple[int, int], klaviyo: AccountClient
@@ -586,6 +595,18 @@ def test_without_the_scope_to_read_the_profile_that_a_conflict_names_is_left_alo
         "olaf@example.com",
         "Olaf",
     )
+
+
+def test_without_the_scope_to_read_other_rejections_are_final(klaviyo: AccountClient) -> None:
+    """Only a conflict is resolved."""
+    rejection = Rejected("bad", 400)
+
+    def refuse(name: str, body: Json) -> None:
+        refuse_reads(name, body)
+        raise rejection
+
+    klaviyo.before = refuse
+    assert send(klaviyo, customer("nora")) == [rejection]
 
 
 def test_without_the_scope_to_read_guests_are_left_alone(klaviyo: AccountClient) -> None:
