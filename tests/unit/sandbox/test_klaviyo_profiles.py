@@ -79,7 +79,7 @@ def test_null_clears_in_a_request_and_not_in_a_job() -> None:
 
 
 def test_merge_fills_the_destination_and_deletes_the_source() -> None:
-    """What the destination has stays."""
+    """The values of the destination stay."""
     client = AccountClient()
     ada = client.profile(email="a@example.com", first_name="Ada", properties={"x": 1})
     client.profile(email="b@example.com", first_name="B.", phone_number=PHONE, properties={"x": 2, "y": 3})
