@@ -56,6 +56,13 @@ def test_event_is_sent_until_klaviyo_accepts_it() -> None:
     assert (orders.sent, carts.sent) == (["o"] * 3, ["a", "a"])
 
 
+def test_other_operations_are_sent_together() -> None:
+    """A batch of orders has no background events."""
+    orders, carts = Recorder(), Recorder()
+    assert len(SenderWithBackground(orders, carts).send([event("o", background=False)] * 2)) == 2
+    assert (orders.sent, carts.sent) == (["o", "o"], [])
+
+
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """An event that was sent long ago is sent again. Klaviyo ignores it."""
     monkeypatch.setattr(background, "MAX_REMEMBERED", 2)
