@@ -185,6 +185,22 @@ def test_large_answer_is_read_in_parts(sandbox: Sandbox, monkeypatch: pytest.Mon
     assert client.outage_reason() == ""
 
 
+def test_page_that_is_too_large_is_halved(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backfill reads pages without ids. Only a single record can be too large."""
+    monkeypatch.setattr("worker.commercetools.client.MAX_QUERY_BYTES", 300_000)
+    template = sandbox.shop.orders[uid("order:three")]
+    names = [f"large-{number}" for number in range(8)]
+    sandbox.shop.orders = {name: template | {"id": name, "note": "x" * 100_000} for name in names}
+    client, found = commercetools_for(sandbox), list[str]()
+    while page := client.page(ORDERS, after=found[-1] if found else ""):
+        found += [order["id"] for order in page]
+    assert found == names
+    assert client.outage_reason() == ""
+    sandbox.shop.orders["large-0"]["note"] = "x" * 400_000
+    with pytest.raises(ResponseTooLarge):
+        client.page(ORDERS)
+
+
 @pytest.mark.parametrize(
     "limit", ["worker.commercetools.client.MAX_QUERY_BYTES", "worker.http.transport.MAX_BODY_BYTES"]
 )
