@@ -47,7 +47,9 @@ class _Files(NamedTuple):
 
 
 @click.command(cls=Command)
-@click.argument("name", metavar="KIND", type=click.Choice(["customers", "orders", "products", "categories"]))
+@click.argument(
+    "name", metavar="KIND", type=click.Choice(["customers", "orders", "products", "categories", "inventory"])
+)
 @click.option(
     "--since",
     metavar="TIME",

@@ -95,6 +95,20 @@ def test_orders_change_no_profile(sandbox: Sandbox) -> None:
     assert {name: value for name, value in written.items() if value} == {"email": "guest@mail.example"}
 
 
+def test_inventory_corrects_the_stock_of_existing_variants(sandbox: Sandbox) -> None:
+    """A product leaves the stock of existing variants as it is, so lost messages about stock need it."""
+    assert backfill(sandbox, "products").exit_code == 0
+    stock = sandbox.account.variants
+    for variant in stock.values():
+        variant["attributes"] |= {"inventory_quantity": 1, "inventory_policy": 0}
+    assert backfill(sandbox, "products").exit_code == 0
+    assert stock["MUG"]["attributes"]["inventory_quantity"] == 1
+    result = backfill(sandbox, "inventory")
+    assert result.exit_code == 0, result.stderr
+    shown = {sku: variant["attributes"]["inventory_quantity"] for sku, variant in stock.items()}
+    assert shown == {"JEANS-30": 12, "JEANS-32": 0, "SHIRT-M": 40, "CAP & CO/1": 7, "MUG": 8, "SOCKS": 1, "GIFT": 1}
+
+
 def test_only_the_stores_of_the_mapping_are_sent(sandbox: Sandbox, tmp_path: Path) -> None:
     """A Klaviyo account of one region gets the history of its region."""
     customers = [{"id": key, "email": f"{key}@mail.example", "stores": [{"key": key}]} for key in ("de", "fr")]

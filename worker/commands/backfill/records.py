@@ -80,11 +80,13 @@ def _order_history(order: Json) -> Iterable[Json]:
 _CUSTOMERS, _PRODUCTS = replace(queries.CUSTOMERS, expand=()), queries.PRODUCTS  # projections: published products only
 _CHANGED = "lastModifiedAt"
 _CATEGORY = partial(_created, "CategoryCreated", "category")  # ResourceUpdated would also send all descendants
+_STOCK = partial(_created, "ResourceUpdated", "inventory-entry")
 RECORD_KINDS = {
     "customers": RecordKind(_CUSTOMERS, "customer", _CHANGED, 1_000, partial(_created, "CustomerCreated", "customer")),
     "orders": RecordKind(queries.ORDERS, "order", "createdAt", 60, _order_history),
     "products": RecordKind(_PRODUCTS, "product", _CHANGED, 100, partial(_created, "ProductPublished", "product")),
     "categories": RecordKind(queries.CATEGORIES, "category", _CHANGED, 100, _CATEGORY),
+    "inventory": RecordKind(queries.INVENTORY, "inventory-entry", _CHANGED, 1_000, _STOCK),
 }
 
 
