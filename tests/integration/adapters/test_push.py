@@ -201,6 +201,14 @@ def test_body_without_length_counts_as_it_arrives(queue: PushQueue) -> None:
     assert [response.result(10) for response in (*held, chunked)] == [204, 204]
 
 
+def test_body_without_length_has_the_same_limit(queue: PushQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The response is 413 as soon as the body is larger than any Pub/Sub message."""
+    monkeypatch.setattr(push, "MAX_BODY", 5_000)
+    Sender(queue)
+    url = f"http://127.0.0.1:{queue.port}/"
+    assert requests.post(url, iter([b"x" * 3_000] * 2), timeout=60).status_code == 413
+
+
 @pytest.mark.parametrize(
     "sent", [b"", b"POST / HTTP/1.1\r\nHost: worker\r\n", REFUSED, REFUSED + b"{", ANSWERED + b"POST"]
 )
