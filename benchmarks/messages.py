@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from math import ceil
 from typing import TYPE_CHECKING
 
 from worker.sandbox import sample_shop
@@ -45,13 +46,13 @@ class MessageKind:
 
     def bodies(self, count: int) -> Iterator[bytes]:
         """Return `count` messages, about the resources 1 to `count` / `changes`."""
-        resources = count // self.changes
+        resources = ceil(count / self.changes)
         return (template.make((number - 1) % resources + 1) for number, template in self._numbered(count))
 
     def added(self, count: int) -> Counter[str]:
         """Return how many objects `count` messages add to the account, by the names in the sandbox's counts."""
         total: Counter[str] = Counter()
-        for _, template in self._numbered(count // self.changes):
+        for _, template in self._numbered(ceil(count / self.changes)):
             total.update(template.adds)
         return total
 

@@ -56,6 +56,13 @@ def test_message_kinds_declare_their_effects() -> None:
     assert len(set(MIXTURE.bodies(40))) == 40
 
 
+def test_messages_about_one_resource_add_its_objects_once() -> None:
+    """Ten changes of a cart are one checkout and three added lines."""
+    carts = next(kind for kind in MESSAGE_KINDS if kind.changes == 10)
+    assert dict(carts.added(25)) == {"events": 12, "profiles": 3}
+    assert len(set(carts.bodies(25))) == 3
+
+
 def test_percentile_is_a_measured_value() -> None:
     """The method is nearest rank: of few values, the highest is the 99th percentile."""
     values = [float(value) for value in range(100, 0, -1)]
