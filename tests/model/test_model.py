@@ -452,6 +452,31 @@ def test_any_history_of_the_catalog_ends_with_klaviyo_as_commercetools_is(simula
     run_state_machine_as_test(CatalogModel, settings=settings(SETTINGS, max_examples=max(EXAMPLES // 4, 1)))
 
 
+@pytest.mark.parametrize("below", [False, True])
+def test_category_with_a_product_moves(model: Model, below: bool) -> None:
+    """The product is in its new ancestors and no longer in the old ones. No message about the product says so."""
+    for parent in (0, 0, 1):  # two at the top, and one below the first
+        model.create_category(number=parent, how=Change())
+    if below:
+        model.shop.move_category("category-1", "category-2", Change())
+    model.shop.publish_product(None, "category-3", Change())
+    model._settle()
+    model.shop.move_category("category-1" if below else "category-3", None if below else "category-2", Change())
+
+
+@pytest.mark.parametrize("first", ["product-1", "product-2"])
+def test_sku_moves(model: Model, first: str) -> None:
+    """The messages of the two products arrive in any order."""
+    for _ in range(2):
+        model.shop.publish_product(None, None, Change())
+    model.shop.move_sku("product-1", Change())
+    model._settle()
+    delays = {first: Change(), "product-1" if first == "product-2" else "product-2": Change(delay=60.0)}
+    model.shop.owner = "product-2"
+    for product_id, how in delays.items():
+        model.shop._change_product(model.shop.products[product_id], how, "ProductPublished")
+
+
 def test_stock_of_a_new_product_writes_it_once(model: Model) -> None:
     """Sixty stock messages arrive before the product's own. Klaviyo gets ten requests at most."""
     skus = [f"new-{number}" for number in range(60)]
