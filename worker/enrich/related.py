@@ -29,6 +29,8 @@ def with_related(plan: Callable[[Enriched, PlanContext], Plan]) -> Callable[[Enr
 
     def extended(enriched: Enriched, context: PlanContext) -> Plan:
         enriched = yield from plan(enriched, context)
+        if not enriched.notification.seen:
+            return enriched
         enriched = yield from _with_gone_categories(enriched, context)
         products = yield from _related_products(enriched, context)
         related = yield from _together(

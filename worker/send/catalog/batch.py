@@ -41,6 +41,7 @@ class CatalogBatch:
         self.remembered = remembered
         self._found: dict[str, Found] = {}
         self._results: dict[OperationId, SendResult] = {}
+        self._postponed: set[str] = set()
 
     def read(self, reader: CatalogReader) -> None:
         """Read what Klaviyo has of the entries."""
@@ -56,6 +57,8 @@ class CatalogBatch:
                 variants.add(key)
         items |= {item_of(each) for each in self._operations.values() if each.kind in VARIANT_KINDS}
         self._found = reader.read({CATEGORIES: categories, ITEMS: items, VARIANTS: variants})
+        stale = self.of({OperationKind.DELETE_STALE_VARIANTS})
+        self._postponed = {operation.key for operation in stale if self.unchecked_variants(operation)}
 
     def of(self, kinds: Collection[OperationKind]) -> list[Operation]:
         """Return the operations of some kinds."""
@@ -82,8 +85,7 @@ class CatalogBatch:
 
     def is_postponed(self, item_key: str) -> bool:
         """Return whether a product must not be written yet: some of its variants in Klaviyo have to be asked for."""
-        stale = self._operations.get((OperationKind.DELETE_STALE_VARIANTS, item_key))
-        return stale is not None and bool(self.unchecked_variants(stale))
+        return item_key in self._postponed
 
     def category(self, operation: Operation) -> Entry | WorkerError | None:
         """Return the category of an operation; None if Klaviyo does not have it."""
@@ -199,8 +201,8 @@ def _distinct(operations: Sequence[Operation]) -> dict[OperationId, Operation]:
     distinct: dict[OperationId, Operation] = {}
     for operation in operations:
         name = operation.kind, operation.key
-        checked = distinct[name].checked_skus if name in distinct else frozenset()
-        distinct[name] = replace(operation, checked_skus=operation.checked_skus | checked)
+        checked = distinct[name].checked_skus if name in distinct else None
+        distinct[name] = replace(operation, checked_skus=operation.checked_skus | checked) if checked else operation
     return {
         (kind, key): operation
         for (kind, key), operation in distinct.items()
