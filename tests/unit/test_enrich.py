@@ -254,7 +254,7 @@ def test_inventory_entry_gets_all_entries_of_its_sku() -> None:
     reader = CountingReader(SHOP)
     enricher = Enricher(reader, MappingConfig(), now=lambda: NOW)
     enriched = one(enricher, about("inventory-entry", "i1"))
-    assert (enriched.sku, enriched.inventory, enriched.related) == ("s1", {"s1": SHOP["inventory"]}, [])
+    assert (enriched.sku, enriched.inventory, enriched.related) == ("s1", {"s1": SHOP["inventory"]}, ())
     assert set(reader.queries) == {"inventory"}
     enriched = one(enricher, replace(about("inventory-entry", "i1"), seen=[("sku", "s1"), ("sku", "unknown")]))
     (related,) = enriched.related

@@ -321,7 +321,7 @@ def test_ensured_entries_that_were_just_created_are_not_changed(number: int, san
     """Another process creates them between the reading and the write. Only the stock of the message is written."""
     names = range(0, 30 * number, 30)
     sender.send([category(0), *map(item, names), *map(variant, names)])
-    sandbox.klaviyo.faults.add(Fault(match=r"GET /api/catalog-items\?", status=200, body=b'{"data":[]}'))
+    sandbox.klaviyo.faults.add(Fault(match="GET /api/catalog-items$", status=200, body=b'{"data":[]}'))
     late = [
         *(replace(item(each, title="Old"), kind=OperationKind.ENSURE_ITEM) for each in names),
         *(replace(variant(each, title="Old"), kind=OperationKind.ENSURE_VARIANT) for each in names),
@@ -348,7 +348,7 @@ def test_incomplete_list_of_variants_moves_none(sandbox: Sandbox, sender: Sender
     sender.send([category(0), item(0), variant(0)])
     shown = {"type": "catalog-item", "id": catalog_id("p0"), "relationships": {"variants": {"data": []}}}
     body = orjson.dumps({"data": [shown]})
-    sandbox.klaviyo.faults.add(Fault(match=r"GET /api/catalog-items\?", status=200, body=body))
+    sandbox.klaviyo.faults.add(Fault(match="GET /api/catalog-items$", status=200, body=body))
     sandbox.klaviyo.requests.clear()
     assert sender.send([variant(0, title="L")]) == [None]
     assert sandbox.account.variants["s0"]["attributes"]["title"] == "L"
@@ -465,11 +465,27 @@ def test_outage_while_an_item_is_listed_fails_this_item_only(sandbox: Sandbox) -
 @pytest.mark.parametrize("path", ["items", "variants", "categories"])
 def test_rejected_filter_reads_the_entries_individually(path: str, sandbox: Sandbox, sender: Sender) -> None:
     """If Klaviyo rejects the filter, no record is at fault."""
-    sandbox.klaviyo.faults.add(Fault(match=rf"GET /api/catalog-{path}\?", status=400, times=None))
+    sandbox.klaviyo.faults.add(Fault(match=f"GET /api/catalog-{path}$", status=400, times=None))
     operations = [category(0), category(1), item(0), item(30), variant(0), variant(30), stock(0, 4), stock(1, 4)]
     for _ in range(2):
         assert sender.send(operations) == [None] * 8
     assert (len(sandbox.account.categories), len(sandbox.account.items), len(sandbox.account.variants)) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("number", [0, 100])
+def test_item_that_is_deleted_while_it_is_read_is_created(number: int, sandbox: Sandbox, sender: Sender) -> None:
+    """Its list of categories or of variants answers 404."""
+    sender.send([category(0), item(0), *(variant(each, parent=0) for each in range(number))])
+    sandbox.account.delete_entry("catalog-item", catalog_id("p0"))
+    shown: dict[str, Any] = {"type": "catalog-item", "id": catalog_id("p0"), "attributes": {"title": "Shirt"}}
+    shown["attributes"] |= {"description": "", "url": "None"}
+    related = [{"type": "catalog-variant", "id": catalog_id(f"s{each}")} for each in range(number)]
+    shown["relationships"] = {"variants": {"data": related}}
+    sandbox.klaviyo.faults.add(
+        Fault(match="GET /api/catalog-items$", status=200, body=orjson.dumps({"data": [shown]}), times=1)
+    )
+    assert sender.send([item(0)]) == [None]
+    assert list(sandbox.account.items) == ["p0"]
 
 
 def test_few_entries_are_sent_individually(sandbox: Sandbox, sender: Sender) -> None:

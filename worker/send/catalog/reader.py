@@ -94,7 +94,7 @@ class CatalogReader:
                 try:
                     found[key] = self._entry(collection, resource, included)
                 except WorkerError as error:
-                    found[key] = error
+                    found[key] = None if is_missing(error) else error
         return found
 
     def _read_alone(self, collection: str, key: str) -> Entry | WorkerError | None:
@@ -103,10 +103,8 @@ class CatalogReader:
             document = self._client.call("GET", f"{entry_path(collection, key)}?{_QUERY[collection]}")
             included = _by_id(as_dicts(document.get("included")))
             return self._entry(collection, as_dict(document.get("data")), included)
-        except Rejected as error:
-            return None if error.status == HTTPStatus.NOT_FOUND else error
         except WorkerError as error:
-            return error
+            return None if is_missing(error) else error
 
     def _entry(self, collection: str, resource: Json, included: Mapping[str, Json]) -> Entry:
         """Return an entry. List the variants of an item if those in the response are possibly not all of them.
@@ -125,6 +123,11 @@ class CatalogReader:
             included = _by_id(iter_resources(self._client, path))
             ids = list(included)
         return Entry(attributes, {external_id(each): included[each] for each in ids})
+
+
+def is_missing(error: WorkerError) -> bool:
+    """Return whether Klaviyo answered that it does not have the entry."""
+    return isinstance(error, Rejected) and error.status == HTTPStatus.NOT_FOUND
 
 
 def _by_id(resources: Iterable[Json]) -> dict[str, Json]:

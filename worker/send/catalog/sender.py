@@ -35,7 +35,7 @@ from worker.send.catalog.batch import (
     plan_deletion,
     plan_item,
 )
-from worker.send.catalog.reader import CatalogReader
+from worker.send.catalog.reader import CatalogReader, is_missing
 from worker.send.catalog.writer import CatalogWriter, Write
 from worker.transform.catalog import external_id
 
@@ -190,8 +190,8 @@ class CatalogSender:
         """Return whether Klaviyo has other categories of an item."""
         try:
             return self._reader.categories_of(operation.key) != set(related(operation, "categories"))
-        except WorkerError as error:
-            return error
+        except WorkerError as error:  # an item that was just deleted is created
+            return is_missing(error) or error
 
     def _delete_stale_variants(self, batch: CatalogBatch) -> None:
         """Delete the variants that commercetools no longer has.
