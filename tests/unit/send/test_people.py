@@ -16,8 +16,11 @@ from tests.support.sender import Sender
 from worker.errors import EndpointRefused, Rejected, RequestBlocked, Transient
 from worker.model import Json, Operation, OperationKind
 from worker.sandbox.klaviyo.account import PHONE_MATCHES, Account
+from worker.send import jobs
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from worker.errors import WorkerError
 
 READ, CREATE, MERGE, IMPORT = (
@@ -29,6 +32,14 @@ READ, CREATE, MERGE, IMPORT = (
 JOBS = "POST /api/profile-bulk-import-jobs"
 PHONE = "+442079460958"
 MANY = 20  # more than the threshold
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fast_jobs() -> Iterator[None]:
+    """The account's jobs end at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "FIRST_POLL", 0.0)
+        yield
 
 
 @pytest.fixture(params=PHONE_MATCHES)
