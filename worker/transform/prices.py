@@ -43,8 +43,8 @@ def price_metadata(prices: Sequence[Json], mapping: MappingConfig, as_of: dateti
     for code in _currencies(current, ""):
         amounts[f"price_{code}"] = price_amount(_select(current, mapping, "", code))
     for country in sorted({as_text(price.get("country")) for price in current} - {""}):
-        codes = [mapping.currency, *_currencies(current, country)]
-        selected = (_select(current, mapping, country, code) for code in codes if code)
+        codes = sorted(_currencies(current, country), key=lambda code: code != mapping.currency)
+        selected = (_select(current, mapping, country, code) for code in codes)
         if (price := next(filter(None, selected), None)) is not None:
             amounts[f"price_{country}"] = price_amount(price)
             currencies[f"currency_{country}"] = currency(price.get("value"))

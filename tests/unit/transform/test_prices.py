@@ -82,6 +82,8 @@ def test_metadata_has_one_price_per_currency_and_country() -> None:
     )
     amounts, currencies = price_metadata(prices, MappingConfig(currency="USD"), NOW)
     assert (amounts["price_US"], currencies["currency_US"]) == (3, "USD")
+    amounts, currencies = price_metadata(prices, MappingConfig(currency="EUR"), NOW)
+    assert (amounts["price_US"], currencies["currency_US"]) == (4, "CAD"), "its own price, not that of no country"
 
 
 def test_metadata_agrees_with_the_catalog_price() -> None:
