@@ -35,7 +35,8 @@ class MessageKind:
     """The messages of a row: its templates in turn.
 
     `has_verdict`: the account was asked what it does with repeated events, and ignores them. `changes`: messages about
-    each resource, of which only the first one adds objects. `mapping`: the mapping file of the worker.
+    each resource, of which only the first one adds objects. `mapping`: the mapping file of the worker. `is_repeated`:
+    the messages were processed before, so Klaviyo has their effect.
     """
 
     name: str
@@ -43,6 +44,7 @@ class MessageKind:
     has_verdict: bool = True
     changes: int = 1
     mapping: str = ""
+    is_repeated: bool = False
 
     def bodies(self, count: int) -> Iterator[bytes]:
         """Return `count` messages, about the resources 1 to `count` / `changes`."""
@@ -112,6 +114,7 @@ CUSTOMER = MessageTemplate(_customer_updated, {"profiles": 1})
 _PRODUCT = MessageTemplate(_product_published, {"items": 1, "variants": 2})
 _CART = MessageTemplate(_cart_updated, {"events": 4, "profiles": 1})
 _CART_METRICS = '[metrics]\nstarted_checkout = "Started Checkout"\nadded_to_cart = "Added to Cart"\n'
+_SAME_PRODUCT = MessageTemplate(_product_published, {"items": 0, "variants": 0})
 _STOCK = MessageTemplate(_stock_updated, is_stock=True)
 
 ORDERS = MessageKind("orders of 3 lines", (ORDER,))
@@ -128,6 +131,7 @@ MESSAGE_KINDS = (
     MessageKind("10 changes per cart", (_CART,), changes=10, mapping=_CART_METRICS),
     MessageKind("customer updates", (CUSTOMER,)),
     MessageKind("product publishes", (_PRODUCT,)),
+    MessageKind("publishes without a change", (_SAME_PRODUCT,), is_repeated=True),
     MessageKind("stock updates", (_STOCK,)),
     MIXTURE,
 )
