@@ -46,8 +46,9 @@ def test_worker_that_exits_fails_the_row(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_message_kinds_declare_their_effects() -> None:
     """Half of the mixture are orders, a fifth is stock whose products Klaviyo must already have."""
-    assert {kind.name: dict(kind.added(1)) for kind in MESSAGE_KINDS[:3]} == {
+    assert {kind.name: dict(kind.added(1)) for kind in MESSAGE_KINDS[:4]} == {
         "orders of 3 lines": {"events": 4, "profiles": 1},
+        "orders of 3 lines, half by guests": {"events": 4, "profiles": 1},
         "orders of 3 lines, fetched": {"events": 4, "profiles": 1},
         "order states": {"events": 1, "profiles": 1},
     }
