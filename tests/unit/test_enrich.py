@@ -18,6 +18,7 @@ from worker.commercetools.queries import (
     ORDERS_BY_PAYMENT,
     PRODUCTS,
     PRODUCTS_BY_SKU,
+    STANDALONE_PRICES_BY_SKU,
     InMemoryReader,
     Query,
     QueryResult,
@@ -288,6 +289,23 @@ def test_standalone_prices_are_those_of_the_skus() -> None:
     reader = CountingReader(SHOP)
     one(Enricher(reader, MappingConfig(), now=lambda: NOW), about("product", "p1", "ProductPublished"))
     assert "standalone-prices" not in reader.queries
+
+
+def test_version_of_a_price_is_that_of_the_written_one() -> None:
+    """commercetools can show an older price by sku than by id. That reading must count as stale."""
+
+    class LaggingReader(InMemoryReader):
+        def find(self, query: Query, values: Collection[str]) -> QueryResult:
+            found = super().find(query, values)
+            return {" s ": list(lagging)} if query is STANDALONE_PRICES_BY_SKU else found
+
+    lagging = [{"id": "sp1", "version": 1, "sku": " s "}]
+    enricher = Enricher(LaggingReader(standalone_shop()), MappingConfig(), now=lambda: NOW)
+    notification = about("standalone-price", "sp1", "StandalonePriceValueChanged")
+    assert one(enricher, notification).versions["standalone-price", "sp1"] == 1
+    lagging.clear()
+    enriched = one(enricher, notification)
+    assert (enriched.versions["standalone-price", "sp1"], enriched.missing) == (None, "standalone-price")
 
 
 def test_standalone_price_gets_its_product() -> None:

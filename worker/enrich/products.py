@@ -48,12 +48,16 @@ def inventory_entry_plan(enriched: Enriched, context: PlanContext) -> Plan:
 
 
 def standalone_price_plan(enriched: Enriched, context: PlanContext) -> Plan:
-    """Add the product that has the sku of the price, with the data of its catalog entry."""
-    notification = enriched.notification
-    sku = yield from _sku_of(notification, queries.STANDALONE_PRICES, context)
-    price = context.get(queries.STANDALONE_PRICES, notification.resource_id)
+    """Add the product that has the sku of the price, with the data of its catalog entry.
+
+    The prices of the sku are written, so they show whether the notification's price exists, and its version.
+    """
+    price_id = enriched.notification.resource_id
+    sku = yield from _sku_of(enriched.notification, queries.STANDALONE_PRICES, context)
     enriched = yield from _with_product_of(sku, replace(enriched, sku=sku), context)
-    return _with_versions(enriched, price)
+    if (written := enriched.standalone_prices.get(sku)) is None:
+        return _with_versions(enriched, context.get(queries.STANDALONE_PRICES, price_id))
+    return _with_versions(enriched, next((price for price in written if as_text(price.get("id")) == price_id), None))
 
 
 def _sku_of(
