@@ -292,7 +292,7 @@ def test_standalone_prices_are_those_of_the_skus() -> None:
 
 
 def test_version_of_a_price_is_that_of_the_written_one() -> None:
-    """commercetools can show an older price by sku than by id. That reading must count as stale."""
+    """A query by sku can show an older price than one by id. That reading must count as stale."""
 
     class LaggingReader(InMemoryReader):
         def find(self, query: Query, values: Collection[str]) -> QueryResult:
