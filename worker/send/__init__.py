@@ -1,8 +1,8 @@
 """The send stage: sends operations to Klaviyo and returns a result for each.
 
-No other stage writes to Klaviyo. Every operation can be repeated without a second effect. If a batch has few operations
-of a kind, they are sent individually (single.py). If it has many, they are sent in bulk: events.py for events,
-catalog.py for catalog entries. profiles.py sends all profiles, because it reads them first.
+No other stage writes to Klaviyo. Every operation can be repeated without a second effect. If a batch has few events,
+they are sent individually (single.py). If it has many, they are sent in bulk (events.py). profiles.py sends all
+profiles, and catalog/ all catalog entries, because they read them first.
 """
 
 from __future__ import annotations
