@@ -33,7 +33,8 @@ STALL_TIMEOUT = 60.0  # seconds without an iteration after which the receive loo
 SLOW_PULL = 250  # messages per pull while the budget of a slow effect is full
 SLOW_PULL_INTERVAL = 1.0  # seconds between two such pulls if messages had to go back to the queue
 MIN_RETURN_DELAY = 60.0  # seconds; the limit of the delay of these messages is `outage_hold`, or this if that is less
-_EVENT = OperationKind.CREATE_EVENT
+# An order can be processed again at once: a job of guests could only repeat its write.
+_OF_ORDERS = frozenset({OperationKind.CREATE_EVENT, OperationKind.UPSERT_GUEST})
 
 
 class ShutdownTimeoutError(Exception):
@@ -326,7 +327,7 @@ def _keep_away_from_jobs(messages: Sequence[Message], settings: Settings) -> Non
 
     Fewer operations than `bulk_threshold` are not sent in a job.
     """
-    sending = [m for m in messages if m.outcome is None and any(o.kind is not _EVENT for o in m.operations)]
+    sending = [m for m in messages if m.outcome is None and any(o.kind not in _OF_ORDERS for o in m.operations)]
     if sum(len(message.operations) for message in sending) > settings.bulk_threshold:
         for message in sending:
             message.not_before = max(message.not_before, time.monotonic() + settings.job_timeout)

@@ -16,7 +16,7 @@ from worker.send.consent import Consents
 from worker.send.event_identity import EventIdentities
 from worker.send.events import BulkEvents
 from worker.send.jobs import BulkJobs
-from worker.send.profiles import Profiles
+from worker.send.profiles import GUEST_JOB_TIMEOUT, Profiles
 from worker.send.requests import COLLECTION, Request, request_for
 from worker.send.single import SingleSender
 from worker.telemetry.defects import describe_defect, report_defect
@@ -79,7 +79,9 @@ class Sender:
         jobs = BulkJobs(client, stopping, options.job_timeout, options.stop_wait)
         threshold = options.bulk_threshold
         consents = Consents(client, resubscribes=options.resubscribes)
-        profiles = Profiles(client, jobs, executors, consents, threshold, merges_guests=options.merges_guests)
+        guest_jobs = BulkJobs(client, stopping, min(options.job_timeout, GUEST_JOB_TIMEOUT), options.stop_wait)
+        merges_guests = options.merges_guests
+        profiles = Profiles(client, jobs, guest_jobs, executors, consents, threshold, merges_guests=merges_guests)
         self._identities = EventIdentities(client)
         self._single = SingleSender(client, profiles)
         self._bulk_senders: tuple[BulkSender, ...] = (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from worker.errors import EndpointRefused, Rejected, Transient, WorkerError
+from worker.errors import EndpointRefused, JobUnfinished, Rejected, Transient, WorkerError
 from worker.json_access import as_text
 from worker.model import Effect, Json, Operation, OperationKind, SendResult
 from worker.send.claims import Claims
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 KINDS = frozenset({OperationKind.UPSERT_PROFILE, OperationKind.UPSERT_GUEST})
 MAX_ROUNDS = 6  # creation, both identifiers after two conflicts each, and a merge
 LAG_WAIT = 1.0  # seconds until a profile that Klaviyo does not show yet is read again
+GUESTS_FACTOR = 10
+GUEST_JOB_TIMEOUT = 30.0  # seconds that orders wait for a job of guests; then they are sent individually for a while
 _IMPORT = BulkJobType(PROFILES, "profiles", 10_000)  # https://developers.klaviyo.com/en/reference/bulk_import_profiles
 _CHANGING = "other writers keep changing the profiles with these identifiers in Klaviyo"
 
@@ -43,13 +45,15 @@ _CHANGING = "other writers keep changing the profiles with these identifiers in 
 class Profiles:
     """The sender for profiles. Safe for many threads: two threads never write the same identifier.
 
-    More than `threshold` profiles are sent in a bulk job. `merges_guests`: see Planner.
+    More than `threshold` profiles are sent in a bulk job, and more than GUESTS_FACTOR times as many profiles of guests.
+    `guest_jobs` runs the jobs of guests. `merges_guests`: see Planner.
     """
 
     def __init__(
         self,
         client: KlaviyoClient,
         jobs: BulkJobs,
+        guest_jobs: BulkJobs,
         executors: Mapping[Effect, Executor],
         consents: Consents,
         threshold: int,
@@ -58,6 +62,7 @@ class Profiles:
     ) -> None:
         self._client = client
         self._jobs = jobs
+        self._guest_jobs = guest_jobs
         self._executors = executors
         self._threshold = threshold
         self._merges_guests = merges_guests
@@ -124,9 +129,7 @@ class Profiles:
             for name in plan.dropped:
                 if name not in upsert.dropped:
                     report_dropped(name, "profile")
-        in_job = [(upsert, plan) for upsert, plan in work if _fits_in_job(upsert, plan)]
-        if len(in_job) <= self._threshold:
-            in_job = []
+        in_job = self._select_for_job(work)
         self._run_job(in_job)
         started = {id(upsert) for upsert, _ in in_job}
         self._write_individually([(upsert, plan) for upsert, plan in work if id(upsert) not in started])
@@ -186,15 +189,29 @@ class Profiles:
 
     # Writing
 
+    def _select_for_job(self, work: Sequence[tuple[Upsert, Plan]]) -> list[tuple[Upsert, Plan]]:
+        """Return the profiles to write in a bulk job: none if they are few.
+
+        The lanes of orders wait for the jobs of guests, so these are worth it only if Klaviyo's rate limit would delay
+        the orders more.
+        """
+        fitting = [(upsert, plan) for upsert, plan in work if _fits_in_job(upsert, plan)]
+        threshold = self._threshold * (GUESTS_FACTOR if _are_guests(fitting) else 1)
+        return fitting if len(fitting) > threshold else []
+
     def _run_job(self, work: Sequence[tuple[Upsert, Plan]]) -> None:
         """Write profiles in a bulk job. Upserts without a result need another round."""
         entries = [_job_entry(upsert, plan) for upsert, plan in work]
-        for (upsert, plan), result in zip(work, self._jobs.run(_IMPORT, entries), strict=True):
+        jobs = self._guest_jobs if _are_guests(work) else self._jobs
+        for (upsert, plan), result in zip(work, jobs.run(_IMPORT, entries), strict=True):
             if result is None:
                 upsert.is_single = True
                 continue
             upsert.requests += result.requests
-            if result.error or plan.profile_id or upsert.is_guest or not _identifiers([upsert]):
+            if upsert.is_guest and isinstance(result.error, JobUnfinished):
+                # An order must not wait until the job can no longer write: it could only repeat this write.
+                upsert.finish(Transient(result.error.reason))
+            elif result.error or plan.profile_id or upsert.is_guest or not _identifiers([upsert]):
                 upsert.finish(result.error)
             upsert.is_created = True
 
@@ -206,6 +223,11 @@ class Profiles:
             return
         effect = Effect.EVENTS if work[0][0].is_guest else Effect.PROFILES
         list(self._executors[effect].map(lambda each: self._writer.write(*each), work))
+
+
+def _are_guests(work: Sequence[tuple[Upsert, Plan]]) -> bool:
+    """Return whether the profiles are those of guests. A batch has only guests or only customers."""
+    return bool(work) and work[0][0].is_guest
 
 
 def _identifiers(upserts: Iterable[Upsert]) -> set[Identifier]:

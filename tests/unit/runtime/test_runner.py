@@ -702,6 +702,7 @@ def test_messages_in_progress_are_returned_after_the_grace_period(queue: Embedde
         (OperationKind.UPSERT_PROFILE, 11, True),
         (OperationKind.UPSERT_PROFILE, 10, False),
         (OperationKind.CREATE_EVENT, 11, False),
+        (OperationKind.UPSERT_GUEST, 11, False),
     ],
 )
 def test_message_that_a_bulk_job_can_still_overwrite_is_returned_with_a_delay(

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.klaviyo_account import AccountClient
 from tests.support.sender import Sender
-from worker.errors import EndpointRefused, Rejected, RequestBlocked, Transient
+from worker.errors import EndpointRefused, JobUnfinished, Rejected, RequestBlocked, Transient
 from worker.model import Json, Operation, OperationKind
 from worker.sandbox.klaviyo.account import PHONE_MATCHES, Account
 from worker.send import jobs
@@ -534,6 +534,28 @@ def test_guest_gets_a_profile_and_updates_it(others: int, klaviyo: AccountClient
         gert = attributes_of(klaviyo, email="Gert@example.com")
         assert (gert["first_name"], gert["location"]) == ("Gert", {"city": city})
     assert len(klaviyo.account.profiles) == others + 1
+
+
+@pytest.mark.parametrize(("guests", "calls"), [(100, {READ: 1, IMPORT: 0, JOBS: 0}), (101, {READ: 2, JOBS: 1})])
+def test_only_very_many_guests_are_sent_in_a_job(guests: int, calls: dict[str, int], klaviyo: AccountClient) -> None:
+    """Orders wait for these jobs, but for less time than for Klaviyo's rate limit of individual requests."""
+    batch = [guest(f"{number}@example.com", first_name="Ada") for number in range(guests)]
+    assert set(send(klaviyo, *batch)) == {None}
+    counted = Counter(klaviyo.names)
+    assert {name: counted[name] for name in calls} == calls
+    assert len(klaviyo.account.profiles) == guests
+
+
+def test_order_does_not_wait_for_a_job_of_guests_that_does_not_end() -> None:
+    """The job could only repeat the write. A customer's job could write an older state."""
+    klaviyo = AccountClient(Account(job_seconds=3_600.0))
+    guests = [guest(f"{number}@example.com", first_name="Ada") for number in range(2)]
+    (error, _) = send(klaviyo, *guests, bulk_threshold=0, job_timeout=0.1)
+    assert isinstance(error, Transient)
+    assert not isinstance(error, JobUnfinished)
+    assert send(klaviyo, *guests, bulk_threshold=0, job_timeout=0.1)
+    (error, _) = send(klaviyo, customer("nora"), customer("olaf"), bulk_threshold=0, job_timeout=0.1)
+    assert isinstance(error, JobUnfinished)
 
 
 def test_guest_does_not_change_the_profile_of_a_customer(klaviyo: AccountClient) -> None:
