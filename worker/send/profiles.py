@@ -267,11 +267,11 @@ def _fits_in_job(upsert: Upsert, plan: Plan) -> bool:
 
 def _job_entry(upsert: Upsert, plan: Plan) -> JobEntry:
     """Return the entry of a profile. A customer's new profile gets its email address and phone number afterwards."""
-    name = "email" if upsert.is_guest else "external_id"
+    name = "external_id" if upsert.get("external_id") else "email"
     attributes: Json = {name: upsert.attributes[name]} | plan.attributes
     resource: Json = {"type": "profile", "attributes": attributes}
     if plan.profile_id:
         resource["id"] = plan.profile_id
-    elif not upsert.is_guest:
+    elif name == "external_id":
         resource["attributes"] = {n: v for n, v in attributes.items() if n not in {"email", "phone_number"}}
     return JobEntry(as_text(attributes[name]), orjson.dumps(resource))

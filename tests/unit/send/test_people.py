@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -596,6 +597,22 @@ def test_order_of_a_new_customer_creates_the_profile(klaviyo: AccountClient) -> 
         assert send(klaviyo, buyer(email, name)) == [None]
         assert attributes_of(klaviyo, email=email, external_id=name)["first_name"] == "Accounts"
     assert gert["external_id"] == "gert"
+
+
+@pytest.mark.parametrize("others", [0, MANY])
+def test_customers_order_never_moves_an_address(others: int, klaviyo: AccountClient) -> None:
+    """With order.buyer = "all", orders are written to the profiles of customers, whose address can be another one."""
+    nora = klaviyo.profile(email="nora@example.com", external_id="nora")
+    olaf = klaviyo.profile(email="olaf@example.com", external_id="olaf")
+    buyers = [("olaf", "nora@example.com"), ("pia", "nora@example.com"), ("quin", "quin@example.com")]
+    buyers += [(f"c{number}", f"{number}@example.com") for number in range(others)]
+    orders = [guest(email, any_profile=True, external_id=key, first_name=key) for key, email in buyers]
+    assert send(klaviyo, *(replace(order, key=key) for order, (key, _) in zip(orders, buyers, strict=True))) == [
+        None
+    ] * len(orders)
+    assert (nora["email"], nora["external_id"], nora.get("first_name")) == ("nora@example.com", "nora", None)
+    assert (olaf["email"], olaf["external_id"], olaf["first_name"]) == ("olaf@example.com", "olaf", "olaf")
+    assert attributes_of(klaviyo, external_id="quin")["first_name"] == "quin"
 
 
 # Without profiles:read
