@@ -307,7 +307,8 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
     cache_ttl: float = Field(
         300.0,
         ge=0,
-        description="Seconds to cache commercetools categories, products and discount codes for order events",
+        description="Seconds to cache commercetools categories, products, discount codes and email addresses for order "
+        "events",
     )
     shutdown_grace_period: float = Field(
         25.0, ge=0, description="Seconds to finish the messages in progress after SIGTERM"
