@@ -531,7 +531,7 @@ def test_guest_gets_a_profile_and_updates_it(others: int, klaviyo: AccountClient
     batch = [guest(f"{number}@example.com", first_name="Ada") for number in range(others)]
     for city in ("Leeds", "Hull"):
         known = guest("Gert@example.com", first_name="Gert", location={"city": city})
-        assert send(klaviyo, known, *batch) == [None] * (others + 1)
+        assert send(klaviyo, known, *batch, bulk_threshold=1) == [None] * (others + 1)
         gert = attributes_of(klaviyo, email="Gert@example.com")
         assert (gert["first_name"], gert["location"]) == ("Gert", {"city": city})
     assert len(klaviyo.account.profiles) == others + 1
@@ -607,12 +607,14 @@ def test_customers_order_never_moves_an_address(others: int, klaviyo: AccountCli
     buyers = [("olaf", "nora@example.com"), ("pia", "nora@example.com"), ("quin", "quin@example.com")]
     buyers += [(f"c{number}", f"{number}@example.com") for number in range(others)]
     orders = [guest(email, any_profile=True, external_id=key, first_name=key) for key, email in buyers]
-    assert send(klaviyo, *(replace(order, key=key) for order, (key, _) in zip(orders, buyers, strict=True))) == [
-        None
-    ] * len(orders)
+    operations = [replace(order, key=key) for order, (key, _) in zip(orders, buyers, strict=True)]
+    assert send(klaviyo, *operations, bulk_threshold=0 if others else 10) == [None] * len(orders)
     assert (nora["email"], nora["external_id"], nora.get("first_name")) == ("nora@example.com", "nora", None)
     assert (olaf["email"], olaf["external_id"], olaf["first_name"]) == ("olaf@example.com", "olaf", "olaf")
     assert attributes_of(klaviyo, external_id="quin")["first_name"] == "quin"
+    jobs_sent = [body["data"]["attributes"]["profiles"]["data"] for name, body in klaviyo.calls if name == JOBS]
+    assert len(jobs_sent) == bool(others)
+    assert not any("email" in entry["attributes"] for entries in jobs_sent for entry in entries)
 
 
 # Without profiles:read
