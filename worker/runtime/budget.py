@@ -6,6 +6,8 @@ from collections import deque
 
 REFILL_SHARE = 0.9  # of the budget; a budget that was full counts as full until less than this is in use
 FULL_TIMEOUT = 5.0  # seconds for which pulling waits for an effect whose budget is full
+KNOWN_RATE = 9  # settled messages from which the rate of an effect is known
+PATIENCE = 9.0  # times the seconds since the budget was full: the delay of messages if the rate is unknown
 SLOW = 10.0  # settled messages per second; after FULL_TIMEOUT, pulling no longer waits for an effect that is slower
 
 
@@ -59,13 +61,15 @@ class Budget:
         """Return the seconds for which messages beyond the budget must go back to the queue.
 
         That is the time until the effect has settled as many messages as were returned before and are not redelivered
-        yet, at the rate since its budget was full. It is at most `max_delay`.
+        yet, at the rate since its budget was full. If it has settled too few to know a rate, it is a multiple of the
+        time since then: an effect that recovers soon gets its messages soon, and an outage of an hour costs three
+        attempts. It is at most `max_delay`.
         """
         while self._returned and self._returned[0] <= now:
             self._returned.popleft()
         ahead = len(self._returned) + messages
         elapsed = now - self._full_since if self._full_since is not None else 0.0
-        is_moving = self._settled * self._max_delay > ahead * elapsed
-        delay = max(ahead * elapsed / self._settled, 1.0) if is_moving else self._max_delay
+        estimate = ahead * elapsed / self._settled if self._settled >= KNOWN_RATE else PATIENCE * elapsed
+        delay = min(max(estimate, 1.0), self._max_delay)
         self._returned.extend([now + delay] * messages)
         return delay

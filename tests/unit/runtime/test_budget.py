@@ -82,10 +82,13 @@ def test_messages_beyond_the_budget_come_back_when_it_is_their_turn() -> None:
     assert budget.return_delay(1, 900.0) == pytest.approx(100)  # the others have come back; the rate is 1/100
 
 
-@pytest.mark.parametrize(("settled", "delay"), [(0, MAX_DELAY), (1, MAX_DELAY), (9, 1.0)])
-def test_delay_is_limited(settled: int, delay: float) -> None:
-    """During an outage nothing is settled, so the delay is the maximum."""
+@pytest.mark.parametrize(
+    ("settled", "now", "delay"),
+    [(0, 0.1, 1.0), (0, 5.0, 45.0), (8, 5.0, 45.0), (0, 10_000.0, MAX_DELAY), (9, 0.1, 1.0), (9, 90_000.0, MAX_DELAY)],
+)
+def test_delay_without_a_known_rate_grows_with_the_time_and_is_limited(settled: int, now: float, delay: float) -> None:
+    """After a few seconds without an effect, the messages come back within a minute."""
     budget = full_budget()
     for _ in range(settled):
         budget.remove(10)
-    assert budget.return_delay(1, 10_000.0 if settled == 1 else 0.1) == delay
+    assert budget.return_delay(1, now) == delay
