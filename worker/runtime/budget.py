@@ -7,7 +7,7 @@ from collections import deque
 REFILL_SHARE = 0.9  # of the budget; a budget that was full counts as full until less than this is in use
 FULL_TIMEOUT = 5.0  # seconds for which pulling waits for an effect whose budget is full
 KNOWN_RATE = 9  # settled messages from which the rate of an effect is known
-PATIENCE = 9.0  # times the seconds since the budget was full: the delay of messages if the rate is unknown
+DELAY_FACTOR = 9.0  # times the seconds since the budget was full: the delay of messages while the rate is unknown
 SLOW = 10.0  # settled messages per second; after FULL_TIMEOUT, pulling no longer waits for an effect that is slower
 
 
@@ -69,7 +69,7 @@ class Budget:
             self._returned.popleft()
         ahead = len(self._returned) + messages
         elapsed = now - self._full_since if self._full_since is not None else 0.0
-        estimate = ahead * elapsed / self._settled if self._settled >= KNOWN_RATE else PATIENCE * elapsed
+        estimate = ahead * elapsed / self._settled if self._settled >= KNOWN_RATE else DELAY_FACTOR * elapsed
         delay = min(max(estimate, 1.0), self._max_delay)
         self._returned.extend([now + delay] * messages)
         return delay

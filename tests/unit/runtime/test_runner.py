@@ -344,7 +344,7 @@ def test_full_budget_of_a_slow_effect_delays_no_other(
 ) -> None:
     """The messages beyond the budget go back to the queue. They use up no attempt of the embedded queue."""
     monkeypatch.setattr("worker.runtime.budget.FULL_TIMEOUT", 0.2)
-    monkeypatch.setattr("worker.runtime.budget.PATIENCE", 1000.0)
+    monkeypatch.setattr("worker.runtime.budget.DELAY_FACTOR", 1000.0)
     over = threading.Event()
 
     def work(messages: Sequence[Message]) -> list[Message]:
