@@ -206,7 +206,7 @@ def test_no_profile_mixes_two_people(
     try:
         for step in steps:
             world.take(step)
-        for _ in range(3):
+        for _ in range(CUSTOMERS + 1):  # each repetition settles at least one of those who wait for each other
             world.waiting = list(world.customers)
             world.send_waiting()
         if merges_guests:
