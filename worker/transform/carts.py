@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from worker.errors import Ignored
-from worker.json_access import as_dict, as_dicts, as_id, as_int, as_text, unique
+from worker.json_access import as_dict, as_dicts, as_id, as_int, as_key, as_text, unique
 from worker.transform import fields
 from worker.transform.identity import identifiers, names_buyer
 from worker.transform.line_items import items_of, lines_of, text_locale
@@ -165,4 +165,4 @@ def _goods(line: Json) -> str:
     """Return the sku of a line, else the variant of its product, or the slug of a custom line item."""
     variant = as_dict(line.get("variant"))
     by_product = f"{as_text(line.get('productId'))}:{as_int(variant.get('id'))}" if variant else ""
-    return fields.first_nonempty(as_text(variant.get("sku")), by_product, as_text(line.get("slug")))
+    return fields.first_nonempty(as_key(variant.get("sku")), by_product, as_text(line.get("slug")))

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import phonenumbers
 
-from worker.json_access import as_dict, as_dicts, as_int, as_text, parse_time
+from worker.json_access import as_dict, as_dicts, as_int, as_key, as_text, parse_time, unique
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -120,10 +120,14 @@ def attribute(variant: Json, name: str) -> Any:
     return next(found, None)
 
 
+def image_urls(variant: Any) -> list[str]:
+    """Return the URLs of the variant's images, in order."""
+    return unique(as_text(image.get("url")) for image in as_dicts(as_dict(variant).get("images")))
+
+
 def image_url(variant: Any) -> str:
     """Return the URL of the variant's first image, or ""."""
-    images = as_dicts(as_dict(variant).get("images"))
-    return as_text(images[0].get("url")) if images else ""
+    return next(iter(image_urls(variant)), "")
 
 
 def _join(address: Json, *names: str) -> str:
@@ -306,7 +310,7 @@ def product_url(slug: Any, product_id: str, variant: Json, locale: str, template
     values = {
         "productSlug": localized(slug, locale),
         "productId": product_id,
-        "sku": as_text(variant.get("sku")),
+        "sku": as_key(variant.get("sku")),
         "locale": locale,
     }
     return fill_template(template, values)

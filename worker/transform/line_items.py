@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from worker.json_access import as_dict, as_dicts, as_int, as_text, unique
+from worker.json_access import as_dict, as_dicts, as_int, as_key, as_text, unique
 from worker.transform import fields
 from worker.transform.order_totals import line_total
 from worker.transform.prices import price_amount
@@ -40,7 +40,7 @@ def _line_item(line: Json, locale: str, enriched: Enriched, mapping: MappingConf
     return fields.compact(
         {
             "ProductID": product_id,
-            "SKU": as_text(variant.get("sku")),
+            "SKU": as_key(variant.get("sku")),
             "VariantID": as_int(variant.get("id")),
             "ProductName": fields.localized(line.get("name"), locale),
             "Quantity": as_int(line.get("quantity")),

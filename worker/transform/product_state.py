@@ -95,7 +95,11 @@ def _item(product: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
     categories = [catalog_id(as_text(category.get("id"))) for category in _categories(product_id, enriched)]
     return {
         "type": "catalog-item",
-        "attributes": {"external_id": product_id, **_common(product, master, enriched, mapping)},
+        "attributes": {
+            "external_id": product_id,
+            **_common(product, master, enriched, mapping),
+            "images": fields.image_urls(master),
+        },
         "relationships": {
             "categories": {"data": [{"type": "catalog-category", "id": category} for category in categories]}
         },

@@ -91,3 +91,11 @@ def test_placeholder_without_a_value_makes_no_url() -> None:
     mapping = MappingConfig(product_url_template="https://s/{{productSlug}}")
     (item,) = items_of({"lineItems": [LINE | {"productSlug": None}]}, ENRICHED, mapping)
     assert "ProductURL" not in item
+
+
+def test_sku_of_a_line_is_taken_as_it_is() -> None:
+    """It is the external id of the variant in Klaviyo's catalog, where white space is part of it."""
+    line = {"productId": "p", "variant": {"id": 1, "sku": " M 1"}}
+    mapping = MappingConfig(product_url_template="https://shop.example/{{sku}}")
+    (item,) = items_of({"lineItems": [line]}, ENRICHED, mapping)
+    assert (item["SKU"], item["ProductURL"]) == (" M 1", "https://shop.example/%20M%201")

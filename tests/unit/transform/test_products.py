@@ -124,3 +124,16 @@ def test_projection_without_its_variants_writes_and_deletes_nothing(kind: str) -
     product = {"id": "p", "variants": []}
     with pytest.raises(Ignored, match="Modular"):
         transform(Enriched(about(resource, kind), NOW, product=product, product_id="p"), MappingConfig())
+
+
+def test_item_has_all_images_of_the_master_variant() -> None:
+    """Templates can show more than the first one. Without images, those that Klaviyo has are removed."""
+    images = [{"url": "https://img.example/1"}, {"label": "without a URL"}, {"url": "https://img.example/2"}]
+    for found, urls in ((images, ["https://img.example/1", "https://img.example/2"]), ([], [])):
+        product = MUG | {"masterVariant": {"id": 1, "sku": "M", "images": found}}
+        enriched = Enriched(about("product", "ProductPublished"), NOW, product=product, product_id="p")
+        operations = transform(enriched, MappingConfig())
+        (item,) = (each.resource for each in operations if each.kind is OperationKind.UPSERT_ITEM)
+        assert item is not None
+        assert item["attributes"]["images"] == urls
+        assert item["attributes"]["image_full_url"] == next(iter(urls), None)
