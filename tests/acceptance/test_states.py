@@ -157,7 +157,7 @@ def test_job_whose_start_had_no_answer_does_not_leave_an_old_state(worker: Worke
     sandbox.klaviyo.faults.add(Fault(match=f"POST {IMPORTS}", action="lose_response"))
     written = record_writes(sandbox)
     worker.publish(*put(sandbox, 1, "Old", *CUSTOMERS))
-    process = worker.start("run", "--once", env={"KLAVIYO_WORKER_JOB_TIMEOUT": "4"})
+    process = worker.start("run", "--once", env={"KLAVIYO_WORKER_JOB_TIMEOUT": "12"})
     wait_for(lambda: jobs_started(sandbox))
     worker.publish(*put(sandbox, 2, "New", *CUSTOMERS))
     wait_for(lambda: written.count("Old") > 10)  # the job has written; smaller batches are sent individually

@@ -76,7 +76,7 @@ def test_full_budget_of_a_slow_effect_does_not_pause_pulling() -> None:
     assert in_flight.wait_for_capacity(0, skip_slow=False) == 0
     assert in_flight.is_beyond_budget(deletion("3"))
     assert not in_flight.is_beyond_budget(message("customer"))
-    assert in_flight.return_delay(Effect.DELETIONS, 1) == 600.0
+    assert in_flight.return_delay(Effect.DELETIONS, 1) == 45.0
 
 
 def test_pulling_pauses_if_all_effects_are_slow() -> None:
