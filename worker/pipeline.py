@@ -192,13 +192,13 @@ class Pipeline:
     def _settle(self, messages: Sequence[Message]) -> None:
         """Settle with the queue, failures first. If that raises an error, no message of the batch is acked."""
         nacked: dict[tuple[float, Failure], list[Delivery]] = defaultdict(list)
-        acked: list[Delivery] = []
+        acked: list[Message] = []
         for message in messages:
             assert message.outcome is not None
             failure = Failure(message.outcome.reason, message.outcome.stage, message.outcome.error)
             match message.outcome.disposition:
                 case Disposition.ACK:
-                    acked.append(message.delivery)
+                    acked.append(message)
                 case Disposition.NACK:
                     nacked[message.outcome.delay, failure].append(message.delivery)
                 case Disposition.DEAD_LETTER:
@@ -206,9 +206,17 @@ class Pipeline:
                         message.outcome = replace(message.outcome, disposition=Disposition.NACK)
         for (delay, failure), deliveries in nacked.items():
             self._queue.nack(deliveries, delay, failure)
-        if acked:
-            self._queue.ack(acked)
+        self._ack(acked)
         self._listener.on_endings([Ended(message, _ending(message)) for message in messages])
+
+    def _ack(self, messages: Sequence[Message]) -> None:
+        """Ack messages. If the queue has redelivered one in the meantime, ack its new delivery, too."""
+        while messages:
+            deliveries = [message.delivery for message in messages]
+            self._queue.ack(deliveries)
+            messages = [
+                message for message, acked in zip(messages, deliveries, strict=True) if message.delivery is not acked
+            ]
 
 
 def _with_seen(notification: Notification, message: Message) -> Notification:

@@ -156,6 +156,24 @@ def test_message_is_acked_when_its_effect_is_in_klaviyo(pipeline: Pipeline, reco
     assert recorded.settled == [("ack", "a", 0.0, ""), ("ack", "b", 0.0, "")]
 
 
+def test_redelivery_during_an_ack_is_acked_too(
+    pipeline: Pipeline, recorded: RecordingQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease ended while the queue was unreachable. The new delivery would stay until its lease ends."""
+    message = pipeline.parse(updated("a"))
+    ack = recorded.ack
+    redelivered = [updated("a")]
+
+    def ack_and_redeliver(deliveries: Sequence[Delivery]) -> None:
+        ack(deliveries)
+        if redelivered:
+            message.delivery = redelivered.pop()
+
+    monkeypatch.setattr(recorded, "ack", ack_and_redeliver)
+    pipeline.process([message])
+    assert recorded.settled == [("ack", "a", 0.0, "")] * 2
+
+
 @pytest.mark.parametrize("method", ["nack", "dead_letter"])
 def test_no_message_is_acked_if_another_one_cannot_be_settled(
     method: str,
