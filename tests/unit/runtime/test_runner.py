@@ -569,7 +569,7 @@ def test_hanging_lane_is_stalled(
     limit = STALL_TIMEOUT + STALL_PER_MESSAGE * lane.batch_size + job_timeout
     now = time.monotonic()
     assert lane.stall_reason(now + limit - 60) == ""
-    assert lane.stall_reason(now + limit + 1) == f"{lane.name} has processed a batch for {limit / 60:.0f} minutes"
+    assert lane.stall_reason(now + limit + 1) == f"{lane.name} has processed a batch for {(limit + 1) / 60:.0f} minutes"
     release.set()
     wait_for(lambda: not lane.stall_reason(now + 24 * 3_600))
 
