@@ -289,7 +289,7 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         10,
         ge=0,
         description="Maximum number of operations of one kind in a batch that are sent individually; if there are "
-        "more, they are sent in bulk. For profiles of guests, ten times as many",
+        "more, they are sent in bulk",
     )
     job_timeout: float = Field(
         600.0,

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 KINDS = frozenset({OperationKind.UPSERT_PROFILE, OperationKind.UPSERT_GUEST})
 MAX_ROUNDS = 6  # creation, both identifiers after two conflicts each, and a merge
 LAG_WAIT = 1.0  # seconds until a profile that Klaviyo does not show yet is read again
-GUESTS_FACTOR = 10
 GUEST_JOB_TIMEOUT = 30.0  # seconds that orders wait for a job of guests; then they are sent individually for a while
 _IMPORT = BulkJobType(PROFILES, "profiles", 10_000)  # https://developers.klaviyo.com/en/reference/bulk_import_profiles
 _CHANGING = "other writers keep changing the profiles with these identifiers in Klaviyo"
@@ -45,8 +44,8 @@ _CHANGING = "other writers keep changing the profiles with these identifiers in 
 class Profiles:
     """The sender for profiles. Safe for many threads: two threads never write the same identifier.
 
-    More than `threshold` profiles are sent in a bulk job, and more than GUESTS_FACTOR times as many profiles of guests.
-    `guest_jobs` runs the jobs of guests. `merges_guests`: see Planner.
+    More than `threshold` profiles are sent in a bulk job. `guest_jobs` runs the jobs of guests. `merges_guests`: see
+    Planner.
     """
 
     def __init__(
@@ -190,14 +189,9 @@ class Profiles:
     # Writing
 
     def _select_for_job(self, work: Sequence[tuple[Upsert, Plan]]) -> list[tuple[Upsert, Plan]]:
-        """Return the profiles to write in a bulk job: none if they are few.
-
-        The lanes of orders wait for the jobs of guests, so these are worth it only if Klaviyo's rate limit would delay
-        the orders more.
-        """
+        """Return the profiles to write in a bulk job: none if they are few."""
         fitting = [(upsert, plan) for upsert, plan in work if _fits_in_job(upsert, plan)]
-        threshold = self._threshold * (GUESTS_FACTOR if _are_guests(fitting) else 1)
-        return fitting if len(fitting) > threshold else []
+        return fitting if len(fitting) > self._threshold else []
 
     def _run_job(self, work: Sequence[tuple[Upsert, Plan]]) -> None:
         """Write profiles in a bulk job. Upserts without a result need another round."""
