@@ -234,6 +234,7 @@ class Message:
     not_before: float = 0.0  # when a worker can process the message again: see errors.JobUnfinished
     failed_at: float = 0.0  # when processing first failed in this process
     due_at: float = 0.0  # when to retry; 0 if the message was never held
+    is_returned: bool = False  # nacked: a redelivery is a new message
 
     @property
     def key(self) -> tuple[str, str]:

@@ -195,6 +195,7 @@ class Pipeline:
         acked: list[Message] = []
         for message in messages:
             assert message.outcome is not None
+            message.is_returned = message.outcome.disposition is not Disposition.ACK
             failure = Failure(message.outcome.reason, message.outcome.stage, message.outcome.error)
             match message.outcome.disposition:
                 case Disposition.ACK:

@@ -174,6 +174,27 @@ def test_redelivery_during_an_ack_is_acked_too(
     assert recorded.settled == [("ack", "a", 0.0, "")] * 2
 
 
+@pytest.mark.parametrize(
+    ("method", "error"), [("nack", WorkerError("bad")), ("dead_letter", Rejected("bad")), ("ack", None)]
+)
+def test_message_is_marked_before_it_is_nacked(
+    method: str,
+    error: WorkerError | None,
+    pipeline: Pipeline,
+    recorded: RecordingQueue,
+    stages: Stages,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The queue can redeliver it during the call. An ack is repeated instead."""
+    if error:
+        stages.enrich_errors["a"] = error
+    message = pipeline.parse(updated("a"))
+    marked: list[bool] = []
+    monkeypatch.setattr(recorded, method, lambda *_: marked.append(message.is_returned))
+    pipeline.process([message])
+    assert marked == [method != "ack"]
+
+
 @pytest.mark.parametrize("method", ["nack", "dead_letter"])
 def test_no_message_is_acked_if_another_one_cannot_be_settled(
     method: str,

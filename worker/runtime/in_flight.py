@@ -35,7 +35,8 @@ class InFlight:
         self._budgets = {
             effect: Budget(max_messages, max_bytes, max_delay, _SLOW.get(effect, SLOW)) for effect in Effect
         }
-        self._messages: dict[_Name, Message] = {}
+        self._messages: dict[Message, None] = {}  # in the order of their arrival
+        self._by_name: dict[_Name, Message] = {}
         self._resources: dict[tuple[str, str], _Resource] = {}
         self._changed = Condition()
 
@@ -45,18 +46,20 @@ class InFlight:
     def messages(self) -> list[Message]:
         """Return all messages in flight."""
         with self._changed:
-            return list(self._messages.values())
+            return list(self._messages)
 
     def renew(self, delivery: Delivery) -> bool:
         """Return whether the message of this delivery is in flight. If so, this delivery replaces its previous one.
 
-        The queue has redelivered the message because its lease, or its push request, ended before it was settled.
+        The queue has redelivered the message because its lease, or its push request, ended before it was settled. The
+        redelivery of a message that is just being nacked is a new message.
         """
         with self._changed:
-            message = self._messages.get((delivery.id, delivery.body))
-            if message is not None:
-                message.delivery = delivery
-            return message is not None
+            message = self._by_name.get((delivery.id, delivery.body))
+            if message is None or message.is_returned:
+                return False
+            message.delivery = delivery
+            return True
 
     def add(self, message: Message) -> Effect:
         """Add a message. Return the effect whose lanes must process it.
@@ -66,7 +69,8 @@ class InFlight:
         """
         delivery = message.delivery
         with self._changed:
-            self._messages[delivery.id, delivery.body] = message
+            self._messages[message] = None
+            self._by_name[delivery.id, delivery.body] = message
             self._budgets[message.effect].add(len(delivery.body), self._clock())
             resource = self._resources.setdefault(message.key, _Resource(message.effect))
             resource.messages += 1
@@ -76,9 +80,12 @@ class InFlight:
         """Remove messages that were settled. Ignore those that are not in flight."""
         with self._changed:
             for message in messages:
-                delivery = message.delivery
-                if self._messages.pop((delivery.id, delivery.body), None) is not None:
-                    self._budgets[message.effect].remove(len(delivery.body))
+                if message in self._messages:
+                    del self._messages[message]
+                    name = message.delivery.id, message.delivery.body
+                    if self._by_name[name] is message:
+                        del self._by_name[name]
+                    self._budgets[message.effect].remove(len(message.delivery.body))
                     self._leave(message.key)
             self._changed.notify_all()
 

@@ -131,6 +131,23 @@ def test_redelivery_replaces_the_delivery_of_a_message_in_flight() -> None:
     assert len(in_flight) == 0
 
 
+def test_redelivery_during_a_nack_is_a_new_message() -> None:
+    """Otherwise it would be forgotten with the nacked message, until its lease ends."""
+    in_flight = InFlight(1, 1000, 600.0)
+    order = message("order")
+    in_flight.add(order)
+    order.is_returned = True
+    redelivery = FakeDelivery(b"x", order.delivery.id, attempt=2)
+    assert not in_flight.renew(redelivery)
+    redelivered = Message(redelivery, 0.0, order.notification)
+    in_flight.add(redelivered)
+    in_flight.remove([order, order])
+    assert in_flight.messages() == [redelivered]
+    assert in_flight.renew(redelivery)
+    in_flight.remove([redelivered])
+    assert in_flight.wait_for_capacity(0.0, skip_slow=False) == 1
+
+
 def test_held_messages_are_counted() -> None:
     """A message was held if it has a time for its retry."""
     in_flight = InFlight(9, 1000, 600.0)
