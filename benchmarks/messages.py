@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from worker.sandbox import sample_shop
 from worker.sandbox.commercetools import copies
-from worker.sandbox.notifications import bare, change, message, payload_not_included
+from worker.sandbox.envelopes import bare
+from worker.sandbox.notifications import change, message, payload_not_included
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

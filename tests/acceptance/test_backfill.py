@@ -11,7 +11,8 @@ from tests.acceptance.conftest import Worker
 from tests.acceptance.test_run import stop, wait_for
 from tests.integration.commands.test_backfill import backfill, keep_pytest_signal_handlers  # noqa: F401 - a fixture
 from worker.sandbox import Sandbox
-from worker.sandbox.commercetools.shop import Shop, sample_shop
+from worker.sandbox.commercetools.sample_shop import sample_shop
+from worker.sandbox.commercetools.shop import Shop
 from worker.sandbox.notifications import change, message
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from worker.sandbox.notifications import cloudevent, message, sqs
+from worker.sandbox.envelopes import cloudevent, sqs
+from worker.sandbox.notifications import message
 
 if TYPE_CHECKING:
     from tests.acceptance.conftest import Worker

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from worker.sandbox.server import ApiRequest, ApiResponse
+    from worker.sandbox.http import ApiRequest, ApiResponse
 
     Position = tuple[float, int]
     Terminal = Callable[..., tuple[int, str]]

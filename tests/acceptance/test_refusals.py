@@ -10,12 +10,12 @@ from tests.acceptance.conftest import Worker, log_lines
 from tests.acceptance.test_run import stop, updated, wait_for
 from worker.sandbox import Fault
 from worker.sandbox.commercetools.shop import uid
+from worker.sandbox.http import ApiResponse
 from worker.sandbox.notifications import message
-from worker.sandbox.server import ApiResponse
 
 if TYPE_CHECKING:
     from worker.sandbox import Sandbox
-    from worker.sandbox.server import ApiRequest
+    from worker.sandbox.http import ApiRequest
 
 PAGE = b"<!DOCTYPE html><title>Just a moment...</title>"
 SETTINGS = ("--park-retry-interval", "0.2", "--retry-timeout", "0.1", "--http-port", "0")

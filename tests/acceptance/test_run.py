@@ -17,7 +17,8 @@ import urllib3
 from tests.acceptance.conftest import Worker, events_named, log_lines
 from tests.support.ports import free_port
 from worker.sandbox import Fault
-from worker.sandbox.notifications import change, message, sample_notifications
+from worker.sandbox.notifications import change, message
+from worker.sandbox.samples import sample_notifications
 
 if TYPE_CHECKING:
     import subprocess

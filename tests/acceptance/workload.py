@@ -9,7 +9,8 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from worker.sandbox.commercetools.shop import uid
-from worker.sandbox.notifications import bare, change, cloudevent, event_grid, eventbridge, message, sns
+from worker.sandbox.envelopes import bare, cloudevent, event_grid, eventbridge, sns
+from worker.sandbox.notifications import change, message
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

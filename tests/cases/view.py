@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tests.cases.case import Json, Step
     from worker.sandbox import Sandbox
-    from worker.sandbox.server import ApiRequest, ApiResponse
+    from worker.sandbox.http import ApiRequest, ApiResponse
 
 
 class View:

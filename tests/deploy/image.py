@@ -22,7 +22,7 @@ import click
 from tests.deploy import sbom
 from tests.deploy.dockerfile import ROOT, stages
 from worker.sandbox import Sandbox
-from worker.sandbox.notifications import sample_notifications
+from worker.sandbox.samples import sample_notifications
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

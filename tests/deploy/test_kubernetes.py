@@ -18,7 +18,7 @@ from tests.acceptance.test_run import http_get, wait_for
 from tests.deploy.manifests import by_kind, container_of, environment_of, pod_of, rendered, validate
 from tests.support.ports import free_port
 from worker.cli.options import SECRETS
-from worker.sandbox.notifications import sample_notifications
+from worker.sandbox.samples import sample_notifications
 from worker.settings import Settings, load
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from tests.support.ports import free_port
 from tests.support.worker_state import FakeWorkerState
 from tests.unit.telemetry.test_metrics import busy
 from worker.sandbox import Fault, Sandbox
-from worker.sandbox.notifications import sample_notifications
+from worker.sandbox.samples import sample_notifications
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,8 +19,9 @@ from tests.acceptance.workload import Sent, Workload
 from tests.rigs import RIGS
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.commercetools.shop import uid
+from worker.sandbox.envelopes import bare, sns
 from worker.sandbox.klaviyo.account import Account
-from worker.sandbox.notifications import bare, message, sns
+from worker.sandbox.notifications import message
 
 if TYPE_CHECKING:
     import subprocess

@@ -12,7 +12,7 @@ from tests.rigs.embedded import Embedded
 from worker.sandbox import Fault, Sandbox, sample_shop
 from worker.sandbox.commercetools.api import CLIENT_SECRET
 from worker.sandbox.klaviyo.api import KEY
-from worker.sandbox.notifications import sample_notifications
+from worker.sandbox.samples import sample_notifications
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

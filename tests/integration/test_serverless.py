@@ -19,7 +19,8 @@ from tests.conftest import Scripted
 from worker import serverless
 from worker.errors import SettingsError
 from worker.sandbox import Fault, Sandbox
-from worker.sandbox.notifications import bare, message
+from worker.sandbox.envelopes import bare
+from worker.sandbox.notifications import message
 from worker.serverless import sqs_handler
 
 if TYPE_CHECKING:

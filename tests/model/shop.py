@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from tests.model.simulation import at
 from worker.sandbox.commercetools.shop import money
-from worker.sandbox.notifications import bare, change, message, payload_not_included
+from worker.sandbox.envelopes import bare
+from worker.sandbox.notifications import change, message, payload_not_included
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -29,11 +29,12 @@ from worker.http import transport
 from worker.klaviyo import client
 from worker.runtime.runner import ShutdownTimeoutError
 from worker.sandbox.commercetools.api import CLIENT_ID, CLIENT_SECRET
+from worker.sandbox.envelopes import bare
+from worker.sandbox.faults import Fault
 from worker.sandbox.klaviyo.account import BULK_REPEATS
 from worker.sandbox.klaviyo.api import KEY
 from worker.sandbox.klaviyo.catalog import PREFIX
-from worker.sandbox.notifications import bare, change
-from worker.sandbox.server import Fault
+from worker.sandbox.notifications import change
 from worker.send.bulk_verdict import IGNORED, PROBE_PROFILE, REPEATS
 from worker.settings import Settings, load
 from worker.telemetry.log import log

@@ -15,11 +15,12 @@ from tests.model.simulation import START, Process, Simulation
 from worker.sandbox.commercetools.api import CommercetoolsApi
 from worker.sandbox.commercetools.api import error_document as commercetools_error
 from worker.sandbox.commercetools.shop import Shop
+from worker.sandbox.faults import Faults
+from worker.sandbox.http import ApiRequest, ApiResponse
 from worker.sandbox.klaviyo.account import Account
 from worker.sandbox.klaviyo.api import KlaviyoApi
 from worker.sandbox.klaviyo.api import error_document as klaviyo_error
 from worker.sandbox.klaviyo.jobs import BulkJob, BulkJobs
-from worker.sandbox.server import ApiRequest, ApiResponse, Faults
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

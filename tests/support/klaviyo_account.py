@@ -9,9 +9,9 @@ from urllib.parse import parse_qs, urlsplit
 import orjson
 
 from worker.errors import Rejected
+from worker.sandbox.http import ApiRequest
 from worker.sandbox.klaviyo.account import Account
 from worker.sandbox.klaviyo.api import KEY, KlaviyoApi
-from worker.sandbox.server import ApiRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

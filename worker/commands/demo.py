@@ -18,7 +18,7 @@ import click
 from adapters.embedded import EmbeddedQueue
 from worker.commands.dlq.dead_letters import iter_dead_letters
 from worker.sandbox import Sandbox, carts
-from worker.sandbox.notifications import sample_notifications
+from worker.sandbox.samples import sample_notifications
 from worker.service import Worker
 from worker.settings import Settings, load
 from worker.telemetry.log import configure_logging
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from worker.model import Ended
     from worker.sandbox.klaviyo.account import Account
-    from worker.sandbox.notifications import Sample
+    from worker.sandbox.samples import Sample
 
 _TITLE_WIDTH = 62
 _COLOURS = {"sent": "green", "ignored": "bright_black", "dead_lettered": "red", "retried": "yellow"}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from worker.sandbox.commercetools.shop import Shop, sample_shop
+from worker.sandbox.commercetools.sample_shop import sample_shop
+from worker.sandbox.commercetools.shop import Shop
+from worker.sandbox.faults import Fault
 from worker.sandbox.sandbox import Sandbox
-from worker.sandbox.server import Fault
 
 __all__ = ["Fault", "Sandbox", "Shop", "sample_shop"]

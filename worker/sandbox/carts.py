@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from worker.sandbox.commercetools.shop import uid
-from worker.sandbox.notifications import Sample, bare, change, cloudevent
+from worker.sandbox.envelopes import bare, cloudevent
+from worker.sandbox.notifications import change
+from worker.sandbox.samples import Sample
 
 if TYPE_CHECKING:
     from worker.sandbox.commercetools.shop import Json, Shop

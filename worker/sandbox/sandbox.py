@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 import orjson
 
 from worker.sandbox.commercetools import api as commercetools
-from worker.sandbox.commercetools.shop import sample_shop
+from worker.sandbox.commercetools.sample_shop import sample_shop
 from worker.sandbox.klaviyo import api as klaviyo
 from worker.sandbox.klaviyo.account import Account
 from worker.sandbox.server import Server

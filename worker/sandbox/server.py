@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
-import random
 import re
 import socket
 import struct
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
@@ -19,38 +18,15 @@ from urllib.parse import parse_qs, urlsplit
 
 import orjson
 
+from worker.sandbox.faults import Faults, parse_fault
+from worker.sandbox.http import ApiRequest, ApiResponse
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 GZIP_FROM = 1_024  # bytes
-ACTIONS = frozenset({"respond", "reset", "hang", "slow", "lose_response", "truncate"})
 _THIRD_SEGMENT = re.compile(r"^(/[^/]+/[^/]+)/[^/]+")
 _NO_CONTENT = 204
-
-
-@dataclass(frozen=True, slots=True)
-class ApiRequest:
-    """A request to a service. `query` contains decoded values."""
-
-    method: str
-    path: str
-    query: Mapping[str, list[str]]
-    headers: Mapping[str, str]
-    body: bytes
-    target: str  # as sent, not decoded
-
-    def json(self) -> Any:
-        """Return the decoded body. Raises ValueError."""
-        return orjson.loads(self.body)
-
-
-@dataclass(frozen=True, slots=True)
-class ApiResponse:
-    """A response: status, JSON document (None: an empty body) and headers."""
-
-    status: int
-    document: Any = None
-    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,76 +41,9 @@ class LoggedRequest:
     at: float
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """A failure that the server injects into matching requests.
-
-    `times`: how many requests fail, or None for all until the faults are cleared. `match`: a regular expression that
-    must be found in "METHOD /path". `contains`: bytes that the body must contain. Actions:
-
-    - `respond`: send `status` instead of handling the request
-    - `reset`: reset the connection without a response
-    - `hang`: close the connection after `seconds`
-    - `slow`: handle the request after `seconds`
-    - `lose_response`: handle the request, then reset the connection after `seconds`
-    - `truncate`: handle the request, then reset the connection halfway through the response
-    """
-
-    status: int = 503
-    times: int | None = 1
-    match: str = ""
-    contains: bytes = b""
-    action: str = "respond"
-    seconds: float = 0.0
-    headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes | None = None
-    probability: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.action not in ACTIONS:
-            raise ValueError(f"unknown action {self.action!r}")
-
-
 def path_template(path: str) -> str:
     """Return a path with its id replaced: `/api/profiles/{id}`. Both services have ids in the third segment."""
     return _THIRD_SEGMENT.sub(r"\1/{id}", path)
-
-
-class Faults:
-    """The active faults, oldest first."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self._random = random.Random(seed)
-        self._lock = Lock()
-        self._active: list[list[Any]] = []  # [fault, times left]
-        self.triggered = 0  # requests that a fault was injected into
-
-    def add(self, *faults: Fault) -> None:
-        """Activate faults."""
-        with self._lock:
-            self._active += [[fault, fault.times] for fault in faults]
-
-    def clear(self) -> None:
-        """Deactivate all faults."""
-        with self._lock:
-            self._active.clear()
-
-    def trigger(self, request: ApiRequest) -> Fault | None:
-        """Return the fault to inject into this request, if any, and count it."""
-        if not self._active:
-            return None
-        name = f"{request.method} {request.path}"
-        with self._lock:
-            for entry in self._active:
-                fault, left = entry
-                is_match = re.search(fault.match, name) and fault.contains in request.body
-                if is_match and self._random.random() < fault.probability:
-                    self.triggered += 1
-                    if left is not None:
-                        entry[1] = left - 1
-                        self._active = [entry for entry in self._active if entry[1] != 0]
-                    return fault  # type: ignore[no-any-return]
-        return None
 
 
 class Server:
@@ -349,7 +258,7 @@ def _handle_control(service: Server, request: ApiRequest) -> ApiResponse:
             return ApiResponse(200, list(service.requests))
         case "POST", "faults":
             try:
-                service.faults.add(*(_parse_fault(entry) for entry in request.json()))
+                service.faults.add(*(parse_fault(entry) for entry in request.json()))
             except (TypeError, ValueError, AttributeError) as error:
                 return ApiResponse(400, {"error": f"expected a list of faults: {error}"})
             return ApiResponse(200, {})
@@ -357,8 +266,3 @@ def _handle_control(service: Server, request: ApiRequest) -> ApiResponse:
             service.faults.clear()
             return ApiResponse(200, {})
     return ApiResponse(404, {"error": "expected state, counts, requests or faults"})
-
-
-def _parse_fault(fields: dict[str, Any]) -> Fault:
-    texts = {name: fields[name].encode() for name in ("contains", "body") if fields.get(name) is not None}
-    return Fault(**(fields | texts))

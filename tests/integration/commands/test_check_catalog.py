@@ -12,7 +12,8 @@ from worker.commands.check.catalog import check_catalog
 from worker.errors import ExitCode, WorkerError
 from worker.mapping import MappingConfig
 from worker.sandbox import Fault, Sandbox
-from worker.sandbox.commercetools.shop import price, sample_shop, uid
+from worker.sandbox.commercetools.sample_shop import sample_shop
+from worker.sandbox.commercetools.shop import price, uid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

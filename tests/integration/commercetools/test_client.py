@@ -38,11 +38,11 @@ from worker.errors import (
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.commercetools.api import error_document
 from worker.sandbox.commercetools.shop import uid
-from worker.sandbox.server import ApiResponse
+from worker.sandbox.http import ApiResponse
 
 if TYPE_CHECKING:
     from worker.commercetools.queries import QueryResult
-    from worker.sandbox.server import ApiRequest
+    from worker.sandbox.http import ApiRequest
 
 
 def ids(found: QueryResult, value: str) -> list[str]:

@@ -34,7 +34,7 @@ from worker.transform.catalog import catalog_id
 
 if TYPE_CHECKING:
     from worker.model import Json
-    from worker.sandbox.server import ApiRequest, ApiResponse
+    from worker.sandbox.http import ApiRequest, ApiResponse
 
 PROFILE: Json = {"data": {"type": "profile", "attributes": {"email": "ada@example.com"}}}
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from tests.unit.sandbox.conftest import HEADERS, Caller
 from worker.sandbox import Fault, Sandbox
+from worker.sandbox.http import ApiRequest
 from worker.sandbox.klaviyo.account import PREFIX, Account
 from worker.sandbox.klaviyo.api import KEY, KlaviyoApi
-from worker.sandbox.server import ApiRequest
 
 
 def event(**attributes: Any) -> dict[str, Any]:

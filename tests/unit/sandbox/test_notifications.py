@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from worker.sandbox import notifications, sample_shop
-from worker.sandbox.notifications import change, cloudevent, event, message, payload_not_included, sample_notifications
+from worker.sandbox import envelopes, sample_shop
+from worker.sandbox.envelopes import cloudevent
+from worker.sandbox.notifications import change, event, message, payload_not_included
+from worker.sandbox.samples import sample_notifications
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,14 +151,14 @@ def test_only_the_duplicate_is_a_duplicate() -> None:
 @pytest.mark.parametrize(
     "wrap",
     [
-        notifications.bare,
-        notifications.cloudevent,
-        notifications.pubsub_push,
-        notifications.sqs,
-        notifications.sns,
-        notifications.sns_raw,
-        notifications.eventbridge,
-        notifications.event_grid,
+        envelopes.bare,
+        envelopes.cloudevent,
+        envelopes.pubsub_push,
+        envelopes.sqs,
+        envelopes.sns,
+        envelopes.sns_raw,
+        envelopes.eventbridge,
+        envelopes.event_grid,
     ],
 )
 def test_envelopes_do_not_change_the_notification(wrap: Callable[[dict[str, Any]], bytes]) -> None:

@@ -26,7 +26,7 @@ from worker.sandbox.klaviyo.rate_limits import FixedWindowLimiter, Throttled
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from worker.sandbox.server import ApiResponse
+    from worker.sandbox.http import ApiResponse
 
 
 def connect(sandbox: Sandbox) -> http.client.HTTPConnection:

@@ -14,11 +14,11 @@ from urllib.parse import parse_qs
 from worker.sandbox.commercetools.copies import Copies
 from worker.sandbox.commercetools.predicate import PredicateError, parse_predicate
 from worker.sandbox.commercetools.subscriptions import ApiError, Subscriptions
-from worker.sandbox.server import ApiResponse
+from worker.sandbox.http import ApiResponse
 
 if TYPE_CHECKING:
     from worker.sandbox.commercetools.shop import Shop
-    from worker.sandbox.server import ApiRequest
+    from worker.sandbox.http import ApiRequest
 
 PROJECT = "sandbox-shop"
 CLIENT_ID, CLIENT_SECRET = "sandbox-client", "sandbox-client-secret"

@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from worker.sandbox.server import ApiResponse
+from worker.sandbox.http import ApiResponse
 
 if TYPE_CHECKING:
-    from worker.sandbox.server import ApiRequest
+    from worker.sandbox.http import ApiRequest
 
     Json = dict[str, Any]
 

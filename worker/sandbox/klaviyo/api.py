@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from worker.sandbox.http import ApiResponse
 from worker.sandbox.klaviyo import catalog_api
 from worker.sandbox.klaviyo.jobs import BulkJob, BulkJobs
 from worker.sandbox.klaviyo.rate_limits import FixedWindowLimiter, Throttled
@@ -32,14 +33,14 @@ from worker.sandbox.klaviyo.rules import (
     require_resource,
 )
 from worker.sandbox.klaviyo.subscriptions import MAX_SUBSCRIBED, MAX_UNSUBSCRIBED, check_entry
-from worker.sandbox.server import ApiResponse, path_template
+from worker.sandbox.server import path_template
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from worker.sandbox.http import ApiRequest
     from worker.sandbox.klaviyo.account import Account
     from worker.sandbox.klaviyo.catalog import Json
-    from worker.sandbox.server import ApiRequest
 
 KEY = "pk_sandbox_key"
 MEDIA_TYPE = "application/vnd.api+json"

@@ -19,9 +19,9 @@ from worker.sandbox.klaviyo.rules import invalid_input, require_resource
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from worker.sandbox.http import ApiRequest
     from worker.sandbox.klaviyo.account import Account
     from worker.sandbox.klaviyo.catalog import Json
-    from worker.sandbox.server import ApiRequest
 
 KINDS = {
     "catalog-items": "catalog-item",

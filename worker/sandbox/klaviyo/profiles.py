@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from datetime import UTC, datetime
 from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +27,7 @@ class _Merge(NamedTuple):
     source_id: str
 
 
-class Profiles:
+class Profiles(ABC):
     """The profiles of one account. Safe for many threads.
 
     `phone_match` selects the treatment of a write whose identifiers match a profile by its phone number alone, which
@@ -167,9 +168,9 @@ class Profiles:
                 self._write(destination, _fill(destination["attributes"], source["attributes"]))
                 self._move_events(source["id"], destination["id"])
 
+    @abstractmethod
     def _move_events(self, source_id: str, destination_id: str) -> None:
         """Move the events of a profile to another one."""
-        raise NotImplementedError
 
     def _remove(self, profile: Json) -> None:
         self.profiles.remove(profile)

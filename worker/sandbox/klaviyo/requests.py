@@ -13,7 +13,7 @@ from worker.sandbox.klaviyo.rules import ApiError, invalid_input
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from worker.sandbox.server import ApiRequest
+    from worker.sandbox.http import ApiRequest
 
 Json = dict[str, Any]
 MAX_PAGE = 100
