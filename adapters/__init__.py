@@ -52,7 +52,7 @@ __all__ = [
 
 ENTRY_POINTS = "klaviyo_worker.adapters"  # group in which other packages register: scheme = module:open_url
 _BUILT_IN = {  # imported on demand: a worker does not load the clients of other queues
-    "embedded": "adapters.embedded:open_url",
+    "embedded": "adapters.embedded.queue:open_url",
     "pubsub": "adapters.pubsub.queue:open_url",
     "push": "adapters.push.queue:open_url",
     "servicebus": "adapters.servicebus.queue:open_url",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 
-from adapters.embedded import EmbeddedQueue
+from adapters.embedded.queue import EmbeddedQueue
 from tests.rigs import RIGS, rig_type
 from tests.support import sqs_fakes as sqs
 from tests.support.pubsub_emulator import Emulator, missing

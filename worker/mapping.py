@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from worker.errors import SettingsError
-from worker.renamed import MAPPING_KEYS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -266,6 +265,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _problem(path: Path | None, error: ErrorDetails) -> SettingsError:
     key = ".".join(map(str, error["loc"]))
-    if new := MAPPING_KEYS.get(key):
-        return SettingsError(f"{path or 'mapping'}: {key} was renamed", todo=f"use {new}")
     return SettingsError(f"{path or 'mapping'}: {key}: {error['msg']}")

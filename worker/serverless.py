@@ -20,7 +20,8 @@ from worker.errors import Misconfigured, SettingsError
 from worker.pipeline import Pipeline
 from worker.runtime.runner import Runner, ShutdownTimeoutError
 from worker.service import Components
-from worker.settings import Settings, load
+from worker.setting_sources import load
+from worker.settings import Settings
 from worker.telemetry.log import configure_logging, log
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics

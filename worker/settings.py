@@ -7,90 +7,34 @@ line in docs/configuration.md. A test compares that page with this file.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 - pydantic reads the annotations
 from ssl import SSLError
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import AliasGenerator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
 from adapters.base import QueueOptions
-from worker import network, renamed
-from worker.errors import SettingsError
+from worker import network
 from worker.mapping import MappingConfig, load_mapping
 from worker.model import Effect
+from worker.setting_sources import SettingsBase, prefixed
 from worker.setting_types import ApiClientJson, NonEmptyStr, PrivateKey, Url, mistake
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
-    from pydantic.fields import FieldInfo
-    from pydantic_core import ErrorDetails
-
-
-S = TypeVar("S", bound=BaseSettings)
 _CT_HOST = re.compile(r"https://([a-z]+)\.(.+\.commercetools\.(?:com|cn))(?:/.*)?")
 _PROJECT_SCOPES = ("view_", "manage_")  # scopes of the form NAME:PROJECT
 # Kubernetes adds these variables for each Service, such as one with the name klaviyo-worker.
 _OF_KUBERNETES = re.compile(r"\w+_SERVICE_(HOST|PORT(_\w+)?)|\w+_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?")
 
 
-class SecretFileSource(PydanticBaseSettingsSource):
-    """A source that reads values from files: `NAME_FILE` names the file that contains the value of `NAME`."""
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """Return the content of the field's file, or None if no file is named or the variable itself is set."""
-        name = str(field.validation_alias or field_name)
-        path = os.environ.get(f"{name}_FILE")
-        if not path or os.environ.get(name):
-            return None, name, False
-        try:
-            return Path(path).read_text(encoding="utf-8-sig").strip(), name, False
-        except OSError as error:
-            raise SettingsError(f"{name}_FILE: cannot read {path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise SettingsError(f"{name}_FILE: {path} is not UTF-8", todo="save it as UTF-8") from None
-
-    def __call__(self) -> dict[str, Any]:
-        """Return the values of all `_FILE` variables that are set."""
-        found = (self.get_field_value(info, name) for name, info in self.settings_cls.model_fields.items())
-        return {name: value for value, name, _ in found if value is not None}
-
-
-def _prefixed(field_name: str) -> str:
-    return f"KLAVIYO_WORKER_{field_name.upper()}"
-
-
-class SettingsBase(BaseSettings):
-    """The base of all settings, with the sources of their values and the names of their variables."""
-
-    model_config = SettingsConfigDict(
-        alias_generator=AliasGenerator(validation_alias=_prefixed),
-        env_ignore_empty=True,
-        extra="ignore",
-        frozen=True,
-        hide_input_in_errors=True,
-    )
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return the sources in order of precedence: options, environment, files that the environment names."""
-        return init_settings, env_settings, SecretFileSource(settings_cls)
-
-
 class QueueSettings(SettingsBase):
     """The settings of every command that uses the queue."""
 
+    uses_network = True
     queue_url: NonEmptyStr = Field(
         "embedded://~/.local/state/klaviyo-worker/queue.db",
         validation_alias="QUEUE_URL",
@@ -352,7 +296,7 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
     @field_validator("http_tls_key")
     @classmethod
     def _check_tls(cls, key: Path | None, info: ValidationInfo) -> Path | None:
-        name, certificate = _prefixed("http_tls_key"), info.data.get("http_tls_certificate")
+        name, certificate = prefixed("http_tls_key"), info.data.get("http_tls_certificate")
         if (key is None) is not (certificate is None):
             raise mistake("and KLAVIYO_WORKER_HTTP_TLS_CERTIFICATE belong together", "set both, or neither", name=name)
         if key and certificate:
@@ -370,35 +314,10 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         return len(Effect) * self.lanes + 1
 
 
-def load(kind: type[S], options: Mapping[str, Any]) -> S:
-    """Return the settings of a class. `options` are values by field name, which take precedence over variables.
-
-    Makes all libraries use the proxy and the certificate authority of the environment, if the command uses a network.
-    Raises SettingsError with one line per invalid variable: its name, what was expected, what to do.
-    """
-    if former := list(_former_variables()):
-        raise SettingsError.joined(former)
-    aliases = {name: str(info.validation_alias) for name, info in kind.model_fields.items()}
-    given = {aliases[name]: value for name, value in options.items() if value is not None}
-    problems: list[SettingsError] = []
-    try:
-        if issubclass(kind, QueueSettings):
-            network.configure(os.environ)
-    except SettingsError as error:
-        problems += error.problems
-    try:
-        settings = kind(**given)
-    except ValidationError as errors:
-        problems += [_problem(kind, error) for error in errors.errors()]
-    if problems:
-        raise SettingsError.joined(problems)
-    return settings
-
-
 def unknown_variables(environment: Iterable[str]) -> Iterator[str]:
     """Yield a warning for each variable that has the worker's prefix and names no setting."""
     fields = (Settings.model_fields | SubscriptionSettings.model_fields).values()
-    prefix = _prefixed("")
+    prefix = prefixed("")
     names = [str(info.validation_alias) for info in fields]
     known = [
         name.removeprefix(prefix) + suffix for name in names for suffix in ("", "_FILE") if name.startswith(prefix)
@@ -414,22 +333,3 @@ def _service_and_region(url: str) -> tuple[str, str]:
     """Return service and domain of a region of commercetools, such as `api`; ("", "") for any other URL."""
     match = _CT_HOST.fullmatch(url)
     return (match[1], match[2]) if match else ("", "")
-
-
-def _former_variables() -> Iterator[SettingsError]:
-    for old, new in renamed.SETTINGS.items():
-        for suffix in ("", "_FILE"):
-            if os.environ.get(old + suffix):
-                yield SettingsError(f"{old}{suffix} was renamed", todo=f"use {new}{suffix}")
-
-
-def _problem(kind: type[BaseSettings], error: ErrorDetails) -> SettingsError:
-    name = str(error["loc"][0])
-    if error["type"] == "mistake":
-        found = error["ctx"]
-        return SettingsError(f"{found['name'] or name} {found['reason']}", todo=found["todo"])
-    info = next(info for info in kind.model_fields.values() if info.validation_alias == name)
-    if error["type"] == "missing":
-        return SettingsError(f"{name} is missing", todo=f"set it (or {name}_FILE) to the {info.description}")
-    problem = error["msg"].removeprefix("Value error, ")
-    return SettingsError(f"{name} is malformed", todo=f"{problem} — {info.description}")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, cast
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-import grpc
 from google.api_core import exceptions as google
 from google.api_core.retry import Retry, if_exception_type
 from google.auth.exceptions import GoogleAuthError
@@ -22,15 +20,17 @@ from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransp
 
 from adapters.base import QueueError, QueueURLError, QueueWarning
 from adapters.pubsub import dead_letters
+from adapters.pubsub.policies import SET_DEAD_LETTER_TOPIC, policy_warnings
 from adapters.pubsub.settlement import LEASE_SECONDS, TRANSIENT_ERRORS, Settlement
 from adapters.pubsub.streaming_pull import StreamClient, StreamingPull
+from adapters.pubsub.transport import open_transport
 from adapters.shared import proxy
 from adapters.shared.batches import batches
 from adapters.shared.leased_dead_letters import LeasedDeadLetters
 from adapters.shared.redeliveries import ExpectedRedeliveries
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from datetime import datetime
 
     from google.cloud.pubsub_v1.subscriber.message import Message
@@ -52,12 +52,6 @@ _URL = re.compile(r"(?i:pubsub)://(?P<project>[^/?#]+)/(?P<subscription>[A-Za-z]
 _DELETED_TOPIC = "_deleted-topic_"
 _DIRECT_MODE = "KLAVIYO_WORKER_DEAD_LETTER_MODE=direct"
 _CONSUME = "pubsub.subscriptions.consume"
-_SET_TOPIC = "gcloud pubsub subscriptions update {} --dead-letter-topic=TOPIC --max-delivery-attempts=10"
-_SET_RETRY = "gcloud pubsub subscriptions update {} --min-retry-delay=10s --max-retry-delay=600s"
-# no limit, as in the client's own transport
-_ANY_SIZE = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
-_RECONNECT = ("grpc.max_reconnect_backoff_ms", 10_000)  # by default, reconnecting after a long outage takes minutes
-_PROXYLESS = ("grpc.enable_http_proxy", 0)  # an emulator runs in the same network
 _RETRY = Retry(predicate=if_exception_type(*TRANSIENT_ERRORS), initial=0.2, maximum=5.0, timeout=30.0)
 
 
@@ -97,7 +91,7 @@ class PubSubQueue:
         self._path = path
         self._lease_seconds = lease_seconds
         self._options = options
-        self._client = SubscriberClient(transport=_transport(SubscriberGrpcTransport))
+        self._client = SubscriberClient(transport=open_transport(SubscriberGrpcTransport))
         flow_control = FlowControl(
             max_messages=options.max_messages,
             max_bytes=options.max_bytes,
@@ -105,7 +99,7 @@ class PubSubQueue:
             min_duration_per_lease_extension=lease_seconds,
         )
         self._settlement = Settlement(self._client, path)
-        self._stream = StreamingPull(_stream_client, path, flow_control)
+        self._stream = StreamingPull(_open_stream_client, path, flow_control)
         self._topic = ""  # "" if it was not read yet
         self._dead_letter_topic = ""  # "" if the subscription has none or was not read yet
         self._max_attempts = math.inf
@@ -187,7 +181,7 @@ class PubSubQueue:
             return [QueueWarning(f"{self._unreadable}, so its policies are unknown", self._grant_viewer)]
         if self._options.direct_dead_letter and not self._dead_letter_topic:
             reason = f"{_DIRECT_MODE}: {self._path} has no dead-letter topic"
-            raise QueueError(reason, todo=_SET_TOPIC.format(self._path))
+            raise QueueError(reason, todo=SET_DEAD_LETTER_TOPIC.format(self._path))
         if subscription.topic == _DELETED_TOPIC:
             todo = "delete the subscription, and create it again on the topic to which commercetools publishes"
             raise QueueError(f"QUEUE_URL: the topic of {self._path} was deleted", todo=todo)
@@ -195,7 +189,7 @@ class PubSubQueue:
             raise QueueError(
                 f"QUEUE_URL: {self._path} is a push subscription", todo="use push://HOST:PORT, or a pull subscription"
             )
-        return list(_warnings(subscription, self._lease_seconds))
+        return list(policy_warnings(subscription, self._lease_seconds))
 
     def destination(self) -> str:
         """Return the URL of the subscription's topic; "" if this process has no permission to read it."""
@@ -244,7 +238,7 @@ class PubSubQueue:
 
     @cached_property
     def _publisher(self) -> PublisherClient:
-        return PublisherClient(transport=_transport(PublisherGrpcTransport))
+        return PublisherClient(transport=open_transport(PublisherGrpcTransport))
 
     @property
     def _unreadable(self) -> str:
@@ -284,7 +278,9 @@ class PubSubQueue:
             todo = f"{self._grant_viewer}, or set {dead_letters.DEAD_LETTER_SETTING}"
             raise QueueError(f"QUEUE_URL: {self._unreadable}, so its dead-letter topic is unknown", todo=todo)
         if not self._dead_letter_topic:
-            raise QueueError(f"QUEUE_URL: {self._path} has no dead-letter topic", todo=_SET_TOPIC.format(self._path))
+            raise QueueError(
+                f"QUEUE_URL: {self._path} has no dead-letter topic", todo=SET_DEAD_LETTER_TOPIC.format(self._path)
+            )
         return dead_letters.find_dead_letter_subscription(self._dead_letter_topic, self._publisher, self._client)
 
     def _check_permission(self) -> None:
@@ -325,21 +321,6 @@ class PubSubQueue:
         return True
 
 
-def _warnings(subscription: Subscription, lease_seconds: int) -> Iterator[QueueWarning]:
-    """Yield a warning for each deficiency of the subscription, with the command that fixes it."""
-    name = subscription.name
-    if not subscription.dead_letter_policy.dead_letter_topic:
-        reason = f"{name} has no dead-letter policy, so Pub/Sub redelivers failed messages indefinitely"
-        yield QueueWarning(reason, _SET_TOPIC.format(name), is_missing_policy=True)
-    if "retry_policy" not in subscription:
-        reason = f"{name} has no retry policy, so Pub/Sub redelivers failed messages immediately"
-        yield QueueWarning(reason, _SET_RETRY.format(name), is_missing_policy=True)
-    if subscription.ack_deadline_seconds < lease_seconds:
-        deadline = f"an ack deadline of {subscription.ack_deadline_seconds} s"
-        reason = f"{name} has {deadline}, shorter than the {lease_seconds} s for which messages are leased"
-        yield QueueWarning(reason, f"gcloud pubsub subscriptions update {name} --ack-deadline={lease_seconds}")
-
-
 def _messages(deliveries: Sequence[Delivery]) -> list[Message]:
     return [delivery.message for delivery in deliveries if isinstance(delivery, PubSubDelivery)]
 
@@ -355,19 +336,5 @@ def _delivery(message: Message) -> PubSubDelivery:
     )
 
 
-def _stream_client() -> StreamClient:
-    return StreamClient(transport=_transport(SubscriberGrpcTransport))
-
-
-def _transport(kind: Any) -> Any:
-    """Return a transport like the client's own, which pings every 30 s, but with a shorter backoff for reconnecting.
-
-    The emulator gets no pings, because it closes the connection with `too_many_pings`.
-    """
-    if emulator := os.environ.get("PUBSUB_EMULATOR_HOST"):
-        return kind(host=emulator, channel=grpc.insecure_channel(emulator, [*_ANY_SIZE, _RECONNECT, _PROXYLESS]))
-
-    def channel(host: str, *, options: Iterable[tuple[str, int]], **arguments: Any) -> grpc.Channel:
-        return cast("grpc.Channel", kind.create_channel(host, options=[*options, _RECONNECT], **arguments))
-
-    return partial(kind, channel=channel)
+def _open_stream_client() -> StreamClient:
+    return StreamClient(transport=open_transport(SubscriberGrpcTransport))

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from adapters import DeadLetter, Failure, SupportsDeadLetters, open_queue
-from adapters.embedded import EmbeddedQueue
+from adapters.embedded.queue import EmbeddedQueue
 from tests.acceptance.conftest import Worker
 from tests.integration.conftest import settings_for
 from tests.support.dead_letters import REFUSED, dead_letter_ids_at, make_dead_letters_at

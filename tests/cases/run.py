@@ -11,7 +11,7 @@ from unittest import mock
 
 from click.testing import CliRunner
 
-from adapters.embedded import EmbeddedQueue
+from adapters.embedded.queue import EmbeddedQueue
 from tests.cases.case import PROJECT, SPEED
 from tests.cases.view import View
 from worker import versions

@@ -10,7 +10,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.pubsub_v1.types import DeadLetterPolicy, RetryPolicy, Subscription
 
-from adapters.pubsub.queue import _warnings
+from adapters.pubsub.policies import policy_warnings
 from adapters.pubsub.settlement import LEASE_SECONDS
 from tests.deploy.hcl import INFRASTRUCTURE, blocks, resources
 from tests.deploy.pages import commands, flags, page
@@ -103,7 +103,7 @@ def test_check_reports_no_warnings() -> None:
             maximum_backoff=Duration(seconds=int(retry_policy["maximum_backoff"].removesuffix("s"))),
         ),
     )
-    assert list(_warnings(subscription, LEASE_SECONDS)) == []
+    assert list(policy_warnings(subscription, LEASE_SECONDS)) == []
 
 
 def test_permissions_match_the_documentation() -> None:

@@ -19,7 +19,8 @@ from tests.deploy.manifests import by_kind, container_of, environment_of, pod_of
 from tests.support.ports import free_port
 from worker.cli.options import SECRETS
 from worker.sandbox.samples import sample_notifications
-from worker.settings import Settings, load
+from worker.setting_sources import load
+from worker.settings import Settings
 
 if TYPE_CHECKING:
     from tests.deploy.manifests import Objects

@@ -17,7 +17,8 @@ from tests.support.installed import COMMAND
 from worker.cli.options import SECRETS
 from worker.errors import ExitCode
 from worker.runtime.runner import STALL_TIMEOUT
-from worker.settings import Settings, load
+from worker.setting_sources import load
+from worker.settings import Settings
 
 if TYPE_CHECKING:
     from worker.sandbox import Sandbox

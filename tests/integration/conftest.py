@@ -12,7 +12,8 @@ from adapters import Failure, QueueOptions, open_queue
 from adapters.pubsub.queue import PubSubDelivery, PubSubQueue
 from worker.commercetools.client import Commercetools
 from worker.klaviyo.client import Klaviyo
-from worker.settings import Settings, load
+from worker.setting_sources import load
+from worker.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -36,7 +36,8 @@ from worker.sandbox.klaviyo.api import KEY
 from worker.sandbox.klaviyo.catalog import PREFIX
 from worker.sandbox.notifications import change
 from worker.send.bulk_verdict import IGNORED, PROBE_PROFILE, REPEATS
-from worker.settings import Settings, load
+from worker.setting_sources import load
+from worker.settings import Settings
 from worker.telemetry.log import log
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters import QueueOptions, open_queue
-from adapters.embedded import EmbeddedQueue
+from adapters.embedded.queue import EmbeddedQueue
 from tests.rigs.base import Guarantees, StoredDeadLetter
 from worker.commands.dlq.dead_letters import iter_dead_letters
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from operator import attrgetter
 from pathlib import Path
 
 import orjson
 import pytest
 
 from tests.support.company_proxy import Authority
-from worker import renamed
 from worker.errors import SettingsError
-from worker.mapping import MappingConfig, load_mapping
-from worker.settings import MappingSettings, QueueSettings, Settings, load, unknown_variables
+from worker.mapping import load_mapping
+from worker.setting_sources import load
+from worker.settings import MappingSettings, QueueSettings, Settings, unknown_variables
 
 GOOD = {
     "CT_API_URL": "https://api.example.com/",
@@ -218,25 +217,8 @@ def test_option_takes_precedence_over_the_environment(environment: pytest.Monkey
     assert load(Settings, {"lanes": "6"}).lanes == 6
 
 
-@pytest.mark.usefixtures("environment")
-@pytest.mark.parametrize("suffix", ["", "_FILE"])
-@pytest.mark.parametrize(("old", "new"), renamed.SETTINGS.items())
-def test_former_variable_is_an_error_that_names_the_new_one(
-    old: str, new: str, suffix: str, environment: pytest.MonkeyPatch
-) -> None:
-    """A variable with its former name is never ignored, unless it is empty."""
-    environment.setenv(f"{old}{suffix}", "1")
-    for kind in (Settings, QueueSettings):
-        with pytest.raises(SettingsError) as error:
-            load(kind, {})
-        assert str(error.value) == f"{old}{suffix} was renamed: use {new}{suffix}"
-    assert new in {info.validation_alias for info in Settings.model_fields.values()}
-    environment.setenv(f"{old}{suffix}", "")
-    load(Settings, {})
-
-
-def test_former_dead_letter_mode_is_an_error_that_names_the_new_one(environment: pytest.MonkeyPatch) -> None:
-    """`policy` replaced `queue`."""
+def test_error_for_a_value_that_is_not_a_choice_lists_the_choices(environment: pytest.MonkeyPatch) -> None:
+    """The description of the setting explains them."""
     environment.setenv("KLAVIYO_WORKER_DEAD_LETTER_MODE", "queue")
     with pytest.raises(SettingsError) as error:
         load(Settings, {})
@@ -295,19 +277,6 @@ def test_mistake_in_the_mapping_file_names_the_key(text: str, expected: str, tmp
         load_mapping(file)
     assert expected in str(error.value)
     assert str(file) in str(error.value)
-
-
-@pytest.mark.parametrize(("old", "new"), renamed.MAPPING_KEYS.items())
-def test_former_mapping_key_is_an_error_that_names_the_new_one(old: str, new: str, tmp_path: Path) -> None:
-    """The new key exists, and the former one does not."""
-    file = tmp_path / "mapping.toml"
-    file.write_text(f'{old} = ["Complete"]')
-    with pytest.raises(SettingsError) as error:
-        load_mapping(file)
-    assert str(error.value) == f"{file}: {old} was renamed: use {new}"
-    assert attrgetter(new)(MappingConfig()) is not None
-    with pytest.raises(AttributeError):
-        attrgetter(old)(MappingConfig())
 
 
 def test_dead_letter_queue_url_is_an_option_of_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from worker.cli.termination import CommandError, exit_without_waiting, handle_er
 from worker.commands.backfill.settings import BackfillSettings
 from worker.errors import ExitCode, Rejected, SettingsError
 from worker.json_access import printable
-from worker.settings import load
+from worker.setting_sources import load
 
 if TYPE_CHECKING:
     from worker.commands.backfill.backfill import Backfill

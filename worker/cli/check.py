@@ -10,7 +10,8 @@ import click
 
 from worker.cli.options import Command, settings_options
 from worker.errors import ExitCode
-from worker.settings import Settings, load
+from worker.setting_sources import load
+from worker.settings import Settings
 
 
 @click.command(cls=Command)

@@ -30,7 +30,8 @@ from worker.commands.dlq.dead_letters import (
 )
 from worker.errors import ExitCode, kind_of
 from worker.json_access import printable
-from worker.settings import QueueSettings, load
+from worker.setting_sources import load
+from worker.settings import QueueSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence

@@ -17,7 +17,8 @@ from worker.commands.dlq.dead_letters import display_type, summarize
 from worker.errors import ExitCode
 from worker.json_access import printable
 from worker.model import Ending
-from worker.settings import Settings, load
+from worker.setting_sources import load
+from worker.settings import Settings
 
 if TYPE_CHECKING:
     from adapters import DeadLetter, SupportsDeadLetters

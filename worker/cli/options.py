@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 import click
 
 from adapters import QueueAdapter, open_queue
-from worker import renamed
 from worker.cli.termination import run_process
 
 if TYPE_CHECKING:
@@ -32,16 +31,6 @@ class Setting(click.Option):
 
 class Command(click.Command):
     """A command whose help lists its own options and the settings in separate sections."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments. A former option is an error that names its replacement."""
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            new = renamed.OPTIONS.get(error.option_name)
-            if new and any(new in param.opts for param in self.params):
-                raise click.UsageError(f"{error.option_name} was renamed: use {new}", ctx) from None
-            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the two sections."""

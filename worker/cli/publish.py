@@ -9,7 +9,8 @@ import click
 from adapters import QueueError, SupportsPublish
 from worker.cli.options import Command, open_configured_queue, settings_options
 from worker.cli.termination import handle_errors
-from worker.settings import QueueSettings, load
+from worker.setting_sources import load
+from worker.settings import QueueSettings
 
 
 @click.command(cls=Command)

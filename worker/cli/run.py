@@ -10,7 +10,8 @@ import click
 from worker.cli.options import Command, settings_options
 from worker.cli.termination import CommandError, exit_without_waiting, handle_errors, on_signals
 from worker.errors import ExitCode
-from worker.settings import Settings, load, unknown_variables
+from worker.setting_sources import load
+from worker.settings import Settings, unknown_variables
 
 if TYPE_CHECKING:
     from worker.service import Worker

@@ -12,7 +12,8 @@ from worker.cli.options import Group, settings_options
 from worker.cli.termination import CommandError, handle_errors
 from worker.errors import ExitCode, SettingsError, WorkerError
 from worker.json_access import printable
-from worker.settings import SubscriptionSettings, load
+from worker.setting_sources import load
+from worker.settings import SubscriptionSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

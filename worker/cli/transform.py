@@ -12,7 +12,8 @@ from worker.cli.options import Command, settings_options
 from worker.cli.termination import handle_errors
 from worker.errors import ExitCode, Ignored, SettingsError, WorkerError
 from worker.json_access import loads
-from worker.settings import MappingSettings, load
+from worker.setting_sources import load
+from worker.settings import MappingSettings
 
 _EXAMPLES = """
 \b

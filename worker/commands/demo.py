@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from adapters.embedded import EmbeddedQueue
+from adapters.embedded.queue import EmbeddedQueue
 from worker.commands.dlq.dead_letters import iter_dead_letters
 from worker.sandbox import Sandbox, carts
 from worker.sandbox.samples import sample_notifications
 from worker.service import Worker
-from worker.settings import Settings, load
+from worker.setting_sources import load
+from worker.settings import Settings
 from worker.telemetry.log import configure_logging
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics

@@ -15,6 +15,7 @@ from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransp
 from adapters import QueueError, QueueURLError, open_queue
 from adapters.pubsub import queue as pubsub
 from adapters.pubsub import settlement, streaming_pull
+from adapters.pubsub.transport import open_transport
 from tests.integration.conftest import FAILURE, receive
 from tests.support.pubsub_fake import AckResults, FakeSubscriber
 
@@ -133,7 +134,7 @@ def test_stop_is_not_delayed_by_unreachable_service(serve: Serve, opened: Open) 
 def test_failed_stream_leaves_no_thread(serve: Serve) -> None:
     """Otherwise each reconnect in a long outage would leave a thread."""
     serve()
-    client = pubsub._stream_client()
+    client = pubsub._open_stream_client()
     client.close()
     with pytest.raises(ValueError, match="Channel closed"):
         client.streaming_pull(iter([]))
@@ -198,7 +199,7 @@ def test_channel_keeps_pings_and_reconnects_soon(monkeypatch: pytest.MonkeyPatch
     """The client's own options are kept: its pings detect a frozen connection."""
     options: dict[str, Any] = {}
     monkeypatch.setattr(SubscriberGrpcTransport, "create_channel", lambda host, **given: options.update(given))
-    kind = pubsub._transport(SubscriberGrpcTransport)
+    kind = open_transport(SubscriberGrpcTransport)
     kind.keywords["channel"]("pubsub.googleapis.com", options=[("grpc.keepalive_time_ms", 30000)], credentials=None)
     assert options["options"] == [("grpc.keepalive_time_ms", 30000), ("grpc.max_reconnect_backoff_ms", 10_000)]
 
@@ -216,7 +217,7 @@ def test_failed_extension_of_the_client_does_not_end_the_stream(
 ) -> None:
     """In the client, an extension that fails for a minute, or on a closed connection, would end the stream."""
     monkeypatch.setenv("PUBSUB_EMULATOR_HOST", "127.0.0.1:1")
-    client = pubsub._stream_client()
+    client = pubsub._open_stream_client()
     short = Retry(predicate=if_exception_type(ServiceUnavailable), timeout=0.1)
     request = {"subscription": "s", "ack_ids": ["a"], "ack_deadline_seconds": 60}
     client.modify_ack_deadline(request=request, retry=short)

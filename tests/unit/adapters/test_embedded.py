@@ -15,7 +15,7 @@ import pytest
 
 from adapters import QueueError, open_queue
 from adapters.base import Failure, SupportsDeadLetters, SupportsPublish
-from adapters.embedded import EmbeddedQueue
+from adapters.embedded.queue import EmbeddedQueue
 from worker.commands.dlq.dead_letters import iter_dead_letters
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ def test_change_of_the_wall_clock_has_no_effect(
     queue.nack(deliveries[:1])
     queue.nack(deliveries[1:2], delay=60)
     wall_clock = time.time
-    monkeypatch.setattr("adapters.embedded.time.time", lambda: wall_clock() + step)
+    monkeypatch.setattr("adapters.embedded.queue.time.time", lambda: wall_clock() + step)
     assert [delivery.body for delivery in queue.receive(9, 0)] == [b"ready"]
 
 
@@ -317,7 +317,7 @@ def test_all_messages_are_ready_after_the_machine_boots(tmp_path: Path, monkeypa
     assert EmbeddedQueue(tmp_path / "q.db").receive(9, 0) == []  # another process of the same boot
     boot_id = tmp_path / "boot_id"
     boot_id.write_text("another\n")
-    monkeypatch.setattr("adapters.embedded._BOOT_ID", boot_id)
+    monkeypatch.setattr("adapters.embedded.database._BOOT_ID", boot_id)
     after = EmbeddedQueue(tmp_path / "q.db")
     assert [delivery.body for delivery in after.receive(9, 0)] == [b"leased", b"delayed"]
     assert EmbeddedQueue(tmp_path / "q.db").receive(9, 0) == []
@@ -326,9 +326,9 @@ def test_all_messages_are_ready_after_the_machine_boots(tmp_path: Path, monkeypa
 def test_boot_is_known_on_systems_without_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time of the boot serves as its id."""
     now = {"time": 1_000_000.0, "monotonic": 500.0}
-    monkeypatch.setattr("adapters.embedded.time.time", lambda: now["time"])
-    monkeypatch.setattr("adapters.embedded.time.monotonic", lambda: now["monotonic"])
-    monkeypatch.setattr("adapters.embedded._BOOT_ID", tmp_path / "missing")
+    monkeypatch.setattr("adapters.embedded.queue.time.time", lambda: now["time"])
+    monkeypatch.setattr("adapters.embedded.queue.time.monotonic", lambda: now["monotonic"])
+    monkeypatch.setattr("adapters.embedded.database._BOOT_ID", tmp_path / "missing")
     EmbeddedQueue(tmp_path / "q.db").publish([b"a"])
     EmbeddedQueue(tmp_path / "q.db").receive(1, 0)
     now |= {"time": 1_000_010.0, "monotonic": 510.0}

@@ -82,7 +82,7 @@ def test_class_of_another_package_is_found_by_its_entry_point() -> None:
 
 def test_built_in_scheme_cannot_be_replaced(site: Path) -> None:
     """Installing a package does not affect queues that work."""
-    assert type(open_queue(f"embedded://{site}/queue.db")).__module__ == "adapters.embedded"
+    assert type(open_queue(f"embedded://{site}/queue.db")).__module__ == "adapters.embedded.queue"
 
 
 @pytest.mark.usefixtures("site")

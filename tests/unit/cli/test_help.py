@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import click
 import pytest
 
-from worker import renamed
 from worker.cli import main
 from worker.cli.options import Setting
 
@@ -52,23 +51,6 @@ def test_settings_and_own_options_are_separate_sections(path: str) -> None:
     for option in options(path):
         is_setting = isinstance(option, Setting)
         assert (f"{option.opts[-1]} " in settings, f"{option.opts[-1]} " in own) == (is_setting, not is_setting)
-
-
-@pytest.mark.parametrize(("old", "new"), renamed.OPTIONS.items())
-def test_former_option_names_its_replacement(old: str, new: str) -> None:
-    """Every command that has the new option recognizes the former one and exits with a usage error."""
-    users = [path for path in HELP if any(new in option.opts for option in options(path))]
-    assert users
-    for path in users:
-        with pytest.raises(click.UsageError) as error:
-            HELP[path].command.make_context(path, [old, "1"], HELP[path].parent)
-        assert (error.value.exit_code, error.value.message) == (2, f"{old} was renamed: use {new}")
-
-
-def test_former_option_is_unknown_without_the_new_one() -> None:
-    """A command without the new option reports an unknown option."""
-    with pytest.raises(click.NoSuchOption):
-        HELP["klaviyo-worker handlers"].command.make_context("handlers", ["--metrics-port", "1"])
 
 
 def test_setting_shows_its_type() -> None:

@@ -30,7 +30,7 @@ from worker.sandbox.notifications import message
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from adapters.embedded import EmbeddedQueue
+    from adapters.embedded.queue import EmbeddedQueue
 
 NOW = datetime(2026, 11, 27, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapters import DeadLetter
-    from adapters.embedded import EmbeddedQueue
+    from adapters.embedded.queue import EmbeddedQueue
 
 SENT = Outcome(Disposition.ACK, "send")
 IGNORED = Outcome(Disposition.ACK, "transform", Ignored("no effect"))

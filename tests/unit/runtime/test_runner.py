@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from adapters import Failure, QueueError, QueueRefusedError, QueueWarning
-from adapters.embedded import EmbeddedQueue
+from adapters.embedded.queue import EmbeddedQueue
 from tests.conftest import FakeDelivery, Scripted
 from worker.errors import CircuitOpen, Disposition, KlaviyoMisconfigured, Throttled, Transient
 from worker.model import Message, Notification, Operation, OperationKind, Outcome
 from worker.runtime.lane import STALL_PER_MESSAGE, STALL_TIMEOUT, Lane
 from worker.runtime.runner import Runner, ShutdownTimeoutError
-from worker.settings import Settings, load
+from worker.setting_sources import load
+from worker.settings import Settings
 from worker.telemetry.message_log import Telemetry
 from worker.telemetry.metrics import Metrics
 

@@ -10,11 +10,10 @@ used.
 from __future__ import annotations
 
 import logging
-import os
 import sqlite3
 import time
 import uuid
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from adapters.base import Counts, DeadLetter, Failure, QueueError, QueueURLError
+from adapters.embedded.database import open_database
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,18 +34,6 @@ POLL_SECONDS = 0.005  # a poll takes microseconds
 # Limit of the bodies that `receive` returns, exceeded by one body at most. The worker limits bodies only afterwards.
 RECEIVE_BYTES = 4_000_000
 _EXPECTED = "expected embedded:///path/queue.db[?lease=SECONDS&max_attempts=N]"
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS messages (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL, published_at REAL NOT NULL,
-    visible_at REAL NOT NULL, attempts INTEGER NOT NULL DEFAULT 0, lease TEXT,
-    reason TEXT, stage TEXT, error TEXT);
-CREATE INDEX IF NOT EXISTS messages_ready ON messages (visible_at, id);
-CREATE TABLE IF NOT EXISTS dead_letters (
-    id INTEGER PRIMARY KEY, body BLOB NOT NULL, published_at REAL NOT NULL, attempts INTEGER NOT NULL,
-    reason TEXT NOT NULL, stage TEXT NOT NULL, error TEXT NOT NULL, dead_lettered_at REAL NOT NULL);
-CREATE INDEX IF NOT EXISTS dead_letters_oldest ON dead_letters (dead_lettered_at, id);
-CREATE TABLE IF NOT EXISTS clock (boot_id TEXT NOT NULL);
-"""
 _LEASE = """
 UPDATE messages SET lease = ?, visible_at = ?, attempts = attempts + 1
 WHERE id IN (
@@ -69,7 +57,6 @@ _NACK_UNPROCESSED = (
 _NEXT_DEAD_LETTERS = (
     "SELECT * FROM dead_letters WHERE (dead_lettered_at, id) > (?, ?) ORDER BY dead_lettered_at, id LIMIT ?"
 )
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # exists on Linux
 _OVERDUE = Failure("was delivered the maximum number of times and never settled", "queue", "LeaseExpired")
 
 
@@ -113,8 +100,7 @@ class EmbeddedQueue:
         self._max_attempts = max_attempts
         self._lock = RLock()
         try:
-            _create(path)
-            self._db = _connect(path)
+            self._db = open_database(path)
         except (OSError, sqlite3.Error) as error:
             raise QueueError(f"QUEUE_URL: cannot open {path}: {error}") from error
 
@@ -295,62 +281,6 @@ class EmbeddedDeadLetters:
 
     def close(self) -> None:
         """Do nothing: reading leases nothing."""
-
-
-def _create(path: Path) -> None:
-    """Create missing directories and the file so that only its owner has access: messages contain personal data.
-
-    SQLite gives its other files the same mode. Raises OSError, also if `path` is a link to nothing: SQLite would create
-    the file that the link names.
-    """
-    for directory in reversed(path.absolute().parents):
-        if not directory.exists():
-            with suppress(FileExistsError):  # another process has just created it
-                directory.mkdir(mode=0o700)
-    try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    except FileExistsError:
-        if not path.exists():
-            raise
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    """Open the file and create missing tables. If that fails, close the connection."""
-    connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA secure_delete = ON")  # a message that was acked leaves nothing in the file
-        connection.execute("PRAGMA temp_store = MEMORY")  # a read-only root has no place for temporary files
-        connection.executescript(_SCHEMA)
-        _release_after_boot(connection, _boot_id())
-    except sqlite3.Error:
-        connection.close()
-        raise
-    return connection
-
-
-def _release_after_boot(connection: sqlite3.Connection, boot_id: str) -> None:
-    """Make all messages ready if the machine has booted since the file was last opened, or if the file was moved.
-
-    Their times belong to a clock that no longer exists, and so do the processes that had leased them.
-    """
-    query = "SELECT 1 FROM clock WHERE boot_id = ?"
-    if connection.execute(query, (boot_id,)).fetchone():
-        return
-    connection.execute("BEGIN IMMEDIATE")
-    if not connection.execute(query, (boot_id,)).fetchone():  # another process can have done it in the meantime
-        connection.execute("UPDATE messages SET visible_at = 0, lease = NULL")
-        connection.execute("DELETE FROM clock")
-        connection.execute("INSERT INTO clock VALUES (?)", (boot_id,))
-    connection.execute("COMMIT")
-
-
-def _boot_id() -> str:
-    """Return an id that changes when the machine boots. Without Linux's id, it is the time of the boot."""
-    try:
-        return _BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
-        return f"{time.time() - time.monotonic():.0f}"
 
 
 def _dead_letter(row: tuple[int, bytes, float, int, str, str, str, float]) -> DeadLetter:

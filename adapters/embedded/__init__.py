@@ -1,0 +1,1 @@
+"""The embedded queue, in a SQLite file."""
