@@ -7,48 +7,80 @@ https://docs.commercetools.com/api/pricing-and-discounts-overview#price-selectio
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from worker.json_access import as_dict, as_dicts, as_key, as_text, parse_time, unique
+from worker.json_access import as_dict, as_dicts, as_key, as_text, parse_time
 from worker.transform.fields import currency, money
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from worker.mapping import MappingConfig
     from worker.model import Json
 
 _NEVER = datetime.max.replace(tzinfo=UTC)
 _ALWAYS = datetime.min.replace(tzinfo=UTC)
+_Window = tuple[datetime, datetime]
+_UNLIMITED: _Window = (_ALWAYS, _NEVER)
 
 
-def catalog_price(prices: Sequence[Json], mapping: MappingConfig, as_of: datetime) -> float | None:
-    """Return the price of a catalog entry at `as_of`, in major units; None if no price fits.
+class _Price(NamedTuple):
+    """A price that holds now.
 
-    `prices` are embedded or standalone prices of one variant.
+    Of the prices that fit, the one with the lowest `precedence` is selected. A price for the channel precedes a price
+    for the country. Among equally specific prices, one with a validity period precedes those without one; then the
+    first currency by code and the earliest period precede the others. `is_served`: it is for all channels, or for that
+    of the mapping.
     """
-    current = [price for price in prices if _holds(price, as_of)]
-    return price_amount(_select(current, mapping, mapping.price.country, mapping.currency))
+
+    precedence: tuple[bool, bool, bool, str, _Window]
+    country: str
+    code: str
+    is_served: bool
+    resource: Json
 
 
-def price_metadata(prices: Sequence[Json], mapping: MappingConfig, as_of: datetime) -> tuple[Json, Json]:
-    """Return one price per currency and per country (`{price_EUR: 10.0, price_DE: 12.0}`), and the currencies.
+class CurrentPrices:
+    """The prices of a variant that hold at `as_of`. `prices` are its embedded or standalone prices."""
 
-    The price of a currency is the one without a country. The price of a country has the preferred currency if the
-    country has such a price, otherwise the first currency by code: `{currency_DE: "EUR"}`.
-    """
-    current = [price for price in prices if _holds(price, as_of)]
-    amounts: Json = {}
-    currencies: Json = {}
-    for code in _currencies(current, ""):
-        amounts[f"price_{code}"] = price_amount(_select(current, mapping, "", code))
-    for country in sorted({as_text(price.get("country")) for price in current} - {""}):
-        codes = sorted(_currencies(current, country), key=lambda code: code != mapping.currency)
-        selected = (_select(current, mapping, country, code) for code in codes)
-        if (price := next(filter(None, selected), None)) is not None:
-            amounts[f"price_{country}"] = price_amount(price)
-            currencies[f"currency_{country}"] = currency(price.get("value"))
-    return {name: amount for name, amount in amounts.items() if amount is not None}, currencies
+    def __init__(self, prices: Sequence[Json], mapping: MappingConfig, as_of: datetime) -> None:
+        self._mapping = mapping
+        self._prices = sorted(_holding(prices, mapping.price.channel, as_of), key=lambda price: price.precedence)
+
+    def catalog_price(self) -> float | None:
+        """Return the price of the variant's catalog entry, in major units; None if no price fits."""
+        return price_amount(self._select(self._mapping.price.country, self._mapping.currency))
+
+    def metadata(self) -> tuple[Json, Json]:
+        """Return one price per currency and per country (`{price_EUR: 10.0, price_DE: 12.0}`), and the currencies.
+
+        The price of a currency is the one without a country. The price of a country has the preferred currency if the
+        country has such a price, otherwise the first currency by code: `{currency_DE: "EUR"}`.
+        """
+        amounts: Json = {}
+        currencies: Json = {}
+        for code in self._currencies(""):
+            amounts[f"price_{code}"] = price_amount(self._select("", code))
+        for country in sorted({price.country for price in self._prices} - {""}):
+            codes = sorted(self._currencies(country), key=lambda code: code != self._mapping.currency)
+            selected = (self._select(country, code) for code in codes)
+            if (resource := next(filter(None, selected), None)) is not None:
+                amounts[f"price_{country}"] = price_amount(resource)
+                currencies[f"currency_{country}"] = currency(resource.get("value"))
+        return {name: amount for name, amount in amounts.items() if amount is not None}, currencies
+
+    def _select(self, country: str, code: str) -> Json | None:
+        """Return the most specific price for a country ("": none) in a currency ("": any), or None."""
+        fitting = (
+            price.resource
+            for price in self._prices
+            if price.is_served and code in {"", price.code} and price.country in {"", country}
+        )
+        return next(fitting, None)
+
+    def _currencies(self, country: str) -> list[str]:
+        """Return the currencies of the prices of exactly this country, in order of their codes."""
+        return sorted({price.code for price in self._prices if price.country == country and price.code})
 
 
 def prices_of(product: Json, variant: Json, standalone_prices: Mapping[str, Sequence[Json]]) -> Sequence[Json]:
@@ -73,44 +105,19 @@ def price_amount(price: Any) -> float | None:
     return money(price.get("value")) if discounted is None else discounted
 
 
-def _holds(price: Json, as_of: datetime) -> bool:
-    """Return whether a price is a price for everybody at `as_of`: no customer group, no subscription, not inactive."""
-    start, end = _window(price)
-    is_special = price.get("customerGroup") or price.get("recurrencePolicy")
-    return start <= as_of < end and not is_special and price.get("active") is not False
+def _holding(prices: Iterable[Json], served_channel: str, as_of: datetime) -> Iterator[_Price]:
+    """Yield the prices for everybody at `as_of`: of no customer group, no subscription, not inactive."""
+    for price in prices:
+        window = _window(price)
+        is_special = price.get("customerGroup") or price.get("recurrencePolicy")
+        if window[0] <= as_of < window[1] and not is_special and price.get("active") is not False:
+            channel = as_text(as_dict(price.get("channel")).get("id"))
+            country, code = as_text(price.get("country")), currency(price.get("value"))
+            precedence = not channel, not country, window == _UNLIMITED, code, window
+            yield _Price(precedence, country, code, channel in {"", served_channel}, price)
 
 
-def _select(prices: Iterable[Json], mapping: MappingConfig, country: str, code: str) -> Json | None:
-    """Return the most specific price for a country ("": none) in a currency ("": any), or None.
-
-    A price for the channel precedes a price for the country. Among equally specific prices, one with a validity period
-    precedes those without one; then the first currency by code and the earliest period precede the others.
-    """
-    fitting = [
-        price
-        for price in prices
-        if code in {"", currency(price.get("value"))}
-        and _channel(price) in {"", mapping.price.channel}
-        and as_text(price.get("country")) in {"", country}
-    ]
-    return min(fitting, key=_precedence, default=None)
-
-
-def _precedence(price: Json) -> tuple[bool, bool, bool, str, tuple[datetime, datetime]]:
-    window = _window(price)
-    code = currency(price.get("value"))
-    return not _channel(price), not as_text(price.get("country")), window == (_ALWAYS, _NEVER), code, window
-
-
-def _window(price: Json) -> tuple[datetime, datetime]:
+def _window(price: Json) -> _Window:
+    if "validFrom" not in price and "validUntil" not in price:
+        return _UNLIMITED
     return parse_time(price.get("validFrom")) or _ALWAYS, parse_time(price.get("validUntil")) or _NEVER
-
-
-def _currencies(prices: Iterable[Json], country: str) -> list[str]:
-    """Return the currencies of the prices of exactly this country, in order of their codes."""
-    codes = (currency(price.get("value")) for price in prices if as_text(price.get("country")) == country)
-    return unique(sorted(code for code in codes if code))
-
-
-def _channel(price: Json) -> str:
-    return as_text(as_dict(price.get("channel")).get("id"))

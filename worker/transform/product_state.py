@@ -11,7 +11,7 @@ from worker.json_access import as_dict, as_dicts, as_key, as_text, pick_ids
 from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
 from worker.transform.catalog import catalog_id, category_operation
-from worker.transform.prices import catalog_price, price_metadata, prices_of
+from worker.transform.prices import CurrentPrices, prices_of
 from worker.transform.stock import stock
 
 if TYPE_CHECKING:
@@ -48,16 +48,21 @@ def _product_operations(enriched: Enriched, mapping: MappingConfig) -> Iterable[
             "the projection has no master variant: the project uses the catalog model Modular, which is not supported"
         )
     product_id = as_text(product.get("id"))
-    for category in _categories(product_id, enriched):
+    categories = _categories(product_id, enriched)
+    for category in categories:
         yield category_operation(OperationKind.ENSURE_CATEGORY, category, enriched.categories, mapping)
-    variants = [
-        Operation(OperationKind.UPSERT_VARIANT, sku, _variant(sku, product, variant, enriched, mapping))
-        for sku, variant in variants_by_sku(product)
+    shared = _shared(product, mapping)
+    written = [
+        (sku, variant, _attributes(shared, variant, enriched, mapping)) for sku, variant in variants_by_sku(product)
     ]
-    without_price = sum((each.resource or {})["attributes"]["price"] is None for each in variants)
-    gaps = ["price"] * without_price + ["sku"] * (len(all_variants(product)) - len(variants))
-    yield Operation(OperationKind.UPSERT_ITEM, product_id, _item(product, enriched, mapping), gaps=gaps)
-    yield from variants
+    without_price = sum(own["price"] is None for _, _, own in written)
+    gaps = ["price"] * without_price + ["sku"] * (len(all_variants(product)) - len(written))
+    master = product["masterVariant"]
+    of_master = next((own for _, variant, own in written if variant is master), None)
+    item = _item(product_id, master, of_master or _attributes(shared, master, enriched, mapping), categories)
+    yield Operation(OperationKind.UPSERT_ITEM, product_id, item, gaps=gaps)
+    for sku, _, own in written:
+        yield Operation(OperationKind.UPSERT_VARIANT, sku, _variant(sku, product_id, own, enriched, mapping))
 
 
 def is_readable(product: Json) -> bool:
@@ -89,51 +94,47 @@ def _categories(product_id: str, enriched: Enriched) -> list[Json]:
     return list(found.values())
 
 
-def _item(product: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
-    product_id = as_text(product.get("id"))
-    master = as_dict(product.get("masterVariant"))
-    categories = [catalog_id(as_text(category.get("id"))) for category in _categories(product_id, enriched)]
-    return {
-        "type": "catalog-item",
-        "attributes": {
-            "external_id": product_id,
-            **_common(product, master, enriched, mapping),
-            "images": fields.image_urls(master),
-        },
-        "relationships": {
-            "categories": {"data": [{"type": "catalog-category", "id": category} for category in categories]}
-        },
-    }
+def _item(product_id: str, master: Json, attributes: Json, categories: Iterable[Json]) -> Json:
+    ids = [catalog_id(as_text(category.get("id"))) for category in categories]
+    related = {"categories": {"data": [{"type": "catalog-category", "id": category} for category in ids]}}
+    own = {"external_id": product_id, **attributes, "images": fields.image_urls(master)}
+    return {"type": "catalog-item", "attributes": own, "relationships": related}
 
 
-def _variant(sku: str, product: Json, variant: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
-    parent = {"type": "catalog-item", "id": catalog_id(as_text(product.get("id")))}
-    return {
-        "type": "catalog-variant",
-        "attributes": {
-            "external_id": sku,
-            "sku": sku,
-            **_common(product, variant, enriched, mapping),
-            **stock(enriched.inventory.get(sku, ()), mapping),
-        },
-        "relationships": {"item": {"data": parent}},
-    }
+def _variant(sku: str, product_id: str, attributes: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
+    related = {"item": {"data": {"type": "catalog-item", "id": catalog_id(product_id)}}}
+    own = {"external_id": sku, "sku": sku, **attributes, **stock(enriched.inventory.get(sku, ()), mapping)}
+    return {"type": "catalog-variant", "attributes": own, "relationships": related}
 
 
-def _common(product: Json, variant: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
-    """Return the attributes that an item and its variants have in common. `price` is None if no price fits."""
-    prices = prices_of(product, variant, enriched.standalone_prices)
+def _shared(product: Json, mapping: MappingConfig) -> Json:
+    """Return the attributes that the item has in common with all its variants."""
     return {
         "integration_type": "$custom",
         "catalog_type": "$default",
         "published": True,
         "title": fields.localized(product.get("name"), mapping.locale) or as_text(product.get("id")),
         "description": fields.localized(product.get("description"), mapping.locale),
+        "custom_metadata": _texts(
+            title_json=_by_locale("title", product.get("name")), slug_json=_by_locale("slug", product.get("slug"))
+        ),
+    }
+
+
+def _attributes(shared: Json, variant: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
+    """Return the attributes of a variant, or of the item if it is the master variant. Both have the same names.
+
+    `price` is None if no price fits.
+    """
+    product = as_dict(enriched.product)
+    prices = CurrentPrices(prices_of(product, variant, enriched.standalone_prices), mapping, enriched.as_of)
+    amounts, currencies = prices.metadata()
+    return shared | {
         # Klaviyo requires a url. Without a template it is the text None, as in existing accounts.
         "url": _url(product, variant, mapping) or "None",
         "image_full_url": fields.image_url(variant) or None,  # null removes the image
-        "price": catalog_price(prices, mapping, enriched.as_of),
-        "custom_metadata": _metadata(product, *price_metadata(prices, mapping, enriched.as_of)),
+        "price": prices.catalog_price(),
+        "custom_metadata": shared["custom_metadata"] | _texts(price_json=amounts, currency_json=currencies),
     }
 
 
@@ -142,15 +143,9 @@ def _url(product: Json, variant: Json, mapping: MappingConfig) -> str:
     return fields.product_url(product.get("slug"), product_id, variant, mapping.locale, template)
 
 
-def _metadata(product: Json, prices: Json, currencies: Json) -> Json:
-    """Return all translations and prices as JSON texts, because Klaviyo accepts no nested metadata."""
-    texts = {
-        "title_json": _by_locale("title", product.get("name")),
-        "slug_json": _by_locale("slug", product.get("slug")),
-        "price_json": prices,
-        "currency_json": currencies,
-    }
-    return {name: orjson.dumps(value).decode() for name, value in texts.items() if value}
+def _texts(**values: Json) -> Json:
+    """Return the values that are not empty as JSON texts, because Klaviyo accepts no nested metadata."""
+    return {name: orjson.dumps(value).decode() for name, value in values.items() if value}
 
 
 def _by_locale(prefix: str, texts: Any) -> Json:

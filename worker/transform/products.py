@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from worker.errors import Ignored
 from worker.json_access import as_dict, as_dicts, as_int
-from worker.transform.prices import catalog_price, prices_of
+from worker.transform.prices import CurrentPrices, prices_of
 from worker.transform.product_state import all_variants, is_readable, product_state, variants_by_sku
 from worker.transform.registry import handles
 
@@ -26,7 +26,9 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
         name = f"variant {as_int(variant.get('id'))}"
         if variant not in written:
             yield f"{name}: it has no sku"
-        elif catalog_price(prices_of(product, variant, enriched.standalone_prices), mapping, enriched.as_of) is None:
+            continue
+        prices = prices_of(product, variant, enriched.standalone_prices)
+        if CurrentPrices(prices, mapping, enriched.as_of).catalog_price() is None:
             yield f"price of {name}: none fits currency, price.channel, price.country and the time; 0 if it is created"
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.unit.test_parse import json_values
 from worker.json_access import as_dicts
 from worker.mapping import MappingConfig
-from worker.transform.prices import catalog_price, price_metadata, prices_of
+from worker.transform.prices import CurrentPrices, prices_of
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 STORE = {"id": "store"}
@@ -60,7 +60,7 @@ def price(amount: int, code: str = "EUR", **more: Any) -> dict[str, Any]:
 )
 def test_most_specific_price_that_holds_now(prices: Any, options: dict[str, object], expected: float | None) -> None:
     """A price for the channel comes first, then one for the country, then one with a validity period."""
-    assert catalog_price(prices, MappingConfig.model_validate(options), NOW) == expected
+    assert CurrentPrices(prices, MappingConfig.model_validate(options), NOW).catalog_price() == expected
 
 
 def test_metadata_has_one_price_per_currency_and_country() -> None:
@@ -76,13 +76,13 @@ def test_metadata_has_one_price_per_currency_and_country() -> None:
         price(400, "CAD", country="US"),
         price(500, "GBP", country="GB", validFrom="2027-01-01T00:00:00Z"),
     ]
-    assert price_metadata(prices, MappingConfig(), NOW) == (
+    assert CurrentPrices(prices, MappingConfig(), NOW).metadata() == (
         {"price_EUR": 1, "price_DE": 1.2, "price_US": 4},
         {"currency_DE": "EUR", "currency_US": "CAD"},
     )
-    amounts, currencies = price_metadata(prices, MappingConfig(currency="USD"), NOW)
+    amounts, currencies = CurrentPrices(prices, MappingConfig(currency="USD"), NOW).metadata()
     assert (amounts["price_US"], currencies["currency_US"]) == (3, "USD")
-    amounts, currencies = price_metadata(prices, MappingConfig(currency="EUR"), NOW)
+    amounts, currencies = CurrentPrices(prices, MappingConfig(currency="EUR"), NOW).metadata()
     assert (amounts["price_US"], currencies["currency_US"]) == (4, "CAD"), "its own price, not that of no country"
 
 
@@ -91,8 +91,8 @@ def test_metadata_agrees_with_the_catalog_price() -> None:
     prices = [price(100), price(120, country="DE"), price(90, channel=STORE), price(50, "CHF", country="DE")]
     for options in ({"channel": "store"}, {}):
         mapping = MappingConfig.model_validate({"currency": "EUR", "price": {"country": "DE", **options}})
-        amounts, _ = price_metadata(prices, mapping, NOW)
-        assert amounts["price_DE"] == catalog_price(prices, mapping, NOW)
+        amounts, _ = CurrentPrices(prices, mapping, NOW).metadata()
+        assert amounts["price_DE"] == CurrentPrices(prices, mapping, NOW).catalog_price()
 
 
 def test_standalone_prices_replace_embedded_ones() -> None:
@@ -107,5 +107,5 @@ def test_standalone_prices_replace_embedded_ones() -> None:
 @given(st.lists(st.dictionaries(st.sampled_from([*price(1, country="DE"), "validFrom", "channel"]), json_values)))
 def test_any_json_is_accepted(prices: object) -> None:
     """No JSON value makes the rule raise."""
-    catalog_price(as_dicts(prices), MappingConfig(), NOW)
-    price_metadata(as_dicts(prices), MappingConfig(), NOW)
+    CurrentPrices(as_dicts(prices), MappingConfig(), NOW).catalog_price()
+    CurrentPrices(as_dicts(prices), MappingConfig(), NOW).metadata()

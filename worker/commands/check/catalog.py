@@ -9,7 +9,7 @@ from worker.commands.check.check_result import CheckResult
 from worker.commercetools import queries
 from worker.errors import ExitCode, WorkerError
 from worker.json_access import as_key, unique
-from worker.transform.prices import catalog_price, has_standalone_prices, price_metadata, prices_of
+from worker.transform.prices import CurrentPrices, has_standalone_prices, prices_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,10 +27,10 @@ def check_catalog(reader: Commercetools, mapping: MappingConfig) -> Iterator[Che
         yield _failure(text, "use the catalog model Classic, or disable the product types (disabled_types)")
         return
     now = datetime.now(UTC)
-    groups = [prices for prices in _prices(reader, products) if prices]
-    if not groups or any(catalog_price(prices, mapping, now) is not None for prices in groups):
+    groups = [CurrentPrices(prices, mapping, now) for prices in _prices(reader, products) if prices]
+    if not groups or any(prices.catalog_price() is not None for prices in groups):
         return
-    names = {name for prices in groups for name in price_metadata(prices, mapping, now)[1]}
+    names = {name for prices in groups for name in prices.metadata()[1]}
     countries = sorted(name.removeprefix("currency_") for name in names)
     if countries and not mapping.price.country:
         text = f"all prices are for countries ({', '.join(countries[:5])}), so no catalog entry has a price"
