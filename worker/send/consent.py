@@ -1,8 +1,8 @@
 """Subscriptions: the worker subscribes or unsubscribes a person whose consent has changed.
 
-The consent that the worker wrote last is a property of the profile. It is written after Klaviyo has accepted the
-subscription. A crash in between repeats the subscription, which has no further effect: a person who has unsubscribed in
-the meantime is not subscribed again.
+The consent that the worker wrote last is a property of the profile, and so is the version of the customer that it is
+from. Both are written after Klaviyo has accepted the subscription. A crash in between repeats the subscription, which
+has no further effect: a person who has unsubscribed in the meantime is not subscribed again.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import orjson
 
 from worker.errors import ReadingOutdated, Rejected, RequestBlocked, StaleRead, Transient, WorkerError
 from worker.http.chunks import chunked
-from worker.json_access import as_dict, as_dicts, as_text
+from worker.json_access import as_dict, as_dicts, as_int, as_text
 from worker.send.bulk import isolate_rejected
 from worker.send.profile_directory import FIELDS, Directory, identifier, read_profiles
 from worker.telemetry.log import log
+from worker.transform.profiles import CONSENT_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -86,14 +87,10 @@ class Consents:
         A reading can lag behind an earlier one. The message of an old version accepts it, but a consent must not.
         """
         key = upsert.operation.key
-        version = max(consent.version for consent in upsert.operation.consents)
+        version = _version(upsert)
         with self._lock:
             latest = self._versions[key] = max(version, self._versions.get(key, 0))
-        if version < latest:
-            upsert.finish(
-                StaleRead(f"commercetools shows version {version} of the customer, but it has had a later one")
-            )
-        return version < latest
+        return _is_below(latest, upsert)
 
     def update(self, upserts: Sequence[Upsert]) -> None:
         """Subscribe and unsubscribe the people whose profiles were written.
@@ -104,12 +101,14 @@ class Consents:
         unsubscribe = _Job("delete", 100)  # https://developers.klaviyo.com/en/reference/bulk_unsubscribe_profiles
         recent = [upsert for upsert in upserts if not _is_outdated(upsert)]
         for upsert, profile in self._read(recent):
+            if _is_below(as_int(_property(profile, CONSENT_VERSION)) or 0, upsert):  # another worker wrote a later one
+                continue
             changes = _Changes(upsert, profile, resubscribes=self._resubscribes)
             if changes.subscribed:
                 (import_ if changes.consented_at else subscribe).entries.append(changes.subscription())
             if changes.unsubscribed:
                 unsubscribe.entries.append(changes.unsubscription())
-            upsert.agreed, upsert.result = changes.properties, None
+            upsert.agreed, upsert.result = changes.properties | {CONSENT_VERSION: _version(upsert)}, None
         for job in (unsubscribe, subscribe, import_):
             self._send(job)
 
@@ -219,7 +218,23 @@ def _is_current(consent: Consent, profile: Profile) -> bool:
 
 
 def _last(consent: Consent, profile: Profile) -> Any:
-    return as_dict(profile.attributes.get("properties")).get(consent.property)
+    return _property(profile, consent.property)
+
+
+def _property(profile: Profile, name: str) -> Any:
+    return as_dict(profile.attributes.get("properties")).get(name)
+
+
+def _version(upsert: Upsert) -> int:
+    return max(consent.version for consent in upsert.operation.consents)
+
+
+def _is_below(latest: int, upsert: Upsert) -> bool:
+    """Return whether the upsert is from an earlier version of the customer. If so, set the result: it is read again."""
+    version = _version(upsert)
+    if version < latest:
+        upsert.finish(StaleRead(f"commercetools shows version {version} of the customer, but it has had a later one"))
+    return version < latest
 
 
 def _needs_subscription(channel: str, profile: Profile, *, resubscribes: bool) -> bool:

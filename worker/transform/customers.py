@@ -9,7 +9,7 @@ from worker.json_access import as_dict, as_dicts, as_text, unique
 from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
 from worker.transform.consent import consent_properties, consents
-from worker.transform.profiles import CUSTOM_FIELD_NAMES, without_clears
+from worker.transform.profiles import CONSENT_VERSION, CUSTOM_FIELD_NAMES, without_clears
 from worker.transform.registry import handles
 from worker.transform.size_limits import PROFILE_BYTES, truncate
 
@@ -112,12 +112,13 @@ def _properties(customer: Json, mapping: MappingConfig) -> tuple[Json, list[str]
     rules = mapping.customer.custom_fields
     own = _own_properties(customer)
     agreed = set(consent_properties(mapping).values())
+    of_consents = {CONSENT_VERSION, *agreed}
     custom = fields.custom_properties(customer, rules, mapping.locale)
-    custom = {name: value for name, value in custom.items() if name not in {CUSTOM_FIELD_NAMES, *agreed}}
+    custom = {name: value for name, value in custom.items() if name not in {CUSTOM_FIELD_NAMES, *of_consents}}
     names = [name for name in custom if own.get(name) is None]
     included = [rules.rename.get(name, name) for name in rules.include if name != "*" and name not in rules.exclude]
     state = own | {CUSTOM_FIELD_NAMES: sorted({*names, *agreed}) or None}
-    state |= {n: custom.get(n) for n in [*included, *names] if state.get(n) is None and n not in agreed}
+    state |= {n: custom.get(n) for n in [*included, *names] if state.get(n) is None and n not in of_consents}
     properties, truncated = truncate(state, PROFILE_BYTES)
     if truncated and properties.get(CUSTOM_FIELD_NAMES):
         properties[CUSTOM_FIELD_NAMES] = [n for n in properties[CUSTOM_FIELD_NAMES] if n in properties or n in agreed]

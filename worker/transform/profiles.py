@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 # The property with the names of the custom fields that the worker wrote. A custom field that is in Klaviyo's list but
 # not in the new one is cleared.
 CUSTOM_FIELD_NAMES = "commercetoolsFields"
+# The property with the version of the customer whose consents the worker wrote last.
+CONSENT_VERSION = "commercetoolsConsentVersion"
 
 
 def without_clears(resource: Json) -> Json:

@@ -81,7 +81,8 @@ def test_new_customer_is_subscribed(klaviyo: AccountClient) -> None:
     assert send(klaviyo, customer(consent(True), consent(True, "sms"), phone_number=PHONE)) == [None]
     (profile,) = klaviyo.account.profiles
     assert [status(profile, channel) for channel in ("email", "sms")] == ["SUBSCRIBED"] * 2
-    assert profile["attributes"]["properties"] == {"newsletter": True, "texts": True}
+    expected = {"newsletter": True, "texts": True, "commercetoolsConsentVersion": 1}
+    assert profile["attributes"]["properties"] == expected
     (body,) = [body for name, body in klaviyo.calls if name == CREATE]
     marketing = {"marketing": {"consent": "SUBSCRIBED"}}
     assert body["data"]["attributes"] == {
@@ -220,6 +221,29 @@ def test_stale_reading_is_read_again(latest: bool, klaviyo: AccountClient) -> No
     assert (jobs(klaviyo), profile["subscriptions"]) == before
     assert sender.send([customer(consent(latest, version=7))]) == [None]
     assert len(jobs(klaviyo)) == 1
+
+
+@pytest.mark.parametrize("latest", [True, False])
+def test_stale_reading_of_another_worker_has_no_effect(latest: bool, klaviyo: AccountClient) -> None:
+    """The profile has the version that the first worker wrote. A later version has an effect in any worker."""
+    profile = known(klaviyo, properties={"newsletter": not latest}, held=None if latest else held("SUBSCRIBED"))
+    assert send(klaviyo, customer(consent(latest, version=7)), resubscribes=True) == [None]
+    before = jobs(klaviyo), profile["subscriptions"], profile["attributes"]["properties"]
+    (error,) = send(klaviyo, customer(consent(not latest, version=5)), resubscribes=True)
+    assert isinstance(error, StaleRead)
+    assert (jobs(klaviyo), profile["subscriptions"], profile["attributes"]["properties"]) == before
+    assert send(klaviyo, customer(consent(not latest, version=8)), resubscribes=True) == [None]
+    assert len(jobs(klaviyo)) == 2
+
+
+def test_later_consent_for_one_channel_is_the_version_of_both(klaviyo: AccountClient) -> None:
+    """Any consent proves that the customer has had its version."""
+    profile = known(klaviyo, held=held("SUBSCRIBED"), properties={"newsletter": True}, phone_number=PHONE)
+    later = customer(consent(True, version=3), consent(True, "sms", version=3), phone_number=PHONE)
+    assert send(klaviyo, later) == [None]
+    (error,) = send(klaviyo, customer(consent(False, version=2), consent(True, "sms", version=2), phone_number=PHONE))
+    assert isinstance(error, StaleRead)
+    assert status(profile) == "SUBSCRIBED"
 
 
 def test_crash_before_the_property_is_written_repeats_the_subscription(klaviyo: AccountClient) -> None:

@@ -28,6 +28,7 @@ STEPS = st.one_of(
     st.sampled_from(["deliver", *CHOICES]),
     st.tuples(st.just("field"), st.sampled_from(FIELD)),
     st.tuples(st.just("crash"), st.integers(1, MAX_REQUESTS)),
+    st.tuples(st.just("stale"), st.integers(1, 3)),
 )
 EMAIL = "ada@example.com"
 WHO = {"external_id": "ada", "email": EMAIL}
@@ -38,12 +39,17 @@ class World:
 
     def __init__(self, *, is_known: bool) -> None:
         self.klaviyo = AccountClient()
-        self.field: bool | None = None
+        self.fields: list[bool | None] = [None]  # by version of the customer, from 1
+        self.read_version = self.written_version = 1
         self.crash_in = 0  # requests; 0: never
         self.subscribed = self.unsubscribed = 0  # by the worker
         self.has_left = False  # the person unsubscribed in Klaviyo and has not joined since
         if is_known:
             self.klaviyo.profile(**WHO)
+
+    @property
+    def field(self) -> bool | None:
+        return self.fields[self.read_version - 1]
 
     @property
     def status(self) -> str:
@@ -60,7 +66,9 @@ class World:
         """Take a step of the history."""
         match step:
             case ("field", bool() | None as value):
-                self.field = value
+                self.fields.append(value)
+            case ("stale", int(lag)):
+                self.deliver(lag)
             case ("crash", int(number)):
                 self.crash_in = number
                 self.deliver()
@@ -79,10 +87,12 @@ class World:
             change({"type": "profile", "attributes": attributes})
             self.has_left = choice == "leaves"
 
-    def deliver(self) -> None:
-        """Let the worker process a message about the customer."""
+    def deliver(self, lag: int = 0) -> None:
+        """Let a new worker process a message about the customer. Its reading is `lag` versions old."""
         self.klaviyo.before = self._check_request
-        consent = Consent("email", "newsletter", self.field, "", 1, datetime.now(UTC))
+        self.read_version = max(len(self.fields) - lag, 1)
+        before = self.last
+        consent = Consent("email", "newsletter", self.field, "", self.read_version, datetime.now(UTC))
         resource: Json = {"type": "profile", "attributes": dict(WHO)}
         (error,) = Sender(self.klaviyo, 1).send(
             [Operation(OperationKind.UPSERT_PROFILE, "ada", resource, consents=(consent,))]
@@ -90,6 +100,9 @@ class World:
         assert error is None or isinstance(error, Transient)
         if error is None:
             assert self.last == self.field
+        if self.last != before:
+            assert self.read_version >= self.written_version
+            self.written_version = self.read_version
         self.crash_in = 0
 
     def _check_request(self, name: str, _body: Json) -> None:
@@ -108,6 +121,7 @@ class World:
         if name.endswith("bulk-delete-jobs"):
             assert self.field is not True
             assert self.last is True
+            assert self.read_version >= self.written_version
             self.unsubscribed += 1
 
 

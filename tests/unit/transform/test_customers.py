@@ -158,10 +158,12 @@ def test_named_custom_fields_are_none_when_they_are_gone() -> None:
 def test_a_custom_field_can_have_the_name_of_an_own_property() -> None:
     """The worker's own value takes precedence. Without one, the custom field remains."""
     assert properties_of(with_fields(Title="Custom"))["Title"] == "Custom"
-    rules = {"include": ["Title", "commercetoolsFields"]}
+    rules = {"include": ["Title", "commercetoolsFields", "commercetoolsConsentVersion"]}
     for mapping in ({}, {"customer": {"custom_fields": rules}}):
-        properties = properties_of(with_fields(Title="Custom", commercetoolsFields="x") | {"title": "Dr."}, **mapping)
+        custom = with_fields(Title="Custom", commercetoolsFields="x", commercetoolsConsentVersion=9)
+        properties = properties_of(custom | {"title": "Dr."}, **mapping)
         assert (properties["Title"], properties["commercetoolsFields"]) == ("Dr.", None)
+        assert "commercetoolsConsentVersion" not in properties  # None would clear it
 
 
 def test_only_written_custom_fields_are_listed() -> None:
