@@ -249,16 +249,24 @@ class Runner:
         return bool(is_refused or now < self._pull_at or self._services.refusal_reason() or self.paused_reason())
 
     def _dispatch(self, deliveries: Sequence[Delivery]) -> None:
-        """Put messages into their lanes. Return those that are beyond the budget of a slow effect to the queue."""
+        """Put messages into their lanes. Return those that are beyond the budget of a slow effect to the queue.
+
+        Those among them that have an outcome need no lane, so they are settled at once.
+        """
         excess: defaultdict[Effect, list[Message]] = defaultdict(list)
+        decided: list[Message] = []
         for delivery in deliveries:
             if self._in_flight.renew(delivery):
                 continue
             message = self._pipeline.parse(delivery)
-            if not self._once and self._in_flight.is_beyond_budget(message):
+            if self._once or not self._in_flight.is_beyond_budget(message):
+                self._lanes.put(self._in_flight.add(message), message)
+            elif message.outcome is None:
                 excess[message.effect].append(message)
             else:
-                self._lanes.put(self._in_flight.add(message), message)
+                decided.append(message)
+        if decided:
+            self._pipeline.process(decided)
         for effect, messages in excess.items():
             delay = self._in_flight.return_delay(effect, len(messages))
             self._pipeline.give_back(messages, delay)

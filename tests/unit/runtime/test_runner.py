@@ -12,7 +12,7 @@ import pytest
 from adapters import Failure, QueueError, QueueRefusedError, QueueWarning
 from adapters.embedded.queue import EmbeddedQueue
 from tests.conftest import FakeDelivery, Scripted
-from worker.errors import CircuitOpen, Disposition, KlaviyoMisconfigured, Throttled, Transient
+from worker.errors import CircuitOpen, Disposition, Ignored, KlaviyoMisconfigured, Rejected, Throttled, Transient
 from worker.model import Message, Notification, Operation, OperationKind, Outcome
 from worker.runtime.lane import STALL_PER_MESSAGE, STALL_TIMEOUT, Lane
 from worker.runtime.runner import Runner, ShutdownTimeoutError
@@ -366,6 +366,27 @@ def test_full_budget_of_a_slow_effect_delays_no_other(
         assert database.execute("SELECT DISTINCT attempts FROM messages").fetchall() == [(0,)]
         (delay,) = database.execute("SELECT min(visible_at) FROM messages").fetchone()
     assert delay > time.monotonic() + 60
+
+
+def test_message_beyond_the_budget_that_is_already_decided_is_settled(queue: EmbeddedQueue) -> None:
+    """It needs no lane. If it went back to the queue, each return would use up an attempt of most queues."""
+    runner, pipeline = runner_for(queue, max_in_flight=1)
+    runner._in_flight.is_beyond_budget = lambda message: True  # type: ignore[method-assign]
+    parse = pipeline.parse
+
+    def parse_and_decide(delivery: Delivery) -> Message:
+        message = parse(delivery)
+        if b"ignored" in delivery.body:
+            message.outcome = Outcome(Disposition.ACK, "parse", Ignored("no handler"))
+        elif b"invalid" in delivery.body:
+            message.outcome = Outcome(Disposition.DEAD_LETTER, "parse", Rejected("unreadable"))
+        return message
+
+    pipeline.parse = parse_and_decide  # type: ignore[method-assign]
+    queue.publish([b"product:1", b"product:ignored", b"product:invalid"])
+    runner._dispatch(queue.receive(9, 0))
+    assert processed(pipeline) == [b"product:ignored", b"product:invalid"]
+    assert (queue.backlog(), runner.in_flight()) == (1, 0)
 
 
 def test_once_returns_no_message_beyond_the_budget(queue: EmbeddedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
