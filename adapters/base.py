@@ -69,6 +69,14 @@ class Failure:
     resource_id: str = ""  # "" if unknown
 
 
+@dataclass(frozen=True, slots=True)
+class Interruption(Failure):
+    """Why a message is nacked although it did not fail: the worker stops, but a request of it can still take effect.
+
+    The delivery counts as an attempt.
+    """
+
+
 class Delivery(Protocol):
     """One hand-over of a message by the queue. An adapter adds what it needs to settle it."""
 
@@ -137,7 +145,8 @@ class QueueAdapter(Protocol):
         `failure` says why processing failed. Store it if the queue can: if the queue's policy dead-letters the message
         later, this is the reason to report. `failure` is None if the worker returns messages without a result, because
         it stops. A queue that can undo the count does not count those deliveries as attempts. It must not shorten their
-        delay: until then, a bulk job of this worker can overwrite what another worker writes.
+        delay, nor that of an Interruption: until then, a bulk job of this worker can overwrite what another worker
+        writes.
         """
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:

@@ -15,7 +15,7 @@ from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Protocol
 
-from adapters.base import Failure
+from adapters.base import Failure, Interruption
 from worker.errors import (
     Disposition,
     Ignored,
@@ -52,6 +52,7 @@ _STATE_WRITES = frozenset(OperationKind) - {
 MAX_TIMES_BLOCKED = (
     5  # times in a row that a message is blocked before it is dead-lettered; the backoff is 15 s in total
 )
+_INTERRUPTED = Interruption("the worker stopped before a bulk job ended", "send", JobUnfinished.__name__)
 # The first one wins.
 _PRECEDENCE = (Disposition.PARK, Disposition.HOLD, Disposition.WAIT, Disposition.NACK, Disposition.DEAD_LETTER)
 
@@ -140,13 +141,16 @@ class Pipeline:
         """Give messages back to the queue, which redelivers them after at least `delay` seconds. It is no failure.
 
         A lane can still be processing the messages. The queue redelivers a message of an unfinished bulk job only after
-        the job.
+        the job. Its first delivery counts as an attempt, so that the next worker knows that a state was written.
         """
-        by_delay: dict[float, list[Delivery]] = defaultdict(list)
+        grouped: dict[tuple[float, Failure | None], list[Delivery]] = defaultdict(list)
+        now = time.monotonic()
         for message in messages:
-            by_delay[max(delay, ceil(message.not_before - time.monotonic()), 0)].append(message.delivery)
-        for delay_of_messages, deliveries in by_delay.items():
-            self._queue.nack(deliveries, delay_of_messages)
+            is_counted = message.not_before > now and message.delivery.attempt == 1
+            delay_of_message = max(delay, ceil(message.not_before - now), 0)
+            grouped[delay_of_message, _INTERRUPTED if is_counted else None].append(message.delivery)
+        for (delay_of_messages, failure), deliveries in grouped.items():
+            self._queue.nack(deliveries, delay_of_messages, failure)
         self._listener.on_endings([Ended(message, Ending.RETURNED) for message in messages])
 
     def _enrich(self, messages: Sequence[Message]) -> None:

@@ -18,7 +18,7 @@ from google.pubsub_v1 import PublisherClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
-from adapters.base import QueueError, QueueURLError, QueueWarning
+from adapters.base import Interruption, QueueError, QueueURLError, QueueWarning
 from adapters.pubsub import dead_letters
 from adapters.pubsub.policies import SET_DEAD_LETTER_TOPIC, policy_warnings
 from adapters.pubsub.settlement import LEASE_SECONDS, TRANSIENT_ERRORS, Settlement
@@ -128,7 +128,7 @@ class PubSubQueue:
     def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
         """End the leases immediately if a retry policy delays redeliveries; otherwise after `delay`, at most 600 s.
 
-        The delay of messages without a failure is always kept: another worker must not receive them earlier.
+        The delay of messages that did not fail is always kept: another worker must not receive them earlier.
 
         A delayed message stays leased and counts against the flow control of this worker's stream: if many messages
         are delayed, the stream delivers no new ones. Every delivery counts as an attempt, even if the worker did not
@@ -143,7 +143,8 @@ class PubSubQueue:
         messages = _messages(deliveries)
         for message in messages:  # first, so that the client does not extend the leases again
             message.drop()
-        is_delayed_by_policy = self._has_retry_policy and failure is not None
+        is_failed = failure is not None and not isinstance(failure, Interruption)
+        is_delayed_by_policy = self._has_retry_policy and is_failed
         seconds = 0 if is_delayed_by_policy else min(math.ceil(max(delay, 0.0)), MAX_DELAY)
         self._settlement.nack(messages, seconds)
 

@@ -652,6 +652,20 @@ def test_message_of_an_unfinished_job_is_not_processed_until_the_job_has_ended(
     assert len(stages.sent) == 2
 
 
+@pytest.mark.parametrize("attempt", [None, 1, 2])
+def test_first_delivery_counts_if_the_worker_stops_before_a_job_has_ended(
+    attempt: int | None, pipeline: Pipeline, recorded: RecordingQueue, stages: Stages
+) -> None:
+    """Otherwise the next worker would not know of the job, and the job would bring an erased person back."""
+    stages.send_errors["a"] = [JobUnfinished("a job has not ended yet", 600.0)]
+    held = run(pipeline, updated("a", attempt=attempt))
+    pipeline.give_back([*held, pipeline.parse(updated("b"))])
+    assert recorded.settled == [
+        ("nack", "a", 600.0, "the worker stopped before a bulk job ended" if attempt == 1 else ""),
+        ("nack", "b", 0, ""),
+    ]
+
+
 def test_unfinished_job_delays_its_message_even_if_another_operation_parks_it(
     pipeline: Pipeline, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:

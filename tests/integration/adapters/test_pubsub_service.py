@@ -13,6 +13,7 @@ from google.api_core.retry import Retry, if_exception_type
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
 from adapters import QueueError, QueueURLError, open_queue
+from adapters.base import Interruption
 from adapters.pubsub import queue as pubsub
 from adapters.pubsub import settlement, streaming_pull
 from adapters.pubsub.transport import open_transport
@@ -81,13 +82,16 @@ def test_nacked_messages_make_room_if_a_retry_policy_delays_them(serve: Serve, o
     assert len(receive(queue, 5)) == 5
 
 
-def test_returned_messages_keep_their_delay_despite_a_retry_policy(serve: Serve, opened: Open) -> None:
+@pytest.mark.parametrize("interruption", [None, Interruption("stopped", "send", "JobUnfinished")])
+def test_returned_messages_keep_their_delay_despite_a_retry_policy(
+    interruption: Interruption | None, serve: Serve, opened: Open
+) -> None:
     """A bulk job of the stopped worker can still write, so no other worker must receive them earlier."""
     service = serve(*numbered(1))
     service.set_retry_policy()
     queue = opened(URL)
     queue.check()
-    queue.nack(receive(queue, 1), 300.0)
+    queue.nack(receive(queue, 1), 300.0, interruption)
     assert service.requests["ModifyAckDeadline"][-1].ack_deadline_seconds == 300
 
 

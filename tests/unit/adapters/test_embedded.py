@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from adapters import QueueError, open_queue
-from adapters.base import Failure, SupportsDeadLetters, SupportsPublish
+from adapters.base import Failure, Interruption, SupportsDeadLetters, SupportsPublish
 from adapters.embedded.queue import EmbeddedQueue
 from worker.commands.dlq.dead_letters import iter_dead_letters
 
@@ -148,6 +148,16 @@ def test_nack_without_failure_does_not_count_as_attempt(queue: EmbeddedQueue) ->
     for _ in range(2):
         queue.nack(queue.receive(1, 0), failure=FAILURE)
     assert len(list(iter_dead_letters(queue))) == 1
+
+
+def test_interruption_counts_as_attempt_and_keeps_its_delay(queue: EmbeddedQueue) -> None:
+    """The next worker must see that another one possibly wrote a state, and not before a job has ended."""
+    queue.publish([b"x"])
+    queue.nack(queue.receive(1, 0), 600.0, Interruption("stopped", "send", "JobUnfinished"))
+    assert queue.receive(1, 0) == []
+    with sqlite3.connect(queue._path) as database:
+        database.execute("UPDATE messages SET visible_at = 0")
+    assert [delivery.attempt for delivery in queue.receive(1, 0)] == [2]
 
 
 def test_dead_letter_of_the_policy_is_logged(queue: EmbeddedQueue, caplog: pytest.LogCaptureFixture) -> None:
