@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
+from worker.sandbox.carts import METRICS
 from worker.sandbox.commercetools.shop import uid
 from worker.sandbox.envelopes import bare, cloudevent, event_grid, eventbridge, sns
 from worker.sandbox.notifications import change, message
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from worker.sandbox import Sandbox
 
 _ENVELOPES = (bare, cloudevent, event_grid, sns, eventbridge)
-_EVENTS = {"Placed Order", "Ordered Product"}
+_EVENTS = {"Placed Order", "Ordered Product", *METRICS.values()}
 
 Effect = tuple[str, str]  # kind and id: ("Placed Order", "order-7"), ("profile", "customer-3")
 
@@ -33,9 +34,12 @@ class Sent:
 
 
 class Workload:
-    """Messages about orders, customers, products, stock and categories. All orders and customers are different."""
+    """Messages about orders, customers, products, stock and categories. All orders and customers are different.
 
-    def __init__(self, sandbox: Sandbox, size: int) -> None:
+    With `has_carts`, there are also messages about carts. They need a worker whose mapping has the metrics METRICS.
+    """
+
+    def __init__(self, sandbox: Sandbox, size: int, *, has_carts: bool = False) -> None:
         self._sandbox = sandbox
         shop = sandbox.shop
         orders = [_order(shop.orders[uid("order:three")], number) for number in range(size // 2)]
@@ -48,6 +52,8 @@ class Workload:
             *(_placed(order, order=order) for order in orders[size // 10 :]),
             *((change("ResourceUpdated", "customer", c["id"]), {("profile", c["id"])}) for c in customers),
         ]
+        if has_carts:
+            entries += [_in_checkout(sandbox, number) for number in range(size // 10)]
         entries += islice(cycle(_catalog(sandbox)), size - len(entries))
         random.Random(size).shuffle(entries)
         self.messages = [_sent(*entry, wrap) for entry, wrap in zip(entries, cycle(_ENVELOPES), strict=False)]
@@ -89,7 +95,7 @@ class Workload:
     def _arrived(self) -> Counter[Effect]:
         account = self._sandbox.account
         with account.lock:
-            events = [(event["metric"], event["unique_id"]) for event in account.events]
+            events = [(event["metric"], _id_of(event)) for event in account.events]
             people = [profile["attributes"] for profile in account.profiles]
             catalog: list[Effect] = [
                 *(("item", name) for name in account.items),
@@ -101,6 +107,22 @@ class Workload:
 
 
 _NAMES_OF_PEOPLE = (("profile", "external_id"), ("profile with email", "email"))
+
+
+def _id_of(event: dict[str, Any]) -> str:
+    """Return the id in an effect. The unique_id of Started Checkout also has a hash of the cart's content."""
+    name: str = event["unique_id"]
+    return name.partition(":")[0] if event["metric"] == "Started Checkout" else name
+
+
+def _in_checkout(sandbox: Sandbox, number: int) -> tuple[dict[str, Any], set[Effect]]:
+    order = sandbox.shop.orders[uid("order:guest")]
+    line = order["lineItems"][0] | {"id": f"cart-{number}-line"}
+    fields = {name: order[name] for name in ("customerEmail", "totalPrice", "version", "lastModifiedAt")}
+    cart = {"id": f"cart-{number}", "cartState": "Active", "lineItems": [line]} | fields
+    sandbox.shop.carts[cart["id"]] = cart
+    effects = {("Started Checkout", cart["id"]), ("Added to Cart", line["id"])}
+    return change("ResourceUpdated", "cart", cart["id"], version=cart["version"]), effects
 
 
 def _placed(order: dict[str, Any], /, **more: Any) -> tuple[dict[str, Any], set[Effect]]:

@@ -18,6 +18,7 @@ from tests.acceptance.conftest import Worker
 from tests.acceptance.workload import Sent, Workload
 from tests.rigs import RIGS
 from worker.sandbox import Fault, Sandbox
+from worker.sandbox.carts import METRICS
 from worker.sandbox.commercetools.shop import uid
 from worker.sandbox.envelopes import bare, sns
 from worker.sandbox.klaviyo.account import Account
@@ -110,10 +111,12 @@ class ScenarioDriver:
     def __init__(self, scenario: Scenario, queue: Rig, sandbox: Sandbox, directory: Path, size: int) -> None:
         self.sandbox = sandbox
         self.random = random.Random(scenario.name)
-        self.workload = Workload(sandbox, size)
+        self.workload = Workload(sandbox, size, has_carts=True)
         self.queue = queue
         self._directory = directory
-        self._settings = SETTINGS | dict(scenario.settings)
+        mapping = directory / "mapping.toml"
+        mapping.write_text("".join(["[metrics]\n", *(f'{key} = "{name}"\n' for key, name in METRICS.items())]))
+        self._settings = SETTINGS | dict(scenario.settings) | {"KLAVIYO_WORKER_CONFIG": str(mapping)}
         self._memory_limit = scenario.memory_limit
         self._running: list[subprocess.Popen[bytes]] = []
         self.logs: list[Path] = []
