@@ -6,12 +6,13 @@ that concerns more profiles than a person can have is refused.
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import orjson
 
-from worker.errors import Rejected, WorkerError
+from worker.errors import Rejected, Transient, WorkerError
 from worker.json_access import as_dict, as_text, parse_time
 from worker.klaviyo.client import iter_resources
 from worker.model import Json, SendResult
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from worker.klaviyo.client import KlaviyoClient
     from worker.model import Operation
 
+_LAG_PAUSE = 1.0  # seconds until a profile that was just deleted or merged is looked up again
 MAX_PROFILES = 3  # of a person: Klaviyo keeps one profile per external_id and one per email address
 _FOREIGN = (
     "Klaviyo returned a profile with another external_id than that of the erasure, so nothing was deleted: check the "
@@ -51,12 +53,21 @@ class Eraser:
         error: WorkerError | None = None
         try:
             for profile_id in self._find(operation):
-                request = deletion_request(profile_id)
-                self._client.call(request.method, request.path, request.body)
+                self._delete(profile_id)
                 erased += 1
         except WorkerError as failure:
             error = failure
         return SendResult(error, self._client.requests_sent() - before, erased)
+
+    def _delete(self, profile_id: str) -> None:
+        """Request the deletion of a profile. Raises WorkerError; Transient if it is gone since it was found."""
+        request = deletion_request(profile_id)
+        try:
+            self._client.call(request.method, request.path, request.body)
+        except Rejected as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            raise Transient("Klaviyo no longer has the profile: it must be looked up again", _LAG_PAUSE) from None
 
     def _find(self, operation: Operation) -> list[str]:
         """Return Klaviyo's ids of the profiles to delete: those with the external_id, and those with their email alone.

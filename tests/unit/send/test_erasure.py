@@ -13,6 +13,7 @@ from worker.model import UNKNOWN_TIME, Operation, OperationKind, SendResult
 from worker.send.erasure import MAX_PROFILES, Eraser
 
 if TYPE_CHECKING:
+    from worker.errors import WorkerError
     from worker.klaviyo.client import Body
     from worker.model import Json
 
@@ -26,6 +27,7 @@ class Account:
         self.found: dict[str, list[Json]] = {}
         self.deleted: list[str] = []
         self.refused = refused  # the number of the deletion request that fails; 0: none
+        self.error: WorkerError = Transient("503")
         self._sent = 0
 
     def call(self, method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
@@ -36,7 +38,7 @@ class Account:
             return {"data": self.found.get(value, [])}
         assert isinstance(body, dict)
         if len(self.deleted) + 1 == self.refused:
-            raise Transient("503")
+            raise self.error
         self.deleted.append(body["data"]["attributes"]["profile"]["data"]["id"])
         return {}
 
@@ -113,6 +115,18 @@ def test_accepted_requests_count_if_a_later_one_fails() -> None:
     error, requests, erased, _ = erase(account)
     assert isinstance(error, Transient)
     assert (requests, erased) == (3, 1)
+
+
+def test_profile_that_disappears_is_looked_up_again() -> None:
+    """Klaviyo merges profiles by itself. The message must not be a dead letter, and the other profile must not stay."""
+    account = Account(refused=1)
+    account.error = Rejected("404", 404)
+    account.found = {"ada": [profile("P1", "ada")]}
+    assert isinstance(erase(account).error, Transient)
+    account.error = Rejected("400", 400)
+    assert isinstance(erase(account).error, Rejected)
+    account.refused, account.found = 0, {"ada": [profile("P2", "ada")]}
+    assert erase(account) == SendResult(None, 2, 1)
 
 
 def test_profile_that_the_worker_created_too_late_is_deleted() -> None:
