@@ -183,6 +183,31 @@ def test_file_of_a_windows_editor(
             load(Settings, {})
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1.nip.io",
+        "http://localhost.example.com",
+        "http://localhost@example.com",
+        "http://example.com#@127.0.0.1",
+        "http://127.0.0.1\\@example.com",
+        "http://[::ffff:10.0.0.1]",
+        "http://0.0.0.0",
+        "http://2130706433",
+        "http://127.1",
+        "HTTP://example.com",
+        "https://",
+        "//a",
+    ],
+)
+@pytest.mark.parametrize("name", ["CT_API_URL", "CT_AUTH_URL", "KLAVIYO_API_URL"])
+def test_other_machine_cannot_pass_for_this_one(name: str, url: str, environment: pytest.MonkeyPatch) -> None:
+    """Forms that some libraries resolve to this machine, and hosts that only look like it."""
+    environment.setenv(name, url)
+    with pytest.raises(SettingsError, match=name):
+        load(Settings, {})
+
+
 @pytest.mark.parametrize("url", ["http://localhost:1", "http://127.0.0.1:1", "http://[::1]:1"])
 def test_http_is_accepted_only_on_loopback(url: str, environment: pytest.MonkeyPatch) -> None:
     """Credentials must not cross a network unencrypted."""

@@ -42,6 +42,7 @@ def deletion(resource_id: str = "1") -> Message:
         (message("category", kind="ResourceDeleted"), Effect.CATALOG),
         (message("product"), Effect.CATALOG),
         (message("inventory-entry"), Effect.CATALOG),
+        (message("standalone-price"), Effect.CATALOG),
         (message("cart"), Effect.CARTS),
         (Message(FakeDelivery(b"unreadable"), 0.0), Effect.EVENTS),
     ],
