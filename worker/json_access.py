@@ -99,6 +99,11 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else json.dumps(c)[1:-1] for c in text)
 
 
+def shorten(text: str, max_length: int) -> str:
+    """Return a text in at most `max_length` characters. An ellipsis replaces the rest."""
+    return text if len(text) <= max_length else f"{text[: max_length - 1]}…"
+
+
 def is_shallow(value: Json | list[Any], depth: int) -> bool:
     """Return whether objects and arrays are nested at most `depth` deep."""
     if depth == 0:

@@ -49,9 +49,7 @@ _STATE_WRITES = frozenset(OperationKind) - {
     OperationKind.UPSERT_GUEST,
     OperationKind.DELETE_PROFILE,
 }
-MAX_TIMES_BLOCKED = (
-    5  # times in a row that a message is blocked before it is dead-lettered; the backoff is 15 s in total
-)
+MAX_TIMES_BLOCKED = 5  # in a row; a message that is blocked that often is dead-lettered, after 15 s in total
 _INTERRUPTED = Interruption("the worker stopped before a bulk job ended", "send", JobUnfinished.__name__)
 # The first one wins.
 _PRECEDENCE = (Disposition.PARK, Disposition.HOLD, Disposition.WAIT, Disposition.NACK, Disposition.DEAD_LETTER)

@@ -204,13 +204,6 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         "https://a.klaviyo.com", validation_alias="KLAVIYO_API_URL", description="URL of the Klaviyo API"
     )
 
-    @field_validator("klaviyo_api_url")
-    @classmethod
-    def _check_klaviyo_url(cls, value: str) -> str:
-        if value.endswith("/api"):
-            raise mistake("ends with /api", "remove it, the worker adds it")
-        return value
-
     lanes: int = Field(
         4,
         ge=1,
@@ -292,6 +285,13 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
             direct_dead_letter=self.dead_letter_mode == "direct",
             port=self.pub_sub_port,
         )
+
+    @field_validator("klaviyo_api_url")
+    @classmethod
+    def _check_klaviyo_url(cls, value: str) -> str:
+        if value.endswith("/api"):
+            raise mistake("ends with /api", "remove it, the worker adds it")
+        return value
 
     @field_validator("http_tls_key")
     @classmethod

@@ -25,7 +25,7 @@ from adapters.pubsub.settlement import LEASE_SECONDS, TRANSIENT_ERRORS, Settleme
 from adapters.pubsub.streaming_pull import StreamClient, StreamingPull
 from adapters.pubsub.transport import open_transport
 from adapters.shared import proxy
-from adapters.shared.batches import batches
+from adapters.shared.chunks import chunked
 from adapters.shared.leased_dead_letters import LeasedDeadLetters
 from adapters.shared.redeliveries import ExpectedRedeliveries
 
@@ -214,7 +214,7 @@ class PubSubQueue:
         if subscription is None:
             raise QueueError(f"QUEUE_URL: {self._unreadable}, so its topic is unknown", todo=self._grant_viewer)
         stored = 0
-        for batch in batches(bodies, MAX_BATCH, MAX_BATCH_BYTES):
+        for batch in chunked(bodies, len, MAX_BATCH_BYTES, MAX_BATCH):
             if b"" in batch:
                 empty = f"message {stored + batch.index(b'') + 1} is empty, which Pub/Sub does not accept"
                 raise QueueError(f"QUEUE_URL: {stored} messages were published, then: {empty}")

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from adapters.base import QueueError
-from adapters.shared.batches import batches
+from adapters.shared.chunks import chunked
 from adapters.sqs import client as aws
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 def publish(client: SQSClient, queue_url: str, bodies: Iterable[bytes]) -> int:
     """Send the messages in order and return their number. A QueueError says how many were sent before it."""
     stored = 0
-    for batch in batches(bodies, MAX_BATCH, MAX_BYTES):
+    for batch in chunked(bodies, len, MAX_BYTES, MAX_BATCH):
         texts = [_decode(body) for body in batch]
         if None in texts:
             number = stored + texts.index(None) + 1

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapters import QueueError, SupportsDeadLetters, scheme_of
-from worker.cli.options import Group, open_configured_queue, settings_options
+from worker.cli.options import Group, open_configured_queue, settings_options, with_options
 from worker.cli.termination import CommandError, handle_errors
 from worker.commands.dlq.dead_letters import (
     BATCH_SIZE,
@@ -29,7 +29,7 @@ from worker.commands.dlq.dead_letters import (
     summarize,
 )
 from worker.errors import ExitCode, kind_of
-from worker.json_access import printable
+from worker.json_access import printable, shorten
 from worker.setting_sources import load
 from worker.settings import QueueSettings
 
@@ -54,37 +54,41 @@ def _parse_since_option(text: str) -> datetime:
         raise click.BadParameter(f"{text!r}: {expected}") from None
 
 
-def filter_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that select dead letters, and pass them to `function` as its argument `filters`."""
-
-    @click.option("--reason", default="", metavar="TEXT", help="Only dead letters whose reason contains this text.")
-    @click.option(
+_FILTER_OPTIONS = (
+    click.option("--reason", default="", metavar="TEXT", help="Only dead letters whose reason contains this text."),
+    click.option(
         "--type",
         "message_type",
         default="",
         metavar="TYPE",
         help="Only messages of this type; `unreadable` selects those that cannot be parsed.",
-    )
-    @click.option(
+    ),
+    click.option(
         "--since",
         type=_parse_since_option,
         metavar="AGE|TIME",
         help="Only messages dead-lettered within this age (2h, 3d), or since this time (2026-11-24).",
-    )
-    @click.option(
+    ),
+    click.option(
         "--older-than",
         "before",
         type=_parse_since_option,
         metavar="AGE|TIME",
         help="Only messages dead-lettered longer ago than this age (30d), or before this time.",
-    )
-    @click.option(
+    ),
+    click.option(
         "--about",
         default="",
         metavar="TEXT",
         help="Only messages that contain this text, such as the id or the email of a person.",
-    )
-    @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Maximum number of dead letters.")
+    ),
+    click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Maximum number of dead letters."),
+)
+
+
+def filter_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that select dead letters, and pass them to `function` as its argument `filters`."""
+
     @wraps(function)
     def with_filters(
         *,
@@ -100,7 +104,7 @@ def filter_options(function: Callable[..., None]) -> Callable[..., None]:
         filters = DeadLetterFilter(frozenset(message_ids), reason, message_type, since, before, about, limit)
         function(filters=filters, **arguments)
 
-    return with_filters
+    return with_options(*_FILTER_OPTIONS)(with_filters)
 
 
 @contextmanager
@@ -167,7 +171,7 @@ def show(*, message_id: str, **option_values: Any) -> None:
     click.echo("The body can contain personal data: share it only with people who are allowed to see it.", err=True)
     for name, value in _details(dead_letter):
         if value:
-            click.echo(f"{name:<18}{_bounded(printable(value))}", err=True)
+            click.echo(f"{name:<18}{shorten(printable(value), _MAX_TEXT)}", err=True)
     click.echo(err=True)
     click.echo(format_body(dead_letter.delivery.body))
 
@@ -238,7 +242,7 @@ def _print_counts(summaries: Iterable[DeadLetterSummary]) -> None:
 
 def _format_line(summary: DeadLetterSummary) -> str:
     resource = " ".join(filter(None, (display_type(summary), summary.resource_type, summary.resource_id)))
-    time, message_id = _format_time(summary.dead_lettered_at), _bounded(printable(summary.message_id))
+    time, message_id = _format_time(summary.dead_lettered_at), shorten(printable(summary.message_id), _MAX_TEXT)
     return f"{time:<19}  {message_id:>6}  {printable(resource)}  {_format_reason(summary)}"
 
 
@@ -247,11 +251,7 @@ def _format_time(at: datetime | None) -> str:
 
 
 def _format_reason(summary: DeadLetterSummary) -> str:
-    return _bounded(printable(f"[{summary.stage}] {summary.reason}"))
-
-
-def _bounded(text: str) -> str:
-    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
+    return shorten(printable(f"[{summary.stage}] {summary.reason}"), _MAX_TEXT)
 
 
 def _details(dead_letter: DeadLetter) -> Iterator[tuple[str, str]]:

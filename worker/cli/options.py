@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,14 @@ from adapters import QueueAdapter, open_queue
 from worker.cli.termination import run_process
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from pydantic.fields import FieldInfo
     from pydantic_settings import BaseSettings
 
     from worker.settings import QueueSettings
 
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]  # of the function of a command
 SECRETS = frozenset(
     {"ct_api_client", "destination_secret", "http_password", "klaviyo_auth_key", "servicebus_connection_string"}
 )
@@ -52,27 +54,31 @@ class Group(click.Group):
         run_process(partial(self.main, *arguments, **options))
 
 
-def settings_options(
-    kind: type[BaseSettings], without: frozenset[str] = frozenset()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add an option for every setting of `kind` except secrets and `without`. `load` validates the values."""
+def with_options(*options: Decorator) -> Decorator:
+    """Return a decorator that adds the options in this order."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        for name, info in reversed(kind.model_fields.items()):
-            if name not in SECRETS | without:
-                default = info.get_default()
-                default_text = "" if default in (None, "") or info.is_required() else f"  [default: {default}]"
-                text = f"{info.description}{default_text}  [env: {info.validation_alias}]"
-                option_name = "--" + name.replace("_", "-")
-                metavar = _metavar(info)
-                kind_of_value = click.Path() if metavar == "FILE" else str  # lets shells complete a path
-                option = click.option(
-                    option_name, name, cls=Setting, type=kind_of_value, default=None, help=text, metavar=metavar
-                )
-                function = option(function)
+        for option in reversed(options):
+            function = option(function)
         return function
 
     return decorate
+
+
+def settings_options(kind: type[BaseSettings], without: frozenset[str] = frozenset()) -> Decorator:
+    """Add an option for every setting of `kind` except secrets and `without`. `load` validates the values."""
+    names = [name for name in kind.model_fields if name not in SECRETS | without]
+    return with_options(*(_setting_option(name, kind.model_fields[name]) for name in names))
+
+
+def _setting_option(name: str, info: FieldInfo) -> Decorator:
+    default = info.get_default()
+    default_text = "" if default in (None, "") or info.is_required() else f"  [default: {default}]"
+    text = f"{info.description}{default_text}  [env: {info.validation_alias}]"
+    metavar = _metavar(info)
+    kind = click.Path() if metavar == "FILE" else str  # lets shells complete a path
+    option = "--" + name.replace("_", "-")
+    return click.option(option, name, cls=Setting, type=kind, default=None, help=text, metavar=metavar)
 
 
 def _metavar(info: FieldInfo) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
-from worker.cli.options import Group, settings_options
+from worker.cli.options import Group, settings_options, with_options
 from worker.cli.termination import CommandError, handle_errors
 from worker.errors import ExitCode, SettingsError, WorkerError
 from worker.json_access import printable
@@ -16,7 +16,7 @@ from worker.setting_sources import load
 from worker.settings import SubscriptionSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from worker.commands.subscriptions.client import Subscriptions
     from worker.commands.subscriptions.plan import DesiredSubscription, Plan
@@ -32,35 +32,28 @@ def subscriptions() -> None:
     """
 
 
-def _options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that both commands have."""
-    options = (
-        click.option(
-            "--destination",
-            default="",
-            metavar="URL",
-            help="Destination of the notifications, see docs/subscriptions.md.  [default: from QUEUE_URL]",
-        ),
-        click.option(
-            "--key", default="klaviyo-worker", show_default=True, metavar="KEY", help="Key of the subscription."
-        ),
-        click.option(
-            "--format",
-            "delivery_format",
-            type=click.Choice(["Platform", "CloudEvents"]),
-            help="Format of a new subscription.  [default: Platform; CloudEvents for Event Grid]",
-        ),
-        click.option(
-            "--renew",
-            is_flag=True,
-            help="Send the destination to commercetools again, for example because its secret has changed.",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print JSON lines."),
-        settings_options(SubscriptionSettings),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+_options = with_options(
+    click.option(
+        "--destination",
+        default="",
+        metavar="URL",
+        help="Destination of the notifications, see docs/subscriptions.md.  [default: from QUEUE_URL]",
+    ),
+    click.option("--key", default="klaviyo-worker", show_default=True, metavar="KEY", help="Key of the subscription."),
+    click.option(
+        "--format",
+        "delivery_format",
+        type=click.Choice(["Platform", "CloudEvents"]),
+        help="Format of a new subscription.  [default: Platform; CloudEvents for Event Grid]",
+    ),
+    click.option(
+        "--renew",
+        is_flag=True,
+        help="Send the destination to commercetools again, for example because its secret has changed.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print JSON lines."),
+    settings_options(SubscriptionSettings),
+)
 
 
 @subscriptions.command("plan")

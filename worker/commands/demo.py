@@ -17,6 +17,7 @@ import click
 
 from adapters.embedded.queue import EmbeddedQueue
 from worker.commands.dlq.dead_letters import iter_dead_letters
+from worker.json_access import printable
 from worker.sandbox import Sandbox, carts
 from worker.sandbox.samples import sample_notifications
 from worker.service import Worker
@@ -162,7 +163,7 @@ def _format_profile(profile: dict[str, Any]) -> str:
     name = " ".join(filter(None, (attributes.get("first_name"), attributes.get("last_name"))))
     place = (attributes.get("location") or {}).get("city")
     details = (attributes.get("email"), name, attributes.get("phone_number"), place)
-    return _printable(" · ".join(str(detail) for detail in details if detail))
+    return printable(" · ".join(str(detail) for detail in details if detail))
 
 
 def _format_event(event: dict[str, Any]) -> str:
@@ -171,7 +172,7 @@ def _format_event(event: dict[str, Any]) -> str:
     names = properties.get("ItemNames") or [properties.get("ProductName")]
     items = ", ".join(str(name) for name in names[:3] if name) + (" …" if len(names) > 3 else "")  # noqa: PLR2004
     identifier = event.get("email") or event.get("external_id") or ""
-    return f"{(event.get('time') or '')[:19]}  {identifier:<34}{money:>14}  {_printable(items)}"
+    return f"{(event.get('time') or '')[:19]}  {identifier:<34}{money:>14}  {printable(items)}"
 
 
 def _format_entry(attributes: dict[str, Any], external_id: str) -> str:
@@ -179,11 +180,6 @@ def _format_entry(attributes: dict[str, Any], external_id: str) -> str:
     price = "" if attributes.get("price") is None else f" · {attributes['price']:,.2f}"
     stock = f" · {attributes['inventory_quantity']} in stock" if "inventory_quantity" in attributes else ""
     return f"{title}{price}{stock}  [{external_id}]"
-
-
-def _printable(text: str) -> str:
-    """Replace control characters, which names from customers can contain."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _print_dead_letters(path: Path) -> None:

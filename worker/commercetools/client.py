@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import orjson
 
+from adapters.shared.chunks import chunked
 from worker.commercetools.page_sizes import MAX_PAGE_SIZE, PageSizes
 from worker.commercetools.queries import Query, QueryResult, group_by_value, is_unique, trim
 from worker.commercetools.responses import TRANSIENT_CODES, decode_error, decode_page, is_own
@@ -26,7 +27,6 @@ from worker.errors import (
     WorkerError,
 )
 from worker.http import transport as http
-from worker.http.chunks import chunked
 from worker.http.service_client import ServiceClient
 from worker.json_access import as_dicts, as_int, as_text
 
@@ -118,10 +118,10 @@ class Commercetools(ServiceClient):
         return as_int(self._breakers[query.path](self._get, query, where, after, "limit=0").get("total")) or 0
 
     def _all_pages(self, query: Query, chunk: list[str]) -> list[Json]:
-        """Return the resources of all pages. If each value has at most one resource, the first page has all of them.
+        """Return the resources of all pages, or of the first ones if the query has `max_resources`.
 
-        Each page starts after the last id. Offsets are not used: they are limited, and they skip resources during
-        concurrent writes.
+        If each value has at most one resource, the first page has all of them. Each page starts after the last id.
+        Offsets are not used: they are limited, and they skip resources during concurrent writes.
         """
         where = _where(query, chunk)
         if is_unique(query):
@@ -131,7 +131,8 @@ class Commercetools(ServiceClient):
         while True:
             page, size = self._page(query, where, after)
             results += page
-            if len(page) < size:
+            is_enough = 0 < query.max_resources <= len(results)
+            if len(page) < size or is_enough:
                 return results
             last = as_text(page[-1].get("id"))
             if last <= after:
@@ -228,7 +229,7 @@ def _where(query: Query, values: list[str]) -> str:
     return query.predicate.replace("{0}", "{}").replace("{}", joined)
 
 
-def _chunks(values: list[str], query: Query, most: float = math.inf) -> Iterator[list[str]]:
-    """Split values so that each query has at most `most`, which take at most MAX_WHERE_BYTES when encoded."""
+def _chunks(values: list[str], query: Query, max_values: float = math.inf) -> Iterator[list[str]]:
+    """Split values so that each query has at most `max_values`, of at most MAX_WHERE_BYTES when encoded."""
     repeats = query.predicate.count("{")
-    return chunked(values, lambda value: repeats * len(quote(f",{_quoted(value)}")), MAX_WHERE_BYTES, most)
+    return chunked(values, lambda value: repeats * len(quote(f",{_quoted(value)}")), MAX_WHERE_BYTES, max_values)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from worker.json_access import as_dict, as_dicts, as_key, as_text, pick_ids
+from worker.transform.product_state import all_variants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -60,13 +61,8 @@ def _categories(product: Json) -> list[str]:
     return pick_ids(product.get("categories"))
 
 
-def variants(product: Json) -> list[Json]:
-    """Return the variants of a product projection, the master variant first."""
-    return [as_dict(product.get("masterVariant")), *as_dicts(product.get("variants"))]
-
-
 def _skus(product: Json) -> list[str]:
-    return [sku for variant in variants(product) for sku in _sku(variant)]
+    return [sku for variant in all_variants(product) for sku in _sku(variant)]
 
 
 def is_unique(query: Query) -> bool:

@@ -10,6 +10,7 @@ from worker.commercetools import queries
 from worker.enrich.plans import Lookup, category_ids, find_categories, with_version
 from worker.json_access import as_dict, as_key, as_text, unique
 from worker.transform.prices import has_standalone_prices
+from worker.transform.product_state import all_variants
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -96,7 +97,7 @@ def _catalog_data_plan(enriched: Enriched, context: PlanContext) -> Generator[Se
     product = enriched.product
     if product is None:
         return enriched
-    skus = unique(as_key(variant.get("sku")) for variant in queries.variants(product))
+    skus = unique(as_key(variant.get("sku")) for variant in all_variants(product))
     priced_skus = skus if has_standalone_prices(product) else []
     yield [(queries.INVENTORY_BY_SKU, skus), (queries.STANDALONE_PRICES_BY_SKU, priced_skus)]
     own = category_ids(product)

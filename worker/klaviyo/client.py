@@ -17,11 +17,7 @@ import orjson
 from klaviyo_api import KlaviyoAPI
 from openapi_client.rest import RESTClientObject
 
-from worker.errors import (
-    KlaviyoMisconfigured,
-    Rejected,
-    Transient,
-)
+from worker.errors import KlaviyoMisconfigured, Rejected, Transient
 from worker.http import transport as http
 from worker.http.service_client import ServiceClient
 from worker.json_access import as_dict, as_dicts, as_text

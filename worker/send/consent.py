@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import cachetools
 import orjson
 
+from adapters.shared.chunks import chunked
 from worker.errors import ReadingOutdated, Rejected, RequestBlocked, StaleRead, Transient, WorkerError
-from worker.http.chunks import chunked
 from worker.json_access import as_dict, as_dicts, as_int, as_text
 from worker.send.bulk import isolate_rejected
 from worker.send.profile_directory import FIELDS, Directory, identifier, read_profiles

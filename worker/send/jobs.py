@@ -13,6 +13,7 @@ from math import inf
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
+from adapters.shared.chunks import chunked
 from worker.errors import (
     EndpointRefused,
     JobUnfinished,
@@ -23,7 +24,6 @@ from worker.errors import (
     Transient,
     WorkerError,
 )
-from worker.http.chunks import chunked
 from worker.json_access import as_dict, as_dicts, as_int, as_text
 from worker.klaviyo.client import iter_resources
 from worker.model import Json, SendResult

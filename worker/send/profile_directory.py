@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 import orjson
 
+from adapters.shared.chunks import chunked
 from worker.errors import Rejected, RequestBlocked, Transient, WorkerError
-from worker.http.chunks import chunked
 from worker.json_access import as_dict, as_text
 from worker.klaviyo.client import iter_resources
 from worker.send.bulk import isolate_rejected

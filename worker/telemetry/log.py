@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
-from worker.json_access import printable
+from worker.json_access import printable, shorten
 
 log = logging.getLogger("klaviyo_worker")
 
@@ -116,7 +116,7 @@ class _JsonFormatter(JsonFormatter):
 
 
 def _bounded(value: Any) -> Any:
-    return f"{value[: MAX_VALUE - 1]}…" if isinstance(value, str) and len(value) > MAX_VALUE else value
+    return shorten(value, MAX_VALUE) if isinstance(value, str) else value
 
 
 def _json_formatter() -> JsonFormatter:

@@ -7,6 +7,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import kind_of
+from worker.json_access import shorten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,4 +46,4 @@ class RecentFailures:
 
 
 def _truncate(value: Any) -> Any:
-    return f"{value[: MAX_TEXT - 1]}…" if isinstance(value, str) and len(value) > MAX_TEXT else value
+    return shorten(value, MAX_TEXT) if isinstance(value, str) else value

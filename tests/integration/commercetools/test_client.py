@@ -25,6 +25,7 @@ from worker.commercetools.queries import (
     ORDERS_BY_PAYMENT,
     PAYMENTS,
     PRODUCTS,
+    PRODUCTS_BY_CATEGORY,
     PRODUCTS_BY_SKU,
 )
 from worker.errors import (
@@ -85,6 +86,16 @@ def test_all_pages_of_a_result_are_read(sandbox: Sandbox) -> None:
         sandbox.shop.inventory[name] = template | {"id": name, "sku": "MANY"}
     found = ids(commercetools_for(sandbox).find(INVENTORY_BY_SKU, ["MANY"]), "MANY")
     assert found == [f"{number:05}" for number in range(2 * MAX_PAGE_SIZE + 7)]
+
+
+def test_no_more_pages_are_read_than_needed(sandbox: Sandbox) -> None:
+    """The move of a category with a whole catalog below it does not read the whole catalog."""
+    template = sandbox.shop.products[uid("product:slim-jeans")] | {"categories": [{"typeId": "category", "id": "all"}]}
+    names = [f"{number:05}" for number in range(PRODUCTS_BY_CATEGORY.max_resources + 200)]
+    sandbox.shop.products |= {name: template | {"id": name} for name in names}
+    found = ids(commercetools_for(sandbox).find(PRODUCTS_BY_CATEGORY, ["all"]), "all")
+    assert PRODUCTS_BY_CATEGORY.max_resources <= len(found) < len(names)
+    assert found == names[: len(found)]
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 520, 522])

@@ -10,6 +10,7 @@ from worker.commercetools import queries
 from worker.errors import ExitCode, WorkerError
 from worker.json_access import as_key, unique
 from worker.transform.prices import CurrentPrices, has_standalone_prices, prices_of
+from worker.transform.product_state import all_variants, is_readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def check_catalog(reader: Commercetools, mapping: MappingConfig) -> Iterator[CheckResult]:
     """Yield a failure if the first published products show that the catalog would be wrong. Raises WorkerError."""
     products = reader.page(queries.PRODUCTS)
-    if any(not isinstance(product.get("masterVariant"), dict) for product in products):
+    if not all(map(is_readable, products)):
         text = "the project uses the catalog model Modular, which is not supported: products are ignored"
         yield _failure(text, "use the catalog model Classic, or disable the product types (disabled_types)")
         return
@@ -47,12 +48,12 @@ def _failure(text: str, todo: str) -> CheckResult:
 def _prices(reader: Commercetools, products: list[Json]) -> Iterator[Sequence[Json]]:
     """Yield the prices of each variant. Raises WorkerError."""
     standalone = [product for product in products if has_standalone_prices(product)]
-    skus = unique(as_key(variant.get("sku")) for product in standalone for variant in queries.variants(product))
+    skus = unique(as_key(variant.get("sku")) for product in standalone for variant in all_variants(product))
     by_sku: dict[str, list[Json]] = {}
     for sku, found in reader.find(queries.STANDALONE_PRICES_BY_SKU, skus).items():
         if isinstance(found, WorkerError):
             raise found
         by_sku[sku] = found
     for product in products:
-        for variant in queries.variants(product):
+        for variant in all_variants(product):
             yield prices_of(product, variant, by_sku)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from worker.model import Json
+    from worker.send.bulk import OperationId
     from worker.send.catalog.reader import CatalogReader, Entry, Found
 
 ITEM_KINDS = frozenset({OperationKind.UPSERT_ITEM, OperationKind.ENSURE_ITEM})
@@ -26,7 +27,6 @@ _STRONGER = {  # an operation that makes another one on the same entry unnecessa
     OperationKind.ENSURE_VARIANT: (OperationKind.UPSERT_VARIANT,),
     OperationKind.UPDATE_INVENTORY: (OperationKind.UPSERT_VARIANT, OperationKind.ENSURE_VARIANT),  # which write it, too
 }
-OperationId = tuple[OperationKind, str]  # kind and key
 
 
 class CatalogBatch:

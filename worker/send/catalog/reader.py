@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 import orjson
 
+from adapters.shared.chunks import chunked
 from worker.errors import Rejected, RequestBlocked, ResponseTooLarge, WorkerError
-from worker.http.chunks import chunked
 from worker.json_access import as_dict, as_dicts, as_key
 from worker.klaviyo.client import iter_pages, iter_resources
 from worker.send.requests import entry_path

@@ -1,4 +1,4 @@
-"""A function that splits values into chunks of a limited size."""
+"""Splits values into chunks of a limited size."""
 
 from __future__ import annotations
 
