@@ -158,6 +158,17 @@ def test_with_erasure_the_customer_of_an_order_is_awaited(reader: CountingReader
     assert one(Enricher(reader, MappingConfig()), notification).missing == ""
 
 
+def test_with_erasure_the_customer_of_an_order_is_read_each_time(reader: CountingReader) -> None:
+    """A customer who was erased since the last order must not come back. A batch has one reading nevertheless."""
+    erasure = MappingConfig.model_validate({"customer": {"erasure": True}})
+    enricher = Enricher(CachedReader(reader, 60), erasure, now=lambda: NOW)
+    orders = [about("order", name, "OrderStateChanged") for name in ("o1", "o2")]
+    assert all(isinstance(result, Enriched) and result.customer for result in enricher.enrich(orders))
+    assert reader.queries["customers"] == 1
+    reader._resources = SHOP | {"customers": []}
+    assert one(enricher, orders[0]).customer is None
+
+
 def test_email_addresses_of_customers_are_cached_until_they_are_known_to_change(reader: CountingReader) -> None:
     """Orders of one customer share a reading. A message about the customer updates it."""
     enricher = Enricher(CachedReader(reader, 60), MappingConfig(), now=lambda: NOW)

@@ -105,14 +105,17 @@ def order_data_plan(enriched: Enriched, context: PlanContext) -> Plan:
     codes = applied_codes(order)
     customer_id = as_id(order.get("customerId"))
     lookups = [(queries.LINE_PRODUCTS, products), (queries.DISCOUNT_CODES, codes)]
-    yield [*lookups, (queries.CUSTOMER_EMAILS, [customer_id])]
+    # With erasure, an order whose customer is gone is ignored. So a customer who was there a while ago does not count,
+    # and one who is not shown yet must be waited for.
+    has_erasure = context.mapping.customer.erasure
+    customer_query = queries.PRESENT_CUSTOMER_EMAILS if has_erasure else queries.CUSTOMER_EMAILS
+    yield [*lookups, (customer_query, [customer_id])]
     found = {product: context.get_optional(queries.LINE_PRODUCTS, product) for product in products}
     product_categories = {product: category_ids(projection) for product, projection in found.items()}
     brand = context.mapping.order.brand_attribute
     categories = yield from find_categories(queries.CATEGORY_NAMES, product_categories.values(), context)
-    customer = enriched.customer or context.get_optional(queries.CUSTOMER_EMAILS, customer_id)
-    # With erasure, an order whose customer is gone is ignored. So a customer who is not shown yet must be waited for.
-    is_awaited = context.mapping.customer.erasure and customer_id and customer is None
+    customer = enriched.customer or context.get_optional(customer_query, customer_id)
+    is_awaited = has_erasure and customer_id and customer is None
     return replace(
         enriched,
         product_categories=product_categories,
