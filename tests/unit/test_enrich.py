@@ -212,15 +212,18 @@ def test_payments_of_the_order_are_in_its_order() -> None:
 @pytest.mark.parametrize(
     ("payload", "added"),
     [
-        ({"payment": {"id": "p1"}}, []),
-        ({"payment": {"id": "p2"}}, ["p2"]),
-        ({}, ["p2"]),
-        ({"payment": {"id": "p3"}}, []),
+        ({"paymentRef": {"id": "p1"}}, []),
+        ({"paymentRef": {"id": "p2"}}, ["p2"]),
+        ({"paymentRef": {"id": "p4"}}, ["p4"]),
+        ({"payment": {"id": "p4"}}, ["p4"]),  # its former name
+        ({}, ["p2", "p4"]),
+        ({"paymentRef": {"id": "p3"}}, []),
     ],
 )
 def test_payment_that_an_order_gets_belongs_to_its_first_order(payload: dict[str, Any], added: list[str]) -> None:
     """So its refunds are events of one order."""
-    shop = {"orders": [paying(1, "p1"), paying(2, "p1", "p2")], "payments": [{"id": "p1"}, {"id": "p2"}]}
+    payments = [{"id": "p1"}, {"id": "p2"}, {"id": "p4"}]
+    shop = {"orders": [paying(1, "p1"), paying(2, "p1", "p2", "p4")], "payments": payments}
     enriched = one(Enricher(InMemoryReader(shop), MAPPING), about("order", "o2", "OrderPaymentAdded", **payload))
     assert [each["id"] for each in enriched.added_payments] == added
 
@@ -232,7 +235,7 @@ def test_payment_that_no_query_finds_yet_belongs_to_the_order_that_got_it() -> N
         def find(self, query: Query, values: Collection[str]) -> QueryResult:
             return {} if query == ORDERS_BY_PAYMENT else super().find(query, values)
 
-    message = about("order", "o1", "OrderPaymentAdded", payment={"id": "p1"})
+    message = about("order", "o1", "OrderPaymentAdded", paymentRef={"id": "p1"})
     enriched = one(Enricher(Lagging({"orders": [paying(1, "p1")], "payments": [{"id": "p1"}]}), MAPPING), message)
     assert enriched.added_payments == [{"id": "p1"}]
 

@@ -40,7 +40,8 @@ def order_payment_plan(enriched: Enriched, context: PlanContext) -> Plan:
     A payment of several orders belongs to the first one.
     """
     notification = enriched.notification
-    named = as_text(as_dict(notification.payload.get("payment")).get("id"))
+    reference = notification.payload.get("paymentRef") or notification.payload.get("payment")  # its former name
+    named = as_text(as_dict(reference).get("id"))
     yield [(queries.ORDERS, [notification.resource_id]), (queries.ORDERS_BY_PAYMENT, [named])]
     order = context.get(queries.ORDERS, notification.resource_id)
     enriched = with_version(replace(enriched, order=order), order)

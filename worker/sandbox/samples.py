@@ -105,7 +105,7 @@ def _payments(shop: Shop) -> Iterator[SampleSpec]:
     orphan = payload_not_included("PaymentTransactionAdded", "payment", uid("payment:orphan"))
     yield "PaymentTransactionAdded, no order", orphan, "ignored"
     paid_twice = message(
-        "OrderPaymentAdded", "order", uid("order:paid-twice"), payment=reference("payment", "second-card")
+        "OrderPaymentAdded", "order", uid("order:paid-twice"), paymentRef=reference("payment", "second-card")
     )
     yield "OrderPaymentAdded", paid_twice, "sent"
 

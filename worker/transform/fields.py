@@ -22,6 +22,33 @@ if TYPE_CHECKING:
 
 MAX_FRACTION_DIGITS = 20  # commercetools' limit for highPrecision money
 MAX_MINOR_UNITS = 2**63
+# ISO 4217: the currencies whose minor unit is not a hundredth, by its digits
+_DIGITS = (
+    dict.fromkeys(
+        [
+            "BIF",
+            "CLP",
+            "DJF",
+            "GNF",
+            "ISK",
+            "JPY",
+            "KMF",
+            "KRW",
+            "PYG",
+            "RWF",
+            "UGX",
+            "UYI",
+            "VND",
+            "VUV",
+            "XAF",
+            "XOF",
+            "XPF",
+        ],
+        0,
+    )
+    | dict.fromkeys(["BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"], 3)
+    | dict.fromkeys(["CLF", "UYW"], 4)
+)
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
 
@@ -49,11 +76,14 @@ def amount(money: Any) -> Decimal | None:
 
 
 def _minor_units(money: Any) -> tuple[int, int] | None:
-    """Return minor units and fraction digits of a money: https://docs.commercetools.com/api/types#typedmoney."""
+    """Return minor units and fraction digits of a money: https://docs.commercetools.com/api/types#typedmoney.
+
+    A money without fractionDigits has those of its currency.
+    """
     money = as_dict(money)
     units = as_int(money.get("preciseAmount"))
     units = as_int(money.get("centAmount")) if units is None else units
-    digits = as_int(money.get("fractionDigits", 2))
+    digits = as_int(money["fractionDigits"]) if "fractionDigits" in money else _DIGITS.get(currency(money), 2)
     if units is None or abs(units) >= MAX_MINOR_UNITS or digits is None or not 0 <= digits <= MAX_FRACTION_DIGITS:
         return None
     return units, digits

@@ -22,7 +22,7 @@ from worker.transform.order_totals import (
     tax_total,
 )
 from worker.transform.region import country_of, store_of
-from worker.transform.size_limits import EVENT_BYTES, truncate
+from worker.transform.size_limits import EVENT_BYTES, own_first, truncate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +69,7 @@ def order_event(
         time=event_time(enriched, enriched.notification.time, order.get("createdAt")),
         value=order_total(order, mapping) if value is None else value,
         profile=identifiers(order, enriched, mapping),
-        properties=(shared_properties(enriched, mapping) if properties is None else properties) | (more or {}),
+        properties=own_first(more or {}, shared_properties(enriched, mapping) if properties is None else properties),
     )
 
 
@@ -160,7 +160,7 @@ def order_properties(order: Json, items: list[Json], enriched: Enriched, mapping
     """Return the properties of an order event, with the names that Klaviyo's flows and templates use."""
     custom = fields.custom_properties(order, mapping.order.custom_fields, mapping.locale)
     raw = fields.filter_properties(order, mapping.order.properties) if mapping.order.properties.include else {}
-    return fields.compact(raw | custom | fields.compact(_own_properties(order, items, enriched, mapping)))
+    return own_first(fields.compact(_own_properties(order, items, enriched, mapping)), raw | custom)
 
 
 def order_omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:

@@ -36,7 +36,8 @@ def line_share(line: Json, quantity: int | None, mapping: MappingConfig) -> Json
     if cents is None or not pieces or quantity is None:
         return {}
     share = round(Decimal(cents) * quantity / pieces)
-    return {name: value for name, value in money.items() if name != "preciseAmount"} | {"centAmount": share}
+    kept = ("currencyCode",) if "preciseAmount" in money else ("currencyCode", "fractionDigits")
+    return {name: money[name] for name in kept if name in money} | {"centAmount": share}
 
 
 def shipping_costs(order: Json, mapping: MappingConfig) -> Decimal | None:

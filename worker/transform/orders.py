@@ -25,6 +25,7 @@ from worker.transform.order_events import (
 )
 from worker.transform.order_totals import line_total, order_total
 from worker.transform.registry import handles
+from worker.transform.size_limits import own_first
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -70,7 +71,7 @@ def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operati
             time=fields.add_seconds(time, 1),
             value=line_total(line, mapping),
             profile=profile,
-            properties=raw | item | _brand(item) | order_ids,
+            properties=own_first(item | _brand(item) | order_ids, raw),
             backfill=backfill,
         )
 

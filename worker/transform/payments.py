@@ -14,7 +14,7 @@ from worker.transform.identity import identifiers
 from worker.transform.line_items import items_of
 from worker.transform.order_events import event_operation, event_time, order_omissions, order_properties
 from worker.transform.registry import handles
-from worker.transform.size_limits import EVENT_BYTES, truncate
+from worker.transform.size_limits import EVENT_BYTES, own_first, truncate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -112,7 +112,7 @@ def _refund_events(enriched: Enriched, mapping: MappingConfig) -> Iterator[Opera
             time=event_time(enriched, transaction.get("timestamp"), enriched.notification.time),
             value=transaction.get("amount"),
             profile=profile,
-            properties=refund | properties | refund,  # first, so that they are not the ones to truncate
+            properties=own_first(refund, properties),
         )
         yield replace(operation, truncated=limit_paths(dict.fromkeys([*truncated, *operation.truncated])))
 

@@ -24,6 +24,11 @@ EVENT_BYTES = 4_500_000  # Klaviyo's limit for an event is 5 MB, including its p
 PROFILE_BYTES = 80_000  # Klaviyo's limit for a profile is 100 KB, including its other attributes
 
 
+def own_first(own: Json, others: Json) -> Json:
+    """Return both, `own` first and instead of others of the same name: what stands last is removed first."""
+    return own | others | own
+
+
 def truncate(properties: Json, max_bytes: int = EVENT_BYTES) -> tuple[Json, list[str]]:
     """Return properties that respect all limits, and the paths of the properties that were truncated or removed.
 

@@ -175,6 +175,15 @@ def test_value_of_a_return_is_the_price_of_its_items() -> None:
     assert "value" not in returned({"lineItemId": "gone", "quantity": 1})
 
 
+def test_value_of_a_returned_part_of_a_precise_total() -> None:
+    """It is rounded to minor units of the currency."""
+    total = {"currencyCode": "KWD", "centAmount": 1000, "preciseAmount": 1_000_400, "fractionDigits": 6}
+    order = {"lineItems": [LINE | {"quantity": 3, "totalPrice": total}]}
+    item = {"lineItemId": "line-1", "quantity": 2}
+    (event,) = attributes("ReturnInfoAdded", order, RETURNS, returnInfo={"items": [item]})
+    assert (event["value"], event["value_currency"]) == (0.667, "KWD")
+
+
 def test_too_many_items_in_one_return() -> None:
     """Each becomes an entry of a property."""
     with pytest.raises(Rejected, match="the return has 1,001 items: expected at most 1,000"):
@@ -200,3 +209,30 @@ def test_an_order_with_as_many_lines_as_commercetools_allows_is_whole() -> None:
     placed, *ordered = attributes("OrderCreated", {"lineItems": lines})
     assert [item["SKU"] for item in placed["properties"]["Items"]] == [f"SKU-{n}" for n in range(500)]
     assert {event["unique_id"] for event in ordered} == {f"line-{n}" for n in range(500)}
+
+
+MANY = {"custom": {"fields": {f"field{n}": n for n in range(450)}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "order", "settings", "name"),
+    [
+        ("OrderCreated", MANY | {"orderNumber": "A-1"}, {}, "OrderNumber"),
+        ("OrderShipmentStateChanged", MANY | {"shipmentState": "Shipped"}, {}, "TrackingNumbers"),
+        ("ReturnInfoAdded", MANY | {"returnInfo": [{"returnTrackingId": "R"}]}, RETURNS, "ReturnTrackingId"),
+    ],
+)
+def test_custom_fields_take_the_place_of_no_other_property(
+    kind: str, order: dict[str, Any], settings: Any, name: str
+) -> None:
+    """Klaviyo accepts 400 properties. Flows need those of the event."""
+    (event,) = attributes(kind, order | shipped(parcel(1, trackingId="T-1")), settings)
+    assert len(event["properties"]) == 400
+    assert {"OrderId", name} <= event["properties"].keys()
+
+
+def test_a_raw_line_takes_the_place_of_no_other_property() -> None:
+    """Klaviyo accepts 400 properties."""
+    line = {f"field{n}": n for n in range(450)} | LINE
+    _, ordered = attributes("OrderCreated", {"lineItems": [line]}, {"order": {"raw_line_item": True}})
+    assert {"OrderId", "RowTotal"} <= ordered["properties"].keys()

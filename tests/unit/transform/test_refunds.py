@@ -65,7 +65,7 @@ class History:
     def messages(self) -> list[tuple[int, Notification]]:
         """Return all messages, each with the moment of its publication."""
         added = [
-            (self.order_at, _message("OrderPaymentAdded", "order", "order", payment={"id": f"p{number}"}))
+            (self.order_at, _message("OrderPaymentAdded", "order", "order", paymentRef={"id": f"p{number}"}))
             for number in range(len(self.payments))
         ]
         seen: dict[str, int] = defaultdict(int)
