@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from math import inf
 from threading import Lock
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from adapters.shared.chunks import chunked
 from worker.errors import (
@@ -24,23 +26,27 @@ from worker.errors import (
     Transient,
     WorkerError,
 )
-from worker.json_access import as_dict, as_dicts, as_int, as_text
+from worker.json_access import as_dict, as_dicts, as_int, as_text, parse_time
 from worker.klaviyo.client import iter_resources
 from worker.model import Json, SendResult
 from worker.send.bulk import isolate_rejected
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from concurrent.futures import Executor
     from threading import Event
 
     from worker.klaviyo.client import KlaviyoClient
     from worker.send.bulk import BulkResult
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 MAX_BYTES = 5_000_000  # of the request for a job: https://developers.klaviyo.com/en/reference/bulk_import_profiles
 ENVELOPE_BYTES = 200  # maximum number of bytes around the entries in a request
 MAX_CONCURRENT_JOBS = 25  # per batch; Klaviyo accepts 500 per account
-FIRST_POLL = 0.25  # seconds from the start of a job to its first poll
-MAX_POLL = 5.0  # seconds; the maximum time between two polls of a job
+MIN_POLL = 0.05  # seconds from the start of a job to its first poll; more if the last job of its type took longer
+FIRST_PAUSE, MAX_PAUSE = 0.25, 5.0  # seconds; the shortest and the longest time between two polls of a job
 AVOID_FACTOR = 3  # after a job that takes too long, no job of its type is started for this number of timeouts
 PROFILES = "profile-bulk-import-job"
 _CULPRIT = re.compile(r"/data/attributes/\w+/data/(\d+)(?:/|$)")
@@ -108,6 +114,7 @@ class BulkJobs:
         self._timeout = timeout
         self._stop_wait = stop_wait
         self._stopped_at: float | None = None  # monotonic seconds
+        self._seconds_taken: dict[str, float] = {}  # by the last job of each type
         self._avoided: dict[str, float] = {}  # family -> no job is started until then, in monotonic seconds
         self._client = client
         self._stopping = stopping
@@ -115,22 +122,24 @@ class BulkJobs:
         self._listed_at = float("-inf")  # monotonic seconds
         self._lock = Lock()
 
-    def run(self, job_type: BulkJobType, entries: Sequence[JobEntry]) -> list[BulkResult]:
-        """Run jobs with the entries and return the results of the entries in the same order."""
+    def run(self, job_type: BulkJobType, entries: Sequence[JobEntry], executor: Executor) -> list[BulkResult]:
+        """Run jobs with the entries and return the results of the entries in the same order.
+
+        The executor sends the requests about several jobs. No thread of it waits for the end of a job.
+        """
         chunks = list(_chunks(job_type, entries))
         for first in range(0, len(chunks), MAX_CONCURRENT_JOBS):
             if time.monotonic() < self._avoided.get(job_type.family, 0.0):
                 break  # the results of the remaining entries stay unknown
-            jobs: list[_BulkJob] = []
-            for chunk in chunks[first : first + MAX_CONCURRENT_JOBS]:
-                self._start_jobs(job_type, chunk, jobs)
-            for job in jobs:
-                self._wait_for(job_type, job)
+            part = chunks[first : first + MAX_CONCURRENT_JOBS]
+            started = _map(executor, partial(self._start_jobs, job_type), part)
+            self._wait_for(job_type, list(chain.from_iterable(started)), executor)
         return [entry.result for entry in entries]
 
-    def _start_jobs(self, job_type: BulkJobType, chunk: list[JobEntry], jobs: list[_BulkJob]) -> None:
-        """Start a job for the chunk and append it to `jobs`. If Klaviyo rejects entries, start jobs for the others."""
+    def _start_jobs(self, job_type: BulkJobType, chunk: list[JobEntry]) -> list[_BulkJob]:
+        """Start a job for the chunk and return it. If Klaviyo rejects entries, start jobs for the others."""
         before = self._client.requests_sent()
+        jobs: list[_BulkJob] = []
 
         def send(part: list[JobEntry]) -> None:
             jobs.append(_BulkJob(self._start(job_type, part), part, time.monotonic()))
@@ -143,6 +152,7 @@ class BulkJobs:
             result = SendResult(error, min(self._client.requests_sent() - before, 1))
             for entry in chunk:  # the entries of started jobs get another result later
                 entry.result = result
+        return jobs
 
     def _start(self, job_type: BulkJobType, entries: list[JobEntry]) -> str:
         """Start a job and return its id. Raises WorkerError; JobUnfinished if the job has possibly started."""
@@ -164,56 +174,78 @@ class BulkJobs:
     def _unfinished(self, job_type: BulkJobType, reason: str) -> JobUnfinished:
         return JobUnfinished(f"a {job_type.type} {reason}", self._timeout)
 
-    def _wait_for(self, job_type: BulkJobType, job: _BulkJob) -> None:
-        """Wait until the job ends and set the results of its entries. The result of failed entries stays None."""
+    def _wait_for(self, job_type: BulkJobType, jobs: Sequence[_BulkJob], executor: Executor) -> None:
+        """Poll the jobs until all have ended. Every job is polled at least once."""
+        polled_at = max((job.started_at for job in jobs), default=0.0)
+        pause, next_pause = self._seconds_taken.get(job_type.type, FIRST_PAUSE), FIRST_PAUSE
+        while jobs:
+            self._sleep_until(polled_at + pause, jobs)
+            previous_poll, polled_at = polled_at, time.monotonic()
+            have_ended = _map(executor, partial(self._poll_and_conclude, job_type, previous_poll), jobs)
+            jobs = [job for job, has_ended in zip(jobs, have_ended, strict=True) if not has_ended]
+            pause, next_pause = next_pause, min(next_pause * 1.5, MAX_PAUSE)
+
+    def _poll_and_conclude(self, job_type: BulkJobType, since: float, job: _BulkJob) -> bool:
+        """Poll a job. If it has ended, set the results of its entries and return True. That of failed ones stays None.
+
+        `since`: see _poll.
+        """
         failures = _UNKNOWN
         try:
-            failures = self._failures(job_type, job, self._poll_until_ended(job_type, job))
+            attributes = self._poll_once(job_type, since, job)
+            if attributes is None:
+                return False
+            failures = self._failures(job_type, job, attributes)
         except (Rejected, EndpointRefused):  # Klaviyo does not know the errors of the job, or the key cannot read them
             pass
         except RequestBlocked as error:  # the job's id is blocked, which is no record's fault
             self._set_results(job, Transient(error.reason))
-            return
+            return True
         except WorkerError as error:
             self._set_results(job, error)
-            return
+            return True
         for entry in job.entries:
             entry.result = None if failures.can_include(entry) else SendResult(None, 1)
+        return True
 
     def _set_results(self, job: _BulkJob, error: WorkerError) -> None:
         for entry in job.entries:
             entry.result = SendResult(error, 1)
 
-    def _poll_until_ended(self, job_type: BulkJobType, job: _BulkJob) -> Json:
-        """Poll the job until it ends and return its attributes. Raises JobUnfinished if it does not end in time."""
-        polled_at = job.started_at
-        pause = FIRST_POLL
+    def _poll_once(self, job_type: BulkJobType, since: float, job: _BulkJob) -> Json | None:
+        """Poll the job. Return its attributes if it has ended. Raises JobUnfinished if it has not ended in time."""
         reason = "has not ended yet"
-        while True:  # poll at least once, even if waiting for earlier jobs of the batch has used up the timeout
-            self._sleep_until(polled_at + pause, job)
-            previous_poll, polled_at = polled_at, time.monotonic()
-            try:
-                attributes = as_dict(self._poll(job_type, job.id, previous_poll).get("attributes"))
-            except EndpointRefused as error:
-                self._avoided[job_type.family] = inf
-                raise self._unfinished(job_type, f"has started, but cannot be read: {error}") from None
-            except (Transient, KlaviyoMisconfigured) as error:
-                attributes = {}
-                reason = f"has not ended yet, as far as is known: {error}"
-            except Rejected as error:
-                raise self._unfinished(job_type, f"has started, but cannot be read: {error}") from None
-            if attributes.get("status") in _ENDED:
-                return attributes
-            if time.monotonic() >= self._deadline(job):
-                if not self._stopping.is_set():  # another job could take as long, so entries are sent individually
-                    self._avoided[job_type.family] = time.monotonic() + AVOID_FACTOR * self._timeout
-                raise self._unfinished(job_type, reason)
-            pause = min(pause * 1.5, MAX_POLL)
+        try:
+            attributes = as_dict(self._poll(job_type, job.id, since).get("attributes"))
+        except EndpointRefused as error:
+            self._avoided[job_type.family] = inf
+            raise self._unfinished(job_type, f"has started, but cannot be read: {error}") from None
+        except (Transient, KlaviyoMisconfigured) as error:
+            attributes = {}
+            reason = f"has not ended yet, as far as is known: {error}"
+        except Rejected as error:
+            raise self._unfinished(job_type, f"has started, but cannot be read: {error}") from None
+        if attributes.get("status") in _ENDED:
+            self._learn_duration(job_type, attributes)
+            return attributes
+        if time.monotonic() < self._deadline(job):
+            return None
+        if not self._stopping.is_set():  # another job could take as long, so entries are sent individually
+            self._avoided[job_type.family] = time.monotonic() + AVOID_FACTOR * self._timeout
+        raise self._unfinished(job_type, reason)
 
-    def _sleep_until(self, moment: float, job: _BulkJob) -> None:
-        """Sleep until a moment (monotonic seconds), but not beyond the end of the wait for the job."""
+    def _learn_duration(self, job_type: BulkJobType, attributes: Json) -> None:
+        """Remember how long a job took by Klaviyo's clock: the next one is first polled when it has possibly ended."""
+        created_at, completed_at = parse_time(attributes.get("created_at")), parse_time(attributes.get("completed_at"))
+        if created_at and completed_at:
+            seconds = (completed_at - created_at).total_seconds()
+            self._seconds_taken[job_type.type] = min(max(seconds, MIN_POLL), MAX_PAUSE)
+
+    def _sleep_until(self, moment: float, jobs: Iterable[_BulkJob]) -> None:
+        """Sleep until a moment (monotonic seconds), but not beyond the end of the wait for one of the jobs."""
         if self._stopping.wait(max(moment - time.monotonic(), 0.0)):
-            time.sleep(max(min(moment, self._deadline(job)) - time.monotonic(), 0.0))
+            end = min(moment, *map(self._deadline, jobs))
+            time.sleep(max(end - time.monotonic(), 0.0))
 
     def _deadline(self, job: _BulkJob) -> float:
         """Return when the wait for the job ends, in monotonic seconds."""
@@ -239,7 +271,7 @@ class BulkJobs:
         return as_dict(self._client.call("GET", f"{job_type.path}/{job_id}").get("data"))
 
     def _list_recent(self, job_type: BulkJobType) -> dict[str, Json]:
-        fields = f"fields%5B{job_type.type}%5D=status,failed_count"
+        fields = f"fields%5B{job_type.type}%5D=status,failed_count,created_at,completed_at"
         path = f"{job_type.path}?sort=-created_at&page%5Bsize%5D=100&{fields}"
         return {as_text(job.get("id")): job for job in as_dicts(self._client.call("GET", path).get("data"))}
 
@@ -255,6 +287,11 @@ class BulkJobs:
         keys = frozenset(map(_key_of, errors))
         known = {entry.key for entry in job.entries if entry.key}
         return _Failures(keys, is_complete=len(keys) >= (count or 0) and keys <= known)
+
+
+def _map(executor: Executor, function: Callable[[T], R], values: Sequence[T]) -> list[R]:
+    """Return the results of a function in order. One call runs in this thread: a switch would only add latency."""
+    return list(executor.map(function, values) if len(values) > 1 else map(function, values))
 
 
 def _chunks(job_type: BulkJobType, entries: Sequence[JobEntry]) -> Iterator[list[JobEntry]]:

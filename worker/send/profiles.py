@@ -197,7 +197,8 @@ class Profiles:
         """Write profiles in a bulk job. Upserts without a result need another round."""
         entries = [_job_entry(upsert, plan) for upsert, plan in work]
         jobs = self._guest_jobs if _are_guests(work) else self._jobs
-        for (upsert, plan), result in zip(work, jobs.run(_IMPORT, entries), strict=True):
+        executor = self._executors[_effect_of(work)]
+        for (upsert, plan), result in zip(work, jobs.run(_IMPORT, entries, executor), strict=True):
             if result is None:
                 upsert.is_single = True
                 continue
@@ -215,13 +216,16 @@ class Profiles:
             for upsert, plan in work:
                 self._writer.write(upsert, plan)
             return
-        effect = Effect.EVENTS if work[0][0].is_guest else Effect.PROFILES
-        list(self._executors[effect].map(lambda each: self._writer.write(*each), work))
+        list(self._executors[_effect_of(work)].map(lambda each: self._writer.write(*each), work))
 
 
 def _are_guests(work: Sequence[tuple[Upsert, Plan]]) -> bool:
     """Return whether the profiles are those of guests. A batch has only guests or only customers."""
     return bool(work) and work[0][0].is_guest
+
+
+def _effect_of(work: Sequence[tuple[Upsert, Plan]]) -> Effect:
+    return Effect.EVENTS if _are_guests(work) else Effect.PROFILES
 
 
 def _identifiers(upserts: Iterable[Upsert]) -> set[Identifier]:

@@ -188,7 +188,8 @@ def _event(identifiers: Json) -> Operation:
 def fast_jobs() -> Iterator[None]:
     """The account's jobs end at once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "FIRST_POLL", 0.0)
+        patch.setattr(jobs, "FIRST_PAUSE", 0.0)
+        patch.setattr(jobs, "MIN_POLL", 0.0)
         yield
 
 

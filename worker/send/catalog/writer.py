@@ -99,7 +99,7 @@ class CatalogWriter:
                 entries[id(write)] = JobEntry(write.operation.key, orjson.dumps(write.resource))
         resource_type, member = _TYPES[collection]
         job_type = BulkJobType(f"{resource_type}-bulk-{verb}-job", member, MAX_ENTRIES)
-        results = zip(entries, self._jobs.run(job_type, list(entries.values())), strict=True)
+        results = zip(entries, self._jobs.run(job_type, list(entries.values()), self._executor), strict=True)
         return {name: result for name, result in results if result is not None}
 
     def _write_individually(self, writes: Sequence[Write]) -> list[SendResult]:
