@@ -75,6 +75,19 @@ def written(attributes: Json) -> Json:
     return {name: value for name, value in attributes.items() if name not in {"created", "properties"}}
 
 
+def sent_values(klaviyo: AccountClient, name: str) -> set[object]:
+    """Return all values of an attribute in the requests."""
+
+    def find(document: object) -> Iterator[object]:
+        if isinstance(document, dict):
+            yield from (value for key, value in document.items() if key == name)
+        if isinstance(document, dict | list):
+            for each in document.values() if isinstance(document, dict) else document:
+                yield from find(each)
+
+    return {value for _, body in klaviyo.calls for value in find(body)}
+
+
 def writes(klaviyo: AccountClient) -> list[str]:
     return [name.split("profiles/")[0] for name in klaviyo.names if not name.startswith("GET")]
 
@@ -194,7 +207,7 @@ def test_profiles_with_something_to_clear_are_written_individually(klaviyo: Acco
 
 @pytest.mark.parametrize("others", [0, MANY])
 def test_shared_phone_stays_with_the_profile_that_has_it(others: int, klaviyo: AccountClient) -> None:
-    """The number is kept as a property. If it is free later, the property goes."""
+    """It is never sent, and kept as a property. If it is free later, the property goes."""
     nora = klaviyo.profile(email="nora@example.com", external_id="nora", phone_number=PHONE)
     batch = [
         customer("olaf", phone_number=PHONE, properties={"commercetoolsFields": None}),
@@ -204,6 +217,7 @@ def test_shared_phone_stays_with_the_profile_that_has_it(others: int, klaviyo: A
     olaf = attributes_of(klaviyo, email="olaf@example.com")
     assert (nora["external_id"], nora["phone_number"]) == ("nora", PHONE)
     assert (olaf["external_id"], olaf.get("phone_number"), olaf["properties"]["Phone"]) == ("olaf", None, PHONE)
+    assert PHONE not in sent_values(klaviyo, "phone_number")
     klaviyo.account.update_profile(
         klaviyo.account.profiles[0]["id"],
         {"id": klaviyo.account.profiles[0]["id"], "attributes": {"phone_number": None}},
@@ -250,6 +264,7 @@ def test_email_of_another_customer_stays_there(
     assert (nora["external_id"], nora["first_name"]) == ("nora", "Nora")
     olaf = attributes_of(klaviyo, external_id="olaf")
     assert (olaf.get("email"), olaf["first_name"]) == (None, "Olaf")
+    assert "nora@example.com" not in sent_values(klaviyo, "email")
     dropped = [record for record in caplog.records if record.message == "identifier_dropped"]
     assert {record.__dict__["identifier"] for record in dropped} == {"email"}
     assert "nora@" not in str([vars(record) for record in caplog.records])
