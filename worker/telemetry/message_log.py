@@ -64,9 +64,9 @@ class Telemetry:
 
     def on_endings(self, ended: Sequence[Ended]) -> None:
         """Log and count deliveries that have ended. Implements EndingListener."""
+        with self._lock:
+            self.endings.update(ending for _, ending in ended)
         for message, ending in ended:
-            with self._lock:
-                self.endings[ending] += 1
             line = _canonical_fields(message, ending.value)
             self.metrics.record_settled(line["message_type"], ending.value, line["duration_s"], line["age_s"])
             if message.outcome and isinstance(message.outcome.cause, Excluded):
