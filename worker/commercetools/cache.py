@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -26,8 +25,10 @@ _CACHED = (
     queries.CUSTOMER_EMAILS,
 )
 # query -> the cached query that its results update. A query for whole resources updates the cached one, too.
-_CACHED_BY_QUERY = {query: cached for cached in _CACHED for query in (cached, replace(cached, cached_fields=()))} | {
-    queries.CUSTOMERS: queries.CUSTOMER_EMAILS
+_CACHED_BY_QUERY = {cached: cached for cached in _CACHED} | {
+    queries.PRODUCTS: queries.LINE_PRODUCTS,
+    queries.CATEGORIES: queries.CATEGORY_NAMES,
+    queries.CUSTOMERS: queries.CUSTOMER_EMAILS,
 }
 
 Key = tuple[queries.Query, str]

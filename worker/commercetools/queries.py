@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 QueryResult = dict[str, "list[Json] | WorkerError"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Query:
     """A query that finds the resources for many values together.
 

@@ -136,7 +136,8 @@ def _read(client: KlaviyoClient, name: str, values: Sequence[str], fields: Seque
 
 
 def _literal(value: str) -> str:
-    return quote(orjson.dumps(value), safe="")
+    """Return a text as the percent-encoded literal of a filter."""
+    return f"%22{quote(orjson.dumps(value)[1:-1], safe='@')}%22"  # quote is fast if it has nothing to encode
 
 
 def _chunks(values: Iterable[str]) -> Iterator[list[str]]:
