@@ -237,6 +237,4 @@ def _chunks(values: list[str], query: Query, max_values: float = math.inf) -> It
     repeats = query.predicate.count("{")
     around = len(quote(',""'))
     # quote is fast if it has nothing to encode.
-    return chunked(
-        values, lambda value: repeats * (len(quote(_escaped(value))) + around), MAX_WHERE_BYTES, max_values
-    )
+    return chunked(values, lambda value: repeats * (len(quote(_escaped(value))) + around), MAX_WHERE_BYTES, max_values)

@@ -29,4 +29,4 @@ def cart_plan(enriched: Enriched, context: PlanContext) -> Plan:
     yield [(queries.ORDERS_BY_CART, [cart_id])]
     if context.get_optional(queries.ORDERS_BY_CART, cart_id) is not None:
         return replace(enriched, order=cart | {"cartState": "Ordered"})
-    return (yield from order_data_plan(enriched, context))
+    return (yield from order_data_plan(enriched, cart, context))

@@ -31,7 +31,7 @@ def payment_plan(enriched: Enriched, context: PlanContext) -> Plan:
     if payment is not None and order is None:
         enriched = replace(enriched, missing="order of the payment")
     enriched = yield from _add_payments(enriched, context)
-    return (yield from order_data_plan(enriched, context))
+    return (yield from order_data_plan(enriched, order, context))
 
 
 def order_payment_plan(enriched: Enriched, context: PlanContext) -> Plan:
@@ -50,7 +50,7 @@ def order_payment_plan(enriched: Enriched, context: PlanContext) -> Plan:
     ids = pick_ids(added)
     yield [(queries.ORDERS_BY_PAYMENT, ids)]
     own = [payment for payment in added if _first_order(as_text(payment["id"]), context, order) is order]
-    return (yield from order_data_plan(replace(enriched, added_payments=own), context))
+    return (yield from order_data_plan(replace(enriched, added_payments=own), order, context))
 
 
 def _first_order(payment_id: str, context: PlanContext, order: Json | None = None) -> Json | None:

@@ -49,7 +49,8 @@ class PlanContext:
 
     def get(self, query: queries.Query, value: str) -> Json | None:
         """Return the first resource for a value, or None if there is none. Raises as get_all does."""
-        return next(iter(self.get_all(query, value)), None)
+        found = self.get_all(query, value)
+        return found[0] if found else None
 
     def get_optional(self, query: queries.Query, value: str) -> Json | None:
         """Return optional data. An id that commercetools rejects counts as missing, so the message does not fail."""
@@ -76,7 +77,7 @@ def order_plan(enriched: Enriched, context: PlanContext) -> Plan:
         enriched = yield from _workflow_state_plan(replace(enriched, order=order), context)
         if as_text(as_dict(enriched.workflow_state).get("key")) not in _named_workflow_states(context.mapping):
             return enriched
-    return (yield from order_data_plan(replace(enriched, order=order), context))
+    return (yield from order_data_plan(enriched, order, context))
 
 
 def _workflow_state_plan(enriched: Enriched, context: PlanContext) -> Plan:
@@ -91,15 +92,15 @@ def _named_workflow_states(mapping: MappingConfig) -> Sequence[str]:
     return (*mapping.order.fulfilled_workflow_states, *mapping.order.cancelled_workflow_states)
 
 
-def order_data_plan(enriched: Enriched, context: PlanContext) -> Plan:
-    """Add the data of every order event: categories of the line items, discount codes, and the customer.
+def order_data_plan(enriched: Enriched, resource: Json | None, context: PlanContext) -> Plan:
+    """Add an order or cart and the data of its events: categories of the line items, discount codes, and the customer.
 
     An order that `stores` or `countries` excludes needs none. Raises Rejected if the order has too many lines, or one
     of its products too many categories.
     """
-    order = as_dict(enriched.order)
+    order = as_dict(resource)
     if region.excludes(order, context.mapping):
-        return enriched
+        return replace(enriched, order=resource)
     check_lines(order)
     products = unique(as_text(line.get("productId")) for line in as_dicts(order.get("lineItems")))
     codes = applied_codes(order)
@@ -118,6 +119,7 @@ def order_data_plan(enriched: Enriched, context: PlanContext) -> Plan:
     is_awaited = has_erasure and customer_id and customer is None
     return replace(
         enriched,
+        order=resource,
         product_categories=product_categories,
         product_brands={product: fields.attribute(as_dict(projection), brand) for product, projection in found.items()},
         categories=categories,

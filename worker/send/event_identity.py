@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import cachetools
 
 from worker.errors import EndpointRefused, Rejected, WorkerError
-from worker.json_access import as_dict, as_text
+from worker.json_access import as_text
 from worker.model import Operation, OperationKind
 from worker.send.identifiers import drop_identifier
 from worker.send.profile_directory import identifier, read_profiles
@@ -156,8 +156,7 @@ def _person_of(operation: Operation) -> _Person | None:
     """Return the person of an event with the id and the email address of a customer; None for other operations."""
     if operation.kind is not OperationKind.CREATE_EVENT or operation.resource is None:
         return None
-    profile = as_dict(as_dict(operation.resource["attributes"].get("profile")).get("data"))
-    attributes = as_dict(profile.get("attributes"))
+    attributes = operation.resource["attributes"]["profile"]["data"]["attributes"]
     customer, email = as_text(attributes.get("external_id")), as_text(attributes.get("email"))
     return _Person(customer, identifier("email", email)[1]) if customer and email else None
 

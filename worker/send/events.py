@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import orjson
 
 from worker.errors import Transient, WorkerError
-from worker.json_access import as_dict, as_text
 from worker.model import Operation, OperationKind, SendResult
 from worker.send.bulk import isolate_rejected, with_fallback
 
@@ -34,6 +33,7 @@ PATH = "/api/event-bulk-create-jobs"
 _HEAD = b'{"data":{"type":"event-bulk-create-job","attributes":{"events-bulk-create":{"data":['
 _TAIL = b"]}}}}"
 _ENTRY = (b'{"type":"event-bulk-create","attributes":{"profile":', b',"events":{"data":[', b"]}}}")
+_ENTRY_BYTES = len(b"".join(_ENTRY))
 _CULPRIT = re.compile(r"/data/attributes/events-bulk-create/data/(\d+)(?:/attributes/events/data/(\d+))?(?:/|$)")
 
 EventId = tuple[str, str]  # metric and unique_id, without the profile: Klaviyo can know it by several identifiers
@@ -217,18 +217,17 @@ def bulk_body(operations: Iterable[Operation]) -> bytes:
 
 
 def _event_id(event: Operation) -> EventId:
-    attributes = as_dict(as_dict(event.resource).get("attributes"))
-    metric = as_dict(as_dict(as_dict(attributes.get("metric")).get("data")).get("attributes"))
-    return as_text(metric.get("name")), as_text(attributes.get("unique_id"))
+    attributes = (event.resource or {})["attributes"]
+    return attributes["metric"]["data"]["attributes"]["name"], attributes.get("unique_id", "")
 
 
 def _bulk_event(event: Operation, progress: _SendProgress) -> _BulkEvent:
     resource = event.resource or {}
-    attributes = {name: value for name, value in resource["attributes"].items() if name != "profile"}
-    profile = orjson.dumps(resource["attributes"]["profile"])
-    if attributes.get("backfill"):
+    attributes = resource["attributes"].copy()
+    profile = orjson.dumps(attributes.pop("profile"))
+    if "backfill" in attributes:
         profile += b',"backfill":true'
-    return _BulkEvent(_event_id(event), profile, orjson.dumps(resource | {"attributes": attributes}), progress)
+    return _BulkEvent(_event_id(event), profile, orjson.dumps({**resource, "attributes": attributes}), progress)
 
 
 def _fits_alone(event: _BulkEvent) -> bool:
@@ -240,7 +239,7 @@ def _size(event: _BulkEvent, profiles: set[bytes]) -> int:
 
     Each part has a comma.
     """
-    entry = 0 if event.profile in profiles else len(b"".join(_ENTRY)) + len(event.profile) + 1
+    entry = 0 if event.profile in profiles else _ENTRY_BYTES + len(event.profile) + 1
     return entry + len(event.event) + 1
 
 

@@ -24,9 +24,10 @@ def buyer_profile(order: Json, identifiers: Json, mapping: MappingConfig) -> Ite
     external_id. The phone number is left out by default: a guest can state any number, and Klaviyo would merge the
     profiles.
     """
-    contents = _attributes(order, mapping)
     is_guest = not as_id(order.get("customerId"))
-    if contents and identifiers.get("email") and mapping.order.buyer in (("guests", "all") if is_guest else ("all",)):
+    if not identifiers.get("email") or mapping.order.buyer not in (("guests", "all") if is_guest else ("all",)):
+        return
+    if contents := _attributes(order, mapping):
         resource = {"type": "profile", "attributes": identifiers | contents}
         key = as_text(identifiers["email"]).lower()
         yield Operation(OperationKind.UPSERT_GUEST, key, resource, any_profile=mapping.order.buyer == "all")

@@ -6,13 +6,13 @@ import re
 from datetime import timedelta
 from decimal import Decimal
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import phonenumbers
 
-from worker.json_access import as_dict, as_dicts, as_int, as_key, as_text, parse_time, unique
+from worker.json_access import as_dict, as_dicts, as_key, as_text, parse_time, unique
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -80,13 +80,15 @@ def _minor_units(money: Any) -> tuple[int, int] | None:
 
     A money without fractionDigits has those of its currency.
     """
-    money = as_dict(money)
-    units = as_int(money.get("preciseAmount"))
-    units = as_int(money.get("centAmount")) if units is None else units
-    digits = as_int(money["fractionDigits"]) if "fractionDigits" in money else _DIGITS.get(currency(money), 2)
-    if units is None or abs(units) >= MAX_MINOR_UNITS or digits is None or not 0 <= digits <= MAX_FRACTION_DIGITS:
+    if not isinstance(money, dict):
         return None
-    return units, digits
+    units = money.get("preciseAmount")
+    if type(units) is not int:
+        units = money.get("centAmount")
+    digits = money["fractionDigits"] if "fractionDigits" in money else _DIGITS.get(currency(money), 2)
+    if type(units) is not int or type(digits) is not int:  # a boolean is no number
+        return None
+    return (units, digits) if abs(units) < MAX_MINOR_UNITS and 0 <= digits <= MAX_FRACTION_DIGITS else None
 
 
 def number(value: Decimal | None) -> float | None:
@@ -157,11 +159,12 @@ def image_urls(variant: Any) -> list[str]:
 
 def image_url(variant: Any) -> str:
     """Return the URL of the variant's first image, or ""."""
-    return next(iter(image_urls(variant)), "")
+    images = as_dicts(as_dict(variant).get("images"))
+    return next((url for image in images if (url := as_text(image.get("url")))), "")
 
 
 def _join(address: Json, *names: str) -> str:
-    return ", ".join(filter(None, (as_text(address.get(name)) for name in names)))
+    return ", ".join([text for name in names if (text := as_text(address.get(name)))])
 
 
 def _street(address: Json) -> str:
@@ -262,9 +265,13 @@ def breadcrumb(category: Json, categories: Mapping[str, Json], locale: str) -> s
 def breadcrumbs(category: Json, categories: Mapping[str, Json], locale: str) -> list[str]:
     """Return the breadcrumbs of all ancestors, starting at the root, and of the category."""
     ids = [as_text(ancestor.get("id")) for ancestor in as_dicts(category.get("ancestors"))]
-    path = [*(categories[ancestor] for ancestor in ids if ancestor in categories), category]
-    names = (localized(entry.get("name"), locale) for entry in path)
-    return list(accumulate(names, lambda above, name: f"{above} > {name}" if above and name else above or name))
+    crumbs: list[str] = []
+    above = ""
+    for entry in [*(categories[ancestor] for ancestor in ids if ancestor in categories), category]:
+        name = localized(entry.get("name"), locale)
+        above = f"{above} > {name}" if above and name else above or name
+        crumbs.append(above)
+    return crumbs
 
 
 def filter_properties(values: Any, rules: PropertyRules) -> Json:

@@ -39,13 +39,12 @@ def describe_identifiers(order: Json, enriched: Enriched) -> Json:
     the profile back to an earlier address. A message that a guest's order now belongs to a customer keeps the order's:
     Klaviyo then has its event already, and would count it again on another profile.
     """
-    customer = as_dict(enriched.customer)
-    email = email_of(order)
-    if enriched.notification.type == "OrderCustomerSet" and email:
+    if enriched.notification.type == "OrderCustomerSet" and (email := email_of(order)):
         return {"email": email, "external_id": ""}
+    customer = as_dict(enriched.customer)
     return {
-        "email": fields.first_nonempty(as_id(customer.get("email")), email),
-        "external_id": fields.first_nonempty(as_id(order.get("customerId")), as_id(customer.get("id"))),
+        "email": as_id(customer.get("email")) or email_of(order),
+        "external_id": as_id(order.get("customerId")) or as_id(customer.get("id")),
     }
 
 

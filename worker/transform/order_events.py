@@ -152,7 +152,7 @@ def event_operation(
     if backfill:
         attributes["backfill"] = True
     resource = {"type": "event", "attributes": {"properties": fitted, **attributes}}
-    key = "\0".join((metric, unique_id, *(str(profile.get(name)) for name in ("email", "external_id"))))
+    key = f"{metric}\0{unique_id}\0{profile.get('email')}\0{profile.get('external_id')}"
     return Operation(OperationKind.CREATE_EVENT, key, resource, truncated=truncated)
 
 

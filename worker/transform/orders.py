@@ -63,12 +63,13 @@ def order_placed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Operati
         backfill=backfill,
     )
     order_ids = fields.compact({"OrderId": as_id(order.get("id")), "OrderNumber": as_id(order.get("orderNumber"))})
+    after = fields.add_seconds(time, 1)
     for line, item in zip(lines_of(order), items, strict=True):
         raw = line if mapping.order.raw_line_item else {}
         yield event_operation(
             metric=mapping.metrics.ordered_product,
             unique_id=as_id(line.get("id")) or f"{order_id(enriched)}:{item.get('SKU', '')}",
-            time=fields.add_seconds(time, 1),
+            time=after,
             value=line_total(line, mapping),
             profile=profile,
             properties=own_first(item | _brand(item) | order_ids, raw),

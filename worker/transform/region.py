@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 def check_region(enriched: Enriched, mapping: MappingConfig) -> None:
     """Check the order of the notification, or without one its customer. Raises Excluded as check_order does."""
-    if not (mapping.stores or mapping.countries):
-        return
     notification = enriched.notification
     if enriched.order is not None:
         check_order(enriched.order, mapping)
@@ -35,7 +33,7 @@ def check_order(order: Json, mapping: MappingConfig) -> None:
     Raises Excluded if the mapping has `stores` and the order is of none of them, or of no store; or if the mapping has
     `countries` and the order is of another country.
     """
-    if order:
+    if order and (mapping.stores or mapping.countries):
         _check([store_of(order)], country_of(order), mapping)
 
 
@@ -70,7 +68,7 @@ def country_of(order: Json) -> str:
 
 def _check_customer(customer: Json, mapping: MappingConfig) -> None:
     """Check the stores of a customer, of which one must be in the mapping, and the country. An empty one passes."""
-    if customer:
+    if customer and (mapping.stores or mapping.countries):
         stores = [as_text(store.get("key")) for store in as_dicts(customer.get("stores"))]
         _check(stores, _country_of_customer(customer), mapping)
 

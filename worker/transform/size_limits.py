@@ -46,11 +46,15 @@ def truncate(properties: Json, max_bytes: int = EVENT_BYTES) -> tuple[Json, list
 
 def _is_small(properties: Json, max_bytes: int) -> bool:
     """Return True if the properties certainly respect all limits. This check is fast."""
-    # The depth comes first, because orjson raises an error for deeply nested values.
-    if len(properties) > MAX_PROPERTIES or not is_shallow(properties, MAX_DEPTH):
+    if len(properties) > MAX_PROPERTIES:
         return False
-    # An entry of an array takes at least 2 bytes.
-    return len(orjson.dumps(properties)) <= min(2 * MAX_ARRAY, max_bytes)
+    try:
+        encoded = orjson.dumps(properties)
+    except orjson.JSONEncodeError:  # more than 254 deep
+        return False
+    if len(encoded) > min(2 * MAX_ARRAY, max_bytes):  # an entry of an array takes at least 2 bytes
+        return False
+    return encoded.count(b"{") + encoded.count(b"[") <= MAX_DEPTH or is_shallow(properties, MAX_DEPTH)
 
 
 def _names(paths: list[_Path]) -> list[str]:

@@ -52,7 +52,9 @@ def operation(kind: OperationKind, names: Collection[str]) -> Operation:
     if kind is OperationKind.UPSERT_PROFILE:
         return Operation(kind, "x", {"type": "profile", "attributes": attributes})
     profile = {"data": {"type": "profile", "attributes": attributes}}
-    return Operation(kind, "secret", {"type": "event", "attributes": {"unique_id": "1", "profile": profile}})
+    metric = {"data": {"type": "metric", "attributes": {"name": "Placed Order"}}}
+    attributes = {"unique_id": "1", "metric": metric, "profile": profile}
+    return Operation(kind, "secret", {"type": "event", "attributes": attributes})
 
 
 PATHS = {OperationKind.UPSERT_PROFILE: "POST /api/profiles", OperationKind.CREATE_EVENT: "POST /api/events"}

@@ -65,10 +65,15 @@ def sender(klaviyo: Klaviyo) -> Sender:
 
 
 def event(key: str) -> Operation:
-    return Operation(OperationKind.CREATE_EVENT, key, {"type": "event", "attributes": {"unique_id": key}})
+    metric = {"data": {"type": "metric", "attributes": {"name": "Placed Order"}}}
+    profile = {"data": {"type": "profile", "attributes": {"email": "ada@mail.example"}}}
+    attributes = {"unique_id": key, "metric": metric, "profile": profile}
+    return Operation(OperationKind.CREATE_EVENT, key, {"type": "event", "attributes": attributes})
 
 
 def entry(kind: OperationKind, key: str, **more: Any) -> Operation:
+    if kind is OperationKind.CREATE_EVENT:
+        return event(key)
     resource = {
         "type": "catalog-x",
         "attributes": {"external_id": key, "integration_type": "$custom", "catalog_type": "$default", "title": "T"},
