@@ -25,7 +25,7 @@ from worker.telemetry.log import log
 from worker.transform.profiles import CONSENT_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from worker.klaviyo.client import KlaviyoClient
     from worker.model import Consent, Json, Operation
@@ -81,8 +81,8 @@ class Consents:
         self._versions: cachetools.TTLCache[str, int] = cachetools.TTLCache(_MAX_VERSIONS, _VERSION_SECONDS)
         self._lock = Lock()
 
-    def is_stale(self, upsert: Upsert) -> bool:
-        """Return whether a later version of the customer was sent before. If so, set the result: it is read again.
+    def finish_if_stale(self, upsert: Upsert) -> bool:
+        """Set the result, and return True, if a later version of the customer was sent before: it is read again.
 
         A reading can lag behind an earlier one. The message of an old version accepts it, but a consent must not.
         """
@@ -90,7 +90,7 @@ class Consents:
         version = _version(upsert)
         with self._lock:
             latest = self._versions[key] = max(version, self._versions.get(key, 0))
-        return _is_below(latest, upsert)
+        return _finish_if_below(latest, upsert)
 
     def update(self, upserts: Sequence[Upsert]) -> None:
         """Subscribe and unsubscribe the people whose profiles were written.
@@ -99,9 +99,11 @@ class Consents:
         """
         subscribe, import_ = _subscription_job(), _subscription_job(historical_import=True)
         unsubscribe = _Job("delete", 100)  # https://developers.klaviyo.com/en/reference/bulk_unsubscribe_profiles
-        recent = [upsert for upsert in upserts if not _is_outdated(upsert)]
+        recent = [upsert for upsert in upserts if not _finish_if_outdated(upsert)]
         for upsert, profile in self._read(recent):
-            if _is_below(as_int(_property(profile, CONSENT_VERSION)) or 0, upsert):  # another worker wrote a later one
+            if _finish_if_below(
+                as_int(_property(profile, CONSENT_VERSION)) or 0, upsert
+            ):  # another worker wrote a later one
                 continue
             changes = _Changes(upsert, profile, resubscribes=self._resubscribes)
             if changes.subscribed:
@@ -151,7 +153,7 @@ class Consents:
                 for entry in chunk:
                     entry.upsert.finish(error)
 
-    def _send_individually(self, entry: _Entry, post: Any) -> None:
+    def _send_individually(self, entry: _Entry, post: Callable[[list[_Entry]], None]) -> None:
         try:
             post([entry])
         except (Rejected, RequestBlocked) as error:
@@ -229,8 +231,8 @@ def _version(upsert: Upsert) -> int:
     return max(consent.version for consent in upsert.operation.consents)
 
 
-def _is_below(latest: int, upsert: Upsert) -> bool:
-    """Return whether the upsert is from an earlier version of the customer. If so, set the result: it is read again."""
+def _finish_if_below(latest: int, upsert: Upsert) -> bool:
+    """Set the result, and return True, if the upsert is from an earlier version of the customer: it is read again."""
     version = _version(upsert)
     if version < latest:
         upsert.finish(StaleRead(f"commercetools shows version {version} of the customer, but it has had a later one"))
@@ -257,8 +259,8 @@ def _size(entry: _Entry) -> int:
     return len(orjson.dumps(entry.resource)) + 1
 
 
-def _is_outdated(upsert: Upsert) -> bool:
-    """Set the result of an upsert whose consent was read too long ago: it is read again."""
+def _finish_if_outdated(upsert: Upsert) -> bool:
+    """Set the result, and return True, if the consent was read too long ago: it is read again."""
     age = max((datetime.now(UTC) - consent.read_at).total_seconds() for consent in upsert.operation.consents)
     if age > MAX_AGE:
         upsert.finish(ReadingOutdated(f"a consent that was read more than {MAX_AGE:.0f} s ago must be read again"))

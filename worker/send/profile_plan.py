@@ -84,7 +84,7 @@ class Planner:
     ) -> None:
         self._directory = directory
         self._merges_guests = merges_guests
-        self._given_up = set(self._identifiers_given_up(upserts)) if can_defer else set()
+        self._former = set(self._former_identifiers(upserts)) if can_defer else set()
         self._taken: set[Identifier] = set()  # by earlier upserts of the batch
 
     def plan(self, upsert: Upsert) -> Plan:
@@ -94,7 +94,7 @@ class Planner:
         own = self._own_profile(upsert)
         email, dropped, merge_from, target = upsert.get("email"), [], "", own
         for holder in self._others("email", email, own):
-            if self._is_given_up(holder, "email", email):
+            if self._is_former(holder, "email", email):
                 return Plan(is_deferred=True)
             if holder.get("external_id") or (own and not self._merges_guests):
                 dropped.append("email")
@@ -133,7 +133,7 @@ class Planner:
         """Return the plan for a known target. A phone number is written only if no other profile has it."""
         phone = upsert.get("phone_number")
         holders = self._others("phone_number", phone, target)
-        if any(self._is_given_up(holder, "phone_number", phone) for holder in holders):
+        if any(self._is_former(holder, "phone_number", phone) for holder in holders):
             return Plan(is_deferred=True)
         if phone and (holders or identifier("phone_number", phone) in self._taken):
             dropped = [*dropped, "phone_number"]
@@ -158,10 +158,10 @@ class Planner:
     def _others(self, name: str, value: str, own: Profile | None) -> list[Profile]:
         return [profile for profile in self._directory.find(name, value) if own is None or profile.id != own.id]
 
-    def _is_given_up(self, holder: Profile, name: str, value: str) -> bool:
-        return (holder.id, *identifier(name, value)) in self._given_up
+    def _is_former(self, holder: Profile, name: str, value: str) -> bool:
+        return (holder.id, *identifier(name, value)) in self._former
 
-    def _identifiers_given_up(self, upserts: Iterable[Upsert]) -> Iterable[tuple[str, str, str]]:
+    def _former_identifiers(self, upserts: Iterable[Upsert]) -> Iterable[tuple[str, str, str]]:
         """Yield the identifiers that a profile has, but that its customer no longer has in commercetools."""
         for upsert in upserts:
             own = None if upsert.is_guest else self._own_profile(upsert)

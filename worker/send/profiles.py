@@ -104,7 +104,7 @@ class Profiles:
     def _send_consents(self, upserts: Sequence[Upsert]) -> None:
         """Subscribe and unsubscribe the customers with a new consent, then write it to their profiles."""
         written = [each for each in upserts if each.operation.consents and each.result and not each.result.error]
-        changed = [each for each in written if not self._consents.is_stale(each) and each.has_new_consent]
+        changed = [each for each in written if not self._consents.finish_if_stale(each) and each.has_new_consent]
         if changed:
             self._consents.update(changed)
             self._send(changed)

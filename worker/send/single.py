@@ -11,8 +11,6 @@ from worker.send.identifiers import write_record
 from worker.telemetry.defects import describe_defect, report_defect
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from worker.klaviyo.client import KlaviyoClient
     from worker.send.profiles import Profiles
 
@@ -24,30 +22,24 @@ class SingleSender:
         self._client = client
         self._eraser = Eraser(client)
         self._profiles = profiles
-        self._methods: dict[OperationKind, Callable[[Operation], None]] = {
-            OperationKind.CREATE_EVENT: self._create_event,
-            OperationKind.UPSERT_PROFILE: self._send_profile,
-            OperationKind.UPSERT_GUEST: self._send_profile,
-        }
 
     def send(self, operation: Operation) -> SendResult:
         """Send an operation and return its result."""
-        if operation.kind is OperationKind.DELETE_PROFILE:
-            return self._eraser.erase(operation)
         before = self._client.requests_sent()
-        error: WorkerError | None = None
         try:
-            self._methods[operation.kind](operation)
+            return self._send(operation)
         except WorkerError as failure:
             error = failure
         except Exception as defect:  # noqa: BLE001 - a defect must not affect the other operations
             error = report_defect("send", describe_defect(defect))
         return SendResult(error, self._client.requests_sent() - before)
 
-    def _create_event(self, operation: Operation) -> None:
+    def _send(self, operation: Operation) -> SendResult:
+        """Send an operation and return its result. Raises WorkerError."""
+        if operation.kind is OperationKind.DELETE_PROFILE:
+            return self._eraser.erase(operation)
+        if operation.kind is not OperationKind.CREATE_EVENT:
+            return self._profiles.send([operation])[0]
+        before = self._client.requests_sent()
         write_record(self._client, "POST", "/api/events", operation.resource or {})
-
-    def _send_profile(self, operation: Operation) -> None:
-        for result in self._profiles.send([operation]):
-            if result.error:
-                raise result.error
+        return SendResult(None, self._client.requests_sent() - before)

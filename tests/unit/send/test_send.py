@@ -302,6 +302,21 @@ def test_defect_affects_only_its_operation(sender: Sender, klaviyo: Klaviyo) -> 
     assert "POST /api/catalog-items" in klaviyo.names
 
 
+def test_defect_of_an_erasure_affects_only_its_operation(sender: Sender, klaviyo: Klaviyo) -> None:
+    """The other people of the batch are erased."""
+    call = klaviyo.call
+
+    def broken(method: str, path: str, body: Body = None, *, idempotent: bool = True) -> Json:
+        if "ada" in path:
+            raise RuntimeError
+        return call(method, path, body, idempotent=idempotent)
+
+    klaviyo.call = broken  # type: ignore[method-assign]
+    error, other = sender.send([Operation(OperationKind.DELETE_PROFILE, key) for key in ("ada", "bob")])
+    assert str(error).startswith("unexpected RuntimeError")
+    assert other is None
+
+
 @pytest.mark.parametrize("kind", OperationKind)
 @pytest.mark.parametrize("error", [Transient("503"), KlaviyoMisconfigured("401")], ids=["transient", "misconfigured"])
 def test_every_operation_reports_an_outage(kind: OperationKind, error: Exception, klaviyo: Klaviyo) -> None:
