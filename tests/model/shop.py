@@ -3,7 +3,7 @@
 The state of a resource is its version: it is a part of its name, and its price or its stock. The histories exclude:
 
 - two people who share an email address, a phone number or a customer id, and a change of these
-- data erasure
+- data erasure: single tests have it
 """
 
 from __future__ import annotations
@@ -98,6 +98,13 @@ class ShopModel:
 
     def delete_customer(self, customer_id: str, how: Change) -> None:
         self._remove("customers", "customer", self.customers, customer_id, how)
+
+    def erase_customer(self, customer_id: str, how: Change) -> None:
+        """Delete a customer with the data."""
+        resource = self.customers.pop(customer_id)
+        self._shop.write("customers", customer_id, None, how.lag)
+        erased = change("ResourceDeleted", "customer", customer_id, version=resource["version"] + 1, dataErasure=True)
+        self.publish(bare(erased), how)
 
     # Categories
 

@@ -44,6 +44,7 @@ from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "200"))
 OPTIONS = {
@@ -530,6 +531,27 @@ def test_worker_stops_during_a_job(model: Model) -> None:
     model.stop(number=0)
     model.stop(number=1)
     model.update_customer(number=0, how=Change())
+
+
+def test_person_is_erased_during_the_job_of_a_stopped_worker(model: Model, tmp_path: Path) -> None:
+    """The job creates the profile after the erasure. The message that started it says so, on any queue."""
+    (tmp_path / "mapping.toml").write_text("[customer]\nerasure = true\n")
+    model.options = model.options.model_copy(update={"config": tmp_path / "mapping.toml"})
+    model.set_job_duration(90.0)
+    model.create_customer(how=Change())
+    while not model.world.jobs.in_progress:
+        model.proceed([0])
+    model.stop(number=0)
+    model.stop(number=1)
+    while model.workers:
+        model.proceed([0])
+    (customer,) = model.shop.customers
+    model.shop.erase_customer(customer, Change())
+    model._settle()
+    ((body, failure),) = model.world.queue.dead_letters
+    assert failure.resource_id == customer
+    assert "delete the profile with this external_id in Klaviyo" in failure.reason
+    model.shop.bad[body] += 1
 
 
 def test_response_of_a_job_is_lost(model: Model) -> None:

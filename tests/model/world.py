@@ -135,6 +135,7 @@ class QueueAdapter:
         self._simulation.pause()
         for entry in self._queue.leased(deliveries):
             entry.lease = 0
+            entry.attempts -= failure is None
             entry.visible_at = self._simulation.now + delay
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
