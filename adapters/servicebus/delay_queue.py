@@ -29,6 +29,11 @@ class DelayQueue(Generic[T]):
         self._is_closed = False
         self._thread = Thread(target=self._run, daemon=True, name="delay-queue")
 
+    @property
+    def is_closed(self) -> bool:
+        """Return whether `close` was called."""
+        return self._is_closed
+
     def put(self, items: list[T], delay: float) -> list[T]:
         """Add items for `delay` seconds. Return the items that must leave now: surplus ones, or all after `close`."""
         due_at = time.monotonic() + delay

@@ -26,7 +26,7 @@ from azure.servicebus.exceptions import (
     MessagingEntityNotFoundError,
 )
 
-from adapters.base import QueueError, QueueURLError
+from adapters.base import Interruption, QueueError, QueueURLError
 from adapters.servicebus.connections import FAILURES, close_in_background, first_line, is_refusal, open_with_timeout
 from adapters.servicebus.dead_letter_reason import format_reason
 from adapters.servicebus.dead_letters import ServiceBusDeadLetters
@@ -148,15 +148,20 @@ class ServiceBusQueue:
         self._expected_redeliveries.remove(delivery.sequence_number for delivery in _deliveries(deliveries))
         self._settlement.ack(_messages(deliveries), self._lock_duration.seconds)
 
-    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:  # noqa: ARG002 - Service Bus cannot keep a failure
+    def nack(self, deliveries: Sequence[Delivery], delay: float = 0.0, failure: Failure | None = None) -> None:
         """Abandon the messages immediately, or after `delay`; until then they stay locked by this worker.
 
-        Service Bus has no delayed abandon. Every delivery counts as an attempt, even if the worker did not process the
-        message. At most `max_messages` are delayed: if there are more, those due first are abandoned early. After
-        `stop`, none is delayed.
+        Service Bus has no delayed abandon, and cannot keep a failure. Every delivery counts as an attempt, even if the
+        worker did not process the message. At most `max_messages` are delayed: if there are more, those due first are
+        abandoned early. After `stop`, none is delayed, except that those whose delay must be kept stay locked for the
+        duration of a lock.
         """
         self._expected_redeliveries.add(delivery.sequence_number for delivery in _deliveries(deliveries))
         messages = _messages(deliveries)
+        is_failed = failure is not None and not isinstance(failure, Interruption)
+        if delay > 0 and self._delay_queue.is_closed and not is_failed:
+            self._settlement.extend(messages)
+            return
         self._settlement.nack(self._delay_queue.put(messages, delay) if delay > 0 else messages)
 
     def dead_letter(self, delivery: Delivery, failure: Failure) -> bool:

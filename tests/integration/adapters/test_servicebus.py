@@ -12,6 +12,7 @@ import pytest
 from azure.servicebus.amqp import AmqpAnnotatedMessage
 
 from adapters import QueueError, QueueOptions, QueueRefusedError, open_queue
+from adapters.base import Interruption
 from adapters.servicebus import connections
 from adapters.servicebus import receiver as servicebus_receiver
 from adapters.servicebus.queue import ServiceBusQueue
@@ -347,18 +348,23 @@ def test_idle_receiver_is_reopened(
 
 
 def test_stop_abandons_pending_and_delayed_messages(broker: Broker, open_queues: Open) -> None:
-    """They are redelivered immediately, not when the locks end. Settling continues."""
+    """They are redelivered immediately, not when the locks end. Settling continues.
+
+    Only messages that a bulk job of this worker can still overwrite stay locked.
+    """
     queue = Queue(broker)
     queue.publish(*(b"%d" % number for number in range(100)))
     adapter = open_queues(queue)
-    held = receive(adapter, 10)
+    held, job, first_of_job = receive(adapter, 10), receive(adapter, 1), receive(adapter, 1)
     adapter.receive(50, 0)
     adapter.nack(held[:2], 60.0)
     adapter.stop()
     adapter.ack(held[2:8])
-    adapter.nack(held[8:], 60.0)
+    adapter.nack(held[8:], 60.0, FAILURE)
+    adapter.nack(job, 60.0)
+    adapter.nack(first_of_job, 60.0, Interruption("stopped", "send", "JobUnfinished"))
     adapter.close()
-    queue.wait_for(ready=94)
+    queue.wait_for(ready=92, locked=2)
     assert adapter.receive(10, 0.1) == []
 
 
