@@ -15,7 +15,7 @@ demo: $(VENV)/worker ## watch sample notifications become Klaviyo profiles, even
 	@$(BIN)/klaviyo-worker demo
 
 test: $(VENV)/ready ## run all tests, with branch coverage
-	$(BIN)/pytest --numprocesses=6 --maxschedchunk=1 --cov --cov-fail-under=98
+	$(BIN)/pytest --numprocesses=6 --dist=loadgroup --no-loadscope-reorder --cov --cov-fail-under=98
 
 pythons: ## run the tests on each installed Python from 3.11 to 3.14
 	@for python in python3.11 python3.12 python3.13 python3.14; do \
@@ -78,7 +78,7 @@ wheel: $(VENV)/ready ## build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 test-wheel: $(VENV)/ready ## run the acceptance tests against the wheel, installed as in the image
-	@$(BIN)/python -m tests.deploy.wheel --numprocesses=6 --maxschedchunk=1
+	@$(BIN)/python -m tests.deploy.wheel --numprocesses=6 --dist=loadgroup --no-loadscope-reorder
 
 emulator: ## start the Pub/Sub emulator of gcloud on port 8085 (docs/pubsub.md)
 	@command -v gcloud >/dev/null || { echo "gcloud is not installed: https://cloud.google.com/sdk, then gcloud components install beta pubsub-emulator"; exit 1; }

@@ -14,7 +14,9 @@ from hypothesis import settings
 
 from adapters.embedded.queue import EmbeddedQueue
 from tests.rigs import RIGS, rig_type
+from tests.support import fork_server
 from tests.support import sqs_fakes as sqs
+from tests.support.fork_server import ForkServer
 from tests.support.pubsub_emulator import Emulator, missing
 from tests.support.requirements import require
 from worker import network
@@ -28,13 +30,15 @@ if TYPE_CHECKING:
 
     from tests.rigs.base import Rig
 
-settings.register_profile("default", deadline=None, max_examples=100)
-settings.load_profile("default")
+# CI tries the same examples in each run, so that no run depends on chance. `make test` tries others each time.
+settings.register_profile("tests", deadline=None, max_examples=40, derandomize=os.environ.get("CI") == "true")
+settings.load_profile("tests")
 
 _SETTINGS = ("CT_", "KLAVIYO_", "PREFERRED_", "QUEUE_URL", "PRODUCT_URL_TEMPLATE", "APP_TYPE", "PUB_SUB_PORT")
 _QUEUES = ("DEAD_LETTER_", "PUBSUB_", "AWS_", "AZURE_", "SERVICEBUS_")
 _SHARED = pytest.StashKey[Emulator]()
 _SHARED_SQS = pytest.StashKey[dict[str, sqs.Server]]()
+_SHARED_FORKS = pytest.StashKey[ForkServer]()
 _FIXTURES = {"pubsub": "emulator", "sqs": "fauxqs"}  # servers that all tests share
 _NOT_MEASURED = frozenset({"acceptance", "faults", "deploy", "model"})
 _SLOWEST_FIRST = {"acceptance": 0, "faults": 0, "model": 0, "integration": 1}  # 2: all others
@@ -42,8 +46,11 @@ _SLOWEST_FIRST = {"acceptance": 0, "faults": 0, "model": 0, "integration": 1}  #
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Share the emulators between all workers of xdist."""
+    """Share the emulators and the fork server between all workers of xdist."""
     stash = node.config.stash
+    if _SHARED_FORKS not in stash:
+        stash[_SHARED_FORKS] = ForkServer()
+    node.workerinput["fork_server"] = stash[_SHARED_FORKS].path
     if _SHARED not in stash and not missing():
         stash[_SHARED] = Emulator()
     node.workerinput["emulator"] = stash[_SHARED].port if _SHARED in stash else 0
@@ -52,20 +59,29 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["sqs"] = {kind: server.port for kind, server in stash[_SHARED_SQS].items()}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Use the fork server that all workers of xdist share."""
+    if path := getattr(config, "workerinput", {}).get("fork_server"):
+        fork_server.share(path)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End the shared servers."""
+    if forks := config.stash.get(_SHARED_FORKS, None):
+        forks.kill()
     if emulator := config.stash.get(_SHARED, None):
         emulator.kill()
     for server in config.stash.get(_SHARED_SQS, {}).values():
         server.kill()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the slowest tests first, so that the workers of xdist end together.
 
     Coverage measures this process only. Tests in a folder of _NOT_MEASURED start processes; in this one they run only
     the sandbox, which other tests cover, and measuring that takes longer than running it. Those that run commands in
-    this process are measured.
+    this process are measured. Property-based tests run the same lines many times, after other tests.
     """
 
     def sort_key(item: pytest.Item) -> tuple[float, int]:
@@ -74,8 +90,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=sort_key)
     for item in items:
-        if item.path.parent.name in _NOT_MEASURED and not hasattr(item.module, "CliRunner"):  # type: ignore[attr-defined]
+        if item.path.parent.name == "deploy":  # the tests of a module share what takes seconds to read
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if _is_not_measured(item):
             item.add_marker(pytest.mark.no_cover)
+
+
+def _is_not_measured(item: Any) -> bool:
+    if getattr(item.obj, "is_hypothesis_test", False):
+        return True
+    return item.path.parent.name in _NOT_MEASURED and not hasattr(item.module, "CliRunner")
 
 
 @pytest.fixture(autouse=True)

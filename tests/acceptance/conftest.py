@@ -1,27 +1,31 @@
-"""The installed command in a subprocess, with its own environment."""
+"""The command in a process of its own, with its own environment."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
+import tempfile
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import orjson
 import pytest
 
 from adapters import SupportsPublish, open_queue
+from tests.support import fork_server
 from tests.support.installed import COMMAND
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Iterator, Sequence
 
     from worker.sandbox import Sandbox
 
-_started: list[subprocess.Popen[bytes]] = []
+    Process = fork_server.Process | subprocess.Popen[bytes]
+
+_started: list[Process] = []
 
 
 @dataclass
@@ -30,30 +34,25 @@ class Worker:
 
     environment: dict[str, str]
     directory: Path
+    is_forked: bool = True  # False: start the installed command itself
 
     def __call__(
         self, *arguments: str, stdin: bytes = b"", env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run the command to its end, and return exit code and output."""
-        done = subprocess.run(
-            [COMMAND, *arguments],
-            input=stdin,
-            capture_output=True,
-            env=self._environment(env or {}),
-            cwd=self.directory,
-            timeout=240,
-            check=False,
-        )
-        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            given.write(stdin)
+            given.seek(0)
+            process = self._start(arguments, env, given, stdout, stderr)
+            code = process.wait(240)
+            stdout.seek(0)
+            stderr.seek(0)
+            return subprocess.CompletedProcess(arguments, code, stdout.read().decode(), stderr.read().decode())
 
-    def start(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, env: dict[str, str] | None = None) -> Process:
         """Start the command and return the process. Its log is in `log`."""
-        with self.log.open("wb") as stderr:
-            process = subprocess.Popen(
-                [COMMAND, *arguments], env=self._environment(env or {}), cwd=self.directory, stderr=stderr
-            )
-        _started.append(process)
-        return process
+        with self.log.open("wb") as stderr, Path(os.devnull).open("r+b") as nothing:
+            return self._start(arguments, env, nothing, nothing, stderr)
 
     @property
     def log(self) -> Path:
@@ -69,6 +68,18 @@ class Worker:
     def dead_letters(self) -> list[dict[str, Any]]:
         """Return the output of `dlq list --json`."""
         return [json.loads(line) for line in self("dlq", "list", "--json").stdout.splitlines()]
+
+    def _start(self, arguments: Sequence[str], env: dict[str, str] | None, *files: IO[Any]) -> Process:
+        environment = self._environment(env or {})
+        if self.is_forked and "TESTED_WORKER" not in os.environ:
+            process: Process = fork_server.Process(arguments, environment, self.directory, files)
+        else:
+            stdin, stdout, stderr = files
+            process = subprocess.Popen(
+                [COMMAND, *arguments], env=environment, cwd=self.directory, stdin=stdin, stdout=stdout, stderr=stderr
+            )
+        _started.append(process)
+        return process
 
     def _environment(self, extra: dict[str, str]) -> dict[str, str]:
         path = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "HOME") if name in os.environ}

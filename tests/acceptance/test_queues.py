@@ -29,16 +29,17 @@ short_leases = pytest.mark.short_leases
 
 @pytest.fixture
 def worker(sandbox: Sandbox, rig: Rig, tmp_path: Path) -> Worker:
-    return Worker(sandbox.environment | rig.environment, tmp_path)
+    is_forked = "PYTHONPATH" not in rig.environment  # a new interpreter reads it
+    return Worker(sandbox.environment | rig.environment, tmp_path, is_forked=is_forked)
 
 
 @pytest.mark.also_on("directory")
-def test_a_thousand_mixed_messages_have_every_effect_once(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
+def test_mixed_messages_have_every_effect_once(worker: Worker, sandbox: Sandbox, rig: Rig) -> None:
     """The messages are orders, customers, products, stock and categories, in all envelopes. None is dead-lettered."""
-    workload = Workload(sandbox, 1000)
+    workload = Workload(sandbox, 400)
     rig.publish(workload.bodies)
     process = worker.start("run")
-    wait_for(lambda: len(settled(worker)) == 1000, 100)
+    wait_for(lambda: len(settled(worker)) == 400, 100)
     stop(process)
     workload.assert_exactly_once()
     assert {line["outcome"] for line in log_lines(worker.log.read_text())} <= {"sent", "ignored"}

@@ -21,8 +21,7 @@ from worker.sandbox.notifications import change, message
 from worker.sandbox.samples import sample_notifications
 
 if TYPE_CHECKING:
-    import subprocess
-
+    from tests.acceptance.conftest import Process
     from worker.sandbox import Sandbox
 
 
@@ -49,7 +48,7 @@ def wait_for(condition: Any, seconds: float = 60.0) -> None:
         polled_at = time.monotonic()
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: Process) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(40) == 0
 

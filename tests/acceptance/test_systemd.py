@@ -6,6 +6,7 @@ import json
 import signal
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -88,7 +89,8 @@ def test_once_reports_nothing_to_systemd(worker: Worker, tmp_path: Path) -> None
 def test_abort_logs_a_traceback(worker: Worker, tmp_path: Path) -> None:
     """A worker that the watchdog kills must leave a trace of the reason."""
     with NotifySocket(f"{tmp_path}/notify") as listener:
-        process = worker.start(*RUN, env={"NOTIFY_SOCKET": listener.address, "PYTHONFAULTHANDLER": "1"})
+        environment = {"NOTIFY_SOCKET": listener.address, "PYTHONFAULTHANDLER": "1"}
+        process = replace(worker, is_forked=False).start(*RUN, env=environment)
         listener.wait_for(bool)
     process.send_signal(signal.SIGABRT)
     process.wait(60)

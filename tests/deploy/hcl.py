@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ INFRASTRUCTURE = Path(__file__).parents[2] / "infrastructure"
 
 def blocks(kind: str) -> list[dict[str, Any]]:
     """Return the blocks of a kind (resource, variable, …) in all files: {label: {label: {argument: value}}}."""
-    found: list[dict[str, Any]] = []
-    for file in sorted(INFRASTRUCTURE.glob("*.tf")):
-        found += _plain(hcl2.loads(file.read_text(encoding="utf-8"))).get(kind, [])
-    return found
+    return [block for document in _documents() for block in document.get(kind, [])]
+
+
+@cache
+def _documents() -> list[dict[str, Any]]:
+    files = sorted(INFRASTRUCTURE.glob("*.tf"))
+    return [_plain(hcl2.loads(file.read_text(encoding="utf-8"))) for file in files]
 
 
 def resources(kind: str) -> dict[str, dict[str, Any]]:

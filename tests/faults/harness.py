@@ -25,9 +25,9 @@ from worker.sandbox.klaviyo.account import Account
 from worker.sandbox.notifications import message
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable, Mapping, Sequence
 
+    from tests.acceptance.conftest import Process
     from tests.rigs.base import Rig
     from worker.sandbox.server import Server
 
@@ -118,7 +118,7 @@ class ScenarioDriver:
         mapping.write_text("".join(["[metrics]\n", *(f'{key} = "{name}"\n' for key, name in METRICS.items())]))
         self._settings = SETTINGS | dict(scenario.settings) | {"KLAVIYO_WORKER_CONFIG": str(mapping)}
         self._memory_limit = scenario.memory_limit
-        self._running: list[subprocess.Popen[bytes]] = []
+        self._running: list[Process] = []
         self.logs: list[Path] = []
         self._failing: dict[str, int] = {}  # by service: faults triggered before it started to fail
         self._permanent_faults = [
@@ -146,7 +146,9 @@ class ScenarioDriver:
         """Start a worker, in addition to those running."""
         directory = self._directory / f"worker-{len(self.logs) + 1}"
         directory.mkdir(parents=True)
-        worker = Worker(self.sandbox.environment | self.queue.environment | self._settings | settings, directory)
+        environment = self.sandbox.environment | self.queue.environment | self._settings | settings
+        is_forked = self._memory_limit == math.inf  # a fork starts with the memory of the clients of all queues
+        worker = Worker(environment, directory, is_forked=is_forked)
         process = worker.start("run")
         if self._memory_limit < math.inf:
             Thread(target=_kill_beyond, args=(process, self._memory_limit), daemon=True).start()
@@ -317,7 +319,7 @@ def run(scenario: Scenario, name: str, queue: Rig, directory: Path, size: int) -
             driver.clean_up()
 
 
-def _kill_beyond(process: subprocess.Popen[bytes], memory_limit: float) -> None:
+def _kill_beyond(process: Process, memory_limit: float) -> None:
     """Kill a process when its memory has exceeded the limit. Return when it has ended."""
     while process.poll() is None:
         if _peak_memory(process.pid) > memory_limit:

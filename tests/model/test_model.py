@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "60"))
 OPTIONS = {
     "ct_api_url": f"https://{COMMERCETOOLS}",
     "ct_auth_url": f"https://{COMMERCETOOLS}",

@@ -252,7 +252,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(order=st.fixed_dictionaries({}, optional=FIELDS))
 def test_an_order_costs_in_proportion_to_its_bytes(order: Json) -> None:
     """Operations, lookups, bytes to send and names to log are bounded by the bytes of the message."""

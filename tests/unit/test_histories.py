@@ -178,7 +178,7 @@ def _updated(version: int) -> FakeDelivery:
 HISTORIES = st.lists(st.sampled_from(("go on", "go on", "change", "deliver", *STEPS)), min_size=20, max_size=80)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30)
 @given(HISTORIES)
 def test_klaviyo_ends_with_the_state_of_commercetools(history: list[str]) -> None:
     """The history has updates, repeats, several workers, lagging readings, late jobs, lost answers and failures."""

@@ -85,7 +85,7 @@ MAPPING = MappingConfig.model_validate(
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "40")), suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "15")), suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_malformed_value_anywhere_has_a_clear_outcome(name: str, data: st.DataObject) -> None:
     """A mutated notification gives requests or a reason, never an unexpected exception."""
