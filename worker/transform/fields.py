@@ -22,33 +22,15 @@ if TYPE_CHECKING:
 
 MAX_FRACTION_DIGITS = 20  # commercetools' limit for highPrecision money
 MAX_MINOR_UNITS = 2**63
-# ISO 4217: the currencies whose minor unit is not a hundredth, by its digits
-_DIGITS = (
-    dict.fromkeys(
-        [
-            "BIF",
-            "CLP",
-            "DJF",
-            "GNF",
-            "ISK",
-            "JPY",
-            "KMF",
-            "KRW",
-            "PYG",
-            "RWF",
-            "UGX",
-            "UYI",
-            "VND",
-            "VUV",
-            "XAF",
-            "XOF",
-            "XPF",
-        ],
-        0,
+_DIGITS = {  # ISO 4217: the digits of the currencies whose minor unit is not a hundredth
+    code: digits
+    for digits, codes in (
+        (0, "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF"),
+        (3, "BHD IQD JOD KWD LYD OMR TND"),
+        (4, "CLF UYW"),
     )
-    | dict.fromkeys(["BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"], 3)
-    | dict.fromkeys(["CLF", "UYW"], 4)
-)
+    for code in codes.split()
+}
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
 
