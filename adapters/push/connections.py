@@ -43,7 +43,9 @@ class _Connection(H11Protocol):
         self.idle[self] = None
         self._start_timer()
         if len(self.connections) > self.maximum:
-            next(iter(self.idle)).transport.abort()
+            oldest = next(iter(self.idle))
+            del self.idle[oldest]  # it is lost only later, possibly after many more connections were made
+            oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import select
 import socket
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
@@ -223,6 +224,21 @@ def test_connection_that_completes_no_request_is_closed(
         with suppress(ConnectionResetError):
             while slow.recv(1000):
                 slow.sendall(b"x" if sent else b"")
+
+
+def test_oldest_idle_connections_are_closed_if_there_are_too_many(
+    queue: PushQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that opens connections without end takes none of the files that the worker needs."""
+    monkeypatch.setattr(connections, "SPARE_CONNECTIONS", 1)  # 4 in total
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT", 600.0)
+    Sender(queue)
+    with ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", queue.port), timeout=60)) for _ in range(12)]
+        for connection in idle[:8]:
+            with suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+        assert select.select(idle[8:], [], [], 0) == ([], [], [])  # open, and nothing to read
 
 
 def test_connection_with_a_request_is_not_idle(queue: PushQueue, monkeypatch: pytest.MonkeyPatch) -> None:
