@@ -51,15 +51,16 @@ def _product_operations(enriched: Enriched, mapping: MappingConfig) -> Iterable[
     categories = _categories(product_id, enriched)
     for category in categories:
         yield category_operation(OperationKind.ENSURE_CATEGORY, category, enriched.categories, mapping)
-    shared = _shared(product, mapping)
+    shared, metadata = _shared(product, mapping), _translations(product)
     written = [
-        (sku, variant, _attributes(shared, variant, enriched, mapping)) for sku, variant in variants_by_sku(product)
+        (sku, variant, _attributes(shared, metadata, variant, enriched, mapping))
+        for sku, variant in variants_by_sku(product)
     ]
     without_price = sum(own["price"] is None for _, _, own in written)
     gaps = ["price"] * without_price + ["sku"] * (len(all_variants(product)) - len(written))
     master = product["masterVariant"]
     of_master = next((own for _, variant, own in written if variant is master), None)
-    item = _item(product_id, master, of_master or _attributes(shared, master, enriched, mapping), categories)
+    item = _item(product_id, master, of_master or _attributes(shared, metadata, master, enriched, mapping), categories)
     yield Operation(OperationKind.UPSERT_ITEM, product_id, item, gaps=gaps)
     for sku, _, own in written:
         yield Operation(OperationKind.UPSERT_VARIANT, sku, _variant(sku, product_id, own, enriched, mapping))
@@ -95,9 +96,16 @@ def _categories(product_id: str, enriched: Enriched) -> list[Json]:
 
 
 def _item(product_id: str, master: Json, attributes: Json, categories: Iterable[Json]) -> Json:
-    ids = [catalog_id(as_text(category.get("id"))) for category in categories]
-    related = {"categories": {"data": [{"type": "catalog-category", "id": category} for category in ids]}}
-    own = {"external_id": product_id, **attributes, "images": fields.image_urls(master)}
+    """Return the item. Its metadata names its categories, because no list of items in Klaviyo shows them."""
+    ids = [as_text(category.get("id")) for category in categories]
+    related = {"categories": {"data": [{"type": "catalog-category", "id": catalog_id(category)} for category in ids]}}
+    metadata = attributes["custom_metadata"] | _texts(category_ids_json=sorted(ids))
+    own = {
+        "external_id": product_id,
+        **attributes,
+        "custom_metadata": metadata,
+        "images": fields.image_urls(master),
+    }
     return {"type": "catalog-item", "attributes": own, "relationships": related}
 
 
@@ -115,13 +123,16 @@ def _shared(product: Json, mapping: MappingConfig) -> Json:
         "published": True,
         "title": fields.localized(product.get("name"), mapping.locale) or as_text(product.get("id")),
         "description": fields.localized(product.get("description"), mapping.locale),
-        "custom_metadata": _texts(
-            title_json=_by_locale("title", product.get("name")), slug_json=_by_locale("slug", product.get("slug"))
-        ),
     }
 
 
-def _attributes(shared: Json, variant: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
+def _translations(product: Json) -> Json:
+    """Return the metadata that the item has in common with all its variants."""
+    titles, slugs = _by_locale("title", product.get("name")), _by_locale("slug", product.get("slug"))
+    return _texts(title_json=titles, slug_json=slugs)
+
+
+def _attributes(shared: Json, metadata: Json, variant: Json, enriched: Enriched, mapping: MappingConfig) -> Json:
     """Return the attributes of a variant, or of the item if it is the master variant. Both have the same names.
 
     `price` is None if no price fits.
@@ -134,7 +145,7 @@ def _attributes(shared: Json, variant: Json, enriched: Enriched, mapping: Mappin
         "url": _url(product, variant, mapping) or "None",
         "image_full_url": fields.image_url(variant) or None,  # null removes the image
         "price": prices.catalog_price(),
-        "custom_metadata": shared["custom_metadata"] | _texts(price_json=amounts, currency_json=currencies),
+        "custom_metadata": metadata | _texts(price_json=amounts, currency_json=currencies),
     }
 
 
@@ -143,7 +154,7 @@ def _url(product: Json, variant: Json, mapping: MappingConfig) -> str:
     return fields.product_url(product.get("slug"), product_id, variant, mapping.locale, template)
 
 
-def _texts(**values: Json) -> Json:
+def _texts(**values: Json | list[str]) -> Json:
     """Return the values that are not empty as JSON texts, because Klaviyo accepts no nested metadata."""
     return {name: orjson.dumps(value).decode() for name, value in values.items() if value}
 

@@ -287,17 +287,52 @@ def test_missing_price_is_zero_only_in_the_creation_of_a_variant(sandbox: Sandbo
         sandbox.account.delete_entry("catalog-item", catalog_id("p0"))
 
 
-@pytest.mark.parametrize("number", [2, 30])
+@pytest.mark.parametrize("number", [2, 60])
 def test_nothing_is_written_where_nothing_differs(number: int, sandbox: Sandbox, sender: Sender) -> None:
-    """Klaviyo's lists do not show the categories of an item, so they are read for each item that seems to be right."""
+    """Klaviyo's lists do not show the categories of an item. Few items are asked for them, or the categories of many.
+
+    Categories that have all items that they were asked for are not asked again.
+    """
     sender.send(products(number))
     sandbox.klaviyo.requests.clear()
     assert sender.send(products(number)) == [None] * (2 * number + 30)
     assert {request.method for request in sandbox.klaviyo.requests} == {"GET"}
     assert calls(sandbox)["GET items"] == 1
-    sandbox.account.items["p1"]["categories"] = []
+    asked = Counter(request.path.rpartition("/")[2] for request in sandbox.klaviyo.requests)
+    assert (asked["categories"], asked["items"]) == ((2, 0) if number == 2 else (0, 30))
+    sandbox.klaviyo.requests.clear()
     assert sender.send(products(number)) == [None] * (2 * number + 30)
+    assert len(sandbox.klaviyo.requests) == (3 if number == 2 else 1)
+
+
+@pytest.mark.parametrize("number", [2, 60])
+@pytest.mark.parametrize("exists", [True, False])
+def test_items_return_to_a_category_that_another_client_deleted(
+    number: int, exists: bool, sandbox: Sandbox, sender: Sender
+) -> None:
+    """Klaviyo takes all items out of it. Only their metadata still names it. `exists`: it was created again."""
+    sender.send(products(number))
+    sandbox.account.delete_entry("catalog-category", catalog_id("c1"))
+    sender = Sender(klaviyo_for(sandbox), 4)
+    if exists:
+        sender.send([category(1)])
+    assert sender.send(products(number)) == [None] * (2 * number + 30)
+    assert {name: entry["categories"] for name, entry in sandbox.account.items.items()} == {
+        f"p{each}": [catalog_id(f"c{each % 30}")] for each in range(number)
+    }
+
+
+def test_item_whose_categories_cannot_be_asked_is_asked_itself(sandbox: Sandbox, sender: Sender) -> None:
+    """A category that is deleted in the meantime is no fault of its items."""
+    sender.send(products(60))
+    sandbox.klaviyo.faults.add(Fault(match="GET /api/catalog-categories/.*c1/items", status=404))
+    sandbox.account.items["p1"]["categories"] = []
+    sandbox.klaviyo.requests.clear()
+    assert sender.send(products(60)) == [None] * 150
     assert sandbox.account.items["p1"]["categories"] == [catalog_id("c1")]
+    made = calls(sandbox)
+    assert made["PATCH items/…"] == 1
+    assert made["GET items/…"] == 2, "p1 and p31, which are in c1"
 
 
 def test_ensured_entries_are_created_but_not_changed(sandbox: Sandbox, sender: Sender) -> None:
@@ -395,7 +430,7 @@ def test_unfinished_job_does_not_affect_a_complete_one(sandbox: Sandbox) -> None
             match="GET /api/catalog-category-bulk-create-jobs/J", status=200, body=b'{"data":{"id":"J"}}', times=None
         ),
     )
-    sender = Sender(klaviyo_for(sandbox), 4, job_timeout=0.5)
+    sender = Sender(klaviyo_for(sandbox), 1, job_timeout=0.5)
     results = sender.send([category(number) for number in range(110)])
     assert [type(result) for result in results] == [JobUnfinished] * 100 + [type(None)] * 10
     assert len(sandbox.account.categories) == 10

@@ -65,6 +65,12 @@ class CatalogReader:
         path = f"{entry_path(ITEMS, item)}/categories?fields%5Bcatalog-category%5D=name"
         return {as_key(category.get("id")) for category in iter_resources(self._client, path)}
 
+    def items_in(self, category: str, items: Iterable[str]) -> set[str]:
+        """Return those of the items that are in a category. Raises WorkerError."""
+        path = f"{entry_path(CATEGORIES, category)}/items?fields%5Bcatalog-item%5D=external_id"
+        pages = (iter_resources(self._client, f"{path}&{_filter(chunk)}") for chunk in _chunks(items))
+        return {external_id(as_key(item.get("id"))) for page in pages for item in page}
+
     def has_variant(self, item: str, sku: str) -> bool:
         """Return whether a variant belongs to an item. Raises WorkerError."""
         path = f"{entry_path(ITEMS, item)}/variants?{_filter([sku])}&{_QUERY[VARIANTS]}"

@@ -35,7 +35,8 @@ from worker.send.catalog.batch import (
     plan_deletion,
     plan_item,
 )
-from worker.send.catalog.reader import CatalogReader, is_missing
+from worker.send.catalog.memberships import Memberships
+from worker.send.catalog.reader import CATEGORIES, CatalogReader, is_missing
 from worker.send.catalog.writer import CatalogWriter, Write
 from worker.transform.catalog import external_id
 
@@ -60,6 +61,7 @@ class CatalogSender:
     def __init__(self, client: KlaviyoClient, jobs: BulkJobs, executor: Executor, threshold: int) -> None:
         self._executor = executor
         self._reader = CatalogReader(client, executor)
+        self._memberships = Memberships(self._reader, executor)
         self._writer = CatalogWriter(client, jobs, self._reader, executor, threshold)
         self._categories: cachetools.TTLCache[str, bool] = cachetools.TTLCache(_CACHE_SIZE, _CACHE_SECONDS)
         self._written_stock: cachetools.TTLCache[str, Json] = cachetools.TTLCache(_CACHE_SIZE, _CACHE_SECONDS)
@@ -107,6 +109,8 @@ class CatalogSender:
     def _learn(self, write: Write, result: SendResult) -> None:
         """Remember what the result of a write shows."""
         operation = write.operation
+        if write.collection == CATEGORIES:
+            self._memberships.forget(operation.key)
         with self._lock:
             match operation.kind:
                 case OperationKind.UPSERT_CATEGORY | OperationKind.ENSURE_CATEGORY if result.error is None:
@@ -167,19 +171,20 @@ class CatalogSender:
         return Write(operation, "update", update(operation))
 
     def _run_items(self, batch: CatalogBatch) -> None:
-        """Write items. The categories of those whose attributes are right are read before it is decided."""
-        unclear: list[Operation] = []
+        """Write items. If the attributes of one are right, its categories are verified."""
+        right: list[Operation] = []
 
         def plan(batch: CatalogBatch, operation: Operation) -> Write | SendResult:
             planned = plan_item(batch, operation)
             if planned is None:
-                unclear.append(operation)
+                right.append(operation)
                 return SendResult(None, 1)
             return planned
 
         self._run(batch, ITEM_KINDS, plan)
+        doubtful = self._memberships.doubtful(right)
         writes = []
-        for operation, needed in zip(unclear, self._executor.map(self._needs_categories, unclear), strict=True):
+        for operation, needed in zip(doubtful, self._executor.map(self._needs_categories, doubtful), strict=True):
             if isinstance(needed, WorkerError):
                 batch.conclude(operation, SendResult(needed, 2))
             elif needed:
