@@ -251,8 +251,10 @@ class Runner:
     def _dispatch(self, deliveries: Sequence[Delivery]) -> None:
         """Put messages into their lanes. Return those that are beyond the budget of a slow effect to the queue.
 
-        Those among them that have an outcome need no lane, so they are settled at once.
+        Those among them that have an outcome need no lane, so they are settled at once. The lanes get all messages
+        together, because a lane processes what is in its inbox as one batch.
         """
+        accepted: list[tuple[Effect, Message]] = []
         excess: defaultdict[Effect, list[Message]] = defaultdict(list)
         decided: list[Message] = []
         for delivery in deliveries:
@@ -260,11 +262,13 @@ class Runner:
                 continue
             message = self._pipeline.parse(delivery)
             if self._once or not self._in_flight.is_beyond_budget(message):
-                self._lanes.put(self._in_flight.add(message), message)
+                accepted.append((self._in_flight.add(message), message))
             elif message.outcome is None:
                 excess[message.effect].append(message)
             else:
                 decided.append(message)
+        for effect, message in accepted:
+            self._lanes.put(effect, message)
         if decided:
             self._pipeline.process(decided)
         for effect, messages in excess.items():
