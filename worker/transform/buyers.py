@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from worker.json_access import as_dict, as_id, as_text
 from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
+from worker.transform.size_limits import ATTRIBUTE_BYTES, truncate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,9 +29,11 @@ def buyer_profile(order: Json, identifiers: Json, mapping: MappingConfig) -> Ite
     if not identifiers.get("email") or mapping.order.buyer not in (("guests", "all") if is_guest else ("all",)):
         return
     if contents := _attributes(order, mapping):
-        resource = {"type": "profile", "attributes": identifiers | contents}
+        fitting, truncated = truncate(contents, ATTRIBUTE_BYTES)
+        resource = {"type": "profile", "attributes": identifiers | fitting}
         key = as_text(identifiers["email"]).lower()
-        yield Operation(OperationKind.UPSERT_GUEST, key, resource, any_profile=mapping.order.buyer == "all")
+        writes_all = mapping.order.buyer == "all"
+        yield Operation(OperationKind.UPSERT_GUEST, key, resource, any_profile=writes_all, truncated=truncated)
 
 
 def _attributes(order: Json, mapping: MappingConfig) -> Json:

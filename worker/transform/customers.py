@@ -11,7 +11,7 @@ from worker.transform import fields
 from worker.transform.consent import consent_properties, consents
 from worker.transform.profiles import CONSENT_VERSION, CUSTOM_FIELD_NAMES, without_clears
 from worker.transform.registry import handles
-from worker.transform.size_limits import PROFILE_BYTES, truncate
+from worker.transform.size_limits import ATTRIBUTE_BYTES, PROFILE_BYTES, truncate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -48,8 +48,9 @@ def customer_changed(enriched: Enriched, mapping: MappingConfig) -> Iterable[Ope
     if customer is None:
         yield _removal(enriched, mapping)
         return
-    properties, truncated = _properties(customer, mapping)
-    attributes = _own_attributes(customer, mapping) | {"properties": properties}
+    attributes, truncated = truncate(_own_attributes(customer, mapping), ATTRIBUTE_BYTES)
+    properties, shortened = _properties(customer, mapping)
+    attributes, truncated = attributes | {"properties": properties}, [*truncated, *shortened]
     if not attributes.get("email") and not attributes.get("phone_number"):
         raise Ignored("the customer has neither an email address nor a valid phone number")
     # The whole state that the worker owns: the send stage clears what is None. A message is possibly old, so its data

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from worker.errors import Ignored
-from worker.json_access import as_id
+from worker.json_access import as_dict, as_id
 from worker.transform import fields
 from worker.transform.buyers import buyer_profile
 from worker.transform.identity import email_of, identifiers
@@ -36,10 +36,21 @@ if TYPE_CHECKING:
 _PLACED = "Placed Order; Ordered Product per line"
 
 
+def _check_customer(notification: Notification, _mapping: MappingConfig) -> None:
+    if as_id(as_dict(notification.payload.get("oldCustomer")).get("id")):
+        raise Ignored("the order had a customer before, and its event belongs to that one")
+
+
+@handles(
+    "OrderCustomerSet",
+    resource="order",
+    effect=f"{_PLACED}; only if the order had no customer before",
+    precheck=_check_customer,
+    omissions=order_omissions,
+)
 @handles(
     "OrderCreated",
     "OrderImported",
-    "OrderCustomerSet",
     "OrderCreatedFromRecurringOrder",
     resource="order",
     effect=_PLACED,

@@ -21,7 +21,8 @@ MAX_ARRAY = 4_000
 MAX_DEPTH = 10
 MAX_TEXT_BYTES = 100_000
 EVENT_BYTES = 4_500_000  # Klaviyo's limit for an event is 5 MB, including its profile
-PROFILE_BYTES = 80_000  # Klaviyo's limit for a profile is 100 KB, including its other attributes
+PROFILE_BYTES = 80_000  # of the properties; Klaviyo's limit for a profile is 100 KB, including its other attributes
+ATTRIBUTE_BYTES = 15_000  # of these other attributes
 
 
 def own_first(own: Json, others: Json) -> Json:

@@ -90,6 +90,15 @@ def test_order_without_a_billing_address(more: dict[str, Any]) -> None:
     assert upserts(GUESTS | more) == []
 
 
+def test_a_name_that_no_profile_can_hold_is_left_out() -> None:
+    """Klaviyo would reject the profile, and the order of a guest would become a dead letter."""
+    (upsert,) = upserts(GUESTS | {"billingAddress": ADDRESS | {"firstName": "G" * 120_000}})
+    assert upsert.resource
+    expected = {name: value for name, value in WRITTEN.items() if name != "first_name"}
+    assert upsert.resource["attributes"] == {"email": "Gast@example.net"} | expected
+    assert upsert.truncated == ["first_name"]
+
+
 def test_old_orders_write_no_profile() -> None:
     """A backfill and imports of the past come in no order of time."""
     old = GUESTS | {"completedAt": "2019-01-01T10:00:00Z"}

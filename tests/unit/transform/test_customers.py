@@ -55,6 +55,13 @@ def test_what_the_customer_does_not_have_is_none() -> None:
     }
 
 
+def test_a_name_that_no_profile_can_hold_is_left_out() -> None:
+    """Klaviyo would reject the whole profile. The earlier name stays in Klaviyo."""
+    profile = profile_of(ADA | {"firstName": "A" * 120_000, "lastName": "L" * 10_000, "companyName": "C"})
+    assert "first_name" not in profile
+    assert (len(profile["last_name"]), profile["organization"]) == (10_000, "C")
+
+
 def test_the_phone_number_is_cleared_only_by_the_setting() -> None:
     """A person can have given the number to Klaviyo."""
     mapping = {"customer": {"clear_phone": True}}

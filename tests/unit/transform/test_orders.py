@@ -95,6 +95,14 @@ def test_only_the_first_email_address_counts(payload: dict[str, Any]) -> None:
         attributes("OrderCustomerEmailSet", {}, **payload)
 
 
+@pytest.mark.parametrize("email", ["former@example.com", None])
+def test_an_order_that_changes_hands_is_no_second_sale(email: str | None) -> None:
+    """Its Placed Order is the former customer's. The order's address can be one that this customer no longer has."""
+    former = {"typeId": "customer", "id": "former"}
+    with pytest.raises(Ignored, match="had a customer before"):
+        attributes("OrderCustomerSet", {"customerEmail": email, "customerId": "ada"}, oldCustomer=former)
+
+
 def parcel(number: int, **tracking: Any) -> dict[str, Any]:
     return {"id": f"parcel-{number}", "trackingData": tracking}
 
