@@ -25,18 +25,16 @@ _UNLIMITED: _Window = (_ALWAYS, _NEVER)
 
 
 class _Price(NamedTuple):
-    """A price that holds now.
+    """A price that holds now, for all channels or that of the mapping.
 
     Of the prices that fit, the one with the lowest `precedence` is selected. A price for the channel precedes a price
     for the country. Among equally specific prices, one with a validity period precedes those without one; then the
-    first currency by code and the earliest period precede the others. `is_served`: it is for all channels, or for that
-    of the mapping.
+    first currency by code and the earliest period precede the others.
     """
 
     precedence: tuple[bool, bool, bool, str, _Window]
     country: str
     code: str
-    is_served: bool
     resource: Json
 
 
@@ -72,9 +70,7 @@ class CurrentPrices:
     def _select(self, country: str, code: str) -> Json | None:
         """Return the most specific price for a country ("": none) in a currency ("": any), or None."""
         fitting = (
-            price.resource
-            for price in self._prices
-            if price.is_served and code in {"", price.code} and price.country in {"", country}
+            price.resource for price in self._prices if code in {"", price.code} and price.country in {"", country}
         )
         return next(fitting, None)
 
@@ -106,15 +102,13 @@ def price_amount(price: Any) -> float | None:
 
 
 def _holding(prices: Iterable[Json], served_channel: str, as_of: datetime) -> Iterator[_Price]:
-    """Yield the prices for everybody at `as_of`: of no customer group, no subscription, not inactive."""
+    """Yield the prices for everybody at `as_of`: of no customer group, subscription or other channel, not inactive."""
     for price in prices:
-        window = _window(price)
-        is_special = price.get("customerGroup") or price.get("recurrencePolicy")
+        window, channel = _window(price), as_text(as_dict(price.get("channel")).get("id"))
+        is_special = price.get("customerGroup") or price.get("recurrencePolicy") or channel not in {"", served_channel}
         if window[0] <= as_of < window[1] and not is_special and price.get("active") is not False:
-            channel = as_text(as_dict(price.get("channel")).get("id"))
             country, code = as_text(price.get("country")), currency(price.get("value"))
-            precedence = not channel, not country, window == _UNLIMITED, code, window
-            yield _Price(precedence, country, code, channel in {"", served_channel}, price)
+            yield _Price((not channel, not country, window == _UNLIMITED, code, window), country, code, price)
 
 
 def _window(price: Json) -> _Window:

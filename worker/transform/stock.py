@@ -34,12 +34,12 @@ def stock(entries: Sequence[Json], mapping: MappingConfig) -> Json:
 
 
 def _counted(entries: Sequence[Json], channel: str | list[str]) -> Sequence[Json]:
-    """Return the entries whose quantities count. "": the one without a channel; if there is none, all entries."""
+    """Return the entries whose quantities count. "" or []: the one without a channel; if there is none, all entries."""
     if channel == ALL_CHANNELS:
         return entries
-    channels = [channel] if isinstance(channel, str) else channel
+    channels = [channel] if isinstance(channel, str) else channel or [""]
     counted = [entry for entry in entries if _channel(entry) in channels]
-    return entries if not counted and channel == "" else counted
+    return entries if not counted and channels == [""] else counted
 
 
 def _channel(entry: Json) -> str:

@@ -75,6 +75,7 @@ def test_metadata_has_one_price_per_currency_and_country() -> None:
         price(300, "USD", country="US"),
         price(400, "CAD", country="US"),
         price(500, "GBP", country="GB", validFrom="2027-01-01T00:00:00Z"),
+        price(600, country="FR", channel=STORE),
     ]
     assert CurrentPrices(prices, MappingConfig(), NOW).metadata() == (
         {"price_EUR": 1, "price_DE": 1.2, "price_US": 4},
