@@ -170,7 +170,9 @@ def with_version(enriched: Enriched, resource: Json | None, **others: Iterable[J
     }
     key = notification.resource_type, notification.resource_id
     versions[key] = None if resource is None else version_of(resource)
-    return replace(enriched, versions=versions, missing=notification.resource_type if resource is None else "")
+    return replace(
+        enriched, versions=versions, missing=notification.resource_type if resource is None else enriched.missing
+    )
 
 
 def category_ids(product: Json | None) -> list[str]:
@@ -181,11 +183,14 @@ def category_ids(product: Json | None) -> list[str]:
 
 
 def find_categories(
-    query: queries.Query, groups: Iterable[Sequence[str]], context: PlanContext
+    query: queries.Query, groups: Iterable[Sequence[str]], context: PlanContext, seen: Sequence[str] = ()
 ) -> Generator[Sequence[Lookup], None, dict[str, Json]]:
-    """Look up categories and their ancestors. Return by id those that exist."""
+    """Look up categories and their ancestors. Return by id those that exist.
+
+    The categories that an earlier reading found (`seen`) are looked up together: usually they are the ancestors.
+    """
     ids = unique(category for group in groups for category in group)
-    yield [(query, ids)]
+    yield [(query, [*ids, *seen])]
     found = {category: context.get_optional(query, category) for category in ids}
     ancestors = unique(ancestor for entry in found.values() for ancestor in pick_ids(as_dict(entry).get("ancestors")))
     yield [(query, ancestors)]

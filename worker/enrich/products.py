@@ -24,12 +24,12 @@ def product_plan(enriched: Enriched, context: PlanContext) -> Plan:
     product_id = enriched.notification.resource_id
     yield [(queries.PRODUCTS, [product_id])]
     product = published(context.get(queries.PRODUCTS, product_id))
-    return (yield from catalog_entry_plan(replace(enriched, product_id=product_id, product=product), context))
+    return (yield from catalog_entry_plan(enriched, product_id, product, context))
 
 
-def catalog_entry_plan(enriched: Enriched, context: PlanContext) -> Plan:
+def catalog_entry_plan(enriched: Enriched, product_id: str, product: Json | None, context: PlanContext) -> Plan:
     """Add the data of the catalog entry of a notification's product."""
-    enriched = yield from _catalog_data_plan(enriched, context)
+    enriched = yield from _catalog_data_plan(enriched, product_id, product, context)
     return _with_versions(enriched, enriched.product)
 
 
@@ -89,24 +89,28 @@ def _with_product_of(sku: str, enriched: Enriched, context: PlanContext) -> Gene
     ]
     product = next(filter(None, map(published, found)), None)
     product_id = as_text(as_dict(product).get("id")) or next(iter(seen), "")
-    return (yield from _catalog_data_plan(replace(enriched, product_id=product_id, product=product), context))
+    return (yield from _catalog_data_plan(enriched, product_id, product, context))
 
 
-def _catalog_data_plan(enriched: Enriched, context: PlanContext) -> Generator[Sequence[Lookup], None, Enriched]:
-    """Add the data of a catalog item: its categories, the stock of its variants and their standalone prices."""
-    product = enriched.product
+def _catalog_data_plan(
+    enriched: Enriched, product_id: str, product: Json | None, context: PlanContext
+) -> Generator[Sequence[Lookup], None, Enriched]:
+    """Add a product and the data of its item: its categories, the stock of its variants, their standalone prices."""
     if product is None:
-        return enriched
+        return replace(enriched, product_id=product_id)
     skus = unique(as_key(variant.get("sku")) for variant in all_variants(product))
     priced_skus = skus if has_standalone_prices(product) else []
     yield [(queries.INVENTORY_BY_SKU, skus), (queries.STANDALONE_PRICES_BY_SKU, priced_skus)]
     own = category_ids(product)
-    categories = yield from find_categories(queries.CATEGORIES, [own], context)
+    seen = [name for kind, name in enriched.notification.seen if kind == "category"]
+    categories = yield from find_categories(queries.CATEGORIES, [own], context, seen)
     is_shown = all(category in categories for category in own)
     return replace(
         enriched,
+        product_id=product_id,
+        product=product,
         missing="" if is_shown else "category of the product",
-        product_categories={enriched.product_id: own},
+        product_categories={product_id: own},
         categories=categories,
         inventory={**enriched.inventory, **{sku: context.get_all(queries.INVENTORY_BY_SKU, sku) for sku in skus}},
         standalone_prices={sku: context.get_all(queries.STANDALONE_PRICES_BY_SKU, sku) for sku in priced_skus},
@@ -122,9 +126,7 @@ def _with_versions(enriched: Enriched, resource: Json | None) -> Enriched:
         "category": enriched.categories.values(),
         "product": [] if enriched.product is None else [enriched.product],
     }
-    missing = enriched.missing
     enriched = with_version(enriched, resource, **others)
-    enriched = replace(enriched, missing=enriched.missing or missing)
     if not is_missing:
         return enriched
     versions = {**enriched.versions, ("product", enriched.product_id): None}

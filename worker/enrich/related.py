@@ -34,9 +34,11 @@ def with_related(plan: Callable[[Enriched, PlanContext], Plan]) -> Callable[[Enr
         enriched = yield from _with_gone_categories(enriched, context)
         products = yield from _related_products(enriched, context)
         related = yield from _together(
-            catalog_entry_plan(_enriched_for(product_id, product, enriched), context)
+            catalog_entry_plan(_enriched_for(product_id, enriched), product_id, product, context)
             for product_id, product in products.items()
         )
+        if not related:
+            return enriched
         versions: dict[ResourceKey, int | None] = dict(enriched.versions)
         missing = enriched.missing
         for each in related:
@@ -96,10 +98,10 @@ def _together(plans: Iterable[Plan]) -> Generator[Sequence[Lookup], None, list[E
     return [results[index] for index in range(len(running))]
 
 
-def _enriched_for(product_id: str, product: Json | None, enriched: Enriched) -> Enriched:
+def _enriched_for(product_id: str, enriched: Enriched) -> Enriched:
     seen = enriched.notification.seen
     notification = Notification("ResourceUpdated", "product", product_id, None, {}, seen)
-    return Enriched(notification, enriched.as_of, product=product, product_id=product_id)
+    return Enriched(notification, enriched.as_of)
 
 
 def _by_id(products: Iterable[Json | None]) -> dict[str, Json]:
