@@ -91,7 +91,9 @@ def test_returned_messages_keep_their_delay_despite_a_retry_policy(
     service.set_retry_policy()
     queue = opened(URL)
     queue.check()
-    queue.nack(receive(queue, 1), 300.0, interruption)
+    returned = receive(queue, 1)
+    queue.stop()
+    queue.nack(returned, 300.0, interruption)
     assert service.requests["ModifyAckDeadline"][-1].ack_deadline_seconds == 300
 
 

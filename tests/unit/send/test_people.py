@@ -454,6 +454,15 @@ def test_profiles_of_a_job_that_the_search_does_not_show_yet_are_waited_for(klav
     }
 
 
+def test_guest_whom_the_search_does_not_show_yet_becomes_the_customer(klaviyo: AccountClient) -> None:
+    """A guest orders and registers at once. The profile that Klaviyo's 409 names keeps its email address."""
+    hide_new_profiles(klaviyo)
+    assert send(klaviyo, guest("nora@example.com", first_name="N.")) == [None]
+    assert send(klaviyo, customer("nora", first_name="Nora")) == [None]
+    nora = attributes_of(klaviyo, external_id="nora")
+    assert (nora.get("email"), nora["first_name"], len(klaviyo.account.profiles)) == ("nora@example.com", "Nora", 1)
+
+
 @pytest.mark.parametrize("error", [Transient("503"), EndpointRefused("403")])
 def test_named_profile_that_cannot_be_read(error: WorkerError, klaviyo: AccountClient) -> None:
     """An outage is waited for. Without the scope, the profile is imported."""
