@@ -20,7 +20,7 @@ from adapters.shared.chunks import chunked
 from worker.errors import ReadingOutdated, Rejected, RequestBlocked, StaleRead, Transient, WorkerError
 from worker.json_access import as_dict, as_dicts, as_int, as_text
 from worker.send.bulk import isolate_rejected
-from worker.send.profile_directory import FIELDS, Directory, identifier, read_profiles
+from worker.send.profile_directory import FIELDS, Directory, identifier, read_profile, read_profiles
 from worker.telemetry.log import log
 from worker.transform.profiles import CONSENT_VERSION
 
@@ -34,9 +34,11 @@ if TYPE_CHECKING:
 
 MAX_AGE = 60.0  # seconds since the consent was read; in the meantime, the person can have taken it back
 SOURCE = "commercetools"  # stored with the consent in Klaviyo
+_FIELDS = (*FIELDS, "subscriptions")
 _ADDRESS = {"email": "email", "sms": "phone_number"}  # channel -> identifier
 _MAX_BYTES = 4_500_000  # Klaviyo accepts 5 MB
 _MAX_VERSIONS, _VERSION_SECONDS = 50_000, 600.0  # of customers, to notice that a reading lags
+_SEARCH_LAG = 60.0  # seconds after a write during which a search possibly does not show it
 _LAG_PAUSE = 1.0  # seconds until a profile that Klaviyo does not show yet is read again
 _CULPRIT = re.compile(r"/data/attributes/profiles/data/(\d+)(?:/|$)")
 
@@ -79,7 +81,21 @@ class Consents:
         self._client = client
         self._resubscribes = resubscribes
         self._versions: cachetools.TTLCache[str, int] = cachetools.TTLCache(_MAX_VERSIONS, _VERSION_SECONDS)
+        self._written: cachetools.TTLCache[str, bool] = cachetools.TTLCache(_MAX_VERSIONS, _SEARCH_LAG)
         self._lock = Lock()
+
+    def remember(self, upserts: Sequence[Upsert]) -> None:
+        """Remember the customers whose consents were written."""
+        with self._lock:
+            self._written.update((upsert.operation.key, True) for upsert in upserts if upsert.agreed)
+
+    def has_just_written(self, key: str) -> bool:
+        """Return whether this process has just changed the consents of a customer.
+
+        A search possibly does not show that yet, so that a consent that is taken back at once would look unchanged.
+        """
+        with self._lock:
+            return key in self._written
 
     def finish_if_stale(self, upsert: Upsert) -> bool:
         """Set the result, and return True, if a later version of the customer was sent before: it is read again.
@@ -101,9 +117,8 @@ class Consents:
         unsubscribe = _Job("delete", 100)  # https://developers.klaviyo.com/en/reference/bulk_unsubscribe_profiles
         recent = [upsert for upsert in upserts if not _finish_if_outdated(upsert)]
         for upsert, profile in self._read(recent):
-            if _finish_if_below(
-                as_int(_property(profile, CONSENT_VERSION)) or 0, upsert
-            ):  # another worker wrote a later one
+            written = as_int(_property(profile, CONSENT_VERSION)) or 0  # possibly by another worker
+            if _finish_if_below(written, upsert):
                 continue
             changes = _Changes(upsert, profile, resubscribes=self._resubscribes)
             if changes.subscribed:
@@ -119,7 +134,7 @@ class Consents:
         directory = Directory()
         keys = [upsert.operation.key for upsert in upserts]
         try:
-            profiles, failures = read_profiles(self._client, "external_id", keys, fields=(*FIELDS, "subscriptions"))
+            profiles, failures = read_profiles(self._client, "external_id", keys, fields=_FIELDS)
         except WorkerError as error:
             for upsert in upserts:
                 upsert.finish(error)
@@ -130,12 +145,26 @@ class Consents:
         for upsert in upserts:
             upsert.requests += 1
             held = directory.find("external_id", upsert.operation.key)
-            if held:
+            if held and self.has_just_written(upsert.operation.key):
+                found += self._read_by_id(upsert, held[0].id)
+            elif held:
                 found.append((upsert, held[0]))
             else:
                 failure = failures.get(identifier("external_id", upsert.operation.key))
                 upsert.finish(failure or Transient("Klaviyo does not show the profile yet", _LAG_PAUSE))
         return found
+
+    def _read_by_id(self, upsert: Upsert, profile_id: str) -> list[tuple[Upsert, Profile]]:
+        """Read a profile by its id, which does not search. If that fails, set the result and return []."""
+        upsert.requests += 1
+        try:
+            profile = read_profile(self._client, profile_id, fields=_FIELDS)
+        except WorkerError as error:
+            upsert.finish(error)
+            return []
+        if profile is None:
+            upsert.finish(Transient("the profile has just been merged or deleted", _LAG_PAUSE))
+        return [(upsert, profile)] if profile else []
 
     def _send(self, job: _Job) -> None:
         """Send the job in as few requests as possible. Set the result of the upserts that fail."""

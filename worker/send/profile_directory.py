@@ -73,12 +73,14 @@ def _identifiers_of(profile: Profile) -> list[Identifier]:
     return [identifier(name, profile.get(name)) for name in names if profile.get(name)]
 
 
-def read_profile(client: KlaviyoClient, profile_id: str) -> Profile | None:
-    """Read a profile by Klaviyo's id; None if Klaviyo does not show it. Raises WorkerError.
+def read_profile(client: KlaviyoClient, profile_id: str, *, fields: Sequence[str] = FIELDS) -> Profile | None:
+    """Read a profile by Klaviyo's id; None if Klaviyo does not show it. `fields` are the attributes to read.
+
+    Raises WorkerError.
 
     A search can show a new or changed profile late, but a reading by id does not search.
     """
-    path = f"/api/profiles/{quote(profile_id, safe='')}?fields%5Bprofile%5D={','.join(FIELDS)}"
+    path = f"/api/profiles/{quote(profile_id, safe='')}?{_attributes(fields)}"
     try:
         resource = as_dict(client.call("GET", path).get("data"))
     except Rejected:  # it was merged or deleted
@@ -115,12 +117,7 @@ def _read(client: KlaviyoClient, name: str, values: Sequence[str], fields: Seque
     A profile without the value is left out: Klaviyo also finds profiles by their secondary email addresses.
     """
     literals = ",".join(map(_literal, values))
-    path = (
-        f"/api/profiles?filter=any({name},%5B{literals}%5D)&fields%5Bprofile%5D={','.join(fields)}"
-        f"&page%5Bsize%5D={MAX_VALUES}"
-    )
-    if "subscriptions" in fields:  # Klaviyo returns them on request only
-        path += "&additional-fields%5Bprofile%5D=subscriptions"
+    path = f"/api/profiles?filter=any({name},%5B{literals}%5D)&{_attributes(fields)}&page%5Bsize%5D={MAX_VALUES}"
     wanted = {identifier(name, value) for value in values}
     found: list[Profile] = []
     others = 0
@@ -133,6 +130,12 @@ def _read(client: KlaviyoClient, name: str, values: Sequence[str], fields: Seque
         if others > MAX_VALUES:
             raise Transient(f"Klaviyo returned profiles whose {name} was not asked for")
     return found
+
+
+def _attributes(fields: Sequence[str]) -> str:
+    """Return the parameters that name the attributes. Klaviyo returns subscriptions only with one of their own."""
+    names = f"fields%5Bprofile%5D={','.join(fields)}"
+    return f"{names}&additional-fields%5Bprofile%5D=subscriptions" if "subscriptions" in fields else names
 
 
 def _literal(value: str) -> str:

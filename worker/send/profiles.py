@@ -108,6 +108,7 @@ class Profiles:
         if changed:
             self._consents.update(changed)
             self._send(changed)
+            self._consents.remember(changed)
 
     def _run_round(self, upserts: Sequence[Upsert], *, can_defer: bool) -> None:
         """Read and write profiles once. Raises WorkerError if they cannot be read."""
@@ -148,6 +149,7 @@ class Profiles:
         customers = {upsert: _customer_of(upsert) for upsert in upserts if _customer_of(upsert) and not upsert.is_blind}
         try:
             self._look_up(directory, "external_id", customers)
+            self._name_just_written(directory, upserts)
             for name in ("email", "phone_number"):
                 self._look_up(directory, name, _unknown(directory, name, upserts))
             self._read_named(directory, upserts)
@@ -155,6 +157,12 @@ class Profiles:
             for upsert in upserts:
                 _cannot_read(upsert)
         return directory
+
+    def _name_just_written(self, directory: Directory, upserts: Iterable[Upsert]) -> None:
+        """Let the profiles with consents that this process has just written be read by their id, too."""
+        for upsert in upserts:
+            if upsert.operation.consents and self._consents.has_just_written(upsert.operation.key):
+                upsert.named |= {profile.id for profile in directory.find("external_id", upsert.operation.key)}
 
     def _look_up(self, directory: Directory, name: str, values: Mapping[Upsert, str]) -> None:
         """Add the profiles with these identifiers to the directory. Raises WorkerError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -236,6 +237,37 @@ def test_stale_reading_of_another_worker_has_no_effect(latest: bool, klaviyo: Ac
     assert len(jobs(klaviyo)) == 2
 
 
+@pytest.mark.parametrize("value", [False, None])
+def test_consent_that_is_taken_back_before_the_search_shows_it(value: object, klaviyo: AccountClient) -> None:
+    """A search possibly shows a profile as it was before. The person must not stay subscribed."""
+    profile = known(klaviyo)
+    before = copy.deepcopy(profile)
+    klaviyo.account.find_profiles = lambda *_: [before]  # type: ignore[method-assign]
+    sender = Sender(klaviyo, 4)
+    assert sender.send([customer(consent(True, version=5))]) == [None]
+    assert status(profile) == "SUBSCRIBED"
+    assert sender.send([customer(consent(value, version=6))]) == [None]
+    assert (jobs(klaviyo), status(profile)) == ([CREATE, DELETE], "UNSUBSCRIBED")
+    assert profile["attributes"]["properties"].get("newsletter") == value
+
+
+@pytest.mark.parametrize("error", [Rejected("404", 404), Transient("503")])
+def test_profile_that_disappears_after_its_consent_was_written(error: WorkerError, klaviyo: AccountClient) -> None:
+    """It is looked up again."""
+    known(klaviyo)
+    sender = Sender(klaviyo, 4)
+    assert sender.send([customer(consent(True))]) == [None]
+
+    def disappear(name: str, _body: Json) -> None:
+        if name.startswith("GET /api/profiles/"):
+            raise error
+
+    klaviyo.before = disappear
+    (found,) = sender.send([customer(consent(False, version=2))])
+    assert isinstance(found, Transient)
+    assert jobs(klaviyo) == [CREATE]
+
+
 def test_later_consent_for_one_channel_is_the_version_of_both(klaviyo: AccountClient) -> None:
     """Any consent proves that the customer has had its version."""
     profile = known(klaviyo, held=held("SUBSCRIBED"), properties={"newsletter": True}, phone_number=PHONE)
@@ -304,6 +336,7 @@ def test_many_consents_need_few_requests(klaviyo: AccountClient) -> None:
         known(klaviyo, key, held=held("SUBSCRIBED"), properties={"newsletter": True})
     assert send(klaviyo, *(customer(consent(False), key=key) for key in keys)) == [None] * 150
     assert jobs(klaviyo) == [DELETE] * 2
+    assert not any(name.startswith("GET /api/profiles/") for name in klaviyo.names)
     assert {status(profile) for profile in klaviyo.account.profiles} == {"UNSUBSCRIBED"}
 
 
