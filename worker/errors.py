@@ -10,6 +10,7 @@ WorkerError                          nack         a defect: retrying in this pro
 │   ├── JobUnfinished                wait         a bulk job has started and can still write
 │   ├── ResponseTooLarge                          the response is larger than the worker reads
 │   ├── CircuitOpen                               not sent, because the endpoint keeps failing
+│   ├── NotForwarded                              a proxy in front of the service refused the request
 │   ├── EndpointRefused              wait         one endpoint refuses the worker; the service accepts it
 │   └── RequestBlocked                            this request is refused; the endpoint answers others
 ├── Rejected                         dead-letter  can never succeed
@@ -153,6 +154,10 @@ class ResponseTooLarge(Transient):
 
 class CircuitOpen(Transient):
     """The circuit breaker sent no request, because the endpoint keeps failing."""
+
+
+class NotForwarded(Transient):
+    """Something in front of the service answered with a 4xx page of its own. The request had no effect."""
 
 
 class EndpointRefused(Transient):

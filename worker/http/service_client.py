@@ -6,10 +6,11 @@ docs/decisions/0026-successes-and-refusals.md has the reasons.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from worker.errors import Disposition, EndpointRefused, RequestBlocked, Transient, WorkerError
+from worker.errors import Disposition, EndpointRefused, NotForwarded, RequestBlocked, Transient, WorkerError
 from worker.http.circuit_breaker import CircuitBreakers
 
 if TYPE_CHECKING:
@@ -87,14 +88,18 @@ class ServiceClient(ABC):
         return Transient(f"not {self.possessive} response: {response}", todo=todo)
 
     def _blocked_or_foreign(self, endpoint: str, response: Response) -> Transient:
-        """Return the error for a response that is not the service's own. Raises WorkerError.
+        """Return the error for a response that is not the service's own. Raises Misconfigured.
 
         A firewall can refuse a single request because of its data. If the service itself answers a neutral request to
         the same endpoint, the request is blocked; otherwise the whole endpoint is unreachable.
         """
         error = self._foreign_response(response)
-        is_refused = response.status >= HTTPStatus.BAD_REQUEST
-        return RequestBlocked(error.reason) if is_refused and self._accepts(endpoint) else error
+        if response.status < HTTPStatus.BAD_REQUEST:
+            return error
+        with suppress(Transient):
+            if self._accepts(endpoint):
+                return RequestBlocked(error.reason)
+        return NotForwarded(error.reason)
 
     def _refusal(self, endpoint: str, error: Misconfigured, todo: str) -> WorkerError:
         """Return the error for a refused request: neutral requests show what is refused. Raises WorkerError.

@@ -20,6 +20,7 @@ from worker.errors import (
     EndpointRefused,
     JobUnfinished,
     KlaviyoMisconfigured,
+    NotForwarded,
     Rejected,
     RequestBlocked,
     Throttled,
@@ -51,7 +52,7 @@ AVOID_FACTOR = 3  # after a job that takes too long, no job of its type is start
 PROFILES = "profile-bulk-import-job"
 _CULPRIT = re.compile(r"/data/attributes/\w+/data/(\d+)(?:/|$)")
 _ENDED = frozenset({"complete", "cancelled"})
-_NOT_STARTED = (Throttled, EndpointRefused, RequestBlocked)  # Klaviyo's answers that prove that no job has started
+_NOT_STARTED = (Throttled, EndpointRefused, RequestBlocked, NotForwarded)  # answers that prove that no job has started
 
 
 class BulkJobType(NamedTuple):

@@ -227,9 +227,16 @@ def test_start_whose_answer_is_lost_is_not_repeated(action: str, sandbox: Sandbo
     assert calls(sandbox) == {READ: 1, f"POST {JOBS}": 1}
 
 
-@pytest.mark.parametrize("fault", [Fault(match=f"POST {JOBS}", status=429, times=None), None])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(match=f"POST {JOBS}", status=429, times=None),
+        *(Fault(match=f"POST {JOBS}", status=status, times=None, body=b"<title>Stop</title>") for status in (403, 413)),
+        None,
+    ],
+)
 def test_job_that_was_certainly_not_started_does_not_delay_its_messages(fault: Fault | None, sandbox: Sandbox) -> None:
-    """Klaviyo throttled the request, or it could not be reached."""
+    """Klaviyo throttled the request, a firewall in front of it refused the request, or it could not be reached."""
     klaviyo = klaviyo_for(sandbox, retry_timeout=0.0)
     if fault:
         sandbox.klaviyo.faults.add(replace(fault, headers={"Retry-After": "600"}))
