@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from worker.json_access import as_dict, as_id, as_text
 from worker.model import Json, Operation, OperationKind
-from worker.transform import fields
+from worker.transform import addresses, fields
 from worker.transform.size_limits import ATTRIBUTE_BYTES, truncate
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _attributes(order: Json, mapping: MappingConfig) -> Json:
             "first_name": as_text(address.get("firstName")),
             "last_name": as_text(address.get("lastName")),
             "locale": as_text(order.get("locale")),
-            "location": fields.location(address),
-            "phone_number": fields.phone(address) if mapping.order.buyer_phone else "",
+            "location": addresses.location(address),
+            "phone_number": addresses.phone(address) if mapping.order.buyer_phone else "",
         }
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from worker.errors import Ignored
 from worker.json_access import as_dict, as_dicts, as_text, unique
 from worker.model import Json, Operation, OperationKind
-from worker.transform import fields
+from worker.transform import addresses, fields
 from worker.transform.consent import consent_properties, consents
 from worker.transform.profiles import CONSENT_VERSION, CUSTOM_FIELD_NAMES, without_clears
 from worker.transform.registry import handles
@@ -28,7 +28,7 @@ def _omissions(enriched: Enriched, mapping: MappingConfig) -> Iterator[str]:
     if enriched.customer is None:  # otherwise the empty ones are cleared
         values |= _own_attributes(customer, mapping) | _own_properties(customer)
     yield from fields.report_empty(values)
-    yield from fields.report_invalid_phone(fields.customer_address(customer))
+    yield from addresses.report_invalid_phone(addresses.customer_address(customer))
     yield from fields.report_filtered(
         as_dict(customer.get("custom")).get("fields"), mapping.customer.custom_fields, "customer.custom_fields"
     )
@@ -90,8 +90,8 @@ def _own_attributes(customer: Json, mapping: MappingConfig) -> Json:
 
     `title` is not among them: it is the job title (Klaviyo's OpenAPI document), not a form of address.
     """
-    address = fields.customer_address(customer)
-    phone = fields.phone(address)
+    address = addresses.customer_address(customer)
+    phone = addresses.phone(address)
     return {
         **fields.compact({"email": as_text(customer.get("email")), "external_id": as_text(customer.get("id"))}),
         "first_name": as_text(customer.get("firstName")) or None,
@@ -99,7 +99,7 @@ def _own_attributes(customer: Json, mapping: MappingConfig) -> Json:
         "organization": as_text(customer.get("companyName")) or None,
         "locale": as_text(customer.get("locale")) or None,
         **({"phone_number": phone or None} if phone or mapping.customer.clear_phone else {}),
-        "location": fields.whole_location(address),
+        "location": addresses.whole_location(address),
     }
 
 

@@ -10,7 +10,7 @@ from worker.budget import check_copies
 from worker.errors import Ignored
 from worker.json_access import as_dict, as_dicts, as_id, as_text, parse_time, unique
 from worker.model import Json, Operation, OperationKind
-from worker.transform import fields
+from worker.transform import addresses, fields
 from worker.transform.identity import describe_identifiers, identifiers
 from worker.transform.line_items import items_of, lines_of
 from worker.transform.order_totals import (
@@ -193,8 +193,8 @@ def _own_properties(order: Json, items: list[Json], enriched: Enriched, mapping:
         "DiscountCode": ", ".join(discount_codes(order, enriched)),
         "DiscountValue": fields.number(discount_value(order, lines_of(order))),
         "Items": items,
-        "BillingAddress": fields.address_properties(order.get("billingAddress")),
-        "ShippingAddress": fields.address_properties(_shipping_address(order)),
+        "BillingAddress": addresses.address_properties(order.get("billingAddress")),
+        "ShippingAddress": addresses.address_properties(_shipping_address(order)),
         "ShippingMethod": next(filter(None, (as_text(info.get("shippingMethodName")) for info in infos)), ""),
         "ShippingCosts": fields.number(shipping_costs(order, mapping)),
         "TaxTotal": fields.number(tax_total(order)),

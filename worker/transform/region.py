@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from worker.errors import Excluded
 from worker.json_access import as_dict, as_dicts, as_text
 from worker.transform import fields
+from worker.transform.addresses import customer_address
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,9 +79,7 @@ def _country_of_customer(customer: Json) -> str:
     shipping_id = as_text(customer.get("defaultShippingAddressId"))
     addresses = as_dicts(customer.get("addresses"))
     default = next((each for each in addresses if shipping_id and each.get("id") == shipping_id), {})
-    return fields.first_nonempty(
-        as_text(default.get("country")), as_text(fields.customer_address(customer).get("country"))
-    )
+    return fields.first_nonempty(as_text(default.get("country")), as_text(customer_address(customer).get("country")))
 
 
 def _check(stores: Sequence[str], country: str, mapping: MappingConfig) -> None:

@@ -6,13 +6,11 @@ from decimal import Decimal
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.unit.test_parse import json_values
 from worker.json_access import pick_ids
 from worker.mapping import PropertyRules
 from worker.transform import fields
-from worker.transform.size_limits import MAX_ARRAY, MAX_PROPERTIES, MAX_TEXT_BYTES, truncate
 
 
 def cents(amount: int, currency: str = "EUR", digits: int = 2) -> dict[str, object]:
@@ -88,52 +86,6 @@ def test_attribute_of_every_type_has_a_text(value: object, expected: str) -> Non
     assert fields.attribute_text(value, "en-US") == expected
 
 
-ADDRESS = {
-    "apartment": "4b",
-    "building": "",
-    "streetNumber": "12",
-    "streetName": "Main St",
-    "additionalStreetInfo": "rear",
-    "additionalAddressInfo": "ring twice",
-    "city": "Berlin",
-    "country": "DE",
-    "state": "BE",
-    "postalCode": "10115",
-    "phone": "030 901820",
-}
-
-
-def test_location_joins_the_address_fields() -> None:
-    """Empty fields leave no stray commas, and the region falls back to the state."""
-    assert fields.location(ADDRESS) == {
-        "address1": "4b, 12, Main St",
-        "address2": "rear, ring twice",
-        "city": "Berlin",
-        "country": "DE",
-        "region": "BE",
-        "zip": "10115",
-    }
-    assert fields.location(None) == {}
-
-
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [
-        (ADDRESS, "+4930901820"),
-        ({"phone": "+1 (212) 555-2368"}, "+12125552368"),
-        ({"phone": "030 901820", "mobile": "+49 171 1234567", "country": "DE"}, "+491711234567"),
-        ({"phone": "030 901820", "mobile": "nonsense", "country": "DE"}, "+4930901820"),
-        ({"phone": "030 901820"}, ""),
-        ({"phone": "123", "country": "DE"}, ""),
-        ({"phone": 49, "country": 7}, ""),
-        ({}, ""),
-    ],
-)
-def test_only_a_valid_phone_number_is_sent(address: object, expected: str) -> None:
-    """An invalid number is dropped, because Klaviyo would reject the whole profile."""
-    assert fields.phone(address) == expected
-
-
 def test_property_rules_select_and_rename() -> None:
     """Empty values are dropped. 0 and false are not empty."""
     values = {"a": 1, "b": "", "c": 0, "d": False, "e": None, "f": "x", "g": []}
@@ -156,56 +108,7 @@ def test_field_functions_accept_any_json(value: object) -> None:
     fields.currency(value)
     fields.localized(value, "en-US")
     fields.attribute_text(value, "en-US")
-    fields.location(value)
-    fields.address_properties(value)
-    fields.phone({"phone": value, "country": value})
     fields.filter_properties(value, PropertyRules())
     fields.add_seconds(value, 1)
     pick_ids(value)
     fields.image_url({"images": value})
-
-
-@given(st.dictionaries(st.text(), json_values, max_size=8))
-def test_properties_within_the_limits_are_unchanged(properties: dict[str, object]) -> None:
-    """Truncation starts only at Klaviyo's limits."""
-    fitted, truncated = truncate(properties)
-    assert (fitted, truncated) == (properties, [])
-
-
-def _nested(depth: int) -> object:
-    return {"inner": _nested(depth - 1)} if depth else "leaf"
-
-
-def test_properties_beyond_the_limits_are_truncated_and_named() -> None:
-    """The last entries are removed first, and the paths name the truncated properties."""
-    fitted, truncated = truncate(
-        {
-            "long": "é" * MAX_TEXT_BYTES,
-            "many": list(range(MAX_ARRAY + 5)),
-            "deep": _nested(12),
-            **{f"p{number}": number for number in range(MAX_PROPERTIES)},
-        }
-    )
-    assert len(fitted["long"].encode()) <= MAX_TEXT_BYTES
-    assert fitted["many"] == list(range(MAX_ARRAY))
-    assert len(fitted) == MAX_PROPERTIES
-    assert {"long", "many", "*"} <= set(truncated)
-    assert any(path.startswith("deep.inner") for path in truncated)
-
-
-@pytest.mark.parametrize("text", ["]]]]", "}}}}", '\\"]]]]', "[]]]]", "é]]]]"])
-def test_brackets_in_a_text_do_not_affect_the_depth(text: str) -> None:
-    """Klaviyo limits the depth of objects and arrays, not of brackets in texts."""
-    fitted, truncated = truncate({"text": text, "deep": _nested(12)})
-    assert fitted["text"] == text
-    assert truncated == ["deep" + ".inner" * 9]
-
-
-def test_largest_array_is_halved_until_the_properties_fit() -> None:
-    """An order with thousands of lines keeps its first lines and its small properties."""
-    items = [{"name": "x" * 2_000, "number": number} for number in range(3_000)]
-    fitted, truncated = truncate({"Items": items, "OrderId": "1", "note": "y" * 50_000})
-    assert fitted["OrderId"] == "1"
-    assert fitted["Items"] == items[:1_500]
-    assert truncated == ["Items"]
-    assert truncate({"OrderId": "1", "note": "y" * 50_000}, max_bytes=1_000) == ({"OrderId": "1"}, ["note"])
