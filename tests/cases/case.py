@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-Json = dict[str, Any]
+    from worker.model import Json
 
 PROJECT = "acme-shop"
 SPEED = 10.0  # how many seconds of the worker and of a case pass in a second

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.cases.case import Json
+    from worker.model import Json
 
 
 def differences(expected: Json, result: Json) -> list[str]:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.cases.case import Case, Json, Step
+    from tests.cases.case import Case, Step
+    from worker.model import Json
 
 MAX_WAIT = 60.0 / SPEED  # seconds that `run --once` waits for messages that are held
 _PAUSES = ((versions, "READ_LAG"), (versions, "READ_INTERVAL"), (backoff, "MIN_BACKOFF"))

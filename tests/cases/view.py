@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tests.cases.case import Json, Step
+    from tests.cases.case import Step
+    from worker.model import Json
     from worker.sandbox import Sandbox
     from worker.sandbox.http import ApiRequest, ApiResponse
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from tests.model.world import LaggingShop, Queue
+    from worker.model import Json
 
-Json = dict[str, Any]
 CONSTANT: Json = {"id": "constant", "version": 1, "name": {"en": "Constant"}, "ancestors": []}  # a category
 MOVING_SKU = "moving-sku"
 EventKey = tuple[str, str, float]  # metric, unique_id, value

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from adapters.base import Delivery, Failure, QueueWarning
+    from worker.model import Json
 
-Json = dict[str, Any]
 LEASE = 60.0  # seconds
 COMMERCETOOLS, KLAVIYO = "commercetools.example", "klaviyo.example"
 

@@ -16,7 +16,7 @@ from worker.commercetools.queries import InMemoryReader, Query, QueryResult
 from worker.enrich import Enricher
 from worker.errors import Ignored, Rejected, WorkerError
 from worker.mapping import MappingConfig
-from worker.model import Enriched, Notification, Operation
+from worker.model import Enriched, Json, Notification, Operation
 from worker.parse import parse
 from worker.transform import transform
 from worker.transform.fields import product_url
@@ -25,7 +25,6 @@ from worker.transform.size_limits import EVENT_BYTES, truncate
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-Json = dict[str, Any]
 HEAD: Json = {
     "notificationType": "Message",
     "type": "OrderCreated",

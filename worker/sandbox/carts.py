@@ -10,7 +10,8 @@ from worker.sandbox.notifications import change
 from worker.sandbox.samples import Sample
 
 if TYPE_CHECKING:
-    from worker.sandbox.commercetools.shop import Json, Shop
+    from worker.sandbox.commercetools.shop import Shop
+    from worker.sandbox.http import Json
 
 METRICS = {"started_checkout": "Started Checkout", "added_to_cart": "Added to Cart"}  # the mapping that they need
 

@@ -10,7 +10,7 @@ import orjson
 from worker.sandbox.notifications import AT, PROJECT
 
 if TYPE_CHECKING:
-    from worker.sandbox.commercetools.shop import Json
+    from worker.sandbox.http import Json
 
 
 def bare(notification: Json) -> bytes:

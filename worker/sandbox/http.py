@@ -10,6 +10,8 @@ import orjson
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+Json = dict[str, Any]  # a JSON object
+
 
 @dataclass(frozen=True, slots=True)
 class ApiRequest:

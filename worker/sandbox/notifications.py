@@ -6,7 +6,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from worker.sandbox.commercetools.shop import Json
+    from worker.sandbox.http import Json
 
 PROJECT = "sandbox-shop"
 AT = "2026-11-23T10:00:00.123Z"

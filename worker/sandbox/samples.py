@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from worker.sandbox.commercetools.shop import Json, reference, uid
+from worker.sandbox.commercetools.shop import reference, uid
 from worker.sandbox.envelopes import bare, cloudevent, event_grid, eventbridge, pubsub_push, sns, sns_raw, sqs
+from worker.sandbox.http import Json
 from worker.sandbox.notifications import change, event, message, payload_not_included
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from worker.sandbox.commercetools.predicate import literals_at
-from worker.sandbox.commercetools.shop import Json, uid
+from worker.sandbox.commercetools.shop import uid
+from worker.sandbox.http import Json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from worker.sandbox.commercetools.shop import CREATED, Json, address, by_id, money, reference, resource, uid
+from worker.sandbox.commercetools.shop import CREATED, address, by_id, money, reference, resource, uid
+
+if TYPE_CHECKING:
+    from worker.sandbox.http import Json
 
 
 def _line_item(order: str, number: int, product: Json, *, quantity: int = 1, unit: Json | None = None) -> Json:

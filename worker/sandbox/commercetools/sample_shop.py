@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from worker.sandbox.commercetools.sample_orders import sample_orders, sample_payments
-from worker.sandbox.commercetools.shop import Json, Shop, address, by_id, money, price, reference, resource
+from worker.sandbox.commercetools.shop import Shop, address, by_id, money, price, reference, resource
+
+if TYPE_CHECKING:
+    from worker.sandbox.http import Json
 
 
 def sample_shop() -> Shop:

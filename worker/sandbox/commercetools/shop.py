@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-Json = dict[str, Any]
+    from worker.sandbox.http import Json
+
 _NAMESPACE = uuid.UUID("6f1f9b9e-5d0c-4f3e-9d3b-2b1f0c7a9e11")
 CREATED = "2026-11-20T08:30:00.000Z"
 _VERSION = 10  # of all resources; not lower than that of any sample notification

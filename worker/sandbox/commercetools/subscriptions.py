@@ -12,12 +12,11 @@ from datetime import UTC, datetime
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from worker.sandbox.http import ApiResponse
+from worker.sandbox.http import ApiResponse, Json
 
 if TYPE_CHECKING:
     from worker.sandbox.http import ApiRequest
 
-    Json = dict[str, Any]
 
 MAX_SUBSCRIPTIONS = 50
 REQUIRED = {

@@ -6,7 +6,8 @@ import secrets
 import time
 from datetime import UTC, datetime
 
-from worker.sandbox.klaviyo.catalog import PREFIX, Catalog, Json
+from worker.sandbox.http import Json
+from worker.sandbox.klaviyo.catalog import PREFIX, Catalog
 from worker.sandbox.klaviyo.profiles import PHONE_MATCHES, Profiles
 from worker.sandbox.klaviyo.rules import (
     BULK_ENTRY,

@@ -38,9 +38,8 @@ from worker.sandbox.server import path_template
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.sandbox.http import ApiRequest
+    from worker.sandbox.http import ApiRequest, Json
     from worker.sandbox.klaviyo.account import Account
-    from worker.sandbox.klaviyo.catalog import Json
 
 KEY = "pk_sandbox_key"
 MEDIA_TYPE = "application/vnd.api+json"

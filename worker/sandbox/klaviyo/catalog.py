@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from worker.sandbox.klaviyo.rules import REQUIRED, ApiError, check_catalog, invalid_input, reference_ids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from worker.sandbox.http import Json
+
 PREFIX = "$custom:::$default:::"
 
-Json = dict[str, Any]
 _KINDS = {"categories": "catalog-category", "items": "catalog-item", "variants": "catalog-variant"}
 
 

@@ -19,9 +19,8 @@ from worker.sandbox.klaviyo.rules import invalid_input, require_resource
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from worker.sandbox.http import ApiRequest
+    from worker.sandbox.http import ApiRequest, Json
     from worker.sandbox.klaviyo.account import Account
-    from worker.sandbox.klaviyo.catalog import Json
 
 KINDS = {
     "catalog-items": "catalog-item",

@@ -16,7 +16,7 @@ from worker.sandbox.klaviyo.rules import ApiError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.sandbox.klaviyo.catalog import Json
+    from worker.sandbox.http import Json
 
 MAX_JOBS = 500  # catalog jobs in progress
 _JOB_EXPIRES = 7 * 24 * 3600  # seconds

@@ -14,7 +14,7 @@ from worker.sandbox.klaviyo.rules import IDENTIFIERS, ApiError, check_profile, i
 from worker.sandbox.klaviyo.subscriptions import ADDRESS
 
 if TYPE_CHECKING:
-    from worker.sandbox.klaviyo.catalog import Json
+    from worker.sandbox.http import Json
 
 PHONE_MATCHES = ("select", "conflict")
 _MATCHING_FIELDS = ("email", "phone_number", "external_id", "anonymous_id")

@@ -13,9 +13,8 @@ from worker.sandbox.klaviyo.rules import ApiError, invalid_input
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from worker.sandbox.http import ApiRequest
+    from worker.sandbox.http import ApiRequest, Json
 
-Json = dict[str, Any]
 MAX_PAGE = 100
 MAX_FILTER_VALUES = 100
 _TEXT = r"""(?:"(?:[^"\\]|\\.)*"|'[^'\\]*')"""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from worker.sandbox.klaviyo.rules import check_profile, invalid_input, require_resource
 
 if TYPE_CHECKING:
-    from worker.sandbox.klaviyo.catalog import Json
+    from worker.sandbox.http import Json
 
 ADDRESS = {"email": "email", "sms": "phone_number"}  # channel -> identifier
 MAX_SUBSCRIBED, MAX_UNSUBSCRIBED = 1_000, 100  # profiles of a job
