@@ -61,7 +61,11 @@ def _arguments() -> argparse.Namespace:
 def _all_rows(messages: int) -> list[AnyRow]:
     other_queues = [name for name in RIGS if name != "embedded" and not missing_requirement(name)]
     return [
-        *(Throughput(kind, latency, "embedded", messages) for latency in _LATENCIES for kind in MESSAGE_KINDS),
+        *(
+            Throughput(kind, latency, "embedded", kind.messages or messages)
+            for latency in _LATENCIES
+            for kind in MESSAGE_KINDS
+        ),
         *(Throughput(kind, _LATENCY, name, messages) for name in other_queues for kind in (ORDERS, MIXTURE)),
         *(Idle(kind, latency) for latency in _LATENCIES[:2] for kind in _IDLE_KINDS),
         Memory(),

@@ -37,7 +37,8 @@ class MessageKind:
 
     `has_verdict`: the account was asked what it does with repeated events, and ignores them. `changes`: messages about
     each resource, of which only the first one adds objects. `mapping`: the mapping file of the worker. `is_repeated`:
-    the messages were processed before, so Klaviyo has their effect.
+    the messages were processed before, so Klaviyo has their effect. `messages`: how many there are; 0: as many as the
+    benchmark has for each row.
     """
 
     name: str
@@ -46,6 +47,7 @@ class MessageKind:
     changes: int = 1
     mapping: str = ""
     is_repeated: bool = False
+    messages: int = 0
 
     def bodies(self, count: int) -> Iterator[bytes]:
         """Return `count` messages, about the resources 1 to `count` / `changes`."""
@@ -103,6 +105,10 @@ def _stock_updated(number: int) -> bytes:
     return bare(change("ResourceUpdated", "inventory-entry", f"inventory-entry-{number}"))
 
 
+def _stock_of_new_product(number: int) -> bytes:
+    return bare(change("ResourceUpdated", "inventory-entry", f"inventory-entry-wide-{number}"))
+
+
 def _cart_updated(number: int) -> bytes:
     return bare(change("ResourceUpdated", "cart", f"cart-{number}"))
 
@@ -117,6 +123,7 @@ _CART = MessageTemplate(_cart_updated, {"events": 4, "profiles": 1})
 _CART_METRICS = '[metrics]\nstarted_checkout = "Started Checkout"\nadded_to_cart = "Added to Cart"\n'
 _SAME_PRODUCT = MessageTemplate(_product_published, {"items": 0, "variants": 0})
 _STOCK = MessageTemplate(_stock_updated, is_stock=True)
+_NEW_STOCK = MessageTemplate(_stock_of_new_product, {"variants": 1})
 
 ORDERS = MessageKind("orders of 3 lines", (ORDER,))
 LARGE_ORDERS = MessageKind("orders of 50 KB", (MessageTemplate(_large_order_created, ORDER.adds),))
@@ -134,5 +141,6 @@ MESSAGE_KINDS = (
     MessageKind("product publishes", (_PRODUCT,)),
     MessageKind("publishes without a change", (_SAME_PRODUCT,), is_repeated=True),
     MessageKind("stock updates", (_STOCK,)),
+    MessageKind("stock of a new product", (_NEW_STOCK,), messages=copies.WIDE),
     MIXTURE,
 )

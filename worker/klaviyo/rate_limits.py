@@ -38,6 +38,7 @@ SHARE_WINDOW = 2.0  # the share is an average over the requests that the steady 
 BACKGROUND_PART = 0.4  # of this process's share, for requests that give way to others
 SAFE_BURST_SHARE = 0.7  # of the burst; the maximum steady rate
 MIN_POLL, MAX_POLL = 0.001, 1.0  # seconds until a waiting request checks again: the rate can change
+FIRST_POLL = 0.02  # seconds; the same until the first response, which usually lets all waiting requests continue
 _QUOTA = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(?:;\s*w=([0-9]{1,9}))?")
 S, M, L, XL = (3, 60), (10, 150), (75, 700), (350, 3500)  # requests per second, requests per minute
 TIERS = (  # all other endpoints have tier L
@@ -74,7 +75,7 @@ class RateLimiter:
             while (seconds := limiter.take(ticket)) > 0:
                 if self._now() + seconds > deadline:
                     raise Throttled(f"Klaviyo's rate limit for {endpoint} is used up", seconds)
-                if self._stopping.wait(min(max(seconds, MIN_POLL), MAX_POLL)):
+                if self._stopping.wait(min(max(seconds, MIN_POLL), limiter.max_poll())):
                     raise Transient(f"stopped while {endpoint} waited for Klaviyo's rate limit")
         finally:
             limiter.cancel(ticket)
@@ -137,6 +138,10 @@ class _EndpointLimiter:
         self._bucket = TokenBucket(now())
         self._are_known = False  # True after the first response: the limits can be lower than documented
         self._lock = Lock()
+
+    def max_poll(self) -> float:
+        """Return the maximum number of seconds until a waiting request checks again."""
+        return MAX_POLL if self._are_known else FIRST_POLL
 
     def take(self, ticket: object) -> float:
         """Take a token and return 0, or let `ticket` wait and return the seconds until its token is available."""

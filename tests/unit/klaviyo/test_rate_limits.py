@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import Transient
-from worker.klaviyo.rate_limits import BACKGROUND_PART, MAX_WAIT, RateLimiter
+from worker.klaviyo.rate_limits import BACKGROUND_PART, FIRST_POLL, MAX_WAIT, RateLimiter
 from worker.sandbox.klaviyo.rate_limits import FixedWindowLimiter, Throttled
 
 if TYPE_CHECKING:
@@ -176,6 +176,21 @@ def test_process_starts_with_a_quarter_of_the_limits(
 def test_burst_waits_for_the_first_response(endpoint: str, fresh: RateLimiter, time: VirtualTime) -> None:
     """The limits of an account can be lower than documented. A lost response delays requests, but stops none."""
     assert waits(fresh, time, endpoint, 3)[:2] == [0, pytest.approx(60 / (TIERS[endpoint][1] * 0.33), rel=0.05)]
+
+
+def test_first_response_lets_the_waiting_requests_continue(fresh: RateLimiter, time: VirtualTime) -> None:
+    """They do not wait until the time at which the next request would have been sent without a response."""
+    start, sent_at = time.now(), []
+
+    def request() -> None:
+        fresh.acquire(L)
+        sent_at.append(time.now() - start)
+        time.wait(0.05)  # the latency of the response
+        fresh.update(L, 202, window(700, 699, 40.0), None)
+
+    time.run(*[request] * 8)
+    assert sent_at[0] == 0
+    assert max(sent_at) <= 0.05 + FIRST_POLL + MOMENT
 
 
 def test_single_process_reaches_the_full_rate(fresh: RateLimiter, time: VirtualTime) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.unit.sandbox.test_commercetools_api import Caller, names
 from worker.sandbox import Sandbox, sample_shop
-from worker.sandbox.commercetools.copies import Copies
+from worker.sandbox.commercetools.copies import WIDE, Copies
 from worker.sandbox.commercetools.predicate import parse_predicate
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ def call() -> Iterator[Caller]:
 
 
 def test_ids_are_as_documented() -> None:
-    """Ids are numbered from 1 to N."""
+    """Ids are numbered from 1 to N. The product with many variants comes last."""
     assert [order["id"] for order in ALL["orders"]] == [f"order-{number}" for number in range(1, 21)]
-    assert {entry["id"] for entry in ALL["inventory"]} == {f"inventory-entry-{number}" for number in range(1, 21)}
+    assert [entry["id"] for entry in ALL["inventory"][:20]] == [f"inventory-entry-{number}" for number in range(1, 21)]
     assert ALL["categories"] == []
     assert list(Copies(sample_shop(), 0).candidates("orders", [])) == []
 
@@ -45,17 +45,20 @@ def test_copies_have_distinct_identifiers() -> None:
     skus = [sku for product in ALL["product-projections"] for sku in skus_of(product)]
     lines = [line["id"] for order in ALL["orders"] for line in order["lineItems"]]
     emails = [customer["email"] for customer in ALL["customers"]]
-    for values, count in ((phones, 20), (skus, 40), (lines, 60), (emails, 20)):
+    for values, count in ((phones, 20), (skus, 40 + WIDE), (lines, 60), (emails, 20)):
         assert len(set(values)) == len(values) == count
     assert all(phonenumbers.is_valid_number(phonenumbers.parse(phone, "DE")) for phone in phones)
 
 
 def test_copies_refer_to_each_other() -> None:
     """An order belongs to its customer, an inventory entry to a variant of its product."""
-    for order, customer, product, entry in zip(*list(ALL.values())[:4], strict=True):
+    copies = [resources[:20] for resources in list(ALL.values())[:4]]
+    for order, customer, product, entry in zip(*copies, strict=True):
         assert (order["customerId"], order["customerEmail"]) == (customer["id"], customer["email"])
         assert entry["sku"] == product["masterVariant"]["sku"]
         assert len(order["lineItems"]) == 3
+    wide = ALL["product-projections"][20]
+    assert [entry["sku"] for entry in ALL["inventory"][20:]] == skus_of(wide)
 
 
 def skus_of(product: dict[str, Any]) -> list[str]:

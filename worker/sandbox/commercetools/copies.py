@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 IDS = (
     "order-1, cart-1, customer-1, product-1, inventory-entry-1 and so on, up to N. order-1 and cart-1 belong to "
     "customer-1 and have three lines. product-1 has the variants sku-1-1 and sku-1-2. inventory-entry-1 is the stock "
-    "of sku-1-1"
+    "of sku-1-1. product-wide has the variants sku-wide-1 to sku-wide-60, with inventory-entry-wide-1 and so on"
 )
+WIDE = 60  # variants of product-wide
 
 Index = dict["Literal", list[Json]]
 
@@ -38,6 +39,9 @@ class Copies:
             "inventory": inventory_entry,
         }
         self._resources = {path: _by_id(make(shop, n) for n in range(1, number + 1)) for path, make in makers.items()}
+        if number:
+            self._resources["product-projections"] |= _by_id([wide_product(shop)])
+            self._resources["inventory"] |= _by_id(wide_inventory(shop))
         self._indexes: dict[tuple[str, Path], Index] = {}
         self._lock = Lock()
 
@@ -125,6 +129,19 @@ def inventory_entry(shop: Shop, number: int) -> Json:
     """Return a copy of the inventory entry of a product's first variant."""
     template = shop.inventory[uid("inventory-entry:jeans-30")]
     return template | {"id": f"inventory-entry-{number}", "sku": f"sku-{number}-1"}
+
+
+def wide_product(shop: Shop) -> Json:
+    """Return a product with WIDE variants."""
+    made = product(shop, 0)
+    variants = [{**made["masterVariant"], "id": n, "sku": f"sku-wide-{n}"} for n in range(1, WIDE + 1)]
+    return made | {"id": "product-wide", "masterVariant": variants[0], "variants": variants[1:]}
+
+
+def wide_inventory(shop: Shop) -> list[Json]:
+    """Return the inventory entries of a product with WIDE variants."""
+    made = inventory_entry(shop, 0)
+    return [made | {"id": f"inventory-entry-wide-{n}", "sku": f"sku-wide-{n}"} for n in range(1, WIDE + 1)]
 
 
 def _email(number: int) -> str:
