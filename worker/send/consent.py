@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from http import HTTPStatus
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +164,7 @@ class Consents:
             upsert.finish(error)
             return []
         if profile is None:
-            upsert.finish(Transient("the profile has just been merged or deleted", _LAG_PAUSE))
+            upsert.finish(_disappeared())
         return [(upsert, profile)] if profile else []
 
     def _send(self, job: _Job) -> None:
@@ -186,7 +187,8 @@ class Consents:
         try:
             post([entry])
         except (Rejected, RequestBlocked) as error:
-            entry.upsert.finish(error)
+            is_gone = isinstance(error, Rejected) and error.status == HTTPStatus.NOT_FOUND
+            entry.upsert.finish(_disappeared() if is_gone else error)
 
 
 class _Changes:
@@ -277,6 +279,10 @@ def _needs_subscription(channel: str, profile: Profile, *, resubscribes: bool) -
         log.info("consent_suppressed", extra={"channel": channel})
         return False
     return is_suppressed or marketing.get("consent") != "SUBSCRIBED"
+
+
+def _disappeared() -> Transient:
+    return Transient("the profile has just been merged or deleted", _LAG_PAUSE)
 
 
 def _subscription_job(**attributes: Any) -> _Job:

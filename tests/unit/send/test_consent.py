@@ -268,6 +268,22 @@ def test_profile_that_disappears_after_its_consent_was_written(error: WorkerErro
     assert jobs(klaviyo) == [CREATE]
 
 
+def test_profile_that_is_merged_before_its_subscription(klaviyo: AccountClient) -> None:
+    """Klaviyo merges profiles by itself. The person's consent must not be a dead letter."""
+    profile = known(klaviyo)
+    merged = [Rejected("404", 404)] * 2  # as one of several, and alone
+
+    def refuse(name: str, _body: Json) -> None:
+        if name == CREATE and merged:
+            raise merged.pop()
+
+    klaviyo.before = refuse
+    (error,) = send(klaviyo, customer(consent(True)))
+    assert isinstance(error, Transient)
+    assert send(klaviyo, customer(consent(True))) == [None]
+    assert status(profile) == "SUBSCRIBED"
+
+
 def test_later_consent_for_one_channel_is_the_version_of_both(klaviyo: AccountClient) -> None:
     """Any consent proves that the customer has had its version."""
     profile = known(klaviyo, held=held("SUBSCRIBED"), properties={"newsletter": True}, phone_number=PHONE)
