@@ -219,6 +219,7 @@ def test_slow_client_is_dropped_after_the_timeout(serve: Serve, monkeypatch: pyt
 def test_oldest_connection_is_dropped_if_there_are_too_many(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """New clients get a response."""
     monkeypatch.setattr(health, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(health, "TIMEOUT", 600.0)
     server = serve()
     idle = [connect(server) for _ in range(5)]
     assert request(server, "/livez").status == 200

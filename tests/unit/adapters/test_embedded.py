@@ -150,6 +150,18 @@ def test_nack_without_failure_does_not_count_as_attempt(queue: EmbeddedQueue) ->
     assert len(list(iter_dead_letters(queue))) == 1
 
 
+def test_extension_of_a_lost_lease_has_no_effect(queue: EmbeddedQueue) -> None:
+    """A worker that was paused must not keep a message from the others."""
+    queue.publish([b"x"])
+    (lost,) = queue.receive(1, 0)
+    queue.nack([lost])
+    queue.extend([lost], 600.0)
+    (again,) = queue.receive(1, 0)
+    queue.extend([lost], 0.0)
+    assert queue.receive(1, 0) == []
+    assert again.attempt == 1
+
+
 def test_interruption_counts_as_attempt_and_keeps_its_delay(queue: EmbeddedQueue) -> None:
     """The next worker must see that another one possibly wrote a state, and not before a job has ended."""
     queue.publish([b"x"])
