@@ -156,8 +156,8 @@ class Commercetools(ServiceClient):
         return [trim(query, resource) for resource in as_dicts(document["results"])]
 
     def _get(self, query: Query, where: str, after: str, parameters: str) -> Json:
-        parts = filter(None, (where, f"id > {_quoted(after)}" if after else ""))
-        if predicate := " and ".join(f"({part})" for part in parts):
+        later = f"id > {_quoted(after)}" if after else ""
+        if predicate := f"({where}) and ({later})" if where and later else where or later:
             parameters += f"&where={quote(predicate)}"
         parameters += "".join(f"&expand={quote(path)}" for path in query.expand)
         response = self._query(query.path, parameters)
