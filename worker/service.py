@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from threading import Event
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from adapters import open_queue, scheme_of
 from worker.commercetools.cache import CachedReader
-from worker.commercetools.client import Commercetools
+from worker.commercetools.client import MAX_CONCURRENT_QUERIES, Commercetools
 from worker.enrich import Enricher
 from worker.health.access import Access
 from worker.health.running_worker import RunningWorkerState
@@ -53,7 +54,8 @@ class Components:
         self._downtimes = [Downtime(self.commercetools), Downtime(self.klaviyo)]
         brand = self.mapping.order.brand_attribute
         cached_reader = CachedReader(self.commercetools, settings.cache_ttl, (brand,))
-        self.enricher = Enricher(cached_reader, self.mapping)
+        self._queries = ThreadPoolExecutor(MAX_CONCURRENT_QUERIES, thread_name_prefix="commercetools")
+        self.enricher = Enricher(cached_reader, self.mapping, self._queries)
         # The verdict has its own client: that it cannot be read is no outage for any message.
         self.bulk_verdict = BulkVerdict(Klaviyo(settings, self.stopping), settings.bulk_events)
         options = SendOptions(
@@ -76,6 +78,7 @@ class Components:
     def close(self) -> None:
         """Cancel the operations that have not started. Do not wait for the others."""
         self.bulk_verdict.close()
+        self._queries.shutdown(wait=False, cancel_futures=True)
         self.sender.close()
 
     def refusal_reason(self) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
+from threading import Barrier
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -262,6 +264,36 @@ def test_product_gets_stock_and_categories(enricher: Enricher) -> None:
     assert enriched.product == SHOP["product-projections"][0]
     assert enriched.inventory == {"s1": SHOP["inventory"], "s2": []}
     assert set(enriched.categories) == {"women", "jeans"}
+
+
+def test_second_reading_of_a_product_needs_one_query_for_its_categories() -> None:
+    """The first one has found the ancestors."""
+    reader = CountingReader(SHOP)
+    enricher = Enricher(reader, MappingConfig(), now=lambda: NOW)
+    first = one(enricher, about("product", "p1", "ProductPublished"))
+    assert reader.queries == {"product-projections": 1, "categories": 2, "inventory": 1}
+    reader.queries.clear()
+    second = one(enricher, replace(about("product", "p1", "ProductPublished"), seen=[*first.versions]))
+    assert reader.queries == {"product-projections": 1, "categories": 1, "inventory": 1}
+    assert second.versions == first.versions
+
+
+class MeetingReader(InMemoryReader):
+    """A reader that answers for categories and inventory only if it is asked for both at the same time."""
+
+    barrier = Barrier(2, timeout=60.0)
+
+    def find(self, query: Query, values: Collection[str]) -> QueryResult:
+        if query.path in {"categories", "inventory"} and "women" not in values:
+            self.barrier.wait()
+        return super().find(query, values)
+
+
+def test_queries_of_a_step_are_concurrent() -> None:
+    """A product waits for the slowest query of each step, and not for the sum of them."""
+    with ThreadPoolExecutor(2) as executor:
+        enricher = Enricher(MeetingReader(SHOP), MappingConfig(), executor, now=lambda: NOW)
+        assert set(one(enricher, about("product", "p1", "ProductPublished")).categories) == {"women", "jeans"}
 
 
 def test_inventory_entry_gets_all_entries_of_its_sku() -> None:

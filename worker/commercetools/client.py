@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 # Of the answer to a query for some values; decoded, it takes several times this memory. commercetools limits a resource
 # to 16 MB: https://docs.commercetools.com/api/limits
 MAX_QUERY_BYTES = 20_000_000
+MAX_CONCURRENT_QUERIES = 8  # in addition to one per lane
 MAX_WHERE_BYTES = 6_000  # percent-encoded; commercetools' load balancers accept URIs of up to 8 KB
 # One of these accepts a neutral request if commercetools accepts the API client, whichever scopes it has.
 NEUTRAL_ENDPOINTS = ("orders", "customers", "product-projections")
@@ -62,7 +63,7 @@ class Commercetools(ServiceClient):
     ) -> None:
         self._token = AccessToken(settings, observe)
         self._url = f"{settings.ct_api_url}/{quote(settings.ct_project_id, safe='')}"
-        transport = http.Transport(http.pool(self._url, settings.threads), settings, observe)
+        transport = http.Transport(http.pool(self._url, settings.threads + MAX_CONCURRENT_QUERIES), settings, observe)
         super().__init__("commercetools", transport, NEUTRAL_ENDPOINTS, settings, stopping)
         self._page_sizes = PageSizes()
 

@@ -22,6 +22,7 @@ from worker.telemetry.defects import describe_defect, report_defect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Executor
 
     from worker.commercetools import queries
     from worker.enrich.plans import Plan
@@ -53,17 +54,22 @@ def _utc_now() -> datetime:
 
 
 class Enricher:
-    """Adds commercetools data to the notifications of a batch."""
+    """Adds commercetools data to the notifications of a batch.
+
+    With an executor, the queries of a step are concurrent.
+    """
 
     def __init__(
         self,
         reader: queries.Reader,
         mapping: MappingConfig,
+        executor: Executor | None = None,
         *,
         now: Callable[[], datetime] = _utc_now,
     ) -> None:
         self._reader = reader
         self._mapping = mapping
+        self._executor = executor
         self._now = now
 
     def enrich(self, notifications: Sequence[Notification]) -> list[Result]:
@@ -80,10 +86,10 @@ class Enricher:
         return [result for result in results if result is not None]
 
     def _fetch(self, lookups: dict[queries.Query, set[str]], context: PlanContext) -> None:
-        for query, values in lookups.items():
-            missing = context.missing(query, values)
-            if missing:
-                context.add(query, self._reader.find(query, missing))
+        wanted = {query: missing for query, values in lookups.items() if (missing := context.missing(query, values))}
+        run = self._executor.map if self._executor and len(wanted) > 1 else map
+        for query, result in zip(wanted, run(self._reader.find, wanted, wanted.values()), strict=True):
+            context.add(query, result)
 
 
 def _plan_of(notification: Notification) -> Callable[[Enriched, PlanContext], Plan]:

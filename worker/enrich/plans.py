@@ -183,14 +183,11 @@ def category_ids(product: Json | None) -> list[str]:
 
 
 def find_categories(
-    query: queries.Query, groups: Iterable[Sequence[str]], context: PlanContext, seen: Sequence[str] = ()
+    query: queries.Query, groups: Iterable[Sequence[str]], context: PlanContext, others: Sequence[Lookup] = ()
 ) -> Generator[Sequence[Lookup], None, dict[str, Json]]:
-    """Look up categories and their ancestors. Return by id those that exist.
-
-    The categories that an earlier reading found (`seen`) are looked up together: usually they are the ancestors.
-    """
+    """Look up categories, together with `others`, and then their ancestors. Return by id the categories that exist."""
     ids = unique(category for group in groups for category in group)
-    yield [(query, [*ids, *seen])]
+    yield [(query, ids), *others]
     found = {category: context.get_optional(query, category) for category in ids}
     ancestors = unique(ancestor for entry in found.values() for ancestor in pick_ids(as_dict(entry).get("ancestors")))
     yield [(query, ancestors)]

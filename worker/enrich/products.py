@@ -100,10 +100,14 @@ def _catalog_data_plan(
         return replace(enriched, product_id=product_id)
     skus = unique(as_key(variant.get("sku")) for variant in all_variants(product))
     priced_skus = skus if has_standalone_prices(product) else []
-    yield [(queries.INVENTORY_BY_SKU, skus), (queries.STANDALONE_PRICES_BY_SKU, priced_skus)]
     own = category_ids(product)
-    seen = [name for kind, name in enriched.notification.seen if kind == "category"]
-    categories = yield from find_categories(queries.CATEGORIES, [own], context, seen)
+    seen = [name for kind, name in enriched.notification.seen if kind == "category"]  # usually also the ancestors
+    others = [
+        (queries.INVENTORY_BY_SKU, skus),
+        (queries.STANDALONE_PRICES_BY_SKU, priced_skus),
+        (queries.CATEGORIES, seen),
+    ]
+    categories = yield from find_categories(queries.CATEGORIES, [own], context, others)
     is_shown = all(category in categories for category in own)
     return replace(
         enriched,
