@@ -158,6 +158,16 @@ def test_too_many_nested_envelopes_are_rejected() -> None:
         parse(text.encode())
 
 
+def test_equal_mistakes_have_equal_reasons() -> None:
+    """With positions, twenty broken messages would be twenty kinds of failures and hide all others."""
+    reasons = set()
+    for number in range(3):
+        with pytest.raises(Rejected) as error:
+            parse(b'{"notificationType":' + b" " * number + b"tru")
+        reasons.add(str(error.value))
+    assert len(reasons) == 1
+
+
 def test_rejection_does_not_quote_the_body() -> None:
     """Reasons appear in logs and dead letters, so they must not contain personal data."""
     with pytest.raises(Rejected) as error:
