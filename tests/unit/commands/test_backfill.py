@@ -548,6 +548,13 @@ def test_summary_counts_records_per_reason() -> None:
     ]
 
 
+def test_summary_cannot_steer_a_terminal() -> None:
+    """A reason can contain Klaviyo's title and pointer."""
+    progress = BackfillProgress("x", failed=Counter({"bad\x1b]0;x\x07\nFORGED line": 1}))
+    lines = import_module("worker.cli.backfill")._summarize("orders", progress, rate_of(10, 10))
+    assert lines[1] == "failed: 1 x bad\\u001b]0;x\\u0007\\nFORGED line"
+
+
 def test_files_of_a_backfill_are_private_and_follow_no_link(tmp_path: Path) -> None:
     """They contain ids of people. Another user of the machine can have made a link with the name of the file."""
     umask = os.umask(0o022)
