@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tests.rigs.base import Rig
     from worker.sandbox.server import Server
 
-SETTLE_TIMEOUT = 60.0  # seconds after the last fault within which all messages must be settled
+SETTLE_TIMEOUT = 180.0  # seconds after the last fault within which all messages, also returned ones, must be settled
 IDLE_TIMEOUT = 3.0  # seconds without a log line after which a worker counts as done if the queue reports no backlog
 MAX_NAMES = 12  # in an assertion message
 SETTINGS = {
