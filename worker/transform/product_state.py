@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -96,10 +97,10 @@ def _categories(product_id: str, enriched: Enriched) -> list[Json]:
 
 
 def _item(product_id: str, master: Json, attributes: Json, categories: Iterable[Json]) -> Json:
-    """Return the item. Its metadata names its categories, because no list of items in Klaviyo shows them."""
+    """Return the item. Its metadata has a hash of its categories, because no list of items in Klaviyo shows them."""
     ids = [as_text(category.get("id")) for category in categories]
     related = {"categories": {"data": [{"type": "catalog-category", "id": catalog_id(category)} for category in ids]}}
-    metadata = attributes["custom_metadata"] | _texts(category_ids_json=sorted(ids))
+    metadata = attributes["custom_metadata"] | {"category_ids_hash": _hash(ids)}
     own = {
         "external_id": product_id,
         **attributes,
@@ -154,7 +155,12 @@ def _url(product: Json, variant: Json, mapping: MappingConfig) -> str:
     return fields.product_url(product.get("slug"), product_id, variant, mapping.locale, template)
 
 
-def _texts(**values: Json | list[str]) -> Json:
+def _hash(ids: Iterable[str]) -> str:
+    """Return a short text that differs for different sets of ids. All ids could exceed Klaviyo's limit of 100 KB."""
+    return sha256("\n".join(sorted(ids)).encode()).hexdigest()[:32]
+
+
+def _texts(**values: Json) -> Json:
     """Return the values that are not empty as JSON texts, because Klaviyo accepts no nested metadata."""
     return {name: orjson.dumps(value).decode() for name, value in values.items() if value}
 

@@ -310,7 +310,7 @@ def test_nothing_is_written_where_nothing_differs(number: int, sandbox: Sandbox,
 def test_items_return_to_a_category_that_another_client_deleted(
     number: int, exists: bool, sandbox: Sandbox, sender: Sender
 ) -> None:
-    """Klaviyo takes all items out of it. Only their metadata still names it. `exists`: it was created again."""
+    """Klaviyo takes all items out of it, and their attributes stay the same. `exists`: it was created again."""
     sender.send(products(number))
     sandbox.account.delete_entry("catalog-category", catalog_id("c1"))
     sender = Sender(klaviyo_for(sandbox), 4)

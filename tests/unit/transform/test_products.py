@@ -137,3 +137,19 @@ def test_item_has_all_images_of_the_master_variant() -> None:
         assert item is not None
         assert item["attributes"]["images"] == urls
         assert item["attributes"]["image_full_url"] == next(iter(urls), None)
+
+
+def test_metadata_of_an_item_differs_for_other_categories() -> None:
+    """Otherwise an item whose categories alone have changed would not be written. Their order does not matter."""
+
+    def metadata(*ids: str) -> str:
+        categories = {name: {"id": name, "ancestors": [{"id": "root"}]} for name in ids} | {"root": {"id": "root"}}
+        of_product = {"p": ids}
+        enriched = Enriched(about("product", "ProductPublished"), NOW, product=MUG, product_id="p")
+        operations = transform(replace(enriched, categories=categories, product_categories=of_product), MappingConfig())
+        (item,) = (each.resource for each in operations if each.kind is OperationKind.UPSERT_ITEM)
+        assert item is not None
+        return str(item["attributes"]["custom_metadata"]["category_ids_hash"])
+
+    assert metadata("a", "b") == metadata("b", "a")
+    assert len({metadata(), metadata("a"), metadata("b"), metadata("a", "b")}) == 4

@@ -1,8 +1,8 @@
-"""Verifies that items are in the categories that their metadata names.
+"""Verifies that items are in the categories that they were last written with.
 
-No list of items shows their categories. The metadata of an item names those that it was last written with, so the
-comparison of the attributes shows what commercetools has changed. Only Klaviyo takes an item out of its categories: if
-another client deletes a category, its items lose it, although their metadata still names it when it is created again.
+No list of items shows their categories. The metadata of an item has a hash of those that it was last written with, so
+the comparison of the attributes shows what commercetools has changed. Other clients can change the categories, too: if
+one deletes a category, its items lose it. When the category exists again, only Klaviyo's answer shows that.
 """
 
 from __future__ import annotations
