@@ -8,8 +8,9 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from tests.acceptance.conftest import Worker
-from tests.acceptance.test_run import stop, wait_for
+from tests.acceptance.test_run import stop
 from tests.integration.commands.test_backfill import backfill, keep_pytest_signal_handlers  # noqa: F401 - a fixture
+from tests.support.waiting import wait_for
 from worker.sandbox import Sandbox
 from worker.sandbox.commercetools.sample_shop import sample_shop
 from worker.sandbox.commercetools.shop import Shop

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.acceptance.conftest import Worker, log_lines
-from tests.acceptance.test_run import wait_for
 from tests.support.verdicts import give_verdict
+from tests.support.waiting import wait_for
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import Account
 from worker.sandbox.notifications import message

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.acceptance.conftest import Worker, events_named, log_lines, settled
-from tests.acceptance.test_run import stop, wait_for
+from tests.acceptance.test_run import stop
 from tests.acceptance.workload import Workload
 from tests.support.pubsub_emulator import Emulator, Network, Subscription
+from tests.support.waiting import wait_for
 from worker.sandbox import Sandbox
 
 if TYPE_CHECKING:

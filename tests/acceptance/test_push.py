@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tests.acceptance.conftest import Worker, log_lines
-from tests.acceptance.test_run import stop, wait_for
+from tests.acceptance.test_run import stop
 from tests.acceptance.workload import Workload
 from tests.support.ports import free_port
 from tests.support.pubsub_emulator import Emulator, Subscription, bodies
+from tests.support.waiting import wait_for
 from worker.sandbox import Fault, Sandbox
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.acceptance.conftest import Worker, log_lines, settled
-from tests.acceptance.test_run import stop, updated, wait_for
+from tests.acceptance.test_run import stop, updated
 from tests.acceptance.workload import Workload
-from tests.contract.test_contract import receive
+from tests.support.waiting import receive, wait_for
 from worker.sandbox import Fault
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.acceptance.conftest import Worker, log_lines
-from tests.acceptance.test_run import stop, updated, wait_for
+from tests.acceptance.test_run import stop, updated
+from tests.support.waiting import wait_for
 from worker.sandbox import Fault
 from worker.sandbox.commercetools.shop import uid
 from worker.sandbox.http import ApiResponse

@@ -16,6 +16,7 @@ import urllib3
 
 from tests.acceptance.conftest import Worker, events_named, log_lines
 from tests.support.ports import free_port
+from tests.support.waiting import wait_for
 from worker.sandbox import Fault
 from worker.sandbox.notifications import change, message
 from worker.sandbox.samples import sample_notifications
@@ -36,16 +37,6 @@ def http_get(port: int, path: str) -> tuple[int, str]:
     except urllib3.exceptions.HTTPError:
         return 0, ""
     return response.status, response.data.decode()
-
-
-def wait_for(condition: Any, seconds: float = 60.0) -> None:
-    """Poll a condition. Slow conditions are polled less often, to leave the CPU to the worker."""
-    deadline = time.monotonic() + seconds
-    polled_at = time.monotonic()
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not become true"
-        time.sleep(max(0.02, 10 * (time.monotonic() - polled_at)))
-        polled_at = time.monotonic()
 
 
 def stop(process: Process) -> None:

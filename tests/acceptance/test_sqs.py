@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.acceptance.conftest import Worker, events_named
-from tests.acceptance.test_run import stop, wait_for
+from tests.acceptance.test_run import stop
 from tests.acceptance.workload import Workload
 from tests.support.requirements import require
 from tests.support.sqs_fakes import Network, Queue, Server, environment, missing
+from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:
     from pathlib import Path

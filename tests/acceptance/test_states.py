@@ -12,8 +12,8 @@ import pytest
 import urllib3
 
 from tests.acceptance.conftest import Worker, log_lines
-from tests.acceptance.test_run import wait_for
 from tests.support.klaviyo_account import HEADERS
+from tests.support.waiting import wait_for
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import Account
 from worker.sandbox.notifications import change, message, payload_not_included

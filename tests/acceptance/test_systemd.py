@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from tests.acceptance.conftest import Worker, events_named
-from tests.acceptance.test_run import stop, updated, wait_for
+from tests.acceptance.test_run import stop, updated
 from tests.support.notify_socket import NotifySocket
+from tests.support.waiting import wait_for
 from worker.sandbox import Fault
 
 if TYPE_CHECKING:

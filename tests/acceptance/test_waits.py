@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tests.acceptance.conftest import Worker, events_named, settled
-from tests.acceptance.test_run import stop, wait_for
+from tests.acceptance.test_run import stop
+from tests.support.waiting import wait_for
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.notifications import change, message
 

@@ -13,6 +13,7 @@ import pytest
 
 from adapters import Delivery, Failure, QueueAdapter, QueueError, SupportsPublish, open_queue
 from tests.rigs import MORE
+from tests.support.waiting import receive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -40,15 +41,6 @@ def open_queues(rig: Rig) -> Iterator[Callable[..., QueueAdapter]]:
             return queue
 
         yield open_one
-
-
-def receive(queue: QueueAdapter, number: int, wait: float = SOON) -> list[Delivery]:
-    """Receive `number` messages, or fewer if no more arrive within `wait` seconds."""
-    deadline = time.monotonic() + wait
-    got: list[Delivery] = []
-    while len(got) < number and time.monotonic() < deadline:
-        got += queue.receive(number - len(got), 0.2)
-    return got
 
 
 def bodies(deliveries: Iterable[Delivery]) -> list[bytes]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from adapters import DeadLetter, DeadLetterQueue, Failure, QueueAdapter, SupportsDeadLetters
-from tests.contract.test_contract import FAILURE, HOSTILE, SOON, numbered, receive
+from tests.contract.test_contract import FAILURE, HOSTILE, SOON, numbered
+from tests.support.waiting import receive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -48,15 +49,6 @@ def make_dead_letters(rig: Rig, queue: QueueAdapter, bodies: Sequence[bytes], fa
                 queue.ack([delivery])
 
 
-def receive_dead_letters(dead_letters: DeadLetterQueue, number: int) -> list[DeadLetter]:
-    """Receive `number` dead letters, or fewer if no more arrive in time."""
-    deadline = time.monotonic() + SOON
-    found: list[DeadLetter] = []
-    while len(found) < number and time.monotonic() < deadline:
-        found += dead_letters.receive(number - len(found), 1.0)
-    return found
-
-
 def bodies_of(dead_letters: Sequence[DeadLetter]) -> list[bytes]:
     return sorted(dead_letter.delivery.body for dead_letter in dead_letters)
 
@@ -69,7 +61,7 @@ def test_dead_letter_has_body_failure_attempt_and_time(
     make_dead_letters(
         rig, queue, sent, Failure(FAILURE.reason, FAILURE.stage, FAILURE.error, message_type="OrderCreated")
     )
-    found = receive_dead_letters(dead_letters, len(sent))
+    found = receive(dead_letters, len(sent), poll=1.0)
     assert bodies_of(found) == sorted(sent)
     for dead_letter in found:
         assert (dead_letter.failure.reason, dead_letter.failure.stage) == (FAILURE.reason, FAILURE.stage)
@@ -90,7 +82,7 @@ def test_dead_letter_of_the_policy_has_the_number_of_deliveries(
         (delivery,) = receive(queue, 1, SOON * 2)
         queue.nack([delivery], 0.0, FAILURE)
     receive(queue, 1, wait=0.5)  # SQS moves a message only at the next receive
-    (dead_letter,) = receive_dead_letters(dead_letters, 1)
+    (dead_letter,) = receive(dead_letters, 1, poll=1.0)
     assert dead_letter.delivery.attempt == rig.attempts
     assert dead_letter.delivery.attributes == {}
     reason = FAILURE.reason if rig.guarantees.keeps_last_reason else "the worker's log has the reason"
@@ -126,15 +118,13 @@ def test_removed_dead_letter_is_gone_and_the_others_stay(
     """The next pass and the service itself do not have it. Removing it twice is not an error."""
     assert isinstance(queue, SupportsDeadLetters)
     make_dead_letters(rig, queue, numbered(25))
-    removed = [
-        dead_letter for dead_letter in receive_dead_letters(dead_letters, 25) if dead_letter.delivery.body < b"020"
-    ]
+    removed = [dead_letter for dead_letter in receive(dead_letters, 25, poll=1.0) if dead_letter.delivery.body < b"020"]
     assert len(removed) == 20
     dead_letters.remove(removed)
     dead_letters.remove(removed)
     dead_letters.close()
     again = queue.dead_letters()
-    assert bodies_of(receive_dead_letters(again, 5)) == numbered(25)[20:]
+    assert bodies_of(receive(again, 5, poll=1.0)) == numbered(25)[20:]
     assert again.receive(500, 1.0) == []
     again.close()
     assert len(rig.dead_letters()) == 5

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.deploy.dockerfile import ROOT, stages
+from tests.deploy.pages import page
 from worker.health.access import ALL_INTERFACES
 
 LOCKS = ("requirements.lock", "requirements-dev.lock")
@@ -19,18 +20,14 @@ _ENTRY = re.compile(r"([a-z0-9-]+)==(\S+)(?: ; [^\\]+)? \\\n((?:    --hash=sha25
 _INSTALLED = re.compile(r"'klaviyo-worker\[([\w,]+)\]'")
 
 
-def read_lock(name: str) -> str:
-    return (ROOT / name).read_text(encoding="utf-8")
-
-
 def locked(name: str) -> dict[str, str]:
     """Return the version of each distribution in a lock."""
-    return {distribution: version for distribution, version, _ in _ENTRY.findall(read_lock(name))}
+    return {distribution: version for distribution, version, _ in _ENTRY.findall(page(name))}
 
 
 LOCKED = [
     (name, version, re.findall(r"sha256:([0-9a-f]{64})", hashes))
-    for name, version, hashes in _ENTRY.findall(read_lock("requirements.lock"))
+    for name, version, hashes in _ENTRY.findall(page("requirements.lock"))
 ]
 """Each distribution of the image: name, version, SHA-256 hashes of its files."""
 
@@ -72,10 +69,10 @@ def test_locks_agree() -> None:
 @pytest.mark.parametrize("name", LOCKS)
 def test_lock_contains_only_versions_and_hashes(name: str) -> None:
     """It names no index, path or link: the installer chooses the source, and the hashes verify the content."""
-    rest = _ENTRY.sub("", read_lock(name)).splitlines()
+    rest = _ENTRY.sub("", page(name)).splitlines()
     assert len(locked(name)) > 50
     assert [line for line in rest if not line.lstrip().startswith("#")] == []
-    assert "/" not in read_lock(name)
+    assert "/" not in page(name)
 
 
 def test_image_contains_the_clients_of_all_queues() -> None:

@@ -14,9 +14,10 @@ import pytest
 
 from adapters import scheme_of
 from tests.acceptance.conftest import Worker, kill_remaining_processes, log_lines  # noqa: F401 - a fixture
-from tests.acceptance.test_run import http_get, wait_for
+from tests.acceptance.test_run import http_get
 from tests.deploy.manifests import by_kind, container_of, environment_of, pod_of, rendered, validate
 from tests.support.ports import free_port
+from tests.support.waiting import wait_for
 from worker.cli.options import SECRETS
 from worker.sandbox.samples import sample_notifications
 from worker.setting_sources import load

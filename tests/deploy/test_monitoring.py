@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 from tests.acceptance.conftest import Worker
-from tests.acceptance.test_run import http_get, stop, wait_for
+from tests.acceptance.test_run import http_get, stop
 from tests.deploy.manifests import by_kind, rendered
 from tests.deploy.promql import TARGET, Series, exposed, labels_of
 from tests.support.ports import free_port
+from tests.support.waiting import wait_for
 from tests.support.worker_state import FakeWorkerState
 from tests.unit.telemetry.test_metrics import busy
 from worker.sandbox import Fault, Sandbox

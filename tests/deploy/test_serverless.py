@@ -16,11 +16,11 @@ import pytest
 import requests
 
 from tests.acceptance.conftest import Worker, events_named, log_lines
-from tests.acceptance.test_run import wait_for
 from tests.acceptance.workload import Workload
 from tests.deploy.pages import commands, flags, page
 from tests.integration.adapters.test_push import envelope
 from tests.support.ports import free_port
+from tests.support.waiting import wait_for
 from worker.settings import Settings
 
 if TYPE_CHECKING:

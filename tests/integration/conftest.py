@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from adapters import Failure, QueueOptions, open_queue
-from adapters.pubsub.queue import PubSubDelivery, PubSubQueue
+from adapters.pubsub.queue import PubSubQueue
 from worker.commercetools.client import Commercetools
 from worker.klaviyo.client import Klaviyo
 from worker.setting_sources import load
@@ -57,12 +56,3 @@ def opened() -> Iterator[Open]:
     yield open_
     for queue in queues:
         queue.close()
-
-
-def receive(queue: PubSubQueue, number: int, wait: float = 15.0) -> list[PubSubDelivery]:
-    """Receive `number` messages, or those that arrive within `wait` seconds."""
-    deadline = time.monotonic() + wait
-    deliveries: list[PubSubDelivery] = []
-    while len(deliveries) < number and time.monotonic() < deadline:
-        deliveries += queue.receive(number - len(deliveries), 0.2)
-    return deliveries

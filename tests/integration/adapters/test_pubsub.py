@@ -11,8 +11,9 @@ from adapters import QueueError, QueueOptions
 from adapters.pubsub import queue as pubsub
 from adapters.pubsub import streaming_pull
 from adapters.shared import reconnect
-from tests.integration.conftest import FAILURE, receive
+from tests.integration.conftest import FAILURE
 from tests.support.pubsub_emulator import Emulator, Subscription, bodies
+from tests.support.waiting import receive, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,14 +21,7 @@ if TYPE_CHECKING:
     from tests.integration.conftest import Open
 
 
-@pytest.fixture(autouse=True)
-def emulated(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", emulator.host)
-
-
-@pytest.fixture
-def subscription(emulator: Emulator) -> Subscription:
-    return Subscription(emulator)
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 def test_messages_arrive_unchanged_and_are_removed_by_ack(subscription: Subscription, opened: Open) -> None:
@@ -230,9 +224,7 @@ def test_leases_are_extended_without_a_stream(subscription: Subscription) -> Non
     subscription.publish(b"held")
     held = receive(queue, 1)
     subscription.publish(b"waiting")
-    deadline = time.monotonic() + 60
-    while not queue._stream.pending() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(queue._stream.pending)
     queue._stream._close()
     for _ in range(4):
         queue.extend(held, 10)
@@ -261,9 +253,7 @@ def test_hanging_stream_is_reopened(
     queue = opened(subscription.url)
     queue.receive(1, 0)
     subscription.publish(b"lost on a dead stream")
-    deadline = time.monotonic() + 60
-    while not seen and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: seen)
     with monkeypatch.context() as patch, caplog.at_level("INFO"):
         patch.setattr(streaming_pull, "IDLE_TIMEOUT", 0.5)
         assert receive(queue, 1, wait=1) == []

@@ -18,17 +18,9 @@ if TYPE_CHECKING:
     from adapters.pubsub.queue import PubSubQueue
     from tests.integration.conftest import Open
 
+pytestmark = pytest.mark.usefixtures("emulated")
+
 PUBLISHED = datetime(2026, 5, 1, 12, 0, 0, 250_000, UTC)
-
-
-@pytest.fixture(autouse=True)
-def emulated(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", emulator.host)
-
-
-@pytest.fixture
-def subscription(emulator: Emulator) -> Subscription:
-    return Subscription(emulator)
 
 
 def add_subscription(subscription: Subscription, suffix: str, **more: Any) -> str:

@@ -17,8 +17,9 @@ from adapters.base import Interruption
 from adapters.pubsub import queue as pubsub
 from adapters.pubsub import settlement, streaming_pull
 from adapters.pubsub.transport import open_transport
-from tests.integration.conftest import FAILURE, receive
+from tests.integration.conftest import FAILURE
 from tests.support.pubsub_fake import AckResults, FakeSubscriber
+from tests.support.waiting import receive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -28,6 +28,7 @@ from adapters.push.delivery import PushDelivery, parse_request
 from adapters.push.oidc import KeysUnavailableError, TokenRefusedError, TokenVerifier
 from adapters.push.queue import PushQueue
 from tests.support.ports import free_port
+from tests.support.waiting import receive, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,19 +76,11 @@ def queue() -> Iterator[PushQueue]:
     queue.close()
 
 
-def received(queue: PushQueue, number: int = 1) -> list[PushDelivery]:
-    got: list[PushDelivery] = []
-    deadline = time.monotonic() + 60
-    while len(got) < number and time.monotonic() < deadline:
-        got += queue.receive(number - len(got), 0.2)
-    return got
-
-
 def test_response_is_the_settlement(queue: PushQueue) -> None:
     """The response is sent only after the settlement. 204 means that the effect is in Klaviyo."""
     send = Sender(queue)
     responses = [send(envelope(b"%d" % number)) for number in range(3)]
-    done, failed, poison = received(queue, 3)
+    done, failed, poison = receive(queue, 3)
     time.sleep(0.2)
     assert not any(response.done() for response in responses)
     queue.ack([done])
@@ -102,7 +95,7 @@ def test_envelope_has_the_metadata(queue: PushQueue) -> None:
     """A delivery has id, attributes, attempt and the time of publishing, as on other queues."""
     send = Sender(queue)
     response = send(envelope(b"\xff body", deliveryAttempt=3))
-    (delivery,) = received(queue)
+    (delivery,) = receive(queue, 1)
     queue.ack([delivery])
     assert response.result(10) == 204
     assert (delivery.id, delivery.body, delivery.attributes) == ("17", b"\xff body", {"colour": "blue"})
@@ -116,7 +109,7 @@ def test_envelope_has_the_metadata(queue: PushQueue) -> None:
 def test_body_without_envelope_is_the_message(body: bytes, queue: PushQueue) -> None:
     """This is the case with payload unwrapping. The pipeline rejects an invalid body."""
     response = Sender(queue)(body)
-    (delivery,) = received(queue)
+    (delivery,) = receive(queue, 1)
     assert (delivery.body, delivery.attempt) == (body, None)
     queue.nack([delivery])
     assert response.result(10) == 503
@@ -163,13 +156,13 @@ def test_size_and_number_of_requests_are_limited(queue: PushQueue, monkeypatch: 
     send = Sender(queue)
     assert send(b"x" * 5_001).result(10) == 413
     held = [send(envelope(b"x")) for _ in range(3)]
-    deliveries = received(queue, 3)
+    deliveries = receive(queue, 3)
     assert send(envelope(b"one too many")).result(10) == 429
     queue.ack(deliveries)
     assert [response.result(10) for response in held] == [204] * 3
     monkeypatch.setattr(push, "MAX_BODY", 2_000_000)
     large = send(b"x" * 900_000)
-    deliveries = received(queue)
+    deliveries = receive(queue, 1)
     assert send(b"x" * 200_000).result(10) == 429
     queue.ack(deliveries)
     assert large.result(10) == 204
@@ -188,11 +181,11 @@ def test_body_without_length_counts_as_it_arrives(queue: PushQueue) -> None:
     """A small chunked body is accepted beside other requests, and a large one is refused as soon as it is too large."""
     send = Sender(queue)
     held = [send(envelope(b"x"))]
-    deliveries = received(queue)
+    deliveries = receive(queue, 1)
     url = f"http://127.0.0.1:{queue.port}/"
     pool = ThreadPoolExecutor(1)
     chunked = pool.submit(lambda: requests.post(url, iter([b"{", b"}"]), timeout=60).status_code)
-    deliveries += received(queue)
+    deliveries += receive(queue, 1)
     with socket.create_connection(("127.0.0.1", queue.port), timeout=60) as endless:
         endless.sendall(b"POST / HTTP/1.1\r\nHost: worker\r\nTransfer-Encoding: chunked\r\n\r\n")
         for _ in range(10):
@@ -247,7 +240,7 @@ def test_connection_with_a_request_is_not_idle(queue: PushQueue, monkeypatch: py
     monkeypatch.setattr(connections, "HEAD_TIMEOUT", 0.5)
     send = Sender(queue)
     held = [send(envelope(b"x")) for _ in range(2)]
-    deliveries = received(queue, 2)
+    deliveries = receive(queue, 2)
     idle = [socket.create_connection(("127.0.0.1", queue.port), timeout=60) for _ in range(8)]
     time.sleep(0.6)
     assert requests.get(f"http://127.0.0.1:{queue.port}/", timeout=60).status_code == 405
@@ -267,7 +260,7 @@ def test_incomplete_body_times_out(queue: PushQueue, monkeypatch: pytest.MonkeyP
         stalled.sendall(b"POST / HTTP/1.1\r\nHost: worker\r\nContent-Length: 900000\r\n\r\n{")
         assert stalled.recv(1000).startswith(b"HTTP/1.1 408")
     response = send(b"x" * 900_000)
-    queue.ack(received(queue))
+    queue.ack(receive(queue, 1))
     assert response.result(10) == 204
 
 
@@ -293,11 +286,9 @@ def test_stop_rejects_pending_requests_and_waits_for_others(queue: PushQueue) ->
     """Pending and new requests get 503; a received message gets the response of its settlement."""
     send = Sender(queue)
     in_work = send(envelope(b"in work"))
-    deliveries = received(queue)
+    deliveries = receive(queue, 1)
     waiting = send(envelope(b"waiting"))
-    deadline = time.monotonic() + 60
-    while not queue._inbox.items() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(queue._inbox.items)
     queue.stop()
     assert waiting.result(5) == 503
     assert first_other_status(send) is None
@@ -391,7 +382,7 @@ def test_only_valid_token_is_accepted(
     """Signature, audience, issuer, time and service account are verified."""
     send = Sender(verifying_queue)
     response = send(envelope(b"mine"), Authorization=f"Bearer {google.token()}")
-    verifying_queue.ack(received(verifying_queue))
+    verifying_queue.ack(receive(verifying_queue, 1))
     assert response.result(10) == 204
     other = FakeGoogle()
     now = int(time.time())

@@ -18,8 +18,8 @@ from adapters.servicebus import receiver as servicebus_receiver
 from adapters.servicebus.queue import ServiceBusQueue
 from adapters.shared import reconnect
 from tests.integration.conftest import FAILURE
-from tests.support.requirements import require
-from tests.support.servicebus_broker.broker import Broker, Queue, bodies, missing
+from tests.support.servicebus_broker.broker import Broker, Queue, bodies
+from tests.support.waiting import receive, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,23 +27,6 @@ if TYPE_CHECKING:
     from adapters.servicebus.message import ServiceBusDelivery
 
     Open = Callable[..., ServiceBusQueue]
-
-
-@pytest.fixture(scope="module")
-def broker() -> Iterator[Broker]:
-    require(missing())
-    running = Broker()
-    yield running
-    running.kill()
-
-
-@pytest.fixture
-def own_broker() -> Iterator[Broker]:
-    """A broker that a test can take down."""
-    require(missing())
-    running = Broker()
-    yield running
-    running.kill()
 
 
 @pytest.fixture
@@ -64,15 +47,6 @@ def open_queues() -> Iterator[Open]:
         thread.start()
     for thread in closing:
         thread.join()
-
-
-def receive(queue: ServiceBusQueue, number: int, wait: float = 15.0) -> list[ServiceBusDelivery]:
-    """Receive `number` messages, or fewer if no more arrive within `wait` seconds."""
-    deadline = time.monotonic() + wait
-    got: list[ServiceBusDelivery] = []
-    while len(got) < number and time.monotonic() < deadline:
-        got += queue.receive(number - len(got), 0.2)
-    return got
 
 
 def test_messages_arrive_unchanged_and_are_removed_by_ack(broker: Broker, open_queues: Open) -> None:
@@ -129,10 +103,12 @@ def test_pending_bytes_are_limited(broker: Broker, open_queues: Open) -> None:
     queue.publish(*[b"x" * 10_000] * 60)
     adapter = open_queues(queue, max_bytes=25_000)
     adapter.receive(60, 0)
-    deadline = time.monotonic() + 60
-    while (counts := queue.counts())[0] < 40 or counts[1] == 0:
-        assert time.monotonic() < deadline, counts
-        time.sleep(0.05)
+
+    def most_are_released() -> bool:
+        ready, locked, _ = queue.counts()
+        return ready >= 40 and locked > 0
+
+    wait_for(most_are_released)
 
 
 def test_sdk_starts_no_thread_that_reads(broker: Broker, open_queues: Open) -> None:
@@ -506,10 +482,7 @@ def test_connection_opened_after_the_timeout_is_closed(
             adapter.check()
     assert set(threading.enumerate()) - before
     own_broker.thaw()
-    deadline = time.monotonic() + 60
-    while (remaining := set(threading.enumerate()) - before) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not remaining
+    wait_for(lambda: not set(threading.enumerate()) - before)
 
 
 def test_waiting_connections_are_limited(

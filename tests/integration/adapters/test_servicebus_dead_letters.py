@@ -13,8 +13,8 @@ from azure.servicebus import ServiceBusReceiver
 from adapters import Failure, QueueError, QueueOptions, open_queue
 from adapters.servicebus import dead_letters as servicebus_dead_letters
 from adapters.servicebus.queue import ServiceBusQueue
-from tests.support.requirements import require
-from tests.support.servicebus_broker.broker import Broker, Queue, missing
+from tests.support.servicebus_broker.broker import Broker, Queue
+from tests.support.waiting import receive, wait_for
 from worker.commands.dlq.dead_letters import iter_dead_letters
 
 if TYPE_CHECKING:
@@ -22,17 +22,8 @@ if TYPE_CHECKING:
 
     from adapters import DeadLetter
     from adapters.servicebus.dead_letters import ServiceBusDeadLetters
-    from adapters.servicebus.message import ServiceBusDelivery
 
     OpenDeadLetters = Callable[[Queue], ServiceBusDeadLetters]
-
-
-@pytest.fixture(scope="module")
-def broker() -> Iterator[Broker]:
-    require(missing())
-    running = Broker()
-    yield running
-    running.kill()
 
 
 @pytest.fixture
@@ -81,15 +72,6 @@ def count_dead_letters(queue: Queue) -> tuple[int, int]:
     """Count the dead letters that are ready, and those that are locked."""
     counts = queue.broker("counts", name=f"{queue.address}/$DeadLetterQueue")
     return counts["ready"], counts["locked"]
-
-
-def receive(queue: ServiceBusQueue, number: int) -> list[ServiceBusDelivery]:
-    """Receive `number` messages, or those that arrive in time."""
-    deadline = time.monotonic() + 60
-    got: list[ServiceBusDelivery] = []
-    while len(got) < number and time.monotonic() < deadline:
-        got += queue.receive(number - len(got), 0.2)
-    return got
 
 
 def bodies(dead_letters: list[DeadLetter]) -> list[bytes]:
@@ -192,10 +174,7 @@ def test_oldest_dead_letters_are_removed_without_affecting_other(
     for _ in range(2):
         dead_letters.remove(dead_letters.receive(1, 0))
     dead_letters.close()
-    deadline = time.monotonic() + 60
-    while count_dead_letters(queue) != (2, 0):
-        assert time.monotonic() < deadline, count_dead_letters(queue)
-        time.sleep(0.02)
+    wait_for(lambda: count_dead_letters(queue) == (2, 0))
     remaining = queue.read(dead=True)
     assert [(b"".join(dead_letter.body), dead_letter.delivery_count or 0) for dead_letter in remaining] == [
         (b"3", 0),

@@ -29,6 +29,7 @@ from tests.support.sqs_fakes import (
     Server,
     bodies,
 )
+from tests.support.waiting import receive, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -75,15 +76,6 @@ def open_queues() -> Iterator[Open]:
         queue.close()
 
 
-def receive(queue: SQSQueue, number: int, wait: float = 15.0) -> list[SQSDelivery]:
-    """Receive `number` messages, or fewer if no more arrive within `wait` seconds."""
-    deadline = time.monotonic() + wait
-    got: list[SQSDelivery] = []
-    while len(got) < number and time.monotonic() < deadline:
-        got += queue.receive(number - len(got), 0.2)
-    return got
-
-
 def numbered(number: int) -> list[bytes]:
     return [b"%d" % index for index in range(number)]
 
@@ -122,9 +114,7 @@ def test_leases_of_held_and_pending_messages_are_extended(queue: Queue, open_que
     adapter = open_queues(queue, lease_seconds=2.0)
     held = receive(adapter, 1)
     adapter.receive(1, 0)  # the message of its poll is pending
-    deadline = time.monotonic() + 60
-    while not adapter._polling.pending() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(adapter._polling.pending)
     for _ in range(4):
         adapter.extend(held, 2.0)
         time.sleep(0.8)
@@ -139,9 +129,7 @@ def test_pending_message_with_expired_lease_is_dropped(queue: Queue, network: Ne
     queue.publish(b"a")
     adapter = open_queues(queue, lease_seconds=1.0)
     adapter.receive(1, 0)  # the message of its poll is pending
-    deadline = time.monotonic() + 60
-    while not adapter._polling.pending() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(adapter._polling.pending)
     with pytest.raises(QueueError, match="leases"):
         adapter.extend([], 1.0)
     time.sleep(1.1)
@@ -294,9 +282,7 @@ def test_close_ends_retries(queue: Queue, network: Network, open_queues: Open, n
     network.always["DeleteMessageBatch"] = BROKEN
     acking = threading.Thread(target=adapter.ack, args=([held] * number,))
     acking.start()
-    deadline = time.monotonic() + 60
-    while not network.requests["DeleteMessageBatch"] and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: network.requests["DeleteMessageBatch"])
     adapter.close()
     acking.join(60)
     assert not acking.is_alive()

@@ -31,12 +31,6 @@ PATH = "/sandbox-shop/subscriptions"
 SECRET = "KLAVIYO_WORKER_DESTINATION_SECRET"
 
 
-@pytest.fixture
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox() as running:
-        yield running
-
-
 class Command:
     """`klaviyo-worker` with an API client that can manage subscriptions by default."""
 

@@ -14,7 +14,7 @@ import orjson
 import pytest
 
 from tests.integration.conftest import commercetools_for
-from tests.unit.runtime.test_runner import wait_for
+from tests.support.waiting import wait_for
 from worker.commercetools.page_sizes import MAX_PAGE_SIZE
 from worker.commercetools.queries import (
     CUSTOMERS,

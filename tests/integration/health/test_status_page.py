@@ -19,10 +19,10 @@ from tests.integration.health.test_server import Response, request
 from tests.support.chromium import Browser
 from tests.support.ports import free_port
 from tests.support.requirements import require_command
+from tests.support.waiting import wait_for
 from tests.support.worker_state import FakeWorkerState
 from tests.unit.health.test_status import line
 from tests.unit.runtime import test_runner
-from tests.unit.runtime.test_runner import wait_for
 from worker.health.access import Access
 from worker.health.server import HealthServer
 from worker.health.status import Status

@@ -8,7 +8,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 import pytest
@@ -23,16 +23,7 @@ from worker.sandbox.klaviyo.account import Account
 from worker.send import jobs
 from worker.transform.catalog import catalog_id
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 COMMON = {"integration_type": "$custom", "catalog_type": "$default", "description": "", "url": "None"}
-
-
-@pytest.fixture
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox() as running:
-        yield running
 
 
 @pytest.fixture

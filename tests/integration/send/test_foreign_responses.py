@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from tests.integration.conftest import klaviyo_for
@@ -13,18 +11,9 @@ from worker.model import Operation, OperationKind
 from worker.sandbox import Fault, Sandbox
 from worker.transform.catalog import catalog_id
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 PAGE = b"<!DOCTYPE html><title>404</title>"
 BULK = 12  # more than the threshold
 STOCK = {"type": "catalog-variant", "id": catalog_id("x0"), "attributes": {"inventory_quantity": 0}}
-
-
-@pytest.fixture
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox() as running:
-        yield running
 
 
 def assert_kept(sandbox: Sandbox, operations: list[Operation]) -> None:

@@ -15,18 +15,12 @@ from worker.errors import Disposition, RequestBlocked
 from worker.sandbox import Fault, Sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from worker.model import Operation
 
 TEXTS: dict[Callable[[int], Operation], str] = {placed: "City", upsert: "first_name", category: "name"}
 PAGE = b"<!DOCTYPE html><title>Attention Required!</title>"
-
-
-@pytest.fixture
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox() as running:
-        yield running
 
 
 def stored(sandbox: Sandbox) -> int:

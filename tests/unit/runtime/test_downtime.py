@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
-from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.waiting import wait_for
 from worker.errors import KlaviyoMisconfigured
 from worker.runtime.downtime import INTERVAL, Downtime
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 class Service:
@@ -35,13 +31,6 @@ class Service:
         if self.error:
             raise self.error
         return self.is_up
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_service_without_an_outage_is_not_asked() -> None:

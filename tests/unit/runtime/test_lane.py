@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.conftest import FakeDelivery
-from tests.unit.runtime.test_runner import settings_for, wait_for
+from tests.support.waiting import wait_for
+from tests.unit.runtime.test_runner import settings_for
 from worker.errors import EndpointRefused, KlaviyoMisconfigured, NotShownYet, Throttled, Transient
 from worker.model import Message, Notification, Outcome
 from worker.runtime.in_flight import InFlight

@@ -12,6 +12,7 @@ import pytest
 from adapters import Failure, QueueError, QueueRefusedError, QueueWarning
 from adapters.embedded.queue import EmbeddedQueue
 from tests.conftest import FakeDelivery, Scripted
+from tests.support.waiting import wait_for
 from worker.errors import CircuitOpen, Disposition, Ignored, KlaviyoMisconfigured, Rejected, Throttled, Transient
 from worker.model import Message, Notification, Operation, OperationKind, Outcome
 from worker.runtime.lane import STALL_PER_MESSAGE, STALL_TIMEOUT, Lane
@@ -102,13 +103,6 @@ def runner_for(
 def settings_for(**values: Any) -> Settings:
     """Return settings with addresses that do not exist."""
     return load(Settings, ENVIRONMENT | values)
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def processed(pipeline: Pipeline) -> list[bytes]:

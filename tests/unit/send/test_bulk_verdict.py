@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.runtime.test_runner import wait_for
+from tests.support.waiting import wait_for
 from worker.errors import EndpointRefused, Transient
 from worker.send import bulk_verdict
 from worker.send.bulk_verdict import BulkVerdict, Verdict, read_status, read_verdict, store_verdict

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from tests.support.sender import Sender
-from tests.unit.runtime.test_runner import wait_for
+from tests.support.waiting import wait_for
 from worker.errors import CircuitOpen, Rejected, Transient
 from worker.send import events
 from worker.transform.order_events import event_operation

@@ -17,12 +17,13 @@ from tests.support.sender import Sender
 from worker.errors import EndpointRefused, JobUnfinished, Rejected, RequestBlocked, Transient
 from worker.model import Json, Operation, OperationKind
 from worker.sandbox.klaviyo.account import PHONE_MATCHES, Account
-from worker.send import jobs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from worker.errors import WorkerError
+
+pytestmark = pytest.mark.usefixtures("fast_jobs")
 
 READ, CREATE, MERGE, IMPORT = (
     "GET /api/profiles",
@@ -33,15 +34,6 @@ READ, CREATE, MERGE, IMPORT = (
 JOBS = "POST /api/profile-bulk-import-jobs"
 PHONE = "+442079460958"
 MANY = 20  # more than the threshold
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fast_jobs() -> Iterator[None]:
-    """The account's jobs end at once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "FIRST_PAUSE", 0.0)
-        patch.setattr(jobs, "MIN_POLL", 0.0)
-        yield
 
 
 @pytest.fixture(params=PHONE_MATCHES)

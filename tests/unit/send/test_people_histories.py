@@ -21,11 +21,12 @@ from worker.errors import Transient
 from worker.mapping import CustomerMapping, MappingConfig
 from worker.model import Enriched, Json, Notification, Operation, OperationKind
 from worker.sandbox.klaviyo.account import PHONE_MATCHES, Account
-from worker.send import jobs
 from worker.transform import transform
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+
+pytestmark = pytest.mark.usefixtures("fast_jobs")
 
 EXAMPLES = int(os.environ.get("PEOPLE_EXAMPLES", "100"))
 CUSTOMERS, EMAILS, PHONES = 4, 4, 3
@@ -182,15 +183,6 @@ def _event(identifiers: Json) -> Operation:
     metric = {"data": {"type": "metric", "attributes": {"name": "Placed Order"}}}
     attributes = {"unique_id": "1", "properties": {}, "metric": metric, "profile": {"data": profile}}
     return Operation(OperationKind.CREATE_EVENT, str(identifiers), {"type": "event", "attributes": attributes})
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fast_jobs() -> Iterator[None]:
-    """The account's jobs end at once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "FIRST_PAUSE", 0.0)
-        patch.setattr(jobs, "MIN_POLL", 0.0)
-        yield
 
 
 @pytest.mark.parametrize("phone_match", PHONE_MATCHES)
