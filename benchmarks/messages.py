@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from worker.sandbox import sample_shop
 from worker.sandbox.commercetools import copies
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 LARGE_NOTE = 50_000  # bytes
+FORMER_NAME = "Former"  # the first name of customers before they are updated
 _SHOP = sample_shop()
 
 
@@ -38,7 +39,8 @@ class MessageKind:
     `has_verdict`: the account was asked what it does with repeated events, and ignores them. `changes`: messages about
     each resource, of which only the first one adds objects. `mapping`: the mapping file of the worker. `is_repeated`:
     the messages were processed before, so Klaviyo has their effect. `messages`: how many there are; 0: as many as the
-    benchmark has for each row.
+    benchmark has for each row. `former`: a function from number to the attributes that the profile of a customer gets
+    before the messages, so that they change it.
     """
 
     name: str
@@ -48,6 +50,7 @@ class MessageKind:
     mapping: str = ""
     is_repeated: bool = False
     messages: int = 0
+    former: Callable[[int], dict[str, Any]] | None = None
 
     def bodies(self, count: int) -> Iterator[bytes]:
         """Return `count` messages, about the resources 1 to `count` / `changes`."""
@@ -109,6 +112,15 @@ def _stock_of_new_product(number: int) -> bytes:
     return bare(change("ResourceUpdated", "inventory-entry", f"inventory-entry-wide-{number}"))
 
 
+def _former(number: int) -> dict[str, Any]:  # noqa: ARG001 - all are equal
+    return {"first_name": FORMER_NAME}
+
+
+def _former_with_title(number: int) -> dict[str, Any]:
+    """Return a property that the customer no longer has for 5 % of the customers: only a single request clears it."""
+    return _former(number) | ({"properties": {"Title": "Dr."}} if number % 20 == 0 else {})
+
+
 def _cart_updated(number: int) -> bytes:
     return bare(change("ResourceUpdated", "cart", f"cart-{number}"))
 
@@ -118,6 +130,7 @@ _GUEST_ORDER = MessageTemplate(_guest_order_created, ORDER.adds)
 _FETCHED = MessageTemplate(_order_created_absent, {"events": 4, "profiles": 1})
 _STATE = MessageTemplate(_order_completed, {"events": 1, "profiles": 1})
 CUSTOMER = MessageTemplate(_customer_updated, {"profiles": 1})
+_KNOWN_CUSTOMER = MessageTemplate(_customer_updated, {"profiles": 0})
 _PRODUCT = MessageTemplate(_product_published, {"items": 1, "variants": 2})
 _CART = MessageTemplate(_cart_updated, {"events": 4, "profiles": 1})
 _CART_METRICS = '[metrics]\nstarted_checkout = "Started Checkout"\nadded_to_cart = "Added to Cart"\n'
@@ -138,6 +151,9 @@ MESSAGE_KINDS = (
     MessageKind("order states, no verdict", (_STATE,), has_verdict=False),
     MessageKind("10 changes per cart", (_CART,), changes=10, mapping=_CART_METRICS),
     MessageKind("customer updates", (CUSTOMER,)),
+    MessageKind("known customers, all change", (_KNOWN_CUSTOMER,), is_repeated=True, former=_former),
+    MessageKind("known customers, 5 % clear", (_KNOWN_CUSTOMER,), is_repeated=True, former=_former_with_title),
+    MessageKind("known customers, none changes", (_KNOWN_CUSTOMER,), is_repeated=True),
     MessageKind("product publishes", (_PRODUCT,)),
     MessageKind("publishes without a change", (_SAME_PRODUCT,), is_repeated=True),
     MessageKind("stock updates", (_STOCK,)),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlencode
 
 import orjson
 import urllib3
@@ -83,19 +84,43 @@ class Sandbox:
             self._create("item", items)
             self._create("variant", variants)
 
+    def import_customers(self, attributes: Sequence[dict[str, Any]]) -> None:
+        """Write attributes to the profiles of the customers 1, 2, ..."""
+        profiles = [
+            {"type": "profile", "attributes": {"external_id": f"customer-{number}"} | each}
+            for number, each in enumerate(attributes, 1)
+        ]
+        self._run_job("profile-bulk-import-job", "profiles", profiles)
+
+    def count_customers(self, first_name: str) -> int:
+        """Count the profiles of the customers 1 to 100 with a first name."""
+        ids = ",".join(f'"customer-{number}"' for number in range(1, 101))
+        query = urlencode({"filter": f"any(external_id,[{ids}])", "page[size]": 100})
+        response = _HTTP.request("GET", f"{self._klaviyo}/api/profiles?{query}", headers=self._headers)
+        return sum(profile["attributes"]["first_name"] == first_name for profile in response.json()["data"])
+
     def _create(self, kind: str, entries: list[dict[str, Any]]) -> None:
-        job = f"catalog-{kind}-bulk-create-job"
         data = [{"type": f"catalog-{kind}", **entry} for entry in entries]
-        body = {"data": {"type": job, "attributes": {f"{kind}s": {"data": data}}}}
-        headers = {
+        self._run_job(f"catalog-{kind}-bulk-create-job", f"{kind}s", data)
+
+    def _run_job(self, job: str, name: str, data: list[dict[str, Any]]) -> None:
+        """Run a bulk job, which the sandbox ends before it answers. Raises BenchmarkError."""
+        body = {"data": {"type": job, "attributes": {name: {"data": data}}}}
+        response = _HTTP.request("POST", f"{self._klaviyo}/api/{job}s", body=orjson.dumps(body), headers=self._headers)
+        if response.status != 202:  # noqa: PLR2004
+            raise BenchmarkError(f"the sandbox rejected the {name}: {response.data.decode()[:200]}")
+
+    @property
+    def _klaviyo(self) -> str:
+        return self.environment["KLAVIYO_API_URL"]
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {
             "Authorization": f"Klaviyo-API-Key {self.environment['KLAVIYO_AUTH_KEY']}",
             "Content-Type": "application/vnd.api+json",
             "revision": "2026-07-15",
         }
-        url = f"{self.environment['KLAVIYO_API_URL']}/api/{job}s"
-        response = _HTTP.request("POST", url, body=orjson.dumps(body), headers=headers)
-        if response.status != 202:  # noqa: PLR2004
-            raise BenchmarkError(f"the sandbox rejected the catalog: {response.data.decode()[:200]}")
 
     def _counts(self, service: str) -> Counts:
         return Counts(self._get(service, "counts"))

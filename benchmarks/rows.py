@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import urllib3
 
-from benchmarks.messages import LARGE_ORDERS, ORDERS
+from benchmarks.messages import FORMER_NAME, LARGE_ORDERS, ORDERS
 from benchmarks.processes import BenchmarkError, Worker, sandbox, wait_until_settled
 from benchmarks.queues import open_queue
 
@@ -266,6 +266,8 @@ class _TestBed:
         self.sandbox.fill_catalog(kind.stocked(messages))
         if kind.is_repeated:
             self._settle(kind, messages)
+        if kind.former:
+            self.sandbox.import_customers([kind.former(number) for number in range(1, messages + 1)])
         self.sandbox.start_counting()
         usage, worker = self._settle(kind, messages)
         self.check(kind, messages)
@@ -278,11 +280,19 @@ class _TestBed:
             return worker.stop(), worker
 
     def check(self, kind: MessageKind, messages: int) -> None:
-        """Raise BenchmarkError unless all effects of the messages are in Klaviyo."""
+        """Raise BenchmarkError unless all effects of the messages are in Klaviyo.
+
+        Repeated messages that change nothing must not write.
+        """
         added = self.sandbox.added()
         for name, expected in kind.added(messages).items():
             if added[name] != expected:
                 raise BenchmarkError(f"Klaviyo has {added[name]} new {name}: expected {expected}")
+        writes = sum(line["method"] != "GET" for line in self.sandbox.log("klaviyo")) if kind.is_repeated else 0
+        if writes and not kind.former:
+            raise BenchmarkError(f"messages without a change sent {writes} writes: expected none")
+        if kind.former and (former := self.sandbox.count_customers(FORMER_NAME)):
+            raise BenchmarkError(f"{former} customers have their former name")
 
 
 @contextmanager
