@@ -172,27 +172,38 @@ class Service:
 
 
 class Pool:
-    """A urllib3.PoolManager of a worker whose requests reach the services without a network.
-
-    The worker can be killed before a request has an effect, and before it reads the response.
-    """
+    """A urllib3.PoolManager of a worker whose requests reach the services without a network."""
 
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def request(
-        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None = None, **_: object
+    def connection_from_host(self, host: str, *_: object) -> ConnectionPool:
+        return ConnectionPool(self._world, host)
+
+
+class ConnectionPool:
+    """The urllib3.HTTPConnectionPool of a service.
+
+    The worker can be killed before a request has an effect, and before it reads the response.
+    """
+
+    def __init__(self, world: World, host: str) -> None:
+        self._world = world
+        self._host = host
+
+    def urlopen(
+        self, method: str, target: str, *, headers: Mapping[str, str], body: bytes | None = None, **_: object
     ) -> urllib3.HTTPResponse:
-        parts = urlsplit(url)
+        parts = urlsplit(target)
         request = ApiRequest(
             method,
             parts.path,
             parse_qs(parts.query, keep_blank_values=True),
-            {**headers, "Host": parts.netloc, "X-Correlation-ID": "1"},
+            {**headers, "Host": self._host, "X-Correlation-ID": "1"},
             body.encode() if isinstance(body, str) else body or b"",
-            f"{parts.path}?{parts.query}" if parts.query else parts.path,
+            target,
         )
-        service = self._world.klaviyo if parts.netloc == KLAVIYO else self._world.commercetools
+        service = self._world.klaviyo if self._host == KLAVIYO else self._world.commercetools
         self._world.simulation.pause()
         response = self._respond(service, request)
         self._world.simulation.pause()

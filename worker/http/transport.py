@@ -111,16 +111,7 @@ class Transport:
         start = time.monotonic()
         status = None
         try:
-            response = self._pool.request(
-                method,
-                url,
-                body=body,
-                headers=dict(headers),
-                timeout=self._timeout,
-                retries=False,
-                redirect=False,
-                preload_content=False,
-            )
+            response = self._send(method, url, dict(headers), body)
             content = _read(response, _target(method, url), start + BODY_TIMEOUT_FACTOR * self._read_timeout)
             status = response.status
             self.clock.update(response.headers)
@@ -131,6 +122,26 @@ class Transport:
         finally:
             self._observe(endpoint, status, time.monotonic() - start)
         return Response(response.status, response.headers, content, _target(method, url))
+
+    def _send(self, method: str, url: str, headers: dict[str, str], body: bytes | None) -> urllib3.BaseHTTPResponse:
+        """Send a request over a connection of the pool.
+
+        PoolManager.request would do the same, but normalizes the long URL of a query once more: see proxy_for for why
+        no proxy needs the whole URL.
+        """
+        parts = urlsplit(url)
+        pool = self._pool.connection_from_host(parts.hostname, parts.port, parts.scheme)
+        return pool.urlopen(
+            method,
+            url[url.index(parts.netloc) + len(parts.netloc) :],
+            body=body,
+            headers=headers,
+            timeout=self._timeout,
+            retries=False,
+            redirect=False,
+            assert_same_host=False,
+            preload_content=False,
+        )
 
 
 def _read(response: urllib3.BaseHTTPResponse, target: str, deadline: float) -> bytes:
