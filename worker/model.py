@@ -36,6 +36,7 @@ class Notification:
     time: str | None  # of the change, RFC 3339
     payload: Json = field(repr=False)
     seen: Collection[ResourceKey] = ()
+    written_since: datetime | None = None  # see Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,6 @@ class Enriched:
     related: Sequence[Enriched] = field(default=(), repr=False)  # products that the message has to write, too
     versions: Mapping[ResourceKey, int | None] = field(default_factory=dict, repr=False)
     missing: str = ""
-    written_since: datetime | None = None  # see Message
 
 
 class Effect(Enum):

@@ -152,7 +152,7 @@ class Pipeline:
         self._listener.on_endings([Ended(message, Ending.RETURNED) for message in messages])
 
     def _enrich(self, messages: Sequence[Message]) -> None:
-        notifications = [_with_seen(message.notification, message) for message in messages if message.notification]
+        notifications = [_with_history(message.notification, message) for message in messages if message.notification]
         read_at = time.monotonic()
         try:
             results = self._enrich_all(notifications)
@@ -162,8 +162,7 @@ class Pipeline:
             if isinstance(result, WorkerError):
                 message.outcome = _failure_outcome(message, "enrich", result)
             else:
-                is_first = message.written_since is None
-                message.enriched = result if is_first else replace(result, written_since=message.written_since)
+                message.enriched = result
                 _judge_reading(message, read_at)
 
     def _transform(self, messages: Sequence[Message]) -> None:
@@ -222,10 +221,12 @@ class Pipeline:
             ]
 
 
-def _with_seen(notification: Notification, message: Message) -> Notification:
-    """Return the notification with the resources that earlier readings found, and with the follow-ups."""
+def _with_history(notification: Notification, message: Message) -> Notification:
+    """Return the notification with what earlier readings of its message found, and since when it has written."""
     seen = (*message.known_versions, *message.follow_ups)
-    return replace(notification, seen=seen) if seen else notification
+    if not seen and message.written_since is None:
+        return notification
+    return replace(notification, seen=seen, written_since=message.written_since)
 
 
 def _ending(message: Message) -> Ending:

@@ -170,4 +170,4 @@ def _collect_garbage_less_often() -> None:
     The search for reference cycles costs CPU, and decoded JSON contains no cycles.
     """
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(200_000, 10, 50)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from worker.commercetools import queries
-from worker.enrich.plans import order_data_plan, with_version
+from worker.enrich.plans import order_data_plan, version_fields
 from worker.transform.carts import silence_reason
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def cart_plan(enriched: Enriched, context: PlanContext) -> Plan:
     cart_id = enriched.notification.resource_id
     yield [(queries.CARTS, [cart_id])]
     cart = context.get(queries.CARTS, cart_id)
-    enriched = with_version(replace(enriched, order=cart), cart)
+    enriched = replace(enriched, order=cart, **version_fields(enriched.notification, cart))
     if cart is None or silence_reason(cart):
         return enriched
     yield [(queries.ORDERS_BY_CART, [cart_id])]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from worker.commercetools import queries
-from worker.enrich.plans import order_data_plan, with_version
+from worker.enrich.plans import order_data_plan, version_fields
 from worker.json_access import as_dict, as_text, pick_ids
 from worker.transform.identity import names_buyer
 
@@ -27,9 +27,10 @@ def payment_plan(enriched: Enriched, context: PlanContext) -> Plan:
     customer_id = "" if has_owner else as_text(as_dict(as_dict(payment).get("customer")).get("id"))
     yield [(queries.CUSTOMERS, [customer_id])]
     customer = context.get_optional(queries.CUSTOMERS, customer_id)
-    enriched = with_version(replace(enriched, payment=payment, order=order, customer=customer), payment)
+    shown = version_fields(enriched.notification, payment)
     if payment is not None and order is None:
-        enriched = replace(enriched, missing="order of the payment")
+        shown["missing"] = "order of the payment"
+    enriched = replace(enriched, payment=payment, order=order, customer=customer, **shown)
     enriched = yield from _add_payments(enriched, context)
     return (yield from order_data_plan(enriched, order, context))
 
@@ -44,7 +45,7 @@ def order_payment_plan(enriched: Enriched, context: PlanContext) -> Plan:
     named = as_text(as_dict(reference).get("id"))
     yield [(queries.ORDERS, [notification.resource_id]), (queries.ORDERS_BY_PAYMENT, [named])]
     order = context.get(queries.ORDERS, notification.resource_id)
-    enriched = with_version(replace(enriched, order=order), order)
+    enriched = replace(enriched, order=order, **version_fields(notification, order))
     enriched = yield from _add_payments(enriched, context)
     added = [payment for payment in enriched.payments if not named or payment.get("id") == named]
     ids = pick_ids(added)

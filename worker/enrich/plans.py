@@ -19,7 +19,7 @@ from worker.versions import version_of
 
 if TYPE_CHECKING:
     from worker.mapping import MappingConfig
-    from worker.model import ResourceKey
+    from worker.model import Notification, ResourceKey
 
 Lookup = tuple[queries.Query, Iterable[str]]
 Plan = Generator[Sequence[Lookup], None, Enriched]
@@ -71,7 +71,7 @@ def order_plan(enriched: Enriched, context: PlanContext) -> Plan:
     if order is None or not names_buyer(order):
         yield [(queries.ORDERS, [notification.resource_id])]
         current = context.get(queries.ORDERS, notification.resource_id)
-        enriched = with_version(enriched, current)
+        enriched = replace(enriched, **version_fields(notification, current))
         order = current or order
     if notification.type == "OrderStateTransition":
         enriched = yield from _workflow_state_plan(replace(enriched, order=order), context)
@@ -134,7 +134,7 @@ def customer_plan(enriched: Enriched, context: PlanContext) -> Plan:
     notification = enriched.notification
     yield [(queries.CUSTOMERS, [notification.resource_id])]
     customer = context.get(queries.CUSTOMERS, notification.resource_id)
-    return with_version(replace(enriched, customer=customer), customer)
+    return replace(enriched, customer=customer, **version_fields(notification, customer))
 
 
 def category_plan(enriched: Enriched, context: PlanContext) -> Plan:
@@ -149,11 +149,10 @@ def category_plan(enriched: Enriched, context: PlanContext) -> Plan:
     descendants = context.get_all(queries.DESCENDANTS, notification.resource_id)[:max_descendants]
     ancestors = [pick_ids(entry.get("ancestors")) for entry in (as_dict(category), *descendants)]
     categories = yield from find_categories(queries.CATEGORIES, ancestors, context)
-    enriched = replace(enriched, category=category, descendants=descendants, categories=categories)
-    enriched = with_version(enriched, category, category=[*descendants, *categories.values()])
+    shown = version_fields(notification, category, category=[*descendants, *categories.values()])
     if any(ancestor not in categories for ids in ancestors for ancestor in ids):
-        enriched = replace(enriched, missing=enriched.missing or "ancestor of a category")
-    return enriched
+        shown["missing"] = shown["missing"] or "ancestor of a category"
+    return replace(enriched, category=category, descendants=descendants, categories=categories, **shown)
 
 
 def empty_plan(enriched: Enriched, _fetched: PlanContext) -> Plan:
@@ -162,17 +161,17 @@ def empty_plan(enriched: Enriched, _fetched: PlanContext) -> Plan:
     return enriched
 
 
-def with_version(enriched: Enriched, resource: Json | None, **others: Iterable[Json]) -> Enriched:
-    """Add the versions of the notification's resource and of `others` (by type), or that the resource is missing."""
-    notification = enriched.notification
+def version_fields(notification: Notification, resource: Json | None, **others: Iterable[Json]) -> Json:
+    """Return two fields of Enriched: `versions` of the notification's resource and of `others` by type, and `missing`.
+
+    They are for `replace`, which is slow, so a plan should call it only once.
+    """
     versions: dict[ResourceKey, int | None] = {
         (kind, as_text(other.get("id"))): version_of(other) for kind, found in others.items() for other in found
     }
     key = notification.resource_type, notification.resource_id
     versions[key] = None if resource is None else version_of(resource)
-    return replace(
-        enriched, versions=versions, missing=notification.resource_type if resource is None else enriched.missing
-    )
+    return {"versions": versions, "missing": notification.resource_type if resource is None else ""}
 
 
 def category_ids(product: Json | None) -> list[str]:

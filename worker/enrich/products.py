@@ -7,7 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from worker.commercetools import queries
-from worker.enrich.plans import Lookup, category_ids, find_categories, with_version
+from worker.enrich.plans import Lookup, category_ids, find_categories, version_fields
 from worker.json_access import as_dict, as_key, as_text, unique
 from worker.transform.prices import has_standalone_prices
 from worker.transform.product_state import all_variants
@@ -123,18 +123,18 @@ def _catalog_data_plan(
 
 def _with_versions(enriched: Enriched, resource: Json | None) -> Enriched:
     """Add the versions of the notification's resource and of everything that the catalog entry is made of."""
-    is_missing = enriched.product_id and enriched.product is None
     others = {
         "inventory-entry": chain.from_iterable(enriched.inventory.values()),
         "standalone-price": chain.from_iterable(enriched.standalone_prices.values()),
         "category": enriched.categories.values(),
         "product": [] if enriched.product is None else [enriched.product],
     }
-    enriched = with_version(enriched, resource, **others)
-    if not is_missing:
-        return enriched
-    versions = {**enriched.versions, ("product", enriched.product_id): None}
-    return replace(enriched, versions=versions, missing=enriched.missing or "product")
+    shown = version_fields(enriched.notification, resource, **others)
+    shown["missing"] = shown["missing"] or enriched.missing
+    if enriched.product_id and enriched.product is None:
+        shown["versions"]["product", enriched.product_id] = None
+        shown["missing"] = shown["missing"] or "product"
+    return replace(enriched, **shown)
 
 
 def published(product: Json | None) -> Json | None:

@@ -126,8 +126,8 @@ class Transport:
     def _send(self, method: str, url: str, headers: dict[str, str], body: bytes | None) -> urllib3.BaseHTTPResponse:
         """Send a request over a connection of the pool.
 
-        PoolManager.request would do the same, but normalizes the long URL of a query once more: see proxy_for for why
-        no proxy needs the whole URL.
+        PoolManager.request would do the same, but it encodes the long URL of a query a third time. No proxy needs the
+        whole URL: see proxy_for.
         """
         parts = urlsplit(url)
         pool = self._pool.connection_from_host(parts.hostname, parts.port, parts.scheme)

@@ -79,10 +79,10 @@ def _removal(enriched: Enriched, mapping: MappingConfig) -> Operation:
     Without it, an import job that lands after an erasure would bring the erased person back. Raises Ignored if the
     message has written nothing, or if persons are not erased.
     """
-    if not mapping.customer.erasure or enriched.written_since is None:
+    if not mapping.customer.erasure or enriched.notification.written_since is None:
         raise Ignored("commercetools no longer has the customer")
     key = enriched.notification.resource_id
-    return Operation(OperationKind.DELETE_PROFILE, key, created_since=enriched.written_since)
+    return Operation(OperationKind.DELETE_PROFILE, key, created_since=enriched.notification.written_since)
 
 
 def _own_attributes(customer: Json, mapping: MappingConfig) -> Json:

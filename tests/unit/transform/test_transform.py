@@ -78,7 +78,7 @@ def test_profile_is_removed_if_the_customer_is_gone_after_the_write(erasure: boo
     enriched = Enriched(about("customer", "ResourceUpdated"), NOW)
     with pytest.raises(Ignored, match="no longer"):
         transform(enriched, mapping)
-    written = replace(enriched, written_since=NOW)
+    written = replace(enriched, notification=replace(enriched.notification, written_since=NOW))
     if erasure:
         assert transform(written, mapping) == (Operation(OperationKind.DELETE_PROFILE, "id-1", created_since=NOW),)
     else:
