@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+import cachetools
 import orjson
 
 from adapters.shared.chunks import chunked
@@ -24,6 +26,7 @@ Identifier = tuple[str, str]  # name of the attribute, and its value
 
 MAX_VALUES = 100  # of a filter, and profiles on a page: https://developers.klaviyo.com/en/reference/get_profiles
 MAX_FILTER_BYTES = 6_000  # percent-encoded; proxies accept URIs of up to 8 KB
+_MAX_ADOPTIONS, _ADOPTION_SECONDS = 100_000, 600.0
 FIELDS = (
     *("email", "phone_number", "external_id", "first_name", "last_name"),
     *("organization", "locale", "location", "properties"),
@@ -66,6 +69,36 @@ class Directory:
     def find(self, name: str, value: str) -> list[Profile]:
         """Return the profiles with this identifier. Klaviyo does not document that there is only one."""
         return list(self._profiles.get(identifier(name, value), {}).values()) if value else []
+
+
+class Adoptions:
+    """The profiles without an external_id that this process has recently given to customers. Safe for many threads.
+
+    Klaviyo's search can still show such a profile without the external_id. Without this memory, a second customer with
+    the same email address would take it over.
+    """
+
+    def __init__(self) -> None:
+        self._customers: cachetools.TTLCache[str, str] = cachetools.TTLCache(_MAX_ADOPTIONS, _ADOPTION_SECONDS)
+        self._lock = Lock()
+
+    def add(self, profile_id: str, customer: str) -> None:
+        """Remember the customer of a profile."""
+        with self._lock:
+            self._customers[profile_id] = customer
+
+    def remove(self, profile_id: str) -> None:
+        """Forget a profile: it was not given to the customer."""
+        with self._lock:
+            self._customers.pop(profile_id, None)
+
+    def complete(self, profile: Profile) -> Profile:
+        """Return a profile that was read with the external_id that it has got."""
+        with self._lock:
+            customer = self._customers.get(profile.id)
+        if customer is None or profile.get("external_id"):
+            return profile
+        return Profile(profile.id, profile.attributes | {"external_id": customer})
 
 
 def _identifiers_of(profile: Profile) -> list[Identifier]:

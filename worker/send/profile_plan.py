@@ -71,6 +71,11 @@ class Plan:
     is_deferred: bool = False  # another upsert of the batch must be written first
     dropped: tuple[str, ...] = ()  # identifiers that belong to another person
 
+    @property
+    def adopts(self) -> bool:
+        """Return whether a profile without an external_id becomes the customer's."""
+        return bool(self.profile_id) and "external_id" in self.attributes
+
 
 class Planner:
     """Plans the upserts of a batch in their order. An identifier belongs to the first upsert that wants it.

@@ -19,6 +19,7 @@ from worker.transform.profiles import without_clears
 if TYPE_CHECKING:
     from worker.klaviyo.client import KlaviyoClient
     from worker.model import Json
+    from worker.send.profile_directory import Adoptions
     from worker.send.profile_plan import Plan, Upsert
 
 MERGE_WAIT = 1.0  # seconds until a message whose profiles Klaviyo merges is processed again
@@ -29,8 +30,9 @@ _MAX_MERGES = 10_000  # that are remembered
 class ProfileWriter:
     """The individual requests that write and merge profiles. Safe for many threads."""
 
-    def __init__(self, client: KlaviyoClient) -> None:
+    def __init__(self, client: KlaviyoClient, adoptions: Adoptions) -> None:
         self._client = client
+        self._adoptions = adoptions
         self._lock = Lock()
         self._merged: cachetools.TTLCache[str, bool] = cachetools.TTLCache(_MAX_MERGES, _MERGE_SECONDS)  # source ids
 
@@ -45,6 +47,8 @@ class ProfileWriter:
             elif plan.merge_from:
                 is_finished = False
                 self._merge(upsert, plan)
+            elif plan.adopts:
+                is_finished = self._adopt(upsert, plan)
             elif plan.attributes:
                 self._write(plan)
         except Rejected as rejection:
@@ -67,6 +71,21 @@ class ProfileWriter:
             write_record(self._client, "PATCH", path, resource | {"id": plan.profile_id})
         else:
             write_record(self._client, "POST", "/api/profiles", resource)
+
+    def _adopt(self, upsert: Upsert, plan: Plan) -> bool:
+        """Give a profile without an external_id to the customer. Raises WorkerError.
+
+        It cannot be undone, so the profile is read again immediately before: a search can show it late. If it is
+        another customer's now, or has another email address, return False, and the next round reads it by its id.
+        """
+        profile = read_profile(self._client, plan.profile_id)
+        email = identifier("email", upsert.get("email"))
+        if profile is None or profile.get("external_id") or identifier("email", profile.get("email")) != email:
+            upsert.named.add(plan.profile_id)
+            return False
+        self._write(plan)
+        self._adoptions.add(plan.profile_id, upsert.get("external_id"))
+        return True
 
     def _is_merged(self, profile_id: str) -> bool:
         """Return whether Klaviyo has accepted the merge of a profile into another one, and possibly has not ended."""

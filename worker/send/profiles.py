@@ -20,7 +20,7 @@ from worker.send.claims import Claims
 from worker.send.consent import has_new_consent
 from worker.send.identifiers import report_dropped
 from worker.send.jobs import PROFILES, BulkJobType, JobEntry
-from worker.send.profile_directory import Directory, Identifier, identifier, read_profile, read_profiles
+from worker.send.profile_directory import Adoptions, Directory, Identifier, identifier, read_profile, read_profiles
 from worker.send.profile_plan import Plan, Planner, Upsert, has_nulls
 from worker.send.profile_writes import MERGE_WAIT, ProfileWriter
 
@@ -65,7 +65,8 @@ class Profiles:
         self._executors = executors
         self._threshold = threshold
         self._merges_guests = merges_guests
-        self._writer = ProfileWriter(client)
+        self._adoptions = Adoptions()
+        self._writer = ProfileWriter(client, self._adoptions)
         self._claims = Claims()
         self._consents = consents
 
@@ -170,7 +171,7 @@ class Profiles:
             return
         profiles, failures = read_profiles(self._client, name, values.values())
         for profile in profiles:
-            directory.add(profile)
+            directory.add(self._adoptions.complete(profile))
         for upsert, value in values.items():
             upsert.requests += 1
             error = failures.get(identifier(name, value))
@@ -204,6 +205,9 @@ class Profiles:
     def _run_job(self, work: Sequence[tuple[Upsert, Plan]]) -> None:
         """Write profiles in a bulk job. Upserts without a result need another round."""
         entries = [_job_entry(upsert, plan) for upsert, plan in work]
+        adopting = [(upsert, plan) for upsert, plan in work if plan.adopts]
+        for upsert, plan in adopting:
+            self._adoptions.add(plan.profile_id, upsert.get("external_id"))
         jobs = self._guest_jobs if _are_guests(work) else self._jobs
         executor = self._executors[_effect_of(work)]
         for (upsert, plan), result in zip(work, jobs.run(_IMPORT, entries, executor), strict=True):
@@ -217,6 +221,9 @@ class Profiles:
             elif result.error or plan.profile_id or upsert.is_guest or not _identifiers([upsert]):
                 upsert.finish(result.error)
             upsert.is_created = True
+        for upsert, plan in adopting:
+            if not upsert.result or (upsert.result.error and not isinstance(upsert.result.error, JobUnfinished)):
+                self._adoptions.remove(plan.profile_id)
 
     def _write_individually(self, work: Sequence[tuple[Upsert, Plan]]) -> None:
         """Write profiles in concurrent requests."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import pytest
 
 from tests.support.klaviyo_account import AccountClient
 from tests.support.sender import Sender
-from worker.errors import EndpointRefused, JobUnfinished, Rejected, RequestBlocked, Transient
+from worker.errors import EndpointRefused, JobUnfinished, Rejected, RequestBlocked, Throttled, Transient
 from worker.model import Json, Operation, OperationKind
 from worker.sandbox.klaviyo.account import PHONE_MATCHES, Account
 
@@ -453,6 +454,62 @@ def test_guest_whom_the_search_does_not_show_yet_becomes_the_customer(klaviyo: A
     assert send(klaviyo, customer("nora", first_name="Nora")) == [None]
     nora = attributes_of(klaviyo, external_id="nora")
     assert (nora.get("email"), nora["first_name"], len(klaviyo.account.profiles)) == ("nora@example.com", "Nora", 1)
+
+
+def freeze_search(klaviyo: AccountClient) -> None:
+    """Let Klaviyo's search show the profiles as they are now."""
+    find, shown = klaviyo.account.find_profiles, {each["id"]: deepcopy(each) for each in klaviyo.account.profiles}
+
+    def find_profiles(name: str, value: str) -> list[Json]:
+        return [shown[profile["id"]] for profile in find(name, value) if profile["id"] in shown]
+
+    klaviyo.account.find_profiles = find_profiles  # type: ignore[method-assign]
+
+
+def test_guest_whom_the_search_still_shows_stays_with_the_first_customer(klaviyo: AccountClient) -> None:
+    """Two stores have a customer with the guest's email address. A profile is never taken from a customer."""
+    klaviyo.profile(email="berg@example.com")
+    freeze_search(klaviyo)
+    assert send(klaviyo, customer("nora", "berg@example.com", first_name="Nora")) == [None]
+    assert send(klaviyo, customer("olaf", "berg@example.com", first_name="Olaf")) == [None]
+    nora, olaf = (attributes_of(klaviyo, external_id=key) for key in ("nora", "olaf"))
+    assert [(each.get("email"), each["first_name"]) for each in (nora, olaf)] == [
+        ("berg@example.com", "Nora"),
+        (None, "Olaf"),
+    ]
+
+
+def test_guests_whom_the_search_still_shows_stay_with_the_customers_of_a_job(klaviyo: AccountClient) -> None:
+    """A backfill writes the customers of one store after those of another. A job has no 409."""
+    for number in range(MANY):
+        klaviyo.profile(email=f"{number}@example.com")
+    freeze_search(klaviyo)
+    sender = Sender(klaviyo, 4)
+    for store in ("de", "fr"):
+        batch = [customer(f"{store}-{number}", f"{number}@example.com", first_name=store) for number in range(MANY)]
+        sender.send(batch)
+    klaviyo.account.find_profiles = Account.find_profiles.__get__(klaviyo.account)  # type: ignore[method-assign]
+    for number in range(MANY):
+        assert attributes_of(klaviyo, email=f"{number}@example.com")["external_id"] == f"de-{number}"
+        assert "email" not in written(attributes_of(klaviyo, external_id=f"fr-{number}"))
+
+
+def test_customer_whose_job_has_not_started_has_not_got_the_profile(klaviyo: AccountClient) -> None:
+    """The profile stays free for another customer with its address."""
+    for number in range(MANY):
+        klaviyo.profile(email=f"{number}@example.com")
+
+    def throttle(name: str, _body: Json) -> None:
+        if name == JOBS:
+            raise Throttled("429")
+
+    klaviyo.before = throttle
+    sender = Sender(klaviyo, 4)
+    first, second = ([customer(f"{s}-{n}", f"{n}@example.com") for n in range(MANY)] for s in ("de", "fr"))
+    assert {type(error) for error in sender.send(first)} == {Throttled}
+    klaviyo.before = lambda *_: None
+    assert sender.send(second) == [None] * MANY
+    assert {each["attributes"]["external_id"] for each in klaviyo.account.profiles} == {each.key for each in second}
 
 
 @pytest.mark.parametrize("error", [Transient("503"), EndpointRefused("403")])
