@@ -117,6 +117,8 @@ class Sender:
         identified = self._identities.identify(operations)
         results = iter(self._send_identified([each.operation for each in identified if each.error is None]))
         sent = [SendResult(each.error, 0) if each.error else next(results) for each in identified]
+        if written := [o for o, result in zip(operations, sent, strict=True) if _is_written_customer(o, result)]:
+            self._identities.remember(written)
         return [
             result._replace(requests=result.requests + each.requests)
             for each, result in zip(identified, sent, strict=True)
@@ -155,6 +157,10 @@ class Sender:
         if len(operations) <= 1:  # in the calling thread, because a thread switch would only add latency
             return map(self._single.send, operations)
         return self._executors[operations[0].kind].map(self._single.send, operations)
+
+
+def _is_written_customer(operation: Operation, result: SendResult) -> bool:
+    return operation.kind is OperationKind.UPSERT_PROFILE and result.error is None
 
 
 def _distinct(operations: Sequence[Operation]) -> dict[OperationId, Operation]:

@@ -47,8 +47,8 @@ class EventIdentities:
     - If the address belongs to the profile of another customer, the id is sent alone, too.
     - Otherwise both are sent. Klaviyo then creates the profile, or adds the id to the profile of a guest.
 
-    It remembers for a while which customers have a profile, and which address it sent for which customer: Klaviyo shows
-    a new profile some time after it accepted the event.
+    It remembers for a while which customers have a profile, and which address was sent for which customer, in an event
+    or by the customer's own message: Klaviyo shows a new profile some time after it accepted it.
     """
 
     def __init__(self, client: KlaviyoClient) -> None:
@@ -72,6 +72,15 @@ class EventIdentities:
             _identified(operation, person, reading) if person else Identified(operation)
             for operation, person in zip(operations, people, strict=True)
         ]
+
+    def remember(self, written: Iterable[Operation]) -> None:
+        """Remember the customers whose profiles were written, and their email addresses."""
+        people = [(each.key, as_text(each.resource["attributes"].get("email"))) for each in written if each.resource]
+        with self._lock:
+            for customer, email in people:
+                address = identifier("email", email)[1]
+                self._sent_emails[customer] = address
+                self._sent_customers.setdefault(address, customer)
 
     def _choose(self, people: Iterable[_Person], reading: _Reading) -> None:
         """Choose the people whose events have the email address, and remember them."""

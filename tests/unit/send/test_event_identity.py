@@ -151,6 +151,20 @@ def test_customer_is_sent_with_one_address_only() -> None:
     assert sent_with(identities, event(**later)) == [{"external_id": "ada"}]
 
 
+def test_address_that_a_customers_own_message_wrote_is_remembered() -> None:
+    """Klaviyo shows the profile late. No event gives its address to another customer, or an old address to it."""
+    klaviyo = AccountClient()
+    klaviyo.account.find_profiles = lambda *_: []  # type: ignore[method-assign]
+    profile = {"type": "profile", "attributes": {"external_id": "ada", "email": "Ada@example.com"}}
+    sender = Sender(klaviyo, 4)
+    assert sender.send([Operation(OperationKind.UPSERT_PROFILE, "ada", profile)]) == [None]
+    bob = {"external_id": "bob", "email": "ada@example.com"}
+    later = {"external_id": "ada", "email": "ada.old@example.com"}
+    assert sender.send([event("b", **bob), event("a", **ADA), event("c", **later)]) == [None] * 3
+    sent = [body["data"]["attributes"]["profile"]["data"]["attributes"] for n, body in klaviyo.calls if "events" in n]
+    assert sorted(sent, key=str) == [ADA, {"external_id": "ada"}, {"external_id": "bob"}]
+
+
 def test_other_operations_need_no_reading() -> None:
     """Guests are known by their address alone, and customers without an address by their id alone."""
     klaviyo = Klaviyo()
