@@ -72,7 +72,7 @@ def as_int(value: Any) -> int | None:
 
 def unique(values: Iterable[str]) -> list[str]:
     """Return the non-empty strings in order, without duplicates."""
-    return list(dict.fromkeys(value for value in values if value))
+    return list(dict.fromkeys(filter(None, values)))
 
 
 def pick_ids(references: Any) -> list[str]:

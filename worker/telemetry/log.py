@@ -117,7 +117,7 @@ class _JsonFormatter(logging.Formatter):
         """Return one line with the event, the level, all fields and the time."""
         fields = {"event": record.getMessage(), "level": record.levelname, **_extra(record)}
         fields["time"] = datetime.fromtimestamp(record.created, UTC).isoformat()
-        return _encode_json({name: _bounded(value) for name, value in fields.items()})
+        return _encode_json({n: _bounded(value) if type(value) is str else value for n, value in fields.items()})
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:

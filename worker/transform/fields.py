@@ -34,12 +34,15 @@ _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
 def first_nonempty(*values: str) -> str:
     """Return the first text that is not empty, or ""."""
-    return next((value for value in values if value), "")
+    for value in values:  # much faster than a generator
+        if value:
+            return value
+    return ""
 
 
 def compact(values: Json) -> Json:
     """Return the values without empty ones. 0 and false are not empty."""
-    return {name: value for name, value in values.items() if value or isinstance(value, int | float)}
+    return {name: value for name, value in values.items() if value or value == 0}
 
 
 def report_empty(values: Json) -> Iterator[str]:
