@@ -64,7 +64,7 @@ def test_large_order_is_truncated() -> None:
 
 
 def test_same_event_of_another_profile_has_another_key() -> None:
-    """OrderCustomerSet records the order for its new customer, in addition to the event for the former customer."""
+    """Klaviyo keeps one event per profile, metric and unique_id."""
     fields: dict[str, Any] = {"metric": "M", "unique_id": "1", "time": "", "value": None, "properties": {}}
     guest = event_operation(**fields, profile={"email": "a@example.com"})
     customer = event_operation(**fields, profile={"email": "a@example.com", "external_id": "x"})
