@@ -6,9 +6,10 @@ import json
 import logging
 import sys
 import time
-from datetime import UTC, datetime
 from threading import Lock
 from typing import Any, TextIO
+
+from pythonjsonlogger.json import JsonFormatter
 
 from worker.json_access import printable, shorten
 
@@ -17,8 +18,6 @@ log = logging.getLogger("klaviyo_worker")
 REPEAT_INTERVAL = 60.0  # seconds between two log lines about a condition that lasts
 MAX_VALUE = 2_000  # characters of a value
 BURST = 60  # lines of one event in quick succession; after that, one per second
-_PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}  # the attributes of every record
-_encode_json = json.JSONEncoder(default=str).encode
 _PER_MESSAGE = frozenset({"message_processed", "record_failed", "attempts_exhausted", "identifier_dropped"})
 
 
@@ -62,7 +61,7 @@ def configure_logging(level: str, style: str, stream: TextIO | None = None) -> N
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
     as_text = style == "text" or (style == "auto" and stream.isatty())
-    handler.setFormatter(_TextFormatter() if as_text else _JsonFormatter())
+    handler.setFormatter(_TextFormatter() if as_text else _json_formatter())
     handler.addFilter(_LineLimit())
     log.handlers = [handler]
     log.propagate = False
@@ -110,31 +109,35 @@ class _LineLimit(logging.Filter):
         return True
 
 
-class _JsonFormatter(logging.Formatter):
+class _JsonFormatter(JsonFormatter):
     """A formatter for lines like `{"event": "message_processed", "level": "INFO", "outcome": "sent", ...}`."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Return one line with the event, the level, all fields and the time."""
-        fields = {"event": record.getMessage(), "level": record.levelname, **_extra(record)}
-        fields["time"] = datetime.fromtimestamp(record.created, UTC).isoformat()
-        return _encode_json({n: _bounded(value) if type(value) is str else value for n, value in fields.items()})
-
-
-def _extra(record: logging.LogRecord) -> dict[str, Any]:
-    """Return the fields of a line."""
-    return {name: value for name, value in vars(record).items() if name not in _PLAIN}
+    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields with bounded values."""
+        return {name: _bounded(value) for name, value in log_data.items()}
 
 
 def _bounded(value: Any) -> Any:
     return shorten(value, MAX_VALUE) if isinstance(value, str) else value
 
 
+def _json_formatter() -> JsonFormatter:
+    return _JsonFormatter(
+        ["message", "levelname"],
+        rename_fields={"message": "event", "levelname": "level"},
+        timestamp="time",
+    )
+
+
 class _TextFormatter(logging.Formatter):
     """A formatter for lines like `12:00:01 message_processed outcome=sent message_type=OrderCreated ...`."""
 
+    _plain = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
     def format(self, record: logging.LogRecord) -> str:
         """Return one line with the time, the event, and every field that has a value."""
-        shown = (f"{name}={_quoted(value)}" for name, value in _extra(record).items() if value is not None)
+        extra = {name: value for name, value in vars(record).items() if name not in self._plain}
+        shown = (f"{name}={_quoted(value)}" for name, value in extra.items() if value is not None)
         return " ".join((self.formatTime(record, "%H:%M:%S"), record.getMessage(), *shown))
 
 
