@@ -37,6 +37,7 @@ def price(amount: int, code: str = "EUR", **more: Any) -> dict[str, Any]:
         ([price(100), price(50, validFrom="2026-11-01T00:00:00Z", validUntil="2026-12-01T00:00:00Z")], {}, 0.5),
         ([price(100), price(50, validUntil="2026-11-24T00:00:00Z")], {}, 1),
         ([price(50, validUntil="2026-11-01T00:00:00Z")], {}, None),
+        ([price(50, validFrom="2026-11-24T00:00:00Z")], {}, 0.5),
         ([price(50, validFrom="2026-11-24T00:00:01Z")], {}, None),
         ([price(70, validFrom="2026-11-20T00:00:00Z"), price(50, validFrom="2026-11-10T00:00:00Z")], {}, 0.5),
         ([price(100, channel=STORE), price(200)], {}, 2),
