@@ -21,6 +21,17 @@ def _nested(depth: int) -> object:
     return {"inner": _nested(depth - 1)} if depth else "leaf"
 
 
+@pytest.mark.parametrize("depth", [9, 10, 254, 900])
+def test_properties_are_cut_below_the_maximum_depth(depth: int) -> None:
+    """Ten levels of objects are the maximum. More than 254 levels cannot be encoded."""
+    fitted, truncated = truncate({"outer": _nested(depth)})
+    assert (fitted["outer"], truncated) == ((_nested(9), []) if depth == 9 else (_cut(9), ["outer" + ".inner" * 9]))
+
+
+def _cut(depth: int) -> object:
+    return {"inner": _cut(depth - 1)} if depth else None
+
+
 def test_properties_beyond_the_limits_are_truncated_and_named() -> None:
     """The last entries are removed first, and the paths name the truncated properties."""
     fitted, truncated = truncate(
