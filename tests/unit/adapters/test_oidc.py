@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jwt
 import pytest
@@ -18,6 +18,10 @@ from jwt.algorithms import RSAAlgorithm
 from adapters.push import oidc
 from adapters.push.oidc import TokenRefusedError, TokenVerifier
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FAR = 4_000_000_000  # a time in the year 2096
 AUDIENCE, ACCOUNT = "https://me.example", "pusher@p.iam.gserviceaccount.com"
 KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 OTHER_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -58,45 +62,37 @@ def with_hmac(key: bytes) -> str:
 
 
 @pytest.mark.parametrize(
-    "authorization",
+    "make",
     [
-        f"Bearer {token()}",
-        f"bearer {token()}",
-        f"Bearer {token(aud=['https://x', AUDIENCE])}",
-        f"Bearer {token(exp=int(time.time()) - 5)}",  # clocks can differ
+        lambda: f"Bearer {token()}",
+        lambda: f"bearer {token()}",
+        lambda: f"Bearer {token(aud=['https://x', AUDIENCE])}",
+        lambda: f"Bearer {token(exp=int(time.time()) - 5)}",  # clocks can differ
     ],
 )
-def test_token_of_google_is_accepted(authorization: str, verifier: TokenVerifier) -> None:
+def test_token_of_google_is_accepted(make: Callable[[], str], verifier: TokenVerifier) -> None:
     """The scheme has no case, and an audience can be one of several."""
-    verifier.verify(authorization)
+    verifier.verify(make())
 
 
 @pytest.mark.parametrize(
     "authorization",
-    [
-        "",
-        "Basic abc",
-        "Bearer ",
-        "Bearer a.b.c",
-        "Bearer \xff\xfe.\xff.\xff",
-        f"Bearer  {token()}",
-        f'Bearer "{token()}"',
-    ],
+    ["", "Basic abc", "Bearer ", "Bearer a.b.c", "Bearer \xff\xfe.\xff.\xff", "Bearer  TOKEN", 'Bearer "TOKEN"'],
 )
 def test_other_credentials_are_refused(authorization: str, verifier: TokenVerifier) -> None:
     """Any text can be in the header."""
     with pytest.raises(TokenRefusedError):
-        verifier.verify(authorization)
+        verifier.verify(authorization.replace("TOKEN", token()))
 
 
 @pytest.mark.parametrize(
     "changed",
     [
         *({name: None} for name in ("exp", "iat", "aud", "iss", "email", "email_verified")),
-        {"exp": int(time.time()) - 3_600},
+        {"exp": 1},
         {"exp": "never"},
-        {"nbf": int(time.time()) + 3_600},
-        {"iat": int(time.time()) + 3_600},
+        {"nbf": FAR},
+        {"iat": FAR},
         {"aud": "https://other.example"},
         {"aud": f"{AUDIENCE}/"},
         {"aud": {AUDIENCE: 1}},
@@ -117,32 +113,32 @@ def test_token_with_other_claims_is_refused(changed: dict[str, Any], verifier: T
 
 
 @pytest.mark.parametrize(
-    "forged",
+    "forge",
     [
-        with_parts("{}", signature=b""),
-        with_parts('{"alg":"none","kid":"k1"}', signature=b""),
-        with_parts('{"alg":"nOnE","kid":"k1"}', signature=b""),
-        with_hmac(PEM),
-        with_hmac(JWK["n"].encode()),
-        token(OTHER_KEY),
-        token(headers={"kid": "zzz"}),
-        token(headers={"kid": "../../../../dev/null"}),
-        token(OTHER_KEY, {"jwk": json.loads(RSAAlgorithm.to_jwk(OTHER_KEY.public_key()))}),
-        token(OTHER_KEY, {"jku": "https://evil.example/keys"}),
-        token(OTHER_KEY, {"x5u": "https://evil.example/keys"}),
-        token(headers={"crit": ["x"], "x": 1}),
-        with_parts("{{{"),
-        with_parts("[]"),
-        with_parts('{"kid":"k1"}'),
-        with_parts('{"alg":"RS256","kid":[]}'),
-        with_parts('{"alg":"RS256","kid":null}'),
-        with_parts('{"alg":"RS256","kid":"k1","x":' + "9" * 5_000 + "}"),
-        with_parts("[" * 3_000),
-        with_parts('{"a":' * 20_000),
-        with_parts('{"alg":"RS256","kid":"k1"}', b"[" * 20_000),
+        lambda: with_parts("{}", signature=b""),
+        lambda: with_parts('{"alg":"none","kid":"k1"}', signature=b""),
+        lambda: with_parts('{"alg":"nOnE","kid":"k1"}', signature=b""),
+        lambda: with_hmac(PEM),
+        lambda: with_hmac(JWK["n"].encode()),
+        lambda: token(OTHER_KEY),
+        lambda: token(headers={"kid": "zzz"}),
+        lambda: token(headers={"kid": "../../../../dev/null"}),
+        lambda: token(OTHER_KEY, {"jwk": json.loads(RSAAlgorithm.to_jwk(OTHER_KEY.public_key()))}),
+        lambda: token(OTHER_KEY, {"jku": "https://evil.example/keys"}),
+        lambda: token(OTHER_KEY, {"x5u": "https://evil.example/keys"}),
+        lambda: token(headers={"crit": ["x"], "x": 1}),
+        lambda: with_parts("{{{"),
+        lambda: with_parts("[]"),
+        lambda: with_parts('{"kid":"k1"}'),
+        lambda: with_parts('{"alg":"RS256","kid":[]}'),
+        lambda: with_parts('{"alg":"RS256","kid":null}'),
+        lambda: with_parts('{"alg":"RS256","kid":"k1","x":' + "9" * 5_000 + "}"),
+        lambda: with_parts("[" * 3_000),
+        lambda: with_parts('{"a":' * 20_000),
+        lambda: with_parts('{"alg":"RS256","kid":"k1"}', b"[" * 20_000),
     ],
 )
-def test_forged_token_is_refused(forged: str, verifier: TokenVerifier) -> None:
+def test_forged_token_is_refused(forge: Callable[[], str], verifier: TokenVerifier) -> None:
     """Neither the algorithm, nor a key, nor an address in the token counts. No header can end the endpoint."""
     with pytest.raises(TokenRefusedError):
-        verifier.verify(f"Bearer {forged}")
+        verifier.verify(f"Bearer {forge()}")
