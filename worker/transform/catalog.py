@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from worker.mapping import MappingConfig
 
+CATEGORY_IDS_HASH = "category_ids_hash"  # in the metadata of an item: of the categories that it was last written with
 _PREFIX = "$custom:::$default:::"
 
 

@@ -11,7 +11,7 @@ from worker.errors import Ignored
 from worker.json_access import as_dict, as_dicts, as_key, as_text, pick_ids
 from worker.model import Json, Operation, OperationKind
 from worker.transform import fields
-from worker.transform.catalog import catalog_id, category_operation
+from worker.transform.catalog import CATEGORY_IDS_HASH, catalog_id, category_operation
 from worker.transform.prices import CurrentPrices, prices_of
 from worker.transform.stock import stock
 
@@ -100,7 +100,7 @@ def _item(product_id: str, master: Json, attributes: Json, categories: Iterable[
     """Return the item. Its metadata has a hash of its categories, because no list of items in Klaviyo shows them."""
     ids = [as_text(category.get("id")) for category in categories]
     related = {"categories": {"data": [{"type": "catalog-category", "id": catalog_id(category)} for category in ids]}}
-    metadata = attributes["custom_metadata"] | {"category_ids_hash": _hash(ids)}
+    metadata = attributes["custom_metadata"] | {CATEGORY_IDS_HASH: _hash(ids)}
     own = {
         "external_id": product_id,
         **attributes,

@@ -21,7 +21,7 @@ from worker.model import Operation, OperationKind
 from worker.sandbox import Fault, Sandbox
 from worker.sandbox.klaviyo.account import Account
 from worker.send import jobs
-from worker.transform.catalog import catalog_id
+from worker.transform.catalog import CATEGORY_IDS_HASH, catalog_id
 
 COMMON = {"integration_type": "$custom", "catalog_type": "$default", "description": "", "url": "None"}
 
@@ -37,7 +37,8 @@ def category(number: int, kind: OperationKind = OperationKind.UPSERT_CATEGORY, n
 
 
 def item(number: int, title: Any = "Shirt") -> Operation:
-    attributes = COMMON | {"external_id": f"p{number}", "title": title}
+    metadata = {CATEGORY_IDS_HASH: f"hash of c{number % 30}"}
+    attributes = COMMON | {"external_id": f"p{number}", "title": title, "custom_metadata": metadata}
     related = {"categories": {"data": [{"type": "catalog-category", "id": catalog_id(f"c{number % 30}")}]}}
     resource = {"type": "catalog-item", "attributes": attributes, "relationships": related}
     return Operation(OperationKind.UPSERT_ITEM, f"p{number}", resource)
@@ -294,6 +295,23 @@ def test_nothing_is_written_where_nothing_differs(number: int, sandbox: Sandbox,
     sandbox.klaviyo.requests.clear()
     assert sender.send(products(number)) == [None] * (2 * number + 30)
     assert len(sandbox.klaviyo.requests) == (3 if number == 2 else 1)
+
+
+@pytest.mark.parametrize("number", [2, 60])
+def test_item_without_a_hash_of_its_categories_is_asked_for_them(number: int, sandbox: Sandbox, sender: Sender) -> None:
+    """It was not written by this worker. Nothing is written if its categories are right."""
+    sender.send(products(number))
+    for entry in sandbox.account.items.values():
+        del entry["attributes"]["custom_metadata"][CATEGORY_IDS_HASH]
+    sandbox.klaviyo.requests.clear()
+    sender.send(products(number))
+    assert {request.method for request in sandbox.klaviyo.requests} == {"GET"}
+    sandbox.account.items["p1"]["categories"].append(catalog_id("c0"))
+    sandbox.klaviyo.requests.clear()
+    sender.send(products(number))
+    assert calls(sandbox)["PATCH items/…"] == 1
+    assert sandbox.account.items["p1"]["categories"] == [catalog_id("c1")]
+    assert CATEGORY_IDS_HASH in sandbox.account.items["p1"]["attributes"]["custom_metadata"]
 
 
 @pytest.mark.parametrize("number", [2, 60])

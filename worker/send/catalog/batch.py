@@ -6,18 +6,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from worker.errors import JobUnfinished, WorkerError
+from worker.json_access import as_dict
 from worker.model import Operation, OperationKind, SendResult
 from worker.send.bodies import VARIANT_KINDS, attributes_of, creation, differs, related, update
-from worker.send.catalog.reader import CATEGORIES, ITEMS, VARIANTS
+from worker.send.catalog.reader import CATEGORIES, ITEMS, VARIANTS, Entry
 from worker.send.catalog.writer import Write, deletion
-from worker.transform.catalog import external_id
+from worker.transform.catalog import CATEGORY_IDS_HASH, external_id
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from worker.model import Json
     from worker.send.bulk import OperationId
-    from worker.send.catalog.reader import CatalogReader, Entry, Found
+    from worker.send.catalog.reader import CatalogReader, Found
 
 ITEM_KINDS = frozenset({OperationKind.UPSERT_ITEM, OperationKind.ENSURE_ITEM})
 CATEGORY_KINDS = frozenset({OperationKind.UPSERT_CATEGORY, OperationKind.ENSURE_CATEGORY})
@@ -95,6 +96,11 @@ class CatalogBatch:
         """Return an item; None if Klaviyo does not have it."""
         return self._found[ITEMS][key]
 
+    def has_category_ids_hash(self, key: str) -> bool:
+        """Return whether the metadata of an item in Klaviyo shows the categories that it was last written with."""
+        item = self.item(key)
+        return isinstance(item, Entry) and CATEGORY_IDS_HASH in as_dict(item.attributes.get("custom_metadata"))
+
     def error_of_item(self, key: str) -> WorkerError | None:
         """Return the error that prevented reading or writing an item; None if there is none."""
         item = self.item(key)
@@ -171,7 +177,16 @@ def plan_item(batch: CatalogBatch, operation: Operation) -> Write | SendResult |
     if operation.kind is OperationKind.ENSURE_ITEM or batch.is_postponed(operation.key):
         return SendResult(None, 1)
     resource = update(operation)
-    return Write(operation, "update", resource) if differs(resource, item.attributes) else None
+    compared = resource if batch.has_category_ids_hash(operation.key) else _without_hash(resource)
+    return Write(operation, "update", resource) if differs(compared, item.attributes) else None
+
+
+def _without_hash(resource: Json) -> Json:
+    """Return an item without the hash of its categories: that Klaviyo's item has none is no difference."""
+    attributes = resource["attributes"]
+    metadata = as_dict(attributes.get("custom_metadata")).items()
+    shown = {name: value for name, value in metadata if name != CATEGORY_IDS_HASH}
+    return {"attributes": attributes | {"custom_metadata": shown}}
 
 
 def plan_deleted_item(batch: CatalogBatch, operation: Operation) -> Write | SendResult:

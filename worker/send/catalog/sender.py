@@ -182,7 +182,9 @@ class CatalogSender:
             return planned
 
         self._run(batch, ITEM_KINDS, plan)
-        doubtful = self._memberships.doubtful(right)
+        hashed = [operation for operation in right if batch.has_category_ids_hash(operation.key)]
+        others = [operation for operation in right if not batch.has_category_ids_hash(operation.key)]
+        doubtful = [*others, *self._memberships.doubtful(hashed)]
         writes = []
         for operation, needed in zip(doubtful, self._executor.map(self._needs_categories, doubtful), strict=True):
             if isinstance(needed, WorkerError):
