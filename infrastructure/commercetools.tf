@@ -25,8 +25,8 @@ resource "commercetools_subscription" "worker" {
     types = [
       "OrderCreated",
       "OrderImported",
-      "OrderCustomerSet",
       "OrderCreatedFromRecurringOrder",
+      "OrderCustomerSet",
       "OrderCustomerEmailSet",
       "OrderStateChanged",
       "OrderShipmentStateChanged",

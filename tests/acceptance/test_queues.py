@@ -130,7 +130,7 @@ def test_shutdown_timeout_nacks_the_message_and_exits_6(worker: Worker, sandbox:
 def test_two_workers_share_the_load(worker: Worker, sandbox: Sandbox, rig: Rig, tmp_path: Path) -> None:
     """No effect is duplicated. The queue determines the shares."""
     sandbox.klaviyo.latency = 0.05
-    workload = Workload(sandbox, 600)
+    workload = Workload(sandbox, 400)
     other = Worker(worker.environment, tmp_path / "other")
     other.directory.mkdir()
     limit = ("--max-in-flight", "40", "--max-batch", "10", "--http-port", "0")
@@ -139,13 +139,13 @@ def test_two_workers_share_the_load(worker: Worker, sandbox: Sandbox, rig: Rig, 
     wait_for(lambda: _both_have_received(rig, remaining, worker, other), 100)
     while some := list(islice(remaining, 5)):
         rig.publish(some)
-    wait_for(lambda: len(settled(worker) | settled(other)) == 600, 100)
+    wait_for(lambda: len(settled(worker) | settled(other)) == 400, 100)
     for process in processes:
         stop(process)
     workload.assert_exactly_once()
     assert rig.unsettled() == []
     shares = [len(log_lines(one.log.read_text())) for one in (worker, other)]
-    assert sum(shares) == 600
+    assert sum(shares) == 400
     assert min(shares) > 20
 
 
