@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 REFILL_SHARE = 0.9  # of the budget; a budget that was full counts as full until less than this is in use
-FULL_TIMEOUT = 5.0  # seconds for which pulling waits for an effect whose budget is full
+BATCH_TIMEOUT = 20.0  # seconds for which pulling waits for an effect whose budget is full: a batch can take as long
+MAX_BATCH_TIMEOUT = 60.0  # seconds; the limit for an effect whose batches take longer, because of its bulk jobs
+FULL_TIMEOUT = 5.0  # the same for an effect that was slow until recently
+MEMORY = 60.0  # seconds since the budget was full for which the rate of that time is remembered
 KNOWN_RATE = 9  # settled messages from which the rate of an effect is known
 DELAY_FACTOR = 9.0  # times the seconds since the budget was full: the delay of messages while the rate is unknown
-SLOW = 10.0  # settled messages per second; after FULL_TIMEOUT, pulling no longer waits for an effect that is slower
+SLOW = 10.0  # settled messages per second; pulling does not wait long for an effect that is slower
 
 
 class Budget:
@@ -18,7 +22,8 @@ class Budget:
     effect that is slow, because of a rate limit or an outage: otherwise the other effects would wait for it. The
     messages of a slow effect that are beyond its budget go back to the queue, each until it is probably its turn.
 
-    An effect is slow if it settles less than `slow` messages per second.
+    An effect is slow if it settles less than `slow` messages per second. Because whole batches are settled at once, it
+    counts as slow only when the budget has been full for longer than a batch takes.
     """
 
     def __init__(self, max_messages: int, max_bytes: int, max_delay: float, slow: float = SLOW) -> None:
@@ -29,7 +34,9 @@ class Budget:
         self._messages = 0
         self._bytes = 0
         self._full_since: float | None = None
-        self._settled = 0  # messages since `_full_since`
+        self._settled = 0  # messages since the budget was last full, or became full
+        self._last_full: tuple[float, float] | None = None  # from when to when it was full before
+        self._first_timeout = self._timeout = FULL_TIMEOUT if math.isinf(slow) else BATCH_TIMEOUT
         self._returned: deque[float] = deque()  # when the queue redelivers each message beyond the budget
 
     @property
@@ -42,20 +49,32 @@ class Budget:
         self._messages += 1
         self._bytes += size
         if not self.room and self._full_since is None:
+            self._learn(now)
             self._full_since, self._settled = now, 0
 
-    def remove(self, size: int) -> None:
+    def remove(self, size: int, now: float) -> None:
         """Count a message of `size` bytes as settled."""
         self._messages -= 1
         self._bytes -= size
         self._settled += 1
-        if self._messages < REFILL_SHARE * self._max_messages and self._bytes < REFILL_SHARE * self._max_bytes:
-            self._full_since = None
+        is_full = self._messages >= REFILL_SHARE * self._max_messages or self._bytes >= REFILL_SHARE * self._max_bytes
+        if self._full_since is not None and not is_full:
+            self._last_full, self._full_since = (self._full_since, now), None
+
+    def _learn(self, now: float) -> None:
+        """Learn from the last time that the budget was full how fast the effect is, and how long its batches take."""
+        since, until = self._last_full or (0.0, -math.inf)
+        if now - until > MEMORY:
+            self._timeout = self._first_timeout
+        elif self._settled < self._slow * (now - since):
+            self._timeout = FULL_TIMEOUT
+        else:
+            self._timeout = max(BATCH_TIMEOUT, min(2 * (until - since), MAX_BATCH_TIMEOUT))
 
     def is_slow(self, now: float) -> bool:
         """Return whether pulling must not wait until the budget has room."""
         elapsed = now - self._full_since if self._full_since is not None else 0.0
-        return elapsed >= FULL_TIMEOUT and self._settled < self._slow * elapsed
+        return elapsed >= self._timeout and self._settled < self._slow * elapsed
 
     def return_delay(self, messages: int, now: float) -> float:
         """Return the seconds for which messages beyond the budget must go back to the queue.

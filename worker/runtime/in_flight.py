@@ -79,13 +79,14 @@ class InFlight:
     def remove(self, messages: Sequence[Message]) -> None:
         """Remove messages that were settled. Ignore those that are not in flight."""
         with self._changed:
+            now = self._clock()
             for message in messages:
                 if message in self._messages:
                     del self._messages[message]
                     name = message.delivery.id, message.delivery.body
                     if self._by_name[name] is message:
                         del self._by_name[name]
-                    self._budgets[message.effect].remove(len(message.delivery.body))
+                    self._budgets[message.effect].remove(len(message.delivery.body), now)
                     self._leave(message.key)
             self._changed.notify_all()
 

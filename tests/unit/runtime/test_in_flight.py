@@ -71,13 +71,13 @@ def test_full_budget_of_a_slow_effect_does_not_pause_pulling() -> None:
     in_flight = InFlight(2, 1000, 600.0, clock)
     in_flight.add(deletion("1"))
     in_flight.add(deletion("2"))
-    clock.now = 5.0
+    clock.now = 20.0
     assert in_flight.slow_effects() == [Effect.DELETIONS]
     assert in_flight.wait_for_capacity(0, skip_slow=True) == 2
     assert in_flight.wait_for_capacity(0, skip_slow=False) == 0
     assert in_flight.is_beyond_budget(deletion("3"))
     assert not in_flight.is_beyond_budget(message("customer"))
-    assert in_flight.return_delay(Effect.DELETIONS, 1) == 45.0
+    assert in_flight.return_delay(Effect.DELETIONS, 1) == 180.0
 
 
 def test_pulling_pauses_if_all_effects_are_slow() -> None:
@@ -86,7 +86,7 @@ def test_pulling_pauses_if_all_effects_are_slow() -> None:
     in_flight = InFlight(1, 1000, 600.0, clock)
     for given in (message("order"), message("customer"), deletion("2"), message("product"), message("cart")):
         in_flight.add(given)
-    clock.now = 5.0
+    clock.now = 20.0
     assert len(in_flight.slow_effects()) == 5
     assert in_flight.wait_for_capacity(0, skip_slow=True) == 0
 

@@ -338,7 +338,7 @@ def test_full_budget_of_a_slow_effect_delays_no_other(
     queue: EmbeddedQueue, running: Callable[[Runner], threading.Thread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The messages beyond the budget go back to the queue. They use up no attempt of the embedded queue."""
-    monkeypatch.setattr("worker.runtime.budget.FULL_TIMEOUT", 0.2)
+    monkeypatch.setattr("worker.runtime.budget.BATCH_TIMEOUT", 0.2)
     monkeypatch.setattr("worker.runtime.budget.DELAY_FACTOR", 1000.0)
     over = threading.Event()
 
@@ -385,7 +385,7 @@ def test_message_beyond_the_budget_that_is_already_decided_is_settled(queue: Emb
 
 def test_once_returns_no_message_beyond_the_budget(queue: EmbeddedQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run must settle all messages before it ends, and a dead letter that is replayed would not come back."""
-    monkeypatch.setattr("worker.runtime.budget.FULL_TIMEOUT", 0.0)
+    monkeypatch.setattr("worker.runtime.budget.BATCH_TIMEOUT", 0.0)
     nacks: list[object] = []
     monkeypatch.setattr(queue, "nack", lambda *given: nacks.append(given))
     queue.publish(b"product:%d" % number for number in range(30))
