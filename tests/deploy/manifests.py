@@ -6,8 +6,6 @@ import subprocess
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import jsonschema
-import kubernetes_validate
 import yaml
 
 from tests.support.requirements import require_command
@@ -15,7 +13,7 @@ from tests.support.requirements import require_command
 if TYPE_CHECKING:
     from pathlib import Path
 
-KUBERNETES = ("1.31", kubernetes_validate.latest_version())  # oldest supported, newest with a schema
+OLDEST_KUBERNETES = "1.31"
 Objects = dict[str, Any]  # by kind; each kind occurs once
 
 
@@ -47,10 +45,14 @@ def keda_schema(kind: str) -> dict[str, Any]:
 
 
 def validate(document: dict[str, Any]) -> None:
+    """Check a manifest against the schemas of the oldest supported Kubernetes and of the newest one."""
+    import jsonschema  # both take seconds
+    import kubernetes_validate
+
     if document["apiVersion"].startswith("keda.sh/"):
         jsonschema.validate(document, keda_schema(document["kind"]))
         return
-    for release in KUBERNETES:
+    for release in (OLDEST_KUBERNETES, kubernetes_validate.latest_version()):
         kubernetes_validate.validate(document, release, strict=True)
 
 
