@@ -222,9 +222,31 @@ def _become(request: _Request) -> None:
     sys.argv = [str(COMMAND), *request.arguments]
 
 
+class _QuickExit:
+    """Ends this process after all other exit handlers: to destroy what a fork has imported takes most of its CPU time.
+
+    Exit handlers run in the reverse order of their registration, so this must be created before any other is registered.
+    """
+
+    def __init__(self) -> None:
+        self.code: Any = 1  # of an unexpected error
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(self.code or 0)
+
+
 if __name__ == "__main__":
+    quick_exit = _QuickExit()
     for module in _MODULES:
         import_module(module)
+    command = entry_points(group="console_scripts")["klaviyo-worker"].load()
     gc.freeze()
     _become(_serve(sys.argv[1]))
-    entry_points(group="console_scripts")["klaviyo-worker"].load()()
+    try:
+        command()
+    except SystemExit as ended:
+        quick_exit.code = ended.code
+        raise
