@@ -4,6 +4,8 @@ DOCKER ?= docker
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE  # keep compiled bytecode for the next process
+parallel := --numprocesses=10 --dist=loadgroup --no-loadscope-reorder  # many tests wait most of the time
+coverage := $(if $(CI),--cov --cov-fail-under=98)
 VERSION = $(shell sed -n 's/^version = //p' setup.cfg)
 
 .PHONY: help demo test pythons check lint types docs format bench faults lock audit base-image image image-steps wheel test-wheel emulator ct-mock clean
@@ -14,15 +16,16 @@ help: ## list the targets
 demo: $(VENV)/worker ## watch sample notifications become Klaviyo profiles, events and catalog entries
 	@$(BIN)/klaviyo-worker demo
 
-test: $(VENV)/ready ## run all tests, with branch coverage
-	$(BIN)/pytest --numprocesses=6 --dist=loadgroup --no-loadscope-reorder --cov --cov-fail-under=98
+test: $(VENV)/ready ## run all tests
+	$(BIN)/pytest $(parallel) $(coverage)
 
 pythons: ## run the tests on each installed Python from 3.11 to 3.14
 	@for python in python3.11 python3.12 python3.13 python3.14; do \
 		if $$python -c "" 2>/dev/null; then $(MAKE) test PYTHON=$$python || exit 1; \
 		else echo "$$python is not installed: skipped"; fi; done
 
-check: lint types test ## what CI runs: ruff, mypy --strict, all tests
+check: coverage = --cov --cov-fail-under=98
+check: lint types test ## what CI runs: ruff, mypy --strict, all tests with branch coverage
 
 lint: $(VENV)/ready ## ruff (rules and format), import layers, the glossary's words, generated docs, hadolint
 	$(BIN)/ruff check .
@@ -78,7 +81,7 @@ wheel: $(VENV)/ready ## build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 test-wheel: $(VENV)/ready ## run the acceptance tests against the wheel, installed as in the image
-	@$(BIN)/python -m tests.deploy.wheel --numprocesses=6 --dist=loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m tests.deploy.wheel $(parallel)
 
 emulator: ## start the Pub/Sub emulator of gcloud on port 8085 (docs/pubsub.md)
 	@command -v gcloud >/dev/null || { echo "gcloud is not installed: https://cloud.google.com/sdk, then gcloud components install beta pubsub-emulator"; exit 1; }

@@ -210,7 +210,7 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         le=64,
         description="Number of lanes per effect; the effects are events, profiles, deletions, catalog and carts",
     )
-    max_batch: int = Field(250, ge=1, le=10_000, description="Maximum number of messages in a batch")
+    max_batch: int = Field(200, ge=1, le=10_000, description="Maximum number of messages in a batch")
     max_requests: int = Field(
         16,
         ge=1,
@@ -236,7 +236,7 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
     )
     max_in_flight: int = Field(4_000, ge=1, le=100_000, description="Maximum number of messages in flight per effect")
     max_in_flight_bytes: int = Field(
-        4_000_000, ge=1, description="Maximum size of the messages in flight per effect, in bytes"
+        6_000_000, ge=1, description="Maximum size of the messages in flight per effect, in bytes"
     )
     rate_limit_share: float = Field(
         1.0, gt=0, le=1, description="Share of Klaviyo's rate limits that this worker can use, like 0.5"
