@@ -227,14 +227,14 @@ def test_acked_message_is_no_longer_expected(broker: Broker, open_queues: Open) 
 
 def test_locks_of_held_pending_and_delayed_messages_are_renewed(broker: Broker, open_queues: Open) -> None:
     """`extend` renews all locks of the adapter, not only those of the given deliveries."""
-    queue = Queue(broker, lock=3.0)
+    queue = Queue(broker, lock=6.0)  # longer than a busy machine stops a process
     queue.publish(*(b"%d" % number for number in range(30)))
     adapter = open_queues(queue)
     held = receive(adapter, 1)
     adapter.nack(held, 60.0)
     held = receive(adapter, 10)
     adapter.receive(19, 0)  # more are prefetched and pending
-    for _ in range(12):
+    for _ in range(20):
         time.sleep(0.4)
         adapter.extend(held, adapter.lease_seconds)
     rest = receive(adapter, 29 - len(held), wait=5.0)
