@@ -24,15 +24,31 @@ if TYPE_CHECKING:
 ENCODED = "worker:p%40ss%2Fw%3Ard%23%25"
 _AUTHORIZED = f"Basic {b64encode(b'worker:p@ss/w:rd#%').decode()}"
 
+_SIGNS_CERTIFICATES = x509.KeyUsage(
+    key_cert_sign=True,
+    crl_sign=False,
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    encipher_only=False,
+    decipher_only=False,
+)
+
 
 class Authority:
-    """A certificate authority. `bundle` is the file that clients trust."""
+    """A certificate authority. `bundle` is the file that clients trust.
+
+    Its certificates have the extensions that Python demands from 3.13 on.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Company")])
-        self._certificate = _builder(name, name, self._key, is_authority=True).sign(self._key, hashes.SHA256())
+        builder = _builder(name, name, self._key, is_authority=True).add_extension(_SIGNS_CERTIFICATES, critical=True)
+        self._certificate = builder.sign(self._key, hashes.SHA256())
         self.bundle = directory / "company.pem"
         self.bundle.write_bytes(self._certificate.public_bytes(serialization.Encoding.PEM))
 
@@ -41,8 +57,10 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
         alternative = x509.SubjectAlternativeName([x509.DNSName(host)])
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         builder = _builder(subject, self._certificate.subject, key, is_authority=False)
-        certificate = builder.add_extension(alternative, critical=False).sign(self._key, hashes.SHA256())
+        builder = builder.add_extension(alternative, critical=False).add_extension(issuer, critical=False)
+        certificate = builder.sign(self._key, hashes.SHA256())
         file = self._directory / f"{host}.pem"
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -71,6 +89,7 @@ def _builder(
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
 
 

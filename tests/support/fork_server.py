@@ -225,7 +225,7 @@ def _become(request: _Request) -> None:
 class _QuickExit:
     """Ends this process after all other exit handlers: to destroy what a fork has imported takes most of its CPU time.
 
-    Exit handlers run in the reverse order of their registration, so this must be created before any other is registered.
+    Exit handlers run in the reverse order of their registration, so this must be created first.
     """
 
     def __init__(self) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _PROXY_STATUS = re.compile(r"Tunnel connection failed: (\d{3})")  # the text of http.client's error
 _CLOCK = frozenset({9, 10})  # OpenSSL's codes: the certificate is not yet valid, or has expired
 _UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
+_MALFORMED = frozenset(range(80, 94))  # an extension that RFC 5280 demands is missing, or breaks its rules
 
 
 def connection_error(error: urllib3.exceptions.HTTPError, url: str, what: str) -> WorkerError:
@@ -55,4 +56,6 @@ def _certificate_advice(code: int) -> str:
         return "check the clock of this machine"
     if code in _UNKNOWN_ISSUER:
         return "if a proxy intercepts TLS, set SSL_CERT_FILE to a file with public certificate authorities and your own"
+    if code in _MALFORMED:
+        return "from Python 3.13 on, certificates must follow RFC 5280: renew those of the server, or of your proxy"
     return "check the URL"

@@ -167,7 +167,7 @@ def test_interruption_counts_as_attempt_and_keeps_its_delay(queue: EmbeddedQueue
     queue.publish([b"x"])
     queue.nack(queue.receive(1, 0), 600.0, Interruption("stopped", "send", "JobUnfinished"))
     assert queue.receive(1, 0) == []
-    with sqlite3.connect(queue._path) as database:
+    with closing(sqlite3.connect(queue._path, isolation_level=None)) as database:
         database.execute("UPDATE messages SET visible_at = 0")
     assert [delivery.attempt for delivery in queue.receive(1, 0)] == [2]
 

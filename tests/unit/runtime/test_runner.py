@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -356,7 +357,7 @@ def test_full_budget_of_a_slow_effect_delays_no_other(
     assert queue.backlog() == 30
     over.set()
     wait_for(lambda: queue.backlog() == 20)
-    with sqlite3.connect(queue._path) as database:
+    with closing(sqlite3.connect(queue._path)) as database:
         assert database.execute("SELECT DISTINCT attempts FROM messages").fetchall() == [(0,)]
         (delay,) = database.execute("SELECT min(visible_at) FROM messages").fetchone()
     assert delay > time.monotonic() + 60
