@@ -1,4 +1,4 @@
-"""What to do about a certificate that is not valid."""
+"""The errors of failed connections: the advice about a certificate that is not valid."""
 
 from __future__ import annotations
 
