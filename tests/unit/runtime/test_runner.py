@@ -353,8 +353,7 @@ def test_full_budget_of_a_slow_effect_delays_no_other(
     runner, pipeline = runner_for(queue, work, max_in_flight=10)
     running(runner)
     wait_for(lambda: processed(pipeline) == [b"order:1"])
-    assert runner.in_flight() == 10
-    assert queue.backlog() == 30
+    wait_for(lambda: (runner.in_flight(), queue.backlog()) == (10, 30))
     over.set()
     wait_for(lambda: queue.backlog() == 20)
     with closing(sqlite3.connect(queue._path)) as database:
