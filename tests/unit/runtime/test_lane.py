@@ -107,7 +107,7 @@ def test_transient_error_is_retried_without_nack(rig: Rig) -> None:
 
 def test_later_messages_of_the_resource_wait_in_order(rig: Rig) -> None:
     """Messages of other resources are processed in the meantime."""
-    rig.pipeline.errors["a1"] = Transient("503", retry_after=0.5)
+    rig.pipeline.errors["a1"] = Transient("503", retry_after=2.0)
     rig.put("a1")
     rig.lane.start()
     wait_for(rig.in_flight.held)
