@@ -210,7 +210,12 @@ class Settings(CommercetoolsSettings, MappingSettings, QueueSettings):
         le=64,
         description="Number of lanes per effect; the effects are events, profiles, deletions, catalog and carts",
     )
-    max_batch: int = Field(200, ge=1, le=10_000, description="Maximum number of messages in a batch")
+    max_batch: int = Field(
+        250,
+        ge=1,
+        le=10_000,
+        description="Maximum number of messages in a batch; a batch of orders or payments has at most 200",
+    )
     max_requests: int = Field(
         16,
         ge=1,

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from worker.runtime.lane import LaneCallbacks
     from worker.settings import Settings
 
+# Messages in a batch of events: Klaviyo's profiles are read in requests of 100, and the rate limit for these is the
+# first one that the orders of new customers reach (docs/decisions/0035-whose-event.md).
+MAX_EVENTS_BATCH = 200
+
 
 class Lanes:
     """`settings.lanes` lanes for each effect, and one for stock. A resource always has the same lane.
@@ -30,15 +34,17 @@ class Lanes:
     def __init__(
         self, pipeline: Pipeline, in_flight: InFlight, settings: Settings, stopping: Event, callbacks: LaneCallbacks
     ) -> None:
+        def lane(name: str, max_batch: int) -> Lane:
+            own = settings.model_copy(update={"max_batch": max_batch})
+            return Lane(name, pipeline, in_flight, own, stopping, callbacks)
+
+        sizes = dict.fromkeys(Effect, settings.max_batch)
+        sizes[Effect.EVENTS] = min(settings.max_batch, MAX_EVENTS_BATCH)
         self._groups = {
-            effect: [
-                Lane(f"{effect.value}-{number}", pipeline, in_flight, settings, stopping, callbacks)
-                for number in range(1, settings.lanes + 1)
-            ]
-            for effect in Effect
+            effect: [lane(f"{effect.value}-{number}", size) for number in range(1, settings.lanes + 1)]
+            for effect, size in sizes.items()
         }
-        larger = settings.model_copy(update={"max_batch": settings.max_batch * settings.lanes})
-        self._stock = Lane("catalog-stock", pipeline, in_flight, larger, stopping, callbacks)
+        self._stock = lane("catalog-stock", settings.max_batch * settings.lanes)
 
     def __iter__(self) -> Iterator[Lane]:
         yield from chain.from_iterable(self._groups.values())

@@ -152,6 +152,15 @@ def test_batches_grow_with_the_backlog_up_to_their_limit(queue: EmbeddedQueue) -
     assert sum(sizes) == 100
 
 
+@pytest.mark.parametrize(("body", "largest"), [(b"order:x", 200), (b"product:x", 250)])
+def test_batches_of_events_need_whole_readings(body: bytes, largest: int, queue: EmbeddedQueue) -> None:
+    """They are two requests of 100 profiles at most. Batches of other effects can be larger."""
+    queue.publish(body for _ in range(600))
+    runner, pipeline = runner_for(queue, lanes=1)
+    runner.run(once=True)
+    assert max(len(bodies) for _, bodies in pipeline.batches) == largest
+
+
 @pytest.mark.parametrize("limit", [{"max_in_flight": 10}, {"max_in_flight_bytes": 50, "max_in_flight": 10}])
 def test_messages_in_flight_are_limited(limit: dict[str, int], queue: EmbeddedQueue) -> None:
     """The number and the bytes of messages in flight are limited, regardless of the backlog."""
